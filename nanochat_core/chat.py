@@ -1,0 +1,189 @@
+"""The conversation format: messages to token ids (with the loss mask) and token ids back to parts."""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from nanochat_core import tokenizer as tok
+from nanochat_core.errors import UserError
+from nanochat_core.tokenizer import Tokenizer
+
+PartType = Literal["text", "python", "python_output"]
+
+_DELIMITERS: dict[PartType, tuple[str, str]] = {
+    "python": (tok.PYTHON_START, tok.PYTHON_END),
+    "python_output": (tok.OUTPUT_START, tok.OUTPUT_END),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A stretch of an assistant's message: text, code it ran, or what the code gave back."""
+
+    type: PartType
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One message; only an assistant's has more than one part."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """What a person reads: the text parts joined."""
+        return "".join(part.text for part in self.parts if part.type == "text")
+
+
+def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Check plain dictionaries (from JSON) and make messages of them.
+
+    Raises:
+        UserError: naming the message and what is wrong with it.
+    """
+    parsed: list[Message] = []
+    if not messages:
+        raise UserError("a conversation needs at least one message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise UserError(f"messages[{i}] is no object with a role and a content")
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant"):
+            raise UserError(f"messages[{i}].role is {role!r}; use system, user or assistant")
+        expected = "user" if not parsed or parsed[-1].role != "user" else "assistant"
+        if role == "system":
+            if i != 0:
+                raise UserError(f"messages[{i}] is a system message; only the first message may be one")
+        elif role != expected:
+            raise UserError(
+                f"messages[{i}].role is {role!r} where {expected!r} must follow: user and assistant alternate"
+            )
+        parsed.append(Message(role, _parse_content(content, role, i)))
+    return parsed
+
+
+def _parse_content(content: Any, role: str, i: int) -> tuple[Part, ...]:
+    if isinstance(content, str):
+        return (Part("text", content),)
+    if not isinstance(content, Sequence):
+        raise UserError(f"messages[{i}].content must be a string or a list of parts")
+    parts = []
+    for part in content:
+        kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, None)
+        if kind not in ("text", "python", "python_output") or not isinstance(text, str):
+            raise UserError(f"messages[{i}].content has a part that is not text, python or python_output with a text")
+        if role != "assistant" and kind != "text":
+            raise UserError(f"messages[{i}].content has a {kind} part; only assistant messages may")
+        parts.append(Part(kind, text))
+    return tuple(parts)
+
+
+def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    """Token ids of a whole conversation and its loss mask.
+
+    Returns:
+        ``(ids, mask)`` of equal length; the mask is 1 where the token is the assistant's own (text, code, the tokens
+        around the code, the end of its message) and 0 elsewhere, tool output included.
+    """
+    special = tokenizer.special_ids
+    ids, mask = [special[tok.BOS]], [0]
+
+    def add(tokens: Iterable[int], counted: int) -> None:
+        before = len(ids)
+        ids.extend(tokens)
+        mask.extend([counted] * (len(ids) - before))
+
+    for message in _join_system(messages):
+        if message.role == "user":
+            add([special[tok.USER_START]], 0)
+            add(tokenizer.encode(message.text), 0)
+            add([special[tok.USER_END]], 0)
+            continue
+        add([special[tok.ASSISTANT_START]], 0)
+        for part in message.parts:
+            counted = 0 if part.type == "python_output" else 1
+            if part.type == "text":
+                add(tokenizer.encode(part.text), counted)
+            else:
+                start, end = _DELIMITERS[part.type]
+                add([special[start]], counted)
+                add(tokenizer.encode(part.text), counted)
+                add([special[end]], counted)
+        add([special[tok.ASSISTANT_END]], 1)
+    return ids, mask
+
+
+def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Token ids that ask the model for the next assistant message.
+
+    Raises:
+        UserError: the last message is not the user's.
+    """
+    if not messages or messages[-1].role != "user":
+        raise UserError("the last message must be the user's: there is nothing to answer")
+    ids, _ = render_conversation(tokenizer, messages)
+    return [*ids, tokenizer.special_ids[tok.ASSISTANT_START]]
+
+
+def _join_system(messages: Sequence[Message]) -> list[Message]:
+    """The system message has no tokens of its own; it opens the first user message."""
+    if not messages or messages[0].role != "system":
+        return list(messages)
+    if len(messages) < 2:
+        raise UserError("a system message alone asks nothing; add a user message")
+    joined = f"{messages[0].text}\n\n{messages[1].text}"
+    return [Message("user", (Part("text", joined),)), *messages[2:]]
+
+
+class AssistantStream:
+    """Takes an assistant's tokens as they come and gives back parts, never a split character.
+
+    Feed ids in any grouping; the concatenation of what comes back is the same. Bytes that do not yet form a
+    whole UTF-8 character are held until they do; invalid bytes become U+FFFD.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        special = tokenizer.special_ids
+        self._switches: dict[int, PartType] = {
+            special[tok.PYTHON_START]: "python",
+            special[tok.PYTHON_END]: "text",
+            special[tok.OUTPUT_START]: "python_output",
+            special[tok.OUTPUT_END]: "text",
+        }
+        self._first_special = len(tokenizer.token_bytes)
+        self._type: PartType = "text"
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> list[Part]:
+        """Text that became certain with this token; at most a flushed remainder and one new piece.
+
+        Raises:
+            UserError: the id is outside the vocabulary.
+        """
+        if token_id < self._first_special:
+            text = self._decoder.decode(self._tokenizer.decode_bytes([token_id]))
+            return [Part(self._type, text)] if text else []
+        if token_id >= self._tokenizer.vocab_size:
+            raise UserError(f"token id {token_id} is outside the vocabulary of {self._tokenizer.vocab_size}")
+        rest = self.finish()
+        self._type = self._switches.get(token_id, "text")
+        return rest
+
+    def finish(self) -> list[Part]:
+        """What is still held when no more tokens come."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return [Part(self._type, text)] if text else []
+
+
+def tool_output_text(result: str | None, stdout: str, error: str) -> str:
+    """What the model reads of a Python call: the value, else what was printed, else what went wrong."""
+    if result is not None:
+        return result
+    return stdout.strip() or error

@@ -1,0 +1,126 @@
+"""The model's shape, set by one dial: depth."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+from nanochat_core.errors import UserError
+
+# Rows of the embedding tables and the head are padded to this multiple: tensor cores want it.
+VOCAB_MULTIPLE = 64
+# Window lengths are rounded up to this multiple: attention kernels work in tiles of it.
+WINDOW_MULTIPLE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a GPT. Build it with :meth:`from_depth`; every other field follows from the depth."""
+
+    depth: int
+    dim: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    context_length: int
+    vocab_size: int
+    window_pattern: str = "SSSL"
+
+    def __post_init__(self) -> None:
+        for field in ("depth", "dim", "n_head", "n_kv_head", "head_dim", "context_length", "vocab_size"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"model config: {field} is {value!r}; it must be a whole number of at least 1")
+        if self.n_head * self.head_dim != self.dim:
+            raise UserError(f"model config: {self.n_head} heads of {self.head_dim} do not make dim {self.dim}")
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"model config: {self.n_kv_head} kv heads do not divide {self.n_head} heads")
+        if self.head_dim % 2:
+            raise UserError(f"model config: head_dim {self.head_dim} is odd; rotary embeddings need pairs")
+        if not self.window_pattern or set(self.window_pattern) - {"S", "L"}:
+            raise UserError(f"model config: window_pattern {self.window_pattern!r} may hold only S and L")
+
+    @classmethod
+    def from_depth(
+        cls,
+        depth: int,
+        *,
+        vocab_size: int,
+        head_dim: int = 128,
+        context_length: int = 2048,
+        n_kv_head: int | None = None,
+        window_pattern: str = "SSSL",
+    ) -> ModelConfig:
+        """The dial: width is 64 per layer, rounded up to whole heads.
+
+        Raises:
+            UserError: a value makes no model.
+        """
+        if depth < 1 or head_dim < 2:
+            raise UserError(f"depth {depth} and head_dim {head_dim} make no model; use depth >= 1 and head_dim >= 2")
+        n_head = math.ceil(depth * 64 / head_dim)
+        return cls(
+            depth=depth,
+            dim=n_head * head_dim,
+            n_head=n_head,
+            n_kv_head=n_head if n_kv_head is None else n_kv_head,
+            head_dim=head_dim,
+            context_length=context_length,
+            vocab_size=vocab_size,
+            window_pattern=window_pattern,
+        )
+
+    @property
+    def kv_dim(self) -> int:
+        return self.n_kv_head * self.head_dim
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Per layer, how many tokens before itself a token attends to; the last layer sees the whole context."""
+        short = math.ceil(self.context_length / 4 / WINDOW_MULTIPLE) * WINDOW_MULTIPLE
+        by_letter = {"L": self.context_length, "S": min(short, self.context_length)}
+        tiled = [by_letter[self.window_pattern[i % len(self.window_pattern)]] for i in range(self.depth)]
+        return (*tiled[:-1], self.context_length)
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Every second layer has a value embedding, the last one included."""
+        return layer % 2 == (self.depth - 1) % 2
+
+    @property
+    def block_matrix_parameters(self) -> int:
+        """Parameters of the matrices inside the blocks (what Muon trains)."""
+        attention = 2 * self.dim * self.dim + 2 * self.dim * self.kv_dim
+        return self.depth * (attention + 8 * self.dim * self.dim)
+
+    @property
+    def scaling_parameters(self) -> int:
+        """The N of the scaling rules: block matrices and head, without the padding rows."""
+        return self.block_matrix_parameters + self.dim * self.vocab_size
+
+    @property
+    def flops_per_token(self) -> float:
+        """Training FLOPs (forward and backward) per token."""
+        attention = sum(12 * self.dim * min(window, self.context_length) for window in self.windows)
+        return 6 * self.scaling_parameters + attention
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> ModelConfig:
+        """Read ``config.json``.
+
+        Raises:
+            UserError: not a model config.
+        """
+        try:
+            stored: dict[str, Any] = json.loads(text)
+            return cls(**stored)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"config.json is no model config: {error}") from error

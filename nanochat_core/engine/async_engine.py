@@ -1,0 +1,199 @@
+"""The engine on a thread of its own, streaming to asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+from nanochat_core.engine.engine import Engine, Load, QueueFull
+from nanochat_core.engine.request import Output, Request
+from nanochat_core.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class EngineDead(Exception):
+    """The device loop has ended, by an error or because it was stopped; no request can be served any more."""
+
+
+class Stream:
+    """Outputs of one request in order; ends when every choice has finished.
+
+    Outputs that come faster than they are read are joined, so a slow reader costs little memory. The iteration raises
+    :class:`EngineDead` when the device loop ends before the request does.
+    """
+
+    def __init__(self, choices: int) -> None:
+        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unfinished = choices
+        self._pending: collections.deque[Output] = collections.deque()
+        self._news = asyncio.Event()
+        self._error: Exception | None = None
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Output:
+        while not self._pending:
+            if self._error:
+                raise self._error
+            if self.finished:
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        return self._pending.popleft()
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has finished."""
+        return self._unfinished == 0
+
+    def push(self, output: Output) -> None:
+        """Take the next output from the engine."""
+        if output.finish_reason:
+            self._unfinished -= 1
+        latest = next((earlier for earlier in reversed(self._pending) if earlier.index == output.index), None)
+        if latest and latest.can_absorb(output):
+            latest.absorb(output)
+        else:
+            self._pending.append(output)
+        self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        """End the stream, or the wait for its acceptance, with an error."""
+        self._error = error
+        self._news.set()
+        if not self.accepted.done():
+            self.accepted.set_exception(error)
+
+
+class AsyncEngine:
+    """Runs an :class:`Engine` in a thread; every method is called on the event loop that called :meth:`start`."""
+
+    def __init__(self, engine: Engine, on_death: Callable[[], None] = lambda: None) -> None:
+        """
+        Args:
+            on_death: called on the event loop after an error has ended the device loop.
+        """
+        self._engine = engine
+        self._on_death = on_death
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._streams: dict[str, Stream] = {}
+        self._stopping = False
+        self._error: EngineDead | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        engine.tools.on_completed = lambda: self._inbox.put(_wake)
+
+    def start(self) -> None:
+        """Start the device loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def submit(self, request: Request) -> Stream:
+        """Queue a request. Whoever calls this must call :meth:`close_stream` in the end.
+
+        Raises:
+            UserError: it can never be served.
+            QueueFull: it may be served later.
+            EngineDead: the device loop has ended.
+        """
+        if self._error:
+            raise self._error
+        if request.id in self._streams:
+            raise UserError(f"request id {request.id!r} is in use; ids of requests in flight must differ")
+        stream = self._streams[request.id] = Stream(request.n)
+        self._idle.clear()
+
+        def add() -> None:
+            try:
+                self._engine.add(request)
+            except (UserError, QueueFull) as error:
+                self._loop.call_soon_threadsafe(stream.fail, error)
+            else:
+                self._loop.call_soon_threadsafe(_accept, stream)
+
+        self._inbox.put(add)
+        try:
+            await stream.accepted
+        except BaseException:
+            self.close_stream(request.id)
+            raise
+        return stream
+
+    def close_stream(self, request_id: str) -> None:
+        """Forget a stream; a request that still runs is cancelled and frees its cache before the next step."""
+        stream = self._streams.pop(request_id, None)
+        if stream and not stream.finished:
+            self._inbox.put(lambda: self._engine.cancel(request_id))
+        if not self._streams:
+            self._idle.set()
+
+    def load(self) -> Load:
+        """A snapshot of what the engine is busy with."""
+        return self._engine.load()
+
+    async def drained(self) -> None:
+        """Wait until no stream is open."""
+        await self._idle.wait()
+
+    async def stop(self) -> None:
+        """End the device loop after the current step; streams that are still open fail."""
+        self._inbox.put(self._stop)
+        await asyncio.to_thread(self._thread.join)
+        self._engine.close()
+
+    def _run(self) -> None:
+        """The device loop."""
+        try:
+            while not self._stopping:
+                self._receive(wait=not self._engine.progressed)
+                outputs = self._engine.step()
+                if outputs:
+                    self._loop.call_soon_threadsafe(self._deliver, outputs)
+            error = EngineDead("the engine has been stopped")
+        except Exception as cause:
+            log.exception("engine_died")
+            error = EngineDead(f"the engine's device loop died: {cause!r}")
+            self._loop.call_soon_threadsafe(self._on_death)
+        self._loop.call_soon_threadsafe(self._fail, error)
+
+    def _receive(self, *, wait: bool) -> None:
+        """Carry out what has been asked for; ``wait`` for something when there is nothing to compute."""
+        if wait:
+            self._inbox.get()()
+        while True:
+            try:
+                command = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            command()
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            # Outputs of a cancelled request may still arrive after its id has been used again.
+            if stream and stream.accepted.done():
+                stream.push(output)
+
+    def _fail(self, error: EngineDead) -> None:
+        self._error = error
+        for stream in self._streams.values():
+            stream.fail(error)
+
+
+def _accept(stream: Stream) -> None:
+    if not stream.accepted.done():
+        stream.accepted.set_result(None)
+
+
+def _wake() -> None:
+    """Does nothing; its arrival ends a wait."""

@@ -1,0 +1,77 @@
+"""How much the engine does at a time, and how large its cache is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from nanochat_core.engine.kv_cache import KEY_TILE, KVCache
+from nanochat_core.errors import UserError
+from nanochat_core.model import GPT
+
+# Without a given size the cache takes at most this share of a GPU's free memory, or this much host memory.
+CUDA_MEMORY_SHARE = 0.8
+CPU_CACHE_BYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Limits of one engine.
+
+    Attributes:
+        block_size: tokens per block of the KV cache, a power of two up to 512.
+        kv_cache_bytes: size of the KV cache; None takes what ``max_running`` sequences of full context need, at most
+            1 GiB on the CPU and most of the free memory on a GPU.
+        token_budget: most tokens computed in one step.
+        max_running: most sequences in the batch or waiting for a tool.
+        max_waiting: most sequences queued beyond those for which there is room.
+        prefix_caching: whether requests reuse blocks that others have computed.
+        tool_timeout_seconds: a call without result is given up after this.
+        tool_max_calls, tool_max_output_tokens: limits of requests that name none.
+
+    Raises:
+        UserError: a value or their combination makes no engine.
+    """
+
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
+    token_budget: int = 512
+    max_running: int = 64
+    max_waiting: int = 256
+    prefix_caching: bool = True
+    tool_timeout_seconds: float = 10.0
+    tool_max_calls: int = 16
+    tool_max_output_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        size = self.block_size
+        if not 1 <= size <= KEY_TILE or size & (size - 1):
+            raise UserError(f"block size {size} is not a power of two between 1 and {KEY_TILE}")
+        if self.max_running < 1 or self.max_waiting < 0:
+            raise UserError("max running must be at least 1 and max waiting at least 0")
+        if self.token_budget < self.max_running:
+            raise UserError(
+                f"a token budget of {self.token_budget} is too small for {self.max_running} running sequences; "
+                "each needs a token per step"
+            )
+
+    def build_cache(self, model: GPT) -> KVCache:
+        """The KV cache for ``model``, on its device.
+
+        Raises:
+            UserError: the given size does not hold a single block.
+        """
+        device, dtype = model.cos.device, model.compute_dtype
+        block_bytes = KVCache.bytes_per_block(model.config, self.block_size, dtype)
+        if self.kv_cache_bytes is not None:
+            num_blocks = self.kv_cache_bytes // block_bytes
+        else:
+            most = CPU_CACHE_BYTES
+            if device.type == "cuda":
+                most = int(torch.cuda.mem_get_info(device)[0] * CUDA_MEMORY_SHARE)
+            useful = self.max_running * -(-model.config.context_length // self.block_size)
+            num_blocks = min(useful, most // block_bytes)
+        if num_blocks < 1:
+            raise UserError(f"the KV cache holds no block of {block_bytes} bytes; enlarge it")
+        return KVCache(model.config, num_blocks, self.block_size, dtype, device)

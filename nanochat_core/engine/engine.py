@@ -1,0 +1,356 @@
+"""The inference engine of one model: requests in, tokens out, many at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import itertools
+import secrets
+import time
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from typing import Protocol
+
+from nanochat_core.engine.block_manager import BlockManager
+from nanochat_core.engine.config import EngineConfig
+from nanochat_core.engine.request import (
+    NO_TOOLS,
+    Completion,
+    FinishReason,
+    Output,
+    Request,
+    SamplingParams,
+    Token,
+    ToolPolicy,
+    ToolResult,
+    Usage,
+)
+from nanochat_core.engine.runner import Runner
+from nanochat_core.engine.sampler import Sample, Sampler, sample_key
+from nanochat_core.engine.scheduler import Chunk, Scheduler
+from nanochat_core.engine.sequence import Sequence, State
+from nanochat_core.engine.tools import ToolLoop, ToolRunner
+from nanochat_core.engine.weights import prepare
+from nanochat_core.errors import UserError
+from nanochat_core.model import GPT
+from nanochat_core.tokenizer import Tokenizer
+
+
+class QueueFull(Exception):
+    """Too many sequences wait already; the request was not accepted and may be sent again later."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Load:
+    """What the engine is busy with: sequences by state, and blocks of the KV cache."""
+
+    running: int
+    waiting: int
+    parked: int
+    blocks_total: int
+    blocks_used: int
+
+
+class Observer(Protocol):
+    """Is told what happens, for metrics. Called on the engine's thread; times are in seconds."""
+
+    def admitted(self, queued: float, prompt_tokens: int, cached_tokens: int) -> None: ...
+    def preempted(self, sequences: int) -> None: ...
+    def first_token(self, since_arrival: float) -> None: ...
+    def next_token(self, since_last: float) -> None: ...
+    def tool_called(self, status: str) -> None: ...
+    def finished(self, reason: str, since_arrival: float) -> None: ...
+    def stepped(self, duration: float, generated_tokens: int) -> None: ...
+
+
+class Engine:
+    """Schedules, runs and samples, one :meth:`step` at a time. Not thread-safe: one thread calls everything.
+
+    Attributes:
+        progressed: whether the last step computed anything; if not, every sequence waits for a tool.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        *,
+        tool_runner: ToolRunner | None = None,
+        tool_loop: asyncio.AbstractEventLoop | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        """
+        Args:
+            model: on its device; its weights are converted in place and can no longer be trained.
+            tool_runner: runs the model's Python calls; None answers them all with an error.
+            tool_loop: event loop for the calls; None uses a thread of the engine's own.
+
+        Raises:
+            UserError: the KV cache is too small for one block.
+        """
+        self.config = config = config or EngineConfig()
+        self.model_config = model.config
+        device = model.cos.device
+        cache = config.build_cache(model)
+        self.blocks = BlockManager(cache.num_blocks, config.block_size, config.prefix_caching)
+        self.scheduler = Scheduler(self.blocks, config.token_budget, config.max_running)
+        self.runner = Runner(prepare(model, device), cache)
+        self.sampler = Sampler(model.config.vocab_size, device)
+        self.tools = ToolLoop(
+            tokenizer,
+            tool_runner,
+            timeout_seconds=config.tool_timeout_seconds,
+            max_calls=config.tool_max_calls,
+            max_output_tokens=config.tool_max_output_tokens,
+            loop=tool_loop,
+        )
+        self.progressed = False
+        self._observer = observer
+        self._arrivals = itertools.count()
+        self._requests: dict[str, list[Sequence]] = {}
+        self._outputs: list[Output] = []
+        self._latest: dict[Sequence, Output] = {}
+
+    def check(self, request: Request) -> None:
+        """Refuse what can never be served.
+
+        Raises:
+            UserError: says what is wrong with the request.
+        """
+        model, prompt, sampling = self.model_config, request.prompt, request.sampling
+        if not prompt:
+            raise UserError("the prompt is empty; it needs at least one token")
+        for name, tokens in (
+            ("the prompt", prompt),
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("logit_bias", sampling.logit_bias),
+        ):
+            for token in tokens:
+                if not 0 <= token < model.vocab_size:
+                    raise UserError(f"{name} has token {token}, which is outside the vocabulary of {model.vocab_size}")
+        if len(prompt) >= model.context_length:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, but the context length is {model.context_length} "
+                "and at least one token must fit after the prompt"
+            )
+        if not 1 <= request.n <= self.config.max_running:
+            raise UserError(f"n is {request.n}; it must be between 1 and {self.config.max_running}")
+        length = self._max_length(request)
+        needed = self.blocks.blocks_for(length - 1)  # the last token is never computed
+        if needed > self.blocks.num_blocks:
+            raise UserError(
+                f"prompt and completion may reach {length} tokens, which need {needed} cache blocks, but the engine "
+                f"has {self.blocks.num_blocks}; lower max_tokens or enlarge the KV cache"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request; its outputs come out of :meth:`step`.
+
+        Raises:
+            UserError: it can never be served.
+            QueueFull: it may be served later.
+        """
+        self.check(request)
+        if request.id in self._requests:
+            raise UserError(f"request id {request.id!r} is in use; ids of requests in flight must differ")
+        if request.n > self._room():
+            raise QueueFull(f"{len(self.scheduler.waiting)} sequences are waiting already; try again later")
+        seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed
+        length = self._max_length(request)
+        sequences = self._requests[request.id] = [
+            Sequence(request, choice, next(self._arrivals), sample_key(seed, choice), length)
+            for choice in range(request.n)
+        ]
+        for seq in sequences:
+            seq.arrived_at = time.monotonic()
+            self.scheduler.add(seq)
+            if self.tools.scan_prompt(seq):
+                self._call_tool(seq)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request and free what it holds; unknown ids are ignored, for it may just have finished."""
+        for seq in self._requests.pop(request_id, []):
+            if seq.state is not State.FINISHED:
+                self._leave(seq, "cancelled")
+
+    def step(self) -> list[Output]:
+        """Compute one batch and give back what is new."""
+        started = time.perf_counter()
+        for done in self.tools.collect():
+            if done.seq.state is State.PARKED:
+                self._resume(done.seq, done.result)
+        preemptions = self.scheduler.preemptions
+        chunks = self.scheduler.schedule()
+        if self._observer and self.scheduler.preemptions > preemptions:
+            self._observer.preempted(self.scheduler.preemptions - preemptions)
+        self.progressed = bool(chunks)
+        if chunks:
+            self._note_admissions(chunks)
+            sequences, logits = self.runner.run(chunks)
+            self.scheduler.computed(chunks)
+            for seq, sample in zip(sequences, self.sampler.sample(logits, sequences), strict=True):
+                self._extend(seq, sample)
+            if self._observer:
+                self._observer.stepped(time.perf_counter() - started, len(sequences))
+        outputs, self._outputs = self._outputs, []
+        self._latest.clear()
+        return outputs
+
+    def generate(
+        self,
+        prompts: Items[Items[int]],
+        sampling: SamplingParams | Items[SamplingParams],
+        *,
+        n: int = 1,
+        tools: ToolPolicy = NO_TOOLS,
+    ) -> list[list[Completion]]:
+        """Continue every prompt, in one continuous batch. The engine must not have other requests.
+
+        Args:
+            sampling: for all prompts, or one for each.
+
+        Returns:
+            For each prompt its ``n`` completions.
+
+        Raises:
+            UserError: a prompt can never be served.
+        """
+        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
+        requests = collections.deque(
+            Request(str(i), tuple(prompt), params, n, tools)
+            for i, (prompt, params) in enumerate(zip(prompts, each, strict=True))
+        )
+        for request in requests:
+            self.check(request)
+        results = [[Completion() for _ in range(n)] for _ in prompts]
+        while requests or self._requests:
+            while requests and requests[0].n <= self._room():
+                self.add(requests.popleft())
+            for output in self.step():
+                results[int(output.request_id)][output.index].append(output)
+            if not self.progressed:
+                self.tools.wait()
+        return results
+
+    def load(self) -> Load:
+        """A snapshot; other threads may call this."""
+        scheduler, blocks = self.scheduler, self.blocks
+        return Load(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            parked=len(scheduler.parked),
+            blocks_total=blocks.num_blocks,
+            blocks_used=blocks.num_used,
+        )
+
+    def warm_up(self) -> None:
+        """Run a prefill and a decode step, so that the first request meets a warm engine. Call before any request."""
+        length = min(32, self.model_config.context_length, self.blocks.num_blocks * self.config.block_size)
+        sampling = SamplingParams(temperature=1.0, seed=0)
+        seq = Sequence(Request("warm-up", (0,) * length, sampling), 0, 0, 0, length)
+        seq.block_table = list(range(self.blocks.blocks_for(length)))
+        for chunk in (Chunk(seq, 0, length), Chunk(seq, length - 1, 1)):
+            sequences, logits = self.runner.run([chunk])
+            self.sampler.sample(logits, sequences)
+
+    def check_integrity(self) -> None:
+        """Compare the scheduler's and the block manager's books with the requests in flight.
+
+        Raises:
+            AssertionError: they disagree.
+        """
+        live = [seq for sequences in self._requests.values() for seq in sequences if seq.state is not State.FINISHED]
+        for state, listed in self.scheduler.by_state.items():
+            assert set(listed) == {seq for seq in live if seq.state is state}, f"the {state.value} list is wrong"
+        self.blocks.check_integrity(live)
+
+    def close(self) -> None:
+        """Stop outstanding tool calls."""
+        self.tools.close()
+
+    def _room(self) -> int:
+        """How many more sequences the queue takes: those that would run at once do not count against it."""
+        scheduler, config = self.scheduler, self.config
+        free = max(config.max_running - len(scheduler.running) - len(scheduler.parked), 0)
+        return config.max_waiting + free - len(scheduler.waiting)
+
+    def _max_length(self, request: Request) -> int:
+        limit, wanted = self.model_config.context_length, request.sampling.max_tokens
+        return min(limit, len(request.prompt) + wanted) if wanted else limit
+
+    def _note_admissions(self, chunks: Iterable[Chunk]) -> None:
+        for chunk in chunks:
+            seq = chunk.seq
+            if seq.admitted_at is None:
+                seq.admitted_at = time.monotonic()
+                if self._observer:
+                    queued = seq.admitted_at - seq.arrived_at
+                    self._observer.admitted(queued, seq.prompt_length, seq.cached_prompt_tokens)
+
+    def _extend(self, seq: Sequence, sample: Sample) -> None:
+        """Append a sampled token and see what follows from it."""
+        if self._observer:
+            now = time.monotonic()
+            if seq.last_token_at is None:
+                self._observer.first_token(now - seq.arrived_at)
+            else:
+                self._observer.next_token(now - seq.last_token_at)
+            seq.last_token_at = now
+        seq.tokens.append(sample.token)
+        self._output_for_tokens(seq).tokens.append(Token(sample.token, sample.logprob, sample.top_logprobs))
+        if sample.token in seq.request.sampling.stop_token_ids:
+            self._finish(seq, FinishReason.STOP)
+        elif len(seq.tokens) >= seq.max_length:
+            self._finish(seq, FinishReason.LENGTH)
+        elif self.tools.observe(seq):
+            self._call_tool(seq)
+
+    def _call_tool(self, seq: Sequence) -> None:
+        self.scheduler.park(seq)
+        self._output(seq).tool_events.append(self.tools.start(seq))
+
+    def _resume(self, seq: Sequence, result: ToolResult) -> None:
+        """Append a tool's output and put the sequence back to work."""
+        if self._observer:
+            self._observer.tool_called(result.status)
+        forced = self.tools.output_tokens(result)
+        fits = len(seq.tokens) + len(forced) <= seq.max_length
+        output = self._output_for_tokens(seq)
+        output.tool_events.append(result)
+        if fits:
+            seq.tokens += forced
+            output.tokens += [Token(token, forced=True) for token in forced]
+        if fits and len(seq.tokens) < seq.max_length:
+            self.scheduler.resume(seq)
+        else:
+            self._finish(seq, FinishReason.LENGTH)
+
+    def _finish(self, seq: Sequence, reason: FinishReason) -> None:
+        output = self._output(seq)
+        output.finish_reason = reason
+        output.usage = Usage(seq.prompt_length, seq.completion_length, seq.cached_prompt_tokens)
+        self._leave(seq, reason.value)
+        if all(sibling.state is State.FINISHED for sibling in self._requests[seq.request.id]):
+            del self._requests[seq.request.id]
+
+    def _leave(self, seq: Sequence, reason: str) -> None:
+        self.tools.cancel(seq)
+        self.scheduler.finish(seq)
+        if self._observer:
+            self._observer.finished(reason, time.monotonic() - seq.arrived_at)
+
+    def _output(self, seq: Sequence) -> Output:
+        """This step's latest output of ``seq``."""
+        return self._latest.get(seq) or self._new_output(seq)
+
+    def _output_for_tokens(self, seq: Sequence) -> Output:
+        """The same, unless it has tool events already: those come after their output's tokens."""
+        output = self._output(seq)
+        return self._new_output(seq) if output.tool_events else output
+
+    def _new_output(self, seq: Sequence) -> Output:
+        output = self._latest[seq] = Output(seq.request.id, seq.choice)
+        self._outputs.append(output)
+        return output

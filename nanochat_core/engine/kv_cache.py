@@ -1,0 +1,192 @@
+"""The paged KV cache's memory, and attention of a ragged batch over it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat_core.config import ModelConfig
+from nanochat_core.engine.scheduler import Chunk
+
+# On the CPU a token's attention has the same bits whether it is decoded, prefilled or recomputed, alone or in a batch,
+# because shapes are kept to those for which PyTorch adds in the same order (found by trying all, with MKL on AVX-512):
+# query rows in multiples of ROW_MULTIPLE (fewer run other matrix kernels); keys in tiles of KEY_TILE, over which the
+# kernel rescales its running softmax, counted from the sequence's start in windowed layers too; and a last tile that is
+# full or at most half a tile (longer sums are split in two), in multiples of KEY_MULTIPLE.
+ROW_MULTIPLE = 8
+KEY_MULTIPLE = 16
+KEY_TILE = 512
+# Short chunks whose contexts are within the same power of two of this many tokens share one padded batch.
+SMALLEST_BUCKET = 256
+
+
+class KVCache:
+    """Keys and values of all layers in blocks of ``block_size`` tokens.
+
+    Attributes:
+        keys, values: (n_layer, num_blocks, block_size, n_kv_head, head_dim) in the compute dtype.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (config.depth, num_blocks, block_size, config.n_kv_head, config.head_dim)
+        self.config = config
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.keys = _zeros(shape, dtype, device)
+        self.values = _zeros(shape, dtype, device)
+
+    @staticmethod
+    def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Memory of one block over all layers."""
+        return 2 * config.depth * block_size * config.kv_dim * dtype.itemsize
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store (tokens, n_kv_head, head_dim) keys and values at ``slots`` = block * block_size + offset."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, k)
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, v)
+
+    def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of (rows, n) block ids, each (rows, n * block_size, n_kv_head, head_dim)."""
+        rows, flat = blocks.size(0), blocks.flatten()
+        shape = (rows, -1, self.config.n_kv_head, self.config.head_dim)
+        return self.keys[layer].index_select(0, flat).view(shape), self.values[layer].index_select(0, flat).view(shape)
+
+
+class PagedAttention:
+    """:class:`~nanochat_core.model.Attend` for one ragged batch.
+
+    Chunks are taken in groups that share one padded batch; the batch's tokens must come in the order of
+    :attr:`chunks`.
+
+    Attributes:
+        chunks: the given chunks in the order of the batch.
+    """
+
+    def __init__(self, cache: KVCache, chunks: Iterable[Chunk]) -> None:
+        self._cache = cache
+        grouped = _group(chunks)
+        self.chunks = [chunk for group in grouped for chunk in group]
+        self._slots = _to_device(_slots(self.chunks, cache.block_size), cache)
+        self._groups = [_Group(cache, group) for group in grouped]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """Attention of (tokens, n_head, head_dim) queries; writes the new keys and values first."""
+        self._cache.write(layer, self._slots, k, v)
+        if len(self._groups) == 1:
+            return self._groups[0].attend(layer, q, window)
+        parts = q.split([group.tokens for group in self._groups])
+        return torch.cat([group.attend(layer, part, window) for group, part in zip(self._groups, parts, strict=True)])
+
+
+class _Group:
+    """Chunks attended together: their queries padded to (chunks, rows), their keys to the longest context."""
+
+    def __init__(self, cache: KVCache, chunks: Items[Chunk]) -> None:
+        self._cache = cache
+        self._chunks = chunks
+        self.tokens = sum(chunk.length for chunk in chunks)
+        self._rows = _round_up(max(chunk.length for chunk in chunks), ROW_MULTIPLE)
+        starts = np.array([chunk.start for chunk in chunks])
+        lengths = np.array([chunk.length for chunk in chunks])
+        row = np.arange(self._rows)
+        # Where each token's query goes in the padded batch, and the position of every row; padding rows repeat the
+        # chunk's last position.
+        is_token = row < lengths[:, None]
+        self._dense = bool(is_token.all())
+        self._places = _to_device(np.flatnonzero(is_token), cache)
+        self._positions = starts[:, None] + np.minimum(row, lengths[:, None] - 1)
+        self._views: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, q: Tensor, window: int) -> Tensor:
+        """(tokens, n_head, head_dim) queries of this group's chunks to outputs of the same shape."""
+        config = self._cache.config
+        count, rows = len(self._chunks), self._rows
+        if not self._dense:
+            q = q.new_zeros(count * rows, *q.shape[1:]).index_copy_(0, self._places, q)
+        blocks, mask = self._view(window, q.dtype)
+        keys, values = self._cache.gather(layer, blocks)
+        # Query heads that share a kv head become rows of one matrix product with it.
+        heads, shared = config.n_kv_head, config.n_head // config.n_kv_head
+        q = q.view(count, rows, heads, shared, -1).permute(0, 2, 1, 3, 4).reshape(count, heads, rows * shared, -1)
+        y = F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
+        y = y.view(count, heads, rows, shared, -1).permute(0, 2, 1, 3, 4).reshape(count * rows, config.n_head, -1)
+        return y if self._dense else y.index_select(0, self._places)
+
+    def _view(self, window: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Block ids (chunks, n) that a layer with this window gathers, and its (chunks, 1, rows, keys) mask."""
+        window = min(window, int(self._positions[:, -1].max()))  # equal for all layers that see everything
+        if window not in self._views:
+            self._views[window] = self._build_view(window, dtype)
+        return self._views[window]
+
+    def _build_view(self, window: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        size = self._cache.block_size
+        first = np.maximum(self._positions[:, 0] - window, 0) // KEY_TILE * KEY_TILE
+        longest = int((self._positions[:, -1] + 1 - first).max())
+        width = _round_up(_padded_keys(longest), size) // size
+        blocks = np.zeros((len(self._chunks), width), dtype=np.int64)
+        for i, (chunk, begin) in enumerate(zip(self._chunks, first // size, strict=True)):
+            visible = chunk.seq.block_table[begin : begin + width]
+            blocks[i, : len(visible)] = visible
+        keys = (first[:, None] + np.arange(width * size))[:, None, :]
+        rows = self._positions[:, :, None]
+        hidden = (keys > rows) | (keys < rows - window)
+        shared = self._cache.config.n_head // self._cache.config.n_kv_head
+        mask = torch.from_numpy(np.where(hidden, np.float32("-inf"), np.float32(0))).to(dtype)
+        mask = mask.repeat_interleave(shared, dim=1).unsqueeze(1)
+        return _to_device(blocks, self._cache), mask.to(self._cache.keys.device)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, because a masked key that is not a number would still spoil the sum over values.
+
+    In host memory they take no space before they are written: numpy, unlike torch, asks the system for clean pages.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
+def _group(chunks: Iterable[Chunk]) -> list[list[Chunk]]:
+    """Chunks of at most ROW_MULTIPLE tokens by the size of their context; each longer one alone."""
+    short: dict[int, list[Chunk]] = {}
+    long: list[list[Chunk]] = []
+    for chunk in chunks:
+        if chunk.length <= ROW_MULTIPLE:
+            short.setdefault(max(chunk.end, SMALLEST_BUCKET).bit_length(), []).append(chunk)
+        else:
+            long.append([chunk])
+    return [*short.values(), *long]
+
+
+def _slots(chunks: Items[Chunk], size: int) -> np.ndarray:
+    """Cache slot of each token of the batch."""
+    return np.array(
+        [
+            chunk.seq.block_table[position // size] * size + position % size
+            for chunk in chunks
+            for position in range(chunk.start, chunk.end)
+        ]
+    )
+
+
+def _padded_keys(length: int) -> int:
+    """The next number of keys whose sums are added in the same order as those of a longer context."""
+    whole, rest = length // KEY_TILE * KEY_TILE, length % KEY_TILE
+    return whole + (_round_up(rest, KEY_MULTIPLE) if rest <= KEY_TILE // 2 else KEY_TILE)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _to_device(values: np.ndarray, cache: KVCache) -> Tensor:
+    return torch.from_numpy(values).to(cache.keys.device, non_blocking=True)

@@ -1,0 +1,151 @@
+"""Which tokens are computed next: one loop over one token budget."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+
+from nanochat_core.engine.block_manager import BlockManager
+from nanochat_core.engine.sequence import Sequence, State
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens ``start .. start + length`` of a sequence, computed together in one step."""
+
+    seq: Sequence
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+    @property
+    def samples(self) -> bool:
+        """Whether this chunk reaches the last known token, so that the next one can be sampled."""
+        return self.end == len(self.seq.tokens)
+
+
+class Scheduler:
+    """Shares the token budget of each step among sequences.
+
+    A sequence is tokens known against tokens computed; whether the difference is a prompt, one sampled token, a tool's
+    output or everything (after a preemption) makes no difference here.
+    """
+
+    def __init__(self, blocks: BlockManager, token_budget: int, max_running: int) -> None:
+        """
+        Args:
+            token_budget: most tokens computed in one step; at least ``max_running``, so that each running sequence
+                gets one.
+            max_running: most sequences that are running or parked at a time.
+        """
+        assert token_budget >= max_running
+        self.blocks = blocks
+        self.token_budget = token_budget
+        self.max_running = max_running
+        # Both sorted by (priority, arrival).
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.parked: list[Sequence] = []
+        self.by_state = {State.WAITING: self.waiting, State.RUNNING: self.running, State.PARKED: self.parked}
+        self.preemptions = 0
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence that holds no blocks."""
+        seq.state = State.WAITING
+        bisect.insort(self.waiting, seq, key=_order)
+
+    def park(self, seq: Sequence) -> None:
+        """Take a sequence out of the batch until :meth:`resume`; it keeps its blocks."""
+        self.by_state[seq.state].remove(seq)
+        seq.state = State.PARKED
+        self.parked.append(seq)
+
+    def resume(self, seq: Sequence) -> None:
+        """Put a parked sequence back: into the batch, or into the queue when it has lost its blocks meanwhile."""
+        self.parked.remove(seq)
+        if seq.block_table:
+            seq.state = State.RUNNING
+            bisect.insort(self.running, seq, key=_order)
+        else:
+            self.add(seq)
+
+    def finish(self, seq: Sequence) -> None:
+        """Remove a sequence, whatever it is doing, and free its blocks."""
+        self.by_state[seq.state].remove(seq)
+        self.blocks.release(seq)
+        seq.state = State.FINISHED
+
+    def schedule(self) -> list[Chunk]:
+        """The chunks of the next step; room for them is reserved. Empty when nothing can run."""
+        budget = self.token_budget
+        chunks: list[Chunk] = []
+        position = 0
+        while position < len(self.running):
+            seq = self.running[position]
+            # A long prompt leaves one token to each sequence behind it.
+            behind = len(self.running) - position - 1
+            length = min(seq.remaining, budget - behind)
+            if not self._make_room(seq, seq.computed + length):
+                break  # it was the youngest and has been preempted itself
+            chunks.append(Chunk(seq, seq.computed, length))
+            budget -= length
+            position += 1
+        for seq in self._candidates():
+            if budget == 0 or len(self.running) + len(self.parked) >= self.max_running:
+                break
+            prefix = self.blocks.find_prefix(seq)
+            if prefix is None:
+                continue  # what it starts with is being computed; it will find that in the cache
+            # A spare block for each running sequence: filling the cache up would only preempt someone next step.
+            if not self.blocks.can_admit(seq, prefix, spare=len(self.running)):
+                break
+            self._admit(seq, prefix)
+            length = min(seq.remaining, budget)
+            fits = self.blocks.grow(seq, seq.computed + length)
+            assert fits, f"{seq} was admitted without room"
+            chunks.append(Chunk(seq, seq.computed, length))
+            budget -= length
+        return chunks
+
+    def computed(self, chunks: list[Chunk]) -> None:
+        """Record that these chunks' keys and values are in the cache."""
+        for chunk in chunks:
+            chunk.seq.computed = chunk.end
+            self.blocks.seal(chunk.seq)
+
+    def _candidates(self) -> list[Sequence]:
+        """Waiting sequences worth looking at in one step, first come first."""
+        return list(itertools.islice(self.waiting, 2 * self.max_running))
+
+    def _admit(self, seq: Sequence, prefix: list[int]) -> None:
+        self.waiting.remove(seq)
+        self.blocks.admit(seq, prefix)
+        if seq.admitted_at is None:
+            seq.cached_prompt_tokens = min(seq.computed, seq.prompt_length)
+        seq.state = State.RUNNING
+        bisect.insort(self.running, seq, key=_order)
+
+    def _make_room(self, seq: Sequence, tokens: int) -> bool:
+        """Reserve blocks, preempting the youngest sequences; False when ``seq`` itself had to go."""
+        while not self.blocks.grow(seq, tokens):
+            victim = max((s for s in itertools.chain(self.running, self.parked) if s.block_table), key=_order)
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Take a sequence's blocks; it keeps its tokens and is computed again later."""
+        self.preemptions += 1
+        self.blocks.release(seq)
+        if seq.state is State.RUNNING:
+            self.running.remove(seq)
+            self.add(seq)
+
+
+def _order(seq: Sequence) -> tuple[int, int]:
+    return seq.order

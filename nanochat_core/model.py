@@ -1,0 +1,274 @@
+"""The GPT: pre-norm decoder with rotary attention, value embeddings, smear, backout and a softcapped head.
+
+The network is written once, over token positions of any leading shape. What differs between training on whole rows
+and serving ragged batches from a paged cache is how attention finds its keys, so that is passed in
+(:class:`Attend`).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat_core.attention import causal_attention
+from nanochat_core.config import ModelConfig
+
+ROTARY_BASE = 100_000.0
+# q and k are scaled by this after their norm: a sharper softmax than unit-norm vectors allow.
+QK_SCALE = 1.2
+LOGIT_SOFTCAP = 15.0
+# How many leading channels the two small gates read.
+SMEAR_CHANNELS = 24
+VALUE_GATE_CHANNELS = 12
+VALUE_GATE_SCALE = 3.0
+IGNORE_INDEX = -1
+
+
+class Attend(Protocol):
+    """Causal attention of one layer over wherever the keys and values of earlier tokens are.
+
+    Called with ``q`` of shape (..., n_head, head_dim) and ``k``, ``v`` of (..., n_kv_head, head_dim) for the tokens
+    of this pass; gives back (..., n_head, head_dim).
+    """
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor: ...
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension, without a learned weight."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """Linear layer without bias whose fp32 master weight is cast to the input's dtype."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class SelfAttention(nn.Module):
+    """Projections, rotary positions and normalized queries and keys around an :class:`Attend`."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.window = config.windows[layer]
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.q = Linear(config.dim, config.dim)
+        self.k = Linear(config.dim, config.kv_dim)
+        self.v = Linear(config.dim, config.kv_dim)
+        self.out = Linear(config.dim, config.dim)
+        self.value_gate = Linear(VALUE_GATE_CHANNELS, config.n_kv_head) if config.has_value_embedding(layer) else None
+
+    def forward(self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
+        if self.value_gate is not None and value_embedding is not None:
+            gate = VALUE_GATE_SCALE * torch.sigmoid(self.value_gate(x[..., :VALUE_GATE_CHANNELS]))
+            v = v + gate.unsqueeze(-1) * value_embedding.view(heads)
+        q = rms_norm(rotate(q, cos, sin)) * QK_SCALE
+        k = rms_norm(rotate(k, cos, sin)) * QK_SCALE
+        y = attend(self.layer, q, k, v, self.window)
+        return self.out(y.reshape(x.shape))
+
+
+class MLP(nn.Module):
+    """Four times wider hidden layer with squared ReLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = Linear(config.dim, 4 * config.dim)
+        self.down = Linear(4 * config.dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on the normalized residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.attention(rms_norm(x), value_embedding, cos, sin, attend)
+        return x + self.mlp(rms_norm(x))
+
+
+class GPT(nn.Module):
+    """The whole network.
+
+    Parameters are fp32 except the embedding tables, which are stored in ``compute_dtype``, the dtype of activations
+    and matrix products.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        rows = config.padded_vocab_size
+        self.embedding = nn.Embedding(rows, config.dim, dtype=compute_dtype)
+        self.value_embeddings = nn.ModuleDict(
+            {
+                str(layer): nn.Embedding(rows, config.kv_dim, dtype=compute_dtype)
+                for layer in range(config.depth)
+                if config.has_value_embedding(layer)
+            }
+        )
+        self.smear_gate = Linear(SMEAR_CHANNELS, 1)
+        self.smear_scale = nn.Parameter(torch.zeros(1))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.residual_scales = nn.Parameter(torch.ones(config.depth))
+        self.skip_scales = nn.Parameter(torch.zeros(config.depth))
+        self.backout_scale = nn.Parameter(torch.zeros(1))
+        self.head = Linear(config.dim, rows)
+        cos, sin = rotary_table(config.context_length, config.head_dim, compute_dtype, self.smear_scale.device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @property
+    def layers(self) -> list[Block]:
+        return [cast(Block, block) for block in self.blocks]
+
+    @property
+    def value_tables(self) -> dict[int, nn.Embedding]:
+        """Value embedding of each layer that has one."""
+        return {int(layer): cast(nn.Embedding, table) for layer, table in self.value_embeddings.items()}
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw the initial weights.
+
+        Args:
+            generator: source of random numbers, on the parameters' device; None uses torch's own.
+        """
+        dim, depth = self.config.dim, self.config.depth
+        # A uniform distribution on [-bound, bound] has standard deviation bound / sqrt(3).
+        bound = (3 / dim) ** 0.5
+        _normal(self.embedding.weight, 0.8, generator)
+        _normal(self.head.weight, 0.001, generator)
+        for block in self.layers:
+            attention, mlp = block.attention, block.mlp
+            for projection in (attention.q, attention.k, attention.v):
+                _uniform(projection.weight, -bound, bound, generator)
+            _uniform(mlp.up.weight, -0.4 * bound, 0.4 * bound, generator)
+            attention.out.weight.zero_()
+            mlp.down.weight.zero_()
+            if attention.value_gate is not None:
+                _uniform(attention.value_gate.weight, 0.0, 0.02, generator)
+        for table in self.value_tables.values():
+            _uniform(table.weight, -bound, bound, generator)
+        _uniform(self.smear_gate.weight, 0.0, 0.02, generator)
+        self.smear_scale.zero_()
+        self.backout_scale.fill_(0.2)
+        fraction = torch.arange(depth) / max(depth - 1, 1)
+        self.residual_scales.copy_(1.15 - 0.10 * fraction)
+        self.skip_scales.copy_(0.20 - 0.15 * fraction)
+
+    def hidden(self, ids: Tensor, previous_ids: Tensor, positions: Tensor | None, attend: Attend) -> Tensor:
+        """The normalized last hidden states.
+
+        Args:
+            ids: token ids, any shape, int64.
+            previous_ids: the token before each one, same shape; negative where there is none.
+            positions: position of each token in its sequence, of ``ids``' shape; None means 0, 1, 2, … along the
+                last dimension.
+            attend: causal attention for these tokens.
+
+        Returns:
+            (*ids.shape, dim) in the compute dtype.
+        """
+        cos, sin = (
+            (self.cos[: ids.size(-1)], self.sin[: ids.size(-1)])
+            if positions is None
+            else (
+                self.cos[positions],
+                self.sin[positions],
+            )
+        )
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        x = rms_norm(self.embedding(ids))
+        # The smear's neighbour is a function of the previous token's id alone, so serving needs no cached state for it.
+        previous = rms_norm(self.embedding(previous_ids.clamp(min=0)))
+        gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS])) * (previous_ids >= 0).unsqueeze(-1)
+        x = x + (self.smear_scale * gate).to(x.dtype) * previous
+        x0, middle = x, x
+        residual_scales, skip_scales = self.residual_scales.to(x.dtype), self.skip_scales.to(x.dtype)
+        value_tables = self.value_tables
+        for layer, block in enumerate(self.layers):
+            x = residual_scales[layer] * x + skip_scales[layer] * x0
+            value_embedding = value_tables[layer](ids) if layer in value_tables else None
+            x = block(x, value_embedding, cos, sin, attend)
+            if layer == self.config.depth // 2:
+                middle = x
+        x = x - self.backout_scale.to(x.dtype) * middle
+        return rms_norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Softcapped fp32 logits of shape (..., vocab_size) for hidden states of shape (..., dim)."""
+        raw = self.head(hidden)[..., : self.config.vocab_size].float()
+        return LOGIT_SOFTCAP * torch.tanh(raw / LOGIT_SOFTCAP)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits of whole rows.
+
+        Args:
+            ids: (batch, time) token ids.
+
+        Returns:
+            (batch, time, vocab_size) fp32.
+        """
+        return self.logits(self._rows(ids))
+
+    def loss(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy in nats of whole rows.
+
+        Args:
+            ids: (batch, time) token ids.
+            targets: (batch, time) next tokens; ``-1`` is not counted.
+            reduction: ``mean`` over counted targets, ``sum``, or ``none`` for a flat (batch * time,) tensor.
+        """
+        logits = self.forward(ids)
+        return F.cross_entropy(
+            logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=IGNORE_INDEX, reduction=reduction
+        )
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        previous = F.pad(ids[:, :-1], (1, 0), value=-1)
+        return self.hidden(ids, previous, None, lambda _layer, q, k, v, window: causal_attention(q, k, v, window))
+
+
+def rotary_table(length: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of shape (length, head_dim / 2) for rotary position embeddings (arXiv 2104.09864)."""
+    channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    angles = torch.outer(
+        torch.arange(length, dtype=torch.float32, device=device), ROTARY_BASE ** (-channels / head_dim)
+    )
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[i], x[i + head_dim/2]) of (..., heads, head_dim) by each position's angles."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+
+
+def _normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
+    drawn = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    weight.copy_(drawn.normal_(0.0, std, generator=generator))
+
+
+def _uniform(weight: Tensor, low: float, high: float, generator: torch.Generator | None) -> None:
+    drawn = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    weight.copy_(drawn.uniform_(low, high, generator=generator))

@@ -1,0 +1,59 @@
+"""Configuration of an executor."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from typing import Literal
+
+from nanochat_core.sandbox.results import Limits
+
+ProfileName = Literal["auto", "bwrap", "pod"]
+
+DEFAULT_LIMITS = Limits(wall_seconds=5.0, cpu_seconds=5.0, memory_bytes=256 << 20, output_bytes=64 << 10)
+MAXIMUM_LIMITS = Limits(wall_seconds=30.0, cpu_seconds=30.0, memory_bytes=1 << 30, output_bytes=1 << 20)
+
+
+@dataclasses.dataclass(frozen=True)
+class SandboxConfig:
+    """How an executor isolates and how much it runs at once.
+
+    Attributes:
+        profile: ``auto`` takes the strongest profile whose self-test passes.
+        interpreter: Python that runs the code; empty means the one running now.
+        bwrap: name or path of bubblewrap.
+        scratch_dir: existing writable folder under which the ``pod`` profile makes a folder per call.
+        concurrency: calls that run at once.
+        queue: calls that may wait for a slot; one more is answered OVERLOADED.
+        warm: interpreters kept started and idle; 0 starts one for each call.
+        scratch_bytes, scratch_files: what a call may store; one file is never larger than ``scratch_bytes``.
+        preload: standard-library modules imported before the code arrives.
+    """
+
+    profile: ProfileName = "auto"
+    interpreter: str = ""
+    bwrap: str = "bwrap"
+    scratch_dir: str = dataclasses.field(default_factory=tempfile.gettempdir)
+    concurrency: int = 4
+    queue: int = 64
+    warm: int = 4
+    default_limits: Limits = DEFAULT_LIMITS
+    maximum_limits: Limits = MAXIMUM_LIMITS
+    scratch_bytes: int = 16 << 20
+    scratch_files: int = 1000
+    preload: tuple[str, ...] = ("math", "random", "re")
+
+    def __post_init__(self) -> None:
+        for name, minimum in (
+            ("concurrency", 1),
+            ("queue", 0),
+            ("warm", 0),
+            ("scratch_bytes", 1),
+            ("scratch_files", 1),
+        ):
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+        for name in [field.name for field in dataclasses.fields(Limits)]:
+            low, high = getattr(self.default_limits, name), getattr(self.maximum_limits, name)
+            if not 0 < low <= high:
+                raise ValueError(f"the default {name} is {low}; it must be above 0 and at most the maximum, {high}")

@@ -1,0 +1,113 @@
+"""Attacks an isolation profile before it is trusted.
+
+What the kernel says about itself can be wrong or incomplete (nested sandboxes, filters that count for nothing), so
+every layer is asked to stop a real attempt.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+from nanochat_core.sandbox.errors import ProfileUnavailable, WorkerFailed
+from nanochat_core.sandbox.process import WorkerProcess
+from nanochat_core.sandbox.profiles import Profile
+from nanochat_core.sandbox.results import Limits, ResultFormat
+from nanochat_core.sandbox.scratch import ScratchRoot
+from nanochat_core.sandbox.verdict import judge
+
+_LIMITS = Limits(wall_seconds=10.0, cpu_seconds=5.0, memory_bytes=128 << 20, output_bytes=16 << 10)
+
+# (layer, what is attempted, code that gets through without an exception only when the layer leaks).
+# {secret} is a readable file outside, {folder} a writable folder outside.
+ATTEMPTS: tuple[tuple[str, str, str], ...] = (
+    ("files", "read a file outside", "open({secret!r}).read()"),
+    ("files", "create a file outside", "open({folder!r} + '/new', 'w')"),
+    ("files", "truncate a file outside", "os.open({secret!r}, os.O_RDONLY | os.O_TRUNC)"),
+    ("files", "list a folder outside", "os.listdir({folder!r})"),
+    ("files", "remove a file outside", "os.remove({secret!r})"),
+    ("seccomp", "open an internet socket", "import socket; socket.socket()"),
+    ("seccomp", "open a unix socket", "import socket; socket.socket(socket.AF_UNIX)"),
+    ("seccomp", "open a netlink socket", "import socket; socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)"),
+    ("seccomp", "fork", "os.fork() or os._exit(0)"),
+    ("seccomp", "start a thread", "import _thread; _thread.start_new_thread(int, ())"),
+    ("seccomp", "replace the program", "os.execv({python!r}, [{python!r}, '-c', 'print(\"seccomp: exec\")'])"),
+    ("seccomp", "signal its parent", "os.kill(os.getppid() or 1, 0)"),
+    ("seccomp", "change its limits", "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))"),
+    ("seccomp", "change the mode of a file", "os.chmod('.', 0o700)"),
+    ("seccomp", "make anonymous memory files", "os.memfd_create('x')"),
+    ("rlimits", "take more memory than allowed", "bytearray({memory} * 2)"),
+    ("rlimits", "write a file larger than allowed", "f = open('big', 'wb'); f.truncate({scratch} + 1)"),
+    ("rlimits", "open many files", "held = [os.dup(1) for _ in range(1000)]"),
+    ("environment", "see an environment variable", "next(iter(os.environ), None) or int('none')"),
+    ("descriptors", "use an inherited descriptor", "[os.dup(n) for n in range(4, 1024) if is_open(n)][0]"),
+)
+_NAMESPACE_ATTEMPTS = (
+    ("namespaces", "see that a file outside exists", "os.stat({secret!r})"),
+    ("namespaces", "see its process number outside", "os.getpid() > 2 or int('hidden')"),
+)
+_PROGRAM = """
+import os
+
+def is_open(number):
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+os.stat('.')
+open('scratch', 'w').write('works')
+for layer, action, code in {attempts!r}:
+    try:
+        exec(code, {{'os': os, 'is_open': is_open}})
+    except (OSError, RuntimeError, MemoryError, ValueError, IndexError):
+        continue
+    print(layer + ': code could ' + action)
+print('complete')
+"""
+
+
+async def self_test(profile: Profile, scratch_root: ScratchRoot) -> None:
+    """Attempt what ``profile`` must prevent.
+
+    Raises:
+        ProfileUnavailable: the profile cannot start or a layer leaks; names the layer and the first leak.
+    """
+    with tempfile.TemporaryDirectory(prefix="nanochat-selftest-", dir=scratch_root.path) as folder:
+        secret = os.path.join(folder, "secret")
+        with open(secret, "w") as file:
+            file.write("must not be read")
+        attempts = ATTEMPTS + (() if profile.host_scratch else _NAMESPACE_ATTEMPTS)
+        filled = [
+            (
+                layer,
+                action,
+                code.format(
+                    secret=secret,
+                    folder=folder,
+                    python=profile.interpreter.executable,
+                    memory=_LIMITS.memory_bytes,
+                    scratch=profile.config.scratch_bytes,
+                ),
+            )
+            for layer, action, code in attempts
+        ]
+        try:
+            worker = await WorkerProcess.start(profile, scratch_root)
+        except WorkerFailed as error:
+            raise ProfileUnavailable("start", str(error)) from error
+        try:
+            outcome = await worker.run(_PROGRAM.format(attempts=filled).encode(), _LIMITS, ResultFormat.STR)
+        except WorkerFailed as error:
+            raise ProfileUnavailable("start", str(error)) from error
+        finally:
+            await worker.dispose()
+    result = judge(outcome, _LIMITS, profile.config.scratch_bytes, profile.name)
+    lines = result.stdout.splitlines()
+    leaks = [line for line in lines if line != "complete"]
+    if leaks:
+        layer, _, reason = leaks[0].partition(": ")
+        raise ProfileUnavailable(layer, reason)
+    if not result.ok or lines != ["complete"]:
+        raise ProfileUnavailable("self-test", f"it did not finish: {result.error or result.stdout}")

@@ -1,0 +1,166 @@
+"""Typed settings: every field of a frozen dataclass is one flag and one environment variable.
+
+A flag wins over the environment variable, which wins over the default. Values are converted and checked at
+start; a wrong one raises :class:`~nanochat_core.errors.UserError` naming where it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from nanochat_core.errors import UserError
+
+T = TypeVar("T")
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off"}
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    env: str | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    secret: bool = False,
+) -> Any:
+    """Declare one field of a settings dataclass.
+
+    Args:
+        default: value when neither flag nor variable is given; without one the setting is required.
+        help: one sentence, with the unit, shown by ``--help`` and in the documentation.
+        env: environment variable; by default ``<PREFIX>_<FIELD>``.
+        minimum, maximum: inclusive bounds of a number.
+        secret: the value never appears in :func:`describe`, logs or the repr.
+    """
+    metadata = {"help": help, "env": env, "minimum": minimum, "maximum": maximum, "secret": secret}
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
+
+
+def load(
+    cls: type[T],
+    *,
+    prefix: str,
+    program: str,
+    argv: Sequence[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> T:
+    """Build ``cls`` from flags and environment.
+
+    Args:
+        cls: a dataclass whose fields were declared with :func:`setting`. Supported types: ``str``, ``int``,
+            ``float``, ``bool``, ``tuple[str, ...]`` (comma separated), ``Literal[...]`` and ``X | None``.
+        prefix: start of the environment variables' names, such as ``NANOCHAT_ENGINE``.
+        program: name shown in usage, such as ``python -m services.engine``.
+
+    Raises:
+        UserError: a value is missing, of the wrong type or out of bounds, or the class's own
+            ``__post_init__`` refused the combination.
+    """
+    environ = os.environ if environ is None else environ
+    hints = typing.get_type_hints(cls)
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=(cls.__doc__ or "").strip().split("\n\n")[0],
+        allow_abbrev=False,
+    )
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    for field in fields:
+        flag = "--" + field.name.replace("_", "-")
+        text = f"{field.metadata['help']} [{_default_text(field)}{_env_name(field, prefix)}]".replace("%", "%%")
+        if hints[field.name] is bool:
+            parser.add_argument(
+                flag,
+                dest=field.name,
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=text,
+            )
+        else:
+            parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=text)
+    given = vars(parser.parse_args(argv))
+    values: dict[str, Any] = {}
+    for field in fields:
+        name = _env_name(field, prefix)
+        if field.name in given:
+            raw, source = given[field.name], "--" + field.name.replace("_", "-")
+        elif environ.get(name, "") != "":
+            raw, source = environ[name], name
+        elif field.default is not dataclasses.MISSING:
+            values[field.name] = field.default
+            continue
+        else:
+            raise UserError(f"--{field.name.replace('_', '-')} (or {name}) is required: {field.metadata['help']}")
+        value = raw if isinstance(raw, bool) else _convert(raw, hints[field.name], source)
+        _check_bounds(value, field, source)
+        values[field.name] = value
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def describe(settings: Any) -> dict[str, Any]:
+    """The settings as a plain dictionary for a log line, with every secret replaced by ``***``."""
+    return {
+        field.name: "***"
+        if field.metadata.get("secret") and getattr(settings, field.name)
+        else getattr(settings, field.name)
+        for field in dataclasses.fields(settings)
+    }
+
+
+def _env_name(field: dataclasses.Field[Any], prefix: str) -> str:
+    return field.metadata.get("env") or f"{prefix}_{field.name.upper()}"
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    if field.default is dataclasses.MISSING or field.default in (None, "", ()) or field.metadata["secret"]:
+        return ""
+    default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+    return f"default {default}; "
+
+
+def _convert(raw: str, hint: Any, source: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = [a for a in typing.get_args(hint) if a is not type(None)]
+        return _convert(raw, inner[0], source)
+    if origin is typing.Literal:
+        choices = typing.get_args(hint)
+        if raw not in choices:
+            raise UserError(f"{source} is {raw!r}; choose one of {', '.join(map(str, choices))}")
+        return raw
+    if origin is tuple:
+        return tuple(part.strip() for part in raw.split(",") if part.strip())
+    if hint is bool:
+        lowered = raw.strip().lower()
+        if lowered not in _TRUE | _FALSE:
+            raise UserError(f"{source} is {raw!r}; use true or false")
+        return lowered in _TRUE
+    if hint in (int, float):
+        try:
+            return hint(raw)
+        except ValueError:
+            kind = "a whole number" if hint is int else "a number"
+            raise UserError(f"{source} is {raw!r}, which is not {kind}") from None
+    if hint is str:
+        return raw
+    raise TypeError(f"settings of type {hint} are not supported")
+
+
+def _check_bounds(value: Any, field: dataclasses.Field[Any], source: str) -> None:
+    low, high = field.metadata["minimum"], field.metadata["maximum"]
+    if value is None or isinstance(value, str | tuple):
+        return
+    if low is not None and not value >= low:
+        raise UserError(f"{source} is {value}; it must be at least {low}")
+    if high is not None and not value <= high:
+        raise UserError(f"{source} is {value}; it must be at most {high}")

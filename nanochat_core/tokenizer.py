@@ -1,0 +1,187 @@
+"""Byte-level BPE tokenizer, stored as plain JSON and run by tiktoken."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import tiktoken
+
+from nanochat_core.errors import UserError
+
+BOS = "<|bos|>"
+USER_START = "<|user_start|>"
+USER_END = "<|user_end|>"
+ASSISTANT_START = "<|assistant_start|>"
+ASSISTANT_END = "<|assistant_end|>"
+PYTHON_START = "<|python_start|>"
+PYTHON_END = "<|python_end|>"
+OUTPUT_START = "<|output_start|>"
+OUTPUT_END = "<|output_end|>"
+
+# In the order of their ids, which follow the last merge's.
+SPECIAL_TOKENS = (
+    BOS,
+    USER_START,
+    USER_END,
+    ASSISTANT_START,
+    ASSISTANT_END,
+    PYTHON_START,
+    PYTHON_END,
+    OUTPUT_START,
+    OUTPUT_END,
+)
+
+# GPT-4's pattern with numbers in groups of one or two digits: at small vocabularies three-digit groups would
+# spend a thousand entries on numbers.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+FORMAT = "nanochat-bpe/1"
+
+# The pattern backtracks over a run of whitespace, and the regular expression engine gives up on one of about a million
+# characters. Longer runs than this are therefore encoded in pieces; text never has them unless it is made to.
+MAX_WHITESPACE_RUN = 100_000
+_LONG_RUN = re.compile(rf"(?<!\s)\s{{{MAX_WHITESPACE_RUN + 1},}}")
+
+
+class Tokenizer:
+    """Turns text into token ids and back.
+
+    Ids ``0 .. len(token_bytes)-1`` are byte sequences in merge order; the special tokens follow. Ordinary text never
+    yields a special token: ``<|user_end|>`` typed by a user is encoded as the characters it consists of.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes], pattern: str = SPLIT_PATTERN) -> None:
+        """
+        Args:
+            token_bytes: the bytes of each ordinary token, indexed by id; the first 256 cover every single byte.
+            pattern: regular expression that splits text before merging.
+
+        Raises:
+            UserError: a byte is missing or two tokens are the same.
+        """
+        ranks = {token: rank for rank, token in enumerate(token_bytes)}
+        if len(ranks) != len(token_bytes):
+            raise UserError("the tokenizer lists the same token twice")
+        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+        if missing:
+            raise UserError(f"the tokenizer has no token for byte {missing[0]}; train it again")
+        self.pattern = pattern
+        self.token_bytes = list(token_bytes)
+        self.special_ids = {name: len(token_bytes) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self._encoding = tiktoken.Encoding(
+            name="nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_ids
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return len(self.token_bytes) + len(SPECIAL_TOKENS)
+
+    @property
+    def bos_id(self) -> int:
+        return self.special_ids[BOS]
+
+    @property
+    def bytes_per_token(self) -> list[int]:
+        """UTF-8 bytes that each id stands for, 0 for special tokens; the denominator of bits per byte."""
+        return [len(token) for token in self.token_bytes] + [0] * len(SPECIAL_TOKENS)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, special tokens never among them.
+
+        Decoding gives ``text`` back, except that lone surrogates, which UTF-8 has no bytes for, become U+FFFD.
+        """
+        if not _may_have_long_run(text):
+            return self._encoding.encode_ordinary(text)
+        return [token_id for piece in _pieces(text) for token_id in self._encoding.encode_ordinary(piece)]
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 2) -> list[list[int]]:
+        """:meth:`encode` of several texts on ``threads`` threads."""
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self.encode, texts))
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of ``ids``; special tokens appear by name.
+
+        Raises:
+            UserError: an id is outside the vocabulary.
+        """
+        ids = list(ids)
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise UserError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
+        return self._encoding.decode_bytes(ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``, invalid UTF-8 replaced."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 over what determines the ids; ties a model to its tokenizer."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The stored form, see :meth:`from_json`."""
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "pattern": self.pattern,
+                "special_tokens": self.special_ids,
+                "bytes_per_token": self.bytes_per_token,
+                "ranks": [base64.b64encode(token).decode() for token in self.token_bytes],
+            },
+            indent=None,
+            separators=(",", ":"),
+        )
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Tokenizer:
+        """Read ``tokenizer.json``.
+
+        Raises:
+            UserError: not a tokenizer, or one of another format.
+        """
+        try:
+            stored = json.loads(text)
+            if stored.get("format") != FORMAT:
+                raise UserError(f"tokenizer.json has format {stored.get('format')!r}; this version reads {FORMAT!r}")
+            tokenizer = cls([base64.b64decode(rank, validate=True) for rank in stored["ranks"]], stored["pattern"])
+            special_ids = stored["special_tokens"]
+        except (ValueError, KeyError, AttributeError, TypeError, binascii.Error) as error:
+            raise UserError(f"tokenizer.json is damaged ({error}); train the tokenizer again") from error
+        if tokenizer.special_ids != special_ids:
+            raise UserError("tokenizer.json has other special tokens than this version; train the tokenizer again")
+        return tokenizer
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """:meth:`from_json` of a file."""
+        return cls.from_json(path.read_bytes())
+
+
+def _may_have_long_run(text: str) -> bool:
+    """Cheap for any text: a run of more than MAX_WHITESPACE_RUN fills at least one aligned block of half that size."""
+    block = MAX_WHITESPACE_RUN // 2
+    return any(text[start : start + block].isspace() for start in range(0, len(text) - block, block))
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """``text`` cut inside runs of more than MAX_WHITESPACE_RUN whitespace characters, after each so many of them."""
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        for cut in range(run.start() + MAX_WHITESPACE_RUN, run.end(), MAX_WHITESPACE_RUN):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
