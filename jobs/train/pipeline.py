@@ -1,0 +1,194 @@
+"""From text to a promoted chat model: ``python -m jobs.train.pipeline --recipe demo``.
+
+Each stage is a process of its own and is skipped when what it makes is in the store already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from jobs.eval.report import reported
+from jobs.train import pretrain, sft
+from jobs.train.recipes import RECIPES, Flags, Recipe
+from jobs.train.shards import dataset_digest, local_text_digest
+from jobs.train.tokenizer import load_tokenizer, trained_on
+from nanochat_core import logs
+from nanochat_core.checkpoint import Checkpoint, check_model_name, newest_checkpoint, promote, promoted
+from nanochat_core.errors import UserError, run_main
+from nanochat_core.settings import load, setting
+from nanochat_core.store import DEFAULT_HOME, Store, open_store
+
+log = logging.getLogger("jobs.train.pipeline")
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineSettings:
+    """Run every stage of a recipe: data, tokenizer, pretraining, fine-tuning, evaluation, report, promotion."""
+
+    recipe: Literal["demo", "small", "speedrun"] = setting(
+        help="; ".join(f"{r.name}: {r.summary}" for r in RECIPES.values())
+    )
+    model: str = setting("", "name of the model in the store; the recipe's name when not given")
+    data: str = setting("", "file or folder of parquet, JSONL or plain text to train on")
+    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
+    threads: int = setting(0, "CPU threads of the training stages; 0 leaves the choice to torch", minimum=0)
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
+
+
+class Pipeline:
+    """Runs the stages of one recipe for one model.
+
+    A stage is done when the store has what it makes, made from what the store has now: training a stage again makes
+    everything that was made from it stale, unless it comes out the same.
+    """
+
+    def __init__(self, settings: PipelineSettings, recipe: Recipe) -> None:
+        """
+        Raises:
+            UserError: the model's name or the store's URL is wrong.
+        """
+        self.settings, self.recipe = settings, recipe
+        self.model = check_model_name(settings.model or recipe.name)
+        self.store: Store = open_store(settings.home)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._starting = False
+        self._signal: int | None = None
+
+    def run(self) -> None:
+        """Run what is not done yet.
+
+        Raises:
+            UserError: a setting is wrong.
+            SystemExit: a stage failed or was stopped, with its exit code.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._forward)
+        started = time.monotonic()
+        self._prepare()
+        base, tuned = self._train()
+        if not reported(self.store, self.model, base, tuned):
+            self._stage("jobs.eval.report", {"model": self.model, "recipe": self.recipe.name, **self._threads()})
+        if promoted(self.store, self.model) != tuned.ref:
+            promote(self.store, tuned.ref)
+        log.info(
+            "pipeline done",
+            extra={
+                "model": self.model,
+                "promoted": tuned.ref.revision,
+                "report": f"{self.store}/reports/{self.model}/report.md",
+                "seconds": round(time.monotonic() - started, 1),
+            },
+        )
+
+    def _prepare(self) -> None:
+        """Put the recipe's data into the store unless it is there.
+
+        Raises:
+            UserError: the data there is of another recipe or text.
+        """
+        data = Path(self.settings.data) if self.settings.data else None
+        given = {"recipe": self.recipe.name}
+        if data is not None and self.recipe.needs_data:
+            given["text"] = local_text_digest(data)
+        key = f"data/{self.model}/origin.json"
+        try:
+            stored = json.loads(self.store.read(key))
+        except FileNotFoundError:
+            stored = None
+        if stored is not None and given != {name: stored.get(name) for name in given}:
+            source = f" from {stored['source']}" if "source" in stored else ""
+            raise UserError(
+                f"data/{self.model} in {self.store} was made with recipe {stored['recipe']}{source}, not with what was "
+                f"given now; use another --model name, or delete data/{self.model} and data/{self.model}-chat to train "
+                f"{self.model} anew"
+            )
+        self.recipe.prepare(self.store, self.model, data)
+        if stored is None:
+            origin = given | ({"source": str(data.resolve())} if data else {})
+            self.store.write(key, (json.dumps(origin, indent=2) + "\n").encode())
+
+    def _train(self) -> tuple[Checkpoint, Checkpoint]:
+        """The final checkpoints of pretraining and fine-tuning, trained where they are missing or stale."""
+        name, conversations = self.model, f"{self.model}-chat"
+        if trained_on(self.store, name) != dataset_digest(self.store, name):
+            self._stage("jobs.train.tokenizer", {"dataset": name, "name": name, **self.recipe.tokenizer})
+        base = self._checkpoint(
+            "base",
+            "jobs.train.pretrain",
+            {"model": name, "dataset": name, "tokenizer": name, **self._threads(), **self.recipe.pretrain},
+            pretrain.inputs(self.store, name, load_tokenizer(self.store, name)),
+        )
+        tuned = self._checkpoint(
+            "sft",
+            "jobs.train.sft",
+            {"model": name, "conversations": conversations, **self._threads(), **self.recipe.sft},
+            sft.inputs(self.store, conversations, base),
+        )
+        return base, tuned
+
+    def _checkpoint(self, stage: str, module: str, flags: Flags, inputs: Mapping[str, str]) -> Checkpoint:
+        """The final checkpoint of a stage that is made from ``inputs``; trained if it is not there."""
+        newest = newest_checkpoint(self.store, self.model, stage)
+        stale = newest is not None and newest.meta.get("inputs") != inputs
+        if newest is None or stale or not newest.meta["finished"]:
+            if stale:
+                log.info("starting over: what it was made from has changed", extra={"stage": module})
+            self._stage(module, flags, start_over=stale)
+            newest = newest_checkpoint(self.store, self.model, stage)
+        if newest is None or not newest.meta["finished"]:
+            raise UserError(f"{module} left no finished checkpoint of {self.model}")
+        return newest
+
+    def _stage(self, module: str, flags: Flags, *, start_over: bool = False) -> None:
+        """Run one job to its end; its output is ours."""
+        command = [sys.executable, "-m", module, "--home", self.settings.home]
+        for name, value in flags.items():
+            command += [f"--{name}", str(value)]
+        if start_over:
+            command.append("--no-resume")
+        log.info("stage starts", extra={"stage": module})
+        started = time.monotonic()
+        self._starting = True
+        self._child = subprocess.Popen(command)  # noqa: S603
+        self._starting = False
+        if self._signal is not None:
+            self._child.send_signal(self._signal)
+        code = self._child.wait()
+        self._child = None
+        if code or self._signal is not None:
+            log.error("stage ended early", extra={"stage": module, "exit_code": code})
+            raise SystemExit(code if code > 0 else 128 + (self._signal or -code))
+        log.info("stage done", extra={"stage": module, "seconds": round(time.monotonic() - started, 1)})
+
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
+        """Let the running stage save its state; without one, end here."""
+        self._signal = number
+        if self._child is not None:
+            # A terminal's Ctrl-C has reached the stage already.
+            if number != signal.SIGINT or not sys.stdin.isatty():
+                self._child.send_signal(number)
+        elif not self._starting:
+            raise SystemExit(128 + number)
+
+    def _threads(self) -> dict[str, int]:
+        return {"threads": self.settings.threads} if self.settings.threads else {}
+
+
+def main() -> None:
+    settings = load(PipelineSettings, prefix="NANOCHAT_PIPELINE", program="python -m jobs.train.pipeline")
+    logs.configure("pipeline", settings.log_level)
+    Pipeline(settings, RECIPES[settings.recipe]).run()
+
+
+if __name__ == "__main__":
+    run_main(main, "python -m jobs.train.pipeline")

@@ -1,0 +1,131 @@
+"""Train a tokenizer: ``python -m jobs.train.tokenizer``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import rustbpe
+
+from jobs.train.shards import TextDataset, dataset_digest
+from nanochat_core import logs
+from nanochat_core.errors import UserError, run_main
+from nanochat_core.settings import load, setting
+from nanochat_core.store import DEFAULT_HOME, Store, open_store
+from nanochat_core.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+
+log = logging.getLogger("jobs.train.tokenizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerSettings:
+    """Train a byte-level BPE tokenizer on a text dataset of the store."""
+
+    dataset: str = setting(help="name of the dataset in the store")
+    name: str = setting(help="name to save the tokenizer under")
+    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
+    vocab_size: int = setting(32768, "ids in the vocabulary, the nine special tokens included", minimum=265)
+    document_characters: int = setting(10_000, "characters of each document that are used", minimum=1)
+    total_characters: int = setting(2_000_000_000, "characters used in all", minimum=1)
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
+
+
+def tokenizer_key(name: str) -> str:
+    """Where a tokenizer lies in the store."""
+    return f"tokenizers/{name}/tokenizer.json"
+
+
+def trained_on(store: Store, name: str) -> str | None:
+    """Digest of the dataset that a tokenizer was trained on; None when there is no tokenizer of that name."""
+    try:
+        digest: str = json.loads(store.read(_meta_key(name)))["dataset"]
+    except FileNotFoundError:
+        return None
+    return digest if store.exists(tokenizer_key(name)) else None
+
+
+def load_tokenizer(store: Store, name: str) -> Tokenizer:
+    """Read a trained tokenizer.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    try:
+        return Tokenizer.from_json(store.read(tokenizer_key(name)))
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no tokenizer {name!r} in {store}; train it with python -m jobs.train.tokenizer"
+        ) from None
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn merges from ``texts``.
+
+    Raises:
+        UserError: the text is too small for the vocabulary.
+    """
+    trainer = rustbpe.Tokenizer()
+    ordinary = vocab_size - len(SPECIAL_TOKENS)
+    trainer.train_from_iterator(iter(texts), ordinary, pattern=SPLIT_PATTERN)
+    ranks = sorted((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks())
+    if len(ranks) != ordinary:
+        raise UserError(
+            f"the text yields only {len(ranks)} of the {ordinary} tokens asked for; use more text or fewer tokens"
+        )
+    return Tokenizer([token for _, token in ranks])
+
+
+def limited(texts: Iterable[str], document_characters: int, total_characters: int) -> Iterator[str]:
+    """``texts`` cut to their first characters, until the total is reached."""
+    total = 0
+    for text in texts:
+        if total >= total_characters:
+            return
+        cut = text[:document_characters]
+        total += len(cut)
+        yield cut
+
+
+def run(settings: TokenizerSettings) -> Tokenizer:
+    """Train, report compression on the validation split, and save."""
+    store = open_store(settings.home)
+    started = time.monotonic()
+    training = TextDataset(store, settings.dataset, "train")
+    tokenizer = train_tokenizer(
+        limited(training, settings.document_characters, settings.total_characters), settings.vocab_size
+    )
+    held_out = "\n".join(TextDataset(store, settings.dataset, "val"))
+    tokens = len(tokenizer.encode(held_out))
+    bytes_per_token = round(len(held_out.encode()) / max(tokens, 1), 3)
+    store.write(tokenizer_key(settings.name), tokenizer.to_json().encode())
+    meta = {"dataset": dataset_digest(store, settings.dataset), "held_out_bytes_per_token": bytes_per_token}
+    store.write(_meta_key(settings.name), (json.dumps(meta, indent=2) + "\n").encode())
+    log.info(
+        "tokenizer trained",
+        extra={
+            "name_in_store": settings.name,
+            "vocab_size": tokenizer.vocab_size,
+            "seconds": round(time.monotonic() - started, 2),
+            "held_out_bytes_per_token": bytes_per_token,
+        },
+    )
+    return tokenizer
+
+
+def _meta_key(name: str) -> str:
+    return f"tokenizers/{name}/meta.json"
+
+
+def main() -> None:
+    settings = load(TokenizerSettings, prefix="NANOCHAT_TOKENIZER", program="python -m jobs.train.tokenizer")
+    logs.configure("tokenizer", settings.log_level)
+    logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it reports every percent of its merges
+    run(settings)
+
+
+if __name__ == "__main__":
+    run_main(main, "python -m jobs.train.tokenizer")
