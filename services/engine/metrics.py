@@ -1,0 +1,97 @@
+"""Prometheus metrics of the engine service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from nanochat_core.engine import Load
+
+_LATENCY = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+_STEP = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+class Metrics:
+    """All metrics of one service, in a registry of their own; an :class:`~nanochat_core.engine.Observer`."""
+
+    def __init__(self, load: Callable[[], Load]) -> None:
+        """
+        Args:
+            load: what the engine is busy with now.
+        """
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.registry.register(_LoadCollector(load))
+        self._prompt = self._counter("prompt_tokens", "Prompt tokens of admitted requests")
+        self._generated = self._counter("generation_tokens", "Sampled tokens")
+        self._preemptions = self._counter("preemptions", "Sequences whose blocks were taken, to be computed again")
+        self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
+        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
+        self._finished = self._counter("requests_finished", "Choices by how they ended", "reason")
+        self._tools = self._counter("tool_calls", "Python calls by status", "status")
+        self._queued = self._histogram("queue_time_seconds", "Time from arrival to the first computed token", _LATENCY)
+        self._first = self._histogram("time_to_first_token_seconds", "Time from arrival to the first token", _LATENCY)
+        self._next = self._histogram("inter_token_latency_seconds", "Time between two tokens of a choice", _STEP)
+        self._duration = self._histogram("request_duration_seconds", "Time from arrival to the end", _LATENCY)
+        self._step = self._histogram("step_seconds", "Duration of one batch", _STEP)
+        self._model = Info("nanochat_engine_model", "The model being served", registry=self.registry)
+
+    def model(self, name: str, revision: str, dtype: str) -> None:
+        """Note which model serves from now on."""
+        self._model.info({"name": name, "revision": revision, "dtype": dtype})
+
+    def admitted(self, queued: float, prompt_tokens: int, cached_tokens: int) -> None:
+        self._queued.observe(queued)
+        self._prompt.inc(prompt_tokens)
+        self._prefix_queries.inc(prompt_tokens)
+        self._prefix_hits.inc(cached_tokens)
+
+    def preempted(self, sequences: int) -> None:
+        self._preemptions.inc(sequences)
+
+    def first_token(self, since_arrival: float) -> None:
+        self._first.observe(since_arrival)
+
+    def next_token(self, since_last: float) -> None:
+        self._next.observe(since_last)
+
+    def tool_called(self, status: str) -> None:
+        self._tools.labels(status).inc()
+
+    def finished(self, reason: str, since_arrival: float) -> None:
+        self._finished.labels(reason).inc()
+        self._duration.observe(since_arrival)
+
+    def stepped(self, duration: float, generated_tokens: int) -> None:
+        self._step.observe(duration)
+        self._generated.inc(generated_tokens)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"nanochat_engine_{name}_total", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"nanochat_engine_{name}", text, buckets=buckets, registry=self.registry)
+
+
+class _LoadCollector(Collector):
+    """Reads the engine's state when Prometheus asks."""
+
+    def __init__(self, load: Callable[[], Load]) -> None:
+        self._load = load
+
+    def collect(self) -> Iterator[Metric]:
+        load = self._load()
+        for name, text, value in (
+            ("requests_running", "Sequences in the batch", load.running),
+            ("requests_waiting", "Sequences queued", load.waiting),
+            ("requests_parked", "Sequences waiting for a Python call", load.parked),
+            (
+                "kv_cache_usage_ratio",
+                "Share of the KV cache's blocks in use",
+                load.blocks_used / max(load.blocks_total, 1),
+            ),
+        ):
+            yield GaugeMetricFamily(f"nanochat_engine_{name}", text, value)

@@ -1,0 +1,184 @@
+"""Which model serves: loading, following promotions, and swapping without dropping an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gc
+import logging
+from collections.abc import Callable
+
+from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, promoted
+from nanochat_core.device import choose_device, choose_dtype
+from nanochat_core.engine import AsyncEngine, Engine, Load, Observer, ToolRunner
+from nanochat_core.errors import UserError
+from nanochat_core.protos import engine_pb2
+from nanochat_core.store import StoreError, open_store
+from services.engine.settings import EngineSettings
+
+log = logging.getLogger("nanochat.engine")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ServedModel:
+    """A loaded model, its engine and what clients are told of it."""
+
+    ref: CheckpointRef
+    engine: AsyncEngine
+    info: engine_pb2.ModelInfo
+
+
+class ModelHost:
+    """Owns the model that new requests go to, and its predecessors until they have finished what they began."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        *,
+        tool_runner: ToolRunner | None,
+        observer: Observer,
+        on_change: Callable[[ServedModel], None],
+        on_death: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            on_change: told of each model that begins to serve.
+            on_death: told when a device loop has died, after which the process should end.
+
+        Raises:
+            UserError: the store or the device is not there.
+        """
+        self._settings = settings
+        self._store = open_store(settings.home, cache_dir=settings.cache_dir or None)
+        self._device = choose_device(settings.device)
+        self._dtype = choose_dtype(settings.dtype, self._device)
+        self._tool_runner, self._observer = tool_runner, observer
+        self._on_change, self._on_death = on_change, on_death
+        self._loop = asyncio.get_running_loop()
+        self._loading = asyncio.Lock()
+        self._retiring: dict[ServedModel, asyncio.Task[None]] = {}
+        self.current: ServedModel | None = None
+
+    def load(self) -> Load:
+        """What the engines are busy with, all together."""
+        models = [*self._retiring, *([self.current] if self.current else [])]
+        loads = [dataclasses.astuple(model.engine.load()) for model in models]
+        return Load(*map(sum, zip(*loads, strict=True))) if loads else Load(0, 0, 0, 0, 0)
+
+    async def follow(self) -> None:
+        """Serve the configured or promoted revision as soon as there is one, and each that is promoted later.
+
+        A revision that :meth:`reload` was asked for stays until something else is promoted.
+
+        Raises:
+            UserError: the model to begin with cannot be loaded. Later ones that cannot are logged, and the one that
+                serves goes on.
+        """
+        followed: CheckpointRef | None = None
+        while True:
+            ref: CheckpointRef | None = None
+            try:
+                ref = await asyncio.to_thread(self._wanted)
+                if ref is None:
+                    self._log_waiting()
+                elif ref != followed and (self.current is None or self.current.ref != ref):
+                    await self.serve(ref)
+                followed = ref
+            except Exception as error:
+                if self.current is None:
+                    raise
+                # A store that does not answer is asked again; a damaged checkpoint would stay damaged.
+                if not isinstance(error, StoreError):
+                    followed = ref
+                revision = ref.revision if ref else None
+                log.exception("promoted model not loaded", extra={"revision": revision, "reason": str(error)})
+            await asyncio.sleep(self._settings.poll_seconds)
+
+    async def reload(self, revision: str) -> ServedModel:
+        """Serve ``revision``, or what is promoted when empty.
+
+        Raises:
+            UserError: there is none, or it cannot be loaded; the old model goes on.
+        """
+        name = self._settings.model
+        if revision:
+            return await self.serve(CheckpointRef.parse(name, revision))
+        ref = await asyncio.to_thread(promoted, self._store, name)
+        if ref is None:
+            raise UserError(f"no revision of {name} is promoted in {self._store}")
+        return await self.serve(ref)
+
+    async def serve(self, ref: CheckpointRef) -> ServedModel:
+        """Load a checkpoint beside the current model and send new requests to it.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        async with self._loading:
+            if self.current is not None and self.current.ref == ref:
+                return self.current
+            checkpoint = await asyncio.to_thread(load_checkpoint, self._store, ref)
+            engine = AsyncEngine(await asyncio.to_thread(self._build, checkpoint), self._on_death)
+            engine.start()
+            old, self.current = self.current, ServedModel(ref, engine, self._describe(checkpoint))
+        log.info("model loaded", extra={"model": ref.model, "revision": ref.revision, "device": str(self._device)})
+        self._on_change(self.current)
+        if old is not None:
+            self._retiring[old] = asyncio.create_task(self._retire(old))
+        return self.current
+
+    async def drained(self) -> None:
+        """Wait until no answer is under way."""
+        if self.current is not None:
+            await self.current.engine.drained()
+        await asyncio.gather(*self._retiring.values())
+
+    async def close(self) -> None:
+        """Stop the device loops; answers under way fail."""
+        retiring = list(self._retiring)
+        for task in self._retiring.values():
+            task.cancel()
+        for model in [*retiring, *([self.current] if self.current else [])]:
+            await model.engine.stop()
+
+    def _log_waiting(self) -> None:
+        log.warning(
+            "waiting for a model",
+            extra={"model": self._settings.model, "store": str(self._store), "reason": "nothing is promoted"},
+        )
+
+    def _wanted(self) -> CheckpointRef | None:
+        if self._settings.revision:
+            return CheckpointRef.parse(self._settings.model, self._settings.revision)
+        return promoted(self._store, self._settings.model)
+
+    def _build(self, checkpoint: Checkpoint) -> Engine:
+        engine = Engine(
+            checkpoint.build_model(self._device, self._dtype),
+            checkpoint.tokenizer,
+            self._settings.engine_config(),
+            tool_runner=self._tool_runner,
+            tool_loop=self._loop,
+            observer=self._observer,
+        )
+        engine.warm_up()
+        return engine
+
+    def _describe(self, checkpoint: Checkpoint) -> engine_pb2.ModelInfo:
+        return engine_pb2.ModelInfo(
+            name=checkpoint.ref.model,
+            revision=checkpoint.ref.revision,
+            digests=checkpoint.digests,
+            context_length=checkpoint.config.context_length,
+            vocab_size=checkpoint.config.vocab_size,
+            tokenizer_json=checkpoint.tokenizer.to_json().encode(),
+            compute_dtype=str(self._dtype).removeprefix("torch."),
+            parameters=sum(tensor.numel() for tensor in checkpoint.weights.values()),
+        )
+
+    async def _retire(self, old: ServedModel) -> None:
+        await old.engine.drained()
+        await old.engine.stop()
+        del self._retiring[old]
+        gc.collect()  # engine and thread refer to each other; their memory is wanted now
+        log.info("model retired", extra={"revision": old.ref.revision})

@@ -1,0 +1,50 @@
+"""The model's Python calls, sent to the sandbox service."""
+
+from __future__ import annotations
+
+import logging
+
+import grpc
+
+from nanochat_core.chat import tool_output_text
+from nanochat_core.engine import ToolOutput
+from nanochat_core.protos import sandbox_pb2, sandbox_pb2_grpc
+
+log = logging.getLogger("nanochat.engine")
+
+# The sandbox answers with TIMEOUT itself; this is what its answer may take beyond the code's own time.
+_ANSWER_SECONDS = 1.0
+
+
+class SandboxClient:
+    """A :class:`~nanochat_core.engine.ToolRunner` that calls the sandbox over gRPC."""
+
+    def __init__(self, address: str) -> None:
+        # Reconnecting after a restart must not wait for gRPC's minute of backoff: someone is in mid-answer.
+        options = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)]
+        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._stub = sandbox_pb2_grpc.SandboxStub(self._channel)
+
+    async def __call__(self, code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
+        """Run ``code``; a sandbox that cannot be reached becomes an output the model can read."""
+        request = sandbox_pb2.ExecuteRequest(
+            request_id=request_id,
+            code=code,
+            limits=sandbox_pb2.Limits(wall_seconds=max(timeout_seconds - _ANSWER_SECONDS, timeout_seconds / 2)),
+            result_format=sandbox_pb2.RESULT_FORMAT_STR,
+        )
+        try:
+            reply = await self._stub.Execute(request, timeout=timeout_seconds)
+        except grpc.aio.AioRpcError as error:
+            log.warning(
+                "sandbox call failed",
+                extra={"request_id": request_id, "code": error.code().name, "detail": error.details()},
+            )
+            return ToolOutput("unavailable", "error: the Python sandbox is unavailable")
+        status = sandbox_pb2.Status.Name(reply.status).removeprefix("STATUS_").lower()
+        result = reply.result if reply.HasField("result") else None
+        return ToolOutput(status, tool_output_text(result, reply.stdout, reply.error))
+
+    async def close(self) -> None:
+        """End the connection; calls under way fail."""
+        await self._channel.close()

@@ -1,0 +1,199 @@
+"""The engine's gRPC methods."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import NoReturn
+
+import grpc
+
+from nanochat_core.engine import (
+    EngineDead,
+    FinishReason,
+    Output,
+    QueueFull,
+    Request,
+    SamplingParams,
+    Token,
+    ToolCall,
+    ToolPolicy,
+    ToolResult,
+)
+from nanochat_core.errors import UserError
+from nanochat_core.protos import engine_pb2, engine_pb2_grpc
+from services.engine.model_host import ModelHost, ServedModel
+
+log = logging.getLogger("nanochat.engine")
+
+_FINISH = {
+    FinishReason.STOP: engine_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: engine_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class EngineServicer(engine_pb2_grpc.EngineServicer):
+    """Translates between the wire and the inference core."""
+
+    def __init__(self, host: ModelHost) -> None:
+        self._host = host
+        self._numbers = itertools.count()
+        self.draining = False
+
+    async def Generate(
+        self, request: engine_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[engine_pb2.GenerateChunk]:
+        """Stream the continuation; ending the call in any way frees the request's sequences."""
+        model = await self._serving(context)
+        started, tokens = time.monotonic(), 0
+        # Clients may send the same id twice; the core's ids must differ.
+        request_id = f"{request.request_id or 'request'}#{next(self._numbers)}"
+        try:
+            stream = await model.engine.submit(core_request(request, request_id))
+        except UserError as error:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except QueueFull as error:
+            await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        except EngineDead as error:
+            await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
+        try:
+            async for output in stream:
+                tokens += len(output.tokens)
+                yield chunk(output)
+        except EngineDead as error:
+            await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
+        finally:
+            model.engine.close_stream(request_id)
+            log.info(
+                "generated" if stream.finished else "ended early",
+                extra={
+                    "request_id": request.request_id,
+                    "prompt_tokens": len(request.prompt_token_ids),
+                    "tokens": tokens,
+                    "seconds": round(time.monotonic() - started, 4),
+                },
+            )
+
+    async def GetModel(
+        self,
+        request: engine_pb2.GetModelRequest,  # noqa: ARG002
+        context: grpc.aio.ServicerContext,
+    ) -> engine_pb2.ModelInfo:
+        """What clients need to know of the model; UNAVAILABLE while there is none."""
+        return (await self._model(context)).info
+
+    async def GetLoad(
+        self,
+        request: engine_pb2.GetLoadRequest,  # noqa: ARG002
+        context: grpc.aio.ServicerContext,
+    ) -> engine_pb2.Load:
+        """What the engine is busy with; UNAVAILABLE while there is no model."""
+        await self._model(context)
+        load = self._host.load()
+        return engine_pb2.Load(
+            running=load.running,
+            waiting=load.waiting,
+            parked=load.parked,
+            kv_blocks_total=load.blocks_total,
+            kv_blocks_used=load.blocks_used,
+        )
+
+    async def Reload(
+        self, request: engine_pb2.ReloadRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.ModelInfo:
+        """Serve another revision; FAILED_PRECONDITION when it cannot be loaded, and the old one goes on."""
+        try:
+            return (await self._host.reload(request.revision)).info
+        except UserError as error:
+            await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+
+    async def _serving(self, context: grpc.aio.ServicerContext) -> ServedModel:
+        if self.draining:
+            await _abort(context, grpc.StatusCode.UNAVAILABLE, "the engine is shutting down; use another replica")
+        return await self._model(context)
+
+    async def _model(self, context: grpc.aio.ServicerContext) -> ServedModel:
+        model = self._host.current
+        if model is None:
+            await _abort(context, grpc.StatusCode.UNAVAILABLE, "no model is loaded yet")
+        return model
+
+
+async def _abort(context: grpc.aio.ServicerContext, code: grpc.StatusCode, message: str) -> NoReturn:
+    """End the call with an error; says to the type checker that nothing comes after it."""
+    await context.abort(code, message)
+    raise AssertionError("abort always raises")
+
+
+def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Request:
+    """The request as the inference core takes it.
+
+    Raises:
+        UserError: a sampling parameter is out of range.
+    """
+    sampling = request.sampling
+    return Request(
+        id=request_id,
+        prompt=tuple(request.prompt_token_ids),
+        sampling=SamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p or 1.0,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty or 1.0,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            seed=sampling.seed if sampling.HasField("seed") else None,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=frozenset(sampling.stop_token_ids),
+            logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+            logit_bias=dict(sampling.logit_bias),
+        ),
+        n=request.n or 1,
+        tools=ToolPolicy(
+            enabled=request.tools.enabled,
+            max_calls=request.tools.max_calls,
+            max_output_tokens=request.tools.max_output_tokens,
+        ),
+        priority=request.priority,
+    )
+
+
+def chunk(output: Output) -> engine_pb2.GenerateChunk:
+    """One output of the inference core as it goes over the wire."""
+    message = engine_pb2.GenerateChunk(
+        index=output.index,
+        tokens=[_token(token) for token in output.tokens],
+        tool_events=[_tool_event(event) for event in output.tool_events],
+    )
+    if output.finish_reason is not None:
+        message.finish_reason = _FINISH[output.finish_reason]
+    if output.usage is not None:
+        message.usage.prompt_tokens = output.usage.prompt_tokens
+        message.usage.completion_tokens = output.usage.completion_tokens
+        message.usage.cached_prompt_tokens = output.usage.cached_prompt_tokens
+    return message
+
+
+def _token(token: Token) -> engine_pb2.Token:
+    return engine_pb2.Token(
+        id=token.id,
+        logprob=token.logprob,
+        top_logprobs=[engine_pb2.TopLogprob(token_id=i, logprob=p) for i, p in token.top_logprobs],
+        forced=token.forced,
+    )
+
+
+def _tool_event(event: ToolCall | ToolResult) -> engine_pb2.ToolEvent:
+    if isinstance(event, ToolCall):
+        return engine_pb2.ToolEvent(call=engine_pb2.ToolCall(call_index=event.call_index, code=event.code))
+    return engine_pb2.ToolEvent(
+        result=engine_pb2.ToolResult(
+            call_index=event.call_index,
+            status=event.status,
+            output=event.output,
+            duration_seconds=event.duration_seconds,
+        )
+    )

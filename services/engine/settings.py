@@ -1,0 +1,58 @@
+"""Settings of the engine service."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from nanochat_core.engine import EngineConfig
+from nanochat_core.settings import setting
+from nanochat_core.store import DEFAULT_HOME
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    """gRPC service that continues token sequences with one model of the artifact store."""
+
+    host: str = setting("127.0.0.1", "Address to serve gRPC on.")
+    port: int = setting(50051, "Port to serve gRPC on; 0 takes any free one.", minimum=0, maximum=65535)
+    metrics_host: str = setting("", "Address to serve Prometheus metrics on; empty means the same as the host.")
+    metrics_port: int = setting(9091, "Port of the metrics; 0 takes any free one.", minimum=0, maximum=65535)
+    home: str = setting(DEFAULT_HOME, "Artifact store: a folder or s3://bucket/prefix.", env="NANOCHAT_HOME")
+    cache_dir: str = setting("", "Folder for files of a remote store; empty means a temporary one.")
+    model: str = setting("demo", "Name of the model in the store.")
+    revision: str = setting("", "<stage>/step_<n> to serve; empty follows what is promoted.")
+    poll_seconds: float = setting(5.0, "Seconds between looks at what is promoted.", minimum=0.1)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to compute.")
+    dtype: Literal["auto", "fp32", "bf16"] = setting(
+        "auto", "Dtype of weights and cache; auto is fp32 on CPUs and bf16 on GPUs that compute in it."
+    )
+    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch.", minimum=0)
+    sandbox_address: str = setting("", "host:port of the sandbox; without one the model's calls get an error to read.")
+    block_size: int = setting(EngineConfig.block_size, "Tokens per block of the KV cache.", minimum=1)
+    kv_cache_mib: int = setting(0, "Size of the KV cache in MiB; 0 derives it from memory and max-running.", minimum=0)
+    token_budget: int = setting(EngineConfig.token_budget, "Most tokens computed in one step.", minimum=1)
+    max_running: int = setting(EngineConfig.max_running, "Most sequences running at once.", minimum=1)
+    max_waiting: int = setting(EngineConfig.max_waiting, "Most sequences queued; further ones are refused.", minimum=0)
+    tool_timeout_seconds: float = setting(
+        EngineConfig.tool_timeout_seconds, "Seconds after which a Python call is given up.", minimum=0.01
+    )
+    tool_max_calls: int = setting(EngineConfig.tool_max_calls, "Python calls per answer.", minimum=1)
+    tool_max_output_tokens: int = setting(
+        EngineConfig.tool_max_output_tokens, "Tokens of output that the model reads per call.", minimum=1
+    )
+    drain_seconds: float = setting(25.0, "Seconds that running answers get to finish at the end.", minimum=0.0)
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe level that is logged.")
+
+    def engine_config(self) -> EngineConfig:
+        """The part that concerns the inference core."""
+        return EngineConfig(
+            block_size=self.block_size,
+            kv_cache_bytes=self.kv_cache_mib << 20 or None,
+            token_budget=self.token_budget,
+            max_running=self.max_running,
+            max_waiting=self.max_waiting,
+            tool_timeout_seconds=self.tool_timeout_seconds,
+            tool_max_calls=self.tool_max_calls,
+            tool_max_output_tokens=self.tool_max_output_tokens,
+        )

@@ -1,0 +1,28 @@
+"""``python -m services.gateway``: the REST API and the chat page."""
+
+from __future__ import annotations
+
+import logging
+
+from nanochat_core import logs, settings
+from nanochat_core.errors import run_main
+from services.gateway.app import create_app
+from services.gateway.server import Server, listen
+from services.gateway.settings import GatewaySettings
+
+_PROGRAM = "python -m services.gateway"
+
+
+def main() -> None:
+    """Serve until SIGTERM or SIGINT."""
+    config = settings.load(GatewaySettings, prefix="NANOCHAT_GATEWAY", program=_PROGRAM)
+    logs.configure("gateway", config.log_level)
+    # Its events about connections and lifespan say nothing that the gateway's own don't.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger(__name__).info("starting", extra={"settings": settings.describe(config)})
+    listener = listen(config.host, config.port)
+    Server(create_app(config), config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    run_main(main, _PROGRAM)

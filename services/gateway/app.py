@@ -1,0 +1,74 @@
+"""The gateway as an ASGI application."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+
+from services.gateway import chat, completions, docs_page, models, probes, tokens
+from services.gateway.body_limit import BodyLimit
+from services.gateway.drain import Drain
+from services.gateway.engines import EnginePool
+from services.gateway.errors import ClientGone, on_client_gone, on_http_error, on_validation_error
+from services.gateway.gateway import Gateway
+from services.gateway.metrics import Metrics
+from services.gateway.observe import Observe
+from services.gateway.security_headers import SecurityHeaders
+from services.gateway.settings import GatewaySettings
+from services.gateway.web_page import WebPage
+
+_DESCRIPTION = """A chat model behind OpenAI's API. Any OpenAI client works with this server's address and `/v1` as its
+base URL. Answers in which the model ran Python carry `nanochat.tool_events`."""
+
+
+def create_app(settings: GatewaySettings) -> FastAPI:
+    """The application; its connections to the engines live from its startup to its shutdown.
+
+    ``app.state.drain`` is there from the beginning, ``app.state.gateway`` from the startup on.
+    """
+    metrics, drain = Metrics(), Drain()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        pool = EnginePool(settings, metrics)
+        app.state.gateway = Gateway(settings, pool, metrics, drain)
+        try:
+            yield
+        finally:
+            await pool.close()
+
+    app = FastAPI(
+        title="nanochat",
+        version="1",
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        exception_handlers={
+            HTTPException: on_http_error,
+            RequestValidationError: on_validation_error,
+            ClientGone: on_client_gone,
+        },
+    )
+    app.state.drain = drain
+    for part in (chat, completions, models, tokens, probes, docs_page):
+        app.include_router(part.router)
+    app.mount("/", WebPage(settings.static_dir))
+    # The last one added sees a request first.
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "Retry-After"],
+        )
+    app.add_middleware(SecurityHeaders)
+    app.add_middleware(Observe, metrics=metrics)
+    return app

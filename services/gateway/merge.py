@@ -1,0 +1,56 @@
+"""Several streams read as one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# Enough that one source needn't wait for the reader at each item, few enough that a slow reader slows the sources.
+_AHEAD = 16
+
+
+class _End:
+    pass
+
+
+async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """Items of all sources as they come, each source's in its order.
+
+    The first error of a source ends the others and is raised. Sources are closed when the merged stream is.
+    """
+    if len(sources) == 1:
+        async with contextlib.aclosing(sources[0]) as source:
+            async for item in source:
+                yield item
+        return
+    queue: asyncio.Queue[T | Exception | _End] = asyncio.Queue(_AHEAD)
+
+    async def pump(source: AsyncGenerator[T, None]) -> None:
+        async with contextlib.aclosing(source):
+            try:
+                async for item in source:
+                    await queue.put(item)
+            except Exception as error:
+                await queue.put(error)
+            else:
+                await queue.put(_End())
+
+    pumps = [asyncio.create_task(pump(source)) for source in sources]
+    try:
+        running = len(pumps)
+        while running:
+            got = await queue.get()
+            if isinstance(got, Exception):
+                raise got
+            if isinstance(got, _End):
+                running -= 1
+            else:
+                yield got
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

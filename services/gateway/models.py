@@ -1,0 +1,48 @@
+"""`GET /v1/models`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from services.gateway.errors import ERROR_RESPONSES, model_not_found, no_engine
+from services.gateway.gateway import GatewayDep
+from services.gateway.served_model import ServedModel
+
+router = APIRouter(tags=["OpenAI API"], responses=ERROR_RESPONSES)
+
+
+@router.get("/v1/models", summary="List the models")
+async def list_models(gateway: GatewayDep) -> dict[str, Any]:
+    """The models that can be used now; an empty list while none is loaded."""
+    return {"object": "list", "data": [_describe(model) for model in gateway.pool.models().values()]}
+
+
+@router.get("/v1/models/{model:path}", summary="Describe a model")
+async def retrieve_model(model: str, gateway: GatewayDep) -> dict[str, Any]:
+    """One model, by its name or an alias."""
+    served = gateway.pool.models()
+    if not served:
+        raise no_engine()
+    if model in served:
+        return _describe(served[model])
+    if model in gateway.settings.model_aliases:
+        return _describe(next(iter(served.values()))) | {"id": model}
+    raise model_not_found(model, served)
+
+
+def _describe(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "nanochat",
+        "nanochat": {
+            "revision": model.revision,
+            "context_length": model.context_length,
+            "vocab_size": model.tokenizer.vocab_size,
+            "parameters": model.parameters,
+            "compute_dtype": model.compute_dtype,
+        },
+    }

@@ -1,0 +1,36 @@
+"""What Kubernetes and Prometheus ask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from services.gateway.errors import ERROR_RESPONSES, no_engine, shutting_down
+from services.gateway.gateway import GatewayDep
+
+router = APIRouter(tags=["Operations"])
+
+
+@router.get("/healthz", summary="Is the gateway alive")
+async def healthz() -> dict[str, str]:
+    """200 as long as the process can answer at all."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz", summary="Can a request be answered", responses=ERROR_RESPONSES)
+async def readyz(gateway: GatewayDep) -> dict[str, Any]:
+    """200 while at least one engine is healthy and its model known; 503 otherwise and while shutting down."""
+    if gateway.drain.draining:
+        raise shutting_down()
+    models = gateway.pool.models()
+    if not models:
+        raise no_engine()
+    return {"status": "ready", "models": sorted(models)}
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(gateway: GatewayDep) -> Response:
+    """In Prometheus' text format."""
+    return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)

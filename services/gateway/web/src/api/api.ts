@@ -1,0 +1,50 @@
+import { chatParts } from "./chat-stream";
+import { ApiError, ConnectionError, ProtocolError } from "./errors";
+import type { ChatPart, ChatRequest, ModelInfo } from "./wire";
+
+/** The gateway's REST API as far as this page needs it. Addresses are relative to `base`. */
+export class Api {
+  constructor(
+    private readonly base: string,
+    private readonly apiKey: () => string = () => "",
+  ) {}
+
+  /** The status of /readyz: 200 when a model is loaded. Throws ConnectionError when nobody answers. */
+  async readiness(): Promise<number> {
+    const response = await this.request("readyz", { cache: "no-store", signal: AbortSignal.timeout(10_000) });
+    return response.status;
+  }
+
+  async models(): Promise<ModelInfo[]> {
+    const response = await this.request("v1/models", { cache: "no-store" });
+    if (!response.ok) throw await ApiError.fromResponse(response);
+    return ((await response.json()) as { data: ModelInfo[] }).data;
+  }
+
+  /** Streams an answer. Aborting `signal` closes the connection, which stops the model. */
+  async *chat(request: ChatRequest, signal: AbortSignal): AsyncGenerator<ChatPart> {
+    const response = await this.request("v1/chat/completions", {
+      method: "POST",
+      headers: { "content-type": "application/json", accept: "text/event-stream" },
+      body: JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } }),
+      signal,
+    });
+    if (!response.ok) throw await ApiError.fromResponse(response);
+    if (!response.body || !response.headers.get("content-type")?.startsWith("text/event-stream")) {
+      throw new ProtocolError("the server answered with something that is not a stream");
+    }
+    yield* chatParts(response.body);
+  }
+
+  private async request(path: string, init: RequestInit): Promise<Response> {
+    const headers = new Headers(init.headers);
+    const key = this.apiKey();
+    if (key) headers.set("authorization", `Bearer ${key}`);
+    try {
+      return await fetch(new URL(path, this.base), { ...init, headers });
+    } catch (cause) {
+      if (init.signal?.aborted && cause instanceof DOMException && cause.name === "AbortError") throw cause;
+      throw new ConnectionError("the server could not be reached", { cause });
+    }
+  }
+}

@@ -1,0 +1,68 @@
+/** The three ways in which a request can fail, apart from being stopped by the person. */
+
+export interface ErrorDetails {
+  status?: number | undefined;
+  code?: string | null | undefined;
+  retryAfterSeconds?: number | undefined;
+}
+
+/** The server answered, and its answer is an error. */
+export class ApiError extends Error {
+  readonly status: number | undefined;
+  readonly code: string | null | undefined;
+  readonly retryAfterSeconds: number | undefined;
+
+  constructor(message: string, details: ErrorDetails = {}) {
+    super(message);
+    this.name = "ApiError";
+    this.status = details.status;
+    this.code = details.code;
+    this.retryAfterSeconds = details.retryAfterSeconds;
+  }
+
+  /** True when the same request may well succeed a little later. */
+  get isBusy(): boolean {
+    return this.status === 429 || this.status === 503;
+  }
+
+  static async fromResponse(response: Response): Promise<ApiError> {
+    const text = await response.text().catch(() => "");
+    let error: { message?: unknown; code?: unknown } = {};
+    try {
+      error = (JSON.parse(text) as { error?: typeof error }).error ?? {};
+    } catch {
+      // Not the gateway's own JSON: a proxy in between wrote this page, and its status says enough.
+    }
+    return new ApiError(
+      typeof error.message === "string" ? error.message : `The server answered with status ${response.status}.`,
+      {
+        status: response.status,
+        code: typeof error.code === "string" ? error.code : null,
+        retryAfterSeconds: retryAfter(response.headers.get("retry-after")),
+      },
+    );
+  }
+}
+
+/** The server could not be reached, or the connection was lost before the answer was complete. */
+export class ConnectionError extends Error {
+  constructor(message: string, options?: ErrorOptions) {
+    super(message, options);
+    this.name = "ConnectionError";
+  }
+}
+
+/** The server sent something that is not the protocol. */
+export class ProtocolError extends Error {
+  constructor(message: string, options?: ErrorOptions) {
+    super(message, options);
+    this.name = "ProtocolError";
+  }
+}
+
+/** Seconds to wait after a Retry-After header, which holds seconds or a date. */
+export function retryAfter(header: string | null, now: number = Date.now()): number | undefined {
+  if (header === null) return undefined;
+  const seconds = /^\d+(\.\d+)?$/.test(header.trim()) ? Number(header) : (Date.parse(header) - now) / 1000;
+  return Number.isFinite(seconds) ? Math.max(0, seconds) : undefined;
+}

@@ -1,0 +1,41 @@
+import { signal } from "@preact/signals";
+import type { Api } from "./api";
+import { ConnectionError } from "./errors";
+
+export type ServerState = "unknown" | "ready" | "loading" | "unreachable";
+
+const CALM_MS = 30_000; // while all is well, a request would notice trouble first
+const WORRIED_MS = 2_000; // short enough that recovery feels immediate
+
+/** Watches whether the server can answer. */
+export class Health {
+  readonly state = signal<ServerState>("unknown");
+  private timer: ReturnType<typeof setTimeout> | undefined;
+
+  constructor(private readonly api: Pick<Api, "readiness">) {}
+
+  /** Checks now, and from then on again and again. */
+  async check(): Promise<ServerState> {
+    clearTimeout(this.timer);
+    this.state.value = await this.ask();
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => void this.check(), this.state.value === "ready" ? CALM_MS : WORRIED_MS);
+    return this.state.value;
+  }
+
+  stop(): void {
+    clearTimeout(this.timer);
+  }
+
+  private async ask(): Promise<ServerState> {
+    try {
+      const status = await this.api.readiness();
+      if (status === 503) return "loading";
+      // 502 and 504 come from a proxy that finds no server behind it.
+      return status === 502 || status === 504 ? "unreachable" : "ready";
+    } catch (error) {
+      if (error instanceof ConnectionError) return "unreachable";
+      throw error;
+    }
+  }
+}

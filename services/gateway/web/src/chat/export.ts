@@ -1,0 +1,57 @@
+import type { Conversation } from "./conversation";
+import { requestMessages } from "./history";
+import { segments } from "./segments";
+
+/** The conversation in the API's own format: its messages can be sent to /v1/chat/completions as they are. */
+export function toJson(conversation: Conversation): string {
+  const { title, createdAt } = conversation.toStored();
+  const messages = requestMessages(conversation.snapshot(), "");
+  return `${JSON.stringify({ title, created: new Date(createdAt).toISOString(), messages }, null, 2)}\n`;
+}
+
+/** The conversation as a page to read, with tool calls as code blocks. */
+export function toMarkdown(conversation: Conversation): string {
+  const parts = [`# ${conversation.title.peek()}`];
+  for (const message of conversation.snapshot()) {
+    parts.push(message.role === "user" ? "## You" : "## nanochat");
+    if (message.role === "user") {
+      parts.push(message.content);
+      continue;
+    }
+    for (const segment of segments(message.content, message.toolEvents)) {
+      if (segment.kind === "text") {
+        parts.push(segment.text.trim());
+      } else {
+        parts.push(fenced("python", segment.call.code));
+        if (segment.result) parts.push(fenced("text", segment.result.output));
+      }
+    }
+  }
+  return `${parts.join("\n\n")}\n`;
+}
+
+/** A code block whose fence is longer than any run of backticks in it. */
+function fenced(language: string, code: string): string {
+  const longest = Math.max(2, ...Array.from(code.matchAll(/`+/g), (run) => run[0].length));
+  const fence = "`".repeat(longest + 1);
+  return `${fence}${language}\n${code.replace(/\n$/, "")}\n${fence}`;
+}
+
+/** A file name from a title, for any file system. */
+export function fileName(title: string, extension: string): string {
+  const stem = title
+    .toLowerCase()
+    .replace(/[^\p{L}\p{N}]+/gu, "-")
+    .replace(/^-+|-+$/g, "");
+  return `${stem || "conversation"}.${extension}`;
+}
+
+/** Offers a text to the person as a file. */
+export function download(name: string, type: string, text: string): void {
+  const url = URL.createObjectURL(new Blob([text], { type }));
+  const link = document.createElement("a");
+  link.href = url;
+  link.download = name;
+  link.click();
+  URL.revokeObjectURL(url);
+}

@@ -1,0 +1,44 @@
+import { ApiError, ConnectionError } from "../api/errors";
+
+/** Why an answer is missing or incomplete, in a form that can be kept and shown. */
+export interface Problem {
+  kind: "interrupted" | "unreachable" | "busy" | "context" | "key" | "rejected";
+  /** What the server or the network said. */
+  detail: string;
+}
+
+/** `begun` says whether part of the answer had arrived. */
+export function problemOf(error: unknown, begun: boolean): Problem {
+  const detail = error instanceof Error ? error.message : String(error);
+  if (error instanceof ApiError) {
+    if (error.status === 401 || error.status === 403) return { kind: "key", detail };
+    if (isContextLength(error)) return { kind: "context", detail };
+    if (error.isBusy) return { kind: "busy", detail };
+    // An error event in a stream has no status: the server had begun to answer.
+    if (error.status !== undefined && error.status < 500) return { kind: "rejected", detail };
+  }
+  if (error instanceof ConnectionError && !begun) return { kind: "unreachable", detail };
+  return { kind: "interrupted", detail };
+}
+
+function isContextLength(error: ApiError): boolean {
+  return error.code === "context_length_exceeded" || (error.status === 400 && /context/i.test(error.message));
+}
+
+/** The sentence shown above the detail, or in its place where the person needs nothing more. */
+export function headline(problem: Problem): string {
+  switch (problem.kind) {
+    case "interrupted":
+      return `The answer was interrupted: ${problem.detail}`;
+    case "unreachable":
+      return "The server could not be reached. Your message is safe; try again when it is back.";
+    case "busy":
+      return "The server is still busy. Please try again in a moment.";
+    case "context":
+      return "This conversation has grown longer than the model can read at once. Start a new chat, or edit an earlier message to make it shorter.";
+    case "key":
+      return "This server asks for an API key. You can enter yours in the settings.";
+    case "rejected":
+      return `The server did not accept this: ${problem.detail}`;
+  }
+}

@@ -1,0 +1,86 @@
+import type { Signal } from "@preact/signals";
+import type { AssistantMessage as Answer, Conversation, Message } from "../chat/conversation";
+import { segments } from "../chat/segments";
+import { count, rate } from "../text/format";
+import { CopyButton } from "./CopyButton";
+import { IconButton } from "./IconButton";
+import { Markdown } from "./Markdown";
+import { ProblemNote } from "./ProblemNote";
+import { ToolCard } from "./ToolCard";
+import { usePage } from "./context";
+import { RegenerateIcon } from "./icons";
+
+const SHORTEST_MEASURED = 0.2; // seconds; below, the rate says more about the network than about the model
+
+interface Props {
+  conversation: Conversation;
+  message: Signal<Message>;
+  last: boolean;
+}
+
+export function AssistantMessage({ conversation, message, last }: Props) {
+  const { app } = usePage();
+  const answer = message.value as Answer;
+  const live = answer.state === "streaming";
+  const parts = segments(answer.content, answer.toolEvents);
+  const regenerate = () => app.regenerate(conversation, message);
+  const end = parts.at(-1);
+  const pythonRuns = end?.kind === "call" && !end.result;
+  return (
+    <article
+      class="message answer"
+      data-testid="message-assistant"
+      data-state={answer.state}
+      data-last={last}
+      aria-label="Answer"
+      aria-busy={live}
+    >
+      {parts.map((part) =>
+        part.kind === "text" ? (
+          <Markdown key={part.key} text={part.text} />
+        ) : (
+          <ToolCard key={part.key} call={part.call} result={part.result} live={live} />
+        ),
+      )}
+      {live && !pythonRuns && <span class="pulse" role="img" aria-label="Writing…" />}
+      {answer.problem && <ProblemNote problem={answer.problem} {...(last ? { retry: regenerate } : {})} />}
+      {!live && (
+        <footer class="actions">
+          {answer.content !== "" && <CopyButton label="Copy answer" text={() => answer.content} />}
+          {last && !answer.problem && (
+            <IconButton label="Write the answer again" data-testid="regenerate" onClick={regenerate}>
+              <RegenerateIcon />
+            </IconButton>
+          )}
+          <Footnotes answer={answer} />
+        </footer>
+      )}
+    </article>
+  );
+}
+
+/** How the answer came to its end and what it took. */
+function Footnotes({ answer }: { answer: Answer }) {
+  const { usage, seconds, state, finishReason } = answer;
+  const notes: string[] = [];
+  if (state === "stopped") notes.push("Stopped");
+  if (finishReason === "length") notes.push("Cut off at the length limit");
+  if (usage) notes.push(count(usage.completion_tokens, "token"));
+  const writing = (seconds ?? 0) - toolSeconds(answer);
+  if (usage && usage.completion_tokens > 1 && writing > SHORTEST_MEASURED) {
+    notes.push(`${rate((usage.completion_tokens - 1) / writing)} tokens/s`);
+  }
+  const cached = usage?.prompt_tokens_details?.cached_tokens ?? 0;
+  const details =
+    usage && `Prompt: ${count(usage.prompt_tokens, "token")}, ${cached.toLocaleString("en")} from the cache`;
+  return (
+    <span class="footnotes" title={details}>
+      {notes.join(" · ")}
+    </span>
+  );
+}
+
+/** The model writes nothing while Python runs. */
+function toolSeconds(answer: Answer): number {
+  return answer.toolEvents.reduce((sum, event) => sum + (event.type === "result" ? event.duration_seconds : 0), 0);
+}

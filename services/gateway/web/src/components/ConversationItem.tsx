@@ -1,0 +1,80 @@
+import { useSignal } from "@preact/signals";
+import { useEffect, useRef } from "preact/hooks";
+import type { Conversation } from "../chat/conversation";
+import { download, fileName, toJson, toMarkdown } from "../chat/export";
+import { routeOf } from "../page/route";
+import { Menu } from "./Menu";
+import { usePage } from "./context";
+
+export function ConversationItem({ conversation }: { conversation: Conversation }) {
+  const { app, layout } = usePage();
+  const renaming = useSignal(false);
+  const title = conversation.title.value;
+  const active = app.activeId.value === conversation.id;
+  const items = [
+    { label: "Rename", run: () => (renaming.value = true) },
+    {
+      label: "Export as Markdown",
+      run: () => download(fileName(title, "md"), "text/markdown", toMarkdown(conversation)),
+    },
+    {
+      label: "Export as JSON",
+      run: () => download(fileName(title, "json"), "application/json", toJson(conversation)),
+    },
+    { label: "Delete", danger: true, run: () => app.remove(conversation) },
+  ];
+  return (
+    <li class="conversation-item" data-testid="conversation-item" data-active={active}>
+      {renaming.value ? (
+        <TitleField
+          title={title}
+          onDone={(changed) => {
+            renaming.value = false;
+            if (changed !== null) app.rename(conversation, changed);
+          }}
+        />
+      ) : (
+        <>
+          <a
+            href={routeOf(conversation.id)}
+            title={title}
+            aria-current={active ? "page" : undefined}
+            onClick={() => layout.closeDrawer()}
+          >
+            {conversation.running.value && <span class="pulse" role="img" aria-label="Answering" />}
+            <span class="conversation-title">{title}</span>
+          </a>
+          <Menu label={`Actions for “${title}”`} items={items} />
+        </>
+      )}
+    </li>
+  );
+}
+
+/** `onDone` gets the new title, or null when it stays as it was. */
+function TitleField({ title, onDone }: { title: string; onDone: (title: string | null) => void }) {
+  const field = useRef<HTMLInputElement>(null);
+  useEffect(() => field.current!.select(), []);
+  const finish = (keep: boolean) => {
+    if (!field.current) return; // the field goes away after Enter or Escape, which blurs it once more
+    const text = field.current.value.trim();
+    onDone(keep && text !== "" && text !== title ? text : null);
+  };
+  return (
+    <input
+      ref={field}
+      class="title-field"
+      data-testid="rename"
+      aria-label="Title of the conversation"
+      defaultValue={title}
+      onBlur={() => finish(true)}
+      onKeyDown={(event) => {
+        if (event.key === "Enter") finish(true);
+        if (event.key === "Escape") {
+          event.stopPropagation();
+          finish(false);
+        }
+      }}
+    />
+  );
+}

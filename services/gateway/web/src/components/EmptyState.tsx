@@ -1,0 +1,32 @@
+import { usePage } from "./context";
+import { ArrowIcon } from "./icons";
+
+const EXAMPLES = [
+  "Hello! Who are you?",
+  "What is 1234 * 5678?",
+  "How many letters r are in strawberry?",
+  "Tell me about the world you know.",
+];
+
+export function EmptyState() {
+  const { app } = usePage();
+  return (
+    <section class="empty" aria-labelledby="empty-title">
+      <h2 id="empty-title">Say hello.</h2>
+      <p>
+        This model was trained from raw text and runs on your own server. When it has to calculate, it writes a little
+        Python.
+      </p>
+      <ul class="examples" aria-label="Examples">
+        {EXAMPLES.map((example) => (
+          <li key={example}>
+            <button type="button" data-testid="example" onClick={() => app.send(example)}>
+              <span>{example}</span>
+              <ArrowIcon />
+            </button>
+          </li>
+        ))}
+      </ul>
+    </section>
+  );
+}

@@ -1,0 +1,55 @@
+import { IconButton } from "./IconButton";
+import { usePage } from "./context";
+import { PlusIcon, SettingsIcon, SidebarIcon } from "./icons";
+
+export function Header() {
+  const { app, layout } = usePage();
+  const open = layout.sidebarOpen.value;
+  return (
+    <header class="header">
+      {(!open || layout.narrow.value) && (
+        <>
+          <IconButton
+            label="Show the list"
+            data-testid="sidebar-toggle"
+            aria-controls="sidebar"
+            aria-expanded={open}
+            onClick={() => layout.toggleSidebar()}
+          >
+            <SidebarIcon />
+          </IconButton>
+          <IconButton label="New chat" onClick={() => app.newChat()}>
+            <PlusIcon />
+          </IconButton>
+        </>
+      )}
+      <h1>{app.active.value?.title.value ?? <span class="visually-hidden">New chat</span>}</h1>
+      <ModelChoice />
+      <IconButton label="Settings" data-testid="settings-toggle" onClick={() => (app.settingsOpen.value = true)}>
+        <SettingsIcon />
+      </IconButton>
+    </header>
+  );
+}
+
+/** The model that answers: a choice only where there is one. */
+function ModelChoice() {
+  const { app } = usePage();
+  const models = app.models.value;
+  if (models.length < 2) return <span class="model">{app.model.value}</span>;
+  return (
+    <select
+      class="model"
+      aria-label="Model"
+      data-testid="model"
+      value={app.model.value}
+      onChange={(event) => (app.settings.value = { ...app.settings.value, model: event.currentTarget.value })}
+    >
+      {models.map(({ id }) => (
+        <option key={id} value={id}>
+          {id}
+        </option>
+      ))}
+    </select>
+  );
+}

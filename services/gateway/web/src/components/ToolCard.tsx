@@ -1,0 +1,56 @@
+import type { ToolCall, ToolResult } from "../api/wire";
+import { duration } from "../text/format";
+import { highlight } from "../text/highlight";
+import { ChevronIcon } from "./icons";
+
+/** What the sandbox's statuses mean to a person. */
+const FAILURES: Record<string, string> = {
+  error: "Error",
+  timeout: "Took too long",
+  memory: "Out of memory",
+  output_limit: "Too much output",
+  denied: "Not allowed",
+  overloaded: "Python was busy",
+};
+
+interface Props {
+  call: ToolCall;
+  result: ToolResult | undefined;
+  /** Whether the answer is still being written: only then may a missing result yet come. */
+  live: boolean;
+}
+
+/** One use of Python in an answer: the code and what came out of it, like a cell of a notebook. */
+export function ToolCard({ call, result, live }: Props) {
+  const state = result ? (result.status === "ok" ? "ok" : "failed") : live ? "running" : "unfinished";
+  return (
+    <details class="tool-card" data-testid="tool-card" data-state={state} open>
+      <summary>
+        <span class="tool-mark" aria-hidden="true" />
+        <span class="tool-name">Python</span>
+        <span class="tool-status">{statusText(result, live)}</span>
+        <ChevronIcon />
+      </summary>
+      <div class="tool-body">
+        <span class="tool-label">Code</span>
+        <pre class="tool-code" data-testid="tool-code" tabIndex={0}>
+          <code dangerouslySetInnerHTML={{ __html: highlight(call.code, "python") }} />
+        </pre>
+        {result && (
+          <>
+            <span class="tool-label">Output</span>
+            <pre class="tool-output" data-testid="tool-output" tabIndex={0}>
+              {result.output || <span class="faint">(nothing)</span>}
+            </pre>
+          </>
+        )}
+      </div>
+    </details>
+  );
+}
+
+function statusText(result: ToolResult | undefined, live: boolean): string {
+  if (!result) return live ? "Running…" : "Not finished";
+  const label = result.status === "ok" ? "Done" : (FAILURES[result.status] ?? result.status);
+  return `${label} · ${duration(result.duration_seconds)}`;
+}

@@ -1,0 +1,47 @@
+import { useSignal, type Signal } from "@preact/signals";
+import type { RefObject } from "preact";
+import { useEffect, useRef } from "preact/hooks";
+
+const NEAR_END_PX = 48;
+
+export interface Following {
+  scroller: RefObject<HTMLDivElement | null>;
+  content: RefObject<HTMLDivElement | null>;
+  /** Whether the end is in view, and stays there while the content grows. */
+  atEnd: Signal<boolean>;
+  toEnd: () => void;
+}
+
+/** Keeps a scroller at its end while its content grows, until the person scrolls up. */
+export function useFollow(): Following {
+  const scroller = useRef<HTMLDivElement>(null);
+  const content = useRef<HTMLDivElement>(null);
+  const atEnd = useSignal(true);
+  const toEnd = () => {
+    atEnd.value = true;
+    scroller.current?.scrollTo({ top: scroller.current.scrollHeight });
+  };
+  useEffect(() => {
+    const view = scroller.current!;
+    let lastTop = view.scrollTop;
+    const onScroll = () => {
+      const near = view.scrollHeight - view.scrollTop - view.clientHeight < NEAR_END_PX;
+      // Growing content also moves the end away; only a move upwards is the person's wish.
+      if (near) atEnd.value = true;
+      else if (view.scrollTop < lastTop) atEnd.value = false;
+      lastTop = view.scrollTop;
+    };
+    const observer = new ResizeObserver(() => {
+      if (atEnd.peek()) view.scrollTop = view.scrollHeight;
+      else onScroll();
+    });
+    observer.observe(content.current!);
+    observer.observe(view);
+    view.addEventListener("scroll", onScroll, { passive: true });
+    return () => {
+      observer.disconnect();
+      view.removeEventListener("scroll", onScroll);
+    };
+  }, []);
+  return { scroller, content, atEnd, toEnd };
+}

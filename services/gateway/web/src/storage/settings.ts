@@ -1,0 +1,89 @@
+import { effect, signal, type Signal } from "@preact/signals";
+import type { ChatRequest } from "../api/wire";
+
+/** How answers are sampled. `null` leaves the choice to the server. */
+export interface Settings {
+  systemPrompt: string;
+  temperature: number;
+  topK: number | null;
+  topP: number;
+  maxTokens: number | null;
+  seed: number | null;
+  /** Empty: the first model that the server offers. */
+  model: string;
+  apiKey: string;
+}
+
+export const DEFAULTS: Readonly<Settings> = {
+  systemPrompt: "",
+  // Small models stray quickly when they are sampled as hot as large ones.
+  temperature: 0.6,
+  topK: 50,
+  topP: 1,
+  maxTokens: null,
+  seed: null,
+  model: "",
+  apiKey: "",
+};
+
+/** What the gateway accepts; the page keeps to it. */
+export const LIMITS = {
+  temperature: { min: 0, max: 2, step: 0.05 },
+  topP: { min: 0.05, max: 1, step: 0.05 },
+  topK: { min: 1, max: 1000, step: 1 },
+  maxTokens: { min: 1, max: 1_000_000, step: 1 },
+  seed: { min: 0, max: 2 ** 31 - 1, step: 1 },
+} as const;
+
+const KEY = "nanochat.settings";
+
+/** The settings as last stored, kept stored from then on. What is missing or unusable becomes its default. */
+export function storedSettings(storage: Storage | null): Signal<Settings> {
+  const settings = signal<Settings>({ ...DEFAULTS, ...usable(read(storage)) });
+  effect(() => {
+    const text = JSON.stringify(settings.value);
+    try {
+      storage?.setItem(KEY, text);
+    } catch (error) {
+      // A full storage is the conversation store's to report; the settings hold until the page is closed.
+      if (!(error instanceof DOMException)) throw error;
+    }
+  });
+  return settings;
+}
+
+/** The sampling part of a request. */
+export function sampling(settings: Settings): Partial<ChatRequest> {
+  const { temperature, topK, topP, maxTokens, seed } = settings;
+  return {
+    temperature,
+    top_p: topP,
+    ...(topK === null ? {} : { top_k: topK }),
+    ...(maxTokens === null ? {} : { max_tokens: maxTokens }),
+    ...(seed === null ? {} : { seed }),
+  };
+}
+
+function read(storage: Storage | null): Record<string, unknown> {
+  try {
+    const value: unknown = JSON.parse(storage?.getItem(KEY) ?? "{}");
+    return typeof value === "object" && value !== null ? (value as Record<string, unknown>) : {};
+  } catch {
+    return {};
+  }
+}
+
+function usable(stored: Record<string, unknown>): Partial<Settings> {
+  const result: Record<string, unknown> = {};
+  for (const [name, fallback] of Object.entries(DEFAULTS)) {
+    const value = stored[name];
+    if (name in LIMITS) {
+      const { min, max } = LIMITS[name as keyof typeof LIMITS];
+      const inRange = typeof value === "number" && value >= min && value <= max;
+      if (inRange || (value === null && (fallback === null || name === "topK"))) result[name] = value;
+    } else if (typeof value === typeof fallback) {
+      result[name] = value;
+    }
+  }
+  return result as Partial<Settings>;
+}

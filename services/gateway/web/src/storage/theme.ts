@@ -1,0 +1,22 @@
+import { effect, signal, type Signal } from "@preact/signals";
+
+export type Theme = "system" | "light" | "dark";
+
+const KEY = "nanochat.theme";
+
+/** The chosen theme, kept stored and shown on the page. public/theme.js applies it before the first paint. */
+export function storedTheme(storage: Storage | null, root: HTMLElement): Signal<Theme> {
+  const stored = storage?.getItem(KEY);
+  const theme = signal<Theme>(stored === "light" || stored === "dark" ? stored : "system");
+  effect(() => {
+    if (theme.value === "system") delete root.dataset.theme;
+    else root.dataset.theme = theme.value;
+    try {
+      storage?.setItem(KEY, theme.value);
+    } catch (error) {
+      // A full storage is the conversation store's to report; the theme holds until the page is closed.
+      if (!(error instanceof DOMException)) throw error;
+    }
+  });
+  return theme;
+}

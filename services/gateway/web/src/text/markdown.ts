@@ -1,0 +1,56 @@
+import DOMPurify from "dompurify";
+import { Marked, type Token, type Tokens } from "marked";
+import { escapeHtml, highlight } from "./highlight";
+
+/**
+ * Markdown of a model, which is not to be trusted: HTML in it is shown as text, pictures become links so that
+ * nothing is loaded from elsewhere, and what is left goes through a list of allowed tags and attributes.
+ */
+const marked = new Marked({
+  gfm: true,
+  breaks: true,
+  renderer: {
+    html: ({ text }) => escapeHtml(text),
+    heading({ depth, tokens }) {
+      const tag = `h${Math.min(depth + 1, 6)}`; // the page's h1 is the conversation's title
+      return `<${tag}>${this.parser.parseInline(tokens)}</${tag}>`;
+    },
+    image: ({ href, text }) => link(href, escapeHtml(text || href)),
+    link({ href, tokens }) {
+      return link(href, this.parser.parseInline(tokens));
+    },
+    code: ({ text, lang }) => codeBlock(text, lang),
+    checkbox: ({ checked }) => `<span class="check">${checked ? "☑" : "☐"}</span> `,
+  },
+});
+
+const ALLOWED = {
+  ALLOWED_TAGS: (
+    "a blockquote br button code del div em h2 h3 h4 h5 h6 hr li ol p pre span strong " +
+    "table tbody td th thead tr ul"
+  ).split(" "),
+  ALLOWED_ATTR: ["align", "class", "data-copy", "href", "rel", "start", "tabindex", "target", "type"],
+};
+
+/** The top-level blocks of a text. While a text grows, only its last blocks change. */
+export function blocks(text: string): Token[] {
+  return marked.lexer(text).filter((token) => token.type !== "space" && token.type !== "def");
+}
+
+/** Safe HTML of one block. */
+export function blockHtml(block: Token): string {
+  return DOMPurify.sanitize(marked.parser([block as Tokens.Generic]), ALLOWED);
+}
+
+function link(href: string, inner: string): string {
+  return `<a href="${escapeHtml(href)}" target="_blank" rel="noopener noreferrer">${inner}</a>`;
+}
+
+function codeBlock(code: string, info: string | undefined): string {
+  const language = /^[\w+#.-]+/.exec(info ?? "")?.[0].toLowerCase() ?? "";
+  return (
+    `<div class="code-block"><div class="code-head"><span>${escapeHtml(language)}</span>` +
+    `<button type="button" class="quiet" data-copy>Copy</button></div>` +
+    `<pre tabindex="0"><code>${highlight(code, language)}</code></pre></div>`
+  );
+}

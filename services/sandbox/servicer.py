@@ -1,0 +1,111 @@
+"""The Sandbox service of ``sandbox.proto`` over an executor."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import grpc
+
+from nanochat_core.protos import sandbox_pb2, sandbox_pb2_grpc
+from nanochat_core.sandbox import ExecutionResult, Limits, ResultFormat, SandboxExecutor, WorkerFailed
+from services.sandbox.metrics import Metrics
+
+log = logging.getLogger("nanochat.sandbox")
+
+_FORMATS = {
+    sandbox_pb2.RESULT_FORMAT_REPR: ResultFormat.REPR,
+    sandbox_pb2.RESULT_FORMAT_STR: ResultFormat.STR,
+}
+
+
+class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
+    """Answers every well-formed call with a status; a gRPC error means a bad request or a failure of the sandbox."""
+
+    def __init__(self, executor: SandboxExecutor, metrics: Metrics, max_code_bytes: int) -> None:
+        self._executor = executor
+        self._metrics = metrics
+        self._max_code_bytes = max_code_bytes
+
+    async def Execute(
+        self, request: sandbox_pb2.ExecuteRequest, context: grpc.aio.ServicerContext
+    ) -> sandbox_pb2.ExecuteReply:
+        """Run the code. Cancelling the call cancels this coroutine, which kills the code's process."""
+        size = len(request.code.encode())
+        if size > self._max_code_bytes:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"the code has {size} bytes; at most {self._max_code_bytes} are allowed",
+            )
+        if request.result_format not in _FORMATS:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"result_format {request.result_format} is not known")
+        try:
+            limits = _limits(request.limits)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        fields = {"request_id": request.request_id, "code_bytes": size}
+        started = time.monotonic()
+        try:
+            result = await self._executor.execute(request.code, limits, _FORMATS[request.result_format])
+        except WorkerFailed as error:
+            self._metrics.failures.inc()
+            log.error("execution failed", extra=fields | {"error": str(error)})
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        seconds = time.monotonic() - started
+        self._metrics.observe(result, seconds)
+        # Never the code, its output or its error: all of it is somebody's conversation.
+        log.info(
+            "execution",
+            extra=fields
+            | {
+                "status": result.status.value,
+                "seconds": round(seconds, 6),
+                "cpu_seconds": round(result.usage.cpu_seconds, 6),
+                "peak_memory_bytes": result.usage.peak_memory_bytes,
+                "truncated": result.truncated,
+            },
+        )
+        return _reply(result)
+
+    async def GetInfo(
+        self,
+        request: sandbox_pb2.GetInfoRequest,  # noqa: ARG002
+        context: grpc.aio.ServicerContext,  # noqa: ARG002
+    ) -> sandbox_pb2.Info:
+        config = self._executor.config
+        return sandbox_pb2.Info(
+            profile=self._executor.profile,
+            concurrency=config.concurrency,
+            default_limits=_limits_message(config.default_limits),
+            maximum_limits=_limits_message(config.maximum_limits),
+        )
+
+
+def _limits(message: sandbox_pb2.Limits) -> Limits:
+    return Limits(message.wall_seconds, message.cpu_seconds, message.memory_bytes, message.output_bytes)
+
+
+def _limits_message(limits: Limits) -> sandbox_pb2.Limits:
+    return sandbox_pb2.Limits(
+        wall_seconds=limits.wall_seconds,
+        cpu_seconds=limits.cpu_seconds,
+        memory_bytes=limits.memory_bytes,
+        output_bytes=limits.output_bytes,
+    )
+
+
+def _reply(result: ExecutionResult) -> sandbox_pb2.ExecuteReply:
+    return sandbox_pb2.ExecuteReply(
+        status=f"STATUS_{result.status.name}",
+        stdout=result.stdout,
+        stderr=result.stderr,
+        result=result.result,
+        error=result.error,
+        truncated=result.truncated,
+        usage=sandbox_pb2.ExecutionUsage(
+            wall_seconds=result.usage.wall_seconds,
+            cpu_seconds=result.usage.cpu_seconds,
+            peak_memory_bytes=result.usage.peak_memory_bytes,
+        ),
+        profile=result.profile,
+    )
