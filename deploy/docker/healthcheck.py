@@ -1,0 +1,38 @@
+"""Exit 0 when a service answers as healthy, 1 when not: ``healthcheck.py http://HOST:PORT/PATH | grpc://HOST:PORT``."""
+
+import http.client
+import sys
+import urllib.parse
+
+TIMEOUT_SECONDS = 3
+
+
+def http_is_healthy(address: str, path: str) -> bool:
+    """True when a GET of ``path`` answers 200."""
+    connection = http.client.HTTPConnection(address, timeout=TIMEOUT_SECONDS)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == http.client.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def grpc_is_serving(address: str) -> bool:
+    """True when the standard gRPC health service reports SERVING for the server as a whole."""
+    import grpc  # slow to load, and not needed for HTTP
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(address) as channel:
+        try:
+            reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_SECONDS)
+        except grpc.RpcError:
+            return False
+    return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+if __name__ == "__main__":
+    url = urllib.parse.urlsplit(sys.argv[1])
+    healthy = grpc_is_serving(url.netloc) if url.scheme == "grpc" else http_is_healthy(url.netloc, url.path)
+    sys.exit(not healthy)

@@ -1,0 +1,33 @@
+"""Ask the chat service one question and fail unless it answers: ``chat_test.py HOST:PORT PROMPT EXPECTED_TEXT``."""
+
+import http.client
+import json
+import sys
+from typing import Any
+
+TIMEOUT_SECONDS = 120
+
+
+def call(address: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """The JSON answer of one request; exits with the server's message when it is an error."""
+    connection = http.client.HTTPConnection(address, timeout=TIMEOUT_SECONDS)
+    connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    text = response.read().decode()
+    connection.close()
+    if response.status != http.client.OK:
+        sys.exit(f"{method} {path}: {response.status} {text}")
+    return json.loads(text)
+
+
+def main() -> None:
+    address, prompt, expected = sys.argv[1:]
+    model = call(address, "GET", "/v1/models")["data"][0]["id"]
+    question = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 200}
+    message = call(address, "POST", "/v1/chat/completions", question)["choices"][0]["message"]
+    print(json.dumps({"model": model, "prompt": prompt, "message": message}))
+    if not message["content"] or expected not in message["content"]:
+        sys.exit(f"the answer lacks {expected!r}" if expected else "the answer is empty")
+
+
+main()

@@ -1,0 +1,156 @@
+{{- define "nanochat.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Labels that select a component's pods. Takes (list $ "component"). */}}
+{{- define "nanochat.selectorLabels" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end -}}
+
+{{/* All labels of a component's resource. Takes (list $ "component"). */}}
+{{- define "nanochat.labels" -}}
+{{- $root := index . 0 -}}
+{{ include "nanochat.selectorLabels" . }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: nanochat
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
+{{- end -}}
+
+{{/* Image reference of a component. Takes (list $ "component"). */}}
+{{- define "nanochat.image" -}}
+{{- $root := index . 0 -}}
+{{- $name := (index $root.Values (index . 1)).image -}}
+{{- with $root.Values.image.registry }}{{ . }}/{{ end }}{{ $name }}:{{ $root.Values.image.tag }}
+{{- end -}}
+
+{{/* Pod fields that all pods share; the restricted Pod Security level. Takes (list $ "component"). */}}
+{{- define "nanochat.podDefaults" -}}
+{{- $root := index . 0 -}}
+{{- $values := index $root.Values (index . 1) -}}
+serviceAccountName: {{ include "nanochat.fullname" $root }}-{{ index . 1 }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 10001
+  runAsGroup: 10001
+  fsGroup: 10001
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile:
+    type: RuntimeDefault
+{{- with $root.Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- with $values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+topologySpreadConstraints:
+  - maxSkew: 1
+    topologyKey: kubernetes.io/hostname
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- include "nanochat.selectorLabels" . | nindent 8 }}
+{{- end -}}
+
+{{- define "nanochat.containerSecurityContext" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities:
+  drop: [ALL]
+{{- end -}}
+
+{{/* A mapping of names to values as environment variables. */}}
+{{- define "nanochat.env" -}}
+{{- range $name, $value := . }}
+- name: {{ $name }}
+  value: {{ $value | quote }}
+{{- end }}
+{{- end -}}
+
+{{- define "nanochat.storeClaim" -}}
+{{- default (printf "%s-store" (include "nanochat.fullname" .)) .Values.store.pvc.existingClaim -}}
+{{- end -}}
+
+{{/* Secret with the S3 keys; empty when the service account brings the permission. */}}
+{{- define "nanochat.s3Secret" -}}
+{{- if .Values.store.s3.existingSecret -}}
+{{- .Values.store.s3.existingSecret -}}
+{{- else if .Values.store.s3.accessKeyId -}}
+{{- include "nanochat.fullname" . }}-s3
+{{- end -}}
+{{- end -}}
+
+{{/* Egress rule for name lookups: DNS pods wherever they run, and the usual address of a node's DNS cache. */}}
+{{- define "nanochat.dnsEgress" -}}
+- to:
+    - namespaceSelector: {}
+    - ipBlock: {cidr: 169.254.20.10/32}
+  ports:
+    - {port: 53, protocol: UDP}
+    - {port: 53, protocol: TCP}
+{{- end -}}
+
+{{/* NetworkPolicy peers that may scrape metrics. */}}
+{{- define "nanochat.metricsFrom" -}}
+{{- toYaml (default (list (dict "namespaceSelector" dict)) .Values.networkPolicy.metricsFrom) -}}
+{{- end -}}
+
+{{/* Environment by which the engine finds the store. */}}
+{{- define "nanochat.storeEnv" -}}
+{{- if eq .Values.store.type "pvc" -}}
+- name: NANOCHAT_HOME
+  value: /var/lib/nanochat
+{{- else -}}
+- name: NANOCHAT_HOME
+  value: {{ required "store.s3.url is needed with store.type=s3" .Values.store.s3.url }}
+- name: NANOCHAT_ENGINE_CACHE_DIR
+  value: /var/cache/nanochat
+- name: AWS_REGION
+  value: {{ .Values.store.s3.region }}
+{{- with .Values.store.s3.endpoint }}
+- name: AWS_ENDPOINT_URL
+  value: {{ . }}
+{{- end }}
+{{- $secret := include "nanochat.s3Secret" . -}}
+{{- if $secret -}}
+{{- range $key := list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" }}
+- name: {{ $key }}
+  valueFrom:
+    secretKeyRef: {name: {{ $secret }}, key: {{ $key }}}
+{{- end }}
+{{- end }}
+{{- end -}}
+{{- end -}}
+
+{{/* The engine's resources with its GPUs, which Kubernetes wants under limits. */}}
+{{- define "nanochat.engineResources" -}}
+{{- $resources := deepCopy .Values.engine.resources -}}
+{{- if .Values.engine.gpu.count -}}
+{{- $limits := set (default dict $resources.limits) .Values.engine.gpu.resourceName .Values.engine.gpu.count -}}
+{{- $resources = set $resources "limits" $limits -}}
+{{- end -}}
+{{- toYaml $resources -}}
+{{- end -}}

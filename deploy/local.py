@@ -1,0 +1,255 @@
+"""Everything on one machine: train the demo model when there is none, then run sandbox, engine and gateway.
+
+``make run`` calls this. Stops all of them on Ctrl-C or SIGTERM; starts one again that dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import http.client
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping
+
+from nanochat_core.errors import UserError, run_main
+from nanochat_core.settings import load, setting
+from nanochat_core.store import open_store
+
+HOST = "127.0.0.1"
+STOP_SECONDS = 15.0
+# How long to go on reading what a service wrote before it ended.
+LAST_WORDS_SECONDS = 1.0
+# A service that dies this often within a minute has a fault that starting it again does not mend.
+RESTARTS_PER_MINUTE = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalSettings:
+    """Run the whole chat path on this machine."""
+
+    home: str = setting(".nanochat", "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
+    model: str = setting("demo", "model to serve; the demo model is trained when it is not there", env="MODEL")
+    port: int = setting(0, "port of the web page and the API; 0 takes a free one", env="PORT", minimum=0, maximum=65535)
+    ready_seconds: float = setting(120.0, "how long to wait until a chat is possible", minimum=1.0)
+
+
+class Service:
+    """One child process, started again when it dies, with its log lines passed on."""
+
+    def __init__(self, name: str, environment: Mapping[str, str]) -> None:
+        self.name = name
+        self._environment = {**os.environ, **environment}
+        self._process: asyncio.subprocess.Process | None = None
+        self._starts: list[float] = []
+        self._stopping = False
+
+    async def run(self) -> None:
+        """Keep the service running until :meth:`stop`.
+
+        Raises:
+            UserError: it keeps dying.
+        """
+        while not self._stopping:
+            self._starts = [start for start in self._starts if start > time.monotonic() - 60]
+            if len(self._starts) > RESTARTS_PER_MINUTE:
+                raise UserError(f"the {self.name} keeps ending; its last log lines above say why")
+            self._starts.append(time.monotonic())
+            # A pipe of our own: asyncio's would not count the process as ended while a child of it holds the other end.
+            output, its_output = os.pipe()
+            log = asyncio.create_task(self._pass_on_log(output))
+            try:
+                # A session of its own: Ctrl-C reaches only the manager, which stops the services in order.
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    f"services.{self.name}",
+                    env=self._environment,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=its_output,
+                    stderr=its_output,
+                    start_new_session=True,
+                )
+            finally:
+                os.close(its_output)
+            if self._stopping:  # while it started
+                self._process.terminate()
+            code = await self._process.wait()
+            await asyncio.wait({log}, timeout=LAST_WORDS_SECONDS)
+            log.cancel()
+            if not self._stopping:
+                show(self.name, f"ended with exit code {code}; starting it again")
+                await asyncio.sleep(1.0)
+
+    async def stop(self) -> None:
+        """End the process with SIGTERM, or SIGKILL when it does not listen."""
+        self._stopping = True
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        except TimeoutError:
+            show(self.name, "does not stop; killing it")
+            process.kill()
+            await process.wait()
+
+    async def _pass_on_log(self, output: int) -> None:
+        """Show what comes out of a pipe, line by line."""
+        lines = asyncio.StreamReader(limit=1 << 26)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(lines), os.fdopen(output, "rb")
+        )
+        with contextlib.closing(transport):
+            async for line in lines:
+                show(self.name, readable(line.decode(errors="replace").rstrip()))
+
+
+def show(name: str, text: str) -> None:
+    """Print one line of the merged log."""
+    print(f"{name:>8} | {text}", flush=True)
+
+
+def readable(line: str) -> str:
+    """A JSON log event as ``level event key=value …``; any other line as it is."""
+    try:
+        event = json.loads(line)
+        level, what = event.pop("level"), event.pop("event")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return line
+    rest = " ".join(f"{key}={value}" for key, value in event.items() if key not in ("time", "service", "exception"))
+    return f"{level} {what} {rest}".rstrip() + ("\n" + event["exception"] if "exception" in event else "")
+
+
+def check_port(port: int) -> None:
+    """See that nothing listens on ``port`` yet.
+
+    Raises:
+        UserError: something listens there already.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(f"port {port} cannot be used ({error.strerror}); choose another with PORT=") from error
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+async def run(settings: LocalSettings) -> int:
+    """Train if need be, serve until told to stop; the exit code."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    if settings.port:
+        check_port(settings.port)
+    # Only whether it is there: reading checkpoints takes torch, which this process has no other use for.
+    if not open_store(settings.home).exists(f"models/{settings.model}/PROMOTED"):
+        code = await train(settings, stop)
+        if code or stop.is_set():
+            return code
+    sandbox, engine, gateway = free_port(), free_port(), settings.port or free_port()
+    services = [
+        Service("sandbox", {"NANOCHAT_SANDBOX_PORT": str(sandbox), "NANOCHAT_SANDBOX_METRICS_PORT": "0"}),
+        Service(
+            "engine",
+            {
+                "NANOCHAT_HOME": settings.home,
+                "NANOCHAT_ENGINE_MODEL": settings.model,
+                "NANOCHAT_ENGINE_PORT": str(engine),
+                "NANOCHAT_ENGINE_METRICS_PORT": "0",
+                "NANOCHAT_ENGINE_SANDBOX_ADDRESS": f"{HOST}:{sandbox}",
+            },
+        ),
+        Service(
+            "gateway", {"NANOCHAT_GATEWAY_PORT": str(gateway), "NANOCHAT_GATEWAY_ENGINE_ADDRESSES": f"{HOST}:{engine}"}
+        ),
+    ]
+    running = [asyncio.create_task(service.run()) for service in services]
+    ready = asyncio.create_task(wait_until_ready(f"http://{HOST}:{gateway}", settings.ready_seconds))
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait({*running, ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        if ready in done:
+            print(f"nanochat is ready: http://{HOST}:{gateway}", flush=True)
+            done, _ = await asyncio.wait({*running, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        return 0
+    finally:
+        for task in (ready, stopped):
+            task.cancel()
+        # The gateway first, so that what it still answers can finish.
+        for service in reversed(services):
+            await service.stop()
+        await asyncio.gather(*running, return_exceptions=True)
+        print("nanochat has stopped", flush=True)
+
+
+async def train(settings: LocalSettings, stop: asyncio.Event) -> int:
+    """Run the demo recipe in the foreground; its exit code."""
+    if settings.model != "demo":
+        raise UserError(
+            f"there is no promoted model {settings.model!r} in {settings.home}; train it with "
+            f".venv/bin/python -m jobs.train.pipeline --recipe small --home {settings.home} --model {settings.model} "
+            "--data FILE_OR_FOLDER"
+        )
+    print("Training the demo model (a few minutes, once).", flush=True)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "jobs.train.pipeline", "--recipe", "demo", "--home", settings.home
+    )
+    waiting = asyncio.create_task(process.wait())
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait({waiting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not waiting.done():
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+    return await waiting
+
+
+async def wait_until_ready(url: str, seconds: float) -> None:
+    """Return once a chat is possible.
+
+    Raises:
+        UserError: it does not become so in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not await asyncio.to_thread(answers, f"{url}/readyz"):
+        if time.monotonic() > deadline:
+            raise UserError(f"{url}/readyz was not ready within {seconds:.0f} seconds; the log above says why")
+        await asyncio.sleep(0.1)
+
+
+def answers(url: str) -> bool:
+    """Whether a GET of a loopback URL gives 200."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
+    try:
+        with direct.open(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def main() -> int:
+    return asyncio.run(run(load(LocalSettings, prefix="NANOCHAT_LOCAL", program="make run")))
+
+
+if __name__ == "__main__":
+    run_main(main, "make run")
