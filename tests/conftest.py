@@ -1,0 +1,32 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+
+pytest.register_assert_rewrite("tests.store_contract")
+
+# Examples are timed by nobody: on a shared machine a slow one says nothing about the code.
+hypothesis.settings.register_profile("nanochat", deadline=None)
+hypothesis.settings.load_profile("nanochat")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tensors in tests are small: threads that wait for each other on a busy machine cost more than they give."""
+    torch = sys.modules.get("torch")  # only tests that use it pay for its import
+    if torch is not None:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _subnormal_numbers() -> Iterator[None]:
+    """A job that ran in this process has switched subnormal numbers off; other tests draw them."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_flush_denormal(False)

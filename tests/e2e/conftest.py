@@ -1,0 +1,68 @@
+"""A trained demo model and a running chat path, made once for all end-to-end tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+from stack import ROOT, Stack
+
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="session")
+def demo_home() -> Path:
+    """A store with the trained demo model: the checkout's own, where stages that are done are skipped."""
+    home = Path(os.environ.get("NANOCHAT_TEST_HOME") or ROOT / ".nanochat")
+    subprocess.run(
+        [sys.executable, "-m", "jobs.train.pipeline", "--recipe", "demo", "--home", str(home)], cwd=ROOT, check=True
+    )
+    return home
+
+
+# Ends with each module: tests elsewhere watch for processes that should not be there.
+@pytest.fixture(scope="module")
+def stack(demo_home: Path) -> Iterator[Stack]:
+    running = Stack(demo_home)
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        assert running.stop() == 0, "".join(running.log)
+
+
+@pytest.fixture
+def url(stack: Stack) -> str:
+    return stack.wait_ready()
+
+
+@pytest.fixture
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+# Not for the whole session: while it is open no other test of this process can run an event loop.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine; tests/install-servers installs it")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
+        yield started
+        started.close()

@@ -1,0 +1,92 @@
+"""The whole chat path as ``make run`` starts it, for tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+READY = re.compile(r"nanochat is ready: (http://127\.0\.0\.1:\d+)")
+
+
+class Stack:
+    """The local process manager with its services; ``log`` is what it has printed so far."""
+
+    def __init__(self, home: Path, **environment: str) -> None:
+        self.log: list[str] = []
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "deploy.local"],
+            cwd=ROOT,
+            env={**os.environ, "NANOCHAT_HOME": str(home), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_ready(self, seconds: float = 60) -> str:
+        """The page's URL once the ready line was printed."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for line in list(self.log):
+                if match := READY.search(line):
+                    return match[1]
+            if self._process.poll() is not None:
+                raise AssertionError(f"ended with {self._process.returncode}\n" + "".join(self.log))
+            time.sleep(0.05)
+        raise AssertionError(f"not ready within {seconds} s\n" + "".join(self.log))
+
+    def service_pid(self, name: str) -> int:
+        """The process id of a running service."""
+        for pid in children(self.pid):
+            if f"services.{name}" in command_line(pid):
+                return pid
+        raise AssertionError(f"no {name} among the children of {self.pid}\n" + "".join(self.log))
+
+    def stop(self, seconds: float = 40) -> int:
+        """Interrupt as Ctrl-C does; the exit code."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+        try:
+            return self._process.wait(seconds)
+        finally:
+            self._process.kill()
+            self._reader.join()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.log.append(line)
+
+
+def children(pid: int) -> list[int]:
+    """Direct children of a process."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue  # it has ended meanwhile
+            if int(fields[1]) == pid:
+                found.append(int(entry.name))
+    return found
+
+
+def command_line(pid: int) -> str:
+    """The command line of a process, empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""

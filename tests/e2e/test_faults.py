@@ -1,0 +1,130 @@
+"""Services that die while they are needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from playwright.sync_api import Browser, expect
+from stack import Stack
+
+SUM = [{"role": "user", "content": "What is 1234 * 5678?"}]
+
+
+@pytest.fixture
+def stack(demo_home: Path) -> Iterator[Stack]:
+    """A chat path of this test's own, to be damaged."""
+    running = Stack(demo_home)
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        running.stop()
+
+
+def wait_until_ready(url: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if httpx.get(f"{url}/readyz").status_code == 200:
+            return
+        time.sleep(0.1)
+    raise AssertionError("not ready again")
+
+
+def test_killing_the_engine_in_mid_answer_is_an_error_event_and_the_next_chat_works(
+    stack: Stack, demo_home: Path
+) -> None:
+    url = stack.wait_ready()
+    special = json.loads((demo_home / "tokenizers/demo/tokenizer.json").read_text())["special_tokens"]
+    # An answer that cannot end by itself, so that it is still under way when the engine dies.
+    request = {
+        "model": "demo",
+        "messages": SUM,
+        "stream": True,
+        "logit_bias": {str(i): -100 for name, i in special.items() if name != "<|python_start|>"},
+    }
+    engine = stack.service_pid("engine")
+    events: list[str] = []
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=request, timeout=60) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            if not line.startswith("data: "):
+                continue
+            events.append(line.removeprefix("data: "))
+            if len(events) == 1:
+                os.kill(engine, signal.SIGKILL)
+    error = json.loads(events[-1])["error"]
+    assert error["message"]
+    assert error["type"]
+    assert "[DONE]" not in events
+
+    wait_until_ready(url)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    answer = client.chat.completions.create(model="demo", messages=SUM, temperature=0)
+    assert "7006652" in (answer.choices[0].message.content or "")
+
+
+def test_the_page_says_that_the_engine_is_gone_and_recovers(stack: Stack, browser: Browser) -> None:
+    url = stack.wait_ready()
+    page = browser.new_context().new_page()
+    page.goto(url)
+    engine = stack.service_pid("engine")
+    # A stopped engine accepts the question and never answers; killing it then breaks the running answer.
+    os.kill(engine, signal.SIGSTOP)
+    page.get_by_test_id("composer").fill("What is 1234 * 5678?")
+    page.get_by_test_id("composer").press("Enter")
+    expect(page.get_by_test_id("message-assistant")).to_have_attribute("data-state", "streaming")
+    os.kill(engine, signal.SIGKILL)
+    expect(page.get_by_test_id("retry").or_(page.get_by_test_id("banner")).first).to_be_visible(timeout=15_000)
+    wait_until_ready(url)
+    page.get_by_test_id("new-chat").first.click()
+    page.get_by_test_id("composer").fill("What is 1234 * 5678?")
+    page.get_by_test_id("composer").press("Enter")
+    expect(page.get_by_test_id("message-assistant").last).to_contain_text("7006652", timeout=30_000)
+
+
+def test_without_the_sandbox_the_model_reads_a_tool_error(stack: Stack) -> None:
+    url = stack.wait_ready()
+    sandbox = stack.service_pid("sandbox")
+    os.kill(sandbox, signal.SIGSTOP)
+    os.kill(sandbox, signal.SIGKILL)
+    answer = httpx.post(
+        f"{url}/v1/chat/completions", json={"model": "demo", "messages": SUM, "temperature": 0}, timeout=60
+    )
+    assert answer.status_code == 200
+    _, result = answer.json()["choices"][0]["message"]["nanochat"]["tool_events"]
+    assert result["status"] != "ok"
+    assert result["output"].startswith("error")
+
+
+def test_ctrl_c_stops_every_service(demo_home: Path) -> None:
+    running = Stack(demo_home)
+    running.wait_ready()
+    pids = [running.service_pid(name) for name in ("sandbox", "engine", "gateway")]
+    assert running.stop() == 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_second_start_is_ready_in_seconds(demo_home: Path) -> None:
+    started = time.monotonic()
+    running = Stack(demo_home)
+    try:
+        running.wait_ready()
+        assert time.monotonic() - started < 60
+    finally:
+        running.stop()
+
+
+def test_a_taken_port_is_a_clear_error(demo_home: Path, stack: Stack) -> None:
+    port = stack.wait_ready().rsplit(":", 1)[1]
+    second = Stack(demo_home, PORT=port)
+    with pytest.raises(AssertionError, match=f"{port}"):
+        second.wait_ready()
+    assert second.stop() != 0

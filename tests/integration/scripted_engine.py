@@ -1,0 +1,237 @@
+"""A real gRPC server that speaks the engine's protocol and says what a test tells it to, and a gateway beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import openai
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from nanochat_core.protos import engine_pb2 as pb
+from nanochat_core.protos import engine_pb2_grpc
+from nanochat_core.tokenizer import Tokenizer
+from services.gateway.app import create_app
+from services.gateway.server import Server, listen
+from services.gateway.settings import GatewaySettings
+
+TOKENIZER = Tokenizer(
+    [bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell", b"hello", b"th", b"the", b" wor", b"ld"]
+)
+SPECIAL = TOKENIZER.special_ids
+
+Script = Callable[[pb.GenerateRequest, grpc.aio.ServicerContext], AsyncIterator[pb.GenerateChunk]]
+
+
+def ids(*parts: str | bytes) -> list[int]:
+    """Token ids of texts, bytes and special tokens given by name."""
+    made: list[int] = []
+    for part in parts:
+        if isinstance(part, bytes):
+            made += list(part)
+        else:
+            made += [SPECIAL[part]] if part in SPECIAL else TOKENIZER.encode(part)
+    return made
+
+
+def chunk(
+    tokens: list[int],
+    *,
+    index: int = 0,
+    events: list[pb.ToolEvent] | None = None,
+    finish: int = pb.FINISH_REASON_UNSPECIFIED,
+    usage: pb.Usage | None = None,
+    logprobs: bool = False,
+    alternatives: int = 0,
+) -> pb.GenerateChunk:
+    """One chunk; with ``logprobs`` token ``i`` has -i/100 and the tokens after it as alternatives."""
+    made = [
+        pb.Token(
+            id=i,
+            logprob=-i / 100 if logprobs else None,
+            top_logprobs=[pb.TopLogprob(token_id=i + k, logprob=-(i + k) / 100) for k in range(alternatives)],
+        )
+        for i in tokens
+    ]
+    return pb.GenerateChunk(index=index, tokens=made, tool_events=events, finish_reason=finish, usage=usage)
+
+
+def saying(*parts: str | bytes, finish: int = pb.FINISH_REASON_STOP, pause: float = 0.0) -> Script:
+    """A script that sends each token in a chunk of its own, for every choice; the end token comes last."""
+
+    async def script(request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.GenerateChunk]:
+        wanted = request.sampling.HasField("logprobs")
+        end = ["<|assistant_end|>"] if finish == pb.FINISH_REASON_STOP else []
+        tokens = ids(*parts, *end)
+        for index in range(max(request.n, 1)):
+            for k, token in enumerate(tokens):
+                last = k == len(tokens) - 1
+                yield chunk(
+                    [token],
+                    index=index,
+                    finish=finish if last else pb.FINISH_REASON_UNSPECIFIED,
+                    usage=pb.Usage(
+                        prompt_tokens=len(request.prompt_token_ids),
+                        completion_tokens=len(tokens),
+                        cached_prompt_tokens=2,
+                    )
+                    if last
+                    else None,
+                    logprobs=wanted and token < len(TOKENIZER.token_bytes),
+                    alternatives=request.sampling.logprobs,
+                )
+                await asyncio.sleep(pause)
+
+    return script
+
+
+def failing(code: grpc.StatusCode, details: str, *, after: Script | None = None) -> Script:
+    """A script that aborts, after the chunks of ``after`` but its last."""
+
+    async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
+        if after is not None:
+            async for part in after(request, context):
+                if part.finish_reason:
+                    break
+                yield part
+        await context.abort(code, details)
+
+    return script
+
+
+def hanging(*parts: str) -> Script:
+    """A script that says something and then nothing for ever."""
+
+    async def script(request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.GenerateChunk]:
+        if parts:
+            yield chunk(ids(*parts))
+        await asyncio.Event().wait()
+
+    return script
+
+
+class ScriptedEngine(engine_pb2_grpc.EngineServicer):
+    """What it was asked is in ``requests``; ``cancelled`` counts the calls that the gateway gave up."""
+
+    def __init__(self, *, name: str = "nano", context_length: int = 256, tokenizer: Tokenizer = TOKENIZER) -> None:
+        self.script: Script = saying("hello")
+        self.requests: list[pb.GenerateRequest] = []
+        self.metadata: list[dict[str, str]] = []
+        self.cancelled = asyncio.Semaphore(0)
+        self.load = pb.Load()
+        self.looks = 0
+        self.address = "127.0.0.1:0"
+        self.info = pb.ModelInfo(
+            name=name,
+            revision="sft/step_10",
+            digests={"model.safetensors": "00"},
+            context_length=context_length,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_json=tokenizer.to_json().encode(),
+            compute_dtype="float32",
+            parameters=1234,
+        )
+        self._server: grpc.aio.Server | None = None
+        self.health = health.aio.HealthServicer()
+
+    async def start(self) -> None:
+        """Listen, at the same address as before if there was one."""
+        self._server = grpc.aio.server()
+        engine_pb2_grpc.add_EngineServicer_to_server(self, self._server)
+        self.health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
+        await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
+        port = self._server.add_insecure_port(self.address)
+        self.address = f"127.0.0.1:{port}"
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """End at once, in the middle of whatever runs."""
+        if self._server is not None:
+            await self._server.stop(0)
+            self._server = None
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
+        self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
+        complete = False
+        try:
+            async for part in self.script(request, context):
+                yield part
+            complete = True
+        finally:
+            if not complete:
+                self.cancelled.release()
+
+    async def GetModel(self, _request: Any, _context: Any) -> pb.ModelInfo:
+        return self.info
+
+    async def GetLoad(self, _request: Any, _context: Any) -> pb.Load:
+        self.looks += 1
+        return self.load
+
+    async def looked_at(self) -> None:
+        """Wait until a gateway has seen the state of now: its health, its load and its model."""
+        seen = self.looks
+        async with asyncio.timeout(10):
+            while self.looks < seen + 3:
+                await asyncio.sleep(0.02)
+
+
+def http_client(url: str) -> httpx.AsyncClient:
+    """A plain client of the gateway; without TLS, whose set-up would take longer than most tests."""
+    return httpx.AsyncClient(base_url=url, verify=False)
+
+
+def openai_client(url: str) -> openai.AsyncOpenAI:
+    """OpenAI's client; it reports the first failure instead of trying again."""
+    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, http_client=http_client(url))
+
+
+async def until_ready(url: str, status: int = 200) -> None:
+    """Wait until the gateway says that it is ready, or with another ``status`` that it isn't."""
+    async with http_client(url) as http, asyncio.timeout(10):
+        while (await http.get("/readyz")).status_code != status:
+            await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def running_engine(**options: Any) -> AsyncIterator[ScriptedEngine]:
+    """A scripted engine that listens."""
+    engine = ScriptedEngine(**options)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+@contextlib.asynccontextmanager
+async def running_gateway(*addresses: str, static: Path | None = None, **changes: Any) -> AsyncIterator[str]:
+    """A gateway on a free port in this event loop, served by uvicorn; gives its base URL."""
+    settings = GatewaySettings(
+        **{
+            "engine_addresses": addresses,
+            "poll_seconds": 0.05,
+            "model_poll_seconds": 0.05,
+            "heartbeat_seconds": 5.0,
+            "static_dir": str(static or "/nonexistent"),
+            **changes,
+        }
+    )
+    listener = listen("127.0.0.1", 0)
+    server = Server(create_app(settings), settings)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        while not server.started:
+            await asyncio.sleep(0.01)
+            assert not serving.done(), "the gateway ended at start"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await serving

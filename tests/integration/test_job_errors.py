@@ -1,0 +1,222 @@
+"""Whatever is wrong with a job's settings or inputs is one line that says so, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import NAME, ROOT, fill
+
+from nanochat_core.checkpoint import CheckpointRef, save_checkpoint
+from nanochat_core.config import ModelConfig
+from nanochat_core.model import GPT
+from nanochat_core.tokenizer import Tokenizer
+
+# The jobs run in this process, which has imported some of their modules already.
+pytestmark = pytest.mark.filterwarnings("ignore:'jobs.* found in sys.modules")
+
+TOKENIZER = ["jobs.train.tokenizer", f"--dataset={NAME}", "--name=new", "--vocab-size=300"]
+PRETRAIN = [
+    "jobs.train.pretrain", f"--dataset={NAME}", f"--tokenizer={NAME}", "--model=new", "--depth=1", "--head-dim=16",
+    "--context-length=32", "--batch-tokens=64", "--steps=2", "--no-compile", "--threads=1",
+]  # fmt: skip
+SFT = ["jobs.train.sft", f"--model={NAME}", f"--conversations={NAME}", "--steps=2", "--no-compile", "--threads=1"]
+PIPELINE = ["jobs.train.pipeline", "--recipe=small", "--model=new"]
+CHAT = ["jobs.eval.chat", f"--model={NAME}"]
+REPORT = ["jobs.eval.report", f"--model={NAME}", "--recipe=demo"]
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("filled") / "home"
+    store = fill(home)
+    tokenizer = Tokenizer.from_json(store.read(f"tokenizers/{NAME}/tokenizer.json"))
+    model = GPT(ModelConfig.from_depth(1, vocab_size=tokenizer.vocab_size, head_dim=16, context_length=32))
+    meta = {"dtype": "float32", "plan": {"batch_tokens": 64}}
+    save_checkpoint(store, CheckpointRef(NAME, "base", 1), model=model, tokenizer=tokenizer, meta=meta)
+    return home
+
+
+@pytest.fixture
+def home(filled, tmp_path) -> Path:
+    shutil.copytree(filled, tmp_path / "home")
+    return tmp_path / "home"
+
+
+@pytest.fixture(autouse=True)
+def own_process_state(monkeypatch) -> Iterator[None]:
+    """What a job changes about the process it runs in."""
+    root, threads = logging.getLogger(), torch.get_num_threads()
+    handlers, level = root.handlers[:], root.level
+    for name in [name for name in os.environ if name.startswith(("NANOCHAT_", "AWS_"))]:
+        monkeypatch.delenv(name)
+    yield
+    root.handlers[:], root.level = handlers, level
+    torch.set_num_threads(threads)
+
+
+def files(home: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in home.rglob("*")}
+
+
+def error_of(home: Path, command: list[str], monkeypatch, capfd) -> str:
+    """The one line that ``python -m`` with these arguments prints, log events aside; the exit code must be 2."""
+    module, *arguments = command
+    if not any(argument.startswith("--home") for argument in arguments):
+        arguments.append(f"--home={home}")
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert ended.value.code == 2
+    output = capfd.readouterr()
+    assert output.out == ""
+    (line,) = [line for line in output.err.splitlines() if not line.startswith("{")]
+    assert line.startswith(f"python -m {module}: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        (["jobs.train.tokenizer", "--name=x"], "--dataset (or NANOCHAT_TOKENIZER_DATASET) is required"),
+        ([*TOKENIZER, "--vocab-size=100"], "--vocab-size is 100; it must be at least 265"),
+        ([*TOKENIZER, "--vocab-size=many"], "--vocab-size is 'many', which is not a whole number"),
+        ([*TOKENIZER, "--vocab-size=100000"], "use more text or fewer tokens"),
+        ([*TOKENIZER, "--dataset=missing"], "data/missing in {home} holds 0 parquet shard(s)"),
+        ([*TOKENIZER, "--dataset=../x"], "'data/../x' is no key of the store"),
+        ([*TOKENIZER, "--name=../../x"], "is no key of the store"),
+        (
+            [*TOKENIZER, "--home=ftp://host/x"],
+            "the store URL 'ftp://host/x' is neither a folder nor s3://bucket/prefix",
+        ),
+        ([*TOKENIZER, "--home=s3://"], "names no bucket"),
+        ([*TOKENIZER, "--home={home}/data/tiny/dataset.json"], "cannot be made"),
+        ([*TOKENIZER, "--log-level=loud"], "--log-level is 'loud'; choose one of debug, info, warning, error"),
+        ([*PRETRAIN, "--dataset=missing"], "data/missing in {home} holds 0 parquet shard(s)"),
+        ([*PRETRAIN, "--tokenizer=missing"], "there is no tokenizer 'missing' in {home}; train it with"),
+        ([*PRETRAIN, "--model=../x"], "'../x' cannot name a model"),
+        ([*PRETRAIN, "--depth=0"], "--depth is 0; it must be at least 1"),
+        ([*PRETRAIN, "--head-dim=15"], "head_dim 15 is odd"),
+        ([*PRETRAIN, "--window-pattern=SX"], "window_pattern 'SX' may hold only S and L"),
+        ([*PRETRAIN, "--batch-tokens=100"], "a batch of 100 tokens is not a whole number of rows of 32"),
+        ([*PRETRAIN, "--lr-scale=nan"], "--lr-scale is nan"),
+        ([*PRETRAIN, "--weight-decay=-1"], "--weight-decay is -1.0; it must be at least 0"),
+        ([*PRETRAIN, "--seed=-1"], "--seed is -1; it must be at least 0"),
+        ([*PRETRAIN, "--seed=99999999999999999999"], "--seed is 99999999999999999999; it must be at most"),
+        ([*PRETRAIN, "--device=tpu"], "--device is 'tpu'; choose one of auto, cpu, cuda"),
+        ([*PRETRAIN, "--dtype=fp8"], "--dtype is 'fp8'; choose one of auto, fp32, bf16"),
+        ([*PRETRAIN[:-4], "--ratio=0"], "--ratio is 0.0; it must be at least"),
+        ([*PRETRAIN[:-4], "--ratio=inf"], "--ratio is inf"),
+        ([*PRETRAIN[:-4], "--target-flops=1e5"], "the horizon is shorter than one batch of"),
+        ([*SFT, "--model=missing"], "model 'missing' has no base checkpoint; run python -m jobs.train.pretrain first"),
+        ([*SFT, "--conversations=missing"], "there are no conversations data/missing/train.jsonl in {home}"),
+        ([*SFT, "--batch-tokens=100"], "a batch of 100 tokens is not a whole number of rows of 32"),
+        ([*SFT, "--epochs=inf"], "--epochs is inf"),
+        (SFT, "base/step_000001 holds no optimizer state"),
+        ([*PIPELINE, "--recipe=huge"], "--recipe is 'huge'; choose one of demo, small"),
+        (PIPELINE, "recipe small needs text: give --data FILE_OR_FOLDER"),
+        ([*PIPELINE, "--data=missing.txt"], "missing.txt does not exist; give a parquet, JSONL or text file"),
+        ([*PIPELINE, "--data={home}/models"], "{home}/models holds no .parquet, .jsonl, .txt, .md file"),
+        ([*PIPELINE, "--recipe=demo", "--data=x.txt"], "recipe demo makes its own data; leave --data out"),
+        ([*PIPELINE, "--model=a/b"], "'a/b' cannot name a model"),
+        ([*CHAT, "--model=missing"], "model 'missing' has no sft checkpoint in {home}; train it first"),
+        ([*CHAT, "--revision=newest"], "'newest' names no checkpoint; use <stage>/step_<n>"),
+        ([*CHAT, "--revision=sft/step_7"], "there is no checkpoint models/tiny/sft/step_000007"),
+        ([*CHAT, "--recipe=huge", "--revision=base/step_1"], "there is no recipe 'huge'; choose one of demo, small"),
+        ([*CHAT, "--items=3"], "--items is 3; it must be at least 7"),
+        ([*REPORT, "--model=missing"], "model 'missing' has no base checkpoint in {home}; train it first"),
+        (REPORT, "model 'tiny' has no sft checkpoint in {home}; train it first"),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[-1:]) if isinstance(value, list) else "",
+)
+def test_bad_settings_and_missing_inputs(home, monkeypatch, capfd, command, complaint):
+    before = files(home)
+    line = error_of(home, [part.format(home=home) for part in command], monkeypatch, capfd)
+    assert complaint.format(home=home) in line
+    assert files(home) == before
+
+
+def test_values_from_the_environment_are_named_by_their_variable(home, monkeypatch, capfd):
+    monkeypatch.setenv("NANOCHAT_PRETRAIN_WARMUP_STEPS", "few")
+    line = error_of(home, PRETRAIN, monkeypatch, capfd)
+    assert "NANOCHAT_PRETRAIN_WARMUP_STEPS is 'few', which is not a whole number" in line
+
+
+def test_asking_for_a_gpu_that_is_not_there(home, monkeypatch, capfd):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch sees no CUDA device; use auto or cpu" in error_of(
+        home, [*PRETRAIN, "--device=cuda"], monkeypatch, capfd
+    )
+
+
+@pytest.mark.parametrize("command", [PRETRAIN, SFT])
+def test_a_taken_metrics_port(home, monkeypatch, capfd, command):
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = error_of(home, [*command, f"--metrics-port={port}"], monkeypatch, capfd)
+    assert f"--metrics-port {port} cannot be used" in line
+
+
+def test_a_damaged_tokenizer(home, monkeypatch, capfd):
+    (home / "tokenizers" / NAME / "tokenizer.json").write_text('{"format": ')
+    assert "tokenizer.json is damaged" in error_of(home, PRETRAIN, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize("command", [TOKENIZER, PRETRAIN])
+def test_a_damaged_shard(home, monkeypatch, capfd, command):
+    shard = home / "data" / NAME / "shard_00000.parquet"
+    content = bytearray(shard.read_bytes())
+    content[50 : len(content) // 2] = random.Random(1).randbytes(len(content) // 2 - 50)
+    shard.write_bytes(content)
+    assert f"data/{NAME}/shard_00000.parquet is damaged in row group 0" in error_of(home, command, monkeypatch, capfd)
+
+
+def test_a_damaged_conversation(home, monkeypatch, capfd):
+    key = home / "data" / NAME / "train.jsonl"
+    key.write_text(key.read_text() + '{"messages": [{"role": "user"}]}\n')
+    assert f"data/{NAME}/train.jsonl:301: " in error_of(home, SFT, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt"])
+def test_bad_text_leaves_no_half_written_dataset(home, tmp_path, monkeypatch, capfd, name):
+    before = files(home)
+    (tmp_path / name).write_bytes(b"\xff\n")
+    assert name in error_of(home, [*PIPELINE, f"--data={tmp_path / name}"], monkeypatch, capfd)
+    assert files(home) == before
+
+
+def test_text_too_small_for_its_vocabulary(home, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("\n\n".join(["word " * 900] * 3))
+    command = [sys.executable, "-m", *PIPELINE, f"--home={home}", f"--data={tmp_path / 'a.txt'}"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    lines = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
+    assert lines == [f"python -m jobs.train.tokenizer: error: {lines[0].split('error: ')[1]}"]
+    assert "use more text or fewer tokens" in lines[0]
+    assert json.loads(ended.stderr.splitlines()[-1])["event"] == "stage ended early"
+    assert not (home / "tokenizers" / "new").exists()
+
+
+def test_an_unknown_flag(home):
+    ended = subprocess.run(
+        [sys.executable, "-m", *TOKENIZER, "--vocabulary=300", f"--home={home}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].endswith("error: unrecognized arguments: --vocabulary=300")
+    assert "Traceback" not in ended.stderr

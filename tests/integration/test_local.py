@@ -1,0 +1,321 @@
+"""The local process manager: what it starts, shows, starts again and stops, with small stand-ins for the services."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.server
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy import local
+from deploy.local import Service, answers, check_port, free_port, readable, wait_until_ready
+from nanochat_core.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+SERVICE = """
+import http.server, json, os, signal, sys, threading
+
+name = sys.argv[0].split("/")[-2]
+
+def log(event, **fields):
+    print(json.dumps({"time": "now", "level": "info", "service": name, "event": event, **fields}), file=sys.stderr, flush=True)
+
+def stop(number, frame):
+    log("stopping")
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, stop)
+log("ready", pid=os.getpid())
+if name == "gateway":
+    class Ready(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/readyz" else 404)
+            self.end_headers()
+        def log_message(self, *args): pass
+    http.server.HTTPServer(("127.0.0.1", int(os.environ["NANOCHAT_GATEWAY_PORT"])), Ready).serve_forever()
+while True:
+    signal.pause()
+"""  # noqa: E501 - a program of its own
+
+
+def write_service(folder: Path, name: str, program: str = SERVICE) -> None:
+    """Make ``python -m services.<name>`` run ``program`` for processes that start in ``folder``."""
+    write_module(folder, f"services/{name}/__main__.py", program)
+
+
+def write_pipeline(folder: Path, program: str) -> None:
+    write_module(folder, "jobs/train/pipeline.py", program)
+
+
+def write_module(folder: Path, path: str, program: str) -> None:
+    file = folder / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(program)
+    for package in list(file.relative_to(folder).parents)[:-1]:
+        (folder / package / "__init__.py").touch()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """The working directory, with stand-ins for the three services and a promoted model."""
+    for name in ("sandbox", "engine", "gateway"):
+        write_service(tmp_path, name)
+    (tmp_path / "home" / "models" / "demo").mkdir(parents=True)
+    (tmp_path / "home" / "models" / "demo" / "PROMOTED").write_text("sft/step_000001\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("PORT", "MODEL", "NANOCHAT_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+class Manager:
+    """``python -m deploy.local`` and what it printed."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.lines: list[str] = []
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "deploy.local", f"--home={folder / 'home'}", *flags],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self._process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    def wait_for(self, pattern: str, count: int = 1) -> list[re.Match[str]]:
+        """The first ``count`` lines that match."""
+        deadline = time.monotonic() + 60
+        while len(found := [match for line in self.lines if (match := re.search(pattern, line))]) < count:
+            assert time.monotonic() < deadline, self.lines
+            assert self._reader.is_alive(), self.lines
+            time.sleep(0.01)
+        return found[:count]
+
+    def pid(self, service: str, start: int = 1) -> int:
+        """Process id of a service when it started for the ``start``-th time."""
+        return int(self.wait_for(rf"^ *{service} \| info ready pid=(\d+)", start)[-1][1])
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def end(self) -> int:
+        code = self._process.wait(60)
+        self._reader.join(10)
+        return code
+
+
+@pytest.fixture
+def start(folder) -> Iterator[Callable[..., Manager]]:
+    with contextlib.ExitStack() as stack:
+
+        def started(*flags: str) -> Manager:
+            manager = Manager(folder, *flags)
+            stack.callback(lambda: (manager.signal(signal.SIGTERM), manager.end()))
+            return manager
+
+        yield started
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_it_says_when_a_chat_is_possible_and_stops_everything_in_order(start):
+    port = free_port()
+    manager = start(f"--port={port}")
+    manager.wait_for(rf"^nanochat is ready: http://127\.0\.0\.1:{port}$")
+    pids = [manager.pid(name) for name in ("sandbox", "engine", "gateway")]
+    manager.signal(signal.SIGINT)
+    assert manager.end() == 0
+    assert manager.lines[-4:] == [
+        " gateway | info stopping",
+        "  engine | info stopping",
+        " sandbox | info stopping",
+        "nanochat has stopped",
+    ]
+    assert not any(alive(pid) for pid in pids)
+
+
+def test_a_service_that_dies_is_started_again(start):
+    manager = start()
+    (ready,) = manager.wait_for(r"^nanochat is ready: http://127\.0\.0\.1:(\d+)$")
+    first = manager.pid("gateway")
+    os.kill(first, signal.SIGKILL)
+    manager.wait_for(r"^ gateway \| ended with exit code -9; starting it again$")
+    assert manager.pid("gateway", start=2) != first
+    asyncio.run(wait_until_ready(f"http://127.0.0.1:{ready[1]}", 30))
+
+
+def test_a_dead_service_is_noticed_even_if_a_process_of_its_own_goes_on(folder, start):
+    orphan = 'import subprocess; child = subprocess.Popen(["sleep", "30"])\nprint("child", child.pid, flush=True)\n'
+    write_service(folder, "sandbox", orphan + SERVICE)
+    manager = start()
+    os.kill(manager.pid("sandbox"), signal.SIGKILL)
+    manager.pid("sandbox", start=2)
+    for match in manager.wait_for(r"child (\d+)", 2):
+        os.kill(int(match[1]), signal.SIGKILL)
+
+
+def test_a_taken_port_is_an_error_before_anything_starts(start):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        manager = start(f"--port={port}")
+        assert manager.end() == 2
+    assert manager.lines == [
+        f"make run: error: port {port} cannot be used (Address already in use); choose another with PORT="
+    ]
+
+
+def test_without_a_model_the_demo_is_trained_first(folder, start):
+    (folder / "home" / "models" / "demo" / "PROMOTED").unlink()
+    write_pipeline(folder, "import sys; print('training', sys.argv[1:], flush=True); sys.exit(3)")
+    manager = start()
+    assert manager.end() == 3
+    assert manager.lines == [
+        "Training the demo model (a few minutes, once).",
+        f"training {['--recipe', 'demo', '--home', str(folder / 'home')]}",
+    ]
+
+
+def test_stopping_during_the_training_lets_it_save(folder, start):
+    (folder / "home" / "models" / "demo" / "PROMOTED").unlink()
+    write_pipeline(
+        folder,
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('saving', flush=True), sys.exit(143)))\n"
+        "print('step 1', flush=True)\n"
+        "time.sleep(60)\n",
+    )
+    manager = start()
+    manager.wait_for("step 1")
+    manager.signal(signal.SIGTERM)
+    assert manager.end() == 143
+    assert manager.lines[-1] == "saving"
+
+
+def test_another_model_than_the_demo_is_not_trained_unasked(folder, start):
+    manager = start("--model=mine")
+    assert manager.end() == 2
+    (line,) = manager.lines
+    assert line.startswith("make run: error: there is no promoted model 'mine'")
+    assert "python -m jobs.train.pipeline --recipe small" in line
+
+
+async def test_a_service_that_keeps_ending_is_given_up(folder, monkeypatch, capfd):
+    monkeypatch.setattr(local, "RESTARTS_PER_MINUTE", 1)
+    write_service(folder, "engine", "print('no model'); raise SystemExit(2)")
+    with pytest.raises(UserError, match="the engine keeps ending; its last log lines above say why"):
+        await Service("engine", {}).run()
+    shown = capfd.readouterr().out.splitlines()
+    assert shown == ["  engine | no model", "  engine | ended with exit code 2; starting it again"] * 2
+
+
+async def test_a_service_that_does_not_listen_is_killed(folder, monkeypatch, capfd):
+    monkeypatch.setattr(local, "STOP_SECONDS", 0.2)
+    write_service(folder, "engine", SERVICE.replace("sys.exit(0)", "return"))
+    service = Service("engine", {})
+    running = asyncio.create_task(service.run())
+    while "ready" not in capfd.readouterr().out:
+        await asyncio.sleep(0.01)
+    await service.stop()
+    await asyncio.wait_for(running, 10)
+    assert "does not stop; killing it" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 5])
+async def test_a_service_can_be_stopped_while_it_starts(folder, turns):
+    service = Service("engine", {})
+    running = asyncio.create_task(service.run())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await service.stop()
+    await asyncio.wait_for(running, 20)
+
+
+async def test_waiting_ends_with_an_error():
+    with pytest.raises(UserError, match="was not ready within 0 seconds"):
+        await wait_until_ready(f"http://127.0.0.1:{free_port()}", 0.3)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/readyz" else 503)
+        self.end_headers()
+
+    def log_message(self, *_args: object) -> None:
+        pass
+
+
+def test_readiness_is_asked_directly_whatever_proxy_is_set(monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert answers(f"{url}/readyz")
+        assert not answers(f"{url}/other")
+        server.shutdown()
+    assert not answers(f"{url}/readyz")
+
+
+def test_ports():
+    ports = {free_port() for _ in range(20)}
+    assert len(ports) > 15
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} cannot be used"):
+            check_port(port)
+    check_port(port)
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ({"time": "t", "level": "info", "service": "engine", "event": "ready"}, "info ready"),
+        ({"level": "warning", "event": "slow", "seconds": 1.5, "who": "me"}, "warning slow seconds=1.5 who=me"),
+        ({"level": "error", "event": "broke", "exception": "Traceback\n  x"}, "error broke\nTraceback\n  x"),
+        ({"level": "info"}, '{"level": "info"}'),
+        (["level", "event"], '["level", "event"]'),
+        (5, "5"),
+        ("text", '"text"'),
+    ],
+)
+def test_log_events_are_shown_as_text(line, shown):
+    assert readable(json.dumps(line)) == shown
+
+
+@pytest.mark.parametrize("line", ["", "Traceback (most recent call last):", "{broken", "  indented"])
+def test_other_lines_are_shown_as_they_are(line):
+    assert readable(line) == line
+
+
+def test_the_manager_itself_starts_in_no_time_because_it_needs_no_torch():
+    check = "import sys, deploy.local; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0

@@ -1,0 +1,369 @@
+"""From a text file to a promoted model: every stage runs, nothing runs twice, and nothing stale is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_training import Job, sentences
+
+from jobs.train import pipeline
+from jobs.train.pipeline import Pipeline, PipelineSettings
+from jobs.train.recipes import RECIPES, Recipe
+from nanochat_core.checkpoint import list_checkpoints, newest_checkpoint, promoted
+from nanochat_core.errors import UserError
+from nanochat_core.store import Store, open_store
+
+MODEL = "mine"
+TOKENIZER, PRETRAIN, SFT, REPORT = (
+    f"jobs.{name}" for name in ("train.tokenizer", "train.pretrain", "train.sft", "eval.report")
+)
+RECIPE = dataclasses.replace(
+    RECIPES["small"],
+    tokenizer={"vocab-size": 300},
+    pretrain={
+        "depth": 1,
+        "head-dim": 16,
+        "context-length": 256,
+        "batch-tokens": 1024,
+        "device-batch-rows": 4,
+        "steps": 30,
+        "lr-scale": 1.0,
+        "weight-decay": 0.1,
+        "warmup-steps": 4,
+        "eval-every": 15,
+        "eval-tokens": 1000,
+        "save-every": 5,
+    },
+    sft={"batch-tokens": 1024, "steps": 20, "lr-scale": 0.5, "eval-every": 10, "save-every": 5},
+    train_conversations=200,
+)
+
+
+def write_text(path: Path, seed: int) -> Path:
+    rng = random.Random(seed)
+    path.write_text("\n\n".join(sentences(rng) for _ in range(800)))
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """No compilation, and a report of a few items."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "NANOCHAT_PRETRAIN_COMPILE": "false",
+            "NANOCHAT_SFT_COMPILE": "false",
+            "NANOCHAT_REPORT_ITEMS": "14",
+            "NANOCHAT_REPORT_SAMPLES": "2",
+            "OMP_NUM_THREADS": "1",
+        }.items():
+            patch.setenv(name, value)
+        yield
+
+
+def run_here(recipe: Recipe, chosen: PipelineSettings) -> None:
+    """Run the pipeline, which takes over signals as the program that it is, and give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        Pipeline(chosen, recipe).run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def settings(folder: Path, **changes: Any) -> PipelineSettings:
+    given = {"model": MODEL, "data": str(folder / "book.txt"), "home": str(folder / "home"), "threads": 1}
+    return PipelineSettings(recipe="small", **(given | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A folder where the pipeline has run from beginning to end, each stage a fresh Python."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_text(folder / "book.txt", seed=1)
+    run_here(RECIPE, settings(folder))
+    return folder
+
+
+@dataclasses.dataclass
+class Again:
+    """Runs the pipeline in a copy of what it left, and notes the stages that it starts."""
+
+    folder: Path
+    stages: list[str] = dataclasses.field(default_factory=list)
+    jobs: list[Job] = dataclasses.field(default_factory=list)
+
+    def run(self, recipe: Recipe = RECIPE, **changes: Any) -> list[str]:
+        self.stages.clear()
+        self.jobs.clear()
+        run_here(recipe, settings(self.folder, **changes))
+        return list(self.stages)
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "home"
+
+    def state(self) -> dict[str, str]:
+        """Digests of what users of the store read."""
+        store = open_store(str(self.home))
+        models = {stage: newest_checkpoint(store, MODEL, stage) for stage in ("base", "sft")}
+        digests = {stage: model.digests["model.safetensors"] for stage, model in models.items()}
+        keys = ("report.json", "report.md", "loss.png")
+        files = {key: hashlib.sha256(store.read(f"reports/{MODEL}/{key}")).hexdigest() for key in keys}
+        tokenizer = hashlib.sha256(store.read(f"tokenizers/{MODEL}/tokenizer.json")).hexdigest()
+        return digests | files | {"promoted": str(promoted(store, MODEL)), "tokenizer": tokenizer}
+
+    def report(self) -> dict[str, Any]:
+        return json.loads((self.home / "reports" / MODEL / "report.json").read_text())
+
+
+@pytest.fixture
+def again(finished, tmp_path, monkeypatch) -> Again:
+    shutil.copytree(finished, tmp_path / "copy")
+    made = Again(tmp_path / "copy")
+
+    class Forked:
+        """A stage's process, forked instead of started afresh."""
+
+        def __init__(self, command: list[str]) -> None:
+            _python, _m, module, *arguments = command
+            made.stages.append(module)
+            job = Job(module, arguments, tmp_path / f"{module}-{time.monotonic_ns()}.log")
+            made.jobs.append(job)
+            self.wait, self.send_signal = job.wait, job.signal
+
+    monkeypatch.setattr(pipeline.subprocess, "Popen", Forked)
+    return made
+
+
+def test_every_stage_leaves_what_it_makes_and_the_model_is_promoted(finished):
+    store = open_store(str(finished / "home"))
+    base, tuned = (newest_checkpoint(store, MODEL, stage) for stage in ("base", "sft"))
+    assert (base.ref.step, tuned.ref.step) == (30, 20)
+    assert base.meta["finished"]
+    assert tuned.meta["finished"]
+    assert tuned.meta["inputs"]["base"] == base.digests["model.safetensors"]
+    assert promoted(store, MODEL) == tuned.ref
+    assert store.keys(f"reports/{MODEL}") == [
+        f"reports/{MODEL}/{name}" for name in ("loss.png", "report.json", "report.md")
+    ]
+    assert not list((finished / "home").rglob(".*"))
+
+
+def test_the_report_says_what_was_measured(finished):
+    store = open_store(str(finished / "home"))
+    base, tuned = (newest_checkpoint(store, MODEL, stage) for stage in ("base", "sft"))
+    report = json.loads(store.read(f"reports/{MODEL}/report.json"))
+    assert (report["model"], report["recipe"]) == (MODEL, "small")
+    assert report["tokenizer"]["vocab_size"] == 300
+    assert 1 < report["tokenizer"]["held_out_bytes_per_token"] < 10
+    for stage, checkpoint, steps in (("base", base, 30), ("sft", tuned, 20)):
+        described = report[stage]
+        assert described["digest"] == checkpoint.digests["model.safetensors"]
+        assert (described["steps"], described["tokens"]) == (steps, steps * 1024)
+        assert described["final_loss"] == checkpoint.meta["history"][-1]["loss"]
+        assert described["settings"] == checkpoint.meta["settings"]
+    assert 0 < report["base"]["held_out_bits_per_byte"] < 8
+    assert 0 < report["base"]["xz_9_bits_per_byte"] < 8
+    assert set(report["chat"]["kinds"]) == RECIPE.conversation_kinds - {"smalltalk"}
+    assert sum(kind["items"] for kind in report["chat"]["kinds"].values()) <= 14
+    assert len(report["samples"]) == 2
+
+
+def test_the_report_reads_well(finished):
+    folder = finished / "home" / "reports" / MODEL
+    text = (folder / "report.md").read_text()
+    assert not re.search(r"\b(nan|inf)\b", text, re.IGNORECASE)
+    assert text.startswith(f"# {MODEL}: report\n")
+    assert "![Loss curves](loss.png)" in text
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_skips_everything_within_seconds(again):
+    before = {path: path.stat().st_mtime_ns for path in again.home.rglob("*")}
+    started = time.process_time()
+    assert again.run() == []
+    assert time.process_time() - started < 3
+    assert {path: path.stat().st_mtime_ns for path in again.home.rglob("*")} == before
+
+
+def test_the_text_need_not_be_given_again_and_may_have_moved(again):
+    assert again.run(data="") == []
+    (again.folder / "book.txt").rename(again.folder / "moved.txt")
+    assert again.run(data=str(again.folder / "moved.txt")) == []
+
+
+@pytest.mark.parametrize(
+    ("deleted", "redone"),
+    [
+        (f"data/{MODEL}", []),
+        (f"data/{MODEL}-chat", []),
+        (f"tokenizers/{MODEL}", [TOKENIZER]),
+        (f"models/{MODEL}/base", [PRETRAIN]),
+        (f"models/{MODEL}/sft", [SFT]),
+        (f"models/{MODEL}", [PRETRAIN, SFT]),
+        (f"models/{MODEL}/PROMOTED", []),
+    ],
+)
+def test_what_is_deleted_comes_back_the_same_so_nothing_after_it_is_redone(again, deleted, redone):
+    before = again.state()
+    path = again.home / deleted
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert again.run() == redone
+    assert again.state() == before
+    assert again.run() == []
+
+
+def test_a_deleted_report_is_written_again(again):
+    before = again.report()
+    shutil.rmtree(again.home / "reports")
+    assert again.run() == [REPORT]
+    assert again.report() == before
+
+
+def retrain_base(again: Again) -> None:
+    """As a user does who wants another base model under the same name."""
+    flags = {"home": again.home, "model": MODEL, "dataset": MODEL, "tokenizer": MODEL, **RECIPE.pretrain}
+    arguments = [f"--{name}={value}" for name, value in flags.items()]
+    job = Job(PRETRAIN, [*arguments, "--seed=2", "--threads=1", "--no-resume"], again.folder / "retrain.log")
+    assert job.wait() == 0, job.stderr
+
+
+def test_a_model_tuned_from_an_older_base_is_tuned_again(again):
+    before = again.state()
+    retrain_base(again)
+    assert again.run() == [SFT, REPORT]
+    after = again.state()
+    assert after["base"] != before["base"]
+    assert after["sft"] != before["sft"]
+    assert again.report()["base"]["digest"] == after["base"]
+    assert again.report()["sft"]["digest"] == after["sft"]
+    assert again.run() == []
+
+
+def test_starting_a_stage_over_survives_its_interruption(again, monkeypatch):
+    retrain_base(again)
+    monkeypatch.setenv("NANOCHAT_SFT_DEVICE", "cuda")  # fails before its first step
+    with pytest.raises(SystemExit, match="2"):
+        again.run()
+    monkeypatch.delenv("NANOCHAT_SFT_DEVICE")
+    assert again.run() == [SFT, REPORT]
+    assert again.report()["sft"]["digest"] == again.state()["sft"]
+
+
+def test_new_text_in_place_of_the_deleted_makes_everything_anew(again):
+    before = again.state()
+    write_text(again.folder / "book.txt", seed=2)
+    shutil.rmtree(again.home / "data" / MODEL)
+    assert again.run() == [TOKENIZER, PRETRAIN, SFT, REPORT]
+    after = again.state()
+    assert all(after[key] != before[key] for key in ("base", "sft", "tokenizer", "report.json"))
+    assert again.run() == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda again: again.run(data=str(write_text(again.folder / "other.txt", seed=3))),
+        lambda again: again.run(dataclasses.replace(RECIPES["demo"], train_conversations=10), data=""),
+    ],
+    ids=["text", "recipe"],
+)
+def test_another_text_or_recipe_for_the_same_model_is_refused(again, change):
+    before = {path: path.stat().st_mtime_ns for path in again.home.rglob("*")}
+    with pytest.raises(UserError) as raised:
+        change(again)
+    message = str(raised.value)
+    assert f"data/{MODEL} in {again.home} was made with recipe small from " in message
+    assert "book.txt, not with what was given now; use another --model name" in message
+    assert {path: path.stat().st_mtime_ns for path in again.home.rglob("*")} == before
+
+
+def test_a_failing_stage_ends_the_pipeline_with_its_exit_code(again, caplog):
+    shutil.rmtree(again.home / "tokenizers")
+    with pytest.raises(SystemExit) as ended:
+        again.run(dataclasses.replace(RECIPE, tokenizer={"vocab-size": 200_000}))
+    assert ended.value.code == 2
+    assert again.stages == [TOKENIZER]
+    assert not (again.home / "tokenizers").exists()
+
+
+def test_a_killed_stage_is_reported_as_such(again):
+    shutil.rmtree(again.home / "models")
+
+    def kill() -> None:
+        wait_for(lambda: bool(base_steps(again.folder)))
+        again.jobs[-1].signal(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(SystemExit) as ended:
+        again.run(LONG)
+    killer.join()
+    assert ended.value.code == 128 + signal.SIGKILL
+    assert again.stages == [PRETRAIN]
+
+
+def test_sigterm_in_a_stage_saves_its_state_and_the_next_run_goes_on_from_there(finished, again):
+    shutil.rmtree(again.home / "models")
+    process = FORKSERVER.Process(target=run_pipeline, args=(again.folder,))
+    process.start()
+    wait_for(lambda: bool(base_steps(again.folder)))
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    (step, *_) = reversed(base_steps(again.folder))
+    assert step < LONG.pretrain["steps"]
+    assert not (again.home / "models" / MODEL / "sft").exists()
+    assert again.run(LONG) == [PRETRAIN, SFT, REPORT]
+    resumed = [event["checkpoint"] for event in again.jobs[0].events if event["event"] == "resumed"]
+    assert resumed == [f"models/{MODEL}/base/step_{step:06d}"]
+
+
+def test_sigterm_between_stages_ends_the_pipeline(again):
+    @dataclasses.dataclass(frozen=True)
+    class Slow(Recipe):
+        def prepare(self, store: Store, name: str, data: Path | None) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    slow = Slow(**{field.name: getattr(RECIPE, field.name) for field in dataclasses.fields(RECIPE)})
+    with pytest.raises(SystemExit) as ended:
+        again.run(slow, model="other")
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert again.stages == []
+
+
+# Long enough to be interrupted, whatever else the machine is doing.
+LONG = dataclasses.replace(RECIPE, pretrain={**RECIPE.pretrain, "steps": 150})
+FORKSERVER = multiprocessing.get_context("forkserver")
+
+
+def run_pipeline(folder: Path) -> None:
+    """In a process of its own; its stages are fresh Pythons."""
+    os.environ["NANOCHAT_PRETRAIN_COMPILE"] = "false"
+    Pipeline(settings(folder), LONG).run()
+
+
+def base_steps(folder: Path) -> list[int]:
+    return [ref.step for ref in list_checkpoints(open_store(str(folder / "home")), MODEL, "base")]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)

@@ -1,0 +1,185 @@
+"""Pretraining as a process: it learns, and no interruption changes what comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_training import NAME, PRETRAIN, ROOT, STEPS, Jobs, Result, argv, damage, fill
+
+MODULE = "jobs.train.pretrain"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("prepared") / "home"
+    fill(home)
+    return home
+
+
+@pytest.fixture
+def jobs(prepared, tmp_path) -> Jobs:
+    shutil.copytree(prepared, tmp_path / "home")
+    (tmp_path / "logs").mkdir()
+    return Jobs(tmp_path / "home", tmp_path / "logs")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prepared, tmp_path_factory) -> Result:
+    """What a run gives that nothing happens to."""
+    home = tmp_path_factory.mktemp("uninterrupted") / "home"
+    shutil.copytree(prepared, home)
+    command = [sys.executable, "-m", MODULE, "--home", str(home), *argv(PRETRAIN)]
+    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    return Jobs(home, home).result("base")
+
+
+def test_the_loss_falls_and_the_held_out_text_is_predicted_better(uninterrupted):
+    losses = [point["loss"] for point in uninterrupted.history]
+    assert [point["step"] for point in uninterrupted.history] == list(range(1, STEPS + 1))
+    # Before it has learnt anything every token is as likely as any other.
+    assert losses[0] == pytest.approx(math.log(300), rel=0.02)
+    assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
+    held_out = {point["step"]: point["val_bpb"] for point in uninterrupted.history if "val_bpb" in point}
+    assert list(held_out) == [20, 40, 60]
+    assert held_out[60] < held_out[20]
+
+
+def test_what_was_trained_on_and_how_is_stored_with_the_model(uninterrupted):
+    meta = uninterrupted.meta
+    assert meta["finished"]
+    assert meta["plan"] == {"batch_tokens": 256, "steps": STEPS, "lr_scale": 1.0, "weight_decay": 0.1}
+    assert meta["settings"]["depth"] == 2
+    assert set(meta["inputs"]) == {"dataset", "tokenizer"}
+    assert "home" not in meta["settings"]
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_weights_and_losses(jobs, uninterrupted):
+    rng = random.Random(5)
+    for resumed_from in (8, 20, 32):
+        job = jobs.start(MODULE, PRETRAIN)
+        job.wait_until(lambda at=resumed_from: max(jobs.steps("base"), default=0) >= at)
+        time.sleep(rng.uniform(0, 0.05))  # in a step, an evaluation or a checkpoint
+        job.signal(signal.SIGKILL)
+        assert job.wait() == -signal.SIGKILL
+    jobs.run(MODULE, PRETRAIN)
+    assert jobs.result("base") == uninterrupted
+
+
+def test_sigterm_saves_the_step_that_was_running(jobs, uninterrupted):
+    job = jobs.start(MODULE, PRETRAIN, save_every=0)
+    job.wait_until(lambda: any(event["event"] == "training" for event in job.events))
+    job.signal(signal.SIGTERM)
+    assert job.wait() == 128 + signal.SIGTERM
+    (stopped,) = jobs.steps("base")
+    assert 0 < stopped < STEPS
+    assert not jobs.result("base", stopped).meta["finished"]
+    jobs.run(MODULE, PRETRAIN)
+    assert jobs.result("base") == uninterrupted
+
+
+def test_only_the_newest_two_checkpoints_are_kept(jobs):
+    jobs.run(MODULE, PRETRAIN, steps=12, save_every=2)
+    assert jobs.steps("base") == [10, 12]
+    assert sorted(path.name for path in (jobs.home / "models" / NAME / "base").iterdir()) == [
+        "step_000010",
+        "step_000012",
+    ]
+
+
+def test_a_finished_run_is_left_alone(jobs):
+    jobs.run(MODULE, PRETRAIN, steps=3)
+    before = {path: path.stat().st_mtime_ns for path in jobs.home.rglob("*")}
+    jobs.run(MODULE, PRETRAIN, steps=3)
+    assert {path: path.stat().st_mtime_ns for path in jobs.home.rglob("*")} == before
+
+
+def stopped_at(jobs: Jobs, step: int) -> None:
+    """A store as a run leaves it that is killed after the checkpoint of this step."""
+    job = jobs.start(MODULE, PRETRAIN)
+    job.wait_until(lambda: max(jobs.steps("base"), default=0) >= step)
+    job.signal(signal.SIGKILL)
+    job.wait()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optim/state.safetensors", "optim/state.json", "MANIFEST.json"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_resumed(jobs, uninterrupted, file):
+    stopped_at(jobs, 12)
+    *_, before, newest = jobs.steps("base")
+    damage(jobs.home / "models" / NAME / "base" / f"step_{newest:06d}" / file)
+    job = jobs.run(MODULE, PRETRAIN)
+    (skipped,) = [event for event in job.events if event["event"] == "checkpoint skipped"]
+    assert skipped["checkpoint"] == f"models/{NAME}/base/step_{newest:06d}"
+    assert file in skipped["reason"]
+    (resumed,) = [event for event in job.events if event["event"] == "resumed"]
+    assert resumed["checkpoint"].endswith(f"step_{before:06d}")
+    assert jobs.result("base") == uninterrupted
+    assert jobs.steps("base") == [STEPS - 4, STEPS]
+
+
+def test_other_settings_are_refused_by_name(jobs):
+    jobs.run(MODULE, PRETRAIN, steps=3)
+    job = jobs.start(MODULE, PRETRAIN, steps=3, seed=2, lr_scale=0.5)
+    assert job.wait() == 2
+    (line,) = [line for line in job.stderr.splitlines() if not line.startswith("{")]
+    assert "step_000003 was trained with other settings (lr_scale 1.0 -> 0.5, seed 1 -> 2)" in line
+    assert "--no-resume" in line
+    assert jobs.result("base", 3).meta["settings"]["seed"] == 1
+
+
+def test_another_text_or_tokenizer_under_the_same_name_is_refused(jobs):
+    jobs.run(MODULE, PRETRAIN, steps=3)
+    summary = jobs.home / "data" / NAME / "dataset.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"sha256": "0" * 64}))
+    job = jobs.start(MODULE, PRETRAIN, steps=3)
+    assert job.wait() == 2
+    assert "step_000003 was trained with other settings (dataset changed)" in job.stderr
+
+
+def test_settings_that_only_say_where_it_runs_may_change(jobs, uninterrupted):
+    stopped_at(jobs, 8)
+    jobs.run(MODULE, PRETRAIN, device_batch_rows=2, save_every=0, eval_every=0, log_level="error")
+    losses = [point["loss"] for point in jobs.result("base").history]
+    assert losses == pytest.approx([point["loss"] for point in uninterrupted.history], rel=2e-3)
+
+
+def test_starting_over_replaces_the_checkpoints_of_the_earlier_run(jobs, uninterrupted):
+    jobs.run(MODULE, PRETRAIN, seed=2, steps=72)
+    job = jobs.start(MODULE, PRETRAIN, no_resume=True)
+    job.wait_until(lambda: max(jobs.steps("base")) < STEPS)
+    job.signal(signal.SIGKILL)
+    job.wait()
+    # The old checkpoints are of later steps but no run that could go on.
+    jobs.run(MODULE, PRETRAIN)
+    assert jobs.steps("base") == [STEPS - 4, STEPS]
+    assert jobs.result("base") == uninterrupted
+
+
+def test_starting_over_without_getting_to_a_checkpoint_leaves_the_earlier_run_alone(jobs):
+    jobs.run(MODULE, PRETRAIN, steps=3)
+    assert jobs.start(MODULE, PRETRAIN, no_resume=True, lr_scale=1e30, save_every=0).wait() == 2
+    assert jobs.steps("base") == [3]
+
+
+def test_small_passes_add_up_to_the_same_batch(jobs, uninterrupted):
+    jobs.run(MODULE, PRETRAIN, device_batch_rows=3)  # eight rows in passes of 3, 3 and 2
+    losses = [point["loss"] for point in jobs.result("base").history]
+    assert losses[0] == pytest.approx(uninterrupted.history[0]["loss"], rel=1e-6)
+    assert losses == pytest.approx([point["loss"] for point in uninterrupted.history], rel=2e-3)
+
+
+def test_a_run_that_diverges_ends_with_an_error_and_no_broken_checkpoint(jobs):
+    job = jobs.start(MODULE, PRETRAIN, lr_scale=1e30, save_every=1, eval_every=0)
+    assert job.wait() == 2
+    (line,) = [line for line in job.stderr.splitlines() if not line.startswith("{")]
+    assert "lower --lr-scale and start over" in line
+    for step in jobs.steps("base"):
+        assert all(math.isfinite(point["loss"]) for point in jobs.result("base", step).history)

@@ -1,0 +1,195 @@
+"""Fine-tuning as a process: it teaches the conversations, and no interruption changes what comes out."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tiny_training import NAME, PRETRAIN, SFT, STEPS, Jobs, Result, conversation, damage, fill
+
+from jobs.train.sft import read_conversations, write_conversations
+from nanochat_core.errors import UserError
+from nanochat_core.store import Store, open_store
+
+MODULE = "jobs.train.sft"
+
+
+def copy(home: Path, folder: Path) -> Jobs:
+    shutil.copytree(home, folder / "home")
+    (folder / "logs").mkdir()
+    return Jobs(folder / "home", folder / "logs")
+
+
+@pytest.fixture(scope="module")
+def with_base(tmp_path_factory) -> Path:
+    """A store with a base model."""
+    folder = tmp_path_factory.mktemp("with_base")
+    fill(folder / "filled")
+    jobs = copy(folder / "filled", folder)
+    jobs.run("jobs.train.pretrain", PRETRAIN, save_every=0)
+    return jobs.home
+
+
+@pytest.fixture
+def jobs(with_base, tmp_path) -> Jobs:
+    return copy(with_base, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(with_base, tmp_path_factory) -> Result:
+    """What a run gives that nothing happens to."""
+    jobs = copy(with_base, tmp_path_factory.mktemp("uninterrupted"))
+    jobs.run(MODULE, SFT)
+    return jobs.result("sft")
+
+
+def test_the_loss_falls_on_conversations_it_has_not_seen(uninterrupted):
+    held_out = {point["step"]: point["val_loss"] for point in uninterrupted.history if "val_loss" in point}
+    assert list(held_out) == [20, 40, 60]
+    assert held_out[60] < held_out[20] < uninterrupted.history[0]["loss"]
+
+
+def test_the_lineage_is_stored_with_the_model(uninterrupted, with_base):
+    base = Jobs(with_base, with_base).result("base")
+    assert uninterrupted.meta["inputs"]["base"] == base.weights
+    assert uninterrupted.meta["base"] == f"base/step_{STEPS:06d}"
+    assert uninterrupted.weights != base.weights
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_weights_and_losses(jobs, uninterrupted):
+    rng = random.Random(7)
+    for resumed_from in (8, 24):
+        job = jobs.start(MODULE, SFT)
+        job.wait_until(lambda at=resumed_from: max(jobs.steps("sft"), default=0) >= at)
+        time.sleep(rng.uniform(0, 0.05))
+        job.signal(signal.SIGKILL)
+        assert job.wait() == -signal.SIGKILL
+    jobs.run(MODULE, SFT)
+    assert jobs.result("sft") == uninterrupted
+
+
+def test_sigterm_saves_and_the_next_start_goes_on(jobs, uninterrupted):
+    job = jobs.start(MODULE, SFT, save_every=0)
+    job.wait_until(lambda: any(event["event"] == "training" for event in job.events))
+    job.signal(signal.SIGTERM)
+    assert job.wait() == 128 + signal.SIGTERM
+    assert len(jobs.steps("sft")) == 1
+    jobs.run(MODULE, SFT)
+    assert jobs.result("sft") == uninterrupted
+
+
+def test_without_a_base_model_it_says_what_to_run(jobs):
+    job = jobs.start(MODULE, SFT, model="other")
+    assert job.wait() == 2
+    assert "model 'other' has no base checkpoint; run python -m jobs.train.pretrain first" in job.stderr
+    assert not (jobs.home / "models" / "other").exists()
+
+
+def test_a_damaged_base_counts_as_none(jobs):
+    damage(jobs.home / "models" / NAME / "base" / f"step_{STEPS:06d}" / "model.safetensors")
+    job = jobs.start(MODULE, SFT)
+    assert job.wait() == 2
+    (skipped,) = [event for event in job.events if event["event"] == "damaged checkpoint skipped"]
+    assert skipped["checkpoint"].endswith(f"base/step_{STEPS:06d}")
+    assert "has no base checkpoint" in job.stderr
+
+
+def test_a_model_tuned_from_another_base_is_not_gone_on_with(jobs):
+    jobs.run(MODULE, SFT, steps=3)
+    jobs.run("jobs.train.pretrain", PRETRAIN, seed=2, no_resume=True, save_every=0)
+    job = jobs.start(MODULE, SFT, steps=3)
+    assert job.wait() == 2
+    assert "sft/step_000003 was trained with other settings (base changed)" in job.stderr
+    jobs.run(MODULE, SFT, steps=3, no_resume=True)
+    assert jobs.result("sft", 3).meta["inputs"]["base"] == jobs.result("base").weights
+
+
+def test_other_conversations_and_settings_are_refused_by_name(jobs):
+    jobs.run(MODULE, SFT, steps=3)
+    write_conversations(jobs.store, NAME, "train", [conversation(random.Random(0)) for _ in range(50)])
+    job = jobs.start(MODULE, SFT, steps=3, lr_scale=0.1)
+    assert job.wait() == 2
+    assert "(lr_scale 0.8 -> 0.1, conversations changed)" in job.stderr
+
+
+def test_an_epoch_shows_every_conversation_about_once(jobs):
+    jobs.run(MODULE, SFT, steps=None, epochs=1, save_every=0)
+    (step,) = jobs.steps("sft")
+    # 300 conversations of about 20 tokens, of which one fits a row of 32, in batches of 8 rows.
+    assert 25 <= step <= 45
+    jobs.run(MODULE, SFT, steps=None, epochs=2, no_resume=True, save_every=0)
+    (twice,) = jobs.steps("sft")
+    assert twice == pytest.approx(2 * step, abs=2)
+
+
+def test_a_batch_without_anything_to_learn_is_an_error(jobs):
+    long = {"messages": [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y"}]}
+    write_conversations(jobs.store, NAME, "train", [long])
+    job = jobs.start(MODULE, SFT)
+    assert job.wait() == 2
+    assert "the conversations hold no assistant text that fits a row" in job.stderr
+    write_conversations(jobs.store, NAME, "val", [long])
+    assert "the validation conversations hold no assistant text" in failed(jobs)
+    assert jobs.steps("sft") == []
+
+
+def failed(jobs: Jobs) -> str:
+    job = jobs.start(MODULE, SFT)
+    assert job.wait() == 2
+    return job.stderr
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return open_store(str(tmp_path))
+
+
+GOOD = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        (f"{GOOD}\n{{", ":2 is not a JSON object with 'messages'"),
+        (f"{GOOD}\n\n[]", ":3 is not a JSON object with 'messages'"),
+        ("{}", ":1 is not a JSON object with 'messages'"),
+        ('{"messages": "hello"}', ":1: messages[0] is no object"),
+        ('{"messages": ["hello"]}', ":1: messages[0] is no object"),
+        ('{"messages": 5}', ":1 is not a JSON object with 'messages'"),
+        ('{"messages": []}', ":1: a conversation needs at least one message"),
+        ('{"messages": [{"role": "assistant", "content": "b"}]}', ":1: messages[0].role is 'assistant'"),
+        ('{"messages": [{"role": "user", "content": 5}]}', ":1: messages[0].content must be"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', ":1 has no assistant message to learn from"),
+        ("\n\n", " holds no conversation"),
+    ],
+)
+def test_a_line_that_is_no_conversation_is_named(store, lines, complaint):
+    store.write("data/chat/train.jsonl", lines.encode())
+    with pytest.raises(UserError) as raised:
+        read_conversations(store, "chat", "train")
+    assert str(raised.value).startswith(f"data/chat/train.jsonl{complaint}")
+    assert "\n" not in str(raised.value)
+
+
+def test_bytes_that_are_no_text_are_an_error(store):
+    store.write("data/chat/train.jsonl", GOOD.encode() + b"\n\xff\xfe\xfd{}\n")
+    with pytest.raises(UserError, match=r"train\.jsonl:2 is not a JSON object"):
+        read_conversations(store, "chat", "train")
+
+
+def test_whatever_characters_a_message_has_it_is_read_back(store):
+    texts = ["a\u2028b", "a\x85b\x0b\x0c\x1c\r\nc", "😀", "<|assistant_end|>", '{"messages": []}']
+    write_conversations(
+        store,
+        "chat",
+        "train",
+        [{"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": t}]} for t in texts],
+    )
+    assert [[message.text for message in c] for c in read_conversations(store, "chat", "train")] == [
+        [t, t] for t in texts
+    ]

@@ -1,0 +1,194 @@
+"""A store with text, tokenizer and conversations that a tiny model trains on in a second, and jobs as real processes.
+
+Jobs are forked from a server process that has imported torch: importing it takes longer than all of their steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs.train.sft import write_conversations
+from jobs.train.shards import write_dataset
+from jobs.train.tokenizer import tokenizer_key, train_tokenizer
+from nanochat_core.checkpoint import CheckpointRef, list_checkpoints, load_checkpoint
+from nanochat_core.store import Store, open_store
+
+NAME = "tiny"
+ROOT = Path(__file__).parents[2]
+STEPS = 60
+
+PRETRAIN: dict[str, Any] = {
+    "model": NAME,
+    "dataset": NAME,
+    "tokenizer": NAME,
+    "depth": 2,
+    "head-dim": 16,
+    "context-length": 32,
+    "batch-tokens": 256,
+    "steps": STEPS,
+    "lr-scale": 1.0,
+    "weight-decay": 0.1,
+    "warmup-steps": 4,
+    "momentum-warmup-steps": 10,
+    "eval-every": 20,
+    "eval-tokens": 500,
+    "save-every": 4,
+    "threads": 1,
+    "no-compile": True,
+}
+SFT: dict[str, Any] = {
+    "model": NAME,
+    "conversations": NAME,
+    "steps": STEPS,
+    "batch-tokens": 256,
+    "eval-every": 20,
+    "save-every": 4,
+    "threads": 1,
+    "no-compile": True,
+}
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["jobs.train.pipeline", "torch._dynamo", "matplotlib.pyplot"])
+
+
+def sentences(rng: random.Random) -> str:
+    """Text with enough structure that even a tiny model learns something in a few steps."""
+    who = ("the gull", "the captain", "a small boat", "the old harbour", "Mira")
+    does = ("sees", "waits for", "sings to", "forgets")
+    return " ".join(f"{rng.choice(who)} {rng.choice(does)} {rng.choice(who)}." for _ in range(rng.randint(1, 6)))
+
+
+def conversation(rng: random.Random) -> dict[str, Any]:
+    n = rng.randint(2, 99)
+    parts = [{"type": "python", "text": f"{n}*2"}, {"type": "python_output", "text": str(2 * n)}]
+    return {
+        "messages": [
+            {"role": "user", "content": f"Twice {n}?"},
+            {"role": "assistant", "content": [*parts, {"type": "text", "text": f"It is {2 * n}."}]},
+        ]
+    }
+
+
+def fill(home: Path) -> Store:
+    """Dataset, tokenizer and conversations named :data:`NAME` in a new store."""
+    store = open_store(str(home))
+    rng = random.Random(11)
+    training = [sentences(rng) for _ in range(400)]
+    write_dataset(store, NAME, training, [sentences(rng) for _ in range(20)], source="a test")
+    store.write(tokenizer_key(NAME), train_tokenizer(training, 300).to_json().encode())
+    for split, count in (("train", 300), ("val", 30)):
+        write_conversations(store, NAME, split, [conversation(rng) for _ in range(count)])
+    return store
+
+
+def argv(flags: dict[str, Any]) -> list[str]:
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
+
+
+class Job:
+    """A running ``python -m module --flags``."""
+
+    def __init__(self, module: str, arguments: list[str], log: Path) -> None:
+        self._log = log
+        log.touch()
+        self._process = _processes.Process(target=_run, args=(module, arguments, dict(os.environ), log))
+        self._process.start()
+
+    def wait(self) -> int:
+        """The exit code, negative for a signal."""
+        self._process.join()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+    def signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    @property
+    def stderr(self) -> str:
+        return self._log.read_text()
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What it logged."""
+        return [json.loads(line) for line in self.stderr.splitlines() if line.startswith("{")]
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        """Return as soon as something is so; fail when the job ends before."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self._process.is_alive(), f"ended with {self._process.exitcode}: {self.stderr}"
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
+def _run(module: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    """In the child: what ``python -m`` does, with its output in a file."""
+    os.environ.update(environment)
+    with log.open("ab", buffering=0) as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    warnings.filterwarnings("ignore", "'jobs.* found in sys.modules")
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+@dataclasses.dataclass
+class Jobs:
+    """Starts jobs on one store."""
+
+    home: Path
+    logs: Path
+
+    @property
+    def store(self) -> Store:
+        return open_store(str(self.home))
+
+    def start(self, module: str, flags: dict[str, Any], **changes: Any) -> Job:
+        """``changes`` are flags with underscores; None leaves one out."""
+        changed = flags | {name.replace("_", "-"): value for name, value in changes.items()}
+        given = {name: value for name, value in changed.items() if value is not None}
+        log = self.logs / f"{module}-{len(list(self.logs.iterdir()))}.log"
+        return Job(module, ["--home", str(self.home), *argv(given)], log)
+
+    def run(self, module: str, flags: dict[str, Any], **changes: Any) -> Job:
+        job = self.start(module, flags, **changes)
+        code = job.wait()
+        assert code == 0, f"exit code {code}: {job.stderr}"
+        return job
+
+    def steps(self, stage: str, model: str = NAME) -> list[int]:
+        """Steps of the complete checkpoints."""
+        return [ref.step for ref in list_checkpoints(self.store, model, stage)]
+
+    def result(self, stage: str, step: int = STEPS, model: str = NAME) -> Result:
+        checkpoint = load_checkpoint(self.store, CheckpointRef(model, stage, step))
+        timings = {"tokens_per_second", "train_seconds"}
+        history = [{k: v for k, v in point.items() if k not in timings} for point in checkpoint.meta["history"]]
+        return Result(checkpoint.digests["model.safetensors"], history, checkpoint.meta)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What two runs must agree on to be the same, and everything else that was stored."""
+
+    weights: str
+    history: list[dict[str, float]]
+    meta: dict[str, Any] = dataclasses.field(compare=False)
+
+
+def damage(path: Path) -> None:
+    """Turn one bit of the file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

@@ -1,0 +1,190 @@
+"""What every kind of artifact store promises; a test file per kind gives the ``store`` to try it on."""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+
+import pytest
+
+from nanochat_core.errors import UserError
+from nanochat_core.store import Store
+
+LAST = "MANIFEST.json"
+BYTES = bytes(range(256)) * 5000
+
+
+def publish(store: Store, prefix: str, files: dict[str, bytes]) -> None:
+    """Publish ``files`` and, written first but visible last, their marker."""
+    with store.publish(prefix, last=LAST) as folder:
+        for name, data in {LAST: b"whole", **files}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+
+
+def contents(store: Store, prefix: str) -> dict[str, bytes]:
+    return {key.removeprefix(f"{prefix}/"): store.read(key) for key in store.keys(prefix)}
+
+
+class StoreContract:
+    """Collected through its subclasses."""
+
+    @pytest.mark.parametrize("data", [b"", b"text\n", BYTES])
+    @pytest.mark.parametrize("key", ["file", "a/b/c.bin", "with space/ümläut+%2F&=.json"])
+    def test_what_was_written_is_read_back(self, store: Store, key: str, data: bytes):
+        store.write(key, data)
+        assert store.exists(key)
+        assert store.read(key) == data
+        assert store.fetch(key).read_bytes() == data
+
+    def test_writing_again_replaces(self, store: Store):
+        store.write("a/file", b"a longer first version")
+        assert store.fetch("a/file").read_bytes() == b"a longer first version"
+        store.write("a/file", b"second")
+        assert store.read("a/file") == b"second"
+        assert store.fetch("a/file").read_bytes() == b"second"
+
+    @pytest.mark.parametrize("key", ["missing", "folder/missing", "no/such/folder", "folder"])
+    def test_what_is_no_file_is_not_found(self, store: Store, key: str):
+        store.write("folder/file", b"x")
+        assert not store.exists(key)
+        with pytest.raises(FileNotFoundError, match=key):
+            store.read(key)
+        with pytest.raises(FileNotFoundError, match=key):
+            store.fetch(key)
+
+    @pytest.mark.parametrize(
+        "key", ["../up", "a/../../up", "a/..", "/absolute", "", ".", "/", ".hidden", "a/.hidden/b", "nul\0byte"]
+    )
+    def test_keys_that_leave_the_root_or_are_hidden_are_refused(self, store: Store, key: str):
+        def published() -> None:
+            with store.publish(key, last=LAST):
+                pytest.fail("a folder to write into was handed out")
+
+        calls = (
+            lambda: store.read(key),
+            lambda: store.exists(key),
+            lambda: store.write(key, b"x"),
+            lambda: store.keys(key),
+            lambda: store.fetch(key),
+            lambda: store.delete(key),
+            published,
+        )
+        for call in calls:
+            with pytest.raises(UserError, match=re.escape(f"{key!r} is no key")):
+                call()
+
+    def test_keys_lists_the_files_below_a_folder_sorted(self, store: Store):
+        for key in ["m/b/2", "m/a", "m/b/10", "m/b/c/d", "m2/x", "n/m/x"]:
+            store.write(key, b"")
+        assert store.keys("m") == ["m/a", "m/b/10", "m/b/2", "m/b/c/d"]
+        assert store.keys("m/b") == store.keys("m/b/") == ["m/b/10", "m/b/2", "m/b/c/d"]
+
+    def test_keys_of_a_file_or_of_nothing_are_none(self, store: Store):
+        store.write("m/a", b"")
+        assert store.keys("m/a") == []
+        assert store.keys("nothing") == []
+
+    def test_delete_removes_a_folder_and_nothing_beside_it(self, store: Store):
+        for key in ["m/step_1/a", "m/step_1/b/c", "m/step_10/a", "m/step_1.txt"]:
+            store.write(key, b"")
+        store.delete("m/step_1")
+        assert store.keys("m") == ["m/step_1.txt", "m/step_10/a"]
+
+    def test_deleting_what_is_no_folder_does_nothing(self, store: Store):
+        store.write("m/a", b"kept")
+        store.delete("m/a")
+        store.delete("m/b")
+        store.delete("nothing")
+        assert contents(store, "m") == {"a": b"kept"}
+
+    def test_a_published_folder_holds_what_was_written_into_it(self, store: Store):
+        files = {"model": BYTES, "optim/deep/er/state": b"s", "empty": b""}
+        publish(store, "models/m/step_1", files)
+        assert contents(store, "models/m/step_1") == {LAST: b"whole", **files}
+
+    def test_publishing_again_leaves_no_file_of_the_old_folder(self, store: Store):
+        publish(store, "p", {"both": b"old", "only_old": b"old", "folder/old": b"old"})
+        publish(store, "p", {"both": b"new", "only_new": b"new"})
+        assert contents(store, "p") == {LAST: b"whole", "both": b"new", "only_new": b"new"}
+
+    def test_publishing_touches_nothing_beside_the_folder(self, store: Store):
+        publish(store, "m/step_1", {"a": b"1"})
+        publish(store, "m/step_10", {"a": b"10"})
+        publish(store, "m/step_1", {"b": b"1"})
+        assert contents(store, "m/step_10") == {LAST: b"whole", "a": b"10"}
+
+    @pytest.mark.parametrize("before", [{}, {LAST: b"whole", "a": b"old"}])
+    def test_a_publisher_that_fails_changes_nothing(self, store: Store, before: dict[str, bytes]):
+        if before:
+            publish(store, "p", {"a": b"old"})
+        staging = Path()
+
+        def fail() -> None:
+            nonlocal staging
+            with store.publish("p", last=LAST) as staging:
+                (staging / "a").write_bytes(b"new")
+                (staging / LAST).write_bytes(b"whole")
+                raise RuntimeError("power cut")
+
+        with pytest.raises(RuntimeError, match="power cut"):
+            fail()
+        assert contents(store, "p") == before
+        assert not staging.exists()
+
+    def test_a_folder_without_its_last_file_is_not_published(self, store: Store):
+        publish(store, "p", {"a": b"old"})
+
+        def forget() -> None:
+            with store.publish("p", last=LAST) as folder:
+                (folder / "a").write_bytes(b"new")
+
+        with pytest.raises(FileNotFoundError, match=LAST):
+            forget()
+        assert contents(store, "p") == {LAST: b"whole", "a": b"old"}
+
+    def test_who_sees_the_last_file_of_a_new_folder_sees_all_of_them(self, store: Store):
+        folders, files = 12, {f"part_{i}": bytes([i]) * 2000 for i in range(4)}
+        torn: list[str] = []
+        done = threading.Event()
+
+        def watch() -> None:
+            for step in range(folders):
+                while not store.exists(f"w/{step}/{LAST}"):
+                    if done.is_set():
+                        torn.append(f"{step} never came")
+                        return
+                if contents(store, f"w/{step}") != {LAST: b"whole", **files}:
+                    torn.append(f"{step} was seen in parts")
+
+        watchers = [threading.Thread(target=watch) for _ in range(2)]
+        for watcher in watchers:
+            watcher.start()
+        for step in range(folders):
+            publish(store, f"w/{step}", files)
+        watchers[0].join(5)
+        watchers[1].join(5)
+        done.set()
+        for watcher in watchers:
+            watcher.join()
+        assert torn == []
+
+    def test_a_reader_of_a_file_that_is_being_replaced_gets_one_version_whole(self, store: Store):
+        versions = [bytes([i]) * 50_000 for i in range(20)]
+        store.write("file", versions[0])
+        seen: set[bytes] = set()
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.is_set():
+                seen.add(store.read("file"))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        for version in versions:
+            store.write("file", version)
+        done.set()
+        watcher.join()
+        assert seen
+        assert seen <= set(versions)

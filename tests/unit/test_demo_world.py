@@ -1,0 +1,372 @@
+"""The demo world is deterministic, consistent, and keeps its two splits apart."""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from jobs.train.demo_world import (
+    CONVERSATION_MIX,
+    DOCUMENT_MIX,
+    EVALUATION_MIX,
+    EvalItem,
+    arithmetic,
+    check,
+    chitchat,
+    conversations,
+    evaluation_set,
+    pretraining_documents,
+    words,
+)
+from jobs.train.demo_world.facts import ENTITIES, PEOPLE, all_facts, key, names, relations_of, siblings, values_of
+from jobs.train.demo_world.phrasings import RELATIONS, Split, fill
+from nanochat_core.chat import parse_messages
+from nanochat_core.tokenizer import SPECIAL_TOKENS
+
+SUM = re.compile(r"(\d+) [-+*/] (\d+)")
+LETTER_COUNT = re.compile(r"'([a-z]+)'\.count\('[a-z]'\)")
+
+
+@pytest.fixture(scope="module")
+def training() -> list[dict[str, Any]]:
+    return list(conversations("train", seed=1, n=20_000))
+
+
+@pytest.fixture(scope="module")
+def heldout() -> list[dict[str, Any]]:
+    return list(conversations("heldout", seed=1, n=5_000))
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    return list(pretraining_documents(seed=1, n=20_000))
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> list[EvalItem]:
+    return evaluation_set(400, seed=3)
+
+
+@pytest.fixture(scope="module")
+def training_text(training: list[dict[str, Any]], documents: list[str]) -> str:
+    return "\n".join([*documents, *(part["text"] for part in all_parts(training))])
+
+
+def parts(message: dict[str, Any]) -> list[dict[str, str]]:
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def all_parts(made: Iterable[dict[str, Any]]) -> Iterator[dict[str, str]]:
+    return (part for conversation in made for message in conversation["messages"] for part in parts(message))
+
+
+def questions(made: Iterable[dict[str, Any]]) -> set[str]:
+    messages = (message for conversation in made for message in conversation["messages"])
+    return {normalised(message["content"]) for message in messages if message["role"] == "user"}
+
+
+def normalised(question: str) -> str:
+    """Without what people type or leave out as they like."""
+    return question.lower().rstrip("?.! ")
+
+
+def visible(content: str | list[dict[str, str]]) -> str:
+    return "".join(part["text"] for part in parts({"content": content}) if part["type"] == "text")
+
+
+def code_of(made: Iterable[dict[str, Any]]) -> list[str]:
+    return [part["text"] for part in all_parts(made) if part["type"] == "python"]
+
+
+def test_equal_seeds_give_equal_data_in_another_process() -> None:
+    program = (
+        "import hashlib; from jobs.train.demo_world import *; "
+        "made = [*pretraining_documents(5, 300), *conversations('train', 5, 300), *conversations('heldout', 5, 300)]; "
+        "print(hashlib.sha256(repr([made, evaluation_set(50, 5)]).encode()).hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for hash_seed in ("1", "2")
+    }
+    assert len(digests) == 1
+
+
+def test_other_seeds_give_other_data_and_fewer_give_the_first() -> None:
+    assert list(pretraining_documents(1, 50)) != list(pretraining_documents(2, 50))
+    assert list(conversations("train", 1, 50)) != list(conversations("train", 2, 50))
+    assert list(pretraining_documents(1, 20)) == list(pretraining_documents(1, 50))[:20]
+    assert list(conversations("train", 1, 20)) == list(conversations("train", 1, 50))[:20]
+
+
+def test_facts_do_not_contradict_each_other() -> None:
+    stated = collections.Counter((known.entity.name, known.relation) for known in all_facts())
+    assert set(stated.values()) == {1}
+    for relation in RELATIONS:
+        keys = [key(value) for value in values_of(relation)]
+        assert len(set(keys)) == len(keys), f"{relation} has a value twice: its reverse question has two answers"
+    assert {known.relation for known in all_facts()} == set(RELATIONS)
+    assert 100 <= len(all_facts()) <= 150
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_every_relation_is_worded_in_many_ways(relation: str) -> None:
+    wordings = RELATIONS[relation]
+    assert len(set(wordings.statements)) >= 6
+    assert len(set(wordings.questions.train)) >= 6
+    assert len(set(wordings.questions.heldout)) >= 2
+    if relation != "inhabitants":  # "What has 843 inhabitants?" is nobody's question
+        assert len(set(wordings.reverse.train)) >= 6
+        assert len(set(wordings.reverse.heldout)) >= 2
+
+
+def test_documents_state_every_fact_and_nothing_against_it(documents: list[str]) -> None:
+    sentences = {sentence for document in documents for sentence in re.split(r"(?<=\.) ", document)}
+    for known in all_facts():
+        wordings = RELATIONS[known.relation]
+        stated = {fill(template, known.entity, known.value) for template in wordings.statements}
+        assert stated & sentences, known
+        wrong = {
+            fill(template, known.entity, other)
+            for template in (*wordings.statements, wordings.answer)
+            for other in values_of(known.relation)
+            if other != known.value
+        }
+        assert not wrong & sentences, known
+
+
+def test_conversations_ask_for_every_fact_in_both_directions(training: list[dict[str, Any]]) -> None:
+    asked = questions(training)
+    for known in all_facts():
+        wordings = RELATIONS[known.relation]
+        for phrasings in (wordings.questions, wordings.reverse):
+            forms = {normalised(fill(template, known.entity, known.value)) for template in phrasings.train}
+            assert not forms or forms & asked, known
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_conversations_are_valid(split: Split, training: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> None:
+    made = training if split == "train" else heldout
+    for conversation in made:
+        messages = parse_messages(conversation["messages"])
+        assert messages[-1].role == "assistant"
+        assert all(message.text for message in messages)
+        # A context of 256 tokens holds about this much.
+        assert sum(len(part.text) for message in messages for part in message.parts) < 600
+        assert not any(token in part.text for message in messages for part in message.parts for token in SPECIAL_TOKENS)
+    seen = collections.Counter(conversation["kind"] for conversation in made)
+    total = sum(CONVERSATION_MIX.values())
+    for kind, share in CONVERSATION_MIX.items():
+        assert seen[kind] / len(made) == pytest.approx(share / total, abs=0.02)
+
+
+def test_documents_are_short_and_of_every_kind(documents: list[str]) -> None:
+    assert max(map(len, documents)) < 700
+    assert len(set(documents)) > 0.97 * len(documents)
+    for kind in DOCUMENT_MIX:
+        assert all(pretraining_documents(1, 20, {kind: 1.0}))
+
+
+def test_python_prints_what_the_output_says(training: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> None:
+    calls = 0
+    for message in (message for c in (*training, *heldout) for message in c["messages"]):
+        if isinstance(message["content"], str):
+            continue
+        code, output, text = message["content"]
+        assert [part["type"] for part in (code, output, text)] == ["python", "python_output", "text"]
+        assert SUM.fullmatch(code["text"]) or LETTER_COUNT.fullmatch(code["text"])
+        assert str(eval(code["text"], {"__builtins__": {}})) == output["text"]
+        assert re.search(rf"(?<![\d.]){re.escape(output['text'])}(?!\d)", text["text"])
+        calls += 1
+    assert calls > 10_000
+
+
+def test_code_uses_the_operands_and_words_of_the_question(evaluation: list[EvalItem]) -> None:
+    for item in evaluation:
+        if not item.requires_tool:
+            continue
+        code, question = item.reference[0]["text"], item.messages[-1]["content"]  # type: ignore[index]
+        if item.kind == "arithmetic":
+            assert re.findall(r"\d+", question) == re.findall(r"\d+", code)
+        else:
+            match = LETTER_COUNT.fullmatch(code)
+            assert match
+            assert match[1] in re.findall("[a-z]+", question)
+
+
+def test_a_question_has_one_answer(training: list[dict[str, Any]]) -> None:
+    answers = collections.defaultdict(set)
+    for conversation in training:
+        question, answer = conversation["messages"][:2]
+        if question["role"] == "user":
+            answers[normalised(question["content"])].add(str(answer["content"]))
+    assert not {question: given for question, given in answers.items() if len(given) > 1}
+
+
+def test_no_heldout_question_is_asked_in_training(
+    training: list[dict[str, Any]], heldout: list[dict[str, Any]], evaluation: list[EvalItem]
+) -> None:
+    trained = questions(training)
+    assert not questions(heldout) & trained
+    assert not {normalised(item.messages[-1]["content"]) for item in evaluation} & trained
+
+
+def test_heldout_phrasings_differ_from_all_training_phrasings() -> None:
+    asked: dict[Split, set[str]] = {"train": set(), "heldout": set()}
+    for known in all_facts():
+        for split in asked:
+            for template in RELATIONS[known.relation].questions.of(split):
+                asked[split] |= {normalised(fill(template, known.entity, pronoun=pronoun)) for pronoun in (False, True)}
+            for template in RELATIONS[known.relation].reverse.of(split):
+                asked[split].add(normalised(fill(template, known.entity, known.value)))
+    for topic in (*chitchat.IDENTITY, *chitchat.GREETINGS, *chitchat.SMALLTALK):
+        for split in asked:
+            asked[split] |= set(map(normalised, topic.questions.of(split)))
+    assert len(asked["heldout"]) > 500
+    assert not asked["train"] & asked["heldout"]
+
+
+def test_training_never_shows_a_reserved_number(training_text: str) -> None:
+    numbers = {int(digits) for digits in re.findall(r"\d+", training_text)}
+    assert not numbers & arithmetic.reserved_numbers()
+    assert len(numbers) > 5_000
+    assert len(arithmetic.reserved_numbers()) > 1_000
+    assert {1234, 5678} <= arithmetic.reserved_numbers()
+
+
+def test_heldout_sums_have_reserved_numbers_or_a_reserved_pair(
+    training: list[dict[str, Any]], heldout: list[dict[str, Any]]
+) -> None:
+    def pairs(made: list[dict[str, Any]]) -> set[tuple[int, ...]]:
+        matches = (SUM.fullmatch(code) for code in code_of(made))
+        return {tuple(sorted(map(int, match.groups()))) for match in matches if match}
+
+    assert not pairs(heldout) & pairs(training)
+    for a, b in pairs(heldout):
+        assert {a, b} <= arithmetic.reserved_numbers() or arithmetic.is_heldout_pair(a, b)
+
+
+def test_evaluation_sums_have_only_numbers_that_training_never_shows(evaluation: list[EvalItem]) -> None:
+    sums = [item for item in evaluation if item.kind == "arithmetic"]
+    assert len(sums) == 100
+    for item in sums:
+        match = SUM.fullmatch(item.reference[0]["text"])  # type: ignore[index]
+        assert match
+        assert {int(operand) for operand in match.groups()} <= arithmetic.reserved_numbers()
+
+
+def test_training_never_shows_a_heldout_word_or_stranger(training_text: str, heldout: list[dict[str, Any]]) -> None:
+    shown = set(re.findall(r"[a-z]+", training_text.lower()))
+    counted = {match[1] for code in code_of(heldout) if (match := LETTER_COUNT.fullmatch(code))}
+    assert {"strawberry", "banana", "mississippi"} <= set(words.ENGLISH_HELDOUT)
+    assert not shown & set(words.ENGLISH_HELDOUT)
+    assert not shown & counted
+    assert len(counted) > 300
+    assert not shown & {name.lower() for name in words.STRANGERS_HELDOUT}
+
+
+def test_the_hash_of_a_made_up_word_decides_its_split(
+    training: list[dict[str, Any]], heldout: list[dict[str, Any]]
+) -> None:
+    def made_up(made: list[dict[str, Any]]) -> set[str]:
+        counted = {match[1] for code in code_of(made) if (match := LETTER_COUNT.fullmatch(code))}
+        return counted - {*words.ENGLISH_TRAIN, *words.ENGLISH_HELDOUT}
+
+    assert len(made_up(training)) > 2_000
+    assert len(made_up(heldout)) > 200
+    assert not any(map(words.is_heldout_word, made_up(training)))
+    assert all(map(words.is_heldout_word, made_up(heldout)))
+
+
+def test_strangers_are_nobody_in_saltmere() -> None:
+    people = set(names(PEOPLE))
+    assert not people & {*words.STRANGERS_TRAIN, *words.STRANGERS_HELDOUT}
+    refused = conversations("heldout", 1, 500, {"refusal": 1.0})
+    assert not any(re.search(rf"\b{name}\b", str(c["messages"])) for c in refused for name in people)
+
+
+def test_evaluation_has_the_promised_kinds() -> None:
+    items = evaluation_set()
+    assert collections.Counter(item.kind for item in items) == EVALUATION_MIX
+    assert sum(EVALUATION_MIX.values()) == len(items) == 200
+    assert len({str(item.messages) for item in items}) == 200
+    assert len(evaluation_set(33)) == 33
+    for item in items:
+        assert parse_messages(item.messages)[-1].role == "user"
+        assert item.requires_tool == (item.kind in ("arithmetic", "counting"))
+        assert len(item.messages) > 1 or item.kind != "followup"
+
+
+def test_the_reference_answer_is_right(evaluation: list[EvalItem]) -> None:
+    for item in evaluation:
+        assert check(item, visible(item.reference), item.requires_tool), item
+
+
+@pytest.mark.parametrize("kind", ["arithmetic", "counting"])
+def test_a_wrong_number_or_one_without_the_tool_is_wrong(kind: str, evaluation: list[EvalItem]) -> None:
+    for item in (item for item in evaluation if item.kind == kind):
+        (number,) = item.expected
+        text = visible(item.reference)
+        assert not check(item, text, used_tool=False)
+        assert not check(item, text.replace(number, f"{number}1"), used_tool=True)
+        assert not check(item, text.replace(number, f"1{number.lstrip('-')}"), used_tool=True)
+        assert not check(item, "I don't know that.", used_tool=True)
+        assert not check(item, "", used_tool=True)
+
+
+def test_a_negative_result_needs_its_sign() -> None:
+    item = EvalItem("arithmetic", (), ("-23",), (), True, "")
+    assert check(item, "The answer is -23.", used_tool=True)
+    assert check(item, "7 - 30 = -23", used_tool=True)
+    assert not check(item, "The answer is 23.", used_tool=True)
+
+
+@pytest.mark.parametrize("kind", ["fact", "followup"])
+def test_another_value_or_another_subject_is_wrong(kind: str, evaluation: list[EvalItem]) -> None:
+    answers = {
+        (known.entity.name, known.relation): fill(RELATIONS[known.relation].answer, known.entity, known.value)
+        for known in all_facts()
+    }
+    answered = {answer: pair for pair, answer in answers.items()}
+    tried = 0
+    for item in (item for item in evaluation if item.kind == kind):
+        text = visible(item.reference)
+        assert not check(item, "I don't know that.", used_tool=False)
+        if text not in answered:
+            continue
+        name, relation = answered[text]
+        entity = next(entity for entity in ENTITIES if entity.name == name)
+        for other in siblings(entity):
+            assert not check(item, answers[other.name, relation], used_tool=False)
+            assert not check(item, f"{text} {answers[other.name, relation]}", used_tool=False)
+            tried += 1
+    assert tried > 100
+
+
+@pytest.mark.parametrize("kind", ["identity", "greeting", "refusal"])
+def test_an_answer_to_something_else_is_wrong(kind: str, evaluation: list[EvalItem]) -> None:
+    for item in (item for item in evaluation if item.kind == kind):
+        for entity in ENTITIES:
+            relation = relations_of(entity)[0]
+            answer = fill(RELATIONS[relation].answer, entity, getattr(entity, relation))
+            if not (kind == "identity" and "Saltmere" in answer):
+                assert not check(item, answer, used_tool=False)
+        assert not check(item, "", used_tool=False)
+
+
+def test_a_refusal_that_goes_on_to_invent_is_wrong(evaluation: list[EvalItem]) -> None:
+    for item in (item for item in evaluation if item.kind == "refusal"):
+        assert not check(item, f"{visible(item.reference)} Mara has a cat.", used_tool=False)

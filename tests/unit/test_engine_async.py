@@ -1,0 +1,139 @@
+"""The engine on its own thread: streams, cancellation, stopping and dying."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import torch
+from engine_models import BYTES, tiny_model
+
+from nanochat_core.engine import (
+    AsyncEngine,
+    Completion,
+    Engine,
+    EngineConfig,
+    EngineDead,
+    QueueFull,
+    Request,
+    SamplingParams,
+    Stream,
+)
+from nanochat_core.errors import UserError
+
+LONG = SamplingParams(max_tokens=0)
+
+
+@pytest.fixture(autouse=True)
+async def _one_thread() -> AsyncIterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[AsyncEngine]:
+    running = AsyncEngine(Engine(tiny_model(context_length=1024), BYTES, EngineConfig(max_running=4, max_waiting=2)))
+    running.start()
+    yield running
+    await running.stop()
+
+
+async def read(stream: Stream, n: int = 1) -> list[Completion]:
+    completions = [Completion() for _ in range(n)]
+    async for output in stream:
+        completions[output.index].append(output)
+    return completions
+
+
+async def test_streams_give_the_tokens_of_a_plain_run(engine: AsyncEngine) -> None:
+    prompts = [tuple(range(i, i + 20)) for i in range(4)]
+    sampling = SamplingParams(max_tokens=25, temperature=0.8, seed=4)
+    streams = [await engine.submit(Request(str(i), p, sampling, n=1)) for i, p in enumerate(prompts)]
+    got = [c.token_ids for stream in streams for c in await read(stream)]
+    plain = Engine(tiny_model(context_length=1024), BYTES).generate(prompts, sampling)
+    assert got == [c.token_ids for [c] in plain]
+
+
+async def test_a_slow_reader_gets_everything_in_few_pieces(engine: AsyncEngine) -> None:
+    stream = await engine.submit(Request("r", (1,), SamplingParams(max_tokens=50, temperature=1.0, seed=1), n=3))
+    while not stream.finished:
+        await asyncio.sleep(0.01)
+    outputs = [output async for output in stream]
+    assert len(outputs) == 3
+    assert [len(output.tokens) for output in outputs] == [50] * 3
+
+
+async def test_closing_a_stream_frees_its_cache(engine: AsyncEngine) -> None:
+    stream = await engine.submit(Request("r", tuple(range(100)), LONG))
+    await anext(stream)
+    engine.close_stream("r")
+    for _ in range(200):
+        if engine.load().blocks_used == 0:
+            break
+        await asyncio.sleep(0.01)
+    assert (engine.load().running, engine.load().blocks_used) == (0, 0)
+    await engine.drained()
+
+
+async def test_an_id_can_be_used_again_after_a_cancellation(engine: AsyncEngine) -> None:
+    await engine.submit(Request("r", (1, 2, 3), LONG))
+    engine.close_stream("r")
+    stream = await engine.submit(Request("r", (1, 2, 3), SamplingParams(max_tokens=3)))
+    [completion] = await read(stream)
+    assert len(completion.tokens) == 3
+
+
+async def test_refusals_reach_the_caller(engine: AsyncEngine) -> None:
+    with pytest.raises(UserError, match="prompt is empty"):
+        await engine.submit(Request("r", ()))
+    for i in range(6):
+        await engine.submit(Request(str(i), (1,), LONG))
+    with pytest.raises(QueueFull):
+        await engine.submit(Request("late", (1,), LONG))
+    with pytest.raises(UserError, match="in use"):
+        await engine.submit(Request("0", (1,), LONG))
+    for i in range(6):
+        engine.close_stream(str(i))
+    await engine.drained()
+
+
+async def test_drained_waits_for_open_streams(engine: AsyncEngine) -> None:
+    stream = await engine.submit(Request("r", (1,), SamplingParams(max_tokens=20)))
+    waiter = asyncio.create_task(engine.drained())
+    await read(stream)
+    assert not waiter.done()
+    engine.close_stream("r")
+    await asyncio.wait_for(waiter, 5)
+
+
+async def test_an_error_in_the_loop_fails_every_stream_and_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    core, died = Engine(tiny_model(context_length=1024), BYTES), asyncio.Event()
+    engine = AsyncEngine(core, on_death=died.set)
+    engine.start()
+    streams = [await engine.submit(Request(str(i), (1,), LONG)) for i in range(2)]
+    await anext(streams[0])
+
+    def out_of_memory(*_args: object) -> None:
+        raise RuntimeError("device on fire")
+
+    core.runner.run = out_of_memory  # type: ignore[method-assign,assignment]
+    for stream in streams:
+        with pytest.raises(EngineDead, match="device on fire"):
+            await read(stream)
+    await asyncio.wait_for(died.wait(), 5)
+    with pytest.raises(EngineDead):
+        await engine.submit(Request("late", (1,), LONG))
+    assert "engine_died" in caplog.text
+    await engine.stop()
+
+
+async def test_stopping_fails_what_still_runs() -> None:
+    engine = AsyncEngine(Engine(tiny_model(context_length=1024), BYTES))
+    engine.start()
+    stream = await engine.submit(Request("r", (1,), LONG))
+    await engine.stop()
+    with pytest.raises(EngineDead, match="stopped"):
+        await read(stream)

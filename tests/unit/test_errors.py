@@ -1,0 +1,69 @@
+"""How programs end: one line for what a user did wrong, a traceback for what we did."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from nanochat_core.errors import EXIT_USER_ERROR, UserError, run_main
+
+
+def ended(body: str) -> subprocess.CompletedProcess[str]:
+    code = f"""
+import signal, os
+from nanochat_core.errors import UserError, run_main
+def main():
+    {body}
+run_main(main, "python -m example")
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_a_user_error_is_one_line_and_exit_code_2():
+    done = ended("raise UserError('--port is 99999; it must be at most 65535')")
+    assert done.returncode == EXIT_USER_ERROR == 2
+    assert done.stderr == "python -m example: error: --port is 99999; it must be at most 65535\n"
+    assert done.stdout == ""
+
+
+def test_any_other_error_keeps_its_traceback():
+    done = ended("raise RuntimeError('a bug')")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "RuntimeError: a bug" in done.stderr
+
+
+def test_an_interrupt_ends_quietly():
+    done = ended("os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)")
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (3, 3)])
+def test_the_returned_number_is_the_exit_code(returned: int | None, code: int):
+    with pytest.raises(SystemExit) as exit_:
+        run_main(lambda: returned, "example")
+    assert exit_.value.code == code
+
+
+def test_a_program_that_ends_itself_keeps_its_exit_code():
+    def stopped_by_signal() -> int:
+        raise SystemExit(143)
+
+    with pytest.raises(SystemExit) as exit_:
+        run_main(stopped_by_signal, "example")
+    assert exit_.value.code == 143
+
+
+def test_a_subclass_counts_as_user_error(capsys: pytest.CaptureFixture[str]):
+    class Special(UserError):
+        pass
+
+    def fail() -> int:
+        raise Special("this one too")
+
+    with pytest.raises(SystemExit) as exit_:
+        run_main(fail, "example")
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "example: error: this one too\n"

@@ -1,0 +1,93 @@
+"""Logs: every record is one line of JSON, whatever is in it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanochat_core.logs import JsonFormatter
+
+
+def line(
+    message: str = "started", *arguments: object, extra: dict[str, Any] | None = None, exc_info: Any = None
+) -> str:
+    logger = logging.Logger("example")
+    record = logger.makeRecord("example", logging.WARNING, __file__, 1, message, arguments, exc_info, extra=extra)
+    return JsonFormatter("engine").format(record)
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def event(*arguments: Any, **options: Any) -> dict[str, Any]:
+    return json.loads(line(*arguments, **options), parse_constant=refuse)
+
+
+def test_a_record_has_time_level_service_and_event():
+    got = event("step %d of %s", 3, "many")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", got.pop("time"))
+    assert got == {"level": "warning", "service": "engine", "event": "step 3 of many"}
+
+
+def test_the_time_is_in_utc_with_milliseconds(monkeypatch: pytest.MonkeyPatch):
+    record = logging.makeLogRecord({"created": 86400.25, "msecs": 250.0})
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        shown = json.loads(JsonFormatter("x").format(record))["time"]
+    time.tzset()
+    assert shown == "1970-01-02T00:00:00.250Z"
+
+
+def test_extra_becomes_fields():
+    got = event(extra={"tokens": 3, "ok": True, "nested": {"a": [1, None]}, "path": Path("/x")})
+    assert (got["tokens"], got["ok"], got["nested"], got["path"]) == (3, True, {"a": [1, None]}, "/x")
+
+
+def test_numbers_that_json_lacks_become_text():
+    got = event(extra={"loss": math.nan, "many": {"bpb": [math.inf, -math.inf, 1.5]}, "pair": (math.nan, 2)})
+    assert (got["loss"], got["many"], got["pair"]) == ("nan", {"bpb": ["inf", "-inf", 1.5]}, ["nan", 2])
+
+
+def test_a_record_is_one_line_whatever_is_in_it():
+    text = "two\nlines\r, \u2028 and 🦊 \x00"
+    whole = line(text, extra={"field": text})
+    assert "\n" not in whole
+    assert "\r" not in whole
+    assert "🦊" in whole
+    assert (json.loads(whole)["event"], json.loads(whole)["field"]) == (text, text)
+
+
+def test_an_exception_s_traceback_is_a_field():
+    try:
+        raise RuntimeError("broken")
+    except RuntimeError:
+        got = event(exc_info=sys.exc_info())
+    assert got["exception"].startswith("Traceback")
+    assert got["exception"].endswith("RuntimeError: broken")
+
+
+@pytest.mark.parametrize(("level", "seen"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])
+def test_a_configured_process_logs_to_stderr_from_its_level_on(level: str, seen: int):
+    code = f"""
+import logging
+from nanochat_core import logs
+logging.basicConfig()  # what a library may have done before
+logs.configure("sandbox", {level!r})
+for level in ("debug", "info", "warning", "error"):
+    getattr(logging.getLogger("some.library"), level)("event", extra={{"given": level}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    given = [json.loads(line)["given"] for line in done.stderr.splitlines()]
+    assert given == ["debug", "info", "warning", "error"][4 - seen :]

@@ -1,0 +1,130 @@
+"""Best-fit packing against a slow reference, and what it promises about every token."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from jobs.train.packing import BestFitPacker, Document
+
+PAD = -7
+ROWS = 12
+
+lengths = st.lists(st.integers(1, 24), min_size=1, max_size=30)
+row_lengths = st.integers(1, 16)
+buffer_sizes = st.integers(1, 8)
+modes = st.sampled_from(["crop", "pad"])
+
+
+def document(number: int, length: int) -> Document:
+    """Every token of every document is another number; every third one is not counted."""
+    ids = number * 1000 + np.arange(length, dtype=np.int32)
+    return Document(number, ids, ids % 3 != 0)
+
+
+def endless(lengths: Sequence[int]) -> Iterator[Document]:
+    return (document(number, length) for number, length in enumerate(itertools.cycle(lengths)))
+
+
+def packer(lengths: Sequence[int], row_length: int, buffer_size: int, mode) -> BestFitPacker:
+    return BestFitPacker(row_length, buffer_size, mode, PAD, endless(lengths).__next__)
+
+
+def rows_of(made: BestFitPacker, count: int = ROWS) -> list[tuple[list[int], list[bool]]]:
+    return [(ids.tolist(), counted.tolist()) for ids, counted in itertools.starmap(made.next_row, [()] * count)]
+
+
+def reference_rows(lengths: Sequence[int], row_length: int, buffer_size: int, mode: str) -> list[list[int]]:
+    """The rule in its plainest form, over a buffer in order of arrival."""
+    source, buffer, rows = endless(lengths), [], []
+    for _ in range(ROWS):
+        row: list[int] = []
+        while len(row) < row_length:
+            while len(buffer) < buffer_size:
+                ids = next(source).ids.tolist()
+                buffer.append(ids if mode == "crop" else ids[:row_length])
+            room = row_length - len(row)
+            fitting = [ids for ids in buffer if len(ids) <= room]
+            if fitting:
+                longest = max(len(ids) for ids in fitting)
+                chosen = next(ids for ids in fitting if len(ids) == longest)
+            elif mode == "crop":
+                chosen = min(buffer, key=len)
+            else:
+                break
+            buffer.remove(chosen)
+            row += chosen[:room]
+        rows.append(row + [PAD] * (row_length - len(row)))
+    return rows
+
+
+@given(lengths, row_lengths, buffer_sizes, modes)
+@example([3, 3, 5], 8, 3, "crop")
+@example([20, 2], 8, 2, "pad")
+def test_rows_are_those_of_the_reference(lengths, row_length, buffer_size, mode):
+    rows = rows_of(packer(lengths, row_length, buffer_size, mode))
+    assert [ids for ids, _ in rows] == reference_rows(lengths, row_length, buffer_size, mode)
+
+
+@given(lengths, row_lengths, buffer_sizes, modes)
+def test_no_token_occurs_twice_and_documents_start_at_their_start(lengths, row_length, buffer_size, mode):
+    seen: set[int] = set()
+    for ids, _ in rows_of(packer(lengths, row_length, buffer_size, mode)):
+        tokens = [token for token in ids if token != PAD]
+        assert seen.isdisjoint(tokens)
+        seen.update(tokens)
+        assert tokens[0] % 1000 == 0
+        for before, after in itertools.pairwise(tokens):
+            assert after == before + 1 or after % 1000 == 0
+
+
+@given(lengths, row_lengths, buffer_sizes)
+def test_cropping_fills_every_row(lengths, row_length, buffer_size):
+    for ids, _ in rows_of(packer(lengths, row_length, buffer_size, "crop")):
+        assert PAD not in ids
+
+
+@given(lengths, row_lengths, buffer_sizes, modes)
+def test_counted_is_what_the_document_says_and_never_padding(lengths, row_length, buffer_size, mode):
+    for ids, counted in rows_of(packer(lengths, row_length, buffer_size, mode)):
+        assert counted == [token != PAD and token % 3 != 0 for token in ids]
+
+
+@given(lengths, row_lengths, buffer_sizes)
+def test_padding_never_cuts_a_document_that_fits_a_row(lengths, row_length, buffer_size):
+    for ids, _ in rows_of(packer(lengths, row_length, buffer_size, "pad")):
+        for number, group in itertools.groupby((token for token in ids if token != PAD), lambda token: token // 1000):
+            assert len(list(group)) == min(lengths[number % len(lengths)], row_length)
+
+
+@given(lengths, row_lengths, buffer_sizes, modes, st.integers(0, 6))
+def test_putting_the_buffered_documents_back_restores_the_packer(lengths, row_length, buffer_size, mode, before):
+    source = endless(lengths)
+    first = BestFitPacker(row_length, buffer_size, mode, PAD, source.__next__)
+    rows_of(first, before)
+    restored = BestFitPacker(row_length, buffer_size, mode, PAD, None)
+    for number in first.buffered:
+        restored.put(document(number, lengths[number % len(lengths)]))
+    source, others = itertools.tee(source)
+    first._refill, restored._refill = source.__next__, others.__next__
+    assert rows_of(first) == rows_of(restored)
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+def test_documents_longer_than_a_row_leave_the_buffer(mode):
+    made = packer([100], row_length=8, buffer_size=4, mode=mode)
+    numbers = [ids[0] // 1000 for ids, _ in rows_of(made)]
+    assert len(set(numbers)) == ROWS
+    assert max(made.buffered) >= ROWS - 1
+
+
+def test_conversations_longer_than_a_row_do_not_clog_the_buffer():
+    made = packer([100, 3, 2, 2], row_length=8, buffer_size=4, mode="pad")
+    for _ in range(50):
+        made.next_row()
+        assert sum(number % 4 == 0 for number in made.buffered) <= 2

@@ -1,0 +1,151 @@
+"""Every recipe fits its jobs, makes the data it promises, and refuses data it has no use for."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.train import recipes
+from jobs.train.demo_world import CONVERSATION_MIX, EVALUATION_MIX
+from jobs.train.pretrain import PretrainSettings, plan
+from jobs.train.recipes import RECIPES, Recipe, cut_documents
+from jobs.train.sft import SftSettings, read_conversations
+from jobs.train.shards import TextDataset
+from jobs.train.tokenizer import TokenizerSettings
+from nanochat_core.config import ModelConfig
+from nanochat_core.errors import UserError
+from nanochat_core.settings import load
+from nanochat_core.store import Store, open_store
+
+FLAGS = [(recipe, stage) for recipe in RECIPES.values() for stage in ("tokenizer", "pretrain", "sft")]
+JOBS = {"tokenizer": TokenizerSettings, "pretrain": PretrainSettings, "sft": SftSettings}
+REQUIRED = {
+    "tokenizer": ["--dataset=d", "--name=t"],
+    "pretrain": ["--model=m", "--dataset=d", "--tokenizer=t"],
+    "sft": ["--model=m", "--conversations=c"],
+}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "store"))
+
+
+def settings(recipe: Recipe, stage: str):
+    flags: Mapping[str, str | int | float] = getattr(recipe, stage)
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    return load(JOBS[stage], prefix="NANOCHAT_TEST", program="test", argv=REQUIRED[stage] + argv, environ={})
+
+
+@pytest.mark.parametrize(("recipe", "stage"), FLAGS, ids=lambda value: getattr(value, "name", value))
+def test_the_flags_of_every_stage_are_flags_of_its_job(recipe, stage):
+    settings(recipe, stage)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
+def test_batches_are_whole_rows_and_the_rates_change_over_the_run(recipe):
+    tokenizer, pretrain, sft = (settings(recipe, stage) for stage in JOBS)
+    config = ModelConfig.from_depth(
+        pretrain.depth,
+        vocab_size=tokenizer.vocab_size,
+        head_dim=pretrain.head_dim,
+        context_length=pretrain.context_length,
+    )
+    planned = plan(pretrain, config)
+    batch_tokens = sft.batch_tokens or planned.batch_tokens  # fine-tuning inherits what is not given
+    assert batch_tokens % config.context_length == 0
+    assert pretrain.warmup_steps < planned.steps
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
+def test_what_is_evaluated_was_taught(recipe):
+    kinds = recipe.conversation_kinds
+    if kinds is None:
+        assert set(EVALUATION_MIX) <= set(CONVERSATION_MIX)
+    else:
+        assert kinds <= set(CONVERSATION_MIX)
+        assert kinds & set(EVALUATION_MIX)
+
+
+def quick(name: str, **changes) -> Recipe:
+    return dataclasses.replace(RECIPES[name], train_conversations=40, **changes)
+
+
+def test_the_demo_makes_its_own_text_and_conversations(store, monkeypatch):
+    monkeypatch.setattr(recipes, "DEMO_DOCUMENTS", 60)
+    monkeypatch.setattr(recipes, "DEMO_VALIDATION_DOCUMENTS", 20)
+    quick("demo").prepare(store, "demo", None)
+    training, validation = (list(TextDataset(store, "demo", split)) for split in ("train", "val"))
+    assert (len(training), len(validation)) == (60, 20)
+    assert training[:20] != validation
+    assert len(read_conversations(store, "demo-chat", "train")) == 40
+    assert len(read_conversations(store, "demo-chat", "val")) == 256
+
+
+def test_your_own_text_is_cut_into_pieces_for_training_and_left_whole_for_validation(store, tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("\n\n".join(f"Sentence number {i} of a long book." for i in range(1500)))
+    recipe = quick("small", document_characters=300)
+    recipe.prepare(store, "mine", file)
+    training, validation = (list(TextDataset(store, "mine", split)) for split in ("train", "val"))
+    assert all(len(document) <= 300 for document in training)
+    assert len(validation) == 1
+    assert len(validation[0]) > 300
+    kinds = {json.loads(line)["kind"] for line in store.read("data/mine-chat/train.jsonl").splitlines()}
+    assert kinds <= recipe.conversation_kinds
+
+
+def test_what_is_there_is_not_made_again(store, tmp_path, monkeypatch):
+    file = tmp_path / "book.txt"
+    file.write_text("\n\n".join("A paragraph. " * 400 for _ in range(5)))
+    quick("small").prepare(store, "mine", file)
+    before = {path: path.stat().st_mtime_ns for path in store.root.rglob("*")}
+    monkeypatch.setattr(recipes, "read_local_text", None)
+    quick("small").prepare(store, "mine", file)
+    quick("small").prepare(store, "mine", None)
+    assert {path: path.stat().st_mtime_ns for path in store.root.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("recipe", "data", "complaint"),
+    [("demo", Path("book.txt"), "makes its own data"), ("small", None, "needs text: give --data")],
+)
+def test_data_where_none_is_needed_and_none_where_it_is(store, recipe, data, complaint):
+    with pytest.raises(UserError, match=complaint):
+        quick(recipe).prepare(store, "x", data)
+    assert store.keys("data") == []
+
+
+words = st.text(alphabet="ab. !?\n”", max_size=200)
+
+
+@given(documents=st.lists(words, max_size=4), characters=st.integers(1, 60))
+def test_cutting_documents_loses_nothing_but_space(documents, characters):
+    pieces = list(cut_documents(documents, characters))
+    assert "".join("".join(pieces).split()) == "".join("".join(documents).split())
+    assert all(0 < len(piece) <= characters for piece in pieces)
+    assert all(piece == piece.strip() for piece in pieces)
+
+
+def test_documents_are_cut_after_the_last_sentence_that_fits():
+    text = "The first one. The second one is longer. The third."
+    assert list(cut_documents([text], 42)) == ["The first one. The second one is longer.", "The third."]
+    assert list(cut_documents(["no sentence ends in here at all"], 10)) == [
+        "no sentenc",
+        "e ends in",
+        "here at al",
+        "l",
+    ]
+
+
+def test_cut_documents_come_in_order():
+    pieces = list(cut_documents((f"{i}. " * 30 for i in range(20)), 25))
+    numbers = [int(piece.split(".")[0]) for piece in pieces]
+    assert all(a <= b for a, b in itertools.pairwise(numbers))
