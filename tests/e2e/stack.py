@@ -11,6 +11,8 @@ import threading
 import time
 from pathlib import Path
 
+from tests.processes import command_line, children
+
 ROOT = Path(__file__).parents[2]
 READY = re.compile(r"nanochat is ready: (http://127\.0\.0\.1:\d+)")
 
@@ -68,25 +70,3 @@ class Stack:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self.log.append(line)
-
-
-def children(pid: int) -> list[int]:
-    """Direct children of a process."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            except OSError:
-                continue  # it has ended meanwhile
-            if int(fields[1]) == pid:
-                found.append(int(entry.name))
-    return found
-
-
-def command_line(pid: int) -> str:
-    """The command line of a process, empty when it has ended."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""

@@ -22,6 +22,7 @@ import pytest
 from deploy import local
 from deploy.local import Service, answers, check_port, free_port, readable, wait_until_ready
 from nanochat_core.errors import UserError
+from tests.processes import children
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,6 +77,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     (tmp_path / "home" / "models" / "demo").mkdir(parents=True)
     (tmp_path / "home" / "models" / "demo" / "PROMOTED").write_text("sft/step_000001\n")
     monkeypatch.chdir(tmp_path)
+    # Before the checkout, whether or not Python looks into the working directory (PYTHONSAFEPATH) or PYTHONPATH is set.
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     for name in ("PORT", "MODEL", "NANOCHAT_HOME"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
@@ -89,7 +92,6 @@ class Manager:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "deploy.local", f"--home={folder / 'home'}", *flags],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -117,6 +119,13 @@ class Manager:
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
+    def kill(self) -> None:
+        """Leave nothing behind for the tests that follow, whatever went wrong."""
+        for child in children(self._process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        self._process.kill()
+
     def end(self) -> int:
         code = self._process.wait(60)
         self._reader.join(10)
@@ -129,6 +138,7 @@ def start(folder) -> Iterator[Callable[..., Manager]]:
 
         def started(*flags: str) -> Manager:
             manager = Manager(folder, *flags)
+            stack.callback(manager.kill)
             stack.callback(lambda: (manager.signal(signal.SIGTERM), manager.end()))
             return manager
 

@@ -27,23 +27,10 @@ from nanochat_core.sandbox import (
     seccomp,
 )
 from nanochat_core.sandbox.process import WorkerProcess
+from tests.processes import descendants
 
 ENDLESS = "import time\ntime.sleep(60)"
 PATIENT = Limits(wall_seconds=30, cpu_seconds=30)
-
-
-def processes_of(parent: int) -> set[int]:
-    """Living and unreaped descendants of ``parent``."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    found: set[int] = set()
-    while more := {pid for pid, of in parents.items() if (of == parent or of in found) and pid not in found}:
-        found |= more
-    return found
 
 
 def eventually(claim: Callable[[], bool], seconds: float = 10) -> None:
@@ -106,12 +93,12 @@ def test_cancelling_a_call_kills_its_process(make: Callable[..., SandboxExecutor
 
     async def run() -> None:
         call = asyncio.create_task(executor.execute("open('f', 'w').write('x')\n" + ENDLESS, PATIENT))
-        await asyncio.to_thread(eventually, lambda: len(processes_of(os.getpid())) > 0 and executor.stats.running == 1)
+        await asyncio.to_thread(eventually, lambda: len(descendants(os.getpid())) > 0 and executor.stats.running == 1)
         await asyncio.sleep(0.2)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        await asyncio.to_thread(eventually, lambda: not processes_of(os.getpid()) and executor.stats.running == 0)
+        await asyncio.to_thread(eventually, lambda: not descendants(os.getpid()) and executor.stats.running == 0)
 
     asyncio.run(run())
     assert not list(tmp_path.glob("*/call-*")), "its scratch folder is gone too"
@@ -156,7 +143,7 @@ def test_many_calls_leave_no_process_descriptor_or_folder(make: Callable[..., Sa
     eventually(lambda: executor.stats.warm == 2)
     assert len(os.listdir("/proc/self/fd")) == before
     executor.close()
-    assert processes_of(os.getpid()) == set()
+    assert descendants(os.getpid()) == set()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -176,7 +163,7 @@ def test_closing_kills_what_runs(make: Callable[..., SandboxExecutor], tmp_path:
     executor.close()
     thread.join(10)
     assert [type(error) for error in ended] == [WorkerFailed]
-    assert processes_of(os.getpid()) == set()
+    assert descendants(os.getpid()) == set()
     assert list(tmp_path.iterdir()) == []
     executor.close()
 
@@ -202,7 +189,7 @@ def test_closing_while_interpreters_start_leaves_none_behind(
         assert adopter.stdin is not None
         assert adopter.stdout is not None
         assert adopter.stdout.readline() == "closed\n"
-        left = {pid for pid in processes_of(adopter.pid) if _runs(pid)}
+        left = {pid for pid in descendants(adopter.pid) if _runs(pid)}
         for pid in left:
             os.kill(pid, signal.SIGKILL)
         adopter.stdin.close()
@@ -230,7 +217,7 @@ def test_calls_come_from_any_thread_and_any_loop(make: Callable[..., SandboxExec
 def test_a_warm_interpreter_that_died_is_not_handed_out(make: Callable[..., SandboxExecutor]) -> None:
     executor = make(warm=1)
     eventually(lambda: executor.stats.warm == 1)
-    for pid in processes_of(os.getpid()):
+    for pid in descendants(os.getpid()):
         os.kill(pid, signal.SIGKILL)
     time.sleep(0.1)
     assert executor.execute_sync("6 * 7").result == "42"
@@ -253,7 +240,7 @@ def test_no_process_outlives_a_killed_service(make: Callable[..., SandboxExecuto
     )
     assert service.stdout is not None
     assert service.stdout.readline() == "running\n"
-    workers = processes_of(service.pid)
+    workers = descendants(service.pid)
     assert len(workers) >= 2
     service.kill()
     service.wait()
