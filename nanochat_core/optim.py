@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from nanochat_core.distributed import ALONE, Ranks
 from nanochat_core.model import GPT
 
 ADAM_EPS = 1e-10
 # Learning rates of the embeddings and the head were tuned at this width and scale with its inverse square root.
 REFERENCE_DIM = 768
 MUON_BETA2 = 0.9
+# Below this many elements, dividing a parameter costs more messages than it saves memory.
+_SMALLEST_DIVIDED = 1024
 # (a, b, c) of five Polar Express steps (arXiv 2505.16932): X <- aX + (bA + cA^2)X with A = XX^T.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -39,84 +44,356 @@ class OptimizerConfig:
     weight_decay: float = 0.28
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class MuonAdamW:
     """Updates each parameter group by the rule that its ``kind`` names, ``muon`` or ``adamw``.
 
     A group's ``lr`` and ``weight_decay`` are what the next step uses; ``initial_lr`` and
     ``initial_weight_decay`` are what schedules multiply. A Muon group holds matrices
     of one shape, whose updates are computed as one stack.
+
+    With several ranks each keeps the optimizer state of, and updates, only its share (ZeRO stage 2, arXiv 1910.02054):
+    an equal part of the rows of every table, and every ``size``-th matrix of a Muon group. Gradients are summed into
+    the ranks' shares while backward still computes earlier layers', and updated shares are gathered while the next
+    ones are computed. One rank goes the same way without the communication.
     """
 
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
-        super().__init__(groups, defaults={})
-        for group in self.param_groups:
+    def __init__(self, groups: list[dict[str, Any]], ranks: Ranks = ALONE) -> None:
+        """
+        Args:
+            groups: of :func:`parameter_groups`. ``names`` in a group, parallel to its ``params``, name the
+                state in checkpoints.
+        """
+        self.param_groups = groups
+        self._ranks = ranks
+        self._shares: list[tuple[dict[str, Any], _Share]] = []
+        for number, group in enumerate(self.param_groups):
             group.setdefault("initial_lr", group["lr"])
             group.setdefault("initial_weight_decay", group["weight_decay"])
+            names = group.setdefault("names", [f"{number}.{i}" for i in range(len(group["params"]))])
+            if group["kind"] == "muon":
+                self._shares.append((group, _Stack(names, group["params"], ranks)))
+            else:
+                self._shares += [(group, _Rows(n, p, ranks)) for n, p in zip(names, group["params"], strict=True)]
+        self._reduced = False
+
+    def expect_gradients(self) -> None:
+        """Say that the backward pass to come completes the gradients, so that each may be summed as it appears."""
+        for _, share in self._shares:
+            share.expect()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def reduce(self) -> Tensor:
+        """Sum the gradients over the ranks; :meth:`step` does so too when it was not done before.
+
+        Returns:
+            The Euclidean norm of all gradients, a scalar.
+        """
+        own = [gradient for _, share in self._shares if (gradient := share.reduced()) is not None]
+        counted = [share.gradient for _, share in self._shares if share.counts and share.gradient is not None]
+        self._reduced = True
+        total = torch.zeros((), device=(own or self.param_groups[0]["params"])[0].device)
+        if counted:
+            total += torch.stack([norm.float() for norm in torch._foreach_norm(counted)]).square().sum()
+        return self._ranks.sum(total).sqrt_()
+
+    @torch.no_grad()
+    def step(self) -> None:
         """One update from the gradients.
 
-        A parameter without a gradient is left alone. The matrices of a Muon group are updated together, so either all
-        of them have one or none.
+        A parameter without a gradient is left alone (with several ranks every parameter must have one). The matrices
+        of a Muon group are updated together, so either all of them have one or none.
         """
-        if closure is not None:
-            raise ValueError("MuonAdamW takes no closure")
+        if not self._reduced:
+            self.reduce()
+        self._reduced = False
+        for group, share in self._shares:
+            share.update(group)
+        for _, share in self._shares:
+            share.finish()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients, also those that were summed for a step that is not made."""
         for group in self.param_groups:
-            if group["kind"] == "muon":
-                self._muon(group)
-            else:
-                self._adamw(group)
+            for parameter in group["params"]:
+                parameter.grad = None
+        for _, share in self._shares:
+            share.gradient = None
+        self._reduced = False
 
-    def _adamw(self, group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if not state:
-                state["step"] = 0
-                state["mean"] = torch.zeros_like(parameter)
-                state["square"] = torch.zeros_like(parameter)
-            state["step"] += 1
-            adamw_update(
-                parameter,
-                parameter.grad,
-                state["mean"],
-                state["square"],
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                step=state["step"],
-                weight_decay=group["weight_decay"],
+    def gradients(self) -> list[Tensor]:
+        """This rank's share of the summed gradients, between :meth:`reduce` and :meth:`step`."""
+        return [share.gradient for _, share in self._shares if share.gradient is not None]
+
+    def shards(self) -> Iterator[Shard]:
+        """This rank's state, as references to the live tensors; state that all ranks hold comes from the first."""
+        for _, share in self._shares:
+            yield from share.shards()
+
+    def load_shards(self, read: Callable[[str, int, int], Tensor | None]) -> None:
+        """Take over stored state, made by any number of ranks.
+
+        Args:
+            read: gives rows ``start`` to ``stop`` of a named tensor, or None when it was not stored.
+        """
+        for _, share in self._shares:
+            share.load(read)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A run of rows of a named tensor: ``tensor`` is rows ``start`` to ``start + len(tensor)`` of ``rows``."""
+
+    name: str
+    tensor: Tensor
+    start: int
+    rows: int
+
+
+class _Share(ABC):
+    """Parameters that are reduced, updated and gathered together, and this rank's part of them."""
+
+    gradient: Tensor | None = None  # this rank's part of the sum, while there is one
+    counts = True  # whether this rank's part of the gradient's norm is its own
+
+    def __init__(self, parameters: Sequence[Tensor], ranks: Ranks) -> None:
+        self._parameters, self._ranks = parameters, ranks
+        self._work: list[dist.Work] = []
+        self._expecting = False
+        if ranks.group is not None:
+            for parameter in parameters:
+                parameter.register_post_accumulate_grad_hook(self._arrived)
+
+    def expect(self) -> None:
+        self._expecting = self._ranks.group is not None
+
+    def _arrived(self, parameter: Tensor) -> None:
+        if self._expecting:
+            self._reduce_some(parameter)
+
+    def _track(self, work: dist.Work | None) -> None:
+        assert work is not None, "asked for asynchronously"
+        self._work.append(work)
+
+    def _wait(self) -> None:
+        for work in self._work:
+            work.wait()
+        self._work.clear()
+
+    @abstractmethod
+    def _reduce_some(self, parameter: Tensor) -> None:
+        """Start to sum what became complete with this parameter's gradient."""
+
+    @abstractmethod
+    def reduced(self) -> Tensor | None:
+        """This rank's part of the summed gradient; None when there was none."""
+
+    @abstractmethod
+    def update(self, group: dict[str, Any]) -> None:
+        """Update this rank's part and start to gather the others'."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Return when every rank's part is in place."""
+
+    @abstractmethod
+    def shards(self) -> Iterator[Shard]: ...
+
+    @abstractmethod
+    def load(self, read: Callable[[str, int, int], Tensor | None]) -> None: ...
+
+
+class _Rows(_Share):
+    """A parameter under AdamW: a table divided by rows, or something small that every rank updates alike."""
+
+    def __init__(self, name: str, parameter: Tensor, ranks: Ranks) -> None:
+        super().__init__([parameter], ranks)
+        self._name, self._parameter = name, parameter
+        self._divided = (
+            ranks.group is not None and parameter.numel() >= _SMALLEST_DIVIDED and parameter.size(0) % ranks.size == 0
+        )
+        self.counts = self._divided or ranks.leads
+        rows = parameter.size(0) // ranks.size if self._divided else parameter.size(0)
+        self._start = ranks.rank * rows if self._divided else 0
+        self._own = parameter.detach()[self._start : self._start + rows]
+        self._step = torch.zeros((), device=parameter.device)
+        self._mean = torch.zeros_like(self._own)
+        self._square = torch.zeros_like(self._own)
+
+    def _reduce_some(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        if self._divided:
+            self.gradient = torch.empty_like(self._own)
+            work = dist.reduce_scatter_tensor(
+                self.gradient, gradient.contiguous(), group=self._ranks.group, async_op=True
             )
+        else:
+            self.gradient = gradient
+            work = dist.all_reduce(gradient, group=self._ranks.group, async_op=True)
+        self._track(work)
 
-    def _muon(self, group: dict[str, Any]) -> None:
-        parameters = group["params"]
-        missing = sum(parameter.grad is None for parameter in parameters)
-        if missing == len(parameters):
+    def reduced(self) -> Tensor | None:
+        if self._ranks.group is None:
+            self.gradient = self._parameter.grad
+        else:
+            if not self._work:
+                _require([self._parameter])
+                self._reduce_some(self._parameter)
+            self._wait()
+            self._expecting = False
+        return self.gradient
+
+    def update(self, group: dict[str, Any]) -> None:
+        if self.gradient is None:
             return
-        if missing:
-            raise ValueError(f"{missing} of the {len(parameters)} matrices in a Muon group have no gradient")
-        state = self.state[parameters[0]]
-        if not state:
-            shape = (len(parameters), *parameters[0].shape)
-            state["momentum"] = torch.zeros(shape, dtype=torch.float32, device=parameters[0].device)
-            rows, columns = shape[1:]
-            reduced = (shape[0], rows, 1) if rows >= columns else (shape[0], 1, columns)
-            state["second_moment"] = torch.zeros(reduced, dtype=torch.float32, device=parameters[0].device)
-        weights = torch.stack(parameters)
-        gradients = torch.stack([parameter.grad for parameter in parameters])
+        self._step += 1
+        adamw_update(
+            self._own,
+            self.gradient,
+            self._mean,
+            self._square,
+            self._step,
+            lr=group["lr"],
+            betas=group["betas"],
+            weight_decay=group["weight_decay"],
+        )
+        self.gradient = None
+        if self._divided:
+            work = dist.all_gather_into_tensor(
+                self._parameter.detach(), self._own.clone(), group=self._ranks.group, async_op=True
+            )
+            self._track(work)
+
+    def finish(self) -> None:
+        self._wait()
+
+    def shards(self) -> Iterator[Shard]:
+        rows = self._parameter.size(0)
+        if self._ranks.leads:
+            yield Shard(f"{self._name}/step", self._step.view(1), 0, 1)
+        if self.counts:
+            yield Shard(f"{self._name}/mean", self._mean, self._start, rows)
+            yield Shard(f"{self._name}/square", self._square, self._start, rows)
+
+    def load(self, read: Callable[[str, int, int], Tensor | None]) -> None:
+        rows = slice(self._start, self._start + self._own.size(0))
+        _take(self._step.view(1), read(f"{self._name}/step", 0, 1))
+        _take(self._mean, read(f"{self._name}/mean", rows.start, rows.stop))
+        _take(self._square, read(f"{self._name}/square", rows.start, rows.stop))
+
+
+class _Stack(_Share):
+    """The matrices of a Muon group, all of one shape, divided matrix by matrix.
+
+    The weights are moved into one tensor of shape (count, rows, columns), of which the parameters become
+    views; ``count`` is rounded up to a multiple of the ranks. Matrices are summed in runs of one for each rank.
+    """
+
+    def __init__(self, names: Sequence[str], parameters: Sequence[Tensor], ranks: Ranks) -> None:
+        super().__init__(parameters, ranks)
+        self._names = names
+        first, size = parameters[0], ranks.size
+        count = -(-len(parameters) // size) * size
+        self._weights = torch.zeros((count, *first.shape), dtype=first.dtype, device=first.device)
+        with torch.no_grad():
+            for i, parameter in enumerate(parameters):
+                self._weights[i] = parameter
+                parameter.data = self._weights[i]
+        self._own = self._weights[ranks.rank :: size]
+        rows, columns = first.shape
+        reduced = (rows, 1) if rows >= columns else (1, columns)
+        self._momentum = torch.zeros(self._own.shape, dtype=torch.float32, device=first.device)
+        self._second_moment = torch.zeros((count // size, *reduced), dtype=torch.float32, device=first.device)
+        self._run_of = {id(parameter): i // size for i, parameter in enumerate(parameters)}
+        self._missing: list[int] = []
+
+    def expect(self) -> None:
+        super().expect()
+        size = self._ranks.size
+        self._missing = [len(self._parameters[start : start + size]) for start in range(0, len(self._weights), size)]
+
+    def _reduce_some(self, parameter: Tensor) -> None:
+        run = self._run_of[id(parameter)]
+        self._missing[run] -= 1
+        if not self._missing[run]:
+            self._reduce_run(run)
+
+    def _reduce_run(self, run: int) -> None:
+        size = self._ranks.size
+        members = self._parameters[run * size : (run + 1) * size]
+        stacked = torch.zeros((size, *members[0].shape), dtype=members[0].dtype, device=members[0].device)
+        torch._foreach_copy_(list(stacked[: len(members)].unbind(0)), [_gradient(member) for member in members])
+        if self.gradient is None:
+            self.gradient = torch.empty(self._own.shape, dtype=stacked.dtype, device=stacked.device)
+        self._track(
+            dist.reduce_scatter_tensor(
+                self.gradient[run], stacked.flatten(0, 1), group=self._ranks.group, async_op=True
+            )
+        )
+
+    def reduced(self) -> Tensor | None:
+        missing = sum(parameter.grad is None for parameter in self._parameters)
+        if self._ranks.group is None and missing == len(self._parameters):
+            self.gradient = None
+            return None
+        _require(self._parameters)
+        if self._ranks.group is None:
+            self.gradient = torch.stack([_gradient(parameter) for parameter in self._parameters])
+        else:
+            if not self._work:
+                for run in range(len(self._weights) // self._ranks.size):
+                    self._reduce_run(run)
+            self._wait()
+            self._expecting = False
+        return self.gradient
+
+    def update(self, group: dict[str, Any]) -> None:
+        if self.gradient is None:
+            return
         muon_update(
-            weights,
-            gradients,
-            state["momentum"],
-            state["second_moment"],
+            self._own,
+            self.gradient,
+            self._momentum,
+            self._second_moment,
             lr=group["lr"],
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
         )
-        torch._foreach_copy_(parameters, list(weights.unbind(0)))
+        self.gradient = None
+        if self._ranks.group is not None:
+            size = self._ranks.size
+            for run, own in enumerate(self._own):
+                everyone = self._weights[run * size : (run + 1) * size].flatten(0, 1)
+                self._track(dist.all_gather_into_tensor(everyone, own.clone(), group=self._ranks.group, async_op=True))
+
+    def finish(self) -> None:
+        self._wait()
+
+    def shards(self) -> Iterator[Shard]:
+        for own, name in enumerate(self._names[self._ranks.rank :: self._ranks.size]):
+            for kind, state in (("momentum", self._momentum[own]), ("second_moment", self._second_moment[own])):
+                yield Shard(f"{name}/{kind}", state, 0, state.size(0))
+
+    def load(self, read: Callable[[str, int, int], Tensor | None]) -> None:
+        for own, name in enumerate(self._names[self._ranks.rank :: self._ranks.size]):
+            for kind, state in (("momentum", self._momentum[own]), ("second_moment", self._second_moment[own])):
+                _take(state, read(f"{name}/{kind}", 0, state.size(0)))
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _require(parameters: Sequence[Tensor]) -> None:
+    missing = sum(parameter.grad is None for parameter in parameters)
+    if missing:
+        raise ValueError(f"{missing} of {len(parameters)} parameters that are updated together have no gradient")
+
+
+def _take(state: Tensor, stored: Tensor | None) -> None:
+    if stored is not None:
+        state.copy_(stored)
 
 
 def adamw_update(
@@ -124,20 +401,32 @@ def adamw_update(
     gradient: Tensor,
     mean: Tensor,
     square: Tensor,
+    step: Tensor,
     *,
     lr: float,
-    beta1: float,
-    beta2: float,
-    step: int,
+    betas: tuple[float, float],
     weight_decay: float,
 ) -> None:
-    """AdamW (arXiv 1711.05101) in place on ``weight``, ``mean`` and ``square``, all of one shape."""
-    gradient = gradient.to(mean.dtype)
-    weight.mul_(1 - lr * weight_decay)
-    mean.lerp_(gradient, 1 - beta1)
-    square.lerp_(gradient.square(), 1 - beta2)
-    denominator = (square / (1 - beta2**step)).sqrt_().add_(ADAM_EPS)
-    weight.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
+    """AdamW (arXiv 1711.05101) in place on ``weight``, ``mean`` and ``square``, all of one shape and dtype.
+
+    Args:
+        step: number of this update, counted from 1, a scalar.
+    """
+    torch._fused_adamw_(
+        [weight],
+        [gradient.to(weight.dtype)],
+        [mean],
+        [square],
+        [],
+        [step],
+        amsgrad=False,
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=ADAM_EPS,
+        maximize=False,
+    )
 
 
 def muon_update(
@@ -222,8 +511,12 @@ def parameter_groups(model: GPT, config: OptimizerConfig, *, batch_lr_scale: flo
     """
     width_scale = (model.config.dim / REFERENCE_DIM) ** -0.5
 
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+
     def adamw(name: str, params: list[Tensor], lr: float, betas: tuple[float, float], decay: float) -> dict[str, Any]:
-        return {"kind": "adamw", "name": name, "params": params, "lr": lr, "betas": betas, "weight_decay": decay}
+        names = [name_of[id(parameter)] for parameter in params]
+        group = {"kind": "adamw", "name": name, "params": params, "names": names}
+        return group | {"lr": lr, "betas": betas, "weight_decay": decay}
 
     s = batch_lr_scale
     tables: list[Tensor] = [table.weight for table in model.value_tables.values()]
@@ -250,6 +543,7 @@ def parameter_groups(model: GPT, config: OptimizerConfig, *, batch_lr_scale: flo
                 "kind": "muon",
                 "name": f"matrix_{shape[0]}x{shape[1]}",
                 "params": by_shape[shape],
+                "names": [name_of[id(parameter)] for parameter in by_shape[shape]],
                 "lr": config.matrix_lr * s * max(1.0, shape[0] / shape[1]) ** 0.5,
                 "momentum": 0.95,
                 "weight_decay": config.weight_decay,

@@ -1,0 +1,129 @@
+"""The processes that train together: who they are, and the few things they say to each other.
+
+Started by ``torchrun`` or by anything else that sets ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and
+``MASTER_PORT``; without these a process trains alone, and everything here costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanochat_core.errors import UserError
+
+# NCCL's own limit; a rank that is this late has most likely died with its node.
+DEFAULT_TIMEOUT_SECONDS = 600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process's place among those that train together.
+
+    ``group`` carries tensors of the training device, None when there is only one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process reports and writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over all ranks, in place."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON-serializable ``value`` of every rank, in order of rank, on every rank."""
+        if self.group is None:
+            return [value]
+        device = torch.device("cuda") if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
+        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+        sizes = torch.zeros(self.size, dtype=torch.int64, device=device)
+        sizes[self.rank] = mine.numel()
+        dist.all_reduce(sizes, group=self.group)
+        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=device)
+        padded[: mine.numel()] = mine
+        gathered = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(gathered, padded, group=self.group)
+        return [
+            json.loads(bytes(part[:size].cpu().tolist())) for part, size in zip(gathered, sizes.tolist(), strict=True)
+        ]
+
+    def side_channel(self, seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Ranks:
+        """The same ranks over a CPU group of their own, for a background thread; every rank must call this."""
+        if self.group is None:
+            return self
+        timeout = datetime.timedelta(seconds=seconds)
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+        return dataclasses.replace(self, group=group)
+
+
+ALONE = Ranks()
+
+
+@contextlib.contextmanager
+def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Iterator[Ranks]:
+    """Meet the other ranks that the environment speaks of; on exit the group is left.
+
+    Args:
+        device: where training computes: NCCL on CUDA, gloo on CPU.
+        timeout_seconds: how long one rank waits for another before it gives up with an error.
+
+    Raises:
+        UserError: the environment is incomplete, or the others did not come in time.
+    """
+    size = _number("WORLD_SIZE", 1)
+    if size == 1:
+        yield ALONE
+        return
+    rank = _number("RANK", None)
+    if not 0 <= rank < size:
+        raise UserError(f"RANK is {rank}; it must be from 0 to WORLD_SIZE - 1, which is {size - 1}")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"WORLD_SIZE is {size} but {' and '.join(missing)} is not set; start the job with torchrun")
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_seconds)
+        )
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"rank {rank} of {size} did not meet the others at {where}: {_line(error)}") from error
+    try:
+        yield Ranks(rank, size, dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """Which of this machine's devices belongs to this process."""
+    return _number("LOCAL_RANK", 0)
+
+
+def _number(name: str, default: int | None) -> int:
+    raw = os.environ.get(name) or (None if default is None else str(default))
+    if raw is None:
+        raise UserError(f"WORLD_SIZE is set but {name} is not; start the job with torchrun")
+    try:
+        return int(raw)
+    except ValueError:
+        raise UserError(f"{name} is {raw!r}, which is not a whole number") from None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,48 @@
+"""Several ranks as processes of this machine, for tests of what they do together."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from deploy.local import free_port
+from nanochat_core.distributed import joined
+
+
+def run_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call ``work(ranks, *args)`` on ``size`` ranks (gloo); what each returned, in order of rank.
+
+    ``work`` is a function of a module; its result is plain data.
+    """
+    context = multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    port = free_port()
+    processes = [context.Process(target=_rank, args=(rank, size, port, results, work, args)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    found: dict[int, Any] = {}
+    try:
+        while len(found) < size:
+            try:
+                rank, result = results.get(timeout=1)
+            except queue.Empty:
+                assert all(process.exitcode in (None, 0) for process in processes), "a rank failed; see its traceback"
+                continue
+            found[rank] = result
+        return [found[rank] for rank in range(size)]
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+
+
+def _rank(rank: int, size: int, port: int, results: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with joined(torch.device("cpu"), timeout_seconds=60) as ranks:
+        results.put((rank, work(ranks, *args)))
