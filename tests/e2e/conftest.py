@@ -25,6 +25,16 @@ CHROMIUM_FLAGS = [
 ]
 
 
+# Whichever test comes first waits for the training.
+TRAINING_SECONDS = 1500
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.timeout(TRAINING_SECONDS))
+
+
 @pytest.fixture(scope="session")
 def demo_home() -> Path:
     """A store with the trained demo model: the checkout's own, where stages that are done are skipped."""

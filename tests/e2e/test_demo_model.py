@@ -10,8 +10,6 @@ import pytest
 from jobs.eval.chat import ChatResult, evaluate, items_for, pick_checkpoint
 from nanochat_core.store import open_store
 
-pytestmark = pytest.mark.timeout(1800)
-
 
 @pytest.fixture(scope="module")
 def answered(demo_home: Path) -> ChatResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -31,6 +32,21 @@ from tests.processes import descendants
 
 ENDLESS = "import time\ntime.sleep(60)"
 PATIENT = Limits(wall_seconds=30, cpu_seconds=30)
+
+
+_others: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def _note_others() -> None:
+    """Earlier tests may have servers running, such as multiprocessing's."""
+    _others.clear()
+    _others.update(descendants(os.getpid()))
+
+
+def own_processes() -> set[int]:
+    """Processes that this test has started and that are not gone."""
+    return descendants(os.getpid()) - _others
 
 
 def eventually(claim: Callable[[], bool], seconds: float = 10) -> None:
@@ -93,12 +109,12 @@ def test_cancelling_a_call_kills_its_process(make: Callable[..., SandboxExecutor
 
     async def run() -> None:
         call = asyncio.create_task(executor.execute("open('f', 'w').write('x')\n" + ENDLESS, PATIENT))
-        await asyncio.to_thread(eventually, lambda: len(descendants(os.getpid())) > 0 and executor.stats.running == 1)
+        await asyncio.to_thread(eventually, lambda: len(own_processes()) > 0 and executor.stats.running == 1)
         await asyncio.sleep(0.2)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        await asyncio.to_thread(eventually, lambda: not descendants(os.getpid()) and executor.stats.running == 0)
+        await asyncio.to_thread(eventually, lambda: not own_processes() and executor.stats.running == 0)
 
     asyncio.run(run())
     assert not list(tmp_path.glob("*/call-*")), "its scratch folder is gone too"
@@ -137,13 +153,14 @@ def test_many_calls_leave_no_process_descriptor_or_folder(make: Callable[..., Sa
 
     executor.execute_sync("1")
     eventually(lambda: executor.stats.warm == 2)
+    gc.collect()  # what earlier tests left open is not counted, should it be closed meanwhile
     before = len(os.listdir("/proc/self/fd"))
     statuses = asyncio.run(run())
     assert statuses == [Status.OK, Status.OK, Status.ERROR, Status.ERROR, Status.OUTPUT_LIMIT] * 12
     eventually(lambda: executor.stats.warm == 2)
     assert len(os.listdir("/proc/self/fd")) == before
     executor.close()
-    assert descendants(os.getpid()) == set()
+    assert own_processes() == set()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,7 +180,7 @@ def test_closing_kills_what_runs(make: Callable[..., SandboxExecutor], tmp_path:
     executor.close()
     thread.join(10)
     assert [type(error) for error in ended] == [WorkerFailed]
-    assert descendants(os.getpid()) == set()
+    assert own_processes() == set()
     assert list(tmp_path.iterdir()) == []
     executor.close()
 
@@ -217,7 +234,7 @@ def test_calls_come_from_any_thread_and_any_loop(make: Callable[..., SandboxExec
 def test_a_warm_interpreter_that_died_is_not_handed_out(make: Callable[..., SandboxExecutor]) -> None:
     executor = make(warm=1)
     eventually(lambda: executor.stats.warm == 1)
-    for pid in descendants(os.getpid()):
+    for pid in own_processes():
         os.kill(pid, signal.SIGKILL)
     time.sleep(0.1)
     assert executor.execute_sync("6 * 7").result == "42"
