@@ -10,10 +10,11 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -27,12 +28,11 @@ from nanochat_core.tokenizer import Tokenizer
 
 MANIFEST = "MANIFEST.json"
 STAGES = ("base", "sft", "rl")
-_WEIGHTS = "model.safetensors"
-_CONFIG = "config.json"
-_TOKENIZER = "tokenizer.json"
-_META = "meta.json"
-_TRAINER_TENSORS = "optim/state.safetensors"
-_TRAINER_STATE = "optim/state.json"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+META = "meta.json"
+TRAINER_STATE = "optim/state.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 log = logging.getLogger(__name__)
@@ -97,11 +97,57 @@ class Checkpoint:
 class TrainerState:
     """What a run needs to go on exactly where it stopped, besides the weights.
 
-    ``values`` is plain JSON (step, data position, …); ``tensors`` holds optimizer state and generator state.
+    ``values`` is plain JSON (step, data position, …). Tensors lie in one file for each rank that wrote them and are
+    fetched and verified only when something in them is read, so that a rank transfers its own share.
     """
 
+    ref: CheckpointRef
     values: dict[str, Any]
-    tensors: dict[str, Tensor]
+    _store: Store
+    _manifest: dict[str, dict[str, Any]]
+    # For every file of tensors the names in it, with the first row that is there and the number of rows.
+    _index: dict[str, dict[str, tuple[int, int]]]
+    _opened: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor | None:
+        """Rows ``start`` to ``stop`` of a tensor, put together from the files; None when it was not stored.
+
+        Raises:
+            UserError: a file is damaged, or not all of these rows were stored.
+        """
+        parts = []
+        for file, tensors in self._index.items():
+            if name in tensors:
+                first, rows = tensors[name]
+                low, high = max(start, first), min(stop, first + rows)
+                if low < high:
+                    parts.append((low, high, self._open(file).get_slice(name)[low - first : high - first]))
+        if not parts and not any(name in tensors for tensors in self._index.values()):
+            return None
+        parts.sort(key=lambda part: part[0])
+        if [low for low, _, _ in parts] + [stop] != [start] + [high for _, high, _ in parts]:
+            raise UserError(f"{self.ref.prefix}: rows {start} to {stop} of {name} were not stored whole")
+        return parts[0][2] if len(parts) == 1 else torch.cat([tensor for _, _, tensor in parts])
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Fetch and verify every file that has rows of these tensors.
+
+        Raises:
+            UserError: one is missing or damaged (named).
+        """
+        wanted = set(names)
+        for file, tensors in self._index.items():
+            if wanted & tensors.keys():
+                self._open(file)
+
+    def _open(self, file: str) -> Any:
+        if file not in self._opened:
+            path = _verified(self._store, self.ref, file, self._manifest)
+            try:
+                self._opened[file] = safetensors.safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{self.ref.prefix}/{file} cannot be read: {error}") from error
+        return self._opened[file]
 
 
 def check_model_name(name: str) -> str:
@@ -113,34 +159,6 @@ def check_model_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r} cannot name a model; use letters, digits, '.', '_' and '-'")
     return name
-
-
-def save_checkpoint(
-    store: Store,
-    ref: CheckpointRef,
-    *,
-    model: GPT,
-    tokenizer: Tokenizer,
-    meta: Mapping[str, Any],
-    trainer: TrainerState | None = None,
-) -> None:
-    """Write a checkpoint; it exists for readers only once it is complete.
-
-    Raises:
-        StoreError: it cannot be written; a checkpoint that was there before still is.
-    """
-    with store.publish(ref.prefix, last=MANIFEST) as folder:
-        _save_tensors(model.state_dict(), folder / _WEIGHTS)
-        (folder / _CONFIG).write_text(model.config.to_json())
-        (folder / _TOKENIZER).write_text(tokenizer.to_json())
-        (folder / _META).write_text(json.dumps(dict(meta), indent=2) + "\n")
-        if trainer is not None:
-            (folder / "optim").mkdir()
-            _save_tensors(trainer.tensors, folder / _TRAINER_TENSORS)
-            (folder / _TRAINER_STATE).write_text(json.dumps(trainer.values))
-        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        manifest = {name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in files}
-        (folder / MANIFEST).write_text(json.dumps({"files": manifest}, indent=2) + "\n")
 
 
 def list_checkpoints(store: Store, model: str, stage: str) -> list[CheckpointRef]:
@@ -160,12 +178,12 @@ def load_checkpoint(store: Store, ref: CheckpointRef) -> Checkpoint:
         UserError: there is none, or a file is missing or damaged (named).
     """
     digests = _manifest(store, ref)
-    paths = {name: _verified(store, ref, name, digests) for name in (_WEIGHTS, _CONFIG, _TOKENIZER, _META)}
+    paths = {name: _verified(store, ref, name, digests) for name in (WEIGHTS, CONFIG, TOKENIZER, META)}
     try:
-        config = ModelConfig.from_json(paths[_CONFIG].read_bytes())
-        tokenizer = Tokenizer.load(paths[_TOKENIZER])
-        meta = json.loads(paths[_META].read_bytes())
-        weights = safetensors.torch.load_file(paths[_WEIGHTS])
+        config = ModelConfig.from_json(paths[CONFIG].read_bytes())
+        tokenizer = Tokenizer.load(paths[TOKENIZER])
+        meta = json.loads(paths[META].read_bytes())
+        weights = safetensors.torch.load_file(paths[WEIGHTS])
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{ref.prefix} cannot be read: {error}") from error
     if tokenizer.vocab_size != config.vocab_size:
@@ -184,20 +202,20 @@ def load_checkpoint(store: Store, ref: CheckpointRef) -> Checkpoint:
 
 
 def load_trainer_state(store: Store, ref: CheckpointRef) -> TrainerState:
-    """Read and verify what training needs to resume.
+    """What training needs to resume.
 
     Raises:
         UserError: the checkpoint has none, or it is damaged.
     """
-    digests = _manifest(store, ref)
-    if _TRAINER_STATE not in digests:
+    manifest = _manifest(store, ref)
+    if TRAINER_STATE not in manifest:
         raise UserError(f"{ref.prefix} holds no optimizer state, so training cannot resume from it")
-    paths = {name: _verified(store, ref, name, digests) for name in (_TRAINER_STATE, _TRAINER_TENSORS)}
     try:
-        values = json.loads(paths[_TRAINER_STATE].read_bytes())
-        return TrainerState(values, safetensors.torch.load_file(paths[_TRAINER_TENSORS]))
-    except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{ref.prefix} cannot be read: {error}") from error
+        stored = json.loads(_verified(store, ref, TRAINER_STATE, manifest).read_bytes())
+        index = {file: {name: (e[0], e[1]) for name, e in names.items()} for file, names in stored["tensors"].items()}
+        return TrainerState(ref, stored["values"], store, manifest, index)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(f"{ref.prefix}/{TRAINER_STATE} cannot be read: {error!r}") from error
 
 
 def newest_checkpoint(store: Store, model: str, stage: str) -> Checkpoint | None:
@@ -251,7 +269,7 @@ def _verified(store: Store, ref: CheckpointRef, name: str, manifest: dict[str, d
         raise UserError(f"{ref.prefix}/{MANIFEST} does not list {name}")
     try:
         path = store.fetch(key)
-        size, sha256 = path.stat().st_size, _sha256(path)
+        size, sha256 = path.stat().st_size, sha256_of(path)
     except FileNotFoundError:
         raise UserError(f"{key} is missing; the checkpoint is damaged") from None
     except OSError as error:
@@ -263,13 +281,7 @@ def _verified(store: Store, ref: CheckpointRef, name: str, manifest: dict[str, d
     return path
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    try:
-        safetensors.torch.save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-    except SafetensorError as error:
-        raise StoreError(f"{path} cannot be written: {error}") from error
-
-
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -70,6 +70,10 @@ class Store(ABC):
         """Create or replace one file atomically."""
 
     @abstractmethod
+    def create(self, key: str) -> contextlib.AbstractContextManager[Path]:
+        """A local path to write a file to; on a clean exit it becomes ``key``, replacing what was there."""
+
+    @abstractmethod
     def keys(self, prefix: str) -> list[str]:
         """Sorted keys of all files below the folder ``prefix``."""
 
@@ -123,18 +127,26 @@ class FolderStore(Store):
             return self._path(key).is_file()
 
     def write(self, key: str, data: bytes) -> None:
+        with self.create(key) as path, self._writing(key):
+            path.write_bytes(data)
+
+    @contextlib.contextmanager
+    def create(self, key: str) -> Iterator[Path]:
         path = self._path(key)
         temporary = _hidden(path)
         with self._writing(key):
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with temporary.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
+        try:
+            with _room(self.root):
+                yield temporary
+            with self._writing(key):
+                _make_readable(temporary, path.parent)
+                _sync(temporary)
                 temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+                _sync(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
     def keys(self, prefix: str) -> list[str]:
         found = []
@@ -156,11 +168,9 @@ class FolderStore(Store):
                 yield staging
             _require(staging, last)
             with self._writing(prefix):
-                # Some libraries make files that only their owner may read; jobs and engine may be different users.
-                readable = staging.stat().st_mode & 0o666
                 for path in (*staging.rglob("*"), staging):
                     if path.is_file():
-                        path.chmod(readable)
+                        _make_readable(path, staging)
                     _sync(path)
                 # A folder cannot be replaced in one step: the old one is moved aside first.
                 if target.exists():
@@ -249,6 +259,15 @@ class S3Store(Store):
         with self._errors(key):
             self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
 
+    @contextlib.contextmanager
+    def create(self, key: str) -> Iterator[Path]:
+        _checked(key)
+        with tempfile.TemporaryDirectory(prefix="nanochat-create-") as folder:
+            path = Path(folder) / PurePosixPath(key).name
+            with _room(path.parent):
+                yield path
+            self._upload(path, key)
+
     def keys(self, prefix: str) -> list[str]:
         below = self._key(prefix).rstrip("/") + "/"
         skip = len(self.prefix) + 1 if self.prefix else 0
@@ -270,8 +289,7 @@ class S3Store(Store):
             stale = {key.removeprefix(f"{prefix}/") for key in self.keys(prefix)} - set(names)
             self._delete_keys([f"{prefix}/{name}" for name in stale])
             for name in sorted(names, key=lambda name: name == last):
-                with self._errors(f"{prefix}/{name}"):
-                    self._client.upload_file(str(staging / name), self.bucket, self._key(f"{prefix}/{name}"))
+                self._upload(staging / name, f"{prefix}/{name}")
 
     def fetch(self, key: str) -> Path:
         with self._errors(key):
@@ -291,6 +309,10 @@ class S3Store(Store):
 
     def __str__(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    def _upload(self, path: Path, key: str) -> None:
+        with self._errors(key):
+            self._client.upload_file(str(path), self.bucket, self._key(key))
 
     def _download(self, key: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -359,6 +381,11 @@ def _room(folder: Path) -> Iterator[None]:
 def _require(folder: Path, last: str) -> None:
     if not (folder / last).is_file():
         raise FileNotFoundError(f"{last} was not written, so the folder is not complete")
+
+
+def _make_readable(path: Path, folder: Path) -> None:
+    """Let those read ``path`` who may read its folder: some libraries make files for their owner alone."""
+    path.chmod(folder.stat().st_mode & 0o666)
 
 
 def _sync(path: Path) -> None:

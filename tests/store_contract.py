@@ -45,6 +45,21 @@ class StoreContract:
         assert store.read("a/file") == b"second"
         assert store.fetch("a/file").read_bytes() == b"second"
 
+    def test_a_created_file_appears_whole_or_not_at_all(self, store: Store):
+        with store.create("a/file") as path:
+            path.write_bytes(BYTES)
+            assert not store.exists("a/file")
+        assert store.read("a/file") == BYTES
+
+        def fail() -> None:
+            with store.create("a/file") as path:
+                path.write_bytes(b"new")
+                raise RuntimeError("power cut")
+
+        with pytest.raises(RuntimeError, match="power cut"):
+            fail()
+        assert contents(store, "a") == {"file": BYTES}
+
     @pytest.mark.parametrize("key", ["missing", "folder/missing", "no/such/folder", "folder"])
     def test_what_is_no_file_is_not_found(self, store: Store, key: str):
         store.write("folder/file", b"x")
@@ -62,7 +77,12 @@ class StoreContract:
             with store.publish(key, last=LAST):
                 pytest.fail("a folder to write into was handed out")
 
+        def created() -> None:
+            with store.create(key):
+                pytest.fail("a file to write was handed out")
+
         calls = (
+            created,
             lambda: store.read(key),
             lambda: store.exists(key),
             lambda: store.write(key, b"x"),

@@ -19,7 +19,8 @@ from jobs.train.demo_world import EvalItem, evaluation_set, pretraining_document
 from jobs.train.tokenizer import train_tokenizer
 from nanochat_core import tokenizer as tok
 from nanochat_core.chat import parse_messages, render_conversation, render_prompt
-from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, save_checkpoint
+from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint
+from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine import Completion, Token, ToolCall, ToolOutput, ToolResult
 from nanochat_core.errors import UserError

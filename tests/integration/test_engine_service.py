@@ -21,7 +21,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from prometheus_client.parser import text_string_to_metric_families
 
-from nanochat_core.checkpoint import CheckpointRef, promote, save_checkpoint
+from nanochat_core.checkpoint import CheckpointRef, promote
+from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.engine import Engine, SamplingParams
 from nanochat_core.engine.runner import Runner
 from nanochat_core.protos import engine_pb2 as pb

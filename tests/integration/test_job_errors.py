@@ -18,7 +18,8 @@ import pytest
 import torch
 from tiny_training import NAME, ROOT, fill
 
-from nanochat_core.checkpoint import CheckpointRef, save_checkpoint
+from nanochat_core.checkpoint import CheckpointRef
+from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.model import GPT
 from nanochat_core.tokenizer import Tokenizer

@@ -13,6 +13,7 @@ import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -29,22 +30,24 @@ from nanochat_core.checkpoint import (
     newest_checkpoint,
     promote,
     promoted,
-    save_checkpoint,
 )
+from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
+from nanochat_core.optim import Shard
 from nanochat_core.store import FolderStore, StoreError
 from nanochat_core.tokenizer import Tokenizer
 
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json", "meta.json")
-TRAINER_FILES = ("optim/state.safetensors", "optim/state.json")
+TRAINER_FILES = ("optim/rank_00000_of_00001.safetensors", "optim/state.json")
 REF = CheckpointRef("tiny", "sft", 40)
 META = {"settings": {"depth": 1}, "history": [{"loss": 0.1 + 0.2}], "unit": "µs"}
-TRAINER = TrainerState(
-    {"step": 40, "loader": {"epoch": 1, "ids": [1, 2]}, "loss": 1e-7},
-    {"momentum": torch.arange(6.0).view(2, 3).T, "generator": torch.arange(9, dtype=torch.uint8)},
-)
+VALUES = {"step": 40, "loader": {"epoch": 1, "ids": [1, 2]}, "loss": 1e-7}
+SHARDS = [
+    Shard("momentum", torch.arange(6.0).view(2, 3).T, 0, 3),
+    Shard("generator", torch.arange(9, dtype=torch.uint8), 0, 9),
+]
 
 
 @pytest.fixture
@@ -66,10 +69,16 @@ def tiny_model(seed: int = 0, vocab_size: int = 267, dtype: torch.dtype = torch.
     return model
 
 
-def save(
-    store: FolderStore, ref: CheckpointRef = REF, *, trainer: TrainerState | None = TRAINER, seed: int = 0
-) -> None:
-    save_checkpoint(store, ref, model=tiny_model(seed), tokenizer=tokenizer(), meta=META, trainer=trainer)
+def save(store: FolderStore, ref: CheckpointRef = REF, *, resumable: bool = True, seed: int = 0) -> None:
+    trainer: dict[str, Any] = {"values": VALUES, "shards": SHARDS} if resumable else {}
+    save_checkpoint(store, ref, model=tiny_model(seed), tokenizer=tokenizer(), meta=META, **trainer)
+
+
+def load_trainer(store: FolderStore, ref: CheckpointRef) -> TrainerState:
+    """The whole trainer state, verified."""
+    state = load_trainer_state(store, ref)
+    state.fetch(shard.name for shard in SHARDS)
+    return state
 
 
 def folder(store: FolderStore, ref: CheckpointRef = REF) -> Path:
@@ -105,16 +114,18 @@ def test_the_built_model_computes_the_same(store: FolderStore):
 
 def test_trainer_state_comes_back(store: FolderStore):
     save(store)
-    loaded = load_trainer_state(store, REF)
-    assert loaded.values == TRAINER.values
-    assert loaded.tensors.keys() == TRAINER.tensors.keys()
-    for name, tensor in TRAINER.tensors.items():
-        assert loaded.tensors[name].dtype == tensor.dtype
-        assert torch.equal(loaded.tensors[name], tensor)
+    loaded = load_trainer(store, REF)
+    assert loaded.values == VALUES
+    for shard in SHARDS:
+        read = loaded.read(shard.name, 0, shard.rows)
+        assert read is not None
+        assert read.dtype == shard.tensor.dtype
+        assert torch.equal(read, shard.tensor)
+    assert loaded.read("never stored", 0, 1) is None
 
 
 def test_a_checkpoint_without_trainer_state_says_so(store: FolderStore):
-    save(store, trainer=None)
+    save(store, resumable=False)
     with pytest.raises(UserError, match=r"tiny/sft/step_000040 holds no optimizer state"):
         load_trainer_state(store, REF)
     assert not (folder(store) / "optim").exists()
@@ -143,19 +154,19 @@ def test_files_are_in_formats_that_cannot_execute(store: FolderStore):
 def test_a_checkpoint_exists_only_once_it_is_complete(store: FolderStore, monkeypatch: pytest.MonkeyPatch):
     """The manifest is the last thing written, and until then nobody sees anything."""
     written: list[str] = []
-    write_text, save_file = Path.write_text, safetensors.torch.save_file
+    create = FolderStore.create
 
-    def note(path: Path) -> None:
-        written.append(path.name)
+    def noted(self: FolderStore, key: str) -> contextlib.AbstractContextManager[Path]:
+        written.append(key.removeprefix(f"{REF.prefix}/"))
         assert list_checkpoints(store, "tiny", "sft") == []
         with pytest.raises(UserError, match="there is no checkpoint"):
             load_checkpoint(store, REF)
+        return create(self, key)
 
-    monkeypatch.setattr(Path, "write_text", lambda self, text: (note(self), write_text(self, text))[1])
-    monkeypatch.setattr(safetensors.torch, "save_file", lambda tensors, path: (note(path), save_file(tensors, path)))
+    monkeypatch.setattr(FolderStore, "create", noted)
     save(store)
     assert written[-1] == MANIFEST
-    assert len(written) == 7
+    assert sorted(written[:-1]) == sorted((*MODEL_FILES, *TRAINER_FILES))
     assert list_checkpoints(store, "tiny", "sft") == [REF]
 
 
@@ -226,7 +237,7 @@ DAMAGES = [
 def test_every_damage_to_a_file_is_refused_by_its_name(store: FolderStore, name: str, damage: Callable[[Path], None]):
     save(store)
     damage(folder(store) / name)
-    load = load_trainer_state if name in TRAINER_FILES else load_checkpoint
+    load = load_trainer if name in TRAINER_FILES else load_checkpoint
     if damage is strike_from_manifest and name == "optim/state.json":
         expected = "holds no optimizer state"
     else:
@@ -249,7 +260,7 @@ def test_a_file_of_another_size_is_told_with_both_sizes(store: FolderStore):
 
 def test_no_flipped_bit_of_the_manifest_goes_unnoticed_or_crashes(store: FolderStore):
     """Either it is refused, or what it changed was whitespace or about files that were not asked for."""
-    save(store, trainer=None)
+    save(store, resumable=False)
     manifest = folder(store) / MANIFEST
     original, weights = manifest.read_bytes(), load_checkpoint(store, REF).weights
     survived = 0
@@ -271,7 +282,7 @@ def test_no_flipped_bit_of_the_manifest_goes_unnoticed_or_crashes(store: FolderS
 def test_a_damaged_manifest_is_named(store: FolderStore, manifest: bytes):
     save(store)
     (folder(store) / MANIFEST).write_bytes(manifest)
-    for load in (load_checkpoint, load_trainer_state):
+    for load in (load_checkpoint, load_trainer):
         with pytest.raises(UserError, match=rf"{REF.prefix}/{MANIFEST}"):
             load(store, REF)
 
@@ -288,7 +299,7 @@ def rewrite(store: FolderStore, name: str, data: bytes) -> None:
 def test_files_that_match_the_manifest_but_are_none_of_ours_are_refused(store: FolderStore, name: str):
     save(store)
     rewrite(store, name, pickle.dumps({"step": 1}))
-    load = load_trainer_state if name in TRAINER_FILES else load_checkpoint
+    load = load_trainer if name in TRAINER_FILES else load_checkpoint
     with pytest.raises(UserError):
         load(store, REF)
 
@@ -311,7 +322,7 @@ def test_weights_of_another_shape_do_not_fit(store: FolderStore):
 
 
 def test_what_is_not_there_is_a_clear_error(store: FolderStore):
-    for load in (load_checkpoint, load_trainer_state):
+    for load in (load_checkpoint, load_trainer):
         with pytest.raises(UserError, match=f"there is no checkpoint {REF.prefix} in {store.root}"):
             load(store, REF)
 
@@ -319,7 +330,7 @@ def test_what_is_not_there_is_a_clear_error(store: FolderStore):
 def test_checkpoints_are_listed_in_order_of_their_steps(store: FolderStore):
     refs = [CheckpointRef("tiny", "sft", step) for step in (9, 1_000_000, 40, 200)]
     for ref in (*refs, CheckpointRef("tiny", "base", 7), CheckpointRef("tiny2", "sft", 8)):
-        save(store, ref, trainer=None)
+        save(store, ref, resumable=False)
     (store.root / "models/tiny/sft/step_000300").mkdir()
     (store.root / "models/tiny/sft/notes.txt").write_text("no checkpoint")
     assert [ref.step for ref in list_checkpoints(store, "tiny", "sft")] == [9, 40, 200, 1_000_000]
@@ -331,7 +342,7 @@ def test_the_newest_whole_checkpoint_is_used_and_damaged_ones_are_logged_by_name
 ):
     refs = [CheckpointRef("tiny", "base", step) for step in (1, 2, 3, 4)]
     for ref in refs:
-        save(store, ref, trainer=None, seed=ref.step)
+        save(store, ref, resumable=False, seed=ref.step)
     flip_last(folder(store, refs[3]) / "model.safetensors")
     (folder(store, refs[2]) / "meta.json").unlink()
     with caplog.at_level(logging.WARNING):
@@ -347,7 +358,7 @@ def test_the_newest_whole_checkpoint_is_used_and_damaged_ones_are_logged_by_name
 
 def test_without_a_whole_checkpoint_there_is_no_newest(store: FolderStore):
     assert newest_checkpoint(store, "tiny", "base") is None
-    save(store, trainer=None)
+    save(store, resumable=False)
     (folder(store) / MANIFEST).write_bytes(b"{}")
     assert newest_checkpoint(store, "tiny", "sft") is None
 
@@ -365,20 +376,22 @@ def test_a_store_that_fails_is_not_taken_for_damage(store: FolderStore, monkeypa
 
 
 @pytest.mark.parametrize("limit", [20_000, 2_000, 0])
-def test_a_disk_that_fills_up_is_a_clear_error_and_keeps_the_old_checkpoint(store: FolderStore, limit: int):
+def test_a_disk_that_fills_up_is_a_clear_error_and_leaves_the_checkpoints_before(store: FolderStore, limit: int):
     save(store)
+    files = sorted(store.root.rglob("*"))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # longer files cannot be written
     try:
         with pytest.raises(StoreError, match=r"cannot be written: .*File too large"):
-            save(store, seed=1)
+            save(store, CheckpointRef("tiny", "sft", 50), seed=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(store.root.rglob("*")) == files
     assert torch.equal(load_checkpoint(store, REF).weights["head.weight"], tiny_model(0).head.weight)
 
 
 def test_readers_see_whole_checkpoints_while_new_ones_are_saved_and_old_ones_deleted(store: FolderStore):
-    save(store, CheckpointRef("tiny", "base", 0), trainer=None)
+    save(store, CheckpointRef("tiny", "base", 0), resumable=False)
     seen: set[int] = set()
     failed: list[BaseException] = []
     done = threading.Event()
@@ -397,7 +410,7 @@ def test_readers_see_whole_checkpoints_while_new_ones_are_saved_and_old_ones_del
     reader = threading.Thread(target=read)
     reader.start()
     for step in range(1, 25):
-        save(store, CheckpointRef("tiny", "base", step), trainer=None, seed=step)
+        save(store, CheckpointRef("tiny", "base", step), resumable=False, seed=step)
         store.delete(CheckpointRef("tiny", "base", step - 1).prefix)
     done.set()
     reader.join()
