@@ -163,12 +163,22 @@ def check_model_name(name: str) -> str:
 
 def list_checkpoints(store: Store, model: str, stage: str) -> list[CheckpointRef]:
     """The complete checkpoints of a stage, oldest first."""
-    found = []
+    return sorted(ref for ref, files in _step_folders(store, model, stage).items() if MANIFEST in files)
+
+
+def incomplete_checkpoints(store: Store, model: str, stage: str) -> list[CheckpointRef]:
+    """What was not written to its end, or is being written now."""
+    return sorted(ref for ref, files in _step_folders(store, model, stage).items() if MANIFEST not in files)
+
+
+def _step_folders(store: Store, model: str, stage: str) -> dict[CheckpointRef, set[str]]:
+    """Names of the files in each folder of a step."""
+    found: dict[CheckpointRef, set[str]] = {}
     for key in store.keys(f"models/{model}/{stage}"):
-        match = re.fullmatch(rf"models/[^/]+/[^/]+/step_(\d+)/{MANIFEST}", key)
+        match = re.fullmatch(r"models/[^/]+/[^/]+/step_(\d+)/(.+)", key)
         if match:
-            found.append(CheckpointRef(model, stage, int(match[1])))
-    return sorted(found)
+            found.setdefault(CheckpointRef(model, stage, int(match[1])), set()).add(match[2])
+    return found
 
 
 def load_checkpoint(store: Store, ref: CheckpointRef) -> Checkpoint:

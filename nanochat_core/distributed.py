@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat_core.errors import UserError
+from nanochat_core.errors import RetryableError, UserError
 
 # NCCL's own limit; a rank that is this late has most likely died with its node.
 DEFAULT_TIMEOUT_SECONDS = 600.0
@@ -43,7 +43,8 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all ranks, in place."""
         if self.group is not None:
-            dist.all_reduce(tensor, group=self.group)
+            with meeting():
+                dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
@@ -54,11 +55,12 @@ class Ranks:
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
         sizes = torch.zeros(self.size, dtype=torch.int64, device=device)
         sizes[self.rank] = mine.numel()
-        dist.all_reduce(sizes, group=self.group)
+        self.sum(sizes)
         padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=device)
         padded[: mine.numel()] = mine
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(gathered, padded, group=self.group)
+        with meeting():
+            dist.all_gather(gathered, padded, group=self.group)
         return [
             json.loads(bytes(part[:size].cpu().tolist())) for part, size in zip(gathered, sizes.tolist(), strict=True)
         ]
@@ -74,6 +76,26 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+class RankLost(RetryableError):
+    """Another rank died, or answered too late."""
+
+
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """Around what waits for other ranks: a rank that does not come is an error, never a hang.
+
+    Raises:
+        RankLost: one did not come within the group's timeout, or its connection broke.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost(
+            f"another rank has ended or did not answer in time; run again to go on from the last checkpoint: "
+            f"{_line(error)}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -104,10 +126,9 @@ def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECOND
     except (dist.DistError, RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(f"rank {rank} of {size} did not meet the others at {where}: {_line(error)}") from error
-    try:
-        yield Ranks(rank, size, dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(rank, size, dist.group.WORLD)
+    # Not after an error: to leave in order takes all ranks.
+    dist.destroy_process_group()
 
 
 def local_rank() -> int:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat_core.distributed import ALONE, Ranks
+from nanochat_core.distributed import ALONE, Ranks, meeting
 from nanochat_core.model import GPT
 
 ADAM_EPS = 1e-10
@@ -175,8 +175,9 @@ class _Share(ABC):
         self._work.append(work)
 
     def _wait(self) -> None:
-        for work in self._work:
-            work.wait()
+        with meeting():
+            for work in self._work:
+                work.wait()
         self._work.clear()
 
     @abstractmethod

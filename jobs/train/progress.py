@@ -25,6 +25,9 @@ STEP_SECONDS = Histogram(
     ["stage"],
     buckets=(0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50),
 )
+CHECKPOINT_FAILURES = Counter(
+    "nanochat_train_checkpoint_failures_total", "Checkpoints that could not be written after all attempts", ["stage"]
+)
 DATA_WAIT_SECONDS = Counter("nanochat_train_data_wait_seconds_total", "Time spent waiting for a batch", ["stage"])
 
 

@@ -19,32 +19,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.train.loader import Batch, PackedLoader
-from jobs.train.progress import Progress, TrainMetrics
+from jobs.train.loader import Batch, PackedLoader, merge_states
+from jobs.train.progress import CHECKPOINT_FAILURES, Progress, TrainMetrics
 from jobs.train.schedule import Schedule
 from nanochat_core.checkpoint import (
     Checkpoint,
     CheckpointRef,
     TrainerState,
+    incomplete_checkpoints,
     list_checkpoints,
     load_checkpoint,
     load_trainer_state,
-    save_checkpoint,
 )
-from nanochat_core.errors import UserError
+from nanochat_core.checkpoint_writer import CheckpointWriter
+from nanochat_core.distributed import ALONE, Ranks
+from nanochat_core.errors import RetryableError, UserError
 from nanochat_core.model import GPT, IGNORE_INDEX
-from nanochat_core.optim import MuonAdamW
-from nanochat_core.store import Store
+from nanochat_core.optim import MuonAdamW, Shard
+from nanochat_core.store import Store, StoreError
 from nanochat_core.tokenizer import Tokenizer
 
 _HISTORY_POINTS = 2000
 _AFTER_DIVERGENCE = "lower --lr-scale and start over with --no-resume or under another --model name"
+# A batch can be bad by chance; this many in a row mean that the run is.
+_SKIPPED_IN_A_ROW = 5
+# A loss is a spike when it is this many standard deviations above the recent mean.
+_SPIKE_DEVIATIONS = 6.0
+_SPIKE_MEMORY = 0.98
+_SPIKE_AFTER_STEPS = 100
+_GENERATOR = "generator"
+# Ranks of a large cluster may find their compiled code in a cache or not: minutes apart.
+_COMPILE_SECONDS = 3600.0
+_STEP_KEYS = frozenset({"step", "loss", "gradient_norm", "tokens_per_second", "train_seconds"})
 
 log = logging.getLogger("jobs.train")
 
 
 class TrainingDiverged(UserError):
-    """The loss or a weight is no longer a finite number; the last checkpoint is from before."""
+    """The loss, a gradient or a weight is no longer a finite number; the last checkpoint is from before."""
 
 
 @dataclasses.dataclass
@@ -55,6 +67,11 @@ class RunState:
     loader: dict[str, Any] | None = None
     train_seconds: float = 0.0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    # Steps whose loss or gradient was not finite; they changed nothing.
+    skipped: list[int] = dataclasses.field(default_factory=list)
+    # Moving mean and variance of the loss, against which spikes are told.
+    loss_mean: float = 0.0
+    loss_variance: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +86,28 @@ class RunConfig:
     eval_every: int
     compile: bool
     keep_checkpoints: int = 2
+    keep_every: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _StepResult:
+    """What one step came to; ``stop`` is the signal that asks to end after it, or 0."""
+
+    loss: float
+    gradient_norm: float
+    stop: int
+    skipped: bool = False
+    spike: bool = False
 
 
 class Trainer:
-    """Runs optimizer steps until the horizon, with evaluation, checkpoints and a clean stop on SIGTERM."""
+    """Runs optimizer steps until the horizon, with evaluation, checkpoints and a clean stop on SIGTERM.
+
+    What goes wrong in a step is handled so: a loss or gradient that is not finite skips the update, which every rank
+    agrees on, and five in a row end the run; a loss far above the recent ones is reported and trained on; a
+    checkpoint that cannot be written is tried again in the background, then reported while training goes on, and the
+    last one must succeed.
+    """
 
     def __init__(
         self,
@@ -86,19 +121,21 @@ class Trainer:
         evaluate: Callable[[], dict[str, float]],
         meta: dict[str, Any],
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         """
         Args:
-            make_loader: gives the loader that goes on after the given state, None for the beginning.
-            evaluate: metrics on held-out data, such as ``{"val_bpb": 0.9}``.
+            make_loader: gives this rank's loader that goes on after the given state, None for the beginning.
+            evaluate: metrics on held-out data, such as ``{"val_bpb": 0.9}``; called on every rank at once.
             meta: stored with each checkpoint; its ``settings`` and ``inputs`` (digests of what the stage is made
                 from) must be equal for a run to be resumed.
         """
         self.config, self.store, self.model, self.tokenizer = config, store, model, tokenizer
-        self.optimizer, self.meta, self.device = optimizer, meta, device
+        self.optimizer, self.meta, self.device, self.ranks = optimizer, meta, device, ranks
         self._make_loader, self._evaluate = make_loader, evaluate
         self.state = RunState()
         self._signal: int | None = None
+        self._skipped_in_a_row = 0
         self._replaced: set[CheckpointRef] = set()
         self._loss = torch.compile(model.loss, dynamic=False) if _can_compile(config, device) else model.loss
 
@@ -109,24 +146,38 @@ class Trainer:
             UserError: it was made with other settings or from other inputs.
         """
         for ref in reversed(self._stored()):
-            try:
-                checkpoint = load_checkpoint(self.store, ref)
-                trainer = load_trainer_state(self.store, ref)
-            except UserError as error:
-                log.warning("checkpoint skipped", extra={"checkpoint": ref.prefix, "reason": str(error)})
+            found, problem = self._try_load(ref)
+            problems = [problem for problem in self.ranks.gather(problem) if problem is not None]
+            if found is None or problems:
+                log.warning("checkpoint skipped", extra={"checkpoint": ref.prefix, "reason": problems[0]})
                 continue
+            checkpoint, trainer = found
             self._check_same_run(checkpoint)
             self.model.load_state_dict(checkpoint.weights)
-            self._load_trainer_state(trainer)
+            self.state = RunState(**trainer.values["run"])
+            generator = trainer.read(_GENERATOR, 0, torch.get_rng_state().numel())
+            if generator is not None:
+                torch.set_rng_state(generator)
+            self.warm_start(trainer)
             log.info("resumed", extra={"checkpoint": ref.prefix})
             return True
         return False
+
+    def _try_load(self, ref: CheckpointRef) -> tuple[tuple[Checkpoint, TrainerState] | None, str | None]:
+        """Everything of a checkpoint that this rank needs, verified, or what is wrong with it."""
+        try:
+            checkpoint, trainer = load_checkpoint(self.store, ref), load_trainer_state(self.store, ref)
+            trainer.fetch(shard.name for shard in self._shards())
+        except UserError as error:
+            return None, str(error)
+        return (checkpoint, trainer), None
 
     def run(self) -> CheckpointRef:
         """Train to the horizon and save the final checkpoint.
 
         Raises:
-            TrainingDiverged: the loss or a weight became NaN or infinite.
+            TrainingDiverged: losses, gradients or weights are NaN or infinite.
+            RetryableError: the final checkpoint could not be written, or a rank was lost.
             SystemExit: stopped by SIGTERM or SIGINT, after a checkpoint.
         """
         schedule = self.config.schedule
@@ -136,63 +187,118 @@ class Trainer:
         # What lies ahead is damaged or of a run that is started over; it goes when there is something to replace it.
         self._replaced = {ref for ref in self._stored() if ref.step >= first_step}
         loader = self._make_loader(self.state.loader)
+        writer = CheckpointWriter(self.store, self.ranks)
         metrics = TrainMetrics(self.config.stage)
-        with self._signals(), Progress(self.config.stage, schedule.steps, self.state.step) as progress:
-            batches = loader.prefetched()
-            with contextlib.closing(batches):
-                while self.state.step < schedule.steps:
-                    started = time.perf_counter()
-                    batch = next(batches)
-                    waited = time.perf_counter() - started
-                    loss = self._step(batch)
-                    seconds = time.perf_counter() - started
-                    self.state.train_seconds += seconds
-                    self._record(batch, loss, seconds, waited, progress, metrics)
-                    done = self.state.step == schedule.steps
-                    if done or (self.config.eval_every and self.state.step % self.config.eval_every == 0):
-                        held_out = self._evaluate()
-                        self.state.history[-1].update(held_out)
-                        metrics.held_out(held_out)
-                        progress.note(held_out)
-                    if self._signal is not None and not done:
-                        self._save()
-                        log.info("stopped by a signal after a checkpoint", extra={"step": self.state.step})
-                        raise SystemExit(128 + self._signal)  # job controllers restart on exit codes from 128
-                    if not done and self.config.save_every and self.state.step % self.config.save_every == 0:
-                        self._save()
-                    if self.state.step == first_step:
-                        # Nothing allocated so far becomes garbage; scanning it again would only stall steps.
-                        gc.collect()
-                        gc.freeze()
-        gc.unfreeze()
-        return self._save(finished=True)
+        with (
+            contextlib.closing(writer),
+            self._signals(),
+            Progress(self.config.stage, schedule.steps, self.state.step, shown=self.ranks.leads) as progress,
+            contextlib.closing(loader.prefetched()) as batches,
+        ):
+            self._compile_before_meeting()
+            while self.state.step < schedule.steps:
+                started = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - started
+                report = self._step(batch)
+                seconds = time.perf_counter() - started
+                self.state.train_seconds += seconds
+                self._record(batch, report, seconds, waited, progress, metrics)
+                done = self.state.step == schedule.steps
+                if done or (self.config.eval_every and self.state.step % self.config.eval_every == 0):
+                    held_out = self._evaluate()
+                    self._point().update(held_out)
+                    metrics.held_out(held_out)
+                    progress.note(held_out)
+                if report.stop and not done:
+                    self._save(writer)
+                    writer.wait()
+                    log.info("stopped by a signal after a checkpoint", extra={"step": self.state.step})
+                    raise SystemExit(128 + report.stop)  # job controllers restart on exit codes from 128
+                if not done and self.config.save_every and self.state.step % self.config.save_every == 0:
+                    self._save_meanwhile(writer)
+                if self.state.step == first_step:
+                    # Nothing allocated so far becomes garbage; scanning it again would only stall steps.
+                    gc.collect()
+                    gc.freeze()
+            gc.unfreeze()
+            try:
+                self._save(writer, finished=True)
+                writer.wait()
+            except StoreError as error:
+                raise RetryableError(
+                    f"the final checkpoint could not be written; run again to go on: {error}"
+                ) from error
+        return self._ref
 
-    def _step(self, batch: Batch) -> float:
-        """Forward, backward and update; the loss in nats per counted token."""
+    def _step(self, batch: Batch) -> _StepResult:
+        """Forward, backward and update on this rank's part of a batch."""
         schedule, step = self.config.schedule, self.state.step
-        counted = int((batch.targets != IGNORE_INDEX).sum())
-        if not counted:
+        counted = self.ranks.sum((batch.targets != IGNORE_INDEX).sum().to(self.device))
+        if self.ranks.size == 1 and not int(counted):
             raise UserError("a batch has no counted target; the conversations hold no assistant text that fits a row")
         total = torch.zeros((), device=self.device)
-        for ids, targets in self._micro_batches(batch):
+        passes = list(self._micro_batches(batch))
+        for i, (ids, targets) in enumerate(passes):
+            if i == len(passes) - 1:
+                self.optimizer.expect_gradients()
             # The sum over the count of the whole batch, so that micro-batches weigh by their tokens and one
             # without any target adds nothing.
             loss = self._loss(ids, targets, "sum") / counted
             loss.backward()
             total += loss.detach()
-        loss_value = float(total)
-        if not math.isfinite(loss_value):
-            raise TrainingDiverged(f"the loss is {loss_value} at step {step}; {_AFTER_DIVERGENCE}")
+        norm = self.optimizer.reduce()
+        # One transfer from the device tells everything that is decided here, on every rank alike.
+        told = self.ranks.sum(torch.stack([total.double(), torch.tensor(float(self._signal or 0), device=self.device)]))
+        loss_value, signals, norm_value = [*told.tolist(), float(norm)]
+        stop = signal.SIGTERM if signals and self.ranks.size > 1 else int(signals)
+        self.state.step += 1
+        self.state.loader = batch.state
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            self._skip(loss_value, norm_value)
+            return _StepResult(loss_value, norm_value, stop, skipped=True)
+        self._skipped_in_a_row = 0
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * schedule.lr(step)
             if group["kind"] == "muon":
                 group["momentum"] = schedule.momentum(step)
                 group["weight_decay"] = group["initial_weight_decay"] * schedule.weight_decay(step)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.state.step += 1
-        self.state.loader = batch.state
-        return loss_value
+        self.optimizer.zero_grad()
+        return _StepResult(loss_value, norm_value, stop, spike=self._is_spike(loss_value))
+
+    def _skip(self, loss: float, norm: float) -> None:
+        """Leave the weights as they are after a step that cannot be used."""
+        self.optimizer.zero_grad()
+        self.state.skipped.append(self.state.step)
+        self._skipped_in_a_row += 1
+        what = f"the loss is {loss} and the gradient's norm {norm} at step {self.state.step}"
+        if self._skipped_in_a_row == _SKIPPED_IN_A_ROW:
+            raise TrainingDiverged(f"{what}, as in the {_SKIPPED_IN_A_ROW - 1} steps before; {_AFTER_DIVERGENCE}")
+        log.warning("step skipped", extra={"step": self.state.step, "loss": loss, "gradient_norm": norm})
+
+    def _is_spike(self, loss: float) -> bool:
+        """Whether the loss is far above the recent ones, which it then is one of."""
+        state = self.state
+        if not state.loss_mean:
+            state.loss_mean = loss
+        above = loss - state.loss_mean
+        spike = state.step > _SPIKE_AFTER_STEPS and above > _SPIKE_DEVIATIONS * math.sqrt(state.loss_variance)
+        state.loss_mean += (1 - _SPIKE_MEMORY) * above
+        state.loss_variance = _SPIKE_MEMORY * (state.loss_variance + (1 - _SPIKE_MEMORY) * above**2)
+        if spike:
+            log.warning("loss spike", extra={"step": state.step, "loss": loss, "recent": round(state.loss_mean, 4)})
+        return spike
+
+    def _compile_before_meeting(self) -> None:
+        """Let every rank compile before any waits for another: one that compiles for long is not one that died."""
+        if self.ranks.size == 1:
+            return
+        shape = (self.config.micro_batch_rows, self.model.config.context_length)
+        ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self._loss(ids, ids, "sum").backward()
+        self.optimizer.zero_grad()
+        self.ranks.side_channel(_COMPILE_SECONDS).gather(None)
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         rows = self.config.micro_batch_rows
@@ -201,18 +307,31 @@ class Trainer:
             yield ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
     def _record(
-        self, batch: Batch, loss: float, seconds: float, waited: float, progress: Progress, metrics: TrainMetrics
+        self,
+        batch: Batch,
+        result: _StepResult,
+        seconds: float,
+        waited: float,
+        progress: Progress,
+        metrics: TrainMetrics,
     ) -> None:
-        tokens_per_second = batch.ids.numel() / seconds
-        point = {
-            "step": self.state.step,
-            "loss": loss,
-            "tokens_per_second": tokens_per_second,
-            "train_seconds": self.state.train_seconds,
-        }
-        self.state.history.append(point)
-        metrics.step(loss, seconds, waited, tokens_per_second)
-        progress.update(self.state.step, loss, tokens_per_second)
+        tokens_per_second = batch.ids.numel() * self.ranks.size / seconds
+        if not result.skipped:
+            self._point().update(
+                loss=result.loss,
+                gradient_norm=result.gradient_norm,
+                tokens_per_second=tokens_per_second,
+                train_seconds=self.state.train_seconds,
+            )
+        metrics.step(result.loss, seconds, waited, tokens_per_second)
+        progress.update(self.state.step, result.loss, tokens_per_second)
+
+    def _point(self) -> dict[str, float]:
+        """The history's entry for this step."""
+        history = self.state.history
+        if not history or history[-1]["step"] != self.state.step:
+            history.append({"step": self.state.step})
+        return history[-1]
 
     @property
     def _ref(self) -> CheckpointRef:
@@ -233,10 +352,11 @@ class Trainer:
                 "use the same ones, another --model name, or --no-resume to start over"
             )
 
-    def _save(self, *, finished: bool = False) -> CheckpointRef:
-        """Write a checkpoint and delete those that it makes superfluous.
+    def _save(self, writer: CheckpointWriter, *, finished: bool = False) -> None:
+        """Start to write a checkpoint; when it is complete, those that it makes superfluous are deleted.
 
         Raises:
+            StoreError: the checkpoint before could not be written.
             TrainingDiverged: a weight is not finite, so going on from here would be useless.
         """
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
@@ -246,50 +366,52 @@ class Trainer:
             "finished": finished,
             "step": self.state.step,
             "train_seconds": round(self.state.train_seconds, 3),
+            "skipped_steps": self.state.skipped,
             "history": _thinned(self.state.history),
         }
-        save_checkpoint(
-            self.store, ref, model=self.model, tokenizer=self.tokenizer, meta=meta, trainer=self._trainer_state()
+        loader = merge_states([state for state in self.ranks.gather(self.state.loader) if state is not None])
+        run = dataclasses.asdict(dataclasses.replace(self.state, loader=loader))
+        replaced, self._replaced = self._replaced - {ref}, set()
+        writer.save(
+            ref,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            meta=meta,
+            values={"run": run},
+            shards=self._shards(),
+            then=lambda: self._delete_superfluous(replaced),
         )
-        self._replaced.discard(ref)
-        own = [other for other in self._stored() if other not in self._replaced]
-        for superfluous in (*self._replaced, *own[: -self.config.keep_checkpoints]):
-            self.store.delete(superfluous.prefix)
-        self._replaced.clear()
-        return ref
+
+    def _save_meanwhile(self, writer: CheckpointWriter) -> None:
+        """Start to write a checkpoint while training goes on, whatever became of the one before."""
+        try:
+            writer.wait()
+        except StoreError as error:
+            CHECKPOINT_FAILURES.labels(self.config.stage).inc()
+            log.error("a checkpoint could not be written; training goes on", extra={"reason": str(error)})
+        self._save(writer)
+
+    def _delete_superfluous(self, replaced: set[CheckpointRef]) -> None:
+        """Keep the newest checkpoints and those for good, of this run alone, and nothing half-written."""
+        own = [ref for ref in self._stored() if ref not in replaced]
+        keep_every = self.config.keep_every
+        old = [ref for ref in own[: -self.config.keep_checkpoints] if not (keep_every and ref.step % keep_every == 0)]
+        torn = incomplete_checkpoints(self.store, self.config.model_name, self.config.stage)
+        for ref in (*replaced, *old, *torn):
+            self.store.delete(ref.prefix)
 
     def _stored(self) -> list[CheckpointRef]:
         return list_checkpoints(self.store, self.config.model_name, self.config.stage)
 
-    def _trainer_state(self) -> TrainerState:
-        stored = self.optimizer.state_dict()
-        tensors: dict[str, Tensor] = {"generator": torch.get_rng_state()}
-        scalars: dict[str, Any] = {}
-        for index, entries in stored["state"].items():
-            for name, value in entries.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer.{index}.{name}"] = value
-                else:
-                    scalars[f"{index}.{name}"] = value
-        return TrainerState({"run": dataclasses.asdict(self.state), "optimizer": scalars}, tensors)
-
-    def _load_trainer_state(self, trainer: TrainerState) -> None:
-        self.state = RunState(**trainer.values["run"])
-        torch.set_rng_state(trainer.tensors["generator"])
-        self.warm_start(trainer)
+    def _shards(self) -> Iterator[Shard]:
+        yield from self.optimizer.shards()
+        if self.ranks.leads:
+            generator = torch.get_rng_state()
+            yield Shard(_GENERATOR, generator, 0, generator.numel())
 
     def warm_start(self, trainer: TrainerState) -> None:
         """Take over the optimizer's momenta from a run of the same model, nothing else."""
-        stored = self.optimizer.state_dict()
-        entries: dict[int, dict[str, Any]] = {}
-        for name, value in trainer.tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
-                entries.setdefault(int(index), {})[key] = value
-        for name, scalar in trainer.values["optimizer"].items():
-            index, key = name.split(".", 1)
-            entries.setdefault(int(index), {})[key] = scalar
-        self.optimizer.load_state_dict({"state": entries, "param_groups": stored["param_groups"]})
+        self.optimizer.load_shards(trainer.read)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -326,4 +448,5 @@ def _can_compile(config: RunConfig, device: torch.device) -> bool:
 def _thinned(history: list[dict[str, float]]) -> list[dict[str, float]]:
     """At most about ``_HISTORY_POINTS`` points, every one with held-out metrics among them."""
     stride = math.ceil(len(history) / _HISTORY_POINTS) or 1
-    return [point for i, point in enumerate(history) if i % stride == 0 or len(point) > 4 or i == len(history) - 1]
+    last = len(history) - 1
+    return [p for i, p in enumerate(history) if i % stride == 0 or p.keys() - _STEP_KEYS or i == last]
