@@ -19,6 +19,7 @@ from typing import Literal
 
 from jobs.eval.report import reported
 from jobs.train import pretrain, sft
+from jobs.train.mixtures import Mixture
 from jobs.train.recipes import RECIPES, Flags, Recipe
 from jobs.train.shards import dataset_digest, local_text_digest
 from jobs.train.tokenizer import load_tokenizer, trained_on
@@ -131,8 +132,8 @@ class Pipeline:
         tuned = self._checkpoint(
             "sft",
             "jobs.train.sft",
-            {"model": name, "conversations": conversations, **self._threads(), **self.recipe.sft},
-            sft.inputs(self.store, conversations, base),
+            {"model": name, "mixture": conversations, **self._threads(), **self.recipe.sft},
+            sft.inputs(base, Mixture(self.store, conversations)),
         )
         return base, tuned
 

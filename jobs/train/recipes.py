@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.train import demo_world
-from jobs.train.sft import write_conversations
+from jobs.train.conversations import write_conversations
 from jobs.train.shards import dataset_exists, has_shards, read_local_text, write_dataset
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store

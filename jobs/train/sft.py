@@ -1,30 +1,28 @@
-"""Fine-tune a base model on conversations: ``python -m jobs.train.sft --model demo --conversations demo``."""
+"""Fine-tune a base model on conversations: ``python -m jobs.train.sft --model demo --mixture demo-chat``."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
-from jobs.train.loader import ConversationSource, PackedLoader
+from jobs.train.loader import ConversationSource, PackedLoader, Source
+from jobs.train.mixtures import LengthSource, Mixture
 from jobs.train.pretrain import comparable
 from jobs.train.progress import serve_metrics
 from jobs.train.schedule import Schedule
 from jobs.train.trainer import RunConfig, Trainer
 from nanochat_core import logs
-from nanochat_core.chat import Message, parse_messages
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, check_model_name, load_trainer_state, newest_checkpoint
 from nanochat_core.device import DTYPES, choose_device, choose_dtype, prepare_cpu
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.model import IGNORE_INDEX
 from nanochat_core.optim import MuonAdamW, OptimizerConfig, parameter_groups
 from nanochat_core.settings import load, setting
-from nanochat_core.store import DEFAULT_HOME, Store, open_store
+from nanochat_core.store import DEFAULT_HOME, open_store
 
 log = logging.getLogger("jobs.train.sft")
 
@@ -33,14 +31,15 @@ _HELD_OUT_BATCHES = 16
 
 @dataclasses.dataclass(frozen=True)
 class SftSettings:
-    """Fine-tune the base model of the same name on conversations of the store."""
+    """Fine-tune the base model of the same name on a mixture of conversations."""
 
     model: str = setting(help="name of the model in the store; its newest base checkpoint is the start")
-    conversations: str = setting(help="name of the conversation set in the store (data/<name>/{train,val}.jsonl)")
+    mixture: str = setting(help="what to learn, as NAME[:WEIGHT],…: tasks, names of the store, or conversation files")
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     steps: int | None = setting(None, "optimizer steps; otherwise --epochs passes", minimum=1)
     epochs: float = setting(1.0, "passes over the conversations", minimum=0.0, maximum=1e6)
     batch_tokens: int | None = setting(None, "tokens per optimizer step; pretraining's when not given", minimum=1)
+    context_length: int | None = setting(None, "tokens per row; pretraining's when not given", minimum=16)
     device_batch_rows: int = setting(32, "rows per forward pass", minimum=1)
     lr_scale: float = setting(0.8, "factor on pretraining's unscaled learning rates", minimum=0.0)
     warmdown_ratio: float = setting(0.5, "share of the run that is linear warmdown to 0", minimum=0.0, maximum=1.0)
@@ -56,50 +55,9 @@ class SftSettings:
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
 
-def conversations_key(name: str, split: str) -> str:
-    """Where the conversations of a split (``train`` or ``val``) lie in the store."""
-    return f"data/{name}/{split}.jsonl"
-
-
-def write_conversations(store: Store, name: str, split: str, conversations: Iterable[dict[str, Any]]) -> None:
-    """Store conversations as JSON lines."""
-    lines = [json.dumps(conversation, ensure_ascii=False) for conversation in conversations]
-    store.write(conversations_key(name, split), ("\n".join(lines) + "\n").encode())
-
-
-def read_conversations(store: Store, name: str, split: str) -> list[list[Message]]:
-    """Read and check conversations.
-
-    Raises:
-        UserError: there are none, or a line is not a conversation (named).
-    """
-    key = conversations_key(name, split)
-    try:
-        stored = store.read(key)
-    except FileNotFoundError:
-        raise UserError(f"there are no conversations {key} in {store}") from None
-    conversations = []
-    for number, line in enumerate(stored.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            messages = parse_messages(json.loads(line)["messages"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{key}:{number} is not a JSON object with 'messages': {error}") from error
-        except UserError as error:
-            raise UserError(f"{key}:{number}: {error}") from error
-        if all(message.role != "assistant" for message in messages):
-            raise UserError(f"{key}:{number} has no assistant message to learn from")
-        conversations.append(messages)
-    if not conversations:
-        raise UserError(f"{key} holds no conversation")
-    return conversations
-
-
-def inputs(store: Store, conversations: str, base: Checkpoint) -> dict[str, str]:
+def inputs(base: Checkpoint, mixture: Mixture) -> dict[str, str]:
     """Digests of what a fine-tuned model is made from; when they have changed it must be fine-tuned anew."""
-    training = store.read(conversations_key(conversations, "train"))
-    return {"base": base.digests["model.safetensors"], "conversations": hashlib.sha256(training).hexdigest()}
+    return {"base": base.digests["model.safetensors"], "conversations": mixture.digest}
 
 
 def run(settings: SftSettings) -> CheckpointRef:
@@ -110,8 +68,7 @@ def run(settings: SftSettings) -> CheckpointRef:
     base = newest_checkpoint(store, settings.model, "base")
     if base is None:
         raise UserError(f"model {settings.model!r} has no base checkpoint; run python -m jobs.train.pretrain first")
-    training = read_conversations(store, settings.conversations, "train")
-    validation = read_conversations(store, settings.conversations, "val")
+    mixture = Mixture(store, settings.mixture)
     device = choose_device(settings.device)
     dtype = DTYPES["bf16" if base.meta["dtype"] == "bfloat16" else "fp32"]
     if settings.dtype != "auto":
@@ -120,33 +77,40 @@ def run(settings: SftSettings) -> CheckpointRef:
     config, tokenizer = base.config, base.tokenizer
     model = base.build_model(device, dtype).train()
     batch_tokens = settings.batch_tokens or base.meta["plan"]["batch_tokens"]
-    if batch_tokens % config.context_length:
+    context_length = settings.context_length or config.context_length
+    if context_length > config.context_length:
         raise UserError(
-            f"a batch of {batch_tokens} tokens is not a whole number of rows of {config.context_length}; "
-            "choose --batch-tokens as a multiple of the model's context length"
+            f"--context-length is {context_length} and the base model's {config.context_length}; choose at most that"
         )
-    rows = batch_tokens // config.context_length
+    if batch_tokens % context_length:
+        raise UserError(
+            f"a batch of {batch_tokens} tokens is not a whole number of rows of {context_length}; "
+            "choose --batch-tokens as a multiple of the context length"
+        )
+    rows = batch_tokens // context_length
     optimizer = MuonAdamW(parameter_groups(model, OptimizerConfig(weight_decay=0.0), batch_lr_scale=settings.lr_scale))
 
-    def make_loader(state: dict[str, Any] | None) -> PackedLoader:
+    def packed(source: Source, rows: int, state: dict[str, Any] | None = None) -> PackedLoader:
         return PackedLoader(
-            ConversationSource(training, tokenizer, settings.seed),
+            source,
             rows=rows,
-            context_length=config.context_length,
+            context_length=context_length,
             pad_id=tokenizer.bos_id,
             when_full="pad",
             state=state,
         )
 
-    steps = settings.steps or _steps_for(make_loader(None), settings.epochs)
+    def make_loader(state: dict[str, Any] | None) -> PackedLoader:
+        return packed(ConversationSource(mixture.training, tokenizer, settings.seed), rows, state)
+
+    if settings.steps is None:
+        lengths = mixture.lengths(tokenizer, settings.threads)
+        steps = _steps_for(packed(LengthSource(lengths, settings.seed), rows), settings.epochs)
+    else:
+        mixture.check()
+        steps = settings.steps
     held_out = _fixed_batches(
-        PackedLoader(
-            ConversationSource(validation, tokenizer, settings.seed),
-            rows=min(settings.device_batch_rows, rows),
-            context_length=config.context_length,
-            pad_id=tokenizer.bos_id,
-            when_full="pad",
-        )
+        packed(ConversationSource(mixture.validation, tokenizer, settings.seed), min(settings.device_batch_rows, rows))
     )
 
     @torch.inference_mode()
@@ -183,7 +147,7 @@ def run(settings: SftSettings) -> CheckpointRef:
         evaluate=evaluate,
         meta={
             "settings": comparable(settings),
-            "inputs": inputs(store, settings.conversations, base),
+            "inputs": inputs(base, mixture),
             "plan": {"batch_tokens": batch_tokens, "steps": steps},
             "base": base.ref.revision,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -193,7 +157,16 @@ def run(settings: SftSettings) -> CheckpointRef:
         },
         device=device,
     )
-    log.info("fine-tuning", extra={"model": settings.model, "base": base.ref.revision, "steps": steps})
+    log.info(
+        "fine-tuning",
+        extra={
+            "model": settings.model,
+            "base": base.ref.revision,
+            "conversations": len(mixture.training),
+            "held_out": len(mixture.validation),
+            "steps": steps,
+        },
+    )
     if not (settings.resume and trainer.resume()):
         trainer.warm_start(load_trainer_state(store, base.ref))
     return trainer.run()

@@ -32,7 +32,7 @@ PRETRAIN = [
     "jobs.train.pretrain", f"--dataset={NAME}", f"--tokenizer={NAME}", "--model=new", "--depth=1", "--head-dim=16",
     "--context-length=32", "--batch-tokens=64", "--steps=2", "--no-compile", "--threads=1",
 ]  # fmt: skip
-SFT = ["jobs.train.sft", f"--model={NAME}", f"--conversations={NAME}", "--steps=2", "--no-compile", "--threads=1"]
+SFT = ["jobs.train.sft", f"--model={NAME}", f"--mixture={NAME}", "--steps=2", "--no-compile", "--threads=1"]
 PIPELINE = ["jobs.train.pipeline", "--recipe=small", "--model=new"]
 CHAT = ["jobs.eval.chat", f"--model={NAME}"]
 REPORT = ["jobs.eval.report", f"--model={NAME}", "--recipe=demo"]
@@ -121,7 +121,7 @@ def error_of(home: Path, command: list[str], monkeypatch, capfd) -> str:
         ([*PRETRAIN[:-4], "--ratio=inf"], "--ratio is inf"),
         ([*PRETRAIN[:-4], "--target-flops=1e5"], "the horizon is shorter than one batch of"),
         ([*SFT, "--model=missing"], "model 'missing' has no base checkpoint; run python -m jobs.train.pretrain first"),
-        ([*SFT, "--conversations=missing"], "there are no conversations data/missing/train.jsonl in {home}"),
+        ([*SFT, "--mixture=missing"], "there are no conversations data/missing/train.jsonl in {home}"),
         ([*SFT, "--batch-tokens=100"], "a batch of 100 tokens is not a whole number of rows of 32"),
         ([*SFT, "--epochs=inf"], "--epochs is inf"),
         (SFT, "base/step_000001 holds no optimizer state"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import signal
@@ -12,9 +11,10 @@ from pathlib import Path
 import pytest
 from tiny_training import NAME, PRETRAIN, SFT, STEPS, Jobs, Result, conversation, damage, fill
 
-from jobs.train.sft import read_conversations, write_conversations
-from nanochat_core.errors import UserError
-from nanochat_core.store import Store, open_store
+from jobs.train.conversations import write_conversations
+from jobs.train.loader import ConversationSource, PackedLoader
+from jobs.train.mixtures import Mixture
+from nanochat_core.tokenizer import Tokenizer
 
 MODULE = "jobs.train.sft"
 
@@ -142,54 +142,3 @@ def failed(jobs: Jobs) -> str:
     job = jobs.start(MODULE, SFT)
     assert job.wait() == 2
     return job.stderr
-
-
-@pytest.fixture
-def store(tmp_path) -> Store:
-    return open_store(str(tmp_path))
-
-
-GOOD = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
-
-
-@pytest.mark.parametrize(
-    ("lines", "complaint"),
-    [
-        (f"{GOOD}\n{{", ":2 is not a JSON object with 'messages'"),
-        (f"{GOOD}\n\n[]", ":3 is not a JSON object with 'messages'"),
-        ("{}", ":1 is not a JSON object with 'messages'"),
-        ('{"messages": "hello"}', ":1: messages[0] is no object"),
-        ('{"messages": ["hello"]}', ":1: messages[0] is no object"),
-        ('{"messages": 5}', ":1 is not a JSON object with 'messages'"),
-        ('{"messages": []}', ":1: a conversation needs at least one message"),
-        ('{"messages": [{"role": "assistant", "content": "b"}]}', ":1: messages[0].role is 'assistant'"),
-        ('{"messages": [{"role": "user", "content": 5}]}', ":1: messages[0].content must be"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', ":1 has no assistant message to learn from"),
-        ("\n\n", " holds no conversation"),
-    ],
-)
-def test_a_line_that_is_no_conversation_is_named(store, lines, complaint):
-    store.write("data/chat/train.jsonl", lines.encode())
-    with pytest.raises(UserError) as raised:
-        read_conversations(store, "chat", "train")
-    assert str(raised.value).startswith(f"data/chat/train.jsonl{complaint}")
-    assert "\n" not in str(raised.value)
-
-
-def test_bytes_that_are_no_text_are_an_error(store):
-    store.write("data/chat/train.jsonl", GOOD.encode() + b"\n\xff\xfe\xfd{}\n")
-    with pytest.raises(UserError, match=r"train\.jsonl:2 is not a JSON object"):
-        read_conversations(store, "chat", "train")
-
-
-def test_whatever_characters_a_message_has_it_is_read_back(store):
-    texts = ["a\u2028b", "a\x85b\x0b\x0c\x1c\r\nc", "😀", "<|assistant_end|>", '{"messages": []}']
-    write_conversations(
-        store,
-        "chat",
-        "train",
-        [{"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": t}]} for t in texts],
-    )
-    assert [[message.text for message in c] for c in read_conversations(store, "chat", "train")] == [
-        [t, t] for t in texts
-    ]

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.train.sft import write_conversations
+from jobs.train.conversations import write_conversations
 from jobs.train.shards import write_dataset
 from jobs.train.tokenizer import tokenizer_key, train_tokenizer
 from nanochat_core.checkpoint import CheckpointRef, list_checkpoints, load_checkpoint
@@ -49,7 +49,7 @@ PRETRAIN: dict[str, Any] = {
 }
 SFT: dict[str, Any] = {
     "model": NAME,
-    "conversations": NAME,
+    "mixture": NAME,
     "steps": STEPS,
     "batch-tokens": 256,
     "eval-every": 20,

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from jobs.train import recipes
 from jobs.train.demo_world import CONVERSATION_MIX, EVALUATION_MIX
+from jobs.train.mixtures import Mixture
 from jobs.train.pretrain import PretrainSettings, plan
 from jobs.train.recipes import RECIPES, Recipe, cut_documents
-from jobs.train.sft import SftSettings, read_conversations
+from jobs.train.sft import SftSettings
 from jobs.train.shards import TextDataset
 from jobs.train.tokenizer import TokenizerSettings
 from nanochat_core.config import ModelConfig
@@ -29,7 +30,7 @@ JOBS = {"tokenizer": TokenizerSettings, "pretrain": PretrainSettings, "sft": Sft
 REQUIRED = {
     "tokenizer": ["--dataset=d", "--name=t"],
     "pretrain": ["--model=m", "--dataset=d", "--tokenizer=t"],
-    "sft": ["--model=m", "--conversations=c"],
+    "sft": ["--model=m", "--mixture=c"],
 }
 
 
@@ -85,8 +86,8 @@ def test_the_demo_makes_its_own_text_and_conversations(store, monkeypatch):
     training, validation = (list(TextDataset(store, "demo", split)) for split in ("train", "val"))
     assert (len(training), len(validation)) == (60, 20)
     assert training[:20] != validation
-    assert len(read_conversations(store, "demo-chat", "train")) == 40
-    assert len(read_conversations(store, "demo-chat", "val")) == 256
+    mixture = Mixture(store, "demo-chat")
+    assert (len(mixture.training), len(mixture.validation)) == (40, 256)
 
 
 def test_your_own_text_is_cut_into_pieces_for_training_and_left_whole_for_validation(store, tmp_path):

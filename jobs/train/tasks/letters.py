@@ -1,0 +1,39 @@
+"""Generated practice with letters: spelling a word, and counting a letter in it with Python."""
+
+from __future__ import annotations
+
+from jobs.train.demo_world import tool_questions, words
+from jobs.train.demo_world.exchange import Exchange
+from jobs.train.demo_world.seeding import generator
+from jobs.train.tasks.conversions import Messages
+
+# The share of English words among those to spell; the others are made up, so that no list of words is learned by heart.
+_ENGLISH_SHARE = 0.5
+_REQUESTS = (
+    "Spell the word {word}.",
+    "Spell the word: {word}",
+    "Spell {word}.",
+    "How do you spell {word}?",
+    "How is the word '{word}' spelled?",
+    "How do I spell {word}?",
+    "Please spell {word} for me.",
+    "Can you spell '{word}'?",
+    "What are the letters of {word}?",
+    "Which letters does the word {word} have?",
+    'Write "{word}" letter by letter.',
+    "Tell me the letters of the word {word}.",
+)
+
+
+def spelling(number: int) -> Messages:
+    """The ``number``-th request to spell a word, and the letters."""
+    rng = generator("tasks/spelling", number)
+    english = rng.random() < _ENGLISH_SHARE
+    word = rng.choice(words.ENGLISH_TRAIN) if english else words.made_up_word(rng, "train")
+    question = rng.choice(_REQUESTS).format(word=word)
+    return Exchange(question, f"{word} is spelled {' '.join(word)}.", (" ".join(word),)).messages
+
+
+def counting(number: int) -> Messages:
+    """The ``number``-th question how often a letter occurs in a word, answered with the Python tool."""
+    return tool_questions.count(generator("tasks/counting", number), "train").messages
