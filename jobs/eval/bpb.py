@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from nanochat_core.distributed import ALONE, Ranks
 from nanochat_core.model import GPT, IGNORE_INDEX
 from nanochat_core.tokenizer import Tokenizer
 
@@ -20,6 +21,7 @@ def bits_per_byte(
     *,
     rows: int = 16,
     max_tokens: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Summed negative log2 likelihood of the text over its UTF-8 bytes; comparable across tokenizers.
 
@@ -29,21 +31,25 @@ def bits_per_byte(
     Args:
         rows: rows per forward pass.
         max_tokens: stop after about this many tokens.
+        ranks: all of them share the work and get the result.
     """
     device = model.smear_scale.device
     bytes_per_token = torch.tensor(tokenizer.bytes_per_token, device=device)
-    nats, total_bytes, tokens = 0.0, 0, 0
-    for ids, targets in _batches(_rows(tokenizer, documents, model.config.context_length), rows):
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats and bytes
+    tokens = 0
+    for number, (ids, targets) in enumerate(_batches(_rows(tokenizer, documents, model.config.context_length), rows)):
+        if max_tokens is not None and tokens >= max_tokens:
+            break
+        tokens += int((targets != IGNORE_INDEX).sum())
+        if number % ranks.size != ranks.rank:
+            continue
         ids, targets = ids.to(device), targets.to(device)
         losses = model.loss(ids, targets, "none").view_as(targets).double()
         lengths = torch.where(targets == IGNORE_INDEX, 0, bytes_per_token[targets.clamp(min=0)])
         # Special tokens stand for no bytes; what they cost is not counted either.
-        nats += float((losses * (lengths > 0)).sum())
-        total_bytes += int(lengths.sum())
-        tokens += int((targets != IGNORE_INDEX).sum())
-        if max_tokens is not None and tokens >= max_tokens:
-            break
-    return nats / math.log(2) / max(total_bytes, 1)
+        sums += torch.stack([(losses * (lengths > 0)).sum(), lengths.sum().double()])
+    nats, total_bytes = ranks.sum(sums).tolist()
+    return float(nats) / math.log(2) / max(total_bytes, 1.0)
 
 
 def _rows(tokenizer: Tokenizer, documents: Iterable[str], length: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -10,51 +10,31 @@ import torch
 
 from jobs.eval.bpb import bits_per_byte
 from jobs.train.loader import PackedLoader, TextSource
-from jobs.train.progress import serve_metrics
+from jobs.train.run import Place, RunSettings, comparable, rows_per_batch, run_config, start_reporting, started
 from jobs.train.schedule import DEFAULT_RATIO, Schedule, TrainingPlan, plan_training
 from jobs.train.shards import TextDataset, dataset_digest
 from jobs.train.tokenizer import load_tokenizer
-from jobs.train.trainer import RunConfig, Trainer
-from nanochat_core import logs
-from nanochat_core.checkpoint import CheckpointRef, check_model_name
+from jobs.train.trainer import Trainer
+from nanochat_core.checkpoint import CheckpointRef
 from nanochat_core.config import ModelConfig
-from nanochat_core.device import choose_device, choose_dtype, prepare_cpu
-from nanochat_core.errors import UserError, run_main
+from nanochat_core.device import choose_dtype
+from nanochat_core.errors import run_main
 from nanochat_core.model import GPT
 from nanochat_core.optim import MuonAdamW, OptimizerConfig, parameter_groups
 from nanochat_core.settings import load, setting
-from nanochat_core.store import DEFAULT_HOME, Store, open_store
+from nanochat_core.store import Store
 from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger("jobs.train.pretrain")
 
-# Not part of what makes two runs the same: where it runs (beyond rounding) and what it reports.
-OPERATIONAL = frozenset(
-    {
-        "home",
-        "model",
-        "device",
-        "device_batch_rows",
-        "threads",
-        "compile",
-        "eval_every",
-        "eval_tokens",
-        "save_every",
-        "resume",
-        "metrics_port",
-        "log_level",
-    }
-)
 
-
-@dataclasses.dataclass(frozen=True)
-class PretrainSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainSettings(RunSettings):
     """Pretrain a GPT on a text dataset of the store. Everything not given follows from --depth."""
 
     model: str = setting(help="name of the model in the store")
     dataset: str = setting(help="name of the text dataset in the store")
     tokenizer: str = setting(help="name of the tokenizer in the store")
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     depth: int = setting(12, "layers; sets width, heads, batch size, rates and horizon", minimum=1)
     head_dim: int = setting(128, "channels per attention head", minimum=2)
     context_length: int = setting(2048, "tokens per row", minimum=16)
@@ -63,32 +43,19 @@ class PretrainSettings:
     target_flops: float | None = setting(None, "training FLOPs instead of a ratio", minimum=1.0, maximum=1e30)
     steps: int | None = setting(None, "optimizer steps instead of a ratio", minimum=1)
     batch_tokens: int | None = setting(None, "tokens per optimizer step; derived when not given", minimum=1)
-    device_batch_rows: int = setting(32, "rows per forward pass", minimum=1)
     lr_scale: float | None = setting(None, "factor on all learning rates; derived when not given", minimum=0.0)
     weight_decay: float | None = setting(None, "weight decay of matrices; derived when not given", minimum=0.0)
     warmup_steps: int = setting(40, "steps of linear warmup", minimum=1)
     warmdown_ratio: float = setting(0.65, "share of the run that is linear warmdown", minimum=0.0, maximum=1.0)
     momentum_warmup_steps: int = setting(400, "steps until Muon's momentum reaches its peak", minimum=1)
     seed: int = setting(1, "seed of the initial weights", minimum=0, maximum=2**63 - 1)
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of activations and matrix products")
-    compile: bool = setting(True, "compile the model with torch.compile")
-    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
-    eval_every: int = setting(250, "steps between evaluations; 0 only at the end", minimum=0)
     eval_tokens: int = setting(200_000, "held-out tokens per evaluation", minimum=1)
-    save_every: int = setting(500, "steps between checkpoints; 0 only at the end", minimum=0)
-    resume: bool = setting(True, "go on from the newest checkpoint of this model")
-    metrics_port: int = setting(0, "port for Prometheus metrics; 0 for none", minimum=0, maximum=65535)
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
 
 def plan(settings: PretrainSettings, config: ModelConfig) -> TrainingPlan:
-    """The run that the settings ask for.
-
-    Raises:
-        UserError: batch, rows and context do not fit each other.
-    """
-    planned = plan_training(
+    """The run that the settings ask for."""
+    return plan_training(
         config,
         ratio=settings.ratio,
         steps=settings.steps,
@@ -97,12 +64,6 @@ def plan(settings: PretrainSettings, config: ModelConfig) -> TrainingPlan:
         lr_scale=settings.lr_scale,
         weight_decay=settings.weight_decay,
     )
-    if planned.batch_tokens % config.context_length:
-        raise UserError(
-            f"a batch of {planned.batch_tokens} tokens is not a whole number of rows of {config.context_length}; "
-            "choose --batch-tokens as a multiple of --context-length"
-        )
-    return planned
 
 
 def build(settings: PretrainSettings, tokenizer: Tokenizer) -> tuple[ModelConfig, TrainingPlan]:
@@ -122,40 +83,42 @@ def inputs(store: Store, dataset: str, tokenizer: Tokenizer) -> dict[str, str]:
     return {"dataset": dataset_digest(store, dataset), "tokenizer": tokenizer.digest}
 
 
-def run(settings: PretrainSettings) -> CheckpointRef:
+def run(settings: PretrainSettings, place: Place) -> CheckpointRef:
     """Train, resuming where an earlier run stopped, and save the final checkpoint."""
-    check_model_name(settings.model)
-    prepare_cpu(settings.threads)
-    store = open_store(settings.home)
+    store, device, ranks = place.store, place.device, place.ranks
     tokenizer = load_tokenizer(store, settings.tokenizer)
     config, planned = build(settings, tokenizer)
     training = TextDataset(store, settings.dataset, "train")
     validation = TextDataset(store, settings.dataset, "val")
-    device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     torch.manual_seed(settings.seed)
     model = GPT(config, dtype)
     model.init_weights()
     model.to(device)
     optimizer = MuonAdamW(
-        parameter_groups(model, OptimizerConfig(weight_decay=planned.weight_decay), batch_lr_scale=planned.lr_scale)
+        parameter_groups(model, OptimizerConfig(weight_decay=planned.weight_decay), batch_lr_scale=planned.lr_scale),
+        ranks,
     )
+    rows = rows_per_batch(planned.batch_tokens, config.context_length, ranks)
 
     def make_loader(state: dict[str, Any] | None) -> PackedLoader:
         return PackedLoader(
             TextSource(training, tokenizer),
-            rows=planned.batch_tokens // config.context_length,
+            rows=rows,
             context_length=config.context_length,
             pad_id=tokenizer.bos_id,
+            rank=ranks.rank,
+            world_size=ranks.size,
             state=state,
         )
 
     def evaluate() -> dict[str, float]:
-        return {"val_bpb": bits_per_byte(model, tokenizer, validation, max_tokens=settings.eval_tokens)}
+        return {"val_bpb": bits_per_byte(model, tokenizer, validation, max_tokens=settings.eval_tokens, ranks=ranks)}
 
     trainer = Trainer(
-        RunConfig(
-            model_name=settings.model,
+        run_config(
+            settings,
+            model=settings.model,
             stage="base",
             schedule=Schedule(
                 planned.steps,
@@ -163,10 +126,6 @@ def run(settings: PretrainSettings) -> CheckpointRef:
                 warmdown_ratio=settings.warmdown_ratio,
                 momentum_warmup_steps=settings.momentum_warmup_steps,
             ),
-            micro_batch_rows=settings.device_batch_rows,
-            save_every=settings.save_every,
-            eval_every=settings.eval_every,
-            compile=settings.compile,
         ),
         store=store,
         model=model,
@@ -185,6 +144,7 @@ def run(settings: PretrainSettings) -> CheckpointRef:
             "device": device.type,
         },
         device=device,
+        ranks=ranks,
     )
     log.info(
         "pretraining",
@@ -195,16 +155,11 @@ def run(settings: PretrainSettings) -> CheckpointRef:
     return trainer.run()
 
 
-def comparable(settings: Any) -> dict[str, Any]:
-    """The settings that must be equal for a run to be resumed."""
-    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in OPERATIONAL}
-
-
 def main() -> None:
     settings = load(PretrainSettings, prefix="NANOCHAT_PRETRAIN", program="python -m jobs.train.pretrain")
-    logs.configure("pretrain", settings.log_level)
-    serve_metrics(settings.metrics_port)
-    run(settings)
+    with started(settings, settings.model) as place:
+        start_reporting("pretrain", settings, place.ranks.rank)
+        run(settings, place)
 
 
 if __name__ == "__main__":

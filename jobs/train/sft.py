@@ -11,48 +11,36 @@ import torch
 
 from jobs.train.loader import ConversationSource, PackedLoader, Source
 from jobs.train.mixtures import LengthSource, Mixture
-from jobs.train.pretrain import comparable
-from jobs.train.progress import serve_metrics
+from jobs.train.run import Place, RunSettings, comparable, rows_per_batch, run_config, start_reporting, started
 from jobs.train.schedule import Schedule
-from jobs.train.trainer import RunConfig, Trainer
-from nanochat_core import logs
-from nanochat_core.checkpoint import Checkpoint, CheckpointRef, check_model_name, load_trainer_state, newest_checkpoint
-from nanochat_core.device import DTYPES, choose_device, choose_dtype, prepare_cpu
+from jobs.train.trainer import Trainer
+from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_trainer_state, newest_checkpoint
+from nanochat_core.device import DTYPES, choose_dtype
+from nanochat_core.distributed import ALONE, Ranks
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.model import IGNORE_INDEX
 from nanochat_core.optim import MuonAdamW, OptimizerConfig, parameter_groups
 from nanochat_core.settings import load, setting
-from nanochat_core.store import DEFAULT_HOME, open_store
 
 log = logging.getLogger("jobs.train.sft")
 
 _HELD_OUT_BATCHES = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class SftSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftSettings(RunSettings):
     """Fine-tune the base model of the same name on a mixture of conversations."""
 
     model: str = setting(help="name of the model in the store; its newest base checkpoint is the start")
     mixture: str = setting(help="what to learn, as NAME[:WEIGHT],…: tasks, names of the store, or conversation files")
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     steps: int | None = setting(None, "optimizer steps; otherwise --epochs passes", minimum=1)
     epochs: float = setting(1.0, "passes over the conversations", minimum=0.0, maximum=1e6)
     batch_tokens: int | None = setting(None, "tokens per optimizer step; pretraining's when not given", minimum=1)
     context_length: int | None = setting(None, "tokens per row; pretraining's when not given", minimum=16)
-    device_batch_rows: int = setting(32, "rows per forward pass", minimum=1)
     lr_scale: float = setting(0.8, "factor on pretraining's unscaled learning rates", minimum=0.0)
     warmdown_ratio: float = setting(0.5, "share of the run that is linear warmdown to 0", minimum=0.0, maximum=1.0)
     seed: int = setting(1, "seed of the order of conversations", minimum=0, maximum=2**63 - 1)
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of activations; pretraining's when auto")
-    compile: bool = setting(True, "compile the model with torch.compile")
-    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
-    eval_every: int = setting(250, "steps between evaluations; 0 only at the end", minimum=0)
-    save_every: int = setting(500, "steps between checkpoints; 0 only at the end", minimum=0)
-    resume: bool = setting(True, "go on from the newest SFT checkpoint of this model")
-    metrics_port: int = setting(0, "port for Prometheus metrics; 0 for none", minimum=0, maximum=65535)
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
 
 def inputs(base: Checkpoint, mixture: Mixture) -> dict[str, str]:
@@ -60,16 +48,13 @@ def inputs(base: Checkpoint, mixture: Mixture) -> dict[str, str]:
     return {"base": base.digests["model.safetensors"], "conversations": mixture.digest}
 
 
-def run(settings: SftSettings) -> CheckpointRef:
+def run(settings: SftSettings, place: Place) -> CheckpointRef:
     """Fine-tune, resuming where an earlier run stopped, and save the final checkpoint."""
-    check_model_name(settings.model)
-    prepare_cpu(settings.threads)
-    store = open_store(settings.home)
+    store, device, ranks = place.store, place.device, place.ranks
     base = newest_checkpoint(store, settings.model, "base")
     if base is None:
         raise UserError(f"model {settings.model!r} has no base checkpoint; run python -m jobs.train.pretrain first")
     mixture = Mixture(store, settings.mixture)
-    device = choose_device(settings.device)
     dtype = DTYPES["bf16" if base.meta["dtype"] == "bfloat16" else "fp32"]
     if settings.dtype != "auto":
         dtype = choose_dtype(settings.dtype, device)
@@ -82,26 +67,25 @@ def run(settings: SftSettings) -> CheckpointRef:
         raise UserError(
             f"--context-length is {context_length} and the base model's {config.context_length}; choose at most that"
         )
-    if batch_tokens % context_length:
-        raise UserError(
-            f"a batch of {batch_tokens} tokens is not a whole number of rows of {context_length}; "
-            "choose --batch-tokens as a multiple of the context length"
-        )
-    rows = batch_tokens // context_length
-    optimizer = MuonAdamW(parameter_groups(model, OptimizerConfig(weight_decay=0.0), batch_lr_scale=settings.lr_scale))
+    rows = rows_per_batch(batch_tokens, context_length, ranks)
+    optimizer = MuonAdamW(
+        parameter_groups(model, OptimizerConfig(weight_decay=0.0), batch_lr_scale=settings.lr_scale), ranks
+    )
 
-    def packed(source: Source, rows: int, state: dict[str, Any] | None = None) -> PackedLoader:
+    def packed(source: Source, rows: int, ranks: Ranks = ALONE, state: dict[str, Any] | None = None) -> PackedLoader:
         return PackedLoader(
             source,
             rows=rows,
             context_length=context_length,
             pad_id=tokenizer.bos_id,
             when_full="pad",
+            rank=ranks.rank,
+            world_size=ranks.size,
             state=state,
         )
 
     def make_loader(state: dict[str, Any] | None) -> PackedLoader:
-        return packed(ConversationSource(mixture.training, tokenizer, settings.seed), rows, state)
+        return packed(ConversationSource(mixture.training, tokenizer, settings.seed), rows, ranks, state)
 
     if settings.steps is None:
         lengths = mixture.lengths(tokenizer, settings.threads)
@@ -116,14 +100,16 @@ def run(settings: SftSettings) -> CheckpointRef:
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
         nats, counted = 0.0, 0
-        for ids, targets in held_out:
+        for ids, targets in held_out[ranks.rank :: ranks.size]:
             nats += float(model.loss(ids.to(device), targets.to(device), "sum"))
             counted += int((targets != IGNORE_INDEX).sum())
+        nats, counted = ranks.sum(torch.tensor([nats, counted], dtype=torch.float64, device=device)).tolist()
         return {"val_loss": nats / counted}
 
     trainer = Trainer(
-        RunConfig(
-            model_name=settings.model,
+        run_config(
+            settings,
+            model=settings.model,
             stage="sft",
             schedule=Schedule(
                 steps,
@@ -134,10 +120,6 @@ def run(settings: SftSettings) -> CheckpointRef:
                 momentum_end=None,
                 momentum_warmup_steps=300,
             ),
-            micro_batch_rows=settings.device_batch_rows,
-            save_every=settings.save_every,
-            eval_every=settings.eval_every,
-            compile=settings.compile,
         ),
         store=store,
         model=model,
@@ -156,6 +138,7 @@ def run(settings: SftSettings) -> CheckpointRef:
             "device": device.type,
         },
         device=device,
+        ranks=ranks,
     )
     log.info(
         "fine-tuning",
@@ -198,9 +181,9 @@ def _fixed_batches(loader: PackedLoader) -> Sequence[tuple[torch.Tensor, torch.T
 
 def main() -> None:
     settings = load(SftSettings, prefix="NANOCHAT_SFT", program="python -m jobs.train.sft")
-    logs.configure("sft", settings.log_level)
-    serve_metrics(settings.metrics_port)
-    run(settings)
+    with started(settings, settings.model) as place:
+        start_reporting("sft", settings, place.ranks.rank)
+        run(settings, place)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""What every training job is told about where and how it runs, and how it gets going there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+
+from jobs.train.progress import serve_metrics
+from jobs.train.schedule import Schedule
+from jobs.train.trainer import RunConfig
+from nanochat_core import logs
+from nanochat_core.checkpoint import check_model_name
+from nanochat_core.device import choose_device, prepare_cpu
+from nanochat_core.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, local_rank
+from nanochat_core.errors import UserError
+from nanochat_core.settings import setting
+from nanochat_core.store import DEFAULT_HOME, Store, open_store
+
+# Besides the settings below, what does not make two runs different.
+_REPORTING = frozenset({"model", "eval_tokens"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The settings that change neither what is learned (beyond rounding) nor from what."""
+
+    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
+    device_batch_rows: int = setting(32, "rows per forward pass on one device", minimum=1)
+    compile: bool = setting(True, "compile the model with torch.compile")
+    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
+    eval_every: int = setting(250, "steps between evaluations; 0 only at the end", minimum=0)
+    save_every: int = setting(500, "steps between checkpoints; 0 only at the end", minimum=0)
+    keep: int = setting(2, "newest checkpoints to keep", minimum=1)
+    keep_every: int = setting(0, "also keep checkpoints of steps that are multiples of this; 0 keeps none", minimum=0)
+    resume: bool = setting(True, "go on from the newest checkpoint of this stage and model")
+    rank_timeout: float = setting(
+        DEFAULT_TIMEOUT_SECONDS, "seconds after which a rank that does not answer ends the job", minimum=1.0
+    )
+    metrics_port: int = setting(0, "port for Prometheus metrics; 0 for none", minimum=0, maximum=65535)
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a job runs: store, device and the ranks it shares the work with."""
+
+    store: Store
+    device: torch.device
+    ranks: Ranks
+
+
+@contextlib.contextmanager
+def started(settings: RunSettings, model: str) -> Iterator[Place]:
+    """Check what can be checked before anything is computed, and meet the other ranks.
+
+    Raises:
+        UserError: a setting is wrong, or the other ranks did not come.
+    """
+    check_model_name(model)
+    prepare_cpu(settings.threads)
+    store = open_store(settings.home)
+    device = choose_device(settings.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank())
+        torch.cuda.set_device(device)
+    with joined(device, settings.rank_timeout) as ranks:
+        yield Place(store, device, ranks)
+
+
+def start_reporting(service: str, settings: RunSettings, rank: int) -> None:
+    """Logs and metrics of this process: the first rank speaks for all, others only of what goes wrong."""
+    logs.configure(service if rank == 0 else f"{service}-{rank}", settings.log_level if rank == 0 else "warning")
+    if rank == 0:
+        serve_metrics(settings.metrics_port)
+
+
+def run_config(settings: RunSettings, *, model: str, stage: str, schedule: Schedule) -> RunConfig:
+    """The trainer's part of the settings."""
+    return RunConfig(
+        model_name=model,
+        stage=stage,
+        schedule=schedule,
+        micro_batch_rows=settings.device_batch_rows,
+        save_every=settings.save_every,
+        eval_every=settings.eval_every,
+        compile=settings.compile,
+        keep_checkpoints=settings.keep,
+        keep_every=settings.keep_every,
+    )
+
+
+def rows_per_batch(batch_tokens: int, context_length: int, ranks: Ranks) -> int:
+    """Rows of the global batch.
+
+    Raises:
+        UserError: they are no whole number, or cannot be divided evenly among the ranks.
+    """
+    rows, rest = divmod(batch_tokens, context_length)
+    if rest:
+        raise UserError(
+            f"a batch of {batch_tokens} tokens is not a whole number of rows of {context_length}; "
+            "choose --batch-tokens as a multiple of the context length"
+        )
+    if rows % ranks.size:
+        raise UserError(
+            f"a batch of {rows} rows cannot be divided evenly among {ranks.size} ranks; choose another --batch-tokens "
+            "or number of ranks"
+        )
+    return rows
+
+
+def comparable(settings: Any) -> dict[str, Any]:
+    """The settings that must be equal for a run to be resumed."""
+    ignored = {field.name for field in dataclasses.fields(RunSettings)} | _REPORTING
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in ignored}
