@@ -68,14 +68,14 @@ class TrainMetrics:
 class Progress:
     """A bar with loss, tokens/s and ETA when stderr is a terminal, else a log event every few seconds."""
 
-    def __init__(self, stage: str, total: int, initial: int) -> None:
+    def __init__(self, stage: str, total: int, initial: int, *, shown: bool = True) -> None:
         self._stage, self._total = stage, total
         self._smoothed: float | None = None
         self._started, self._initial = time.monotonic(), initial
         self._logged = -_LOG_INTERVAL_SECONDS
         self._bar = (
             tqdm(total=total, initial=initial, desc=stage, unit="step", dynamic_ncols=True, file=sys.stderr)
-            if sys.stderr.isatty()
+            if shown and sys.stderr.isatty()
             else None
         )
         self._held_out: dict[str, float] = {}
