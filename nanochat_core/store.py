@@ -70,6 +70,14 @@ class Store(ABC):
         """Create or replace one file atomically."""
 
     @abstractmethod
+    def incoming(self, prefix: str) -> Path:
+        """A local folder, kept between runs and not listed, for files that are on their way into ``prefix``."""
+
+    @abstractmethod
+    def put(self, key: str, path: Path) -> None:
+        """Create or replace one file atomically by the local file ``path`` of :meth:`incoming`, which is gone then."""
+
+    @abstractmethod
     def keys(self, prefix: str) -> list[str]:
         """Sorted keys of all files below the folder ``prefix``."""
 
@@ -135,6 +143,17 @@ class FolderStore(Store):
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
+
+    def incoming(self, prefix: str) -> Path:
+        folder = self._path(prefix) / ".incoming"
+        with self._writing(prefix):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def put(self, key: str, path: Path) -> None:
+        with self._writing(key):
+            _sync(path)
+            path.replace(self._path(key))
 
     def keys(self, prefix: str) -> list[str]:
         found = []
@@ -248,6 +267,19 @@ class S3Store(Store):
     def write(self, key: str, data: bytes) -> None:
         with self._errors(key):
             self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
+
+    def incoming(self, prefix: str) -> Path:
+        folder = self.cache / self.bucket / "incoming" / PurePosixPath(self._key(prefix))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"the cache {self.cache} cannot be written: {error.strerror}") from error
+        return folder
+
+    def put(self, key: str, path: Path) -> None:
+        with self._errors(key):
+            self._client.upload_file(str(path), self.bucket, self._key(key))
+        path.unlink()
 
     def keys(self, prefix: str) -> list[str]:
         below = self._key(prefix).rstrip("/") + "/"

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import tiktoken
 
 from nanochat_core.errors import UserError
@@ -105,6 +107,15 @@ class Tokenizer:
         if not _may_have_long_run(text):
             return self._encoding.encode_ordinary(text)
         return [token_id for piece in _pieces(text) for token_id in self._encoding.encode_ordinary(piece)]
+
+    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+        """:meth:`encode` as an array, without a Python number for each token."""
+        if _may_have_long_run(text):
+            return np.asarray(self.encode(text), dtype=np.uint32)
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # a lone surrogate, which only encode_ordinary replaces
+            return np.asarray(self.encode(text), dtype=np.uint32)
 
     def encode_batch(self, texts: Sequence[str], threads: int = 2) -> list[list[int]]:
         """:meth:`encode` of several texts on ``threads`` threads."""

@@ -1,30 +1,46 @@
-"""Batches for training: tokenized, packed, prefetched, and resumable at exactly the next batch."""
+"""Batches for training: tokenized, packed, prefetched, and resumable at exactly the next batch on any world size.
+
+The rows of the global batch are dealt to a fixed number of virtual packers, and so are the documents: packer ``v`` of
+``V`` takes documents ``v``, ``v + V``, … and fills rows ``v``, ``v + V``, …. A packer knows nothing of the others, so
+that a rank can run any share of them: which ranks there are changes who makes a row, never what is in it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import os
 import queue
 import random
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.train.packing import BestFitPacker, Document
+from jobs.train.packing import BestFitPacker, Document, PackingStats
 from jobs.train.shards import TextDataset
 from nanochat_core.chat import Message, render_conversation
+from nanochat_core.errors import UserError
 from nanochat_core.model import IGNORE_INDEX
 from nanochat_core.tokenizer import Tokenizer
 
-BUFFER_DOCUMENTS = 1000
+# A power of two, as numbers of GPUs are: it bounds the world size, and each packer has a buffer of its own to fill.
+MAX_PACKERS = 64
+# Documents buffered by all packers together and by each; docs/data.md has what a buffer costs and saves.
+TOTAL_DOCUMENTS = 16_384
+CROPPING_DOCUMENTS = 1000
+PADDING_DOCUMENTS = 64
 _PREFETCHED_BATCHES = 4
+_MAX_WORKERS = 8
 
 
 class Source(Protocol):
-    """Documents by running number; numbers go on past the end with the next epoch."""
+    """Documents by running number; numbers go on past the end with the next epoch. Several threads read at once."""
 
     def __len__(self) -> int:
         """Documents in one epoch."""
@@ -43,8 +59,11 @@ class TextSource:
         return len(self._dataset)
 
     def document(self, number: int) -> Document:
-        ids = [self._tokenizer.bos_id, *self._tokenizer.encode(self._dataset[number % len(self._dataset)])]
-        return Document(number, np.asarray(ids, dtype=np.int32), np.ones(len(ids), dtype=bool))
+        tokens = self._tokenizer.encode_array(self._dataset[number % len(self._dataset)])
+        ids = np.empty(len(tokens) + 1, dtype=np.int32)
+        ids[0] = self._tokenizer.bos_id
+        ids[1:] = tokens
+        return Document(number, ids, np.ones(len(ids), dtype=bool))
 
 
 class ConversationSource:
@@ -52,27 +71,29 @@ class ConversationSource:
 
     def __init__(self, conversations: Sequence[Sequence[Message]], tokenizer: Tokenizer, seed: int) -> None:
         self._conversations, self._tokenizer, self._seed = conversations, tokenizer, seed
-        self._order: tuple[int, list[int]] = (-1, [])
+        # At the end of an epoch some packers are in the next one already.
+        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
 
     def __len__(self) -> int:
         return len(self._conversations)
 
     def document(self, number: int) -> Document:
         epoch, position = divmod(number, len(self))
-        if self._order[0] != epoch:
-            order = list(range(len(self)))
-            random.Random(f"{self._seed}/{epoch}").shuffle(order)  # noqa: S311
-            self._order = (epoch, order)
-        ids, mask = render_conversation(self._tokenizer, self._conversations[self._order[1][position]])
+        ids, mask = render_conversation(self._tokenizer, self._conversations[self._order(epoch)[position]])
         return Document(number, np.asarray(ids, dtype=np.int32), np.asarray(mask, dtype=bool))
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        order = list(range(len(self)))
+        random.Random(f"{self._seed}/{epoch}").shuffle(order)  # noqa: S311
+        return order
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One optimizer step's rows.
+    """A rank's rows of one optimizer step.
 
     ``ids`` and ``targets`` are (rows, time) int64, targets ``-1`` where not counted; ``state`` makes a loader that
-    goes on with the batch after this one.
+    goes on with the batch after this one, see :func:`merge_states`.
     """
 
     ids: Tensor
@@ -91,45 +112,60 @@ class PackedLoader:
         context_length: int,
         pad_id: int,
         when_full: Literal["crop", "pad"] = "crop",
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        pin_memory: bool = False,
         state: dict[str, Any] | None = None,
     ) -> None:
         """
         Args:
-            rows: rows per batch.
+            rows: rows of the global batch; a rank's are every ``world_size``-th one, from its own number on.
             context_length: tokens per row that are predicted from; a packed row has one more.
-            state: of the last batch consumed, to go on after it; None starts at the first document.
+            workers: threads that tokenize and pack while batches are prefetched; 0 for as many as are of use.
+            pin_memory: batches lie in page-locked memory, from which a GPU copies while it computes.
+            state: of the last batch consumed (of all ranks, merged, or of this one), to go on after it; None starts
+                at the first document.
+
+        Raises:
+            UserError: the rows cannot be dealt to so many ranks, or the state is of another loader.
         """
-        self._source, self._rows = source, rows
-        self._cursor = 0
-        self._packer = BestFitPacker(
-            context_length + 1, min(BUFFER_DOCUMENTS, len(source)), when_full, pad_id, self._next_document
-        )
+        count = math.gcd(rows, MAX_PACKERS)
+        if count % world_size:
+            raise UserError(
+                f"{world_size} processes cannot share batches of {rows} rows alike; "
+                f"use a power of two up to {count}, or another number of rows per batch"
+            )
+        self._rows, self._context_length, self._pin_memory = rows // world_size, context_length, pin_memory
+        self._count, self._share = count, len(source) / world_size
+        self._packers = [
+            _VirtualPacker(source, number, count, context_length + 1, when_full, pad_id)
+            for number in range(rank, count, world_size)
+        ]
+        self._workers = min(workers or _sensible_workers(), len(self._packers))
         if state is not None:
-            # Read in stored order, which touches each row group once; the order of putting decides between documents
-            # of equal length.
-            documents = {number: source.document(number) for number in sorted(state["buffered"])}
-            for number in state["buffered"]:
-                self._packer.put(documents[number])
-            self._cursor = state["cursor"]
+            stored = self._checked(state)
+            with ThreadPoolExecutor(self._workers, "loader") as pool:
+                list(pool.map(_VirtualPacker.restore, self._packers, stored))
 
     @property
     def epoch(self) -> float:
-        """Passes over the documents that have been packed."""
-        return (self._cursor - len(self._packer.buffered)) / len(self._source)
+        """Passes over this rank's share of the documents that have been packed."""
+        return sum(packer.packed_documents for packer in self._packers) / self._share
+
+    @property
+    def stats(self) -> PackingStats:
+        """Tokens packed and cropped and positions padded by this loader, those of prefetched batches included."""
+        return sum((packer.stats for packer in self._packers), PackingStats())
 
     def next_batch(self) -> Batch:
         """Pack one batch."""
-        packed = [self._packer.next_row() for _ in range(self._rows)]
-        ids = np.stack([row for row, _ in packed]).astype(np.int64)
-        counted = np.stack([row for _, row in packed])
-        targets = np.where(counted[:, 1:], ids[:, 1:], IGNORE_INDEX)
-        state = {"cursor": self._cursor, "buffered": self._packer.buffered}
-        return Batch(torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets), state)
+        return self._next_batch(None)
 
     def prefetched(self) -> Generator[Batch, None, None]:
-        """Batches made ahead by a thread, so that the device does not wait for tokenization.
+        """Batches made ahead by threads, so that the device does not wait for tokenization.
 
-        An error in the thread is raised here. Close the iterator to end the thread.
+        An error in a thread is raised here. Close the iterator to end the threads.
         """
         ready: queue.Queue[Batch | BaseException] = queue.Queue(_PREFETCHED_BATCHES)
         stop = threading.Event()
@@ -143,13 +179,14 @@ class PackedLoader:
                     continue
 
         def work() -> None:
-            while not stop.is_set():
-                try:
-                    batch = self.next_batch()
-                except BaseException as error:
-                    offer(error)
-                    return
-                offer(batch)
+            with ThreadPoolExecutor(self._workers, "loader") as pool:
+                while not stop.is_set():
+                    try:
+                        batch = self._next_batch(pool)
+                    except BaseException as error:
+                        offer(error)
+                        return
+                    offer(batch)
 
         thread = threading.Thread(target=work, name="loader", daemon=True)
         thread.start()
@@ -163,7 +200,96 @@ class PackedLoader:
             stop.set()
             thread.join()
 
+    def _next_batch(self, pool: ThreadPoolExecutor | None) -> Batch:
+        shape = (self._rows, self._context_length)
+        ids, targets = (torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory) for _ in range(2))
+        # Row r is packer r % V's: in an array of (rounds, packers, time) each packer owns a column.
+        columns = (-1, len(self._packers), self._context_length)
+        id_columns, target_columns = ids.numpy().reshape(columns), targets.numpy().reshape(columns)
+
+        def fill(column: int) -> None:
+            for round_ in range(id_columns.shape[0]):
+                row, counted = self._packers[column].next_row()
+                id_columns[round_, column] = row[:-1]
+                target_columns[round_, column] = np.where(counted[1:], row[1:], IGNORE_INDEX)
+
+        list((pool.map if pool else map)(fill, range(len(self._packers))))
+        state = {"of": self._count, "packers": {str(packer.number): packer.state for packer in self._packers}}
+        return Batch(ids, targets, state)
+
+    def _checked(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        """The stored state of each of this rank's packers."""
+        if state.get("of") != self._count:
+            raise UserError(
+                f"the data position is one of {state.get('of')} packers, not of {self._count}: the batch then had "
+                "another number of rows; use the same batch size, or start over"
+            )
+        missing = [packer.number for packer in self._packers if str(packer.number) not in state["packers"]]
+        if missing:
+            raise UserError(
+                f"the data position lacks packer {missing[0]} of {self._count}: "
+                "it is not whole; merge the states of all ranks"
+            )
+        return [state["packers"][str(packer.number)] for packer in self._packers]
+
+
+def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The state of the global batch from those of all its ranks, from which any number of ranks can go on.
+
+    Raises:
+        ValueError: the states are not of one loader.
+    """
+    states = list(states)
+    if len({state["of"] for state in states}) != 1:
+        raise ValueError("states of different loaders cannot be merged")
+    packers = {number: packer for state in states for number, packer in state["packers"].items()}
+    return {"of": states[0]["of"], "packers": dict(sorted(packers.items(), key=lambda item: int(item[0])))}
+
+
+class _VirtualPacker:
+    """Packs every ``count``-th document of a source, from number ``number`` on."""
+
+    def __init__(
+        self, source: Source, number: int, count: int, row_length: int, when_full: Literal["crop", "pad"], pad_id: int
+    ) -> None:
+        self.number = number
+        self._source, self._count = source, count
+        self._cursor = number
+        most = min(CROPPING_DOCUMENTS, TOTAL_DOCUMENTS // count) if when_full == "crop" else PADDING_DOCUMENTS
+        # Of documents that are few, none is needed twice at a time.
+        size = min(most, math.ceil(len(source) / count))
+        self._packer = BestFitPacker(row_length, size, when_full, pad_id, self._next_document)
+        self.next_row = self._packer.next_row
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The number of the next document to read, and those of the buffered ones."""
+        return {"cursor": self._cursor, "buffered": self._packer.buffered}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        # Read in stored order, which touches each row group once; the order of putting decides between documents of
+        # equal length.
+        documents = {number: self._source.document(number) for number in sorted(state["buffered"])}
+        for number in state["buffered"]:
+            self._packer.put(documents[number])
+        self._cursor = state["cursor"]
+
+    @property
+    def packed_documents(self) -> int:
+        return (self._cursor - self.number) // self._count - len(self._packer.buffered)
+
+    @property
+    def stats(self) -> PackingStats:
+        return self._packer.stats
+
     def _next_document(self) -> Document:
         document = self._source.document(self._cursor)
-        self._cursor += 1
+        self._cursor += self._count
         return document
+
+
+def _sensible_workers() -> int:
+    """This process's share of the cores; more than a few threads wait for the interpreter's lock."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+    return max(1, min(_MAX_WORKERS, cores // local_processes))

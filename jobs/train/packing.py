@@ -22,6 +22,28 @@ class Document:
     counted: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class PackingStats:
+    """What became of tokens and of positions, in tokens: ``packed + padding`` positions were filled."""
+
+    packed: int = 0
+    cropped: int = 0
+    padding: int = 0
+
+    @property
+    def cropped_fraction(self) -> float:
+        """Share of the documents' tokens that no row holds."""
+        return self.cropped / max(self.packed + self.cropped, 1)
+
+    @property
+    def padding_fraction(self) -> float:
+        """Share of the rows' positions that hold nothing."""
+        return self.padding / max(self.packed + self.padding, 1)
+
+    def __add__(self, other: PackingStats) -> PackingStats:
+        return PackingStats(self.packed + other.packed, self.cropped + other.cropped, self.padding + other.padding)
+
+
 class BestFitPacker:
     """Fills rows from a buffer of documents: always the longest that still fits.
 
@@ -46,8 +68,11 @@ class BestFitPacker:
         """
         self.row_length, self.buffer_size = row_length, buffer_size
         self.when_full, self.pad_id = when_full, pad_id
+        self.stats = PackingStats()
         self._refill = refill
-        self._buffer: list[Document] = []  # by length, then in order of arrival
+        # By length, then in order of arrival.
+        self._buffer: list[Document] = []
+        self._lengths: list[int] = []
 
     @property
     def buffered(self) -> list[int]:
@@ -56,36 +81,37 @@ class BestFitPacker:
 
     def put(self, document: Document) -> None:
         """Add a document to the buffer."""
+        length = len(document.ids)
         if self.when_full == "pad":
             # Longer than a row it would never fit, and such documents would fill the buffer in the end.
-            length = self.row_length
-            document = dataclasses.replace(document, ids=document.ids[:length], counted=document.counted[:length])
-        bisect.insort_right(self._buffer, document, key=_length)
+            length = min(length, self.row_length)
+        place = bisect.bisect_right(self._lengths, length)
+        self._lengths.insert(place, length)
+        self._buffer.insert(place, document)
 
     def next_row(self) -> tuple[np.ndarray, np.ndarray]:
         """``(ids, counted)`` of one row: int32 and bool arrays of ``row_length``."""
         ids = np.full(self.row_length, self.pad_id, dtype=np.int32)
         counted = np.zeros(self.row_length, dtype=bool)
-        filled = 0
+        filled = cropped = 0
         while filled < self.row_length:
             while len(self._buffer) < self.buffer_size:
                 self.put(self._refill())
             room = self.row_length - filled
-            fitting = bisect.bisect_right(self._buffer, room, key=_length)
+            fitting = bisect.bisect_right(self._lengths, room)
             if fitting:
-                longest = _length(self._buffer[fitting - 1])
                 # Of several the one that has waited longest, or some would never leave the buffer.
-                document = self._buffer.pop(bisect.bisect_left(self._buffer, longest, key=_length))
+                place = bisect.bisect_left(self._lengths, self._lengths[fitting - 1])
             elif self.when_full == "crop":
-                document = self._buffer.pop(0)
+                place = 0
             else:
                 break
+            self._lengths.pop(place)
+            document = self._buffer.pop(place)
             taken = min(room, len(document.ids))
             ids[filled : filled + taken] = document.ids[:taken]
             counted[filled : filled + taken] = document.counted[:taken]
             filled += taken
+            cropped += len(document.ids) - taken
+        self.stats += PackingStats(filled, cropped, self.row_length - filled)
         return ids, counted
-
-
-def _length(document: Document) -> int:
-    return len(document.ids)

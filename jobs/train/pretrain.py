@@ -147,6 +147,7 @@ def run(settings: PretrainSettings) -> CheckpointRef:
             rows=planned.batch_tokens // config.context_length,
             context_length=config.context_length,
             pad_id=tokenizer.bos_id,
+            pin_memory=device.type == "cuda",
             state=state,
         )
 

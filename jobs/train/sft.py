@@ -135,6 +135,7 @@ def run(settings: SftSettings) -> CheckpointRef:
             context_length=config.context_length,
             pad_id=tokenizer.bos_id,
             when_full="pad",
+            pin_memory=device.type == "cuda",
             state=state,
         )
 
