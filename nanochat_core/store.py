@@ -73,6 +73,13 @@ class Store(ABC):
     def create(self, key: str) -> contextlib.AbstractContextManager[Path]:
         """A local path to write a file to; on a clean exit it becomes ``key``, replacing what was there."""
 
+    def incoming(self, prefix: str) -> Path:
+        """A local folder, kept between runs and not listed, for files that are on their way into ``prefix``."""
+
+    @abstractmethod
+    def put(self, key: str, path: Path) -> None:
+        """Create or replace one file atomically by the local file ``path`` of :meth:`incoming`, which is gone then."""
+
     @abstractmethod
     def keys(self, prefix: str) -> list[str]:
         """Sorted keys of all files below the folder ``prefix``."""
@@ -147,6 +154,17 @@ class FolderStore(Store):
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+    def incoming(self, prefix: str) -> Path:
+        folder = self._path(prefix) / ".incoming"
+        with self._writing(prefix):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def put(self, key: str, path: Path) -> None:
+        with self._writing(key):
+            _sync(path)
+            path.replace(self._path(key))
 
     def keys(self, prefix: str) -> list[str]:
         found = []
@@ -267,6 +285,18 @@ class S3Store(Store):
             with _room(path.parent):
                 yield path
             self._upload(path, key)
+
+    def incoming(self, prefix: str) -> Path:
+        folder = self.cache / self.bucket / "incoming" / PurePosixPath(self._key(prefix))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"the cache {self.cache} cannot be written: {error.strerror}") from error
+        return folder
+
+    def put(self, key: str, path: Path) -> None:
+        self._upload(path, key)
+        path.unlink()
 
     def keys(self, prefix: str) -> list[str]:
         below = self._key(prefix).rstrip("/") + "/"

@@ -60,6 +60,18 @@ class StoreContract:
             fail()
         assert contents(store, "a") == {"file": BYTES}
 
+    @pytest.mark.parametrize("before", [None, b"an older version"])
+    def test_an_incoming_file_is_seen_only_when_it_was_put(self, store: Store, before: bytes | None):
+        if before is not None:
+            store.write("data/d/shard", before)
+        incoming = store.incoming("data/d") / "part"
+        incoming.write_bytes(BYTES)
+        assert store.keys("data") == ([] if before is None else ["data/d/shard"])
+        assert store.incoming("data/d") == incoming.parent
+        store.put("data/d/shard", incoming)
+        assert contents(store, "data") == {"d/shard": BYTES}
+        assert not incoming.exists()
+
     @pytest.mark.parametrize("key", ["missing", "folder/missing", "no/such/folder", "folder"])
     def test_what_is_no_file_is_not_found(self, store: Store, key: str):
         store.write("folder/file", b"x")

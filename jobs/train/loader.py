@@ -31,9 +31,10 @@ from nanochat_core.tokenizer import Tokenizer
 
 # A power of two, as numbers of GPUs are: it bounds the world size, and each packer has a buffer of its own to fill.
 MAX_PACKERS = 64
-# Documents buffered by all packers together, and at least by each: docs/data.md has what they cost and save.
-BUFFER_DOCUMENTS = 4096
-MIN_PACKER_DOCUMENTS = 64
+# Documents buffered by all packers together and by each; docs/data.md has what a buffer costs and saves.
+TOTAL_DOCUMENTS = 16_384
+CROPPING_DOCUMENTS = 1000
+PADDING_DOCUMENTS = 64
 _PREFETCHED_BATCHES = 4
 _MAX_WORKERS = 8
 
@@ -255,8 +256,9 @@ class _VirtualPacker:
         self.number = number
         self._source, self._count = source, count
         self._cursor = number
+        most = min(CROPPING_DOCUMENTS, TOTAL_DOCUMENTS // count) if when_full == "crop" else PADDING_DOCUMENTS
         # Of documents that are few, none is needed twice at a time.
-        size = min(max(BUFFER_DOCUMENTS // count, MIN_PACKER_DOCUMENTS), math.ceil(len(source) / count))
+        size = min(most, math.ceil(len(source) / count))
         self._packer = BestFitPacker(row_length, size, when_full, pad_id, self._next_document)
         self.next_row = self._packer.next_row
 

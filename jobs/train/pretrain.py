@@ -109,6 +109,7 @@ def run(settings: PretrainSettings, place: Place) -> CheckpointRef:
             pad_id=tokenizer.bos_id,
             rank=ranks.rank,
             world_size=ranks.size,
+            pin_memory=device.type == "cuda",
             state=state,
         )
 

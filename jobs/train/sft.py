@@ -81,6 +81,7 @@ def run(settings: SftSettings, place: Place) -> CheckpointRef:
             when_full="pad",
             rank=ranks.rank,
             world_size=ranks.size,
+            pin_memory=device.type == "cuda",
             state=state,
         )
 

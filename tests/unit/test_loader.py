@@ -8,12 +8,15 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jobs.train.loader import Batch, ConversationSource, PackedLoader, TextSource
+from jobs.train.loader import Batch, ConversationSource, PackedLoader, TextSource, merge_states
 from jobs.train.packing import Document
 from jobs.train.shards import TextDataset, write_dataset
 from nanochat_core.chat import parse_messages, render_conversation
@@ -76,7 +79,7 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 def loader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "loader"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
 def test_batches_have_the_promised_shapes_and_types(make):
@@ -87,7 +90,7 @@ def test_batches_have_the_promised_shapes_and_types(make):
 
 def test_resuming_after_any_batch_gives_exactly_the_batches_that_would_have_come(make):
     whole = take(make(None), BATCHES)
-    assert whole[-1].state["cursor"] > 100
+    assert whole[-1].state["packers"]["0"]["cursor"] > 100
     for done in range(BATCHES - 1):
         # States are stored as JSON.
         resumed = make(json.loads(json.dumps(whole[done].state)))
@@ -113,7 +116,7 @@ def test_states_of_prefetched_batches_say_where_the_consumer_is_not_how_far_the_
 def test_closing_ends_the_thread(make):
     batches = make(None).prefetched()
     next(batches)
-    assert len(loader_threads()) == 1
+    assert loader_threads()
     batches.close()
     assert not loader_threads()
 
@@ -204,3 +207,114 @@ def test_a_handful_of_documents_is_enough(count):
     source = ConversationSource(CONVERSATIONS[:count], BYTES, seed=0)
     loader = PackedLoader(source, rows=2, context_length=CONTEXT, pad_id=0, when_full="pad")
     assert all((batch.targets != IGNORE_INDEX).any() for batch in take(loader, 5))
+
+
+def wide_loader(text: TextDataset, kind: str, **options: Any) -> PackedLoader:
+    """Batches of eight rows, which up to eight ranks can share."""
+    if kind == "text":
+        source, when_full = TextSource(text, BYTES), "crop"
+    else:
+        source, when_full = ConversationSource(CONVERSATIONS, BYTES, seed=5), "pad"
+    given_options = {"rows": 8, "context_length": CONTEXT, "pad_id": 0, "when_full": when_full, "workers": 2}
+    return PackedLoader(source, **given_options | options)
+
+
+def global_batches(text: TextDataset, kind: str, world_size: int, count: int, state: dict | None) -> list[Batch]:
+    """What all ranks make together, each from the JSON of the merged state."""
+    stored = json.loads(json.dumps(state))
+    ranks = [wide_loader(text, kind, rank=rank, world_size=world_size, state=stored) for rank in range(world_size)]
+    batches = []
+    for _ in range(count):
+        parts = [loader.next_batch() for loader in ranks]
+        ids, targets = (torch.empty(8, CONTEXT, dtype=torch.int64) for _ in range(2))
+        for rank, part in enumerate(parts):
+            ids[rank::world_size], targets[rank::world_size] = part.ids, part.targets
+        batches.append(Batch(ids, targets, merge_states([part.state for part in parts])))
+    return batches
+
+
+lives = st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(1, 6)), min_size=1, max_size=4)
+
+
+@given(kind=st.sampled_from(["text", "conversations"]), lives=lives)
+def test_any_world_sizes_across_any_restarts_make_the_batches_of_one_uninterrupted_rank(text, kind, lives):
+    whole = take(wide_loader(text, kind), sum(count for _, count in lives))
+    pieces: list[Batch] = []
+    for world_size, count in lives:
+        pieces += global_batches(text, kind, world_size, count, pieces[-1].state if pieces else None)
+    assert all(same(a, b) for a, b in zip(pieces, whole, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["text", "conversations"])
+@pytest.mark.parametrize("workers", [1, 3, 8])
+def test_the_number_of_threads_changes_nothing(text, kind, workers):
+    expected = take(wide_loader(text, kind), 20)
+    batches = wide_loader(text, kind, workers=workers).prefetched()
+    assert all(same(a, b) for a, b in zip(itertools.islice(batches, 20), expected, strict=True))
+    batches.close()
+
+
+def test_a_state_of_its_own_packers_is_enough_for_a_rank(text):
+    one, other = (wide_loader(text, "text", rank=1, world_size=4) for _ in range(2))
+    state = one.next_batch().state
+    other.next_batch()
+    resumed = wide_loader(text, "text", rank=1, world_size=4, state=state)
+    assert same(resumed.next_batch(), other.next_batch())
+
+
+def test_a_state_that_lacks_a_packer_is_refused(text):
+    state = wide_loader(text, "text", rank=1, world_size=4).next_batch().state
+    with pytest.raises(UserError, match="lacks packer 0 of 8: it is not whole; merge the states of all ranks"):
+        wide_loader(text, "text", state=state)
+
+
+@pytest.mark.parametrize("state", [{"cursor": 3, "buffered": []}, {"of": 4, "packers": {}}])
+def test_a_state_of_another_loader_is_refused(text, state):
+    with pytest.raises(UserError, match="not of 8: the batch then had another number of rows"):
+        wide_loader(text, "text", state=state)
+
+
+def test_states_of_different_loaders_are_not_merged(text):
+    states = [wide_loader(text, "text", rows=rows).next_batch().state for rows in (2, 4)]
+    with pytest.raises(ValueError, match="different loaders"):
+        merge_states(states)
+
+
+@pytest.mark.parametrize(("rows", "world_size"), [(8, 3), (8, 16), (6, 4), (128, 128)])
+def test_a_world_size_that_cannot_share_the_rows_is_an_error_that_says_what_to_do(text, rows, world_size):
+    with pytest.raises(UserError, match=f"^{world_size} processes cannot share batches of {rows} rows.* power of two"):
+        wide_loader(text, "text", rows=rows, world_size=world_size)
+
+
+def test_every_rank_of_an_epoch_counts_its_own_share(text):
+    ranks = [wide_loader(text, "text", rank=rank, world_size=4) for rank in range(4)]
+    whole = wide_loader(text, "text")
+    for _ in range(12):
+        whole.next_batch()
+        for rank in ranks:
+            rank.next_batch()
+    assert whole.epoch > 1
+    assert sum(rank.epoch for rank in ranks) / 4 == pytest.approx(whole.epoch)
+
+
+def test_what_was_cropped_and_padded_is_counted(text):
+    cropping, padding = wide_loader(text, "text"), wide_loader(text, "conversations")
+    packed = 0
+    for _ in range(10):
+        cropping.next_batch()
+        packed += int((padding.next_batch().ids != 0).sum())
+    positions = 10 * 8 * (CONTEXT + 1)
+    assert (cropping.stats.packed, cropping.stats.padding) == (positions, 0)
+    assert 0 < cropping.stats.cropped_fraction < 0.6
+    assert padding.stats.packed + padding.stats.padding == positions
+    # Rows show one token less than they hold; byte 0 is no token of these conversations.
+    assert packed <= padding.stats.packed <= packed + 80
+    assert padding.stats.padding_fraction == pytest.approx(1 - padding.stats.packed / positions)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a CUDA device")
+def test_pinned_batches_are_the_same_batches(text):
+    pinned, plain = wide_loader(text, "text", pin_memory=True).next_batch(), wide_loader(text, "text").next_batch()
+    assert pinned.ids.is_pinned()
+    assert pinned.targets.is_pinned()
+    assert same(pinned, plain)

@@ -128,3 +128,21 @@ def test_conversations_longer_than_a_row_do_not_clog_the_buffer():
     for _ in range(50):
         made.next_row()
         assert sum(number % 4 == 0 for number in made.buffered) <= 2
+
+
+@given(lengths, row_lengths, buffer_sizes, modes)
+def test_every_token_that_left_the_buffer_is_counted_as_packed_or_cropped(lengths, row_length, buffer_size, mode):
+    source = endless(lengths)
+    read = []
+
+    def refill() -> Document:
+        read.append(next(source))
+        return read[-1]
+
+    made = BestFitPacker(row_length, buffer_size, mode, PAD, refill)
+    tokens = [token for ids, _ in rows_of(made) for token in ids]
+    waiting = set(made.buffered)
+    gone = sum(len(document.ids) for document in read if document.number not in waiting)
+    assert made.stats.packed == len(tokens) - tokens.count(PAD)
+    assert made.stats.padding == tokens.count(PAD)
+    assert made.stats.packed + made.stats.cropped == gone

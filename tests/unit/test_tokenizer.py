@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tiktoken
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jobs.train.tokenizer import train_tokenizer
@@ -56,6 +56,13 @@ def test_decoding_gives_the_text_back(text: str):
 @given(texts)
 def test_ordinary_text_is_encoded_as_by_tiktoken_alone(text: str):
     assert TOKENIZER.encode(text) == PLAIN.encode_ordinary(text)
+
+
+@given(texts)
+@example("a lone \ud800 surrogate")
+@example(" " * (MAX_WHITESPACE_RUN * 2 + 5))
+def test_an_array_holds_the_same_ids(text: str):
+    assert TOKENIZER.encode_array(text).tolist() == TOKENIZER.encode(text)
 
 
 @given(texts)
