@@ -73,6 +73,7 @@ class Store(ABC):
     def create(self, key: str) -> contextlib.AbstractContextManager[Path]:
         """A local path to write a file to; on a clean exit it becomes ``key``, replacing what was there."""
 
+    @abstractmethod
     def incoming(self, prefix: str) -> Path:
         """A local folder, kept between runs and not listed, for files that are on their way into ``prefix``."""
 

@@ -99,7 +99,7 @@ def run(settings: PretrainSettings, place: Place) -> CheckpointRef:
         parameter_groups(model, OptimizerConfig(weight_decay=planned.weight_decay), batch_lr_scale=planned.lr_scale),
         ranks,
     )
-    rows = rows_per_batch(planned.batch_tokens, config.context_length, ranks)
+    rows = rows_per_batch(planned.batch_tokens, config.context_length)
 
     def make_loader(state: dict[str, Any] | None) -> PackedLoader:
         return PackedLoader(

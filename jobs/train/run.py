@@ -94,22 +94,17 @@ def run_config(settings: RunSettings, *, model: str, stage: str, schedule: Sched
     )
 
 
-def rows_per_batch(batch_tokens: int, context_length: int, ranks: Ranks) -> int:
+def rows_per_batch(batch_tokens: int, context_length: int) -> int:
     """Rows of the global batch.
 
     Raises:
-        UserError: they are no whole number, or cannot be divided evenly among the ranks.
+        UserError: they are no whole number.
     """
     rows, rest = divmod(batch_tokens, context_length)
     if rest:
         raise UserError(
             f"a batch of {batch_tokens} tokens is not a whole number of rows of {context_length}; "
             "choose --batch-tokens as a multiple of the context length"
-        )
-    if rows % ranks.size:
-        raise UserError(
-            f"a batch of {rows} rows cannot be divided evenly among {ranks.size} ranks; choose another --batch-tokens "
-            "or number of ranks"
         )
     return rows
 

@@ -67,7 +67,7 @@ def run(settings: SftSettings, place: Place) -> CheckpointRef:
         raise UserError(
             f"--context-length is {context_length} and the base model's {config.context_length}; choose at most that"
         )
-    rows = rows_per_batch(batch_tokens, context_length, ranks)
+    rows = rows_per_batch(batch_tokens, context_length)
     optimizer = MuonAdamW(
         parameter_groups(model, OptimizerConfig(weight_decay=0.0), batch_lr_scale=settings.lr_scale), ranks
     )
