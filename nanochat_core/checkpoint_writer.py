@@ -7,11 +7,11 @@ done, which is what makes the checkpoint exist.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nanochat_core.checkpoint import CONFIG, MANIFEST, META, TOKENIZER, TRAINER_STATE, WEIGHTS, CheckpointRef, sha256_of
-from nanochat_core.distributed import ALONE, Ranks
+from nanochat_core.distributed import ALONE, RankLost, Ranks
 from nanochat_core.model import GPT
 from nanochat_core.optim import Shard
 from nanochat_core.store import Store, StoreError
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 # A store that is gone for longer than the sum of these is reported.
 RETRY_SECONDS = (1.0, 5.0, 20.0)
+# How long ranks wait in the background for the slowest one's transfer.
+_TRANSFER_SECONDS = 3600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +52,9 @@ class CheckpointWriter:
 
     def __init__(self, store: Store, ranks: Ranks = ALONE, retry_seconds: Sequence[float] = RETRY_SECONDS) -> None:
         self._store, self._retry_seconds = store, retry_seconds
-        self._ranks = ranks.side_channel()
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running: concurrent.futures.Future[None] | None = None
+        self._ranks = ranks.side_channel(_TRANSFER_SECONDS)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
 
     def save(
         self,
@@ -90,7 +92,16 @@ class CheckpointWriter:
             tensors={shard.name: _copy(shard.tensor) for shard in shards},
             rows={shard.name: (shard.start, shard.tensor.size(0)) for shard in shards},
         )
-        self._running = self._thread.submit(self._write, ref, copied, then)
+
+        def write() -> None:
+            try:
+                self._write(ref, copied, then)
+            except BaseException as error:
+                self._error = error  # for the next wait
+
+        # A daemon, because the thread waits for other ranks, and must not keep a process whose others are lost.
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread.start()
 
     def wait(self) -> None:
         """Return when nothing is being written any more.
@@ -98,16 +109,23 @@ class CheckpointWriter:
         Raises:
             StoreError: the last checkpoint could not be written; those before it are still there.
         """
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
-    def close(self) -> None:
-        """Wait for what is being written and end the thread."""
-        try:
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
+        """Wait for what is being written, unless it cannot be finished because a rank is lost."""
+        if kind is None:
             self.wait()
-        finally:
-            self._thread.shutdown()
+        elif not issubclass(kind, RankLost):
+            with contextlib.suppress(StoreError):  # of two errors the other one is the reason for this one
+                self.wait()
 
     def _write(self, ref: CheckpointRef, copied: _Copied, then: Callable[[], None]) -> None:
         for wait in (*self._retry_seconds, None):
@@ -200,11 +218,8 @@ def save_checkpoint(
     Raises:
         StoreError: it cannot be written.
     """
-    writer = CheckpointWriter(store, retry_seconds=())
-    try:
+    with CheckpointWriter(store, retry_seconds=()) as writer:
         writer.save(ref, model=model, tokenizer=tokenizer, meta=meta, values=values, shards=shards)
-    finally:
-        writer.close()
 
 
 def _copy(tensor: Tensor) -> Tensor:

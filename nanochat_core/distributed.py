@@ -65,8 +65,8 @@ class Ranks:
             json.loads(bytes(part[:size].cpu().tolist())) for part, size in zip(gathered, sizes.tolist(), strict=True)
         ]
 
-    def side_channel(self, seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Ranks:
-        """The same ranks over a CPU group of their own, for a background thread; every rank must call this."""
+    def side_channel(self, seconds: float) -> Ranks:
+        """The same ranks over a CPU group with a timeout of its own, for a background thread; all must call this."""
         if self.group is None:
             return self
         timeout = datetime.timedelta(seconds=seconds)

@@ -187,10 +187,9 @@ class Trainer:
         # What lies ahead is damaged or of a run that is started over; it goes when there is something to replace it.
         self._replaced = {ref for ref in self._stored() if ref.step >= first_step}
         loader = self._make_loader(self.state.loader)
-        writer = CheckpointWriter(self.store, self.ranks)
         metrics = TrainMetrics(self.config.stage)
         with (
-            contextlib.closing(writer),
+            CheckpointWriter(self.store, self.ranks) as writer,
             self._signals(),
             Progress(self.config.stage, schedule.steps, self.state.step, shown=self.ranks.leads) as progress,
             contextlib.closing(loader.prefetched()) as batches,
@@ -237,7 +236,8 @@ class Trainer:
         counted = self.ranks.sum((batch.targets != IGNORE_INDEX).sum().to(self.device))
         if self.ranks.size == 1 and not int(counted):
             raise UserError("a batch has no counted target; the conversations hold no assistant text that fits a row")
-        total = torch.zeros((), device=self.device)
+        # In double precision the sum does not depend on how many ranks add to it.
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         passes = list(self._micro_batches(batch))
         for i, (ids, targets) in enumerate(passes):
             if i == len(passes) - 1:
@@ -249,7 +249,7 @@ class Trainer:
             total += loss.detach()
         norm = self.optimizer.reduce()
         # One transfer from the device tells everything that is decided here, on every rank alike.
-        told = self.ranks.sum(torch.stack([total.double(), torch.tensor(float(self._signal or 0), device=self.device)]))
+        told = self.ranks.sum(torch.stack([total, total.new_tensor(self._signal or 0)]))
         loss_value, signals, norm_value = [*told.tolist(), float(norm)]
         stop = signal.SIGTERM if signals and self.ranks.size > 1 else int(signals)
         self.state.step += 1

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deploy.local import free_port
 from jobs.train.conversations import write_conversations
 from jobs.train.shards import write_dataset
 from jobs.train.tokenizer import tokenizer_key, train_tokenizer
@@ -99,10 +100,10 @@ def argv(flags: dict[str, Any]) -> list[str]:
 class Job:
     """A running ``python -m module --flags``."""
 
-    def __init__(self, module: str, arguments: list[str], log: Path) -> None:
+    def __init__(self, module: str, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
         self._log = log
         log.touch()
-        self._process = _processes.Process(target=_run, args=(module, arguments, dict(os.environ), log))
+        self._process = _processes.Process(target=_run, args=(module, arguments, {**os.environ, **environment}, log))
         self._process.start()
 
     def wait(self) -> int:
@@ -154,12 +155,22 @@ class Jobs:
     def store(self) -> Store:
         return open_store(str(self.home))
 
-    def start(self, module: str, flags: dict[str, Any], **changes: Any) -> Job:
+    def start(
+        self, module: str, flags: dict[str, Any], environment: dict[str, str] | None = None, **changes: Any
+    ) -> Job:
         """``changes`` are flags with underscores; None leaves one out."""
         changed = flags | {name.replace("_", "-"): value for name, value in changes.items()}
         given = {name: value for name, value in changed.items() if value is not None}
         log = self.logs / f"{module}-{len(list(self.logs.iterdir()))}.log"
-        return Job(module, ["--home", str(self.home), *argv(given)], log)
+        return Job(module, ["--home", str(self.home), *argv(given)], log, environment or {})
+
+    def start_ranks(self, size: int, module: str, flags: dict[str, Any], **changes: Any) -> list[Job]:
+        """The same job on several ranks, as torchrun starts it."""
+        meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return [
+            self.start(module, flags, environment=meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **changes)
+            for rank in range(size)
+        ]
 
     def run(self, module: str, flags: dict[str, Any], **changes: Any) -> Job:
         job = self.start(module, flags, **changes)

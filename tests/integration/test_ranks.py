@@ -1,0 +1,135 @@
+"""Training on several ranks: the same run as on one, and no lost rank leaves the others hanging."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tiny_training import NAME, PRETRAIN, SFT, STEPS, Job, Jobs, Result, fill
+
+from nanochat_core.errors import RetryableError
+
+PRETRAIN_MODULE, SFT_MODULE = "jobs.train.pretrain", "jobs.train.sft"
+# Two passes over half of the batch on one rank, one on each of two: sums are rounded alike.
+FLAGS = PRETRAIN | {"device-batch-rows": 4}
+SFT_FLAGS = SFT | {"device-batch-rows": 4}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("prepared") / "home"
+    fill(home)
+    return home
+
+
+@pytest.fixture
+def jobs(prepared: Path, tmp_path: Path) -> Jobs:
+    return on_copy(prepared, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def one_rank(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """A store in which one rank has pretrained and fine-tuned without interruption."""
+    jobs = on_copy(prepared, tmp_path_factory.mktemp("one"))
+    jobs.run(PRETRAIN_MODULE, FLAGS)
+    jobs.run(SFT_MODULE, SFT_FLAGS)
+    return jobs
+
+
+def on_copy(prepared: Path, folder: Path) -> Jobs:
+    shutil.copytree(prepared, folder / "home")
+    (folder / "logs").mkdir()
+    return Jobs(folder / "home", folder / "logs")
+
+
+def finish(ranks: list[Job]) -> None:
+    codes = [rank.wait() for rank in ranks]
+    assert codes == [0] * len(ranks), [rank.stderr for rank in ranks]
+
+
+def assert_same_run(result: Result, expected: Result) -> None:
+    assert result.weights == expected.weights
+    assert [point["loss"] for point in result.history] == [point["loss"] for point in expected.history]
+    held_out = [point.get("val_bpb", point.get("val_loss", 0)) for point in result.history]
+    assert held_out == pytest.approx([p.get("val_bpb", p.get("val_loss", 0)) for p in expected.history], rel=1e-9)
+
+
+def test_two_ranks_pretrain_and_fine_tune_to_the_bit_as_one(jobs: Jobs, one_rank: Jobs) -> None:
+    finish(jobs.start_ranks(2, PRETRAIN_MODULE, FLAGS))
+    assert_same_run(jobs.result("base"), one_rank.result("base"))
+    finish(jobs.start_ranks(2, SFT_MODULE, SFT_FLAGS))
+    assert_same_run(jobs.result("sft"), one_rank.result("sft"))
+
+
+def test_a_run_moves_from_one_rank_to_two_and_back(jobs: Jobs, one_rank: Jobs) -> None:
+    alone = jobs.start(PRETRAIN_MODULE, FLAGS)
+    alone.wait_until(lambda: max(jobs.steps("base"), default=0) >= 12)
+    alone.signal(signal.SIGKILL)
+    alone.wait()
+    pair = jobs.start_ranks(2, PRETRAIN_MODULE, FLAGS)
+    pair[0].wait_until(lambda: max(jobs.steps("base")) >= 32)
+    pair[0].signal(signal.SIGTERM)
+    assert [rank.wait() for rank in pair] == [128 + signal.SIGTERM] * 2, "told to one, obeyed by all"
+    assert 32 <= max(jobs.steps("base")) < STEPS
+    jobs.run(PRETRAIN_MODULE, FLAGS)
+    assert_same_run(jobs.result("base"), one_rank.result("base"))
+
+
+def test_four_ranks_hold_their_shares_in_files_of_their_own(jobs: Jobs) -> None:
+    finish(jobs.start_ranks(4, PRETRAIN_MODULE, FLAGS, steps=2, device_batch_rows=2))
+    shards = sorted((jobs.home / f"models/{NAME}/base/step_000002/optim").glob("*.safetensors"))
+    assert [path.name for path in shards] == [f"rank_{rank:05d}_of_00004.safetensors" for rank in range(4)]
+    sizes = [path.stat().st_size for path in shards]
+    assert max(sizes) < 0.5 * sum(sizes)
+
+
+def test_when_a_rank_dies_the_other_ends_with_a_code_to_restart_on_and_nothing_is_lost(
+    jobs: Jobs, one_rank: Jobs
+) -> None:
+    pair = jobs.start_ranks(2, PRETRAIN_MODULE, FLAGS)
+    pair[0].wait_until(lambda: max(jobs.steps("base"), default=0) >= 8)
+    pair[1].signal(signal.SIGKILL)
+    assert pair[0].wait() == RetryableError.exit_code
+    (line,) = [line for line in pair[0].stderr.splitlines() if "error:" in line]
+    assert "another rank has ended or did not answer in time; run again" in line
+    finish(jobs.start_ranks(2, PRETRAIN_MODULE, FLAGS))
+    assert_same_run(jobs.result("base"), one_rank.result("base"))
+
+
+def test_a_rank_that_hangs_ends_the_job_after_the_timeout(jobs: Jobs) -> None:
+    pair = jobs.start_ranks(2, PRETRAIN_MODULE, FLAGS, rank_timeout=3)
+    pair[0].wait_until(lambda: max(jobs.steps("base"), default=0) >= 8)
+    pair[1].signal(signal.SIGSTOP)
+    started = time.monotonic()
+    try:
+        assert pair[0].wait() == RetryableError.exit_code
+        assert time.monotonic() - started < 60
+    finally:
+        pair[1].signal(signal.SIGKILL)
+        pair[1].wait()
+
+
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', which is not a whole number"),
+        ({"WORLD_SIZE": "2"}, "RANK is not; start the job with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2; it must be from 0 to WORLD_SIZE - 1, which is 1"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR and MASTER_PORT is not set"),
+    ],
+)
+def test_an_environment_that_does_not_say_where_to_meet_is_refused(
+    jobs: Jobs, environment: dict[str, str], problem: str
+) -> None:
+    job = jobs.start(PRETRAIN_MODULE, FLAGS, environment=environment)
+    assert job.wait() == 2
+    assert problem in job.stderr
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(jobs: Jobs) -> None:
+    ranks = jobs.start_ranks(3, PRETRAIN_MODULE, FLAGS)
+    assert [rank.wait() for rank in ranks] == [2] * 3
+    assert "3 processes cannot share batches of 8 rows alike" in ranks[0].stderr
