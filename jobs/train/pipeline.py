@@ -19,9 +19,10 @@ from typing import Literal
 
 from jobs.eval.report import reported
 from jobs.train import pretrain, sft
+from jobs.train.local_text import local_text_digest
 from jobs.train.mixtures import Mixture
 from jobs.train.recipes import RECIPES, Flags, Recipe
-from jobs.train.shards import dataset_digest, local_text_digest
+from jobs.train.shards import dataset_digest
 from jobs.train.tokenizer import load_tokenizer, trained_on
 from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint, check_model_name, newest_checkpoint, promote, promoted

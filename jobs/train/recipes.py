@@ -10,7 +10,8 @@ from typing import Any
 
 from jobs.train import demo_world
 from jobs.train.conversations import write_conversations
-from jobs.train.shards import dataset_exists, has_shards, read_local_text, write_dataset
+from jobs.train.local_text import read_local_text
+from jobs.train.shards import dataset_exists, has_shards, write_dataset
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
 
@@ -51,6 +52,8 @@ class Recipe:
                 write_conversations(store, f"{name}-chat", split, self._conversations(split, count))
 
     def _write_text(self, store: Store, name: str, data: Path | None) -> None:
+        training: Iterable[str]
+        validation: Iterable[str]
         if self.needs_data:
             if data is None:
                 raise UserError(
@@ -60,11 +63,11 @@ class Recipe:
             training, validation = read_local_text(data)
             source = str(data)
         else:
-            training = list(demo_world.pretraining_documents(seed=1, n=DEMO_DOCUMENTS))
-            validation = list(demo_world.pretraining_documents(seed=2, n=DEMO_VALIDATION_DOCUMENTS))
+            training = demo_world.pretraining_documents(seed=1, n=DEMO_DOCUMENTS)
+            validation = demo_world.pretraining_documents(seed=2, n=DEMO_VALIDATION_DOCUMENTS)
             source = "the demo world"
         if self.document_characters:
-            training = list(cut_documents(training, self.document_characters))
+            training = cut_documents(training, self.document_characters)
         write_dataset(store, name, training, validation, source=source)
 
     def _conversations(self, split: str, count: int) -> Iterator[dict[str, Any]]:

@@ -1,13 +1,15 @@
-"""Parquet shards of one ``text`` column: writing them from any local text, and reading documents by number."""
+"""Datasets of text in the store: parquet shards of one ``text`` column, a manifest of them, documents by number."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
-import math
+import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,15 +20,120 @@ from nanochat_core.store import Store
 
 ROW_GROUP_DOCUMENTS = 1000
 SHARD_DOCUMENTS = 50_000
-# Plain text is cut at paragraphs into documents of about this many characters.
-DOCUMENT_CHARACTERS = 4000
-HELD_OUT_FRACTION = 0.05
-_COMPLETE = "dataset.json"
-_CACHED_ROW_GROUPS = 8
+MANIFEST = "dataset.json"
+# Text of a web dataset's row group takes about 4 MB, and each virtual packer reads in one or two row groups.
+_CACHED_BYTES = 512 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardInfo:
+    """One shard in the manifest: size, sha256 (hexadecimal) and the documents of each row group."""
+
+    bytes: int
+    sha256: str
+    row_groups: list[int]
+
+    @property
+    def documents(self) -> int:
+        return sum(self.row_groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """``data/<name>/dataset.json``: where a dataset comes from, and its shards by file name.
+
+    While a dataset is being downloaded the manifest is not ``complete`` and grows with each shard.
+    """
+
+    source: str
+    shards: dict[str, ShardInfo] = dataclasses.field(default_factory=dict)
+    complete: bool = False
+
+    @property
+    def sha256(self) -> str:
+        """Digest of all documents and of which split each is in."""
+        digests = [bytes.fromhex(self.shards[name].sha256) for name in sorted(self.shards)]
+        return hashlib.sha256(b"".join(digests)).hexdigest()
+
+    def to_json(self) -> bytes:
+        return (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode()
+
+
+def read_manifest(store: Store, name: str) -> Manifest | None:
+    """The manifest of ``data/<name>``; None when there is none, as for shards that somebody put there by hand.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    key = f"data/{name}/{MANIFEST}"
+    try:
+        stored = json.loads(store.read(key))
+        shards = {file: ShardInfo(**info) for file, info in stored["shards"].items()}
+        return Manifest(stored["source"], shards, stored["complete"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{key} in {store} is damaged; delete it, or make the dataset anew") from error
+
+
+def write_manifest(store: Store, name: str, manifest: Manifest) -> None:
+    """Replace the manifest of ``data/<name>``."""
+    store.write(f"data/{name}/{MANIFEST}", manifest.to_json())
+
+
+def shard_keys(store: Store, name: str) -> list[str]:
+    """Keys of the shards of ``data/<name>``, sorted; the last one is the validation split."""
+    return [key for key in store.keys(f"data/{name}") if key.endswith(".parquet")]
+
+
+def dataset_exists(store: Store, name: str) -> bool:
+    """Whether ``data/<name>`` was made completely by one of our programs."""
+    manifest = read_manifest(store, name)
+    return manifest is not None and manifest.complete
+
+
+def has_shards(store: Store, name: str) -> bool:
+    """Whether ``data/<name>`` holds parquet shards, whoever wrote them."""
+    return bool(shard_keys(store, name))
+
+
+def dataset_digest(store: Store, name: str) -> str:
+    """What a model trained on ``data/<name>`` depends on: the shards' digest.
+
+    Shards without a manifest are too large to read for this; their names stand for them.
+    """
+    manifest = read_manifest(store, name)
+    if manifest is not None:
+        return manifest.sha256
+    return hashlib.sha256("\n".join(shard_keys(store, name)).encode()).hexdigest()
+
+
+def write_dataset(store: Store, name: str, train: Iterable[str], validation: Iterable[str], *, source: str) -> Manifest:
+    """Write shards so that readers see all of them or none; both splits are read as they are written.
+
+    Raises:
+        UserError: a split is empty.
+    """
+    with store.publish(f"data/{name}", last=MANIFEST) as folder:
+        shards: dict[str, ShardInfo] = {}
+        documents = iter(train)
+        for first in documents:
+            shard = itertools.chain([first], itertools.islice(documents, SHARD_DOCUMENTS - 1))
+            _add_shard(folder, shards, shard)
+        training = sum(shard.documents for shard in shards.values())
+        held_out = _add_shard(folder, shards, validation)
+        if not training or not held_out:
+            raise UserError(f"{source} gives {training} training and {held_out} validation documents; both need one")
+        manifest = Manifest(source, shards, complete=True)
+        (folder / MANIFEST).write_bytes(manifest.to_json())
+    return manifest
 
 
 class TextDataset:
-    """The documents of ``data/<name>`` in the store; the last shard is the validation split."""
+    """The documents of one split of ``data/<name>`` in the store; the last shard is the validation split.
+
+    Shards that the manifest knows are fetched when they are first read. Several threads may read at once.
+    """
 
     def __init__(self, store: Store, name: str, split: str) -> None:
         """
@@ -34,26 +141,34 @@ class TextDataset:
             split: ``train`` or ``val``.
 
         Raises:
-            UserError: too few shards, or one that is not parquet with a text column.
+            UserError: too few shards, or one that is not parquet with a text column, or a download is not finished.
         """
-        keys = [key for key in store.keys(f"data/{name}") if key.endswith(".parquet")]
+        manifest = read_manifest(store, name)
+        if manifest is not None and not manifest.complete:
+            raise UserError(
+                f"data/{name} in {store} is not whole: its download was interrupted after {len(manifest.shards)} "
+                "shards; run the same python -m jobs.train.dataset download again"
+            )
+        keys = shard_keys(store, name)
         if len(keys) < 2:
             raise UserError(
                 f"data/{name} in {store} holds {len(keys)} parquet shard(s); at least two are needed, "
                 "the last one for validation"
             )
         self.name, self.split = name, split
-        chosen = keys[:-1] if split == "train" else keys[-1:]
-        self._groups: list[tuple[_Shard, int, int]] = []  # shard, row group, first document
+        self._store = store
+        known = manifest.shards if manifest else {}
+        self._groups: list[tuple[str, int, int]] = []  # key of the shard, row group, first document
         self._length = 0
-        for key in chosen:
-            shard = _Shard(store.fetch(key), key)
-            for group, documents in enumerate(shard.row_groups):
-                self._groups.append((shard, group, self._length))
+        for key in keys[:-1] if split == "train" else keys[-1:]:
+            info = known.get(key.rsplit("/", 1)[-1])
+            row_groups = info.row_groups if info else Shard(store.fetch(key), key).row_groups
+            for group, documents in enumerate(row_groups):
+                self._groups.append((key, group, self._length))
                 self._length += documents
         if not self._length:
             raise UserError(f"the {split} split of data/{name} holds no document")
-        self._cache: OrderedDict[int, list[str]] = OrderedDict()
+        self._cache = _RowGroupCache(_CACHED_BYTES)
 
     def __len__(self) -> int:
         return self._length
@@ -64,14 +179,13 @@ class TextDataset:
         Raises:
             UserError: the shard is damaged.
         """
-        group = self._group_of(index)
-        if group not in self._cache:
-            shard, number, _ = self._groups[group]
-            self._cache[group] = shard.read(number)
-            if len(self._cache) > _CACHED_ROW_GROUPS:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(group)
-        return self._cache[group][index - self._groups[group][2]]
+        number = self._group_of(index)
+        key, group, first = self._groups[number]
+        texts = self._cache.get(number, lambda: Shard(self._store.fetch(key), key).read(group))
+        try:
+            return texts[index - first].as_py() or ""
+        except (IndexError, UnicodeDecodeError) as error:
+            raise UserError(f"{key} is damaged in row group {group}: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
@@ -89,155 +203,7 @@ class TextDataset:
         return low
 
 
-def dataset_exists(store: Store, name: str) -> bool:
-    """Whether ``data/<name>`` was written completely by :func:`write_dataset`."""
-    return store.exists(f"data/{name}/{_COMPLETE}")
-
-
-def has_shards(store: Store, name: str) -> bool:
-    """Whether ``data/<name>`` holds parquet shards, whoever wrote them."""
-    return any(key.endswith(".parquet") for key in store.keys(f"data/{name}"))
-
-
-def dataset_digest(store: Store, name: str) -> str:
-    """What a model trained on ``data/<name>`` depends on: the documents' digest.
-
-    Datasets that :func:`write_dataset` did not make are too large to read for this; the names of their shards stand
-    for them.
-    """
-    try:
-        digest: str = json.loads(store.read(f"data/{name}/{_COMPLETE}"))["sha256"]
-    except FileNotFoundError:
-        shards = [key for key in store.keys(f"data/{name}") if key.endswith(".parquet")]
-        digest = hashlib.sha256("\n".join(shards).encode()).hexdigest()
-    return digest
-
-
-def write_dataset(store: Store, name: str, train: Iterable[str], validation: Iterable[str], *, source: str) -> None:
-    """Write shards so that readers see all of them or none.
-
-    Raises:
-        UserError: a split is empty.
-    """
-    with store.publish(f"data/{name}", last=_COMPLETE) as folder:
-        documents = 0
-        shard = 0
-        for batch in _batched(train):
-            documents += len(batch)
-            _write_shard(folder / f"shard_{shard:05d}.parquet", batch)
-            shard += 1
-        held_out = list(validation)
-        if not documents or not held_out:
-            raise UserError(
-                f"{source} gives {documents} training and {len(held_out)} validation documents; both need one"
-            )
-        _write_shard(folder / f"shard_{shard:05d}.parquet", held_out)
-        summary = {
-            "source": source,
-            "train_documents": documents,
-            "validation_documents": len(held_out),
-            "sha256": _digest(sorted(folder.glob("*.parquet"))),
-        }
-        (folder / _COMPLETE).write_text(json.dumps(summary, indent=2) + "\n")
-
-
-def read_local_text(path: Path) -> tuple[list[str], list[str]]:
-    """Training and validation documents of a file or folder of parquet, JSONL (``text`` field) or plain text.
-
-    Of several files the last by name is the validation split; of a single one the last twentieth of its documents,
-    so that the held-out text follows the training text instead of being interleaved with it.
-
-    Raises:
-        UserError: nothing readable there, or a file is not what its name says.
-    """
-    per_file = [_read_documents(file) for file in _text_files(path)]
-    if len(per_file) > 1:
-        return [document for documents in per_file[:-1] for document in documents], per_file[-1]
-    documents = per_file[0]
-    held_out = max(1, math.ceil(len(documents) * HELD_OUT_FRACTION))
-    return documents[:-held_out], documents[-held_out:]
-
-
-def local_text_digest(path: Path) -> str:
-    """sha256 over the contents of the files that :func:`read_local_text` reads.
-
-    Raises:
-        UserError: nothing readable there.
-    """
-    return _digest(_text_files(path))
-
-
-def _text_files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give a parquet, JSONL or text file, or a folder of them")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in _READERS and p.is_file())
-    if not files:
-        raise UserError(f"{path} holds no {', '.join(_READERS)} file")
-    return files
-
-
-def _digest(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _read_documents(file: Path) -> list[str]:
-    reader = _READERS.get(file.suffix)
-    if reader is None:
-        raise UserError(f"{file} is none of {', '.join(_READERS)}")
-    documents = [document for document in reader(file) if document.strip()]
-    if not documents:
-        raise UserError(f"{file} holds no text")
-    return documents
-
-
-def _read_parquet(file: Path) -> Iterator[str]:
-    shard = _Shard(file, str(file))
-    for group in range(len(shard.row_groups)):
-        yield from shard.read(group)
-
-
-def _read_jsonl(file: Path) -> Iterator[str]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{file}:{number} is not a JSON object with a 'text' field") from None
-            if not isinstance(text, str):
-                raise UserError(f"{file}:{number} has a 'text' that is not a string")
-            try:
-                text.encode()
-            except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-                raise UserError(f"{file}:{number} has a 'text' that is not valid Unicode") from None
-            yield text
-
-
-def _read_text(file: Path) -> Iterator[str]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {error}") from error
-    document: list[str] = []
-    length = 0
-    for paragraph in text.split("\n\n"):
-        document.append(paragraph)
-        length += len(paragraph)
-        if length >= DOCUMENT_CHARACTERS:
-            yield "\n\n".join(document)
-            document, length = [], 0
-    yield "\n\n".join(document)
-
-
-_READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".txt": _read_text, ".md": _read_text}
-
-
-class _Shard:
+class Shard:
     """One parquet file with a ``text`` column."""
 
     def __init__(self, path: Path, shown: str) -> None:
@@ -266,29 +232,94 @@ class _Shard:
         metadata = self._file.metadata
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
-    def read(self, group: int) -> list[str]:
-        """The documents of a row group; one without text is empty.
+    def read(self, group: int) -> pa.ChunkedArray:
+        """The texts of a row group, null where a document has none.
 
         Raises:
             UserError: the file is damaged.
         """
         try:
-            texts = self._file.read_row_group(group, columns=["text"]).column("text").to_pylist()
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            texts = self._file.read_row_group(group, columns=["text"]).column("text")
+            texts.validate(full=True)
+        except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self._shown} is damaged in row group {group}: {_one_line(error)}") from error
-        return [text or "" for text in texts]
+        return texts
+
+    def documents(self) -> Iterator[str]:
+        """All texts in order, one row group in memory at a time; a document without text is empty."""
+        for group in range(len(self.row_groups)):
+            for text in self.read(group):
+                yield text.as_py() or ""
+
+
+def describe_shard(path: Path, shown: str) -> ShardInfo:
+    """What the manifest says about a shard.
+
+    Raises:
+        UserError: it is not parquet with a text column, or holds no document.
+    """
+    row_groups = Shard(path, shown).row_groups
+    if not sum(row_groups):
+        raise UserError(f"{shown} holds no document")
+    with path.open("rb") as file:
+        return ShardInfo(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest(), row_groups)
+
+
+class _RowGroupCache:
+    """Texts of the row groups used last, up to a number of bytes.
+
+    Several threads that want the same row group read it once; others are not held up by that.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity, self._bytes = capacity, 0
+        self._entries: OrderedDict[int, Future[pa.ChunkedArray]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, number: int, read: Callable[[], pa.ChunkedArray]) -> pa.ChunkedArray:
+        with self._lock:
+            entry = self._entries.get(number)
+            if entry is not None:
+                self._entries.move_to_end(number)
+            else:
+                own = self._entries[number] = Future()
+        if entry is not None:
+            return entry.result()
+        try:
+            texts = read()
+        except BaseException as error:
+            with self._lock:
+                del self._entries[number]
+            own.set_exception(error)
+            raise
+        with self._lock:
+            own.set_result(texts)
+            self._bytes += texts.nbytes
+            self._evict()
+        return texts
+
+    def _evict(self) -> None:
+        for number, entry in list(self._entries.items())[:-1]:
+            if self._bytes <= self._capacity:
+                return
+            if entry.done():
+                self._bytes -= entry.result().nbytes
+                del self._entries[number]
+
+
+def _add_shard(folder: Path, shards: dict[str, ShardInfo], documents: Iterable[str]) -> int:
+    """Write the next shard unless there is no document; how many there were."""
+    path = folder / f"shard_{len(shards):05d}.parquet"
+    schema = pa.schema({"text": pa.string()})
+    iterator = iter(documents)
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        while group := list(itertools.islice(iterator, ROW_GROUP_DOCUMENTS)):
+            writer.write_table(pa.table({"text": pa.array(group, pa.string())}, schema))
+    written = sum(Shard(path, path.name).row_groups)
+    if written:
+        shards[path.name] = describe_shard(path, path.name)
+    return written
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _write_shard(path: Path, documents: list[str]) -> None:
-    table = pa.table({"text": pa.array(documents, pa.string())})
-    pq.write_table(table, path, row_group_size=ROW_GROUP_DOCUMENTS, compression="zstd")
-
-
-def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
-    iterator = iter(documents)
-    while batch := list(itertools.islice(iterator, SHARD_DOCUMENTS)):
-        yield batch

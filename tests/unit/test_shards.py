@@ -1,8 +1,12 @@
-"""Text of every supported kind becomes documents, and whatever is wrong with it is named."""
+"""Shards are written whole, read in any order by any thread, and whatever is wrong with one is named."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import hashlib
+import itertools
+import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,15 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from text_files import damaged_parquet, not_parquet, write_parquet
 
 from jobs.train import shards
 from jobs.train.shards import (
     TextDataset,
     dataset_digest,
     dataset_exists,
-    local_text_digest,
-    read_local_text,
+    read_manifest,
     write_dataset,
+    write_manifest,
 )
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store, open_store
@@ -31,22 +36,16 @@ def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "store"))
 
 
-def write_parquet(path: Path, texts: list[str | None], column: str = "text") -> Path:
-    pq.write_table(pa.table({column: pa.array(texts), "other": list(range(len(texts)))}), path)
-    return path
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts))
-    return path
-
-
 def test_what_is_written_is_read_back_in_order(store):
     write_dataset(store, "books", DOCUMENTS[:2300], DOCUMENTS[2300:], source="a test")
     assert list(TextDataset(store, "books", "train")) == DOCUMENTS[:2300]
     assert list(TextDataset(store, "books", "val")) == DOCUMENTS[2300:]
-    summary = json.loads(store.read("data/books/dataset.json"))
-    assert (summary["source"], summary["train_documents"], summary["validation_documents"]) == ("a test", 2300, 45)
+    manifest = read_manifest(store, "books")
+    assert (manifest.source, manifest.complete) == ("a test", True)
+    assert [shard.documents for shard in manifest.shards.values()] == [2300, 45]
+    for name, shard in manifest.shards.items():
+        content = store.read(f"data/books/{name}")
+        assert (shard.bytes, shard.sha256) == (len(content), hashlib.sha256(content).hexdigest())
 
 
 def test_shards_hold_row_groups_of_a_thousand_documents_and_the_last_shard_is_validation(store, monkeypatch):
@@ -133,136 +132,6 @@ def test_the_digest_of_a_foreign_dataset_changes_with_its_shards(store):
     assert dataset_digest(store, "hub") != two
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt", "md"])
-def test_the_last_twentieth_of_a_single_file_is_validation(tmp_path, kind):
-    documents = [f"Paragraph {i}. " + "word " * 900 for i in range(40)]
-    file = tmp_path / f"book.{kind}"
-    if kind == "parquet":
-        write_parquet(file, documents)
-    elif kind == "jsonl":
-        write_jsonl(file, documents)
-    else:
-        file.write_text("\n\n".join(documents))
-    training, validation = read_local_text(file)
-    assert (training, validation) == (documents[:38], documents[38:])
-
-
-def test_the_last_file_of_a_folder_by_name_is_validation(tmp_path):
-    write_parquet(tmp_path / "a.parquet", ["parquet"])
-    write_jsonl(tmp_path / "b.jsonl", ["line one", "line two"])
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "notes.md").write_text("# Notes")
-    (tmp_path / "d.txt").write_text("The last one.")
-    (tmp_path / "e.csv").write_text("not,text")
-    assert read_local_text(tmp_path) == (["parquet", "line one", "line two", "# Notes"], ["The last one."])
-
-
-def test_plain_text_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path):
-    text = "\n\n".join(f"Paragraph {i}. " + "word " * (i % 50) for i in range(500))
-    file = tmp_path / "book.txt"
-    file.write_text(text)
-    training, validation = read_local_text(file)
-    documents = training + validation
-    assert "\n\n".join(documents) == text
-    assert all(shards.DOCUMENT_CHARACTERS <= len(document) < 4400 for document in documents[:-1])
-
-
-def test_documents_without_text_are_left_out(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", ["one", "", " \n", "two"])
-    write_parquet(tmp_path / "b.parquet", [None, "three", ""])
-    assert read_local_text(tmp_path) == (["one", "two"], ["three"])
-
-
-def not_parquet(path: Path) -> None:
-    path.write_bytes(b"PAR1 this is not parquet PAR1")
-
-
-def cut_parquet(path: Path) -> None:
-    write_parquet(path, ["some text"] * 100)
-    path.write_bytes(path.read_bytes()[:-20])
-
-
-def damaged_parquet(path: Path) -> None:
-    write_parquet(path, [f"text {i}" for i in range(5000)])
-    content = bytearray(path.read_bytes())
-    content[100:4000] = bytes(3900)
-    path.write_bytes(content)
-
-
-def no_text_column(path: Path) -> None:
-    write_parquet(path, ["x"], column="body")
-
-
-def numbers_column(path: Path) -> None:
-    pq.write_table(pa.table({"text": [1, 2, 3]}), path)
-
-
-def invalid_utf8_column(path: Path) -> None:
-    values = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
-    pq.write_table(pa.table({"text": values}), path)
-
-
-@pytest.mark.parametrize(
-    ("name", "make", "complaint"),
-    [
-        ("a.parquet", not_parquet, "is not a parquet file"),
-        ("a.parquet", cut_parquet, "is not a parquet file"),
-        ("a.parquet", damaged_parquet, "is damaged in row group 0"),
-        ("a.parquet", no_text_column, "has no 'text' column; it has body, other"),
-        ("a.parquet", numbers_column, "has a 'text' column of type int64; it must hold strings"),
-        ("a.parquet", invalid_utf8_column, "is damaged in row group 0"),
-        ("a.jsonl", b'{"text": "fine"}\n{"text": \n', ":2 is not a JSON object with a 'text' field"),
-        ("a.jsonl", b'{"text": "fine"}\n\n["text"]\n', ":3 is not a JSON object with a 'text' field"),
-        ("a.jsonl", b'{"body": "x"}\n', ":1 is not a JSON object with a 'text' field"),
-        ("a.jsonl", b'"text"\n', ":1 is not a JSON object with a 'text' field"),
-        ("a.jsonl", b'{"text": 5}\n', ":1 has a 'text' that is not a string"),
-        ("a.jsonl", b'{"text": null}\n', ":1 has a 'text' that is not a string"),
-        ("a.jsonl", b'{"text": "fine"}\n{"text": "\\ud800"}\n', ":2 has a 'text' that is not valid Unicode"),
-        ("a.jsonl", b'{"text": "fine"}\n{"text": "\xff"}\n', ":2 is not a JSON object with a 'text' field"),
-        ("a.txt", b"latin \xe9", "is not UTF-8 text"),
-        ("a.md", b"latin \xe9", "is not UTF-8 text"),
-        ("a.txt", b" \n\n \n", "holds no text"),
-        ("a.jsonl", b"\n", "holds no text"),
-        ("a.csv", b"text\nfine\n", "is none of .parquet, .jsonl, .txt, .md"),
-    ],
-)
-def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, name, make, complaint):
-    file = tmp_path / name
-    if callable(make):
-        make(file)
-    else:
-        file.write_bytes(make)
-    with pytest.raises(UserError) as raised:
-        read_local_text(file)
-    message = str(raised.value)
-    assert message.startswith(f"{file}{complaint}" if complaint.startswith(":") else f"{file} {complaint}")
-    assert "\n" not in message
-
-
-def test_a_bad_file_among_good_ones_is_named(tmp_path):
-    (tmp_path / "a.txt").write_text("fine")
-    (tmp_path / "b.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match=r"b\.jsonl:1 "):
-        read_local_text(tmp_path)
-
-
-@pytest.mark.parametrize("read", [read_local_text, local_text_digest])
-def test_nothing_there_is_an_error(tmp_path, read):
-    with pytest.raises(UserError, match="does not exist"):
-        read(tmp_path / "missing")
-    with pytest.raises(UserError, match=r"holds no \.parquet, \.jsonl, \.txt, \.md file"):
-        read(tmp_path)
-
-
-def test_the_digest_of_local_text_is_that_of_its_contents(tmp_path):
-    for name, text in [("a", "one"), ("b", "one"), ("c", "two")]:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "text.txt").write_text(text)
-    a, b, c = (local_text_digest(tmp_path / name) for name in "abc")
-    assert a == b == local_text_digest(tmp_path / "a" / "text.txt")
-    assert a != c
-
-
 @pytest.mark.parametrize(("count", "complaint"), [(0, "holds 0 parquet shard"), (1, "holds 1 parquet shard")])
 def test_a_dataset_needs_two_shards(store, count, complaint):
     (store.root / "data" / "few").mkdir(parents=True)
@@ -292,3 +161,68 @@ def test_a_split_without_documents_is_an_error(store):
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "shard_1.parquet")
     with pytest.raises(UserError, match="the val split of data/empty holds no document"):
         TextDataset(store, "empty", "val")
+
+
+def test_a_damaged_manifest_is_named(store):
+    write_dataset(store, "books", ["a"], ["b"], source="a test")
+    for content in (
+        b"{",
+        b"[]",
+        b'{"source": "x", "complete": true}',
+        b'{"source": "x", "shards": {"a": {"size": 3}}}',
+    ):
+        store.write("data/books/dataset.json", content)
+        with pytest.raises(UserError, match=r"data/books/dataset\.json .* is damaged; delete it, or make"):
+            TextDataset(store, "books", "train")
+
+
+def test_a_dataset_that_is_still_being_downloaded_is_refused(store):
+    manifest = write_dataset(store, "books", ["a"], ["b"], source="a test")
+    write_manifest(store, "books", dataclasses.replace(manifest, complete=False))
+    assert not dataset_exists(store, "books")
+    with pytest.raises(UserError, match="is not whole: its download was interrupted after 2 shards; run the same"):
+        TextDataset(store, "books", "train")
+
+
+def test_shards_of_the_manifest_are_fetched_when_they_are_read(store, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_DOCUMENTS", 10)
+    write_dataset(store, "books", DOCUMENTS[:40], ["held out"], source="a test")
+    fetched = []
+    fetch = type(store).fetch
+    monkeypatch.setattr(type(store), "fetch", lambda self, key: (fetched.append(key), fetch(self, key))[1])
+    dataset = TextDataset(store, "books", "train")
+    assert fetched == []
+    assert dataset[25] == DOCUMENTS[25]
+    assert fetched == ["data/books/shard_00002.parquet"]
+
+
+@pytest.mark.parametrize("capacity", [0, 20_000])
+def test_many_threads_read_what_is_there_within_the_bound_of_the_cache(books, monkeypatch, capacity):
+    cache = shards._RowGroupCache(capacity)
+    monkeypatch.setattr(books, "_cache", cache)
+    rng = random.Random(3)
+    indices = [rng.randrange(len(DOCUMENTS)) for _ in range(2000)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(books.__getitem__, indices)) == [DOCUMENTS[i] for i in indices]
+    held = [entry.result().nbytes for entry in cache._entries.values()]
+    assert sum(held) == cache._bytes
+    assert sum(held[:-1]) <= capacity
+
+
+def test_threads_that_want_the_same_row_group_read_it_once(books, monkeypatch):
+    monkeypatch.setattr(books, "_cache", shards._RowGroupCache(2**30))
+    reads = itertools.count()
+    read = shards.Shard.read
+    monkeypatch.setattr(shards.Shard, "read", lambda self, group: (next(reads), read(self, group))[1])
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(books.__getitem__, [5, 6, 7, 8] * 50))
+    assert next(reads) == 1
+
+
+def test_a_row_group_that_could_not_be_read_is_tried_again(books, monkeypatch):
+    monkeypatch.setattr(books, "_cache", shards._RowGroupCache(2**30))
+    with monkeypatch.context() as broken:
+        broken.setattr(shards.Shard, "read", lambda self, group: (_ for _ in ()).throw(UserError("disk gone")))
+        with pytest.raises(UserError, match="disk gone"):
+            books[5]
+    assert books[5] == DOCUMENTS[5]

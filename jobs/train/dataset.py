@@ -1,0 +1,214 @@
+"""Datasets of text in the store: ``python -m jobs.train.dataset download|convert|validate|list --help``."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from jobs.train.download import download, open_source
+from jobs.train.local_text import read_local_text
+from jobs.train.shards import MANIFEST, Shard, describe_shard, read_manifest, shard_keys, write_dataset
+from nanochat_core import logs
+from nanochat_core.errors import UserError, run_main
+from nanochat_core.settings import load, setting
+from nanochat_core.store import DEFAULT_HOME, Store, open_store
+
+log = logging.getLogger("jobs.train.dataset")
+
+PROGRAM = "python -m jobs.train.dataset"
+CLIMBMIX = "https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main/shard_{shard:05d}.parquet"
+CLIMBMIX_SHARDS = 6543
+
+
+@dataclasses.dataclass(frozen=True)
+class DownloadSettings:
+    """Fetch parquet shards into the store; run again, it goes on where it was interrupted."""
+
+    dataset: str = setting(help="name for the dataset in the store")
+    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
+    source: str = setting(CLIMBMIX, "URL with {shard} where the number goes, s3://bucket/prefix, or a folder")
+    source_shards: int = setting(CLIMBMIX_SHARDS, "shards at a URL; the last is the validation split", minimum=2)
+    shards: str = setting("0-169", "training shards: numbers and ranges with commas between")
+    parallel: int = setting(8, "shards on their way at a time", minimum=1, maximum=64)
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertSettings:
+    """Make shards of parquet, JSONL or plain text of this machine."""
+
+    data: str = setting(help="file or folder of parquet, JSONL or plain text")
+    dataset: str = setting(help="name for the dataset in the store")
+    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidateSettings:
+    """Read every document of a dataset and compare its shards with the manifest."""
+
+    dataset: str = setting(help="name of the dataset in the store")
+    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
+
+
+@dataclasses.dataclass(frozen=True)
+class ListSettings:
+    """List the datasets of the store."""
+
+    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a valid dataset holds; ``text_bytes`` are those of its documents in UTF-8."""
+
+    shards: int
+    documents: int
+    empty_documents: int
+    text_bytes: int
+
+
+def validate(store: Store, name: str) -> Contents:
+    """Read all of ``data/<name>``.
+
+    Raises:
+        UserError: shards are missing, damaged, empty or others than the manifest says; every one is named.
+    """
+    manifest = read_manifest(store, name)
+    keys = shard_keys(store, name)
+    problems = []
+    if len(keys) < 2:
+        problems.append(f"there are {len(keys)} shards, and at least two are needed")
+    if manifest is not None and not manifest.complete:
+        problems.append("its download was interrupted; run it again")
+    known = manifest.shards if manifest else {}
+    present = {key.rsplit("/", 1)[-1] for key in keys}
+    problems += [f"{file} is in {MANIFEST} and missing" for file in sorted(known.keys() - present)]
+    documents = empty = text_bytes = 0
+    for key in tqdm(keys, desc="validate", unit="shard", disable=not sys.stderr.isatty(), file=sys.stderr):
+        file = key.rsplit("/", 1)[-1]
+        path = store.fetch(key)
+        try:
+            info = describe_shard(path, file)
+            if 0 in info.row_groups:
+                raise UserError(f"{file} has an empty row group ({info.row_groups.index(0)})")
+            if file in known and info != known[file]:
+                raise UserError(f"{file} is not the file that {MANIFEST} describes")
+            shard = Shard(path, file)
+            for group in range(len(info.row_groups)):
+                lengths = pc.fill_null(pc.binary_length(shard.read(group)), 0)
+                documents += len(lengths)
+                empty += pc.sum(pc.equal(lengths, 0)).as_py()
+                text_bytes += pc.sum(lengths).as_py()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(f"data/{name} in {store} is not valid: {'; '.join(problems)}")
+    return Contents(len(keys), documents, empty, text_bytes)
+
+
+def shard_numbers(text: str) -> list[int]:
+    """``0-3,7`` as ``[0, 1, 2, 3, 7]``.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    numbers: set[int] = set()
+    for piece in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", piece)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise UserError(f"--shards is {text!r}; give numbers and ranges such as 0-169 or 0-3,7")
+        numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(numbers)
+
+
+def _download(argv: list[str]) -> None:
+    settings = load(DownloadSettings, prefix="NANOCHAT_DATASET", program=f"{PROGRAM} download", argv=argv)
+    logs.configure("dataset", settings.log_level)
+    numbers = shard_numbers(settings.shards)
+    source = open_source(settings.source, settings.source_shards)
+    store = open_store(settings.home)
+    manifest = download(store, settings.dataset, source, settings.source, numbers, settings.parallel)
+    log.info(
+        "dataset complete",
+        extra={
+            "dataset": settings.dataset,
+            "shards": len(manifest.shards),
+            "documents": sum(shard.documents for shard in manifest.shards.values()),
+            "sha256": manifest.sha256,
+        },
+    )
+
+
+def _convert(argv: list[str]) -> None:
+    settings = load(ConvertSettings, prefix="NANOCHAT_DATASET", program=f"{PROGRAM} convert", argv=argv)
+    logs.configure("dataset", settings.log_level)
+    store = open_store(settings.home)
+    if store.keys(f"data/{settings.dataset}"):
+        raise UserError(
+            f"data/{settings.dataset} in {store} is there already; use another --dataset name, or delete it"
+        )
+    training, validation = read_local_text(Path(settings.data))
+    source = str(Path(settings.data).resolve())
+    manifest = write_dataset(store, settings.dataset, training, validation, source=source)
+    documents = [shard.documents for shard in manifest.shards.values()]
+    log.info(
+        "dataset written",
+        extra={
+            "dataset": settings.dataset,
+            "shards": len(documents),
+            "train_documents": sum(documents[:-1]),
+            "validation_documents": documents[-1],
+        },
+    )
+
+
+def _validate(argv: list[str]) -> None:
+    settings = load(ValidateSettings, prefix="NANOCHAT_DATASET", program=f"{PROGRAM} validate", argv=argv)
+    logs.configure("dataset", settings.log_level)
+    contents = validate(open_store(settings.home), settings.dataset)
+    log.info("dataset is valid", extra={"dataset": settings.dataset, **dataclasses.asdict(contents)})
+
+
+def _list(argv: list[str]) -> None:
+    settings = load(ListSettings, prefix="NANOCHAT_DATASET", program=f"{PROGRAM} list", argv=argv)
+    store = open_store(settings.home)
+    names = sorted({key.split("/")[1] for key in store.keys("data") if key.endswith(".parquet")})
+    print(f"{'dataset':<24}{'shards':>8}{'documents':>14}{'MB':>10}  source")
+    for name in names:
+        manifest = read_manifest(store, name)
+        if manifest is None:
+            print(f"{name:<24}{len(shard_keys(store, name)):>8}{'?':>14}{'?':>10}  put there by hand")
+            continue
+        shards = manifest.shards.values()
+        documents, size = sum(shard.documents for shard in shards), sum(shard.bytes for shard in shards) / 1e6
+        note = "" if manifest.complete else " (download interrupted)"
+        print(f"{name:<24}{len(shards):>8}{documents:>14,}{size:>10,.1f}  {manifest.source}{note}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "download": _download,
+    "convert": _convert,
+    "validate": _validate,
+    "list": _list,
+}
+
+
+def main() -> None:
+    command, *argv = sys.argv[1:] or [""]
+    if command not in COMMANDS:
+        raise UserError(f"give one of the commands {', '.join(COMMANDS)}; {PROGRAM} download --help lists its flags")
+    COMMANDS[command](argv)
+
+
+if __name__ == "__main__":
+    run_main(main, PROGRAM)
