@@ -133,7 +133,8 @@ def save_checkpoint(
         _save_tensors(model.state_dict(), folder / _WEIGHTS)
         (folder / _CONFIG).write_text(model.config.to_json())
         (folder / _TOKENIZER).write_text(tokenizer.to_json())
-        (folder / _META).write_text(json.dumps(dict(meta), indent=2) + "\n")
+        known = dict(meta) | {"tokenizer_digest": tokenizer.digest}
+        (folder / _META).write_text(json.dumps(known, indent=2) + "\n")
         if trainer is not None:
             (folder / "optim").mkdir()
             _save_tensors(trainer.tensors, folder / _TRAINER_TENSORS)
@@ -172,6 +173,12 @@ def load_checkpoint(store: Store, ref: CheckpointRef) -> Checkpoint:
         raise UserError(
             f"{ref.prefix}: the tokenizer has {tokenizer.vocab_size} ids but the model {config.vocab_size}; "
             "they do not belong together"
+        )
+    # Checkpoints of earlier versions do not say which tokenizer they were trained with.
+    if meta.get("tokenizer_digest", tokenizer.digest) != tokenizer.digest:
+        raise UserError(
+            f"{ref.prefix}: tokenizer.json is not the tokenizer that the model was trained with; "
+            "restore that one or train the model again"
         )
     return Checkpoint(
         ref=ref,

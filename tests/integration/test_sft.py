@@ -12,9 +12,6 @@ import pytest
 from tiny_training import NAME, PRETRAIN, SFT, STEPS, Jobs, Result, conversation, damage, fill
 
 from jobs.train.conversations import write_conversations
-from jobs.train.loader import ConversationSource, PackedLoader
-from jobs.train.mixtures import Mixture
-from nanochat_core.tokenizer import Tokenizer
 
 MODULE = "jobs.train.sft"
 
