@@ -201,6 +201,12 @@ def load_checkpoint(store: Store, ref: CheckpointRef) -> Checkpoint:
             f"{ref.prefix}: the tokenizer has {tokenizer.vocab_size} ids but the model {config.vocab_size}; "
             "they do not belong together"
         )
+    # Checkpoints of earlier versions do not say which tokenizer they were trained with.
+    if meta.get("tokenizer_digest", tokenizer.digest) != tokenizer.digest:
+        raise UserError(
+            f"{ref.prefix}: tokenizer.json is not the tokenizer that the model was trained with; "
+            "restore that one or train the model again"
+        )
     return Checkpoint(
         ref=ref,
         config=config,

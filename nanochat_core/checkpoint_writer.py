@@ -85,7 +85,7 @@ class CheckpointWriter:
             texts={
                 CONFIG: model.config.to_json(),
                 TOKENIZER: tokenizer.to_json(),
-                META: json.dumps(dict(meta), indent=2) + "\n",
+                META: json.dumps(dict(meta) | {"tokenizer_digest": tokenizer.digest}, indent=2) + "\n",
             },
             # Plain data too may change while it is being written.
             values=json.dumps(values),

@@ -19,6 +19,7 @@ from nanochat_core.errors import UserError
 from nanochat_core.store import FolderStore, Store
 
 _ENDINGS = (".jsonl", ".parquet")
+_TELLING = 100
 
 
 def write_conversations(store: Store, name: str, split: str, conversations: Iterable[dict[str, Any]]) -> None:
@@ -44,6 +45,14 @@ class Conversations(ABC):
     @abstractmethod
     def digest(self) -> str:
         """sha256 over what they are made from."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Read what may be wrong.
+
+        Raises:
+            UserError: a conversation is wrong, as for reading it.
+        """
 
 
 class FileConversations(Conversations):
@@ -86,6 +95,10 @@ class FileConversations(Conversations):
     def digest(self) -> str:
         return files_digest(self._paths)
 
+    def check(self) -> None:
+        for index in range(len(self)):
+            self[index]
+
 
 class GeneratedConversations(Conversations):
     """The conversations of a generator."""
@@ -101,10 +114,12 @@ class GeneratedConversations(Conversations):
 
     @property
     def digest(self) -> str:
-        made = hashlib.sha256()
-        for number in range(len(self)):
-            made.update(json.dumps(self._task.messages(number)).encode())
-        return made.hexdigest()
+        # Another generator hardly makes the same first ones.
+        made = [self._task.messages(number) for number in range(_TELLING)]
+        return hashlib.sha256(json.dumps([len(self), made]).encode()).hexdigest()
+
+    def check(self) -> None:
+        """Nothing: what is generated here is tested."""
 
 
 def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversations | None]:

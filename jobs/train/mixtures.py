@@ -119,13 +119,13 @@ class Mixture:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def check(self) -> None:
-        """Read every conversation once.
+        """Read every conversation of a file once.
 
         Raises:
             UserError: one is wrong.
         """
         for source in self._sources:
-            _read(source)
+            source.check()
         self._check_validation()
 
     def lengths(self, tokenizer: Tokenizer, threads: int = 0) -> np.ndarray:
@@ -150,7 +150,7 @@ class Mixture:
     def _check_validation(self) -> None:
         for training, validation in zip(self._sources, self._validation, strict=True):
             if validation is not training:
-                _read(validation)
+                validation.check()
 
     def _lengths_of(self, name: str, source: Conversations, tokenizer: Tokenizer, threads: int) -> np.ndarray:
         made_from = hashlib.sha256(f"{source.digest}/{tokenizer.digest}".encode()).hexdigest()
@@ -196,12 +196,6 @@ class LengthSource:
             self._order = (epoch, order)
         length = self._lengths[self._order[1][position]]
         return Document(number, self._ids[:length], self._counted[:length])
-
-
-def _read(source: Conversations) -> None:
-    """Read every conversation once, which checks it."""
-    for index in range(len(source)):
-        source[index]
 
 
 def repeated(rows: Sequence[int], weight: float) -> list[int]:

@@ -11,7 +11,17 @@ from typing import Literal
 
 import rustbpe
 
-from jobs.train.shards import TextDataset, dataset_digest
+from jobs.eval.compression import (
+    GPT2,
+    GPT4,
+    TEXT_BYTES,
+    bytes_per_token,
+    compare,
+    load_reference,
+    store_evaluation,
+    texts_to_compare,
+)
+from jobs.train.shards import TextDataset, dataset_digest, has_shards
 from nanochat_core import logs
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.settings import load, setting
@@ -46,6 +56,15 @@ def trained_on(store: Store, name: str) -> str | None:
     except FileNotFoundError:
         return None
     return digest if store.exists(tokenizer_key(name)) else None
+
+
+def dataset_of(store: Store, name: str) -> str:
+    """Name of the dataset that a tokenizer was trained on, if it is known and still there; else empty."""
+    try:
+        dataset: str = json.loads(store.read(_meta_key(name))).get("dataset_name", "")
+    except FileNotFoundError:
+        return ""
+    return dataset if dataset and has_shards(store, dataset) else ""
 
 
 def load_tokenizer(store: Store, name: str) -> Tokenizer:
@@ -91,18 +110,21 @@ def limited(texts: Iterable[str], document_characters: int, total_characters: in
 
 
 def run(settings: TokenizerSettings) -> Tokenizer:
-    """Train, report compression on the validation split, and save."""
+    """Train, measure the compression of each domain, and save."""
     store = open_store(settings.home)
     started = time.monotonic()
     training = TextDataset(store, settings.dataset, "train")
     tokenizer = train_tokenizer(
         limited(training, settings.document_characters, settings.total_characters), settings.vocab_size
     )
-    held_out = "\n".join(TextDataset(store, settings.dataset, "val"))
-    tokens = len(tokenizer.encode(held_out))
-    bytes_per_token = round(len(held_out.encode()) / max(tokens, 1), 3)
+    evaluation = compare(
+        tokenizer,
+        [load_reference(GPT2), load_reference(GPT4)],
+        texts_to_compare(store, settings.dataset, TEXT_BYTES),
+    )
     store.write(tokenizer_key(settings.name), tokenizer.to_json().encode())
-    meta = {"dataset": dataset_digest(store, settings.dataset), "held_out_bytes_per_token": bytes_per_token}
+    store_evaluation(store, settings.name, evaluation)
+    meta = {"dataset": dataset_digest(store, settings.dataset), "dataset_name": settings.dataset}
     store.write(_meta_key(settings.name), (json.dumps(meta, indent=2) + "\n").encode())
     log.info(
         "tokenizer trained",
@@ -110,7 +132,7 @@ def run(settings: TokenizerSettings) -> Tokenizer:
             "name_in_store": settings.name,
             "vocab_size": tokenizer.vocab_size,
             "seconds": round(time.monotonic() - started, 2),
-            "held_out_bytes_per_token": bytes_per_token,
+            "bytes_per_token": {text: round(bytes_per_token(evaluation, text), 3) for text in evaluation["texts"]},
         },
     )
     return tokenizer

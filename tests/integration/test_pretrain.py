@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from tiny_training import NAME, PRETRAIN, ROOT, STEPS, Jobs, Result, argv, damage, fill
 
+from nanochat_core.tokenizer import Tokenizer
+
 MODULE = "jobs.train.pretrain"
 
 
@@ -144,6 +146,13 @@ def test_another_text_or_tokenizer_under_the_same_name_is_refused(jobs):
     job = jobs.start(MODULE, PRETRAIN, steps=3)
     assert job.wait() == 2
     assert "step_000003 was trained with other settings (dataset changed)" in job.stderr
+    stored = jobs.home / "tokenizers" / NAME / "tokenizer.json"
+    known = Tokenizer.load(stored)
+    swapped = Tokenizer([*known.token_bytes[:-2], *known.token_bytes[:-3:-1]])
+    stored.write_text(swapped.to_json())
+    job = jobs.start(MODULE, PRETRAIN, steps=3)
+    assert job.wait() == 2
+    assert "step_000003 was trained with other settings (dataset changed, tokenizer changed)" in job.stderr
 
 
 def test_settings_that_only_say_where_it_runs_may_change(jobs, uninterrupted):

@@ -97,7 +97,7 @@ def test_everything_saved_is_loaded_bit_for_bit(store: FolderStore, dtype: torch
         assert torch.equal(loaded.weights[name], tensor)
     assert loaded.ref == REF
     assert loaded.config == model.config
-    assert loaded.meta == META
+    assert loaded.meta == META | {"tokenizer_digest": tokenizer().digest}
     assert loaded.tokenizer.digest == tokenizer().digest
 
 
@@ -461,4 +461,18 @@ def test_what_cannot_name_a_model_is_refused(name: str):
 
 def test_numbers_in_meta_keep_their_value(store: FolderStore):
     save_checkpoint(store, REF, model=tiny_model(), tokenizer=tokenizer(), meta={"x": 0.1 + 0.2, "inf": math.inf})
-    assert load_checkpoint(store, REF).meta == {"x": 0.1 + 0.2, "inf": math.inf}
+    meta = load_checkpoint(store, REF).meta
+    assert (meta["x"], meta["inf"]) == (0.1 + 0.2, math.inf)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(store: FolderStore):
+    save(store, REF)
+    rewrite(store, "tokenizer.json", tokenizer((b"he", b"lo")).to_json().encode())
+    with pytest.raises(UserError, match=r"tokenizer\.json is not the tokenizer that the model was trained with"):
+        load_checkpoint(store, REF)
+
+
+def test_a_checkpoint_that_does_not_name_its_tokenizer_is_still_read(store: FolderStore):
+    save(store, REF)
+    rewrite(store, "meta.json", json.dumps(META).encode())
+    assert load_checkpoint(store, REF).meta == META

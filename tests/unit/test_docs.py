@@ -11,6 +11,7 @@ import pytest
 
 from jobs.eval.chat import ChatEvalSettings
 from jobs.eval.report import ReportSettings
+from jobs.eval.tokenizer import TokenizerEvalSettings
 from jobs.train.pipeline import PipelineSettings
 from jobs.train.pretrain import PretrainSettings
 from jobs.train.sft import SftSettings
@@ -23,6 +24,7 @@ JOBS = {
     "jobs.train.tokenizer": TokenizerSettings,
     "jobs.train.pretrain": PretrainSettings,
     "jobs.train.sft": SftSettings,
+    "jobs.eval.tokenizer": TokenizerEvalSettings,
     "jobs.eval.chat": ChatEvalSettings,
     "jobs.eval.report": ReportSettings,
 }
@@ -55,7 +57,7 @@ def test_make_targets_exist(page: Path) -> None:
 @pytest.mark.parametrize("job", JOBS)
 def test_every_flag_of_a_job_is_listed_with_its_default(job: str) -> None:
     section = (ROOT / "docs/training.md").read_text().split(f"### `{job}`")[1].split("\n### ")[0]
-    listed = dict(re.findall(r"^\| `(--[a-z-]+)`[^|]* \| ([^|]+) \|", section, re.MULTILINE))
+    listed = dict(re.findall(r"^\| `(--[a-z0-9-]+)`[^|]* \| ([^|]+) \|", section, re.MULTILINE))
     fields = dataclasses.fields(JOBS[job])
     assert listed == {"--" + field.name.replace("_", "-"): shown(field.default) for field in fields}
 

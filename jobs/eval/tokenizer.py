@@ -1,0 +1,58 @@
+"""How well a tokenizer compresses, by domain: ``python -m jobs.eval.tokenizer --tokenizer demo``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Literal
+
+from jobs.eval.compression import (
+    GPT2,
+    GPT4,
+    TEXT_BYTES,
+    compare,
+    load_reference,
+    render,
+    store_evaluation,
+    texts_to_compare,
+)
+from jobs.train.tokenizer import dataset_of, load_tokenizer
+from nanochat_core import logs
+from nanochat_core.errors import run_main
+from nanochat_core.settings import load, setting
+from nanochat_core.store import DEFAULT_HOME, open_store
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerEvalSettings:
+    """Measure the bytes per token of a tokenizer of the store beside GPT-2's and GPT-4's."""
+
+    tokenizer: str = setting(help="name of the tokenizer in the store")
+    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
+    dataset: str = setting("", "name of a text dataset to measure on too; the one it was trained on when not given")
+    text_bytes: int = setting(TEXT_BYTES, "bytes of each split of the dataset", minimum=1)
+    gpt2_file: str = setting("", "GPT-2's tokens (r50k_base.tiktoken or vocab.bpe); tiktoken's cache when not given")
+    gpt4_file: str = setting("", "GPT-4's tokens (cl100k_base.tiktoken); tiktoken's cache when not given")
+    log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe level that is logged")
+
+
+def run(settings: TokenizerEvalSettings, show: Callable[[str], None]) -> None:
+    """Show the table and store it beside the tokenizer as ``evaluation.md`` and ``evaluation.json``."""
+    store = open_store(settings.home)
+    tokenizer = load_tokenizer(store, settings.tokenizer)
+    references = [load_reference(GPT2, settings.gpt2_file), load_reference(GPT4, settings.gpt4_file)]
+    dataset = settings.dataset or dataset_of(store, settings.tokenizer)
+    evaluation = compare(tokenizer, references, texts_to_compare(store, dataset, settings.text_bytes))
+    store_evaluation(store, settings.tokenizer, evaluation)
+    show(render(settings.tokenizer, evaluation))
+
+
+def main() -> None:
+    settings = load(TokenizerEvalSettings, prefix="NANOCHAT_TOKENIZER_EVAL", program="python -m jobs.eval.tokenizer")
+    logs.configure("tokenizer-eval", settings.log_level)
+    run(settings, lambda line: print(line, end="", file=sys.stdout))
+
+
+if __name__ == "__main__":
+    run_main(main, "python -m jobs.eval.tokenizer")

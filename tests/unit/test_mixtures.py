@@ -1,0 +1,300 @@
+"""Mixtures show each conversation as often as its weight says, and name whatever is wrong with one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.train import mixtures
+from jobs.train.conversations import write_conversations
+from jobs.train.loader import ConversationSource, PackedLoader
+from jobs.train.mixtures import Entry, LengthSource, Mixture, parse_mixture, repeated
+from jobs.train.tasks import GENERATED_TASKS
+from nanochat_core.chat import Message, render_conversation
+from nanochat_core.errors import UserError
+from nanochat_core.store import Store, open_store
+from nanochat_core.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return open_store(str(tmp_path / "store"))
+
+
+def conversation(question: str, answer: str = "yes") -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def questions(selection: Any) -> Counter[str]:
+    return Counter(selection[i][0].text for i in range(len(selection)))
+
+
+def numbered(start: int, count: int) -> list[dict[str, Any]]:
+    return [conversation(f"question {number}") for number in range(start, start + count)]
+
+
+def test_names_and_weights_are_read():
+    assert parse_mixture("smoltalk, mmlu:3,my/file.jsonl:0.5") == [
+        Entry("smoltalk", 1.0),
+        Entry("mmlu", 3.0),
+        Entry("my/file.jsonl", 0.5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "an entry without a name"),
+        ("a,,b", "an entry without a name"),
+        (":2", "an entry without a name"),
+        ("a:many", "gives a the weight 'many', which is not a number"),
+        ("a:0", "gives a the weight 0; it must be above 0"),
+        ("a:-1", "gives a the weight -1; it must be above 0"),
+        ("a:inf", "gives a the weight inf; it must be above 0"),
+        ("a:nan", "gives a the weight nan; it must be above 0"),
+        ("a,b,a:2", "names a twice; give it a weight instead: a:2"),
+    ],
+)
+def test_a_mixture_that_cannot_be_read_says_why(text, complaint):
+    with pytest.raises(UserError, match=complaint):
+        parse_mixture(text)
+
+
+@given(rows=st.lists(st.integers(0, 10**6), min_size=1, max_size=200, unique=True), weight=st.floats(1e-3, 20))
+def test_a_weight_is_how_often_every_row_is_shown(rows, weight):
+    shown = repeated(rows, weight)
+    assert len(shown) == max(1, round(weight * len(rows)))
+    assert set(shown) <= set(rows)
+    times = [Counter(shown)[row] for row in rows]
+    assert max(times) - min(times) <= 1
+    assert repeated(rows, weight) == shown
+
+
+def test_sources_are_mixed_by_their_weights(store):
+    write_conversations(store, "a", "train", numbered(0, 40))
+    write_conversations(store, "a", "val", numbered(1000, 3))
+    write_conversations(store, "b", "train", numbered(100, 40))
+    mixture = Mixture(store, "a:2,b:0.5")
+    shown = questions(mixture.training)
+    assert all(shown[f"question {number}"] == 2 for number in range(40))
+    of_b = [number for number in range(100, 140) if shown[f"question {number}"]]
+    assert len(of_b) == 19  # half of the 38 that are not held out
+    assert len(mixture.training) == 80 + 19
+    assert questions(mixture.validation) == Counter(f"question {number}" for number in (1000, 1001, 1002, 100, 120))
+
+
+def test_what_is_held_out_is_never_trained_on_and_spread_over_the_file(store):
+    write_conversations(store, "a", "train", numbered(0, 10_000))
+    mixture = Mixture(store, "a")
+    held_out = sorted(int(question.split()[1]) for question in questions(mixture.validation))
+    assert len(held_out) == 256
+    assert (held_out[0], held_out[-1]) == (0, 9960)
+    assert np.diff(held_out).max() <= 40
+    assert questions(mixture.training) + questions(mixture.validation) == Counter(
+        f"question {number}" for number in range(10_000)
+    )
+
+
+def test_the_digest_depends_on_the_conversations_and_the_weights(store):
+    write_conversations(store, "a", "train", numbered(0, 40))
+    digests = [Mixture(store, text).digest for text in ("a", "a", "a:1", "a:2")]
+    write_conversations(store, "a", "train", numbered(0, 41))
+    digests.append(Mixture(store, "a").digest)
+    assert len(set(digests)) == 3
+    assert len(set(digests[:3])) == 1
+
+
+def test_a_file_of_this_machine_is_a_source(store, tmp_path):
+    file = tmp_path / "own.jsonl"
+    file.write_text("\n\n".join(json.dumps(row) for row in numbered(0, 5)))
+    assert len(Mixture(store, f"{file}:3").training) == 3 * 4
+
+
+def write_parquet(store: Store, key: str, rows: list[dict[str, Any]]) -> None:
+    path = Path(str(store), key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def test_the_public_datasets_are_read_as_they_are_published(store):
+    write_parquet(store, "data/smoltalk/data/train-00000-of-00002.parquet", numbered(0, 3))
+    write_parquet(store, "data/smoltalk/data/train-00001-of-00002.parquet", numbered(3, 3))
+    write_parquet(store, "data/smoltalk/data/test-00000-of-00001.parquet", numbered(9, 1))
+    mmlu = {"question": "mmlu?", "subject": "", "choices": ["a", "b", "c", "d"], "answer": 3}
+    write_parquet(store, "data/mmlu/auxiliary_train/train-00000-of-00001.parquet", [{"train": mmlu}] * 2)
+    write_parquet(store, "data/mmlu/all/test-00000-of-00001.parquet", [mmlu])
+    arc = {"id": "1", "question": "arc?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+    for part in ("Easy", "Challenge"):
+        write_parquet(store, f"data/arc/ARC-{part}/train-00000-of-00001.parquet", [arc] * 2)
+    store.write("data/gsm8k/train.jsonl", b'{"question": "gsm?", "answer": "#### 1"}\n' * 2)
+    mixture = Mixture(store, "smoltalk,mmlu:3,gsm8k:4,arc")
+    shown = Counter(question.split("\n")[0] for question in questions(mixture.training).elements())
+    assert shown == Counter({f"question {number}": 1 for number in range(1, 6)} | {"mmlu?": 3, "gsm?": 4, "arc?": 3})
+    mixture.check()
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        (
+            "gsm8k",
+            "there are no conversations data/gsm8k/main/train-00000-of-00001.parquet in {store}: hf download "
+            "openai/gsm8k --repo-type dataset --include 'main/train*' --local-dir {store}/data/gsm8k",
+        ),
+        ("smoltalk", "hf download HuggingFaceTB/smol-smoltalk"),
+        ("mmlu", "hf download cais/mmlu"),
+        ("identity", 'data/identity/train.jsonl in {store}: write it, one {{"messages": '),
+        ("gsm8", "'gsm8' is none of smoltalk, mmlu, arc, gsm8k, identity, spelling, counting"),
+        ("missing.jsonl", "the file missing.jsonl does not exist"),
+        ("../x", "'data/../x' is no key of the store"),
+    ],
+)
+def test_what_is_missing_is_named_with_the_way_to_get_it(store, name, complaint):
+    with pytest.raises(UserError) as raised:
+        Mixture(store, name)
+    assert complaint.format(store=store) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_half_of_arc_is_not_arc(store):
+    write_parquet(store, "data/arc/ARC-Easy/train-00000-of-00001.parquet", [{"id": "1"}])
+    with pytest.raises(UserError, match="hf download allenai/ai2_arc"):
+        Mixture(store, "arc")
+
+
+GOOD = json.dumps(conversation("a"))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        (f"{GOOD}\n{{", ":2 is not JSON"),
+        (f"{GOOD}\n\n[]", ":3 is not a JSON object"),
+        (f"{GOOD}\n{{}}", ":2 has no field 'messages'"),
+        (f'{GOOD}\n{{"messages": "hello"}}', ":2: 'messages' is not a list"),
+        (f'{GOOD}\n{{"messages": ["hello"]}}', ":2: messages[0] is no object"),
+        (f'{GOOD}\n{{"messages": 5}}', ":2: 'messages' is not a list"),
+        (f'{GOOD}\n{{"messages": []}}', ":2: a conversation needs at least one message"),
+        (f'{GOOD}\n{{"messages": [{{"role": "assistant", "content": "b"}}]}}', ":2: messages[0].role is 'assistant'"),
+        (f'{GOOD}\n{{"messages": [{{"role": "user", "content": 5}}]}}', ":2: messages[0].content must be"),
+        (f'{GOOD}\n{{"messages": [{{"role": "user", "content": "a"}}]}}', ":2 has no assistant message to learn from"),
+        (f"{GOOD}\n\udcff", ":2 is not JSON"),
+        ("\n\n", " holds no conversation"),
+        ("", " holds no conversation"),
+    ],
+)
+def test_a_line_that_is_no_conversation_is_named(store, split, lines, complaint):
+    write_conversations(store, "chat", "train", numbered(0, 3))
+    write_conversations(store, "chat", "val", numbered(0, 1))
+    key = f"data/chat/{split}.jsonl"
+    store.write(key, lines.encode(errors="surrogateescape"))
+    for read in (Mixture.check, lambda mixture: mixture.lengths(TOKENIZER)):
+        with pytest.raises(UserError) as raised:
+            read(Mixture(store, "chat"))
+        assert str(raised.value).startswith(f"{key}{complaint}")
+        assert "\n" not in str(raised.value)
+
+
+def test_a_row_of_a_parquet_file_is_named_by_its_number(store):
+    rows = [{"question": "?", "answer": "1"}, {"question": "?", "answer": "<<2>>"}]
+    write_parquet(store, "data/gsm8k/main/train-00000-of-00001.parquet", rows)
+    with pytest.raises(UserError, match=r"^data/gsm8k/main/train-00000-of-00001\.parquet row 2: 'answer' has"):
+        Mixture(store, "gsm8k").check()
+
+
+def test_a_file_that_is_not_parquet_is_named(store):
+    store.write("data/gsm8k/main/train.parquet", b"hello")
+    with pytest.raises(UserError, match=r"^data/gsm8k/main/train\.parquet is not a whole parquet file"):
+        Mixture(store, "gsm8k")
+
+
+def test_a_single_conversation_cannot_be_split(store):
+    write_conversations(store, "a", "train", numbered(0, 1))
+    with pytest.raises(UserError, match="a holds one conversation; at least two are needed"):
+        Mixture(store, "a")
+
+
+def test_whatever_characters_a_message_has_it_is_read_back(store):
+    texts = ["a\u2028b", "a\x85b\x0b\x0c\x1c\r\nc", "😀", "<|assistant_end|>", '{"messages": []}']
+    for split in ("train", "val"):
+        write_conversations(store, "chat", split, [conversation(text, text) for text in texts])
+    training = Mixture(store, "chat").training
+    assert [[message.text for message in messages] for messages in (training[i] for i in range(5))] == [
+        [text, text] for text in texts
+    ]
+
+
+def rendered_lengths(conversations: list[list[Message]]) -> list[int]:
+    return [len(render_conversation(TOKENIZER, messages)[0]) for messages in conversations]
+
+
+@pytest.fixture(autouse=True)
+def few_generated(monkeypatch) -> None:
+    monkeypatch.setitem(GENERATED_TASKS, "counting", dataclasses.replace(GENERATED_TASKS["counting"], size=200))
+
+
+def varied(store: Store) -> Mixture:
+    write_conversations(store, "a", "train", [conversation("x" * (7 * i % 90), "y" * (i % 13)) for i in range(600)])
+    return Mixture(store, "a:1.5,counting:0.5")
+
+
+def test_lengths_are_those_of_the_rendered_conversations_and_measured_once(store, monkeypatch):
+    mixture = varied(store)
+    measured = mixture.lengths(TOKENIZER, threads=2)
+    assert measured.tolist() == rendered_lengths(list(mixture.training))
+    monkeypatch.setattr(mixtures, "render_conversation", None)
+    assert varied(store).lengths(TOKENIZER).tolist() == measured.tolist()
+    other = Tokenizer([*TOKENIZER.token_bytes, b"xx"])
+    with pytest.raises(TypeError):
+        varied(store).lengths(other)
+
+
+def test_damaged_lengths_are_measured_again(store):
+    mixture = varied(store)
+    measured = mixture.lengths(TOKENIZER)
+    keys = store.keys("cache/lengths")
+    assert len(keys) == 2
+    for damage in (b"", b"\x93NUMPY", b"hello"):
+        for key in keys:
+            store.write(key, damage)
+        assert mixture.lengths(TOKENIZER).tolist() == measured.tolist()
+
+
+def test_lengths_pack_into_as_many_batches_as_the_conversations(store):
+    mixture = varied(store)
+
+    def batches(source: Any, epochs: float) -> int:
+        loader = PackedLoader(source, rows=4, context_length=64, pad_id=0, when_full="pad")
+        count = 0
+        while loader.epoch < epochs:
+            loader.next_batch()
+            count += 1
+        return count
+
+    lengths = mixture.lengths(TOKENIZER)
+    for epochs in (0.5, 1, 2.3):
+        real = batches(ConversationSource(mixture.training, TOKENIZER, 3), epochs)
+        assert batches(LengthSource(lengths, 3), epochs) == real
+
+
+def test_gsm8k_can_be_learned_as_it_was_published(store):
+    if "NANOCHAT_TEST_DATA" not in os.environ:
+        pytest.skip("NANOCHAT_TEST_DATA is not set")
+    store.write("data/gsm8k/train.jsonl", Path(os.environ["NANOCHAT_TEST_DATA"], "gsm8k/train.jsonl").read_bytes())
+    mixture = Mixture(store, "gsm8k:4")
+    assert len(mixture.training) == 4 * (7473 - 256)
+    mixture.check()
