@@ -11,6 +11,7 @@ import pytest
 
 from jobs.eval.chat import ChatEvalSettings
 from jobs.eval.report import ReportSettings
+from jobs.train.import_nanochat import ImportSettings
 from jobs.train.pipeline import PipelineSettings
 from jobs.train.pretrain import PretrainSettings
 from jobs.train.sft import SftSettings
@@ -23,6 +24,7 @@ JOBS = {
     "jobs.train.tokenizer": TokenizerSettings,
     "jobs.train.pretrain": PretrainSettings,
     "jobs.train.sft": SftSettings,
+    "jobs.train.import_nanochat": ImportSettings,
     "jobs.eval.chat": ChatEvalSettings,
     "jobs.eval.report": ReportSettings,
 }
