@@ -12,6 +12,7 @@ import pytest
 from jobs.eval.chat import ChatEvalSettings
 from jobs.eval.report import ReportSettings
 from jobs.eval.tokenizer import TokenizerEvalSettings
+from jobs.train.import_nanochat import ImportSettings
 from jobs.train.pipeline import PipelineSettings
 from jobs.train.pretrain import PretrainSettings
 from jobs.train.sft import SftSettings
@@ -25,6 +26,7 @@ JOBS = {
     "jobs.train.pretrain": PretrainSettings,
     "jobs.train.sft": SftSettings,
     "jobs.eval.tokenizer": TokenizerEvalSettings,
+    "jobs.train.import_nanochat": ImportSettings,
     "jobs.eval.chat": ChatEvalSettings,
     "jobs.eval.report": ReportSettings,
 }

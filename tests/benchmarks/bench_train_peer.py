@@ -1,0 +1,78 @@
+"""Training speed against karpathy/nanochat in alternating runs, and the share of the CPU's matrix product rate.
+
+``python tests/benchmarks/bench_train_peer.py --peer PATH --data FOLDER --dtype fp32 --rounds 3 --seconds 30``, from the
+project's root. Every run is a process of its own that compiles for itself; the first steps are not timed. A step is
+32 rows and includes the optimizer. How many steps the peer's first run does in the given time is what all runs do.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from peer import WARMUP_STEPS, Comparison, arguments
+
+from nanochat_core.errors import run_main
+
+BATCHES = 64
+# Steps to write a schedule for; no run gets there.
+MOST_STEPS = 100_000
+
+MATMUL = """
+import sys, time, torch
+dtype, threads, side = getattr(torch, sys.argv[1]), int(sys.argv[2]), 2048
+torch.set_num_threads(threads)
+a, b = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
+best = float("inf")
+until = time.perf_counter() + 4
+while time.perf_counter() < until:
+    started = time.perf_counter()
+    a @ b
+    best = min(best, time.perf_counter() - started)
+print(2 * side**3 / best)
+"""
+
+
+def matmul_flops(dtype: str, threads: int) -> float:
+    """FLOP/s of the fastest of many products of 2048 x 2048 matrices."""
+    name = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    command = [sys.executable, "-c", MATMUL, name, str(threads)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=30.0, help="timed seconds of the peer's first run")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        comparison = Comparison.prepare(options, Path(folder), batches=BATCHES, validation_rows=1)
+        tokens, flops = comparison.tokens_per_step, comparison.config.flops_per_token
+        rates: dict[str, list[float]] = {"peer": [], "ours": []}
+        limits: list[float] = []
+        steps = None
+        for number in range(1, options.rounds + 1):
+            limits.append(matmul_flops(options.dtype, options.threads))
+            print(f"round {number}: limit {limits[-1] / 1e9:6.0f} GFLOP/s", flush=True)
+            for side in ("peer", "ours"):
+                limit = {"seconds": options.seconds} if steps is None else {}
+                result = comparison.train(side, steps or MOST_STEPS, **limit)
+                steps = steps or len(result.seconds)
+                rates[side].append(result.tokens_per_second(tokens))
+                loss = result.losses[-1]
+                print(f"round {number}: {side} {rates[side][-1]:7.0f} tokens/s, loss {loss:.3f}", flush=True)
+    peer, ours = (statistics.median(rates[side]) for side in ("peer", "ours"))
+    limit = statistics.median(limits)
+    print(f"{options.dtype}, {options.threads} threads, {steps} steps of {tokens} tokens, {WARMUP_STEPS} not timed")
+    for name, rate in (("peer", peer), ("ours", ours)):
+        print(f"{name}: median {rate:.0f} tokens/s, {rate * flops / limit:.1%} of {limit / 1e9:.0f} GFLOP/s")
+    print(f"ratio of the medians: {ours / peer:.3f}")
+
+
+if __name__ == "__main__":
+    run_main(main, "bench_train_peer.py")

@@ -1,0 +1,65 @@
+"""Bits per byte against karpathy/nanochat after the same steps, and after the same time.
+
+``python tests/benchmarks/compare_quality_peer.py --peer PATH --data FOLDER --steps 300``, from the project's root. Both
+train on the same rows with the same rates and schedule and are evaluated on the same held-out rows; with
+``--init shared`` both start from the weights that the peer draws, with ``--init own`` each draws its own with the same
+seed. Time counts optimizer steps after the first ones, in which both compile.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from peer import WARMUP_STEPS, Comparison, Result, arguments
+
+from nanochat_core.errors import run_main
+
+
+def elapsed(result: Result) -> list[float]:
+    """Training seconds at each evaluation."""
+    return [sum(result.seconds[WARMUP_STEPS:step]) for step, _ in result.evaluations]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--evaluate-every", type=int, default=50)
+    parser.add_argument("--validation-rows", type=int, default=512)
+    parser.add_argument("--init", choices=("shared", "own"), default="shared")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        comparison = Comparison.prepare(
+            options, Path(folder), batches=options.steps, validation_rows=options.validation_rows
+        )
+        initial = f"{folder}/initial"
+        peer = comparison.train("peer", options.steps, evaluate_every=options.evaluate_every, initial=initial)
+        ours = comparison.train(
+            "ours",
+            options.steps,
+            evaluate_every=options.evaluate_every,
+            initial=initial if options.init == "shared" else None,
+        )
+    peer_seconds, our_seconds = elapsed(peer), elapsed(ours)
+    peer_bpb = [bpb for _, bpb in peer.evaluations]
+    print(f"{options.dtype}, initial weights {options.init}, seed {options.seed}")
+    print("| step | peer bpb | our bpb | difference | peer s | our s | peer bpb at our time |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for (step, theirs), (_, own), their_time, our_time in zip(
+        peer.evaluations, ours.evaluations, peer_seconds, our_seconds, strict=True
+    ):
+        # Before its first evaluation the peer's curve is not known.
+        then = f"{np.interp(our_time, peer_seconds, peer_bpb):.4f}" if our_time >= peer_seconds[0] else "-"
+        print(
+            f"| {step} | {theirs:.4f} | {own:.4f} | {own / theirs - 1:+.2%} | {their_time:.1f} | {our_time:.1f} "
+            f"| {then} |"
+        )
+
+
+if __name__ == "__main__":
+    run_main(main, "compare_quality_peer.py")

@@ -1,0 +1,86 @@
+"""Logits of imported models against karpathy/nanochat's own.
+
+``python tests/benchmarks/compare_upstream.py --peer PATH``, from the project's root. The peer makes a model with random
+weights (output projections and scalars included), saves it and a tokenizer in its own layout, and computes logits in
+fp32; this imports the folder and computes them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from peer import peer_config, run_peer
+
+from jobs.train.import_nanochat import ImportSettings
+from jobs.train.import_nanochat import run as import_nanochat
+from nanochat_core.checkpoint import load_checkpoint
+from nanochat_core.config import ModelConfig
+from nanochat_core.errors import run_main
+from nanochat_core.store import open_store
+
+
+def shape(depth: int, head_dim: int, pattern: str, *, kv: int | None = None, vocab: int = 512) -> ModelConfig:
+    """A context of 512 makes short windows of 128."""
+    return ModelConfig.from_depth(
+        depth, vocab_size=vocab, head_dim=head_dim, context_length=512, n_kv_head=kv, window_pattern=pattern
+    )
+
+
+# Shape, tokens per row.
+CASES = [
+    (shape(4, 64, "SSSL"), 512),
+    (shape(4, 64, "L"), 512),
+    (shape(4, 64, "SSSL"), 333),
+    (shape(4, 64, "L"), 333),
+    (shape(4, 128, "SSSL"), 257),
+    (shape(8, 128, "SL"), 511),
+    (shape(4, 64, "SSSL", kv=2), 301),
+    (shape(4, 64, "SSSL", kv=1), 512),
+    (shape(5, 64, "SSL", vocab=389), 129),
+    (shape(1, 64, "S"), 2),
+]
+
+
+def difference(peer: Path, config: ModelConfig, time: int, folder: Path) -> tuple[float, float, float]:
+    """Largest absolute difference, the same relative to the largest logit, and the logits' standard deviation."""
+    theirs = folder / "theirs"
+    task = {"config": peer_config(config), "time": time, "seed": time, "folder": str(theirs)}
+    run_peer(peer, "logits", task, folder)
+    home = str(folder / "home")
+    ref = import_nanochat(
+        ImportSettings(folder=str(theirs), tokenizer_folder=str(theirs / "tokenizer"), model="theirs", home=home)
+    )
+    saved = np.load(theirs / "logits.npz")
+    model = load_checkpoint(open_store(home), ref).build_model()
+    with torch.inference_mode():
+        ours = model(torch.from_numpy(saved["ids"])).numpy()
+    largest = float(np.abs(ours - saved["logits"]).max())
+    return largest, largest / float(np.abs(saved["logits"]).max()), float(saved["logits"].std())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer", type=Path, required=True, help="checkout of karpathy/nanochat")
+    options = parser.parse_args()
+    print("| depth | heads | kv heads | head_dim | windows | vocabulary | tokens | max abs | max rel | logits' std |")
+    print("| ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    for config, time in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            absolute, relative, std = difference(options.peer, config, time, Path(folder))
+        print(
+            f"| {config.depth} | {config.n_head} | {config.n_kv_head} | {config.head_dim} | {config.window_pattern} "
+            f"| {config.vocab_size} | {time} | {absolute:.1e} | {relative:.1e} | {std:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    run_main(main, "compare_upstream.py")

@@ -1,0 +1,115 @@
+"""Our side of a training comparison: ``jobs.train.trainer`` on batches given as arrays; started by peer.py."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from jobs.train.import_nanochat import convert, model_config, read_upstream
+from jobs.train.loader import Batch
+from jobs.train.schedule import Schedule
+from jobs.train.trainer import RunConfig, Trainer
+from nanochat_core.config import ModelConfig
+from nanochat_core.device import DTYPES, prepare_cpu
+from nanochat_core.model import GPT
+from nanochat_core.optim import MuonAdamW, OptimizerConfig, parameter_groups
+from nanochat_core.store import open_store
+from nanochat_core.tokenizer import Tokenizer
+
+
+class ArrayBatches:
+    """Stands in for the loader: rows of (batches, rows, time + 1), over and over."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self._rows = torch.from_numpy(rows.astype(np.int64))
+
+    def prefetched(self) -> Generator[Batch, None, None]:
+        while True:
+            for rows in self._rows:
+                yield Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), {})
+
+
+def shape(config: dict[str, Any]) -> ModelConfig:
+    """The peer's description of a model in ours."""
+    return ModelConfig(
+        depth=config["n_layer"],
+        dim=config["n_embd"],
+        n_head=config["n_head"],
+        n_kv_head=config["n_kv_head"],
+        head_dim=config["n_embd"] // config["n_head"],
+        context_length=config["sequence_len"],
+        vocab_size=config["vocab_size"],
+        window_pattern=config["window_pattern"],
+    )
+
+
+@torch.inference_mode()
+def bits_per_byte(model: GPT, rows: torch.Tensor, token_bytes: torch.Tensor) -> float:
+    nats, total = 0.0, 0
+    for some in rows.split(32):
+        targets = some[:, 1:].contiguous()
+        lengths = token_bytes[targets]
+        losses = model.loss(some[:, :-1].contiguous(), targets, "none").view_as(targets)
+        nats += float((losses * (lengths > 0)).sum())
+        total += int(lengths.sum())
+    return nats / math.log(2) / total
+
+
+def train(task: dict[str, Any], home: str) -> dict[str, Any]:
+    prepare_cpu(task["threads"])
+    torch.manual_seed(task["seed"])
+    model = GPT(shape(task["config"]), DTYPES[task["dtype"]])
+    model.init_weights()
+    if task["initial"]:
+        source = read_upstream(Path(task["initial"]), 0)
+        model.load_state_dict(convert(source, model_config(source)).state_dict())
+    config = OptimizerConfig(weight_decay=task["weight_decay"])
+    validation = torch.from_numpy(np.load(task["validation"]).astype(np.int64))
+    token_bytes = torch.tensor(task["token_bytes"])
+    batches = np.load(task["batches"])
+    trainer = Trainer(
+        RunConfig(
+            model_name="compared",
+            stage="base",
+            schedule=Schedule(task["steps"], momentum_end=task["momentum_end"]),
+            micro_batch_rows=batches.shape[1],
+            save_every=0,
+            eval_every=task["evaluate_every"],
+            compile=True,
+        ),
+        store=open_store(home),
+        model=model,
+        tokenizer=Tokenizer.load(Path(task["tokenizer"])),
+        optimizer=MuonAdamW(parameter_groups(model, config, batch_lr_scale=task["lr_scale"])),
+        make_loader=lambda _state: ArrayBatches(batches),  # type: ignore[arg-type, return-value]
+        evaluate=lambda: {"val_bpb": bits_per_byte(model, validation, token_bytes)},
+        meta={"settings": {}, "inputs": {}},
+        device=torch.device("cpu"),
+    )
+    trainer.run()
+    history = trainer.state.history
+    return {
+        "seconds": np.diff([0.0, *(point["train_seconds"] for point in history)]).tolist(),
+        "losses": [point["loss"] for point in history],
+        "evaluations": [(point["step"], point["val_bpb"]) for point in history if "val_bpb" in point],
+    }
+
+
+def main() -> None:
+    task = json.loads(Path(sys.argv[1]).read_text())
+    with tempfile.TemporaryDirectory() as home:
+        Path(task["result"]).write_text(json.dumps(train(task, home)))
+
+
+if __name__ == "__main__":
+    main()

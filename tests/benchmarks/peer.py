@@ -1,0 +1,200 @@
+"""What the comparisons with karpathy/nanochat share: starting it, the data of both, and our side of a training run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jobs.train.loader import PackedLoader, TextSource
+from jobs.train.schedule import Schedule
+from jobs.train.shards import read_local_text
+from jobs.train.tokenizer import limited, train_tokenizer
+from nanochat_core.config import ModelConfig
+from nanochat_core.errors import UserError
+from nanochat_core.tokenizer import Tokenizer
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+# Both sides compile in the first steps; they are not timed.
+WARMUP_STEPS = 3
+PEER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+ROWS = 32
+# Enough text for a vocabulary of 4096; more changes nothing in a comparison and takes longer.
+TOKENIZER_CHARACTERS = 10_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Per step: seconds, and loss in nats; and (step, bits per byte) of each evaluation."""
+
+    seconds: list[float]
+    losses: list[float]
+    evaluations: list[tuple[int, float]]
+
+    def tokens_per_second(self, tokens: int) -> float:
+        """Of the steps after the warmup, with ``tokens`` each."""
+        timed = self.seconds[WARMUP_STEPS:]
+        return tokens * len(timed) / sum(timed)
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The flags that all training comparisons have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--peer", type=Path, required=True, help="checkout of karpathy/nanochat")
+    parser.add_argument("--data", type=Path, required=True, help="folder of parquet shards with a text column")
+    parser.add_argument("--dtype", choices=PEER_DTYPES, default="fp32")
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--context-length", type=int, default=256)
+    parser.add_argument(
+        "--window-pattern", default="L", help="L is what the peer advises on CPUs, and its runcpu.sh uses"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--lr-scale", type=float, default=0.8, help="factor on all rates but smear's and backout's")
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, default=42)
+    return parser
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What both sides train on and with; files lie in ``folder``."""
+
+    options: argparse.Namespace
+    folder: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+
+    @classmethod
+    def prepare(cls, options: argparse.Namespace, folder: Path, *, batches: int, validation_rows: int) -> Comparison:
+        """Train the tokenizer and pack the rows once."""
+        training, validation = read_local_text(options.data)
+        tokenizer = train_tokenizer(limited(training, 10_000, TOKENIZER_CHARACTERS), options.vocab_size)
+        config = ModelConfig.from_depth(
+            options.depth,
+            vocab_size=options.vocab_size,
+            head_dim=64,
+            context_length=options.context_length,
+            window_pattern=options.window_pattern,
+        )
+        comparison = cls(options, folder, config, tokenizer)
+        (folder / "tokenizer.json").write_text(tokenizer.to_json())
+        np.save(folder / "batches.npy", comparison._packed(training, batches, ROWS))
+        np.save(folder / "validation.npy", comparison._packed(validation, 1, validation_rows)[0])
+        return comparison
+
+    @property
+    def tokens_per_step(self) -> int:
+        return ROWS * self.config.context_length
+
+    def train(self, side: Literal["peer", "ours"], steps: int, **changes: Any) -> Result:
+        """One run in a process of its own; ``changes`` are fields of the task that differ from the usual."""
+        options, scale = self.options, self.options.lr_scale
+        # Both follow this schedule. It is the one of the peer's base_train for runs of up to 400 steps: there the
+        # momentum's warmup goes on to the end.
+        schedule = Schedule(steps, momentum_end=None if steps <= 400 else 0.90)
+        task = {
+            "config": peer_config(self.config),
+            "batches": str(self.folder / "batches.npy"),
+            "validation": str(self.folder / "validation.npy"),
+            "tokenizer": str(self.folder / "tokenizer.json"),
+            "token_bytes": self.tokenizer.bytes_per_token,
+            "rates": {
+                "unembedding_lr": 0.008 * scale,
+                "embedding_lr": 0.3 * scale,
+                "matrix_lr": 0.02 * scale,
+                "scalar_lr": 0.5 * scale,
+                "weight_decay": options.weight_decay,
+            },
+            "lr_scale": scale,
+            "weight_decay": options.weight_decay,
+            "schedule": {
+                name: [getattr(schedule, name)(step) for step in range(steps)]
+                for name in ("lr", "momentum", "weight_decay")
+            },
+            "momentum_end": schedule.momentum_end,
+            "steps": steps,
+            "seconds": math.inf,
+            "warmup": WARMUP_STEPS,
+            "evaluate_every": 0,
+            "initial": None,
+            "threads": options.threads,
+            "seed": options.seed,
+            "dtype": options.dtype,
+            "result": str(self.folder / "result.json"),
+        } | changes
+        if side == "peer":
+            run_peer(options.peer, "train", task, self.folder, options.dtype)
+        else:
+            _run([str(HERE / "our_process.py"), str(_written(self.folder, "ours", task))], ROOT, {})
+        return Result(**json.loads((self.folder / "result.json").read_bytes()))
+
+    def _packed(self, texts: list[str], batches: int, rows: int) -> np.ndarray:
+        """int32 of shape (batches, rows, context + 1)."""
+        loader = PackedLoader(
+            TextSource(texts, self.tokenizer),  # type: ignore[arg-type]
+            rows=rows,
+            context_length=self.config.context_length,
+            pad_id=self.tokenizer.bos_id,
+        )
+        made = (loader.next_batch() for _ in range(batches))
+        return np.stack(
+            [np.concatenate([b.ids.numpy(), b.targets.numpy()[:, -1:]], axis=1).astype(np.int32) for b in made]
+        )
+
+
+def peer_config(config: ModelConfig) -> dict[str, Any]:
+    """The peer's description of the same model."""
+    return {
+        "sequence_len": config.context_length,
+        "vocab_size": config.vocab_size,
+        "n_layer": config.depth,
+        "n_head": config.n_head,
+        "n_kv_head": config.n_kv_head,
+        "n_embd": config.dim,
+        "window_pattern": config.window_pattern,
+    }
+
+
+def run_peer(peer: Path, name: str, task: dict[str, Any], folder: Path, dtype: str = "fp32") -> None:
+    """Run the task ``name`` of peer_process.py inside the checkout ``peer``.
+
+    Raises:
+        UserError: it failed; its output is in the message.
+    """
+    if not (peer / "nanochat" / "gpt.py").is_file():
+        raise UserError(f"{peer} is no checkout of karpathy/nanochat")
+    environment = {
+        "PYTHONPATH": str(peer.resolve()),
+        "NANOCHAT_BASE_DIR": str(folder),
+        "NANOCHAT_DTYPE": PEER_DTYPES[dtype],
+    }
+    _run([str(HERE / "peer_process.py"), name, str(_written(folder, name, task))], folder, environment)
+
+
+def _written(folder: Path, name: str, task: dict[str, Any]) -> Path:
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(task))
+    return path
+
+
+def _run(arguments: list[str], cwd: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise UserError(f"{Path(arguments[0]).name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
