@@ -1,12 +1,37 @@
-"""Which device and which dtype to compute in."""
+"""Which device and which precision to compute in, and how fast the device is."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from nanochat_core.errors import UserError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# fp8 is for the matrix products of training alone (nanochat_core/fp8.py); everything else is in bf16 then.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+FP8_CAPABILITY = (9, 0)
+# Dense bf16 TFLOP/s with fp32 sums, from NVIDIA's data sheets of each card (half of what they print where that is "with
+# sparsity") and the white papers of Ampere (GA102) and Ada for the GeForce cards. All words must be in the card's name;
+# the first match counts. Cards that are cut down under the same name, laptops' and slices (MIG), are left out.
+PEAK_TFLOPS = (
+    ("B200", 2250.0),
+    ("GH200", 989.4),
+    ("H200 NVL", 835.5),
+    ("H200", 989.4),
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.5),
+    ("H100", 989.4),
+    ("A100", 312.0),
+    ("L40S", 362.05),
+    ("L4", 121.0),
+    ("RTX 4090", 165.2),
+    ("RTX 3090", 71.0),
+)
+CUT_DOWN = {"MIG", "Laptop", "D"}
 
 
 def choose_device(name: str) -> torch.device:
@@ -23,10 +48,78 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bf16 on GPUs that compute in it and fp32 elsewhere: CPUs differ in which of the two is faster."""
+    """The dtype of activations for ``auto`` or a name in :data:`DTYPES`.
+
+    ``auto`` is bf16 on GPUs that compute in it and fp32 elsewhere: CPUs differ in which of the two is faster. With fp16
+    the loss needs a :class:`LossScaler`, with fp8 the model :func:`~nanochat_core.fp8.convert_to_fp8`.
+
+    Raises:
+        UserError: fp16 without a GPU, or fp8 without one that multiplies in it.
+    """
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if name == "fp16" and device.type != "cuda":
+        raise UserError("dtype fp16 needs a GPU; use fp32 or bf16 on a CPU")
+    if name == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY):
+        raise UserError("dtype fp8 needs a GPU of compute capability 9.0 (H100) or later; use bf16 or auto")
     return DTYPES[name]
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s that the device reaches at best; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    words = set(re.split(r"[ -]", torch.cuda.get_device_name(device)))
+    if words & CUT_DOWN:
+        return None
+    return next((1e12 * tflops for card, tflops in PEAK_TFLOPS if set(card.split()) <= words), None)
+
+
+class LossScaler:
+    """Dynamic loss scaling for fp16 (arXiv 1710.03740).
+
+    Gradients smaller than fp16 can hold are lost, so the loss is multiplied before the backward pass and the gradients
+    are divided after it. The factor halves when a gradient overflows, and that step is skipped; it doubles
+    after ``growth_interval`` steps without::
+
+        scaler.scale(loss).backward()
+        if scaler.unscale(parameters):
+            optimizer.step()
+
+    The state follows from the gradients alone, so a resumed run goes on exactly.
+    """
+
+    def __init__(self, scale: float = 2.0**16, growth_interval: int = 2000) -> None:
+        self.factor = scale
+        self.growth_interval = growth_interval
+        self._good_steps = 0
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss to call ``backward`` on."""
+        return loss * self.factor
+
+    def unscale(self, parameters: Iterable[Tensor]) -> bool:
+        """Divide the gradients of one step and set the factor of the next.
+
+        Returns:
+            whether all gradients are finite; otherwise the step must be skipped.
+        """
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        finite = bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+        torch._foreach_mul_(gradients, 1 / self.factor)
+        if not finite:
+            self.factor, self._good_steps = self.factor / 2, 0
+            return False
+        self._good_steps += 1
+        if self._good_steps == self.growth_interval:
+            self.factor, self._good_steps = self.factor * 2, 0
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"factor": self.factor, "good_steps": self._good_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.factor, self._good_steps = state["factor"], state["good_steps"]
 
 
 def prepare_cpu(threads: int) -> None:

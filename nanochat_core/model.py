@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat_core.attention import causal_attention
+from nanochat_core.attention import Attention, sdpa_attention
 from nanochat_core.config import ModelConfig
+from nanochat_core.loss import IGNORE_INDEX as IGNORE_INDEX
+from nanochat_core.loss import softcap, softcapped_cross_entropy
 
 ROTARY_BASE = 100_000.0
 # q and k are scaled by this after their norm: a sharper softmax than unit-norm vectors allow.
 QK_SCALE = 1.2
-LOGIT_SOFTCAP = 15.0
 # How many leading channels the two small gates read.
 SMEAR_CHANNELS = 24
 VALUE_GATE_CHANNELS = 12
 VALUE_GATE_SCALE = 3.0
-IGNORE_INDEX = -1
 
 
 class Attend(Protocol):
@@ -107,7 +107,9 @@ class GPT(nn.Module):
     """The whole network.
 
     Parameters are fp32 except the embedding tables, which are stored in ``compute_dtype``, the dtype of activations
-    and matrix products.
+    and matrix products. With fp16 they are fp32 too: the optimizer's squared gradients are too small for its range.
+    ``attention`` is what whole rows go through; set it to a choice of
+    :func:`~nanochat_core.attention.choose_attention`.
     """
 
     cos: Tensor
@@ -117,11 +119,13 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.attention: Attention = sdpa_attention
         rows = config.padded_vocab_size
-        self.embedding = nn.Embedding(rows, config.dim, dtype=compute_dtype)
+        table_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
+        self.embedding = nn.Embedding(rows, config.dim, dtype=table_dtype)
         self.value_embeddings = nn.ModuleDict(
             {
-                str(layer): nn.Embedding(rows, config.kv_dim, dtype=compute_dtype)
+                str(layer): nn.Embedding(rows, config.kv_dim, dtype=table_dtype)
                 for layer in range(config.depth)
                 if config.has_value_embedding(layer)
             }
@@ -198,9 +202,9 @@ class GPT(nn.Module):
             )
         )
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-        x = rms_norm(self.embedding(ids))
+        x = rms_norm(self.embedding(ids).to(self.compute_dtype))
         # The smear's neighbour is a function of the previous token's id alone, so serving needs no cached state for it.
-        previous = rms_norm(self.embedding(previous_ids.clamp(min=0)))
+        previous = rms_norm(self.embedding(previous_ids.clamp(min=0)).to(self.compute_dtype))
         gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS])) * (previous_ids >= 0).unsqueeze(-1)
         x = x + (self.smear_scale * gate).to(x.dtype) * previous
         x0, middle = x, x
@@ -208,7 +212,7 @@ class GPT(nn.Module):
         value_tables = self.value_tables
         for layer, block in enumerate(self.layers):
             x = residual_scales[layer] * x + skip_scales[layer] * x0
-            value_embedding = value_tables[layer](ids) if layer in value_tables else None
+            value_embedding = value_tables[layer](ids).to(x.dtype) if layer in value_tables else None
             x = block(x, value_embedding, cos, sin, attend)
             if layer == self.config.depth // 2:
                 middle = x
@@ -217,8 +221,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped fp32 logits of shape (..., vocab_size) for hidden states of shape (..., dim)."""
-        raw = self.head(hidden)[..., : self.config.vocab_size].float()
-        return LOGIT_SOFTCAP * torch.tanh(raw / LOGIT_SOFTCAP)
+        return softcap(self.head(hidden)[..., : self.config.vocab_size])
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits of whole rows.
@@ -239,14 +242,14 @@ class GPT(nn.Module):
             targets: (batch, time) next tokens; ``-1`` is not counted.
             reduction: ``mean`` over counted targets, ``sum``, or ``none`` for a flat (batch * time,) tensor.
         """
-        logits = self.forward(ids)
-        return F.cross_entropy(
-            logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=IGNORE_INDEX, reduction=reduction
+        hidden = self._rows(ids).flatten(0, 1)
+        return softcapped_cross_entropy(
+            hidden, self.head.weight, targets.reshape(-1), self.config.vocab_size, reduction
         )
 
     def _rows(self, ids: Tensor) -> Tensor:
         previous = F.pad(ids[:, :-1], (1, 0), value=-1)
-        return self.hidden(ids, previous, None, lambda _layer, q, k, v, window: causal_attention(q, k, v, window))
+        return self.hidden(ids, previous, None, lambda _layer, q, k, v, window: self.attention(q, k, v, window))
 
 
 def rotary_table(length: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 
-from nanochat_core.device import choose_device, choose_dtype
+from nanochat_core.config import ModelConfig
+from nanochat_core.device import LossScaler, choose_device, choose_dtype, peak_flops
 from nanochat_core.errors import UserError
+from nanochat_core.model import GPT
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -42,6 +48,119 @@ def test_auto_is_bf16_on_gpus_that_compute_in_it_only(
 ):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
     assert choose_dtype(name, device) == dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "dtype"),
+    [("fp16", (7, 0), torch.float16), ("fp8", (9, 0), torch.bfloat16), ("fp8", (10, 0), torch.bfloat16)],
+)
+def test_half_precisions_are_for_gpus(
+    name: str, capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_dtype(name, CUDA) == dtype
+    with pytest.raises(UserError, match=f"dtype {name} needs a GPU"):
+        choose_dtype(name, CPU)
+
+
+def test_fp8_needs_a_gpu_that_multiplies_in_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    with pytest.raises(UserError, match=r"capability 9\.0 \(H100\) or later; use bf16"):
+        choose_dtype("fp8", CUDA)
+
+
+@pytest.mark.parametrize(
+    ("card", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA L40", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_peak_flops_are_known_by_the_card_s_name(card: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    assert peak_flops(CUDA) == (None if tflops is None else pytest.approx(tflops * 1e12))
+    assert peak_flops(CPU) is None
+
+
+def parameter_with(*gradient: float) -> torch.nn.Parameter:
+    parameter = torch.nn.Parameter(torch.zeros(len(gradient)))
+    parameter.grad = torch.tensor(gradient)
+    return parameter
+
+
+def test_scaling_a_loss_does_not_change_its_gradient():
+    weight = torch.nn.Parameter(torch.tensor([2.0, 3.0]))
+    scaler = LossScaler(scale=1024)
+    scaler.scale(weight.square().sum()).backward()
+    assert scaler.unscale([weight, torch.nn.Parameter(torch.zeros(3))])
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [4, 6]
+
+
+def test_a_scaled_loss_keeps_gradients_that_fp16_would_lose():
+    weight = torch.nn.Parameter(torch.ones(1))
+    for factor, kept in ((1.0, False), (2.0**16, True)):
+        weight.grad = None
+        scaler = LossScaler(scale=factor)
+        scaler.scale((weight.half() * 1.0).float().sum() * 1e-9).backward()
+        assert scaler.unscale([weight])
+        assert weight.grad is not None
+        assert bool(weight.grad.any()) is kept
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_an_overflow_skips_the_step_and_halves_the_factor(bad: float):
+    scaler = LossScaler(scale=8)
+    assert not scaler.unscale([parameter_with(1.0), parameter_with(1.0, bad)])
+    assert scaler.factor == 4
+
+
+@hypothesis.given(st.lists(st.booleans(), max_size=40), st.integers(1, 5), st.integers(0, 40))
+def test_the_factor_follows_the_gradients_across_a_resume(finite: list[bool], interval: int, resumed_at: int):
+    scaler, expected, good = LossScaler(16, interval), 16.0, 0
+    for step, fine in enumerate(finite):
+        if step == resumed_at:
+            state = scaler.state_dict()
+            scaler = LossScaler(16, interval)
+            scaler.load_state_dict(json.loads(json.dumps(state)))
+        assert scaler.unscale([parameter_with(1.0 if fine else math.inf)]) is fine
+        good = good + 1 if fine else 0
+        expected = expected if fine else expected / 2
+        if good == interval:
+            expected, good = expected * 2, 0
+        assert scaler.factor == expected
+
+
+def test_a_model_trains_in_fp16_with_a_scaled_loss():
+    """On a CPU, where it is slow but computes the same."""
+    losses, gradients = [], []
+    for dtype in (torch.float32, torch.float16):
+        model = GPT(ModelConfig.from_depth(2, vocab_size=70, head_dim=32, context_length=16), dtype)
+        model.init_weights(torch.Generator().manual_seed(0))
+        assert model.embedding.weight.dtype == torch.float32
+        ids = torch.arange(32).view(2, 16)
+        loss, scaler = model.loss(ids, ids + 1), LossScaler()
+        scaler.scale(loss).backward()
+        assert scaler.unscale(model.parameters())
+        losses.append(float(loss.detach()))
+        gradients.append(model.head.weight.grad)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0.02, atol=1e-4)
 
 
 def test_a_prepared_process_has_its_threads_and_flushes_denormals():
