@@ -11,6 +11,7 @@ import pytest
 
 from jobs.eval.chat import ChatEvalSettings
 from jobs.eval.report import ReportSettings
+from jobs.train.dataset import ConvertSettings, DownloadSettings, ListSettings, ValidateSettings
 from jobs.train.pipeline import PipelineSettings
 from jobs.train.pretrain import PretrainSettings
 from jobs.train.sft import SftSettings
@@ -25,6 +26,10 @@ JOBS = {
     "jobs.train.sft": SftSettings,
     "jobs.eval.chat": ChatEvalSettings,
     "jobs.eval.report": ReportSettings,
+    "jobs.train.dataset download": DownloadSettings,
+    "jobs.train.dataset convert": ConvertSettings,
+    "jobs.train.dataset validate": ValidateSettings,
+    "jobs.train.dataset list": ListSettings,
 }
 
 
@@ -54,7 +59,8 @@ def test_make_targets_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_flag_of_a_job_is_listed_with_its_default(job: str) -> None:
-    section = (ROOT / "docs/training.md").read_text().split(f"### `{job}`")[1].split("\n### ")[0]
+    page = "docs/data.md" if job.startswith("jobs.train.dataset") else "docs/training.md"
+    section = (ROOT / page).read_text().split(f"### `{job}`")[1].split("\n### ")[0]
     listed = dict(re.findall(r"^\| `(--[a-z-]+)`[^|]* \| ([^|]+) \|", section, re.MULTILINE))
     fields = dataclasses.fields(JOBS[job])
     assert listed == {"--" + field.name.replace("_", "-"): shown(field.default) for field in fields}
