@@ -143,13 +143,13 @@ class TextDataset:
         Raises:
             UserError: too few shards, or one that is not parquet with a text column, or a download is not finished.
         """
+        keys = shard_keys(store, name)
         manifest = read_manifest(store, name)
         if manifest is not None and not manifest.complete:
             raise UserError(
                 f"data/{name} in {store} is not whole: its download was interrupted after {len(manifest.shards)} "
                 "shards; run the same python -m jobs.train.dataset download again"
             )
-        keys = shard_keys(store, name)
         if len(keys) < 2:
             raise UserError(
                 f"data/{name} in {store} holds {len(keys)} parquet shard(s); at least two are needed, "

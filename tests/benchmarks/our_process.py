@@ -36,7 +36,7 @@ class ArrayBatches:
     def prefetched(self) -> Generator[Batch, None, None]:
         while True:
             for rows in self._rows:
-                yield Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), {})
+                yield Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), {"of": 1, "packers": {}})
 
 
 def shape(config: dict[str, Any]) -> ModelConfig:

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from jobs.train.loader import PackedLoader, TextSource
+from jobs.train.local_text import read_local_text
 from jobs.train.schedule import Schedule
-from jobs.train.shards import read_local_text
 from jobs.train.tokenizer import limited, train_tokenizer
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
@@ -77,7 +77,7 @@ class Comparison:
     @classmethod
     def prepare(cls, options: argparse.Namespace, folder: Path, *, batches: int, validation_rows: int) -> Comparison:
         """Train the tokenizer and pack the rows once."""
-        training, validation = read_local_text(options.data)
+        training, validation = (list(texts) for texts in read_local_text(options.data))
         tokenizer = train_tokenizer(limited(training, 10_000, TOKENIZER_CHARACTERS), options.vocab_size)
         config = ModelConfig.from_depth(
             options.depth,

@@ -141,8 +141,10 @@ def test_other_settings_are_refused_by_name(jobs):
 
 def test_another_text_or_tokenizer_under_the_same_name_is_refused(jobs):
     jobs.run(MODULE, PRETRAIN, steps=3)
-    summary = jobs.home / "data" / NAME / "dataset.json"
-    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"sha256": "0" * 64}))
+    path = jobs.home / "data" / NAME / "dataset.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"]["shard_00000.parquet"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(manifest))
     job = jobs.start(MODULE, PRETRAIN, steps=3)
     assert job.wait() == 2
     assert "step_000003 was trained with other settings (dataset changed)" in job.stderr

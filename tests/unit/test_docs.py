@@ -12,6 +12,7 @@ import pytest
 from jobs.eval.chat import ChatEvalSettings
 from jobs.eval.report import ReportSettings
 from jobs.eval.tokenizer import TokenizerEvalSettings
+from jobs.train.dataset import ConvertSettings, DownloadSettings, ListSettings, ValidateSettings
 from jobs.train.import_nanochat import ImportSettings
 from jobs.train.pipeline import PipelineSettings
 from jobs.train.pretrain import PretrainSettings
@@ -29,6 +30,10 @@ JOBS = {
     "jobs.train.import_nanochat": ImportSettings,
     "jobs.eval.chat": ChatEvalSettings,
     "jobs.eval.report": ReportSettings,
+    "jobs.train.dataset download": DownloadSettings,
+    "jobs.train.dataset convert": ConvertSettings,
+    "jobs.train.dataset validate": ValidateSettings,
+    "jobs.train.dataset list": ListSettings,
 }
 
 
@@ -60,6 +65,9 @@ def test_make_targets_exist(page: Path) -> None:
 def test_every_flag_of_a_job_is_listed_with_its_default(job: str) -> None:
     section = (ROOT / "docs/training.md").read_text().split(f"### `{job}`")[1].split("\n### ")[0]
     listed = dict(re.findall(r"^\| `(--[a-z0-9-]+)`[^|]* \| ([^|]+) \|", section, re.MULTILINE))
+    page = "docs/data.md" if job.startswith("jobs.train.dataset") else "docs/training.md"
+    section = (ROOT / page).read_text().split(f"### `{job}`")[1].split("\n### ")[0]
+    listed = dict(re.findall(r"^\| `(--[a-z-]+)`[^|]* \| ([^|]+) \|", section, re.MULTILINE))
     fields = dataclasses.fields(JOBS[job])
     assert listed == {"--" + field.name.replace("_", "-"): shown(field.default) for field in fields}
 

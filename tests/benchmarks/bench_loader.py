@@ -1,0 +1,68 @@
+"""Tokens per second of the loader on 1, 2, … threads, what its parts take, and what packing wastes.
+
+Run from the project's root: ``python tests/benchmarks/bench_loader.py HOME DATASET TOKENIZER [THREADS]``, where HOME is
+an artifact store. Compare figures of one run only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from jobs.train.loader import PackedLoader, TextSource
+from jobs.train.shards import TextDataset
+from jobs.train.tokenizer import load_tokenizer
+from nanochat_core.store import open_store
+
+SECONDS = 6.0
+# A batch of depth 12 at one of eight ranks, and of a small model on a CPU.
+SHAPES = ((2048, 256, 8), (2048, 256, 1), (256, 32, 1))
+
+
+def rate(work: Callable[[int], int], items: Iterable[int], threads: int) -> float:
+    """Sum of what ``work`` returns per second, with ``threads`` threads."""
+    with ThreadPoolExecutor(threads) as pool:
+        started = time.perf_counter()
+        return sum(pool.map(work, items)) / (time.perf_counter() - started)
+
+
+def main() -> None:
+    home, dataset, name, *more = sys.argv[1:]
+    store = open_store(home)
+    tokenizer = load_tokenizer(store, name)
+    text = TextDataset(store, dataset, "train")
+    source, texts = TextSource(text, tokenizer), list(text)
+    threads = [1 << i for i in range((int(more[0]) if more else 2).bit_length())]
+    print(f"{len(texts):,} documents, {sum(map(len, texts)) / len(texts):,.0f} characters each; vocabulary {name}")
+    for count in threads:
+        encoding = rate(lambda i: len(tokenizer.encode_array(texts[i])), range(len(texts)), count)
+        documents = rate(lambda i: len(source.document(i).ids), range(len(texts)), count)
+        print(f"{count} threads: tokenizer {encoding:12,.0f} tokens/s, with reading {documents:12,.0f} tokens/s")
+    for context, rows, world_size in SHAPES:
+        for count in threads:
+            loader = PackedLoader(
+                source, rows=rows, context_length=context, pad_id=0, world_size=world_size, workers=count
+            )
+            with contextlib.closing(loader.prefetched()) as batches:
+                started = time.perf_counter()
+                next(batches)
+                filled, processor = time.perf_counter(), time.process_time()
+                tokens = 0
+                while time.perf_counter() - filled < SECONDS:
+                    tokens += next(batches).ids.numel()
+                seconds, processor = time.perf_counter() - filled, time.process_time() - processor
+            print(
+                f"{count} threads, context {context}, {rows} rows on {world_size} ranks: {tokens / seconds:11,.0f} "
+                f"tokens/s, {tokens / processor:11,.0f} per second of CPU time; "
+                f"first batch after {filled - started:.2f} s, {loader.stats.cropped_fraction:.1%} cropped"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What packing wastes by the size of its buffer, in the long run: on a dataset, and on lengths as web pages have them.
+
+Run from the project's root: ``python tests/benchmarks/bench_packing.py HOME DATASET TOKENIZER``, where HOME is an
+artifact store. Takes some minutes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from jobs.train.packing import BestFitPacker, Document, PackingStats
+from jobs.train.shards import TextDataset
+from jobs.train.tokenizer import load_tokenizer
+from nanochat_core.store import open_store
+
+BUFFERS = (16, 64, 128, 256, 512, 1000)
+# A buffer takes a while to fill with what does not fit: the first half is not counted.
+TOKENS = 60_000_000
+LONGEST = 100_000
+
+
+def waste(lengths: Sequence[int], row_length: int, buffer: int, when_full: Literal["crop", "pad"]) -> PackingStats:
+    """Of the second half of TOKENS."""
+    ids, counted = np.zeros(LONGEST, np.int32), np.ones(LONGEST, bool)
+    numbered = enumerate(itertools.cycle(lengths))
+
+    def refill() -> Document:
+        number, length = next(numbered)
+        return Document(number, ids[:length], counted[:length])
+
+    packer = BestFitPacker(row_length, buffer, when_full, 0, refill)
+    middle = PackingStats()
+    while (stats := packer.stats).packed + stats.cropped < TOKENS:
+        packer.next_row()
+        if not middle.packed and stats.packed + stats.cropped >= TOKENS // 2:
+            middle = stats
+    return PackingStats(stats.packed - middle.packed, stats.cropped - middle.cropped, stats.padding - middle.padding)
+
+
+def log_normal(median: int, sigma: float) -> list[int]:
+    drawn = np.random.default_rng(0).lognormal(np.log(median), sigma, 100_000)
+    return np.clip(drawn, 20, LONGEST).astype(int).tolist()
+
+
+def main() -> None:
+    home, dataset, name = sys.argv[1:]
+    store = open_store(home)
+    tokenizer = load_tokenizer(store, name)
+    stored = [len(tokenizer.encode(text)) + 1 for text in TextDataset(store, dataset, "train")]
+    web, chats = log_normal(450, 1.0), log_normal(500, 0.8)
+    print("buffer:", *BUFFERS)
+    for shown, lengths, context in ((dataset, stored, 2048), ("web", web, 2048), (dataset, stored, 256)):
+        unavoidable = sum(max(0, length - context - 1) for length in lengths) / sum(lengths)
+        cropped = [waste(lengths, context + 1, buffer, "crop").cropped_fraction for buffer in BUFFERS]
+        print(
+            f"{shown}, context {context}, cropped:", *(f"{share:.1%}" for share in cropped), f"(>= {unavoidable:.1%})"
+        )
+    padding = [waste(chats, 2049, buffer, "pad").padding_fraction for buffer in BUFFERS]
+    print("conversations, context 2048, padding:", *(f"{share:.2%}" for share in padding))
+
+
+if __name__ == "__main__":
+    main()
