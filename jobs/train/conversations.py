@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,11 @@ class FileConversations(Conversations):
 
     @property
     def digest(self) -> str:
-        return files_digest(self._paths)
+        digest = hashlib.sha256(self._messages.__name__.encode())
+        for path in self._paths:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def check(self) -> None:
         for index in range(len(self)):
@@ -158,12 +162,3 @@ def _keys(store: Store, name: str, task: FileTask) -> list[str]:
         origin = origin.replace("FOLDER", str(store.root / "data" / name))
     known = f"; {name!r} is none of {', '.join((*FILE_TASKS, *GENERATED_TASKS))}" if task is CONVERSATIONS else ""
     raise UserError(f"there are no conversations {folder}{task.expected} in {store}: {origin}{known}")
-
-
-def files_digest(paths: Sequence[Path]) -> str:
-    """sha256 over the contents of files, in their order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
