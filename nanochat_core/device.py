@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +16,8 @@ from nanochat_core.errors import UserError
 # fp8 is for the matrix products of training alone (nanochat_core/fp8.py); everything else is in bf16 then.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 FP8_CAPABILITY = (9, 0)
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 # Dense bf16 TFLOP/s with fp32 sums, from NVIDIA's data sheets of each card (half of what they print where that is "with
 # sparsity") and the white papers of Ampere (GA102) and Ada for the GeForce cards. All words must be in the card's name;
 # the first match counts. Cards that are cut down under the same name, laptops' and slices (MIG), are left out.
@@ -63,6 +67,30 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY):
         raise UserError("dtype fp8 needs a GPU of compute capability 9.0 (H100) or later; use bf16 or auto")
     return DTYPES[name]
+
+
+def muon_dtype(device: torch.device) -> torch.dtype:
+    """What Muon orthogonalizes in: bf16 where the hardware multiplies it faster than fp32."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 does not tell
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees instead of giving it back to the system.
+
+    Every step of training allocates the same tensors anew. On a CPU, glibc would map each of the large ones from the
+    system and unmap it afterwards, so that each first touch of a page were a fault: 5 to 10 % of a step. Does nothing
+    where the C library is another one.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TOP_PAD, 2**26)
 
 
 def peak_flops(device: torch.device) -> float | None:

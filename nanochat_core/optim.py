@@ -57,11 +57,14 @@ class MuonAdamW:
     ones are computed. One rank goes the same way without the communication.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], ranks: Ranks = ALONE, muon_dtype: torch.dtype = torch.float32
+    ) -> None:
         """
         Args:
             groups: of :func:`parameter_groups`. ``names`` in a group, parallel to its ``params``, name the
                 state in checkpoints.
+            muon_dtype: of the matrix products in Muon's orthogonalization.
         """
         self.param_groups = groups
         self._ranks = ranks
@@ -71,7 +74,7 @@ class MuonAdamW:
             group.setdefault("initial_weight_decay", group["weight_decay"])
             names = group.setdefault("names", [f"{number}.{i}" for i in range(len(group["params"]))])
             if group["kind"] == "muon":
-                self._shares.append((group, _Stack(names, group["params"], ranks)))
+                self._shares.append((group, _Stack(names, group["params"], ranks, muon_dtype)))
             else:
                 self._shares += [(group, _Rows(n, p, ranks)) for n, p in zip(names, group["params"], strict=True)]
         self._reduced = False
@@ -290,9 +293,9 @@ class _Stack(_Share):
     views; ``count`` is rounded up to a multiple of the ranks. Matrices are summed in runs of one for each rank.
     """
 
-    def __init__(self, names: Sequence[str], parameters: Sequence[Tensor], ranks: Ranks) -> None:
+    def __init__(self, names: Sequence[str], parameters: Sequence[Tensor], ranks: Ranks, dtype: torch.dtype) -> None:
         super().__init__(parameters, ranks)
-        self._names = names
+        self._names, self._dtype = names, dtype
         first, size = parameters[0], ranks.size
         count = -(-len(parameters) // size) * size
         self._weights = torch.zeros((count, *first.shape), dtype=first.dtype, device=first.device)
@@ -359,6 +362,7 @@ class _Stack(_Share):
             lr=group["lr"],
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
+            dtype=self._dtype,
         )
         self.gradient = None
         if self._ranks.group is not None:
@@ -439,6 +443,7 @@ def muon_update(
     lr: float,
     momentum: float,
     weight_decay: float,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Muon in place on a stack of matrices.
 
@@ -450,18 +455,19 @@ def muon_update(
         weights, gradients, momentum_buffer: (n, rows, columns).
         second_moment: (n, rows, 1) or (n, 1, columns), whichever side is longer.
         lr: already multiplied by the shape's factor.
+        dtype: of the orthogonalization's matrix products.
     """
     momentum_buffer.lerp_(gradients, 1 - momentum)
     update = gradients.lerp(momentum_buffer, momentum)
     row_norms = update.norm(dim=-1, keepdim=True)
     update = update * (row_norms.mean(dim=-2, keepdim=True) / row_norms.clamp(min=1e-10))
-    update = orthogonalize(update)
+    update = orthogonalize(update, dtype)
     update = reduce_variance(update, second_moment)
     agree = (update * weights) >= 0
     weights.sub_(lr * update + lr * weight_decay * weights * agree)
 
 
-def orthogonalize(x: Tensor) -> Tensor:
+def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Approximately the nearest (semi-)orthogonal matrices, by five Polar Express steps (arXiv 2505.16932).
 
     The result is rescaled to Frobenius norm ``sqrt(min(rows, columns))``, which exact orthogonality would give
@@ -469,15 +475,14 @@ def orthogonalize(x: Tensor) -> Tensor:
 
     Args:
         x: (n, rows, columns).
+        dtype: of the matrix products; bf16 is exact enough, and what the steps' coefficients were made for.
 
     Returns:
         fp32 of the same shape.
     """
     rows, columns = x.shape[-2:]
     tall = rows > columns
-    # bf16 buys speed on GPUs alone: CPUs multiply these small stacks faster in fp32.
-    y = x.bfloat16() if x.is_cuda else x.float()
-    y = y / (y.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
+    y = (x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)).to(dtype)
     if tall:
         y = y.mT
     for a, b, c in POLAR_EXPRESS:

@@ -15,9 +15,10 @@ from jobs.train.schedule import DEFAULT_RATIO, Schedule, TrainingPlan, plan_trai
 from jobs.train.shards import TextDataset, dataset_digest
 from jobs.train.tokenizer import load_tokenizer
 from jobs.train.trainer import Trainer
+from nanochat_core.attention import choose_attention
 from nanochat_core.checkpoint import CheckpointRef
 from nanochat_core.config import ModelConfig
-from nanochat_core.device import choose_dtype
+from nanochat_core.device import choose_dtype, muon_dtype
 from nanochat_core.errors import run_main
 from nanochat_core.model import GPT
 from nanochat_core.optim import MuonAdamW, OptimizerConfig, parameter_groups
@@ -95,9 +96,11 @@ def run(settings: PretrainSettings, place: Place) -> CheckpointRef:
     model = GPT(config, dtype)
     model.init_weights()
     model.to(device)
+    model.attention = choose_attention(settings.attention, device, dtype)
     optimizer = MuonAdamW(
         parameter_groups(model, OptimizerConfig(weight_decay=planned.weight_decay), batch_lr_scale=planned.lr_scale),
         ranks,
+        muon_dtype(device),
     )
     rows = rows_per_batch(planned.batch_tokens, config.context_length)
 

@@ -14,7 +14,7 @@ from jobs.train.schedule import Schedule
 from jobs.train.trainer import RunConfig
 from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
-from nanochat_core.device import choose_device, prepare_cpu
+from nanochat_core.device import choose_device, keep_freed_memory, prepare_cpu
 from nanochat_core.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, local_rank
 from nanochat_core.errors import UserError
 from nanochat_core.settings import setting
@@ -31,6 +31,9 @@ class RunSettings:
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     device_batch_rows: int = setting(32, "rows per forward pass on one device", minimum=1)
+    attention: Literal["auto", "sdpa", "flex", "flash"] = setting(
+        "auto", "kernels of attention; auto takes the fastest"
+    )
     compile: bool = setting(True, "compile the model with torch.compile")
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
     eval_every: int = setting(250, "steps between evaluations; 0 only at the end", minimum=0)
@@ -63,6 +66,7 @@ def started(settings: RunSettings, model: str) -> Iterator[Place]:
     """
     check_model_name(model)
     prepare_cpu(settings.threads)
+    keep_freed_memory()
     store = open_store(settings.home)
     device = choose_device(settings.device)
     if device.type == "cuda":

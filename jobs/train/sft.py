@@ -14,8 +14,9 @@ from jobs.train.mixtures import LengthSource, Mixture
 from jobs.train.run import Place, RunSettings, comparable, rows_per_batch, run_config, start_reporting, started
 from jobs.train.schedule import Schedule
 from jobs.train.trainer import Trainer
+from nanochat_core.attention import choose_attention
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_trainer_state, newest_checkpoint
-from nanochat_core.device import DTYPES, choose_dtype
+from nanochat_core.device import DTYPES, choose_dtype, muon_dtype
 from nanochat_core.distributed import ALONE, Ranks
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.model import IGNORE_INDEX
@@ -61,6 +62,7 @@ def run(settings: SftSettings, place: Place) -> CheckpointRef:
     torch.manual_seed(settings.seed)
     config, tokenizer = base.config, base.tokenizer
     model = base.build_model(device, dtype).train()
+    model.attention = choose_attention(settings.attention, device, dtype)
     batch_tokens = settings.batch_tokens or base.meta["plan"]["batch_tokens"]
     context_length = settings.context_length or config.context_length
     if context_length > config.context_length:
@@ -69,7 +71,9 @@ def run(settings: SftSettings, place: Place) -> CheckpointRef:
         )
     rows = rows_per_batch(batch_tokens, context_length)
     optimizer = MuonAdamW(
-        parameter_groups(model, OptimizerConfig(weight_decay=0.0), batch_lr_scale=settings.lr_scale), ranks
+        parameter_groups(model, OptimizerConfig(weight_decay=0.0), batch_lr_scale=settings.lr_scale),
+        ranks,
+        muon_dtype(device),
     )
 
     def packed(source: Source, rows: int, ranks: Ranks = ALONE, state: dict[str, Any] | None = None) -> PackedLoader:

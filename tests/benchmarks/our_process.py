@@ -19,8 +19,9 @@ from jobs.train.import_nanochat import convert, model_config, read_upstream
 from jobs.train.loader import Batch
 from jobs.train.schedule import Schedule
 from jobs.train.trainer import RunConfig, Trainer
+from nanochat_core.attention import choose_attention
 from nanochat_core.config import ModelConfig
-from nanochat_core.device import DTYPES, prepare_cpu
+from nanochat_core.device import DTYPES, keep_freed_memory, muon_dtype, prepare_cpu
 from nanochat_core.model import GPT
 from nanochat_core.optim import MuonAdamW, OptimizerConfig, parameter_groups
 from nanochat_core.store import open_store
@@ -67,9 +68,12 @@ def bits_per_byte(model: GPT, rows: torch.Tensor, token_bytes: torch.Tensor) -> 
 
 def train(task: dict[str, Any], home: str) -> dict[str, Any]:
     prepare_cpu(task["threads"])
+    keep_freed_memory()
+    device = torch.device("cpu")
     torch.manual_seed(task["seed"])
     model = GPT(shape(task["config"]), DTYPES[task["dtype"]])
     model.init_weights()
+    model.attention = choose_attention("auto", device, model.compute_dtype)
     if task["initial"]:
         source = read_upstream(Path(task["initial"]), 0)
         model.load_state_dict(convert(source, model_config(source)).state_dict())
@@ -90,11 +94,13 @@ def train(task: dict[str, Any], home: str) -> dict[str, Any]:
         store=open_store(home),
         model=model,
         tokenizer=Tokenizer.load(Path(task["tokenizer"])),
-        optimizer=MuonAdamW(parameter_groups(model, config, batch_lr_scale=task["lr_scale"])),
+        optimizer=MuonAdamW(
+            parameter_groups(model, config, batch_lr_scale=task["lr_scale"]), muon_dtype=muon_dtype(device)
+        ),
         make_loader=lambda _state: ArrayBatches(batches),  # type: ignore[arg-type, return-value]
         evaluate=lambda: {"val_bpb": bits_per_byte(model, validation, token_bytes)},
         meta={"settings": {}, "inputs": {}},
-        device=torch.device("cpu"),
+        device=device,
     )
     trainer.run()
     history = trainer.state.history

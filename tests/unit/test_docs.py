@@ -63,11 +63,9 @@ def test_make_targets_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_flag_of_a_job_is_listed_with_its_default(job: str) -> None:
-    section = (ROOT / "docs/training.md").read_text().split(f"### `{job}`")[1].split("\n### ")[0]
-    listed = dict(re.findall(r"^\| `(--[a-z0-9-]+)`[^|]* \| ([^|]+) \|", section, re.MULTILINE))
     page = "docs/data.md" if job.startswith("jobs.train.dataset") else "docs/training.md"
     section = (ROOT / page).read_text().split(f"### `{job}`")[1].split("\n### ")[0]
-    listed = dict(re.findall(r"^\| `(--[a-z-]+)`[^|]* \| ([^|]+) \|", section, re.MULTILINE))
+    listed = dict(re.findall(r"^\| `(--[a-z0-9-]+)`[^|]* \| ([^|]+) \|", section, re.MULTILINE))
     fields = dataclasses.fields(JOBS[job])
     assert listed == {"--" + field.name.replace("_", "-"): shown(field.default) for field in fields}
 
