@@ -64,8 +64,7 @@ def main() -> None:
                 result = comparison.train(side, steps or MOST_STEPS, **limit)
                 steps = steps or len(result.seconds)
                 rates[side].append(result.tokens_per_second(tokens))
-                loss = result.losses[-1]
-                print(f"round {number}: {side} {rates[side][-1]:7.0f} tokens/s, loss {loss:.3f}", flush=True)
+                print(f"round {number}: {side} {rates[side][-1]:7.0f} tokens/s", flush=True)
     peer, ours = (statistics.median(rates[side]) for side in ("peer", "ours"))
     limit = statistics.median(limits)
     print(f"{options.dtype}, {options.threads} threads, {steps} steps of {tokens} tokens, {WARMUP_STEPS} not timed")
