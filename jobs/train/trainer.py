@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from jobs.train.loader import Batch, PackedLoader, merge_states
-from jobs.train.progress import CHECKPOINT_FAILURES, Progress, TrainMetrics
+from jobs.train.progress import CHECKPOINT_FAILURES, Progress, StepReport
 from jobs.train.schedule import Schedule
 from nanochat_core.checkpoint import (
     Checkpoint,
@@ -187,11 +187,10 @@ class Trainer:
         # What lies ahead is damaged or of a run that is started over; it goes when there is something to replace it.
         self._replaced = {ref for ref in self._stored() if ref.step >= first_step}
         loader = self._make_loader(self.state.loader)
-        metrics = TrainMetrics(self.config.stage)
         with (
             CheckpointWriter(self.store, self.ranks) as writer,
             self._signals(),
-            Progress(self.config.stage, schedule.steps, self.state.step, shown=self.ranks.leads) as progress,
+            self._progress() as progress,
             contextlib.closing(loader.prefetched()) as batches,
         ):
             self._compile_before_meeting()
@@ -202,13 +201,12 @@ class Trainer:
                 report = self._step(batch)
                 seconds = time.perf_counter() - started
                 self.state.train_seconds += seconds
-                self._record(batch, report, seconds, waited, progress, metrics)
+                self._record(batch, report, seconds, waited, progress)
                 done = self.state.step == schedule.steps
                 if done or (self.config.eval_every and self.state.step % self.config.eval_every == 0):
                     held_out = self._evaluate()
                     self._point().update(held_out)
-                    metrics.held_out(held_out)
-                    progress.note(held_out)
+                    progress.held_out(held_out)
                 if report.stop and not done:
                     self._save(writer)
                     writer.wait()
@@ -306,25 +304,36 @@ class Trainer:
             ids, targets = batch.ids[start : start + rows], batch.targets[start : start + rows]
             yield ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
-    def _record(
-        self,
-        batch: Batch,
-        result: _StepResult,
-        seconds: float,
-        waited: float,
-        progress: Progress,
-        metrics: TrainMetrics,
-    ) -> None:
-        tokens_per_second = batch.ids.numel() * self.ranks.size / seconds
-        if not result.skipped:
+    def _progress(self) -> Progress:
+        return Progress(
+            self.config.stage,
+            self.config.schedule.steps,
+            self.state.step,
+            device=self.device,
+            flops_per_token=self.model.config.flops_per_token,
+            shown=self.ranks.leads,
+        )
+
+    def _record(self, batch: Batch, result: _StepResult, seconds: float, waited: float, progress: Progress) -> None:
+        report = StepReport(
+            step=self.state.step,
+            loss=result.loss,
+            seconds=seconds,
+            data_wait_seconds=waited,
+            tokens=batch.ids.numel() * self.ranks.size,
+            gradient_norm=result.gradient_norm,
+            lr_factor=self.config.schedule.lr(self.state.step - 1),
+            skipped=result.skipped,
+            spike=result.spike,
+        )
+        if not report.skipped:
             self._point().update(
-                loss=result.loss,
-                gradient_norm=result.gradient_norm,
-                tokens_per_second=tokens_per_second,
+                loss=report.loss,
+                gradient_norm=report.gradient_norm,
+                tokens_per_second=report.tokens_per_second,
                 train_seconds=self.state.train_seconds,
             )
-        metrics.step(result.loss, seconds, waited, tokens_per_second)
-        progress.update(self.state.step, result.loss, tokens_per_second)
+        progress.report(report)
 
     def _point(self) -> dict[str, float]:
         """The history's entry for this step."""

@@ -2,23 +2,82 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
+import dataclasses
+import fcntl
 import logging
+import math
+import os
+import re
 import socket
+import struct
 import sys
+import termios
 import urllib.request
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from jobs.train import progress
-from jobs.train.progress import Progress, TrainMetrics, serve_metrics
+from jobs.train.progress import Progress, StepReport, peak_memory_bytes, serve_metrics
+from nanochat_core import logs
 from nanochat_core.errors import UserError
 
+STEP = StepReport(step=1, loss=2.0, seconds=0.5, data_wait_seconds=0.1, tokens=500, gradient_norm=0.75, lr_factor=0.5)
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+
+def at(step: int, **changes: Any) -> StepReport:
+    return dataclasses.replace(STEP, step=step, **changes)
+
+
+class Terminal:
+    """A real terminal of a given width, in place of stderr."""
+
+    def __init__(self, columns: int) -> None:
+        self._screen, keyboard = os.openpty()
+        fcntl.ioctl(keyboard, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        os.set_blocking(self._screen, False)
+        self.stream = open(keyboard, "w", encoding="utf-8")  # noqa: SIM115
+        self._shown = b""
+
+    def close(self) -> None:
+        self.stream.flush()
+        with contextlib.suppress(OSError):  # there is nothing more
+            while chunk := os.read(self._screen, 65536):
+                self._shown += chunk
+        self.stream.close()
+        os.close(self._screen)
+
+    @property
+    def lines(self) -> list[str]:
+        """Everything that was drawn until it was closed, in order."""
+        return [line.rstrip() for line in re.split(r"[\r\n]", self._shown.decode()) if line.strip()]
+
+
+@contextlib.contextmanager
+def terminal(columns: int = 80) -> Iterator[Terminal]:
+    with contextlib.closing(Terminal(columns)) as screen, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", screen.stream)
+        yield screen
+
+
+class Recorder:
+    """A tracker that remembers."""
+
+    def __init__(self) -> None:
+        self.noted: list[tuple[int, dict[str, float]]] = []
+        self.closed = False
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.noted.append((step, dict(metrics)))
+
+    def close(self) -> None:
+        self.closed = True
 
 
 @pytest.fixture
@@ -28,63 +87,187 @@ def clock(monkeypatch) -> list[float]:
     return now
 
 
-def test_a_terminal_shows_a_bar_with_loss_throughput_and_held_out_metrics(monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with Progress("base", total=10, initial=4) as shown:
-        shown.update(5, 2.0, 1234.0)
-        shown.note({"val_bpb": 1.5})
+def events(caplog, name: str = "training") -> list[Any]:
+    return [record for record in caplog.records if record.message == name]
+
+
+def test_a_terminal_shows_a_bar_with_what_matters_most_in_80_columns(clock):
+    with terminal() as screen, Progress("base", total=10, initial=4) as shown:
+        shown.report(at(5))
+        shown.held_out({"val_bpb": 1.5})
         for step in range(6, 11):
-            shown.update(step, 2.0, 1234.0)
-    last = terminal.getvalue().split("\r")[-1]
-    assert "10/10" in last
-    for part in ("base", "loss=2.000", "tok/s=1,234", "val_bpb=1.500"):
+            clock[0] += 1.0
+            shown.report(at(step))
+    assert screen.lines[0].startswith("base  40% ")
+    last = screen.lines[-1]
+    for part in ("base 100%", "10/10", "loss 2.000", "1.00k tok/s", "00:00 left", "val_bpb 1.500"):
         assert part in last
+    assert max(map(len, screen.lines)) <= 80
+
+
+@given(columns=st.integers(20, 200), loss=st.floats(1e-3, 1e3), total=st.integers(2, 10**7))
+def test_a_bar_is_never_longer_than_its_terminal_and_drops_the_least_wanted_first(columns, loss, total):
+    with terminal(columns) as screen, Progress("base", total=total, initial=0) as shown:
+        shown.held_out({"val_bpb": 1.5})
+        shown.report(at(1, loss=loss, skipped=True))
+    # The stage, the share and the count are always there.
+    assert max(map(len, screen.lines)) <= max(columns, len(f"base 100% # {total:,}/{total:,}"))
+    facts = ("loss", "tok/s", "left", "val_bpb", "skipped", "wait", "GiB", "grad", "lr")
+    present = [fact in screen.lines[-1] for fact in facts]
+    assert present == sorted(present, reverse=True)
+    assert all(present) or columns < 130
+
+
+def test_a_warning_stands_above_the_bar_on_a_line_of_its_own():
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    try:
+        with terminal() as screen:
+            logs.configure("test")
+            with Progress("base", total=10, initial=0) as shown:
+                shown.report(at(1))
+                logging.getLogger("jobs.train").warning("step skipped", extra={"step": 1})
+                shown.report(at(2))
+    finally:
+        root.handlers[:], level = before
+        root.setLevel(level)
+    (line,) = [line for line in screen.lines if "step skipped" in line]
+    assert line.startswith("{")
+    assert line.endswith("}")
 
 
 def test_elsewhere_there_is_a_log_event_every_few_seconds_and_at_the_end(caplog, clock):
     caplog.set_level(logging.INFO)
-    with Progress("base", total=100, initial=50) as shown:
+    with Progress("base", total=100, initial=50, flops_per_token=1e3, peak_flops=4e6) as shown:
         for step in range(51, 101):
             clock[0] += 1.0
-            shown.update(step, 1.0, 500.4)
-    events = [record for record in caplog.records if record.message == "training"]
-    assert [event.step for event in events] == [51, *range(56, 100, 5), 100]
-    first = events[0]
-    assert (first.stage, first.steps, first.loss, first.tokens_per_second) == ("base", 100, 1.0, 500)
-    # Only the steps of this process say how fast it is.
-    assert (first.eta_seconds, events[1].eta_seconds, events[-1].eta_seconds) == (49, 44, 0)
+            shown.report(at(step))
+    assert [event.step for event in events(caplog)] == [51, *range(56, 100, 5), 100]
+    first = events(caplog)[0]
+    assert (first.stage, first.steps, first.loss, first.tokens_per_second) == ("base", 100, 2.0, 1000)
+    assert (first.mfu, first.data_wait_share, first.gradient_norm, first.lr_factor) == (0.25, 0.2, 0.75, 0.5)
+    assert (first.skipped_steps, first.loss_spikes) == (0, 0)
+    assert 0.01 < first.memory_gib < 1000
 
 
-def test_the_loss_that_is_shown_is_smoothed(caplog, clock):
+def test_the_time_left_is_told_by_the_steps_of_this_process_without_its_first(caplog, clock):
+    caplog.set_level(logging.INFO)
+    shown = Progress("base", total=100, initial=50)
+    clock[0] += 30.0  # the first step compiles
+    shown.report(at(51))
+    for step in (52, 53):
+        clock[0] += 6.0
+        shown.report(at(step))
+    assert [event.eta_seconds for event in events(caplog)] == [49 * 30, 48 * 6, 47 * 6]
+
+
+def test_losses_and_throughput_that_are_shown_are_moving_means(caplog, clock):
     caplog.set_level(logging.INFO)
     shown = Progress("base", total=2, initial=0)
-    shown.update(1, 10.0, 1.0)
-    shown.update(2, 0.0, 1.0)
-    assert [record.loss for record in caplog.records] == [10.0, 9.0]
+    shown.report(at(1, loss=10.0, seconds=1.0, data_wait_seconds=0.0))
+    shown.report(at(2, loss=0.0, seconds=3.0, data_wait_seconds=3.0))
+    first, second = events(caplog)
+    assert (first.loss, first.tokens_per_second, first.data_wait_share) == (10.0, 500, 0.0)
+    # The newest step weighs 1, the one before it 0.9; throughput is tokens over seconds, not a mean of quotients.
+    assert second.loss == pytest.approx(9.0 / 1.9, abs=1e-4)
+    assert second.tokens_per_second == round(950 / 3.9)
+    assert second.data_wait_share == pytest.approx(3.0 / 3.9, abs=1e-4)
+
+
+def test_skipped_steps_and_spikes_are_counted_and_a_loss_that_is_no_number_spoils_nothing(caplog, clock):
+    caplog.set_level(logging.INFO)
+    shown = Progress("skips", total=4, initial=0)
+    shown.report(at(1))
+    shown.report(at(2, loss=math.nan, gradient_norm=math.inf, skipped=True))
+    shown.report(at(3, loss=9.0, spike=True))
+    shown.report(at(4, loss=math.inf, skipped=True))
+    last = events(caplog)[-1]
+    assert (last.skipped_steps, last.loss_spikes) == (2, 1)
+    assert 2.0 < last.loss < 9.0
+    assert metric("loss", "skips") == 9.0
+    assert metric("gradient_norm", "skips") == 0.75
+    assert (metric("skipped_steps_total", "skips"), metric("loss_spikes_total", "skips")) == (2, 1)
+
+
+def test_the_mfu_is_shown_only_where_it_is_known(caplog, clock):
+    caplog.set_level(logging.INFO)
+    Progress("no_peak", total=1, initial=0, flops_per_token=1e3).report(at(1))
+    assert not hasattr(events(caplog)[0], "mfu")
+    assert metric("mfu", "no_peak") is None
 
 
 def test_held_out_metrics_are_an_event_of_their_own(caplog):
     caplog.set_level(logging.INFO)
-    Progress("sft", total=2, initial=0).note({"val_loss": 0.123456})
-    assert (caplog.records[0].message, caplog.records[0].val_loss) == ("held out", 0.1235)
+    shown = Progress("sft", total=2, initial=0)
+    shown.report(at(1))
+    shown.held_out({"val_loss": 0.123456})
+    (event,) = events(caplog, "held out")
+    assert (event.step, event.val_loss) == (1, 0.1235)
 
 
-def metric(name: str, **labels: str) -> float | None:
-    return REGISTRY.get_sample_value(f"nanochat_train_{name}", {"stage": "test", **labels})
+def metric(name: str, stage: str, **labels: str) -> float | None:
+    return REGISTRY.get_sample_value(f"nanochat_train_{name}", {"stage": stage, **labels})
 
 
-def test_metrics_count_tokens_seconds_and_waiting():
-    metrics = TrainMetrics("test")
-    metrics.step(loss=3.0, seconds=0.5, waited=0.1, tokens_per_second=200.0)
-    metrics.step(loss=2.0, seconds=0.5, waited=0.1, tokens_per_second=100.0)
-    metrics.held_out({"val_bpb": 1.25})
-    assert metric("loss") == 2.0
-    assert metric("tokens_total") == pytest.approx(150)
-    assert metric("tokens_per_second") == 100.0
-    assert (metric("step_seconds_count"), metric("step_seconds_sum")) == (2, 1.0)
-    assert metric("data_wait_seconds_total") == pytest.approx(0.2)
-    assert metric("held_out", metric="val_bpb") == 1.25
+def test_metrics_count_steps_tokens_seconds_and_waiting(clock):
+    shown = Progress("counts", total=10, initial=0, flops_per_token=1e3, peak_flops=4e6)
+    shown.report(at(1))
+    clock[0] += 2.0
+    shown.report(at(2, loss=3.0, tokens=100))
+    shown.held_out({"val_bpb": 1.25})
+    assert metric("loss", "counts") == 3.0
+    assert metric("tokens_total", "counts") == 600
+    assert metric("tokens_per_second", "counts") == 200.0
+    assert metric("mfu", "counts") == pytest.approx(0.05)
+    assert (metric("step_seconds_count", "counts"), metric("step_seconds_sum", "counts")) == (2, 1.0)
+    assert metric("data_wait_seconds_total", "counts") == pytest.approx(0.2)
+    assert (metric("step", "counts"), metric("steps", "counts"), metric("eta_seconds", "counts")) == (2, 10, 16)
+    assert (metric("gradient_norm", "counts"), metric("lr_factor", "counts")) == (0.75, 0.5)
+    assert metric("memory_bytes", "counts") > 2**20
+    assert metric("held_out", "counts", metric="val_bpb") == 1.25
+
+
+def test_trackers_are_told_every_step_as_it_was_and_closed_at_the_end():
+    tracker = Recorder()
+    with Progress("base", total=2, initial=0, trackers=[tracker]) as shown:
+        shown.report(at(1))
+        shown.report(at(2, loss=3.0, spike=True))
+        shown.held_out({"val_bpb": 1.25})
+        assert not tracker.closed
+    assert tracker.closed
+    (_, first), (_, second), held_out = tracker.noted
+    assert (first["train/loss"], second["train/loss"]) == (2.0, 3.0)
+    assert (first["train/tokens_per_second"], first["train/data_wait_share"]) == (1000.0, 0.2)
+    assert (first["train/loss_spikes"], second["train/loss_spikes"]) == (0.0, 1.0)
+    assert held_out == (2, {"held_out/val_bpb": 1.25})
+
+
+def test_trackers_are_closed_when_the_run_fails():
+    tracker = Recorder()
+    with pytest.raises(RuntimeError), Progress("base", total=2, initial=0, trackers=[tracker]):
+        raise RuntimeError("the run")
+    assert tracker.closed
+
+
+def test_only_the_rank_that_leads_says_anything(caplog):
+    caplog.set_level(logging.INFO)
+    tracker = Recorder()
+    with terminal() as screen, Progress("follower", total=1, initial=0, trackers=[tracker], shown=False) as shown:
+        shown.report(at(1))
+        shown.held_out({"val_bpb": 1.0})
+    assert (caplog.records, screen.lines, tracker.noted) == ([], [], [])
+    assert metric("loss", "follower") is None
+    assert not tracker.closed
+
+
+def test_peak_memory_grows_with_what_is_held_and_never_shrinks():
+    before = peak_memory_bytes(torch.device("cpu"))
+    held = bytearray(before)
+    held[::4096] = b"x" * len(held[::4096])
+    grown = peak_memory_bytes(torch.device("cpu"))
+    assert grown > 1.3 * before
+    del held
+    assert peak_memory_bytes(torch.device("cpu")) >= grown
 
 
 def test_metrics_are_served_and_a_taken_port_is_an_error():
