@@ -1,4 +1,4 @@
-"""Causal attention over whole rows with a sliding window: one interface, several kernels behind it."""
+"""Causal attention over whole rows with a sliding window: one interface and several kernels behind it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention import flex_attention as flex
 
 from nanochat_core.errors import UserError
 
@@ -55,11 +55,11 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Att
     if name == "auto":
         if device.type != "cuda":
             return cpu_attention
-        return _flash_attention(device, dtype) or FlexAttention()
+        return _flash_attention(device, dtype) or flex_attention
     if device.type != "cuda":
         raise UserError(f"attention {name} needs a GPU; use auto or sdpa on a CPU")
     if name == "flex":
-        return FlexAttention()
+        return flex_attention
     flash = _flash_attention(device, dtype)
     if flash is None:
         raise UserError(
@@ -113,49 +113,32 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return torch.cat(mixed, dim=2).transpose(1, 2)
 
 
-class FlexAttention:
-    """:class:`Attention` by FlexAttention (arXiv 2412.05496), which skips the blocks that a window hides.
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """:class:`Attention` by FlexAttention (arXiv 2412.05496), which skips the blocks of keys that a window hides.
 
-    Full windows go to torch's causal kernel, which needs no mask. Meant to be called inside ``torch.compile``: without
-    it FlexAttention computes the whole matrix of scores. On a CPU there is no backward pass.
+    Full windows go to torch's causal kernel, which needs no mask. So does everything that is not compiled, where
+    FlexAttention would hold the whole matrix of scores.
     """
+    time = q.size(1)
+    if window >= time - 1 or not torch.compiler.is_compiling():
+        return sdpa_attention(q, k, v, window)
 
-    def __init__(self) -> None:
-        self._masks: dict[tuple[int, int, torch.device], BlockMask] = {}
+    def visible(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return (column <= row) & (row - column <= window)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        time = q.size(1)
-        if window >= time - 1:
-            return sdpa_attention(q, k, v, window)
-        mask = self._mask(time, window, q.device)
-        grouped = q.size(2) != k.size(2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        y = flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
-        assert isinstance(y, Tensor)
-        return y.transpose(1, 2)
-
-    def _mask(self, time: int, window: int, device: torch.device) -> BlockMask:
-        if torch.compiler.is_compiling():
-            # The compiler makes it part of the graph, once for all layers of this window: a few small kernels a step.
-            # A cache would be a side effect that it has to guard, and compile again for.
-            return _block_mask(time, window, device)
-        key = (time, window, device)
-        if key not in self._masks:
-            self._masks[key] = _block_mask(time, window, device)
-        return self._masks[key]
+    # Part of the compiled graph, where the layers of one window share it: a few small kernels a step.
+    mask = flex.create_block_mask(visible, None, None, time, time, device=q.device)
+    grouped = q.size(2) != k.size(2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    y = flex.flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
+    assert isinstance(y, Tensor)  # it is a pair only when more is asked for
+    return y.transpose(1, 2)
 
 
 def window_mask(rows: Tensor, columns: Tensor, window: int) -> Tensor:
     """(rows, columns) boolean mask of token positions, True where ``row - window <= column <= row``."""
     distance = rows.unsqueeze(1) - columns
     return (distance >= 0) & (distance <= window)
-
-
-def _block_mask(time: int, window: int, device: torch.device) -> BlockMask:
-    def visible(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return (column <= row) & (row - column <= window)
-
-    return create_block_mask(visible, None, None, time, time, device=device)
 
 
 def _flash_attention(device: torch.device, dtype: torch.dtype) -> Attention | None:

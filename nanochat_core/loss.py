@@ -1,8 +1,8 @@
 """Cross-entropy straight from hidden states, without ever holding all logits.
 
 At 32 rows of 2,048 tokens and 32,768 ids the fp32 logits alone are 8.6 GB. They are made here a chunk of tokens at a
-time, and the gradient with respect to them is used up before the next chunk: the loss is the last thing a step computes,
-so nothing that comes later can change that gradient but by a factor.
+time, and the gradient with respect to them is used up before the next chunk: the loss is the last thing that a step
+computes, so nothing that comes later can change that gradient but by a factor.
 """
 
 from __future__ import annotations
