@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import flex_attention as flex
 
 from nanochat_core.errors import UserError
 
@@ -52,12 +51,15 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Att
     """
     if name == "sdpa":
         return sdpa_attention
-    if name == "auto":
-        if device.type != "cuda":
-            return cpu_attention
-        return _flash_attention(device, dtype) or flex_attention
     if device.type != "cuda":
+        if name == "auto":
+            return cpu_attention
         raise UserError(f"attention {name} needs a GPU; use auto or sdpa on a CPU")
+    # It imports the compiler, which takes as long as the rest of torch; serving does without.
+    from nanochat_core.flex_attention import flex_attention
+
+    if name == "auto":
+        return _flash_attention(device, dtype) or flex_attention
     if name == "flex":
         return flex_attention
     flash = _flash_attention(device, dtype)
@@ -111,28 +113,6 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         weights = scores.to(precise).masked_fill(hidden, -math.inf).softmax(-1).to(v.dtype)
         mixed.append(weights @ v[:, :, first:stop])
     return torch.cat(mixed, dim=2).transpose(1, 2)
-
-
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """:class:`Attention` by FlexAttention (arXiv 2412.05496), which skips the blocks of keys that a window hides.
-
-    Full windows go to torch's causal kernel, which needs no mask. So does everything that is not compiled, where
-    FlexAttention would hold the whole matrix of scores.
-    """
-    time = q.size(1)
-    if window >= time - 1 or not torch.compiler.is_compiling():
-        return sdpa_attention(q, k, v, window)
-
-    def visible(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return (column <= row) & (row - column <= window)
-
-    # Part of the compiled graph, where the layers of one window share it: a few small kernels a step.
-    mask = flex.create_block_mask(visible, None, None, time, time, device=q.device)
-    grouped = q.size(2) != k.size(2)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    y = flex.flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
-    assert isinstance(y, Tensor)  # it is a pair only when more is asked for
-    return y.transpose(1, 2)
 
 
 def window_mask(rows: Tensor, columns: Tensor, window: int) -> Tensor:

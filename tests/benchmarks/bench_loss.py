@@ -1,14 +1,14 @@
-"""The chunked loss on a CPU beside the plain formula: time of a compiled forward and backward pass, and memory.
+"""The chunked loss on a CPU beside the plain formula: a compiled forward and backward pass, its time and its memory.
 
-Run from the project's root: ``python tests/benchmarks/bench_loss.py``. The two take turns, and the best of several runs
-counts. With ``--threads 1`` the clock is the process's CPU time, so that other work on the machine matters less.
-Memory is how far one pass of ``--only`` raises the peak, so name one formula to see it.
+Run from the project's root on Linux: ``python tests/benchmarks/bench_loss.py``. The two take turns, and the best of
+several runs counts. With ``--threads 1`` the clock is the process's CPU time, so that other work on the machine matters
+less. Memory is what a pass holds at its peak beyond what the process held before.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -32,11 +32,28 @@ def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return softcapped_cross_entropy(hidden, weight, targets, weight.size(0), "sum")
 
 
-FORMULAS = {"plain": plain, "chunked": chunked}
+def training_step(
+    formula: Callable[..., Tensor], hidden: Tensor, weight: Tensor, targets: Tensor
+) -> Callable[[], None]:
+    compiled = torch.compile(formula, dynamic=False)
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        compiled(hidden, weight, targets).backward()
+
+    return step
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak_megabytes(step: Callable[[], None]) -> float:
+    def held(what: str) -> int:
+        found = re.search(rf"{what}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        return int(found[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (proc(5))
+    before = held("VmRSS")
+    step()
+    return (held("VmHWM") - before) / 1024
 
 
 def main() -> None:
@@ -46,37 +63,27 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=6)
-    parser.add_argument("--only", choices=FORMULAS)
     args = parser.parse_args()
     prepare_cpu(args.threads)
     torch._dynamo.config.recompile_limit = 64
     clock = time.process_time if args.threads == 1 else time.perf_counter
-    names = [args.only] if args.only else list(FORMULAS)
     targets = torch.randint(args.vocab_size, (args.tokens,))
     weight = (0.05 * torch.randn(args.vocab_size, args.dim)).requires_grad_()
     print(f"{'dtype':>9} {'formula':>8} {'ms':>7} {'ratio':>6} {'peak MB':>8}")
     for dtype in (torch.float32, torch.bfloat16):
         hidden = torch.randn(args.tokens, args.dim).to(dtype).requires_grad_()
-        compiled: dict[str, Callable[..., Tensor]] = {
-            name: torch.compile(FORMULAS[name], dynamic=False) for name in names
-        }
-        best = dict.fromkeys(names, float("inf"))
-        small = slice(0, 64)  # compiled code of another shape: what compiling itself takes is in the peak before
-        for name in names:
-            torch.compile(FORMULAS[name], dynamic=False)(hidden[small], weight, targets[small]).backward()
-        before = peak_mb()
+
+        steps = {formula.__name__: training_step(formula, hidden, weight, targets) for formula in (plain, chunked)}
+        best = dict.fromkeys(steps, float("inf"))
         for turn in range(args.repeat + 2):
-            for name in names:
-                hidden.grad = weight.grad = None
+            for name, step in steps.items():
                 started = clock()
-                compiled[name](hidden, weight, targets).backward()
+                step()
                 if turn >= 2:  # the first compiles, the second warms up
                     best[name] = min(best[name], clock() - started)
-        for name in names:
-            kind = str(dtype).removeprefix("torch.")
-            ratio = best[name] / best[names[0]]
-            raised = f"{peak_mb() - before:8.0f}" if args.only else f"{'':>8}"
-            print(f"{kind:>9} {name:>8} {1000 * best[name]:>7.1f} {ratio:>6.2f} {raised}")
+        for name, step in steps.items():
+            kind, ratio = str(dtype).removeprefix("torch."), best[name] / best["plain"]
+            print(f"{kind:>9} {name:>8} {1000 * best[name]:>7.1f} {ratio:>6.2f} {peak_megabytes(step):>8.0f}")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from nanochat_core.attention import (
     blockwise_attention,
     choose_attention,
     cpu_attention,
-    flex_attention,
     sdpa_attention,
     window_mask,
 )
 from nanochat_core.errors import UserError
+from nanochat_core.flex_attention import flex_attention
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
