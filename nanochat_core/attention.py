@@ -1,4 +1,4 @@
-"""Causal attention over whole rows with a sliding window: one interface, several kernels behind it."""
+"""Causal attention over whole rows with a sliding window: one interface and several kernels behind it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from nanochat_core.errors import UserError
 
@@ -52,14 +51,17 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Att
     """
     if name == "sdpa":
         return sdpa_attention
-    if name == "auto":
-        if device.type != "cuda":
-            return cpu_attention
-        return _flash_attention(device, dtype) or FlexAttention()
     if device.type != "cuda":
+        if name == "auto":
+            return cpu_attention
         raise UserError(f"attention {name} needs a GPU; use auto or sdpa on a CPU")
+    # It imports the compiler, which takes as long as the rest of torch; serving does without.
+    from nanochat_core.flex_attention import flex_attention
+
+    if name == "auto":
+        return _flash_attention(device, dtype) or flex_attention
     if name == "flex":
-        return FlexAttention()
+        return flex_attention
     flash = _flash_attention(device, dtype)
     if flash is None:
         raise UserError(
@@ -113,49 +115,10 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return torch.cat(mixed, dim=2).transpose(1, 2)
 
 
-class FlexAttention:
-    """:class:`Attention` by FlexAttention (arXiv 2412.05496), which skips the blocks that a window hides.
-
-    Full windows go to torch's causal kernel, which needs no mask. Meant to be called inside ``torch.compile``: without
-    it FlexAttention computes the whole matrix of scores. On a CPU there is no backward pass.
-    """
-
-    def __init__(self) -> None:
-        self._masks: dict[tuple[int, int, torch.device], BlockMask] = {}
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        time = q.size(1)
-        if window >= time - 1:
-            return sdpa_attention(q, k, v, window)
-        mask = self._mask(time, window, q.device)
-        grouped = q.size(2) != k.size(2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        y = flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
-        assert isinstance(y, Tensor)
-        return y.transpose(1, 2)
-
-    def _mask(self, time: int, window: int, device: torch.device) -> BlockMask:
-        if torch.compiler.is_compiling():
-            # The compiler makes it part of the graph, once for all layers of this window: a few small kernels a step.
-            # A cache would be a side effect that it has to guard, and compile again for.
-            return _block_mask(time, window, device)
-        key = (time, window, device)
-        if key not in self._masks:
-            self._masks[key] = _block_mask(time, window, device)
-        return self._masks[key]
-
-
 def window_mask(rows: Tensor, columns: Tensor, window: int) -> Tensor:
     """(rows, columns) boolean mask of token positions, True where ``row - window <= column <= row``."""
     distance = rows.unsqueeze(1) - columns
     return (distance >= 0) & (distance <= window)
-
-
-def _block_mask(time: int, window: int, device: torch.device) -> BlockMask:
-    def visible(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return (column <= row) & (row - column <= window)
-
-    return create_block_mask(visible, None, None, time, time, device=device)
 
 
 def _flash_attention(device: torch.device, dtype: torch.dtype) -> Attention | None:

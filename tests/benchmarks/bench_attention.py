@@ -1,0 +1,72 @@
+"""Windowed attention on a CPU: a compiled forward and backward pass of each backend beside that of plain SDPA.
+
+Run from the project's root: ``python tests/benchmarks/bench_attention.py``. Backends take turns, and the best of
+several runs counts. With ``--threads 1`` the clock is the process's CPU time, so that other work on the machine matters
+less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from nanochat_core import attention
+from nanochat_core.attention import Attention, blockwise_attention, sdpa_attention
+from nanochat_core.device import prepare_cpu
+
+BACKENDS: dict[str, Attention] = {"sdpa": sdpa_attention, "blockwise": blockwise_attention}
+
+
+def training_step(attend: Attention, shape: tuple[int, ...], dtype: torch.dtype, window: int) -> Callable[[], None]:
+    """A compiled forward and backward pass on random rows, between the multiplications that surround it in a model."""
+    q, k, v, upstream = (torch.randn(shape).to(dtype) for _ in range(4))
+    compiled = torch.compile(lambda q, k, v: attend(1.2 * q, 1.2 * k, v, window) * upstream, dynamic=False)
+
+    def step() -> None:
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        compiled(*inputs).sum().backward()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--time", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--windows", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--block-rows", type=int, default=attention.BLOCK_ROWS)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=10)
+    args = parser.parse_args()
+    prepare_cpu(args.threads)
+    attention.BLOCK_ROWS = args.block_rows
+    torch._dynamo.config.recompile_limit = 64
+    clock = time.process_time if args.threads == 1 else time.perf_counter
+    shape = (args.rows, args.time, args.heads, args.head_dim)
+    print(f"{'dtype':>9} {'window':>6} {'backend':>10} {'ms':>7} {'ratio':>6}")
+    for dtype in (torch.float32, torch.bfloat16):
+        for window in args.windows:
+            steps = {name: training_step(attend, shape, dtype, window) for name, attend in BACKENDS.items()}
+            best = dict.fromkeys(steps, float("inf"))
+            for turn in range(args.repeat + 2):
+                for name, step in steps.items():
+                    started = clock()
+                    step()
+                    if turn >= 2:  # the first compiles, the second warms up
+                        best[name] = min(best[name], clock() - started)
+            for name, seconds in best.items():
+                kind = str(dtype).removeprefix("torch.")
+                print(f"{kind:>9} {window:>6} {name:>10} {1000 * seconds:>7.1f} {seconds / best['sdpa']:>6.2f}")
+
+
+if __name__ == "__main__":
+    main()
