@@ -78,6 +78,11 @@ class Checkpoint:
     weights: dict[str, Tensor]
     digests: dict[str, str]
 
+    @property
+    def resumable(self) -> bool:
+        """Whether it also holds what training needs to go on."""
+        return TRAINER_STATE in self.digests
+
     def build_model(self, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32) -> GPT:
         """The network with these weights, in evaluation mode.
 

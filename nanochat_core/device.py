@@ -5,11 +5,9 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nanochat_core.errors import UserError
 
@@ -106,48 +104,22 @@ def peak_flops(device: torch.device) -> float | None:
 class LossScaler:
     """Dynamic loss scaling for fp16 (arXiv 1710.03740).
 
-    Gradients smaller than fp16 can hold are lost, so the loss is multiplied before the backward pass and the gradients
-    are divided after it. The factor halves when a gradient overflows, and that step is skipped; it doubles
-    after ``growth_interval`` steps without::
-
-        scaler.scale(loss).backward()
-        if scaler.unscale(parameters):
-            optimizer.step()
-
-    The state follows from the gradients alone, so a resumed run goes on exactly.
+    Gradients smaller than fp16 can hold are lost, so the loss is multiplied by ``factor`` before the backward pass and
+    the gradients are divided by it after. It halves when a gradient overflows, and that step is skipped; it doubles
+    after ``growth_interval`` steps without. What it does follows from the gradients alone, so a resumed run goes on
+    exactly.
     """
 
-    def __init__(self, scale: float = 2.0**16, growth_interval: int = 2000) -> None:
-        self.factor = scale
-        self.growth_interval = growth_interval
-        self._good_steps = 0
+    def __init__(self, factor: float = 2.0**16, good_steps: int = 0, growth_interval: int = 2000) -> None:
+        self.factor, self.good_steps, self.growth_interval = factor, good_steps, growth_interval
 
-    def scale(self, loss: Tensor) -> Tensor:
-        """The loss to call ``backward`` on."""
-        return loss * self.factor
-
-    def unscale(self, parameters: Iterable[Tensor]) -> bool:
-        """Divide the gradients of one step and set the factor of the next.
-
-        Returns:
-            whether all gradients are finite; otherwise the step must be skipped.
-        """
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        finite = bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
-        torch._foreach_mul_(gradients, 1 / self.factor)
+    def update(self, *, finite: bool) -> None:
+        """Set the factor of the next step after one whose gradients were finite or not."""
+        self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
-            self.factor, self._good_steps = self.factor / 2, 0
-            return False
-        self._good_steps += 1
-        if self._good_steps == self.growth_interval:
-            self.factor, self._good_steps = self.factor * 2, 0
-        return True
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"factor": self.factor, "good_steps": self._good_steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.factor, self._good_steps = state["factor"], state["good_steps"]
+            self.factor /= 2
+        elif self.good_steps == self.growth_interval:
+            self.factor, self.good_steps = self.factor * 2, 0
 
 
 def prepare_cpu(threads: int) -> None:

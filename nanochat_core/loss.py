@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat_core.cpu_products import product
+
 LOGIT_SOFTCAP = 15.0
 IGNORE_INDEX = -1
 # Logits that are held at once: on a CPU what its caches hold, on a GPU enough for matrix products at full speed.
@@ -91,13 +93,14 @@ def loss_and_gradients(
     with torch.no_grad():
         hidden, weight = hidden.detach(), weight.detach()
         head = weight.to(hidden.dtype)
+        columns = head.T.contiguous()
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
         size = chunk_tokens(hidden, weight)
         for h, t, out in zip(hidden.split(size), targets.split(size), hidden_gradient.split(size), strict=True):
-            losses, gradient = per_chunk(h @ head.T, t, vocab_size)
+            losses, gradient = per_chunk(product(h, head), t, vocab_size)
             total += losses
-            torch.mm(gradient, head, out=out)
+            out.copy_(product(gradient, columns))
             if hidden.dtype == weight.dtype:
                 weight_gradient.addmm_(gradient.T, h)
             else:

@@ -208,7 +208,8 @@ class GPT(nn.Module):
         gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS])) * (previous_ids >= 0).unsqueeze(-1)
         x = x + (self.smear_scale * gate).to(x.dtype) * previous
         x0, middle = x, x
-        residual_scales, skip_scales = self.residual_scales.to(x.dtype), self.skip_scales.to(x.dtype)
+        # Scalars stay fp32: near 1 the steps of bf16 are larger than what training changes.
+        residual_scales, skip_scales = self.residual_scales, self.skip_scales
         value_tables = self.value_tables
         for layer, block in enumerate(self.layers):
             x = residual_scales[layer] * x + skip_scales[layer] * x0
@@ -216,7 +217,7 @@ class GPT(nn.Module):
             x = block(x, value_embedding, cos, sin, attend)
             if layer == self.config.depth // 2:
                 middle = x
-        x = x - self.backout_scale.to(x.dtype) * middle
+        x = x - self.backout_scale[0] * middle
         return rms_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -460,7 +460,7 @@ def muon_update(
     momentum_buffer.lerp_(gradients, 1 - momentum)
     update = gradients.lerp(momentum_buffer, momentum)
     row_norms = update.norm(dim=-1, keepdim=True)
-    update = update * (row_norms.mean(dim=-2, keepdim=True) / row_norms.clamp(min=1e-10))
+    update = update * (row_norms.mean(dim=-2, keepdim=True) / row_norms.clamp(min=1e-6))
     update = orthogonalize(update, dtype)
     update = reduce_variance(update, second_moment)
     agree = (update * weights) >= 0

@@ -10,12 +10,20 @@ import torch
 
 from jobs.eval.bpb import bits_per_byte
 from jobs.train.loader import PackedLoader, TextSource
-from jobs.train.run import Place, RunSettings, comparable, rows_per_batch, run_config, start_reporting, started
+from jobs.train.run import (
+    Place,
+    RunSettings,
+    comparable,
+    make_trainable,
+    rows_per_batch,
+    run_config,
+    start_reporting,
+    started,
+)
 from jobs.train.schedule import DEFAULT_RATIO, Schedule, TrainingPlan, plan_training
 from jobs.train.shards import TextDataset, dataset_digest
 from jobs.train.tokenizer import load_tokenizer
 from jobs.train.trainer import Trainer
-from nanochat_core.attention import choose_attention
 from nanochat_core.checkpoint import CheckpointRef
 from nanochat_core.config import ModelConfig
 from nanochat_core.device import choose_dtype, muon_dtype
@@ -50,7 +58,7 @@ class PretrainSettings(RunSettings):
     warmdown_ratio: float = setting(0.65, "share of the run that is linear warmdown", minimum=0.0, maximum=1.0)
     momentum_warmup_steps: int = setting(400, "steps until Muon's momentum reaches its peak", minimum=1)
     seed: int = setting(1, "seed of the initial weights", minimum=0, maximum=2**63 - 1)
-    dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of activations and matrix products")
+    dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = setting("auto", "dtype of activations and matrix products")
     eval_tokens: int = setting(200_000, "held-out tokens per evaluation", minimum=1)
 
 
@@ -96,7 +104,7 @@ def run(settings: PretrainSettings, place: Place) -> CheckpointRef:
     model = GPT(config, dtype)
     model.init_weights()
     model.to(device)
-    model.attention = choose_attention(settings.attention, device, dtype)
+    make_trainable(model, settings, device, settings.dtype)
     optimizer = MuonAdamW(
         parameter_groups(model, OptimizerConfig(weight_decay=planned.weight_decay), batch_lr_scale=planned.lr_scale),
         ranks,
@@ -112,6 +120,7 @@ def run(settings: PretrainSettings, place: Place) -> CheckpointRef:
             pad_id=tokenizer.bos_id,
             rank=ranks.rank,
             world_size=ranks.size,
+            workers=settings.loader_workers,
             pin_memory=device.type == "cuda",
             state=state,
         )

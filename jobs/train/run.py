@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,10 +14,14 @@ from jobs.train.progress import serve_metrics
 from jobs.train.schedule import Schedule
 from jobs.train.trainer import RunConfig
 from nanochat_core import logs
+from nanochat_core.attention import choose_attention
 from nanochat_core.checkpoint import check_model_name
+from nanochat_core.cpu_products import convert_to_onednn, onednn_is_faster
 from nanochat_core.device import choose_device, keep_freed_memory, prepare_cpu
 from nanochat_core.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, local_rank
 from nanochat_core.errors import UserError
+from nanochat_core.fp8 import convert_to_fp8
+from nanochat_core.model import GPT
 from nanochat_core.settings import setting
 from nanochat_core.store import DEFAULT_HOME, Store, open_store
 
@@ -41,6 +46,9 @@ class RunSettings:
     keep: int = setting(2, "newest checkpoints to keep", minimum=1)
     keep_every: int = setting(0, "also keep checkpoints of steps that are multiples of this; 0 keeps none", minimum=0)
     resume: bool = setting(True, "go on from the newest checkpoint of this stage and model")
+    loader_workers: int = setting(0, "threads that tokenize and pack; 0 for as many as are of use", minimum=0)
+    track: tuple[str, ...] = setting((), "also report to these, comma separated: tensorboard, wandb")
+    track_dir: str = setting("runs", "folder of this machine for what trackers write")
     rank_timeout: float = setting(
         DEFAULT_TIMEOUT_SECONDS, "seconds after which a rank that does not answer ends the job", minimum=1.0
     )
@@ -83,6 +91,23 @@ def start_reporting(service: str, settings: RunSettings, rank: int) -> None:
         serve_metrics(settings.metrics_port)
 
 
+def make_trainable(model: GPT, settings: RunSettings, device: torch.device, precision: str) -> None:
+    """Choose the kernels that train ``model``, which is on ``device`` already.
+
+    Args:
+        precision: the dtype setting that was chosen, which may be ``fp8``.
+
+    Raises:
+        UserError: the attention asked for is not available.
+    """
+    model.train()
+    model.attention = choose_attention(settings.attention, device, model.compute_dtype)
+    if precision == "fp8":
+        convert_to_fp8(model)
+    elif device.type == "cpu" and model.compute_dtype == torch.float32 and onednn_is_faster():
+        convert_to_onednn(model.blocks)
+
+
 def run_config(settings: RunSettings, *, model: str, stage: str, schedule: Schedule) -> RunConfig:
     """The trainer's part of the settings."""
     return RunConfig(
@@ -95,6 +120,8 @@ def run_config(settings: RunSettings, *, model: str, stage: str, schedule: Sched
         compile=settings.compile,
         keep_checkpoints=settings.keep,
         keep_every=settings.keep_every,
+        trackers=settings.track,
+        tracker_folder=Path(settings.track_dir),
     )
 
 

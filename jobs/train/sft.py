@@ -11,12 +11,20 @@ import torch
 
 from jobs.train.loader import ConversationSource, PackedLoader, Source
 from jobs.train.mixtures import LengthSource, Mixture
-from jobs.train.run import Place, RunSettings, comparable, rows_per_batch, run_config, start_reporting, started
+from jobs.train.run import (
+    Place,
+    RunSettings,
+    comparable,
+    make_trainable,
+    rows_per_batch,
+    run_config,
+    start_reporting,
+    started,
+)
 from jobs.train.schedule import Schedule
 from jobs.train.trainer import Trainer
-from nanochat_core.attention import choose_attention
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_trainer_state, newest_checkpoint
-from nanochat_core.device import DTYPES, choose_dtype, muon_dtype
+from nanochat_core.device import choose_dtype, muon_dtype
 from nanochat_core.distributed import ALONE, Ranks
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.model import IGNORE_INDEX
@@ -41,7 +49,9 @@ class SftSettings(RunSettings):
     lr_scale: float = setting(0.8, "factor on pretraining's unscaled learning rates", minimum=0.0)
     warmdown_ratio: float = setting(0.5, "share of the run that is linear warmdown to 0", minimum=0.0, maximum=1.0)
     seed: int = setting(1, "seed of the order of conversations", minimum=0, maximum=2**63 - 1)
-    dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of activations; pretraining's when auto")
+    dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = setting(
+        "auto", "dtype of activations; pretraining's when auto"
+    )
 
 
 def inputs(base: Checkpoint, mixture: Mixture) -> dict[str, str]:
@@ -56,13 +66,12 @@ def run(settings: SftSettings, place: Place) -> CheckpointRef:
     if base is None:
         raise UserError(f"model {settings.model!r} has no base checkpoint; run python -m jobs.train.pretrain first")
     mixture = Mixture(store, settings.mixture)
-    dtype = DTYPES["bf16" if base.meta["dtype"] == "bfloat16" else "fp32"]
-    if settings.dtype != "auto":
-        dtype = choose_dtype(settings.dtype, device)
+    precision = base.meta["settings"].get("dtype", "auto") if settings.dtype == "auto" else settings.dtype
+    dtype = choose_dtype(precision, device)
     torch.manual_seed(settings.seed)
     config, tokenizer = base.config, base.tokenizer
-    model = base.build_model(device, dtype).train()
-    model.attention = choose_attention(settings.attention, device, dtype)
+    model = base.build_model(device, dtype)
+    make_trainable(model, settings, device, precision)
     batch_tokens = settings.batch_tokens or base.meta["plan"]["batch_tokens"]
     context_length = settings.context_length or config.context_length
     if context_length > config.context_length:
@@ -85,6 +94,7 @@ def run(settings: SftSettings, place: Place) -> CheckpointRef:
             when_full="pad",
             rank=ranks.rank,
             world_size=ranks.size,
+            workers=settings.loader_workers,
             pin_memory=device.type == "cuda",
             state=state,
         )
@@ -156,7 +166,10 @@ def run(settings: SftSettings, place: Place) -> CheckpointRef:
         },
     )
     if not (settings.resume and trainer.resume()):
-        trainer.warm_start(load_trainer_state(store, base.ref))
+        if base.resumable:
+            trainer.warm_start(load_trainer_state(store, base.ref))
+        else:
+            log.info("the base checkpoint has no optimizer state; its momenta start at zero", extra={"base": base.ref.revision})
     return trainer.run()
 
 

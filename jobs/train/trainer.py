@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import logging
 import math
 import shutil
@@ -22,6 +23,7 @@ from torch import Tensor
 from jobs.train.loader import Batch, PackedLoader, merge_states
 from jobs.train.progress import CHECKPOINT_FAILURES, Progress, StepReport
 from jobs.train.schedule import Schedule
+from jobs.train.trackers import open_trackers
 from nanochat_core.checkpoint import (
     Checkpoint,
     CheckpointRef,
@@ -32,6 +34,7 @@ from nanochat_core.checkpoint import (
     load_trainer_state,
 )
 from nanochat_core.checkpoint_writer import CheckpointWriter
+from nanochat_core.device import LossScaler, peak_flops
 from nanochat_core.distributed import ALONE, Ranks
 from nanochat_core.errors import RetryableError, UserError
 from nanochat_core.model import GPT, IGNORE_INDEX
@@ -72,6 +75,9 @@ class RunState:
     # Moving mean and variance of the loss, against which spikes are told.
     loss_mean: float = 0.0
     loss_variance: float = 0.0
+    # Of an fp16 run: the loss scaler's state.
+    loss_factor: float | None = None
+    good_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +93,8 @@ class RunConfig:
     compile: bool
     keep_checkpoints: int = 2
     keep_every: int = 0
+    trackers: tuple[str, ...] = ()
+    tracker_folder: Path = Path("runs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +145,7 @@ class Trainer:
         self._signal: int | None = None
         self._skipped_in_a_row = 0
         self._replaced: set[CheckpointRef] = set()
+        self._scaler = LossScaler() if model.compute_dtype == torch.float16 else None
         self._loss = torch.compile(model.loss, dynamic=False) if _can_compile(config, device) else model.loss
 
     def resume(self) -> bool:
@@ -155,6 +164,8 @@ class Trainer:
             self._check_same_run(checkpoint)
             self.model.load_state_dict(checkpoint.weights)
             self.state = RunState(**trainer.values["run"])
+            if self._scaler is not None and self.state.loss_factor is not None:
+                self._scaler = LossScaler(self.state.loss_factor, self.state.good_steps)
             generator = trainer.read(_GENERATOR, 0, torch.get_rng_state().numel())
             if generator is not None:
                 torch.set_rng_state(generator)
@@ -191,9 +202,11 @@ class Trainer:
             CheckpointWriter(self.store, self.ranks) as writer,
             self._signals(),
             self._progress() as progress,
-            contextlib.closing(loader.prefetched()) as batches,
+            contextlib.closing(loader.prefetched()) as prefetched,
         ):
-            self._compile_before_meeting()
+            first = next(prefetched)
+            self._compile_before_meeting(first)
+            batches = itertools.chain([first], prefetched)
             while self.state.step < schedule.steps:
                 started = time.perf_counter()
                 batch = next(batches)
@@ -243,17 +256,21 @@ class Trainer:
             # The sum over the count of the whole batch, so that micro-batches weigh by their tokens and one
             # without any target adds nothing.
             loss = self._loss(ids, targets, "sum") / counted
-            loss.backward()
+            (loss * self._scaler.factor if self._scaler else loss).backward()
             total += loss.detach()
         norm = self.optimizer.reduce()
         # One transfer from the device tells everything that is decided here, on every rank alike.
         told = self.ranks.sum(torch.stack([total, total.new_tensor(self._signal or 0)]))
-        loss_value, signals, norm_value = [*told.tolist(), float(norm)]
+        loss_value, signals = told.tolist()
+        norm_value = float(norm) / (self._scaler.factor if self._scaler else 1.0)
         stop = signal.SIGTERM if signals and self.ranks.size > 1 else int(signals)
         self.state.step += 1
         self.state.loader = batch.state
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+        if not finite:
             self._skip(loss_value, norm_value)
+        self._scale_down(finite)
+        if not finite:
             return _StepResult(loss_value, norm_value, stop, skipped=True)
         self._skipped_in_a_row = 0
         for group in self.optimizer.param_groups:
@@ -265,13 +282,23 @@ class Trainer:
         self.optimizer.zero_grad()
         return _StepResult(loss_value, norm_value, stop, spike=self._is_spike(loss_value))
 
+    def _scale_down(self, finite: bool) -> None:
+        """Undo the loss scaling of an fp16 run's gradients, and set the factor of its next step."""
+        if self._scaler is None:
+            return
+        if finite:
+            torch._foreach_mul_(self.optimizer.gradients(), 1 / self._scaler.factor)
+        self._scaler.update(finite=finite)
+        self.state.loss_factor, self.state.good_steps = self._scaler.factor, self._scaler.good_steps
+
     def _skip(self, loss: float, norm: float) -> None:
         """Leave the weights as they are after a step that cannot be used."""
         self.optimizer.zero_grad()
         self.state.skipped.append(self.state.step)
-        self._skipped_in_a_row += 1
+        # While a loss scaler still looks for its factor, overflows are how it finds it.
+        self._skipped_in_a_row += 0 if self._scaler and self._scaler.factor > 1 else 1
         what = f"the loss is {loss} and the gradient's norm {norm} at step {self.state.step}"
-        if self._skipped_in_a_row == _SKIPPED_IN_A_ROW:
+        if self._skipped_in_a_row >= _SKIPPED_IN_A_ROW:
             raise TrainingDiverged(f"{what}, as in the {_SKIPPED_IN_A_ROW - 1} steps before; {_AFTER_DIVERGENCE}")
         log.warning("step skipped", extra={"step": self.state.step, "loss": loss, "gradient_norm": norm})
 
@@ -288,13 +315,12 @@ class Trainer:
             log.warning("loss spike", extra={"step": state.step, "loss": loss, "recent": round(state.loss_mean, 4)})
         return spike
 
-    def _compile_before_meeting(self) -> None:
+    def _compile_before_meeting(self, batch: Batch) -> None:
         """Let every rank compile before any waits for another: one that compiles for long is not one that died."""
         if self.ranks.size == 1:
             return
-        shape = (self.config.micro_batch_rows, self.model.config.context_length)
-        ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        self._loss(ids, ids, "sum").backward()
+        ids, targets = next(self._micro_batches(batch))
+        self._loss(ids, targets, "sum").backward()
         self.optimizer.zero_grad()
         self.ranks.side_channel(_COMPILE_SECONDS).gather(None)
 
@@ -305,12 +331,27 @@ class Trainer:
             yield ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
     def _progress(self) -> Progress:
+        peak = peak_flops(self.device)
+        trackers = (
+            open_trackers(
+                self.config.trackers,
+                model=self.config.model_name,
+                stage=self.config.stage,
+                folder=self.config.tracker_folder,
+                config=self.meta["settings"],
+                step=self.state.step,
+            )
+            if self.ranks.leads
+            else []
+        )
         return Progress(
             self.config.stage,
             self.config.schedule.steps,
             self.state.step,
             device=self.device,
             flops_per_token=self.model.config.flops_per_token,
+            peak_flops=peak and peak * self.ranks.size,
+            trackers=trackers,
             shown=self.ranks.leads,
         )
 

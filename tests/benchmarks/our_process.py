@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from jobs.train.import_nanochat import convert, model_config, read_upstream
 from jobs.train.loader import Batch
+from jobs.train.run import RunSettings, make_trainable
 from jobs.train.schedule import Schedule
 from jobs.train.trainer import RunConfig, Trainer
-from nanochat_core.attention import choose_attention
 from nanochat_core.config import ModelConfig
 from nanochat_core.device import DTYPES, keep_freed_memory, muon_dtype, prepare_cpu
 from nanochat_core.model import GPT
@@ -73,7 +73,7 @@ def train(task: dict[str, Any], home: str) -> dict[str, Any]:
     torch.manual_seed(task["seed"])
     model = GPT(shape(task["config"]), DTYPES[task["dtype"]])
     model.init_weights()
-    model.attention = choose_attention("auto", device, model.compute_dtype)
+    make_trainable(model, RunSettings(), device, task["dtype"])
     if task["initial"]:
         source = read_upstream(Path(task["initial"]), 0)
         model.load_state_dict(convert(source, model_config(source)).state_dict())
