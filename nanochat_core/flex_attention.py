@@ -14,8 +14,8 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
     The algorithm is FlexAttention (arXiv 2412.05496), compiled for each window; on a CPU it has no backward pass.
 
-    Full windows go to torch's causal kernel, which needs no mask. So does everything that is not compiled, where FlexAttention
-    would hold the whole matrix of scores.
+    Full windows go to torch's causal kernel, which needs no mask. What is not compiled goes to SDPA too, because there
+    FlexAttention would hold the whole matrix of scores.
     """
     time = q.size(1)
     if window >= time - 1 or not torch.compiler.is_compiling():
