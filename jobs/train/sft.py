@@ -169,7 +169,10 @@ def run(settings: SftSettings, place: Place) -> CheckpointRef:
         if base.resumable:
             trainer.warm_start(load_trainer_state(store, base.ref))
         else:
-            log.info("the base checkpoint has no optimizer state; its momenta start at zero", extra={"base": base.ref.revision})
+            log.info(
+                "the base checkpoint has no optimizer state; its momenta start at zero",
+                extra={"base": base.ref.revision},
+            )
     return trainer.run()
 
 
