@@ -8,17 +8,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 from jobs.eval.report import reported
 from jobs.train import pretrain, sft
+from jobs.train.children import Children
 from jobs.train.mixtures import Mixture
 from jobs.train.recipes import RECIPES, Flags, Recipe
 from jobs.train.shards import dataset_digest, local_text_digest
@@ -61,9 +59,7 @@ class Pipeline:
         self.settings, self.recipe = settings, recipe
         self.model = check_model_name(settings.model or recipe.name)
         self.store: Store = open_store(settings.home)
-        self._child: subprocess.Popen[bytes] | None = None
-        self._starting = False
-        self._signal: int | None = None
+        self._children = Children()
 
     def run(self) -> None:
         """Run what is not done yet.
@@ -72,8 +68,7 @@ class Pipeline:
             UserError: a setting is wrong.
             SystemExit: a stage failed or was stopped, with its exit code.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._forward)
+        self._children.forward_signals()
         started = time.monotonic()
         self._prepare()
         base, tuned = self._train()
@@ -159,27 +154,11 @@ class Pipeline:
             command.append("--no-resume")
         log.info("stage starts", extra={"stage": module})
         started = time.monotonic()
-        self._starting = True
-        self._child = subprocess.Popen(command)  # noqa: S603
-        self._starting = False
-        if self._signal is not None:
-            self._child.send_signal(self._signal)
-        code = self._child.wait()
-        self._child = None
-        if code or self._signal is not None:
+        code = self._children.run(command)
+        if code:
             log.error("stage ended early", extra={"stage": module, "exit_code": code})
-            raise SystemExit(code if code > 0 else 128 + (self._signal or -code))
+            raise SystemExit(code)
         log.info("stage done", extra={"stage": module, "seconds": round(time.monotonic() - started, 1)})
-
-    def _forward(self, number: int, _frame: FrameType | None) -> None:
-        """Let the running stage save its state; without one, end here."""
-        self._signal = number
-        if self._child is not None:
-            # A terminal's Ctrl-C has reached the stage already.
-            if number != signal.SIGINT or not sys.stdin.isatty():
-                self._child.send_signal(number)
-        elif not self._starting:
-            raise SystemExit(128 + number)
 
     def _threads(self) -> dict[str, int]:
         return {"threads": self.settings.threads} if self.settings.threads else {}

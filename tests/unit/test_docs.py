@@ -13,6 +13,7 @@ from jobs.eval.chat import ChatEvalSettings
 from jobs.eval.report import ReportSettings
 from jobs.train.pipeline import PipelineSettings
 from jobs.train.pretrain import PretrainSettings
+from jobs.train.scaling import LawsSettings, MiniseriesSettings
 from jobs.train.sft import SftSettings
 from jobs.train.tokenizer import TokenizerSettings
 
@@ -23,6 +24,8 @@ JOBS = {
     "jobs.train.tokenizer": TokenizerSettings,
     "jobs.train.pretrain": PretrainSettings,
     "jobs.train.sft": SftSettings,
+    "jobs.train.scaling miniseries": MiniseriesSettings,
+    "jobs.train.scaling laws": LawsSettings,
     "jobs.eval.chat": ChatEvalSettings,
     "jobs.eval.report": ReportSettings,
 }
@@ -54,7 +57,8 @@ def test_make_targets_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_flag_of_a_job_is_listed_with_its_default(job: str) -> None:
-    section = (ROOT / "docs/training.md").read_text().split(f"### `{job}`")[1].split("\n### ")[0]
+    pages = "".join((ROOT / "docs" / page).read_text() for page in ("training.md", "scaling.md"))
+    section = pages.split(f"### `{job}`")[1].split("\n### ")[0]
     listed = dict(re.findall(r"^\| `(--[a-z-]+)`[^|]* \| ([^|]+) \|", section, re.MULTILINE))
     fields = dataclasses.fields(JOBS[job])
     assert listed == {"--" + field.name.replace("_", "-"): shown(field.default) for field in fields}
