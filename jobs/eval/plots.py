@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,8 @@ def plot_miniseries(
         _label(held_out, "End of each run", "training FLOPs C", "held-out bits per byte")
         held_out.margins(x=0.15, y=0.15)
         for axis in (training, held_out):
-            _log_scale(axis.xaxis)
-            _log_scale(axis.yaxis)
+            _log_scale(axis.xaxis, scientific)
+            _log_scale(axis.yaxis, short)
 
 
 def plot_isoflops(path: Path, budgets: Sequence[IsoFlop], laws: ScalingLaws | None) -> None:
@@ -64,7 +64,7 @@ def plot_isoflops(path: Path, budgets: Sequence[IsoFlop], laws: ScalingLaws | No
         colors = _shades(len(budgets))
         for color, budget in zip(colors, budgets, strict=True):
             curves.plot(
-                budget.sizes, budget.losses, "o", color=color, markersize=5, label=f"{short(budget.flops)} FLOPs"
+                budget.sizes, budget.losses, "o", color=color, markersize=5, label=f"{scientific(budget.flops)} FLOPs"
             )
             if budget.fit is not None:
                 reach = _spaced(min(budget.sizes), max(budget.sizes))
@@ -82,15 +82,15 @@ def plot_isoflops(path: Path, budgets: Sequence[IsoFlop], laws: ScalingLaws | No
         _label(curves, "Models of one budget", "parameters N", "held-out bits per byte")
         _label(sizes, "Best size", "training FLOPs C", "parameters N")
         _label(tokens, "Best number of tokens", "training FLOPs C", "tokens D")
-        _log_scale(curves.xaxis)
+        _log_scale(curves.xaxis, short)
         for axis in (sizes, tokens):
             if laws is None:
                 note = "a law needs two budgets with a best size"
                 axis.text(0.5, 0.1, note, transform=axis.transAxes, ha="center", color=_INK, fontsize=9)
             if any(budget.optimum is not None for budget in budgets):
                 axis.margins(0.15)
-                _log_scale(axis.xaxis)
-                _log_scale(axis.yaxis)
+                _log_scale(axis.xaxis, scientific)
+                _log_scale(axis.yaxis, short)
             else:
                 axis.set(xticks=[], yticks=[])
 
@@ -142,7 +142,7 @@ def _plot_law(axis: Any, law: PowerLaw, over: Sequence[float], label: str) -> No
     axis.plot(reach, [law(x) for x in reach], "--", color=_INK, linewidth=1.2, label=label)
 
 
-def _log_scale(axis: Any) -> None:
+def _log_scale(axis: Any, shown: Callable[[float], str]) -> None:
     """Make an axis logarithmic, with few numbers that can be read, whether it spans three decades or a tenth of one."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -154,7 +154,7 @@ def _log_scale(axis: Any) -> None:
         low, high = axis.axes.get_ylim()
     axis.set_major_locator(FixedLocator(log_ticks(low, high)))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _position: short(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _position: shown(value)))
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -172,11 +172,14 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
+def scientific(value: float) -> str:
+    """FLOPs in three digits: 3e15."""
+    return f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
+
+
 def short(value: float) -> str:
-    """A number as an axis shows it: 0.95, 300 M, 3e15."""
-    if value >= 1e12:
-        return f"{value:.3g}".replace("e+", "e")
-    for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+    """A count or a loss in four digits: 0.95, 300 M."""
+    for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if value >= size:
             return f"{value / size:.4g}{letter}"
     return f"{value:.4g}"

@@ -129,7 +129,7 @@ def _refuse(passed_on: Sequence[str], flags: Sequence[str]) -> None:
 
 def _short(flops: float) -> str:
     """A budget as a part of a model's name: 3e15."""
-    return f"{flops:.6g}".replace("e+", "e")
+    return f"{flops:.6g}".replace("e+0", "e").replace("e+", "e")
 
 
 def run(settings: AnyStudy, passed_on: Sequence[str], command: str) -> None:

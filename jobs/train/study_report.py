@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.eval.plots import plot_isoflops, plot_miniseries, short
+from jobs.eval.plots import plot_isoflops, plot_miniseries, scientific, short
 from jobs.train.power_laws import IsoFlop, PowerLaw, fit_laws, fit_power_law
 from jobs.train.studies import Failure, Result
 from nanochat_core.store import Store
@@ -20,7 +20,7 @@ _PLOT = "plot.png"
 class Miniseries:
     """Models of different depths, each trained as long as its size asks for."""
 
-    title = "miniseries"
+    title = "Miniseries"
 
     def __init__(self, results: Sequence[Result]) -> None:
         self._results = results
@@ -56,7 +56,7 @@ class Miniseries:
 class Laws:
     """Models of different depths at the same budgets: IsoFLOP curves and the power laws through their lowest points."""
 
-    title = "scaling laws"
+    title = "Scaling laws"
 
     def __init__(self, results: Sequence[Result]) -> None:
         self._results = results
@@ -79,7 +79,7 @@ class Laws:
             "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
         ]
         for budget in self._budgets:
-            cells = [short(budget.flops), str(len(budget.sizes))]
+            cells = [scientific(budget.flops), str(len(budget.sizes))]
             if budget.fit is not None and budget.optimum is not None:
                 size, tokens = budget.optimum
                 cells += [short(size), short(tokens), f"{tokens / size:.2f}", f"{budget.fit.lowest:.4f}"]
@@ -158,7 +158,7 @@ def render(
     missing: int,
 ) -> str:
     """``report.md``."""
-    lines = [f"# {study}: {findings.title}", "", "```sh", command, "```", ""]
+    lines = [f"# {findings.title} `{study}`", "", "```sh", command, "```", ""]
     if missing:
         lines += [f"{missing} runs are still to come.", ""]
     if failures:
@@ -176,7 +176,7 @@ def _table(results: Sequence[Result]) -> list[str]:
     lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
     for result in results:
         cells = [f"`{result.model}`", str(result.depth), f"{result.dim:,}", f"{result.parameters:,}"]
-        cells += [f"{result.scaling_parameters:,}", f"{result.tokens:,}", short(result.flops)]
+        cells += [f"{result.scaling_parameters:,}", f"{result.tokens:,}", scientific(result.flops)]
         cells += [f"{result.val_bpb:.4f}"]
         if with_core:
             cells.append("—" if result.core is None else f"{result.core:.4f}")

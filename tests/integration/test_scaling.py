@@ -109,7 +109,7 @@ def test_a_miniseries_trains_each_depth_and_reports_what_the_checkpoints_say(stu
 
 def test_laws_train_each_depth_on_each_budget_and_come_near_to_it(studies):
     studies.run("laws", depths="1,2", flops="3e9,1.5e9", study="mine")
-    assert studies.trained == ["mine-1.5e09-d1", "mine-1.5e09-d2", "mine-3e09-d1", "mine-3e09-d2"]
+    assert studies.trained == ["mine-1.5e9-d1", "mine-1.5e9-d2", "mine-3e9-d1", "mine-3e9-d2"]
     runs = studies.report("mine")["runs"]
     assert [run["budget"] for run in runs] == [1.5e9, 1.5e9, 3e9, 3e9]
     for run in runs:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.eval.plots import log_ticks, plot_isoflops, plot_losses, plot_miniseries, running_mean, short
+from jobs.eval.plots import log_ticks, plot_isoflops, plot_losses, plot_miniseries, running_mean, scientific, short
 from jobs.train.power_laws import IsoFlop, fit_laws, fit_power_law
 
 
@@ -79,7 +79,12 @@ def test_a_logarithmic_axis_has_a_few_numbers_between_its_ends(low, ratio):
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [(0.95, "0.95"), (1, "1"), (3e8, "300 M"), (1.5e9, "1.5 G"), (2e3, "2 k"), (3e15, "3e15")]
+    ("value", "shown"), [(0.95, "0.95"), (1, "1"), (3e8, "300 M"), (1.5e9, "1.5 G"), (2e3, "2 k"), (4e13, "40 T")]
 )
-def test_numbers_on_an_axis_are_short(value, shown):
+def test_counts_and_losses_are_short(value, shown):
     assert short(value) == shown
+
+
+@pytest.mark.parametrize(("value", "shown"), [(3e15, "3e15"), (1.849e12, "1.85e12"), (5e9, "5e9")])
+def test_flops_are_in_three_digits(value, shown):
+    assert scientific(value) == shown
