@@ -222,6 +222,19 @@ def load_checkpoint(store: Store, ref: CheckpointRef) -> Checkpoint:
     )
 
 
+def load_meta(store: Store, ref: CheckpointRef) -> dict[str, Any]:
+    """What is stored about a checkpoint (settings, metrics, history), verified, without its weights.
+
+    Raises:
+        UserError: there is no such checkpoint, or that file is missing or damaged.
+    """
+    try:
+        meta: dict[str, Any] = json.loads(_verified(store, ref, META, _manifest(store, ref)).read_bytes())
+    except ValueError as error:
+        raise UserError(f"{ref.prefix}/{META} cannot be read: {error}") from error
+    return meta
+
+
 def load_trainer_state(store: Store, ref: CheckpointRef) -> TrainerState:
     """What training needs to resume.
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from jobs.train.power_laws import IsoFlop, PowerLaw, ScalingLaws
 
 _INK, _FAINT, _TRAIN, _HELD_OUT = "#1f2933", "#d5dbe1", "#2f6fde", "#d9480f"
 
@@ -15,34 +19,182 @@ def plot_losses(path: Path, stages: Sequence[tuple[str, list[dict[str, Any]]]]) 
     Args:
         stages: title and history (``step``, ``loss`` and now and then a ``val_…`` metric) of each stage.
     """
+    with _panels(path, len(stages)) as axes:
+        for axis, (title, history) in zip(axes, stages, strict=True):
+            _plot_stage(axis, title, history)
+
+
+def plot_miniseries(
+    path: Path,
+    curves: Sequence[tuple[int, Sequence[float], Sequence[float]]],
+    ends: Sequence[tuple[int, float, float]],
+    law: PowerLaw | None,
+) -> None:
+    """Write a PNG with the loss curves of models of different depths, and where they end.
+
+    Args:
+        curves: of each model its depth, training FLOPs so far and training loss in nats per token.
+        ends: of each model its depth, training FLOPs and held-out bits per byte.
+        law: bits per byte over FLOPs.
+    """
+    with _panels(path, 2) as (training, held_out):
+        colors = _shades(len(curves))
+        for color, (depth, flops, losses) in zip(colors, curves, strict=True):
+            training.plot(flops, running_mean(losses), color=color, linewidth=1.6, label=f"depth {depth}")
+        for color, (depth, flop, bpb) in zip(colors, ends, strict=True):
+            held_out.plot([flop], [bpb], "o", color=color, markersize=7, zorder=3)
+            held_out.annotate(
+                f"d{depth}", (flop, bpb), xytext=(7, 5), textcoords="offset points", fontsize=9, color=_INK
+            )
+        if law is not None:
+            _plot_law(held_out, law, [flop for _, flop, _ in ends], f"$C^{{{law.exponent:.3f}}}$")
+            held_out.legend(frameon=False, fontsize=9)
+        training.legend(frameon=False, fontsize=9)
+        _label(training, "Training loss", "training FLOPs", "nats per token")
+        _label(held_out, "End of each run", "training FLOPs C", "held-out bits per byte")
+        held_out.margins(x=0.15, y=0.15)
+        for axis in (training, held_out):
+            _log_scale(axis.xaxis, scientific)
+            _log_scale(axis.yaxis, short)
+
+
+def plot_isoflops(path: Path, budgets: Sequence[IsoFlop], laws: ScalingLaws | None) -> None:
+    """Write a PNG with the loss over size of every budget, and the best sizes and tokens over budgets."""
+    with _panels(path, 3) as (curves, sizes, tokens):
+        colors = _shades(len(budgets))
+        for color, budget in zip(colors, budgets, strict=True):
+            curves.plot(
+                budget.sizes, budget.losses, "o", color=color, markersize=5, label=f"{scientific(budget.flops)} FLOPs"
+            )
+            if budget.fit is not None:
+                reach = _spaced(min(budget.sizes), max(budget.sizes))
+                curves.plot(reach, [budget.fit(size) for size in reach], color=color, linewidth=1.4)
+            if budget.fit is not None and budget.optimum is not None:
+                curves.plot(budget.optimum[0], budget.fit.lowest, "*", color=_HELD_OUT, markersize=11, zorder=3)
+                for axis, best in zip((sizes, tokens), budget.optimum, strict=True):
+                    axis.plot([budget.flops], [best], "*", color=_HELD_OUT, markersize=11, zorder=3)
+        if laws is not None:
+            reach = [budget.flops for budget in budgets]
+            for axis, law, letter in ((sizes, laws.sizes, "N"), (tokens, laws.tokens, "D")):
+                _plot_law(axis, law, reach, f"${letter} \\propto C^{{{law.exponent:.3f}}}$")
+                axis.legend(frameon=False, fontsize=9)
+        curves.legend(frameon=False, fontsize=9)
+        _label(curves, "Models of one budget", "parameters N", "held-out bits per byte")
+        _label(sizes, "Best size", "training FLOPs C", "parameters N")
+        _label(tokens, "Best number of tokens", "training FLOPs C", "tokens D")
+        _log_scale(curves.xaxis, short)
+        for axis in (sizes, tokens):
+            if laws is None:
+                note = "a law needs two budgets with a best size"
+                axis.text(0.5, 0.1, note, transform=axis.transAxes, ha="center", color=_INK, fontsize=9)
+            if any(budget.optimum is not None for budget in budgets):
+                axis.margins(0.15)
+                _log_scale(axis.xaxis, scientific)
+                _log_scale(axis.yaxis, short)
+            else:
+                axis.set(xticks=[], yticks=[])
+
+
+@contextlib.contextmanager
+def _panels(path: Path, count: int) -> Iterator[Sequence[Any]]:
+    """Axes side by side, which are written to ``path`` at the end."""
     # Imported here: matplotlib takes a second that only reports need.
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(stages), figsize=(5.2 * len(stages), 3.6), squeeze=False)
-    for axis, (title, history) in zip(axes[0], stages, strict=True):
-        steps = [point["step"] for point in history]
-        losses = [point["loss"] for point in history]
-        axis.plot(steps, losses, color=_TRAIN, alpha=0.25, linewidth=0.8)
-        axis.plot(steps, running_mean(losses), color=_TRAIN, linewidth=1.6, label="training loss")
-        metrics = sorted({name for point in history for name in point if name.startswith("val_")})
-        for name in metrics:
-            points = [(point["step"], point[name]) for point in history if name in point]
-            label = {"val_bpb": "held-out bits per byte", "val_loss": "held-out loss"}.get(name, name)
-            axis.plot(*zip(*points, strict=True), "o-", color=_HELD_OUT, markersize=4, linewidth=1.2, label=label)
-        if min(losses) > 0 and max(losses) / min(losses) > 20:
-            axis.set_yscale("log")
-        axis.set_title(title, color=_INK, fontsize=11)
-        axis.set_xlabel("step", color=_INK)
-        axis.set_ylabel("nats per token", color=_INK)
-        axis.grid(color=_FAINT, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=144)
-    plt.close(figure)
+    figure, axes = plt.subplots(1, count, figsize=(5.2 * count, 3.6), squeeze=False)
+    try:
+        yield axes[0]
+        figure.tight_layout()
+        figure.savefig(path, dpi=144)
+    finally:
+        plt.close(figure)
+
+
+def _plot_stage(axis: Any, title: str, history: list[dict[str, Any]]) -> None:
+    steps = [point["step"] for point in history]
+    losses = [point["loss"] for point in history]
+    axis.plot(steps, losses, color=_TRAIN, alpha=0.25, linewidth=0.8)
+    axis.plot(steps, running_mean(losses), color=_TRAIN, linewidth=1.6, label="training loss")
+    metrics = sorted({name for point in history for name in point if name.startswith("val_")})
+    for name in metrics:
+        points = [(point["step"], point[name]) for point in history if name in point]
+        label = {"val_bpb": "held-out bits per byte", "val_loss": "held-out loss"}.get(name, name)
+        axis.plot(*zip(*points, strict=True), "o-", color=_HELD_OUT, markersize=4, linewidth=1.2, label=label)
+    if min(losses) > 0 and max(losses) / min(losses) > 20:
+        axis.set_yscale("log")
+    _label(axis, title, "step", "nats per token")
+    axis.legend(frameon=False, fontsize=9)
+
+
+def _label(axis: Any, title: str, x: str, y: str) -> None:
+    axis.set_title(title, color=_INK, fontsize=11)
+    axis.set_xlabel(x, color=_INK)
+    axis.set_ylabel(y, color=_INK)
+    axis.grid(color=_FAINT, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _plot_law(axis: Any, law: PowerLaw, over: Sequence[float], label: str) -> None:
+    reach = _spaced(min(over), max(over))
+    axis.plot(reach, [law(x) for x in reach], "--", color=_INK, linewidth=1.2, label=label)
+
+
+def _log_scale(axis: Any, shown: Callable[[float], str]) -> None:
+    """Make an axis logarithmic, with few numbers that can be read, whether it spans three decades or a tenth of one."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    if axis.axis_name == "x":
+        axis.axes.set_xscale("log")
+        low, high = axis.axes.get_xlim()
+    else:
+        axis.axes.set_yscale("log")
+        low, high = axis.axes.get_ylim()
+    axis.set_major_locator(FixedLocator(log_ticks(low, high)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _position: shown(value)))
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """At most eight round numbers between two positive ones, evenly spread in ratio as far as they can be."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        ticks = [digit * 10.0**decade for decade in decades for digit in digits if low <= digit * 10.0**decade <= high]
+        if 3 <= len(ticks) <= 6:
+            return ticks
+    if len(ticks) > 6:
+        return ticks[:: math.ceil(len(ticks) / 6)]
+    # Less than a decade: equal steps of a round number.
+    unit = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = next(unit * factor for factor in (5, 2, 1) if (high - low) / (unit * factor) >= 3)
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def scientific(value: float) -> str:
+    """FLOPs in three digits: 3e15."""
+    return f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
+
+
+def short(value: float) -> str:
+    """A count or a loss in four digits: 0.95, 300 M."""
+    for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def _spaced(low: float, high: float, count: int = 60) -> list[float]:
+    """Numbers from ``low`` to ``high`` in equal ratios."""
+    return [low * (high / low) ** (i / (count - 1)) for i in range(count)]
+
+
+def _shades(count: int) -> list[Any]:
+    """Colors from light to dark, one for each of an ordered series."""
+    import matplotlib as mpl
+
+    return [mpl.colormaps["viridis_r"](0.15 + 0.75 * i / max(count - 1, 1)) for i in range(count)]
 
 
 def running_mean(values: Sequence[float], decay: float = 0.9) -> list[float]:

@@ -8,17 +8,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Literal
+
+import torch
 
 from jobs.eval.report import reported
 from jobs.train import pretrain, sft
+from jobs.train.children import Children
 from jobs.train.local_text import local_text_digest
 from jobs.train.mixtures import Mixture
 from jobs.train.recipes import RECIPES, Flags, Recipe
@@ -43,6 +43,7 @@ class PipelineSettings:
     model: str = setting("", "name of the model in the store; the recipe's name when not given")
     data: str = setting("", "file or folder of parquet, JSONL or plain text to train on")
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
+    ranks: int = setting(0, "processes that train together on this machine; 0 for one on each GPU", minimum=0)
     threads: int = setting(0, "CPU threads of the training stages; 0 leaves the choice to torch", minimum=0)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
@@ -62,9 +63,7 @@ class Pipeline:
         self.settings, self.recipe = settings, recipe
         self.model = check_model_name(settings.model or recipe.name)
         self.store: Store = open_store(settings.home)
-        self._child: subprocess.Popen[bytes] | None = None
-        self._starting = False
-        self._signal: int | None = None
+        self._children = Children()
 
     def run(self) -> None:
         """Run what is not done yet.
@@ -73,8 +72,7 @@ class Pipeline:
             UserError: a setting is wrong.
             SystemExit: a stage failed or was stopped, with its exit code.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._forward)
+        self._children.forward_signals()
         started = time.monotonic()
         self._prepare()
         base, tuned = self._train()
@@ -145,13 +143,13 @@ class Pipeline:
         if newest is None or stale or not newest.meta["finished"]:
             if stale:
                 log.info("starting over: what it was made from has changed", extra={"stage": module})
-            self._stage(module, flags, start_over=stale)
+            self._stage(module, flags, start_over=stale, ranks=self.settings.ranks or max(1, torch.cuda.device_count()))
             newest = newest_checkpoint(self.store, self.model, stage)
         if newest is None or not newest.meta["finished"]:
             raise UserError(f"{module} left no finished checkpoint of {self.model}")
         return newest
 
-    def _stage(self, module: str, flags: Flags, *, start_over: bool = False) -> None:
+    def _stage(self, module: str, flags: Flags, *, start_over: bool = False, ranks: int = 1) -> None:
         """Run one job to its end; its output is ours."""
         command = [sys.executable, "-m", module, "--home", self.settings.home]
         for name, value in flags.items():
@@ -160,27 +158,11 @@ class Pipeline:
             command.append("--no-resume")
         log.info("stage starts", extra={"stage": module})
         started = time.monotonic()
-        self._starting = True
-        self._child = subprocess.Popen(command)  # noqa: S603
-        self._starting = False
-        if self._signal is not None:
-            self._child.send_signal(self._signal)
-        code = self._child.wait()
-        self._child = None
-        if code or self._signal is not None:
+        code = self._children.run(command, ranks)
+        if code:
             log.error("stage ended early", extra={"stage": module, "exit_code": code})
-            raise SystemExit(code if code > 0 else 128 + (self._signal or -code))
+            raise SystemExit(code)
         log.info("stage done", extra={"stage": module, "seconds": round(time.monotonic() - started, 1)})
-
-    def _forward(self, number: int, _frame: FrameType | None) -> None:
-        """Let the running stage save its state; without one, end here."""
-        self._signal = number
-        if self._child is not None:
-            # A terminal's Ctrl-C has reached the stage already.
-            if number != signal.SIGINT or not sys.stdin.isatty():
-                self._child.send_signal(number)
-        elif not self._starting:
-            raise SystemExit(128 + number)
 
     def _threads(self) -> dict[str, int]:
         return {"threads": self.settings.threads} if self.settings.threads else {}

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from tiny_training import Job, sentences
 
-from jobs.train import pipeline
+from jobs.train import children
 from jobs.train.pipeline import Pipeline, PipelineSettings
 from jobs.train.recipes import RECIPES, Recipe
 from nanochat_core.checkpoint import list_checkpoints, newest_checkpoint, promoted
@@ -145,7 +145,7 @@ def again(finished, tmp_path, monkeypatch) -> Again:
             made.jobs.append(job)
             self.wait, self.send_signal = job.wait, job.signal
 
-    monkeypatch.setattr(pipeline.subprocess, "Popen", Forked)
+    monkeypatch.setattr(children.subprocess, "Popen", Forked)
     return made
 
 

@@ -26,6 +26,7 @@ from nanochat_core.checkpoint import (
     check_model_name,
     list_checkpoints,
     load_checkpoint,
+    load_meta,
     load_trainer_state,
     newest_checkpoint,
     promote,
@@ -99,6 +100,18 @@ def test_everything_saved_is_loaded_bit_for_bit(store: FolderStore, dtype: torch
     assert loaded.config == model.config
     assert loaded.meta == META | {"tokenizer_digest": tokenizer().digest}
     assert loaded.tokenizer.digest == tokenizer().digest
+
+
+def test_meta_is_read_without_the_weights_but_verified(store: FolderStore):
+    save(store)
+    (store.root / REF.prefix / "model.safetensors").unlink()
+    assert load_meta(store, REF) == META
+    meta = store.root / REF.prefix / "meta.json"
+    meta.write_bytes(meta.read_bytes().replace(b"1", b"2"))
+    with pytest.raises(UserError, match=r"meta\.json does not match its sha256"):
+        load_meta(store, REF)
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        load_meta(store, CheckpointRef("other", "base", 1))
 
 
 def test_the_built_model_computes_the_same(store: FolderStore):

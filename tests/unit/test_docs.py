@@ -16,6 +16,7 @@ from jobs.train.dataset import ConvertSettings, DownloadSettings, ListSettings, 
 from jobs.train.import_nanochat import ImportSettings
 from jobs.train.pipeline import PipelineSettings
 from jobs.train.pretrain import PretrainSettings
+from jobs.train.scaling import LawsSettings, MiniseriesSettings
 from jobs.train.sft import SftSettings
 from jobs.train.tokenizer import TokenizerSettings
 
@@ -28,6 +29,8 @@ JOBS = {
     "jobs.train.sft": SftSettings,
     "jobs.eval.tokenizer": TokenizerEvalSettings,
     "jobs.train.import_nanochat": ImportSettings,
+    "jobs.train.scaling miniseries": MiniseriesSettings,
+    "jobs.train.scaling laws": LawsSettings,
     "jobs.eval.chat": ChatEvalSettings,
     "jobs.eval.report": ReportSettings,
     "jobs.train.dataset download": DownloadSettings,
@@ -63,8 +66,8 @@ def test_make_targets_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_flag_of_a_job_is_listed_with_its_default(job: str) -> None:
-    page = "docs/data.md" if job.startswith("jobs.train.dataset") else "docs/training.md"
-    section = (ROOT / page).read_text().split(f"### `{job}`")[1].split("\n### ")[0]
+    pages = "".join((ROOT / "docs" / page).read_text() for page in ("training.md", "data.md", "scaling.md"))
+    section = pages.split(f"### `{job}`")[1].split("\n### ")[0]
     listed = dict(re.findall(r"^\| `(--[a-z0-9-]+)`[^|]* \| ([^|]+) \|", section, re.MULTILINE))
     fields = dataclasses.fields(JOBS[job])
     assert listed == {"--" + field.name.replace("_", "-"): shown(field.default) for field in fields}

@@ -1,4 +1,4 @@
-"""Loss plots are pictures of a sensible size, whatever the run looked like."""
+"""Plots are pictures of a sensible size, whatever the runs looked like."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.eval.plots import plot_losses, running_mean
+from jobs.eval.plots import log_ticks, plot_isoflops, plot_losses, plot_miniseries, running_mean, scientific, short
+from jobs.train.power_laws import IsoFlop, fit_laws, fit_power_law
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -47,3 +48,43 @@ def test_the_running_mean_weighs_each_value_by_its_age(values):
         weights = [0.9 ** (count - 1 - i) for i in range(count)]
         expected = sum(w * v for w, v in zip(weights, values, strict=False)) / sum(weights)
         assert mean == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_miniseries_can_be_plotted_from_its_first_model_on(tmp_path, count):
+    depths = range(2, 2 + count)
+    curves = [(depth, [1e9 * depth, 2e9 * depth], [5.0, 4.0]) for depth in depths]
+    ends = [(depth, 2e9 * depth, 1.5 - 0.1 * depth) for depth in depths]
+    law = fit_power_law([flops for _, flops, _ in ends], [bpb for _, _, bpb in ends])
+    plot_miniseries(tmp_path / "plot.png", curves, ends, law)
+    assert png_size(tmp_path / "plot.png")[0] == pytest.approx(1500, rel=0.01)
+
+
+@pytest.mark.parametrize("losses", [(2.0, 1.0, 2.0), (1.0, 2.0, 3.0), (1.0, 2.0, 1.0)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_budgets_can_be_plotted_with_and_without_a_best_size(tmp_path, losses, count):
+    sizes = (1e6, 2e6, 4e6)
+    budgets = [IsoFlop.of(10.0 ** (13 + i), sizes, [1e13 / size for size in sizes], losses) for i in range(count)]
+    plot_isoflops(tmp_path / "plot.png", budgets, fit_laws(budgets))
+    assert png_size(tmp_path / "plot.png")[0] == pytest.approx(2250, rel=0.01)
+
+
+@given(st.floats(1e-3, 1e18), st.floats(1.001, 1e9))
+def test_a_logarithmic_axis_has_a_few_numbers_between_its_ends(low, ratio):
+    high = low * ratio
+    ticks = log_ticks(low, high)
+    assert 2 <= len(ticks) <= 15
+    assert ticks == sorted(set(ticks))
+    assert all(low * (1 - 1e-9) <= tick <= high * (1 + 1e-9) for tick in ticks)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.95, "0.95"), (1, "1"), (3e8, "300 M"), (1.5e9, "1.5 G"), (2e3, "2 k"), (4e13, "40 T")]
+)
+def test_counts_and_losses_are_short(value, shown):
+    assert short(value) == shown
+
+
+@pytest.mark.parametrize(("value", "shown"), [(3e15, "3e15"), (1.849e12, "1.85e12"), (5e9, "5e9")])
+def test_flops_are_in_three_digits(value, shown):
+    assert scientific(value) == shown

@@ -1,0 +1,167 @@
+"""Fits of scaling studies: the best size for a budget and how it grows (arXiv 2203.15556, approach 2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+# A parabola has three coefficients, a power law two.
+_PARABOLA_POINTS = 3
+_POWER_LAW_POINTS = 2
+# A bend of less than this share of the loss is rounding.
+_STRAIGHT = 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerLaw:
+    """``y = coefficient * x ** exponent``, a straight line in logarithms.
+
+    Attributes:
+        exponent_error: standard error of the exponent; None for two points, through which any line goes.
+        r2: share of the variance of log y that the line explains.
+    """
+
+    coefficient: float
+    exponent: float
+    exponent_error: float | None
+    r2: float
+
+    def __call__(self, x: float) -> float:
+        return self.coefficient * x**self.exponent
+
+
+@dataclasses.dataclass(frozen=True)
+class Parabola:
+    """``loss = lowest + curvature * (ln(size) - log_best_size) ** 2`` for one budget.
+
+    Attributes:
+        inside: the best size lies between the smallest and the largest that were measured; elsewhere it is a guess.
+        r2: share of the variance of the loss that the parabola explains; 1 for three points.
+    """
+
+    log_best_size: float
+    lowest: float
+    curvature: float
+    inside: bool
+    r2: float
+
+    def __call__(self, size: float) -> float:
+        return self.lowest + self.curvature * (math.log(size) - self.log_best_size) ** 2
+
+
+def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
+    """The least-squares line through ``(log x, log y)``; None for fewer than two different ``x``.
+
+    Args:
+        x, y: positive numbers, pairwise.
+    """
+    if len(set(x)) < _POWER_LAW_POINTS:
+        return None
+    log_x, log_y = np.log(x), np.log(y)
+    exponent, intercept = np.polyfit(log_x, log_y, 1)
+    residuals = log_y - (exponent * log_x + intercept)
+    error = None
+    if len(x) > _POWER_LAW_POINTS:
+        variance = float(residuals @ residuals) / (len(x) - _POWER_LAW_POINTS)
+        error = math.sqrt(variance / float(((log_x - log_x.mean()) ** 2).sum()))
+    return PowerLaw(math.exp(intercept), float(exponent), error, _r2(log_y, residuals))
+
+
+def fit_parabola(sizes: Sequence[float], losses: Sequence[float]) -> Parabola | None:
+    """The least-squares parabola through ``(ln size, loss)``.
+
+    None where it has no lowest point: for fewer than three different sizes, or when the loss does not bend upwards.
+
+    Args:
+        sizes: positive numbers, one for each loss.
+    """
+    if len(set(sizes)) < _PARABOLA_POINTS:
+        return None
+    log_sizes = np.log(sizes)
+    # Around their mean, where squares of logarithms do not cancel each other.
+    middle = log_sizes.mean()
+    curvature, slope, height = np.polyfit(log_sizes - middle, losses, 2)
+    if curvature * np.ptp(log_sizes) ** 2 < _STRAIGHT * np.abs(losses).max():
+        return None
+    best = float(middle - slope / (2 * curvature))
+    residuals = np.asarray(losses) - np.polyval([curvature, slope, height], log_sizes - middle)
+    return Parabola(
+        log_best_size=best,
+        lowest=float(height - slope**2 / (4 * curvature)),
+        curvature=float(curvature),
+        inside=bool(log_sizes.min() <= best <= log_sizes.max()),
+        r2=_r2(np.asarray(losses), residuals),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class IsoFlop:
+    """Models of different sizes that were trained with the same budget.
+
+    Attributes:
+        flops: the budget.
+        sizes, tokens, losses: parameters, training tokens and held-out loss of each model.
+        fit: loss over size, where three models or more show where it is lowest.
+    """
+
+    flops: float
+    sizes: tuple[float, ...]
+    tokens: tuple[float, ...]
+    losses: tuple[float, ...]
+    fit: Parabola | None
+
+    @classmethod
+    def of(cls, flops: float, sizes: Sequence[float], tokens: Sequence[float], losses: Sequence[float]) -> IsoFlop:
+        return cls(flops, tuple(sizes), tuple(tokens), tuple(losses), fit_parabola(sizes, losses))
+
+    @property
+    def optimum(self) -> tuple[float, float] | None:
+        """Parameters and tokens of the best model for the budget; None where :attr:`problem` says why not."""
+        if self.fit is None or not self.fit.inside:
+            return None
+        best_size = math.exp(self.fit.log_best_size)
+        return best_size, interpolate(best_size, self.sizes, self.tokens)
+
+    @property
+    def problem(self) -> str | None:
+        """Why no best size is known, and what would help."""
+        if len(set(self.sizes)) < _PARABOLA_POINTS:
+            return f"fewer than {_PARABOLA_POINTS} depths were trained"
+        if self.fit is None:
+            return "the losses do not bend upwards; add depths on both sides"
+        if not self.fit.inside:
+            side = "smaller" if self.fit.log_best_size < math.log(min(self.sizes)) else "greater"
+            return f"the best size lies outside of those that were trained; add {side} depths"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalingLaws:
+    """How the best model's parameters and tokens grow with the budget."""
+
+    sizes: PowerLaw
+    tokens: PowerLaw
+
+
+def fit_laws(budgets: Sequence[IsoFlop]) -> ScalingLaws | None:
+    """Power laws through the optima of the budgets; None when fewer than two have one."""
+    known = [(budget.flops, *budget.optimum) for budget in budgets if budget.optimum is not None]
+    if not known:
+        return None
+    flops, sizes, tokens = zip(*known, strict=True)
+    size_law, token_law = fit_power_law(flops, sizes), fit_power_law(flops, tokens)
+    return ScalingLaws(size_law, token_law) if size_law and token_law else None
+
+
+def interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """``y`` at ``x``, linear between the logarithms of the measured points; ``x`` must lie between them."""
+    order = np.argsort(xs)
+    return math.exp(float(np.interp(math.log(x), np.log(xs)[order], np.log(ys)[order])))
+
+
+def _r2(values: np.ndarray, residuals: np.ndarray) -> float:
+    total = float(((values - values.mean()) ** 2).sum())
+    return 1.0 - float((residuals**2).sum()) / total if total else 1.0
