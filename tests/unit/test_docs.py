@@ -77,7 +77,7 @@ def shown(default: Any) -> str:
     """A default as the tables write it."""
     if default is dataclasses.MISSING:
         return "required"
-    if default in (None, ""):
+    if default in (None, "", ()):
         return "—"
     if isinstance(default, bool):
         return "on" if default else "off"
