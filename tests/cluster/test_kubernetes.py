@@ -11,12 +11,13 @@ import os
 import tarfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import Any
 
 import pytest
+import yaml
 from commands import ANSWER, QUESTION, ROOT, assert_answer_came_through_the_tool, run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2100)]
@@ -93,6 +94,44 @@ def release(namespace: str, training: dict[str, Any]) -> str:
             print(run("kubectl", "-n", namespace, "logs", f"deployment/nanochat-{component}", "--tail=20").stdout)
         raise
     return "nanochat"
+
+
+def state_of(namespace: str, job: str) -> set[str]:
+    """The conditions of a PyTorchJob that hold."""
+    found = get(namespace, "pytorchjob", job)
+    return {c["type"] for c in found.get("status", {}).get("conditions", ()) if c["status"] == "True"}
+
+
+def wait_for(claim: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not claim():
+        assert time.monotonic() < deadline, what
+        time.sleep(1)
+
+
+def succeed(namespace: str, job: str, seconds: float = 600) -> None:
+    """Return when a PyTorchJob has succeeded."""
+
+    def ended() -> bool:
+        states = state_of(namespace, job)
+        assert "Failed" not in states, run("kubectl", "-n", namespace, "logs", f"{job}-master-0", "--tail=50").stdout
+        return "Succeeded" in states
+
+    wait_for(ended, seconds, f"{job} did not succeed")
+
+
+def pretrained(namespace: str, release: str, model: str) -> dict[str, Any]:
+    """What is stored about a finished base model, read through the engine's view of the store."""
+    file = f"/var/lib/nanochat/models/{model}/base/step_000150/meta.json"
+    shown = run("kubectl", "-n", namespace, "exec", f"deployment/{release}-engine", "--", "cat", file)
+    meta: dict[str, Any] = json.loads(shown.stdout)
+    return meta
+
+
+def checkpoints(namespace: str, release: str, model: str) -> list[str]:
+    command = ["kubectl", "-n", namespace, "exec", f"deployment/{release}-engine", "--"]
+    script = "import glob, sys; print(*glob.glob(f'/var/lib/nanochat/models/{sys.argv[1]}/base/*/MANIFEST.json'))"
+    return run(*command, "python", "-c", script, model).stdout.split()
 
 
 def dry_run(namespace: str, manifests: str) -> None:
@@ -172,6 +211,27 @@ def test_kernel_enforces_what_the_pod_declares(namespace: str, release: str, com
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
     with pytest.raises(AssertionError, match="Read-only file system"):
         run(*inside, "touch", "/app/new")
+
+
+def test_two_pods_pretrain_to_the_loss_of_one_and_survive_the_loss_of_a_pod(namespace: str, release: str) -> None:
+    (*shared, job) = yaml.safe_load_all((ROOT / "jobs/train/pretrain-cpu.yaml").read_text())
+    run("kubectl", "-n", namespace, "apply", "-f", "-", stdin=yaml.safe_dump_all([*shared, job]))
+    wait_for(lambda: bool(checkpoints(namespace, release, "pair")), 300, "the pair wrote no checkpoint")
+    run("kubectl", "-n", namespace, "delete", "pod", "pretrain-cpu-worker-0", "--grace-period=0", "--force")
+    succeed(namespace, "pretrain-cpu")
+    pair = pretrained(namespace, release, "pair")
+
+    del job["spec"]["pytorchReplicaSpecs"]["Worker"]
+    job["metadata"]["name"] = "pretrain-alone"
+    (container,) = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
+    container["args"] = [arg.replace("--model=pair", "--model=alone") for arg in container["args"]]
+    run("kubectl", "-n", namespace, "apply", "-f", "-", stdin=yaml.safe_dump(job))
+    succeed(namespace, "pretrain-alone")
+    alone = pretrained(namespace, release, "alone")
+    losses = [[point["loss"] for point in meta["history"]] for meta in (pair, alone)]
+    assert len(losses[1]) == 150
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][-1] < 0.7 * losses[0][0]
 
 
 def test_store_can_be_copied(namespace: str, release: str) -> None:
