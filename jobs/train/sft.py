@@ -66,7 +66,7 @@ def run(settings: SftSettings, place: Place) -> CheckpointRef:
     if base is None:
         raise UserError(f"model {settings.model!r} has no base checkpoint; run python -m jobs.train.pretrain first")
     mixture = Mixture(store, settings.mixture)
-    precision = base.meta["settings"].get("dtype", "auto") if settings.dtype == "auto" else settings.dtype
+    precision = base.meta.get("settings", {}).get("dtype", "auto") if settings.dtype == "auto" else settings.dtype
     dtype = choose_dtype(precision, device)
     torch.manual_seed(settings.seed)
     config, tokenizer = base.config, base.tokenizer
