@@ -54,8 +54,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
     x, weight = ctx.saved_tensors
-    # Here the sum is over the tokens, which both libraries do alike and oneDNN only after copying both sides.
-    of_weight = gradient.reshape(-1, gradient.size(-1)).T @ x.reshape(-1, x.size(-1))
+    rows, columns = gradient.reshape(-1, gradient.size(-1)), x.reshape(-1, x.size(-1))
+    # Here the sum is over the tokens, which oneDNN would do only after copying both sides; the usual library is a tenth
+    # faster with the longer side first.
+    of_weight = rows.T @ columns if rows.size(-1) >= columns.size(-1) else (columns.T @ rows).T
     return linear(gradient.contiguous(), weight.T.contiguous()), of_weight
 
 

@@ -137,7 +137,8 @@ def loss_and_logit_gradient(raw: Tensor, targets: Tensor, vocab_size: int) -> tu
     """
     ids = torch.arange(raw.size(1), device=raw.device)
     hot = ids == targets.unsqueeze(1)
-    tanh = torch.tanh(raw.float() / LOGIT_SOFTCAP)
+    # The same as tanh(raw / 15), from the cheaper of the two functions.
+    tanh = 2 * torch.sigmoid(raw.float() * (2 / LOGIT_SOFTCAP)) - 1
     # Softcapped logits are at most 15, so their exponentials fit fp32 without subtracting the largest first.
     powers = torch.where(ids < vocab_size, torch.exp(LOGIT_SOFTCAP * tanh), 0.0)
     sums = powers.sum(1, keepdim=True)

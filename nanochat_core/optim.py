@@ -487,7 +487,7 @@ def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         y = y.mT
     for a, b, c in POLAR_EXPRESS:
         gram = y @ y.mT
-        y = a * y + (b * gram + c * (gram @ gram)) @ y
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     if tall:
         y = y.mT
     y = y.float()

@@ -226,9 +226,7 @@ def global_batches(text: TextDataset, kind: str, world_size: int, count: int, st
     batches = []
     for _ in range(count):
         parts = [loader.next_batch() for loader in ranks]
-        ids, targets = (torch.empty(8, CONTEXT, dtype=torch.int64) for _ in range(2))
-        for rank, part in enumerate(parts):
-            ids[rank::world_size], targets[rank::world_size] = part.ids, part.targets
+        ids, targets = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "targets"))
         batches.append(Batch(ids, targets, merge_states([part.state for part in parts])))
     return batches
 
