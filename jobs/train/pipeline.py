@@ -22,7 +22,7 @@ from jobs.train.children import Children
 from jobs.train.local_text import local_text_digest
 from jobs.train.mixtures import Mixture
 from jobs.train.recipes import RECIPES, Flags, Recipe
-from jobs.train.shards import dataset_digest
+from jobs.train.shards import dataset_digest, has_shards, read_manifest
 from jobs.train.tokenizer import load_tokenizer, trained_on
 from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint, check_model_name, newest_checkpoint, promote, promoted
@@ -112,10 +112,18 @@ class Pipeline:
                 f"given now; use another --model name, or delete data/{self.model} and data/{self.model}-chat to train "
                 f"{self.model} anew"
             )
+        if data is None and self.recipe.web_shards and self._lacks_text():
+            wanted = {"dataset": self.model, "shards": self.recipe.web_shards}
+            self._stage("jobs.train.dataset", wanted, subcommand="download")
         self.recipe.prepare(self.store, self.model, data)
         if stored is None:
             origin = given | ({"source": str(data.resolve())} if data else {})
             self.store.write(key, (json.dumps(origin, indent=2) + "\n").encode())
+
+    def _lacks_text(self) -> bool:
+        """Whether the store has no shards, or only what an interrupted download has brought."""
+        manifest = read_manifest(self.store, self.model)
+        return not has_shards(self.store, self.model) if manifest is None else not manifest.complete
 
     def _train(self) -> tuple[Checkpoint, Checkpoint]:
         """The final checkpoints of pretraining and fine-tuning, trained where they are missing or stale."""
@@ -149,9 +157,11 @@ class Pipeline:
             raise UserError(f"{module} left no finished checkpoint of {self.model}")
         return newest
 
-    def _stage(self, module: str, flags: Flags, *, start_over: bool = False, ranks: int = 1) -> None:
+    def _stage(
+        self, module: str, flags: Flags, *, subcommand: str = "", start_over: bool = False, ranks: int = 1
+    ) -> None:
         """Run one job to its end; its output is ours."""
-        command = [sys.executable, "-m", module, "--home", self.settings.home]
+        command = [sys.executable, "-m", module, *filter(None, [subcommand]), "--home", self.settings.home]
         for name, value in flags.items():
             command += [f"--{name}", str(value)]
         if start_over:

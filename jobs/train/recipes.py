@@ -34,6 +34,8 @@ class Recipe:
     conversation_kinds: frozenset[str] | None
     train_conversations: int
     needs_data: bool = False
+    # Shards of the public web text to download where neither --data nor the store has any.
+    web_shards: str = ""
     # Training documents are cut to at most this many characters: a document longer than a row loses its rest.
     document_characters: int | None = None
 
@@ -161,13 +163,14 @@ RECIPES = {
         ),
         Recipe(
             name="speedrun",
-            summary="a model of GPT-2's ability on a GPU node, from web text that lies in the store",
+            summary="a model of GPT-2's ability on a GPU node, from public web text",
             tokenizer={"vocab-size": 32768},
             pretrain={"depth": 24, "ratio": 8},
             sft={},
             conversation_kinds=_WORLDLESS_KINDS,
             train_conversations=100_000,
             needs_data=True,
+            web_shards="0-169",
         ),
     )
 }

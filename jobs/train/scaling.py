@@ -36,7 +36,7 @@ class StudySettings:
     dataset: str = setting(help="name of the text dataset in the store")
     tokenizer: str = setting(help="name of the tokenizer in the store")
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
-    ranks: int = setting(1, "processes that share a run, one for each GPU, started by torchrun if several", minimum=1)
+    ranks: int = setting(1, "processes of this machine that share a run, one for each GPU", minimum=1)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
     def __post_init__(self) -> None:

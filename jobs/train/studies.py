@@ -114,7 +114,7 @@ class Study:
             SystemExit: this process was asked to end; the run has saved its state.
         """
         log.info("run starts", extra={"model": run.model, "depth": run.config.depth, "steps": run.plan.steps})
-        code = self._children.run(self._command(run))
+        code = self._children.run([sys.executable, "-m", _PRETRAIN, *run.flags], self._ranks)
         if self._children.stopped:
             raise SystemExit(code)
         result = None if code else self.result(run)
@@ -157,12 +157,6 @@ class Study:
             # Training itself passes over a damaged checkpoint to the one before it.
             log.warning("damaged checkpoint", extra={"checkpoint": stored[-1].prefix, "reason": str(error)})
             return None
-
-    def _command(self, run: Run) -> list[str]:
-        if self._ranks == 1:
-            return [sys.executable, "-m", _PRETRAIN, *run.flags]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self._ranks}", "-m"]
-        return [sys.executable, *torchrun, _PRETRAIN, *run.flags]
 
 
 def _result(run: Run, meta: dict[str, Any]) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -138,10 +139,10 @@ def again(finished, tmp_path, monkeypatch) -> Again:
     class Forked:
         """A stage's process, forked instead of started afresh."""
 
-        def __init__(self, command: list[str]) -> None:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
             _python, _m, module, *arguments = command
             made.stages.append(module)
-            job = Job(module, arguments, tmp_path / f"{module}-{time.monotonic_ns()}.log")
+            job = Job(module, arguments, tmp_path / f"{module}-{time.monotonic_ns()}.log", env)
             made.jobs.append(job)
             self.wait, self.send_signal = job.wait, job.signal
 
@@ -331,6 +332,30 @@ def test_sigterm_in_a_stage_saves_its_state_and_the_next_run_goes_on_from_there(
     assert again.run(LONG) == [PRETRAIN, SFT, REPORT]
     resumed = [event["checkpoint"] for event in again.jobs[0].events if event["event"] == "resumed"]
     assert resumed == [f"models/{MODEL}/base/step_{step:06d}"]
+
+
+@pytest.mark.parametrize("found", ["nothing", "half a download", "a whole dataset", "shards of another program"])
+def test_web_text_is_downloaded_where_the_store_has_none(again, monkeypatch, found):
+    data = again.home / "data" / MODEL
+    (data / "origin.json").unlink()
+    if found == "nothing":
+        shutil.rmtree(data)
+    elif found == "half a download":
+        manifest = json.loads((data / "dataset.json").read_text())
+        (data / "dataset.json").write_text(json.dumps(manifest | {"complete": False}))
+    elif found == "shards of another program":
+        (data / "dataset.json").unlink()
+    started: list[tuple[str, dict[str, Any], str]] = []
+
+    def stage(self: Pipeline, module: str, flags: dict[str, Any], *, subcommand: str = "", **_: Any) -> None:
+        started.append((module, flags, subcommand))
+        raise SystemExit(0)
+
+    monkeypatch.setattr(Pipeline, "_stage", stage)
+    with contextlib.suppress(SystemExit):
+        again.run(dataclasses.replace(RECIPE, web_shards="0-3"), data="")
+    download = ("jobs.train.dataset", {"dataset": MODEL, "shards": "0-3"}, "download")
+    assert (download in started) == (found in ("nothing", "half a download"))
 
 
 def test_sigterm_between_stages_ends_the_pipeline(again):

@@ -52,12 +52,12 @@ class Studies:
         settings = load(scaling.STUDIES[kind], prefix="TEST", program="test", argv=argv(given))
         scaling.run(settings, [*PASSED_ON, *passed_on], f"repeat {kind}")
 
-    def popen(self, command: list[str]) -> Any:
+    def popen(self, command: list[str], env: dict[str, str]) -> Any:
         _python, _m, module, *arguments = command
         flags = {name: value or True for name, _, value in (word[2:].partition("=") for word in arguments)}
         assert flags.pop("home") == str(self.home)
         self.trained.append(flags["model"])
-        return self.instead.get(flags["model"]) or Jobs(self.home, self.logs).start(module, flags)
+        return self.instead.get(flags["model"]) or Jobs(self.home, self.logs).start(module, flags, environment=env)
 
     def report(self, study: str) -> dict[str, Any]:
         return json.loads(self.store.read(f"reports/{study}/report.json"))
@@ -70,7 +70,7 @@ class Ended:
         self._code, self._first = code, first
         self.signals: list[int] = []
 
-    def wait(self) -> int:
+    def wait(self, timeout: float | None = None) -> int:
         self._first()
         return self._code
 
@@ -192,17 +192,16 @@ def test_what_cannot_be_studied_is_refused_before_anything_is_trained(studies, k
     assert not (studies.home / "models").exists()
 
 
-def test_several_ranks_are_started_by_torchrun(studies, monkeypatch):
-    commands = []
+def test_several_ranks_are_told_where_to_meet(studies, monkeypatch):
+    started = []
 
-    def popen(command: list[str]) -> Ended:
-        commands.append(command)
+    def popen(command: list[str], env: dict[str, str]) -> Ended:
+        assert "--model=miniseries-d1" in command
+        started.append({name: env[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")})
         return Ended(1)
 
     monkeypatch.setattr(children.subprocess, "Popen", popen)
     with pytest.raises(UserError):
-        studies.run("miniseries", STEPS, depths="1", ranks="8")
-    (command,) = commands
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=8", "-m", "jobs.train.pretrain"]
-    assert command[1:7] == torchrun
-    assert "--model=miniseries-d1" in command
+        studies.run("miniseries", STEPS, depths="1", ranks="2")
+    assert [(env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"]) for env in started] == [("0", "0", "2"), ("1", "1", "2")]
+    assert len({(env["MASTER_ADDR"], env["MASTER_PORT"]) for env in started}) == 1

@@ -11,10 +11,11 @@ import multiprocessing
 import os
 import random
 import runpy
+import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +101,17 @@ def argv(flags: dict[str, Any]) -> list[str]:
 class Job:
     """A running ``python -m module --flags``."""
 
-    def __init__(self, module: str, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+    def __init__(self, module: str, arguments: list[str], log: Path, environment: Mapping[str, str]) -> None:
         self._log = log
         log.touch()
         self._process = _processes.Process(target=_run, args=(module, arguments, {**os.environ, **environment}, log))
         self._process.start()
 
-    def wait(self) -> int:
-        """The exit code, negative for a signal."""
-        self._process.join()
-        assert self._process.exitcode is not None
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, negative for a signal; as of a process that ``subprocess`` started."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(str(self._log), timeout or 0)
         return self._process.exitcode
 
     def signal(self, number: int) -> None:
