@@ -20,7 +20,7 @@ from nanochat_core.cpu_products import product
 LOGIT_SOFTCAP = 15.0
 IGNORE_INDEX = -1
 # Logits that are held at once: on a CPU what its caches hold, on a GPU enough for matrix products at full speed.
-CPU_CHUNK = 2**21
+CPU_CHUNK = 2**22
 GPU_CHUNK = 2**27
 
 LossAndGradient = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]

@@ -203,5 +203,8 @@ def test_several_ranks_are_told_where_to_meet(studies, monkeypatch):
     monkeypatch.setattr(children.subprocess, "Popen", popen)
     with pytest.raises(UserError):
         studies.run("miniseries", STEPS, depths="1", ranks="2")
-    assert [(env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"]) for env in started] == [("0", "0", "2"), ("1", "1", "2")]
+    assert [(env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"]) for env in started] == [
+        ("0", "0", "2"),
+        ("1", "1", "2"),
+    ]
     assert len({(env["MASTER_ADDR"], env["MASTER_PORT"]) for env in started}) == 1
