@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from nanochat_core.errors import EXIT_USER_ERROR, UserError, run_main
+from nanochat_core.errors import UserError, run_main
 
 
 def ended(body: str) -> subprocess.CompletedProcess[str]:
     code = f"""
 import signal, os
-from nanochat_core.errors import UserError, run_main
+from nanochat_core.errors import RetryableError, UserError, run_main
 def main():
     {body}
 run_main(main, "python -m example")
@@ -23,9 +23,15 @@ run_main(main, "python -m example")
 
 def test_a_user_error_is_one_line_and_exit_code_2():
     done = ended("raise UserError('--port is 99999; it must be at most 65535')")
-    assert done.returncode == EXIT_USER_ERROR == 2
+    assert done.returncode == 2
     assert done.stderr == "python -m example: error: --port is 99999; it must be at most 65535\n"
     assert done.stdout == ""
+
+
+def test_what_may_go_better_next_time_has_a_code_that_job_controllers_restart_on():
+    done = ended("raise RetryableError('the store was gone for too long')")
+    assert done.returncode == 138
+    assert done.stderr == "python -m example: error: the store was gone for too long\n"
 
 
 def test_any_other_error_keeps_its_traceback():
