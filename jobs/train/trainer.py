@@ -179,6 +179,8 @@ class Trainer:
         try:
             checkpoint, trainer = load_checkpoint(self.store, ref), load_trainer_state(self.store, ref)
             trainer.fetch(shard.name for shard in self._shards())
+        except StoreError:
+            raise  # says nothing about the checkpoint: to pass over it would be to train again what it holds
         except UserError as error:
             return None, str(error)
         return (checkpoint, trainer), None

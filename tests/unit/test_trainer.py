@@ -1,0 +1,134 @@
+"""What the training loop does about steps that cannot be used, or look strange."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from jobs.train.loader import Batch
+from jobs.train.schedule import Schedule
+from jobs.train.trainer import RunConfig, Trainer, TrainingDiverged
+from nanochat_core.checkpoint import load_checkpoint
+from nanochat_core.config import ModelConfig
+from nanochat_core.model import GPT
+from nanochat_core.optim import MuonAdamW, OptimizerConfig, parameter_groups
+from nanochat_core.store import FolderStore
+from nanochat_core.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
+
+
+@dataclasses.dataclass
+class Batches:
+    """Stands in for the loader: random rows that depend on the step alone."""
+
+    step: int
+
+    def prefetched(self) -> Generator[Batch, None, None]:
+        while True:
+            ids = torch.randint(200, (4, 17), generator=torch.Generator().manual_seed(self.step))
+            self.step += 1
+            yield Batch(ids[:, :-1], ids[:, 1:], {"of": 1, "packers": {"0": {"cursor": self.step, "buffered": []}}})
+
+
+def trainer(tmp_path: Path, steps: int, **changes: Any) -> Trainer:
+    model = GPT(ModelConfig.from_depth(1, vocab_size=TOKENIZER.vocab_size, head_dim=32, context_length=16))
+    model.init_weights(torch.Generator().manual_seed(1))
+    config = RunConfig("m", "base", Schedule(steps, warmup_steps=1), 4, save_every=0, eval_every=0, compile=False)
+    return Trainer(
+        dataclasses.replace(config, **changes),
+        store=FolderStore(tmp_path),
+        model=model,
+        tokenizer=TOKENIZER,
+        optimizer=MuonAdamW(parameter_groups(model, OptimizerConfig(), batch_lr_scale=0.1)),
+        make_loader=lambda state: Batches(state["packers"]["0"]["cursor"] if state else 0),  # type: ignore[arg-type, return-value]
+        evaluate=lambda: {},
+        meta={"settings": {}, "inputs": {}},
+        device=torch.device("cpu"),
+    )
+
+
+def spoil(run: Trainer, steps: dict[int, float]) -> None:
+    """Multiply the loss of some steps."""
+    loss = run._loss
+
+    def spoiled(ids: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        return loss(ids, targets, reduction) * steps.get(run.state.step + 1, 1.0)
+
+    run._loss = spoiled
+
+
+def test_a_step_without_a_finite_loss_changes_nothing_and_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    run = trainer(tmp_path, steps=6)
+    spoil(run, {3: float("nan"), 4: float("inf")})
+    weights: dict[int, Tensor] = {}
+    step = run._step
+
+    def noted(batch: Batch) -> Any:
+        result = step(batch)
+        weights[run.state.step] = run.model.head.weight.detach().clone()
+        return result
+
+    run._step = noted  # type: ignore[method-assign]
+    with caplog.at_level(logging.WARNING):
+        ref = run.run()
+    assert torch.equal(weights[2], weights[3])
+    assert torch.equal(weights[3], weights[4])
+    assert not torch.equal(weights[4], weights[5])
+    assert [record.step for record in caplog.records if record.message == "step skipped"] == [3, 4]
+    meta = load_checkpoint(run.store, ref).meta
+    assert meta["skipped_steps"] == [3, 4]
+    assert [point["step"] for point in meta["history"] if "loss" in point] == [1, 2, 5, 6]
+
+
+def test_a_gradient_that_is_not_finite_is_seen_though_the_loss_is(tmp_path: Path):
+    run = trainer(tmp_path, steps=3)
+    reduce = run.optimizer.reduce
+
+    def broken() -> Tensor:
+        if run.state.step == 1:
+            parameter = run.model.blocks[0].mlp.up.weight  # type: ignore[union-attr]
+            parameter.grad[0, 0] = float("inf")  # type: ignore[index]
+        return reduce()
+
+    run.optimizer.reduce = broken  # type: ignore[method-assign]
+    run.run()
+    assert run.state.skipped == [2]
+    assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+
+
+def test_five_useless_steps_in_a_row_end_the_run(tmp_path: Path):
+    run = trainer(tmp_path, steps=20, save_every=2)
+    spoil(run, {step: float("nan") for step in (3, 4, 5, 6, 8, 9, 10, 11, 12)})
+    with pytest.raises(TrainingDiverged, match=r"at step 12, as in the 4 steps before; lower --lr-scale"):
+        run.run()
+    resumed = trainer(tmp_path, steps=20)
+    assert resumed.resume()
+    assert resumed.state.step == 10
+    assert resumed.state.skipped == [3, 4, 5, 6, 8, 9, 10]
+
+
+def test_a_loss_far_above_the_recent_ones_is_reported_and_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    run = trainer(tmp_path, steps=130)
+    spoil(run, {120: 3.0})
+    with caplog.at_level(logging.WARNING):
+        run.run()
+    assert [record.step for record in caplog.records if record.message == "loss spike"] == [120]
+    assert run.state.skipped == []
+    assert [point["step"] for point in run.state.history] == list(range(1, 131))
+
+
+def test_checkpoints_to_keep_for_good_are_not_deleted_and_half_written_ones_are(tmp_path: Path):
+    torn = tmp_path / "models/m/base/step_000003/optim"
+    torn.mkdir(parents=True)
+    (torn / "rank_00000_of_00001.safetensors").write_bytes(b"half")
+    trainer(tmp_path, steps=12, save_every=1, keep_checkpoints=2, keep_every=5).run()
+    kept = sorted(path.name for path in (tmp_path / "models/m/base").iterdir())
+    assert kept == ["step_000005", "step_000010", "step_000011", "step_000012"]
