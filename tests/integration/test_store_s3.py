@@ -291,7 +291,7 @@ def test_checkpoints_are_saved_loaded_and_promoted(store: Store):
     save_checkpoint(store, second, model=tiny_model(2), tokenizer=TOKENIZER, meta={})
     assert list_checkpoints(store, "m", "base") == [first, second]
     loaded = load_checkpoint(store, first)
-    assert loaded.meta == {"loss": 1.5}
+    assert loaded.meta == {"loss": 1.5, "tokenizer_digest": TOKENIZER.digest}
     assert all(torch.equal(loaded.weights[name], tensor) for name, tensor in model.state_dict().items())
     resumed = load_trainer_state(store, first)
     assert resumed.values == {"step": 3}

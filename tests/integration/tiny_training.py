@@ -101,10 +101,14 @@ def argv(flags: dict[str, Any]) -> list[str]:
 class Job:
     """A running ``python -m module --flags``."""
 
-    def __init__(self, module: str, arguments: list[str], log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, module: str, arguments: list[str], log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._log = log
         log.touch()
-        self._process = _processes.Process(target=_run, args=(module, arguments, {**os.environ, **environment}, log))
+        self._process = _processes.Process(
+            target=_run, args=(module, arguments, {**os.environ, **(environment or {})}, log)
+        )
         self._process.start()
 
     def wait(self, timeout: float | None = None) -> int:
@@ -164,7 +168,7 @@ class Jobs:
         changed = flags | {name.replace("_", "-"): value for name, value in changes.items()}
         given = {name: value for name, value in changed.items() if value is not None}
         log = self.logs / f"{module}-{len(list(self.logs.iterdir()))}.log"
-        return Job(module, ["--home", str(self.home), *argv(given)], log, environment or {})
+        return Job(module, ["--home", str(self.home), *argv(given)], log, environment)
 
     def start_ranks(self, size: int, module: str, flags: dict[str, Any], **changes: Any) -> list[Job]:
         """The same job on several ranks, as torchrun starts it."""
