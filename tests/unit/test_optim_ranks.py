@@ -98,7 +98,8 @@ def assert_same_state(state: dict[str, np.ndarray], expected: dict[str, np.ndarr
 def test_two_ranks_make_exactly_the_steps_of_one(one_rank: dict[str, Any]) -> None:
     results = run_ranks(2, train, range(STEPS))
     assert_same(results, one_rank)
-    assert results[0]["norms"] == results[1]["norms"] == pytest.approx(one_rank["norms"], rel=1e-6)
+    # The gradients are equal to the bit; their squares are added up in fp32 over tensors that are cut otherwise.
+    assert results[0]["norms"] == results[1]["norms"] == pytest.approx(one_rank["norms"], rel=1e-4)
 
 
 @pytest.mark.parametrize(("size", "passes"), [(3, 2), (4, 1)])
