@@ -1,0 +1,71 @@
+"""Kill a training run at random moments, start it again each time, and compare it with one that nothing happened to.
+
+``python tests/benchmarks/kill_and_resume.py --kills 20 --steps 200``, from the project's root. For pretraining and
+fine-tuning of a tiny model: the weights' digest and every loss must be equal to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+
+from tiny_training import PRETRAIN, SFT, Jobs, Result, fill
+
+
+def killed_run(jobs: Jobs, module: str, flags: dict[str, object], kills: int, rng: random.Random) -> list[str]:
+    """Run to the end with ``kills`` SIGKILLs and SIGTERMs on the way; what each found."""
+    found = []
+    stage = "sft" if module.endswith("sft") else "base"
+    for number in range(kills):
+        job = jobs.start(module, flags)
+        # From before the first step to several checkpoints further on.
+        before = len(job.events)
+        job.wait_until(lambda job=job, before=before: len(job.events) > before)
+        time.sleep(rng.uniform(0, 1.2))
+        sent = signal.SIGTERM if number % 5 == 4 else signal.SIGKILL
+        job.signal(sent)
+        code = job.wait()
+        found.append(f"{sent.name} -> {code} at step {max(jobs.steps(stage), default=0)}")
+        if code == 0:
+            break
+    jobs.run(module, flags)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    equal = True
+    with tempfile.TemporaryDirectory() as folder:
+        homes = {name: Path(folder) / name for name in ("whole", "killed")}
+        fill(homes["whole"])
+        (Path(folder) / "logs").mkdir()
+        jobs = {name: Jobs(home, Path(folder) / "logs") for name, home in homes.items()}
+        shutil.copytree(homes["whole"], homes["killed"])
+        for stage, module, given in (("base", "jobs.train.pretrain", PRETRAIN), ("sft", "jobs.train.sft", SFT)):
+            flags = given | {"steps": options.steps, "save-every": 5}
+            jobs["whole"].run(module, flags)
+            found = killed_run(jobs["killed"], module, flags, options.kills, rng)
+            results: list[Result] = [jobs[name].result(stage, options.steps) for name in ("whole", "killed")]
+            same = results[0] == results[1]
+            equal &= same
+            print(f"{stage}: {len(found)} interruptions: {'; '.join(found)}")
+            print(f"{stage}: weights and {len(results[1].history)} losses {'equal to the bit' if same else 'DIFFER'}")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
