@@ -114,8 +114,10 @@ def _panels(path: Path, count: int) -> Iterator[Sequence[Any]]:
 
 
 def _plot_stage(axis: Any, title: str, history: list[dict[str, Any]]) -> None:
-    steps = [point["step"] for point in history]
-    losses = [point["loss"] for point in history]
+    # A step that was skipped has no loss, though there may have been an evaluation after it.
+    trained = [point for point in history if "loss" in point]
+    steps = [point["step"] for point in trained]
+    losses = [point["loss"] for point in trained]
     axis.plot(steps, losses, color=_TRAIN, alpha=0.25, linewidth=0.8)
     axis.plot(steps, running_mean(losses), color=_TRAIN, linewidth=1.6, label="training loss")
     metrics = sorted({name for point in history for name in point if name.startswith("val_")})

@@ -175,7 +175,7 @@ def _stage(checkpoint: Checkpoint) -> dict[str, Any]:
         "train_seconds": meta["train_seconds"],
         "parameters": meta["parameters"],
         "settings": meta["settings"],
-        "final_loss": meta["history"][-1]["loss"],
+        "final_loss": [point["loss"] for point in meta["history"] if "loss" in point][-1],
     }
 
 

@@ -42,6 +42,12 @@ def test_runs_of_any_length_and_range_can_be_plotted(tmp_path, losses):
     png_size(tmp_path / "loss.png")
 
 
+def test_a_run_with_a_skipped_step_that_was_evaluated_can_be_plotted(tmp_path):
+    points = [*history([3.0, 2.0]), {"step": 3, "val_bpb": 0.9}]
+    plot_losses(tmp_path / "loss.png", [("Stage", points)])
+    png_size(tmp_path / "loss.png")
+
+
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=30))
 def test_the_running_mean_weighs_each_value_by_its_age(values):
     for count, mean in enumerate(running_mean(values), 1):
