@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import http.client
 import logging
 import random
@@ -26,6 +25,7 @@ from typing import IO, Any, Protocol
 from tqdm import tqdm
 
 from jobs.train.shards import Manifest, ShardInfo, describe_shard, has_shards, read_manifest, write_manifest
+from nanochat_core.checkpoint import sha256_of
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store, StoreError, open_store
 
@@ -209,7 +209,7 @@ class WebSource:
             if _size(part) > about.size:
                 _discard(part)
             raise _Incomplete(short)
-        if about.sha256 is not None and _sha256(part) != about.sha256:
+        if about.sha256 is not None and sha256_of(part) != about.sha256:
             _discard(part)
             raise _Incomplete("what came has another sha256 than the server says")
         version.unlink(missing_ok=True)
@@ -368,11 +368,6 @@ def _size(path: Path) -> int:
 def _discard(part: Path) -> None:
     part.unlink(missing_ok=True)
     part.with_name(part.name + ".version").unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _retry_after(headers: Message) -> float:

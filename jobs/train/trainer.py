@@ -223,24 +223,17 @@ class Trainer:
                     self._point().update(held_out)
                     progress.held_out(held_out)
                 if report.stop and not done:
-                    self._save(writer)
-                    writer.wait()
+                    self._save_and_wait(writer)
                     log.info("stopped by a signal after a checkpoint", extra={"step": self.state.step})
                     raise SystemExit(128 + report.stop)  # job controllers restart on exit codes from 128
                 if not done and self.config.save_every and self.state.step % self.config.save_every == 0:
-                    self._save_meanwhile(writer)
+                    self._save(writer)
                 if self.state.step == first_step:
                     # Nothing allocated so far becomes garbage; scanning it again would only stall steps.
                     gc.collect()
                     gc.freeze()
             gc.unfreeze()
-            try:
-                self._save(writer, finished=True)
-                writer.wait()
-            except StoreError as error:
-                raise RetryableError(
-                    f"the final checkpoint could not be written; run again to go on: {error}"
-                ) from error
+            self._save_and_wait(writer, finished=True)
         return self._ref
 
     def _step(self, batch: Batch) -> _StepResult:
@@ -405,15 +398,18 @@ class Trainer:
             )
 
     def _save(self, writer: CheckpointWriter, *, finished: bool = False) -> None:
-        """Start to write a checkpoint; when it is complete, those that it makes superfluous are deleted.
+        """Start to write a checkpoint, whatever became of the one before; those that it makes superfluous are deleted.
 
         Raises:
-            StoreError: the checkpoint before could not be written.
             TrainingDiverged: a weight is not finite, so going on from here would be useless.
         """
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise TrainingDiverged(f"the weights are not finite after step {self.state.step}; {_AFTER_DIVERGENCE}")
-        ref = self._ref
+        try:
+            writer.wait()
+        except StoreError as error:
+            CHECKPOINT_FAILURES.labels(self.config.stage).inc()
+            log.error("a checkpoint could not be written; training goes on", extra={"reason": str(error)})
         meta = self.meta | {
             "finished": finished,
             "step": self.state.step,
@@ -423,7 +419,7 @@ class Trainer:
         }
         loader = merge_states([state for state in self.ranks.gather(self.state.loader) if state is not None])
         run = dataclasses.asdict(dataclasses.replace(self.state, loader=loader))
-        replaced, self._replaced = self._replaced - {ref}, set()
+        ref = self._ref
         writer.save(
             ref,
             model=self.model,
@@ -431,26 +427,31 @@ class Trainer:
             meta=meta,
             values={"run": run},
             shards=self._shards(),
-            then=lambda: self._delete_superfluous(replaced),
+            then=lambda: self._delete_superfluous(ref),
         )
 
-    def _save_meanwhile(self, writer: CheckpointWriter) -> None:
-        """Start to write a checkpoint while training goes on, whatever became of the one before."""
+    def _save_and_wait(self, writer: CheckpointWriter, *, finished: bool = False) -> None:
+        """Write a checkpoint that nothing comes after.
+
+        Raises:
+            RetryableError: it could not be written.
+        """
+        self._save(writer, finished=finished)
         try:
             writer.wait()
         except StoreError as error:
-            CHECKPOINT_FAILURES.labels(self.config.stage).inc()
-            log.error("a checkpoint could not be written; training goes on", extra={"reason": str(error)})
-        self._save(writer)
+            raise RetryableError(f"the last checkpoint could not be written; run again to go on: {error}") from error
 
-    def _delete_superfluous(self, replaced: set[CheckpointRef]) -> None:
+    def _delete_superfluous(self, written: CheckpointRef) -> None:
         """Keep the newest checkpoints and those for good, of this run alone, and nothing half-written."""
+        replaced = self._replaced - {written}
         own = [ref for ref in self._stored() if ref not in replaced]
         keep_every = self.config.keep_every
         old = [ref for ref in own[: -self.config.keep_checkpoints] if not (keep_every and ref.step % keep_every == 0)]
         torn = incomplete_checkpoints(self.store, self.config.model_name, self.config.stage)
         for ref in (*replaced, *old, *torn):
             self.store.delete(ref.prefix)
+        self._replaced = set()
 
     def _stored(self) -> list[CheckpointRef]:
         return list_checkpoints(self.store, self.config.model_name, self.config.stage)
