@@ -180,12 +180,13 @@ class GPT(nn.Module):
         self.residual_scales.copy_(1.15 - 0.10 * fraction)
         self.skip_scales.copy_(0.20 - 0.15 * fraction)
 
-    def hidden(self, ids: Tensor, previous_ids: Tensor, positions: Tensor | None, attend: Attend) -> Tensor:
+    def hidden(self, ids: Tensor, previous_ids: Tensor | None, positions: Tensor | None, attend: Attend) -> Tensor:
         """The normalized last hidden states.
 
         Args:
             ids: token ids, any shape, int64.
-            previous_ids: the token before each one, same shape; negative where there is none.
+            previous_ids: the token before each one, same shape, negative where there is none; None where it is the
+                one before it in the last dimension.
             positions: position of each token in its sequence, of ``ids``' shape; None means 0, 1, 2, … along the
                 last dimension.
             attend: causal attention for these tokens.
@@ -202,11 +203,7 @@ class GPT(nn.Module):
             )
         )
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-        x = rms_norm(self.embedding(ids).to(self.compute_dtype))
-        # The smear's neighbour is a function of the previous token's id alone, so serving needs no cached state for it.
-        previous = rms_norm(self.embedding(previous_ids.clamp(min=0)).to(self.compute_dtype))
-        gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS])) * (previous_ids >= 0).unsqueeze(-1)
-        x = x + (self.smear_scale * gate).to(x.dtype) * previous
+        x = self._smear(rms_norm(self.embedding(ids).to(self.compute_dtype)), previous_ids)
         x0, middle = x, x
         # Scalars stay fp32: near 1 the steps of bf16 are larger than what training changes.
         residual_scales, skip_scales = self.residual_scales, self.skip_scales
@@ -219,6 +216,20 @@ class GPT(nn.Module):
                 middle = x
         x = x - self.backout_scale[0] * middle
         return rms_norm(x)
+
+    def _smear(self, x: Tensor, previous_ids: Tensor | None) -> Tensor:
+        """Add a gated share of the previous token's normalized embedding to each token's.
+
+        That embedding is a function of the previous id alone, so serving needs no cached state for it; in whole rows it
+        stands beside the token already.
+        """
+        gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        if previous_ids is None:
+            previous = F.pad(x[..., :-1, :], (0, 0, 1, 0))
+        else:
+            previous = rms_norm(self.embedding(previous_ids.clamp(min=0)).to(self.compute_dtype))
+            gate = gate * (previous_ids >= 0).unsqueeze(-1)
+        return x + (self.smear_scale * gate).to(x.dtype) * previous
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped fp32 logits of shape (..., vocab_size) for hidden states of shape (..., dim)."""
@@ -249,8 +260,7 @@ class GPT(nn.Module):
         )
 
     def _rows(self, ids: Tensor) -> Tensor:
-        previous = F.pad(ids[:, :-1], (1, 0), value=-1)
-        return self.hidden(ids, previous, None, lambda _layer, q, k, v, window: self.attention(q, k, v, window))
+        return self.hidden(ids, None, None, lambda _layer, q, k, v, window: self.attention(q, k, v, window))
 
 
 def rotary_table(length: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
