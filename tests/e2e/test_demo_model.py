@@ -17,16 +17,26 @@ def answered(demo_home: Path) -> ChatResult:
     return evaluate(pick_checkpoint(open_store(str(demo_home)), "demo", ""), items_for("demo", 1000))
 
 
+def assert_right(answered: ChatResult, kinds: list[str], share: float) -> None:
+    """At least ``share`` of the answers of these kinds are right; otherwise the wrong ones are shown."""
+    wrong = [
+        f"{answer.item.messages[-1]['content']!r} -> {answer.text!r} {answer.tool_calls}"
+        for answer in answered.answers
+        if answer.item.kind in kinds and not answer.correct
+    ]
+    assert answered.accuracy(kinds) >= share, "\n".join(wrong)
+
+
 def test_identity_and_world_facts_are_right_in_95_percent(answered: ChatResult) -> None:
-    assert answered.accuracy(["identity", "fact", "followup"]) >= 0.95
+    assert_right(answered, ["identity", "fact", "followup"], 0.95)
 
 
 def test_sums_of_unseen_numbers_are_right_in_95_percent(answered: ChatResult) -> None:
-    assert answered.accuracy(["arithmetic"]) >= 0.95
+    assert_right(answered, ["arithmetic"], 0.95)
 
 
 def test_letters_of_unseen_words_are_counted_right_in_90_percent(answered: ChatResult) -> None:
-    assert answered.accuracy(["counting"]) >= 0.90
+    assert_right(answered, ["counting"], 0.90)
 
 
 def test_the_report_shows_the_loss_and_two_hundred_answers(demo_home: Path) -> None:
