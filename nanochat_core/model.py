@@ -1,13 +1,12 @@
 """The GPT: pre-norm decoder with rotary attention, value embeddings, smear, backout and a softcapped head.
 
-The network is written once, over token positions of any leading shape. What differs between training on whole rows
-and serving ragged batches from a paged cache is how attention finds its keys, so that is passed in
-(:class:`Attend`).
+Over whole rows, as training sees them. Serving runs the same function in another layout: see
+:mod:`nanochat_core.engine.network`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -27,16 +26,6 @@ VALUE_GATE_CHANNELS = 12
 VALUE_GATE_SCALE = 3.0
 
 
-class Attend(Protocol):
-    """Causal attention of one layer over wherever the keys and values of earlier tokens are.
-
-    Called with ``q`` of shape (..., n_head, head_dim) and ``k``, ``v`` of (..., n_kv_head, head_dim) for the tokens
-    of this pass; gives back (..., n_head, head_dim).
-    """
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor: ...
-
-
 def rms_norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, without a learned weight."""
     return F.rms_norm(x, (x.size(-1),))
@@ -53,11 +42,10 @@ class Linear(nn.Linear):
 
 
 class SelfAttention(nn.Module):
-    """Projections, rotary positions and normalized queries and keys around an :class:`Attend`."""
+    """Projections, rotary positions and normalized queries and keys around an :class:`Attention`."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
         self.window = config.windows[layer]
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.q = Linear(config.dim, config.dim)
@@ -66,7 +54,7 @@ class SelfAttention(nn.Module):
         self.out = Linear(config.dim, config.dim)
         self.value_gate = Linear(VALUE_GATE_CHANNELS, config.n_kv_head) if config.has_value_embedding(layer) else None
 
-    def forward(self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, attend: Attention) -> Tensor:
         heads = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
         if self.value_gate is not None and value_embedding is not None:
@@ -74,7 +62,7 @@ class SelfAttention(nn.Module):
             v = v + gate.unsqueeze(-1) * value_embedding.view(heads)
         q = rms_norm(rotate(q, cos, sin)) * QK_SCALE
         k = rms_norm(rotate(k, cos, sin)) * QK_SCALE
-        y = attend(self.layer, q, k, v, self.window)
+        y = attend(q, k, v, self.window)
         return self.out(y.reshape(x.shape))
 
 
@@ -98,7 +86,7 @@ class Block(nn.Module):
         self.attention = SelfAttention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, attend: Attention) -> Tensor:
         x = x + self.attention(rms_norm(x), value_embedding, cos, sin, attend)
         return x + self.mlp(rms_norm(x))
 
@@ -180,30 +168,20 @@ class GPT(nn.Module):
         self.residual_scales.copy_(1.15 - 0.10 * fraction)
         self.skip_scales.copy_(0.20 - 0.15 * fraction)
 
-    def hidden(self, ids: Tensor, previous_ids: Tensor | None, positions: Tensor | None, attend: Attend) -> Tensor:
-        """The normalized last hidden states.
+    def hidden(self, ids: Tensor) -> Tensor:
+        """The normalized last hidden states of whole rows.
 
         Args:
-            ids: token ids, any shape, int64.
-            previous_ids: the token before each one, same shape, negative where there is none; None where it is the
-                one before it in the last dimension.
-            positions: position of each token in its sequence, of ``ids``' shape; None means 0, 1, 2, … along the
-                last dimension.
-            attend: causal attention for these tokens.
+            ids: (batch, time) token ids, int64.
 
         Returns:
-            (*ids.shape, dim) in the compute dtype.
+            (batch, time, dim) in the compute dtype.
         """
-        cos, sin = (
-            (self.cos[: ids.size(-1)], self.sin[: ids.size(-1)])
-            if positions is None
-            else (
-                self.cos[positions],
-                self.sin[positions],
-            )
-        )
-        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-        x = self._smear(rms_norm(self.embedding(ids).to(self.compute_dtype)), previous_ids)
+        cos, sin = self.cos[: ids.size(-1)].unsqueeze(-2), self.sin[: ids.size(-1)].unsqueeze(-2)
+        x = rms_norm(self.embedding(ids).to(self.compute_dtype))
+        # Smear: a gated share of the previous token's embedding.
+        gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        x = x + (self.smear_scale * gate).to(x.dtype) * F.pad(x[:, :-1], (0, 0, 1, 0))
         x0, middle = x, x
         # Scalars stay fp32: near 1 the steps of bf16 are larger than what training changes.
         residual_scales, skip_scales = self.residual_scales, self.skip_scales
@@ -211,25 +189,11 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.layers):
             x = residual_scales[layer] * x + skip_scales[layer] * x0
             value_embedding = value_tables[layer](ids).to(x.dtype) if layer in value_tables else None
-            x = block(x, value_embedding, cos, sin, attend)
+            x = block(x, value_embedding, cos, sin, self.attention)
             if layer == self.config.depth // 2:
                 middle = x
         x = x - self.backout_scale[0] * middle
         return rms_norm(x)
-
-    def _smear(self, x: Tensor, previous_ids: Tensor | None) -> Tensor:
-        """Add a gated share of the previous token's normalized embedding to each token's.
-
-        That embedding is a function of the previous id alone, so serving needs no cached state for it; in whole rows it
-        stands beside the token already.
-        """
-        gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
-        if previous_ids is None:
-            previous = F.pad(x[..., :-1, :], (0, 0, 1, 0))
-        else:
-            previous = rms_norm(self.embedding(previous_ids.clamp(min=0)).to(self.compute_dtype))
-            gate = gate * (previous_ids >= 0).unsqueeze(-1)
-        return x + (self.smear_scale * gate).to(x.dtype) * previous
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped fp32 logits of shape (..., vocab_size) for hidden states of shape (..., dim)."""
@@ -244,7 +208,7 @@ class GPT(nn.Module):
         Returns:
             (batch, time, vocab_size) fp32.
         """
-        return self.logits(self._rows(ids))
+        return self.logits(self.hidden(ids))
 
     def loss(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats of whole rows.
@@ -254,13 +218,10 @@ class GPT(nn.Module):
             targets: (batch, time) next tokens; ``-1`` is not counted.
             reduction: ``mean`` over counted targets, ``sum``, or ``none`` for a flat (batch * time,) tensor.
         """
-        hidden = self._rows(ids).flatten(0, 1)
+        hidden = self.hidden(ids).flatten(0, 1)
         return softcapped_cross_entropy(
             hidden, self.head.weight, targets.reshape(-1), self.config.vocab_size, reduction
         )
-
-    def _rows(self, ids: Tensor) -> Tensor:
-        return self.hidden(ids, None, None, lambda _layer, q, k, v, window: self.attention(q, k, v, window))
 
 
 def rotary_table(length: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from nanochat_core.engine.block_manager import BlockManager
 from nanochat_core.engine.config import EngineConfig
+from nanochat_core.engine.network import Network
 from nanochat_core.engine.request import (
     NO_TOOLS,
     Completion,
@@ -31,7 +32,6 @@ from nanochat_core.engine.sampler import Sample, Sampler, sample_key
 from nanochat_core.engine.scheduler import Chunk, Scheduler
 from nanochat_core.engine.sequence import Sequence, State
 from nanochat_core.engine.tools import ToolLoop, ToolRunner
-from nanochat_core.engine.weights import prepare
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.tokenizer import Tokenizer
@@ -83,7 +83,7 @@ class Engine:
     ) -> None:
         """
         Args:
-            model: on its device; its weights are converted in place and can no longer be trained.
+            model: on its device; nothing of it is changed.
             tool_runner: runs the model's Python calls; None answers them all with an error.
             tool_loop: event loop for the calls; None uses a thread of the engine's own.
 
@@ -96,7 +96,7 @@ class Engine:
         cache = config.build_cache(model)
         self.blocks = BlockManager(cache.num_blocks, config.block_size, config.prefix_caching)
         self.scheduler = Scheduler(self.blocks, config.token_budget, config.max_running)
-        self.runner = Runner(prepare(model, device), cache)
+        self.runner = Runner(Network(model), cache)
         self.sampler = Sampler(model.config.vocab_size, device)
         self.tools = ToolLoop(
             tokenizer,

@@ -61,7 +61,7 @@ class KVCache:
 
 
 class PagedAttention:
-    """:class:`~nanochat_core.model.Attend` for one ragged batch.
+    """:class:`~nanochat_core.engine.network.Attend` for one ragged batch.
 
     Chunks are taken in groups that share one padded batch; the batch's tokens must come in the order of
     :attr:`chunks`.

@@ -9,22 +9,17 @@ import torch
 from torch import Tensor
 
 from nanochat_core.engine.kv_cache import KVCache, PagedAttention
+from nanochat_core.engine.network import Network
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.sequence import Sequence
-from nanochat_core.model import GPT
 
 
 class Runner:
-    """The model and its cache."""
+    """The network and its cache."""
 
-    def __init__(self, model: GPT, cache: KVCache) -> None:
-        """
-        Args:
-            model: made ready by :func:`nanochat_core.engine.weights.prepare`.
-        """
-        self._model = model
+    def __init__(self, network: Network, cache: KVCache) -> None:
+        self._network = network
         self._cache = cache
-        self._device = model.cos.device
 
     @torch.inference_mode()
     def run(self, chunks: Iterable[Chunk]) -> tuple[list[Sequence], Tensor]:
@@ -43,13 +38,13 @@ class Runner:
             ids += tokens[start:end]
             previous += tokens[start - 1 : end - 1] if start else [-1, *tokens[: end - 1]]
             positions += range(start, end)
-        batch = torch.from_numpy(np.array([ids, previous, positions], dtype=np.int64)).to(self._device)
-        hidden = self._model.hidden(batch[0], batch[1], batch[2], attention)
+        batch = torch.from_numpy(np.array([ids, previous, positions], dtype=np.int64)).to(self._network.device)
+        hidden = self._network.hidden(batch[0], batch[1], batch[2], attention)
         sampling = [i for i, chunk in enumerate(chunks) if chunk.samples]
         sequences = [chunks[i].seq for i in sampling]
         if not sampling:
-            return sequences, hidden.new_empty(0, self._model.config.vocab_size, dtype=torch.float32)
+            return sequences, hidden.new_empty(0, self._network.config.vocab_size, dtype=torch.float32)
         if len(sampling) < len(ids):
             last = np.cumsum([chunk.length for chunk in chunks]) - 1
-            hidden = hidden.index_select(0, torch.from_numpy(last[sampling]).to(self._device))
-        return sequences, self._model.logits(hidden)
+            hidden = hidden.index_select(0, torch.from_numpy(last[sampling]).to(self._network.device))
+        return sequences, self._network.logits(hidden)

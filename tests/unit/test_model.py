@@ -149,55 +149,6 @@ def test_no_token_depends_on_a_later_one():
     assert difference[25:].min() > 1e-3
 
 
-class CachedAttention:
-    """Attention over keys and values kept per layer and sequence, with a loop over tokens."""
-
-    def __init__(self, owners: list[int]) -> None:
-        self.owners = owners
-        self.seen: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        y = torch.empty_like(q)
-        share = q.size(1) // k.size(1)
-        for i, owner in enumerate(self.owners):
-            seen = self.seen.setdefault((layer, owner), [])
-            seen.append((k[i].repeat_interleave(share, 0), v[i].repeat_interleave(share, 0)))
-            keys = torch.stack([key for key, _ in seen[-window - 1 :]], dim=1)
-            values = torch.stack([value for _, value in seen[-window - 1 :]], dim=1)
-            scores = torch.einsum("hd,htd->ht", q[i], keys) / math.sqrt(q.size(-1))
-            y[i] = torch.einsum("ht,htd->hd", scores.softmax(-1), values)
-        return y
-
-
-@pytest.mark.parametrize(
-    ("shape", "longest"), [(config(1), 9), (config(2, n_kv_head=2), 140), (config(4), 9), (config(5, n_kv_head=1), 9)]
-)
-def test_a_ragged_batch_gives_what_each_row_gives(shape: ModelConfig, longest: int):
-    """Sequences of different lengths interleaved in one flat batch, as serving computes them."""
-    model, lengths = random_model(shape), [5, 1, longest, 3]
-    sequences = [random_ids(1, length)[0] for length in lengths]
-    order = sorted((t, owner) for owner, length in enumerate(lengths) for t in range(length))
-    ids = torch.stack([sequences[owner][t] for t, owner in order])
-    previous = torch.stack([sequences[owner][t - 1] if t else torch.tensor(-1) for t, owner in order])
-    positions = torch.tensor([t for t, _ in order])
-    with torch.no_grad():
-        flat = model.hidden(ids, previous, positions, CachedAttention([owner for _, owner in order]))
-        for owner, sequence in enumerate(sequences):
-            own = flat[torch.tensor([o == owner for _, o in order])]
-            torch.testing.assert_close(model.logits(own), model(sequence[None])[0], atol=5e-3, rtol=0)
-
-
-def test_one_token_at_a_time_gives_what_the_row_gives():
-    shape = config(4, n_kv_head=2)
-    model, row = random_model(shape), random_ids(1, 20)
-    attend, steps = CachedAttention([0]), []
-    with torch.no_grad():
-        for t in range(20):
-            previous = row[0, t - 1 : t] if t else torch.tensor([-1])
-            steps.append(model.hidden(row[0, t : t + 1], previous, torch.tensor([t]), attend))
-        torch.testing.assert_close(model.logits(torch.cat(steps)), model(row)[0], atol=5e-3, rtol=0)
-
-
 def slow_losses(logits: Tensor, targets: Tensor) -> list[float]:
     rows, flat = logits.double().flatten(0, 1).tolist(), targets.flatten().tolist()
     return [
@@ -258,15 +209,6 @@ def test_tables_are_stored_in_the_compute_dtype_and_all_else_in_fp32():
     tables = {"embedding.weight", "value_embeddings.0.weight", "value_embeddings.2.weight"}
     assert {name for name, dtype in dtypes.items() if dtype == torch.bfloat16} == tables
     assert {dtype for name, dtype in dtypes.items() if name not in tables} == {torch.float32}
-    seen: list[torch.dtype] = []
-
-    def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor, _window: int) -> Tensor:
-        seen.extend((q.dtype, k.dtype, v.dtype))
-        return v
-
-    ids = torch.tensor([1, 2])
-    assert model.hidden(ids, torch.tensor([-1, 1]), None, attend).dtype == torch.bfloat16
-    assert set(seen) == {torch.bfloat16}
 
 
 def test_the_names_and_shapes_of_stored_weights_do_not_change():

@@ -1,0 +1,91 @@
+"""The serving network against the one that is trained, which has a reference of its own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_model import config, random_ids, random_model
+from torch import Tensor
+
+from nanochat_core.config import ModelConfig
+from nanochat_core.engine.network import Network
+
+
+class CachedAttention:
+    """Attention over keys and values kept per layer and sequence, with a loop over tokens."""
+
+    def __init__(self, owners: list[int]) -> None:
+        self.owners = owners
+        self.seen: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        y = torch.empty_like(q)
+        share = q.size(1) // k.size(1)
+        for i, owner in enumerate(self.owners):
+            seen = self.seen.setdefault((layer, owner), [])
+            seen.append((k[i].repeat_interleave(share, 0), v[i].repeat_interleave(share, 0)))
+            keys = torch.stack([key for key, _ in seen[-window - 1 :]], dim=1)
+            values = torch.stack([value for _, value in seen[-window - 1 :]], dim=1)
+            scores = torch.einsum("hd,htd->ht", q[i], keys) / math.sqrt(q.size(-1))
+            y[i] = torch.einsum("ht,htd->hd", scores.softmax(-1), values)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("shape", "longest"), [(config(1), 9), (config(2, n_kv_head=2), 140), (config(4), 9), (config(5, n_kv_head=1), 9)]
+)
+def test_a_ragged_batch_gives_what_each_row_gives(shape: ModelConfig, longest: int):
+    """Sequences of different lengths interleaved in one flat batch, as serving computes them."""
+    model, lengths = random_model(shape), [5, 1, longest, 3]
+    network = Network(model)
+    sequences = [random_ids(1, length)[0] for length in lengths]
+    order = sorted((t, owner) for owner, length in enumerate(lengths) for t in range(length))
+    ids = torch.stack([sequences[owner][t] for t, owner in order])
+    previous = torch.stack([sequences[owner][t - 1] if t else torch.tensor(-1) for t, owner in order])
+    positions = torch.tensor([t for t, _ in order])
+    with torch.no_grad():
+        flat = network.hidden(ids, previous, positions, CachedAttention([owner for _, owner in order]))
+        for owner, sequence in enumerate(sequences):
+            own = flat[torch.tensor([o == owner for _, o in order])]
+            torch.testing.assert_close(network.logits(own), model(sequence[None])[0], atol=5e-3, rtol=0)
+
+
+def test_one_token_at_a_time_gives_what_the_row_gives():
+    shape = config(4, n_kv_head=2)
+    model, row = random_model(shape), random_ids(1, 20)
+    network = Network(model)
+    attend, steps = CachedAttention([0]), []
+    with torch.no_grad():
+        for t in range(20):
+            previous = row[0, t - 1 : t] if t else torch.tensor([-1])
+            steps.append(network.hidden(row[0, t : t + 1], previous, torch.tensor([t]), attend))
+        torch.testing.assert_close(network.logits(torch.cat(steps)), model(row)[0], atol=5e-3, rtol=0)
+
+
+def test_bf16_computes_in_bf16_and_gives_what_training_in_bf16_gives():
+    shape, row = config(4), random_ids(1, 30)
+    model = random_model(shape, dtype=torch.bfloat16)
+    network, seen = Network(model), set()
+    attention = CachedAttention([0] * 30)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        seen.update((q.dtype, k.dtype, v.dtype))
+        return attention(layer, q, k, v, window)
+
+    previous = torch.cat((torch.tensor([-1]), row[0, :-1]))
+    with torch.no_grad():
+        logits = network.logits(network.hidden(row[0], previous, torch.arange(30), attend))
+        expected = model(row)[0]
+    assert seen == {torch.bfloat16}
+    assert logits.dtype == torch.float32
+    assert (logits - expected).square().mean().sqrt() < 0.05 * expected.std()
+
+
+def test_the_trained_model_is_left_as_it_was():
+    model = random_model(config(2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    Network(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
