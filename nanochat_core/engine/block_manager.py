@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import dataclasses
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
@@ -11,122 +12,147 @@ from collections.abc import Sequence as Items
 from nanochat_core.engine.sequence import Sequence
 
 
+@dataclasses.dataclass(frozen=True)
+class CacheGroup:
+    """Layers that see equally far, and so need the same blocks.
+
+    Attributes:
+        layers: their indices.
+        window: tokens before itself that a token sees; None for all.
+        num_blocks: blocks there are for them, each with ``block_size`` tokens of every layer of the group.
+    """
+
+    layers: tuple[int, ...]
+    window: int | None
+    num_blocks: int
+
+
 class BlockManager:
     """Hands out blocks of ``block_size`` tokens and finds those already computed.
+
+    Every group of layers has blocks of its own. A group with a window gives its blocks back as soon as no later token
+    sees them, so that its part of a long sequence is no longer than the window.
 
     A block is shared only once it is full, and a full block never changes, so nothing needs to be copied on write:
     each sequence computes its own last, partial block. A full block is known by the hash of its tokens chained with
     its parent's hash, that is, by everything its keys and values depend on. Blocks that nobody holds stay findable
     until they are needed for something else, least recently used first.
-
-    Sliding-window layers keep the blocks that their window has passed: one table serves all layers.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
-        self.num_blocks = num_blocks
+    def __init__(self, groups: Items[CacheGroup], block_size: int, prefix_caching: bool = True) -> None:
+        self.groups = groups
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self._references = [0] * num_blocks
-        self._hashes: list[bytes | None] = [None] * num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self._by_hash: dict[bytes, int] = {}
+        self._pools = [_Pool(group.num_blocks) for group in groups]
         # Blocks that a sequence in the batch is about to compute. Others that need the same one wait for it.
         self._promised: dict[bytes, Sequence] = {}
 
     @property
-    def num_free(self) -> int:
-        return len(self._free)
+    def num_blocks(self) -> int:
+        """Of all groups together."""
+        return sum(group.num_blocks for group in self.groups)
 
     @property
     def num_used(self) -> int:
         """Blocks held by sequences; those kept only because they may be useful again are free."""
-        return self.num_blocks - len(self._free)
+        return sum(pool.num_blocks - len(pool.free) for pool in self._pools)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks needed to hold this many tokens."""
         return -(-tokens // self.block_size)
 
-    def find_prefix(self, seq: Sequence) -> list[int] | None:
-        """Computed blocks that ``seq`` can start from.
+    def holds(self, tokens: int) -> bool:
+        """Whether a sequence of this many tokens fits when it is alone."""
+        return all(group.window is not None or self.blocks_for(tokens) <= group.num_blocks for group in self.groups)
+
+    def find_prefix(self, seq: Sequence) -> int | None:
+        """How many blocks from its start ``seq`` need not compute.
 
         At least one known token is left to compute, because its logits are what the next one is sampled from.
 
         Returns:
-            Block ids, or None when the next block is being computed for another sequence: it pays to wait.
+            A number of blocks, or None when the next one is being computed for another sequence: it pays to wait.
         """
         if not self.prefix_caching:
-            return []
-        found: list[int] = []
-        usable = (len(seq.tokens) - 1) // self.block_size
-        for digest in self._hashes_of(seq)[:usable]:
-            block = self._by_hash.get(digest)
-            if block is None:
-                return None if digest in self._promised else found
-            found.append(block)
-        return found
+            return 0
+        hashes = self._hashes_of(seq)[: (len(seq.tokens) - 1) // self.block_size]
+        # Every group needs what its window shows of the prefix; only groups without one need all of it.
+        found = [[digest in pool.by_hash for digest in hashes] for pool in self._pools]
+        longest = 0
+        in_reach = [0] * len(self.groups)  # consecutive blocks found, up to the present one
+        for i in range(len(hashes)):
+            in_reach = [run + 1 if there[i] else 0 for run, there in zip(in_reach, found, strict=True)]
+            if all(run >= i + 1 - self._first_needed(group, i + 1) for run, group in zip(in_reach, self.groups, strict=True)):
+                longest = i + 1
+        if longest < len(hashes) and hashes[longest] in self._promised:
+            return None
+        return longest
 
-    def can_admit(self, seq: Sequence, prefix: Items[int], spare: int) -> bool:
-        """Whether all known tokens of ``seq`` fit after ``prefix`` with ``spare`` blocks left over."""
-        fresh = self.blocks_for(len(seq.tokens)) - len(prefix)
-        revived = sum(not self._references[block] for block in prefix)
-        return len(self._free) - revived - fresh >= spare
+    def can_admit(self, seq: Sequence, prefix: int, spare: int) -> bool:
+        """Whether all known tokens of ``seq`` fit after ``prefix`` blocks with ``spare`` blocks left over."""
+        last = self.blocks_for(len(seq.tokens))
+        for group, pool in zip(self.groups, self._pools, strict=True):
+            first = self._first_needed(group, prefix)
+            revived = sum(not pool.references[pool.by_hash[digest]] for digest in seq.block_hashes[first:prefix])
+            fresh = last - prefix
+            if group.window is not None:
+                fresh = min(fresh, self.blocks_for(group.window) + 1)
+            if len(pool.free) - revived - fresh < spare:
+                return False
+        return True
 
-    def admit(self, seq: Sequence, prefix: Items[int]) -> None:
-        """Start ``seq``, which holds no blocks, from ``prefix``."""
-        for block in prefix:
-            if not self._references[block]:
-                del self._free[block]
-            self._references[block] += 1
-        seq.block_table = list(prefix)
-        seq.computed = len(prefix) * self.block_size
-        seq.sealed = len(prefix)
-        if self.prefix_caching:
-            for digest in self._hashes_of(seq)[seq.sealed :]:
-                if digest not in self._by_hash:
-                    self._promised.setdefault(digest, seq)
+    def admit(self, seq: Sequence, prefix: int) -> None:
+        """Start ``seq``, which holds no blocks, after ``prefix`` blocks that :meth:`find_prefix` found."""
+        hashes = self._hashes_of(seq) if self.prefix_caching else []
+        seq.block_tables = []
+        seq.first_blocks = []
+        for group, pool in zip(self.groups, self._pools, strict=True):
+            first = self._first_needed(group, prefix)
+            seq.first_blocks.append(first)
+            seq.block_tables.append([0] * first + [pool.share(digest) for digest in hashes[first:prefix]])
+        seq.computed = prefix * self.block_size
+        seq.sealed = prefix
+        for digest in hashes[prefix:]:
+            self._promised.setdefault(digest, seq)
 
-    def grow(self, seq: Sequence, tokens: int) -> bool:
-        """Give ``seq`` room for ``tokens`` tokens in all; False, and nothing changed, when there are not enough."""
-        missing = self.blocks_for(tokens) - len(seq.block_table)
-        if missing > len(self._free):
+    def grow(self, seq: Sequence, tokens: int, spare: int = 0) -> bool:
+        """Give ``seq`` room for ``tokens`` tokens in all; False, and nothing changed, if that leaves less than ``spare``."""
+        missing = self.blocks_for(tokens) - len(seq.block_tables[0])
+        if missing <= 0:
+            return True
+        if any(missing + spare > len(pool.free) for pool in self._pools):
             return False
-        for _ in range(missing):
-            block, _nothing = self._free.popitem(last=False)
-            stale = self._hashes[block]
-            if stale is not None:
-                del self._by_hash[stale]
-                self._hashes[block] = None
-            self._references[block] = 1
-            seq.block_table.append(block)
+        for table, pool in zip(seq.block_tables, self._pools, strict=True):
+            table += [pool.take() for _ in range(missing)]
         return True
 
     def seal(self, seq: Sequence) -> None:
-        """Make the blocks that ``seq`` has filled since the last call findable."""
+        """Make the blocks that ``seq`` has filled findable, and give back those that it will not see again."""
         full = seq.computed // self.block_size
-        if seq.sealed == full or not self.prefix_caching:
-            return
-        hashes = self._hashes_of(seq)
-        for i in range(seq.sealed, full):
-            digest, block = hashes[i], seq.block_table[i]
-            # Two sequences may have computed the same block; one of the copies is enough.
-            if digest not in self._by_hash:
-                self._by_hash[digest] = block
-                self._hashes[block] = digest
-            self._keep_promise(digest, seq)
-        seq.sealed = full
+        if self.prefix_caching and seq.sealed < full:
+            hashes = self._hashes_of(seq)
+            for i in range(seq.sealed, full):
+                for table, pool in zip(seq.block_tables, self._pools, strict=True):
+                    pool.name(table[i], hashes[i])
+                self._keep_promise(hashes[i], seq)
+            seq.sealed = full
+        for g, (group, pool) in enumerate(zip(self.groups, self._pools, strict=True)):
+            if group.window is not None and seq.block_tables:
+                first = max(seq.computed - group.window, 0) // self.block_size
+                for i in range(seq.first_blocks[g], first):
+                    pool.give_back(seq.block_tables[g][i])
+                seq.first_blocks[g] = max(seq.first_blocks[g], first)
 
     def release(self, seq: Sequence) -> None:
         """Take every block back from ``seq``, which then has nothing computed."""
         for digest in seq.block_hashes[seq.sealed :]:
             self._keep_promise(digest, seq)
-        # The last block goes first, so that of a chain the end is lost before the beginning.
-        for block in reversed(seq.block_table):
-            self._references[block] -= 1
-            if not self._references[block]:
-                self._free[block] = None
-                if self._hashes[block] is None:
-                    self._free.move_to_end(block, last=False)
-        seq.block_table = []
+        for table, first, pool in zip(seq.block_tables, seq.first_blocks, self._pools, strict=True):
+            # The last block goes first, so that of a chain the end is lost before the beginning.
+            for block in reversed(table[first:]):
+                pool.give_back(block)
+        seq.block_tables = []
+        seq.first_blocks = []
         seq.computed = seq.sealed = 0
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
@@ -135,15 +161,17 @@ class BlockManager:
         Raises:
             AssertionError: a block is leaked, held twice by mistake or findable under a wrong hash.
         """
-        held = Counter(block for seq in sequences for block in seq.block_table)
-        for block, references in enumerate(self._references):
-            assert references == held[block], f"block {block}: {references} references, {held[block]} holders"
-            assert (references == 0) == (block in self._free), f"block {block} is free and held, or neither"
-        assert self._by_hash == {digest: block for block, digest in enumerate(self._hashes) if digest is not None}, (
-            "hash index and blocks disagree"
-        )
+        sequences = list(sequences)
+        for g, pool in enumerate(self._pools):
+            pool.check_integrity(
+                block for seq in sequences if seq.block_tables for block in seq.block_tables[g][seq.first_blocks[g] :]
+            )
         for digest, seq in self._promised.items():
-            assert seq.block_table, f"{seq} promised {digest.hex()} and holds no blocks"
+            assert seq.block_tables, f"{seq} promised {digest.hex()} and holds no blocks"
+
+    def _first_needed(self, group: CacheGroup, blocks: int) -> int:
+        """The first of ``blocks`` computed blocks that a token behind them sees."""
+        return 0 if group.window is None else max(blocks * self.block_size - group.window, 0) // self.block_size
 
     def _keep_promise(self, digest: bytes, seq: Sequence) -> None:
         if self._promised.get(digest) is seq:
@@ -157,3 +185,55 @@ class BlockManager:
             content = array.array("I", seq.tokens[i * size : (i + 1) * size]).tobytes()
             hashes.append(hashlib.blake2b(parent + content, digest_size=16).digest())
         return hashes
+
+
+class _Pool:
+    """The blocks of one group."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.references = [0] * num_blocks
+        self.hashes: list[bytes | None] = [None] * num_blocks
+        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.by_hash: dict[bytes, int] = {}
+
+    def take(self) -> int:
+        """A free block, which loses its name."""
+        block, _nothing = self.free.popitem(last=False)
+        stale = self.hashes[block]
+        if stale is not None:
+            del self.by_hash[stale]
+            self.hashes[block] = None
+        self.references[block] = 1
+        return block
+
+    def share(self, digest: bytes) -> int:
+        """The block of this name, with one holder more."""
+        block = self.by_hash[digest]
+        if not self.references[block]:
+            del self.free[block]
+        self.references[block] += 1
+        return block
+
+    def name(self, block: int, digest: bytes) -> None:
+        """Make a full block findable. Two sequences may have computed the same one; one of the copies is enough."""
+        if digest not in self.by_hash:
+            self.by_hash[digest] = block
+            self.hashes[block] = digest
+
+    def give_back(self, block: int) -> None:
+        """One holder less."""
+        self.references[block] -= 1
+        if not self.references[block]:
+            self.free[block] = None
+            if self.hashes[block] is None:
+                self.free.move_to_end(block, last=False)
+
+    def check_integrity(self, holders: Iterable[int]) -> None:
+        held = Counter(holders)
+        for block, references in enumerate(self.references):
+            assert references == held[block], f"block {block}: {references} references, {held[block]} holders"
+            assert (references == 0) == (block in self.free), f"block {block} is free and held, or neither"
+        assert self.by_hash == {digest: block for block, digest in enumerate(self.hashes) if digest is not None}, (
+            "hash index and blocks disagree"
+        )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import torch
 
-from nanochat_core.engine.kv_cache import KEY_TILE, KVCache
+from nanochat_core.engine.kv_cache import KEY_TILE, MOST_ROWS, KVCache, plan_groups
+from nanochat_core.engine.speculation import Speculation
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 
@@ -27,6 +29,8 @@ class EngineConfig:
         max_running: most sequences in the batch or waiting for a tool.
         max_waiting: most sequences queued beyond those for which there is room.
         prefix_caching: whether requests reuse blocks that others have computed.
+        speculative_tokens: longest draft of tokens looked up in the sequence itself; 0 drafts nothing.
+        speculative_batch: sequences draft while their tokens of one step, drafts included, are at most this many.
         tool_timeout_seconds: a call without result is given up after this.
         tool_max_calls, tool_max_output_tokens: limits of requests that name none.
 
@@ -40,6 +44,8 @@ class EngineConfig:
     max_running: int = 64
     max_waiting: int = 256
     prefix_caching: bool = True
+    speculative_tokens: int = 3
+    speculative_batch: int = 16
     tool_timeout_seconds: float = 10.0
     tool_max_calls: int = 16
     tool_max_output_tokens: int = 256
@@ -50,11 +56,17 @@ class EngineConfig:
             raise UserError(f"block size {size} is not a power of two between 1 and {KEY_TILE}")
         if self.max_running < 1 or self.max_waiting < 0:
             raise UserError("max running must be at least 1 and max waiting at least 0")
+        if not 0 <= self.speculative_tokens < MOST_ROWS:
+            raise UserError(f"speculative tokens are {self.speculative_tokens}; give 0 (off) to {MOST_ROWS - 1}")
         if self.token_budget < self.max_running:
             raise UserError(
                 f"a token budget of {self.token_budget} is too small for {self.max_running} running sequences; "
                 "each needs a token per step"
             )
+
+    @property
+    def speculation(self) -> Speculation:
+        return Speculation(self.speculative_tokens, self.speculative_batch)
 
     def build_cache(self, model: GPT) -> KVCache:
         """The KV cache for ``model``, on its device.
@@ -63,15 +75,18 @@ class EngineConfig:
             UserError: the given size does not hold a single block.
         """
         device, dtype = model.cos.device, model.compute_dtype
-        block_bytes = KVCache.bytes_per_block(model.config, self.block_size, dtype)
-        if self.kv_cache_bytes is not None:
-            num_blocks = self.kv_cache_bytes // block_bytes
-        else:
-            most = CPU_CACHE_BYTES
+        memory = self.kv_cache_bytes
+        if memory is None:
+            memory = CPU_CACHE_BYTES
             if device.type == "cuda":
-                most = int(torch.cuda.mem_get_info(device)[0] * CUDA_MEMORY_SHARE)
-            useful = self.max_running * -(-model.config.context_length // self.block_size)
-            num_blocks = min(useful, most // block_bytes)
-        if num_blocks < 1:
-            raise UserError(f"the KV cache holds no block of {block_bytes} bytes; enlarge it")
-        return KVCache(model.config, num_blocks, self.block_size, dtype, device)
+                memory = int(torch.cuda.mem_get_info(device)[0] * CUDA_MEMORY_SHARE)
+        groups = plan_groups(
+            model.config,
+            self.block_size,
+            dtype,
+            memory=memory,
+            # A given size is a wish for all that fits: more than the running ones need keeps more to find again.
+            sequences=self.max_running if self.kv_cache_bytes is None else sys.maxsize,
+            token_budget=self.token_budget,
+        )
+        return KVCache(model.config, groups, self.block_size, dtype, device)

@@ -8,9 +8,11 @@ import dataclasses
 import itertools
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
 from typing import Protocol
+
+from torch import Tensor
 
 from nanochat_core.engine.block_manager import BlockManager
 from nanochat_core.engine.config import EngineConfig
@@ -61,6 +63,7 @@ class Observer(Protocol):
     def next_token(self, since_last: float) -> None: ...
     def tool_called(self, status: str) -> None: ...
     def finished(self, reason: str, since_arrival: float) -> None: ...
+    def speculated(self, drafted: int, accepted: int) -> None: ...
     def stepped(self, duration: float, generated_tokens: int) -> None: ...
 
 
@@ -94,8 +97,8 @@ class Engine:
         self.model_config = model.config
         device = model.cos.device
         cache = config.build_cache(model)
-        self.blocks = BlockManager(cache.num_blocks, config.block_size, config.prefix_caching)
-        self.scheduler = Scheduler(self.blocks, config.token_budget, config.max_running)
+        self.blocks = BlockManager(cache.groups, config.block_size, config.prefix_caching)
+        self.scheduler = Scheduler(self.blocks, config.token_budget, config.max_running, config.speculation)
         self.runner = Runner(Network(model), cache)
         self.sampler = Sampler(model.config.vocab_size, device)
         self.tools = ToolLoop(
@@ -138,11 +141,10 @@ class Engine:
         if not 1 <= request.n <= self.config.max_running:
             raise UserError(f"n is {request.n}; it must be between 1 and {self.config.max_running}")
         length = self._max_length(request)
-        needed = self.blocks.blocks_for(length - 1)  # the last token is never computed
-        if needed > self.blocks.num_blocks:
+        if not self.blocks.holds(length - 1):  # the last token is never computed
             raise UserError(
-                f"prompt and completion may reach {length} tokens, which need {needed} cache blocks, but the engine "
-                f"has {self.blocks.num_blocks}; lower max_tokens or enlarge the KV cache"
+                f"prompt and completion may reach {length} tokens, which need {self.blocks.blocks_for(length - 1)} cache "
+                f"blocks, but the engine has {self.blocks.groups[0].num_blocks}; lower max_tokens or enlarge the KV cache"
             )
 
     def add(self, request: Request) -> None:
@@ -188,12 +190,12 @@ class Engine:
         self.progressed = bool(chunks)
         if chunks:
             self._note_admissions(chunks)
-            sequences, logits = self.runner.run(chunks)
+            sampling, logits = self.runner.run(chunks)
             self.scheduler.computed(chunks)
-            for seq, sample in zip(sequences, self.sampler.sample(logits, sequences), strict=True):
-                self._extend(seq, sample)
+            samples = self._sample(sampling, logits)
+            generated = sum(self._extend(chunk, samples) for chunk in sampling)
             if self._observer:
-                self._observer.stepped(time.perf_counter() - started, len(sequences))
+                self._observer.stepped(time.perf_counter() - started, generated)
         outputs, self._outputs = self._outputs, []
         self._latest.clear()
         return outputs
@@ -247,13 +249,14 @@ class Engine:
 
     def warm_up(self) -> None:
         """Run a prefill and a decode step, so that the first request meets a warm engine. Call before any request."""
-        length = min(32, self.model_config.context_length, self.blocks.num_blocks * self.config.block_size)
+        smallest = min(group.num_blocks for group in self.blocks.groups)
+        length = min(32, self.model_config.context_length, smallest * self.config.block_size)
         sampling = SamplingParams(temperature=1.0, seed=0)
         seq = Sequence(Request("warm-up", (0,) * length, sampling), 0, 0, 0, length)
-        seq.block_table = list(range(self.blocks.blocks_for(length)))
+        seq.block_tables = [list(range(self.blocks.blocks_for(length))) for _ in self.blocks.groups]
         for chunk in (Chunk(seq, 0, length), Chunk(seq, length - 1, 1)):
-            sequences, logits = self.runner.run([chunk])
-            self.sampler.sample(logits, sequences)
+            chunks, logits = self.runner.run([chunk])
+            self._sample(chunks, logits)
 
     def check_integrity(self) -> None:
         """Compare the scheduler's and the block manager's books with the requests in flight.
@@ -289,7 +292,30 @@ class Engine:
                     queued = seq.admitted_at - seq.arrived_at
                     self._observer.admitted(queued, seq.prompt_length, seq.cached_prompt_tokens)
 
-    def _extend(self, seq: Sequence, sample: Sample) -> None:
+    def _sample(self, chunks: Items[Chunk], logits: Tensor) -> Iterator[Sample]:
+        """Samples of all rows, those of the first chunk first."""
+        rows = [(chunk.seq, len(chunk.seq.tokens) + i) for chunk in chunks for i in range(chunk.samples)]
+        return iter(self.sampler.sample(logits, [seq for seq, _ in rows], [position for _, position in rows]))
+
+    def _extend(self, chunk: Chunk, samples: Iterator[Sample]) -> int:
+        """Append the next token, and those after it as long as the draft was right.
+
+        Returns:
+            How many tokens that were.
+        """
+        mine = list(itertools.islice(samples, chunk.samples))
+        seq, generated = chunk.seq, 0
+        for sample, drafted in itertools.zip_longest(mine, chunk.draft):
+            self._append(seq, sample)
+            generated += 1
+            if seq.state is not State.RUNNING or sample.token != drafted:
+                break
+            seq.computed += 1
+        if self._observer and chunk.draft:
+            self._observer.speculated(len(chunk.draft), generated - 1)
+        return generated
+
+    def _append(self, seq: Sequence, sample: Sample) -> None:
         """Append a sampled token and see what follows from it."""
         if self._observer:
             now = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
@@ -12,14 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_core.config import ModelConfig
+from nanochat_core.engine.block_manager import CacheGroup
 from nanochat_core.engine.scheduler import Chunk
+from nanochat_core.errors import UserError
 
 # On the CPU a token's attention has the same bits whether it is decoded, prefilled or recomputed, alone or in a batch,
 # because shapes are kept to those for which PyTorch adds in the same order (found by trying all, with MKL on AVX-512):
-# query rows in multiples of ROW_MULTIPLE (fewer run other matrix kernels); keys in tiles of KEY_TILE, over which the
-# kernel rescales its running softmax, counted from the sequence's start in windowed layers too; and a last tile that is
-# full or at most half a tile (longer sums are split in two), in multiples of KEY_MULTIPLE.
-ROW_MULTIPLE = 8
+# query rows in multiples of a number that depends on the CPU, see row_multiple (fewer run other matrix kernels); keys
+# in tiles of KEY_TILE, over which the kernel rescales its running softmax, counted from the sequence's start in
+# windowed layers too; and a last tile that is full or at most half a tile (longer sums are split in two), in multiples
+# of KEY_MULTIPLE.
+MOST_ROWS = 8
 KEY_MULTIPLE = 16
 KEY_TILE = 512
 # Short chunks whose contexts are within the same power of two of this many tokens share one padded batch.
@@ -30,34 +34,87 @@ class KVCache:
     """Keys and values of all layers in blocks of ``block_size`` tokens.
 
     Attributes:
-        keys, values: (n_layer, num_blocks, block_size, n_kv_head, head_dim) in the compute dtype.
+        groups: layers that share block tables, each with blocks of its own.
+        group_of: for each layer the index of its group.
+        row_multiple: queries are attended to in multiples of this many.
     """
 
     def __init__(
-        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        groups: Items[CacheGroup],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        shape = (config.depth, num_blocks, block_size, config.n_kv_head, config.head_dim)
         self.config = config
-        self.num_blocks = num_blocks
+        self.groups = groups
         self.block_size = block_size
-        self.keys = _zeros(shape, dtype, device)
-        self.values = _zeros(shape, dtype, device)
-
-    @staticmethod
-    def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-        """Memory of one block over all layers."""
-        return 2 * config.depth * block_size * config.kv_dim * dtype.itemsize
+        self.dtype, self.device = dtype, device
+        self.row_multiple = row_multiple(config.head_dim, dtype) if device.type == "cpu" else 1
+        self.group_of = [next(g for g, group in enumerate(groups) if layer in group.layers) for layer in range(config.depth)]
+        # (num_blocks, block_size, n_kv_head, head_dim) for each layer.
+        shapes = [
+            (groups[g].num_blocks, block_size, config.n_kv_head, config.head_dim) for g in self.group_of
+        ]
+        self._keys = [_zeros(shape, dtype, device) for shape in shapes]
+        self._values = [_zeros(shape, dtype, device) for shape in shapes]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store (tokens, n_kv_head, head_dim) keys and values at ``slots`` = block * block_size + offset."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots, k)
-        self.values[layer].flatten(0, 1).index_copy_(0, slots, v)
+        self._keys[layer].flatten(0, 1).index_copy_(0, slots, k)
+        self._values[layer].flatten(0, 1).index_copy_(0, slots, v)
 
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of (rows, n) block ids, each (rows, n * block_size, n_kv_head, head_dim)."""
         rows, flat = blocks.size(0), blocks.flatten()
         shape = (rows, -1, self.config.n_kv_head, self.config.head_dim)
-        return self.keys[layer].index_select(0, flat).view(shape), self.values[layer].index_select(0, flat).view(shape)
+        return self._keys[layer].index_select(0, flat).view(shape), self._values[layer].index_select(0, flat).view(shape)
+
+
+def bytes_per_block(config: ModelConfig, layers: int, block_size: int, dtype: torch.dtype) -> int:
+    """Memory of one block of a group with this many layers."""
+    return 2 * layers * block_size * config.kv_dim * dtype.itemsize
+
+
+def plan_groups(
+    config: ModelConfig, block_size: int, dtype: torch.dtype, *, memory: int, sequences: int, token_budget: int
+) -> list[CacheGroup]:
+    """Divide the cache's memory among the groups of layers that see equally far, the one that sees everything first.
+
+    Each group gets blocks in proportion to what one sequence of full length holds there at most; a group with a window
+    gets at least that, so that any sequence can be computed when it is alone.
+
+    Args:
+        memory: bytes to divide.
+        sequences: no more is taken than this many sequences of full length need.
+        token_budget: most tokens computed in one step; a windowed group holds them beside its window.
+
+    Raises:
+        UserError: there is no block for the layers that see everything.
+    """
+    last = config.context_length - 1
+    reaches = sorted({min(window, last) for window in config.windows}, reverse=True)
+    whole = -(-config.context_length // block_size)
+    layers = [tuple(i for i, window in enumerate(config.windows) if min(window, last) == reach) for reach in reaches]
+    sizes = [bytes_per_block(config, len(members), block_size, dtype) for members in layers]
+    needs = [whole if reach == last else min(whole, -(-(reach + token_budget) // block_size) + 1) for reach in reaches]
+    one = sum(size * need for size, need in zip(sizes, needs, strict=True))
+    if memory >= one:
+        blocks = [min(sequences * one, memory) * need // one for need in needs]
+    else:
+        least = sum(size * need for size, need in zip(sizes[1:], needs[1:], strict=True))
+        blocks = [max(memory - least, 0) // sizes[0], *needs[1:]]
+    if blocks[0] < 1:
+        raise UserError(
+            f"the KV cache of {memory} bytes holds no block of {sizes[0]} bytes"
+            + (f" beside the {least} bytes of the layers with a window" if least else "")
+            + "; enlarge it"
+        )
+    return [
+        CacheGroup(members, None if reach == last else reach, count)
+        for members, reach, count in zip(layers, reaches, blocks, strict=True)
+    ]
 
 
 class PagedAttention:
@@ -74,16 +131,16 @@ class PagedAttention:
         self._cache = cache
         grouped = _group(chunks)
         self.chunks = [chunk for group in grouped for chunk in group]
-        self._slots = _to_device(_slots(self.chunks, cache.block_size), cache)
+        self._slots = [_to_device(_slots(self.chunks, g, cache.block_size), cache) for g in range(len(cache.groups))]
         self._groups = [_Group(cache, group) for group in grouped]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """Attention of (tokens, n_head, head_dim) queries; writes the new keys and values first."""
-        self._cache.write(layer, self._slots, k, v)
+        self._cache.write(layer, self._slots[self._cache.group_of[layer]], k, v)
         if len(self._groups) == 1:
-            return self._groups[0].attend(layer, q, window)
+            return self._groups[0].attend(layer, q)
         parts = q.split([group.tokens for group in self._groups])
-        return torch.cat([group.attend(layer, part, window) for group, part in zip(self._groups, parts, strict=True)])
+        return torch.cat([group.attend(layer, part) for group, part in zip(self._groups, parts, strict=True)])
 
 
 class _Group:
@@ -93,7 +150,7 @@ class _Group:
         self._cache = cache
         self._chunks = chunks
         self.tokens = sum(chunk.length for chunk in chunks)
-        self._rows = _round_up(max(chunk.length for chunk in chunks), ROW_MULTIPLE)
+        self._rows = _round_up(max(chunk.length for chunk in chunks), cache.row_multiple)
         starts = np.array([chunk.start for chunk in chunks])
         lengths = np.array([chunk.length for chunk in chunks])
         row = np.arange(self._rows)
@@ -102,16 +159,19 @@ class _Group:
         is_token = row < lengths[:, None]
         self._dense = bool(is_token.all())
         self._places = _to_device(np.flatnonzero(is_token), cache)
+        self._padded: Tensor | None = None
         self._positions = starts[:, None] + np.minimum(row, lengths[:, None] - 1)
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, layer: int, q: Tensor, window: int) -> Tensor:
+    def attend(self, layer: int, q: Tensor) -> Tensor:
         """(tokens, n_head, head_dim) queries of this group's chunks to outputs of the same shape."""
         config = self._cache.config
         count, rows = len(self._chunks), self._rows
         if not self._dense:
-            q = q.new_zeros(count * rows, *q.shape[1:]).index_copy_(0, self._places, q)
-        blocks, mask = self._view(window, q.dtype)
+            if self._padded is None:
+                self._padded = q.new_zeros(count * rows, *q.shape[1:])
+            q = self._padded.index_copy_(0, self._places, q)
+        blocks, mask = self._view(self._cache.group_of[layer])
         keys, values = self._cache.gather(layer, blocks)
         # Query heads that share a kv head become rows of one matrix product with it.
         heads, shared = config.n_kv_head, config.n_head // config.n_kv_head
@@ -120,29 +180,49 @@ class _Group:
         y = y.view(count, heads, rows, shared, -1).permute(0, 2, 1, 3, 4).reshape(count * rows, config.n_head, -1)
         return y if self._dense else y.index_select(0, self._places)
 
-    def _view(self, window: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Block ids (chunks, n) that a layer with this window gathers, and its (chunks, 1, rows, keys) mask."""
-        window = min(window, int(self._positions[:, -1].max()))  # equal for all layers that see everything
-        if window not in self._views:
-            self._views[window] = self._build_view(window, dtype)
-        return self._views[window]
+    def _view(self, group: int) -> tuple[Tensor, Tensor]:
+        """Block ids (chunks, n) that the layers of a group gather, and their (chunks, 1, rows, keys) mask."""
+        if group not in self._views:
+            self._views[group] = self._build_view(group)
+        return self._views[group]
 
-    def _build_view(self, window: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _build_view(self, group: int) -> tuple[Tensor, Tensor]:
         size = self._cache.block_size
+        window = self._cache.groups[group].window
+        if window is None:
+            window = self._cache.config.context_length
         first = np.maximum(self._positions[:, 0] - window, 0) // KEY_TILE * KEY_TILE
         longest = int((self._positions[:, -1] + 1 - first).max())
         width = _round_up(_padded_keys(longest), size) // size
         blocks = np.zeros((len(self._chunks), width), dtype=np.int64)
         for i, (chunk, begin) in enumerate(zip(self._chunks, first // size, strict=True)):
-            visible = chunk.seq.block_table[begin : begin + width]
+            visible = chunk.seq.block_tables[group][begin : begin + width]
             blocks[i, : len(visible)] = visible
         keys = (first[:, None] + np.arange(width * size))[:, None, :]
         rows = self._positions[:, :, None]
         hidden = (keys > rows) | (keys < rows - window)
         shared = self._cache.config.n_head // self._cache.config.n_kv_head
-        mask = torch.from_numpy(np.where(hidden, np.float32("-inf"), np.float32(0))).to(dtype)
+        mask = torch.from_numpy(np.where(hidden, np.float32("-inf"), np.float32(0))).to(self._cache.dtype)
         mask = mask.repeat_interleave(shared, dim=1).unsqueeze(1)
-        return _to_device(blocks, self._cache), mask.to(self._cache.keys.device)
+        return _to_device(blocks, self._cache), mask.to(self._cache.device)
+
+
+@functools.cache
+def row_multiple(head_dim: int, dtype: torch.dtype) -> int:
+    """The fewest query rows whose attention has, on this CPU, the bits that it has among many rows."""
+    draw = torch.Generator().manual_seed(0)
+    for rows in (1, 2, 4):
+        if all(_same_bits(rows, keys, head_dim, dtype, draw) for keys in (KEY_MULTIPLE, 3 * KEY_MULTIPLE, KEY_TILE)):
+            return rows
+    return MOST_ROWS
+
+
+def _same_bits(rows: int, keys: int, head_dim: int, dtype: torch.dtype, draw: torch.Generator) -> bool:
+    q, k, v = (torch.randn(2, 4, length, head_dim, generator=draw).to(dtype) for length in (64, keys, keys))
+    mask = torch.zeros(1, 1, 64, keys, dtype=dtype)
+    many = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    few = [F.scaled_dot_product_attention(part, k, v, attn_mask=mask[:, :, :rows]) for part in q.split(rows, dim=2)]
+    return torch.equal(torch.cat(few, dim=2), many)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -156,22 +236,22 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _group(chunks: Iterable[Chunk]) -> list[list[Chunk]]:
-    """Chunks of at most ROW_MULTIPLE tokens by the size of their context; each longer one alone."""
+    """Chunks of at most MOST_ROWS tokens by the size of their context; each longer one alone."""
     short: dict[int, list[Chunk]] = {}
     long: list[list[Chunk]] = []
     for chunk in chunks:
-        if chunk.length <= ROW_MULTIPLE:
+        if chunk.length <= MOST_ROWS:
             short.setdefault(max(chunk.end, SMALLEST_BUCKET).bit_length(), []).append(chunk)
         else:
             long.append([chunk])
     return [*short.values(), *long]
 
 
-def _slots(chunks: Items[Chunk], size: int) -> np.ndarray:
-    """Cache slot of each token of the batch."""
+def _slots(chunks: Items[Chunk], group: int, size: int) -> np.ndarray:
+    """Cache slot of each token of the batch in a group of layers."""
     return np.array(
         [
-            chunk.seq.block_table[position // size] * size + position % size
+            chunk.seq.block_tables[group][position // size] * size + position % size
             for chunk in chunks
             for position in range(chunk.start, chunk.end)
         ]
@@ -189,4 +269,4 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _to_device(values: np.ndarray, cache: KVCache) -> Tensor:
-    return torch.from_numpy(values).to(cache.keys.device, non_blocking=True)
+    return torch.from_numpy(values).to(cache.device, non_blocking=True)

@@ -60,6 +60,11 @@ class SamplingParams:
     logprobs: int | None = None
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether earlier tokens change the logits of later ones."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
     def __post_init__(self) -> None:
         _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or a positive number")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive number")

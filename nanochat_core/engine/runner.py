@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -11,7 +12,6 @@ from torch import Tensor
 from nanochat_core.engine.kv_cache import KVCache, PagedAttention
 from nanochat_core.engine.network import Network
 from nanochat_core.engine.scheduler import Chunk
-from nanochat_core.engine.sequence import Sequence
 
 
 class Runner:
@@ -22,11 +22,11 @@ class Runner:
         self._cache = cache
 
     @torch.inference_mode()
-    def run(self, chunks: Iterable[Chunk]) -> tuple[list[Sequence], Tensor]:
-        """Compute keys and values of every chunk and the next token's logits of those that sample.
+    def run(self, chunks: Iterable[Chunk]) -> tuple[list[Chunk], Tensor]:
+        """Compute keys and values of every chunk and the next tokens' logits of those that sample.
 
         Returns:
-            The sequences that sample and their (sequences, vocab_size) fp32 logits.
+            The chunks that sample and (rows, vocab_size) fp32 logits, for each of them ``chunk.samples`` rows.
         """
         attention = PagedAttention(self._cache, chunks)
         chunks = attention.chunks
@@ -34,17 +34,18 @@ class Runner:
         previous: list[int] = []
         positions: list[int] = []
         for chunk in chunks:
-            tokens, start, end = chunk.seq.tokens, chunk.start, chunk.end
-            ids += tokens[start:end]
-            previous += tokens[start - 1 : end - 1] if start else [-1, *tokens[: end - 1]]
-            positions += range(start, end)
+            ids += chunk.tokens
+            previous.append(chunk.seq.tokens[chunk.start - 1] if chunk.start else -1)
+            previous += ids[len(previous) - 1 : -1]
+            positions += range(chunk.start, chunk.end)
         batch = torch.from_numpy(np.array([ids, previous, positions], dtype=np.int64)).to(self._network.device)
         hidden = self._network.hidden(batch[0], batch[1], batch[2], attention)
-        sampling = [i for i, chunk in enumerate(chunks) if chunk.samples]
-        sequences = [chunks[i].seq for i in sampling]
-        if not sampling:
-            return sequences, hidden.new_empty(0, self._network.config.vocab_size, dtype=torch.float32)
-        if len(sampling) < len(ids):
-            last = np.cumsum([chunk.length for chunk in chunks]) - 1
-            hidden = hidden.index_select(0, torch.from_numpy(last[sampling]).to(self._network.device))
-        return sequences, self._network.logits(hidden)
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        rows = [
+            row
+            for chunk, end in zip(chunks, itertools.accumulate(chunk.length for chunk in chunks), strict=True)
+            for row in range(end - chunk.samples, end)
+        ]
+        if len(rows) < len(ids):
+            hidden = hidden.index_select(0, torch.tensor(rows, dtype=torch.int64, device=self._network.device))
+        return sampling, self._network.logits(hidden)

@@ -55,19 +55,20 @@ class Sampler:
         self._table = torch.from_numpy(table).to(device)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, sequences: Items[Sequence]) -> list[Sample]:
-        """One token for each sequence.
+    def sample(self, logits: Tensor, sequences: Items[Sequence], positions: Items[int]) -> list[Sample]:
+        """One token for each row.
 
         Args:
-            logits: (sequences, vocab_size) fp32, row ``i`` predicting the token after ``sequences[i].tokens``; may be
-                changed in place.
+            logits: (rows, vocab_size) fp32; may be changed in place.
+            sequences: whose token each row predicts.
+            positions: which token of its sequence that is, counted from the start of the prompt.
         """
         params = [seq.request.sampling for seq in sequences]
         report = _rows(params, lambda p: p.logprobs is not None)
         log_probabilities = F.log_softmax(logits[report], dim=-1) if report else None
         z = self._adjust(logits, sequences, params)
         if any(p.temperature >= LOWEST_TEMPERATURE for p in params):
-            z = self._perturb(z, sequences, params)
+            z = self._perturb(z, sequences, positions, params)
         tokens = z.argmax(dim=-1).tolist()
         samples = [Sample(token) for token in tokens]
         if log_probabilities is not None:
@@ -76,9 +77,7 @@ class Sampler:
 
     def _adjust(self, z: Tensor, sequences: Items[Sequence], params: Items[SamplingParams]) -> Tensor:
         """Penalties and biases."""
-        penalized = _rows(
-            params, lambda p: p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-        )
+        penalized = _rows(params, lambda p: p.looks_back)
         if penalized:
             chosen = [params[i] for i in penalized]
             in_prompt = self._counts([sequences[i].tokens[: sequences[i].prompt_length] for i in penalized])
@@ -96,7 +95,9 @@ class Sampler:
             z[list(rows), list(tokens)] += torch.tensor(biases, device=z.device)
         return z
 
-    def _perturb(self, z: Tensor, sequences: Items[Sequence], params: Items[SamplingParams]) -> Tensor:
+    def _perturb(
+        self, z: Tensor, sequences: Items[Sequence], positions: Items[int], params: Items[SamplingParams]
+    ) -> Tensor:
         """Temperature, filters and noise; greedy rows are left as they are."""
         random = [p.temperature >= LOWEST_TEMPERATURE for p in params]
         z = z / self._column([p.temperature if r else 1.0 for p, r in zip(params, random, strict=True)])
@@ -104,7 +105,7 @@ class Sampler:
         if filtered:
             chosen = [params[row] for row in filtered]
             z[filtered] = self._filter(z[filtered], chosen)
-        noise = self._gumbel(sequences)
+        noise = self._gumbel(sequences, positions)
         if not all(random):
             noise *= self._column([float(r) for r in random])
         return z.add_(noise)
@@ -126,10 +127,10 @@ class Sampler:
             z = _drop_below(z, z.amax(dim=-1, keepdim=True) + self._column([p.min_p for p in params]).log())
         return z
 
-    def _gumbel(self, sequences: Items[Sequence]) -> Tensor:
-        """(sequences, vocab_size) fp32 noise of the position that each sequence is about to fill."""
+    def _gumbel(self, sequences: Items[Sequence], positions: Items[int]) -> Tensor:
+        """(rows, vocab_size) fp32 noise of each position."""
         start = np.array([seq.sample_key for seq in sequences], np.uint64)
-        position = np.array([len(seq.tokens) for seq in sequences], np.uint64)
+        position = np.array(positions, np.uint64)
         halves = torch.from_numpy(_mix(start + position * np.uint64(_GOLDEN)).view(np.int32)).to(self._device)
         low, high = halves[0::2].unsqueeze(1), halves[1::2].unsqueeze(1)
         # Two rounds of multiply and shift (constants of the lowbias32 hash); int32 arithmetic wraps as intended.

@@ -5,27 +5,43 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
+from collections.abc import Sequence as Items
 
 from nanochat_core.engine.block_manager import BlockManager
 from nanochat_core.engine.sequence import Sequence, State
+from nanochat_core.engine.speculation import NO_SPECULATION, Speculation
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens ``start .. start + length`` of a sequence, computed together in one step."""
+    """Tokens ``start .. start + known`` of a sequence, and a draft of those after them, computed together in one step.
+
+    Attributes:
+        draft: only behind the last known token.
+    """
 
     seq: Sequence
     start: int
-    length: int
+    known: int
+    draft: Items[int] = ()
+
+    @property
+    def length(self) -> int:
+        return self.known + len(self.draft)
 
     @property
     def end(self) -> int:
         return self.start + self.length
 
     @property
-    def samples(self) -> bool:
-        """Whether this chunk reaches the last known token, so that the next one can be sampled."""
-        return self.end == len(self.seq.tokens)
+    def samples(self) -> int:
+        """How many next tokens can be sampled: those after the last known one and after each of the draft."""
+        return len(self.draft) + 1 if self.start + self.known == len(self.seq.tokens) else 0
+
+    @property
+    def tokens(self) -> list[int]:
+        """Ids of the tokens to compute."""
+        return [*self.seq.tokens[self.start : self.start + self.known], *self.draft]
 
 
 class Scheduler:
@@ -35,7 +51,9 @@ class Scheduler:
     output or everything (after a preemption) makes no difference here.
     """
 
-    def __init__(self, blocks: BlockManager, token_budget: int, max_running: int) -> None:
+    def __init__(
+        self, blocks: BlockManager, token_budget: int, max_running: int, speculation: Speculation = NO_SPECULATION
+    ) -> None:
         """
         Args:
             token_budget: most tokens computed in one step; at least ``max_running``, so that each running sequence
@@ -44,6 +62,7 @@ class Scheduler:
         """
         assert token_budget >= max_running
         self.blocks = blocks
+        self.speculation = speculation
         self.token_budget = token_budget
         self.max_running = max_running
         # Both sorted by (priority, arrival).
@@ -67,7 +86,7 @@ class Scheduler:
     def resume(self, seq: Sequence) -> None:
         """Put a parked sequence back: into the batch, or into the queue when it has lost its blocks meanwhile."""
         self.parked.remove(seq)
-        if seq.block_table:
+        if seq.block_tables:
             seq.state = State.RUNNING
             bisect.insort(self.running, seq, key=_order)
         else:
@@ -76,6 +95,7 @@ class Scheduler:
     def finish(self, seq: Sequence) -> None:
         """Remove a sequence, whatever it is doing, and free its blocks."""
         self.by_state[seq.state].remove(seq)
+        self.blocks.seal(seq)
         self.blocks.release(seq)
         seq.state = State.FINISHED
 
@@ -91,8 +111,8 @@ class Scheduler:
             length = min(seq.remaining, budget - behind)
             if not self._make_room(seq, seq.computed + length):
                 break  # it was the youngest and has been preempted itself
-            chunks.append(Chunk(seq, seq.computed, length))
-            budget -= length
+            chunks.append(self._with_draft(Chunk(seq, seq.computed, length), budget - behind - length))
+            budget -= chunks[-1].length
             position += 1
         for seq in self._candidates():
             if budget == 0 or len(self.running) + len(self.parked) >= self.max_running:
@@ -112,16 +132,27 @@ class Scheduler:
         return chunks
 
     def computed(self, chunks: list[Chunk]) -> None:
-        """Record that these chunks' keys and values are in the cache."""
+        """Record that these chunks' keys and values are in the cache; whether drafts are right is not known yet."""
         for chunk in chunks:
-            chunk.seq.computed = chunk.end
+            chunk.seq.computed += chunk.known
             self.blocks.seal(chunk.seq)
+
+    def _with_draft(self, chunk: Chunk, room: int) -> Chunk:
+        """The chunk with as much of a draft as is worth it and fits without taking anything from anyone."""
+        seq = chunk.seq
+        if not chunk.samples or not seq.may_draft:
+            return chunk
+        most = min(self.speculation.draft_length(len(self.running)), room, seq.max_length - len(seq.tokens) - 1)
+        draft = seq.lookup.draft(seq.tokens, most) if most > 0 else []
+        while draft and not self.blocks.grow(seq, chunk.start + chunk.known + len(draft), spare=len(self.running)):
+            draft = draft[:-1]
+        return dataclasses.replace(chunk, draft=draft) if draft else chunk
 
     def _candidates(self) -> list[Sequence]:
         """Waiting sequences worth looking at in one step, first come first."""
         return list(itertools.islice(self.waiting, 2 * self.max_running))
 
-    def _admit(self, seq: Sequence, prefix: list[int]) -> None:
+    def _admit(self, seq: Sequence, prefix: int) -> None:
         self.waiting.remove(seq)
         self.blocks.admit(seq, prefix)
         if seq.admitted_at is None:
@@ -132,7 +163,7 @@ class Scheduler:
     def _make_room(self, seq: Sequence, tokens: int) -> bool:
         """Reserve blocks, preempting the youngest sequences; False when ``seq`` itself had to go."""
         while not self.blocks.grow(seq, tokens):
-            victim = max((s for s in itertools.chain(self.running, self.parked) if s.block_table), key=_order)
+            victim = max((s for s in itertools.chain(self.running, self.parked) if s.block_tables), key=_order)
             self._preempt(victim)
             if victim is seq:
                 return False

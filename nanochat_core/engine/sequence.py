@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 
 from nanochat_core.engine.request import Request
+from nanochat_core.engine.speculation import PromptLookup
 
 
 class State(enum.Enum):
@@ -26,13 +27,16 @@ class Sequence:
     Attributes:
         tokens: every known token id, the prompt first. Grows only at its end.
         computed: how many of them have their keys and values in the cache.
-        block_table: cache blocks in order; token ``i`` lives in ``block_table[i // block_size]``.
+        block_tables: for each group of layers its cache blocks in order; token ``i`` lives in
+            ``block_tables[group][i // block_size]``. Empty when the sequence holds nothing.
+        first_blocks: for each group the first block that the sequence still holds: those before are out of sight.
         block_hashes: content hash of each full block of known tokens, filled in lazily by the block manager.
         sealed: how many leading blocks other sequences can find by their hash.
         sample_key: start of this choice's stream of random numbers.
         cached_prompt_tokens: prompt tokens found in the cache at the first admission.
         code_start: index of the first token of code that the model is writing, None outside of code.
         tool_calls: calls made so far.
+        lookup: drafts of its next tokens.
         arrived_at, admitted_at, last_token_at: monotonic times in seconds; None before it happened.
     """
 
@@ -49,7 +53,8 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.prompt_length = len(request.prompt)
         self.computed = 0
-        self.block_table: list[int] = []
+        self.block_tables: list[list[int]] = []
+        self.first_blocks: list[int] = []
         self.block_hashes: list[bytes] = []
         self.sealed = 0
         self.state = State.WAITING
@@ -57,6 +62,7 @@ class Sequence:
         self.cached_prompt_tokens = 0
         self.code_start: int | None = None
         self.tool_calls = 0
+        self.lookup = PromptLookup()
         self.arrived_at = 0.0
         self.admitted_at: float | None = None
         self.last_token_at: float | None = None
@@ -67,11 +73,16 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
+    def may_draft(self) -> bool:
+        """Whether the distribution of the next token is a function of its logits alone."""
+        return not self.request.sampling.looks_back
+
+    @property
     def completion_length(self) -> int:
         return len(self.tokens) - self.prompt_length
 
     def __repr__(self) -> str:
         return (
             f"Sequence({self.request.id}[{self.choice}], {self.state.value}, "
-            f"{self.computed}/{len(self.tokens)} computed, blocks {self.block_table})"
+            f"{self.computed}/{len(self.tokens)} computed, blocks {self.block_tables})"
         )

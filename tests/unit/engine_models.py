@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import functools
 import re
@@ -10,7 +11,8 @@ import torch
 
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine import EngineConfig
-from nanochat_core.engine.kv_cache import KVCache
+from nanochat_core.engine.kv_cache import plan_groups
+from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.tokenizer import Tokenizer
 
@@ -72,12 +74,20 @@ def script_tokens(text: str) -> list[int]:
     return [id for piece in pieces for id in ([SPECIAL[piece]] if piece in SPECIAL else BYTES.encode(piece))]
 
 
-def cache_of(num_blocks: int, model: ModelConfig, block_size: int = 16) -> int:
-    """``kv_cache_bytes`` for this many blocks."""
-    return num_blocks * KVCache.bytes_per_block(model, block_size, torch.float32)
-
-
 def config_with_blocks(num_blocks: int, model: GPT, **settings: int) -> EngineConfig:
-    """An engine configuration with exactly this many cache blocks."""
-    size = cache_of(num_blocks, model.config, settings.get("block_size", 16))
+    """An engine configuration with exactly this many cache blocks for the layers that see everything."""
+    block_size = settings.get("block_size", EngineConfig.block_size)
+    budget = settings.get("token_budget", EngineConfig.token_budget)
+
+    def blocks(memory: int) -> int:
+        try:
+            groups = plan_groups(
+                model.config, block_size, torch.float32, memory=memory, sequences=10**6, token_budget=budget
+            )
+        except UserError:
+            return 0
+        return groups[0].num_blocks
+
+    size = bisect.bisect_left(range(1 << 34), num_blocks, key=blocks)
+    assert blocks(size) == num_blocks
     return EngineConfig(kv_cache_bytes=size, **settings)

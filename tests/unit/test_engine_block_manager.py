@@ -4,9 +4,14 @@ import random
 
 import pytest
 
-from nanochat_core.engine.block_manager import BlockManager
+from nanochat_core.engine.block_manager import BlockManager, CacheGroup
 from nanochat_core.engine.request import Request
 from nanochat_core.engine.sequence import Sequence
+
+
+def manager(num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> BlockManager:
+    """Blocks of layers that see everything."""
+    return BlockManager([CacheGroup((0,), None, num_blocks)], block_size, prefix_caching)
 
 
 def sequence(tokens: list[int], arrival: int = 0) -> Sequence:
@@ -24,86 +29,135 @@ def compute(blocks: BlockManager, seq: Sequence) -> None:
 
 
 def test_a_computed_prefix_is_found_and_shared() -> None:
-    blocks = BlockManager(8, 4)
+    blocks = manager(8, 4)
     first, second = sequence(list(range(10))), sequence([*range(8), 50, 51, 52])
     compute(blocks, first)
     compute(blocks, second)
-    assert second.block_table[:2] == first.block_table[:2]
-    assert second.block_table[2] != first.block_table[2]
+    assert second.block_tables[0][:2] == first.block_tables[0][:2]
+    assert second.block_tables[0][2] != first.block_tables[0][2]
     assert blocks.num_used == 4
     blocks.check_integrity([first, second])
 
 
 def test_a_hit_leaves_at_least_one_token_to_compute() -> None:
-    blocks = BlockManager(8, 4)
+    blocks = manager(8, 4)
     compute(blocks, sequence(list(range(8))))
-    assert len(blocks.find_prefix(sequence(list(range(8)))) or []) == 1
-    assert len(blocks.find_prefix(sequence(list(range(9)))) or []) == 2
+    assert blocks.find_prefix(sequence(list(range(8)))) == 1
+    assert blocks.find_prefix(sequence(list(range(9)))) == 2
 
 
 def test_equal_blocks_after_different_beginnings_are_different() -> None:
-    blocks = BlockManager(8, 4)
+    blocks = manager(8, 4)
     compute(blocks, sequence([1, 2, 3, 4, 9, 9, 9, 9, 0]))
-    assert blocks.find_prefix(sequence([5, 6, 7, 8, 9, 9, 9, 9, 0])) == []
+    assert blocks.find_prefix(sequence([5, 6, 7, 8, 9, 9, 9, 9, 0])) == 0
 
 
 def test_a_prefix_being_computed_is_waited_for_until_its_owner_is_gone() -> None:
-    blocks = BlockManager(8, 4)
+    blocks = manager(8, 4)
     first, second = sequence(list(range(9))), sequence(list(range(9)), 1)
-    blocks.admit(first, [])
+    blocks.admit(first, 0)
     assert blocks.grow(first, 9)
     assert blocks.find_prefix(second) is None
     blocks.release(first)
-    assert blocks.find_prefix(second) == []
+    assert blocks.find_prefix(second) == 0
 
 
 def test_released_blocks_stay_findable_until_they_are_needed_oldest_first() -> None:
-    blocks = BlockManager(6, 4)
+    blocks = manager(6, 4)
     old, new = sequence([1] * 8), sequence([2] * 8)
     for seq in (old, new):
         compute(blocks, seq)
         blocks.release(seq)
     assert blocks.num_used == 0
-    assert len(blocks.find_prefix(sequence([1] * 9)) or []) == 2
+    assert blocks.find_prefix(sequence([1] * 9)) == 2
     filler = sequence([3] * 16)
     compute(blocks, filler)  # takes the two blocks never used and then the older chain, its end first
-    assert blocks.find_prefix(sequence([1] * 9)) == []
-    assert len(blocks.find_prefix(sequence([2] * 9)) or []) == 2
+    assert blocks.find_prefix(sequence([1] * 9)) == 0
+    assert blocks.find_prefix(sequence([2] * 9)) == 2
     blocks.check_integrity([filler])
 
 
 def test_growing_beyond_what_is_free_changes_nothing() -> None:
-    blocks = BlockManager(3, 4)
+    blocks = manager(3, 4)
     seq = sequence(list(range(20)))
-    blocks.admit(seq, [])
+    blocks.admit(seq, 0)
     assert blocks.grow(seq, 8)
-    table = list(seq.block_table)
+    table = list(seq.block_tables[0])
     assert not blocks.grow(seq, 20)
-    assert seq.block_table == table
-    assert blocks.num_free == 1
+    assert seq.block_tables == [table]
+    assert blocks.num_used == 2
 
 
 def test_without_prefix_caching_nothing_is_found() -> None:
-    blocks = BlockManager(8, 4, prefix_caching=False)
+    blocks = manager(8, 4, prefix_caching=False)
     compute(blocks, sequence(list(range(9))))
-    assert blocks.find_prefix(sequence(list(range(9)))) == []
+    assert blocks.find_prefix(sequence(list(range(9)))) == 0
 
 
 def test_integrity_check_finds_a_leak_and_a_double_holder() -> None:
-    blocks = BlockManager(4, 4)
+    blocks = manager(4, 4)
     seq = sequence(list(range(6)))
     compute(blocks, seq)
     with pytest.raises(AssertionError, match="references"):
         blocks.check_integrity([])
     thief = sequence([1])
-    thief.block_table = seq.block_table[:1]
+    thief.block_tables, thief.first_blocks = [seq.block_tables[0][:1]], [0]
     with pytest.raises(AssertionError, match="references"):
         blocks.check_integrity([seq, thief])
 
 
-def test_books_stay_right_through_random_use() -> None:
+WINDOW = 7
+
+
+def windowed(full: int, short: int, block_size: int = 2) -> BlockManager:
+    return BlockManager([CacheGroup((0, 2), None, full), CacheGroup((1,), WINDOW, short)], block_size)
+
+
+def visible_blocks(seq: Sequence, block_size: int) -> int:
+    """Of a sequence's computed tokens, those that its next one sees through the window lie in so many blocks."""
+    return len({position // block_size for position in range(max(seq.computed - WINDOW, 0), seq.computed)})
+
+
+def test_a_windowed_group_holds_no_more_than_its_window_however_long_the_sequence() -> None:
+    blocks = windowed(100, 100)
+    seq = sequence([0])
+    blocks.admit(seq, 0)
+    for _ in range(60):
+        seq.tokens.append(len(seq.tokens))
+        assert blocks.grow(seq, len(seq.tokens))
+        seq.computed = len(seq.tokens)
+        blocks.seal(seq)
+        held = len(seq.block_tables[1]) - seq.first_blocks[1]
+        assert held == visible_blocks(seq, 2)
+        assert blocks.num_used == len(seq.block_tables[0]) + held
+        blocks.check_integrity([seq])
+
+
+def test_a_prefix_is_found_where_every_group_still_has_what_its_window_shows() -> None:
+    blocks = windowed(100, 12)
+    first = sequence(list(range(40)))
+    blocks.admit(first, 0)
+    for end in range(4, 41, 4):
+        assert blocks.grow(first, end)
+        first.computed = end
+        blocks.seal(first)
+    blocks.release(first)
+    assert blocks.find_prefix(sequence(list(range(41)))) == 20
+    # The windowed group's 12 blocks were used in turn, so it has lost the beginning, which only short prefixes need.
+    assert blocks.find_prefix(sequence(list(range(9)))) == 0
+    again = sequence(list(range(30)) + [99, 98, 97])
+    prefix = blocks.find_prefix(again)
+    assert prefix == 15
+    blocks.admit(again, prefix)
+    assert again.first_blocks == [0, (30 - WINDOW) // 2]
+    assert again.computed == 30
+    blocks.check_integrity([again])
+
+
+@pytest.mark.parametrize("groups", ["one", "two"])
+def test_books_stay_right_through_random_use(groups: str) -> None:
     source = random.Random(0)
-    blocks = BlockManager(24, 2)
+    blocks = manager(24, 2) if groups == "one" else windowed(24, 14)
     held: list[Sequence] = []
     for arrival in range(3000):
         if held and source.random() < 0.4:
@@ -124,8 +178,9 @@ def test_books_stay_right_through_random_use() -> None:
                 compute(blocks, seq)
                 held.append(seq)
         blocks.check_integrity(held)
-        contents: dict[int, list[int]] = {}
-        for seq in held:
-            for i, block in enumerate(seq.block_table[: seq.computed // 2]):
-                shared = contents.setdefault(block, seq.tokens[: 2 * i + 2])
-                assert shared == seq.tokens[: 2 * i + 2], "a block is shared by different prefixes"
+        for group in range(len(blocks.groups)):
+            contents: dict[int, list[int]] = {}
+            for seq in held:
+                for i in range(seq.first_blocks[group], seq.computed // 2):
+                    shared = contents.setdefault(seq.block_tables[group][i], seq.tokens[: 2 * i + 2])
+                    assert shared == seq.tokens[: 2 * i + 2], "a block is shared by different prefixes"

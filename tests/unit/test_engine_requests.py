@@ -108,7 +108,7 @@ def test_choices_share_the_prompt_but_not_their_tokens(length: int) -> None:
     engine.add(Request("r", tuple(range(length)), sampling, n=4))
     for _ in range(3):
         engine.step()
-    tables = [seq.block_table for seq in engine.scheduler.running]
+    tables = [seq.block_tables[0] for seq in engine.scheduler.running]
     shared = (length - 1) // 16
     assert len({tuple(table[:shared]) for table in tables}) == 1
     assert len({block for table in tables for block in table[shared:]}) == sum(len(t) - shared for t in tables)

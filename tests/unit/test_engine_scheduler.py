@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from nanochat_core.engine.block_manager import BlockManager
+from nanochat_core.engine.block_manager import BlockManager, CacheGroup
 from nanochat_core.engine.request import Request
 from nanochat_core.engine.scheduler import Scheduler
 from nanochat_core.engine.sequence import Sequence, State
@@ -12,7 +12,7 @@ class Bench:
     """A scheduler whose "model" appends the token 0."""
 
     def __init__(self, *, blocks: int = 100, budget: int = 16, running: int = 8) -> None:
-        self.blocks = BlockManager(blocks, 4, prefix_caching=False)
+        self.blocks = BlockManager([CacheGroup((0,), None, blocks)], 4, prefix_caching=False)
         self.scheduler = Scheduler(self.blocks, budget, running)
         self.arrivals = 0
 
@@ -66,7 +66,7 @@ def test_the_youngest_sequence_is_preempted_and_computed_again() -> None:
         bench.step()
     known = list(young.tokens)
     assert old.state is State.RUNNING
-    assert (young.computed, young.block_table) == (0, [])
+    assert (young.computed, young.block_tables) == (0, [])
     assert bench.scheduler.preemptions == 1
     bench.scheduler.finish(old)
     assert bench.step() == [(young, 0, len(known))]
@@ -79,8 +79,8 @@ def test_a_parked_sequence_keeps_its_blocks_unless_an_older_one_needs_them() -> 
     bench.step()
     bench.scheduler.park(parked)
     assert bench.step() == [(old, 7, 1)]
-    assert parked.block_table
-    while parked.block_table:
+    assert parked.block_tables
+    while parked.block_tables:
         bench.step()
     assert old.state is State.RUNNING
     bench.scheduler.resume(parked)
