@@ -82,7 +82,10 @@ class BlockManager:
         in_reach = [0] * len(self.groups)  # consecutive blocks found, up to the present one
         for i in range(len(hashes)):
             in_reach = [run + 1 if there[i] else 0 for run, there in zip(in_reach, found, strict=True)]
-            if all(run >= i + 1 - self._first_needed(group, i + 1) for run, group in zip(in_reach, self.groups, strict=True)):
+            if all(
+                run >= i + 1 - self._first_needed(group, i + 1)
+                for run, group in zip(in_reach, self.groups, strict=True)
+            ):
                 longest = i + 1
         if longest < len(hashes) and hashes[longest] in self._promised:
             return None
@@ -116,7 +119,7 @@ class BlockManager:
             self._promised.setdefault(digest, seq)
 
     def grow(self, seq: Sequence, tokens: int, spare: int = 0) -> bool:
-        """Give ``seq`` room for ``tokens`` tokens in all; False, and nothing changed, if that leaves less than ``spare``."""
+        """Give ``seq`` room for ``tokens`` tokens; False, and nothing changed, with fewer than ``spare`` left."""
         missing = self.blocks_for(tokens) - len(seq.block_tables[0])
         if missing <= 0:
             return True
@@ -147,7 +150,8 @@ class BlockManager:
         """Take every block back from ``seq``, which then has nothing computed."""
         for digest in seq.block_hashes[seq.sealed :]:
             self._keep_promise(digest, seq)
-        for table, first, pool in zip(seq.block_tables, seq.first_blocks, self._pools, strict=True):
+        # Strict only by groups: a sequence that holds nothing has no tables.
+        for table, first, pool in zip(seq.block_tables, seq.first_blocks, self._pools, strict=False):
             # The last block goes first, so that of a chain the end is lost before the beginning.
             for block in reversed(table[first:]):
                 pool.give_back(block)

@@ -142,9 +142,10 @@ class Engine:
             raise UserError(f"n is {request.n}; it must be between 1 and {self.config.max_running}")
         length = self._max_length(request)
         if not self.blocks.holds(length - 1):  # the last token is never computed
+            needed, there = self.blocks.blocks_for(length - 1), self.blocks.groups[0].num_blocks
             raise UserError(
-                f"prompt and completion may reach {length} tokens, which need {self.blocks.blocks_for(length - 1)} cache "
-                f"blocks, but the engine has {self.blocks.groups[0].num_blocks}; lower max_tokens or enlarge the KV cache"
+                f"prompt and completion may reach {length} tokens, which need {needed} cache blocks, but the engine "
+                f"has {there}; lower max_tokens or enlarge the KV cache"
             )
 
     def add(self, request: Request) -> None:

@@ -52,11 +52,11 @@ class KVCache:
         self.block_size = block_size
         self.dtype, self.device = dtype, device
         self.row_multiple = row_multiple(config.head_dim, dtype) if device.type == "cpu" else 1
-        self.group_of = [next(g for g, group in enumerate(groups) if layer in group.layers) for layer in range(config.depth)]
-        # (num_blocks, block_size, n_kv_head, head_dim) for each layer.
-        shapes = [
-            (groups[g].num_blocks, block_size, config.n_kv_head, config.head_dim) for g in self.group_of
+        self.group_of = [
+            next(g for g, group in enumerate(groups) if layer in group.layers) for layer in range(config.depth)
         ]
+        # (num_blocks, block_size, n_kv_head, head_dim) for each layer.
+        shapes = [(groups[g].num_blocks, block_size, config.n_kv_head, config.head_dim) for g in self.group_of]
         self._keys = [_zeros(shape, dtype, device) for shape in shapes]
         self._values = [_zeros(shape, dtype, device) for shape in shapes]
 
@@ -69,7 +69,9 @@ class KVCache:
         """Keys and values of (rows, n) block ids, each (rows, n * block_size, n_kv_head, head_dim)."""
         rows, flat = blocks.size(0), blocks.flatten()
         shape = (rows, -1, self.config.n_kv_head, self.config.head_dim)
-        return self._keys[layer].index_select(0, flat).view(shape), self._values[layer].index_select(0, flat).view(shape)
+        return self._keys[layer].index_select(0, flat).view(shape), self._values[layer].index_select(0, flat).view(
+            shape
+        )
 
 
 def bytes_per_block(config: ModelConfig, layers: int, block_size: int, dtype: torch.dtype) -> int:
@@ -91,7 +93,7 @@ def plan_groups(
         token_budget: most tokens computed in one step; a windowed group holds them beside its window.
 
     Raises:
-        UserError: there is no block for the layers that see everything.
+        UserError: there is not even one block for the layers that see everything.
     """
     last = config.context_length - 1
     reaches = sorted({min(window, last) for window in config.windows}, reverse=True)
@@ -100,17 +102,13 @@ def plan_groups(
     sizes = [bytes_per_block(config, len(members), block_size, dtype) for members in layers]
     needs = [whole if reach == last else min(whole, -(-(reach + token_budget) // block_size) + 1) for reach in reaches]
     one = sum(size * need for size, need in zip(sizes, needs, strict=True))
+    least = sizes[0] + sum(size * need for size, need in zip(sizes[1:], needs[1:], strict=True))
+    if memory < least:
+        raise UserError(f"the KV cache of {memory} bytes is too small; this model needs at least {least} bytes")
     if memory >= one:
         blocks = [min(sequences * one, memory) * need // one for need in needs]
     else:
-        least = sum(size * need for size, need in zip(sizes[1:], needs[1:], strict=True))
-        blocks = [max(memory - least, 0) // sizes[0], *needs[1:]]
-    if blocks[0] < 1:
-        raise UserError(
-            f"the KV cache of {memory} bytes holds no block of {sizes[0]} bytes"
-            + (f" beside the {least} bytes of the layers with a window" if least else "")
-            + "; enlarge it"
-        )
+        blocks = [(memory - least) // sizes[0] + 1, *needs[1:]]
     return [
         CacheGroup(members, None if reach == last else reach, count)
         for members, reach, count in zip(layers, reaches, blocks, strict=True)
@@ -134,7 +132,7 @@ class PagedAttention:
         self._slots = [_to_device(_slots(self.chunks, g, cache.block_size), cache) for g in range(len(cache.groups))]
         self._groups = [_Group(cache, group) for group in grouped]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of (tokens, n_head, head_dim) queries; writes the new keys and values first."""
         self._cache.write(layer, self._slots[self._cache.group_of[layer]], k, v)
         if len(self._groups) == 1:

@@ -35,7 +35,7 @@ class Attend(Protocol):
     tokens of this batch; gives back (tokens, n_head, head_dim).
     """
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor: ...
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
 class PackedWeight:
@@ -73,7 +73,6 @@ class _Layer:
 
     def __init__(self, block: Block, dtype: torch.dtype, residual_scale: float, skip_scale: float) -> None:
         attention, mlp = block.attention, block.mlp
-        self.window = attention.window
         self.residual_scale, self.skip_scale = residual_scale, skip_scale
         self.head_dim, self.n_head, self.n_kv_head = attention.head_dim, attention.n_head, attention.n_kv_head
         projections = [attention.q.weight, attention.k.weight, attention.v.weight]
@@ -171,4 +170,4 @@ class Network:
         # The norm does not change by the rotation, nor the rotation by the norm.
         qk = F.rms_norm(qk * cos + qk.roll(layer.head_dim // 2, -1) * sin, (layer.head_dim,), layer.norm_weight)
         q, k = qk.split((layer.n_head, layer.n_kv_head), dim=1)
-        return layer.out(attend(index, q, k, v, layer.window).reshape(tokens, -1))
+        return layer.out(attend(index, q, k, v).reshape(tokens, -1))

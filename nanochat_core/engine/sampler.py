@@ -55,14 +55,16 @@ class Sampler:
         self._table = torch.from_numpy(table).to(device)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, sequences: Items[Sequence], positions: Items[int]) -> list[Sample]:
+    def sample(self, logits: Tensor, sequences: Items[Sequence], positions: Items[int] | None = None) -> list[Sample]:
         """One token for each row.
 
         Args:
             logits: (rows, vocab_size) fp32; may be changed in place.
             sequences: whose token each row predicts.
-            positions: which token of its sequence that is, counted from the start of the prompt.
+            positions: which token of its sequence that is, counted from the start of the prompt; None is the next one.
         """
+        if positions is None:
+            positions = [len(seq.tokens) for seq in sequences]
         params = [seq.request.sampling for seq in sequences]
         report = _rows(params, lambda p: p.logprobs is not None)
         log_probabilities = F.log_softmax(logits[report], dim=-1) if report else None

@@ -145,7 +145,7 @@ def test_a_prefix_is_found_where_every_group_still_has_what_its_window_shows() -
     assert blocks.find_prefix(sequence(list(range(41)))) == 20
     # The windowed group's 12 blocks were used in turn, so it has lost the beginning, which only short prefixes need.
     assert blocks.find_prefix(sequence(list(range(9)))) == 0
-    again = sequence(list(range(30)) + [99, 98, 97])
+    again = sequence([*list(range(30)), 99, 98, 97])
     prefix = blocks.find_prefix(again)
     assert prefix == 15
     blocks.admit(again, prefix)

@@ -16,13 +16,13 @@ from nanochat_core.engine.network import Network
 class CachedAttention:
     """Attention over keys and values kept per layer and sequence, with a loop over tokens."""
 
-    def __init__(self, owners: list[int]) -> None:
-        self.owners = owners
+    def __init__(self, windows: tuple[int, ...], owners: list[int]) -> None:
+        self.windows, self.owners = windows, owners
         self.seen: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         y = torch.empty_like(q)
-        share = q.size(1) // k.size(1)
+        share, window = q.size(1) // k.size(1), self.windows[layer]
         for i, owner in enumerate(self.owners):
             seen = self.seen.setdefault((layer, owner), [])
             seen.append((k[i].repeat_interleave(share, 0), v[i].repeat_interleave(share, 0)))
@@ -46,7 +46,7 @@ def test_a_ragged_batch_gives_what_each_row_gives(shape: ModelConfig, longest: i
     previous = torch.stack([sequences[owner][t - 1] if t else torch.tensor(-1) for t, owner in order])
     positions = torch.tensor([t for t, _ in order])
     with torch.no_grad():
-        flat = network.hidden(ids, previous, positions, CachedAttention([owner for _, owner in order]))
+        flat = network.hidden(ids, previous, positions, CachedAttention(shape.windows, [owner for _, owner in order]))
         for owner, sequence in enumerate(sequences):
             own = flat[torch.tensor([o == owner for _, o in order])]
             torch.testing.assert_close(network.logits(own), model(sequence[None])[0], atol=5e-3, rtol=0)
@@ -56,7 +56,7 @@ def test_one_token_at_a_time_gives_what_the_row_gives():
     shape = config(4, n_kv_head=2)
     model, row = random_model(shape), random_ids(1, 20)
     network = Network(model)
-    attend, steps = CachedAttention([0]), []
+    attend, steps = CachedAttention(shape.windows, [0]), []
     with torch.no_grad():
         for t in range(20):
             previous = row[0, t - 1 : t] if t else torch.tensor([-1])
@@ -68,11 +68,11 @@ def test_bf16_computes_in_bf16_and_gives_what_training_in_bf16_gives():
     shape, row = config(4), random_ids(1, 30)
     model = random_model(shape, dtype=torch.bfloat16)
     network, seen = Network(model), set()
-    attention = CachedAttention([0] * 30)
+    attention = CachedAttention(shape.windows, [0] * 30)
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seen.update((q.dtype, k.dtype, v.dtype))
-        return attention(layer, q, k, v, window)
+        return attention(layer, q, k, v)
 
     previous = torch.cat((torch.tensor([-1]), row[0, :-1]))
     with torch.no_grad():

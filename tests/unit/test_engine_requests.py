@@ -156,5 +156,5 @@ def test_limits_that_make_no_engine_are_refused(settings: dict[str, int], messag
 
 
 def test_a_cache_without_room_for_a_block_is_refused() -> None:
-    with pytest.raises(UserError, match="KV cache holds no block"):
+    with pytest.raises(UserError, match="KV cache of 100 bytes is too small"):
         Engine(tiny_model(), BYTES, EngineConfig(kv_cache_bytes=100))

@@ -10,9 +10,18 @@ from engine_models import BYTES, SPECIAL, config_with_blocks, script_tokens, scr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat_core.engine import Completion, Engine, EngineConfig, Request, SamplingParams, ToolCall, ToolOutput, ToolPolicy
+from nanochat_core.engine import (
+    Completion,
+    Engine,
+    EngineConfig,
+    Request,
+    SamplingParams,
+    ToolCall,
+    ToolOutput,
+    ToolPolicy,
+)
 from nanochat_core.engine.speculation import NGRAMS, PromptLookup, Speculation
-from nanochat_core.tokenizer import PYTHON_END, PYTHON_START
+from nanochat_core.tokenizer import OUTPUT_END, OUTPUT_START, PYTHON_END, PYTHON_START
 
 
 def looked_up(tokens: list[int], most: int) -> list[int]:
@@ -73,7 +82,9 @@ def test_a_text_that_repeats_itself_takes_a_fraction_of_the_steps() -> None:
         Engine(scripted_model("abcdefgh", loop=True), BYTES, EngineConfig(speculative_tokens=0)),
         Request("plain", prompt, sampling),
     )
-    drafted, steps = completed(Engine(scripted_model("abcdefgh", loop=True), BYTES), Request("drafted", prompt, sampling))
+    drafted, steps = completed(
+        Engine(scripted_model("abcdefgh", loop=True), BYTES), Request("drafted", prompt, sampling)
+    )
     assert drafted[0].token_ids == plain[0].token_ids
     assert drafted[0].usage == plain[0].usage
     assert plain_steps == 120
@@ -81,7 +92,7 @@ def test_a_text_that_repeats_itself_takes_a_fraction_of_the_steps() -> None:
 
 
 # Two letters and a high temperature: about every second guess is right.
-COIN = {token: 30.0 for token in BYTES.encode("xy")}
+COIN = dict.fromkeys(BYTES.encode("xy"), 200.0)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 5.0])
@@ -121,7 +132,7 @@ def test_a_call_within_a_draft_parks_the_answer_and_what_was_drafted_behind_it_i
     async def tool(code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
         return ToolOutput("ok", "b")
 
-    text = f"{PYTHON_START}1{PYTHON_END}b"
+    text = f"{PYTHON_START}1{PYTHON_END}{OUTPUT_START}b{OUTPUT_END}"
     prompt = tuple(script_tokens(text * 2)[1:])
     request = Request("r", prompt, SamplingParams(max_tokens=30), tools=ToolPolicy(enabled=True, max_calls=3))
     results = []
@@ -136,7 +147,9 @@ def test_a_call_within_a_draft_parks_the_answer_and_what_was_drafted_behind_it_i
     calls = [event for event in drafted.tool_events if isinstance(event, ToolCall)]
     assert len(calls) >= 3
     assert SPECIAL[PYTHON_END] in drafted.token_ids
-    durations = [dataclasses.replace(e, duration_seconds=0) if hasattr(e, "duration_seconds") else e for e in drafted.tool_events]
+    durations = [
+        dataclasses.replace(e, duration_seconds=0) if hasattr(e, "duration_seconds") else e for e in drafted.tool_events
+    ]
     assert durations == [
         dataclasses.replace(e, duration_seconds=0) if hasattr(e, "duration_seconds") else e for e in plain.tool_events
     ]
