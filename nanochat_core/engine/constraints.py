@@ -43,7 +43,8 @@ _LIMITS: Mapping[str, Any] = {
     "initial_lexer_fuel": 50_000,
     "step_lexer_fuel": 50_000,
     "max_lexer_states": 20_000,
-    "max_grammar_size": 100_000,
+    "max_grammar_size": 20_000,
+    "max_items_in_row": 20_000,  # four for each optional property of an object
     "precompute_large_lexemes": False,  # it makes compiling slower and the steps no faster
     "verbose_errors": False,  # they would quote the schema and the answer
 }
@@ -203,8 +204,8 @@ def _compile(constraint: Constraint, vocabulary: LLTokenizer, limits: LLParserLi
         # Much of the grammar is made with the first mask. It also shows a grammar without any way to begin.
         matcher.compute_bitmask()
     if matcher.is_error():
-        empty = matcher.stop_reason() == "NoExtensionBias"
-        raise ConstraintError(kind, "nothing matches it" if empty else _reason(matcher.get_error()))
+        reason = _reason(matcher.get_error())
+        raise ConstraintError(kind, "nothing matches it" if reason == "NoExtensionBias" else reason)
     return matcher
 
 
