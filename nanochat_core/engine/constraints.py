@@ -37,7 +37,7 @@ MAX_REPEATED_CHARACTERS = 20_000
 
 # Between the parts of JSON at most one space, where json.dumps puts it: a weak model that may write any whitespace can
 # go on writing it for ever.
-_JSON_OPTIONS: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+_JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 # llguidance's own defaults allow a grammar 250,000 states of about 2 kB each, and a step 14 ms, for every sequence.
 _LIMITS: Mapping[str, Any] = {
     "initial_lexer_fuel": 50_000,

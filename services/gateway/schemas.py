@@ -200,7 +200,7 @@ class ResponseFormat(_Model):
     def _complete(self) -> ResponseFormat:
         if self.type == "json_schema" and self.json_schema is None:
             raise bad_request(
-                "response_format of type json_schema needs json_schema.",
+                "Missing required parameter: response_format.json_schema.",
                 "response_format.json_schema",
                 "missing_required_parameter",
             )
