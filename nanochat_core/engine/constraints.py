@@ -94,6 +94,8 @@ class Matcher:
     def fill(self, mask: npt.NDArray[np.int32]) -> None:
         """Say which tokens may follow: those that continue a match, and the stop tokens once the text matches.
 
+        Where only one text can follow, it is the token that the tokenizer makes of that text.
+
         Args:
             mask: (ceil(vocab_size / 32),) contiguous; set to one bit per token, the lowest bit first. When nothing may
                 follow, every bit is set and :attr:`stuck` too.
