@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import enum
+from typing import TYPE_CHECKING
 
 from nanochat_core.engine.request import Request
 from nanochat_core.engine.speculation import PromptLookup
+
+if TYPE_CHECKING:
+    from nanochat_core.engine.constraints import Matcher
 
 
 class State(enum.Enum):
@@ -37,6 +41,7 @@ class Sequence:
         code_start: index of the first token of code that the model is writing, None outside of code.
         tool_calls: calls made so far.
         lookup: drafts of its next tokens.
+        matcher: has followed every sampled token through the request's constraint; None without one.
         arrived_at, admitted_at, last_token_at: monotonic times in seconds; None before it happened.
     """
 
@@ -63,6 +68,7 @@ class Sequence:
         self.code_start: int | None = None
         self.tool_calls = 0
         self.lookup = PromptLookup()
+        self.matcher: Matcher | None = None
         self.arrived_at = 0.0
         self.admitted_at: float | None = None
         self.last_token_at: float | None = None
@@ -75,7 +81,7 @@ class Sequence:
     @property
     def may_draft(self) -> bool:
         """Whether the distribution of the next token is a function of its logits alone."""
-        return not self.request.sampling.looks_back
+        return not self.request.sampling.looks_back and self.matcher is None
 
     @property
     def completion_length(self) -> int:

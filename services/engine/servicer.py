@@ -11,6 +11,9 @@ from typing import NoReturn
 import grpc
 
 from nanochat_core.engine import (
+    Constraint,
+    ConstraintError,
+    ConstraintKind,
     EngineDead,
     FinishReason,
     Output,
@@ -52,6 +55,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         request_id = f"{request.request_id or 'request'}#{next(self._numbers)}"
         try:
             stream = await model.engine.submit(core_request(request, request_id))
+        except ConstraintError as error:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error), invalid_field=error.kind.value)
         except UserError as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except QueueFull as error:
@@ -121,9 +126,11 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         return model
 
 
-async def _abort(context: grpc.aio.ServicerContext, code: grpc.StatusCode, message: str) -> NoReturn:
+async def _abort(
+    context: grpc.aio.ServicerContext, code: grpc.StatusCode, message: str, *, invalid_field: str = ""
+) -> NoReturn:
     """End the call with an error; says to the type checker that nothing comes after it."""
-    await context.abort(code, message)
+    await context.abort(code, message, (("invalid-field", invalid_field),) if invalid_field else ())
     raise AssertionError("abort always raises")
 
 
@@ -150,6 +157,7 @@ def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Reques
             stop_token_ids=frozenset(sampling.stop_token_ids),
             logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
             logit_bias=dict(sampling.logit_bias),
+            constraint=_constraint(sampling),
         ),
         n=request.n or 1,
         tools=ToolPolicy(
@@ -159,6 +167,16 @@ def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Reques
         ),
         priority=request.priority,
     )
+
+
+def _constraint(sampling: engine_pb2.SamplingParams) -> Constraint | None:
+    field = sampling.WhichOneof("constraint")
+    if field is None:
+        return None
+    value = getattr(sampling, field)
+    if value is False:
+        raise UserError("json_object is false; leave it out or set it to true")
+    return Constraint(ConstraintKind(field), value if isinstance(value, str) else "")
 
 
 def chunk(output: Output) -> engine_pb2.GenerateChunk:
