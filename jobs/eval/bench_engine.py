@@ -138,7 +138,7 @@ def run(settings: BenchEngineSettings, show: Callable[[str], None]) -> dict[str,
     Raises:
         UserError: there is nothing to measure, requests do not fit the model, or none was answered.
     """
-    with opened(settings) as (target, costs, limits):
+    with opened(settings) as (target, costs, limits), report_folder(settings) as folder:
         check_lengths(settings, target)
         if limits is not None:
             show(
@@ -160,7 +160,6 @@ def run(settings: BenchEngineSettings, show: Callable[[str], None]) -> dict[str,
             "limits": None if limits is None else dataclasses.asdict(limits),
             "rows": [row.values() for row in rows],
         }
-    with report_folder(settings) as folder:
         plot_benchmark(folder / "bench.png", result["rows"])
         (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result

@@ -34,7 +34,7 @@ class Row:
 # Name and width; from the third on, aligned right.
 _COLUMNS = (
     ("mix", 7),
-    ("load", 9),
+    ("load", 11),
     ("answered", 8),
     ("refused", 7),
     ("failed", 6),

@@ -118,8 +118,11 @@ def plot_benchmark(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         _label(throughput, "Throughput", label, "output tokens per second")
         _label(first, "Time to first token", label, "milliseconds, p50 and p95")
         _label(between, "Time between tokens", label, "milliseconds, p50 and p95")
+        loads = sorted({row[load] for row in rows})
         for axis in (throughput, first, between):
-            _log_scale(axis.xaxis, short)
+            axis.set_xscale("log")
+            axis.set_xticks(loads, [short(value) for value in loads])
+            axis.set_xticks([], minor=True)
             axis.set_ylim(bottom=0)
 
 
