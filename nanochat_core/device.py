@@ -75,7 +75,7 @@ def muon_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
 
 
-def keep_freed_memory() -> None:
+def _keep_freed_memory() -> None:
     """Let this process keep the memory that it frees instead of giving it back to the system.
 
     Every step of training allocates the same tensors anew. On a CPU, glibc would map each of the large ones from the
@@ -135,3 +135,4 @@ def prepare_cpu(threads: int) -> None:
         torch.set_num_threads(threads)
     # Threads inherit this when they start, so it comes before the first parallel operation.
     torch.set_flush_denormal(True)
+    _keep_freed_memory()

@@ -17,7 +17,7 @@ from nanochat_core import logs
 from nanochat_core.attention import choose_attention
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.cpu_products import convert_to_onednn, onednn_is_faster
-from nanochat_core.device import choose_device, keep_freed_memory, prepare_cpu
+from nanochat_core.device import choose_device, prepare_cpu
 from nanochat_core.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, local_rank
 from nanochat_core.errors import UserError
 from nanochat_core.fp8 import convert_to_fp8
@@ -74,7 +74,6 @@ def started(settings: RunSettings, model: str) -> Iterator[Place]:
     """
     check_model_name(model)
     prepare_cpu(settings.threads)
-    keep_freed_memory()
     store = open_store(settings.home)
     device = choose_device(settings.device)
     if device.type == "cuda":

@@ -16,6 +16,7 @@ from nanochat_core.config import ModelConfig
 from nanochat_core.engine.block_manager import CacheGroup
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.errors import UserError
+from nanochat_core.model import QK_SCALE
 
 # On the CPU a token's attention has the same bits whether it is decoded, prefilled or recomputed, alone or in a batch,
 # because shapes are kept to those for which PyTorch adds in the same order (found by trying all, with MKL on AVX-512):
@@ -51,9 +52,20 @@ class KVCache:
         self.groups = groups
         self.block_size = block_size
         self.dtype, self.device = dtype, device
+        # Queries and keys come as unit vectors.
+        self.score_scale = QK_SCALE**2 * config.head_dim**0.5
         self.row_multiple = row_multiple(config.head_dim, dtype) if device.type == "cpu" else 1
         self.group_of = [
             next(g for g, group in enumerate(groups) if layer in group.layers) for layer in range(config.depth)
+        ]
+        # For each group what is added to a score, by the position of the key less that of the query, from -reach on.
+        self._reach = config.context_length + 2 * KEY_TILE
+        distance = torch.arange(-self._reach, self._reach, device=device)
+        self._visible = [
+            torch.zeros(distance.shape, dtype=dtype, device=device).masked_fill_(
+                (distance > 0) | (distance < -self.window_of(g)), -math.inf
+            )
+            for g in range(len(groups))
         ]
         # (num_blocks, block_size, n_kv_head, head_dim) for each layer.
         shapes = [(groups[g].num_blocks, block_size, config.n_kv_head, config.head_dim) for g in self.group_of]
@@ -64,6 +76,24 @@ class KVCache:
         """Store (tokens, n_kv_head, head_dim) keys and values at ``slots`` = block * block_size + offset."""
         self._keys[layer].flatten(0, 1).index_copy_(0, slots, k)
         self._values[layer].flatten(0, 1).index_copy_(0, slots, v)
+
+    def window_of(self, group: int) -> int:
+        """How many tokens before itself a token sees."""
+        window = self.groups[group].window
+        return self.config.context_length if window is None else window
+
+    def mask(self, group: int, first: np.ndarray, keys: int) -> Tensor:
+        """What is added to the scores of ``keys`` successive keys: 0, or -inf for those that a query does not see.
+
+        Args:
+            first: (chunks, rows) position of the first key less that of each query.
+
+        Returns:
+            (chunks, 1, rows * query heads per kv head, keys).
+        """
+        shared = self.config.n_head // self.config.n_kv_head
+        places = _to_device(np.repeat(first + self._reach, shared, axis=1), self)
+        return self._visible[group].unfold(0, keys, 1)[places].unsqueeze(1)
 
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of (rows, n) block ids, each (rows, n * block_size, n_kv_head, head_dim)."""
@@ -152,31 +182,46 @@ class _Group:
         starts = np.array([chunk.start for chunk in chunks])
         lengths = np.array([chunk.length for chunk in chunks])
         row = np.arange(self._rows)
-        # Where each token's query goes in the padded batch, and the position of every row; padding rows repeat the
-        # chunk's last position.
-        is_token = row < lengths[:, None]
-        self._dense = bool(is_token.all())
-        self._places = _to_device(np.flatnonzero(is_token), cache)
-        self._padded: Tensor | None = None
+        # The position of every row; padding rows repeat the chunk's last one.
         self._positions = starts[:, None] + np.minimum(row, lengths[:, None] - 1)
+        # Where each token's query goes in the padded batch. Decoding has it in the first row of each chunk.
+        self._decodes = self.tokens == len(chunks)
+        is_token = row < lengths[:, None]
+        self._places = None if self._decodes or is_token.all() else _to_device(np.flatnonzero(is_token), cache)
+        self._padded: Tensor | None = None
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """(tokens, n_head, head_dim) queries of this group's chunks to outputs of the same shape."""
-        config = self._cache.config
-        count, rows = len(self._chunks), self._rows
-        if not self._dense:
-            if self._padded is None:
-                self._padded = q.new_zeros(count * rows, *q.shape[1:])
-            q = self._padded.index_copy_(0, self._places, q)
+        config, count, rows = self._cache.config, len(self._chunks), self._rows
         blocks, mask = self._view(self._cache.group_of[layer])
         keys, values = self._cache.gather(layer, blocks)
         # Query heads that share a kv head become rows of one matrix product with it.
         heads, shared = config.n_kv_head, config.n_head // config.n_kv_head
-        q = q.view(count, rows, heads, shared, -1).permute(0, 2, 1, 3, 4).reshape(count, heads, rows * shared, -1)
-        y = F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
-        y = y.view(count, heads, rows, shared, -1).permute(0, 2, 1, 3, 4).reshape(count * rows, config.n_head, -1)
-        return y if self._dense else y.index_select(0, self._places)
+        q = self._pad(q).view(count, rows, heads, shared, -1).permute(0, 2, 1, 3, 4)
+        y = F.scaled_dot_product_attention(
+            q.reshape(count, heads, rows * shared, -1),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=mask,
+            scale=self._cache.score_scale,
+        )
+        y = y.view(count, heads, rows, shared, -1)
+        if self._decodes:
+            return y[:, :, 0].reshape(count, config.n_head, -1)
+        y = y.permute(0, 2, 1, 3, 4).reshape(count * rows, config.n_head, -1)
+        return y if self._places is None else y.index_select(0, self._places)
+
+    def _pad(self, q: Tensor) -> Tensor:
+        """(chunks * rows, n_head, head_dim); what is in the rows between does not matter."""
+        if self._rows == 1 or (self._places is None and not self._decodes):
+            return q
+        if self._padded is None:
+            self._padded = q.new_zeros(len(self._chunks) * self._rows, *q.shape[1:])
+        if self._places is None:
+            self._padded[:: self._rows] = q
+            return self._padded
+        return self._padded.index_copy_(0, self._places, q)
 
     def _view(self, group: int) -> tuple[Tensor, Tensor]:
         """Block ids (chunks, n) that the layers of a group gather, and their (chunks, 1, rows, keys) mask."""
@@ -185,24 +230,17 @@ class _Group:
         return self._views[group]
 
     def _build_view(self, group: int) -> tuple[Tensor, Tensor]:
-        size = self._cache.block_size
-        window = self._cache.groups[group].window
-        if window is None:
-            window = self._cache.config.context_length
-        first = np.maximum(self._positions[:, 0] - window, 0) // KEY_TILE * KEY_TILE
+        cache, size = self._cache, self._cache.block_size
+        first = np.maximum(self._positions[:, 0] - cache.window_of(group), 0) // KEY_TILE * KEY_TILE
         longest = int((self._positions[:, -1] + 1 - first).max())
         width = _round_up(_padded_keys(longest), size) // size
-        blocks = np.zeros((len(self._chunks), width), dtype=np.int64)
-        for i, (chunk, begin) in enumerate(zip(self._chunks, first // size, strict=True)):
+        blocks: list[int] = []
+        for chunk, begin in zip(self._chunks, (first // size).tolist(), strict=True):
             visible = chunk.seq.block_tables[group][begin : begin + width]
-            blocks[i, : len(visible)] = visible
-        keys = (first[:, None] + np.arange(width * size))[:, None, :]
-        rows = self._positions[:, :, None]
-        hidden = (keys > rows) | (keys < rows - window)
-        shared = self._cache.config.n_head // self._cache.config.n_kv_head
-        mask = torch.from_numpy(np.where(hidden, np.float32("-inf"), np.float32(0))).to(self._cache.dtype)
-        mask = mask.repeat_interleave(shared, dim=1).unsqueeze(1)
-        return _to_device(blocks, self._cache), mask.to(self._cache.device)
+            blocks += visible
+            blocks += [0] * (width - len(visible))
+        mask = cache.mask(group, first[:, None] - self._positions, width * size)
+        return _to_device(np.array(blocks).reshape(-1, width), cache), mask
 
 
 @functools.cache

@@ -15,7 +15,6 @@ from torch import Tensor
 from nanochat_core.loss import softcap
 from nanochat_core.model import (
     GPT,
-    QK_SCALE,
     SMEAR_CHANNELS,
     VALUE_GATE_CHANNELS,
     VALUE_GATE_SCALE,
@@ -23,16 +22,13 @@ from nanochat_core.model import (
     rms_norm,
 )
 
-# Elementwise kernels handle this many numbers at a time; what is left over at the end of a loop goes through scalar
-# code, whose exponential rounds differently.
-VECTOR_LENGTH = 64
-
 
 class Attend(Protocol):
     """Causal attention of one layer over wherever the keys and values of earlier tokens are.
 
     Called with ``q`` of shape (tokens, n_head, head_dim) and ``k``, ``v`` of (tokens, n_kv_head, head_dim) for the
-    tokens of this batch; gives back (tokens, n_head, head_dim).
+    tokens of this batch; gives back (tokens, n_head, head_dim). ``q`` and ``k`` are unit vectors, and scores are
+    ``QK_SCALE ** 2 * sqrt(head_dim)`` times their products.
     """
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
@@ -67,6 +63,13 @@ class PackedWeight:
             return y
         return F.linear(x, self._weight).relu_()
 
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """The same with ``other``, of the result's shape, added."""
+        if self._packs:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, None, "add")
+            return y
+        return F.linear(x, self._weight).add_(other)
+
 
 class _Layer:
     """One block."""
@@ -75,19 +78,19 @@ class _Layer:
         attention, mlp = block.attention, block.mlp
         self.residual_scale, self.skip_scale = residual_scale, skip_scale
         self.head_dim, self.n_head, self.n_kv_head = attention.head_dim, attention.n_head, attention.n_kv_head
-        projections = [attention.q.weight, attention.k.weight, attention.v.weight]
+        # What is not normalized again is scaled here by the constant of its norm.
+        dim = attention.q.in_features
+        projections = [attention.q.weight, attention.k.weight, dim**0.5 * attention.v.weight]
         gate = attention.value_gate
         if gate is not None:
             # The gate reads only the first channels.
-            projections.append(F.pad(gate.weight, (0, attention.q.in_features - VALUE_GATE_CHANNELS)))
-        self.sizes = [attention.q.out_features + attention.k.out_features, attention.v.out_features]
-        if gate is not None:
-            self.sizes.append(gate.out_features)
+            projections.append(dim**0.5 * F.pad(gate.weight, (0, dim - VALUE_GATE_CHANNELS)))
+        self.sizes = [weight.size(0) for weight in projections]
+        self.sizes[:2] = [sum(self.sizes[:2])]
         self.qkv = PackedWeight(torch.cat(projections).to(dtype))
         self.out = PackedWeight(attention.out.weight.to(dtype))
         self.up = PackedWeight(mlp.up.weight.to(dtype))
         self.down = PackedWeight(mlp.down.weight.to(dtype))
-        self.norm_weight = torch.full((self.head_dim,), QK_SCALE, dtype=dtype, device=mlp.up.weight.device)
 
 
 class Network:
@@ -139,8 +142,8 @@ class Network:
         middle = x
         for index, layer in enumerate(self._layers):
             x = torch.add(x * layer.residual_scale, x0, alpha=layer.skip_scale)
-            x = x + self._attention(index, layer, rms_norm(x), values.get(index), cos, sin, attend)
-            x = x + layer.down(layer.up.relu(rms_norm(x)).square())
+            x = self._attention(index, layer, x, values.get(index), cos, sin, attend)
+            x = self._mlp(layer, x)
             if index == len(self._layers) // 2:
                 middle = x
         return rms_norm(torch.sub(x, middle, alpha=self._backout))
@@ -160,14 +163,42 @@ class Network:
         sin: Tensor,
         attend: Attend,
     ) -> Tensor:
+        """``x`` with the attention of its norm added."""
         tokens = x.size(0)
+        scale = _square_sum(x).rsqrt_()
         qk, v, *gate = layer.qkv(x).split(layer.sizes, dim=1)
-        v = v.view(tokens, layer.n_kv_head, layer.head_dim)
+        v = (v * scale).to(self.dtype).view(tokens, layer.n_kv_head, layer.head_dim)
         if value_embedding is not None:
-            share = torch.sigmoid(gate[0]).mul_(VALUE_GATE_SCALE).unsqueeze(-1)
-            v = v + share * value_embedding.view(v.shape)
+            v = v + self._value_share(gate[0], scale) * value_embedding.view(v.shape)
+        # Queries and keys are normalized themselves, whatever the scale of x; and rotating them does not change theirs.
         qk = qk.view(tokens, -1, layer.head_dim)
-        # The norm does not change by the rotation, nor the rotation by the norm.
-        qk = F.rms_norm(qk * cos + qk.roll(layer.head_dim // 2, -1) * sin, (layer.head_dim,), layer.norm_weight)
+        qk = qk * cos + qk.roll(layer.head_dim // 2, -1) * sin
+        qk = (qk * _square_sum(qk).rsqrt_()).to(self.dtype)
         q, k = qk.split((layer.n_head, layer.n_kv_head), dim=1)
-        return layer.out(attend(index, q, k, v).reshape(tokens, -1))
+        return layer.out.plus(attend(index, q, k, v).reshape(tokens, -1), x)
+
+    def _value_share(self, gate: Tensor, scale: Tensor) -> Tensor:
+        """(tokens, n_kv_head, 1) factors of the value embeddings from gates that are not normalized yet.
+
+        What is left over at the end of an elementwise loop goes through scalar code, whose exponential rounds
+        differently. With a gap between rows each is a loop of its own, so that a token's bits do not depend on how many
+        there are.
+        """
+        rows = gate.new_empty(gate.size(0), gate.size(1) + 1)[:, :-1]
+        rows.copy_(gate * scale)
+        return torch.sigmoid(rows).mul_(VALUE_GATE_SCALE).unsqueeze(-1)
+
+    def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
+        """``x`` with the MLP of its norm added. A scale comes out of it squared."""
+        y = layer.down(layer.up.relu(x).square_())
+        return torch.addcdiv(x, y, _square_sum(x), value=x.size(-1)).to(self.dtype)
+
+
+def _square_sum(x: Tensor) -> Tensor:
+    """Sum of squares over the last dimension, kept as 1, in fp32; not below what the epsilon of the norm makes of 0.
+
+    RMSNorm divides by the root of this over the dimension. Its own operator is eight kernels on a CPU; here the
+    division is left to where the result is small or scaled anyway.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm.square_().add_(x.size(-1) * torch.finfo(x.dtype).eps)

@@ -21,7 +21,7 @@ from jobs.train.run import RunSettings, make_trainable
 from jobs.train.schedule import Schedule
 from jobs.train.trainer import RunConfig, Trainer
 from nanochat_core.config import ModelConfig
-from nanochat_core.device import DTYPES, keep_freed_memory, muon_dtype, prepare_cpu
+from nanochat_core.device import DTYPES, muon_dtype, prepare_cpu
 from nanochat_core.model import GPT
 from nanochat_core.optim import MuonAdamW, OptimizerConfig, parameter_groups
 from nanochat_core.store import open_store
@@ -68,7 +68,6 @@ def bits_per_byte(model: GPT, rows: torch.Tensor, token_bytes: torch.Tensor) -> 
 
 def train(task: dict[str, Any], home: str) -> dict[str, Any]:
     prepare_cpu(task["threads"])
-    keep_freed_memory()
     device = torch.device("cpu")
     torch.manual_seed(task["seed"])
     model = GPT(shape(task["config"]), DTYPES[task["dtype"]])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine.network import Network
+from nanochat_core.model import QK_SCALE
 
 
 class CachedAttention:
@@ -28,7 +29,7 @@ class CachedAttention:
             seen.append((k[i].repeat_interleave(share, 0), v[i].repeat_interleave(share, 0)))
             keys = torch.stack([key for key, _ in seen[-window - 1 :]], dim=1)
             values = torch.stack([value for _, value in seen[-window - 1 :]], dim=1)
-            scores = torch.einsum("hd,htd->ht", q[i], keys) / math.sqrt(q.size(-1))
+            scores = torch.einsum("hd,htd->ht", q[i], keys) * QK_SCALE**2 * math.sqrt(q.size(-1))
             y[i] = torch.einsum("ht,htd->hd", scores.softmax(-1), values)
         return y
 
