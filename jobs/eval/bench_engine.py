@@ -72,7 +72,7 @@ class BenchEngineSettings:
     mixed_outputs: str = setting("10-120", "least and greatest output length in mixed")
     shared_tokens: int = setting(96, "tokens that all prompts of prefix begin with", minimum=1)
     samples: int = setting(8, "most continuations of one prompt in samples", minimum=1)
-    requests: int = setting(0, "requests per row; 0 is 4 for each that can run at once, and 64 with a rate", minimum=0)
+    requests: int = setting(0, "requests per row, at least one a slot; 0 is 4 a slot, and 64 with a rate", minimum=0)
     seed: int = setting(0, "decides lengths and arrival times", minimum=0)
     timeout_seconds: float = setting(600.0, "an endpoint's answer that takes longer counts as failed", minimum=0.001)
     api_key_variable: str = setting("", "environment variable with the endpoint's API key; empty sends none")
@@ -199,7 +199,8 @@ def plan(
     shape = settings.shape
     choices = choices_per_request(mix, shape, slots or shape.samples)
     at_once = slots // choices if slots else 1
-    count = settings.requests or (_ARRIVALS if rate else _ROUNDS * at_once)
+    # Fewer requests than slots would leave some empty.
+    count = max(settings.requests or (_ARRIVALS if rate else _ROUNDS * at_once), at_once)
     content = secrets.randbits(64) if settings.endpoint else settings.seed
 
     def made(count: int, shape: Shape, part: int) -> list[BenchRequest]:

@@ -63,10 +63,10 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> Limits:
     return made
 
 
-def bench(output: Path, **changes: Any) -> tuple[dict[str, Any], list[str]]:
+def bench(folder: Path, **changes: Any) -> tuple[dict[str, Any], list[str]]:
     """The result and what was shown."""
     lines: list[str] = []
-    result = run(BenchEngineSettings(**{**SMALL, "output": str(output), "threads": 1, **changes}), lines.append)
+    result = run(BenchEngineSettings(**{**SMALL, "output": str(folder), "threads": 1, **changes}), lines.append)
     return result, lines
 
 
@@ -124,7 +124,7 @@ def test_shares_are_what_was_read_and_computed_over_what_could_have_been(tmp_pat
 
 
 def test_a_checkpoint_is_measured_and_the_result_goes_into_its_store(home: Path):
-    result, lines = bench(Path(), model="tiny", home=str(home), output="", report="speed", mixes=("mixed",))
+    result, lines = bench(home, model="tiny", home=str(home), output="", report="speed", mixes=("mixed",))
     assert result["target"]["revision"] == "sft/step_000001"
     assert (result["target"]["device"], result["target"]["dtype"]) == ("cpu", "float32")
     assert json.loads(open_store(str(home)).read("reports/speed/bench.json"))["rows"] == json.loads(

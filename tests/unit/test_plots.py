@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.eval.plots import log_ticks, plot_isoflops, plot_losses, plot_miniseries, running_mean, scientific, short
+from jobs.eval.plots import (
+    log_ticks,
+    plot_benchmark,
+    plot_isoflops,
+    plot_losses,
+    plot_miniseries,
+    running_mean,
+    scientific,
+    short,
+)
 from jobs.train.power_laws import IsoFlop, fit_laws, fit_power_law
 
 
@@ -94,3 +103,30 @@ def test_counts_and_losses_are_short(value, shown):
 @pytest.mark.parametrize(("value", "shown"), [(3e15, "3e15"), (1.849e12, "1.85e12"), (5e9, "5e9")])
 def test_flops_are_in_three_digits(value, shown):
     assert scientific(value) == shown
+
+
+def bench_row(
+    mix: str, slots: int | None, rate: float | None, latency: tuple[float, float] | None
+) -> dict[str, object]:
+    return {
+        "mix": mix,
+        "slots": slots,
+        "rate": rate,
+        "tokens_per_second": 0.0 if latency is None else 400.0,
+        "time_to_first_token": latency,
+        "inter_token_latency": latency,
+    }
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [bench_row(mix, slots, None, (0.01, 0.02)) for mix in ("fixed", "mixed") for slots in (1, 8, 64)],
+        [bench_row("fixed", 8, None, (0.01, 0.02))],
+        [bench_row("fixed", None, rate, latency) for rate, latency in ((0.5, (0.01, 0.5)), (2.0, None))],
+    ],
+    ids=["two mixes", "one row", "nothing answered at one rate"],
+)
+def test_a_benchmark_has_panels_for_throughput_and_both_latencies(tmp_path, rows):
+    plot_benchmark(tmp_path / "bench.png", rows)
+    assert png_size(tmp_path / "bench.png")[0] == pytest.approx(750 * 3, rel=0.01)

@@ -131,6 +131,11 @@ def test_what_a_row_sends_by_default(rate, count):
         assert load == OpenLoop(poisson_arrivals(rate, count, 0))
 
 
+def test_no_slot_stays_empty_however_few_requests_are_asked_for():
+    _, requests, _ = plan(BenchEngineSettings(depth=1, requests=3), "fixed", 8, None, 4000, 0)
+    assert len(requests) == 8
+
+
 chunks = st.lists(st.tuples(st.floats(0.001, 5), st.integers(0, 2), st.integers(0, 4)), max_size=30)
 
 
