@@ -19,6 +19,7 @@ from nanochat_core.engine.request import (
     ToolResult,
     Usage,
 )
+from nanochat_core.engine.shedding import Shed
 from nanochat_core.engine.tools import ToolOutput, ToolRunner
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "QueueFull",
     "Request",
     "SamplingParams",
+    "Shed",
     "Stream",
     "Token",
     "ToolCall",

@@ -30,6 +30,7 @@ from nanochat_core.engine.runner import Runner
 from nanochat_core.engine.sampler import Sample, Sampler, sample_key
 from nanochat_core.engine.scheduler import Chunk, Scheduler
 from nanochat_core.engine.sequence import Sequence, State
+from nanochat_core.engine.shedding import Shed, Shedding
 from nanochat_core.engine.tools import ToolLoop, ToolRunner
 from nanochat_core.engine.weights import prepare
 from nanochat_core.errors import UserError
@@ -57,6 +58,7 @@ class Observer(Protocol):
 
     def admitted(self, queued: float, prompt_tokens: int, cached_tokens: int) -> None: ...
     def preempted(self, sequences: int) -> None: ...
+    def out_of_memory(self) -> None: ...
     def first_token(self, since_arrival: float) -> None: ...
     def next_token(self, since_last: float) -> None: ...
     def tool_called(self, status: str) -> None: ...
@@ -107,6 +109,7 @@ class Engine:
             loop=tool_loop,
         )
         self.progressed = False
+        self._shedding = Shedding(self.scheduler, device)
         self._observer = observer
         self._arrivals = itertools.count()
         self._requests: dict[str, list[Sequence]] = {}
@@ -171,9 +174,7 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free what it holds; unknown ids are ignored, for it may just have finished."""
-        for seq in self._requests.pop(request_id, []):
-            if seq.state is not State.FINISHED:
-                self._leave(seq, "cancelled")
+        self._end(request_id, "cancelled")
 
     def step(self) -> list[Output]:
         """Compute one batch and give back what is new."""
@@ -183,17 +184,20 @@ class Engine:
                 self._resume(done.seq, done.result)
         preemptions = self.scheduler.preemptions
         chunks = self.scheduler.schedule()
-        if self._observer and self.scheduler.preemptions > preemptions:
-            self._observer.preempted(self.scheduler.preemptions - preemptions)
         self.progressed = bool(chunks)
         if chunks:
             self._note_admissions(chunks)
-            sequences, logits = self.runner.run(chunks)
-            self.scheduler.computed(chunks)
-            for seq, sample in zip(sequences, self.sampler.sample(logits, sequences), strict=True):
-                self._extend(seq, sample)
-            if self._observer:
-                self._observer.stepped(time.perf_counter() - started, len(sequences))
+            samples = self._compute(chunks)
+            if samples is None:
+                self._shed(chunks)
+            else:
+                self.scheduler.computed(chunks)
+                for seq, sample in samples:
+                    self._extend(seq, sample)
+                if self._observer:
+                    self._observer.stepped(time.perf_counter() - started, len(samples))
+        if self._observer and self.scheduler.preemptions > preemptions:
+            self._observer.preempted(self.scheduler.preemptions - preemptions)
         outputs, self._outputs = self._outputs, []
         self._latest.clear()
         return outputs
@@ -216,6 +220,7 @@ class Engine:
 
         Raises:
             UserError: a prompt can never be served.
+            Shed: the device has too little memory.
         """
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         requests = collections.deque(
@@ -229,6 +234,10 @@ class Engine:
             while requests and requests[0].n <= self._room():
                 self.add(requests.popleft())
             for output in self.step():
+                if output.error:
+                    for request_id in list(self._requests):
+                        self.cancel(request_id)
+                    raise output.error
                 results[int(output.request_id)][output.index].append(output)
             if not self.progressed:
                 self.tools.wait()
@@ -270,11 +279,32 @@ class Engine:
         """Stop outstanding tool calls."""
         self.tools.close()
 
+    def _compute(self, chunks: list[Chunk]) -> list[tuple[Sequence, Sample]] | None:
+        """The sequences that sample and their next tokens; None when the device had too little memory."""
+        try:
+            sequences, logits = self.runner.run(chunks)
+            samples = list(zip(sequences, self.sampler.sample(logits, sequences), strict=True))
+        except Exception as error:
+            if not self._shedding.can_go_on(error, chunks):
+                raise
+            return None
+        self._shedding.fitted()
+        return samples
+
+    def _shed(self, chunks: list[Chunk]) -> None:
+        """Go on with less after a step that did not fit."""
+        if self._observer:
+            self._observer.out_of_memory()
+        seq = self._shedding.shrink(chunks)
+        if seq is not None:
+            self._end(seq.request.id, "shed")
+            self._output(seq).error = Shed("the device has run out of memory; send the request again later")
+
     def _room(self) -> int:
         """How many more sequences the queue takes: those that would run at once do not count against it."""
-        scheduler, config = self.scheduler, self.config
-        free = max(config.max_running - len(scheduler.running) - len(scheduler.parked), 0)
-        return config.max_waiting + free - len(scheduler.waiting)
+        scheduler = self.scheduler
+        free = max(scheduler.max_running - len(scheduler.running) - len(scheduler.parked), 0)
+        return self.config.max_waiting + free - len(scheduler.waiting)
 
     def _max_length(self, request: Request) -> int:
         limit, wanted = self.model_config.context_length, request.sampling.max_tokens
@@ -334,6 +364,11 @@ class Engine:
         self._leave(seq, reason.value)
         if all(sibling.state is State.FINISHED for sibling in self._requests[seq.request.id]):
             del self._requests[seq.request.id]
+
+    def _end(self, request_id: str, reason: str) -> None:
+        for seq in self._requests.pop(request_id, []):
+            if seq.state is not State.FINISHED:
+                self._leave(seq, reason)
 
     def _leave(self, seq: Sequence, reason: str) -> None:
         self.tools.cancel(seq)

@@ -28,6 +28,7 @@ class Metrics:
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of admitted requests")
         self._generated = self._counter("generation_tokens", "Sampled tokens")
         self._preemptions = self._counter("preemptions", "Sequences whose blocks were taken, to be computed again")
+        self._out_of_memory = self._counter("out_of_memory", "Steps that did not fit the device's memory")
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self._finished = self._counter("requests_finished", "Choices by how they ended", "reason")
@@ -51,6 +52,9 @@ class Metrics:
 
     def preempted(self, sequences: int) -> None:
         self._preemptions.inc(sequences)
+
+    def out_of_memory(self) -> None:
+        self._out_of_memory.inc()
 
     def first_token(self, since_arrival: float) -> None:
         self._first.observe(since_arrival)
