@@ -7,6 +7,7 @@ import contextlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -277,9 +278,12 @@ class Sandbox(sandbox_pb2_grpc.SandboxServicer):
 
     def __init__(self) -> None:
         self.requests: list[sandbox_pb2.ExecuteRequest] = []
+        self.awake = threading.Event()
+        self.awake.set()
 
     def Execute(self, request: sandbox_pb2.ExecuteRequest, context: grpc.ServicerContext) -> sandbox_pb2.ExecuteReply:
         self.requests.append(request)
+        self.awake.wait()
         return sandbox_pb2.ExecuteReply(status=sandbox_pb2.STATUS_OK, result={"6*7": "42"}[request.code])
 
 
@@ -288,7 +292,7 @@ def test_calls_go_to_the_sandbox_and_its_loss_is_something_the_model_reads(start
     sandbox_pb2_grpc.add_SandboxServicer_to_server(sandbox, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    service = started("--sandbox-address", f"127.0.0.1:{port}", "--tool-timeout-seconds", "5", model="calls")
+    service = started("--sandbox-address", f"127.0.0.1:{port}", "--tool-timeout-seconds", "2", model="calls")
 
     def answer() -> tuple[str, list[pb.ToolEvent]]:
         chunks = list(
@@ -308,6 +312,11 @@ def test_calls_go_to_the_sandbox_and_its_loss_is_something_the_model_reads(start
     assert (result.result.status, result.result.output) == ("ok", "42")
     assert sandbox.requests[0].result_format == sandbox_pb2.RESULT_FORMAT_STR
     assert sandbox.requests[0].request_id.startswith("test")
+    sandbox.awake.clear()
+    text, (_, result) = answer()
+    assert result.result.status == "timeout"
+    assert "<|output_start|>error: no result within 2 s<|output_end|>ok" in text
+    sandbox.awake.set()
     server.stop(0).wait()
     text, (_, result) = answer()
     assert result.result.status == "unavailable"
