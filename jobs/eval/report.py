@@ -6,15 +6,12 @@ import dataclasses
 import json
 import logging
 import lzma
-import os
-import platform
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-import torch
-
 from jobs.eval.bpb import bits_per_byte
 from jobs.eval.chat import ChatResult, evaluate, items_for, pick_checkpoint
+from jobs.eval.machine import describe_machine
 from jobs.eval.plots import plot_losses
 from jobs.eval.samples import continue_text, openings
 from jobs.train.shards import TextDataset
@@ -71,7 +68,7 @@ def run(settings: ReportSettings) -> dict[str, Any]:
     report = {
         "model": settings.model,
         "recipe": settings.recipe,
-        "machine": _machine(),
+        "machine": describe_machine(),
         "tokenizer": {
             "vocab_size": base.tokenizer.vocab_size,
             "held_out_bytes_per_token": len(text) / len(base.tokenizer.encode(text.decode())),
@@ -177,21 +174,6 @@ def _stage(checkpoint: Checkpoint) -> dict[str, Any]:
         "settings": meta["settings"],
         "final_loss": [point["loss"] for point in meta["history"] if "loss" in point][-1],
     }
-
-
-def _machine() -> dict[str, Any]:
-    return {"processor": _processor(), "cores": os.cpu_count(), "torch": torch.__version__}
-
-
-def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.machine()
 
 
 def _one_line(text: str) -> str:

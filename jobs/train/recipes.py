@@ -124,7 +124,7 @@ RECIPES = {
             sft={
                 "batch-tokens": 4096,
                 "device-batch-rows": 16,
-                "steps": 540,
+                "steps": 600,
                 "lr-scale": 0.5,
                 "eval-every": 180,
             },

@@ -6,9 +6,12 @@ on a thread of its own and streams to asyncio, for the service.
 
 from nanochat_core.engine.async_engine import AsyncEngine, EngineDead, Stream
 from nanochat_core.engine.config import EngineConfig
+from nanochat_core.engine.constraints import ConstraintError
 from nanochat_core.engine.engine import Engine, Load, Observer, QueueFull
 from nanochat_core.engine.request import (
     Completion,
+    Constraint,
+    ConstraintKind,
     FinishReason,
     Output,
     Request,
@@ -25,6 +28,9 @@ from nanochat_core.engine.tools import ToolOutput, ToolRunner
 __all__ = [
     "AsyncEngine",
     "Completion",
+    "Constraint",
+    "ConstraintError",
+    "ConstraintKind",
     "Engine",
     "EngineConfig",
     "EngineDead",

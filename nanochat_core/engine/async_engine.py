@@ -119,8 +119,11 @@ class AsyncEngine:
             else:
                 self._loop.call_soon_threadsafe(_accept, stream)
 
-        self._inbox.put(add)
+        constraint = request.sampling.constraint
         try:
+            if constraint is not None:  # compiled here, it costs the device loop nothing
+                await asyncio.to_thread(self._engine.grammars.compile, constraint)
+            self._inbox.put(add)
             await stream.accepted
         except BaseException:
             self.close_stream(request.id)

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from nanochat_core.engine.block_manager import BlockManager
 from nanochat_core.engine.config import EngineConfig
+from nanochat_core.engine.constraints import Grammars
 from nanochat_core.engine.request import (
     NO_TOOLS,
     Completion,
@@ -100,6 +101,7 @@ class Engine:
         self.scheduler = Scheduler(self.blocks, config.token_budget, config.max_running)
         self.runner = Runner(prepare(model, device), cache)
         self.sampler = Sampler(model.config.vocab_size, device)
+        self.grammars = Grammars(tokenizer, model.config.vocab_size)
         self.tools = ToolLoop(
             tokenizer,
             tool_runner,
@@ -140,6 +142,8 @@ class Engine:
             )
         if not 1 <= request.n <= self.config.max_running:
             raise UserError(f"n is {request.n}; it must be between 1 and {self.config.max_running}")
+        if sampling.constraint is not None:
+            self.grammars.compile(sampling.constraint)
         length = self._max_length(request)
         needed = self.blocks.blocks_for(length - 1)  # the last token is never computed
         if needed > self.blocks.num_blocks:
@@ -160,6 +164,9 @@ class Engine:
             raise UserError(f"request id {request.id!r} is in use; ids of requests in flight must differ")
         if request.n > self._room():
             raise QueueFull(f"{len(self.scheduler.waiting)} sequences are waiting already; try again later")
+        constraint = request.sampling.constraint
+        if constraint is not None:
+            request = dataclasses.replace(request, tools=NO_TOOLS)
         seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed
         length = self._max_length(request)
         sequences = self._requests[request.id] = [
@@ -168,6 +175,8 @@ class Engine:
         ]
         for seq in sequences:
             seq.arrived_at = time.monotonic()
+            if constraint is not None:
+                seq.matcher = self.grammars.matcher(constraint, request.sampling.stop_token_ids)
             self.scheduler.add(seq)
             if self.tools.scan_prompt(seq):
                 self._call_tool(seq)
@@ -321,6 +330,10 @@ class Engine:
 
     def _extend(self, seq: Sequence, sample: Sample) -> None:
         """Append a sampled token and see what follows from it."""
+        matcher, stops = seq.matcher, seq.request.sampling.stop_token_ids
+        if matcher is not None and matcher.stuck:  # nothing may follow, so the sample means nothing
+            self._finish(seq, FinishReason.STOP if matcher.complete else FinishReason.LENGTH)
+            return
         if self._observer:
             now = time.monotonic()
             if seq.last_token_at is None:
@@ -330,9 +343,12 @@ class Engine:
             seq.last_token_at = now
         seq.tokens.append(sample.token)
         self._output_for_tokens(seq).tokens.append(Token(sample.token, sample.logprob, sample.top_logprobs))
-        if sample.token in seq.request.sampling.stop_token_ids:
+        at_end = len(seq.tokens) >= seq.max_length
+        if sample.token in stops:
             self._finish(seq, FinishReason.STOP)
-        elif len(seq.tokens) >= seq.max_length:
+        elif matcher is not None and matcher.advance(sample.token) and (at_end or not stops):
+            self._finish(seq, FinishReason.STOP)  # no stop token says so, but the text is whole
+        elif at_end:
             self._finish(seq, FinishReason.LENGTH)
         elif self.tools.observe(seq):
             self._call_tool(seq)

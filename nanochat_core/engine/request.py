@@ -24,6 +24,26 @@ class FinishReason(enum.Enum):
     LENGTH = "length"
 
 
+class ConstraintKind(enum.Enum):
+    """How a :class:`Constraint` is written."""
+
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraint:
+    """What the text of a completion must match. Special tokens are no text: a constrained completion has none.
+
+    Attributes:
+        source: a JSON schema as JSON, or a regular expression that the whole text matches; empty for any JSON object.
+    """
+
+    kind: ConstraintKind
+    source: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How the next token is drawn; the defaults are plain greedy decoding.
@@ -42,6 +62,7 @@ class SamplingParams:
         stop_token_ids: ends the sequence; the token itself is reported last.
         logprobs: number of most likely alternatives reported with each sampled token; None reports nothing.
         logit_bias: added to the logits, by token id.
+        constraint: what the text must match; None is anything. Stop tokens can then come only where the text matches.
 
     Raises:
         UserError: a value is out of range.
@@ -59,6 +80,7 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or a positive number")
@@ -100,6 +122,7 @@ class Request:
     Attributes:
         id: unique among the requests in flight; appears in logs and goes to the sandbox.
         prompt: token ids.
+        tools: off for a request with a constraint, whatever it says.
         priority: lower values are scheduled first; equal values first come, first served.
     """
 

@@ -53,6 +53,7 @@ class Sampler:
         # A well mixed number per token id, so that per step and row two cheap rounds of mixing suffice.
         table = _mix(np.arange(vocab_size, dtype=np.uint64)).astype(np.uint32).view(np.int32)
         self._table = torch.from_numpy(table).to(device)
+        self._bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, sequences: Items[Sequence]) -> list[Sample]:
@@ -65,6 +66,9 @@ class Sampler:
         params = [seq.request.sampling for seq in sequences]
         report = _rows(params, lambda p: p.logprobs is not None)
         log_probabilities = F.log_softmax(logits[report], dim=-1) if report else None
+        constrained = [row for row, seq in enumerate(sequences) if seq.matcher is not None]
+        if constrained:
+            self._constrain(logits, sequences, constrained)
         z = self._adjust(logits, sequences, params)
         if any(p.temperature >= LOWEST_TEMPERATURE for p in params):
             z = self._perturb(z, sequences, params)
@@ -73,6 +77,17 @@ class Sampler:
         if log_probabilities is not None:
             self._report(samples, report, log_probabilities, params)
         return samples
+
+    def _constrain(self, z: Tensor, sequences: Items[Sequence], rows: Items[int]) -> None:
+        """Set what the constraints of these rows forbid to -inf, in place."""
+        packed = np.empty((len(rows), -(-self._vocab_size // 32)), np.int32)
+        for mask, row in zip(packed, rows, strict=True):
+            matcher = sequences[row].matcher
+            assert matcher is not None, "only constrained rows come here"
+            matcher.fill(mask)
+        octets = torch.from_numpy(packed.view(np.uint8)).to(self._device)
+        allowed = (octets.unsqueeze(2) & self._bits) != 0
+        z[rows] = z[rows].masked_fill(~allowed.flatten(1)[:, : self._vocab_size], float("-inf"))
 
     def _adjust(self, z: Tensor, sequences: Items[Sequence], params: Items[SamplingParams]) -> Tensor:
         """Penalties and biases."""

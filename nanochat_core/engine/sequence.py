@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import enum
+from typing import TYPE_CHECKING
 
 from nanochat_core.engine.request import Request
+
+if TYPE_CHECKING:
+    from nanochat_core.engine.constraints import Matcher
 
 
 class State(enum.Enum):
@@ -33,6 +37,7 @@ class Sequence:
         cached_prompt_tokens: prompt tokens found in the cache at the first admission.
         code_start: index of the first token of code that the model is writing, None outside of code.
         tool_calls: calls made so far.
+        matcher: has followed every sampled token through the request's constraint; None without one.
         arrived_at, admitted_at, last_token_at: monotonic times in seconds; None before it happened.
     """
 
@@ -57,6 +62,7 @@ class Sequence:
         self.cached_prompt_tokens = 0
         self.code_start: int | None = None
         self.tool_calls = 0
+        self.matcher: Matcher | None = None
         self.arrived_at = 0.0
         self.admitted_at: float | None = None
         self.last_token_at: float | None = None

@@ -12,6 +12,9 @@ import grpc
 
 from nanochat_core.checkpoint import TOKENIZER
 from nanochat_core.engine import (
+    Constraint,
+    ConstraintError,
+    ConstraintKind,
     EngineDead,
     FinishReason,
     Output,
@@ -55,6 +58,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         request_id = f"{request.request_id or 'request'}#{next(self._numbers)}"
         try:
             stream = await model.engine.submit(core_request(request, request_id))
+        except ConstraintError as error:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error), invalid_field=error.kind.value)
         except UserError as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except QueueFull as error:
@@ -138,9 +143,11 @@ async def _check_tokenizer(model: ServedModel, digest: str, context: grpc.aio.Se
         )
 
 
-async def _abort(context: grpc.aio.ServicerContext, code: grpc.StatusCode, message: str) -> NoReturn:
+async def _abort(
+    context: grpc.aio.ServicerContext, code: grpc.StatusCode, message: str, *, invalid_field: str = ""
+) -> NoReturn:
     """End the call with an error; says to the type checker that nothing comes after it."""
-    await context.abort(code, message)
+    await context.abort(code, message, (("invalid-field", invalid_field),) if invalid_field else ())
     raise AssertionError("abort always raises")
 
 
@@ -167,6 +174,7 @@ def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Reques
             stop_token_ids=frozenset(sampling.stop_token_ids),
             logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
             logit_bias=dict(sampling.logit_bias),
+            constraint=_constraint(sampling),
         ),
         n=request.n or 1,
         tools=ToolPolicy(
@@ -176,6 +184,16 @@ def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Reques
         ),
         priority=request.priority,
     )
+
+
+def _constraint(sampling: engine_pb2.SamplingParams) -> Constraint | None:
+    field = sampling.WhichOneof("constraint")
+    if field is None:
+        return None
+    value = getattr(sampling, field)
+    if value is False:
+        raise UserError("json_object is false; leave it out or set it to true")
+    return Constraint(ConstraintKind(field), value if isinstance(value, str) else "")
 
 
 def chunk(output: Output) -> engine_pb2.GenerateChunk:

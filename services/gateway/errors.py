@@ -21,6 +21,9 @@ _TYPES = {
     429: "rate_limit_error",
 }
 
+# What the engine says in its trailing metadata of a wrong constraint, as the client wrote it.
+_PARAMETERS = {"json_schema": "response_format.json_schema.schema", "regex": "regex"}
+
 
 # For the OpenAPI description of an endpoint.
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -123,6 +126,9 @@ def from_rpc(error: grpc.aio.AioRpcError, *, started: bool) -> ApiError:
     """
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.INVALID_ARGUMENT:
+        param = _PARAMETERS.get(dict(error.trailing_metadata() or ()).get("invalid-field", ""))
+        if param is not None:
+            return bad_request(f"Invalid {param}: {details}.", param, "invalid_value")
         return ApiError(400, details or "The engine refused the request.", code="invalid_request")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return ApiError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Sequence
 
@@ -56,6 +57,7 @@ def engine_request(
         logprobs=_alternatives(request),
         logit_bias=_logit_bias(request.logit_bias or {}, model),
     )
+    _constrain(sampling, request)
     return engine_pb2.GenerateRequest(
         request_id=request_id,
         prompt_token_ids=prompt,
@@ -64,6 +66,17 @@ def engine_request(
         tools=engine_pb2.ToolPolicy(enabled=chat),
         tokenizer_digest=model.tokenizer_digest,
     )
+
+
+def _constrain(sampling: engine_pb2.SamplingParams, request: ChatRequest | CompletionRequest) -> None:
+    """Say what the answer must match, if anything."""
+    wanted = request.response_format if isinstance(request, ChatRequest) else None
+    if request.regex is not None:
+        sampling.regex = request.regex
+    elif wanted is not None and wanted.type == "json_object":
+        sampling.json_object = True
+    elif wanted is not None and wanted.json_schema is not None and wanted.type == "json_schema":
+        sampling.json_schema = json.dumps(wanted.json_schema.schema_)
 
 
 def _alternatives(request: ChatRequest | CompletionRequest) -> int | None:

@@ -25,7 +25,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
+    "response_format": ({"type": "text"},),  # of text completions; chat has it
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -181,6 +181,32 @@ class StreamOptions(_Model):
     include_usage: bool | None = Field(None, description="send a last chunk with the token counts")
 
 
+class JsonSchemaFormat(_Model):
+    """A JSON schema for the answer, with its name."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="letters, digits, `_` and `-`, up to 64")
+    description: str | None = Field(None, description="accepted and not used")
+    schema_: dict[str, Any] = Field(alias="schema", description="what the answer is, as a JSON schema")
+    strict: bool | None = Field(None, description="accepted; the answer always follows the schema")
+
+
+class ResponseFormat(_Model):
+    """What the answer must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise bad_request(
+                "Missing required parameter: response_format.json_schema.",
+                "response_format.json_schema",
+                "missing_required_parameter",
+            )
+        return self
+
+
 class SamplingRequest(_Model):
     """What chat and text completions have in common."""
 
@@ -205,6 +231,7 @@ class SamplingRequest(_Model):
         None, gt=0, le=10, description="divides the logits of tokens that have appeared; 1 is none"
     )
     logit_bias: dict[str, float] | None = Field(None, description="token id to a number from -100 to 100")
+    regex: str | None = Field(None, min_length=1, description="a regular expression that the whole answer matches")
     user: str | None = Field(None, description="accepted and not used")
 
     @property
@@ -227,9 +254,16 @@ class ChatRequest(SamplingRequest):
     )
 
     messages: list[ChatMessage] = Field(min_length=1)
+    response_format: ResponseFormat | None = Field(None, description="make the answer JSON; turns the Python tool off")
     max_completion_tokens: int | None = Field(None, ge=1, description="newer name of `max_tokens`; wins over it")
     logprobs: bool | None = Field(None, description="report the log probability of each token of the text")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="and so many of the likeliest alternatives")
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> ChatRequest:
+        if self.regex is not None and self.response_format is not None and self.response_format.type != "text":
+            raise bad_request("Give either response_format or regex.", "regex", "invalid_value")
+        return self
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatRequest:

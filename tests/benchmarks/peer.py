@@ -1,4 +1,4 @@
-"""What the comparisons with karpathy/nanochat share: starting it, the data of both, and our side of a training run."""
+"""What the comparisons with karpathy/nanochat share: starting both sides, and the data of a training run."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class Comparison:
         if side == "peer":
             run_peer(options.peer, "train", task, self.folder, options.dtype)
         else:
-            _run([str(HERE / "our_process.py"), str(_written(self.folder, "ours", task))], ROOT, {})
+            run_ours("our_process.py", task, self.folder)
         return Result(**json.loads((self.folder / "result.json").read_bytes()))
 
     def _packed(self, texts: list[str], batches: int, rows: int) -> np.ndarray:
@@ -179,6 +179,15 @@ def run_peer(peer: Path, name: str, task: dict[str, Any], folder: Path, dtype: s
         "NANOCHAT_DTYPE": PEER_DTYPES[dtype],
     }
     _run([str(HERE / "peer_process.py"), name, str(_written(folder, name, task))], folder, environment)
+
+
+def run_ours(script: str, task: dict[str, Any], folder: Path) -> None:
+    """Run ``script`` of this folder on the task.
+
+    Raises:
+        UserError: it failed; its output is in the message.
+    """
+    _run([str(HERE / script), str(_written(folder, "ours", task))], ROOT, {})
 
 
 def _written(folder: Path, name: str, task: dict[str, Any]) -> Path:

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from nanochat.checkpoint_manager import save_checkpoint
+from nanochat.checkpoint_manager import load_checkpoint, save_checkpoint
 from nanochat.common import compute_init
+from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.tokenizer import RustBPETokenizer
@@ -35,10 +36,9 @@ def build(config: dict[str, Any]) -> GPT:
     return model
 
 
-def logits(task: dict[str, Any]) -> None:
-    """Save a random model and a tokenizer in upstream's layout, and its logits of random rows."""
+def save_random(task: dict[str, Any], generator: torch.Generator) -> GPT:
+    """A model whose every weight matters, which is also saved in upstream's layout."""
     model = build(task["config"])
-    generator = torch.Generator().manual_seed(task["seed"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
@@ -46,9 +46,21 @@ def logits(task: dict[str, Any]) -> None:
             parameter.copy_(1.5 * drawn / parameter.size(-1) ** 0.5 if is_matrix else drawn)
         model.resid_lambdas.add_(1.0)
         model.lm_head.weight.mul_(4.0)
-    folder = Path(task["folder"])
     meta = {"step": 1, "model_config": dataclasses.asdict(model.config), "total_batch_size": 8192}
-    save_checkpoint(str(folder), 1, model.state_dict(), None, meta)
+    save_checkpoint(task["folder"], 1, model.state_dict(), None, meta)
+    return model
+
+
+def weights(task: dict[str, Any]) -> None:
+    """Save a random model in upstream's layout."""
+    save_random(task, torch.Generator().manual_seed(task["seed"]))
+
+
+def logits(task: dict[str, Any]) -> None:
+    """The same with a tokenizer, and the model's logits of random rows."""
+    generator = torch.Generator().manual_seed(task["seed"])
+    model = save_random(task, generator)
+    folder = Path(task["folder"])
     words = ["".join(random.Random(i).choices("abcdefghij", k=8)) for i in range(2000)]
     tokenizer = RustBPETokenizer.train_from_iterator(iter(words), task["config"]["vocab_size"])
     tokenizer.save(str(folder / "tokenizer"))
@@ -101,5 +113,47 @@ def train(task: dict[str, Any]) -> None:
     Path(task["result"]).write_text(json.dumps({"seconds": seconds, "losses": losses, "evaluations": evaluations}))
 
 
+class NoTokens:
+    """Stands in for the tokenizer: its special tokens are none of the model's, so nothing ends before its length."""
+
+    def encode_special(self, _name: str) -> int:
+        return -1
+
+    def get_bos_token_id(self) -> int:
+        return -1
+
+
+def serve(task: dict[str, Any]) -> None:
+    """Answer requests one after another, as chat_cli does; writes seconds and tokens of each case."""
+    torch.set_num_threads(task["threads"])
+    compute_init("cpu")
+    # What its build_model does, but for the tokenizer: on a CPU weights are fp32, whatever is computed in.
+    saved, _, _ = load_checkpoint(task["folder"], 1, CPU)
+    model = build(task["config"])
+    model.load_state_dict({name: tensor.float() for name, tensor in saved.items()}, strict=True, assign=True)
+    engine = Engine(model.eval(), NoTokens())
+
+    def answer(request: dict[str, Any]) -> list[list[int]]:
+        sampling = {"temperature": request["temperature"], "top_k": request["top_k"]}
+        columns = [
+            column
+            for column, _masks in engine.generate(
+                request["prompt"], num_samples=request["n"], max_tokens=request["output"], **sampling
+            )
+        ]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    result = {}
+    for name, case in task["cases"].items():
+        for request in case["warm_up"]:
+            answer(request)
+        started = time.perf_counter()
+        tokens = [answer(request) for batch in case["batches"] for request in batch]
+        result[name] = {"seconds": time.perf_counter() - started, "tokens": tokens}
+    Path(task["result"]).write_text(json.dumps(result))
+
+
 if __name__ == "__main__":
-    {"logits": logits, "train": train}[sys.argv[1]](json.loads(Path(sys.argv[2]).read_text()))
+    {"logits": logits, "train": train, "weights": weights, "serve": serve}[sys.argv[1]](
+        json.loads(Path(sys.argv[2]).read_text())
+    )

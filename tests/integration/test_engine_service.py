@@ -154,6 +154,8 @@ def test_choices_are_told_apart(service: EngineProcess) -> None:
         ({"prompt": [1], "sampling": {"logprobs": 1000}}, "logprobs is 1000"),
         ({"prompt": [1], "sampling": {"stop_token_ids": [265]}}, "stop_token_ids has token 265"),
         ({"prompt": [1], "sampling": {"logit_bias": {4000: 1.0}}}, "logit_bias has token 4000"),
+        ({"prompt": [1], "sampling": {"json_object": False}}, "json_object is false"),
+        ({"prompt": [1], "sampling": {"regex": "(a"}}, "the regex cannot be used"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_words(

@@ -291,6 +291,24 @@ async def test_parameters_reach_the_engine(engine, client):
     assert not sampling.HasField("logprobs")
 
 
+async def test_what_the_answer_must_match_reaches_the_engine(engine, client):
+    schema = {"type": "object", "properties": {"b": {"enum": ["é", 1]}, "a": {}}}
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema, "strict": True}}
+    for changes in (
+        {"response_format": form},
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "text"}, "extra_body": {"regex": "a+"}},
+        {"response_format": {"type": "text"}},
+    ):
+        await client.chat.completions.create(model="nano", messages=HELLO, **changes)
+    by_schema, by_object, by_regex, free = (request.sampling for request in engine.requests)
+    # The order of the properties is the order in which the answer has them.
+    assert json.dumps(json.loads(by_schema.json_schema)) == json.dumps(schema)
+    assert by_object.json_object
+    assert by_regex.regex == "a+"
+    assert free.WhichOneof("constraint") is None
+
+
 async def test_left_out_parameters_have_the_documented_defaults(engine, client):
     await client.chat.completions.create(model="nano", messages=HELLO)
     await client.chat.completions.create(model="nano", messages=HELLO)

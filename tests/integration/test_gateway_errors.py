@@ -49,6 +49,10 @@ def client(url: str) -> openai.AsyncOpenAI:
     return openai_client(url)
 
 
+def json_schema(**changes: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": {}, **changes}}
+
+
 async def refused(url: str, body: Any, path: str = "/v1/chat/completions") -> dict[str, Any]:
     async with http_client(url) as http:
         answer = await http.post(url + path, json=body)
@@ -96,7 +100,15 @@ async def refused(url: str, body: Any, path: str = "/v1/chat/completions") -> di
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         ({"messages": [*HELLO, {"role": "assistant", "content": "x"}]}, "messages"),
         ({"messages": [*HELLO, {"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[1].tool_calls"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": "json_object"}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+        ({"response_format": json_schema(name="two words")}, "response_format.json_schema.name"),
+        ({"response_format": json_schema(schema="{}")}, "response_format.json_schema.schema"),
+        ({"regex": ""}, "regex"),
+        ({"regex": 5}, "regex"),
+        ({"regex": "a", "response_format": {"type": "json_object"}}, "regex"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"functions": [{}]}, "functions"),
         ({"tool_choice": "required"}, "tool_choice"),

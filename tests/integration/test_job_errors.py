@@ -35,6 +35,7 @@ PRETRAIN = [
 SFT = ["jobs.train.sft", f"--model={NAME}", f"--mixture={NAME}", "--steps=2", "--no-compile", "--threads=1"]
 PIPELINE = ["jobs.train.pipeline", "--recipe=small", "--model=new"]
 CHAT = ["jobs.eval.chat", f"--model={NAME}"]
+BENCH = ["jobs.eval.bench_engine"]
 REPORT = ["jobs.eval.report", f"--model={NAME}", "--recipe=demo"]
 
 
@@ -142,6 +143,11 @@ def error_of(home: Path, command: list[str], monkeypatch, capfd) -> str:
         ([*CHAT, "--revision=sft/step_7"], "there is no checkpoint models/tiny/sft/step_000007"),
         ([*CHAT, "--recipe=huge", "--revision=base/step_1"], "there is no recipe 'huge'; choose one of demo, small"),
         ([*CHAT, "--items=3"], "--items is 3; it must be at least 7"),
+        (BENCH, "give one of --model, --depth and --endpoint"),
+        ([*BENCH, "--depth=2", "--mixes=wild"], "--mixes has wild; choose of fixed, mixed, samples, prefix"),
+        ([*BENCH, "--depth=2", "--device=cpu", "--dtype=fp16"], "--dtype is 'fp16'; choose one of auto, fp32, bf16"),
+        ([*BENCH, "--model=missing"], "model 'missing' has no sft checkpoint in {home}; train it first"),
+        ([*BENCH, "--endpoint=grpc://127.0.0.1:1"], "no engine answers at grpc://127.0.0.1:1 (UNAVAILABLE"),
         ([*REPORT, "--model=missing"], "model 'missing' has no base checkpoint in {home}; train it first"),
         (REPORT, "model 'tiny' has no sft checkpoint in {home}; train it first"),
     ],

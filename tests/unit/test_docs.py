@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from jobs.eval.bench_engine import BenchEngineSettings
 from jobs.eval.chat import ChatEvalSettings
 from jobs.eval.report import ReportSettings
 from jobs.eval.tokenizer import TokenizerEvalSettings
@@ -31,6 +32,7 @@ JOBS = {
     "jobs.train.import_nanochat": ImportSettings,
     "jobs.train.scaling miniseries": MiniseriesSettings,
     "jobs.train.scaling laws": LawsSettings,
+    "jobs.eval.bench_engine": BenchEngineSettings,
     "jobs.eval.chat": ChatEvalSettings,
     "jobs.eval.report": ReportSettings,
     "jobs.train.dataset download": DownloadSettings,
@@ -66,7 +68,9 @@ def test_make_targets_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_flag_of_a_job_is_listed_with_its_default(job: str) -> None:
-    pages = "".join((ROOT / "docs" / page).read_text() for page in ("training.md", "data.md", "scaling.md"))
+    pages = "".join(
+        (ROOT / "docs" / page).read_text() for page in ("training.md", "data.md", "scaling.md", "engine.md")
+    )
     section = pages.split(f"### `{job}`")[1].split("\n### ")[0]
     listed = dict(re.findall(r"^\| `(--[a-z0-9-]+)`[^|]* \| ([^|]+) \|", section, re.MULTILINE))
     fields = dataclasses.fields(JOBS[job])
@@ -79,6 +83,8 @@ def shown(default: Any) -> str:
         return "required"
     if default in (None, "", ()):
         return "—"
+    if isinstance(default, tuple):
+        return ",".join(default)
     if isinstance(default, bool):
         return "on" if default else "off"
     return f"{default:,}" if isinstance(default, int) and default >= 10_000 else str(default)

@@ -24,10 +24,12 @@ _HELDOUT_PAIR_ONE_IN = 20
 _ALWAYS_RESERVED = frozenset({1234, 5678})
 LARGEST = 9999
 
-# How many digits an operand has: long ones most often, because their results take the most practice to copy; short
-# ones because people ask for them.
+# How many digits an operand has: long ones often, because their results take the most practice to copy; short ones
+# because people ask for them. Training has more of two digits than people would ask: such a number is one token, and a
+# reserved one is never seen as a whole, so that only the others can teach that a number may end there.
 _DIGITS = (1, 2, 3, 4)
-_DIGIT_WEIGHTS = (2, 3, 4, 5)
+_TRAINING_WEIGHTS = (2, 5, 4, 5)
+_RESERVED_WEIGHTS = (0, 3, 4, 5)
 
 _OPERATIONS: dict[str, Callable[[int, int], int | float]] = {
     "+": operator.add,
@@ -86,7 +88,7 @@ def contains_reserved_number(text: str) -> bool:
 def training_number(rng: random.Random, smallest: int = 1, largest: int = LARGEST) -> int:
     """A number that training may see, its number of digits drawn first."""
     while True:
-        digits = rng.choices(_DIGITS, _DIGIT_WEIGHTS)[0]
+        digits = rng.choices(_DIGITS, _TRAINING_WEIGHTS)[0]
         n = rng.randrange(10 ** (digits - 1), 10**digits)
         if smallest <= n <= largest and n not in reserved_numbers():
             return n
@@ -94,7 +96,7 @@ def training_number(rng: random.Random, smallest: int = 1, largest: int = LARGES
 
 def reserved_number(rng: random.Random) -> int:
     """A number that training never sees."""
-    return rng.choice(_reserved_by_digits(rng.choices(_DIGITS[1:], _DIGIT_WEIGHTS[1:])[0]))
+    return rng.choice(_reserved_by_digits(rng.choices(_DIGITS, _RESERVED_WEIGHTS)[0]))
 
 
 def draw_sum(rng: random.Random, split: Split, symbol: str | None = None, *, reserved_share: float = 0.8) -> Sum:

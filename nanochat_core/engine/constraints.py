@@ -1,0 +1,325 @@
+"""Completions that must match something: which tokens may come next, by a grammar over the model's tokens.
+
+llguidance compiles a JSON schema or a regular expression and follows a completion through it, one matcher each. What a
+matcher allows depends on the constraint and the completion's tokens alone, so a preemption, another batch or a
+recomputation changes nothing.
+
+The library is loaded with the first constrained request; requests without a constraint never come here.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nanochat_core.engine.request import Constraint, ConstraintKind
+from nanochat_core.errors import UserError
+from nanochat_core.tokenizer import ASSISTANT_END, Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+log = logging.getLogger(__name__)
+
+# Compiled grammars kept for the next request with the same constraint; each is small beside its source.
+CACHED_GRAMMARS = 64
+MAX_SOURCE_CHARACTERS = 65_536
+# Counted repetitions are written out before the first token: this many characters take some 20 ms.
+MAX_REPEATED_CHARACTERS = 20_000
+
+# Between the parts of JSON at most one space, where json.dumps puts it: a weak model that may write any whitespace can
+# go on writing it for ever.
+_JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+# llguidance's own defaults allow a grammar 250,000 states of about 2 kB each, and a step 14 ms, for every sequence.
+_LIMITS: Mapping[str, Any] = {
+    "initial_lexer_fuel": 50_000,
+    "step_lexer_fuel": 50_000,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 20_000,
+    "max_items_in_row": 20_000,  # four for each optional property of an object
+    "precompute_large_lexemes": False,  # it makes compiling slower and the steps no faster
+    "verbose_errors": False,  # they would quote the schema and the answer
+}
+
+
+class ConstraintError(UserError):
+    """A constraint that cannot be used; ``kind`` says which field of the request is wrong."""
+
+    def __init__(self, kind: ConstraintKind, reason: str) -> None:
+        super().__init__(f"the {kind.value} cannot be used: {reason}")
+        self.kind = kind
+
+
+class Matcher:
+    """Follows one completion and says what may come next.
+
+    Attributes:
+        stuck: :meth:`fill` found that nothing may follow; what is sampled then means nothing.
+    """
+
+    def __init__(self, matcher: LLMatcher, end: int, stops: Iterable[int]) -> None:
+        """
+        Args:
+            matcher: at the beginning of the grammar; belongs to this object alone.
+            end: the token that stands for the end of the text in ``matcher``'s tokenizer.
+            stops: the tokens that end the completion.
+        """
+        self._matcher = matcher
+        self._end = end
+        self._stops = sorted(stops)
+        self.stuck = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether the text so far matches."""
+        return self._matcher.is_accepting() and not self._matcher.is_error()
+
+    def advance(self, token: int) -> bool:
+        """Take the token that follows, which is not a stop token.
+
+        Returns:
+            Whether the text now matches and no longer text does.
+        """
+        self._matcher.consume_token(token)
+        return self._matcher.is_stopped() and self.complete
+
+    def fill(self, mask: npt.NDArray[np.int32]) -> None:
+        """Say which tokens may follow: those that continue a match, and the stop tokens once the text matches.
+
+        Where only one text can follow, it is the token that the tokenizer makes of that text.
+
+        Args:
+            mask: (ceil(vocab_size / 32),) contiguous; set to one bit per token, the lowest bit first. When nothing may
+                follow, every bit is set and :attr:`stuck` too.
+        """
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        # In an error the matcher allows nothing but the end, which then does not say that the text matches.
+        complete = self.complete
+        _set_bit(mask, self._end, False)
+        for token in self._stops:
+            _set_bit(mask, token, complete)
+        if not mask.any():
+            self.stuck = True
+            mask.fill(-1)
+            if self._matcher.is_error():
+                log.warning("constraint gave up", extra={"reason": _reason(self._matcher.get_error())})
+
+
+class Grammars:
+    """Compiles constraints for one tokenizer, each once. Any thread may call this."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        """
+        Args:
+            vocab_size: number of the model's logits, at least the tokenizer's ids.
+        """
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._end = tokenizer.special_ids[ASSISTANT_END]
+        self._lock = threading.Lock()
+        self._compiled: collections.OrderedDict[Constraint, LLMatcher] = collections.OrderedDict()
+        self._vocabulary: LLTokenizer | None = None
+        self._limits: LLParserLimits | None = None
+
+    def compile(self, constraint: Constraint) -> LLMatcher:
+        """The matcher at the beginning of the constraint's grammar, to copy.
+
+        Raises:
+            ConstraintError: it is malformed, unsupported, too large, or nothing matches it.
+        """
+        with self._lock:
+            if (known := self._compiled.get(constraint)) is not None:
+                self._compiled.move_to_end(constraint)
+                return known
+            vocabulary, limits = self._load()
+        # Outside the lock: the device loop may be waiting for another, compiled grammar.
+        matcher = _compile(constraint, vocabulary, limits)
+        with self._lock:
+            self._compiled[constraint] = matcher
+            while len(self._compiled) > CACHED_GRAMMARS:
+                self._compiled.popitem(last=False)
+        return matcher
+
+    def matcher(self, constraint: Constraint, stops: Iterable[int]) -> Matcher:
+        """A matcher for a new completion that ends with one of ``stops``.
+
+        Raises:
+            ConstraintError: as :meth:`compile`.
+        """
+        return Matcher(self.compile(constraint).deep_copy(), self._end, stops)
+
+    def _load(self) -> tuple[LLTokenizer, LLParserLimits]:
+        from llguidance import LLParserLimits, LLTokenizer, TokenizerWrapper
+
+        if self._vocabulary is None or self._limits is None:
+            wrapped = TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size, self._end))
+            self._vocabulary, self._limits = LLTokenizer(wrapped), LLParserLimits(**_LIMITS)
+        return self._vocabulary, self._limits
+
+
+class _Vocabulary:
+    """The tokenizer as llguidance reads it."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end: int) -> None:
+        unused = range(tokenizer.vocab_size, vocab_size)
+        self.eos_token_id = end
+        self.tokens = [
+            *tokenizer.token_bytes,
+            *(name.encode() for name in tokenizer.special_ids),
+            *(f"<|unused_{i}|>".encode() for i in unused),
+        ]
+        self.special_token_ids = [*tokenizer.special_ids.values(), *unused]
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._tokenizer.encode(text.decode("utf-8", errors="replace"))
+
+
+def _compile(constraint: Constraint, vocabulary: LLTokenizer, limits: LLParserLimits) -> LLMatcher:
+    from llguidance import LLMatcher
+
+    kind, source = constraint.kind, constraint.source
+    if len(source) > MAX_SOURCE_CHARACTERS:
+        raise ConstraintError(kind, f"it has {len(source)} characters; at most {MAX_SOURCE_CHARACTERS} are possible")
+    if kind is ConstraintKind.REGEX:
+        _check_patterns(kind, [source])
+        grammar = LLMatcher.grammar_from_regex(source)
+    else:
+        schema = _read_schema(constraint)
+        _check_patterns(kind, _patterns(schema))
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)
+        except ValueError as error:
+            raise ConstraintError(kind, _reason(str(error))) from error
+    matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
+    if not matcher.is_error():
+        # Much of the grammar is made with the first mask. It also shows a grammar without any way to begin.
+        matcher.compute_bitmask()
+    if matcher.is_error():
+        reason = _reason(matcher.get_error())
+        raise ConstraintError(kind, "nothing matches it" if reason == "NoExtensionBias" else reason)
+    return matcher
+
+
+def _read_schema(constraint: Constraint) -> dict[str, Any]:
+    if constraint.kind is ConstraintKind.JSON_OBJECT:
+        return {"type": "object"}
+    try:
+        schema = json.loads(constraint.source)
+    except (ValueError, RecursionError) as error:
+        raise ConstraintError(constraint.kind, f"it is not valid JSON ({error})") from error
+    if not isinstance(schema, dict):
+        raise ConstraintError(constraint.kind, "a schema is a JSON object")
+    schema.pop("x-guidance", None)  # llguidance's own options, with which a schema could change what is checked
+    return schema
+
+
+def _patterns(schema: Any) -> Iterator[str]:
+    """Every regular expression of a schema, and perhaps strings that only look like one."""
+    unread = [schema]
+    while unread:
+        node = unread.pop()
+        if isinstance(node, dict):
+            if isinstance(pattern := node.get("pattern"), str):
+                yield pattern
+            if isinstance(by_pattern := node.get("patternProperties"), dict):
+                yield from by_pattern
+            unread += node.values()
+        elif isinstance(node, list):
+            unread += node
+
+
+def _check_patterns(kind: ConstraintKind, patterns: Iterable[str]) -> None:
+    """Refuse what would take seconds and gigabytes to write out: no limit of the library's keeps it from trying."""
+    total = 0
+    for pattern in patterns:
+        total += _written_out(kind, pattern)
+    if total > MAX_REPEATED_CHARACTERS:
+        raise ConstraintError(
+            kind,
+            f"with its counted repetitions written out a regular expression has {total} characters; "
+            f"at most {MAX_REPEATED_CHARACTERS} are possible",
+        )
+
+
+_VERBOSE = re.compile(r"\?[A-Za-z]*x[A-Za-z-]*[:)]")
+_PIECE = re.compile(r"\\[pPxuU]\{[^}]*\}|\\.|\{(?P<least>\d*)(?:,(?P<most>\d*))?\}|.", re.DOTALL)
+
+
+def _written_out(kind: ConstraintKind, pattern: str) -> int:
+    """Number of characters and classes of ``pattern`` with every ``{m,n}`` written out, perhaps a few too many.
+
+    What is no regular expression is left to the library to refuse.
+
+    Raises:
+        ConstraintError: the pattern allows itself white space and comments, which hide its structure.
+    """
+    groups = [0]  # for each open group, the size of what it has so far
+    last = 0  # of them, what a repetition would repeat
+    position = 0
+    while position < len(pattern):
+        if pattern[position] == "[":
+            position, last = _class_end(pattern, position), 1
+            groups[-1] += 1
+            continue
+        match = _PIECE.match(pattern, position)
+        assert match is not None, "a piece is at least one character"
+        position, piece = match.end(), match[0]
+        if piece.startswith("{") and len(piece) > 1:
+            # Nine digits are more than enough to be too many.
+            most = max(int((match[name] or "").lstrip("0")[:9] or 1) for name in ("least", "most"))
+            groups[-1] += last * (most - 1)
+            last *= most
+        elif piece == "(":
+            if _VERBOSE.match(pattern, position):
+                raise ConstraintError(kind, "the flag x of regular expressions is not supported")
+            groups.append(0)
+        elif piece == ")" and len(groups) > 1:
+            last = groups.pop()
+            groups[-1] += last
+        elif piece not in ("*", "+", "?"):
+            groups[-1] += 1
+            last = 1
+    return sum(groups)
+
+
+def _class_end(pattern: str, start: int) -> int:
+    """Index after the class that opens at ``start``; classes can be nested, as in ``[a-z&&[^aeiou]]``."""
+    depth, position = 0, start
+    while position < len(pattern):
+        character = pattern[position]
+        position += 1
+        if character == "\\":
+            position += 1
+        elif character == "[":
+            depth += 1
+            position += pattern.startswith("^", position)
+            position += pattern.startswith("]", position)  # as the first character it stands for itself
+        elif character == "]":
+            depth -= 1
+            if depth == 0:
+                return position
+    return len(pattern)
+
+
+def _reason(message: str) -> str:
+    """What is wrong, without the places in grammars that the user has not seen."""
+    message = re.sub(r"^at \d+\(\d+\): .*?\(in regex\): ", "", message, flags=re.DOTALL)
+    message = re.split(r"\n\s*\d+ \| |\n<", message)[0]
+    return " ".join(message.split())[:500]
+
+
+def _set_bit(mask: npt.NDArray[np.int32], bit: int, value: bool) -> None:
+    word, position = divmod(bit, 32)
+    flag = np.uint32(1 << position).view(np.int32)
+    mask[word] = mask[word] | flag if value else mask[word] & ~flag

@@ -1,0 +1,54 @@
+"""Our side of a comparison of engines: the inference core on requests given as tokens; started by peer.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from jobs.eval.bench_engine import random_tokenizer
+from jobs.train.import_nanochat import convert, model_config, read_upstream
+from nanochat_core.device import DTYPES, prepare_cpu
+from nanochat_core.engine import Engine, SamplingParams
+from nanochat_core.model import GPT
+
+
+def load(task: dict[str, Any]) -> GPT:
+    """The peer's weights in our network."""
+    source = read_upstream(Path(task["folder"]), 1)
+    config = model_config(source)
+    model = GPT(config, DTYPES[task["dtype"]])
+    model.load_state_dict(convert(source, config).state_dict())
+    return model
+
+
+def answer(engine: Engine, requests: list[dict[str, Any]]) -> list[list[list[int]]]:
+    """Tokens of each choice of each request; all requests at once, and all of them of as many choices."""
+    samplings = [
+        SamplingParams(temperature=r["temperature"], top_k=r["top_k"] or 0, max_tokens=r["output"]) for r in requests
+    ]
+    completions = engine.generate([r["prompt"] for r in requests], samplings, n=requests[0]["n"])
+    return [[choice.token_ids for choice in choices] for choices in completions]
+
+
+def main() -> None:
+    task = json.loads(Path(sys.argv[1]).read_text())
+    prepare_cpu(task["threads"])
+    model = load(task)
+    engine = Engine(model, random_tokenizer(model.config.vocab_size))
+    result = {}
+    for name, case in task["cases"].items():
+        answer(engine, case["warm_up"])
+        started = time.perf_counter()
+        tokens = [choices for batch in case["batches"] for choices in answer(engine, batch)]
+        result[name] = {"seconds": time.perf_counter() - started, "tokens": tokens}
+    engine.close()
+    Path(task["result"]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
