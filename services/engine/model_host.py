@@ -205,6 +205,6 @@ class ModelHost:
         await old.engine.drained()
         await old.engine.stop()
         self._old.remove(old)
-        del old
+        del old  # the last that holds it, so that its memory is free now and not when this task ends
         await asyncio.to_thread(free_memory, self._device)
         log.info("model retired", extra={"revision": revision})
