@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 import sys
 from typing import Any
@@ -14,6 +15,8 @@ from nanochat_core.errors import UserError
 # fp8 is for the matrix products of training alone (nanochat_core/fp8.py); everything else is in bf16 then.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 FP8_CAPABILITY = (9, 0)
+# How errors that have no type of their own begin: the CPU's allocator, CUDA's own calls, cuBLAS and cuDNN.
+_NO_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 # Dense bf16 TFLOP/s with fp32 sums, from NVIDIA's data sheets of each card (half of what they print where that is "with
@@ -89,6 +92,26 @@ def _keep_freed_memory() -> None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_M_TOP_PAD, 2**26)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory left for what was asked, on the device or the machine.
+
+    Nothing is broken then: less may fit, and the same may fit in a moment.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give what nothing refers to any more back to the device, where other allocations and processes find it.
+
+    An exception that is being handled refers to all that the frames it came through hold.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_flops(device: torch.device) -> float | None:

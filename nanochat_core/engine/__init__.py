@@ -22,6 +22,7 @@ from nanochat_core.engine.request import (
     ToolResult,
     Usage,
 )
+from nanochat_core.engine.shedding import Shed
 from nanochat_core.engine.tools import ToolOutput, ToolRunner
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "QueueFull",
     "Request",
     "SamplingParams",
+    "Shed",
     "Stream",
     "Token",
     "ToolCall",

@@ -24,7 +24,8 @@ class Stream:
     """Outputs of one request in order; ends when every choice has finished.
 
     Outputs that come faster than they are read are joined, so a slow reader costs little memory. The iteration raises
-    :class:`EngineDead` when the device loop ends before the request does.
+    :class:`EngineDead` when the device loop ends before the request does, and
+    :class:`~nanochat_core.engine.shedding.Shed` when the request was given up for lack of memory.
     """
 
     def __init__(self, choices: int) -> None:
@@ -150,6 +151,7 @@ class AsyncEngine:
         self._inbox.put(self._stop)
         await asyncio.to_thread(self._thread.join)
         self._engine.close()
+        self._engine.tools.on_completed = lambda: None  # so that they no longer refer to each other
 
     def _run(self) -> None:
         """The device loop."""
@@ -185,7 +187,10 @@ class AsyncEngine:
             stream = self._streams.get(output.request_id)
             # Outputs of a cancelled request may still arrive after its id has been used again.
             if stream and stream.accepted.done():
-                stream.push(output)
+                if output.error:
+                    stream.fail(output.error)
+                else:
+                    stream.push(output)
 
     def _fail(self, error: EngineDead) -> None:
         self._error = error

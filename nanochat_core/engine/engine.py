@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from typing import Protocol
 
@@ -34,6 +34,7 @@ from nanochat_core.engine.runner import Runner
 from nanochat_core.engine.sampler import Sample, Sampler, sample_key
 from nanochat_core.engine.scheduler import Chunk, Scheduler
 from nanochat_core.engine.sequence import Sequence, State
+from nanochat_core.engine.shedding import Shed, Shedding
 from nanochat_core.engine.tools import ToolLoop, ToolRunner
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
@@ -60,6 +61,7 @@ class Observer(Protocol):
 
     def admitted(self, queued: float, prompt_tokens: int, cached_tokens: int) -> None: ...
     def preempted(self, sequences: int) -> None: ...
+    def out_of_memory(self) -> None: ...
     def first_token(self, since_arrival: float) -> None: ...
     def next_token(self, since_last: float) -> None: ...
     def tool_called(self, status: str) -> None: ...
@@ -112,6 +114,7 @@ class Engine:
             loop=tool_loop,
         )
         self.progressed = False
+        self._shedding = Shedding(self.scheduler, device)
         self._observer = observer
         self._arrivals = itertools.count()
         self._requests: dict[str, list[Sequence]] = {}
@@ -183,9 +186,7 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free what it holds; unknown ids are ignored, for it may just have finished."""
-        for seq in self._requests.pop(request_id, []):
-            if seq.state is not State.FINISHED:
-                self._leave(seq, "cancelled")
+        self._end(request_id, "cancelled")
 
     def step(self) -> list[Output]:
         """Compute one batch and give back what is new."""
@@ -195,17 +196,19 @@ class Engine:
                 self._resume(done.seq, done.result)
         preemptions = self.scheduler.preemptions
         chunks = self.scheduler.schedule()
-        if self._observer and self.scheduler.preemptions > preemptions:
-            self._observer.preempted(self.scheduler.preemptions - preemptions)
         self.progressed = bool(chunks)
         if chunks:
             self._note_admissions(chunks)
-            sampling, logits = self.runner.run(chunks)
-            self.scheduler.computed(chunks)
-            samples = self._sample(sampling, logits)
-            generated = sum(self._extend(chunk, samples) for chunk in sampling)
-            if self._observer:
-                self._observer.stepped(time.perf_counter() - started, generated)
+            samples = self._compute(chunks)
+            if samples is None:
+                self._shed(chunks)
+            else:
+                self.scheduler.computed(chunks)
+                generated = sum(self._extend(chunk, drawn) for chunk, drawn in samples)
+                if self._observer:
+                    self._observer.stepped(time.perf_counter() - started, generated)
+        if self._observer and self.scheduler.preemptions > preemptions:
+            self._observer.preempted(self.scheduler.preemptions - preemptions)
         outputs, self._outputs = self._outputs, []
         self._latest.clear()
         return outputs
@@ -228,6 +231,7 @@ class Engine:
 
         Raises:
             UserError: a prompt can never be served.
+            Shed: the device has too little memory.
         """
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         requests = collections.deque(
@@ -241,6 +245,10 @@ class Engine:
             while requests and requests[0].n <= self._room():
                 self.add(requests.popleft())
             for output in self.step():
+                if output.error:
+                    for request_id in list(self._requests):
+                        self.cancel(request_id)
+                    raise output.error
                 results[int(output.request_id)][output.index].append(output)
             if not self.progressed:
                 self.tools.wait()
@@ -283,11 +291,31 @@ class Engine:
         """Stop outstanding tool calls."""
         self.tools.close()
 
+    def _compute(self, chunks: list[Chunk]) -> list[tuple[Chunk, list[Sample]]] | None:
+        """The chunks that sample, each with its samples; None when the device had too little memory."""
+        try:
+            samples = self._sample(*self.runner.run(chunks))
+        except Exception as error:
+            if not self._shedding.can_go_on(error, chunks):
+                raise
+            return None
+        self._shedding.fitted()
+        return samples
+
+    def _shed(self, chunks: list[Chunk]) -> None:
+        """Go on with less after a step that did not fit."""
+        if self._observer:
+            self._observer.out_of_memory()
+        seq = self._shedding.shrink(chunks)
+        if seq is not None:
+            self._end(seq.request.id, "shed")
+            self._output(seq).error = Shed("the device has run out of memory; send the request again later")
+
     def _room(self) -> int:
         """How many more sequences the queue takes: those that would run at once do not count against it."""
-        scheduler, config = self.scheduler, self.config
-        free = max(config.max_running - len(scheduler.running) - len(scheduler.parked), 0)
-        return config.max_waiting + free - len(scheduler.waiting)
+        scheduler = self.scheduler
+        free = max(scheduler.max_running - len(scheduler.running) - len(scheduler.parked), 0)
+        return self.config.max_waiting + free - len(scheduler.waiting)
 
     def _max_length(self, request: Request) -> int:
         limit, wanted = self.model_config.context_length, request.sampling.max_tokens
@@ -302,20 +330,19 @@ class Engine:
                     queued = seq.admitted_at - seq.arrived_at
                     self._observer.admitted(queued, seq.prompt_length, seq.cached_prompt_tokens)
 
-    def _sample(self, chunks: Items[Chunk], logits: Tensor) -> Iterator[Sample]:
-        """Samples of all rows, those of the first chunk first."""
+    def _sample(self, chunks: Items[Chunk], logits: Tensor) -> list[tuple[Chunk, list[Sample]]]:
         rows = [(chunk.seq, len(chunk.seq.tokens) + i) for chunk in chunks for i in range(chunk.samples)]
-        return iter(self.sampler.sample(logits, [seq for seq, _ in rows], [position for _, position in rows]))
+        samples = iter(self.sampler.sample(logits, [seq for seq, _ in rows], [position for _, position in rows]))
+        return [(chunk, list(itertools.islice(samples, chunk.samples))) for chunk in chunks]
 
-    def _extend(self, chunk: Chunk, samples: Iterator[Sample]) -> int:
+    def _extend(self, chunk: Chunk, samples: list[Sample]) -> int:
         """Append the next token, and those after it as long as the draft was right.
 
         Returns:
             How many tokens that were.
         """
-        mine = list(itertools.islice(samples, chunk.samples))
         seq, before = chunk.seq, len(chunk.seq.tokens)
-        for sample, drafted in itertools.zip_longest(mine, chunk.draft):
+        for sample, drafted in itertools.zip_longest(samples, chunk.draft):
             self._append(seq, sample)
             if seq.state is not State.RUNNING or sample.token != drafted:
                 break
@@ -377,6 +404,11 @@ class Engine:
         self._leave(seq, reason.value)
         if all(sibling.state is State.FINISHED for sibling in self._requests[seq.request.id]):
             del self._requests[seq.request.id]
+
+    def _end(self, request_id: str, reason: str) -> None:
+        for seq in self._requests.pop(request_id, []):
+            if seq.state is not State.FINISHED:
+                self._leave(seq, reason)
 
     def _leave(self, seq: Sequence, reason: str) -> None:
         self.tools.cancel(seq)

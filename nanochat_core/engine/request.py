@@ -184,7 +184,10 @@ class Usage:
 
 @dataclasses.dataclass(slots=True)
 class Output:
-    """News of one choice. Tool events come after the tokens; ``usage`` is set with ``finish_reason``."""
+    """News of one choice. Tool events come after the tokens; ``usage`` is set with ``finish_reason``.
+
+    With ``error`` the whole request has ended, its other choices too.
+    """
 
     request_id: str
     index: int
@@ -192,6 +195,7 @@ class Output:
     tool_events: list[ToolCall | ToolResult] = dataclasses.field(default_factory=list)
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    error: Exception | None = None
 
     def can_absorb(self, later: Output) -> bool:
         """Whether ``later`` (of the same choice) can be joined to this one without reordering tokens and events."""

@@ -63,8 +63,9 @@ class EngineServicer(object):
 
     def Generate(self, request, context):
         """Streams the continuation of a prompt. Cancelling the call frees its sequences at the next step.
-        INVALID_ARGUMENT: the request can never be served (says why). RESOURCE_EXHAUSTED: the waiting queue is full.
-        UNAVAILABLE: the engine is draining or its device loop has died.
+        INVALID_ARGUMENT: the request can never be served (says why). RESOURCE_EXHAUSTED: the waiting queue is full, or the
+        request was given up because the device ran out of memory; send it again later. FAILED_PRECONDITION: the prompt was
+        made with another tokenizer. UNAVAILABLE: the engine is draining or its device loop has died.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

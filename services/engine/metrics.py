@@ -28,8 +28,11 @@ class Metrics:
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of admitted requests")
         self._generated = self._counter("generation_tokens", "Sampled tokens")
         self._preemptions = self._counter("preemptions", "Sequences whose blocks were taken, to be computed again")
+        self._out_of_memory = self._counter("out_of_memory", "Steps that did not fit the device's memory")
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
+        self._drafted = self._counter("draft_tokens", "Tokens drafted by looking them up in their sequence")
+        self._accepted = self._counter("draft_tokens_accepted", "Drafted tokens that were the ones to come")
         self._finished = self._counter("requests_finished", "Choices by how they ended", "reason")
         self._tools = self._counter("tool_calls", "Python calls by status", "status")
         self._queued = self._histogram("queue_time_seconds", "Time from arrival to the first computed token", _LATENCY)
@@ -52,6 +55,9 @@ class Metrics:
     def preempted(self, sequences: int) -> None:
         self._preemptions.inc(sequences)
 
+    def out_of_memory(self) -> None:
+        self._out_of_memory.inc()
+
     def first_token(self, since_arrival: float) -> None:
         self._first.observe(since_arrival)
 
@@ -64,6 +70,10 @@ class Metrics:
     def finished(self, reason: str, since_arrival: float) -> None:
         self._finished.labels(reason).inc()
         self._duration.observe(since_arrival)
+
+    def speculated(self, drafted: int, accepted: int) -> None:
+        self._drafted.inc(drafted)
+        self._accepted.inc(accepted)
 
     def stepped(self, duration: float, generated_tokens: int) -> None:
         self._step.observe(duration)

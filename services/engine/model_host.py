@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import gc
 import logging
 from collections.abc import Callable
 
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, promoted
-from nanochat_core.device import choose_device, choose_dtype
+from nanochat_core.device import choose_device, choose_dtype, free_memory, is_out_of_memory
 from nanochat_core.engine import AsyncEngine, Engine, Load, Observer, ToolRunner
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2
@@ -56,13 +55,13 @@ class ModelHost:
         self._on_change, self._on_death = on_change, on_death
         self._loop = asyncio.get_running_loop()
         self._loading = asyncio.Lock()
-        self._retiring: dict[ServedModel, asyncio.Task[None]] = {}
+        self._old: list[ServedModel] = []
+        self._retirements: set[asyncio.Task[None]] = set()
         self.current: ServedModel | None = None
 
     def load(self) -> Load:
         """What the engines are busy with, all together."""
-        models = [*self._retiring, *([self.current] if self.current else [])]
-        loads = [dataclasses.astuple(model.engine.load()) for model in models]
+        loads = [dataclasses.astuple(model.engine.load()) for model in self._models()]
         return Load(*map(sum, zip(*loads, strict=True))) if loads else Load(0, 0, 0, 0, 0)
 
     async def follow(self) -> None:
@@ -111,35 +110,44 @@ class ModelHost:
     async def serve(self, ref: CheckpointRef) -> ServedModel:
         """Load a checkpoint beside the current model and send new requests to it.
 
+        At most two models are in memory: while an older one has answers to finish, this waits for them.
+
         Raises:
-            UserError: it cannot be loaded.
+            UserError: it cannot be loaded, or not beside the current model.
         """
         async with self._loading:
             if self.current is not None and self.current.ref == ref:
                 return self.current
-            checkpoint = await asyncio.to_thread(load_checkpoint, self._store, ref)
-            engine = AsyncEngine(await asyncio.to_thread(self._build, checkpoint), self._on_death)
+            if self._retirements:
+                await asyncio.wait(self._retirements)
+            core, info = await asyncio.to_thread(self._load, ref)
+            engine = AsyncEngine(core, self._on_death)
             engine.start()
-            old, self.current = self.current, ServedModel(ref, engine, self._describe(checkpoint))
+            old, self.current = self.current, ServedModel(ref, engine, info)
         log.info("model loaded", extra={"model": ref.model, "revision": ref.revision, "device": str(self._device)})
         self._on_change(self.current)
         if old is not None:
-            self._retiring[old] = asyncio.create_task(self._retire(old))
+            self._old.append(old)
+            retirement = asyncio.create_task(self._retire(old))
+            self._retirements.add(retirement)
+            retirement.add_done_callback(self._retirements.discard)
         return self.current
 
     async def drained(self) -> None:
         """Wait until no answer is under way."""
         if self.current is not None:
             await self.current.engine.drained()
-        await asyncio.gather(*self._retiring.values())
+        await asyncio.gather(*self._retirements)
 
     async def close(self) -> None:
         """Stop the device loops; answers under way fail."""
-        retiring = list(self._retiring)
-        for task in self._retiring.values():
+        for task in self._retirements:
             task.cancel()
-        for model in [*retiring, *([self.current] if self.current else [])]:
+        for model in self._models():
             await model.engine.stop()
+
+    def _models(self) -> list[ServedModel]:
+        return [*self._old, *([self.current] if self.current else [])]
 
     def _log_waiting(self) -> None:
         log.warning(
@@ -151,6 +159,22 @@ class ModelHost:
         if self._settings.revision:
             return CheckpointRef.parse(self._settings.model, self._settings.revision)
         return promoted(self._store, self._settings.model)
+
+    def _load(self, ref: CheckpointRef) -> tuple[Engine, engine_pb2.ModelInfo]:
+        try:
+            checkpoint = load_checkpoint(self._store, ref)
+            return self._build(checkpoint), self._describe(checkpoint)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        # Not before the error is gone, which refers to all that was made so far.
+        free_memory(self._device)
+        beside = f" beside {self.current.ref.revision}, which serves" if self.current else ""
+        raise UserError(
+            f"{ref.prefix} does not fit into memory{beside} ({reason}); make room, for example with a smaller "
+            "--kv-cache-mib, and load it again"
+        )
 
     def _build(self, checkpoint: Checkpoint) -> Engine:
         engine = Engine(
@@ -177,8 +201,10 @@ class ModelHost:
         )
 
     async def _retire(self, old: ServedModel) -> None:
+        revision = old.ref.revision
         await old.engine.drained()
         await old.engine.stop()
-        del self._retiring[old]
-        gc.collect()  # engine and thread refer to each other; their memory is wanted now
-        log.info("model retired", extra={"revision": old.ref.revision})
+        self._old.remove(old)
+        del old  # the last that holds it, so that its memory is free now and not when this task ends
+        await asyncio.to_thread(free_memory, self._device)
+        log.info("model retired", extra={"revision": revision})

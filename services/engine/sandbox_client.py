@@ -26,7 +26,11 @@ class SandboxClient:
         self._stub = sandbox_pb2_grpc.SandboxStub(self._channel)
 
     async def __call__(self, code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
-        """Run ``code``; a sandbox that cannot be reached becomes an output the model can read."""
+        """Run ``code``; a sandbox that cannot be reached becomes an output the model can read.
+
+        Raises:
+            TimeoutError: it has not answered in time.
+        """
         request = sandbox_pb2.ExecuteRequest(
             request_id=request_id,
             code=code,
@@ -40,6 +44,8 @@ class SandboxClient:
                 "sandbox call failed",
                 extra={"request_id": request_id, "code": error.code().name, "detail": error.details()},
             )
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise TimeoutError from error
             return ToolOutput("unavailable", "error: the Python sandbox is unavailable")
         status = sandbox_pb2.Status.Name(reply.status).removeprefix("STATUS_").lower()
         result = reply.result if reply.HasField("result") else None

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import grpc
 
+from nanochat_core.checkpoint import TOKENIZER
 from nanochat_core.engine import (
     Constraint,
     ConstraintError,
@@ -20,6 +21,7 @@ from nanochat_core.engine import (
     QueueFull,
     Request,
     SamplingParams,
+    Shed,
     Token,
     ToolCall,
     ToolPolicy,
@@ -50,6 +52,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     ) -> AsyncIterator[engine_pb2.GenerateChunk]:
         """Stream the continuation; ending the call in any way frees the request's sequences."""
         model = await self._serving(context)
+        await _check_tokenizer(model, request.tokenizer_digest, context)
         started, tokens = time.monotonic(), 0
         # Clients may send the same id twice; the core's ids must differ.
         request_id = f"{request.request_id or 'request'}#{next(self._numbers)}"
@@ -67,6 +70,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             async for output in stream:
                 tokens += len(output.tokens)
                 yield chunk(output)
+        except Shed as error:
+            await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except EngineDead as error:
             await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
         finally:
@@ -95,7 +100,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         context: grpc.aio.ServicerContext,
     ) -> engine_pb2.Load:
         """What the engine is busy with; UNAVAILABLE while there is no model."""
-        await self._model(context)
+        model = await self._model(context)
         load = self._host.load()
         return engine_pb2.Load(
             running=load.running,
@@ -103,6 +108,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             parked=load.parked,
             kv_blocks_total=load.blocks_total,
             kv_blocks_used=load.blocks_used,
+            revision=model.ref.revision,
         )
 
     async def Reload(
@@ -124,6 +130,17 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         if model is None:
             await _abort(context, grpc.StatusCode.UNAVAILABLE, "no model is loaded yet")
         return model
+
+
+async def _check_tokenizer(model: ServedModel, digest: str, context: grpc.aio.ServicerContext) -> None:
+    serving = model.info.digests[TOKENIZER]
+    if digest and digest != serving:
+        await _abort(
+            context,
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"the prompt was made with tokenizer {digest:.12}, but {model.ref.model} {model.ref.revision} has "
+            f"{serving:.12}; ask GetModel for it and make the prompt again",
+        )
 
 
 async def _abort(

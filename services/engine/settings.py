@@ -34,6 +34,14 @@ class EngineSettings:
     token_budget: int = setting(EngineConfig.token_budget, "Most tokens computed in one step.", minimum=1)
     max_running: int = setting(EngineConfig.max_running, "Most sequences running at once.", minimum=1)
     max_waiting: int = setting(EngineConfig.max_waiting, "Most sequences queued; further ones are refused.", minimum=0)
+    speculative_tokens: int = setting(
+        EngineConfig.speculative_tokens,
+        "Longest draft of tokens looked up in the sequence itself; 0 drafts nothing.",
+        minimum=0,
+    )
+    speculative_batch: int = setting(
+        EngineConfig.speculative_batch, "Most tokens of a step in which sequences draft, drafts included.", minimum=0
+    )
     tool_timeout_seconds: float = setting(
         EngineConfig.tool_timeout_seconds, "Seconds after which a Python call is given up.", minimum=0.01
     )
@@ -52,6 +60,8 @@ class EngineSettings:
             token_budget=self.token_budget,
             max_running=self.max_running,
             max_waiting=self.max_waiting,
+            speculative_tokens=self.speculative_tokens,
+            speculative_batch=self.speculative_batch,
             tool_timeout_seconds=self.tool_timeout_seconds,
             tool_max_calls=self.tool_max_calls,
             tool_max_output_tokens=self.tool_max_output_tokens,

@@ -106,19 +106,29 @@ class Replica:
             return
         load = await self.stub.GetLoad(engine_pb2.GetLoadRequest(), timeout=timeout)
         self._others = max(0, load.running + load.waiting + load.parked - self._own)
-        now = time.monotonic()
-        if not self.available or now >= self._next_model_look:
-            info = await self.stub.GetModel(engine_pb2.GetModelRequest(), timeout=timeout)
-            if self.model is None or info != self._info:
-                tokenizer = await self._tokenizers.get(info.tokenizer_json)
-                self.model = ServedModel.from_info(info, tokenizer, int(time.time()))
-                self._info = info
-                logger.info("model", extra={"address": self.address, "model": info.name, "revision": info.revision})
-            self._next_model_look = now + self._settings.model_poll_seconds
+        changed = load.revision not in ("", self._info.revision)  # engines from before this field leave it empty
+        if not self.available or changed or time.monotonic() >= self._next_model_look:
+            await self.refresh_model()
         if not self._healthy:
             logger.info("engine up", extra={"address": self.address})
         self._healthy, self._why_down = True, ""
         self._up.set(1)
+
+    async def refresh_model(self) -> None:
+        """Ask which model serves now.
+
+        Raises:
+            grpc.aio.AioRpcError: the engine can't be reached or doesn't answer in time.
+            UserError: its tokenizer can't be used.
+        """
+        timeout = self._settings.connect_timeout_seconds
+        info = await self.stub.GetModel(engine_pb2.GetModelRequest(), timeout=timeout)
+        if self.model is None or info != self._info:
+            tokenizer = await self._tokenizers.get(info.tokenizer_json)
+            self.model = ServedModel.from_info(info, tokenizer, int(time.time()))
+            self._info = info
+            logger.info("model", extra={"address": self.address, "model": info.name, "revision": info.revision})
+        self._next_model_look = time.monotonic() + self._settings.model_poll_seconds
 
     async def close(self) -> None:
         """Close the connection; calls that still run are cancelled."""

@@ -145,6 +145,9 @@ def from_rpc(error: grpc.aio.AioRpcError, *, started: bool) -> ApiError:
             else "The engine can't be reached at the moment; try again shortly."
         )
         return ApiError(503, message, code="engine_unavailable", retry_after=RETRY_AFTER_SECONDS)
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        message = "The model was replaced while the request was on its way; send it again."
+        return ApiError(503, message, code="engine_unavailable", retry_after=RETRY_AFTER_SECONDS)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return ApiError(504, "The answer took longer than this server allows; ask for fewer tokens.", code="timeout")
     return ApiError(500, "The engine failed on this request.", code="engine_error")

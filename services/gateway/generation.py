@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2
 from services.gateway.engines import EnginePool, Replica
 from services.gateway.errors import ApiError, from_rpc
@@ -18,7 +19,12 @@ from services.gateway.served_model import ServedModel
 logger = logging.getLogger(__name__)
 
 # Another replica may take what this one refused for such a reason.
-_ELSEWHERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED)
+_ELSEWHERE = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+)
 
 Prepare = Callable[[ServedModel], Awaitable[engine_pb2.GenerateRequest]]
 
@@ -65,7 +71,8 @@ async def generate(
 ) -> AsyncIterator[Generation]:
     """Start generating and wait for the first chunk; leaving the block cancels the call.
 
-    Until the first chunk is there, a replica that can't be reached or has no room is replaced by another one.
+    Until the first chunk is there, a replica that can't be reached or has no room is replaced by another one, and one
+    that has taken up a model with another tokenizer gets a prompt in the tokens of that.
 
     Args:
         prepare: makes the request for the model of the replica at hand; replicas may serve different revisions.
@@ -75,6 +82,7 @@ async def generate(
         ApiError: no replica could start on it.
     """
     failed: list[Replica] = []
+    renewed: set[Replica] = set()
     failure: ApiError | None = None
     while True:
         try:
@@ -92,6 +100,10 @@ async def generate(
                 try:
                     first = await call.read()
                 except grpc.aio.AioRpcError as error:
+                    if error.code() is grpc.StatusCode.FAILED_PRECONDITION and replica not in renewed:
+                        renewed.add(replica)
+                        if await _renew(replica):
+                            continue
                     _note_failure(replica, error)
                     failure = from_rpc(error, started=False)
                     if error.code() not in _ELSEWHERE:
@@ -103,6 +115,16 @@ async def generate(
                 return
             finally:
                 call.cancel()
+
+
+async def _renew(replica: Replica) -> bool:
+    """See what the replica serves now; False when it doesn't say."""
+    try:
+        await replica.refresh_model()
+    except (grpc.aio.AioRpcError, UserError) as error:
+        logger.warning("model unknown", extra={"address": replica.address, "reason": str(error)})
+        return False
+    return True
 
 
 def _note_failure(replica: Replica, error: grpc.aio.AioRpcError) -> None:

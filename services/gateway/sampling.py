@@ -64,6 +64,7 @@ def engine_request(
         n=request.n or 1,
         sampling=sampling,
         tools=engine_pb2.ToolPolicy(enabled=chat),
+        tokenizer_digest=model.tokenizer_digest,
     )
 
 

@@ -18,6 +18,7 @@ class ServedModel:
         context_length: tokens, prompt and answer together.
         created: when this gateway first saw the revision, in seconds since the epoch.
         parameters: number of weights.
+        tokenizer_digest: sha256 of the tokenizer's file, empty when the engine does not tell.
     """
 
     name: str
@@ -28,6 +29,7 @@ class ServedModel:
     created: int
     fingerprint: str
     tokenizer: Tokenizer
+    tokenizer_digest: str = ""
 
     @classmethod
     def from_info(cls, info: engine_pb2.ModelInfo, tokenizer: Tokenizer, created: int) -> ServedModel:
@@ -42,6 +44,7 @@ class ServedModel:
             created=created,
             fingerprint="fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12],
             tokenizer=tokenizer,
+            tokenizer_digest=info.digests.get("tokenizer.json", ""),
         )
 
     @functools.cached_property

@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import signal
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+import torch
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from prometheus_client.parser import text_string_to_metric_families
 
-from nanochat_core.checkpoint import CheckpointRef, promote
+from nanochat_core.checkpoint import Checkpoint, CheckpointRef, promote
 from nanochat_core.checkpoint_writer import save_checkpoint
-from nanochat_core.engine import Engine, SamplingParams
+from nanochat_core.engine import Engine, EngineConfig, Request, SamplingParams
 from nanochat_core.engine.runner import Runner
+from nanochat_core.engine.scheduler import Chunk
+from nanochat_core.engine.shedding import MOST_FAILURES
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.protos import engine_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
 from nanochat_core.store import open_store
 from nanochat_core.tokenizer import ASSISTANT_END, Tokenizer
+from services.engine.metrics import Metrics
+from services.engine.model_host import ModelHost
 from services.engine.server import EXIT_DEVICE_LOOP_DIED, serve
 from services.engine.settings import EngineSettings
+from tests.service_process import REPOSITORY, EngineProcess
 from tests.unit.engine_models import BYTES, SPECIAL, script_tokens, scripted_model, tiny_model
 
-REPOSITORY = Path(__file__).parents[2]
 CONTEXT = 1024
 FIRST, SECOND = CheckpointRef("tiny", "sft", 1), CheckpointRef("tiny", "sft", 2)
 CALL = "<|assistant_start|>Is <|python_start|>6*7<|python_end|><|output_end|>ok<|assistant_end|>"
@@ -50,94 +54,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     calls = CheckpointRef("calls", "sft", 1)
     save_checkpoint(store, calls, model=scripted_model(CALL), tokenizer=BYTES, meta={})
     promote(store, calls)
+    long = CheckpointRef("long", "sft", 1)
+    save_checkpoint(store, long, model=tiny_model(context_length=8192), tokenizer=BYTES, meta={})
+    promote(store, long)
     return path
 
 
-class Service:
-    """``python -m services.engine`` on free ports."""
-
-    def __init__(self, home: Path, *flags: str, model: str = "tiny", ready: bool = True) -> None:
-        self.events: list[dict[str, Any]] = []
-        self.started = time.monotonic()
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "services.engine", "--port", "0", "--metrics-port", "0", "--threads", "1"),
-                *("--home", str(home), "--model", model, "--poll-seconds", "0.1", *flags),
-            ],
-            cwd=REPOSITORY,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        if ready:
-            self.connect()
-
-    def connect(self) -> None:
-        """Wait until it is ready and open a channel."""
-        event = self.wait_for("ready")
-        self.seconds_to_ready = time.monotonic() - self.started
-        self.address, self.metrics_url = event["address"], f"http://{event['metrics_address']}/metrics"
-        self.channel = grpc.insecure_channel(self.address)
-        self.stub = engine_pb2_grpc.EngineStub(self.channel)
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.events.append(json.loads(line) if line.startswith("{") else {"event": "text", "text": line})
-
-    def wait_for(self, event: str, **fields: object) -> dict[str, Any]:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            for found in list(self.events):
-                if found["event"] == event and fields.items() <= found.items():
-                    return found
-            assert self.process.poll() is None or self._reader.is_alive(), f"it ended: {self.events}"
-            time.sleep(0.01)
-        raise AssertionError(f"no event {event} in {self.events}")
-
-    def generate(self, prompt: Iterable[int], timeout: float = 60, **fields: Any) -> Iterator[pb.GenerateChunk]:
-        sampling = pb.SamplingParams(**fields.pop("sampling", {}))
-        return self.stub.Generate(
-            pb.GenerateRequest(request_id="test", prompt_token_ids=prompt, sampling=sampling, **fields),
-            timeout=timeout,
-        )
-
-    def tokens(self, prompt: Iterable[int], **fields: Any) -> list[int]:
-        return [token.id for chunk in self.generate(prompt, **fields) for token in chunk.tokens]
-
-    def metrics(self) -> dict[str, float]:
-        with urllib.request.urlopen(self.metrics_url, timeout=10) as reply:
-            text = reply.read().decode()
-        return {
-            sample.name + "".join(f"[{value}]" for value in sample.labels.values()): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
-
-    def health(self, service: str = "") -> int:
-        stub = health_pb2_grpc.HealthStub(self.channel)
-        return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status
-
-    def wait_idle(self) -> None:
-        for _ in range(1000):
-            load = self.stub.GetLoad(pb.GetLoadRequest(), timeout=10)
-            if load.running == load.waiting == load.parked == load.kv_blocks_used == 0:
-                return
-            time.sleep(0.01)
-        raise AssertionError(f"still busy: {load}")
-
-    def stop(self) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(30)
-        self._reader.join(5)
-        return code
-
-
 @pytest.fixture(scope="module")
-def service(home: Path) -> Iterator[Service]:
-    running = Service(home, "--max-running", "4", "--max-waiting", "2")
+def service(home: Path) -> Iterator[EngineProcess]:
+    running = EngineProcess(home, "--max-running", "4", "--max-waiting", "2")
     yield running
     assert running.stop() == 0
 
@@ -145,10 +70,10 @@ def service(home: Path) -> Iterator[Service]:
 @pytest.fixture
 def started(home: Path) -> Iterator[Any]:
     """Starts services of a test's own and ends them."""
-    services: list[Service] = []
+    services: list[EngineProcess] = []
 
-    def start(*flags: str, home: Path = home, **options: Any) -> Service:
-        services.append(Service(home, *flags, **options))
+    def start(*flags: str, home: Path = home, **options: Any) -> EngineProcess:
+        services.append(EngineProcess(home, *flags, **options))
         return services[-1]
 
     yield start
@@ -162,7 +87,7 @@ def error_of(call: Iterable[pb.GenerateChunk]) -> tuple[grpc.StatusCode, str]:
     return caught.value.code(), caught.value.details()
 
 
-def test_it_is_soon_ready_and_says_so(service: Service) -> None:
+def test_it_is_soon_ready_and_says_so(service: EngineProcess) -> None:
     log = [event["time"] for event in service.events if event["event"] in ("starting", "ready")]
     assert len(log) == 2
     assert service.seconds_to_ready < 60
@@ -172,7 +97,7 @@ def test_it_is_soon_ready_and_says_so(service: Service) -> None:
         assert service.health(name) == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_the_model_is_described_completely(service: Service) -> None:
+def test_the_model_is_described_completely(service: EngineProcess) -> None:
     info = service.stub.GetModel(pb.GetModelRequest())
     assert (info.name, info.revision) == ("tiny", "sft/step_000001")
     assert (info.context_length, info.vocab_size, info.compute_dtype) == (CONTEXT, BYTES.vocab_size, "float32")
@@ -181,7 +106,7 @@ def test_the_model_is_described_completely(service: Service) -> None:
     assert info.parameters == sum(weight.numel() for weight in tiny_model(context_length=CONTEXT).parameters())
 
 
-def test_a_stream_brings_the_tokens_of_the_core_bit_by_bit(service: Service) -> None:
+def test_a_stream_brings_the_tokens_of_the_core_bit_by_bit(service: EngineProcess) -> None:
     prompt = list(range(50))
     chunks = list(service.generate(prompt, sampling={"max_tokens": 40, "logprobs": 2}))
     [[expected]] = Engine(tiny_model(context_length=CONTEXT), BYTES).generate(
@@ -197,7 +122,7 @@ def test_a_stream_brings_the_tokens_of_the_core_bit_by_bit(service: Service) -> 
     assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (50, 40)
 
 
-def test_clients_at_once_get_the_tokens_that_each_gets_alone(service: Service) -> None:
+def test_clients_at_once_get_the_tokens_that_each_gets_alone(service: EngineProcess) -> None:
     prompts = [list(range(i, i + 10 * (i + 1))) for i in range(6)]
     samplings = [
         {"max_tokens": 60},
@@ -209,7 +134,7 @@ def test_clients_at_once_get_the_tokens_that_each_gets_alone(service: Service) -
         assert list(together) == alone
 
 
-def test_choices_are_told_apart(service: Service) -> None:
+def test_choices_are_told_apart(service: EngineProcess) -> None:
     choices: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for chunk in service.generate([1, 2, 3], n=3, sampling={"max_tokens": 20, "temperature": 1.5, "seed": 1}):
         choices[chunk.index] += [token.id for token in chunk.tokens]
@@ -233,16 +158,18 @@ def test_choices_are_told_apart(service: Service) -> None:
         ({"prompt": [1], "sampling": {"regex": "(a"}}, "the regex cannot be used"),
     ],
 )
-def test_what_cannot_be_served_is_refused_in_words(service: Service, fields: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_served_is_refused_in_words(
+    service: EngineProcess, fields: dict[str, Any], message: str
+) -> None:
     code, details = error_of(service.generate(**fields))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert message in details
 
 
-def test_a_full_queue_refuses(service: Service) -> None:
+def test_a_full_queue_refuses(service: EngineProcess) -> None:
     running = [service.generate([1, 2, 3]) for _ in range(6)]
     for _ in range(500):
-        load = service.stub.GetLoad(pb.GetLoadRequest())
+        load = service.load()
         if (load.running, load.waiting) == (4, 2):
             break
         time.sleep(0.01)
@@ -254,28 +181,75 @@ def test_a_full_queue_refuses(service: Service) -> None:
     service.wait_idle()
 
 
-def test_cancelling_frees_the_cache_at_once(service: Service) -> None:
+def test_cancelling_frees_the_cache_at_once(service: EngineProcess) -> None:
     call = service.generate(list(range(200)), n=2)
     next(call)
-    assert service.stub.GetLoad(pb.GetLoadRequest()).kv_blocks_used > 0
+    assert service.load().kv_blocks_used > 0
     call.cancel()
     service.wait_idle()
     assert service.metrics()["nanochat_engine_requests_finished_total[cancelled]"] >= 2
 
 
-def test_the_callers_deadline_ends_a_request(service: Service) -> None:
-    code, _ = error_of(service.generate([1, 2, 3], timeout=0.2))
-    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+def test_deadlines_end_what_runs_and_what_waits(service: EngineProcess) -> None:
+    before = service.metrics()
+    calls = [service.generate([i, 2, 3], timeout=0.3) for i in range(6)]
+    for call in calls:
+        code, _ = error_of(call)
+        assert code is grpc.StatusCode.DEADLINE_EXCEEDED
     service.wait_idle()
+    # Nothing is computed for them any more.
+    generated = service.metrics()["nanochat_engine_generation_tokens_total"]
+    service.tokens([1], sampling={"max_tokens": 5})
+    after = service.metrics()
+    assert after["nanochat_engine_generation_tokens_total"] - generated == 5
+    cancelled = "nanochat_engine_requests_finished_total[cancelled]"
+    assert after[cancelled] - before.get(cancelled, 0) == 6
 
 
-def test_requests_with_the_same_id_do_not_meet(service: Service) -> None:
+HANGING_CLIENT = """
+import sys
+import grpc
+from nanochat_core.protos import engine_pb2 as pb, engine_pb2_grpc
+
+stub = engine_pb2_grpc.EngineStub(grpc.insecure_channel(sys.argv[1]))
+for chunk in stub.Generate(pb.GenerateRequest(prompt_token_ids=[1]), timeout=1):
+    print("chunk", flush=True)
+"""
+
+
+def test_a_deadline_ends_the_request_of_a_client_that_hangs(started: Any) -> None:
+    service = started(model="long")
+    client = subprocess.Popen(
+        [sys.executable, "-c", HANGING_CLIENT, service.address], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "chunk\n"
+        client.send_signal(signal.SIGSTOP)
+        assert service.load().running == 1
+        service.wait_idle()
+        assert service.metrics()["nanochat_engine_requests_finished_total[cancelled]"] == 1
+    finally:
+        client.kill()
+        client.wait()
+        client.stdout.close()
+
+
+def test_a_prompt_in_the_tokens_of_another_tokenizer_is_refused(service: EngineProcess) -> None:
+    digest = service.stub.GetModel(pb.GetModelRequest()).digests["tokenizer.json"]
+    assert len(service.tokens([1], tokenizer_digest=digest, sampling={"max_tokens": 3})) == 3
+    code, details = error_of(service.generate([1], tokenizer_digest="0" * 64))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert f"made with tokenizer 000000000000, but tiny {FIRST.revision} has {digest[:12]}" in details
+
+
+def test_requests_with_the_same_id_do_not_meet(service: EngineProcess) -> None:
     first, second = (service.generate([i], sampling={"max_tokens": 30}) for i in (1, 2))
     assert len(list(first)) > 0
     assert len(list(second)) > 0
 
 
-def test_metrics_and_logs_tell_what_happened(service: Service) -> None:
+def test_metrics_and_logs_tell_what_happened(service: EngineProcess) -> None:
     before = service.metrics()
     prompt = list(range(100, 200))
     for _ in range(2):
@@ -306,9 +280,12 @@ class Sandbox(sandbox_pb2_grpc.SandboxServicer):
 
     def __init__(self) -> None:
         self.requests: list[sandbox_pb2.ExecuteRequest] = []
+        self.awake = threading.Event()
+        self.awake.set()
 
     def Execute(self, request: sandbox_pb2.ExecuteRequest, context: grpc.ServicerContext) -> sandbox_pb2.ExecuteReply:
         self.requests.append(request)
+        self.awake.wait()
         return sandbox_pb2.ExecuteReply(status=sandbox_pb2.STATUS_OK, result={"6*7": "42"}[request.code])
 
 
@@ -317,7 +294,7 @@ def test_calls_go_to_the_sandbox_and_its_loss_is_something_the_model_reads(start
     sandbox_pb2_grpc.add_SandboxServicer_to_server(sandbox, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    service = started("--sandbox-address", f"127.0.0.1:{port}", "--tool-timeout-seconds", "5", model="calls")
+    service = started("--sandbox-address", f"127.0.0.1:{port}", "--tool-timeout-seconds", "2", model="calls")
 
     def answer() -> tuple[str, list[pb.ToolEvent]]:
         chunks = list(
@@ -337,6 +314,11 @@ def test_calls_go_to_the_sandbox_and_its_loss_is_something_the_model_reads(start
     assert (result.result.status, result.result.output) == ("ok", "42")
     assert sandbox.requests[0].result_format == sandbox_pb2.RESULT_FORMAT_STR
     assert sandbox.requests[0].request_id.startswith("test")
+    sandbox.awake.clear()
+    text, (_, result) = answer()
+    assert result.result.status == "timeout"
+    assert "<|output_start|>error: no result within 2 s<|output_end|>ok" in text
+    sandbox.awake.set()
     server.stop(0).wait()
     text, (_, result) = answer()
     assert result.result.status == "unavailable"
@@ -355,15 +337,23 @@ def test_a_reload_sends_new_requests_to_the_new_model_and_drops_no_stream(starte
     [[after]] = Engine(tiny_model(depth=3, context_length=CONTEXT), BYTES).generate(
         [prompt], SamplingParams(max_tokens=9)
     )
+    assert service.load().revision == SECOND.revision
+    assert service.load().running == 1
     assert service.tokens(prompt, sampling={"max_tokens": 9}) == after.token_ids
     assert [token.id for chunk in [first, *old] for token in chunk.tokens] == expected.token_ids
     service.wait_for("model retired", revision=FIRST.revision)
+    metrics = service.metrics()
+    assert [name for name in metrics if "model_info" in name] == [
+        f"nanochat_engine_model_info[float32][tiny][{SECOND.revision}]"
+    ]
+    assert metrics["nanochat_engine_requests_finished_total[length]"] == 2
+    assert metrics["nanochat_engine_prompt_tokens_total"] == 60
     time.sleep(0.3)  # a few looks at what is promoted must not bring the old model back
     assert service.stub.GetModel(pb.GetModelRequest()).revision == SECOND.revision
     assert service.stub.Reload(pb.ReloadRequest(), timeout=60).revision == FIRST.revision
 
 
-def test_a_revision_that_cannot_be_loaded_leaves_the_old_one_serving(service: Service) -> None:
+def test_a_revision_that_cannot_be_loaded_leaves_the_old_one_serving(service: EngineProcess) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         service.stub.Reload(pb.ReloadRequest(revision="sft/step_000099"), timeout=60)
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
@@ -443,12 +433,14 @@ def test_the_drain_is_bounded(started: Any) -> None:
     assert service.process.wait(30) == 0
 
 
-async def test_the_death_of_the_device_loop_ends_the_process_with_an_error(
-    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@contextlib.asynccontextmanager
+async def serving(
+    home: Path, caplog: pytest.LogCaptureFixture, **settings: Any
+) -> AsyncIterator[tuple[asyncio.Task[int], engine_pb2_grpc.EngineStub]]:
+    """The service in this process, where its parts can be replaced: its end and a stub."""
     caplog.set_level("INFO")
     running = asyncio.create_task(
-        serve(EngineSettings(port=0, metrics_port=0, home=str(home), model="tiny", threads=1))
+        serve(EngineSettings(port=0, metrics_port=0, home=str(home), model="tiny", threads=1, **settings))
     )
 
     def ready() -> str | None:
@@ -457,14 +449,119 @@ async def test_the_death_of_the_device_loop_ends_the_process_with_an_error(
     while not (address := ready()):
         await asyncio.sleep(0.01)
         assert not running.done()
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield running, engine_pb2_grpc.EngineStub(channel)
+    if not running.done():
+        signal.raise_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(running, 10) == 0
 
+
+async def answer(stub: engine_pb2_grpc.EngineStub, max_tokens: int = 5) -> int:
+    """How many tokens a short request gets."""
+    request = pb.GenerateRequest(prompt_token_ids=[1], sampling=pb.SamplingParams(max_tokens=max_tokens))
+    return sum([len(chunk.tokens) async for chunk in stub.Generate(request)])
+
+
+async def test_the_death_of_the_device_loop_ends_the_process_with_an_error(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def fail(*_args: object) -> None:
         raise RuntimeError("device on fire")
 
-    monkeypatch.setattr(Runner, "run", fail)
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with serving(home, caplog) as (running, stub):
+        monkeypatch.setattr(Runner, "run", fail)
         with pytest.raises(grpc.aio.AioRpcError, match="device on fire") as caught:
-            async for _ in engine_pb2_grpc.EngineStub(channel).Generate(pb.GenerateRequest(prompt_token_ids=[1])):
-                pass
-    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert await asyncio.wait_for(running, 10) == EXIT_DEVICE_LOOP_DIED
+            await answer(stub)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert await asyncio.wait_for(running, 10) == EXIT_DEVICE_LOOP_DIED
+
+
+async def test_a_device_without_memory_sheds_requests_and_goes_on_until_it_can_do_nothing(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, room = Runner.run, 2
+
+    def run_with_little_memory(runner: Runner, chunks: list[Chunk]) -> object:
+        if len(chunks) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return run(runner, chunks)
+
+    async with serving(home, caplog) as (running, stub):
+        monkeypatch.setattr(Runner, "run", run_with_little_memory)
+        assert await asyncio.gather(*(answer(stub, 30) for _ in range(8))) == [30] * 8
+        assert "out of memory in a step" in caplog.text
+        room = 0
+        for _ in range(MOST_FAILURES - 1):
+            with pytest.raises(grpc.aio.AioRpcError, match="run out of memory; send the request again later") as caught:
+                await answer(stub)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        room = 2
+        assert await answer(stub) == 5
+        room = 0
+        codes = []
+        for _ in range(MOST_FAILURES):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await answer(stub)
+            codes.append(caught.value.code())
+        assert codes[-2:] == [grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE]
+        assert await asyncio.wait_for(running, 10) == EXIT_DEVICE_LOOP_DIED
+
+
+async def test_a_model_that_does_not_fit_beside_the_old_one_leaves_it_serving(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB.\nMore about it.")
+
+    async with serving(home, caplog) as (_, stub):
+        with monkeypatch.context() as patch:
+            patch.setattr(EngineConfig, "build_cache", fail)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Reload(pb.ReloadRequest(revision=SECOND.revision))
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert (
+            f"models/tiny/{SECOND.revision} does not fit into memory beside {FIRST.revision}, which serves "
+            "(CUDA out of memory. Tried to allocate 80.00 GiB.); make room"
+        ) in caught.value.details()
+        assert await answer(stub) == 5
+        assert (await stub.GetLoad(pb.GetLoadRequest())).revision == FIRST.revision
+        assert (await stub.Reload(pb.ReloadRequest(revision=SECOND.revision))).revision == SECOND.revision
+
+
+async def test_an_old_model_leaves_memory_before_a_third_one_is_loaded(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    cores: list[weakref.ref[Engine]] = []
+    alive_at_build: list[list[bool]] = []
+    build = ModelHost._build
+
+    def noting_build(host: ModelHost, checkpoint: Checkpoint) -> Engine:
+        alive_at_build.append([core() is not None for core in cores])
+        core = build(host, checkpoint)
+        cores.append(weakref.ref(core))
+        return core
+
+    monkeypatch.setattr(ModelHost, "_build", noting_build)
+    metrics = Metrics(lambda: host.load())
+    host = ModelHost(
+        EngineSettings(home=str(home), model="tiny"),
+        tool_runner=None,
+        observer=metrics,
+        on_change=lambda _: None,
+        on_death=lambda: None,
+    )
+    engine = (await host.reload(FIRST.revision)).engine
+    stream = await engine.submit(Request("r", (1, 2, 3), SamplingParams(max_tokens=600)))
+    await anext(stream)
+    await host.reload(SECOND.revision)
+    assert host.load().running == 1
+    third = asyncio.create_task(host.reload(FIRST.revision))
+    tokens = sum([len(output.tokens) async for output in stream])
+    assert not third.done()
+    engine.close_stream("r")
+    del engine, stream
+    assert tokens >= 500
+    await third
+    assert alive_at_build == [[], [True], [False, True]]
+    await host.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -11,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from scripted_engine import (
     TOKENIZER,
+    Script,
     ScriptedEngine,
     failing,
     hanging,
@@ -162,6 +164,64 @@ async def test_during_a_rolling_update_each_engine_is_spoken_to_in_its_own_token
                 assert await ask(url) == "hi"
             assert list(old.requests[0].prompt_token_ids)[2:-2] == TOKENIZER.encode("hello")
             assert list(new.requests[0].prompt_token_ids)[2:-2] == other.encode("hello")
+
+
+def refusing_other_tokenizers(engine: ScriptedEngine, then: Script) -> Script:
+    """What a real engine does with a prompt that was made with another tokenizer than its model's."""
+
+    async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
+        if request.tokenizer_digest != engine.info.digests["tokenizer.json"]:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the prompt was made with another tokenizer")
+        async for part in then(request, context):
+            yield part
+
+    return script
+
+
+async def test_a_promotion_that_the_gateway_has_not_seen_yet_gets_a_prompt_in_its_own_tokens():
+    other = Tokenizer([bytes([i]) for i in range(256)] + [b"lo"])
+    async with running_engine() as engine:
+        engine.info.digests["tokenizer.json"] = "before"
+        engine.script = refusing_other_tokenizers(engine, saying(b"hello", finish=pb.FINISH_REASON_LENGTH))
+        # Polled so rarely that only the refusal itself can tell.
+        async with running_gateway(engine.address, poll_seconds=60, model_poll_seconds=60) as url:
+            await until_ready(url)
+            assert await ask(url) == "hello"
+            engine.info.revision = "rl/step_20"
+            engine.info.tokenizer_json = other.to_json().encode()
+            engine.info.digests["tokenizer.json"] = "after"
+            for stream in (False, True):
+                engine.requests.clear()
+                answer = await openai_client(url).chat.completions.create(model="nano", messages=HELLO, stream=stream)
+                if stream:
+                    assert [chunk.choices[0].finish_reason async for chunk in answer][-1] == "length"
+                assert list(engine.requests[-1].prompt_token_ids)[2:-2] == [*b"hel", 256]
+                assert len(engine.requests) == (1 if stream else 2)
+
+
+async def test_an_engine_that_refuses_its_own_tokenizer_is_given_up():
+    async with (
+        running_engine() as odd,
+        running_engine() as other,
+        running_gateway(odd.address, other.address) as url,
+    ):
+        await until_up(url, 2)
+        odd.script = failing(grpc.StatusCode.FAILED_PRECONDITION, "another tokenizer")
+        other.script = saying("other")
+        assert [await ask(url) for _ in range(4)] == ["other"] * 4
+        other.script = odd.script
+        with pytest.raises(openai.InternalServerError, match="replaced while the request was on its way") as error:
+            await ask(url)
+        assert error.value.status_code == 503
+
+
+async def test_a_new_revision_is_seen_with_the_load():
+    async with running_engine() as engine, running_gateway(engine.address, model_poll_seconds=60) as url:
+        await until_ready(url)
+        engine.info.revision = engine.load.revision = "rl/step_20"
+        async with http_client(url) as http, asyncio.timeout(5):
+            while (await http.get("/v1/models/nano")).json()["nanochat"]["revision"] != "rl/step_20":
+                await asyncio.sleep(0.02)
 
 
 async def test_a_damaged_tokenizer_keeps_the_engine_out():

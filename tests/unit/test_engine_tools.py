@@ -16,6 +16,7 @@ from nanochat_core.engine import (
     Engine,
     EngineConfig,
     FinishReason,
+    Output,
     Request,
     SamplingParams,
     ToolCall,
@@ -274,3 +275,23 @@ def test_truncated_text_encodes_to_the_limit_in_whole_characters(limit: int) -> 
         assert len(merged.encode(cut)) <= limit
         if len(merged.encode(sample)) <= limit:
             assert cut == sample
+
+
+def test_a_step_gives_each_choice_one_output_and_a_second_only_after_a_tools_result() -> None:
+    engine = Engine(scripted_model(ANSWER + AFTER, loop=True), BYTES, tool_runner=Calculator())
+    for name in ("a", "b"):
+        engine.add(Request(name, tuple(PROMPT), SamplingParams(max_tokens=100), n=2, tools=TOOLS))
+    seconds = 0
+    while engine.load().running or engine.load().parked or engine.load().waiting:
+        by_choice: dict[tuple[str, int], list[Output]] = {}
+        for output in engine.step():
+            by_choice.setdefault((output.request_id, output.index), []).append(output)
+        for first, *more in by_choice.values():
+            assert len(more) <= 1
+            if more:
+                assert isinstance(first.tool_events[-1], ToolResult)
+                seconds += 1
+        if not engine.progressed:
+            engine.tools.wait()
+    assert seconds >= 4
+    engine.close()

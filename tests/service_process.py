@@ -1,0 +1,119 @@
+"""Services as processes on free ports: their log, metrics and calls, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
+
+from nanochat_core.protos import engine_pb2 as pb
+from nanochat_core.protos import engine_pb2_grpc
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+class ServiceProcess:
+    """``python -m <module> <flags>``; ``events`` is what it has logged so far."""
+
+    def __init__(self, module: str, *flags: str, port: int = 0, ready: bool = True) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, "--port", str(port), "--metrics-port", "0", *flags],
+            cwd=REPOSITORY,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if ready:
+            self.connect()
+
+    def connect(self) -> None:
+        """Wait until it is ready and open a channel."""
+        event = self.wait_for("ready")
+        self.seconds_to_ready = time.monotonic() - self.started
+        self.address, self.metrics_url = event["address"], f"http://{event['metrics_address']}/metrics"
+        self.channel = grpc.insecure_channel(self.address)
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.events.append(json.loads(line) if line.startswith("{") else {"event": "text", "text": line})
+
+    def wait_for(self, event: str, **fields: object) -> dict[str, Any]:
+        """The first such event in the log, once it is there."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            for found in list(self.events):
+                if found["event"] == event and fields.items() <= found.items():
+                    return found
+            assert self.process.poll() is None or self._reader.is_alive(), f"it ended: {self.events}"
+            time.sleep(0.01)
+        raise AssertionError(f"no event {event} in {self.events}")
+
+    def metrics(self) -> dict[str, float]:
+        """Samples by name and, in brackets, the values of their labels."""
+        with urllib.request.urlopen(self.metrics_url, timeout=10) as reply:
+            text = reply.read().decode()
+        return {
+            sample.name + "".join(f"[{value}]" for value in sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    def health(self, service: str = "") -> int:
+        stub = health_pb2_grpc.HealthStub(self.channel)
+        return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status
+
+    def stop(self, seconds: float = 30) -> int:
+        """Ask it to end as an orchestrator does; the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(seconds)
+        self._reader.join(5)
+        return code
+
+
+class EngineProcess(ServiceProcess):
+    """``python -m services.engine``, and calls of it."""
+
+    def __init__(self, home: Path, *flags: str, model: str = "tiny", ready: bool = True) -> None:
+        store = ("--home", str(home), "--model", model, "--poll-seconds", "0.1")
+        super().__init__("services.engine", "--threads", "1", *store, *flags, ready=ready)
+
+    def connect(self) -> None:
+        super().connect()
+        self.stub = engine_pb2_grpc.EngineStub(self.channel)
+
+    def generate(self, prompt: Iterable[int], timeout: float = 60, **fields: Any) -> Iterator[pb.GenerateChunk]:
+        """Start a call; ``sampling`` is a dictionary, the other fields are the request's."""
+        sampling = pb.SamplingParams(**fields.pop("sampling", {}))
+        request = pb.GenerateRequest(prompt_token_ids=prompt, sampling=sampling, **{"request_id": "test", **fields})
+        return self.stub.Generate(request, timeout=timeout)
+
+    def tokens(self, prompt: Iterable[int], **fields: Any) -> list[int]:
+        return [token.id for chunk in self.generate(prompt, **fields) for token in chunk.tokens]
+
+    def load(self) -> pb.Load:
+        return self.stub.GetLoad(pb.GetLoadRequest(), timeout=10)
+
+    def wait_idle(self) -> None:
+        """Wait until nothing runs and no block is in use."""
+        for _ in range(1000):
+            load = self.load()
+            if load.running == load.waiting == load.parked == load.kv_blocks_used == 0:
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"still busy: {load}")
