@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_core.loss import softcap
+from nanochat_core.loss import LOGIT_SOFTCAP
 from nanochat_core.model import (
     GPT,
     SMEAR_CHANNELS,
@@ -71,6 +71,14 @@ class PackedWeight:
         return F.linear(x, self._weight).add_(other)
 
 
+def _pair_up(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of queries or keys, with the channels i and i + head_dim / 2 side by side, which turn together.
+
+    Attention's products do not change when both are reordered alike.
+    """
+    return weight.view(-1, 2, head_dim // 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)
+
+
 class _Layer:
     """One block."""
 
@@ -80,11 +88,15 @@ class _Layer:
         self.head_dim, self.n_head, self.n_kv_head = attention.head_dim, attention.n_head, attention.n_kv_head
         # What is not normalized again is scaled here by the constant of its norm.
         dim = attention.q.in_features
-        projections = [attention.q.weight, attention.k.weight, dim**0.5 * attention.v.weight]
+        projections = [
+            _pair_up(attention.q.weight, self.head_dim),
+            _pair_up(attention.k.weight, self.head_dim),
+            dim**0.5 * attention.v.weight,
+        ]
         gate = attention.value_gate
         if gate is not None:
-            # The gate reads only the first channels.
-            projections.append(dim**0.5 * F.pad(gate.weight, (0, dim - VALUE_GATE_CHANNELS)))
+            # The gate reads only the first channels. Rows of the product must begin at a pair of numbers.
+            projections.append(dim**0.5 * F.pad(gate.weight, (0, dim - VALUE_GATE_CHANNELS, 0, self.n_kv_head % 2)))
         self.sizes = [weight.size(0) for weight in projections]
         self.sizes[:2] = [sum(self.sizes[:2])]
         self.qkv = PackedWeight(torch.cat(projections).to(dtype))
@@ -94,7 +106,11 @@ class _Layer:
 
 
 class Network:
-    """Hidden states and logits of ragged batches; weights are frozen copies."""
+    """Hidden states and logits of ragged batches; weights are frozen copies.
+
+    Attributes:
+        no_token: what stands for the token before a sequence's first one.
+    """
 
     def __init__(self, model: GPT) -> None:
         """
@@ -104,22 +120,21 @@ class Network:
         self.config = model.config
         self.dtype = dtype = model.compute_dtype
         self.device = model.cos.device
+        self.no_token = model.embedding.num_embeddings
         with torch.no_grad():
             embedding = rms_norm(model.embedding.weight.to(dtype))
             gate = torch.sigmoid(model.smear_gate(embedding[:, :SMEAR_CHANNELS]))
-            # The last row is the neighbour of a sequence's first token.
             self._embedding = torch.cat((embedding, torch.zeros_like(embedding[:1])))
             self._smear = (model.smear_scale * gate).to(dtype)
             self._value_layers = sorted(model.value_tables)
             tables = [model.value_tables[layer].weight.to(dtype) for layer in self._value_layers]
             self._value_table = torch.cat(tables, dim=1)
-            # Both halves of a rotated vector at once: x * cos + swapped(x) * sin, with the sign in the sine.
-            self._cos = torch.cat((model.cos, model.cos), dim=1).unsqueeze(1)
-            self._sin = torch.cat((model.sin, -model.sin), dim=1).unsqueeze(1)
+            # Rotating a pair of channels is multiplying it, as a complex number, with one of modulus 1.
+            self._turns = torch.complex(model.cos.float(), -model.sin.float()).unsqueeze(1)
             scales = zip(model.residual_scales.tolist(), model.skip_scales.tolist(), strict=True)
             self._layers = [_Layer(block, dtype, *each) for block, each in zip(model.layers, scales, strict=True)]
             self._backout = float(model.backout_scale)
-            self._head = PackedWeight(model.head.weight.to(dtype))
+            self._head = PackedWeight((model.head.weight / LOGIT_SOFTCAP).to(dtype))
 
     @torch.inference_mode()
     def hidden(self, ids: Tensor, previous_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
@@ -127,22 +142,22 @@ class Network:
 
         Args:
             ids: (tokens,) int64.
-            previous_ids: (tokens,) the token before each one; ``-1`` where there is none.
+            previous_ids: (tokens,) the token before each one; :attr:`no_token` where there is none.
             positions: (tokens,) position of each token in its sequence.
             attend: causal attention for these tokens.
 
         Returns:
             (tokens, dim) in the compute dtype.
         """
-        cos, sin = self._cos[positions], self._sin[positions]
-        x = x0 = self._embedding[ids] + self._smear[ids] * self._embedding[previous_ids]
-        values = dict(
-            zip(self._value_layers, self._value_table[ids].chunk(len(self._value_layers), dim=1), strict=True)
-        )
+        turns = self._turns.index_select(0, positions)
+        previous = self._smear.index_select(0, ids) * self._embedding.index_select(0, previous_ids)
+        x = x0 = self._embedding.index_select(0, ids) + previous
+        tables = self._value_table.index_select(0, ids).chunk(len(self._value_layers), dim=1)
+        values = dict(zip(self._value_layers, tables, strict=True))
         middle = x
         for index, layer in enumerate(self._layers):
             x = torch.add(x * layer.residual_scale, x0, alpha=layer.skip_scale)
-            x = self._attention(index, layer, x, values.get(index), cos, sin, attend)
+            x = self._attention(index, layer, x, values.get(index), turns, attend)
             x = self._mlp(layer, x)
             if index == len(self._layers) // 2:
                 middle = x
@@ -151,7 +166,7 @@ class Network:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped fp32 logits of shape (tokens, vocab_size) for hidden states of shape (tokens, dim)."""
-        return softcap(self._head(hidden)[..., : self.config.vocab_size])
+        return self._head(hidden)[:, : self.config.vocab_size].float().tanh_().mul_(LOGIT_SOFTCAP)
 
     def _attention(
         self,
@@ -159,8 +174,7 @@ class Network:
         layer: _Layer,
         x: Tensor,
         value_embedding: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
+        turns: Tensor,
         attend: Attend,
     ) -> Tensor:
         """``x`` with the attention of its norm added."""
@@ -169,10 +183,10 @@ class Network:
         qk, v, *gate = layer.qkv(x).split(layer.sizes, dim=1)
         v = (v * scale).to(self.dtype).view(tokens, layer.n_kv_head, layer.head_dim)
         if value_embedding is not None:
-            v = v + self._value_share(gate[0], scale) * value_embedding.view(v.shape)
+            v = v + self._value_share(gate[0][:, : layer.n_kv_head], scale) * value_embedding.view(v.shape)
         # Queries and keys are normalized themselves, whatever the scale of x; and rotating them does not change theirs.
-        qk = qk.view(tokens, -1, layer.head_dim)
-        qk = qk * cos + qk.roll(layer.head_dim // 2, -1) * sin
+        pairs = torch.view_as_complex(qk.float().view(tokens, -1, layer.head_dim // 2, 2))
+        qk = torch.view_as_real(pairs * turns).flatten(-2)
         qk = (qk * _square_sum(qk).rsqrt_()).to(self.dtype)
         q, k = qk.split((layer.n_head, layer.n_kv_head), dim=1)
         return layer.out.plus(attend(index, q, k, v).reshape(tokens, -1), x)

@@ -35,7 +35,7 @@ class Runner:
         positions: list[int] = []
         for chunk in chunks:
             ids += chunk.tokens
-            previous.append(chunk.seq.tokens[chunk.start - 1] if chunk.start else -1)
+            previous.append(chunk.seq.tokens[chunk.start - 1] if chunk.start else self._network.no_token)
             previous += ids[len(previous) - 1 : -1]
             positions += range(chunk.start, chunk.end)
         batch = torch.from_numpy(np.array([ids, previous, positions], dtype=np.int64)).to(self._network.device)

@@ -23,6 +23,8 @@ from nanochat_core.engine.sequence import Sequence
 
 # Temperatures below this are greedy: the division would leave the range of float32.
 LOWEST_TEMPERATURE = 1e-4
+# With at most so many candidates in every row only these are looked at.
+MOST_CANDIDATES = 256
 # Top-p first looks among this many candidates; sorting the whole vocabulary is needed only for a flat distribution.
 TOP_P_CANDIDATES = 256
 
@@ -74,9 +76,10 @@ class Sampler:
             self._constrain(logits, sequences, constrained)
         z = self._adjust(logits, sequences, params)
         if any(p.temperature >= LOWEST_TEMPERATURE for p in params):
-            z = self._perturb(z, sequences, positions, params)
-        tokens = z.argmax(dim=-1).tolist()
-        samples = [Sample(token) for token in tokens]
+            tokens = self._draw(z, sequences, positions, params)
+        else:
+            tokens = z.argmax(dim=-1)
+        samples = [Sample(token) for token in tokens.tolist()]
         if log_probabilities is not None:
             self._report(samples, report, log_probabilities, params)
         return samples
@@ -112,20 +115,37 @@ class Sampler:
             z[list(rows), list(tokens)] += torch.tensor(biases, device=z.device)
         return z
 
-    def _perturb(
+    def _draw(
         self, z: Tensor, sequences: Items[Sequence], positions: Items[int], params: Items[SamplingParams]
     ) -> Tensor:
-        """Temperature, filters and noise; greedy rows are left as they are."""
+        """(rows,) tokens after temperature, filters and noise; greedy rows get none of these."""
         random = [p.temperature >= LOWEST_TEMPERATURE for p in params]
         z = z / self._column([p.temperature if r else 1.0 for p, r in zip(params, random, strict=True)])
+        ids = self._candidates(z, params)
+        if ids is not None:
+            z = z.gather(1, ids)
         filtered = [row for row, r in enumerate(random) if r and _filters(params[row])]
         if filtered:
             chosen = [params[row] for row in filtered]
             z[filtered] = self._filter(z[filtered], chosen)
-        noise = self._gumbel(sequences, positions)
+        noise = self._gumbel(sequences, positions, self._table if ids is None else self._table[ids])
         if not all(random):
             noise *= self._column([float(r) for r in random])
-        return z.add_(noise)
+        drawn = z.add_(noise).argmax(dim=-1, keepdim=True)
+        return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
+
+    def _candidates(self, z: Tensor, params: Items[SamplingParams]) -> Tensor | None:
+        """(rows, n) ids of the only tokens that can be drawn, where every row has a small top-k; otherwise None.
+
+        Noise for the whole vocabulary costs several times what it takes to find a few candidates. A row in which others
+        are as likely as its last candidate keeps those too, and they may be many.
+        """
+        if not all(p.temperature >= LOWEST_TEMPERATURE and 0 < p.top_k <= MOST_CANDIDATES for p in params):
+            return None
+        counts = torch.tensor([min(p.top_k, self._vocab_size) for p in params], device=z.device)
+        best = z.topk(int(counts.max()))
+        last = best.values.gather(1, (counts - 1).unsqueeze(1))
+        return best.indices if bool(((z >= last).sum(dim=-1) == counts).all()) else None
 
     def _filter(self, z: Tensor, params: Items[SamplingParams]) -> Tensor:
         """Top-k, then top-p over what is left, then min-p, as thresholds on (rows, vocab_size) logits."""
@@ -144,14 +164,14 @@ class Sampler:
             z = _drop_below(z, z.amax(dim=-1, keepdim=True) + self._column([p.min_p for p in params]).log())
         return z
 
-    def _gumbel(self, sequences: Items[Sequence], positions: Items[int]) -> Tensor:
-        """(rows, vocab_size) fp32 noise of each position."""
+    def _gumbel(self, sequences: Items[Sequence], positions: Items[int], table: Tensor) -> Tensor:
+        """(rows, n) fp32 noise of each position for the tokens whose numbers ``table`` has."""
         start = np.array([seq.sample_key for seq in sequences], np.uint64)
         position = np.array(positions, np.uint64)
         halves = torch.from_numpy(_mix(start + position * np.uint64(_GOLDEN)).view(np.int32)).to(self._device)
         low, high = halves[0::2].unsqueeze(1), halves[1::2].unsqueeze(1)
         # Two rounds of multiply and shift (constants of the lowbias32 hash); int32 arithmetic wraps as intended.
-        x = (self._table ^ low).mul_(0x7FEB352D)
+        x = (table ^ low).mul_(0x7FEB352D)
         x ^= (x >> 15).bitwise_and_(0x1FFFF)
         x = x.add_(high).mul_(-2073254261)
         x ^= (x >> 16).bitwise_and_(0xFFFF)

@@ -44,7 +44,7 @@ def test_a_ragged_batch_gives_what_each_row_gives(shape: ModelConfig, longest: i
     sequences = [random_ids(1, length)[0] for length in lengths]
     order = sorted((t, owner) for owner, length in enumerate(lengths) for t in range(length))
     ids = torch.stack([sequences[owner][t] for t, owner in order])
-    previous = torch.stack([sequences[owner][t - 1] if t else torch.tensor(-1) for t, owner in order])
+    previous = torch.stack([sequences[owner][t - 1] if t else torch.tensor(network.no_token) for t, owner in order])
     positions = torch.tensor([t for t, _ in order])
     with torch.no_grad():
         flat = network.hidden(ids, previous, positions, CachedAttention(shape.windows, [owner for _, owner in order]))
@@ -60,7 +60,7 @@ def test_one_token_at_a_time_gives_what_the_row_gives():
     attend, steps = CachedAttention(shape.windows, [0]), []
     with torch.no_grad():
         for t in range(20):
-            previous = row[0, t - 1 : t] if t else torch.tensor([-1])
+            previous = row[0, t - 1 : t] if t else torch.tensor([network.no_token])
             steps.append(network.hidden(row[0, t : t + 1], previous, torch.tensor([t]), attend))
         torch.testing.assert_close(network.logits(torch.cat(steps)), model(row)[0], atol=5e-3, rtol=0)
 
@@ -75,7 +75,7 @@ def test_bf16_computes_in_bf16_and_gives_what_training_in_bf16_gives():
         seen.update((q.dtype, k.dtype, v.dtype))
         return attention(layer, q, k, v)
 
-    previous = torch.cat((torch.tensor([-1]), row[0, :-1]))
+    previous = torch.cat((torch.tensor([network.no_token]), row[0, :-1]))
     with torch.no_grad():
         logits = network.logits(network.hidden(row[0], previous, torch.arange(30), attend))
         expected = model(row)[0]

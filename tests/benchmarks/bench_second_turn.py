@@ -1,0 +1,68 @@
+"""Time to the first token of a conversation's second turn, with prefix caching and without, in alternating rounds.
+
+``python tests/benchmarks/bench_second_turn.py``, from the project's root. The first turn's prompt and answer have 200
+tokens together, the second adds 20. Weights are random; every round has other tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+
+from jobs.eval.bench_engine import random_model, random_tokenizer
+from nanochat_core.config import ModelConfig
+from nanochat_core.device import prepare_cpu
+from nanochat_core.engine import Engine, EngineConfig, Request, SamplingParams
+
+ANSWER, NEW = 60, 20
+
+
+def first_token_seconds(engine: Engine, prompt: list[int]) -> float:
+    """From a request's arrival to its first token."""
+    started = time.perf_counter()
+    engine.add(Request("turn", tuple(prompt), SamplingParams(max_tokens=1)))
+    while not engine.step():
+        pass
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=200, help="of the first turn, its answer included")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    prepare_cpu(options.threads)
+    config = ModelConfig.from_depth(options.depth, vocab_size=options.vocab_size, head_dim=64, context_length=1024)
+    model = random_model(config, torch.float32, seed=0)
+    tokenizer = random_tokenizer(options.vocab_size)
+    engines = {name: Engine(model, tokenizer, EngineConfig(prefix_caching=name == "on")) for name in ("on", "off")}
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    source = random.Random(0)
+    for number in range(options.rounds + 1):
+        prompt = [source.randrange(options.vocab_size) for _ in range(options.tokens - ANSWER)]
+        addition = [source.randrange(options.vocab_size) for _ in range(NEW)]
+        for name, engine in engines.items():
+            [[answer]] = engine.generate([prompt], SamplingParams(max_tokens=ANSWER))
+            taken = first_token_seconds(engine, [*prompt, *answer.token_ids, *addition])
+            if number:  # the first round warms up
+                seconds[name].append(taken)
+    on, off = (statistics.median(seconds[name]) for name in ("on", "off"))
+    print(
+        f"second turn after {options.tokens} tokens, {options.rounds} rounds: first token after {1e3 * on:.2f} ms, "
+        f"without prefix caching {1e3 * off:.2f} ms, ratio of the medians {off / on:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
