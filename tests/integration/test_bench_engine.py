@@ -16,7 +16,6 @@ import grpc
 import pytest
 import torch
 from scripted_engine import failing, hanging, running_engine, running_gateway, saying, until_ready
-from test_engine_service import Service
 
 from jobs.eval.bench_engine import BenchEngineSettings, run
 from jobs.eval.roofline import Limits
@@ -24,6 +23,7 @@ from nanochat_core.checkpoint import CheckpointRef, promote
 from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.errors import UserError
 from nanochat_core.store import open_store
+from tests.service_process import EngineProcess
 from tests.unit.engine_models import BYTES, tiny_model
 
 SMALL: dict[str, Any] = {
@@ -49,8 +49,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(home: Path) -> Iterator[Service]:
-    running = Service(home, "--max-running", "4", "--max-waiting", "8")
+def service(home: Path) -> Iterator[EngineProcess]:
+    running = EngineProcess(home, "--max-running", "4", "--max-waiting", "8")
     yield running
     assert running.stop() == 0
 
@@ -143,7 +143,7 @@ def test_arrivals_at_random_are_sent_at_their_rate(home: Path, tmp_path: Path):
     assert "400/s" in lines[-1]
 
 
-def test_an_engine_process_gives_outputs_of_the_wanted_length(service: Service, tmp_path: Path):
+def test_an_engine_process_gives_outputs_of_the_wanted_length(service: EngineProcess, tmp_path: Path):
     result, _ = bench(tmp_path, endpoint=f"grpc://{service.address}")
     assert (result["target"]["model"], result["limits"]) == ("tiny", None)
     for row in result["rows"]:
@@ -157,13 +157,13 @@ def test_an_engine_process_gives_outputs_of_the_wanted_length(service: Service, 
     assert by_mix["prefix"]["cached_share"] > 0.5
 
 
-def test_a_second_run_does_not_find_the_prompts_of_the_first_in_the_cache(service: Service, tmp_path: Path):
+def test_a_second_run_does_not_find_the_prompts_of_the_first_in_the_cache(service: EngineProcess, tmp_path: Path):
     for _ in range(2):
         result, _ = bench(tmp_path, endpoint=f"grpc://{service.address}", mixes=("fixed",))
         assert [row["cached_share"] for row in result["rows"]] == [0, 0]
 
 
-def test_an_engine_that_has_no_room_refuses_and_that_is_counted(service: Service, tmp_path: Path):
+def test_an_engine_that_has_no_room_refuses_and_that_is_counted(service: EngineProcess, tmp_path: Path):
     changes = {"mixes": ("fixed",), "rate": ("100000",), "requests": 40, "output_tokens": 100}
     result, lines = bench(tmp_path, endpoint=f"grpc://{service.address}", **changes)
     (row,) = result["rows"]
@@ -175,7 +175,7 @@ def test_an_engine_that_has_no_room_refuses_and_that_is_counted(service: Service
     assert str(row["refused"]) in lines[-1]
 
 
-async def test_a_gateway_before_an_engine_process_is_measured(service: Service, tmp_path: Path):
+async def test_a_gateway_before_an_engine_process_is_measured(service: EngineProcess, tmp_path: Path):
     async with running_gateway(service.address) as url:
         await until_ready(url)
         result, _ = await asyncio.to_thread(

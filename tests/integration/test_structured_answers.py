@@ -17,7 +17,7 @@ from scripted_engine import http_client, openai_client, running_gateway, until_r
 from nanochat_core.checkpoint import CheckpointRef, promote
 from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.store import open_store
-from tests.integration.test_engine_service import Service
+from tests.service_process import EngineProcess
 from tests.unit.engine_models import BYTES, tiny_model
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -35,18 +35,18 @@ PET = {"type": "json_schema", "json_schema": {"name": "pet", "schema": Pet.model
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     home = tmp_path_factory.mktemp("home")
     store, ref = open_store(str(home)), CheckpointRef("tiny", "sft", 1)
     save_checkpoint(store, ref, model=tiny_model(context_length=1024), tokenizer=BYTES, meta={})
     promote(store, ref)
-    running = Service(Path(home))
+    running = EngineProcess(Path(home))
     yield running
     assert running.stop() == 0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def url(engine: Service) -> AsyncIterator[str]:
+async def url(engine: EngineProcess) -> AsyncIterator[str]:
     async with running_gateway(engine.address) as url:
         await until_ready(url)
         yield url
