@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import dataclasses
 import hashlib
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
@@ -20,18 +21,20 @@ class CacheGroup:
         layers: their indices.
         window: tokens before itself that a token sees; None for all.
         num_blocks: blocks there are for them, each with ``block_size`` tokens of every layer of the group.
+        most_held: blocks that one sequence holds at a time at most: its window and what one step computes.
     """
 
     layers: tuple[int, ...]
     window: int | None
     num_blocks: int
+    most_held: int = sys.maxsize
 
 
 class BlockManager:
     """Hands out blocks of ``block_size`` tokens and finds those already computed.
 
     Every group of layers has blocks of its own. A group with a window gives its blocks back as soon as no later token
-    sees them, so that its part of a long sequence is no longer than the window.
+    sees them, so that its part of a long sequence is no longer than the window and what one step computes.
 
     A block is shared only once it is full, and a full block never changes, so nothing needs to be copied on write:
     each sequence computes its own last, partial block. A full block is known by the hash of its tokens chained with
@@ -48,14 +51,15 @@ class BlockManager:
         self._promised: dict[bytes, Sequence] = {}
 
     @property
-    def num_blocks(self) -> int:
-        """Of all groups together."""
-        return sum(group.num_blocks for group in self.groups)
-
-    @property
     def num_used(self) -> int:
         """Blocks held by sequences; those kept only because they may be useful again are free."""
-        return sum(pool.num_blocks - len(pool.free) for pool in self._pools)
+        return sum(pool.num_used for pool in self._pools)
+
+    @property
+    def usage(self) -> tuple[int, int]:
+        """Blocks held and blocks there are in the group that is fullest: the one that will run out first."""
+        fullest = max(self._pools, key=lambda pool: pool.num_used / pool.num_blocks)
+        return fullest.num_used, fullest.num_blocks
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks needed to hold this many tokens."""
@@ -75,6 +79,8 @@ class BlockManager:
         """
         if not self.prefix_caching:
             return 0
+        if seq.awaited in self._promised:
+            return None
         hashes = self._hashes_of(seq)[: (len(seq.tokens) - 1) // self.block_size]
         # Every group needs what its window shows of the prefix; only groups without one need all of it.
         found = [[digest in pool.by_hash for digest in hashes] for pool in self._pools]
@@ -87,19 +93,16 @@ class BlockManager:
                 for run, group in zip(in_reach, self.groups, strict=True)
             ):
                 longest = i + 1
-        if longest < len(hashes) and hashes[longest] in self._promised:
-            return None
-        return longest
+        seq.awaited = hashes[longest] if longest < len(hashes) else None
+        return None if seq.awaited in self._promised else longest
 
     def can_admit(self, seq: Sequence, prefix: int, spare: int) -> bool:
-        """Whether all known tokens of ``seq`` fit after ``prefix`` blocks with ``spare`` blocks left over."""
+        """Whether what ``seq`` will hold of its tokens fits after ``prefix`` blocks with ``spare`` blocks left."""
         last = self.blocks_for(len(seq.tokens))
         for group, pool in zip(self.groups, self._pools, strict=True):
             first = self._first_needed(group, prefix)
             revived = sum(not pool.references[pool.by_hash[digest]] for digest in seq.block_hashes[first:prefix])
-            fresh = last - prefix
-            if group.window is not None:
-                fresh = min(fresh, self.blocks_for(group.window) + 1)
+            fresh = min(last - first, group.most_held) - (prefix - first)
             if len(pool.free) - revived - fresh < spare:
                 return False
         return True
@@ -200,6 +203,10 @@ class _Pool:
         self.hashes: list[bytes | None] = [None] * num_blocks
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self.by_hash: dict[bytes, int] = {}
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self.free)
 
     def take(self) -> int:
         """A free block, which loses its name."""

@@ -30,7 +30,7 @@ class EngineConfig:
         max_waiting: most sequences queued beyond those for which there is room.
         prefix_caching: whether requests reuse blocks that others have computed.
         speculative_tokens: longest draft of tokens looked up in the sequence itself; 0 drafts nothing.
-        speculative_batch: sequences draft while their tokens of one step, drafts included, are at most this many.
+        speculative_batch: sequences draft while as many run that one token and a draft of each are at most this many.
         tool_timeout_seconds: a call without result is given up after this.
         tool_max_calls, tool_max_output_tokens: limits of requests that name none.
 

@@ -99,10 +99,11 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.model_config = model.config
         device = model.cos.device
-        cache = config.build_cache(model)
+        network = Network(model)
+        cache = config.build_cache(model)  # after the network, whose memory it leaves alone
         self.blocks = BlockManager(cache.groups, config.block_size, config.prefix_caching)
         self.scheduler = Scheduler(self.blocks, config.token_budget, config.max_running, config.speculation)
-        self.runner = Runner(Network(model), cache)
+        self.runner = Runner(network, cache)
         self.sampler = Sampler(model.config.vocab_size, device)
         self.grammars = Grammars(tokenizer, model.config.vocab_size)
         self.tools = ToolLoop(
@@ -256,13 +257,14 @@ class Engine:
 
     def load(self) -> Load:
         """A snapshot; other threads may call this."""
-        scheduler, blocks = self.scheduler, self.blocks
+        scheduler = self.scheduler
+        used, total = self.blocks.usage
         return Load(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             parked=len(scheduler.parked),
-            blocks_total=blocks.num_blocks,
-            blocks_used=blocks.num_used,
+            blocks_total=total,
+            blocks_used=used,
         )
 
     def warm_up(self) -> None:
@@ -348,9 +350,22 @@ class Engine:
                 break
             seq.computed += 1
         generated = len(seq.tokens) - before
+        self._note_tokens(seq, generated)
         if self._observer and chunk.draft:
             self._observer.speculated(len(chunk.draft), generated - 1)
         return generated
+
+    def _note_tokens(self, seq: Sequence, count: int) -> None:
+        """Tell when ``count`` tokens of a step came; they share the time since those before them."""
+        if not self._observer or not count:
+            return
+        now = time.monotonic()
+        if seq.last_token_at is None:
+            self._observer.first_token(now - seq.arrived_at)
+        else:
+            for _ in range(count):
+                self._observer.next_token((now - seq.last_token_at) / count)
+        seq.last_token_at = now
 
     def _append(self, seq: Sequence, sample: Sample) -> None:
         """Append a sampled token and see what follows from it."""
@@ -358,13 +373,6 @@ class Engine:
         if matcher is not None and matcher.stuck:  # nothing may follow, so the sample means nothing
             self._finish(seq, FinishReason.STOP if matcher.complete else FinishReason.LENGTH)
             return
-        if self._observer:
-            now = time.monotonic()
-            if seq.last_token_at is None:
-                self._observer.first_token(now - seq.arrived_at)
-            else:
-                self._observer.next_token(now - seq.last_token_at)
-            seq.last_token_at = now
         seq.tokens.append(sample.token)
         self._output_for_tokens(seq).tokens.append(Token(sample.token, sample.logprob, sample.top_logprobs))
         at_end = len(seq.tokens) >= seq.max_length

@@ -140,8 +140,8 @@ def plan_groups(
     else:
         blocks = [(memory - least) // sizes[0] + 1, *needs[1:]]
     return [
-        CacheGroup(members, None if reach == last else reach, count)
-        for members, reach, count in zip(layers, reaches, blocks, strict=True)
+        CacheGroup(members, None if reach == last else reach, count, need)
+        for members, reach, count, need in zip(layers, reaches, blocks, needs, strict=True)
     ]
 
 

@@ -47,7 +47,7 @@ class PackedWeight:
             weight: (out_features, in_features) in the compute dtype.
         """
         self._packs = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packs else weight
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packs else weight.clone()
 
     def __call__(self, x: Tensor) -> Tensor:
         """(tokens, in_features) to (tokens, out_features)."""
@@ -215,4 +215,4 @@ def _square_sum(x: Tensor) -> Tensor:
     division is left to where the result is small or scaled anyway.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return norm.square_().add_(x.size(-1) * torch.finfo(x.dtype).eps)
+    return norm.square_().add_(x.size(-1) * torch.finfo(torch.float32).eps)

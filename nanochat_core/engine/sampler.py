@@ -148,7 +148,7 @@ class Sampler:
         return best.indices if bool(((z >= last).sum(dim=-1) == counts).all()) else None
 
     def _filter(self, z: Tensor, params: Items[SamplingParams]) -> Tensor:
-        """Top-k, then top-p over what is left, then min-p, as thresholds on (rows, vocab_size) logits."""
+        """Top-k, then top-p over what is left, then min-p, as thresholds on the logits of all or some tokens."""
         top_k = [p.top_k or self._vocab_size for p in params]
         limited = _rows(params, lambda p: 0 < p.top_k < self._vocab_size)
         if limited:

@@ -138,7 +138,7 @@ class Scheduler:
             self.blocks.seal(chunk.seq)
 
     def _with_draft(self, chunk: Chunk, room: int) -> Chunk:
-        """The chunk with as much of a draft as is worth it and fits without taking anything from anyone."""
+        """The chunk with as much of a draft as is worth it and leaves a block for each running sequence."""
         seq = chunk.seq
         if not chunk.samples or not seq.may_draft:
             return chunk

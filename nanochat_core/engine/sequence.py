@@ -35,6 +35,7 @@ class Sequence:
             ``block_tables[group][i // block_size]``. Empty when the sequence holds nothing.
         first_blocks: for each group the first block that the sequence still holds: those before are out of sight.
         block_hashes: content hash of each full block of known tokens, filled in lazily by the block manager.
+        awaited: hash of the block that it last found missing at the end of its prefix.
         sealed: how many leading blocks other sequences can find by their hash.
         sample_key: start of this choice's stream of random numbers.
         cached_prompt_tokens: prompt tokens found in the cache at the first admission.
@@ -61,6 +62,7 @@ class Sequence:
         self.block_tables: list[list[int]] = []
         self.first_blocks: list[int] = []
         self.block_hashes: list[bytes] = []
+        self.awaited: bytes | None = None
         self.sealed = 0
         self.state = State.WAITING
         self.order = (request.priority, arrival)

@@ -25,8 +25,8 @@ class Speculation:
 
     Attributes:
         most: longest draft of one sequence; 0 drafts nothing.
-        batch: tokens that a step may grow to by drafts. A larger batch is bound by arithmetic, and drafts cost what
-            they are.
+        batch: running sequences and their drafts are together at most so many tokens. A larger batch is bound by
+            arithmetic, and drafts cost what they are.
     """
 
     most: int
@@ -56,7 +56,9 @@ class PromptLookup:
         self._guess = None if place is None else tokens[place]
         if place is None or self.right_share < _LEAST_RIGHT:
             return []
-        return tokens[place : place + most]
+        # What repeats itself since then is taken to go on doing so.
+        period = len(tokens) - place
+        return [tokens[place + i % period] for i in range(most)]
 
     def _look_up(self, tokens: list[int]) -> int | None:
         """Where a draft for the end of ``tokens`` begins; takes up those that are new."""

@@ -40,7 +40,9 @@ class EngineSettings:
         minimum=0,
     )
     speculative_batch: int = setting(
-        EngineConfig.speculative_batch, "Most tokens of a step in which sequences draft, drafts included.", minimum=0
+        EngineConfig.speculative_batch,
+        "Sequences draft while one token and a draft of each running one are at most this many.",
+        minimum=0,
     )
     tool_timeout_seconds: float = setting(
         EngineConfig.tool_timeout_seconds, "Seconds after which a Python call is given up.", minimum=0.01

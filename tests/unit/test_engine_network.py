@@ -65,9 +65,14 @@ def test_one_token_at_a_time_gives_what_the_row_gives():
         torch.testing.assert_close(network.logits(torch.cat(steps)), model(row)[0], atol=5e-3, rtol=0)
 
 
-def test_bf16_computes_in_bf16_and_gives_what_training_in_bf16_gives():
+@pytest.mark.parametrize("residual_scale", [1.0, 0.02])
+def test_bf16_computes_in_bf16_and_gives_what_training_in_bf16_gives(residual_scale: float):
+    """Small residual streams are where a norm's epsilon would show."""
     shape, row = config(4), random_ids(1, 30)
     model = random_model(shape, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.residual_scales.mul_(residual_scale)
+        model.skip_scales.mul_(residual_scale)
     network, seen = Network(model), set()
     attention = CachedAttention(shape.windows, [0] * 30)
 

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from nanochat_core.config import ModelConfig
 from nanochat_core.engine.block_manager import BlockManager, CacheGroup
+from nanochat_core.engine.kv_cache import bytes_per_block, plan_groups
 from nanochat_core.engine.request import Request
 from nanochat_core.engine.scheduler import Scheduler
 from nanochat_core.engine.sequence import Sequence, State
@@ -18,7 +23,7 @@ class Bench:
 
     def add(self, length: int, priority: int = 0) -> Sequence:
         request = Request(str(self.arrivals), tuple(range(length)), priority=priority)
-        seq = Sequence(request, 0, self.arrivals, 0, 1000)
+        seq = Sequence(request, 0, self.arrivals, 0, 5000)
         self.arrivals += 1
         self.scheduler.add(seq)
         return seq
@@ -120,3 +125,61 @@ def test_a_sequence_can_leave_from_any_state(state: str) -> None:
     assert seq.state is State.FINISHED
     assert bench.blocks.num_used == 0
     assert bench.step() == []
+
+
+def planned(context: int, budget: int, sequences: float) -> Bench:
+    """A scheduler over a cache for so many sequences of full length."""
+    model = ModelConfig.from_depth(4, vocab_size=64, head_dim=16, context_length=context)
+    one = plan_groups(model, 16, torch.float32, memory=1 << 40, sequences=1, token_budget=budget)
+    size = sum(bytes_per_block(model, len(group.layers), 16, torch.float32) * group.num_blocks for group in one)
+    groups = plan_groups(model, 16, torch.float32, memory=int(size * sequences), sequences=1000, token_budget=budget)
+    bench = Bench(budget=budget)
+    bench.blocks = BlockManager(groups, 16)
+    bench.scheduler = Scheduler(bench.blocks, budget, 8)
+    return bench
+
+
+def test_a_prompt_behind_a_short_window_is_admitted_only_with_room_for_its_first_chunk() -> None:
+    """A window of 256, and chunks of up to 512 tokens."""
+    bench = planned(1024, 512, 2)
+    for _ in range(4):
+        bench.add(256)
+        bench.step()
+    late = bench.add(600)
+    while late.state is State.WAITING:
+        bench.step()
+        for seq in [seq for seq in bench.scheduler.running if seq is not late and len(seq.tokens) > 300]:
+            bench.scheduler.finish(seq)
+    while late.computed < 600:
+        bench.step()
+
+
+@pytest.mark.parametrize(("context", "budget"), [(2048, 256), (4096, 512)])
+def test_a_sequence_alone_always_runs_whatever_it_finds_in_the_cache(context: int, budget: int) -> None:
+    """The cache holds one sequence, and windows are longer than a step."""
+    bench = planned(context, budget, 1)
+    first = bench.add(context // 2)
+    while first.remaining > 0 and first.computed < context // 2:
+        bench.step()
+    bench.scheduler.finish(first)
+    again = bench.add(context - 10)
+    for _ in range(2 * context // budget):
+        if again.computed < context - 10:
+            bench.step()
+    assert again.computed >= context - 10
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_is_planned_every_sequence_gets_through(data: st.DataObject) -> None:
+    context = data.draw(st.sampled_from([256, 640, 1024, 2048]))
+    budget = data.draw(st.sampled_from([8, 64, 300, 512, 1024]))
+    bench = planned(context, budget, data.draw(st.sampled_from([1, 1.3, 2, 3])))
+    lengths = data.draw(st.lists(st.integers(1, context - 8), min_size=1, max_size=8))
+    sequences = [bench.add(length) for length in lengths]
+    for _ in range(40 * (1 + sum(lengths) // budget) + 200):
+        bench.step()
+        for seq, length in zip(sequences, lengths, strict=True):
+            if seq.state is not State.FINISHED and len(seq.tokens) >= length + 4:
+                bench.scheduler.finish(seq)
+    assert all(seq.state is State.FINISHED for seq in sequences)

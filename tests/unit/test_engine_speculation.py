@@ -25,12 +25,12 @@ from nanochat_core.tokenizer import OUTPUT_END, OUTPUT_START, PYTHON_END, PYTHON
 
 
 def looked_up(tokens: list[int], most: int) -> list[int]:
-    """Slow reference: what followed the latest earlier occurrence of the longest n-gram at the end."""
+    """Slow reference: what followed the latest earlier occurrence of the longest n-gram at the end, over and over."""
     for length in NGRAMS:
         ending = tokens[-length:]
         for end in range(len(tokens) - 1, length - 1, -1):
             if len(ending) == length and tokens[end - length : end] == ending:
-                return tokens[end : end + most]
+                return (tokens[end:] * most)[:most]
     return []
 
 
