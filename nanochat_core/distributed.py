@@ -107,7 +107,8 @@ def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECOND
         timeout_seconds: how long one rank waits for another before it gives up with an error.
 
     Raises:
-        UserError: the environment is incomplete, or the others did not come in time.
+        UserError: the environment is incomplete.
+        RankLost: the others did not come in time, or were leaving.
     """
     size = _number("WORLD_SIZE", 1)
     if size == 1:
@@ -123,9 +124,12 @@ def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECOND
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_seconds)
         )
-    except (dist.DistError, RuntimeError, ValueError) as error:
+    except ValueError as error:
+        raise UserError(f"rank {rank} of {size} cannot meet the others: {_line(error)}") from error
+    except (dist.DistError, RuntimeError) as error:
+        # Worth another try: a rank that was started again may have found the first rank of the run that is ending.
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"rank {rank} of {size} did not meet the others at {where}: {_line(error)}") from error
+        raise RankLost(f"rank {rank} of {size} did not meet the others at {where}: {_line(error)}") from error
     yield Ranks(rank, size, dist.group.WORLD)
     # Not after an error: to leave in order takes all ranks.
     dist.destroy_process_group()

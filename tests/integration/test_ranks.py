@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_training import NAME, PRETRAIN, SFT, STEPS, Job, Jobs, Result, fill
 
+from nanochat_core.distributed import RankLost, joined
 from nanochat_core.errors import RetryableError
 
 PRETRAIN_MODULE, SFT_MODULE = "jobs.train.pretrain", "jobs.train.sft"
@@ -133,3 +136,16 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(jobs: Jobs) -> None:
     ranks = jobs.start_ranks(3, PRETRAIN_MODULE, FLAGS)
     assert [rank.wait() for rank in ranks] == [2] * 3
     assert "3 processes cannot share batches of 8 rows alike" in ranks[0].stderr
+
+
+def test_a_rank_that_meets_nobody_may_be_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have found the first rank of the run that was ending, which is no fault of the settings."""
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        port = unheard.getsockname()[1]
+        for name, value in (("WORLD_SIZE", 2), ("RANK", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+            monkeypatch.setenv(name, str(value))
+        message = rf"rank 1 of 2 did not meet the others at 127\.0\.0\.1:{port}"
+        with pytest.raises(RankLost, match=message) as caught, joined(torch.device("cpu"), timeout_seconds=2):
+            pass
+    assert caught.value.exit_code == 138
