@@ -1,0 +1,46 @@
+"""Evaluations keep finished work through interruptions and never mix results of different checkpoints or settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jobs.eval.record import Evaluation, results
+from nanochat_core.checkpoint import CheckpointRef
+from nanochat_core.store import FolderStore
+
+REF = CheckpointRef("m", "sft", 10)
+
+
+def _evaluation(root: Path, digest: str = "a", **settings: int) -> Evaluation:
+    return Evaluation(FolderStore(root), REF, digest, "chat", settings)
+
+
+def test_finished_parts_are_found_by_a_later_run_until_the_result_is_there(tmp_path: Path) -> None:
+    _evaluation(tmp_path, items=3).save_part("gsm8k-0", [1, 0])
+    later = _evaluation(tmp_path, items=3)
+    assert later.part("gsm8k-0") == [1, 0]
+    assert later.part("gsm8k-1") is None
+    assert later.result() is None
+    later.finish({"score": 0.5})
+    assert later.part("gsm8k-0") is None
+    result = _evaluation(tmp_path, items=3).result()
+    assert result is not None
+    assert result["score"] == 0.5
+
+
+def test_other_weights_or_settings_find_neither_parts_nor_result(tmp_path: Path) -> None:
+    first = _evaluation(tmp_path, items=3)
+    first.save_part("x", 1)
+    assert _evaluation(tmp_path, items=4).part("x") is None
+    assert _evaluation(tmp_path, "b", items=3).part("x") is None
+    first.finish({"score": 1})
+    assert _evaluation(tmp_path, items=4).result() is None
+    assert _evaluation(tmp_path, "b", items=3).result() is None
+
+
+def test_results_lists_what_was_finished(tmp_path: Path) -> None:
+    _evaluation(tmp_path, items=3).finish({"score": 0.5})
+    Evaluation(FolderStore(tmp_path), CheckpointRef("m", "base", 5), "c", "core", {}).finish({"core": 0.1})
+    Evaluation(FolderStore(tmp_path), CheckpointRef("m", "base", 5), "c", "unfinished", {}).save_part("a", 1)
+    found = {(result["revision"], result["evaluation"]) for result in results(FolderStore(tmp_path), "m")}
+    assert found == {("sft/step_000010", "chat"), ("base/step_000005", "core")}
