@@ -8,7 +8,7 @@ computes, so nothing that comes later can change that gradient but by a factor.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,8 @@ IGNORE_INDEX = -1
 # Logits that are held at once: on a CPU what its caches hold, on a GPU enough for matrix products at full speed.
 CPU_CHUNK = 2**22
 GPU_CHUNK = 2**27
+# Chunks of learned rows have few different lengths, because matrix products are prepared anew for each.
+ROWS_MULTIPLE = 128
 
 LossAndGradient = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
@@ -89,23 +91,38 @@ def loss_and_gradients(
     Returns:
         fp32 scalar; (tokens, dim) in ``hidden``'s dtype; (rows, dim) fp32.
     """
-    per_chunk = _compiled() if compile else loss_and_logit_gradient
+    per_chunk = _compiled if compile else loss_and_logit_gradient
     with torch.no_grad():
         hidden, weight = hidden.detach(), weight.detach()
         head = weight.to(hidden.dtype)
         columns = head.T.contiguous()
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
-        size = chunk_tokens(hidden, weight)
-        for h, t, out in zip(hidden.split(size), targets.split(size), hidden_gradient.split(size), strict=True):
-            losses, gradient = per_chunk(product(h, head), t, vocab_size)
+        hidden_gradient, weight_gradient = torch.zeros_like(hidden), torch.zeros_like(weight)
+        for rows in _learned_rows(targets, chunk_tokens(hidden, weight)):
+            h = hidden[rows]
+            losses, gradient = per_chunk(product(h, head), targets[rows], vocab_size)
             total += losses
-            out.copy_(product(gradient, columns))
+            hidden_gradient[rows] = product(gradient, columns)
             if hidden.dtype == weight.dtype:
                 weight_gradient.addmm_(gradient.T, h)
             else:
                 weight_gradient += gradient.T @ h
     return total, hidden_gradient, weight_gradient
+
+
+def _learned_rows(targets: Tensor, size: int) -> Iterator[Tensor | slice]:
+    """Chunks of at most ``size`` rows, which together have every counted target."""
+    count = targets.numel()
+    rows = None
+    # In fine-tuning, half of the tokens are prompts, tool output and padding. A GPU would have to wait for their number.
+    if not targets.is_cuda:
+        ignored = targets == IGNORE_INDEX
+        learned = -(-(count - int(ignored.sum())) // ROWS_MULTIPLE) * ROWS_MULTIPLE
+        if learned < count:
+            rows, count = ignored.to(torch.int8).argsort(stable=True), learned
+    for start in range(0, count, size):
+        chunk = slice(start, min(start + size, count))
+        yield chunk if rows is None else rows[chunk]
 
 
 @loss_and_gradients.register_fake
@@ -149,6 +166,12 @@ def loss_and_logit_gradient(raw: Tensor, targets: Tensor, vocab_size: int) -> tu
     return losses.sum(), gradient.to(raw.dtype)
 
 
+def _compiled(raw: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    for rows in (raw, targets):
+        torch._dynamo.mark_dynamic(rows, 0)
+    return _compiler()(raw, targets, vocab_size)
+
+
 @functools.cache
-def _compiled() -> LossAndGradient:
-    return cast(LossAndGradient, torch.compile(loss_and_logit_gradient, dynamic=False))
+def _compiler() -> LossAndGradient:
+    return cast(LossAndGradient, torch.compile(loss_and_logit_gradient))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -15,18 +14,13 @@ hypothesis.settings.register_profile("nanochat", deadline=None)
 hypothesis.settings.load_profile("nanochat")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Tensors in tests are small: threads that wait for each other on a busy machine cost more than they give."""
+@pytest.fixture(autouse=True)
+def _cpu_of_tests() -> None:
+    """One thread and subnormal numbers, whatever a job that ran in this process has set.
+
+    Tensors in tests are small: threads that wait for each other on a busy machine cost more than they give.
+    """
     torch = sys.modules.get("torch")  # only tests that use it pay for its import
     if torch is not None:
         torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _subnormal_numbers() -> Iterator[None]:
-    """A job that ran in this process has switched subnormal numbers off; other tests draw them."""
-    yield
-    torch = sys.modules.get("torch")
-    if torch is not None:
         torch.set_flush_denormal(False)

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ _FEW_WORDS, _MANY_WORDS = 8, 32
 _CONNECT_SECONDS = 10.0
 
 
-class EndpointTarget:
+class EndpointTarget(ABC):
     """What targets over the network share: one event loop, in which connections stay open between runs."""
 
     vocabulary: int
@@ -82,16 +83,16 @@ class EndpointTarget:
         else:
             outcome.finished = time.perf_counter() - started
 
+    @abstractmethod
     def _stream(self, request: BenchRequest) -> AsyncIterator[tuple[int, int, list[TokenCounts]]]:
         """What comes of a request: choice, number of its new tokens, counts of what has ended.
 
         Raises:
             EndpointError: it was not answered, or not to its end.
         """
-        raise NotImplementedError
 
-    async def _disconnect(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _disconnect(self) -> None: ...
 
 
 class EndpointError(Exception):

@@ -89,7 +89,7 @@ class BlockManager:
         for i in range(len(hashes)):
             in_reach = [run + 1 if there[i] else 0 for run, there in zip(in_reach, found, strict=True)]
             if all(
-                run >= i + 1 - self._first_needed(group, i + 1)
+                run >= i + 1 - self._first_needed(group, (i + 1) * self.block_size)
                 for run, group in zip(in_reach, self.groups, strict=True)
             ):
                 longest = i + 1
@@ -100,7 +100,7 @@ class BlockManager:
         """Whether what ``seq`` will hold of its tokens fits after ``prefix`` blocks with ``spare`` blocks left."""
         last = self.blocks_for(len(seq.tokens))
         for group, pool in zip(self.groups, self._pools, strict=True):
-            first = self._first_needed(group, prefix)
+            first = self._first_needed(group, prefix * self.block_size)
             revived = sum(not pool.references[pool.by_hash[digest]] for digest in seq.block_hashes[first:prefix])
             fresh = min(last - first, group.most_held) - (prefix - first)
             if len(pool.free) - revived - fresh < spare:
@@ -113,7 +113,7 @@ class BlockManager:
         seq.block_tables = []
         seq.first_blocks = []
         for group, pool in zip(self.groups, self._pools, strict=True):
-            first = self._first_needed(group, prefix)
+            first = self._first_needed(group, prefix * self.block_size)
             seq.first_blocks.append(first)
             seq.block_tables.append([0] * first + [pool.share(digest) for digest in hashes[first:prefix]])
         seq.computed = prefix * self.block_size
@@ -144,7 +144,7 @@ class BlockManager:
             seq.sealed = full
         for g, (group, pool) in enumerate(zip(self.groups, self._pools, strict=True)):
             if group.window is not None and seq.block_tables:
-                first = max(seq.computed - group.window, 0) // self.block_size
+                first = self._first_needed(group, seq.computed)
                 for i in range(seq.first_blocks[g], first):
                     pool.give_back(seq.block_tables[g][i])
                 seq.first_blocks[g] = max(seq.first_blocks[g], first)
@@ -153,7 +153,7 @@ class BlockManager:
         """Take every block back from ``seq``, which then has nothing computed."""
         for digest in seq.block_hashes[seq.sealed :]:
             self._keep_promise(digest, seq)
-        # Strict only by groups: a sequence that holds nothing has no tables.
+        # A sequence that holds nothing has no tables, so fewer than there are pools.
         for table, first, pool in zip(seq.block_tables, seq.first_blocks, self._pools, strict=False):
             # The last block goes first, so that of a chain the end is lost before the beginning.
             for block in reversed(table[first:]):
@@ -176,9 +176,9 @@ class BlockManager:
         for digest, seq in self._promised.items():
             assert seq.block_tables, f"{seq} promised {digest.hex()} and holds no blocks"
 
-    def _first_needed(self, group: CacheGroup, blocks: int) -> int:
-        """The first of ``blocks`` computed blocks that a token behind them sees."""
-        return 0 if group.window is None else max(blocks * self.block_size - group.window, 0) // self.block_size
+    def _first_needed(self, group: CacheGroup, computed: int) -> int:
+        """The first block that a token behind ``computed`` tokens sees."""
+        return 0 if group.window is None else max(computed - group.window, 0) // self.block_size
 
     def _keep_promise(self, digest: bytes, seq: Sequence) -> None:
         if self._promised.get(digest) is seq:

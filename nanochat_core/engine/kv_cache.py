@@ -99,9 +99,8 @@ class KVCache:
         """Keys and values of (rows, n) block ids, each (rows, n * block_size, n_kv_head, head_dim)."""
         rows, flat = blocks.size(0), blocks.flatten()
         shape = (rows, -1, self.config.n_kv_head, self.config.head_dim)
-        return self._keys[layer].index_select(0, flat).view(shape), self._values[layer].index_select(0, flat).view(
-            shape
-        )
+        keys, values = self._keys[layer].index_select(0, flat), self._values[layer].index_select(0, flat)
+        return keys.view(shape), values.view(shape)
 
 
 def bytes_per_block(config: ModelConfig, layers: int, block_size: int, dtype: torch.dtype) -> int:

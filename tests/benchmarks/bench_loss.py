@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nanochat_core.device import prepare_cpu
-from nanochat_core.loss import softcap, softcapped_cross_entropy
+from nanochat_core.loss import IGNORE_INDEX, softcap, softcapped_cross_entropy
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--learned", type=float, default=1.0, help="share of targets that count")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=6)
     args = parser.parse_args()
@@ -68,6 +69,7 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64
     clock = time.process_time if args.threads == 1 else time.perf_counter
     targets = torch.randint(args.vocab_size, (args.tokens,))
+    targets[torch.rand(args.tokens) >= args.learned] = IGNORE_INDEX
     weight = (0.05 * torch.randn(args.vocab_size, args.dim)).requires_grad_()
     print(f"{'dtype':>9} {'formula':>8} {'ms':>7} {'ratio':>6} {'peak MB':>8}")
     for dtype in (torch.float32, torch.bfloat16):

@@ -35,10 +35,9 @@ from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.protos import engine_pb2_grpc
 from nanochat_core.store import open_store
-from nanochat_core.tokenizer import PYTHON_END, PYTHON_START
 from tests.processes import descendants
 from tests.service_process import EngineProcess, ServiceProcess
-from tests.unit.engine_models import BYTES, SPECIAL, script_tokens, tiny_model
+from tests.unit.engine_models import BYTES, CALLING, script_tokens, tiny_model
 
 CONTEXT = 512
 # Small enough for a full queue and for preemptions.
@@ -54,8 +53,6 @@ MEMORY_TOLERANCE_RATIO, MEMORY_TOLERANCE_BYTES = 0.05, 8 << 20
 # gRPC and asyncio start threads and open event descriptors as they find use for them.
 COUNT_TOLERANCE = 4
 FILES_PER_CHILD = 4
-# Makes a random model write short calls.
-CALLING = {SPECIAL[PYTHON_START]: 9.0, SPECIAL[PYTHON_END]: 10.0}
 VARIANTS = 40
 
 

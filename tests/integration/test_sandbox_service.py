@@ -4,75 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from nanochat_core.protos import sandbox_pb2, sandbox_pb2_grpc
+from tests.service_process import REPOSITORY, ServiceProcess
 
-REPOSITORY = Path(__file__).parents[2]
 
-
-class Service:
-    """A running ``python -m services.sandbox`` on free ports."""
+class Service(ServiceProcess):
+    """``python -m services.sandbox``, and calls of it."""
 
     def __init__(self, *flags: str) -> None:
-        started = time.monotonic()
-        self.events: list[dict[str, Any]] = []
-        self._command = [sys.executable, "-m", "services.sandbox", "--port", "0", "--metrics-port", "0", *flags]
-        self.process = subprocess.Popen(self._command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        ready = self.wait_for("ready")
-        self.seconds_to_ready = time.monotonic() - started
-        self.metrics_url = f"http://{ready['metrics_address']}/metrics"
-        self.channel = grpc.insecure_channel(ready["address"])
+        super().__init__("services.sandbox", *flags)
+
+    def connect(self) -> None:
+        super().connect()
         self.stub = sandbox_pb2_grpc.SandboxStub(self.channel)
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.events.append(json.loads(line))
-
-    def wait_for(self, event: str, **fields: object) -> dict[str, Any]:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            for found in list(self.events):
-                if found["event"] == event and fields.items() <= found.items():
-                    return found
-            assert self.process.poll() is None or self._reader.is_alive(), f"it ended: {self.events}"
-            time.sleep(0.01)
-        raise AssertionError(f"no event {event} in {self.events}")
 
     def execute(self, code: str, **fields: Any) -> sandbox_pb2.ExecuteReply:
         return self.stub.Execute(sandbox_pb2.ExecuteRequest(code=code, **fields), timeout=60)
-
-    def metrics(self) -> dict[str, float]:
-        with urllib.request.urlopen(self.metrics_url) as answer:
-            lines = answer.read().decode().splitlines()
-        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
-
-    def health(self) -> int:
-        stub = health_pb2_grpc.HealthStub(self.channel)
-        return stub.Check(health_pb2.HealthCheckRequest(service="nanochat.sandbox.v1.Sandbox"), timeout=10).status
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(30)
-        self._reader.join(10)
-        self.channel.close()
-        return code
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +125,7 @@ def test_a_bad_request_is_refused_by_name(service: Service, request_: sandbox_pb
 
 
 def test_health_and_reflection_are_served(service: Service) -> None:
-    assert service.health() == health_pb2.HealthCheckResponse.SERVING
+    assert service.health("nanochat.sandbox.v1.Sandbox") == health_pb2.HealthCheckResponse.SERVING
     described = ProtoReflectionDescriptorDatabase(service.channel)
     assert "nanochat.sandbox.v1.Sandbox" in described.get_services()
 
@@ -176,7 +134,7 @@ def test_calls_are_counted_by_status(service: Service) -> None:
     def counted() -> tuple[float, float]:
         metrics = service.metrics()
         return (
-            metrics['nanochat_sandbox_executions_total{status="error"}'],
+            metrics["nanochat_sandbox_executions_total[error]"],
             metrics["nanochat_sandbox_execution_seconds_count"],
         )
 
@@ -184,7 +142,7 @@ def test_calls_are_counted_by_status(service: Service) -> None:
     service.execute("1 / 0")
     assert counted() == (errors + 1, all_calls + 1)
     profile = service.stub.GetInfo(sandbox_pb2.GetInfoRequest()).profile
-    assert any(f'profile="{profile}"' in name for name in service.metrics() if "profile_info" in name)
+    assert any(f"[{profile}]" in name for name in service.metrics() if "profile_info" in name)
 
 
 def test_a_call_is_logged_by_its_request_id_and_never_with_its_code(service: Service) -> None:

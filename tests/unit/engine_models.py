@@ -14,10 +14,12 @@ from nanochat_core.engine import EngineConfig
 from nanochat_core.engine.kv_cache import plan_groups
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
-from nanochat_core.tokenizer import Tokenizer
+from nanochat_core.tokenizer import PYTHON_END, PYTHON_START, Tokenizer
 
 BYTES = Tokenizer([bytes([i]) for i in range(256)])
 SPECIAL = BYTES.special_ids
+# A logit bias that makes a random model write short calls: the first token becomes likely, and after it the other one.
+CALLING = {SPECIAL[PYTHON_START]: 9.0, SPECIAL[PYTHON_END]: 10.0}
 
 
 @functools.lru_cache

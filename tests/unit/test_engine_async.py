@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-import torch
 from engine_models import BYTES, tiny_model
 
 from nanochat_core.engine import (
@@ -23,14 +22,6 @@ from nanochat_core.engine import (
 from nanochat_core.errors import UserError
 
 LONG = SamplingParams(max_tokens=0)
-
-
-@pytest.fixture(autouse=True)
-async def _one_thread() -> AsyncIterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

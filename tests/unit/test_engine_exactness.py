@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from engine_models import BYTES, SPECIAL, config_with_blocks, tiny_model
+from engine_models import BYTES, CALLING, config_with_blocks, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,20 +24,9 @@ from nanochat_core.engine import (
     ToolPolicy,
 )
 from nanochat_core.model import GPT
-from nanochat_core.tokenizer import PYTHON_END, PYTHON_START
 
 # Logits this close are a tie that another order of additions may decide otherwise.
 ROUNDING = 1e-4
-# Makes a random model write short calls: the first token becomes likely, and after it the other one.
-CALLING = {SPECIAL[PYTHON_START]: 9.0, SPECIAL[PYTHON_END]: 10.0}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from engine_models import BYTES, config_with_blocks, scripted_model, tiny_model
@@ -12,14 +10,6 @@ from nanochat_core.engine import Engine, EngineConfig, FinishReason, QueueFull, 
 from nanochat_core.errors import UserError
 
 SHORT = SamplingParams(max_tokens=5)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

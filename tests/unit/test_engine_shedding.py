@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from engine_models import BYTES, SPECIAL, config_with_blocks, tiny_model
+from engine_models import BYTES, CALLING, config_with_blocks, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,24 +29,13 @@ from nanochat_core.engine import (
 )
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.shedding import MOST_FAILURES, STEPS_UNTIL_MORE
-from nanochat_core.tokenizer import PYTHON_END, PYTHON_START
 
-# Makes a random model write short calls.
-CALLING = {SPECIAL[PYTHON_START]: 9.0, SPECIAL[PYTHON_END]: 10.0}
 PROMPTS = [tuple(range(i, i + 7 * i + 1)) for i in range(12)]
 SAMPLINGS = [
     SamplingParams(max_tokens=8 + 2 * i, temperature=i % 2 * 0.9, seed=i, logit_bias=CALLING if i % 3 else {})
     for i in range(len(PROMPTS))
 ]
 TOOLS = ToolPolicy(enabled=True)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 async def count_characters(code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import Iterator
 
 import pytest
-import torch
 from engine_models import BYTES, SPECIAL, script_tokens, scripted_model
 
 from nanochat_core.engine import (
@@ -32,14 +30,6 @@ AFTER = "<|output_end|>ok<|assistant_end|>"
 STOP = SamplingParams(stop_token_ids=frozenset({SPECIAL["<|assistant_end|>"]}), max_tokens=200)
 TOOLS = ToolPolicy(enabled=True)
 PROMPT = script_tokens("<|assistant_start|>")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Calculator:

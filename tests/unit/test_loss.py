@@ -36,6 +36,7 @@ def drawn(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tens
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CPU_CHUNK", "GPU_CHUNK"):
         monkeypatch.setattr(lean, name, request.param * ROWS)
+    monkeypatch.setattr(lean, "ROWS_MULTIPLE", 4)
 
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:
@@ -134,3 +135,22 @@ def test_no_more_logits_than_a_chunk_are_made_at_once(monkeypatch: pytest.Monkey
     monkeypatch.setattr(lean, "loss_and_logit_gradient", spy)
     loss_and_gradients(*drawn(), VOCAB, False)
     assert seen == [16, 16, 5]
+
+
+def test_logits_are_made_where_a_target_counts(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def spy(raw: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+        seen.append(len(raw))
+        return raw.sum(), raw
+
+    monkeypatch.setattr(lean, "ROWS_MULTIPLE", 10)
+    monkeypatch.setattr(lean, "loss_and_logit_gradient", spy)
+    hidden, weight, targets = drawn()
+    targets[:20] = -1
+    assert 0 < int((targets != -1).sum()) < 20
+    loss_and_gradients(hidden, weight, targets, VOCAB, False)
+    assert seen == [20]
+    targets[:] = -1
+    loss_and_gradients(hidden, weight, targets, VOCAB, False)
+    assert seen == [20]
