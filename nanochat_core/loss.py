@@ -114,7 +114,7 @@ def _learned_rows(targets: Tensor, size: int) -> Iterator[Tensor | slice]:
     """Chunks of at most ``size`` rows, which together have every counted target."""
     count = targets.numel()
     rows = None
-    # In fine-tuning, half of the tokens are prompts, tool output and padding. A GPU would have to wait for their number.
+    # In fine-tuning half of the tokens are prompts, tool output and padding. A GPU would have to wait for their number.
     if not targets.is_cuda:
         ignored = targets == IGNORE_INDEX
         learned = -(-(count - int(ignored.sum())) // ROWS_MULTIPLE) * ROWS_MULTIPLE

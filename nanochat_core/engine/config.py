@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from nanochat_core.engine.kv_cache import KEY_TILE, MOST_ROWS, KVCache, plan_groups
+from nanochat_core.engine.block_manager import CacheGroup
+from nanochat_core.engine.kv_cache import KEY_TILE, MOST_ROWS, plan_groups
 from nanochat_core.engine.speculation import Speculation
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
@@ -31,6 +32,7 @@ class EngineConfig:
         prefix_caching: whether requests reuse blocks that others have computed.
         speculative_tokens: longest draft of tokens looked up in the sequence itself; 0 drafts nothing.
         speculative_batch: sequences draft while as many run that one token and a draft of each are at most this many.
+        cpu_kernels: on a CPU, compute with the engine's own kernels where they can be had.
         tool_timeout_seconds: a call without result is given up after this.
         tool_max_calls, tool_max_output_tokens: limits of requests that name none.
 
@@ -46,6 +48,7 @@ class EngineConfig:
     prefix_caching: bool = True
     speculative_tokens: int = 3
     speculative_batch: int = 16
+    cpu_kernels: bool = True
     tool_timeout_seconds: float = 10.0
     tool_max_calls: int = 16
     tool_max_output_tokens: int = 256
@@ -68,8 +71,8 @@ class EngineConfig:
     def speculation(self) -> Speculation:
         return Speculation(self.speculative_tokens, self.speculative_batch)
 
-    def build_cache(self, model: GPT) -> KVCache:
-        """The KV cache for ``model``, on its device.
+    def cache_groups(self, model: GPT) -> list[CacheGroup]:
+        """How the KV cache for ``model``, on its device, is divided.
 
         Raises:
             UserError: the given size does not hold a single block.
@@ -80,7 +83,7 @@ class EngineConfig:
             memory = CPU_CACHE_BYTES
             if device.type == "cuda":
                 memory = int(torch.cuda.mem_get_info(device)[0] * CUDA_MEMORY_SHARE)
-        groups = plan_groups(
+        return plan_groups(
             model.config,
             self.block_size,
             dtype,
@@ -89,4 +92,3 @@ class EngineConfig:
             sequences=self.max_running if self.kv_cache_bytes is None else sys.maxsize,
             token_budget=self.token_budget,
         )
-        return KVCache(model.config, groups, self.block_size, dtype, device)

@@ -14,10 +14,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from nanochat_core.engine.backend import build_runner
 from nanochat_core.engine.block_manager import BlockManager
 from nanochat_core.engine.config import EngineConfig
 from nanochat_core.engine.constraints import Grammars
-from nanochat_core.engine.network import Network
 from nanochat_core.engine.request import (
     NO_TOOLS,
     Completion,
@@ -30,7 +30,6 @@ from nanochat_core.engine.request import (
     ToolResult,
     Usage,
 )
-from nanochat_core.engine.runner import Runner
 from nanochat_core.engine.sampler import Sample, Sampler, sample_key
 from nanochat_core.engine.scheduler import Chunk, Scheduler
 from nanochat_core.engine.sequence import Sequence, State
@@ -99,11 +98,9 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.model_config = model.config
         device = model.cos.device
-        network = Network(model)
-        cache = config.build_cache(model)  # after the network, whose memory it leaves alone
-        self.blocks = BlockManager(cache.groups, config.block_size, config.prefix_caching)
+        self.runner, groups = build_runner(model, config)
+        self.blocks = BlockManager(groups, config.block_size, config.prefix_caching)
         self.scheduler = Scheduler(self.blocks, config.token_budget, config.max_running, config.speculation)
-        self.runner = Runner(network, cache)
         self.sampler = Sampler(model.config.vocab_size, device)
         self.grammars = Grammars(tokenizer, model.config.vocab_size)
         self.tools = ToolLoop(

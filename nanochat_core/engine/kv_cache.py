@@ -69,8 +69,12 @@ class KVCache:
         ]
         # (num_blocks, block_size, n_kv_head, head_dim) for each layer.
         shapes = [(groups[g].num_blocks, block_size, config.n_kv_head, config.head_dim) for g in self.group_of]
-        self._keys = [_zeros(shape, dtype, device) for shape in shapes]
-        self._values = [_zeros(shape, dtype, device) for shape in shapes]
+        self._keys = [zeros(shape, dtype, device) for shape in shapes]
+        self._values = [zeros(shape, dtype, device) for shape in shapes]
+
+    def attention(self, chunks: Iterable[Chunk]) -> PagedAttention:
+        """Attention of a batch of these chunks."""
+        return PagedAttention(self, chunks)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store (tokens, n_kv_head, head_dim) keys and values at ``slots`` = block * block_size + offset."""
@@ -158,7 +162,7 @@ class PagedAttention:
         self._cache = cache
         grouped = _group(chunks)
         self.chunks = [chunk for group in grouped for chunk in group]
-        self._slots = [_to_device(_slots(self.chunks, g, cache.block_size), cache) for g in range(len(cache.groups))]
+        self._slots = [_to_device(slots_of(self.chunks, g, cache.block_size), cache) for g in range(len(cache.groups))]
         self._groups = [_Group(cache, group) for group in grouped]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -260,7 +264,7 @@ def _same_bits(rows: int, keys: int, head_dim: int, dtype: torch.dtype, draw: to
     return torch.equal(torch.cat(few, dim=2), many)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros, because a masked key that is not a number would still spoil the sum over values.
 
     In host memory they take no space before they are written: numpy, unlike torch, asks the system for clean pages.
@@ -282,7 +286,7 @@ def _group(chunks: Iterable[Chunk]) -> list[list[Chunk]]:
     return [*short.values(), *long]
 
 
-def _slots(chunks: Items[Chunk], group: int, size: int) -> np.ndarray:
+def slots_of(chunks: Items[Chunk], group: int, size: int) -> np.ndarray:
     """Cache slot of each token of the batch in a group of layers."""
     return np.array(
         [

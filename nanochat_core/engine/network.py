@@ -105,8 +105,8 @@ class _Layer:
         self.down = PackedWeight(mlp.down.weight.to(dtype))
 
 
-class Network:
-    """Hidden states and logits of ragged batches; weights are frozen copies.
+class ServingWeights:
+    """Frozen copies of a model's weights as serving needs them, and what every way to run them has in common.
 
     Attributes:
         no_token: what stands for the token before a sequence's first one.
@@ -136,6 +136,20 @@ class Network:
             self._backout = float(model.backout_scale)
             self._head = PackedWeight((model.head.weight / LOGIT_SOFTCAP).to(dtype))
 
+    def embed(self, ids: Tensor, previous_ids: Tensor) -> Tensor:
+        """(tokens, dim) what the first block begins with: embeddings after the smear."""
+        previous = self._smear.index_select(0, ids) * self._embedding.index_select(0, previous_ids)
+        return self._embedding.index_select(0, ids) + previous
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Softcapped fp32 logits of shape (tokens, vocab_size) for hidden states of shape (tokens, dim)."""
+        return self._head(hidden)[:, : self.config.vocab_size].float().tanh_().mul_(LOGIT_SOFTCAP)
+
+
+class Network(ServingWeights):
+    """Hidden states and logits of ragged batches by PyTorch's operators."""
+
     @torch.inference_mode()
     def hidden(self, ids: Tensor, previous_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The normalized last hidden states.
@@ -150,8 +164,7 @@ class Network:
             (tokens, dim) in the compute dtype.
         """
         turns = self._turns.index_select(0, positions)
-        previous = self._smear.index_select(0, ids) * self._embedding.index_select(0, previous_ids)
-        x = x0 = self._embedding.index_select(0, ids) + previous
+        x = x0 = self.embed(ids, previous_ids)
         tables = self._value_table.index_select(0, ids).chunk(len(self._value_layers), dim=1)
         values = dict(zip(self._value_layers, tables, strict=True))
         middle = x
@@ -162,11 +175,6 @@ class Network:
             if index == len(self._layers) // 2:
                 middle = x
         return rms_norm(torch.sub(x, middle, alpha=self._backout))
-
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Softcapped fp32 logits of shape (tokens, vocab_size) for hidden states of shape (tokens, dim)."""
-        return self._head(hidden)[:, : self.config.vocab_size].float().tanh_().mul_(LOGIT_SOFTCAP)
 
     def _attention(
         self,

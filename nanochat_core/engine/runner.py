@@ -4,20 +4,50 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat_core.engine.kv_cache import KVCache, PagedAttention
-from nanochat_core.engine.network import Network
 from nanochat_core.engine.scheduler import Chunk
 
 
-class Runner:
+class BatchAttention(Protocol):
+    """Attention of one ragged batch, over a cache.
+
+    Attributes:
+        chunks: its chunks, in the order in which the batch must have their tokens.
+    """
+
+    chunks: list[Chunk]
+
+
+A = TypeVar("A", bound=BatchAttention)
+A_co = TypeVar("A_co", bound=BatchAttention, covariant=True)
+A_contra = TypeVar("A_contra", bound=BatchAttention, contravariant=True)
+
+
+class Cache(Protocol[A_co]):
+    """Keys and values of earlier tokens."""
+
+    def attention(self, chunks: Iterable[Chunk]) -> A_co: ...
+
+
+class Executor(Protocol[A_contra]):
+    """A network for such attention; see :class:`~nanochat_core.engine.network.Network`."""
+
+    no_token: int
+    device: torch.device
+
+    def hidden(self, ids: Tensor, previous_ids: Tensor, positions: Tensor, attend: A_contra) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+class Runner(Generic[A]):
     """The network and its cache."""
 
-    def __init__(self, network: Network, cache: KVCache) -> None:
+    def __init__(self, network: Executor[A], cache: Cache[A]) -> None:
         self._network = network
         self._cache = cache
 
@@ -28,7 +58,7 @@ class Runner:
         Returns:
             The chunks that sample and (rows, vocab_size) fp32 logits, for each of them ``chunk.samples`` rows.
         """
-        attention = PagedAttention(self._cache, chunks)
+        attention = self._cache.attention(chunks)
         chunks = attention.chunks
         ids: list[int] = []
         previous: list[int] = []

@@ -1,0 +1,107 @@
+"""The paged KV cache as the CPU kernels read it, and the attention of one ragged batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanochat_core.config import ModelConfig
+from nanochat_core.engine.block_manager import CacheGroup
+from nanochat_core.engine.cpu.library import Batch, Layer
+from nanochat_core.engine.kv_cache import slots_of, zeros
+from nanochat_core.engine.scheduler import Chunk
+
+
+class CpuCache:
+    """Keys and values of all layers in blocks, the keys of a block transposed.
+
+    Attributes:
+        groups: layers that share block tables, each with blocks of its own.
+    """
+
+    def __init__(self, config: ModelConfig, groups: Items[CacheGroup], block_size: int, dtype: torch.dtype) -> None:
+        self.config, self.groups, self.block_size = config, groups, block_size
+        self.group_of = [
+            next(g for g, group in enumerate(groups) if layer in group.layers) for layer in range(config.depth)
+        ]
+        cpu = torch.device("cpu")
+        blocks = [(groups[g].num_blocks, config.n_kv_head) for g in self.group_of]
+        # (num_blocks, n_kv_head, head_dim, block_size) and (num_blocks, n_kv_head, block_size, head_dim).
+        self.keys = [zeros((*shape, config.head_dim, block_size), dtype, cpu) for shape in blocks]
+        self.values = [zeros((*shape, block_size, config.head_dim), dtype, cpu) for shape in blocks]
+
+    def attention(self, chunks: Iterable[Chunk]) -> CpuAttention:
+        """Attention of a batch of these chunks."""
+        return CpuAttention(self, chunks)
+
+    def window_of(self, layer: int) -> int:
+        """How many tokens before itself a token sees."""
+        window = self.groups[self.group_of[layer]].window
+        return self.config.context_length if window is None else window
+
+
+class CpuAttention:
+    """Where the tokens of one ragged batch are, for the kernels.
+
+    Attributes:
+        chunks: the chunks in the order of the batch.
+    """
+
+    def __init__(self, cache: CpuCache, chunks: Iterable[Chunk]) -> None:
+        self.chunks = list(chunks)
+        self._cache = cache
+        self._start = np.array([chunk.start for chunk in self.chunks], np.int32)
+        self._first_token = np.zeros(len(self.chunks) + 1, np.int32)
+        np.cumsum([chunk.length for chunk in self.chunks], out=self._first_token[1:])
+        # For each group of layers: slots, tables one after another, where each begins.
+        self._places = [self._places_in(group) for group in range(len(cache.groups))]
+
+    def _places_in(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        tables = [chunk.seq.block_tables[group] for chunk in self.chunks]
+        first_entry = np.zeros(len(tables), np.int64)
+        np.cumsum([len(table) for table in tables[:-1]], out=first_entry[1:])
+        slots = slots_of(self.chunks, group, self._cache.block_size)
+        return slots, np.array([block for table in tables for block in table], np.int32), first_entry
+
+    def batch(self, ids: Tensor, positions: Tensor, turns: Tensor, scale: Tensor, queries: Tensor) -> Batch:
+        """What the kernels are told of the batch; valid while the tensors and this object are."""
+        return Batch(
+            ids.numel(),
+            len(self.chunks),
+            ids.data_ptr(),
+            positions.data_ptr(),
+            _address(self._first_token),
+            _address(self._start),
+            turns.data_ptr(),
+            scale.data_ptr(),
+            queries.data_ptr(),
+        )
+
+    def layer(self, index: int, qkv_columns: int, value_table: int | None, value_columns: int) -> Layer:
+        """What the kernels are told of one layer.
+
+        Args:
+            qkv_columns: columns of the product with the q, k, v and value gate weights.
+            value_table: address of its value embeddings, whose table has ``value_columns``.
+        """
+        cache = self._cache
+        slots, tables, first_entry = self._places[cache.group_of[index]]
+        return Layer(
+            cache.keys[index].data_ptr(),
+            cache.values[index].data_ptr(),
+            _address(slots),
+            _address(tables),
+            _address(first_entry),
+            value_table,
+            value_columns,
+            qkv_columns,
+            cache.window_of(index),
+        )
+
+
+def _address(array: np.ndarray) -> int:
+    return array.ctypes.data

@@ -1,0 +1,366 @@
+// What a decode step does between matrix products, for CPUs: paged attention and everything elementwise, each as one
+// pass over memory. Compiled by library.py, which mirrors the structs below; called through a plain C interface.
+//
+// Every token is computed by itself and sums are added in an order that depends on its position alone: vectors have 16
+// numbers whatever the machine's registers hold, and masked keys add zeros. So a token's result has the same bits alone
+// and in a batch, decoded and prefilled.
+//
+// T is what activations, weights and the cache are stored as: float or bf16. Arithmetic is fp32.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16;
+// Tokens per cache block that one vector of scores holds; blocks have a multiple of it.
+typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float load(const float *p) { return *p; }
+inline float load(const bf16 *p) {
+  uint32_t bits = uint32_t(p->bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline void store(float *p, float value) { *p = value; }
+inline void store(bf16 *p, float value) {  // rounds to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  p->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline vec load16(const float *p) { return *reinterpret_cast<const vec *>(p); }
+inline vec load16(const bf16 *p) {
+  typedef uint16_t half __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+  typedef uint32_t wide __attribute__((vector_size(LANES * 4)));
+  wide bits = __builtin_convertvector(*reinterpret_cast<const half *>(p), wide) << 16;
+  return reinterpret_cast<vec &>(bits);
+}
+inline void store16(float *p, vec value) { *reinterpret_cast<vec *>(p) = value; }
+
+inline vec all(float value) { return value - vec{}; }
+inline vec larger(vec a, vec b) { return a > b ? a : b; }
+
+inline float sum_of(vec v) {
+  float total[LANES];
+  std::memcpy(total, &v, sizeof total);
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) total[i] += total[i + width];
+  return total[0];
+}
+inline float largest_of(vec v) {
+  float most = v[0];
+  for (int i = 1; i < LANES; i++) most = std::max(most, v[i]);
+  return most;
+}
+
+// e^x for x <= 0 to 2 ulp; 0 for -inf. 2^n times the polynomial of the remainder, as in Cephes' expf.
+inline vec exponential(vec x) {
+  const vec least = all(-87.0f);
+  const ivec dead = x < least;
+  x = larger(x, least);
+  ivec n = __builtin_convertvector(x * 1.44269504f - 0.5f, ivec);  // truncates, and x <= 0: to nearest
+  vec whole = __builtin_convertvector(n, vec);
+  vec r = x - whole * 0.693359375f - whole * -2.12194440e-4f;
+  vec p = all(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  vec y = p * r * r + r + 1.0f;
+  ivec exponent = (n + 127) << 23;
+  y = y * reinterpret_cast<vec &>(exponent);
+  return dead ? vec{} : y;
+}
+
+// Sum of squares of n numbers, n a multiple of 4.
+template <typename T>
+inline float square_sum(const T *x, int n) {
+  vec sums = {};
+  int i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    vec v = load16(x + i);
+    sums += v * v;
+  }
+  float total = sum_of(sums);
+  for (; i < n; i++) total += load(x + i) * load(x + i);
+  return total;
+}
+
+// Threads are worth waking for this many numbers.
+constexpr int64_t PARALLEL_FROM = 1 << 14;
+
+}  // namespace
+
+extern "C" {
+
+// The model's sizes.
+struct Shape {
+  int32_t dim, heads, kv_heads, head_dim, block_size, bf16_storage;
+  float epsilon, score_scale, value_gate_scale;
+};
+
+// One step's batch. Of a chunk, the tokens begin at first_token in the batch and at position start in its sequence.
+struct Batch {
+  int32_t tokens, chunks;
+  const int64_t *ids, *positions;         // (tokens,)
+  const int32_t *first_token, *start;     // (chunks + 1,), (chunks,)
+  const float *turns;                     // (context, head_dim) cosines and negative sines, side by side
+  float *scale;                           // (tokens,) 1 / root of the sum of squares of x
+  float *queries;                         // (tokens, heads, head_dim)
+};
+
+// One layer's cache and what tells its tokens' places in it.
+struct Layer {
+  void *keys;                             // (blocks, kv_heads, head_dim, block_size)
+  void *values;                           // (blocks, kv_heads, block_size, head_dim)
+  const int64_t *slots;                   // (tokens,) block * block_size + offset
+  const int32_t *tables;                  // block ids of all chunks, one after another
+  const int64_t *first_entry;             // (chunks,) where the table of each begins
+  const void *value_table;                // (vocabulary, columns), or null: this layer's value embeddings
+  int64_t value_columns;
+  int64_t qkv_columns;                    // of the product with the q, k, v and value gate weights
+  int64_t window;                         // tokens before itself that a token sees
+};
+}
+
+namespace {
+
+// Norms, rotates and places what the product with the q, k and v weights gave.
+template <typename T>
+void prepare(const Shape &s, const Batch &b, const Layer &l, const T *qkv) {
+  const int D = s.head_dim, pairs = D / 2, turned = s.heads + s.kv_heads;
+  const int64_t kv_size = int64_t(s.block_size) * D;
+#pragma omp parallel for schedule(static) if (int64_t(b.tokens) * l.qkv_columns >= PARALLEL_FROM)
+  for (int t = 0; t < b.tokens; t++) {
+    const T *row = qkv + int64_t(t) * l.qkv_columns;
+    const float *turn = b.turns + b.positions[t] * D;
+    const int64_t block = l.slots[t] / s.block_size, offset = l.slots[t] % s.block_size;
+    for (int h = 0; h < turned; h++) {
+      float y[256];
+      const T *x = row + h * D;
+      for (int i = 0; i < pairs; i++) {
+        const float a = load(x + 2 * i), c = load(x + 2 * i + 1), cosine = turn[2 * i], sine = turn[2 * i + 1];
+        y[2 * i] = a * cosine - c * sine;
+        y[2 * i + 1] = a * sine + c * cosine;
+      }
+      const float norm = 1.0f / std::sqrt(square_sum(y, D) + D * s.epsilon);
+      if (h < s.heads) {
+        float *q = b.queries + (int64_t(t) * s.heads + h) * D;
+        for (int i = 0; i < D; i++) q[i] = y[i] * (norm * s.score_scale);
+      } else {
+        T *k = static_cast<T *>(l.keys) + (block * s.kv_heads + h - s.heads) * kv_size + offset;
+        for (int i = 0; i < D; i++) store(k + int64_t(i) * s.block_size, y[i] * norm);
+      }
+    }
+    const float scale = b.scale[t];
+    const T *v = row + turned * D, *gates = v + s.kv_heads * D;
+    for (int h = 0; h < s.kv_heads; h++) {
+      T *out = static_cast<T *>(l.values) + (block * s.kv_heads + h) * kv_size + offset * D;
+      if (l.value_table) {
+        const T *added = static_cast<const T *>(l.value_table) + b.ids[t] * l.value_columns + h * D;
+        const float share = s.value_gate_scale / (1.0f + std::exp(-load(gates + h) * scale));
+        for (int i = 0; i < D; i++) store(out + i, load(v + h * D + i) * scale + share * load(added + i));
+      } else {
+        for (int i = 0; i < D; i++) store(out + i, load(v + h * D + i) * scale);
+      }
+    }
+  }
+}
+
+// Attention of ROWS query rows of one kv head over the keys [first, last) of one sequence, first a multiple of LANES.
+// Row r sees the keys from least[r] to most[r]. Scores are kept for all keys, so that every softmax is one pass.
+template <typename T, int D, int ROWS>
+void attend_rows(const Shape &s, const T *keys, const T *values, const int32_t *table, int64_t first, int64_t last,
+                 const float *const *q, const int64_t *least, const int64_t *most, T *const *out, float *scores,
+                 int64_t stride) {
+  constexpr int WIDE = D / LANES;
+  const int64_t block_stride = int64_t(s.kv_heads) * s.block_size * D;
+  vec top[ROWS];
+  for (int r = 0; r < ROWS; r++) top[r] = all(-std::numeric_limits<float>::infinity());
+  const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int64_t at = first; at < last; at += LANES) {
+    const T *k = keys + table[at / s.block_size] * block_stride + at % s.block_size;
+    vec even[ROWS] = {}, odd[ROWS] = {};
+    for (int d = 0; d < D; d += 2) {
+      const vec k0 = load16(k + int64_t(d) * s.block_size), k1 = load16(k + int64_t(d + 1) * s.block_size);
+      for (int r = 0; r < ROWS; r++) {
+        even[r] += k0 * q[r][d];
+        odd[r] += k1 * q[r][d + 1];
+      }
+    }
+    for (int r = 0; r < ROWS; r++) {
+      vec score = even[r] + odd[r];
+      const ivec from = lane - int32_t(least[r] - at), to = lane - int32_t(most[r] - at);
+      score = (from >= 0) & (to <= 0) ? score : all(-std::numeric_limits<float>::infinity());
+      top[r] = larger(top[r], score);
+      store16(scores + r * stride + (at - first), score);
+    }
+  }
+  float total[ROWS];
+  for (int r = 0; r < ROWS; r++) {
+    const float highest = largest_of(top[r]);
+    vec sums = {};
+    for (int64_t at = 0; at < last - first; at += LANES) {
+      const vec share = exponential(load16(scores + r * stride + at) - highest);
+      sums += share;
+      store16(scores + r * stride + at, share);
+    }
+    total[r] = sum_of(sums);
+  }
+  vec mixed[ROWS][WIDE] = {};
+  for (int64_t at = first; at < last; at += LANES) {
+    const T *v = values + table[at / s.block_size] * block_stride + at % s.block_size * D;
+    // Behind the last key there may be anything, what is not a number included.
+    const int count = int(std::min<int64_t>(LANES, last - at));
+    for (int j = 0; j < count; j++) {
+      vec value[WIDE];
+      for (int w = 0; w < WIDE; w++) value[w] = load16(v + j * D + w * LANES);
+      for (int r = 0; r < ROWS; r++) {
+        const float share = scores[r * stride + (at - first) + j];
+        for (int w = 0; w < WIDE; w++) mixed[r][w] += value[w] * share;
+      }
+    }
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int w = 0; w < WIDE; w++) {
+      const vec y = mixed[r][w] / total[r];
+      for (int i = 0; i < LANES; i++) store(out[r] + w * LANES + i, y[i]);
+    }
+}
+
+// Rows that share the keys they load.
+constexpr int MOST_ROWS = 4;
+
+template <typename T, int D>
+void attend(const Shape &s, const Batch &b, const Layer &l, T *out) {
+  const int shared = s.heads / s.kv_heads;
+  std::vector<int64_t> tiles(b.chunks + 1, 0);
+  int64_t longest = 0;
+  for (int c = 0; c < b.chunks; c++) {
+    const int length = b.first_token[c + 1] - b.first_token[c];
+    tiles[c + 1] = tiles[c] + (int64_t(length) * shared + MOST_ROWS - 1) / MOST_ROWS;
+    longest = std::max<int64_t>(longest, b.start[c] + length);
+  }
+  const int64_t stride = (longest + 2 * LANES - 1) / LANES * LANES, work = tiles[b.chunks] * s.kv_heads;
+#pragma omp parallel if (work * longest * D >= PARALLEL_FROM)
+  {
+    std::vector<float> scores(stride * MOST_ROWS);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < work; item++) {
+      // The heads of a tile come one after another, so that all heads of a short sequence stay on one thread.
+      const int64_t tile = item / s.kv_heads, h = item % s.kv_heads;
+      const int c = int(std::upper_bound(tiles.begin(), tiles.end(), tile) - tiles.begin()) - 1;
+      const int64_t begin = (tile - tiles[c]) * MOST_ROWS;
+      const int64_t end = std::min<int64_t>(begin + MOST_ROWS, int64_t(b.first_token[c + 1] - b.first_token[c]) * shared);
+      const float *q[MOST_ROWS];
+      T *y[MOST_ROWS];
+      int64_t least[MOST_ROWS], most[MOST_ROWS];
+      const int rows = int(end - begin);
+      for (int r = 0; r < rows; r++) {
+        const int64_t token = (begin + r) / shared, head = h * shared + (begin + r) % shared;
+        most[r] = b.start[c] + token;
+        least[r] = std::max<int64_t>(most[r] - l.window, 0);
+        const int64_t place = (int64_t(b.first_token[c] + token) * s.heads + head) * D;
+        q[r] = b.queries + place;
+        y[r] = out + place;
+      }
+      const T *keys = static_cast<const T *>(l.keys) + h * s.block_size * D;
+      const T *values = static_cast<const T *>(l.values) + h * s.block_size * D;
+      const int32_t *table = l.tables + l.first_entry[c];
+      const int64_t first = least[0] / LANES * LANES, last = most[rows - 1] + 1;
+#define ATTEND(ROWS) \
+  attend_rows<T, D, ROWS>(s, keys, values, table, first, last, q, least, most, y, scores.data(), stride)
+      switch (rows) {
+        case 1: ATTEND(1); break;
+        case 2: ATTEND(2); break;
+        case 3: ATTEND(3); break;
+        default: ATTEND(4); break;
+      }
+#undef ATTEND
+    }
+  }
+}
+
+template <typename T>
+bool attend_any(const Shape &s, const Batch &b, const Layer &l, T *out) {
+  switch (s.head_dim) {
+    case 16: attend<T, 16>(s, b, l, out); return true;
+    case 32: attend<T, 32>(s, b, l, out); return true;
+    case 64: attend<T, 64>(s, b, l, out); return true;
+    case 128: attend<T, 128>(s, b, l, out); return true;
+    default: return false;
+  }
+}
+
+template <typename T>
+void square(T *x, int64_t n) {
+#pragma omp parallel for schedule(static) if (n >= 4 * PARALLEL_FROM)
+  for (int64_t i = 0; i < n; i++) store(x + i, load(x + i) * load(x + i));
+}
+
+// x = x + y * dim / square_sum(x), the end of an MLP whose input was not normalized; then the scaled mixture with x0 that
+// the next block begins with, and the scale of its norm. Without y or x0 that part is left out; `kept` gets what is between.
+template <typename T>
+void finish(const Shape &s, const Batch &b, T *x, const T *y, T *kept, const T *x0, float residual, float skip) {
+  const int n = s.dim;
+#pragma omp parallel for schedule(static) if (int64_t(b.tokens) * n >= PARALLEL_FROM)
+  for (int t = 0; t < b.tokens; t++) {
+    const int64_t at = int64_t(t) * n;
+    T *row = x + at;
+    if (y) {
+      const float factor = n / (square_sum(row, n) + n * s.epsilon);
+      for (int i = 0; i < n; i++) store(row + i, load(row + i) + load(y + at + i) * factor);
+    }
+    if (kept) std::memcpy(kept + at, row, n * sizeof(T));
+    if (x0) {
+      for (int i = 0; i < n; i++) store(row + i, load(row + i) * residual + load(x0 + at + i) * skip);
+      b.scale[t] = 1.0f / std::sqrt(square_sum(row, n) + n * s.epsilon);
+    }
+  }
+}
+
+}  // namespace
+
+#define TYPED(call_float, call_bf16) \
+  if (s->bf16_storage)               \
+    call_bf16;                       \
+  else                               \
+    call_float
+
+extern "C" {
+
+void nanochat_prepare(const Shape *s, const Batch *b, const Layer *l, const void *qkv) {
+  TYPED(prepare(*s, *b, *l, static_cast<const float *>(qkv)), prepare(*s, *b, *l, static_cast<const bf16 *>(qkv)));
+}
+
+int nanochat_attend(const Shape *s, const Batch *b, const Layer *l, void *out) {
+  bool known;
+  TYPED(known = attend_any(*s, *b, *l, static_cast<float *>(out)),
+        known = attend_any(*s, *b, *l, static_cast<bf16 *>(out)));
+  return known ? 0 : 1;
+}
+
+void nanochat_square(const Shape *s, void *x, int64_t n) {
+  TYPED(square(static_cast<float *>(x), n), square(static_cast<bf16 *>(x), n));
+}
+
+void nanochat_finish(const Shape *s, const Batch *b, void *x, const void *y, void *kept, const void *x0, float residual,
+                     float skip) {
+  TYPED(finish(*s, *b, static_cast<float *>(x), static_cast<const float *>(y), static_cast<float *>(kept),
+               static_cast<const float *>(x0), residual, skip),
+        finish(*s, *b, static_cast<bf16 *>(x), static_cast<const bf16 *>(y), static_cast<bf16 *>(kept),
+               static_cast<const bf16 *>(x0), residual, skip));
+}
+}

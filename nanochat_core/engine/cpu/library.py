@@ -1,0 +1,137 @@
+"""Builds and loads ``kernels.cpp``; callers get ``None`` where there is neither a built library nor a compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
+_BUILD_SECONDS = 120
+# A library that was built in advance, such as that of a container image without a compiler, one for each of these kinds
+# of processor, the most capable one first, with what a processor must be able to do.
+_PREBUILT = Path(__file__).with_name("prebuilt")
+_LEVELS = {
+    "x86-64-v4": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"},
+    "x86-64-v3": {"avx2", "fma", "f16c", "bmi2"},
+}
+
+
+class Shape(ctypes.Structure):
+    """The model's sizes; as in ``kernels.cpp``."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("dim", "heads", "kv_heads", "head_dim", "block_size", "bf16_storage")),
+        *((name, ctypes.c_float) for name in ("epsilon", "score_scale", "value_gate_scale")),
+    ]
+
+
+class Batch(ctypes.Structure):
+    """One step's batch; as in ``kernels.cpp``."""
+
+    _fields_ = [
+        ("tokens", ctypes.c_int32),
+        ("chunks", ctypes.c_int32),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("ids", "positions", "first_token", "start", "turns", "scale", "queries")
+        ),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """One layer's cache; as in ``kernels.cpp``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "slots", "tables", "first_entry", "value_table")),
+        *((name, ctypes.c_int64) for name in ("value_columns", "qkv_columns", "window")),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, built for this processor when they are not yet; None where that is not possible."""
+    path = _prebuilt() or _cached()
+    if path is None:
+        return None
+    kernels = ctypes.CDLL(str(path))
+    pointer = ctypes.c_void_p
+    kernels.nanochat_prepare.argtypes = (pointer,) * 4
+    kernels.nanochat_attend.argtypes = (pointer,) * 4
+    kernels.nanochat_square.argtypes = (pointer, pointer, ctypes.c_int64)
+    kernels.nanochat_finish.argtypes = (*[pointer] * 6, ctypes.c_float, ctypes.c_float)
+    kernels.nanochat_attend.restype = ctypes.c_int
+    return kernels
+
+
+def _prebuilt() -> Path | None:
+    able = _abilities()
+    for level, needed in _LEVELS.items():
+        path = _PREBUILT / f"{level}.so"
+        if needed <= able and path.exists():
+            return path
+    return None
+
+
+def _cached() -> Path | None:
+    """The library in the user's cache, built first if it is not there."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or not sys.platform.startswith("linux"):
+        return None
+    # Another processor with the same home folder gets a library of its own.
+    identity = hashlib.sha256(
+        b"\0".join((_SOURCE.read_bytes(), repr((compiler, _FLAGS)).encode(), " ".join(sorted(_abilities())).encode()))
+    ).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanochat" / "kernels"
+    path = folder / f"{identity[:24]}.so"
+    if path.exists():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _build(compiler, _FLAGS, path)
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        log.warning("the CPU kernels cannot be built; PyTorch's are used", extra={"error": detail[-2000:]})
+        return None
+    return path
+
+
+def _build(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+    """Compile to ``path``, which appears at once or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        built = Path(folder, path.name)
+        command = [compiler, *flags, str(_SOURCE), "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_SECONDS)  # noqa: S603 - the command is ours
+        built.replace(path)
+
+
+def _abilities() -> frozenset[str]:
+    """What the processor says it can do."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    lines = (line.partition(":") for line in text.splitlines())
+    return frozenset(next((value.split() for name, _, value in lines if name.strip() in ("flags", "Features")), []))
+
+
+def main() -> None:
+    """Build the libraries that an image takes along: ``python -m nanochat_core.engine.cpu.library``."""
+    _PREBUILT.mkdir(exist_ok=True)
+    for level in _LEVELS:
+        flags = tuple(f"-march={level}" if flag == "-march=native" else flag for flag in _FLAGS)
+        _build("g++", flags, _PREBUILT / f"{level}.so")
+
+
+if __name__ == "__main__":
+    main()

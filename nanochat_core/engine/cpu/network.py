@@ -1,0 +1,94 @@
+"""The serving network on a CPU: matrix products by oneDNN, everything between them by the kernels."""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from nanochat_core.engine.cpu.attention import CpuAttention
+from nanochat_core.engine.cpu.library import Shape, library
+from nanochat_core.engine.network import ServingWeights
+from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE, rms_norm
+
+
+class CpuNetwork(ServingWeights):
+    """Hidden states and logits of ragged batches."""
+
+    def __init__(self, model: GPT, block_size: int) -> None:
+        """
+        Args:
+            model: on the CPU, in fp32 or bf16. Nothing of it is changed.
+            block_size: tokens per block of the cache.
+        """
+        super().__init__(model)
+        kernels = library()
+        assert kernels is not None, "see usable()"
+        self._kernels = kernels
+        config = model.config
+        self._shape = Shape(
+            config.dim,
+            config.n_head,
+            config.n_kv_head,
+            config.head_dim,
+            block_size,
+            self.dtype == torch.bfloat16,
+            torch.finfo(torch.float32).eps,
+            QK_SCALE**2 * config.head_dim**0.5,
+            VALUE_GATE_SCALE,
+        )
+        # A cosine and a negative sine for each pair of channels.
+        self._turn_pairs = torch.view_as_real(self._turns).contiguous()
+        table = self._value_table
+        self._value_tables = {
+            layer: table.data_ptr() + i * config.kv_dim * table.element_size()
+            for i, layer in enumerate(self._value_layers)
+        }
+
+    @torch.inference_mode()
+    def hidden(self, ids: Tensor, previous_ids: Tensor, positions: Tensor, attend: CpuAttention) -> Tensor:
+        """The normalized last hidden states.
+
+        Args:
+            ids: (tokens,) int64.
+            previous_ids: (tokens,) the token before each one; :attr:`no_token` where there is none.
+            positions: (tokens,) position of each token in its sequence.
+            attend: where these tokens' keys and values are.
+
+        Returns:
+            (tokens, dim) in the compute dtype.
+        """
+        kernels, shape, layers, tokens = self._kernels, byref(self._shape), self._layers, ids.numel()
+        scale = torch.empty(tokens)
+        queries = torch.empty(tokens, self.config.dim)
+        described = attend.batch(ids, positions, self._turn_pairs, scale, queries)
+        batch = byref(described)
+        x0 = self.embed(ids, previous_ids)
+        x, middle = x0.clone(), torch.empty_like(x0)
+        mixed = torch.empty_like(x0)
+        first = layers[0]
+        kernels.nanochat_finish(
+            shape, batch, x.data_ptr(), None, None, x0.data_ptr(), first.residual_scale, first.skip_scale
+        )
+        for index, layer in enumerate(layers):
+            qkv = layer.qkv(x)
+            place = byref(attend.layer(index, qkv.size(1), self._value_tables.get(index), self._value_table.size(1)))
+            kernels.nanochat_prepare(shape, batch, place, qkv.data_ptr())
+            kernels.nanochat_attend(shape, batch, place, mixed.data_ptr())
+            x = layer.out.plus(mixed, x)
+            up = layer.up.relu(x)
+            kernels.nanochat_square(shape, up.data_ptr(), up.numel())
+            down = layer.down(up)
+            following = layers[index + 1] if index + 1 < len(layers) else None
+            kernels.nanochat_finish(
+                shape,
+                batch,
+                x.data_ptr(),
+                down.data_ptr(),
+                middle.data_ptr() if index == len(layers) // 2 else None,
+                x0.data_ptr() if following else None,
+                following.residual_scale if following else 0.0,
+                following.skip_scale if following else 0.0,
+            )
+        return rms_norm(torch.sub(x, middle, alpha=self._backout))
