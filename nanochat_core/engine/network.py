@@ -6,6 +6,7 @@ input is computed once: normalized embeddings, the smear's gate of every token i
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import torch
@@ -21,6 +22,9 @@ from nanochat_core.model import (
     Block,
     rms_norm,
 )
+
+# Enough that a difference in the last of fp32's bits shows in some number that is rounded to bf16.
+_PROBE_ROWS = 16
 
 
 class Attend(Protocol):
@@ -38,7 +42,8 @@ class PackedWeight:
     """A weight whose products oneDNN computes on CPUs, laid out for its kernels.
 
     Besides being faster for batches, oneDNN computes each row with the same order of additions whatever the number of
-    rows, which the default kernels do not: a token's result has the same bits alone and in a batch.
+    rows, which the default kernels do not: a token's result has the same bits alone and in a batch. The one exception
+    are long sums for a single row, which some CPUs add up differently; where they do, a second row goes along.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -48,27 +53,49 @@ class PackedWeight:
         """
         self._packs = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packs else weight.clone()
+        self._pairs = self._packs and _single_rows_differ(weight.size(0), weight.size(1), weight.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(tokens, in_features) to (tokens, out_features)."""
-        if self._packs:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, None, "none", [], "")
-            return y
-        return F.linear(x, self._weight)
+        return self._product(x, "none")
 
     def relu(self, x: Tensor) -> Tensor:
         """The same with all negative results replaced by 0."""
-        if self._packs:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, None, "relu", [], "")
-            return y
-        return F.linear(x, self._weight).relu_()
+        return self._product(x, "relu")
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """The same with ``other``, of the result's shape, added."""
-        if self._packs:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, None, "add")
-            return y
-        return F.linear(x, self._weight).add_(other)
+        if not self._packs:
+            return F.linear(x, self._weight).add_(other)
+        if self._pairs and x.size(0) == 1:
+            return self.plus(x.expand(2, -1).contiguous(), other.expand(2, -1).contiguous())[:1]
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, None, "add")
+        return y
+
+    def _product(self, x: Tensor, activation: str) -> Tensor:
+        y: Tensor
+        if not self._packs:
+            y = F.linear(x, self._weight)
+            return y.relu_() if activation == "relu" else y
+        if self._pairs and x.size(0) == 1:
+            return self._product(x.expand(2, -1).contiguous(), activation)[:1]
+        y = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, None, activation, [], "")
+        return y
+
+
+@functools.cache
+def _single_rows_differ(out_features: int, in_features: int, dtype: torch.dtype) -> bool:
+    """Whether, on this CPU, the product of one row with such a weight has other bits than among many rows."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=draw).to(dtype)
+    rows = torch.randn(_PROBE_ROWS, in_features, generator=draw).to(dtype)
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+    def product(x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+        return y
+
+    return not torch.equal(torch.cat([product(row) for row in rows.split(1)]), product(rows))
 
 
 def _pair_up(weight: Tensor, head_dim: int) -> Tensor:

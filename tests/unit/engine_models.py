@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import copy
 import functools
+import os
 import re
 
 import torch
@@ -20,6 +21,11 @@ BYTES = Tokenizer([bytes([i]) for i in range(256)])
 SPECIAL = BYTES.special_ids
 # A logit bias that makes a random model write short calls: the first token becomes likely, and after it the other one.
 CALLING = {SPECIAL[PYTHON_START]: 9.0, SPECIAL[PYTHON_END]: 10.0}
+
+
+def examples(usual: int) -> int:
+    """How many random examples a property is tried on: ``usual``, or NANOCHAT_EXAMPLES of them."""
+    return int(os.environ.get("NANOCHAT_EXAMPLES", usual))
 
 
 @functools.lru_cache

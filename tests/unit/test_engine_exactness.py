@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from engine_models import BYTES, CALLING, config_with_blocks, tiny_model
+from engine_models import BYTES, CALLING, config_with_blocks, examples, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -92,11 +92,12 @@ JOBS = make_jobs()
 
 
 @functools.lru_cache
-def alone() -> tuple[list[Completion], ...]:
+def alone(cpu_kernels: bool = True) -> tuple[list[Completion], ...]:
     """What each job gets from an engine of its own."""
     results = []
+    config = EngineConfig(kv_cache_bytes=1 << 22, cpu_kernels=cpu_kernels)
     for job in JOBS:
-        engine = Engine(tiny_model(), BYTES, EngineConfig(kv_cache_bytes=1 << 22), tool_runner=count_characters)
+        engine = Engine(tiny_model(), BYTES, config, tool_runner=count_characters)
         [completions] = engine.generate([job.prompt], job.sampling, n=job.n, tools=ToolPolicy(job.tools))
         engine.close()
         results.append(completions)
@@ -126,10 +127,12 @@ def test_the_jobs_cover_what_they_are_meant_to() -> None:
 @st.composite
 def schedules(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, int, int, int | None]]]:
     """Engine limits, and requests as (job, step of arrival, priority, step of cancellation)."""
-    block_size = draw(st.sampled_from([4, 16]))
+    cpu_kernels = draw(st.booleans())
+    block_size = draw(st.sampled_from([16, 32] if cpu_kernels else [4, 16]))
     longest = max(len(job.prompt) + job.sampling.max_tokens for job in JOBS)
     max_running = draw(st.integers(3, 8))
     limits = {
+        "cpu_kernels": cpu_kernels,
         "block_size": block_size,
         # From barely enough for one sequence to enough for a few.
         "num_blocks": -(-longest // block_size) + draw(st.integers(0, 160 // block_size)),
@@ -152,7 +155,7 @@ def schedules(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, int, int
     return limits, arrivals
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(30), suppress_health_check=[HealthCheck.too_slow])
 @given(schedules())
 def test_any_schedule_gives_each_request_the_tokens_that_it_gets_alone(schedule) -> None:
     limits, arrivals = schedule
@@ -180,7 +183,7 @@ def test_any_schedule_gives_each_request_the_tokens_that_it_gets_alone(schedule)
         assert step < 5000, "starved"
     for i, (job, *_) in enumerate(arrivals):
         if i not in cancelled:
-            assert tokens_of(results[i]) == tokens_of(alone()[job])
+            assert tokens_of(results[i]) == tokens_of(alone(limits["cpu_kernels"])[job])
             assert [c.usage.completion_tokens for c in results[i]] == [len(c.tokens) for c in results[i]]
     assert engine.load().blocks_used == 0
     engine.close()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine_models import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -169,7 +170,7 @@ def test_a_sequence_alone_always_runs_whatever_it_finds_in_the_cache(context: in
     assert again.computed >= context - 10
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(st.data())
 def test_whatever_is_planned_every_sequence_gets_through(data: st.DataObject) -> None:
     context = data.draw(st.sampled_from([256, 640, 1024, 2048]))

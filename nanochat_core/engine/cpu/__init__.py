@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from nanochat_core.config import ModelConfig
-from nanochat_core.engine.cpu.library import library
+from nanochat_core.engine.cpu.library import load_kernels
 
 # What kernels.cpp is compiled for.
 _HEAD_DIMS = frozenset({16, 32, 64, 128})
@@ -24,5 +24,5 @@ def usable(config: ModelConfig, block_size: int, dtype: torch.dtype, device: tor
         and dtype in (torch.float32, torch.bfloat16)
         and config.head_dim in _HEAD_DIMS
         and block_size % _LANES == 0
-        and library() is not None
+        and load_kernels() is not None
     )

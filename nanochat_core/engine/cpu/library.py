@@ -7,6 +7,7 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -59,7 +60,7 @@ class Layer(ctypes.Structure):
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def load_kernels() -> ctypes.CDLL | None:
     """The kernels, built for this processor when they are not yet; None where that is not possible."""
     path = _prebuilt() or _cached()
     if path is None:
@@ -126,9 +127,9 @@ def _abilities() -> frozenset[str]:
 
 
 def main() -> None:
-    """Build the libraries that an image takes along: ``python -m nanochat_core.engine.cpu.library``."""
+    """Build the libraries that an image takes along, on x86; this file needs no other of the project."""
     _PREBUILT.mkdir(exist_ok=True)
-    for level in _LEVELS:
+    for level in _LEVELS if platform.machine() == "x86_64" else ():
         flags = tuple(f"-march={level}" if flag == "-march=native" else flag for flag in _FLAGS)
         _build("g++", flags, _PREBUILT / f"{level}.so")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanochat_core.engine.cpu.attention import CpuAttention
-from nanochat_core.engine.cpu.library import Shape, library
+from nanochat_core.engine.cpu.library import Shape, load_kernels
 from nanochat_core.engine.network import ServingWeights
 from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE, rms_norm
 
@@ -23,7 +23,7 @@ class CpuNetwork(ServingWeights):
             block_size: tokens per block of the cache.
         """
         super().__init__(model)
-        kernels = library()
+        kernels = load_kernels()
         assert kernels is not None, "see usable()"
         self._kernels = kernels
         config = model.config

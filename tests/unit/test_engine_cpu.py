@@ -1,0 +1,207 @@
+"""The CPU kernels against the trained model, and that a token's bits do not depend on what it is computed with."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engine_models import BYTES, tiny_model
+from test_model import random_ids, random_model
+from torch import Tensor
+
+from nanochat_core.config import ModelConfig
+from nanochat_core.engine import Engine, EngineConfig, Request, SamplingParams, cpu
+from nanochat_core.engine.backend import build_runner
+from nanochat_core.engine.cpu import library
+from nanochat_core.engine.cpu.attention import CpuCache
+from nanochat_core.engine.cpu.network import CpuNetwork
+from nanochat_core.engine.network import Network
+from nanochat_core.engine.runner import Runner
+from nanochat_core.engine.scheduler import Chunk
+from nanochat_core.engine.sequence import Sequence
+from nanochat_core.model import GPT
+
+BLOCK = 16
+pytestmark = pytest.mark.skipif(library.load_kernels() is None, reason="the kernels cannot be built: no C++ compiler")
+
+
+class Place:
+    """A model on the kernels, and sequences whose blocks lie in any order among blocks full of what is not a number."""
+
+    def __init__(self, model: GPT, rows: list[Tensor]) -> None:
+        settings = EngineConfig(block_size=BLOCK, max_running=8)
+        groups = settings.cache_groups(model)
+        cache = CpuCache(model.config, groups, BLOCK, model.compute_dtype)
+        for tensor in (*cache.keys, *cache.values):
+            tensor.fill_(float("nan"))
+        self.runner = Runner(CpuNetwork(model, BLOCK), cache)
+        self.sequences = []
+        free = [list(np.random.default_rng(1).permutation(group.num_blocks)) for group in groups]
+        for i, row in enumerate(rows):
+            request = Request(str(i), tuple(row.tolist()), SamplingParams(max_tokens=1))
+            seq = Sequence(request, 0, 0, 0, len(row) + 1)
+            seq.block_tables = [[int(blocks.pop()) for _ in range(-(-len(row) // BLOCK))] for blocks in free]
+            self.sequences.append(seq)
+
+    def logits(self, *parts: tuple[int, int, int]) -> list[Tensor]:
+        """One step that computes the parts (sequence, first token, end), with the logits after each token."""
+        chunks = []
+        for s, start, end in parts:
+            seq, row = self.sequences[s], self.sequences[s].request.prompt
+            seq.tokens = list(row[: start + 1])
+            chunks.append(Chunk(seq, start, 1, row[start + 1 : end]))
+        sampling, logits = self.runner.run(chunks)
+        assert sampling == chunks
+        return list(logits.split([end - start for _, start, end in parts]))
+
+
+def place(shape: ModelConfig, *lengths: int, dtype: torch.dtype = torch.float32) -> tuple[Place, GPT, list[Tensor]]:
+    model = random_model(shape, dtype=dtype)
+    rows = [random_ids(1, length)[0] for length in lengths]
+    return Place(model, rows), model, rows
+
+
+def shape_of(depth: int, head_dim: int, n_kv_head: int | None = None) -> ModelConfig:
+    """A context of 200 makes short windows of 128."""
+    return ModelConfig.from_depth(
+        depth, vocab_size=70, head_dim=head_dim, n_kv_head=n_kv_head, context_length=200, window_pattern="SSSL"
+    )
+
+
+SHAPES = [
+    pytest.param(shape_of(2, 16), id="heads of 16"),
+    pytest.param(shape_of(2, 32, 2), id="heads of 32 that share keys"),
+    pytest.param(shape_of(4, 64), id="heads of 64"),
+    pytest.param(shape_of(5, 128, 1), id="heads of 128 that share keys"),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_those_of_the_model(shape: ModelConfig) -> None:
+    here, model, rows = place(shape, 190, 1, 17, 40)
+    got = here.logits(*((s, 0, len(row)) for s, row in enumerate(rows)))
+    with torch.no_grad():
+        for row, logits in zip(rows, got, strict=True):
+            torch.testing.assert_close(logits, model(row[None])[0], atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bf16_is_as_near_to_the_model_as_the_other_path_is(shape: ModelConfig) -> None:
+    here, model, rows = place(shape, 60, dtype=torch.bfloat16)
+    [logits] = here.logits((0, 0, 60))
+    other, _ = build_runner(model, EngineConfig(cpu_kernels=False))
+    seq = here.sequences[0]
+    seq.tokens = rows[0].tolist()[:1]
+    _, expected = other.run([Chunk(seq, 0, 1, rows[0].tolist()[1:])])
+    with torch.no_grad():
+        exact = random_model(shape)(rows[0][None])[0]
+    assert logits.dtype == torch.float32
+    assert (logits - exact).square().mean() < 1.1 * (expected - exact).square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_token_has_the_same_bits_however_it_is_computed(shape: ModelConfig, dtype: torch.dtype) -> None:
+    """Alone and with others, decoded, prefilled in pieces and at once; from the window's edge as from the start."""
+    here, _, rows = place(shape, 190, 33, 150, dtype=dtype)
+    at_once = [here.logits((s, 0, len(row)))[0] for s, row in enumerate(rows)]
+    together = here.logits((2, 0, 150), (0, 0, 190), (1, 0, 33))
+    for logits, s in zip(together, (2, 0, 1), strict=True):
+        assert torch.equal(logits, at_once[s])
+    decoded = torch.cat([here.logits((0, t, t + 1))[0] for t in range(190)])
+    assert torch.equal(decoded, at_once[0])
+    pieces = torch.cat([here.logits((0, t, min(t + 7, 190)), (1, t % 33, t % 33 + 1))[0] for t in range(0, 190, 7)])
+    assert torch.equal(pieces, at_once[0])
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    here, *_ = place(shape_of(4, 64), 190)
+    one = here.logits((0, 0, 190))[0]
+    torch.set_num_threads(2)
+    assert torch.equal(here.logits((0, 0, 190))[0], one)
+
+
+def test_the_engine_says_the_same_with_and_without_the_kernels() -> None:
+    prompts = [tuple(range(i, 3 * i + 2)) for i in range(20)]
+    model, said = tiny_model(head_dim=32), []
+    for kernels in (True, False):
+        engine = Engine(model, BYTES, EngineConfig(cpu_kernels=kernels))
+        said.append([c.token_ids for [c] in engine.generate(prompts, SamplingParams(max_tokens=30))])
+        engine.close()
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "settings", "network"),
+    [
+        (16, {}, CpuNetwork),
+        (16, {"cpu_kernels": False}, Network),
+        (16, {"block_size": 8}, Network),
+        (24, {}, Network),
+    ],
+)
+def test_what_the_kernels_are_not_made_for_runs_on_pytorch(
+    head_dim: int, settings: dict[str, int], network: type[object]
+) -> None:
+    engine = Engine(tiny_model(head_dim=head_dim), BYTES, EngineConfig(**settings))
+    assert type(engine.runner._network) is network
+    assert len(engine.generate([[1, 2, 3]], SamplingParams(max_tokens=5))[0][0].token_ids) == 5
+    engine.close()
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """No library is loaded or built, and the cache is an empty folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(library, "_PREBUILT", tmp_path / "prebuilt")
+    library.load_kernels.cache_clear()
+    yield tmp_path
+    library.load_kernels.cache_clear()
+
+
+def test_the_library_is_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert library.load_kernels() is not None
+    built = list(fresh.rglob("*.so"))
+    assert len(built) == 1
+    library.load_kernels.cache_clear()
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("built again"))
+    assert library.load_kernels() is not None
+    assert list(fresh.rglob("*.so")) == built
+
+
+def test_without_a_compiler_there_are_no_kernels(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(fresh))
+    assert library.load_kernels() is None
+    model = tiny_model()
+    assert not cpu.usable(model.config, BLOCK, torch.float32, torch.device("cpu"))
+
+
+def test_a_compiler_that_fails_is_reported_and_leaves_nothing(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = fresh / "kernels.cpp"
+    source.write_text("int main( {")
+    monkeypatch.setattr(library, "_SOURCE", source)
+    assert library.load_kernels() is None
+    assert "cannot be built" in caplog.text
+    assert "error" in caplog.records[0].__dict__["error"]
+    assert not [path for path in fresh.rglob("*") if path.is_file() and path != source]
+
+
+def test_an_image_takes_libraries_along_and_the_best_that_runs_is_taken(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.main()
+    assert {path.stem for path in (fresh / "prebuilt").iterdir()} == set(library._LEVELS)
+    monkeypatch.setenv("PATH", str(fresh))
+    monkeypatch.setattr(library, "_abilities", lambda: frozenset().union(*library._LEVELS.values()))
+    assert library._prebuilt() == fresh / "prebuilt" / "x86-64-v4.so"
+    monkeypatch.setattr(library, "_abilities", lambda: frozenset(library._LEVELS["x86-64-v3"]))
+    assert library._prebuilt() == fresh / "prebuilt" / "x86-64-v3.so"
+    assert library.load_kernels() is not None
+    monkeypatch.setattr(library, "_abilities", frozenset)
+    assert library._prebuilt() is None
