@@ -124,7 +124,7 @@ RECIPES = {
             sft={
                 "batch-tokens": 2048,
                 "device-batch-rows": 8,
-                "steps": 800,
+                "steps": 720,
                 "lr-scale": 0.35,
                 "eval-every": 240,
             },
@@ -141,7 +141,7 @@ RECIPES = {
                 "context-length": 256,
                 "batch-tokens": 8192,
                 "device-batch-rows": 32,
-                "steps": 400,
+                "steps": 320,
                 "lr-scale": 0.8,
                 "weight-decay": 0.1,
                 "warmup-steps": 20,
