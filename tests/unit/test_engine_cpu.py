@@ -192,6 +192,15 @@ def test_a_compiler_that_fails_is_reported_and_leaves_nothing(
     assert not [path for path in fresh.rglob("*") if path.is_file() and path != source]
 
 
+@pytest.mark.usefixtures("fresh")
+def test_a_library_that_cannot_be_loaded_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    built = library._cached()
+    assert built is not None
+    built.write_bytes(b"damaged")
+    assert library.load_kernels() is None
+    assert "cannot be loaded" in caplog.text
+
+
 def test_an_image_takes_libraries_along_and_the_best_that_runs_is_taken(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ class CpuAttention:
         return Batch(
             ids.numel(),
             len(self.chunks),
+            torch.get_num_threads(),
             ids.data_ptr(),
             positions.data_ptr(),
             _address(self._first_token),

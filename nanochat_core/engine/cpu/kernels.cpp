@@ -113,7 +113,7 @@ struct Shape {
 
 // One step's batch. Of a chunk, the tokens begin at first_token in the batch and at position start in its sequence.
 struct Batch {
-  int32_t tokens, chunks;
+  int32_t tokens, chunks, threads;
   const int64_t *ids, *positions;         // (tokens,)
   const int32_t *first_token, *start;     // (chunks + 1,), (chunks,)
   const float *turns;                     // (context, head_dim) cosines and negative sines, side by side
@@ -142,7 +142,7 @@ template <typename T>
 void prepare(const Shape &s, const Batch &b, const Layer &l, const T *qkv) {
   const int D = s.head_dim, pairs = D / 2, turned = s.heads + s.kv_heads;
   const int64_t kv_size = int64_t(s.block_size) * D;
-#pragma omp parallel for schedule(static) if (int64_t(b.tokens) * l.qkv_columns >= PARALLEL_FROM)
+#pragma omp parallel for num_threads(b.threads) schedule(static) if (int64_t(b.tokens) * l.qkv_columns >= PARALLEL_FROM)
   for (int t = 0; t < b.tokens; t++) {
     const T *row = qkv + int64_t(t) * l.qkv_columns;
     const float *turn = b.turns + b.positions[t] * D;
@@ -254,7 +254,7 @@ void attend(const Shape &s, const Batch &b, const Layer &l, T *out) {
     longest = std::max<int64_t>(longest, b.start[c] + length);
   }
   const int64_t stride = (longest + 2 * LANES - 1) / LANES * LANES, work = tiles[b.chunks] * s.kv_heads;
-#pragma omp parallel if (work * longest * D >= PARALLEL_FROM)
+#pragma omp parallel num_threads(b.threads) if (work * longest * D >= PARALLEL_FROM)
   {
     std::vector<float> scores(stride * MOST_ROWS);
 #pragma omp for schedule(dynamic, 1)
@@ -305,8 +305,8 @@ bool attend_any(const Shape &s, const Batch &b, const Layer &l, T *out) {
 }
 
 template <typename T>
-void square(T *x, int64_t n) {
-#pragma omp parallel for schedule(static) if (n >= 4 * PARALLEL_FROM)
+void square(const Batch &b, T *x, int64_t n) {
+#pragma omp parallel for num_threads(b.threads) schedule(static) if (n >= 4 * PARALLEL_FROM)
   for (int64_t i = 0; i < n; i++) store(x + i, load(x + i) * load(x + i));
 }
 
@@ -315,7 +315,7 @@ void square(T *x, int64_t n) {
 template <typename T>
 void finish(const Shape &s, const Batch &b, T *x, const T *y, T *kept, const T *x0, float residual, float skip) {
   const int n = s.dim;
-#pragma omp parallel for schedule(static) if (int64_t(b.tokens) * n >= PARALLEL_FROM)
+#pragma omp parallel for num_threads(b.threads) schedule(static) if (int64_t(b.tokens) * n >= PARALLEL_FROM)
   for (int t = 0; t < b.tokens; t++) {
     const int64_t at = int64_t(t) * n;
     T *row = x + at;
@@ -352,8 +352,8 @@ int nanochat_attend(const Shape *s, const Batch *b, const Layer *l, void *out) {
   return known ? 0 : 1;
 }
 
-void nanochat_square(const Shape *s, void *x, int64_t n) {
-  TYPED(square(static_cast<float *>(x), n), square(static_cast<bf16 *>(x), n));
+void nanochat_square(const Shape *s, const Batch *b, void *x, int64_t n) {
+  TYPED(square(*b, static_cast<float *>(x), n), square(*b, static_cast<bf16 *>(x), n));
 }
 
 void nanochat_finish(const Shape *s, const Batch *b, void *x, const void *y, void *kept, const void *x0, float residual,

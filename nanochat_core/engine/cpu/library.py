@@ -41,8 +41,7 @@ class Batch(ctypes.Structure):
     """One step's batch; as in ``kernels.cpp``."""
 
     _fields_ = [
-        ("tokens", ctypes.c_int32),
-        ("chunks", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("tokens", "chunks", "threads")),
         *(
             (name, ctypes.c_void_p)
             for name in ("ids", "positions", "first_token", "start", "turns", "scale", "queries")
@@ -65,11 +64,15 @@ def load_kernels() -> ctypes.CDLL | None:
     path = _prebuilt() or _cached()
     if path is None:
         return None
-    kernels = ctypes.CDLL(str(path))
+    try:
+        kernels = ctypes.CDLL(str(path))
+    except OSError as error:
+        log.warning("the CPU kernels cannot be loaded; PyTorch's are used", extra={"error": str(error)})
+        return None
     pointer = ctypes.c_void_p
     kernels.nanochat_prepare.argtypes = (pointer,) * 4
     kernels.nanochat_attend.argtypes = (pointer,) * 4
-    kernels.nanochat_square.argtypes = (pointer, pointer, ctypes.c_int64)
+    kernels.nanochat_square.argtypes = (pointer, pointer, pointer, ctypes.c_int64)
     kernels.nanochat_finish.argtypes = (*[pointer] * 6, ctypes.c_float, ctypes.c_float)
     kernels.nanochat_attend.restype = ctypes.c_int
     return kernels
@@ -93,7 +96,7 @@ def _cached() -> Path | None:
     identity = hashlib.sha256(
         b"\0".join((_SOURCE.read_bytes(), repr((compiler, _FLAGS)).encode(), " ".join(sorted(_abilities())).encode()))
     ).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanochat" / "kernels"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanochat", "kernels")
     path = folder / f"{identity[:24]}.so"
     if path.exists():
         return path

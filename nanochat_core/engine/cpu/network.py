@@ -78,7 +78,7 @@ class CpuNetwork(ServingWeights):
             kernels.nanochat_attend(shape, batch, place, mixed.data_ptr())
             x = layer.out.plus(mixed, x)
             up = layer.up.relu(x)
-            kernels.nanochat_square(shape, up.data_ptr(), up.numel())
+            kernels.nanochat_square(shape, batch, up.data_ptr(), up.numel())
             down = layer.down(up)
             following = layers[index + 1] if index + 1 < len(layers) else None
             kernels.nanochat_finish(
