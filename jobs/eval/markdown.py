@@ -1,0 +1,61 @@
+"""Pieces of Markdown: tables, text that is shown as it is, and numbers as people read them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|~#&!$])")
+# What begins a list or a heading's underline.
+_LEADING = re.compile(r"^(\d+)([.)])|^([-+=])")
+
+
+def one_line(text: str) -> str:
+    """The words of ``text`` with single spaces between them."""
+    return " ".join(text.split())
+
+
+def literal(text: str) -> str:
+    """One line that Markdown shows as it is, whatever a model has written."""
+    escaped = _SPECIAL.sub(r"\\\1", one_line(text))
+    return _LEADING.sub(lambda match: f"{match[1]}\\{match[2]}" if match[1] else f"\\{match[3]}", escaped)
+
+
+def code(text: str) -> str:
+    """One line in fixed width, whatever it holds."""
+    line = one_line(text)
+    longest = max((len(run) for run in re.findall("`+", line)), default=0)
+    fence = "`" * (longest + 1)
+    # Spaces keep a backtick of the text apart from the fence; the one who reads does not see them.
+    inner = f" {line} " if line.startswith("`") or line.endswith("`") else line or " "
+    return f"{fence}{inner}{fence}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table; columns from the second on are aligned right. ``|`` in a cell must be escaped."""
+    aligned = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (header, aligned, *rows)]
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``4 min 12 s``, ``3 h 05 min``."""
+    whole = round(seconds)
+    if whole < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def count(number: float) -> str:
+    """``2.11 M``: three digits and the unit."""
+    for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if number >= size:
+            return f"{number / (1e3 if letter == ' k' else size):.3g}{letter}"
+    return f"{number:,.0f}"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """``98.5%``; a dash where it is not known."""
+    return "—" if share is None else f"{share:.{digits}%}"
