@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-_SPECIAL = re.compile(r"([\\`*_\[\]<>|~#&!$])")
-# What begins a list or a heading's underline.
-_LEADING = re.compile(r"^(\d+)([.)])|^([-+=])")
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$])")
+# What begins a list, a heading or a heading's underline.
+_LEADING = re.compile(r"^(\d+)([.)])|^([-+=#])")
+_NUMBER = re.compile(r"(?!`)\W*\d|—|$")
 
 
 def one_line(text: str) -> str:
@@ -32,9 +33,11 @@ def code(text: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table; columns from the second on are aligned right. ``|`` in a cell must be escaped."""
-    aligned = ["---", *["---:"] * (len(header) - 1)]
-    return [f"| {' | '.join(cells)} |" for cells in (header, aligned, *rows)]
+    """Lines of a table; columns of numbers are aligned right. ``|`` in a cell must be escaped."""
+    body = list(rows)
+    numbers = [all(_NUMBER.match(row[i]) for row in body) for i in range(len(header))]
+    aligned = ["---:" if i and right else "---" for i, right in enumerate(numbers)]
+    return [f"| {' | '.join(cells)} |" for cells in (header, aligned, *body)]
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jobs.eval.markdown import code, duration, literal, one_line, percent, table
+from jobs.eval.plots import scientific
 from jobs.eval.published import CORE_RESULTS
 
 Report = Mapping[str, Any]
@@ -100,7 +101,7 @@ def _training(report: Report, plots: set[str]) -> list[str]:
             "—" if not stage["train_seconds"] else duration(stage["train_seconds"]),
             _or_dash(stage["tokens_per_second"], "{:,.0f}"),
             percent(stage["mfu"]),
-            _or_dash(stage["flops"], "{:.2e}"),
+            "—" if stage["flops"] is None else scientific(stage["flops"]),
             _or_dash(stage["final_loss"], "{:.3f}"),
             ", ".join(f"{value:.3f} {_held_out(name)}" for name, value in stage["held_out"].items()) or "—",
         )
