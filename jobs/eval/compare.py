@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from jobs.eval.markdown import code, literal, table
 from jobs.eval.metrics import Metric, metrics_of
+from jobs.eval.plots import scientific
 from jobs.eval.report_data import describe_stage, newest_stages
 from jobs.eval.report_plots import plot_runs
 from nanochat_core import logs
@@ -92,6 +93,14 @@ def read_run(home: str, spec: str) -> Run:
     return Run(spec, settings, figures, metrics_of(store, final), histories)
 
 
+def distinctly_named(runs: Sequence[Run]) -> list[Run]:
+    """Runs by the short names of their models, where these tell them apart."""
+    names = [run.name.rstrip("/").rpartition("/")[2] for run in runs]
+    if len(set(names)) < len(names):
+        return list(runs)
+    return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Settings that are not the same everywhere, with the value of each run; None where a run has none."""
     names = dict.fromkeys(itertools.chain.from_iterable(run.settings for run in runs))
@@ -132,7 +141,7 @@ def render(runs: Sequence[Run], plot: str = "") -> str:
     header = ["", names[0], *itertools.chain.from_iterable((name, f"against {names[0]}") for name in names[1:])]
     marked, rows = not_comparable(runs), []
     for name, (first, *others) in figures(runs).items():
-        row = [literal(name) + (" \\*" if name in marked else ""), _number(first)]
+        row = [code(name) + (" \\*" if name in marked else ""), _number(first)]
         for other in others:
             row += [_number(other), _change(first, other)]
         rows.append(row)
@@ -147,6 +156,8 @@ def render(runs: Sequence[Run], plot: str = "") -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return "—"
+    if abs(value) >= 1e9:
+        return scientific(value)
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
@@ -154,7 +165,7 @@ def _change(first: float | None, other: float | None) -> str:
     if first is None or other is None:
         return "—"
     difference = other - first
-    return "0" if difference == 0 else f"{difference:+,.0f}" if abs(difference) >= 10_000 else f"{difference:+.3g}"
+    return f"{'+' if difference > 0 else ''}{_number(difference)}"
 
 
 def run(settings: CompareSettings, show: Callable[[str], None]) -> None:
@@ -163,7 +174,7 @@ def run(settings: CompareSettings, show: Callable[[str], None]) -> None:
     Raises:
         UserError: a model does not exist, or the folder cannot be made.
     """
-    runs = [read_run(settings.home, spec) for spec in settings.models]
+    runs = distinctly_named([read_run(settings.home, spec) for spec in settings.models])
     show(render(runs))
     if not settings.out:
         return

@@ -14,7 +14,7 @@ function server(answers: Record<string, Answer>): string[] {
   vi.stubGlobal("fetch", (url: URL) => {
     asked.push(url.href);
     const { status = 200, body, headers } = answers[url.search] ?? { status: 404, body: "{}" };
-    return Promise.resolve(new Response(body, { status, headers }));
+    return Promise.resolve(new Response(body, { status, headers: headers ?? {} }));
   });
   return asked;
 }
