@@ -51,14 +51,6 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def count(number: float) -> str:
-    """``2.11 M``: three digits and the unit."""
-    for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if number >= size:
-            return f"{number / (1e3 if letter == ' k' else size):.3g}{letter}"
-    return f"{number:,.0f}"
-
-
 def percent(share: float | None, digits: int = 1) -> str:
     """``98.5%``; a dash where it is not known."""
     return "—" if share is None else f"{share:.{digits}%}"

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from jobs.eval.bpb import bits_per_byte
-from jobs.eval.chat import MAX_ANSWER_TOKENS, Answer, ChatResult, evaluate, items_for
+from jobs.eval.chat import Answer, ChatResult, evaluate, items_for
 from jobs.eval.metrics import CONVERSATIONS, HELD_OUT_TEXT, SAMPLES
 from jobs.eval.record import Evaluation
 from jobs.eval.samples import SAMPLING, continue_text, openings
@@ -60,7 +60,6 @@ def measure_conversations(store: Store, tuned: Checkpoint, recipe: str, count: i
         "recipe": recipe,
         "items": len(items),
         "digest": hashlib.sha256(asked).hexdigest(),
-        "max_tokens": MAX_ANSWER_TOKENS,
     }
     evaluation = Evaluation.of(store, tuned, CONVERSATIONS, settings)
     found = evaluation.result()

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jobs.eval.record import results
+from jobs.eval.results import normal_form
 from nanochat_core.checkpoint import STAGES, Checkpoint, CheckpointRef, list_checkpoints, load_meta, weights_digest
 from nanochat_core.store import Store
 
@@ -16,9 +17,9 @@ from nanochat_core.store import Store
 HELD_OUT_TEXT, CONVERSATIONS, SAMPLES = "bpb", "conversations", "samples"
 
 # Of a result: what says of what it is, and what is no measure of the model.
-_NOT_MEASURED = frozenset({"seconds", "settings", "examples", "samples", "partial"})
+_NOT_MEASURED = frozenset({"seconds", "settings", "examples", "samples", "partial", "gpt2_xl"})
 # These levels of a result only group what is below them.
-_GROUPS = frozenset({"tasks"})
+_GROUPS = frozenset({"tasks", "groups"})
 # The conversations of a report are about chatting, as are the chat tasks.
 _SHOWN_AS = {CONVERSATIONS: "chat"}
 
@@ -77,13 +78,13 @@ def flatten(result: Mapping[str, Any]) -> dict[str, Metric]:
     """The numbers of one evaluation's result."""
     name = result["evaluation"]
     how = hashlib.sha256(json.dumps(result["settings"], sort_keys=True).encode()).hexdigest()[:12]
-    numbers = _numbers(_SHOWN_AS.get(name, name), result)
+    numbers = _numbers(_SHOWN_AS.get(name, name), normal_form(result))
     return {key: Metric(value, how) for key, value in numbers}
 
 
 def _numbers(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    if {"right", "items"} == values.keys():
-        yield prefix, values["right"] / max(values["items"], 1)
+    if "right" in values and values.keys() in ({"right", "items"}, {"right", "answers"}):
+        yield prefix, values["right"] / max(values.get("items", values.get("answers", 0)), 1)
         return
     for key, value in values.items():
         if key in _NOT_MEASURED:

@@ -23,6 +23,7 @@ class ReportSettings:
     """Measure what was not measured yet and write reports/<model>/ with report.md, report.json and plots."""
 
     model: str = setting(help="name of the model in the store")
+    revision: str = setting("", "<stage>/step_<n> that the report is about; the newest of the last stage otherwise")
     recipe: str = setting(
         "", "recipe whose kinds of conversations are asked; the one that the pipeline made the model with"
     )
@@ -45,7 +46,7 @@ def run(settings: ReportSettings) -> dict[str, Any]:
     """
     prepare_cpu(settings.threads)
     store = open_store(settings.home)
-    stages = newest_stages(store, check_model_name(settings.model))
+    stages = newest_stages(store, check_model_name(settings.model), settings.revision)
     wanted = Wanted(settings.recipe, settings.items, settings.text_bytes, settings.samples, settings.price_per_hour)
     report = gather(store, settings.model, stages, wanted)
     write_report(store, report, {stage: checkpoint.meta.get("history", []) for stage, checkpoint in stages.items()})

@@ -12,8 +12,9 @@ from jobs.eval.machine import describe_machine
 from jobs.eval.measurements import held_out_documents, measure_conversations, measure_samples, measure_text
 from jobs.eval.metrics import weights_of
 from jobs.eval.record import results_of
+from jobs.eval.results import normal_form, pass_at_k
 from jobs.train.shards import dataset_exists, has_shards
-from nanochat_core.checkpoint import STAGES, Checkpoint, newest_checkpoint
+from nanochat_core.checkpoint import STAGES, Checkpoint, CheckpointRef, load_checkpoint, newest_checkpoint
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
 
@@ -33,13 +34,20 @@ class Wanted:
     price_per_hour: float | None
 
 
-def newest_stages(store: Store, model: str) -> dict[str, Checkpoint]:
+def newest_stages(store: Store, model: str, revision: str = "") -> dict[str, Checkpoint]:
     """The newest whole checkpoint of each stage that the model has.
 
+    Args:
+        revision: ``<stage>/step_<n>`` to end with instead of the newest of the last stage.
+
     Raises:
-        UserError: it has none at all.
+        UserError: it has none at all, or not this one.
     """
-    found = {stage: newest_checkpoint(store, model, stage) for stage in STAGES}
+    last = load_checkpoint(store, CheckpointRef.parse(model, revision)) if revision else None
+    before = STAGES[: STAGES.index(last.ref.stage)] if last is not None else STAGES
+    found = {stage: newest_checkpoint(store, model, stage) for stage in before}
+    if last is not None:
+        found[last.ref.stage] = last
     stages = {stage: checkpoint for stage, checkpoint in found.items() if checkpoint is not None}
     if not stages:
         raise UserError(f"model {model!r} has no base checkpoint in {store}; train it first")
@@ -81,7 +89,7 @@ def gather(store: Store, model: str, stages: Mapping[str, Checkpoint], wanted: W
         report["chat"] = {name: chat[name] for name in ("revision", "accuracy", "kinds", "examples")}
     for name in _EVALUATIONS:
         found = [(stage, results_of(store, stages[stage]).get(name)) for stage in stages]
-        report[f"{name}_results"] = {stage: result for stage, result in found if result is not None}
+        report[f"{name}_results"] = {stage: normal_form(result) for stage, result in found if result is not None}
     report["benchmark"] = _benchmark(store, model)
     report["warnings"] = warnings(report, stages)
     decision = latest_decision(store, final.ref, weights_of(final))
@@ -180,7 +188,7 @@ def _rl_curve(history: list[dict[str, Any]]) -> Report | None:
     """First, best and last of what RL measures; the plot has the rest."""
     rewards = [point["reward"] for point in history if "reward" in point]
     held_out = [point["heldout_reward"] for point in history if "heldout_reward" in point]
-    passes = [point["pass_at_k"] for point in history if "pass_at_k" in point]
+    passes = [pass_at_k(point["pass_at_k"]) for point in history if "pass_at_k" in point]
     if not rewards and not held_out:
         return None
     return {

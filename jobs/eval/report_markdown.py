@@ -235,8 +235,8 @@ def _chat_tasks(report: Report, _plots: set[str]) -> list[str]:
         rows = [
             (
                 literal(name),
-                f"{task['right']:,}",
-                f"{task['of']:,}",
+                _or_dash(task.get("right"), "{:,}"),
+                _or_dash(task.get("of"), "{:,}"),
                 percent(task["accuracy"]),
                 percent(task.get("baseline")),
                 _or_dash(task.get("centered"), "{:.4f}"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs.eval.plots import FAINT, HELD_OUT, INK, TRAIN, label_axis, panels, plot_losses, running_mean, shades
 from jobs.eval.published import GPT2_XL_CORE
+from jobs.eval.results import pass_at_k
 
 TITLES = {"base": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement learning"}
 _BAR_INCHES = 0.3
@@ -80,9 +81,10 @@ def plot_rewards(path: Path, history: History) -> None:
         label_axis(axes[0], "Reward", "step", "mean reward")
         axes[0].legend(frameon=False, fontsize=9)
         if passes:
-            counts = sorted({int(k) for point in passes for k in point["pass_at_k"]})
+            shares = [(point["step"], pass_at_k(point["pass_at_k"])) for point in passes]
+            counts = sorted({int(k) for _, by_k in shares for k in by_k})
             for color, k in zip(shades(len(counts)), counts, strict=True):
-                solved = [(point["step"], point["pass_at_k"].get(str(k), math.nan)) for point in passes]
+                solved = [(step, by_k.get(str(k), math.nan)) for step, by_k in shares]
                 axes[1].plot(*zip(*solved, strict=True), "o-", color=color, markersize=3, label=f"k = {k}")
             label_axis(axes[1], "pass@k on held-out problems", "step", "share solved")
             axes[1].legend(frameon=False, fontsize=9)

@@ -80,7 +80,15 @@ class Pipeline:
         self._prepare()
         base, tuned = self._train()
         if not reported(self.store, self.model, base, tuned):
-            self._stage("jobs.eval.report", {"model": self.model, "recipe": self.recipe.name, **self._threads()})
+            self._stage(
+                "jobs.eval.report",
+                {
+                    "model": self.model,
+                    "revision": tuned.ref.revision,
+                    "recipe": self.recipe.name,
+                    **self._threads(),
+                },
+            )
         self._promote(tuned)
         log.info(
             "pipeline done",

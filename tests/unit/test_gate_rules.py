@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from jobs.eval.gate_rules import DEFAULT_NO_WORSE, Gate, NoWorse, Require, judge
 from jobs.eval.metrics import Metric, flatten
+from jobs.eval.results import normal_form
 from nanochat_core.errors import UserError
 
 NAMES = ("chat.accuracy", "core.core", "bpb.bits_per_byte")
@@ -93,6 +94,28 @@ def test_results_become_numbers_by_name():
         "partial": ["mmlu"],
         "tasks": {"gsm8k": {"right": 1, "of": 2, "accuracy": 0.5, "pass_at_k": {"1": 0.5}, "examples": [{"a": 1}]}},
     }
+    newer = chat | {
+        "chat_core": {"value": 0.25, "tasks": ["gsm8k"], "missing": ["mmlu"]},
+        "tasks": {
+            "gsm8k": {"kind": "generative", "right": 1, "answers": 2, "accuracy": 0.5, "pass_at_k": [0.5, 1.0]},
+            "demo": {"accuracy": 1.0, "groups": {"fact": {"right": 3, "answers": 4}}},
+        },
+    }
+    del newer["chatcore"], newer["partial"]
+    assert {name: metric.value for name, metric in flatten(common | newer).items()} == {
+        "chat.chatcore": 0.25,
+        "chat.gsm8k.right": 1,
+        "chat.gsm8k.of": 2,
+        "chat.gsm8k.accuracy": 0.5,
+        "chat.gsm8k.pass_at_k.1": 0.5,
+        "chat.gsm8k.pass_at_k.2": 1.0,
+        "chat.demo.accuracy": 1.0,
+        "chat.demo.fact": 0.75,
+    }
+    core = {"evaluation": "core", "core": 0.2, "partial": True, "missing": ["squad"], "gpt2_xl": 0.256525, "tasks": {}}
+    assert {name: metric.value for name, metric in flatten(common | core).items()} == {"core.core": 0.2}
+    assert normal_form(core)["partial"] == ["squad"]
+    assert normal_form(newer)["partial"] == ["mmlu"]
     conversations = {
         "evaluation": "conversations",
         "accuracy": 0.75,
