@@ -90,6 +90,7 @@ def gather(store: Store, model: str, stages: Mapping[str, Checkpoint], wanted: W
     for name in _EVALUATIONS:
         found = [(stage, results_of(store, stages[stage]).get(name)) for stage in stages]
         report[f"{name}_results"] = {stage: normal_form(result) for stage, result in found if result is not None}
+    report["measured"] = {stage: sorted(results_of(store, checkpoint)) for stage, checkpoint in stages.items()}
     report["benchmark"] = _benchmark(store, model)
     report["warnings"] = warnings(report, stages)
     decision = latest_decision(store, final.ref, weights_of(final))

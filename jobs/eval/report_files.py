@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.eval.decisions import Decision, folder
+from jobs.eval.record import results_of
 from jobs.eval.report_markdown import render
 from jobs.eval.report_plots import draw
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef
@@ -43,10 +44,17 @@ def read_report(store: Store, model: str) -> dict[str, Any] | None:
 
 
 def reported(store: Store, model: str, *checkpoints: Checkpoint) -> bool:
-    """Whether the store's report on ``model`` is about these checkpoints."""
+    """Whether the store's report on ``model`` is about these checkpoints, and has all that was measured of them."""
     report = read_report(store, model)
-    return report is not None and all(
-        report.get(checkpoint.ref.stage, {}).get("digest") == checkpoint.digests[_WEIGHTS] for checkpoint in checkpoints
+    # Reports of earlier versions do not say what they were made of.
+    return (
+        report is not None
+        and "measured" in report
+        and all(
+            report.get(checkpoint.ref.stage, {}).get("digest") == checkpoint.digests[_WEIGHTS]
+            and report["measured"].get(checkpoint.ref.stage) == sorted(results_of(store, checkpoint))
+            for checkpoint in checkpoints
+        )
     )
 
 

@@ -28,8 +28,8 @@ def draw(folder: Path, report: Mapping[str, Any], histories: Mapping[str, Histor
         shares = {kind: value["right"] / max(value["items"], 1) for kind, value in chat["kinds"].items()}
         plot_bars(folder / "conversations.png", "Held-out conversations answered right", shares, percent=True)
         names.append("conversations.png")
-    if report["core_results"]:
-        result = list(report["core_results"].values())[-1]
+    result = next(reversed(report["core_results"].values()), None)
+    if result is not None and result["tasks"]:
         scores = {name: task["centered"] for name, task in result["tasks"].items()}
         plot_bars(
             folder / "core.png",

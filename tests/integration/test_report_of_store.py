@@ -17,6 +17,7 @@ from jobs.eval.gate import decide
 from jobs.eval.gate_rules import Gate
 from jobs.eval.record import Evaluation
 from jobs.eval.report import ReportSettings, run
+from jobs.eval.report_files import reported
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, newest_checkpoint
 from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.config import ModelConfig
@@ -53,7 +54,7 @@ def store(filled: Path, tmp_path: Path) -> Store:
 def add(store: Store, stage: str, model: str = NAME, depth: int = 1, **meta: Any) -> Checkpoint:
     """A checkpoint of random weights that says what a run says."""
     tokenizer = Tokenizer.from_json(store.read(f"tokenizers/{NAME}/tokenizer.json"))
-    config = ModelConfig.from_depth(depth, vocab_size=tokenizer.vocab_size, head_dim=16, context_length=64)
+    config = ModelConfig.from_depth(depth, vocab_size=tokenizer.vocab_size, head_dim=16, context_length=256)
     network = GPT(config)
     network.init_weights()
     ref = CheckpointRef(model, stage, 4)
@@ -175,6 +176,21 @@ def test_a_benchmark_of_the_model_is_shown(store: Store) -> None:
     report, text = report_on(store)
     assert report["benchmark"]["folder"] == "engine"
     assert "| decode | 8 at once | 1,234 | 10.0 | 1.0 |" in text
+
+
+def test_a_report_is_out_of_date_when_weights_or_what_was_measured_of_them_are_others(store: Store) -> None:
+    base, tuned = add(store, "base"), add(store, "sft")
+    assert not reported(store, NAME, base, tuned)
+    report_on(store, recipe="demo")
+    assert reported(store, NAME, base, tuned)
+    Evaluation.of(store, base, "core", {}).finish({"core": 0.1, "tasks": {}})
+    assert not reported(store, NAME, base, tuned)
+    report_on(store, recipe="demo")
+    assert reported(store, NAME, base, tuned)
+    assert not reported(store, NAME, base, add(store, "sft", depth=2))
+    old = {"base": {"digest": base.digests["model.safetensors"]}}
+    store.write(f"reports/{NAME}/report.json", json.dumps(old).encode())
+    assert not reported(store, NAME, base), "a report of an earlier version"
 
 
 def test_decisions_outlive_the_report_that_is_written_again_and_are_shown_in_it(store: Store) -> None:
