@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$])")
 # What begins a list, a heading or a heading's underline.
 _LEADING = re.compile(r"^(\d+)([.)])|^([-+=#])")
-_NUMBER = re.compile(r"(?!`)\W*\d|—|$")
+# With its unit: "4 min 08 s", "0.55 bits per byte".
+_NUMBER = re.compile(r"(?!`)\W*\d\S*( \w{1,4}){0,3}|—|")
 
 
 def one_line(text: str) -> str:
@@ -35,7 +36,7 @@ def code(text: str) -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a table; columns of numbers are aligned right. ``|`` in a cell must be escaped."""
     body = list(rows)
-    numbers = [all(_NUMBER.match(row[i]) for row in body) for i in range(len(header))]
+    numbers = [all(_NUMBER.fullmatch(row[i]) for row in body) for i in range(len(header))]
     aligned = ["---:" if i and right else "---" for i, right in enumerate(numbers)]
     return [f"| {' | '.join(cells)} |" for cells in (header, aligned, *body)]
 

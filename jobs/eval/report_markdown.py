@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jobs.eval.markdown import code, duration, literal, one_line, percent, table
@@ -127,11 +127,15 @@ def _hardware(report: Report, stages: Mapping[str, Report]) -> Iterable[str]:
             precision = f", {stage['dtype']}" if stage["dtype"] else ""
             places.setdefault(f"{_machine(hardware)}{ranks}{precision}", []).append(TITLES[name])
     for place, names in places.items():
-        yield f"{' and '.join(names).capitalize()}: {literal(place)}."
+        yield f"{_listed(names).capitalize()}: {literal(place)}."
     yield f"Evaluated on {literal(_machine(report['machine']))}."
     for stage in stages.values():
         if stage["made_from"]:
             yield f"{code(stage['revision'])} was trained from {code(stage['made_from'])}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _machine(machine: Report) -> str:

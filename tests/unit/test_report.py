@@ -75,7 +75,7 @@ def test_pictures_are_shown_only_where_they_were_drawn():
         "1.23 at 24 an hour",
         "**refused**",
         "| core.core\\>=0.3 | **fails** | core.core is 0.2612; at least 0.3 is required |",
-        "Pretraining and fine-tuning and reinforcement learning: A processor (2 cores, torch 2.9.0) on 2 ranks",
+        "Pretraining, fine-tuning and reinforcement learning: A processor (2 cores, torch 2.9.0) on 2 ranks",
         "`sft/step_000400` was trained from `demo base/step_000300`",
         "python -m jobs.train.sft --model demo --steps 400 --mixture a,b:2 --seed 1",
         "> **Note:** 3 steps had no finite loss.",
