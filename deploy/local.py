@@ -203,9 +203,9 @@ async def run(settings: LocalSettings) -> int:
 
 
 def is_promoted(settings: LocalSettings) -> bool:
-    """Whether the store has a promoted model of this name; a promotion that was taken back leaves an empty file."""
+    """Whether the store has a promoted model of this name; one that was taken back leaves the word ``none``."""
     try:
-        return bool(open_store(settings.home).read(f"models/{settings.model}/PROMOTED").strip())
+        return open_store(settings.home).read(f"models/{settings.model}/PROMOTED").strip() != b"none"
     except FileNotFoundError:
         return False
 

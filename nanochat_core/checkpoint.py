@@ -33,6 +33,8 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 META = "meta.json"
 TRAINER_STATE = "optim/state.json"
+# What PROMOTED says after a promotion was taken back.
+_WITHDRAWN = "none"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 log = logging.getLogger(__name__)
@@ -287,7 +289,7 @@ def promote(store: Store, ref: CheckpointRef) -> None:
 
 def withdraw(store: Store, model: str) -> None:
     """Take a promotion back: what was promoted is no longer there. An engine that serves it goes on."""
-    store.write(f"models/{model}/PROMOTED", b"")
+    store.write(f"models/{model}/PROMOTED", f"{_WITHDRAWN}\n".encode())
 
 
 def promoted(store: Store, model: str) -> CheckpointRef | None:
@@ -300,7 +302,7 @@ def promoted(store: Store, model: str) -> CheckpointRef | None:
         revision = store.read(f"models/{model}/PROMOTED").decode(errors="replace").strip()
     except FileNotFoundError:
         return None
-    return CheckpointRef.parse(model, revision) if revision else None
+    return None if revision == _WITHDRAWN else CheckpointRef.parse(model, revision)
 
 
 def _manifest(store: Store, ref: CheckpointRef) -> dict[str, dict[str, Any]]:
