@@ -13,8 +13,8 @@ Report = Mapping[str, Any]
 
 TITLES = {"base": "pretraining", "sft": "fine-tuning", "rl": "reinforcement learning"}
 PROGRAMS = {"base": "jobs.train.pretrain", "sft": "jobs.train.sft", "rl": "jobs.train.rl"}
-# Of a chat task's example answers so many are shown.
-_EXAMPLES_PER_TASK = 2
+# Problems of programming tasks are long.
+_MOST_CHARACTERS = 400
 
 
 def render(report: Report, plots: Iterable[str] = ()) -> str:
@@ -250,6 +250,14 @@ def _chat_tasks(report: Report, _plots: set[str]) -> list[str]:
         ]
         header = (f"task, after {TITLES[stage]}", "right", "of", "accuracy", "chance", "centered", "pass@k")
         lines += [*table(header, rows), ""]
+        for name, task in result["tasks"].items():
+            answered = [example for example in task.get("examples", []) if example["answer"]]
+            # One that went well and one that did not.
+            shown = {example["right"]: example for example in reversed(answered)}
+            if shown:
+                lines += [f"### {literal(name)}", ""]
+            for right in sorted(shown, reverse=True):
+                lines += _exchange(shown[right])
     return lines
 
 
@@ -273,11 +281,21 @@ def _conversations(report: Report, plots: set[str]) -> list[str]:
     if chat["examples"]:
         lines += ["### Some of them", ""]
     for example in chat["examples"]:
-        lines += [f"> {literal(example['question'])}", ""]
-        # Two spaces break the line.
-        lines += [f"{code(ran)} gives {code(output)}  " for ran, output in example["calls"]]
-        lines += [literal(example["answer"]) + ("" if example["right"] else "  *(wrong)*"), ""]
+        lines += _exchange(example)
     return lines
+
+
+def _exchange(example: Report) -> list[str]:
+    """A question and what the model did and said."""
+    lines = [f"> {literal(_cut(example['question']))}", ""]
+    # Two spaces break the line.
+    lines += [f"{code(_cut(ran))} gives {code(_cut(output))}  " for ran, output in example["calls"]]
+    return [*lines, literal(_cut(example["answer"])) + ("" if example["right"] else "  *(wrong)*"), ""]
+
+
+def _cut(text: str) -> str:
+    line = one_line(text)
+    return line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]} …"
 
 
 def _reinforcement(report: Report, plots: set[str]) -> list[str]:

@@ -12,7 +12,8 @@ def normal_form(result: Mapping[str, Any]) -> Json:
     """A result with the fields that reports, comparisons and the promotion gate read.
 
     ``partial`` names the tasks that are missing; of a chat evaluation ``chatcore`` is ChatCORE or None; every task has
-    ``centered``, and ``of`` questions or answers where it counts them; ``pass_at_k`` is a share for each ``"k"``.
+    ``centered``, and ``of`` questions or answers where it counts them; ``pass_at_k`` is a share for each ``"k"``; ``examples`` have ``question``,
+    ``calls`` (code and output of each), ``answer`` and ``right``.
     """
     form = {name: value for name, value in result.items() if name not in ("chat_core", "missing")}
     core = result.get("chat_core")
@@ -40,4 +41,15 @@ def _task(task: Mapping[str, Any]) -> Json:
         form.setdefault("of", task["answers"])
     if task.get("pass_at_k"):
         form["pass_at_k"] = pass_at_k(task["pass_at_k"])
+    if "examples" in task and isinstance(task["examples"], list):
+        form["examples"] = [_example(example) for example in task["examples"]]
     return form
+
+
+def _example(example: Mapping[str, Any]) -> Json:
+    return {
+        "question": example.get("question", example.get("asked", "")),
+        "calls": example.get("calls", []),
+        "answer": example.get("answer", example.get("said", "")),
+        "right": example.get("right", False),
+    }

@@ -15,6 +15,8 @@ from services.gateway.gateway import GatewayDep
 router = APIRouter(tags=["Operations"], responses=ERROR_RESPONSES)
 
 _PAGE = "report.html"
+# The engine reads it from the artifact store, which may be far away.
+_TIMEOUT_SECONDS = 20.0
 # Whatever an engine may call its files: nothing else is handed to a browser.
 _MEDIA_TYPES = {"text/markdown": "text/markdown; charset=utf-8", "image/png": "image/png"}
 
@@ -35,9 +37,7 @@ async def report_file(file: str, gateway: GatewayDep, model: str = "") -> Respon
     replica = gateway.pool.select(model or None)
     served = replica.model
     try:
-        report = await replica.stub.GetReport(
-            engine_pb2.GetReportRequest(file=file), timeout=gateway.settings.connect_timeout_seconds
-        )
+        report = await replica.stub.GetReport(engine_pb2.GetReportRequest(file=file), timeout=_TIMEOUT_SECONDS)
     except grpc.aio.AioRpcError as error:
         raise _api_error(error) from error
     for each in report.files:

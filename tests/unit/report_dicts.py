@@ -70,7 +70,16 @@ def report(*parts: str) -> dict[str, Any]:
         "chatcore": 0.35,
         "partial": [],
         "tasks": {
-            "gsm8k": task(123, 1319, pass_at_k={"1": 0.09, "4": 0.2}),
+            "gsm8k": task(
+                123,
+                1319,
+                pass_at_k={"1": 0.09, "4": 0.2},
+                examples=[
+                    {"question": "Six sevens?", "calls": [["6*7", "42"]], "answer": "#### 42", "right": True},
+                    {"question": "Long? " * 200, "calls": [], "answer": "#### 9", "right": False},
+                    {"question": "Another?", "calls": [], "answer": "#### 7", "right": False},
+                ],
+            ),
             "mmlu": task(30, 100, baseline=0.25, centered=0.0667),
         },
     }

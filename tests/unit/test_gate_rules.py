@@ -116,6 +116,11 @@ def test_results_become_numbers_by_name():
     assert {name: metric.value for name, metric in flatten(common | core).items()} == {"core.core": 0.2}
     assert normal_form(core)["partial"] == ["squad"]
     assert normal_form(newer)["partial"] == ["mmlu"]
+    asked = {"asked": "6*7?", "expected": "42", "said": "42", "calls": [], "right": True}
+    task = normal_form({"tasks": {"x": {"centred": 0.5, "examples": [asked]}, "y": {"examples": 10}}})["tasks"]
+    assert task["x"]["centered"] == 0.5
+    assert task["x"]["examples"] == [{"question": "6*7?", "calls": [], "answer": "42", "right": True}]
+    assert task["y"]["examples"] == 10
     conversations = {
         "evaluation": "conversations",
         "accuracy": 0.75,

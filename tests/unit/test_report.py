@@ -91,7 +91,16 @@ def test_no_cost_is_shown_unless_a_price_was_given():
 
 def test_wrong_answers_are_marked():
     text = render(EVERYTHING)
-    assert text.count("*(wrong)*") == 4
+    assert text.count("*(wrong)*") == 4 + 1
+
+
+def test_of_each_chat_task_a_right_and_a_wrong_answer_are_shown():
+    shown = render(EVERYTHING).split("### gsm8k\n")[1].split("\n## ")[0]
+    assert shown.startswith("\n> Six sevens?\n\n`6*7` gives `42`  \n\\#### 42\n\n> Long? Long?")
+    assert "… \n\n" not in shown
+    assert shown.count("\\#### 9  *(wrong)*") == 1
+    assert "Another?" not in shown
+    assert max(map(len, shown.splitlines())) < 410
 
 
 def test_what_the_model_wrote_stays_on_its_line_and_is_no_markup():
