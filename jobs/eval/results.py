@@ -12,8 +12,8 @@ def normal_form(result: Mapping[str, Any]) -> Json:
     """A result with the fields that reports, comparisons and the promotion gate read.
 
     ``partial`` names the tasks that are missing; of a chat evaluation ``chatcore`` is ChatCORE or None; every task has
-    ``centered``, and ``of`` questions or answers where it counts them; ``pass_at_k`` is a share for each ``"k"``; ``examples`` have ``question``,
-    ``calls`` (code and output of each), ``answer`` and ``right``.
+    ``centered``, and ``of`` questions or answers where it counts them; ``pass_at_k`` is a share for each ``"k"``;
+    ``examples`` have ``question``, ``calls`` (code and output of each), ``answer`` and ``right``.
     """
     form = {name: value for name, value in result.items() if name not in ("chat_core", "missing")}
     core = result.get("chat_core")
