@@ -61,6 +61,16 @@ def decisions(store: Store, ref: CheckpointRef) -> list[Decision]:
     return [_decision(entry) for entry in stored["decisions"]]
 
 
+def last_promotion(store: Store, model: str) -> tuple[CheckpointRef, Decision] | None:
+    """The newest decision of a model that promoted a checkpoint."""
+    found = []
+    for key in store.keys(folder(model)):
+        stored = json.loads(store.read(key))
+        ref = CheckpointRef.parse(model, stored["revision"])
+        found += [(ref, decision) for decision in map(_decision, stored["decisions"]) if decision.promoted]
+    return max(found, key=lambda each: each[1].time, default=None)
+
+
 def add_decision(store: Store, ref: CheckpointRef, decision: Decision) -> None:
     """Keep a decision, unless the last one was the same."""
     known = decisions(store, ref)

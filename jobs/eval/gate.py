@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from jobs.eval.decisions import Decision, add_decision, decisions
+from jobs.eval.decisions import Decision, add_decision, decisions, last_promotion
 from jobs.eval.gate_rules import DEFAULT_NO_WORSE, Gate, judge
 from jobs.eval.metrics import Metric, metrics_of, weights_of
 from jobs.eval.report_files import show_decision
@@ -70,7 +70,7 @@ class GateSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Incumbent:
-    """What is promoted now.
+    """What is promoted now, or was until it was taken back.
 
     Attributes:
         metrics: None when it is the checkpoint that is asked about itself.
@@ -113,12 +113,12 @@ def decide(store: Store, checkpoint: Checkpoint, gate: Gate, *, promoting: bool,
         metrics=metrics,
         against=f"{compared.ref.model} {compared.ref.revision}" if compared and other is not None else "",
         promoted=accepted and promoting,
-        time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
     )
     add_decision(store, ref, decision)
     if decision.promoted:
         promote(store, ref)
-    elif promoting and current is not None and current.gone and not accepted:
+    elif promoting and current is not None and current.gone and promoted(store, ref.model) is not None:
         withdraw(store, ref.model)
         log.warning("the promoted revision is gone", extra={"model": ref.model, "revision": current.ref.revision})
     show_decision(store, ref, decision)
@@ -126,14 +126,16 @@ def decide(store: Store, checkpoint: Checkpoint, gate: Gate, *, promoting: bool,
 
 
 def incumbent(store: Store, model: str, candidate: str) -> Incumbent | None:
-    """What is promoted of a model, seen from a candidate with these weights; None when nothing is.
+    """What is or was last promoted of a model, seen from a candidate with these weights; None when nothing was.
 
     Raises:
         StoreError: the store cannot be read.
     """
     ref = promoted(store, model)
     if ref is None:
-        return None
+        # A promotion that was taken back is still the measure: asking twice must not help.
+        last = last_promotion(store, model)
+        return None if last is None or last[1].digest == candidate else Incumbent(last[0], last[1].metrics, gone=True)
     try:
         digest = weights_digest(store, ref)
     except StoreError:

@@ -117,6 +117,10 @@ def test_weights_that_replaced_the_promoted_ones_are_compared_with_what_these_we
     trained(store, FIRST, 0.85, depth=3)
     assert not asked(store, FIRST).accepted
     assert promoted(store, "tiny") is None, "what was promoted is gone, and what is there was refused"
+    assert not asked(store, FIRST).accepted, "asking again does not help"
+    trained(store, SECOND, 0.9, depth=5)
+    assert asked(store, SECOND).against == "tiny sft/step_000001"
+    assert promoted(store, "tiny") is None
     trained(store, FIRST, 0.96, depth=4)
     assert asked(store, FIRST).promoted
     assert promoted(store, "tiny") == FIRST
