@@ -158,7 +158,7 @@ async def run(settings: LocalSettings) -> int:
     if settings.port:
         check_port(settings.port)
     # Only whether it is there: reading checkpoints takes torch, which this process has no other use for.
-    if not open_store(settings.home).exists(f"models/{settings.model}/PROMOTED"):
+    if not is_promoted(settings):
         code = await train(settings, stop)
         if code or stop.is_set():
             return code
@@ -200,6 +200,14 @@ async def run(settings: LocalSettings) -> int:
             await service.stop()
         await asyncio.gather(*running, return_exceptions=True)
         print("nanochat has stopped", flush=True)
+
+
+def is_promoted(settings: LocalSettings) -> bool:
+    """Whether the store has a promoted model of this name; one that was taken back leaves the word ``none``."""
+    try:
+        return open_store(settings.home).read(f"models/{settings.model}/PROMOTED").strip() != b"none"
+    except FileNotFoundError:
+        return False
 
 
 async def train(settings: LocalSettings, stop: asyncio.Event) -> int:

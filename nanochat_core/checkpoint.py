@@ -33,6 +33,8 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 META = "meta.json"
 TRAINER_STATE = "optim/state.json"
+# What PROMOTED says after a promotion was taken back.
+_WITHDRAWN = "none"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 log = logging.getLogger(__name__)
@@ -235,6 +237,18 @@ def load_meta(store: Store, ref: CheckpointRef) -> dict[str, Any]:
     return meta
 
 
+def weights_digest(store: Store, ref: CheckpointRef) -> str:
+    """The sha256 of a checkpoint's weights as its manifest states it; the file itself is not read.
+
+    Raises:
+        UserError: there is no such checkpoint, or its manifest is damaged.
+    """
+    manifest = _manifest(store, ref)
+    if WEIGHTS not in manifest:
+        raise UserError(f"{ref.prefix}/{MANIFEST} does not list {WEIGHTS}")
+    return str(manifest[WEIGHTS]["sha256"])
+
+
 def load_trainer_state(store: Store, ref: CheckpointRef) -> TrainerState:
     """What training needs to resume.
 
@@ -273,16 +287,22 @@ def promote(store: Store, ref: CheckpointRef) -> None:
     store.write(f"models/{ref.model}/PROMOTED", (ref.revision + "\n").encode())
 
 
+def withdraw(store: Store, model: str) -> None:
+    """Take a promotion back: what was promoted is no longer there. An engine that serves it goes on."""
+    store.write(f"models/{model}/PROMOTED", f"{_WITHDRAWN}\n".encode())
+
+
 def promoted(store: Store, model: str) -> CheckpointRef | None:
-    """What serving should run, or None when nothing was promoted yet.
+    """What serving should run, or None when nothing was promoted yet or the promotion was taken back.
 
     Raises:
         UserError: the file names no checkpoint.
     """
     try:
-        return CheckpointRef.parse(model, store.read(f"models/{model}/PROMOTED").decode(errors="replace").strip())
+        revision = store.read(f"models/{model}/PROMOTED").decode(errors="replace").strip()
     except FileNotFoundError:
         return None
+    return None if revision == _WITHDRAWN else CheckpointRef.parse(model, revision)
 
 
 def _manifest(store: Store, ref: CheckpointRef) -> dict[str, dict[str, Any]]:

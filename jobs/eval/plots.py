@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.train.power_laws import IsoFlop, PowerLaw, ScalingLaws
 
-_INK, _FAINT, _TRAIN, _HELD_OUT = "#1f2933", "#d5dbe1", "#2f6fde", "#d9480f"
+INK, FAINT, TRAIN, HELD_OUT = "#1f2933", "#d5dbe1", "#2f6fde", "#d9480f"
 
 
 def plot_losses(path: Path, stages: Sequence[tuple[str, list[dict[str, Any]]]]) -> None:
@@ -19,7 +19,7 @@ def plot_losses(path: Path, stages: Sequence[tuple[str, list[dict[str, Any]]]]) 
     Args:
         stages: title and history (``step``, ``loss`` and now and then a ``val_…`` metric) of each stage.
     """
-    with _panels(path, len(stages)) as axes:
+    with panels(path, len(stages)) as axes:
         for axis, (title, history) in zip(axes, stages, strict=True):
             _plot_stage(axis, title, history)
 
@@ -37,21 +37,21 @@ def plot_miniseries(
         ends: of each model its depth, training FLOPs and held-out bits per byte.
         law: bits per byte over FLOPs.
     """
-    with _panels(path, 2) as (training, held_out):
-        colors = _shades(len(curves))
+    with panels(path, 2) as (training, held_out):
+        colors = shades(len(curves))
         for color, (depth, flops, losses) in zip(colors, curves, strict=True):
             training.plot(flops, running_mean(losses), color=color, linewidth=1.6, label=f"depth {depth}")
         for color, (depth, flop, bpb) in zip(colors, ends, strict=True):
             held_out.plot([flop], [bpb], "o", color=color, markersize=7, zorder=3)
             held_out.annotate(
-                f"d{depth}", (flop, bpb), xytext=(7, 5), textcoords="offset points", fontsize=9, color=_INK
+                f"d{depth}", (flop, bpb), xytext=(7, 5), textcoords="offset points", fontsize=9, color=INK
             )
         if law is not None:
             _plot_law(held_out, law, [flop for _, flop, _ in ends], f"$C^{{{law.exponent:.3f}}}$")
             held_out.legend(frameon=False, fontsize=9)
         training.legend(frameon=False, fontsize=9)
-        _label(training, "Training loss", "training FLOPs", "nats per token")
-        _label(held_out, "End of each run", "training FLOPs C", "held-out bits per byte")
+        label_axis(training, "Training loss", "training FLOPs", "nats per token")
+        label_axis(held_out, "End of each run", "training FLOPs C", "held-out bits per byte")
         held_out.margins(x=0.15, y=0.15)
         for axis in (training, held_out):
             _log_scale(axis.xaxis, scientific)
@@ -60,8 +60,8 @@ def plot_miniseries(
 
 def plot_isoflops(path: Path, budgets: Sequence[IsoFlop], laws: ScalingLaws | None) -> None:
     """Write a PNG with the loss over size of every budget, and the best sizes and tokens over budgets."""
-    with _panels(path, 3) as (curves, sizes, tokens):
-        colors = _shades(len(budgets))
+    with panels(path, 3) as (curves, sizes, tokens):
+        colors = shades(len(budgets))
         for color, budget in zip(colors, budgets, strict=True):
             curves.plot(
                 budget.sizes, budget.losses, "o", color=color, markersize=5, label=f"{scientific(budget.flops)} FLOPs"
@@ -70,23 +70,23 @@ def plot_isoflops(path: Path, budgets: Sequence[IsoFlop], laws: ScalingLaws | No
                 reach = _spaced(min(budget.sizes), max(budget.sizes))
                 curves.plot(reach, [budget.fit(size) for size in reach], color=color, linewidth=1.4)
             if budget.fit is not None and budget.optimum is not None:
-                curves.plot(budget.optimum[0], budget.fit.lowest, "*", color=_HELD_OUT, markersize=11, zorder=3)
+                curves.plot(budget.optimum[0], budget.fit.lowest, "*", color=HELD_OUT, markersize=11, zorder=3)
                 for axis, best in zip((sizes, tokens), budget.optimum, strict=True):
-                    axis.plot([budget.flops], [best], "*", color=_HELD_OUT, markersize=11, zorder=3)
+                    axis.plot([budget.flops], [best], "*", color=HELD_OUT, markersize=11, zorder=3)
         if laws is not None:
             reach = [budget.flops for budget in budgets]
             for axis, law, letter in ((sizes, laws.sizes, "N"), (tokens, laws.tokens, "D")):
                 _plot_law(axis, law, reach, f"${letter} \\propto C^{{{law.exponent:.3f}}}$")
                 axis.legend(frameon=False, fontsize=9)
         curves.legend(frameon=False, fontsize=9)
-        _label(curves, "Models of one budget", "parameters N", "held-out bits per byte")
-        _label(sizes, "Best size", "training FLOPs C", "parameters N")
-        _label(tokens, "Best number of tokens", "training FLOPs C", "tokens D")
+        label_axis(curves, "Models of one budget", "parameters N", "held-out bits per byte")
+        label_axis(sizes, "Best size", "training FLOPs C", "parameters N")
+        label_axis(tokens, "Best number of tokens", "training FLOPs C", "tokens D")
         _log_scale(curves.xaxis, short)
         for axis in (sizes, tokens):
             if laws is None:
                 note = "a law needs two budgets with a best size"
-                axis.text(0.5, 0.1, note, transform=axis.transAxes, ha="center", color=_INK, fontsize=9)
+                axis.text(0.5, 0.1, note, transform=axis.transAxes, ha="center", color=INK, fontsize=9)
             if any(budget.optimum is not None for budget in budgets):
                 axis.margins(0.15)
                 _log_scale(axis.xaxis, scientific)
@@ -103,8 +103,8 @@ def plot_benchmark(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """
     load, label = ("rate", "requests per second sent") if rows[0]["slots"] is None else ("slots", "sequences at a time")
     mixes = list(dict.fromkeys(row["mix"] for row in rows))
-    with _panels(path, 3) as (throughput, first, between):
-        for color, mix in zip(_shades(len(mixes)), mixes, strict=True):
+    with panels(path, 3) as (throughput, first, between):
+        for color, mix in zip(shades(len(mixes)), mixes, strict=True):
             own = [row for row in rows if row["mix"] == mix]
             throughput.plot(
                 [row[load] for row in own], [row["tokens_per_second"] for row in own], "o-", color=color, label=mix
@@ -115,9 +115,9 @@ def plot_benchmark(path: Path, rows: Sequence[dict[str, Any]]) -> None:
                     times = [1000 * row[name][percentile] for row in told]
                     axis.plot([row[load] for row in told], times, style, color=color, markersize=4)
         throughput.legend(frameon=False, fontsize=9)
-        _label(throughput, "Throughput", label, "output tokens per second")
-        _label(first, "Time to first token", label, "milliseconds, p50 and p95")
-        _label(between, "Time between tokens", label, "milliseconds, p50 and p95")
+        label_axis(throughput, "Throughput", label, "output tokens per second")
+        label_axis(first, "Time to first token", label, "milliseconds, p50 and p95")
+        label_axis(between, "Time between tokens", label, "milliseconds, p50 and p95")
         loads = sorted({row[load] for row in rows})
         for axis in (throughput, first, between):
             axis.set_xscale("log")
@@ -127,17 +127,28 @@ def plot_benchmark(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def _panels(path: Path, count: int) -> Iterator[Sequence[Any]]:
-    """Axes side by side, which are written to ``path`` at the end."""
+def panels(
+    path: Path, count: int, *, columns: int = 0, width: float = 5.2, height: float = 3.6
+) -> Iterator[Sequence[Any]]:
+    """Axes side by side, which are written to ``path`` at the end.
+
+    Args:
+        columns: at most so many in a row; 0 for all.
+        width, height: of each, in inches.
+    """
     # Imported here: matplotlib takes a second that only reports need.
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, count, figsize=(5.2 * count, 3.6), squeeze=False)
+    across = min(count, columns or count)
+    rows = math.ceil(count / across)
+    figure, axes = plt.subplots(rows, across, figsize=(width * across, height * rows), squeeze=False)
+    for unused in axes.flat[count:]:
+        unused.remove()
     try:
-        yield axes[0]
+        yield list(axes.flat[:count])
         figure.tight_layout()
         figure.savefig(path, dpi=144)
     finally:
@@ -149,30 +160,31 @@ def _plot_stage(axis: Any, title: str, history: list[dict[str, Any]]) -> None:
     trained = [point for point in history if "loss" in point]
     steps = [point["step"] for point in trained]
     losses = [point["loss"] for point in trained]
-    axis.plot(steps, losses, color=_TRAIN, alpha=0.25, linewidth=0.8)
-    axis.plot(steps, running_mean(losses), color=_TRAIN, linewidth=1.6, label="training loss")
+    axis.plot(steps, losses, color=TRAIN, alpha=0.25, linewidth=0.8)
+    axis.plot(steps, running_mean(losses), color=TRAIN, linewidth=1.6, label="training loss")
     metrics = sorted({name for point in history for name in point if name.startswith("val_")})
     for name in metrics:
         points = [(point["step"], point[name]) for point in history if name in point]
         label = {"val_bpb": "held-out bits per byte", "val_loss": "held-out loss"}.get(name, name)
-        axis.plot(*zip(*points, strict=True), "o-", color=_HELD_OUT, markersize=4, linewidth=1.2, label=label)
-    if min(losses) > 0 and max(losses) / min(losses) > 20:
+        axis.plot(*zip(*points, strict=True), "o-", color=HELD_OUT, markersize=4, linewidth=1.2, label=label)
+    if losses and min(losses) > 0 and max(losses) / min(losses) > 20:
         axis.set_yscale("log")
-    _label(axis, title, "step", "nats per token")
+    label_axis(axis, title, "step", "nats per token")
     axis.legend(frameon=False, fontsize=9)
 
 
-def _label(axis: Any, title: str, x: str, y: str) -> None:
-    axis.set_title(title, color=_INK, fontsize=11)
-    axis.set_xlabel(x, color=_INK)
-    axis.set_ylabel(y, color=_INK)
-    axis.grid(color=_FAINT, linewidth=0.6)
+def label_axis(axis: Any, title: str, x: str, y: str) -> None:
+    """Title, names of the axes, and a faint grid."""
+    axis.set_title(title, color=INK, fontsize=11)
+    axis.set_xlabel(x, color=INK)
+    axis.set_ylabel(y, color=INK)
+    axis.grid(color=FAINT, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def _plot_law(axis: Any, law: PowerLaw, over: Sequence[float], label: str) -> None:
     reach = _spaced(min(over), max(over))
-    axis.plot(reach, [law(x) for x in reach], "--", color=_INK, linewidth=1.2, label=label)
+    axis.plot(reach, [law(x) for x in reach], "--", color=INK, linewidth=1.2, label=label)
 
 
 def _log_scale(axis: Any, shown: Callable[[float], str]) -> None:
@@ -223,7 +235,7 @@ def _spaced(low: float, high: float, count: int = 60) -> list[float]:
     return [low * (high / low) ** (i / (count - 1)) for i in range(count)]
 
 
-def _shades(count: int) -> list[Any]:
+def shades(count: int) -> list[Any]:
     """Colors from light to dark, one for each of an ordered series."""
     import matplotlib as mpl
 

@@ -16,7 +16,10 @@ from typing import Literal
 
 import torch
 
-from jobs.eval.report import reported
+from jobs.eval.decisions import latest_decision
+from jobs.eval.gate import EXIT_REFUSED, decide
+from jobs.eval.metrics import weights_of
+from jobs.eval.report_files import reported
 from jobs.train import pretrain, sft
 from jobs.train.children import Children
 from jobs.train.local_text import local_text_digest
@@ -25,7 +28,7 @@ from jobs.train.recipes import RECIPES, Flags, Recipe
 from jobs.train.shards import dataset_digest, has_shards, read_manifest
 from jobs.train.tokenizer import load_tokenizer, trained_on
 from nanochat_core import logs
-from nanochat_core.checkpoint import Checkpoint, check_model_name, newest_checkpoint, promote, promoted
+from nanochat_core.checkpoint import Checkpoint, check_model_name, newest_checkpoint, promoted
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.settings import load, setting
 from nanochat_core.store import DEFAULT_HOME, Store, open_store
@@ -70,16 +73,23 @@ class Pipeline:
 
         Raises:
             UserError: a setting is wrong.
-            SystemExit: a stage failed or was stopped, with its exit code.
+            SystemExit: a stage failed or was stopped, with its exit code, or the gate refused the model.
         """
         self._children.forward_signals()
         started = time.monotonic()
         self._prepare()
         base, tuned = self._train()
         if not reported(self.store, self.model, base, tuned):
-            self._stage("jobs.eval.report", {"model": self.model, "recipe": self.recipe.name, **self._threads()})
-        if promoted(self.store, self.model) != tuned.ref:
-            promote(self.store, tuned.ref)
+            self._stage(
+                "jobs.eval.report",
+                {
+                    "model": self.model,
+                    "revision": tuned.ref.revision,
+                    "recipe": self.recipe.name,
+                    **self._threads(),
+                },
+            )
+        self._promote(tuned)
         log.info(
             "pipeline done",
             extra={
@@ -89,6 +99,23 @@ class Pipeline:
                 "seconds": round(time.monotonic() - started, 1),
             },
         )
+
+    def _promote(self, tuned: Checkpoint) -> None:
+        """Promote the model if the recipe's gate lets it through.
+
+        Raises:
+            SystemExit: it does not; the model that was promoted stays.
+        """
+        last = latest_decision(self.store, tuned.ref, weights_of(tuned))
+        if last is not None and last.promoted and promoted(self.store, self.model) == tuned.ref:
+            return
+        decision = decide(self.store, tuned, self.recipe.gate, promoting=True)
+        if not decision.accepted:
+            log.error(
+                "not promoted",
+                extra={"model": self.model, "revision": tuned.ref.revision, "reasons": decision.refusals},
+            )
+            raise SystemExit(EXIT_REFUSED)
 
     def _prepare(self) -> None:
         """Put the recipe's data into the store unless it is there.

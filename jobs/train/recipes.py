@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jobs.eval.gate_rules import Gate
 from jobs.train import demo_world
 from jobs.train.conversations import write_conversations
 from jobs.train.local_text import read_local_text
@@ -38,6 +39,8 @@ class Recipe:
     web_shards: str = ""
     # Training documents are cut to at most this many characters: a document longer than a row loses its rest.
     document_characters: int | None = None
+    # What a model must show to be promoted.
+    gate: Gate = dataclasses.field(default_factory=Gate)
 
     def prepare(self, store: Store, name: str, data: Path | None) -> None:
         """Put text ``data/<name>`` and conversations into the store unless they are there.
@@ -130,6 +133,15 @@ RECIPES = {
             },
             conversation_kinds=None,
             train_conversations=40_000,
+            # A run reaches 97 % and more; one that went wrong in any part stays far below.
+            gate=Gate(
+                require=(
+                    "chat.accuracy>=0.85",
+                    "chat.kinds.identity>=0.8",
+                    "chat.kinds.fact>=0.8",
+                    "chat.kinds.arithmetic>=0.8",
+                )
+            ),
         ),
         Recipe(
             name="small",
@@ -160,6 +172,7 @@ RECIPES = {
             train_conversations=10_000,
             needs_data=True,
             document_characters=900,
+            gate=Gate(require=("chat.accuracy>=0.25", "bpb.bits_per_byte<=3")),
         ),
         Recipe(
             name="speedrun",
@@ -171,6 +184,7 @@ RECIPES = {
             train_conversations=100_000,
             needs_data=True,
             web_shards="0-169",
+            gate=Gate(require=("chat.accuracy>=0.25", "bpb.bits_per_byte<=1")),
         ),
     )
 }

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from jobs.eval.machine import describe_machine
 from jobs.train.progress import serve_metrics
 from jobs.train.schedule import Schedule
 from jobs.train.trainer import RunConfig
@@ -17,7 +18,7 @@ from nanochat_core import logs
 from nanochat_core.attention import choose_attention
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.cpu_products import convert_to_onednn, onednn_is_faster
-from nanochat_core.device import choose_device, prepare_cpu
+from nanochat_core.device import choose_device, peak_flops, prepare_cpu
 from nanochat_core.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, local_rank
 from nanochat_core.errors import UserError
 from nanochat_core.fp8 import convert_to_fp8
@@ -122,6 +123,11 @@ def run_config(settings: RunSettings, *, model: str, stage: str, schedule: Sched
         trackers=settings.track,
         tracker_folder=Path(settings.track_dir),
     )
+
+
+def hardware(place: Place) -> dict[str, Any]:
+    """What a stage runs on, for its checkpoint: the machine of the first rank, ranks, and a device's peak FLOP/s."""
+    return describe_machine() | {"ranks": place.ranks.size, "peak_flops": peak_flops(place.device)}
 
 
 def rows_per_batch(batch_tokens: int, context_length: int) -> int:

@@ -15,6 +15,7 @@ from jobs.train.run import (
     Place,
     RunSettings,
     comparable,
+    hardware,
     make_trainable,
     rows_per_batch,
     run_config,
@@ -23,13 +24,22 @@ from jobs.train.run import (
 )
 from jobs.train.schedule import Schedule
 from jobs.train.trainer import Trainer
-from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_trainer_state, newest_checkpoint
+from nanochat_core.checkpoint import (
+    STAGES,
+    Checkpoint,
+    CheckpointRef,
+    check_model_name,
+    load_checkpoint,
+    load_trainer_state,
+    newest_checkpoint,
+)
 from nanochat_core.device import choose_dtype, muon_dtype
 from nanochat_core.distributed import ALONE, Ranks
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.model import IGNORE_INDEX
 from nanochat_core.optim import MuonAdamW, OptimizerConfig, parameter_groups
 from nanochat_core.settings import load, setting
+from nanochat_core.store import Store
 
 log = logging.getLogger("jobs.train.sft")
 
@@ -38,9 +48,12 @@ _HELD_OUT_BATCHES = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SftSettings(RunSettings):
-    """Fine-tune the base model of the same name on a mixture of conversations."""
+    """Fine-tune a model on a mixture of conversations."""
 
     model: str = setting(help="name of the model in the store; its newest base checkpoint is the start")
+    start_from: str | None = setting(
+        None, "another checkpoint to start from: MODEL, MODEL/<stage> or MODEL/<stage>/step_<n>"
+    )
     mixture: str = setting(help="what to learn, as NAME[:WEIGHT],…: tasks, names of the store, or conversation files")
     steps: int | None = setting(None, "optimizer steps; otherwise --epochs passes", minimum=1)
     epochs: float = setting(1.0, "passes over the conversations", minimum=0.0, maximum=1e6)
@@ -59,12 +72,40 @@ def inputs(base: Checkpoint, mixture: Mixture) -> dict[str, str]:
     return {"base": base.digests["model.safetensors"], "conversations": mixture.digest}
 
 
+def start_of(store: Store, settings: SftSettings) -> Checkpoint:
+    """The checkpoint that fine-tuning starts from.
+
+    Raises:
+        UserError: there is none, or it is of the stage that would be trained over.
+    """
+    if not settings.start_from:
+        base = newest_checkpoint(store, settings.model, "base")
+        if base is None:
+            raise UserError(f"model {settings.model!r} has no base checkpoint; run python -m jobs.train.pretrain first")
+        return base
+    name, _, revision = settings.start_from.partition("/")
+    check_model_name(name)
+    if "/" in revision:
+        start = load_checkpoint(store, CheckpointRef.parse(name, revision))
+    else:
+        stages = (revision,) if revision else ("sft", "base")
+        found = (newest_checkpoint(store, name, stage) for stage in stages if stage in STAGES)
+        newest = next((checkpoint for checkpoint in found if checkpoint is not None), None)
+        if newest is None:
+            raise UserError(f"--start-from names {settings.start_from!r}, but {store} has no such checkpoint")
+        start = newest
+    if (start.ref.model, start.ref.stage) == (settings.model, "sft"):
+        raise UserError(
+            f"--start-from names {start.ref.model} {start.ref.revision}, which this run would replace; give the result "
+            "another --model name"
+        )
+    return start
+
+
 def run(settings: SftSettings, place: Place) -> CheckpointRef:
     """Fine-tune, resuming where an earlier run stopped, and save the final checkpoint."""
     store, device, ranks = place.store, place.device, place.ranks
-    base = newest_checkpoint(store, settings.model, "base")
-    if base is None:
-        raise UserError(f"model {settings.model!r} has no base checkpoint; run python -m jobs.train.pretrain first")
+    base = start_of(store, settings)
     mixture = Mixture(store, settings.mixture)
     precision = base.meta.get("settings", {}).get("dtype", "auto") if settings.dtype == "auto" else settings.dtype
     dtype = choose_dtype(precision, device)
@@ -147,10 +188,12 @@ def run(settings: SftSettings, place: Place) -> CheckpointRef:
             "inputs": inputs(base, mixture),
             "plan": {"batch_tokens": batch_tokens, "steps": steps},
             "base": base.ref.revision,
+            **({} if base.ref.model == settings.model else {"base_model": base.ref.model}),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "flops_per_token": config.flops_per_token,
             "dtype": str(dtype).removeprefix("torch."),
             "device": device.type,
+            "hardware": hardware(place),
         },
         device=device,
         ranks=ranks,

@@ -55,6 +55,11 @@ class EngineStub(object):
                 request_serializer=nanochat__core_dot_protos_dot_engine__pb2.ReloadRequest.SerializeToString,
                 response_deserializer=nanochat__core_dot_protos_dot_engine__pb2.ModelInfo.FromString,
                 _registered_method=True)
+        self.GetReport = channel.unary_unary(
+                '/nanochat.engine.v1.Engine/GetReport',
+                request_serializer=nanochat__core_dot_protos_dot_engine__pb2.GetReportRequest.SerializeToString,
+                response_deserializer=nanochat__core_dot_protos_dot_engine__pb2.Report.FromString,
+                _registered_method=True)
 
 
 class EngineServicer(object):
@@ -91,6 +96,13 @@ class EngineServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetReport(self, request, context):
+        """What the store's report on the model says. NOT_FOUND: there is none. FAILED_PRECONDITION: it is too large to send.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +125,11 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.Reload,
                     request_deserializer=nanochat__core_dot_protos_dot_engine__pb2.ReloadRequest.FromString,
                     response_serializer=nanochat__core_dot_protos_dot_engine__pb2.ModelInfo.SerializeToString,
+            ),
+            'GetReport': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetReport,
+                    request_deserializer=nanochat__core_dot_protos_dot_engine__pb2.GetReportRequest.FromString,
+                    response_serializer=nanochat__core_dot_protos_dot_engine__pb2.Report.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -224,6 +241,33 @@ class Engine(object):
             '/nanochat.engine.v1.Engine/Reload',
             nanochat__core_dot_protos_dot_engine__pb2.ReloadRequest.SerializeToString,
             nanochat__core_dot_protos_dot_engine__pb2.ModelInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetReport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nanochat.engine.v1.Engine/GetReport',
+            nanochat__core_dot_protos_dot_engine__pb2.GetReportRequest.SerializeToString,
+            nanochat__core_dot_protos_dot_engine__pb2.Report.FromString,
             options,
             channel_credentials,
             insecure,

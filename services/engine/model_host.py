@@ -13,6 +13,7 @@ from nanochat_core.engine import AsyncEngine, Engine, Load, Observer, ToolRunner
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2
 from nanochat_core.store import StoreError, open_store
+from services.engine.reports import read_report
 from services.engine.settings import EngineSettings
 
 log = logging.getLogger("nanochat.engine")
@@ -132,6 +133,10 @@ class ModelHost:
             self._retirements.add(retirement)
             retirement.add_done_callback(self._retirements.discard)
         return self.current
+
+    def report(self, model: str, file: str) -> engine_pb2.Report:
+        """The store's report on a model; see :func:`~services.engine.reports.read_report`."""
+        return read_report(self._store, model, file)
 
     async def drained(self) -> None:
         """Wait until no answer is under way."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import time
@@ -29,6 +30,7 @@ from nanochat_core.engine import (
 )
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2, engine_pb2_grpc
+from nanochat_core.store import StoreError
 from services.engine.model_host import ModelHost, ServedModel
 
 log = logging.getLogger("nanochat.engine")
@@ -117,6 +119,24 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         """Serve another revision; FAILED_PRECONDITION when it cannot be loaded, and the old one goes on."""
         try:
             return (await self._host.reload(request.revision)).info
+        except UserError as error:
+            await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+
+    async def GetReport(
+        self, request: engine_pb2.GetReportRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.Report:
+        """The report on the model that serves, which may be about another of its revisions.
+
+        UNAVAILABLE while there is no model or no store, NOT_FOUND without a report or the file that is asked for,
+        FAILED_PRECONDITION when it is too large to send.
+        """
+        model = await self._model(context)
+        try:
+            return await asyncio.to_thread(self._host.report, model.ref.model, request.file)
+        except FileNotFoundError as error:
+            await _abort(context, grpc.StatusCode.NOT_FOUND, f"the store has no {error}")
+        except StoreError as error:
+            await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
         except UserError as error:
             await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
 

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
-from services.gateway import chat, completions, docs_page, models, probes, tokens
+from services.gateway import chat, completions, docs_page, models, probes, report_page, tokens
 from services.gateway.body_limit import BodyLimit
 from services.gateway.drain import Drain
 from services.gateway.engines import EnginePool
@@ -56,7 +56,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         },
     )
     app.state.drain = drain
-    for part in (chat, completions, models, tokens, probes, docs_page):
+    for part in (chat, completions, models, tokens, probes, report_page, docs_page):
         app.include_router(part.router)
     app.mount("/", WebPage(settings.static_dir))
     # The last one added sees a request first.

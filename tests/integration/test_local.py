@@ -201,8 +201,10 @@ def test_a_taken_port_is_an_error_before_anything_starts(start):
     ]
 
 
-def test_without_a_model_the_demo_is_trained_first(folder, start):
-    (folder / "home" / "models" / "demo" / "PROMOTED").unlink()
+@pytest.mark.parametrize("taken_back", [False, True])
+def test_without_a_model_the_demo_is_trained_first(folder, start, taken_back):
+    promotion = folder / "home" / "models" / "demo" / "PROMOTED"
+    promotion.write_text("none\n") if taken_back else promotion.unlink()
     write_pipeline(folder, "import sys; print('training', sys.argv[1:], flush=True); sys.exit(3)")
     manager = start()
     assert manager.end() == 3

@@ -21,6 +21,10 @@ from typing import Any
 import pytest
 from tiny_training import Job, sentences
 
+from jobs.eval.decisions import latest_decision
+from jobs.eval.gate import EXIT_REFUSED
+from jobs.eval.gate_rules import Gate
+from jobs.eval.metrics import weights_of
 from jobs.train import children
 from jobs.train.pipeline import Pipeline, PipelineSettings
 from jobs.train.recipes import RECIPES, Recipe
@@ -51,6 +55,7 @@ RECIPE = dataclasses.replace(
     },
     sft={"batch-tokens": 1024, "steps": 20, "lr-scale": 0.5, "eval-every": 10, "save-every": 5},
     train_conversations=200,
+    gate=Gate(require=("bpb.bits_per_byte<=8",), no_worse=()),
 )
 
 
@@ -158,9 +163,11 @@ def test_every_stage_leaves_what_it_makes_and_the_model_is_promoted(finished):
     assert tuned.meta["finished"]
     assert tuned.meta["inputs"]["base"] == base.digests["model.safetensors"]
     assert promoted(store, MODEL) == tuned.ref
-    assert store.keys(f"reports/{MODEL}") == [
-        f"reports/{MODEL}/{name}" for name in ("loss.png", "report.json", "report.md")
-    ]
+    names = ("conversations.png", "decisions/sft_step_000020.json", "loss.png", "report.json", "report.md")
+    assert store.keys(f"reports/{MODEL}") == [f"reports/{MODEL}/{name}" for name in names]
+    decision = latest_decision(store, tuned.ref, weights_of(tuned))
+    assert decision.promoted
+    assert [outcome.rule for outcome in decision.outcomes] == ["bpb.bits_per_byte<=8"]
     assert not list((finished / "home").rglob(".*"))
 
 
@@ -233,6 +240,27 @@ def test_a_deleted_report_is_written_again(again):
     shutil.rmtree(again.home / "reports")
     assert again.run() == [REPORT]
     assert again.report() == before
+
+
+def test_a_model_that_the_gate_refuses_is_not_promoted(again, caplog):
+    shutil.rmtree(again.home / "reports")
+    (again.home / "models" / MODEL / "PROMOTED").unlink()
+    strict = dataclasses.replace(RECIPE, gate=Gate(require=("chat.accuracy>=1", "bpb.bits_per_byte<=8")))
+    for stages in ([REPORT], []):
+        caplog.clear()
+        with pytest.raises(SystemExit) as ended:
+            again.run(strict)
+        assert ended.value.code == EXIT_REFUSED
+        assert again.stages == stages
+        assert promoted(open_store(str(again.home)), MODEL) is None
+        (refusal,) = [record for record in caplog.records if record.getMessage() == "not promoted"]
+        assert re.fullmatch(r"chat.accuracy is \S+; at least 1 is required", *refusal.reasons)
+    report = again.report()
+    assert (report["promotion"]["accepted"], report["promotion"]["promoted"]) == (False, False)
+    assert "**refused**" in (again.home / "reports" / MODEL / "report.md").read_text()
+    again.run()
+    assert again.report()["promotion"]["promoted"]
+    assert again.run() == []
 
 
 def retrain_base(again: Again) -> None:

@@ -139,3 +139,40 @@ def failed(jobs: Jobs) -> str:
     job = jobs.start(MODULE, SFT)
     assert job.wait() == 2
     return job.stderr
+
+
+def test_another_model_goes_on_from_any_checkpoint_and_leaves_it_as_it_was(jobs):
+    jobs.run(MODULE, SFT, save_every=0)
+    tuned = jobs.result("sft")
+    jobs.run(MODULE, SFT, model="more", start_from=NAME, steps=8, save_every=0, eval_every=0)
+    more = jobs.result("sft", 8, "more")
+    assert more.meta["inputs"]["base"] == tuned.weights
+    assert (more.meta["base_model"], more.meta["base"]) == (NAME, f"sft/step_{STEPS:06d}")
+    assert more.history[0]["loss"] < tuned.history[0]["loss"] / 2, "it begins with what was learned"
+    assert jobs.result("sft") == tuned
+    jobs.run(MODULE, SFT, model="fresh", start_from=f"{NAME}/base", steps=8, save_every=0, eval_every=0)
+    assert jobs.result("sft", 8, "fresh").history[0] == tuned.history[0]
+
+
+@pytest.mark.parametrize(
+    ("start_from", "complaint"),
+    [
+        ("none", "--start-from names 'none', but"),
+        (f"{NAME}/rl", f"--start-from names '{NAME}/rl', but"),
+        (f"{NAME}/what", f"--start-from names '{NAME}/what', but"),
+        (f"{NAME}/base/step_7", f"there is no checkpoint models/{NAME}/base/step_000007"),
+        (f"{NAME}/base/seven", "'base/seven' names no checkpoint"),
+        ("../x", "'..' cannot name a model"),
+    ],
+)
+def test_a_start_that_is_not_there_is_an_error(jobs, start_from, complaint):
+    job = jobs.start(MODULE, SFT, model="more", start_from=start_from)
+    assert job.wait() == 2
+    assert complaint in job.stderr
+
+
+def test_a_model_cannot_start_from_what_it_would_replace(jobs):
+    jobs.run(MODULE, SFT, steps=4, save_every=0, eval_every=0)
+    job = jobs.start(MODULE, SFT, start_from=f"{NAME}/sft", steps=4)
+    assert job.wait() == 2
+    assert "which this run would replace; give the result another --model name" in job.stderr

@@ -31,6 +31,7 @@ from nanochat_core.checkpoint import (
     newest_checkpoint,
     promote,
     promoted,
+    withdraw,
 )
 from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.config import ModelConfig
@@ -438,6 +439,8 @@ def test_the_promoted_checkpoint_is_the_last_one_promoted(store: FolderStore):
     assert promoted(store, "tiny") == CheckpointRef("tiny", "rl", 7)
     assert store.read("models/tiny/PROMOTED") == b"rl/step_000007\n"
     assert promoted(store, "other") is None
+    withdraw(store, "tiny")
+    assert promoted(store, "tiny") is None
 
 
 @pytest.mark.parametrize("stored", [b"", b"\xff\xfe\x00", b"step_3", b"sft/step_x", b"sft/step_1\nsft/step_2"])

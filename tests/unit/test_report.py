@@ -2,109 +2,138 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import shutil
 import subprocess
-from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jobs.eval.chat import Answer, ChatResult
-from jobs.eval.report import render, xz_bits_per_byte
+from jobs.eval.markdown import code, duration, literal
+from jobs.eval.measurements import xz_bits_per_byte
+from jobs.eval.report_markdown import render
 from jobs.eval.samples import openings
-from jobs.train.demo_world import evaluation_set
+from tests.unit.report_dicts import OPTIONAL, every_combination, report
 
-STAGE = {"revision": "base/step_000300", "digest": "0" * 64, "steps": 300, "tokens": 1_228_800, "parameters": 5_000_000}
-
-
-def chat_result(count: int = 40) -> ChatResult:
-    answers = []
-    for i, item in enumerate(evaluation_set(count)):
-        calls = (("print(1)\n\n'a|b'.count('|')", "1\n1"),) if item.requires_tool else ()
-        answers.append(Answer(item, f"An answer\nwith | two lines, {i}", calls, correct=i % 3 > 0))
-    return ChatResult("sft/step_000300", tuple(answers))
-
-
-def report(**changes: Any) -> dict[str, Any]:
-    whole = {
-        "model": "demo",
-        "recipe": "demo",
-        "machine": {"processor": "A processor", "cores": 2, "torch": "2.9.0"},
-        "tokenizer": {"vocab_size": 1024, "held_out_bytes_per_token": 3.21},
-        "base": STAGE | {"train_seconds": 61.5, "held_out_bits_per_byte": 1.2345, "xz_9_bits_per_byte": 2.3456},
-        "sft": STAGE | {"revision": "sft/step_000300", "train_seconds": 0.0},
-        "samples": [("Once upon a time", " there was\n\n# a sea"), ("The", "n it rained.")],
-    }
-    return whole | changes
+EVERYTHING = report(*OPTIONAL)
 
 
 def tables(markdown: str) -> list[list[list[str]]]:
-    """Rows of cells of each table."""
+    """Rows of cells of each table; an escaped ``|`` parts none."""
     found = re.findall(r"(?:^\|.*\|$\n?)+", markdown, re.MULTILINE)
-    return [[line.strip("|").split("|") for line in table.strip().splitlines()] for table in found]
+    return [[re.split(r"(?<!\\)\|", line[1:-1]) for line in table.strip().splitlines()] for table in found]
 
 
-def test_tables_have_equal_rows_under_a_separator():
-    found = tables(render(report(), chat_result()))
-    assert len(found) == 3
-    for header, separator, *rows in found:
+@pytest.mark.parametrize("parts", every_combination(), ids="-".join)
+def test_every_combination_of_what_is_known_is_well_formed(parts):
+    text = render(report(*parts), ["loss.png", "rl.png", "core.png", "conversations.png"])
+    assert text.startswith("# demo: report\n")
+    for header, separator, *rows in tables(text):
         assert all(re.fullmatch(r" ---:? ", cell) for cell in separator)
         assert rows
         assert {len(row) for row in (separator, *rows)} == {len(header)}
+    prose = re.sub(r"```.*?```", "code", text, flags=re.DOTALL)
+    assert not re.search(r"\b(nan|inf|None(?! of their questions))\b", prose)
+    assert not re.search(r"\n\n\n", prose)
+    sections = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert ("CORE" in sections) == ("core" in parts)
+    assert ("Reinforcement learning" in sections) == ("rl" in parts)
+    assert ("Held-out text" in sections) == ("base" in parts)
+    assert ("Held-out conversations" in sections) == ("chat" in parts)
+    assert ("Promotion" in sections) == ("promotion" in parts)
+    assert ("Inference" in sections) == ("benchmark" in parts)
 
 
-def test_every_number_is_a_number():
-    text = render(report(), chat_result())
-    assert not re.search(r"\b(nan|inf|None(?! of their questions))\b", text)
-    for shown in (
+def test_pictures_are_shown_only_where_they_were_drawn():
+    assert "loss.png" not in render(EVERYTHING)
+    assert "![Loss curves](loss.png)" in render(EVERYTHING, ["loss.png"])
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
         "5,000,000 parameters",
         "1,228,800",
-        "| 62 s |",
         "19,980",
+        "| 62 s |",
         "1.234",
         "2.346",
-        "1,024 ids",
-        "3.21 bytes",
-    ):
-        assert shown in text
+        "| English prose | 2.07 | 4.13 |",
+        "**0.2612** | partial: 1 tasks",
+        "| GPT-2 XL | 0.2565 |",
+        "karpathy/nanochat, depth 24",
+        "| hellaswag\\_zeroshot | multiple choice | 0 | 10,042 | 45.0% | 25.0% | 0.2667 |",
+        "ChatCORE after reinforcement learning: **0.3500**",
+        "| gsm8k | 123 | 1,319 | 9.3% | 0.0% | 0.0933 | 1: 9.0%, 4: 20.0% |",
+        "**95.0%** of 60",
+        "| fact | 19 | 20 | 95.0% |",
+        "| reward on held-out problems | 0.310 | 0.910 |",
+        "| pass@8 on held-out problems | 60.0% | 100.0% |",
+        "| decode | 8 at once | 1,234 | 10.0 | — |",
+        "1.23 at 24 an hour",
+        "**refused**",
+        "| core.core\\>=0.3 | **fails** | core.core is 0.2612; at least 0.3 is required |",
+        "Pretraining, fine-tuning and reinforcement learning: A processor (2 cores, torch 2.9.0) on 2 ranks",
+        "`sft/step_000400` was trained from `demo base/step_000300`",
+        "python -m jobs.train.sft --model demo --steps 400 --mixture a,b:2 --seed 1",
+        "> **Note:** 3 steps had no finite loss.",
+    ],
+)
+def test_the_figures_are_there(shown):
+    assert shown in render(EVERYTHING)
 
 
-def test_accuracies_are_those_of_the_answers():
-    chat = chat_result()
-    text = render(report(), chat)
-    right = sum(answer.correct for answer in chat.answers)
-    assert f"{right / 40:.1%} of 40 answers right" in text
-    rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in tables(text)[2][2:]}
-    for kind, (of_kind, asked) in chat.by_kind().items():
-        assert rows[kind] == [str(of_kind), str(asked), f"{of_kind / asked:.1%}"]
+def test_no_cost_is_shown_unless_a_price_was_given():
+    assert "cost" not in render(report(*(part for part in OPTIONAL if part != "price")))
 
 
-def test_some_conversations_of_different_kinds_are_shown_and_the_wrong_ones_marked():
-    chat = chat_result()
-    shown = render(report(), chat).split("### Some of them")[1].split("## Samples")[0]
-    questions = re.findall(r"^> (.*)$", shown, re.MULTILINE)
-    assert len(questions) == 12
-    asked = {" ".join(answer.item.messages[-1]["content"].split()): answer for answer in chat.answers}
-    assert len({asked[question].item.kind for question in questions}) >= 5
-    assert shown.count("*(wrong)*") == sum(not asked[question].correct for question in questions)
+def test_wrong_answers_are_marked():
+    text = render(EVERYTHING)
+    assert text.count("*(wrong)*") == 4 + 1
 
 
-def test_what_the_model_wrote_stays_on_its_line():
-    text = render(report(), chat_result())
+def test_of_each_chat_task_a_right_and_a_wrong_answer_are_shown():
+    shown = render(EVERYTHING).split("### gsm8k\n")[1].split("\n## ")[0]
+    assert shown.startswith("\n> Six sevens?\n\n`6*7` gives `42`  \n\\#### 42\n\n> Long? Long?")
+    assert "… \n\n" not in shown
+    assert shown.count("\\#### 9  *(wrong)*") == 1
+    assert "Another?" not in shown
+    assert max(map(len, shown.splitlines())) < 410
+
+
+def test_what_the_model_wrote_stays_on_its_line_and_is_no_markup():
+    text = render(EVERYTHING)
     assert "# a sea" not in text.splitlines()
     assert "`print(1) 'a|b'.count('|')` gives `1 1`" in text
     assert "**Once upon a time** there was # a sea" in text
     assert "**The**n it rained." in text
+    assert r"> \# Question 0? Or \| two" in text
+    assert r"\<b\>two\</b\>" in text
 
 
-def test_the_summary_is_json():
-    chat = chat_result()
-    summary = json.loads(json.dumps(chat.summary()))
-    assert summary["revision"] == "sft/step_000300"
-    assert sum(kind["items"] for kind in summary["kinds"].values()) == 40
-    assert sum(kind["right"] for kind in summary["kinds"].values()) == summary["accuracy"] * 40
+@given(st.text())
+def test_literal_text_is_one_line_without_live_markup(text):
+    shown = literal(text)
+    assert len(shown.splitlines()) <= 1
+    plain = re.sub(r"\\[!-/:-@\[-`{-~]", "", shown)
+    assert not re.search(r"[`*_\[\]<>|~&$\\]", plain)
+    assert not re.match(r"(#|[-+=]|\d+[.)])", shown)
+    assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", shown) == " ".join(text.split())
+
+
+@given(st.text(alphabet="`a |\n"))
+def test_code_cannot_end_before_its_end(text):
+    shown = code(text)
+    fence = re.match("`+", shown)[0]
+    inner = shown[len(fence) : -len(fence)]
+    assert shown.endswith(fence)
+    assert fence not in re.findall("`+", inner)
+
+
+def test_durations_are_told_in_the_unit_that_fits():
+    assert [duration(s) for s in (0.25, 61.4, 252, 11_100)] == ["0.2 s", "61 s", "4 min 12 s", "3 h 05 min"]
 
 
 @pytest.mark.skipif(shutil.which("xz") is None, reason="xz is not installed")

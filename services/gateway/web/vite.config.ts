@@ -27,10 +27,11 @@ export default defineConfig({
     // The page's Content-Security-Policy allows no data: fonts and no inline scripts.
     assetsInlineLimit: 0,
     modulePreload: { polyfill: false },
+    rolldownOptions: { input: ["index.html", "report.html"] },
     license: { fileName: "assets/licenses.md" },
   },
   server: {
-    proxy: { "/v1": gateway, "/readyz": gateway },
+    proxy: { "/v1": gateway, "/readyz": gateway, "^/report/": gateway },
   },
   test: {
     include: ["test/**/*.test.{ts,tsx}"],

@@ -6,10 +6,12 @@ const ROOT = join(import.meta.dirname, "..");
 const read = (path: string) => readFileSync(join(ROOT, path), "utf8");
 
 test("the page holds nothing that its Content-Security-Policy would block", () => {
-  const html = read("index.html");
-  expect(html).not.toMatch(/<script(?![^>]*\ssrc=)/); // inline scripts
-  expect(html).not.toMatch(/<style|\sstyle=|\son\w+=/);
-  expect(html).not.toMatch(/(src|href)="(https?:)?\/\//);
+  for (const page of ["index.html", "report.html"]) {
+    const html = read(page);
+    expect(html).not.toMatch(/<script(?![^>]*\ssrc=)/); // inline scripts
+    expect(html).not.toMatch(/<style|\sstyle=|\son\w+=/);
+    expect(html).not.toMatch(/(src|href)="(https?:)?\/\//);
+  }
   for (const name of readdirSync(join(ROOT, "src/components"))) {
     expect(read(`src/components/${name}`), name).not.toMatch(/\sstyle=/);
   }

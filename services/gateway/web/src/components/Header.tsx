@@ -1,6 +1,6 @@
 import { IconButton } from "./IconButton";
 import { usePage } from "./context";
-import { PlusIcon, SettingsIcon, SidebarIcon } from "./icons";
+import { PlusIcon, ReportIcon, SettingsIcon, SidebarIcon } from "./icons";
 
 export function Header() {
   const { app, layout } = usePage();
@@ -25,6 +25,17 @@ export function Header() {
       )}
       <h1>{app.active.value?.title.value ?? <span class="visually-hidden">New chat</span>}</h1>
       <ModelChoice />
+      <a
+        class="icon-button"
+        href="report"
+        target="_blank"
+        rel="noopener"
+        aria-label="Report on the model"
+        title="Report on the model"
+        data-testid="report-link"
+      >
+        <ReportIcon />
+      </a>
       <IconButton label="Settings" data-testid="settings-toggle" onClick={() => (app.settingsOpen.value = true)}>
         <SettingsIcon />
       </IconButton>

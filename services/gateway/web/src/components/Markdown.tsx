@@ -22,7 +22,8 @@ function Block({ token }: { token: Token }) {
   return <div class="block" dangerouslySetInnerHTML={{ __html: html }} />;
 }
 
-async function copyCode(target: Element): Promise<void> {
+/** Copies the code block whose button was clicked, if one was. */
+export async function copyCode(target: Element): Promise<void> {
   const button = target.closest("button[data-copy]");
   const code = button?.closest(".code-block")?.querySelector("code")?.textContent;
   if (!button || code == null) return;

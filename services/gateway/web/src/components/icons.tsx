@@ -25,6 +25,7 @@ export const SettingsIcon = icon(
     <circle cx="7.5" cy="13.5" r="2" />
   </>,
 );
+export const ReportIcon = icon(<path d="M3.5 16.5h13M6 13.5V9M10 13.5v-9M14 13.5V7" />);
 export const MoreIcon = icon(
   <>
     <circle class="filled" cx="5" cy="10" r="1" />

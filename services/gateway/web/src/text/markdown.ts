@@ -2,27 +2,38 @@ import DOMPurify from "dompurify";
 import { Marked, type Token, type Tokens } from "marked";
 import { escapeHtml, highlight } from "./highlight";
 
+/** The address of a picture that a text names, or null where it may not be loaded. */
+export type Pictures = (href: string) => string | null;
+
 /**
  * Markdown of a model, which is not to be trusted: HTML in it is shown as text, pictures become links so that
  * nothing is loaded from elsewhere, and what is left goes through a list of allowed tags and attributes.
  */
-const marked = new Marked({
-  gfm: true,
-  breaks: true,
-  renderer: {
-    html: ({ text }) => escapeHtml(text),
-    heading({ depth, tokens }) {
-      const tag = `h${Math.min(depth + 1, 6)}`; // the page's h1 is the conversation's title
-      return `<${tag}>${this.parser.parseInline(tokens)}</${tag}>`;
+const marked = renderer(() => null);
+
+function renderer(pictures: Pictures): Marked {
+  return new Marked({
+    gfm: true,
+    breaks: true,
+    renderer: {
+      html: ({ text }) => escapeHtml(text),
+      heading({ depth, tokens }) {
+        const tag = `h${Math.min(depth + 1, 6)}`; // the page's h1 is the conversation's title
+        return `<${tag}>${this.parser.parseInline(tokens)}</${tag}>`;
+      },
+      image({ href, text }) {
+        const address = pictures(href);
+        if (address === null) return link(href, escapeHtml(text || href));
+        return `<img src="${escapeHtml(address)}" alt="${escapeHtml(text)}">`;
+      },
+      link({ href, tokens }) {
+        return link(href, this.parser.parseInline(tokens));
+      },
+      code: ({ text, lang }) => codeBlock(text, lang),
+      checkbox: ({ checked }) => `<span class="check">${checked ? "☑" : "☐"}</span> `,
     },
-    image: ({ href, text }) => link(href, escapeHtml(text || href)),
-    link({ href, tokens }) {
-      return link(href, this.parser.parseInline(tokens));
-    },
-    code: ({ text, lang }) => codeBlock(text, lang),
-    checkbox: ({ checked }) => `<span class="check">${checked ? "☑" : "☐"}</span> `,
-  },
-});
+  });
+}
 
 const ALLOWED = {
   ALLOWED_TAGS: (
@@ -40,6 +51,15 @@ export function blocks(text: string): Token[] {
 /** Safe HTML of one block. */
 export function blockHtml(block: Token): string {
   return DOMPurify.sanitize(marked.parser([block as Tokens.Generic]), ALLOWED);
+}
+
+/** Safe HTML of a whole text whose pictures lie where `pictures` says. */
+export function pageHtml(text: string, pictures: Pictures): string {
+  const allowed = {
+    ALLOWED_TAGS: [...ALLOWED.ALLOWED_TAGS, "img"],
+    ALLOWED_ATTR: [...ALLOWED.ALLOWED_ATTR, "alt", "src"],
+  };
+  return DOMPurify.sanitize(renderer(pictures).parse(text, { async: false }), allowed);
 }
 
 function link(href: string, inner: string): string {

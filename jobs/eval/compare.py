@@ -1,0 +1,215 @@
+"""Several models beside each other: ``python -m jobs.eval.compare demo mine --out FOLDER``."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jobs.eval.markdown import code, literal, table
+from jobs.eval.metrics import Metric, metrics_of
+from jobs.eval.plots import scientific
+from jobs.eval.report_data import describe_stage, newest_stages
+from jobs.eval.report_plots import plot_runs
+from nanochat_core import logs
+from nanochat_core.checkpoint import check_model_name
+from nanochat_core.errors import UserError, run_main
+from nanochat_core.settings import load, setting
+from nanochat_core.store import DEFAULT_HOME, open_store
+
+log = logging.getLogger("jobs.eval.compare")
+
+_PAGE, _VALUES, _PLOT = "compare.md", "compare.json", "curves.png"
+_STAGES = {"base": "pretrain", "sft": "sft", "rl": "rl"}
+# Of a stage's description: what it costs and ends at.
+_FIGURES = ("steps", "tokens", "flops", "train_seconds", "tokens_per_second", "mfu", "final_loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareSettings:
+    """Show what differs between models: settings, metrics and, with --out, curves."""
+
+    models: tuple[str, ...] = setting(
+        help="two or more, comma separated or as arguments before the flags: NAME in this store, or STORE/models/NAME"
+    )
+    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
+    out: str = setting("", "folder of this machine to write compare.md, compare.json and curves.png to")
+    log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe level that is logged")
+
+    def __post_init__(self) -> None:
+        if len(self.models) < 2:
+            raise UserError("name at least two models to compare")
+        if len(set(self.models)) < len(self.models):
+            raise UserError("a model is named twice; there is nothing to compare it with")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One model with everything that is compared.
+
+    Attributes:
+        settings: of its stages, as ``sft --steps``, and its shape.
+        figures: what its stages cost and ended at, as ``base.final_loss``.
+        metrics: what was measured of the last stage and of those it was made from.
+        histories: of its stages, for the plot.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    figures: Mapping[str, float]
+    metrics: Mapping[str, Metric]
+    histories: Mapping[str, list[dict[str, Any]]]
+
+
+def read_run(home: str, spec: str) -> Run:
+    """
+    Args:
+        spec: ``NAME`` of the store ``home``, or ``STORE/models/NAME``.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    url, found, name = spec.rpartition("/models/")
+    store = open_store(url if found else home)
+    stages = newest_stages(store, check_model_name(name.rstrip("/")))
+    settings: dict[str, Any] = {}
+    figures: dict[str, float] = {}
+    for stage, checkpoint in stages.items():
+        described = describe_stage(checkpoint)
+        settings |= {
+            f"{_STAGES[stage]} --{key.replace('_', '-')}": value for key, value in described["settings"].items()
+        }
+        settings[f"{_STAGES[stage]} on"] = (described["hardware"] or {}).get("processor")
+        values = {key: described[key] for key in _FIGURES} | described["held_out"]
+        figures |= {f"{stage}.{key}": value for key, value in values.items() if value is not None}
+    final = list(stages.values())[-1]
+    settings |= {f"shape: {key}": value for key, value in dataclasses.asdict(final.config).items()}
+    histories = {stage: checkpoint.meta.get("history", []) for stage, checkpoint in stages.items()}
+    return Run(spec, settings, figures, metrics_of(store, final), histories)
+
+
+def distinctly_named(runs: Sequence[Run]) -> list[Run]:
+    """Runs by the short names of their models, where these tell them apart."""
+    names = [run.name.rstrip("/").rpartition("/")[2] for run in runs]
+    if len(set(names)) < len(names):
+        return list(runs)
+    return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Settings that are not the same everywhere, with the value of each run; None where a run has none."""
+    names = dict.fromkeys(itertools.chain.from_iterable(run.settings for run in runs))
+    rows = {name: [run.settings.get(name) for run in runs] for name in names}
+    return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def figures(runs: Sequence[Run]) -> dict[str, list[float | None]]:
+    """Everything that is a number of at least one run, with the value of each."""
+    every = [{**run.figures, **{name: metric.value for name, metric in run.metrics.items()}} for run in runs]
+    names = dict.fromkeys(itertools.chain.from_iterable(every))
+    return {name: [values.get(name) for values in every] for name in names}
+
+
+def not_comparable(runs: Sequence[Run]) -> set[str]:
+    """Metrics that were measured on different data or with different settings."""
+    ways: dict[str, set[str]] = {}
+    for run in runs:
+        for name, metric in run.metrics.items():
+            ways.setdefault(name, set()).add(metric.how)
+    return {name for name, how in ways.items() if len(how) > 1}
+
+
+def render(runs: Sequence[Run], plot: str = "") -> str:
+    """The comparison as Markdown.
+
+    Args:
+        plot: name of the picture beside it; empty for none.
+    """
+    names = [literal(run.name) for run in runs]
+    differing = differences(runs)
+    lines = [f"# {' · '.join(names)}", "", "## Settings that differ", ""]
+    if differing:
+        shown = [[code(name), *("—" if v is None else literal(str(v)) for v in row)] for name, row in differing.items()]
+        lines += [*table(["setting", *names], shown), ""]
+    else:
+        lines += ["None.", ""]
+    header = ["", names[0], *itertools.chain.from_iterable((name, f"against {names[0]}") for name in names[1:])]
+    marked, rows = not_comparable(runs), []
+    for name, (first, *others) in figures(runs).items():
+        row = [code(name) + (" \\*" if name in marked else ""), _number(first)]
+        for other in others:
+            row += [_number(other), _change(first, other)]
+        rows.append(row)
+    lines += ["## Figures", "", *table(header, rows), ""]
+    if marked:
+        lines += ["\\* measured on different data or with different settings: the difference means little.", ""]
+    if plot:
+        lines += ["## Curves", "", f"![Curves of all models]({plot})", ""]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "—"
+    if abs(value) >= 1e9:
+        return scientific(value)
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def _change(first: float | None, other: float | None) -> str:
+    if first is None or other is None:
+        return "—"
+    difference = other - first
+    return f"{'+' if difference > 0 else ''}{_number(difference)}"
+
+
+def run(settings: CompareSettings, show: Callable[[str], None]) -> None:
+    """Show the comparison, and write it where ``--out`` says.
+
+    Raises:
+        UserError: a model does not exist, or the folder cannot be made.
+    """
+    runs = distinctly_named([read_run(settings.home, spec) for spec in settings.models])
+    show(render(runs))
+    if not settings.out:
+        return
+    folder = Path(settings.out).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be made: {error.strerror}") from error
+    drawn = plot_runs(folder / _PLOT, [(run.name, run.histories) for run in runs])
+    values = {
+        "models": [run.name for run in runs],
+        "settings": differences(runs),
+        "figures": figures(runs),
+        "not_comparable": sorted(not_comparable(runs)),
+    }
+    (folder / _PAGE).write_text(render(runs, _PLOT if drawn else ""), encoding="utf-8")
+    (folder / _VALUES).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def with_models(arguments: Sequence[str]) -> list[str]:
+    """Arguments before the first flag, as the flag that they stand for."""
+    names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    return [*(["--models", ",".join(names)] if names else []), *arguments[len(names) :]]
+
+
+def main() -> None:
+    settings = load(
+        CompareSettings,
+        prefix="NANOCHAT_COMPARE",
+        program="python -m jobs.eval.compare",
+        argv=with_models(sys.argv[1:]),
+    )
+    logs.configure("compare", settings.log_level)
+    run(settings, lambda text: print(text, file=sys.stdout))
+
+
+if __name__ == "__main__":
+    run_main(main, "python -m jobs.eval.compare")

@@ -1,0 +1,54 @@
+"""The report on a model as gateways get it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from nanochat_core.errors import UserError
+from nanochat_core.protos import engine_pb2
+from nanochat_core.store import Store
+
+PAGE = "report.md"
+MOST_BYTES = 16 << 20  # of a page with a few plots it takes some hundred kB
+_MEDIA_TYPES = {"md": "text/markdown", "png": "image/png"}
+_NAME = re.compile(r"[\w-]+\.(md|png)", re.ASCII)
+
+
+def read_report(store: Store, model: str, file: str = "") -> engine_pb2.Report:
+    """The page and its pictures.
+
+    Args:
+        file: the one whose content is wanted; empty for that of all.
+
+    Raises:
+        FileNotFoundError: there is no report, or it has no such file.
+        UserError: what is asked for has more than :data:`MOST_BYTES`.
+        StoreError: the store failed.
+    """
+    folder = f"reports/{model}/"
+    names = [key.removeprefix(folder) for key in store.keys(folder.rstrip("/"))]
+    names = [name for name in names if _NAME.fullmatch(name)]
+    if PAGE not in names:
+        raise FileNotFoundError(f"report on {model}")
+    if file and file not in names:
+        raise FileNotFoundError(f"file {file!r} in the report on {model}")
+    contents = {name: store.read(folder + name) if file in ("", name) else b"" for name in names}
+    size = sum(map(len, contents.values()))
+    if size > MOST_BYTES:
+        raise UserError(f"the report on {model} has {size:,} bytes, more than the {MOST_BYTES:,} that are sent")
+    files = [
+        engine_pb2.ReportFile(name=name, media_type=_MEDIA_TYPES[name.rpartition(".")[2]], content=content)
+        for name, content in contents.items()
+    ]
+    return engine_pb2.Report(model=model, revision=_revision(store, folder), files=files)
+
+
+def _revision(store: Store, folder: str) -> str:
+    """What the report says it is about; empty where it does not."""
+    try:
+        report = json.loads(store.read(f"{folder}report.json"))
+    except (FileNotFoundError, ValueError):
+        return ""
+    revision = report.get("revision") if isinstance(report, dict) else None
+    return revision if isinstance(revision, str) else ""

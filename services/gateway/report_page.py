@@ -1,0 +1,70 @@
+"""`/report`: what is known of the model that serves, from the engine, which has the artifact store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+from fastapi import APIRouter, Response
+from fastapi.responses import FileResponse
+
+from nanochat_core.protos import engine_pb2
+from services.gateway.errors import ERROR_RESPONSES, ApiError, from_rpc
+from services.gateway.gateway import GatewayDep
+
+router = APIRouter(tags=["Operations"], responses=ERROR_RESPONSES)
+
+_PAGE = "report.html"
+# The engine reads it from the artifact store, which may be far away.
+_TIMEOUT_SECONDS = 20.0
+# Whatever an engine may call its files: nothing else is handed to a browser.
+_MEDIA_TYPES = {"text/markdown": "text/markdown; charset=utf-8", "image/png": "image/png"}
+
+
+@router.get("/report", include_in_schema=False)
+async def page(gateway: GatewayDep) -> Response:
+    """The page that shows the report; it loads the files below `/report/`."""
+    path = Path(gateway.settings.static_dir, _PAGE)
+    if not path.is_file():
+        raise ApiError(404, "The web page is not built; the report itself is at /report/report.md.", code="not_built")
+    return FileResponse(path, media_type="text/html", headers={"Cache-Control": "no-cache"})
+
+
+@router.get("/report/{file}", summary="The model's report", response_class=Response)
+async def report_file(file: str, gateway: GatewayDep, model: str = "") -> Response:
+    """`report.md` (Markdown) or one of its pictures. The headers `nanochat-model`, `nanochat-report-revision` and
+    `nanochat-served-revision` say which model and revision it is about, and which one serves."""
+    replica = gateway.pool.select(model or None)
+    served = replica.model
+    try:
+        report = await replica.stub.GetReport(engine_pb2.GetReportRequest(file=file), timeout=_TIMEOUT_SECONDS)
+    except grpc.aio.AioRpcError as error:
+        raise _api_error(error) from error
+    for each in report.files:
+        if each.name == file and each.media_type in _MEDIA_TYPES:
+            return Response(
+                each.content,
+                media_type=_MEDIA_TYPES[each.media_type],
+                headers={
+                    "Cache-Control": "no-cache",
+                    "nanochat-model": report.model,
+                    "nanochat-report-revision": report.revision,
+                    "nanochat-served-revision": served.revision if served else "",
+                },
+            )
+    raise _no_report(f"The report has no file {file!r}.")
+
+
+def _api_error(error: grpc.aio.AioRpcError) -> ApiError:
+    code = error.code()
+    if code is grpc.StatusCode.NOT_FOUND:
+        return _no_report(f"There is no such report: {error.details()}.")
+    if code is grpc.StatusCode.UNIMPLEMENTED:  # an engine of an earlier version
+        return _no_report("This engine does not hand out reports.")
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        return ApiError(500, f"The report cannot be sent: {error.details()}.", code="report_too_large")
+    return from_rpc(error, started=False)
+
+
+def _no_report(message: str) -> ApiError:
+    return ApiError(404, message, code="report_not_found")

@@ -1,0 +1,46 @@
+/** The report on a model: its Markdown, or why there is none. */
+export type Report =
+  | { kind: "report"; text: string; revision: string; served: string; picture: (name: string) => string | null }
+  | { kind: "none"; why: string };
+
+// Report files lie in one folder; nothing else of the server's is a picture of a report.
+const PICTURE = /^[\w-]+\.png$/;
+
+/**
+ * Asks the gateway. `base` is the page's address; `model` may be empty where only one is served. A model that was chosen
+ * for chats and is gone since does not stand in the way of the report on the one that serves.
+ */
+export async function loadReport(base: string, model: string, apiKey: string): Promise<Report> {
+  const address = (file: string, name: string) => {
+    const url = new URL(`report/${file}`, base);
+    if (name) url.searchParams.set("model", name);
+    return url;
+  };
+  const get = (name: string) =>
+    fetch(address("report.md", name), { headers: apiKey ? { Authorization: `Bearer ${apiKey}` } : {} });
+  try {
+    let response = await get(model);
+    const chosen = response.ok ? model : "";
+    if (!response.ok && model) response = await get("");
+    if (!response.ok) return { kind: "none", why: await reason(response) };
+    return {
+      kind: "report",
+      text: await response.text(),
+      revision: response.headers.get("nanochat-report-revision") ?? "",
+      served: response.headers.get("nanochat-served-revision") ?? "",
+      picture: (name) => (PICTURE.test(name) ? address(name, chosen).href : null),
+    };
+  } catch (error) {
+    if (!(error instanceof TypeError)) throw error; // what fetch raises when the server cannot be reached
+    return { kind: "none", why: "The server cannot be reached." };
+  }
+}
+
+async function reason(response: Response): Promise<string> {
+  try {
+    const body = (await response.json()) as { error?: { message?: string } };
+    return body.error?.message ?? `The server answered ${response.status}.`;
+  } catch {
+    return `The server answered ${response.status}.`;
+  }
+}

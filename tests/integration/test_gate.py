@@ -1,0 +1,198 @@
+"""The promotion gate with a real store and a real engine: a worse model is refused, and the old one goes on serving."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.eval.decisions import Decision, decisions
+from jobs.eval.gate import decide
+from jobs.eval.gate_rules import Gate
+from jobs.eval.record import Evaluation
+from nanochat_core.checkpoint import CheckpointRef, load_checkpoint, promote, promoted
+from nanochat_core.checkpoint_writer import save_checkpoint
+from nanochat_core.errors import UserError
+from nanochat_core.protos import engine_pb2 as pb
+from nanochat_core.store import Store, open_store
+from tests.service_process import EngineProcess
+from tests.unit.engine_models import BYTES, tiny_model
+
+FIRST, SECOND = CheckpointRef("tiny", "sft", 1), CheckpointRef("tiny", "sft", 2)
+GATE = Gate(require=("chat.accuracy>=0.8",))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path))
+
+
+def trained(store: Store, ref: CheckpointRef, accuracy: float | None, depth: int = 2, **meta: Any) -> None:
+    """A checkpoint, and what an evaluation said of it."""
+    save_checkpoint(store, ref, model=tiny_model(depth=depth), tokenizer=BYTES, meta=meta)
+    if accuracy is not None:
+        evaluation = Evaluation.of(store, load_checkpoint(store, ref), "conversations", {"items": 100})
+        evaluation.finish({"accuracy": accuracy})
+
+
+def asked(store: Store, ref: CheckpointRef, gate: Gate = GATE, **options: Any) -> Decision:
+    return decide(store, load_checkpoint(store, ref), gate, **{"promoting": True, **options})
+
+
+def test_a_good_first_model_is_promoted_and_the_decision_kept(store: Store) -> None:
+    trained(store, FIRST, 0.9)
+    asked(store, FIRST)
+    assert promoted(store, "tiny") == FIRST
+    assert store.keys("reports") == ["reports/tiny/decisions/sft_step_000001.json"]
+    (kept,) = decisions(store, FIRST)
+    assert kept.accepted
+    assert kept.promoted
+    assert kept.metrics["chat.accuracy"].value == 0.9
+
+
+def test_a_model_that_was_not_measured_is_refused(store: Store) -> None:
+    trained(store, FIRST, None)
+    decision = asked(store, FIRST)
+    assert promoted(store, "tiny") is None
+    assert decision.refusals == ["chat.accuracy was not measured; at least 0.8 is required"]
+
+
+def test_being_asked_alone_promotes_nothing(store: Store) -> None:
+    trained(store, FIRST, 0.9)
+    assert asked(store, FIRST, promoting=False).accepted
+    assert promoted(store, "tiny") is None
+
+
+def test_every_decision_is_kept_once(store: Store) -> None:
+    trained(store, FIRST, 0.7)
+    asked(store, FIRST)
+    asked(store, FIRST)
+    trained(store, FIRST, 0.9)
+    asked(store, FIRST)
+    assert [decision.accepted for decision in decisions(store, FIRST)] == [False, True]
+
+
+def test_a_worse_model_than_the_promoted_one_is_refused_though_it_meets_the_threshold(store: Store) -> None:
+    trained(store, FIRST, 0.95)
+    asked(store, FIRST)
+    trained(store, SECOND, 0.9, depth=3)
+    decision = asked(store, SECOND)
+    assert decision.refusals == ["chat.accuracy is 0.9, the promoted model's 0.95; 0.02 worse is allowed"]
+    assert decision.against == "tiny sft/step_000001"
+    assert promoted(store, "tiny") == FIRST
+    assert asked(store, SECOND, Gate(no_worse=("chat.accuracy:0.1",))).promoted
+    assert promoted(store, "tiny") == SECOND
+
+
+def test_metrics_of_the_model_that_it_was_made_from_count(store: Store) -> None:
+    base = CheckpointRef("other", "base", 5)
+    save_checkpoint(store, base, model=tiny_model(depth=3), tokenizer=BYTES, meta={})
+    made = load_checkpoint(store, base)
+    Evaluation.of(store, made, "core", {}).finish({"core": 0.3, "tasks": {}})
+    inputs = {"base": made.digests["model.safetensors"], "conversations": "x"}
+    trained(store, FIRST, 0.9, inputs=inputs, base="base/step_000005", base_model="other")
+    assert asked(store, FIRST, Gate(require=("core.core>=0.25",))).accepted
+    trained(store, SECOND, 0.9, inputs={"base": "0" * 64}, base="base/step_000005", base_model="other")
+    assert not asked(store, SECOND, Gate(require=("core.core>=0.25",))).accepted
+
+
+def test_another_model_can_be_the_measure(store: Store) -> None:
+    trained(store, CheckpointRef("old", "sft", 1), 0.95)
+    asked(store, CheckpointRef("old", "sft", 1))
+    trained(store, FIRST, 0.9, depth=3)
+    assert not asked(store, FIRST, Gate(), against="old").accepted
+    assert asked(store, FIRST, Gate()).accepted
+    with pytest.raises(UserError, match="--against names 'none', of which nothing is promoted"):
+        asked(store, FIRST, Gate(), against="none")
+
+
+def test_weights_that_replaced_the_promoted_ones_are_compared_with_what_these_were(store: Store) -> None:
+    trained(store, FIRST, 0.95)
+    asked(store, FIRST)
+    trained(store, FIRST, 0.85, depth=3)
+    assert not asked(store, FIRST).accepted
+    assert promoted(store, "tiny") is None, "what was promoted is gone, and what is there was refused"
+    assert not asked(store, FIRST).accepted, "asking again does not help"
+    trained(store, SECOND, 0.9, depth=5)
+    assert asked(store, SECOND).against == "tiny sft/step_000001"
+    assert promoted(store, "tiny") is None
+    trained(store, FIRST, 0.96, depth=4)
+    assert asked(store, FIRST).promoted
+    assert promoted(store, "tiny") == FIRST
+
+
+@pytest.fixture
+def engine(store: Store, tmp_path: Path) -> Iterator[EngineProcess]:
+    trained(store, FIRST, 0.95)
+    asked(store, FIRST)
+    service = EngineProcess(tmp_path)
+    try:
+        yield service
+        assert service.stop() == 0
+    finally:
+        service.process.kill()
+        service.stop()
+
+
+def test_a_refused_model_is_never_served_and_a_better_one_is(store: Store, engine: EngineProcess) -> None:
+    first = engine.stub.GetModel(pb.GetModelRequest())
+    said = engine.tokens([1, 2, 3], sampling={"max_tokens": 8})
+    trained(store, SECOND, 0.5, depth=3)
+    asked(store, SECOND)
+    time.sleep(1.0)  # ten looks at what is promoted
+    assert engine.stub.GetModel(pb.GetModelRequest()) == first
+    assert engine.tokens([1, 2, 3], sampling={"max_tokens": 8}) == said
+    trained(store, SECOND, 0.97, depth=4)
+    asked(store, SECOND)
+    engine.wait_for("model loaded", revision=SECOND.revision)
+    assert engine.stub.GetModel(pb.GetModelRequest()).revision == SECOND.revision
+
+
+def test_the_engine_goes_on_with_what_it_has_when_refused_weights_replaced_the_promoted_ones(
+    store: Store, engine: EngineProcess
+) -> None:
+    first = engine.stub.GetModel(pb.GetModelRequest())
+    trained(store, FIRST, 0.5, depth=3)
+    asked(store, FIRST)
+    engine.wait_for("waiting for a model")
+    assert engine.stub.GetModel(pb.GetModelRequest()) == first
+    assert engine.tokens([1, 2, 3], sampling={"max_tokens": 4})
+
+
+def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["jobs.eval.gate", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("jobs.eval.gate", run_name="__main__", alter_sys=True)
+    return int(str(ended.value.code))
+
+
+def test_the_command_says_why_and_its_exit_code_tells_refused_from_wrong(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(store, FIRST, 0.9)
+    given = ["--model=tiny", f"--home={tmp_path}"]
+    assert exit_code(monkeypatch, *given, "--require=chat.accuracy>=0.95,core.core>=0.2", "--promote") == 3
+    output = capsys.readouterr().out
+    assert "tiny sft/step_000001: refused" in output
+    assert "fails    chat.accuracy is 0.9; at least 0.95 is required" in output
+    assert "fails    core.core was not measured; at least 0.2 is required" in output
+    assert promoted(store, "tiny") is None
+    assert exit_code(monkeypatch, *given, "--require=chat.accuracy>=0.9", "--promote") == 0
+    assert promoted(store, "tiny") == FIRST
+    assert exit_code(monkeypatch, *given, "--require=chat.accuracy") == 2
+    assert exit_code(monkeypatch, *given, "--revision=sft/step_7") == 2
+    assert exit_code(monkeypatch, "--model=none", f"--home={tmp_path}") == 2
+    assert exit_code(monkeypatch, *given, "--recipe=none") == 2
+
+
+def test_what_is_promoted_by_hand_without_a_decision_is_compared_with_what_was_measured(store: Store) -> None:
+    trained(store, FIRST, 0.95)
+    promote(store, FIRST)
+    trained(store, SECOND, 0.5, depth=3)
+    assert not asked(store, SECOND, Gate()).accepted
+    assert promoted(store, "tiny") == FIRST

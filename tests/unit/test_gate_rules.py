@@ -1,0 +1,140 @@
+"""A model is refused exactly when a rule fails, and every refusal says why."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.eval.gate_rules import DEFAULT_NO_WORSE, Gate, NoWorse, Require, judge
+from jobs.eval.metrics import Metric, flatten
+from jobs.eval.results import normal_form
+from nanochat_core.errors import UserError
+
+NAMES = ("chat.accuracy", "core.core", "bpb.bits_per_byte")
+VALUES = st.one_of(st.floats(0, 1), st.just(math.nan))
+MEASURED = st.dictionaries(st.sampled_from(NAMES), st.builds(Metric, VALUES, st.sampled_from("xy")))
+REQUIRED = st.builds(Require, st.sampled_from(NAMES), st.sampled_from((">=", "<=", ">", "<")), st.floats(0, 1))
+COMPARED = st.builds(NoWorse, st.sampled_from(NAMES), st.floats(0, 0.2), st.booleans())
+
+
+def holds(rule: Require | NoWorse, own: dict[str, Metric], other: dict[str, Metric] | None) -> bool:
+    """The slow and obvious reading of a rule."""
+    if isinstance(rule, Require):
+        if rule.metric not in own:
+            return False
+        value, bound = own[rule.metric].value, rule.bound
+        return {">=": value >= bound, "<=": value <= bound, ">": value > bound, "<": value < bound}[rule.comparison]
+    if other is None:
+        return True
+    if rule.metric not in own or rule.metric not in other or own[rule.metric].how != other[rule.metric].how:
+        return rule.optional
+    mine, theirs = own[rule.metric].value, other[rule.metric].value
+    if rule.metric.endswith("bits_per_byte"):
+        mine, theirs = -mine, -theirs
+    return mine >= theirs - rule.margin - 1e-9
+
+
+@given(st.lists(st.one_of(REQUIRED, COMPARED)), MEASURED, st.one_of(st.none(), MEASURED))
+def test_a_model_is_refused_exactly_when_a_rule_fails(rules, own, other):
+    outcomes = judge(rules, own, other)
+    assert [outcome.passed is not False for outcome in outcomes] == [holds(rule, own, other) for rule in rules]
+    assert all(outcome.reason and outcome.rule for outcome in outcomes)
+
+
+def test_a_metric_that_was_not_measured_refuses_where_it_is_required():
+    (outcome,) = judge([Require.parse("core.core>=0.2")], {}, None)
+    assert (outcome.passed, outcome.reason) == (False, "core.core was not measured; at least 0.2 is required")
+
+
+def test_a_worse_model_is_refused_with_both_figures():
+    own, other = {"chat.accuracy": Metric(0.9, "x")}, {"chat.accuracy": Metric(0.95, "x")}
+    (outcome,) = judge([NoWorse.parse("chat.accuracy:0.01")], own, other)
+    assert outcome.passed is False
+    assert outcome.reason == "chat.accuracy is 0.9, the promoted model's 0.95; 0.01 worse is allowed"
+
+
+def test_exactly_the_margin_is_allowed():
+    own, other = {"chat.accuracy": Metric(0.89, "x")}, {"chat.accuracy": Metric(0.9, "x")}
+    assert judge([NoWorse.parse("chat.accuracy:0.01")], own, other)[0].passed
+
+
+def test_what_was_measured_in_another_way_is_not_compared():
+    own, other = {"chat.accuracy": Metric(0.5, "x")}, {"chat.accuracy": Metric(0.9, "y")}
+    assert judge(Gate().rules(), own, other)[0].passed is None
+    assert judge(Gate(no_worse=("chat.accuracy",)).rules(), own, other)[0].passed is False
+
+
+def test_the_default_rules_hold_where_nothing_was_measured():
+    outcomes = judge(Gate().rules(), {}, {})
+    assert [outcome.passed for outcome in outcomes] == [None] * len(DEFAULT_NO_WORSE)
+
+
+@pytest.mark.parametrize(
+    "text", ["chat.accuracy", "chat.accuracy=0.9", ">=0.9", "a>=b", "a>=nan", "a>=inf", "a b>=1", ""]
+)
+def test_a_requirement_that_cannot_be_read_is_an_error(text):
+    with pytest.raises(UserError, match="cannot be read; write NAME>=NUMBER"):
+        Gate(require=(text,)).rules()
+
+
+@pytest.mark.parametrize("text", ["chat.accuracy:x", ":0.1", "", "a:-1", "a:inf"])
+def test_a_comparison_that_cannot_be_read_is_an_error(text):
+    with pytest.raises(UserError, match="cannot be read; write NAME:MARGIN"):
+        Gate(no_worse=(text,)).rules()
+
+
+def test_results_become_numbers_by_name():
+    common = {"settings": {"items": 2}, "model": "m", "revision": "sft/step_1", "digest": "d", "identity": "i"}
+    chat = {
+        "evaluation": "chat",
+        "chatcore": None,
+        "partial": ["mmlu"],
+        "tasks": {"gsm8k": {"right": 1, "of": 2, "accuracy": 0.5, "pass_at_k": {"1": 0.5}, "examples": [{"a": 1}]}},
+    }
+    newer = chat | {
+        "chat_core": {"value": 0.25, "tasks": ["gsm8k"], "missing": ["mmlu"]},
+        "tasks": {
+            "gsm8k": {"kind": "generative", "right": 1, "answers": 2, "accuracy": 0.5, "pass_at_k": [0.5, 1.0]},
+            "demo": {"accuracy": 1.0, "groups": {"fact": {"right": 3, "answers": 4}}},
+        },
+    }
+    del newer["chatcore"], newer["partial"]
+    assert {name: metric.value for name, metric in flatten(common | newer).items()} == {
+        "chat.chatcore": 0.25,
+        "chat.gsm8k.right": 1,
+        "chat.gsm8k.of": 2,
+        "chat.gsm8k.accuracy": 0.5,
+        "chat.gsm8k.pass_at_k.1": 0.5,
+        "chat.gsm8k.pass_at_k.2": 1.0,
+        "chat.demo.accuracy": 1.0,
+        "chat.demo.fact": 0.75,
+    }
+    core = {"evaluation": "core", "core": 0.2, "partial": True, "missing": ["squad"], "gpt2_xl": 0.256525, "tasks": {}}
+    assert {name: metric.value for name, metric in flatten(common | core).items()} == {"core.core": 0.2}
+    assert normal_form(core)["partial"] == ["squad"]
+    assert normal_form(newer)["partial"] == ["mmlu"]
+    asked = {"asked": "6*7?", "expected": "42", "said": "42", "calls": [], "right": True}
+    task = normal_form({"tasks": {"x": {"centred": 0.5, "examples": [asked]}, "y": {"examples": 10}}})["tasks"]
+    assert task["x"]["centered"] == 0.5
+    assert task["x"]["examples"] == [{"question": "6*7?", "calls": [], "answer": "42", "right": True}]
+    assert task["y"]["examples"] == 10
+    conversations = {
+        "evaluation": "conversations",
+        "accuracy": 0.75,
+        "seconds": 4.0,
+        "kinds": {"fact": {"right": 3, "items": 4}},
+        "examples": [],
+    }
+    assert {name: metric.value for name, metric in flatten(common | chat).items()} == {
+        "chat.gsm8k.right": 1,
+        "chat.gsm8k.of": 2,
+        "chat.gsm8k.accuracy": 0.5,
+        "chat.gsm8k.pass_at_k.1": 0.5,
+    }
+    found = flatten(common | conversations)
+    assert {name: metric.value for name, metric in found.items()} == {"chat.accuracy": 0.75, "chat.kinds.fact": 0.75}
+    other = flatten(common | conversations | {"settings": {"items": 3}})
+    assert found["chat.accuracy"].how != other["chat.accuracy"].how
