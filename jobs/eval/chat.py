@@ -173,7 +173,7 @@ def run(
             return None
         result = evaluation.finish(_figures(tasks, evaluation, settings.samples))
     if ranks.leads:
-        _show(result, show)
+        _show(result, [task.name for task in tasks], show)
     return result
 
 
@@ -232,15 +232,17 @@ def _figures(tasks: Sequence[ChoiceTask | GenerativeTask], evaluation: Evaluatio
     return {"tasks": figures, "chat_core": chat_core(figures)}
 
 
-def _show(result: Mapping[str, Any], show: Callable[[str], None]) -> None:
+def _show(result: Mapping[str, Any], names: Sequence[str], show: Callable[[str], None]) -> None:
     show(f"{result['model']} {result['revision']}")
-    for line in table(result["tasks"], result["chat_core"]):
+    for line in table({name: result["tasks"][name] for name in names}, result["chat_core"]):
         show(line)
-    for name, figures in result["tasks"].items():
-        for example in figures["examples"]:
-            if not example["right"]:
-                shown = {key: value for key, value in example.items() if key != "right"}
-                show(json.dumps({"wrong": name, **shown}, ensure_ascii=False))
+    for name in names:
+        # A wrong letter tells nothing.
+        if result["tasks"][name]["kind"] == "generative":
+            for example in result["tasks"][name]["examples"]:
+                if not example["right"]:
+                    shown = {"wrong": name} | {key: example[key] for key in ("asked", "expected", "said", "calls")}
+                    show(json.dumps(shown, ensure_ascii=False))
 
 
 def main() -> None:

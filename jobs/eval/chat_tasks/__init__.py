@@ -89,10 +89,7 @@ def open_tasks(names: Sequence[str], place: DataPlace, selection: Selection) -> 
 def _open(name: str, place: DataPlace, selection: Selection) -> AnyTask:
     generated = selection.items or GENERATED_QUESTIONS
     if name == "demo":
-        items = items_for(selection.recipe, generated, selection.seed)
-        if not items:
-            raise UserError(f"recipe {selection.recipe} teaches nothing that {generated} demo questions ask; ask more")
-        return demo(items)
+        return demo(items_for(selection.recipe, generated, selection.seed))
     if name in _GENERATED:
         return _GENERATED[name](generated, selection.seed)
     if name.endswith(".jsonl"):

@@ -82,7 +82,7 @@ def _question(row: Row) -> OwnQuestion | LetterQuestion:
         raise ValueError("'messages' is not a list")
     if parse_messages(messages)[-1].role != "user":
         raise ValueError("the last message must be the user's: there is nothing to answer")
-    if match not in _MATCHES:
+    if not isinstance(match, str) or match not in _MATCHES:
         raise ValueError(f"'match' is {match!r}; choose one of {', '.join(_MATCHES)}")
     return OwnQuestion(tuple(messages), _expected(answer, match), match)
 
