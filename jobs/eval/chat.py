@@ -1,52 +1,78 @@
-"""Held-out demo conversations, answered by the model and checked: ``python -m jobs.eval.chat --model demo``."""
+"""What a chat model can do, task by task: ``python -m jobs.eval.chat --model demo``."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from jobs.eval.chat_score import chat_core, score, table
+from jobs.eval.chat_tasks import ChoiceTask, DataPlace, GenerativeTask, Response, Selection, demo, open_tasks
+from jobs.eval.chat_tasks import items_for as items_for
+from jobs.eval.examination import Sampling, examine_answers, examine_choices, generate, verdicts_of
+from jobs.eval.record import Evaluation
 from jobs.eval.tools import SandboxTool
-from jobs.train.demo_world import EvalItem, check, evaluation_set
-from jobs.train.recipes import RECIPES
+from jobs.train.demo_world import EvalItem
 from nanochat_core import logs
-from nanochat_core import tokenizer as tok
-from nanochat_core.chat import AssistantStream, parse_messages, render_prompt
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, newest_checkpoint
-from nanochat_core.device import prepare_cpu
-from nanochat_core.engine import Completion, Engine, SamplingParams, ToolCall, ToolPolicy, ToolResult
+from nanochat_core.device import choose_device, choose_dtype, free_memory, prepare_cpu
+from nanochat_core.distributed import ALONE, Ranks, joined, local_rank
+from nanochat_core.engine import Engine, EngineConfig
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.settings import load, setting
 from nanochat_core.store import DEFAULT_HOME, Store, open_store
-from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger("jobs.eval.chat")
 
-MAX_ANSWER_TOKENS = 120
+# A rank whose answers are long comes long after one whose answers are short.
+_RANK_TIMEOUT_SECONDS = 3600.0
+# Prompt tokens that a step may compute for each sequence that runs.
+_BUDGET_PER_SEQUENCE = 8
+# Part of the identity of results: raise it when a task, a prompt or a scorer changes.
+_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatEvalSettings:
-    """Measure how many held-out demo conversations a model answers correctly."""
+    """Measure how many questions of each task a chat model answers correctly."""
 
     model: str = setting(help="name of the model in the store")
+    tasks: tuple[str, ...] = setting(("demo",), "what to ask: names of tasks and .jsonl files, comma separated")
+    data: str = setting("", "folder with the tasks' data, <dataset>/…; the store's data/<dataset>/ otherwise")
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
-    revision: str = setting("", "<stage>/step_<n>; the newest SFT checkpoint when not given")
-    items: int = setting(200, "conversations", minimum=7)
-    seed: int = setting(0, "which conversations are drawn", minimum=0)
-    recipe: str = setting("demo", "recipe whose kinds of conversations are asked")
+    stage: Literal["base", "sft", "rl"] = setting("sft", "stage whose newest checkpoint is evaluated")
+    revision: str = setting("", "<stage>/step_<n> to evaluate instead")
+    items: int = setting(0, "questions of each task; 0 asks all of a dataset and 200 of a generated task", minimum=0)
+    seed: int = setting(0, "which questions are drawn, and how answers are sampled", minimum=0)
+    recipe: str = setting("demo", "recipe whose kinds of conversations the task demo asks")
+    samples: int = setting(1, "answers to each question, for pass@1 to pass@samples", minimum=1)
+    temperature: float = setting(0.0, "of sampling; 0 is greedy", minimum=0.0)
+    top_k: int = setting(0, "sample from the k most likely tokens; 0 from all", minimum=0)
+    batch: int = setting(64, "answers that are generated at the same time", minimum=1)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
+    dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "what to compute in; auto is fp32 on CPUs")
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
-    log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe level that is logged")
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
+
+    def __post_init__(self) -> None:
+        if self.samples > 1 and self.temperature == 0:
+            raise UserError(f"{self.samples} greedy answers are all the same; give a --temperature above 0")
+        if self.samples > self.batch:
+            raise UserError(f"--samples {self.samples} are generated together, so --batch must be at least that")
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the model said to one item, and whether it was right."""
+    """What the model said to one item of the demo world, and whether it was right."""
 
     item: EvalItem
     text: str
@@ -56,7 +82,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class ChatResult:
-    """All answers of one evaluation."""
+    """All answers to items of the demo world."""
 
     revision: str
     answers: tuple[Answer, ...]
@@ -82,31 +108,25 @@ class ChatResult:
 
 
 def evaluate(checkpoint: Checkpoint, items: Sequence[EvalItem]) -> ChatResult:
-    """Answer every item greedily, all in one continuous batch, with Python calls in the sandbox."""
-    tokenizer = checkpoint.tokenizer
-    prompts = [render_prompt(tokenizer, parse_messages(item.messages)) for item in items]
-    stop = frozenset({tokenizer.special_ids[tok.ASSISTANT_END], tokenizer.bos_id})
-    sampling = SamplingParams(max_tokens=MAX_ANSWER_TOKENS, stop_token_ids=stop)
-    with SandboxExecutor() as executor:
-        engine = Engine(checkpoint.build_model(), tokenizer, tool_runner=SandboxTool(executor))
+    """Answer items of the demo world greedily, on the CPU, all in one continuous batch; nothing is kept."""
+    task = demo(items)
+    responses: dict[int, Response] = {}
+    with SandboxExecutor() as sandbox:
+        engine = Engine(checkpoint.build_model(), checkpoint.tokenizer, tool_runner=SandboxTool(sandbox))
         try:
-            completions = engine.generate(prompts, sampling, tools=ToolPolicy(enabled=True))
+            for number, said in generate(engine, checkpoint.tokenizer, task, range(len(items))):
+                # What does not fit is not answered, and that is wrong.
+                responses[number] = said[0] if said else Response("")
         finally:
             engine.close()
-    answers = [_answer(item, completion, tokenizer) for item, (completion,) in zip(items, completions, strict=True)]
+        answers = [
+            Answer(
+                item, responses[number].text.strip(), responses[number].tool_calls,
+                task.questions[number].correct(responses[number], sandbox),
+            )
+            for number, item in enumerate(items)
+        ]  # fmt: skip
     return ChatResult(checkpoint.ref.revision, tuple(answers))
-
-
-def items_for(recipe: str, count: int, seed: int = 0) -> list[EvalItem]:
-    """Held-out items of the kinds that a recipe teaches.
-
-    Raises:
-        UserError: there is no such recipe.
-    """
-    if recipe not in RECIPES:
-        raise UserError(f"there is no recipe {recipe!r}; choose one of {', '.join(RECIPES)}")
-    kinds = RECIPES[recipe].conversation_kinds
-    return [item for item in evaluation_set(count, seed) if kinds is None or item.kind in kinds]
 
 
 def pick_checkpoint(store: Store, model: str, revision: str, stage: str = "sft") -> Checkpoint:
@@ -123,40 +143,118 @@ def pick_checkpoint(store: Store, model: str, revision: str, stage: str = "sft")
     return checkpoint
 
 
-def _answer(item: EvalItem, completion: Completion, tokenizer: Tokenizer) -> Answer:
-    stream = AssistantStream(tokenizer)
-    parts = [part for token in completion.token_ids for part in stream.push(token)] + stream.finish()
+def run(
+    settings: ChatEvalSettings,
+    show: Callable[[str], None],
+    device: torch.device | None = None,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any] | None:
+    """Evaluate, keep the result in the store, and show a table and wrong answers.
 
-    def joined(kind: str) -> str:
-        return "".join(part.text for part in parts if part.type == kind)
+    Finished work of an earlier, interrupted run is not done again; a whole result is shown as it is.
 
-    codes = [event.code for event in completion.tool_events if isinstance(event, ToolCall)]
-    outputs = [event.output for event in completion.tool_events if isinstance(event, ToolResult)]
-    calls = tuple(zip(codes, outputs, strict=False))  # the last call has no output when the answer ended first
-    text = joined("text").strip()
-    return Answer(item, text, calls, check(item, text, bool(calls)))
+    Returns:
+        The content of ``result.json``, on the first rank.
 
-
-def run(settings: ChatEvalSettings, show: Callable[[str], None]) -> ChatResult:
-    """Evaluate and show a table of accuracies and the wrong answers."""
-    prepare_cpu(settings.threads)
-    checkpoint = pick_checkpoint(open_store(settings.home), settings.model, settings.revision)
-    result = evaluate(checkpoint, items_for(settings.recipe, settings.items, settings.seed))
-    show(f"{settings.model} {result.revision}: {result.accuracy():.1%} of {len(result.answers)} conversations right")
-    for kind, (right, asked) in result.by_kind().items():
-        show(f"  {kind:<12} {right:>4} of {asked:<4} {right / asked:.1%}")
-    for answer in result.answers:
-        if not answer.correct:
-            question = answer.item.messages[-1]["content"]
-            called = "; ".join(f"{code} -> {output}" for code, output in answer.tool_calls)
-            show(json.dumps({"kind": answer.item.kind, "asked": question, "said": answer.text, "called": called}))
+    Raises:
+        UserError: a setting is wrong, or a task's data are missing or wrong.
+    """
+    device = device or torch.device("cpu")
+    store = open_store(settings.home)
+    place = DataPlace(store, Path(settings.data).expanduser() if settings.data else None)
+    tasks = open_tasks(settings.tasks, place, Selection(settings.items, settings.seed, settings.recipe))
+    checkpoint = pick_checkpoint(store, settings.model, settings.revision, settings.stage)
+    evaluation = _evaluation(settings, store, checkpoint, tasks, device)
+    result = evaluation.result()
+    if result is None:
+        _examine(settings, checkpoint, tasks, evaluation, device, ranks)
+        ranks.gather(None)  # every rank has kept its part when all are here
+        if not ranks.leads:
+            return None
+        result = evaluation.finish(_figures(tasks, evaluation, settings.samples))
+    if ranks.leads:
+        _show(result, [task.name for task in tasks], show)
     return result
+
+
+def _evaluation(
+    settings: ChatEvalSettings,
+    store: Store,
+    checkpoint: Checkpoint,
+    tasks: Sequence[ChoiceTask | GenerativeTask],
+    device: torch.device,
+) -> Evaluation:
+    decisive = {
+        "version": _VERSION,
+        "tasks": {task.name: task.digest for task in tasks},
+        "seed": settings.seed,
+        "samples": settings.samples,
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "device": device.type,
+        "dtype": str(choose_dtype(settings.dtype, device)).removeprefix("torch."),
+    }
+    return Evaluation.of(store, checkpoint, "chat", decisive)
+
+
+def _examine(
+    settings: ChatEvalSettings,
+    checkpoint: Checkpoint,
+    tasks: Sequence[ChoiceTask | GenerativeTask],
+    evaluation: Evaluation,
+    device: torch.device,
+    ranks: Ranks,
+) -> None:
+    model, tokenizer = checkpoint.build_model(device, choose_dtype(settings.dtype, device)), checkpoint.tokenizer
+    for task in tasks:
+        if isinstance(task, ChoiceTask):
+            examine_choices(model, tokenizer, task, evaluation, ranks)
+    generative = [task for task in tasks if isinstance(task, GenerativeTask)]
+    if not generative:
+        return
+    # The engine's cache takes what is free, so it comes after what needs memory for itself.
+    free_memory(device)
+    default = EngineConfig()
+    config = EngineConfig(
+        max_running=settings.batch, token_budget=max(default.token_budget, _BUDGET_PER_SEQUENCE * settings.batch)
+    )
+    sampling = Sampling(settings.samples, settings.temperature, settings.top_k, settings.seed)
+    with contextlib.ExitStack() as stack:
+        sandbox = stack.enter_context(SandboxExecutor())
+        engine = Engine(model, tokenizer, config, tool_runner=SandboxTool(sandbox))
+        stack.callback(engine.close)
+        for task in generative:
+            examine_answers(engine, tokenizer, sandbox, task, evaluation, sampling, ranks)
+
+
+def _figures(tasks: Sequence[ChoiceTask | GenerativeTask], evaluation: Evaluation, samples: int) -> dict[str, Any]:
+    figures = {task.name: score(task, verdicts_of(evaluation, task), samples) for task in tasks}
+    return {"tasks": figures, "chat_core": chat_core(figures)}
+
+
+def _show(result: Mapping[str, Any], names: Sequence[str], show: Callable[[str], None]) -> None:
+    show(f"{result['model']} {result['revision']}")
+    for line in table({name: result["tasks"][name] for name in names}, result["chat_core"]):
+        show(line)
+    for name in names:
+        # A wrong letter tells nothing.
+        if result["tasks"][name]["kind"] == "generative":
+            for example in result["tasks"][name]["examples"]:
+                if not example["right"]:
+                    shown = {"wrong": name} | {key: example[key] for key in ("asked", "expected", "said", "calls")}
+                    show(json.dumps(shown, ensure_ascii=False))
 
 
 def main() -> None:
     settings = load(ChatEvalSettings, prefix="NANOCHAT_CHAT_EVAL", program="python -m jobs.eval.chat")
-    logs.configure("chat-eval", settings.log_level)
-    run(settings, lambda line: print(line, file=sys.stdout))
+    prepare_cpu(settings.threads)
+    device = choose_device(settings.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank())
+        torch.cuda.set_device(device)
+    with joined(device, _RANK_TIMEOUT_SECONDS) as ranks:
+        logs.configure("chat-eval", settings.log_level if ranks.leads else "warning")
+        run(settings, lambda line: print(line, file=sys.stdout), device, ranks)
 
 
 if __name__ == "__main__":

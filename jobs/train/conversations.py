@@ -6,14 +6,13 @@ import bisect
 import hashlib
 import itertools
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jobs.train.tasks import CONVERSATIONS, FILE_TASKS, GENERATED_TASKS, FileTask, GeneratedTask
-from jobs.train.tasks.rows import open_rows
+from jobs.train.tasks.rows import converted, open_rows
 from nanochat_core.chat import Message, parse_messages
 from nanochat_core.errors import UserError
 from nanochat_core.store import FolderStore, Store
@@ -80,13 +79,7 @@ class FileConversations(Conversations):
     def __getitem__(self, index: int) -> list[Message]:
         file = bisect.bisect_right(self._ends, index)
         rows, number = self._files[file], index - (self._ends[file] - len(self._files[file]))
-        row = rows[number]
-        try:
-            messages = parse_messages(self._messages(row))
-        except KeyError as error:
-            raise UserError(f"{rows.where(number)} has no field {error}") from error
-        except (ValueError, TypeError, UserError) as error:
-            raise UserError(f"{rows.where(number)}: {error}") from error
+        messages = converted(rows, number, lambda row: parse_messages(self._messages(row)))
         if all(message.role != "assistant" for message in messages):
             raise UserError(f"{rows.where(number)} has no assistant message to learn from")
         return messages
@@ -153,10 +146,9 @@ def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversa
 def _keys(store: Store, name: str, task: FileTask) -> list[str]:
     """The training files of a task in the store."""
     folder = f"data/{name}/"
-    below = [key.removeprefix(folder) for key in store.keys(f"data/{name}")]
-    matched = [[key for key in below if re.fullmatch(pattern, key)] for pattern in task.files]
-    if all(matched):
-        return [folder + key for keys in matched for key in keys]
+    matching = task.matching(key.removeprefix(folder) for key in store.keys(f"data/{name}"))
+    if matching:
+        return [folder + key for key in matching]
     origin = task.origin
     if isinstance(store, FolderStore):
         origin = origin.replace("FOLDER", str(store.root / "data" / name))

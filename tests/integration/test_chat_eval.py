@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from jobs.eval import chat
 from jobs.eval.chat import Answer, ChatEvalSettings, ChatResult, evaluate, items_for, pick_checkpoint
+from jobs.eval.responses import response
 from jobs.eval.samples import SAMPLING, continue_text
 from jobs.eval.tools import SandboxTool
 from jobs.train.demo_world import EvalItem, evaluation_set, pretraining_documents
@@ -107,9 +108,19 @@ def test_the_model_computes_in_the_sandbox_and_goes_on_with_what_came_of_it(home
 def test_the_command_shows_accuracies_and_the_wrong_answers(home):
     lines: list[str] = []
     result = chat.run(ChatEvalSettings(model=MODEL, home=str(home), items=14, threads=1), lines.append)
-    assert lines[0] == f"{MODEL} sft/step_000007: {result.accuracy():.1%} of 14 conversations right"
-    assert len(lines) == 1 + len(result.by_kind()) + sum(not answer.correct for answer in result.answers)
-    assert result.accuracy() < 0.5
+    assert result is not None
+    demo = result["tasks"]["demo"]
+    assert demo["questions"] == 14
+    assert demo["accuracy"] < 0.5
+    assert lines[0] == f"{MODEL} sft/step_000007"
+    assert lines[2].split()[:4] == ["demo", str(demo["right"]), "14", f"{demo['accuracy']:.1%}"]
+    wrong = [json.loads(line) for line in lines if line.startswith("{")]
+    assert len(wrong) == 14 - demo["right"]
+    assert {answer["asked"] for answer in wrong} <= {item.messages[-1]["content"] for item in evaluation_set(14)}
+    # What is finished is not done again, and shown as it is.
+    again: list[str] = []
+    assert chat.run(ChatEvalSettings(model=MODEL, home=str(home), items=14, threads=1), again.append) == result
+    assert again == lines
 
 
 def test_recipes_are_asked_what_they_teach():
@@ -146,25 +157,14 @@ def reference_answer(tokenizer: Tokenizer, item: EvalItem) -> Completion:
     return Completion(tokens, events)
 
 
-@dataclasses.dataclass
-class Scripted:
-    """An engine whose model has learnt its lines."""
-
-    answers: Sequence[Completion]
-
-    def __call__(self, *_args: Any, **_kwargs: Any) -> Scripted:
-        return self
-
-    def generate(self, prompts: Sequence[Sequence[int]], *_args: Any, **_kwargs: Any) -> list[list[Completion]]:
-        assert len(prompts) == len(self.answers)
-        return [[answer] for answer in self.answers]
-
-    def close(self) -> None:
-        pass
-
-
 def scripted_result(monkeypatch, checkpoint, items, answers) -> ChatResult:
-    monkeypatch.setattr(chat, "Engine", Scripted(answers))
+    """The evaluation of a model that has learnt its lines."""
+
+    def generate(engine, tokenizer, task, numbers):
+        assert len(numbers) == len(answers) == len(task.questions)
+        return ((number, (response(tokenizer, answers[number]),)) for number in numbers)
+
+    monkeypatch.setattr(chat, "generate", generate)
     return evaluate(checkpoint, items)
 
 

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 
 from jobs.train.tasks import conversions, letters
 from jobs.train.tasks.conversions import Messages, Row
 
-_FILE = r"[^/]*\.(jsonl|parquet)"
+# The rest of a file's name.
+FILE = r"[^/]*\.(jsonl|parquet)"
 
 
 @dataclasses.dataclass(frozen=True)
-class FileTask:
-    """A dataset in files below ``data/<name>/``.
+class TaskFiles:
+    """Which files below the folder of a dataset hold a task.
 
     Each pattern of ``files`` (relative to that folder) must be matched by a file; ``expected`` names one of them, and
     ``origin`` says where it comes from.
     """
 
-    messages: Callable[[Row], Messages] = conversions.conversation
-    files: tuple[str, ...] = (rf"(data/)?train{_FILE}",)
+    files: tuple[str, ...]
+    expected: str
+    origin: str
+
+    def matching(self, below: Iterable[str]) -> list[str]:
+        """Of the files of a folder those that hold the task; none unless all that it needs are there."""
+        names = list(below)
+        matched = [[name for name in names if re.fullmatch(pattern, name)] for pattern in self.files]
+        return [name for found in matched for name in found] if all(matched) else []
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTask(TaskFiles):
+    """A dataset in files below ``data/<name>/``, and how a row becomes a conversation."""
+
+    files: tuple[str, ...] = (rf"(data/)?train{FILE}",)
     expected: str = "train.jsonl"
     origin: str = 'write it, one {"messages": [{"role": "user", "content": …}, …]} a line'
+    messages: Callable[[Row], Messages] = conversions.conversation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,32 +50,33 @@ class GeneratedTask:
     size: int
 
 
-def _on_hub(dataset: str, include: str) -> str:
+def on_hub(dataset: str, include: str) -> str:
+    """The command that downloads files of a dataset of the Hugging Face hub to FOLDER."""
     return f"hf download {dataset} --repo-type dataset --include '{include}' --local-dir FOLDER"
 
 
 FILE_TASKS = {
     "smoltalk": FileTask(
         expected="data/train-00000-of-00004.parquet",
-        origin=_on_hub("HuggingFaceTB/smol-smoltalk", "data/train*"),
+        origin=on_hub("HuggingFaceTB/smol-smoltalk", "data/train*"),
     ),
     "mmlu": FileTask(
-        conversions.mmlu,
-        files=(rf"auxiliary_train[^/]*(/train[^/]*)?{_FILE}",),
+        messages=conversions.mmlu,
+        files=(rf"auxiliary_train[^/]*(/train[^/]*)?{FILE}",),
         expected="auxiliary_train/train-00000-of-00001.parquet",
-        origin=_on_hub("cais/mmlu", "auxiliary_train/train*"),
+        origin=on_hub("cais/mmlu", "auxiliary_train/train*"),
     ),
     "arc": FileTask(
-        conversions.arc,
-        files=(rf"ARC-Easy/train{_FILE}", rf"ARC-Challenge/train{_FILE}"),
+        messages=conversions.arc,
+        files=(rf"ARC-Easy/train{FILE}", rf"ARC-Challenge/train{FILE}"),
         expected="ARC-Easy/train-00000-of-00001.parquet and ARC-Challenge/train-00000-of-00001.parquet",
-        origin=_on_hub("allenai/ai2_arc", "ARC-*/train*"),
+        origin=on_hub("allenai/ai2_arc", "ARC-*/train*"),
     ),
     "gsm8k": FileTask(
-        conversions.gsm8k,
-        files=(rf"(main/)?train{_FILE}",),
+        messages=conversions.gsm8k,
+        files=(rf"(main/)?train{FILE}",),
         expected="main/train-00000-of-00001.parquet",
-        origin=_on_hub("openai/gsm8k", "main/train*"),
+        origin=on_hub("openai/gsm8k", "main/train*"),
     ),
     "identity": FileTask(),
 }

@@ -6,6 +6,7 @@ Every function takes a row as the dataset's authors publish it and gives the ``m
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,17 +26,26 @@ def conversation(row: Row) -> Messages:
     return messages
 
 
-def mmlu(row: Row) -> Messages:
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A multiple-choice question; ``answer`` is the index of the right choice."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def mmlu_choice(row: Row) -> Choice:
     """``question``, ``choices`` and the index ``answer`` (arXiv 2009.03300)."""
     # The training split is published with all of its fields inside one that is called train.
     row = row.get("train", row)
     choices, answer = _texts(row, "choices"), row["answer"]
-    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+    if type(answer) is not int or not 0 <= answer < len(choices):
         raise ValueError(f"'answer' is {answer!r}, which is no index of the {len(choices)} choices")
-    return _exchange(multiple_choice(_text(row, "question"), choices), LETTERS[answer])
+    return Choice(_text(row, "question"), tuple(choices), answer)
 
 
-def arc(row: Row) -> Messages:
+def arc_choice(row: Row) -> Choice:
     """``question``, ``choices`` of a ``text`` and a ``label`` each, and the label ``answerKey`` (arXiv 1803.05457).
 
     Some questions label their choices with digits; all get letters here.
@@ -43,7 +53,17 @@ def arc(row: Row) -> Messages:
     choices, labels, answer = _texts(row["choices"], "text"), _texts(row["choices"], "label"), row["answerKey"]
     if answer not in labels or len(labels) != len(choices):
         raise ValueError(f"'answerKey' is {answer!r}, but the choices are labelled {', '.join(labels)}")
-    return _exchange(multiple_choice(_text(row, "question"), choices), LETTERS[labels.index(answer)])
+    return Choice(_text(row, "question"), tuple(choices), labels.index(answer))
+
+
+def mmlu(row: Row) -> Messages:
+    """A row of MMLU, answered with a letter."""
+    return _answered(mmlu_choice(row))
+
+
+def arc(row: Row) -> Messages:
+    """A row of ARC, answered with a letter."""
+    return _answered(arc_choice(row))
 
 
 def gsm8k(row: Row) -> Messages:
@@ -67,6 +87,10 @@ def multiple_choice(question: str, choices: Sequence[str]) -> str:
     # The letter comes last, next to where it is given back.
     lines = [f"- {choice}={letter}" for choice, letter in zip(choices, LETTERS, strict=False)]
     return "\n".join([question, *lines, "", "Respond only with the letter of the correct answer."])
+
+
+def _answered(asked: Choice) -> Messages:
+    return _exchange(multiple_choice(asked.question, asked.choices), LETTERS[asked.answer])
 
 
 def _exchange(question: str, answer: str | list[dict[str, str]]) -> Messages:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 from jobs.train.demo_world import tool_questions, words
 from jobs.train.demo_world.exchange import Exchange
+from jobs.train.demo_world.phrasings import Split
 from jobs.train.demo_world.seeding import generator
 from jobs.train.tasks.conversions import Messages
 
@@ -27,13 +30,28 @@ _REQUESTS = (
 
 def spelling(number: int) -> Messages:
     """The ``number``-th request to spell a word, and the letters."""
-    rng = generator("tasks/spelling", number)
-    english = rng.random() < _ENGLISH_SHARE
-    word = rng.choice(words.ENGLISH_TRAIN) if english else words.made_up_word(rng, "train")
-    question = rng.choice(_REQUESTS).format(word=word)
-    return Exchange(question, f"{word} is spelled {' '.join(word)}.", (" ".join(word),)).messages
+    return spelling_exchange(number, "train").messages
 
 
 def counting(number: int) -> Messages:
     """The ``number``-th question how often a letter occurs in a word, answered with the Python tool."""
-    return tool_questions.count(generator("tasks/counting", number), "train").messages
+    return counting_exchange(number, "train").messages
+
+
+def spelling_exchange(number: int, split: Split) -> Exchange:
+    """As :func:`spelling`; the words of one split never occur in the other. What is expected is the word."""
+    rng = _generator("spelling", number, split)
+    english = rng.random() < _ENGLISH_SHARE
+    known = words.ENGLISH_TRAIN if split == "train" else words.ENGLISH_HELDOUT
+    word = rng.choice(known) if english else words.made_up_word(rng, split)
+    question = rng.choice(_REQUESTS).format(word=word)
+    return Exchange(question, f"{word} is spelled {' '.join(word)}.", (word,))
+
+
+def counting_exchange(number: int, split: Split) -> Exchange:
+    """As :func:`counting`; the words of one split never occur in the other."""
+    return tool_questions.count(_generator("counting", number, split), split)
+
+
+def _generator(task: str, number: int, split: Split) -> random.Random:
+    return generator(f"tasks/{task}" if split == "train" else f"tasks/{task}/{split}", number)

@@ -6,14 +6,16 @@ import json
 import mmap
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat_core.errors import UserError
+
+T = TypeVar("T")
 
 
 class Rows(ABC):
@@ -101,6 +103,24 @@ class ParquetRows(Rows):
             return {name: column[index].as_py() for name, column in self._columns.items()}
         except UnicodeDecodeError as error:
             raise UserError(f"{self.where(index)} is not UTF-8: {error}") from error
+
+
+def converted(rows: Rows, index: int, make: Callable[[Mapping[str, Any]], T]) -> T:
+    """What ``make`` makes of a row.
+
+    Args:
+        make: raises KeyError for a missing field, ValueError, TypeError or UserError for a wrong one.
+
+    Raises:
+        UserError: it did; the message names file and line.
+    """
+    row = rows[index]
+    try:
+        return make(row)
+    except KeyError as error:
+        raise UserError(f"{rows.where(index)} has no field {error}") from error
+    except (ValueError, TypeError, UserError) as error:
+        raise UserError(f"{rows.where(index)}: {error}") from error
 
 
 def open_rows(path: Path, shown: str) -> Rows:

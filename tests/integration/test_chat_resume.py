@@ -1,0 +1,219 @@
+"""A chat evaluation that is killed goes on where it was and ends with the same result, on one rank or several."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from jobs.eval import chat, examination
+from jobs.eval.chat import ChatEvalSettings
+from jobs.eval.chat_tasks import DataPlace, Selection, open_tasks
+from jobs.eval.examination import Sampling, generate
+from jobs.train.demo_world import pretraining_documents
+from jobs.train.tokenizer import train_tokenizer
+from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint
+from nanochat_core.checkpoint_writer import save_checkpoint
+from nanochat_core.config import ModelConfig
+from nanochat_core.distributed import Ranks
+from nanochat_core.engine import Engine, EngineConfig
+from nanochat_core.model import GPT
+from nanochat_core.store import open_store
+
+ROOT = Path(__file__).parents[2]
+REF = CheckpointRef("untrained", "sft", 7)
+FOLDER = "evaluations/untrained/sft/step_000007/chat"
+QUESTIONS, CHUNKS = 80, 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More would only wait for each other on matrices this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory) -> Path:
+    """A model that says anything, and a file of questions with choices."""
+    home = tmp_path_factory.mktemp("filled") / "home"
+    tokenizer = train_tokenizer(pretraining_documents(seed=1, n=100), 400)
+    model = GPT(ModelConfig.from_depth(1, vocab_size=400, head_dim=32, context_length=256))
+    generator = torch.Generator().manual_seed(3)
+    model.init_weights(generator)
+    with torch.no_grad():
+        model.head.weight.normal_(generator=generator)
+    store = open_store(str(home))
+    save_checkpoint(store, REF, model=model, tokenizer=tokenizer, meta={})
+    rows = ({"question": f"Number {i}?", "choices": ["a", "b", "c"], "answer": i % 3} for i in range(300))
+    store.write("choices.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return home
+
+
+@pytest.fixture
+def home(filled: Path, tmp_path: Path) -> Path:
+    shutil.copytree(filled, tmp_path / "home")
+    return tmp_path / "home"
+
+
+def settings(home: Path, **changes: Any) -> ChatEvalSettings:
+    """Sampled answers, several to a question: whatever could differ would."""
+    given: dict[str, Any] = {
+        "tasks": ("spelling", str(home / "choices.jsonl")),
+        "items": QUESTIONS,
+        "samples": 2,
+        "temperature": 1.0,
+        "batch": 16,
+        "device": "cpu",
+    }
+    return ChatEvalSettings(model=REF.model, home=str(home), **given | changes)
+
+
+def result_of(home: Path) -> bytes:
+    return (home / FOLDER / "result.json").read_bytes()
+
+
+def parts(home: Path) -> dict[str, bytes]:
+    return {path.stem: path.read_bytes() for path in (home / FOLDER).glob("parts-*/*.json")}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(filled: Path, tmp_path_factory) -> bytes:
+    home = tmp_path_factory.mktemp("uninterrupted") / "home"
+    shutil.copytree(filled, home)
+    chat.run(settings(home), lambda _: None)
+    return result_of(home)
+
+
+# A run that kills itself in the middle of a given step of the engine.
+KILLED = """
+import json, os, signal, sys
+import torch
+from jobs.eval import chat
+from nanochat_core.engine import Engine
+
+torch.set_num_threads(1)
+step, steps = Engine.step, [0]
+
+def killed(engine):
+    steps[0] += 1
+    if steps[0] == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(engine)
+
+Engine.step = killed
+given = json.loads(sys.argv[1])
+chat.run(chat.ChatEvalSettings(**given | {"tasks": tuple(given["tasks"])}), print)
+"""
+
+
+def test_a_killed_evaluation_goes_on_without_repeating_what_was_finished(home, uninterrupted, monkeypatch):
+    given = json.dumps(vars(settings(home)))
+    killed = subprocess.run([sys.executable, "-c", KILLED, given, "700"], cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    finished = parts(home)
+    spelled = [name for name in finished if name.startswith("spelling")]
+    assert 0 < len(spelled) < CHUNKS
+    assert "choices-00000" in finished
+    assert not (home / FOLDER / "result.json").exists()
+
+    asked: list[int] = []
+    kept: list[str] = []
+
+    def watched(engine, tokenizer, task, numbers, sampling):
+        asked.extend(numbers)
+        return generate(engine, tokenizer, task, numbers, sampling)
+
+    save_part = examination.Evaluation.save_part
+    monkeypatch.setattr(examination, "generate", watched)
+    monkeypatch.setattr(
+        examination.Evaluation, "save_part", lambda self, name, value: (kept.append(name), save_part(self, name, value))
+    )
+    chat.run(settings(home), lambda _: None)
+    assert result_of(home) == uninterrupted
+    assert not set(kept) & set(finished)
+    assert sorted(asked) == [n for n in range(QUESTIONS) if f"spelling-{n // 32:05d}" not in finished]
+    assert len(asked) >= QUESTIONS - 32 * len(spelled) > 0
+    assert parts(home) == {}
+
+
+def test_what_was_kept_is_what_counts(home, uninterrupted):
+    """A part of an interrupted run that says otherwise is seen in the result: it is read, not computed again."""
+    evaluation = None
+
+    def stop_after_first(self, name, value):
+        nonlocal evaluation
+        evaluation = self
+        original(self, name, value)
+        raise KeyboardInterrupt
+
+    original = examination.Evaluation.save_part
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(examination.Evaluation, "save_part", stop_after_first)
+        with pytest.raises(KeyboardInterrupt):
+            chat.run(settings(home, tasks=("spelling",)), lambda _: None)
+    (name,) = parts(home)
+    assert evaluation is not None
+    evaluation.save_part(name, [[{**a, "right": True} for a in answers] for answers in evaluation.part(name)])
+    result = chat.run(settings(home, tasks=("spelling",)), lambda _: None)
+    assert result is not None
+    assert result["tasks"]["spelling"]["right"] == 32 * 2 + json.loads(uninterrupted)["tasks"]["spelling"]["right"]
+
+
+def on_rank(ranks: Ranks, home: str) -> Any:
+    result = chat.run(settings(Path(home)), lambda _: None, ranks=ranks)
+    return result and result["identity"]
+
+
+def test_two_ranks_find_what_one_finds(home, uninterrupted):
+    leader, other = run_ranks(2, on_rank, str(home))
+    assert other is None
+    assert leader == json.loads(uninterrupted)["identity"]
+    assert result_of(home) == uninterrupted
+
+
+def test_other_settings_are_another_evaluation(home):
+    first = chat.run(settings(home, items=4), lambda _: None)
+    for changes in ({"seed": 1}, {"samples": 3}, {"temperature": 0.5}, {"top_k": 5}, {"items": 5}, {"dtype": "bf16"}):
+        other = chat.run(settings(home, **{"items": 4, **changes}), lambda _: None)
+        assert first is not None
+        assert other is not None
+        assert other["identity"] != first["identity"], changes
+    assert chat.run(settings(home, items=4, batch=8, threads=1), lambda _: None) == first
+
+
+def test_an_answer_depends_on_neither_the_batch_nor_the_other_questions(home):
+    checkpoint: Checkpoint = load_checkpoint(open_store(str(home)), REF)
+    (task,) = open_tasks(["spelling"], DataPlace(open_store(str(home))), Selection(items=30))
+    sampling = Sampling(samples=3, temperature=1.0, seed=5)
+
+    def answers(numbers: list[int], running: int, sampling: Sampling = sampling) -> dict[int, Any]:
+        engine = Engine(checkpoint.build_model(), checkpoint.tokenizer, EngineConfig(max_running=running))
+        return dict(generate(engine, checkpoint.tokenizer, task, numbers, sampling))  # type: ignore[arg-type]
+
+    together = answers(list(range(30)), 64)
+    assert sorted(together) == list(range(30))
+    assert all(len(set(responses)) == 3 for responses in together.values())
+    alone = answers([20, 3], 3)
+    assert alone == {number: together[number] for number in (20, 3)}
+    assert answers([3], 3, Sampling(samples=3, temperature=1.0, seed=6))[3] != together[3]
+
+
+def test_questions_that_do_not_fit_are_wrong_and_the_others_are_answered(home):
+    rows = [{"messages": [{"role": "user", "content": "word " * n}], "answer": "x"} for n in (1, 2000, 3)]
+    (home / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines: list[str] = []
+    result = chat.run(settings(home, tasks=(str(home / "long.jsonl"),), items=0), lines.append)
+    assert result is not None
+    long = result["tasks"]["long"]
+    assert (long["questions"], long["answers"], long["too_long"]) == (3, 6, 1)
+    assert "long: 1 questions do not fit the model's context and count as wrong" in lines

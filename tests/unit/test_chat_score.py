@@ -1,0 +1,101 @@
+"""Figures of the chat evaluation: what is counted, what is centred, and which tasks ChatCORE is of."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jobs.eval.chat_score import CHAT_CORE_TASKS, centered, chat_core, score, table
+from jobs.eval.chat_tasks import ChoiceTask, GenerativeTask, Response
+from jobs.eval.chat_tasks.choices import LetterQuestion
+from jobs.eval.chat_tasks.own import OwnQuestion
+from jobs.eval.verdicts import Verdict
+from jobs.train.tasks.conversions import Choice
+
+
+def open_task(count: int, name: str = "own") -> GenerativeTask:
+    questions = (OwnQuestion(({"role": "user", "content": f"{i}?"},), str(i), "number") for i in range(count))
+    return GenerativeTask(name, tuple(questions))
+
+
+def choice_task(name: str, subjects: str) -> ChoiceTask:
+    return ChoiceTask(name, tuple(LetterQuestion(Choice("?", ("a", "b"), 0), subject) for subject in subjects), 0.25)
+
+
+def said(*right: bool) -> Verdict:
+    return Verdict(tuple(Response(f"answer {i}", (("1+1", "2"),)) for i in range(len(right))), right)
+
+
+def test_guessing_is_zero_and_all_right_is_one():
+    assert centered(0.25, 0.25) == 0.0
+    assert centered(1.0, 0.25) == 1.0
+    assert centered(0.0, 0.25) == pytest.approx(-1 / 3)
+    assert centered(0.4, 0.0) == 0.4
+
+
+def test_right_answers_are_counted():
+    figures = score(choice_task("mmlu", "xxyy"), [said(True), said(False), said(True), said(True)], 1)
+    assert {key: figures[key] for key in ("questions", "answers", "right", "accuracy", "baseline", "too_long")} == {
+        "questions": 4, "answers": 4, "right": 3, "accuracy": 0.75, "baseline": 0.25, "too_long": 0,
+    }  # fmt: skip
+    assert figures["centered"] == pytest.approx(2 / 3)
+    assert figures["groups"] == {"x": {"right": 1, "answers": 2}, "y": {"right": 2, "answers": 2}}
+    assert "pass_at_k" not in figures
+
+
+def test_samples_give_pass_at_k_and_what_did_not_fit_is_wrong_in_all_of_them():
+    figures = score(open_task(3), [said(True, False), said(False, False), Verdict()], 2)
+    assert (figures["answers"], figures["right"], figures["too_long"]) == (6, 1, 1)
+    assert figures["accuracy"] == pytest.approx(1 / 6)
+    assert figures["pass_at_k"] == pytest.approx([1 / 6, 1 / 3])
+    assert "groups" not in figures
+
+
+def test_a_choice_is_made_once_however_many_samples_there_are():
+    figures = score(choice_task("mmlu", "xx"), [said(True), said(False)], 4)
+    assert (figures["answers"], figures["accuracy"]) == (2, 0.5)
+    assert "pass_at_k" not in figures
+
+
+def test_examples_are_some_of_both_kinds_the_wrong_ones_first():
+    figures = score(open_task(100), [said(i % 2 == 0) for i in range(100)], 1)
+    assert [example["right"] for example in figures["examples"]] == [False] * 20 + [True] * 5
+    assert figures["examples"][0] == {
+        "asked": "1?", "expected": "1", "said": "answer 0", "calls": [["1+1", "2"]], "right": False,
+    }  # fmt: skip
+
+
+def test_chat_core_is_the_mean_of_its_tasks_and_says_which_are_missing():
+    figures = {name: {"centered": i / 10} for i, name in enumerate(CHAT_CORE_TASKS)} | {"demo": {"centered": 1.0}}
+    assert chat_core(figures) == {"value": pytest.approx(0.25), "tasks": list(CHAT_CORE_TASKS), "missing": []}
+    partial = chat_core({name: figures[name] for name in ("demo", "gsm8k", "mmlu")})
+    assert partial == {
+        "value": pytest.approx(0.25),
+        "tasks": ["mmlu", "gsm8k"],
+        "missing": ["arc-easy", "arc-challenge", "humaneval", "spelling"],
+    }
+    assert chat_core({"demo": {"centered": 1.0}}) is None
+
+
+def test_the_table_has_a_line_for_each_task_and_names_a_partial_chat_core():
+    figures = {
+        "mmlu": score(choice_task("mmlu", "xxyy"), [said(True)] * 3 + [Verdict()], 1),
+        "gsm8k": score(open_task(2, "gsm8k"), [said(True, False), said(True, True)], 2),
+    }
+    lines = table(figures, chat_core(figures))
+    assert lines[0].split() == ["task", "right", "of", "accuracy", "baseline", "centred"]
+    assert lines[1].split() == ["mmlu", "3", "4", "75.0%", "25.0%", "66.7%"]
+    assert lines[2].split() == ["gsm8k", "3", "4", "75.0%", "0.0%", "75.0%"]
+    assert lines[3] == "gsm8k pass@1 75.0%  @2 100.0%"
+    assert "mmlu: 1 questions do not fit the model's context and count as wrong" in lines
+    missing = "arc-easy, arc-challenge, humaneval, spelling"
+    assert lines[-1] == f"ChatCORE of 2 of its 6 tasks (no {missing}): {(2 / 3 + 0.75) / 2:.4f}"
+    whole = dict.fromkeys(CHAT_CORE_TASKS, figures["mmlu"])
+    assert table(whole, chat_core(whole))[-1].startswith("ChatCORE: 0.6667")
+    assert not any("ChatCORE" in line for line in table({"own": figures["gsm8k"]}, None))
+
+
+def test_verdicts_are_kept_as_they_are():
+    for verdict in (Verdict(), said(True), said(False, True)):
+        assert Verdict.from_json(json.loads(json.dumps(verdict.to_json()))) == verdict

@@ -1,0 +1,85 @@
+"""Choices scored in padded batches are those of one plain forward pass for each question."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from engine_models import BYTES, tiny_model
+
+from jobs.eval.chat_tasks.choices import LetterQuestion
+from jobs.eval.examination import choose
+from jobs.eval.letter_choice import last_logits, letter_tokens
+from jobs.train.tasks.conversions import Choice
+from nanochat_core.chat import parse_messages, render_prompt
+from nanochat_core.errors import UserError
+from nanochat_core.tokenizer import Tokenizer
+
+
+def questions(count: int) -> list[LetterQuestion]:
+    rng = random.Random(4)
+
+    def text(longest: int) -> str:
+        return "".join(rng.choices("abcdefgh ", k=rng.randint(1, longest)))
+
+    asked = (tuple(text(8) for _ in range(rng.randint(2, 5))) for _ in range(count))
+    return [LetterQuestion(Choice(text(60), choices, rng.randrange(len(choices)))) for choices in asked]
+
+
+def test_batches_of_different_lengths_choose_as_one_forward_pass_each():
+    model, asked = tiny_model(context_length=256), questions(60)
+    verdicts = choose(model, BYTES, asked)
+    chosen = []
+    for question in asked:
+        prompt = render_prompt(BYTES, parse_messages(question.messages))
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt]))[0, -1]
+        by_letter = {letter: float(logits[BYTES.encode(letter)[0]]) for letter in question.letters}
+        chosen.append(max(by_letter, key=by_letter.__getitem__))
+    assert [verdict.responses[0].text for verdict in verdicts] == chosen
+    assert [verdict.right for verdict in verdicts] == [
+        (letter == question.expected,) for letter, question in zip(chosen, asked, strict=True)
+    ]
+    assert len(set(chosen)) > 2
+    assert 0 < sum(verdict.right[0] for verdict in verdicts) < 60
+
+
+@pytest.mark.parametrize("max_tokens", [1, 100, 100_000])
+def test_logits_do_not_depend_on_how_many_prompts_share_a_pass(max_tokens):
+    model, rng = tiny_model(), random.Random(5)
+    prompts = [rng.choices(range(256), k=rng.randint(1, 250)) for _ in range(30)]
+    found = last_logits(model, prompts, [65, 66, 300 % 256], max_tokens)
+    with torch.inference_mode():
+        expected = torch.stack([model(torch.tensor([prompt]))[0, -1, [65, 66, 44]] for prompt in prompts])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pass_is_no_larger_than_it_may_be(monkeypatch):
+    model, rng = tiny_model(), random.Random(6)
+    sizes = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids: sizes.append(ids.numel()) or hidden(ids))
+    prompts = [rng.choices(range(256), k=rng.randint(1, 100)) for _ in range(50)]
+    last_logits(model, prompts, [65], 500)
+    assert max(sizes) <= 500
+    assert len(sizes) < 20  # many share one
+    # Prompts of a length share a pass, so little of it is padding.
+    assert sum(sizes) < 1.2 * sum(map(len, prompts))
+
+
+def test_a_question_that_does_not_fit_is_wrong_and_the_others_are_answered():
+    model = tiny_model(context_length=128)
+    short = LetterQuestion(Choice("?", ("a", "b"), 0))
+    long = LetterQuestion(Choice("?" * 200, ("a", "b"), 0))
+    alone, (first, second, third) = choose(model, BYTES, [short]), choose(model, BYTES, [short, long, short])
+    assert [first, third] == alone * 2
+    assert first.fits
+    assert not second.fits
+    assert second.right == ()
+
+
+def test_letters_must_be_tokens():
+    assert letter_tokens(BYTES, "ABCD") == [65, 66, 67, 68]
+    with pytest.raises(UserError, match="no tokens for single letters"):
+        letter_tokens(Tokenizer([bytes([i]) for i in range(256)]), "AÄ")

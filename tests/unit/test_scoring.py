@@ -1,0 +1,267 @@
+"""Scorers take what is right and nothing else: every reference answer, none that was tampered with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.eval import scoring
+from jobs.eval.scoring import (
+    ScoringFailed,
+    code_in,
+    contains_phrase,
+    gsm8k_answer,
+    gsm8k_correct,
+    humaneval_correct,
+    last_number,
+    runs_to_its_end,
+    same_text,
+    spells,
+    states_number,
+)
+from nanochat_core.sandbox import ExecutionResult, Limits, SandboxConfig, SandboxExecutor, Status
+
+# As the files of the datasets have them.
+GSM8K = [
+    {"question": "How many clips?", "answer": "48/2 = <<48/2=24>>24 clips.\nThat is <<48+24=72>>72.\n#### 72"},
+    {"question": "How much did it cost?", "answer": "It cost 5*2,160 = $<<5*2160=10800>>10,800.\n#### 10,800"},
+    {"question": "What is the temperature?", "answer": "It fell to 4-9 = <<4-9=-5>>-5 degrees.\n#### -5"},
+]
+HUMANEVAL = [
+    {
+        "task_id": "Own/0",
+        "prompt": 'from typing import List\n\n\ndef double(n: List[int]) -> List[int]:\n    """ Twice each.\n    """\n',
+        "canonical_solution": "    return [2 * i for i in n]\n",
+        "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate([1, 2]) == [2, 4]\n",
+        "entry_point": "double",
+    },
+    {
+        "task_id": "Own/1",
+        "prompt": 'def half(n):\n    return n / 2\n\n\ndef quarter(n):\n    """ A fourth of it. """\n',
+        "canonical_solution": "    return half(half(n))\n",
+        "test": "def check(candidate):\n    assert candidate(8) == 2.0\n    assert candidate(2) == 0.5\n",
+        "entry_point": "quarter",
+    },
+]
+
+
+def real(name: str) -> list[dict[str, Any]]:
+    if "NANOCHAT_TEST_DATA" not in os.environ:
+        pytest.skip("NANOCHAT_TEST_DATA is not set")
+    return [json.loads(line) for line in Path(os.environ["NANOCHAT_TEST_DATA"], name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[SandboxExecutor]:
+    with SandboxExecutor() as executor:
+        yield executor
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("#### 72", "72"),
+        ("Steps 1 and 2.\n#### 1,080,000\n", "1080000"),
+        ("#### -5", "-5"),
+        ("#### $18", "18"),
+        ("#### -$18.50", "-18.50"),
+        ("#### $-18", "-18"),
+        ("####72", "72"),
+        ("#### 72.", "72"),
+        ("#### 72 clips", "72"),
+        ("#### 0.25", "0.25"),
+        ("#### .5", ".5"),
+        ("#### 5,", "5"),
+        ("#### 1\n#### 2", "1"),
+        ("72", None),
+        ("#### seventy", None),
+        ("####\n72", None),
+        ("### 72", None),
+        ("", None),
+    ],
+)
+def test_the_final_number_of_gsm8k_is_the_one_after_the_mark(text: str, number: str | None) -> None:
+    assert gsm8k_answer(text) == number
+
+
+@given(st.decimals(-(10**12), 10**12, places=2), st.text(), st.booleans(), st.booleans())
+def test_a_final_number_is_read_whatever_stands_before_it(
+    number: Decimal, before: str, comma: bool, dollar: bool
+) -> None:
+    written = f"{abs(number):,}" if comma else f"{abs(number)}"
+    sign = "-" if number < 0 else ""
+    text = f"{before.replace('#', '')}\n#### {sign}{'$' if dollar else ''}{written}"
+    found = gsm8k_answer(text)
+    assert found is not None
+    assert Decimal(found) == number
+    assert gsm8k_correct(f"#### {number}", text)
+    assert not gsm8k_correct(f"#### {number + 1}", text)
+
+
+@given(
+    st.integers(-(10**12), 10**12), st.booleans(), st.booleans(), st.sampled_from(["", ".", "!", " apples", "%", ","])
+)
+def test_the_last_number_of_a_text_is_read(number: int, comma: bool, dollar: bool, after: str) -> None:
+    written = f"{abs(number):,}" if comma else f"{abs(number)}"
+    text = f"Of 3 and 1,2,3 that is {'-' if number < 0 else ''}{'$' if dollar else ''}{written}{after}"
+    found = last_number(text)
+    assert found is not None
+    assert int(found) == number
+    assert states_number(str(number), text)
+    assert not states_number(str(number + 1), text)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("1,2,3", "3"), ("10-5", "5"), ("3.14 is pi", "3.14"), ("route66", None), ("no number", None), ("v1.2.3", None)],
+)
+def test_what_looks_like_a_number_may_be_none(text: str, number: str | None) -> None:
+    assert last_number(text) == number
+
+
+def test_a_reference_without_a_number_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no number after ####"):
+        gsm8k_correct("72", "#### 72")
+    with pytest.raises(ValueError, match="'x' is no number"):
+        states_number("x", "72")
+
+
+@pytest.mark.parametrize("source", ["fixture", "gsm8k/train.jsonl", "gsm8k/test_first200.jsonl"])
+def test_gsm8ks_own_answers_are_right_and_tampered_ones_wrong(source: str) -> None:
+    rows = GSM8K if source == "fixture" else real(source)
+    assert len(rows) == {"fixture": 3, "gsm8k/train.jsonl": 7473, "gsm8k/test_first200.jsonl": 200}[source]
+    for row in rows:
+        answer = row["answer"]
+        before, final = answer.split("####")
+        number = final.strip()
+        shown = re.sub(r"<<.*?>>", "", answer)
+        right = [answer, shown, shown.replace(",", ""), f"#### {number}.0"]
+        assert [gsm8k_correct(answer, text) for text in right] == [True] * 4
+        digit = str((int(number[-1]) + 1) % 10)
+        flipped = number[1:] if number.startswith("-") else f"-{number}"
+        wrong = [
+            f"{before}#### {number[:-1]}{digit}",
+            f"{before}#### {number}7",
+            f"#### {number}.5",
+            before,
+            number,
+            "",
+        ]
+        wrong += [f"#### {flipped}"] if int(number.replace(",", "")) else []
+        assert [text for text in wrong if gsm8k_correct(answer, text)] == []
+
+
+@pytest.mark.parametrize(
+    ("expected", "text", "right"),
+    [
+        ("Paris", "It is Paris.", True),
+        ("paris", "PARIS!", True),
+        ("Paris", "Parisian", False),
+        ("New York", "In New\nYork, I think", True),
+        ("C++", "Use C++ here", True),
+        ("a.b", "acb", False),
+    ],
+)
+def test_a_phrase_is_found_in_whole_words(expected: str, text: str, right: bool) -> None:
+    assert contains_phrase(expected, text) is right
+
+
+def test_the_same_text_differs_in_white_space_only() -> None:
+    assert same_text("a b", " a\nb ")
+    assert not same_text("a b", "ab")
+    assert not same_text("a b", "A b")
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("boat is spelled b o a t.", True),
+        ("B-O-A-T", True),
+        ("b, o, a, t", True),
+        ("The letters: B O A T. I am done.", True),
+        ("boat", False),
+        ("b o a", False),
+        ("b o a t t", False),
+        ("a b o a t", False),
+        ("b o t a", False),
+        ("", False),
+    ],
+)
+def test_a_word_is_spelled_by_its_letters_and_no_other(text: str, right: bool) -> None:
+    assert spells("boat", text) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("Here:\n```python\nx = 1\n```\nand\n```\ny = 2\n```", "x = 1\n"),
+        ("```\nx = 1\n```", "x = 1\n"),
+        ("    return 1\n", "    return 1\n"),
+        ("```python\nx = 1", "```python\nx = 1"),
+    ],
+)
+def test_code_is_the_first_fenced_block_or_the_whole(text: str, code: str) -> None:
+    assert code_in(text) == code
+
+
+def passes(sandbox: SandboxExecutor, row: dict[str, Any], answer: str, **limits: float) -> bool:
+    given = {"limits": Limits(**limits)} if limits else {}
+    return humaneval_correct(sandbox, row["prompt"], answer, row["test"], row["entry_point"], **given)
+
+
+@pytest.mark.parametrize("source", ["fixture", "humaneval/first40.jsonl"])
+def test_humanevals_own_solutions_pass_their_tests_and_tampered_ones_fail(source: str, sandbox) -> None:
+    rows = HUMANEVAL if source == "fixture" else real(source)
+    assert len(rows) == (2 if source == "fixture" else 40)
+
+    def passing(answer: str) -> list[str]:
+        """The problems whose answer is this; SOLUTION and PROMPT stand for the problem's own."""
+        answers = {r["task_id"]: answer.replace("SOLUTION", r["canonical_solution"]) for r in rows}
+        return [r["task_id"] for r in rows if passes(sandbox, r, answers[r["task_id"]].replace("PROMPT", r["prompt"]))]
+
+    everything = [row["task_id"] for row in rows]
+    assert passing("SOLUTION") == everything
+    assert passing("It goes like this:\n```python\nPROMPTSOLUTION```\nThat is all.") == everything
+    assert passing("    return None\n") == []
+    assert passing("SOLUTION\n    )") == []
+    assert passing("") == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "    while True: pass\n",
+        "    raise ValueError\n",
+        "    return double(n)\n",
+        "    return [0] * 10**10\n",
+        "import sys\nsys.exit(0)\n",
+        "import os\nos._exit(0)\n",
+        "raise SystemExit\n",
+        "    import time; time.sleep(100)\n",
+        "    print('x' * 10**9)\n    return [2 * i for i in n]\n",
+    ],
+    ids=["endless", "raises", "recursion", "memory", "exit", "os exit", "system exit", "sleep", "flood"],
+)
+def test_whatever_ends_a_program_before_its_tests_do_is_wrong(answer: str, sandbox) -> None:
+    assert not passes(sandbox, HUMANEVAL[0], answer, wall_seconds=1.0, cpu_seconds=0.5)
+    assert passes(sandbox, HUMANEVAL[0], HUMANEVAL[0]["canonical_solution"])
+
+
+def test_a_sandbox_without_room_is_no_wrong_answer(sandbox, monkeypatch) -> None:
+    monkeypatch.setattr(sandbox, "execute_sync", lambda *_: ExecutionResult(Status.OVERLOADED, error="full"))
+    with pytest.raises(ScoringFailed, match="full"):
+        runs_to_its_end(sandbox, "pass")
+
+
+def test_the_limits_of_tests_are_granted() -> None:
+    config = SandboxConfig()
+    assert scoring.TEST_LIMITS.within(config.default_limits, config.maximum_limits).wall_seconds == 20.0
