@@ -27,8 +27,9 @@ class Attend(Protocol):
     """Causal attention of one layer over wherever the keys and values of earlier tokens are.
 
     Called with ``q`` of shape (tokens, n_head, head_dim) and ``k``, ``v`` of (tokens, n_kv_head, head_dim) for the
-    tokens of this batch; gives back (tokens, n_head, head_dim). ``q`` and ``k`` are unit vectors, and scores are
-    ``QK_SCALE ** 2 * sqrt(head_dim)`` times their products.
+    tokens of this batch, in the last layer with the ``q`` of those alone whose hidden states are wanted; gives back
+    what has the shape of ``q``. ``q`` and ``k`` are unit vectors, and scores are ``QK_SCALE ** 2 * sqrt(head_dim)``
+    times their products.
     """
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
@@ -137,7 +138,9 @@ class Network:
             self._head = PackedWeight((model.head.weight / LOGIT_SOFTCAP).to(dtype))
 
     @torch.inference_mode()
-    def hidden(self, ids: Tensor, previous_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def hidden(
+        self, ids: Tensor, previous_ids: Tensor, positions: Tensor, attend: Attend, wanted: int | None = None
+    ) -> Tensor:
         """The normalized last hidden states.
 
         Args:
@@ -145,9 +148,11 @@ class Network:
             previous_ids: (tokens,) the token before each one; :attr:`no_token` where there is none.
             positions: (tokens,) position of each token in its sequence.
             attend: causal attention for these tokens.
+            wanted: how many of the last tokens the hidden states are wanted of; None for all. Of the others the last
+                layer makes keys and values only.
 
         Returns:
-            (tokens, dim) in the compute dtype.
+            (tokens, dim), or (wanted, dim), in the compute dtype.
         """
         turns = self._turns.index_select(0, positions)
         previous = self._smear.index_select(0, ids) * self._embedding.index_select(0, previous_ids)
@@ -157,11 +162,12 @@ class Network:
         middle = x
         for index, layer in enumerate(self._layers):
             x = torch.add(x * layer.residual_scale, x0, alpha=layer.skip_scale)
-            x = self._attention(index, layer, x, values.get(index), turns, attend)
+            last = len(x) if wanted is None or index < len(self._layers) - 1 else wanted
+            x = self._attention(index, layer, x, values.get(index), turns, attend, last)
             x = self._mlp(layer, x)
             if index == len(self._layers) // 2:
                 middle = x
-        return rms_norm(torch.sub(x, middle, alpha=self._backout))
+        return rms_norm(torch.sub(x, middle[-len(x) :], alpha=self._backout))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -176,8 +182,9 @@ class Network:
         value_embedding: Tensor | None,
         turns: Tensor,
         attend: Attend,
+        last: int,
     ) -> Tensor:
-        """``x`` with the attention of its norm added."""
+        """The ``last`` rows of ``x`` with the attention of their norm added."""
         tokens = x.size(0)
         scale = _square_sum(x).rsqrt_()
         qk, v, *gate = layer.qkv(x).split(layer.sizes, dim=1)
@@ -189,7 +196,9 @@ class Network:
         qk = torch.view_as_real(pairs * turns).flatten(-2)
         qk = (qk * _square_sum(qk).rsqrt_()).to(self.dtype)
         q, k = qk.split((layer.n_head, layer.n_kv_head), dim=1)
-        return layer.out.plus(attend(index, q, k, v).reshape(tokens, -1), x)
+        if last < tokens:
+            q, x = q[-last:], x[-last:]
+        return layer.out.plus(attend(index, q, k, v).reshape(last, -1), x)
 
     def _value_share(self, gate: Tensor, scale: Tensor) -> Tensor:
         """(tokens, n_kv_head, 1) factors of the value embeddings from gates that are not normalized yet.
