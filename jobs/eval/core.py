@@ -28,7 +28,7 @@ log = logging.getLogger("jobs.eval.core")
 
 @dataclasses.dataclass(frozen=True)
 class CoreSettings:
-    """Measure CORE (arXiv 2406.11794): the mean centred accuracy over 22 in-context tasks."""
+    """Measure CORE (arXiv 2406.11794): the mean centered accuracy over 22 in-context tasks."""
 
     model: str = setting(help="name of the model in the store")
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")

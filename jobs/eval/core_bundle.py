@@ -90,7 +90,7 @@ class Task:
     items: tuple[Item, ...]
     digest: str
 
-    def centred(self, accuracy: float) -> float:
+    def centered(self, accuracy: float) -> float:
         """0 for guessing, 1 for all right."""
         return (accuracy - self.baseline) / (1.0 - self.baseline)
 

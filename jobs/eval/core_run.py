@@ -16,6 +16,7 @@ from jobs.eval.core_bundle import CORE_TASKS, Bundle, Kind, Task
 from jobs.eval.core_prompts import Prompts, Question
 from jobs.eval.core_scoring import Scorer, right
 from nanochat_core.distributed import ALONE, Ranks
+from nanochat_core.model import GPT
 from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger("jobs.eval.core")
@@ -48,7 +49,7 @@ class TaskResult:
     examples: int
     right: int
     baseline: float
-    centred: float
+    centered: float
 
     @property
     def accuracy(self) -> float:
@@ -57,22 +58,21 @@ class TaskResult:
 
 @dataclasses.dataclass(frozen=True)
 class CoreResult:
-    """All tasks that could be evaluated; ``missing`` are those of CORE that could not."""
+    """All tasks that could be evaluated, by label; ``missing`` are those of CORE that could not."""
 
     tasks: tuple[TaskResult, ...]
     missing: tuple[str, ...]
 
     @property
     def core(self) -> float:
-        """Mean of the centred accuracies (arXiv 2406.11794), of the tasks there are."""
-        return sum(task.centred for task in self.tasks) / len(self.tasks)
+        """Mean of the centered accuracies (arXiv 2406.11794), of the tasks there are."""
+        return sum(task.centered for task in self.tasks) / len(self.tasks)
 
     def summary(self) -> dict[str, Any]:
-        """For ``result.json``."""
+        """For ``result.json``; ``partial`` lists the missing tasks."""
         return {
             "core": self.core,
-            "partial": bool(self.missing),
-            "missing": list(self.missing),
+            "partial": list(self.missing),
             "gpt2_xl": GPT2_XL,
             "tasks": {
                 task.label: {
@@ -82,7 +82,7 @@ class CoreResult:
                     "right": task.right,
                     "accuracy": task.accuracy,
                     "baseline": task.baseline,
-                    "centred": task.centred,
+                    "centered": task.centered,
                 }
                 for task in self.tasks
             },
@@ -92,19 +92,19 @@ class CoreResult:
     def of_summary(cls, summary: dict[str, Any]) -> CoreResult:
         """The inverse of :meth:`summary`."""
         tasks = (
-            TaskResult(label, t["type"], t["shots"], t["examples"], t["right"], t["baseline"], t["centred"])
+            TaskResult(label, t["type"], t["shots"], t["examples"], t["right"], t["baseline"], t["centered"])
             for label, t in summary["tasks"].items()
         )
-        return cls(tuple(tasks), tuple(summary["missing"]))
+        return cls(tuple(tasks), tuple(summary["partial"]))
 
     def table(self) -> list[str]:
         """Lines for people: a task each, CORE, and how it compares."""
         lines = [
-            f"{'task':<32} {'type':<17} {'shots':>5} {'examples':>8} {'accuracy':>8} {'baseline':>8} {'centred':>8}"
+            f"{'task':<32} {'type':<17} {'shots':>5} {'examples':>8} {'accuracy':>8} {'baseline':>8} {'centered':>8}"
         ]
         lines += [
             f"{task.label:<32} {task.kind:<17} {task.shots:>5} {task.examples:>8} {task.accuracy:>8.4f} "
-            f"{task.baseline:>8.4f} {task.centred:>8.4f}"
+            f"{task.baseline:>8.4f} {task.centered:>8.4f}"
             for task in self.tasks
         ]
         if self.missing:
@@ -118,7 +118,13 @@ class CoreResult:
 
 
 def evaluate_core(
-    scorer: Scorer, tokenizer: Tokenizer, bundle: Bundle, *, parts: Parts | None = None, ranks: Ranks = ALONE
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    bundle: Bundle,
+    *,
+    parts: Parts | None = None,
+    ranks: Ranks = ALONE,
+    shown: bool = True,
 ) -> CoreResult:
     """Score every item of every task.
 
@@ -128,50 +134,59 @@ def evaluate_core(
     Args:
         parts: where finished parts are found and kept; None for nowhere.
         ranks: all of them share the work and get the result.
+        shown: whether progress is told, by the first rank.
 
     Raises:
         RankLost: another rank ended.
     """
+    shown = shown and ranks.leads
     results = []
     for task in bundle.tasks:
         started = time.monotonic()
-        found = _right(task, scorer, tokenizer, parts, ranks)
+        found = _right(task, scorer, tokenizer, parts, ranks, shown)
         total = ranks.sum(torch.tensor(found, dtype=torch.int64, device=scorer.device))
         items, number = len(task.items), int(total)
         result = TaskResult(
-            task.label, task.kind, task.shots, items, number, task.baseline, task.centred(number / items)
+            task.label, task.kind, task.shots, items, number, task.baseline, task.centered(number / items)
         )
         results.append(result)
-        if ranks.leads:
+        if shown:
             log.info(
                 "task evaluated",
                 extra={
                     "task": task.label,
                     "examples": items,
                     "accuracy": round(result.accuracy, 4),
-                    "centred": round(result.centred, 4),
+                    "centered": round(result.centered, 4),
                     "seconds": round(time.monotonic() - started, 2),
                 },
             )
-    return CoreResult(tuple(results), bundle.missing)
+    return CoreResult(tuple(sorted(results, key=lambda result: result.label)), bundle.missing)
 
 
-def _right(task: Task, scorer: Scorer, tokenizer: Tokenizer, parts: Parts | None, ranks: Ranks) -> int:
+def core_of(model: GPT, tokenizer: Tokenizer, bundle: Bundle, ranks: Ranks) -> float:
+    """CORE of a model that is being trained, which stays as it is."""
+    # The same parameters in modules of the usual kind, whatever those of training were converted to. Nothing is drawn
+    # for them, which would change what training draws.
+    with torch.device("meta"):
+        twin = GPT(model.config, model.compute_dtype)
+    twin.load_state_dict(model.state_dict(), assign=True)
+    return evaluate_core(Scorer(twin.eval()), tokenizer, bundle, ranks=ranks, shown=False).core
+
+
+def _right(task: Task, scorer: Scorer, tokenizer: Tokenizer, parts: Parts | None, ranks: Ranks, shown: bool) -> int:
     """How many items of this rank's parts are right."""
     found = 0
     prompts = Prompts(task, tokenizer, scorer.longest)
     cut = list(_cut([prompts.ask(number) for number in range(len(task.items))]))
-    with _Progress(task.label, len(task.items), ranks.leads) as progress:
+    with _Progress(task.label, len(task.items), shown) as progress:
         for number, questions in enumerate(cut):
             if number % ranks.size == ranks.rank:
                 name = f"{task.label}-{number:04d}"
                 done = parts.part(name) if parts is not None else None
                 if done is None:
                     scores = scorer.score(questions)
-                    done = {
-                        "examples": len(questions),
-                        "right": [q.number for q, s in zip(questions, scores, strict=True) if right(q, s)],
-                    }
+                    done = {"right": [q.number for q, s in zip(questions, scores, strict=True) if right(q, s)]}
                     if parts is not None:
                         parts.save_part(name, done)
                 found += len(done["right"])
@@ -194,7 +209,7 @@ def _cut(questions: Sequence[Question]) -> Iterator[list[Question]]:
 
 
 class _Progress:
-    """A bar of a task's items on a terminal, else a log event every few seconds; nothing but on the first rank.
+    """A bar of a task's items on a terminal, else a log event every few seconds; nothing where it is not shown.
 
     What other ranks compute meanwhile counts as done.
     """

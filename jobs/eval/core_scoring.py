@@ -66,13 +66,14 @@ class Scorer:
         The loss of a token of language modeling is 0 where it is the most likely one, and 1 elsewhere.
         """
         trees = [Tree.of(question.options) for question in questions]
-        scores: list[list[float]] = [[] for _ in questions]
+        scores = [[math.nan] * len(question.options) for question in questions]
         for batch in _batches(trees, self._batch_tokens):
             losses = self._losses([trees[i] for i in batch], questions[batch[0]].kind == "language_modeling")
             for i in batch:
-                for targets in trees[i].targets:
+                for option, targets in enumerate(trees[i].targets):
                     own, losses = losses[: len(targets)], losses[len(targets) :]
-                    scores[i].append(float(own.mean()) if len(own) else math.nan)
+                    if len(own):
+                        scores[i][option] = float(own.mean())
         return scores
 
     @torch.inference_mode()
