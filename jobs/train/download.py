@@ -145,74 +145,7 @@ class WebSource:
         return self._template.format(shard=number)
 
     def fetch(self, number: int, part: Path, stop: threading.Event) -> None:
-        url, fruitless = self.where(number), 0
-        while True:
-            before = _size(part)
-            try:
-                self._attempt(url, part, stop)
-                return
-            except urllib.error.HTTPError as error:
-                if error.code not in (408, 425, 429) and error.code < 500:
-                    raise UserError(
-                        f"{url} answers {error.code} {error.reason}; check --source and --shards"
-                    ) from error
-                reason, wait = f"the server answers {error.code} {error.reason}", _retry_after(error.headers)
-            except urllib.error.URLError as error:
-                reason, wait = f"the server cannot be reached ({error.reason})", 0.0
-            except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError, _Incomplete) as error:
-                reason, wait = f"the connection broke ({str(error) or type(error).__name__})", 0.0
-            fruitless = 0 if _size(part) > before else fruitless + 1
-            if fruitless == ATTEMPTS:
-                raise UserError(
-                    f"{url} cannot be downloaded: {reason}, {ATTEMPTS} times in a row; check the network and run the "
-                    "same command again: it goes on from here"
-                )
-            log.warning("download interrupted", extra={"url": url, "reason": reason, "bytes": _size(part)})
-            wait = max(wait, FIRST_WAIT_SECONDS * 2 ** max(fruitless - 1, 0) * random.uniform(0.5, 1.0))  # noqa: S311
-            if stop.wait(min(wait, LONGEST_WAIT_SECONDS)):
-                raise Stopped
-
-    def _attempt(self, url: str, part: Path, stop: threading.Event) -> None:
-        """Fetch what ``part`` lacks, or all of it when it is not known to be the start of the same file."""
-        version = part.with_name(part.name + ".version")
-        start = _size(part) if version.exists() else 0
-        headers = {"User-Agent": "nanochat", "Accept-Encoding": "identity"}
-        if start:
-            headers["Range"] = f"bytes={start}-"
-        request = urllib.request.Request(url, headers=headers)  # noqa: S310 (the source is http or https)
-        redirects = _NotingRedirects()
-        try:
-            response = urllib.request.build_opener(redirects).open(request, timeout=_TIMEOUT_SECONDS)
-        except urllib.error.HTTPError as error:
-            if error.code != 416:  # the part is longer than the file: it is of another version
-                raise
-            _discard(part)
-            raise _Incomplete("what was there is of another version") from error
-        with response:
-            about = _About.of(response, redirects.noted)
-            if start and (about.start != start or about.version != version.read_text()):
-                if about.start:
-                    _discard(part)
-                    raise _Incomplete("the file has changed on the server")
-                start = 0
-            if not start:
-                _discard(part)
-                if about.version:
-                    version.write_text(about.version)
-            with _disk(part), part.open("ab") as file:
-                while chunk := response.read(_CHUNK):
-                    file.write(chunk)
-                    if stop.is_set():
-                        raise Stopped
-        if about.size is not None and _size(part) != about.size:
-            short = f"{_size(part):,} of {about.size:,} bytes came"
-            if _size(part) > about.size:
-                _discard(part)
-            raise _Incomplete(short)
-        if about.sha256 is not None and sha256_of(part) != about.sha256:
-            _discard(part)
-            raise _Incomplete("what came has another sha256 than the server says")
-        version.unlink(missing_ok=True)
+        fetch_file(self.where(number), part, stop, "check --source and --shards")
 
 
 class StoredSource:
@@ -254,6 +187,42 @@ class StoredSource:
         path = self._store.fetch(file) if self._store and isinstance(file, str) else Path(file)
         with _disk(part):
             shutil.copyfile(path, part)
+
+
+def fetch_file(url: str, part: Path, stop: threading.Event, advice: str) -> None:
+    """Make ``part`` what ``url`` (http or https) has, going on from what an earlier call left there.
+
+    Args:
+        advice: what to do about a server that says there is no such file.
+
+    Raises:
+        UserError: it cannot be had.
+        Stopped: ``stop`` was set.
+    """
+    fruitless = 0
+    while True:
+        before = _size(part)
+        try:
+            _attempt(url, part, stop)
+            return
+        except urllib.error.HTTPError as error:
+            if error.code not in (408, 425, 429) and error.code < 500:
+                raise UserError(f"{url} answers {error.code} {error.reason}; {advice}") from error
+            reason, wait = f"the server answers {error.code} {error.reason}", _retry_after(error.headers)
+        except urllib.error.URLError as error:
+            reason, wait = f"the server cannot be reached ({error.reason})", 0.0
+        except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError, _Incomplete) as error:
+            reason, wait = f"the connection broke ({str(error) or type(error).__name__})", 0.0
+        fruitless = 0 if _size(part) > before else fruitless + 1
+        if fruitless == ATTEMPTS:
+            raise UserError(
+                f"{url} cannot be downloaded: {reason}, {ATTEMPTS} times in a row; check the network and run the "
+                "same command again: it goes on from here"
+            )
+        log.warning("download interrupted", extra={"url": url, "reason": reason, "bytes": _size(part)})
+        wait = max(wait, FIRST_WAIT_SECONDS * 2 ** max(fruitless - 1, 0) * random.uniform(0.5, 1.0))  # noqa: S311
+        if stop.wait(min(wait, LONGEST_WAIT_SECONDS)):
+            raise Stopped
 
 
 class _Incomplete(Exception):
@@ -298,6 +267,49 @@ class _About:
             version=tag or headers.get("Last-Modified", ""),
             sha256=digest if len(digest) == 64 and set(digest) <= set("0123456789abcdef") else None,
         )
+
+
+def _attempt(url: str, part: Path, stop: threading.Event) -> None:
+    """Fetch what ``part`` lacks, or all of it when it is not known to be the start of the same file."""
+    version = part.with_name(part.name + ".version")
+    start = _size(part) if version.exists() else 0
+    headers = {"User-Agent": "nanochat", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310 (the source is http or https)
+    redirects = _NotingRedirects()
+    try:
+        response = urllib.request.build_opener(redirects).open(request, timeout=_TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # the part is longer than the file: it is of another version
+            raise
+        _discard(part)
+        raise _Incomplete("what was there is of another version") from error
+    with response:
+        about = _About.of(response, redirects.noted)
+        if start and (about.start != start or about.version != version.read_text()):
+            if about.start:
+                _discard(part)
+                raise _Incomplete("the file has changed on the server")
+            start = 0
+        if not start:
+            _discard(part)
+            if about.version:
+                version.write_text(about.version)
+        with _disk(part), part.open("ab") as file:
+            while chunk := response.read(_CHUNK):
+                file.write(chunk)
+                if stop.is_set():
+                    raise Stopped
+    if about.size is not None and _size(part) != about.size:
+        short = f"{_size(part):,} of {about.size:,} bytes came"
+        if _size(part) > about.size:
+            _discard(part)
+        raise _Incomplete(short)
+    if about.sha256 is not None and sha256_of(part) != about.sha256:
+        _discard(part)
+        raise _Incomplete("what came has another sha256 than the server says")
+    version.unlink(missing_ok=True)
 
 
 class _Progress:

@@ -9,6 +9,9 @@ from typing import Any, Literal
 import torch
 
 from jobs.eval.bpb import bits_per_byte
+from jobs.eval.core_bundle import Bundle, read_bundle
+from jobs.eval.core_download import PUBLIC_BUNDLE, locate_bundle
+from jobs.eval.core_run import core_of
 from jobs.train.loader import PackedLoader, TextSource
 from jobs.train.run import (
     Place,
@@ -61,6 +64,9 @@ class PretrainSettings(RunSettings):
     seed: int = setting(1, "seed of the initial weights", minimum=0, maximum=2**63 - 1)
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = setting("auto", "dtype of activations and matrix products")
     eval_tokens: int = setting(200_000, "held-out tokens per evaluation", minimum=1)
+    core_every: int = setting(0, "steps between evaluations of CORE, with one at the end; 0 for none", minimum=0)
+    core_bundle: str = setting(PUBLIC_BUNDLE, "bundle of CORE: a folder, s3://bucket/prefix, or the URL of a zip")
+    core_max_per_task: int = setting(500, "items of each task of CORE; 0 for all", minimum=0)
 
 
 def plan(settings: PretrainSettings, config: ModelConfig) -> TrainingPlan:
@@ -93,6 +99,13 @@ def inputs(store: Store, dataset: str, tokenizer: Tokenizer) -> dict[str, str]:
     return {"dataset": dataset_digest(store, dataset), "tokenizer": tokenizer.digest}
 
 
+def core_bundle(settings: PretrainSettings, place: Place) -> Bundle | None:
+    """The tasks of CORE that are to be evaluated while training; None where they are not."""
+    if not settings.core_every:
+        return None
+    return read_bundle(locate_bundle(settings.core_bundle, place.store, place.ranks), settings.core_max_per_task)
+
+
 def run(settings: PretrainSettings, place: Place) -> CheckpointRef:
     """Train, resuming where an earlier run stopped, and save the final checkpoint."""
     store, device, ranks = place.store, place.device, place.ranks
@@ -100,6 +113,7 @@ def run(settings: PretrainSettings, place: Place) -> CheckpointRef:
     config, planned = build(settings, tokenizer)
     training = TextDataset(store, settings.dataset, "train")
     validation = TextDataset(store, settings.dataset, "val")
+    bundle = core_bundle(settings, place)
     dtype = choose_dtype(settings.dtype, device)
     torch.manual_seed(settings.seed)
     model = GPT(config, dtype)
@@ -129,6 +143,9 @@ def run(settings: PretrainSettings, place: Place) -> CheckpointRef:
     def evaluate() -> dict[str, float]:
         return {"val_bpb": bits_per_byte(model, tokenizer, validation, max_tokens=settings.eval_tokens, ranks=ranks)}
 
+    def benchmark() -> dict[str, float]:
+        return {} if bundle is None else {"core": core_of(model, tokenizer, bundle, ranks)}
+
     trainer = Trainer(
         run_config(
             settings,
@@ -140,6 +157,7 @@ def run(settings: PretrainSettings, place: Place) -> CheckpointRef:
                 warmdown_ratio=settings.warmdown_ratio,
                 momentum_warmup_steps=settings.momentum_warmup_steps,
             ),
+            benchmark_every=settings.core_every,
         ),
         store=store,
         model=model,
@@ -147,6 +165,7 @@ def run(settings: PretrainSettings, place: Place) -> CheckpointRef:
         optimizer=optimizer,
         make_loader=make_loader,
         evaluate=evaluate,
+        benchmark=benchmark,
         meta={
             "settings": comparable(settings),
             "inputs": inputs(store, settings.dataset, tokenizer),

@@ -27,7 +27,7 @@ from nanochat_core.settings import setting
 from nanochat_core.store import DEFAULT_HOME, Store, open_store
 
 # Besides the settings below, what does not make two runs different.
-_REPORTING = frozenset({"model", "eval_tokens"})
+_REPORTING = frozenset({"model", "eval_tokens", "core_every", "core_bundle", "core_max_per_task"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,9 @@ def make_trainable(model: GPT, settings: RunSettings, device: torch.device, prec
         convert_to_onednn(model.blocks)
 
 
-def run_config(settings: RunSettings, *, model: str, stage: str, schedule: Schedule) -> RunConfig:
+def run_config(
+    settings: RunSettings, *, model: str, stage: str, schedule: Schedule, benchmark_every: int = 0
+) -> RunConfig:
     """The trainer's part of the settings."""
     return RunConfig(
         model_name=model,
@@ -117,6 +119,7 @@ def run_config(settings: RunSettings, *, model: str, stage: str, schedule: Sched
         micro_batch_rows=settings.device_batch_rows,
         save_every=settings.save_every,
         eval_every=settings.eval_every,
+        benchmark_every=benchmark_every,
         compile=settings.compile,
         keep_checkpoints=settings.keep,
         keep_every=settings.keep_every,

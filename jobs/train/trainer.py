@@ -91,6 +91,7 @@ class RunConfig:
     save_every: int
     eval_every: int
     compile: bool
+    benchmark_every: int = 0
     keep_checkpoints: int = 2
     keep_every: int = 0
     trackers: tuple[str, ...] = ()
@@ -127,6 +128,7 @@ class Trainer:
         optimizer: MuonAdamW,
         make_loader: Callable[[dict[str, Any] | None], PackedLoader],
         evaluate: Callable[[], dict[str, float]],
+        benchmark: Callable[[], dict[str, float]] | None = None,
         meta: dict[str, Any],
         device: torch.device,
         ranks: Ranks = ALONE,
@@ -135,12 +137,13 @@ class Trainer:
         Args:
             make_loader: gives this rank's loader that goes on after the given state, None for the beginning.
             evaluate: metrics on held-out data, such as ``{"val_bpb": 0.9}``; called on every rank at once.
+            benchmark: the same for metrics that take longer, every ``benchmark_every`` steps and at the end.
             meta: stored with each checkpoint; its ``settings`` and ``inputs`` (digests of what the stage is made
                 from) must be equal for a run to be resumed.
         """
         self.config, self.store, self.model, self.tokenizer = config, store, model, tokenizer
         self.optimizer, self.meta, self.device, self.ranks = optimizer, meta, device, ranks
-        self._make_loader, self._evaluate = make_loader, evaluate
+        self._make_loader, self._evaluate, self._benchmark = make_loader, evaluate, benchmark
         self.state = RunState()
         self._signal: int | None = None
         self._skipped_in_a_row = 0
@@ -218,8 +221,8 @@ class Trainer:
                 self.state.train_seconds += seconds
                 self._record(batch, report, seconds, waited, progress)
                 done = self.state.step == schedule.steps
-                if done or (self.config.eval_every and self.state.step % self.config.eval_every == 0):
-                    held_out = self._evaluate()
+                held_out = self._held_out(done)
+                if held_out:
                     self._point().update(held_out)
                     progress.held_out(held_out)
                 if report.stop and not done:
@@ -235,6 +238,17 @@ class Trainer:
             gc.unfreeze()
             self._save_and_wait(writer, finished=True)
         return self._ref
+
+    def _held_out(self, done: bool) -> dict[str, float]:
+        """The metrics that are due after this step."""
+        metrics: dict[str, float] = {}
+        for evaluate, every in (
+            (self._evaluate, self.config.eval_every),
+            (self._benchmark, self.config.benchmark_every),
+        ):
+            if evaluate is not None and (done or (every and self.state.step % every == 0)):
+                metrics |= evaluate()
+        return metrics
 
     def _step(self, batch: Batch) -> _StepResult:
         """Forward, backward and update on this rank's part of a batch."""

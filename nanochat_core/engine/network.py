@@ -31,8 +31,9 @@ class Attend(Protocol):
     """Causal attention of one layer over wherever the keys and values of earlier tokens are.
 
     Called with ``q`` of shape (tokens, n_head, head_dim) and ``k``, ``v`` of (tokens, n_kv_head, head_dim) for the
-    tokens of this batch; gives back (tokens, n_head, head_dim). ``q`` and ``k`` are unit vectors, and scores are
-    ``QK_SCALE ** 2 * sqrt(head_dim)`` times their products.
+    tokens of this batch, in the last layer with the ``q`` of those alone whose hidden states are wanted; gives back
+    what has the shape of ``q``. ``q`` and ``k`` are unit vectors, and scores are ``QK_SCALE ** 2 * sqrt(head_dim)``
+    times their products.
     """
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
@@ -178,7 +179,9 @@ class Network(ServingWeights):
     """Hidden states and logits of ragged batches by PyTorch's operators."""
 
     @torch.inference_mode()
-    def hidden(self, ids: Tensor, previous_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def hidden(
+        self, ids: Tensor, previous_ids: Tensor, positions: Tensor, attend: Attend, wanted: int | None = None
+    ) -> Tensor:
         """The normalized last hidden states.
 
         Args:
@@ -186,9 +189,11 @@ class Network(ServingWeights):
             previous_ids: (tokens,) the token before each one; :attr:`no_token` where there is none.
             positions: (tokens,) position of each token in its sequence.
             attend: causal attention for these tokens.
+            wanted: how many of the last tokens the hidden states are wanted of; None for all. Of the others the last
+                layer makes keys and values only.
 
         Returns:
-            (tokens, dim) in the compute dtype.
+            (tokens, dim), or (wanted, dim), in the compute dtype.
         """
         turns = self._turns.index_select(0, positions)
         x = x0 = self.embed(ids, previous_ids)
@@ -197,11 +202,12 @@ class Network(ServingWeights):
         middle = x
         for index, layer in enumerate(self._layers):
             x = torch.add(x * layer.residual_scale, x0, alpha=layer.skip_scale)
-            x = self._attention(index, layer, x, values.get(index), turns, attend)
+            last = len(x) if wanted is None or index < len(self._layers) - 1 else wanted
+            x = self._attention(index, layer, x, values.get(index), turns, attend, last)
             x = self._mlp(layer, x)
             if index == len(self._layers) // 2:
                 middle = x
-        return rms_norm(torch.sub(x, middle, alpha=self._backout))
+        return rms_norm(torch.sub(x, middle[-len(x) :], alpha=self._backout))
 
     def _attention(
         self,
@@ -211,8 +217,9 @@ class Network(ServingWeights):
         value_embedding: Tensor | None,
         turns: Tensor,
         attend: Attend,
+        last: int,
     ) -> Tensor:
-        """``x`` with the attention of its norm added."""
+        """The ``last`` rows of ``x`` with the attention of their norm added."""
         tokens = x.size(0)
         scale = _square_sum(x).rsqrt_()
         qk, v, *gate = layer.qkv(x).split(layer.sizes, dim=1)
@@ -224,7 +231,9 @@ class Network(ServingWeights):
         qk = torch.view_as_real(pairs * turns).flatten(-2)
         qk = (qk * _square_sum(qk).rsqrt_()).to(self.dtype)
         q, k = qk.split((layer.n_head, layer.n_kv_head), dim=1)
-        return layer.out.plus(attend(index, q, k, v).reshape(tokens, -1), x)
+        if last < tokens:
+            q, x = q[-last:], x[-last:]
+        return layer.out.plus(attend(index, q, k, v).reshape(last, -1), x)
 
     def _value_share(self, gate: Tensor, scale: Tensor) -> Tensor:
         """(tokens, n_kv_head, 1) factors of the value embeddings from gates that are not normalized yet.

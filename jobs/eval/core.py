@@ -1,0 +1,113 @@
+"""CORE of a model, 22 in-context tasks of which none was trained on: ``python -m jobs.eval.core --model d12``."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from jobs.eval.chat import pick_checkpoint
+from jobs.eval.core_bundle import Bundle, read_bundle
+from jobs.eval.core_download import PUBLIC_BUNDLE, locate_bundle
+from jobs.eval.core_run import CoreResult, evaluate_core
+from jobs.eval.core_scoring import Scorer
+from jobs.eval.record import Evaluation
+from nanochat_core import logs
+from nanochat_core.checkpoint import Checkpoint, check_model_name
+from nanochat_core.device import choose_device, choose_dtype, prepare_cpu
+from nanochat_core.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, local_rank
+from nanochat_core.errors import run_main
+from nanochat_core.settings import load, setting
+from nanochat_core.store import DEFAULT_HOME, Store, open_store
+
+log = logging.getLogger("jobs.eval.core")
+
+
+@dataclasses.dataclass(frozen=True)
+class CoreSettings:
+    """Measure CORE (arXiv 2406.11794): the mean centered accuracy over 22 in-context tasks."""
+
+    model: str = setting(help="name of the model in the store")
+    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
+    stage: Literal["base", "sft", "rl"] = setting("base", "stage whose newest checkpoint is evaluated")
+    revision: str = setting("", "<stage>/step_<n> instead of the newest of a stage")
+    bundle: str = setting(PUBLIC_BUNDLE, "evaluation bundle: a folder, s3://bucket/prefix, or the URL of a zip")
+    max_per_task: int = setting(0, "items of each task; 0 for all", minimum=0)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
+    dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of activations and matrix products")
+    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
+    rank_timeout: float = setting(
+        DEFAULT_TIMEOUT_SECONDS, "seconds after which a rank that does not answer ends the job", minimum=1.0
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
+
+
+def run(settings: CoreSettings, store: Store, device: torch.device, ranks: Ranks) -> CoreResult:
+    """Evaluate, going on with the parts that an earlier run finished, and keep the result in the store.
+
+    Raises:
+        UserError: there is no such checkpoint, or the bundle is none.
+        RankLost: another rank ended; what was finished is kept.
+    """
+    checkpoint = pick_checkpoint(store, settings.model, settings.revision, settings.stage)
+    bundle = read_bundle(locate_bundle(settings.bundle, store, ranks), settings.max_per_task)
+    dtype = choose_dtype(settings.dtype, device)
+    evaluation = evaluation_of(store, checkpoint, bundle, settings.max_per_task, dtype)
+    # Each rank looks before any of them can have finished.
+    finished = ranks.gather(evaluation.result())[0]
+    if finished is not None:
+        log.info("already evaluated", extra={"checkpoint": checkpoint.ref.prefix})
+        return CoreResult.of_summary(finished)
+    if bundle.missing and ranks.leads:
+        log.warning("tasks are missing in the bundle", extra={"missing": list(bundle.missing)})
+    scorer = Scorer(checkpoint.build_model(device, dtype))
+    result = evaluate_core(scorer, checkpoint.tokenizer, bundle, parts=evaluation, ranks=ranks)
+    if ranks.leads:
+        evaluation.finish(result.summary())
+    return result
+
+
+def evaluation_of(
+    store: Store, checkpoint: Checkpoint, bundle: Bundle, max_per_task: int, dtype: torch.dtype
+) -> Evaluation:
+    """Where the result and the parts are kept."""
+    return Evaluation.of(
+        store,
+        checkpoint,
+        "core",
+        {
+            "bundle": bundle.digest,
+            "max_per_task": max_per_task,
+            "dtype": str(dtype).removeprefix("torch."),
+        },
+    )
+
+
+def evaluate(settings: CoreSettings, show: Callable[[str], None]) -> CoreResult:
+    """Meet the other ranks, if there are any, evaluate and show a table of the tasks."""
+    check_model_name(settings.model)
+    prepare_cpu(settings.threads)
+    store, device = open_store(settings.home), choose_device(settings.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank())
+        torch.cuda.set_device(device)
+    with joined(device, settings.rank_timeout) as ranks:
+        leads = ranks.leads
+        logs.configure("core" if leads else f"core-{ranks.rank}", settings.log_level if leads else "warning")
+        result = run(settings, store, device, ranks)
+        if leads:
+            for line in result.table():
+                show(line)
+    return result
+
+
+def main() -> None:
+    settings = load(CoreSettings, prefix="NANOCHAT_CORE", program="python -m jobs.eval.core")
+    evaluate(settings, print)
+
+
+if __name__ == "__main__":
+    run_main(main, "python -m jobs.eval.core")
