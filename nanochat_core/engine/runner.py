@@ -12,6 +12,7 @@ from torch import Tensor
 from nanochat_core.engine.kv_cache import KVCache, PagedAttention
 from nanochat_core.engine.network import Network
 from nanochat_core.engine.scheduler import Chunk
+from nanochat_core.model import GPT
 
 
 class Runner:
@@ -20,6 +21,10 @@ class Runner:
     def __init__(self, network: Network, cache: KVCache) -> None:
         self._network = network
         self._cache = cache
+
+    def load(self, model: GPT) -> None:
+        """Go on with other weights; what the cache holds was computed with the old ones."""
+        self._network.load(model)
 
     @torch.inference_mode()
     def run(self, chunks: Iterable[Chunk]) -> tuple[list[Chunk], Tensor]:

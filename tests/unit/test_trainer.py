@@ -57,12 +57,13 @@ def trainer(tmp_path: Path, steps: int, **changes: Any) -> Trainer:
 
 def spoil(run: Trainer, steps: dict[int, float]) -> None:
     """Multiply the loss of some steps."""
-    loss = run._loss
+    objective = run._objective
 
-    def spoiled(ids: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        return loss(ids, targets, reduction) * steps.get(run.state.step + 1, 1.0)
+    def spoiled(rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, measures = objective(rows)
+        return loss * steps.get(run.state.step + 1, 1.0), measures
 
-    run._loss = spoiled
+    run._objective = spoiled
 
 
 def test_a_step_without_a_finite_loss_changes_nothing_and_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
