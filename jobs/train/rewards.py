@@ -64,4 +64,14 @@ def gsm8k(problem: Problem, rollout: Rollout) -> float:
     return float(scoring.gsm8k_correct(problem.answer, rollout.text))
 
 
-REWARDS: dict[str, Reward] = {"last-number": last_number, "computed-number": computed_number, "gsm8k": gsm8k}
+def finished(_problem: Problem, rollout: Rollout) -> float:
+    """1 for an answer that ends by itself, whatever it says: to try a run out, or to cure a model that rambles."""
+    return float(rollout.finished)
+
+
+REWARDS: dict[str, Reward] = {
+    "last-number": last_number,
+    "computed-number": computed_number,
+    "gsm8k": gsm8k,
+    "finished": finished,
+}
