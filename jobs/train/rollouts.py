@@ -34,11 +34,13 @@ from nanochat_core.engine import (
 )
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
-from nanochat_core.sandbox import SandboxExecutor
+from nanochat_core.sandbox import SandboxConfig, SandboxExecutor
 from nanochat_core.tokenizer import Tokenizer
 
 # More sequences at a time make no step of the engine cheaper per token.
 _MOST_RUNNING = 256
+# What a call may take, and what it may with waiting for its turn: a busy machine is to change no answer.
+_CALL_SECONDS, _TURN_SECONDS = 10.0, 300.0
 # Training needs the rest of a GPU's free memory.
 _CUDA_MEMORY_SHARE = 0.4
 
@@ -70,7 +72,10 @@ class Answerer:
         self.device = device = model.cos.device
         memory = int(torch.cuda.mem_get_info(device)[0] * _CUDA_MEMORY_SHARE) if device.type == "cuda" else None
         config = EngineConfig(
-            kv_cache_bytes=memory, max_running=running, token_budget=max(EngineConfig.token_budget, 2 * running)
+            kv_cache_bytes=memory,
+            max_running=running,
+            token_budget=max(EngineConfig.token_budget, 2 * running),
+            tool_timeout_seconds=_TURN_SECONDS,
         )
         self._engine = Engine(model, tokenizer, config, tool_runner=self._tool)
         self._stop = frozenset({tokenizer.special_ids[tok.ASSISTANT_END], tokenizer.bos_id})
@@ -131,7 +136,7 @@ class Answerer:
 @contextlib.contextmanager
 def answering(model: GPT, tokenizer: Tokenizer, sequences: int) -> Iterator[Answerer]:
     """An answerer whose tool is the sandbox, in this process."""
-    with SandboxExecutor() as executor:
+    with SandboxExecutor(SandboxConfig(queue=_MOST_RUNNING)) as executor:
         answerer = Answerer(model, tokenizer, SandboxTool(executor), sequences)
         try:
             yield answerer
@@ -157,8 +162,8 @@ class SharedCalls:
     async def __call__(self, code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
         call = self._calls.get(code)
         if call is None:
-            call = asyncio.ensure_future(self._run(code, request_id, timeout_seconds))
-            self._calls[code] = call
+            seconds = min(timeout_seconds, _CALL_SECONDS)
+            call = self._calls[code] = asyncio.ensure_future(self._run(code, request_id, seconds))
         # One that gives up does not take the result from the others.
         return await asyncio.shield(call)
 

@@ -115,7 +115,7 @@ def test_micro_batches_add_up_to_the_whole() -> None:
 @pytest.mark.parametrize("clip", [0.0, 0.2])
 def test_off_policy_tokens_count_by_their_ratio_which_may_be_clipped(clip: float) -> None:
     model = tiny_model()
-    now = [[float(p) for p in slow_logprobs(model, one)] for one in ROLLOUTS]
+    now = [[float(p.detach()) for p in slow_logprobs(model, one)] for one in ROLLOUTS]
     # Drawn with probabilities that make ratios on both sides of the limits, and within.
     ratios = iter(itertools.cycle([1.5, 0.5, 1.1, 0.95]))
     drawn, expected_ratios = [], []
