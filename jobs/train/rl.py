@@ -116,7 +116,7 @@ def run(settings: RlSettings, place: Place) -> CheckpointRef:
         evaluate_first=True,
     )
     sampling = Sampling(settings.temperature, settings.top_k, settings.max_new_tokens)
-    sequences = settings.examples // ranks.size * settings.samples
+    sequences = -(-settings.examples // ranks.size) * settings.samples
     with answering(model, tuned.tokenizer, sequences) as answerer:
         source = RolloutSource(
             answerer,
@@ -136,6 +136,7 @@ def run(settings: RlSettings, place: Place) -> CheckpointRef:
         )
 
         def evaluate() -> Metrics:
+            log.info("evaluating", extra={"held_out": len(problems.held_out), "step": trainer.state.step})
             source.settle()
             answerer.update_weights(model)
             return held_out_metrics(answerer, problems, reward, sampling, settings.eval_samples, settings.seed, ranks)
