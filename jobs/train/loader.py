@@ -16,7 +16,7 @@ import random
 import threading
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -93,12 +93,38 @@ class Batch:
     """A rank's rows of one optimizer step.
 
     ``ids`` and ``targets`` are (rows, time) int64, targets ``-1`` where not counted; ``state`` makes a loader that
-    goes on with the batch after this one, see :func:`merge_states`.
+    goes on with the batch after this one, see :func:`merge_states`, and is None where the step alone tells. A batch
+    with more tensors, of as many rows, is a subclass.
     """
 
     ids: Tensor
     targets: Tensor
-    state: dict[str, Any]
+    state: dict[str, Any] | None
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """What is to be noted of the batch besides its loss, the same on every rank."""
+        return {}
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Some of the rows."""
+        return dataclasses.replace(self, **{name: tensor[start:stop] for name, tensor in self._tensors().items()})
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()}
+        return dataclasses.replace(self, **moved)
+
+    def _tensors(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+class BatchSource(Protocol):
+    """Where a run's batches come from."""
+
+    def prefetched(self) -> Generator[Batch, None, None]:
+        """One batch after another, made ahead where that is possible. Close the iterator to end what makes them."""
 
 
 class PackedLoader:

@@ -20,10 +20,11 @@ from jobs.eval.decisions import latest_decision
 from jobs.eval.gate import EXIT_REFUSED, decide
 from jobs.eval.metrics import weights_of
 from jobs.eval.report_files import reported
-from jobs.train import pretrain, sft
+from jobs.train import pretrain, rl, sft
 from jobs.train.children import Children
 from jobs.train.local_text import local_text_digest
 from jobs.train.mixtures import Mixture
+from jobs.train.problems import Problems, open_problems
 from jobs.train.recipes import RECIPES, Flags, Recipe
 from jobs.train.shards import dataset_digest, has_shards, read_manifest
 from jobs.train.tokenizer import load_tokenizer, trained_on
@@ -38,13 +39,14 @@ log = logging.getLogger("jobs.train.pipeline")
 
 @dataclasses.dataclass(frozen=True)
 class PipelineSettings:
-    """Run every stage of a recipe: data, tokenizer, pretraining, fine-tuning, evaluation, report, promotion."""
+    """Run every stage of a recipe: data, tokenizer, training, evaluation, report, promotion."""
 
     recipe: Literal["demo", "small", "speedrun"] = setting(
         help="; ".join(f"{r.name}: {r.summary}" for r in RECIPES.values())
     )
     model: str = setting("", "name of the model in the store; the recipe's name when not given")
     data: str = setting("", "file or folder of parquet, JSONL or plain text to train on")
+    rl: bool = setting(False, "reinforce the fine-tuned model on the recipe's task, and promote what comes of it")
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     ranks: int = setting(0, "processes that train together on this machine; 0 for one on each GPU", minimum=0)
     threads: int = setting(0, "CPU threads of the training stages; 0 leaves the choice to torch", minimum=0)
@@ -61,12 +63,14 @@ class Pipeline:
     def __init__(self, settings: PipelineSettings, recipe: Recipe) -> None:
         """
         Raises:
-            UserError: the model's name or the store's URL is wrong.
+            UserError: the model's name or the store's URL is wrong, or the recipe has no reinforcement learning.
         """
         self.settings, self.recipe = settings, recipe
         self.model = check_model_name(settings.model or recipe.name)
         self.store: Store = open_store(settings.home)
         self._children = Children()
+        if settings.rl and recipe.rl is None:
+            raise UserError(f"recipe {recipe.name} has nothing to practise; leave --rl out")
 
     def run(self) -> None:
         """Run what is not done yet.
@@ -79,22 +83,26 @@ class Pipeline:
         started = time.monotonic()
         self._prepare()
         base, tuned = self._train()
-        if not reported(self.store, self.model, base, tuned):
+        stages = [base, tuned]
+        if self.settings.rl:
+            stages.append(self._reinforce(tuned))
+        final = stages[-1]
+        if not reported(self.store, self.model, *stages):
             self._stage(
                 "jobs.eval.report",
                 {
                     "model": self.model,
-                    "revision": tuned.ref.revision,
+                    "revision": final.ref.revision,
                     "recipe": self.recipe.name,
                     **self._threads(),
                 },
             )
-        self._promote(tuned)
+        self._promote(final)
         log.info(
             "pipeline done",
             extra={
                 "model": self.model,
-                "promoted": tuned.ref.revision,
+                "promoted": final.ref.revision,
                 "report": f"{self.store}/reports/{self.model}/report.md",
                 "seconds": round(time.monotonic() - started, 1),
             },
@@ -121,8 +129,10 @@ class Pipeline:
         """Put the recipe's data into the store unless it is there.
 
         Raises:
-            UserError: the data there is of another recipe or text.
+            UserError: the data there is of another recipe or text, or there is nothing to practise on.
         """
+        if self.settings.rl:
+            self._problems()  # better missed now than after hours of training
         data = Path(self.settings.data) if self.settings.data else None
         given = {"recipe": self.recipe.name}
         if data is not None and self.recipe.needs_data:
@@ -170,6 +180,19 @@ class Pipeline:
             sft.inputs(base, Mixture(self.store, conversations)),
         )
         return base, tuned
+
+    def _reinforce(self, tuned: Checkpoint) -> Checkpoint:
+        """The final checkpoint of reinforcement learning from ``tuned``, trained where it is missing or stale."""
+        flags = {"model": self.model, **self._threads(), **(self.recipe.rl or {})}
+        return self._checkpoint("rl", rl.__name__, flags, rl.inputs(tuned, self._problems()))
+
+    def _problems(self) -> Problems:
+        """What the recipe practises.
+
+        Raises:
+            UserError: the store lacks it.
+        """
+        return open_problems(self.store, str((self.recipe.rl or {})["task"]), held_out=1)
 
     def _checkpoint(self, stage: str, module: str, flags: Flags, inputs: Mapping[str, str]) -> Checkpoint:
         """The final checkpoint of a stage that is made from ``inputs``; trained if it is not there."""

@@ -9,7 +9,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ _MEMORY = 0.9
 _SHORTEST_BAR = 6
 
 LOSS = Gauge("nanochat_train_loss", "Training loss of the last step in nats per counted token", ["stage"])
+MEASURE = Gauge("nanochat_train_measure", "What else a stage notes of its last step, by name", ["stage", "measure"])
 HELD_OUT = Gauge("nanochat_train_held_out", "Last value of a held-out metric", ["stage", "metric"])
 STEP = Gauge("nanochat_train_step", "Optimizer steps done", ["stage"])
 STEPS = Gauge("nanochat_train_steps", "Optimizer steps at the end of the run", ["stage"])
@@ -91,6 +92,7 @@ class StepReport:
         lr_factor: the schedule's factor on the learning rates.
         skipped: nothing was updated, as loss or gradient was not finite.
         spike: the loss is far above the recent ones.
+        measures: what else the stage notes of a step, such as the reward.
     """
 
     step: int
@@ -102,6 +104,7 @@ class StepReport:
     lr_factor: float
     skipped: bool = False
     spike: bool = False
+    measures: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -145,6 +148,7 @@ class Progress:
         self._trackers = trackers if shown else ()
         self._bar = _Bar(stage, total, initial) if shown and sys.stderr.isatty() else None
         self._loss, self._throughput, self._waited = _MovingMean(), _MovingMean(), _MovingMean()
+        self._measures: dict[str, _MovingMean] = {}
         self._step, self._skipped, self._spikes = initial, 0, 0
         self._timer = _Timer(total)
         self._logged_at = -math.inf
@@ -159,6 +163,8 @@ class Progress:
         self._spikes += report.spike
         if math.isfinite(report.loss):
             self._loss.add(report.loss)
+        for name, value in report.measures.items():
+            self._measures.setdefault(name, _MovingMean()).add(value)
         self._throughput.add(report.tokens, report.seconds)
         self._waited.add(report.data_wait_seconds, report.seconds)
         self._timer.step(report.step)
@@ -215,6 +221,8 @@ class Progress:
             values[MFU] = mfu
         for gauge, value in values.items():
             gauge.labels(self._stage).set(value)
+        for name, value in report.measures.items():
+            MEASURE.labels(self._stage, name).set(value)
         TOKENS.labels(self._stage).inc(report.tokens)
         STEP_SECONDS.labels(self._stage).observe(report.seconds)
         DATA_WAIT_SECONDS.labels(self._stage).inc(report.data_wait_seconds)
@@ -231,6 +239,7 @@ class Progress:
             "memory_bytes": memory,
             "skipped_steps": self._skipped,
             "loss_spikes": self._spikes,
+            **report.measures,
         } | self._mfu(report.tokens_per_second)
         for tracker in self._trackers:
             tracker.log(report.step, {f"train/{name}": float(value) for name, value in values.items()})
@@ -248,6 +257,7 @@ class Progress:
                 "step": report.step,
                 "steps": self._total,
                 "loss": round(self._loss.value, 4),
+                **{name: round(mean.value, 4) for name, mean in self._measures.items()},
                 "gradient_norm": round(report.gradient_norm, 4),
                 "lr_factor": round(report.lr_factor, 4),
                 "tokens_per_second": round(throughput),
@@ -264,6 +274,8 @@ class Progress:
         """What the bar shows besides held-out metrics, the most wanted first."""
         throughput = self._throughput.value
         return [
+            # What a stage notes itself says more than its loss.
+            *([f"{name} {mean.value:.3f}" for name, mean in self._measures.items()][:1]),
             f"loss {self._loss.value:.3f}",
             f"{tqdm.format_sizeof(throughput)} tok/s",
             f"{tqdm.format_interval(self._timer.eta_seconds)} left",

@@ -34,6 +34,8 @@ class Recipe:
     # Kinds of demo conversations to fine-tune on and to evaluate; None means all.
     conversation_kinds: frozenset[str] | None
     train_conversations: int
+    # What the pipeline's --rl adds, the task among the flags; None where there is nothing to practise.
+    rl: Flags | None = None
     needs_data: bool = False
     # Shards of the public web text to download where neither --data nor the store has any.
     web_shards: str = ""
@@ -142,6 +144,16 @@ RECIPES = {
                     "chat.kinds.arithmetic>=0.8",
                 )
             ),
+            # About five minutes; docs/rl.md has the curve.
+            rl={
+                "task": "arithmetic",
+                "steps": 120,
+                "examples": 8,
+                "samples": 16,
+                "max-new-tokens": 96,
+                "lr-scale": 0.1,
+                "held-out": 128,
+            },
         ),
         Recipe(
             name="small",
@@ -182,6 +194,7 @@ RECIPES = {
             sft={},
             conversation_kinds=_WORLDLESS_KINDS,
             train_conversations=100_000,
+            rl={"task": "gsm8k", "held-out": 400},
             needs_data=True,
             web_shards="0-169",
             gate=Gate(require=("chat.accuracy>=0.25", "bpb.bits_per_byte<=1")),

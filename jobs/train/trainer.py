@@ -1,4 +1,4 @@
-"""The training loop that pretraining and fine-tuning share."""
+"""The training loop that pretraining, fine-tuning and reinforcement learning share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import shutil
 import signal
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.train.loader import Batch, PackedLoader, merge_states
+from jobs.train.loader import Batch, BatchSource, merge_states
 from jobs.train.progress import CHECKPOINT_FAILURES, Progress, StepReport
 from jobs.train.schedule import Schedule
 from jobs.train.trackers import open_trackers
@@ -53,7 +53,13 @@ _SPIKE_AFTER_STEPS = 100
 _GENERATOR = "generator"
 # Ranks of a large cluster may find their compiled code in a cache or not: minutes apart.
 _COMPILE_SECONDS = 3600.0
-_STEP_KEYS = frozenset({"step", "loss", "gradient_norm", "tokens_per_second", "train_seconds"})
+
+# Summed over the counted targets of some rows: what the step minimizes, and what else is to be noted of them.
+Objective = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
+# A metric of an evaluation is a number, or several by what they depend on.
+Metrics = Mapping[str, float | Mapping[str, float]]
+# Of one step: ``step``, ``loss``, … and, where an evaluation followed it, its metrics.
+Point = dict[str, Any]
 
 log = logging.getLogger("jobs.train")
 
@@ -69,7 +75,7 @@ class RunState:
     step: int = 0
     loader: dict[str, Any] | None = None
     train_seconds: float = 0.0
-    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    history: list[Point] = dataclasses.field(default_factory=list)
     # Steps whose loss or gradient was not finite; they changed nothing.
     skipped: list[int] = dataclasses.field(default_factory=list)
     # Moving mean and variance of the loss, against which spikes are told.
@@ -96,6 +102,7 @@ class RunConfig:
     keep_every: int = 0
     trackers: tuple[str, ...] = ()
     tracker_folder: Path = Path("runs")
+    evaluate_first: bool = False  # also before the first step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +112,7 @@ class _StepResult:
     loss: float
     gradient_norm: float
     stop: int
+    measures: dict[str, float]
     skipped: bool = False
     spike: bool = False
 
@@ -126,18 +134,21 @@ class Trainer:
         model: GPT,
         tokenizer: Tokenizer,
         optimizer: MuonAdamW,
-        make_loader: Callable[[dict[str, Any] | None], PackedLoader],
-        evaluate: Callable[[], dict[str, float]],
-        benchmark: Callable[[], dict[str, float]] | None = None,
+        make_loader: Callable[[dict[str, Any] | None], BatchSource],
+        evaluate: Callable[[], Metrics],
+        benchmark: Callable[[], Metrics] | None = None,
         meta: dict[str, Any],
         device: torch.device,
         ranks: Ranks = ALONE,
+        objective: Objective | None = None,
     ) -> None:
         """
         Args:
-            make_loader: gives this rank's loader that goes on after the given state, None for the beginning.
+            make_loader: gives this rank's batches from :attr:`state` on, in which the position of the data is what it
+                is given: None at the beginning.
             evaluate: metrics on held-out data, such as ``{"val_bpb": 0.9}``; called on every rank at once.
             benchmark: the same for metrics that take longer, every ``benchmark_every`` steps and at the end.
+            objective: what a step minimizes; None for the cross-entropy of the targets.
             meta: stored with each checkpoint; its ``settings`` and ``inputs`` (digests of what the stage is made
                 from) must be equal for a run to be resumed.
         """
@@ -149,7 +160,7 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._replaced: set[CheckpointRef] = set()
         self._scaler = LossScaler() if model.compute_dtype == torch.float16 else None
-        self._loss = torch.compile(model.loss, dynamic=False) if _can_compile(config, device) else model.loss
+        self._objective = objective or _cross_entropy(model, config, device)
 
     def resume(self) -> bool:
         """Go on from the stage's newest whole checkpoint; False when there is none to go on from.
@@ -212,6 +223,8 @@ class Trainer:
             first = next(prefetched)
             self._compile_before_meeting(first)
             batches = itertools.chain([first], prefetched)
+            if self.config.evaluate_first and not self.state.step:
+                self._hold_out(progress, due=True)
             while self.state.step < schedule.steps:
                 started = time.perf_counter()
                 batch = next(batches)
@@ -221,10 +234,7 @@ class Trainer:
                 self.state.train_seconds += seconds
                 self._record(batch, report, seconds, waited, progress)
                 done = self.state.step == schedule.steps
-                held_out = self._held_out(done)
-                if held_out:
-                    self._point().update(held_out)
-                    progress.held_out(held_out)
+                self._hold_out(progress, due=done)
                 if report.stop and not done:
                     self._save_and_wait(writer)
                     log.info("stopped by a signal after a checkpoint", extra={"step": self.state.step})
@@ -239,16 +249,18 @@ class Trainer:
             self._save_and_wait(writer, finished=True)
         return self._ref
 
-    def _held_out(self, done: bool) -> dict[str, float]:
-        """The metrics that are due after this step."""
-        metrics: dict[str, float] = {}
+    def _hold_out(self, progress: Progress, *, due: bool) -> None:
+        """Note the metrics that are due after this step by their intervals, or all of them."""
+        metrics: dict[str, float | Mapping[str, float]] = {}
         for evaluate, every in (
             (self._evaluate, self.config.eval_every),
             (self._benchmark, self.config.benchmark_every),
         ):
-            if evaluate is not None and (done or (every and self.state.step % every == 0)):
+            if evaluate is not None and (due or (every and self.state.step % every == 0)):
                 metrics |= evaluate()
-        return metrics
+        if metrics:
+            self._point().update(metrics)
+            progress.held_out(_flat(metrics))
 
     def _step(self, batch: Batch) -> _StepResult:
         """Forward, backward and update on this rank's part of a batch."""
@@ -258,19 +270,24 @@ class Trainer:
             raise UserError("a batch has no counted target; the conversations hold no assistant text that fits a row")
         # In double precision the sum does not depend on how many ranks add to it.
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        measured: dict[str, Tensor] = {}
         passes = list(self._micro_batches(batch))
-        for i, (ids, targets) in enumerate(passes):
+        for i, rows in enumerate(passes):
             if i == len(passes) - 1:
                 self.optimizer.expect_gradients()
             # The sum over the count of the whole batch, so that micro-batches weigh by their tokens and one
             # without any target adds nothing.
-            loss = self._loss(ids, targets, "sum") / counted
+            loss, measures = self._objective(rows)
+            loss = loss / counted
             (loss * self._scaler.factor if self._scaler else loss).backward()
             total += loss.detach()
+            for name, value in measures.items():
+                measured[name] = measured.get(name, torch.zeros_like(total)) + value / counted
         norm = self.optimizer.reduce()
         # One transfer from the device tells everything that is decided here, on every rank alike.
-        told = self.ranks.sum(torch.stack([total, total.new_tensor(self._signal or 0)]))
-        loss_value, signals = told.tolist()
+        told = self.ranks.sum(torch.stack([total, total.new_tensor(self._signal or 0), *measured.values()]))
+        loss_value, signals, *values = told.tolist()
+        noted = batch.measures | dict(zip(measured, values, strict=True))
         norm_value = float(norm) / (self._scaler.factor if self._scaler else 1.0)
         stop = signal.SIGTERM if signals and self.ranks.size > 1 else int(signals)
         self.state.step += 1
@@ -280,8 +297,12 @@ class Trainer:
             self._skip(loss_value, norm_value)
         self._scale_down(finite)
         if not finite:
-            return _StepResult(loss_value, norm_value, stop, skipped=True)
+            return _StepResult(loss_value, norm_value, stop, noted, skipped=True)
         self._skipped_in_a_row = 0
+        if not norm_value:
+            # Nothing was learned; from its momentum alone, Muon would still make a step of full length.
+            self.optimizer.zero_grad()
+            return _StepResult(loss_value, norm_value, stop, noted)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * schedule.lr(step)
             if group["kind"] == "muon":
@@ -289,7 +310,7 @@ class Trainer:
                 group["weight_decay"] = group["initial_weight_decay"] * schedule.weight_decay(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return _StepResult(loss_value, norm_value, stop, spike=self._is_spike(loss_value))
+        return _StepResult(loss_value, norm_value, stop, noted, spike=self._is_spike(loss_value))
 
     def _scale_down(self, finite: bool) -> None:
         """Undo the loss scaling of an fp16 run's gradients, and set the factor of its next step."""
@@ -328,16 +349,15 @@ class Trainer:
         """Let every rank compile before any waits for another: one that compiles for long is not one that died."""
         if self.ranks.size == 1:
             return
-        ids, targets = next(self._micro_batches(batch))
-        self._loss(ids, targets, "sum").backward()
+        loss, _ = self._objective(next(self._micro_batches(batch)))
+        loss.backward()
         self.optimizer.zero_grad()
         self.ranks.side_channel(_COMPILE_SECONDS).gather(None)
 
-    def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    def _micro_batches(self, batch: Batch) -> Iterator[Batch]:
         rows = self.config.micro_batch_rows
         for start in range(0, batch.ids.size(0), rows):
-            ids, targets = batch.ids[start : start + rows], batch.targets[start : start + rows]
-            yield ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+            yield batch.rows(start, start + rows).to(self.device)
 
     def _progress(self) -> Progress:
         peak = peak_flops(self.device)
@@ -375,6 +395,7 @@ class Trainer:
             lr_factor=self.config.schedule.lr(self.state.step - 1),
             skipped=result.skipped,
             spike=result.spike,
+            measures=result.measures,
         )
         if not report.skipped:
             self._point().update(
@@ -382,10 +403,11 @@ class Trainer:
                 gradient_norm=report.gradient_norm,
                 tokens_per_second=report.tokens_per_second,
                 train_seconds=self.state.train_seconds,
+                **report.measures,
             )
         progress.report(report)
 
-    def _point(self) -> dict[str, float]:
+    def _point(self) -> Point:
         """The history's entry for this step."""
         history = self.state.history
         if not history or history[-1]["step"] != self.state.step:
@@ -431,7 +453,8 @@ class Trainer:
             "skipped_steps": self.state.skipped,
             "history": _thinned(self.state.history),
         }
-        loader = merge_states([state for state in self.ranks.gather(self.state.loader) if state is not None])
+        states = [state for state in self.ranks.gather(self.state.loader) if state is not None]
+        loader = merge_states(states) if states else None
         run = dataclasses.asdict(dataclasses.replace(self.state, loader=loader))
         ref = self._ref
         writer.save(
@@ -495,7 +518,7 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def _can_compile(config: RunConfig, device: torch.device) -> bool:
+def can_compile(config: RunConfig, device: torch.device) -> bool:
     """Whether the model is to be compiled; on a CPU that takes a C++ compiler and Python's headers."""
     if not config.compile or device.type != "cpu":
         return config.compile
@@ -512,8 +535,25 @@ def _can_compile(config: RunConfig, device: torch.device) -> bool:
     return not missing
 
 
-def _thinned(history: list[dict[str, float]]) -> list[dict[str, float]]:
+def _cross_entropy(model: GPT, config: RunConfig, device: torch.device) -> Objective:
+    """The loss of text, compiled where that is possible."""
+    loss = torch.compile(model.loss, dynamic=False) if can_compile(config, device) else model.loss
+    return lambda rows: (loss(rows.ids, rows.targets, "sum"), {})
+
+
+def _flat(metrics: Metrics) -> dict[str, float]:
+    """Every number under a name of its own."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        flat |= {f"{name}_{of}": one for of, one in value.items()} if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _thinned(history: list[Point]) -> list[Point]:
     """At most about ``_HISTORY_POINTS`` points, every one with held-out metrics among them."""
     stride = math.ceil(len(history) / _HISTORY_POINTS) or 1
     last = len(history) - 1
-    return [p for i, p in enumerate(history) if i % stride == 0 or p.keys() - _STEP_KEYS or i == last]
+    trained = [set(point) for point in history if "loss" in point]
+    # What an evaluation adds is in few points.
+    usual = set.intersection(*trained) if trained else {"step"}
+    return [p for i, p in enumerate(history) if i % stride == 0 or p.keys() - usual or i == last]

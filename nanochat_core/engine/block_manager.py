@@ -162,6 +162,11 @@ class BlockManager:
         seq.first_blocks = []
         seq.computed = seq.sealed = 0
 
+    def forget(self) -> None:
+        """Make every block unfindable: what was computed is no longer what would be. No sequence may hold blocks."""
+        for pool in self._pools:
+            pool.forget()
+
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Compare the books with the sequences that exist.
 
@@ -239,6 +244,12 @@ class _Pool:
             self.free[block] = None
             if self.hashes[block] is None:
                 self.free.move_to_end(block, last=False)
+
+    def forget(self) -> None:
+        """Take all names away."""
+        assert not self.num_used, "a block in use keeps its name"
+        self.hashes = [None] * self.num_blocks
+        self.by_hash.clear()
 
     def check_integrity(self, holders: Iterable[int]) -> None:
         held = Counter(holders)

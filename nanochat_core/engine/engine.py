@@ -96,7 +96,7 @@ class Engine:
             UserError: the KV cache is too small for one block.
         """
         self.config = config = config or EngineConfig()
-        self.model_config = model.config
+        self.model_config, self._dtype = model.config, model.compute_dtype
         device = model.cos.device
         self.runner, groups = build_runner(model, config)
         self.blocks = BlockManager(groups, config.block_size, config.prefix_caching)
@@ -263,6 +263,26 @@ class Engine:
             blocks_total=total,
             blocks_used=used,
         )
+
+    def update_weights(self, model: GPT) -> None:
+        """Go on with the weights that ``model`` has now, and forget prefixes that were computed with the old ones.
+
+        Memory is that of one set of weights: the old ones are freed while the new ones are laid out.
+
+        Args:
+            model: of the same configuration, dtype and device as the engine's. Nothing of it is changed, and what
+                becomes of it later changes nothing here.
+
+        Raises:
+            RuntimeError: requests are in flight; their keys and values are of the old weights.
+            ValueError: the model is another one.
+        """
+        if self._requests:
+            raise RuntimeError(f"{len(self._requests)} requests are in flight; weights change between requests")
+        if (model.config, model.compute_dtype) != (self.model_config, self._dtype):
+            raise ValueError("the new weights are of a model with another configuration or dtype")
+        self.runner.load(model)
+        self.blocks.forget()
 
     def warm_up(self) -> None:
         """Run a prefill and a decode step, so that the first request meets a warm engine. Call before any request."""

@@ -115,7 +115,7 @@ class _Layer:
         self.residual_scale, self.skip_scale = residual_scale, skip_scale
         self.head_dim, self.n_head, self.n_kv_head = attention.head_dim, attention.n_head, attention.n_kv_head
         # What is not normalized again is scaled here by the constant of its norm.
-        dim = attention.q.in_features
+        dim = attention.q.weight.size(1)  # training may have put another layer there
         projections = [
             _pair_up(attention.q.weight, self.head_dim),
             _pair_up(attention.k.weight, self.head_dim),
@@ -134,7 +134,9 @@ class _Layer:
 
 
 class ServingWeights:
-    """Frozen copies of a model's weights as serving needs them, and what every way to run them has in common.
+    """Copies of a model's weights as serving needs them, and what every way to run them has in common.
+
+    They stay as they are until the next load.
 
     Attributes:
         no_token: what stands for the token before a sequence's first one.
@@ -146,9 +148,15 @@ class ServingWeights:
             model: on its device. Nothing of it is changed.
         """
         self.config = model.config
-        self.dtype = dtype = model.compute_dtype
+        self.dtype = model.compute_dtype
         self.device = model.cos.device
         self.no_token = model.embedding.num_embeddings
+        self.load(model)
+
+    def load(self, model: GPT) -> None:
+        """Take over the weights that ``model``, of the same shape, dtype and device, has now."""
+        dtype = self.dtype
+        self._layers: list[_Layer] = []  # first of all, so that old and new ones are not held at once
         with torch.no_grad():
             embedding = rms_norm(model.embedding.weight.to(dtype))
             gate = torch.sigmoid(model.smear_gate(embedding[:, :SMEAR_CHANNELS]))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nanochat_core.engine.scheduler import Chunk
+from nanochat_core.model import GPT
 
 
 class BatchAttention(Protocol):
@@ -40,6 +41,7 @@ class Executor(Protocol[A_contra]):
     no_token: int
     device: torch.device
 
+    def load(self, model: GPT) -> None: ...
     def hidden(self, ids: Tensor, previous_ids: Tensor, positions: Tensor, attend: A_contra) -> Tensor: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -50,6 +52,10 @@ class Runner(Generic[A]):
     def __init__(self, network: Executor[A], cache: Cache[A]) -> None:
         self._network = network
         self._cache = cache
+
+    def load(self, model: GPT) -> None:
+        """Go on with other weights; what the cache holds was computed with the old ones."""
+        self._network.load(model)
 
     @torch.inference_mode()
     def run(self, chunks: Iterable[Chunk]) -> tuple[list[Chunk], Tensor]:

@@ -123,15 +123,68 @@ class NoTokens:
         return -1
 
 
+class AnyOf:
+    """Equal to each of some token ids."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self._ids = frozenset(ids)
+
+    def __eq__(self, other: object) -> bool:
+        return other in self._ids
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class StopTokens(NoTokens):
+    """The same, but that an answer ends with any of some ordinary tokens, so that answers differ in length."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self._stop = AnyOf(ids)
+
+    def encode_special(self, name: str) -> Any:
+        return self._stop if name == "<|assistant_end|>" else -1
+
+
+def load(task: dict[str, Any]) -> GPT:
+    """What its build_model does, but for the tokenizer: on a CPU weights are fp32, whatever is computed in."""
+    saved, _, _ = load_checkpoint(task["folder"], 1, CPU)
+    model = build(task["config"])
+    model.load_state_dict({name: tensor.float() for name, tensor in saved.items()}, strict=True, assign=True)
+    return model.eval()
+
+
+def rollouts(task: dict[str, Any]) -> None:
+    """Sample answers as chat_rl does, one prompt after another, some samples at a time; writes seconds and lengths."""
+    torch.set_num_threads(task["threads"])
+    compute_init("cpu")
+    engine = Engine(load(task), StopTokens(task["stop"]))
+    at_once = task["device_batch"]
+
+    def answer(prompt: list[int], number: int) -> list[int]:
+        lengths = []
+        for part in range(task["samples"] // at_once):
+            sequences, _masks = engine.generate_batch(
+                prompt,
+                num_samples=at_once,
+                max_tokens=task["max_new_tokens"],
+                temperature=task["temperature"],
+                top_k=task["top_k"],
+                seed=hash((number, part)) & 0x7FFFFFFF,
+            )
+            lengths += [len(sequence) - len(prompt) for sequence in sequences]
+        return lengths
+
+    answer(task["warm_up"], 0)
+    started = time.perf_counter()
+    lengths = [answer(prompt, number) for number, prompt in enumerate(task["prompts"])]
+    Path(task["result"]).write_text(json.dumps({"seconds": time.perf_counter() - started, "lengths": lengths}))
+
+
 def serve(task: dict[str, Any]) -> None:
     """Answer requests one after another, as chat_cli does; writes seconds and tokens of each case."""
     torch.set_num_threads(task["threads"])
     compute_init("cpu")
-    # What its build_model does, but for the tokenizer: on a CPU weights are fp32, whatever is computed in.
-    saved, _, _ = load_checkpoint(task["folder"], 1, CPU)
-    model = build(task["config"])
-    model.load_state_dict({name: tensor.float() for name, tensor in saved.items()}, strict=True, assign=True)
-    engine = Engine(model.eval(), NoTokens())
+    engine = Engine(load(task), NoTokens())
 
     def answer(request: dict[str, Any]) -> list[list[int]]:
         sampling = {"temperature": request["temperature"], "top_k": request["top_k"]}
@@ -154,6 +207,6 @@ def serve(task: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    {"logits": logits, "train": train, "weights": weights, "serve": serve}[sys.argv[1]](
+    {"logits": logits, "train": train, "weights": weights, "serve": serve, "rollouts": rollouts}[sys.argv[1]](
         json.loads(Path(sys.argv[2]).read_text())
     )

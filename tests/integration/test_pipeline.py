@@ -33,8 +33,8 @@ from nanochat_core.errors import UserError
 from nanochat_core.store import Store, open_store
 
 MODEL = "mine"
-TOKENIZER, PRETRAIN, SFT, REPORT = (
-    f"jobs.{name}" for name in ("train.tokenizer", "train.pretrain", "train.sft", "eval.report")
+TOKENIZER, PRETRAIN, SFT, RL, REPORT = (
+    f"jobs.{name}" for name in ("train.tokenizer", "train.pretrain", "train.sft", "train.rl", "eval.report")
 )
 RECIPE = dataclasses.replace(
     RECIPES["small"],
@@ -233,6 +233,44 @@ def test_what_is_deleted_comes_back_the_same_so_nothing_after_it_is_redone(again
     assert again.run() == redone
     assert again.state() == before
     assert again.run() == []
+
+
+PRACTISING = dataclasses.replace(
+    RECIPE,
+    rl={
+        "task": "arithmetic",
+        "reward": "finished",
+        "steps": 2,
+        "examples": 2,
+        "samples": 2,
+        "max-new-tokens": 12,
+        "held-out": 2,
+        "eval-samples": 2,
+    },
+)
+
+
+def test_reinforcement_comes_after_fine_tuning_when_asked_for_and_is_what_is_promoted(again):
+    assert again.run(PRACTISING) == [], "not asked for"
+    assert again.run(PRACTISING, rl=True) == [RL, REPORT]
+    store = open_store(str(again.home))
+    reinforced, tuned = (newest_checkpoint(store, MODEL, stage) for stage in ("rl", "sft"))
+    assert reinforced.meta["inputs"]["sft"] == tuned.digests["model.safetensors"]
+    assert promoted(store, MODEL) == reinforced.ref
+    assert again.run(PRACTISING, rl=True) == []
+    shutil.rmtree(again.home / "models" / MODEL / "rl")
+    assert again.run(PRACTISING, rl=True) == [RL, REPORT]
+    assert again.run(PRACTISING) == []
+    assert promoted(store, MODEL) == tuned.ref
+
+
+def test_reinforcement_is_refused_before_anything_is_trained_where_there_is_nothing_to_practise(again):
+    shutil.rmtree(again.home / "models")
+    with pytest.raises(UserError, match="recipe small has nothing to practise; leave --rl out"):
+        again.run(rl=True)
+    with pytest.raises(UserError, match="hf download openai/gsm8k"):
+        again.run(dataclasses.replace(RECIPE, rl={"task": "gsm8k"}), rl=True)
+    assert again.stages == []
 
 
 def test_a_deleted_report_is_written_again(again):

@@ -19,6 +19,7 @@ from jobs.train.dataset import ConvertSettings, DownloadSettings, ListSettings, 
 from jobs.train.import_nanochat import ImportSettings
 from jobs.train.pipeline import PipelineSettings
 from jobs.train.pretrain import PretrainSettings
+from jobs.train.rl import RlSettings
 from jobs.train.scaling import LawsSettings, MiniseriesSettings
 from jobs.train.sft import SftSettings
 from jobs.train.tokenizer import TokenizerSettings
@@ -30,6 +31,7 @@ JOBS = {
     "jobs.train.tokenizer": TokenizerSettings,
     "jobs.train.pretrain": PretrainSettings,
     "jobs.train.sft": SftSettings,
+    "jobs.train.rl": RlSettings,
     "jobs.eval.tokenizer": TokenizerEvalSettings,
     "jobs.train.import_nanochat": ImportSettings,
     "jobs.train.scaling miniseries": MiniseriesSettings,
@@ -74,7 +76,7 @@ def test_make_targets_exist(page: Path) -> None:
 def test_every_flag_of_a_job_is_listed_with_its_default(job: str) -> None:
     pages = "".join(
         (ROOT / "docs" / page).read_text()
-        for page in ("training.md", "data.md", "scaling.md", "engine.md", "report.md")
+        for page in ("training.md", "rl.md", "data.md", "scaling.md", "engine.md", "report.md")
     )
     section = pages.split(f"### `{job}`")[1].split("\n### ")[0]
     listed = dict(re.findall(r"^\| `(--[a-z0-9-]+)`[^|]* \| ([^|]+) \|", section, re.MULTILINE))

@@ -124,6 +124,20 @@ def test_a_bar_is_never_longer_than_its_terminal_and_drops_the_least_wanted_firs
     assert all(present) or columns <= len(f"base 100% ###### 1/{total:,}{everything}")
 
 
+def test_what_a_stage_measures_is_shown_logged_and_served(caplog):
+    step = at(1, measures={"reward": 0.25})
+    with terminal() as screen, Progress("rl-shown", total=10, initial=0) as shown:
+        shown.report(step)
+    assert "reward 0.250  loss 2.000" in screen.lines[-1]
+    recorder = Recorder()
+    with caplog.at_level(logging.INFO), Progress("rl-shown", total=10, initial=0, trackers=[recorder]) as shown:
+        shown.report(step)
+    assert events(caplog)[-1].reward == 0.25
+    assert recorder.noted[0][1]["train/reward"] == 0.25
+    labels = {"stage": "rl-shown", "measure": "reward"}
+    assert REGISTRY.get_sample_value("nanochat_train_measure", labels) == 0.25
+
+
 def test_a_warning_stands_above_the_bar_on_a_line_of_its_own():
     root = logging.getLogger()
     before = root.handlers[:], root.level

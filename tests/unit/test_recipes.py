@@ -17,6 +17,7 @@ from jobs.train.demo_world import CONVERSATION_MIX, EVALUATION_MIX
 from jobs.train.mixtures import Mixture
 from jobs.train.pretrain import PretrainSettings, plan
 from jobs.train.recipes import RECIPES, Recipe, cut_documents
+from jobs.train.rl import RlSettings
 from jobs.train.sft import SftSettings
 from jobs.train.shards import TextDataset
 from jobs.train.tokenizer import TokenizerSettings
@@ -25,12 +26,13 @@ from nanochat_core.errors import UserError
 from nanochat_core.settings import load
 from nanochat_core.store import Store, open_store
 
-FLAGS = [(recipe, stage) for recipe in RECIPES.values() for stage in ("tokenizer", "pretrain", "sft")]
-JOBS = {"tokenizer": TokenizerSettings, "pretrain": PretrainSettings, "sft": SftSettings}
+JOBS = {"tokenizer": TokenizerSettings, "pretrain": PretrainSettings, "sft": SftSettings, "rl": RlSettings}
+FLAGS = [(recipe, stage) for recipe in RECIPES.values() for stage in JOBS if getattr(recipe, stage) is not None]
 REQUIRED = {
     "tokenizer": ["--dataset=d", "--name=t"],
     "pretrain": ["--model=m", "--dataset=d", "--tokenizer=t"],
     "sft": ["--model=m", "--mixture=c"],
+    "rl": ["--model=m"],
 }
 
 
@@ -52,7 +54,7 @@ def test_the_flags_of_every_stage_are_flags_of_its_job(recipe, stage):
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
 def test_batches_are_whole_rows_and_the_rates_change_over_the_run(recipe):
-    tokenizer, pretrain, sft = (settings(recipe, stage) for stage in JOBS)
+    tokenizer, pretrain, sft = (settings(recipe, stage) for stage in ("tokenizer", "pretrain", "sft"))
     config = ModelConfig.from_depth(
         pretrain.depth,
         vocab_size=tokenizer.vocab_size,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jobs.train.loader import Batch
 from jobs.train.schedule import Schedule
-from jobs.train.trainer import RunConfig, Trainer, TrainingDiverged
+from jobs.train.trainer import RunConfig, Trainer, TrainingDiverged, _thinned
 from nanochat_core.checkpoint import load_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.model import GPT
@@ -57,12 +57,13 @@ def trainer(tmp_path: Path, steps: int, **changes: Any) -> Trainer:
 
 def spoil(run: Trainer, steps: dict[int, float]) -> None:
     """Multiply the loss of some steps."""
-    loss = run._loss
+    objective = run._objective
 
-    def spoiled(ids: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        return loss(ids, targets, reduction) * steps.get(run.state.step + 1, 1.0)
+    def spoiled(rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, measures = objective(rows)
+        return loss * steps.get(run.state.step + 1, 1.0), measures
 
-    run._loss = spoiled
+    run._objective = spoiled
 
 
 def test_a_step_without_a_finite_loss_changes_nothing_and_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -123,6 +124,59 @@ def test_a_loss_far_above_the_recent_ones_is_reported_and_trained_on(tmp_path: P
     assert [record.step for record in caplog.records if record.message == "loss spike"] == [120]
     assert run.state.skipped == []
     assert [point["step"] for point in run.state.history] == list(range(1, 131))
+
+
+def test_a_step_that_teaches_nothing_leaves_the_weights_to_themselves(tmp_path: Path):
+    """Muon's momentum alone would make a step of full length."""
+    run = trainer(tmp_path, steps=4)
+    spoil(run, {3: 0.0})
+    weights: dict[int, list[Tensor]] = {}
+    step = run._step
+
+    def noted(batch: Batch) -> Any:
+        result = step(batch)
+        weights[run.state.step] = [parameter.detach().clone() for parameter in run.model.parameters()]
+        return result
+
+    run._step = noted  # type: ignore[method-assign]
+    run.run()
+    same = {at: all(map(torch.equal, weights[at - 1], weights[at])) for at in (2, 3, 4)}
+    assert same == {2: False, 3: True, 4: False}
+    assert run.state.skipped == []
+
+
+def test_what_an_objective_measures_is_noted_per_counted_token_whatever_the_passes(tmp_path: Path):
+    for rows in (4, 1):
+        run = trainer(tmp_path / str(rows), steps=2, micro_batch_rows=rows)
+        objective = run._objective
+
+        def measured(part: Batch, objective: Any = objective) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, _ = objective(part)
+            return loss, {"large": (part.targets >= 100).sum().double()}
+
+        run._objective = measured
+        run.run()
+        expected = [float((next(Batches(step).prefetched()).targets >= 100).double().mean()) for step in (0, 1)]
+        assert [point["large"] for point in run.state.history] == pytest.approx(expected)
+
+
+def test_evaluations_may_come_before_the_first_step_and_have_metrics_of_several_numbers(tmp_path: Path):
+    run = trainer(tmp_path, steps=3, evaluate_first=True, eval_every=2)
+    run._evaluate = lambda: {"passed": {"1": 0.5, "2": 0.75}}
+    run.run()
+    evaluated = [point["step"] for point in run.state.history if "passed" in point]
+    assert evaluated == [0, 2, 3]
+    assert run.state.history[0] == {"step": 0, "passed": {"1": 0.5, "2": 0.75}}
+
+
+def test_a_long_history_keeps_every_evaluation():
+    history = [{"step": step, "loss": 1.0, "reward": 0.5} for step in range(1, 5001)]
+    for point in history[99::100]:
+        point["heldout_reward"] = 0.5
+    thin = _thinned(history)
+    assert 2000 > len(thin) >= 1667
+    assert sum("heldout_reward" in point for point in thin) == 50
+    assert thin[-1] == history[-1]
 
 
 def test_checkpoints_to_keep_for_good_are_not_deleted_and_half_written_ones_are(tmp_path: Path):

@@ -121,9 +121,14 @@ def calculation(rng: random.Random, split: Split, *, reserved_share: float = 0.8
     if manner == "commanded":
         question = rng.choice(_frames(rng, split, _SUM_COMMANDS[drawn.symbol])).format(a=drawn.a, b=drawn.b)
     else:
-        spelled = rng.choice(_SUM_SPELLINGS[drawn.symbol]).format(a=drawn.a, b=drawn.b)
-        question = rng.choice(_frames(rng, split, _SUM_FRAMES)).format(sum=spelled)
+        question = framed(rng, split, drawn)
     return _with_tool(question, drawn.code, drawn.result, f"The answer is {drawn.result}.")
+
+
+def framed(rng: random.Random, split: Split, drawn: arithmetic.Sum) -> str:
+    """Asks for the result of ``drawn``, written as a sum."""
+    spelled = rng.choice(_SUM_SPELLINGS[drawn.symbol]).format(a=drawn.a, b=drawn.b)
+    return rng.choice(_frames(rng, split, _SUM_FRAMES)).format(sum=spelled)
 
 
 _COUNT_FRAMES = Phrasings(

@@ -38,13 +38,13 @@ class CpuNetwork(ServingWeights):
             QK_SCALE**2 * config.head_dim**0.5,
             VALUE_GATE_SCALE,
         )
+
+    def load(self, model: GPT) -> None:
+        super().load(model)
         # A cosine and a negative sine for each pair of channels.
         self._turn_pairs = torch.view_as_real(self._turns).contiguous()
-        table = self._value_table
-        self._value_tables = {
-            layer: table.data_ptr() + i * config.kv_dim * table.element_size()
-            for i, layer in enumerate(self._value_layers)
-        }
+        columns, table = self.config.kv_dim, self._value_table
+        self._value_tables = {layer: table[:, i * columns :].data_ptr() for i, layer in enumerate(self._value_layers)}
 
     @torch.inference_mode()
     def hidden(self, ids: Tensor, previous_ids: Tensor, positions: Tensor, attend: CpuAttention) -> Tensor:
