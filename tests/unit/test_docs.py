@@ -74,7 +74,7 @@ def test_make_targets_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_flag_of_a_job_is_listed_with_its_default(job: str) -> None:
-    pages = "".join(
+    pages = "\n### ".join(
         (ROOT / "docs" / page).read_text()
         for page in ("training.md", "rl.md", "data.md", "scaling.md", "engine.md", "report.md")
     )
