@@ -143,7 +143,7 @@ def _machine(machine: Report) -> str:
 
 
 def _held_out(name: str) -> str:
-    return {"val_bpb": "bits per byte", "val_loss": "nats"}.get(name, name)
+    return {"val_bpb": "bpb", "val_loss": "nats"}.get(name, name)
 
 
 def _configuration(report: Report, _plots: set[str]) -> list[str]:
