@@ -11,6 +11,7 @@ import pytest
 
 from jobs.eval.bench_engine import BenchEngineSettings
 from jobs.eval.chat import ChatEvalSettings
+from jobs.eval.core import CoreSettings
 from jobs.eval.report import ReportSettings
 from jobs.eval.tokenizer import TokenizerEvalSettings
 from jobs.train.dataset import ConvertSettings, DownloadSettings, ListSettings, ValidateSettings
@@ -34,6 +35,7 @@ JOBS = {
     "jobs.train.scaling laws": LawsSettings,
     "jobs.eval.bench_engine": BenchEngineSettings,
     "jobs.eval.chat": ChatEvalSettings,
+    "jobs.eval.core": CoreSettings,
     "jobs.eval.report": ReportSettings,
     "jobs.train.dataset download": DownloadSettings,
     "jobs.train.dataset convert": ConvertSettings,
@@ -69,7 +71,8 @@ def test_make_targets_exist(page: Path) -> None:
 @pytest.mark.parametrize("job", JOBS)
 def test_every_flag_of_a_job_is_listed_with_its_default(job: str) -> None:
     pages = "".join(
-        (ROOT / "docs" / page).read_text() for page in ("training.md", "data.md", "scaling.md", "engine.md")
+        (ROOT / "docs" / page).read_text()
+        for page in ("training.md", "data.md", "scaling.md", "engine.md", "evaluation.md")
     )
     section = pages.split(f"### `{job}`")[1].split("\n### ")[0]
     listed = dict(re.findall(r"^\| `(--[a-z0-9-]+)`[^|]* \| ([^|]+) \|", section, re.MULTILINE))
