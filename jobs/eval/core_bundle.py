@@ -165,7 +165,7 @@ def read_bundle(files: Files, max_per_task: int = 0) -> Bundle:
         if len(items) <= spec.shots:
             raise UserError(
                 f"{spec.label} shows {spec.shots} examples before each item, of which there are {len(items)} in all; "
-                f"give --max-per-task at least {spec.shots + 1}"
+                f"take at least {spec.shots + 1} per task"
             )
         digest = hashlib.sha256(content).hexdigest()
         tasks.append(Task(spec.label, spec.kind, spec.shots, baselines[spec.label], tuple(items), digest))
@@ -226,11 +226,9 @@ class _Spec:
         if not isinstance(entry, dict):
             raise TypeError("it is no JSON object")
         if self.kind == "language_modeling":
-            context, continuation = _text(entry, "context").strip(), _text(entry, "continuation")
-            if not continuation.strip():
-                raise ValueError("the continuation is empty")
-            whole = f"{context}{self.delimiter}{continuation}"
-            return Item(whole, (f"{context}{self.delimiter}", whole), 0)
+            without = f"{_text(entry, 'context').strip()}{self.delimiter}"
+            whole = f"{without}{_text(entry, 'continuation')}"
+            return Item(whole, (without, whole), 0)
         if self.kind == "multiple_choice":
             query = _text(entry, "query")
             asked = tuple(f"{query}{self.delimiter}{choice}" for choice in _texts(entry, "choices"))
@@ -298,6 +296,6 @@ def _text(entry: dict[str, Json], field: str) -> str:
 
 def _texts(entry: dict[str, Json], field: str) -> list[str]:
     values = entry[field]
-    if not isinstance(values, list) or len(values) < 2 or not all(isinstance(value, str) for value in values):
-        raise TypeError(f"{field} must be a list of at least two texts")
+    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{field} must be a list of texts")
     return values

@@ -61,7 +61,7 @@ class Scorer:
         self._logits = GPU_CHUNK if self.device.type == "cuda" else CPU_CHUNK
 
     def score(self, questions: Sequence[Question]) -> list[list[float]]:
-        """Per question and option, the mean loss in nats of the tokens to be predicted.
+        """Per question of one task and option, the mean loss in nats of the tokens to be predicted.
 
         The loss of a token of language modeling is 0 where it is the most likely one, and 1 elsewhere.
         """

@@ -113,6 +113,68 @@ def train(task: dict[str, Any]) -> None:
     Path(task["result"]).write_text(json.dumps({"seconds": seconds, "losses": losses, "evaluations": evaluations}))
 
 
+def core_weights(task: dict[str, Any]) -> None:
+    """A tokenizer, and a model that has read the same text for a few steps, in upstream's layout.
+
+    A model that has learnt nothing would find no continuation, and there would be little to compare.
+    """
+    torch.set_num_threads(task["threads"])
+    torch.manual_seed(task["seed"])
+    texts = json.loads(Path(task["texts"]).read_text())
+    folder = Path(task["folder"])
+    tokenizer = RustBPETokenizer.train_from_iterator(iter(texts), task["config"]["vocab_size"])
+    tokenizer.save(str(folder / "tokenizer"))
+    model = build(task["config"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    order, rows, time_ = random.Random(task["seed"]), 8, 256
+    for step in range(task["steps"]):
+        stream: list[int] = []
+        while len(stream) < rows * (time_ + 1):
+            stream += tokenizer.encode(order.choice(texts), prepend=tokenizer.get_bos_token_id())
+        ids = torch.tensor(stream[: rows * (time_ + 1)]).view(rows, time_ + 1)
+        loss = model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"step {step} loss {loss.item():.3f}", flush=True)
+    meta = {"step": 1, "model_config": dataclasses.asdict(model.config), "total_batch_size": 8192}
+    save_checkpoint(task["folder"], 1, model.state_dict(), None, meta)
+
+
+def core(task: dict[str, Any]) -> None:
+    """base_eval's own CORE, which finds the bundle in its base folder; writes seconds and accuracy of each task."""
+    from scripts import base_eval
+
+    torch.set_num_threads(task["threads"])
+    compute_init("cpu")
+    saved, _, _ = load_checkpoint(task["folder"], 1, CPU)
+    model = build(task["config"])
+    model.load_state_dict({name: tensor.float() for name, tensor in saved.items()}, strict=True, assign=True)
+    tokenizer = RustBPETokenizer.from_directory(str(Path(task["folder"], "tokenizer")))
+    seconds: list[float] = []
+    evaluate_task = base_eval.evaluate_task
+
+    def timed(*arguments: Any) -> float:
+        began = time.perf_counter()
+        accuracy: float = evaluate_task(*arguments)
+        seconds.append(time.perf_counter() - began)
+        return accuracy
+
+    base_eval.evaluate_task = timed
+    began = time.perf_counter()
+    found = base_eval.evaluate_core(model.eval(), tokenizer, CPU, max_per_task=task["max_per_task"])
+    whole = time.perf_counter() - began
+    result = {
+        "core": found["core_metric"],
+        "seconds": whole,
+        "tasks": {
+            label: {"accuracy": accuracy, "seconds": each}
+            for (label, accuracy), each in zip(found["results"].items(), seconds, strict=True)
+        },
+    }
+    Path(task["result"]).write_text(json.dumps(result))
+
+
 class NoTokens:
     """Stands in for the tokenizer: its special tokens are none of the model's, so nothing ends before its length."""
 
@@ -207,6 +269,13 @@ def serve(task: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    {"logits": logits, "train": train, "weights": weights, "serve": serve, "rollouts": rollouts}[sys.argv[1]](
-        json.loads(Path(sys.argv[2]).read_text())
-    )
+    task = json.loads(Path(sys.argv[2]).read_text())
+    {
+        "logits": logits,
+        "train": train,
+        "weights": weights,
+        "serve": serve,
+        "rollouts": rollouts,
+        "core_weights": core_weights,
+        "core": core,
+    }[sys.argv[1]](task)

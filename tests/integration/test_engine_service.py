@@ -517,7 +517,7 @@ async def test_a_model_that_does_not_fit_beside_the_old_one_leaves_it_serving(
 
     async with serving(home, caplog) as (_, stub):
         with monkeypatch.context() as patch:
-            patch.setattr(EngineConfig, "build_cache", fail)
+            patch.setattr(EngineConfig, "cache_groups", fail)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.Reload(pb.ReloadRequest(revision=SECOND.revision))
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION

@@ -165,3 +165,18 @@ def test_batches_hold_no_more_than_they_may_and_everything_once():
         longest = max(len(trees[i].prefix) for i in batch) + max(len(trees[i].ids) for i in batch)
         assert len(batch) == 1 or len(batch) * longest <= 300
     assert len(batches) < 20
+
+
+def test_scores_in_bf16_are_those_of_a_plain_pass_in_bf16_but_for_its_rounding():
+    rng = random.Random(4)
+    questions = [choice(rng, 40, [5, 8, 3]), schema(rng, 20, [4, 6], 7)]
+
+    def model() -> GPT:
+        fp32 = tiny_model(depth=3, head_dim=64)
+        bf16 = GPT(fp32.config, torch.bfloat16)
+        bf16.load_state_dict(fp32.state_dict())
+        return bf16.eval()
+
+    for question, score in zip(questions, Scorer(model()).score(questions), strict=True):
+        assert score == pytest.approx(plain_losses(tiny_model(depth=3, head_dim=64), question), abs=0.3)
+        assert score != pytest.approx(plain_losses(tiny_model(depth=3, head_dim=64), question), abs=1e-5)

@@ -12,6 +12,7 @@ import pytest
 from jobs.eval.bench_engine import BenchEngineSettings
 from jobs.eval.chat import ChatEvalSettings
 from jobs.eval.compare import CompareSettings
+from jobs.eval.core import CoreSettings
 from jobs.eval.gate import GateSettings
 from jobs.eval.report import ReportSettings
 from jobs.eval.tokenizer import TokenizerEvalSettings
@@ -38,6 +39,7 @@ JOBS = {
     "jobs.train.scaling laws": LawsSettings,
     "jobs.eval.bench_engine": BenchEngineSettings,
     "jobs.eval.chat": ChatEvalSettings,
+    "jobs.eval.core": CoreSettings,
     "jobs.eval.report": ReportSettings,
     "jobs.eval.compare": CompareSettings,
     "jobs.eval.gate": GateSettings,
@@ -74,10 +76,8 @@ def test_make_targets_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_flag_of_a_job_is_listed_with_its_default(job: str) -> None:
-    pages = "\n### ".join(
-        (ROOT / "docs" / page).read_text()
-        for page in ("training.md", "rl.md", "data.md", "scaling.md", "engine.md", "report.md")
-    )
+    names = ("training", "rl", "data", "scaling", "engine", "report", "evaluation")
+    pages = "\n### ".join((ROOT / "docs" / f"{name}.md").read_text() for name in names)
     section = pages.split(f"### `{job}`")[1].split("\n### ")[0]
     listed = dict(re.findall(r"^\| `(--[a-z0-9-]+)`[^|]* \| ([^|]+) \|", section, re.MULTILINE))
     fields = dataclasses.fields(JOBS[job])

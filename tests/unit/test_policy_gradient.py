@@ -92,9 +92,11 @@ def gradients(model: GPT, loss: Tensor) -> list[Tensor]:
 
 def assert_same_gradients(model: GPT, one: Tensor, other: Tensor) -> None:
     pairs = list(zip(gradients(model, one), gradients(model, other), strict=True))
-    assert any(bool(gradient.abs().max() > 1e-3) for gradient, _ in pairs)
+    largest = max(float(gradient.abs().max()) for gradient, _ in pairs)
+    assert largest > 1e-3
     for gradient, expected in pairs:
-        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+        # A small one may be the difference of large ones, which fp32 rounds.
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * max(largest, 1))
 
 
 def test_on_policy_its_gradient_is_that_of_reinforce() -> None:

@@ -1,0 +1,117 @@
+"""CORE by this project and by karpathy/nanochat: the same accuracies, and how long each takes.
+
+``python tests/benchmarks/bench_core_peer.py --peer PATH --bundle FOLDER --max-per-task 100``, from the project's root.
+The peer makes a tokenizer and a model that has read the bundle's own text for a few steps, and saves them in its
+layout; this project imports them. Then both evaluate the same files in alternating runs, each a process of its own in
+fp32: the peer by ``evaluate_core`` of its ``base_eval.py``, without torch.compile, as that program runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from peer import peer_config, run_ours, run_peer
+
+from jobs.eval.core_bundle import open_bundle, read_bundle
+from jobs.train.import_nanochat import ImportSettings
+from jobs.train.import_nanochat import run as import_nanochat
+from nanochat_core.config import ModelConfig
+from nanochat_core.errors import run_main
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, required=True, help="checkout of karpathy/nanochat")
+    parser.add_argument("--bundle", type=Path, required=True, help="folder of an evaluation bundle")
+    parser.add_argument("--max-per-task", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--context-length", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=60, help="of the model's training")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=42)
+    options = parser.parse_args()
+    bundle = read_bundle(open_bundle(str(options.bundle)), options.max_per_task)
+    config = ModelConfig.from_depth(
+        options.depth, vocab_size=options.vocab_size, head_dim=64, context_length=options.context_length
+    )
+    runs: dict[str, list[dict[str, Any]]] = {"peer": [], "ours": []}
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
+        (folder / "eval_bundle").symlink_to(options.bundle.resolve())
+        texts = [item.shown for task in read_bundle(open_bundle(str(options.bundle))).tasks for item in task.items]
+        (folder / "texts.json").write_text(json.dumps(texts))
+        task = {
+            "config": peer_config(config),
+            "folder": str(folder / "weights"),
+            "texts": str(folder / "texts.json"),
+            "steps": options.steps,
+            "home": str(folder / "home"),
+            "model": "theirs",
+            "bundle": str(options.bundle.resolve()),
+            "max_per_task": options.max_per_task,
+            "threads": options.threads,
+            "seed": options.seed,
+            "result": str(folder / "result.json"),
+        }
+        run_peer(options.peer, "core_weights", task, folder)
+        weights = folder / "weights"
+        import_nanochat(
+            ImportSettings(
+                folder=str(weights),
+                tokenizer_folder=str(weights / "tokenizer"),
+                model="theirs",
+                home=str(folder / "home"),
+            )
+        )
+        for number in range(1, options.rounds + 1):
+            # Whoever comes first changes from round to round.
+            for side in ("peer", "ours") if number % 2 else ("ours", "peer"):
+                if side == "peer":
+                    run_peer(options.peer, "core", task, folder)
+                else:
+                    run_ours("our_core_process.py", task, folder)
+                runs[side].append(json.loads((folder / "result.json").read_bytes()))
+                print(f"round {number}: {side} {runs[side][-1]['seconds']:.1f} s", flush=True)
+    return show(runs, {task.label: len(task.items) for task in bundle.tasks})
+
+
+def show(runs: dict[str, list[dict[str, Any]]], examples: dict[str, int]) -> int:
+    """Print a table; 1 when an accuracy differs."""
+    different = []
+    print("\n| task | examples | accuracy, peer | accuracy, ours | peer, s | ours, s | ratio |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for label, items in examples.items():
+        seconds = {
+            side: statistics.median(run["tasks"][label]["seconds"] for run in each) for side, each in runs.items()
+        }
+        # The peer's mean is in fp32: numbers of right answers are what can be equal.
+        right = {side: {round(run["tasks"][label]["accuracy"] * items) for run in each} for side, each in runs.items()}
+        if right["peer"] != right["ours"] or len(right["peer"]) > 1:
+            different.append(label)
+        peer, ours = (" ".join(f"{number / items:.4f}" for number in sorted(right[side])) for side in ("peer", "ours"))
+        print(
+            f"| {label} | {items} | {peer} | {ours} | {seconds['peer']:.2f} | {seconds['ours']:.2f} "
+            f"| {seconds['peer'] / seconds['ours']:.2f} |"
+        )
+    whole = {side: statistics.median(run["seconds"] for run in each) for side, each in runs.items()}
+    core = {side: each[0]["core"] for side, each in runs.items()}
+    print(
+        f"| all | {sum(examples.values())} | {core['peer']:.6f} | {core['ours']:.6f} | {whole['peer']:.2f} "
+        f"| {whole['ours']:.2f} | {whole['peer'] / whole['ours']:.2f} |"
+    )
+    print(f"\naccuracies: {'differ in ' + ', '.join(different) if different else 'the same on both sides'}")
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    run_main(main, "bench_core_peer.py")

@@ -1,0 +1,46 @@
+"""Our side of bench_core_peer.py, in a process of its own; started by it, not by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from jobs.eval.core_bundle import open_bundle, read_bundle
+from jobs.eval.core_run import CoreResult, evaluate_core
+from jobs.eval.core_scoring import Scorer
+from nanochat_core.checkpoint import CheckpointRef, load_checkpoint
+from nanochat_core.device import prepare_cpu
+from nanochat_core.store import open_store
+
+
+def core(task: dict[str, Any]) -> None:
+    """CORE, task by task, as jobs.eval.core evaluates it; writes seconds and accuracy of each."""
+    prepare_cpu(task["threads"])
+    checkpoint = load_checkpoint(open_store(task["home"]), CheckpointRef(task["model"], "base", 1))
+    model = checkpoint.build_model()
+    began = time.perf_counter()
+    bundle = read_bundle(open_bundle(task["bundle"]), task["max_per_task"])
+    scorer = Scorer(model)
+    tasks, results = {}, []
+    for each in bundle.tasks:
+        started = time.perf_counter()
+        (result,) = evaluate_core(scorer, checkpoint.tokenizer, dataclasses.replace(bundle, tasks=(each,))).tasks
+        tasks[each.label] = {
+            "accuracy": result.accuracy,
+            "seconds": time.perf_counter() - started,
+            "examples": result.examples,
+        }
+        results.append(result)
+    whole = time.perf_counter() - began
+    result = {"core": CoreResult(tuple(results), bundle.missing).core, "seconds": whole, "tasks": tasks}
+    Path(task["result"]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    core(json.loads(Path(sys.argv[1]).read_text()))
