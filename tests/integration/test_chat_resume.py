@@ -24,6 +24,7 @@ from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.distributed import Ranks
 from nanochat_core.engine import Engine, EngineConfig
+from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.store import open_store
 
@@ -179,6 +180,12 @@ def test_two_ranks_find_what_one_finds(home, uninterrupted):
     assert other is None
     assert leader == json.loads(uninterrupted)["identity"]
     assert result_of(home) == uninterrupted
+
+
+def test_a_rank_with_a_store_of_its_own_is_named(home):
+    alone = settings(home, tasks=("spelling",))
+    with pytest.raises(UserError, match=r"spelling-00001 of another rank is not in .*; all ranks need the same store"):
+        chat.run(alone, lambda _: None, ranks=Ranks(rank=0, size=2))
 
 
 def test_other_settings_are_another_evaluation(home):
