@@ -189,13 +189,14 @@ def test_a_rank_with_a_store_of_its_own_is_named(home):
 
 
 def test_other_settings_are_another_evaluation(home):
-    first = chat.run(settings(home, items=4), lambda _: None)
+    small = {"tasks": ("spelling",), "items": 4}
+    first = chat.run(settings(home, **small), lambda _: None)
     for changes in ({"seed": 1}, {"samples": 3}, {"temperature": 0.5}, {"top_k": 5}, {"items": 5}, {"dtype": "bf16"}):
-        other = chat.run(settings(home, **{"items": 4, **changes}), lambda _: None)
+        other = chat.run(settings(home, **small | changes), lambda _: None)
         assert first is not None
         assert other is not None
         assert other["identity"] != first["identity"], changes
-    assert chat.run(settings(home, items=4, batch=8, threads=1), lambda _: None) == first
+    assert chat.run(settings(home, **small, batch=8, threads=1), lambda _: None) == first
 
 
 def test_an_answer_depends_on_neither_the_batch_nor_the_other_questions(home):
