@@ -22,6 +22,7 @@ from jobs.eval.verdicts import Verdict
 from nanochat_core.chat import parse_messages, render_prompt
 from nanochat_core.distributed import ALONE, Ranks
 from nanochat_core.engine import Engine, Request, SamplingParams, ToolPolicy
+from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.tokenizer import Tokenizer
@@ -57,8 +58,18 @@ def chunks(task: ChoiceTask | GenerativeTask) -> dict[str, range]:
 
 
 def verdicts_of(evaluation: Evaluation, task: ChoiceTask | GenerativeTask) -> list[Verdict]:
-    """The verdicts on all questions of a task, when all of its chunks are kept."""
-    return [Verdict.from_json(stored) for name in chunks(task) for stored in evaluation.part(name) or ()]
+    """The verdicts on all questions of a task, once every rank has kept its chunks.
+
+    Raises:
+        UserError: one is missing.
+    """
+    verdicts = []
+    for name in chunks(task):
+        stored = evaluation.part(name)
+        if stored is None:
+            raise UserError(f"{name} of another rank is not in {evaluation.store}; all ranks need the same store")
+        verdicts += [Verdict.from_json(verdict) for verdict in stored]
+    return verdicts
 
 
 def examine_choices(

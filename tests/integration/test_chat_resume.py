@@ -24,6 +24,7 @@ from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.distributed import Ranks
 from nanochat_core.engine import Engine, EngineConfig
+from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.store import open_store
 
@@ -181,14 +182,21 @@ def test_two_ranks_find_what_one_finds(home, uninterrupted):
     assert result_of(home) == uninterrupted
 
 
+def test_a_rank_with_a_store_of_its_own_is_named(home):
+    alone = settings(home, tasks=("spelling",))
+    with pytest.raises(UserError, match=r"spelling-00001 of another rank is not in .*; all ranks need the same store"):
+        chat.run(alone, lambda _: None, ranks=Ranks(rank=0, size=2))
+
+
 def test_other_settings_are_another_evaluation(home):
-    first = chat.run(settings(home, items=4), lambda _: None)
+    small = {"tasks": ("spelling",), "items": 4}
+    first = chat.run(settings(home, **small), lambda _: None)
     for changes in ({"seed": 1}, {"samples": 3}, {"temperature": 0.5}, {"top_k": 5}, {"items": 5}, {"dtype": "bf16"}):
-        other = chat.run(settings(home, **{"items": 4, **changes}), lambda _: None)
+        other = chat.run(settings(home, **small | changes), lambda _: None)
         assert first is not None
         assert other is not None
         assert other["identity"] != first["identity"], changes
-    assert chat.run(settings(home, items=4, batch=8, threads=1), lambda _: None) == first
+    assert chat.run(settings(home, **small, batch=8, threads=1), lambda _: None) == first
 
 
 def test_an_answer_depends_on_neither_the_batch_nor_the_other_questions(home):
