@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -231,9 +231,12 @@ class RolloutSource:
         return self
 
     def settle(self) -> None:
-        """Return when nothing is drawn in the background, and the answerer is free for others."""
+        """Return when nothing is drawn in the background, and the answerer is free for others.
+
+        What went wrong in the background is raised here.
+        """
         if self._ahead is not None:
-            wait([self._ahead])
+            self._ahead.result()
 
     def prefetched(self) -> Generator[RolloutBatch, None, None]:
         """A batch for each step. What is drawn before a batch is asked for is what ``asynchronous`` says."""
