@@ -184,6 +184,8 @@ def test_the_report_says_what_was_measured(finished):
         assert (described["steps"], described["tokens"]) == (steps, steps * 1024)
         assert described["final_loss"] == checkpoint.meta["history"][-1]["loss"]
         assert described["settings"] == checkpoint.meta["settings"]
+        assert described["hardware"]["ranks"] == 1
+        assert described["hardware"]["cores"] == os.cpu_count()
     assert 0 < report["base"]["held_out_bits_per_byte"] < 8
     assert 0 < report["base"]["xz_9_bits_per_byte"] < 8
     assert set(report["chat"]["kinds"]) == RECIPE.conversation_kinds - {"smalltalk"}
