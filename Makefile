@@ -28,7 +28,7 @@ test: setup $(STATIC)/index.html ## Lint, type checks and every test that needs 
 TEST_STORE := $(CURDIR)/build/test-store
 test-cluster: setup ## Tests of images, compose, chart and jobs; needs make images and a cluster that kubectl points at
 	@rm -rf $(TEST_STORE) && mkdir -p $(TEST_STORE)
-	@NANOCHAT_TEST_STORE=$(TEST_STORE) $(NANOCHAT_CLUSTER_EXEC) $(PYTHON) -m pytest -m cluster tests/cluster/test_kubernetes.py
+	@NANOCHAT_TEST_STORE=$(TEST_STORE) $(NANOCHAT_CLUSTER_EXEC) $(PYTHON) -m pytest -m cluster tests/cluster/test_kubernetes.py tests/cluster/test_jobs_on_s3.py
 	@NANOCHAT_TEST_STORE=$(TEST_STORE) $(PYTHON) -m pytest -m cluster tests/cluster/test_compose.py
 
 lint: setup ## Ruff and mypy

@@ -244,7 +244,7 @@ def test_store_can_be_copied(namespace: str, release: str) -> None:
     if not target:
         pytest.skip("NANOCHAT_TEST_STORE names no folder")
     command = ["kubectl", "-n", namespace, "exec", f"deployment/{release}-engine", "--"]
-    pack = Popen([*command, "tar", "-C", "/var/lib/nanochat", "-cf", "-", "models"], stdout=PIPE)
+    pack = Popen([*command, "tar", "-C", "/var/lib/nanochat", "-cf", "-", "models", "data", "tokenizers"], stdout=PIPE)
     with tarfile.open(fileobj=pack.stdout, mode="r|") as archive:
         archive.extractall(target, filter="data")
     assert pack.wait(60) == 0
