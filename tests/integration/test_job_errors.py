@@ -151,7 +151,7 @@ def error_of(home: Path, command: list[str], monkeypatch, capfd) -> str:
         ([*CHAT, "--samples=2"], "2 greedy answers are all the same; give a --temperature above 0"),
         (
             [*CHAT, "--samples=99", "--temperature=1"],
-            "--samples 99 are generated together, so --batch must be at least",
+            "--samples 99 are generated together, so --batch must",
         ),
         (BENCH, "give one of --model, --depth and --endpoint"),
         ([*BENCH, "--depth=2", "--mixes=wild"], "--mixes has wild; choose of fixed, mixed, samples, prefix"),
