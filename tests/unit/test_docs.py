@@ -70,7 +70,8 @@ def test_make_targets_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_flag_of_a_job_is_listed_with_its_default(job: str) -> None:
-    pages = "".join(
+    # A page's last section ends with the page.
+    pages = "\n### ".join(
         (ROOT / "docs" / page).read_text() for page in ("training.md", "rl.md", "data.md", "scaling.md", "engine.md")
     )
     section = pages.split(f"### `{job}`")[1].split("\n### ")[0]

