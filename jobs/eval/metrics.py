@@ -17,7 +17,24 @@ from nanochat_core.store import Store
 HELD_OUT_TEXT, CONVERSATIONS, SAMPLES = "bpb", "conversations", "samples"
 
 # Of a result: what says of what it is, and what is no measure of the model.
-_NOT_MEASURED = frozenset({"seconds", "settings", "examples", "samples", "partial", "gpt2_xl"})
+_NOT_MEASURED = frozenset(
+    [
+        "baseline",
+        "bytes",
+        "examples",
+        "gpt2_xl",
+        "items",
+        "of",
+        "partial",
+        "questions",
+        "right",
+        "samples",
+        "seconds",
+        "settings",
+        "shots",
+        "too_long",
+    ]
+)
 # These levels of a result only group what is below them.
 _GROUPS = frozenset({"tasks", "groups"})
 # The conversations of a report are about chatting, as are the chat tasks.

@@ -119,7 +119,7 @@ def test_literal_text_is_one_line_without_live_markup(text):
     assert len(shown.splitlines()) <= 1
     plain = re.sub(r"\\[!-/:-@\[-`{-~]", "", shown)
     assert not re.search(r"[`*_\[\]<>|~&$\\]", plain)
-    assert not re.match(r"(#|[-+=]|\d+[.)])", shown)
+    assert not re.match(r"(#|[-+=]|\d+[.)](\s|$))", shown)
     assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", shown) == " ".join(text.split())
 
 
