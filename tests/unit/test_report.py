@@ -73,7 +73,7 @@ def test_pictures_are_shown_only_where_they_were_drawn():
         "| pass@8 on held-out problems | 60.0% | 100.0% |",
         "| decode | 8 at once | 1,234 | 10.0 | — |",
         "1.23 at 24 an hour",
-        "**refused**",
+        "| promotion | **refused**: core.core is 0.2612; at least 0.3 is required |",
         "| core.core\\>=0.3 | **fails** | core.core is 0.2612; at least 0.3 is required |",
         "Pretraining, fine-tuning and reinforcement learning: A processor (2 cores, torch 2.9.0) on 2 ranks",
         "`sft/step_000400` was trained from `demo base/step_000300`",
