@@ -50,12 +50,14 @@ class Metric:
 
 
 def metrics_of(store: Store, checkpoint: Checkpoint) -> dict[str, Metric]:
-    """Everything that the store's evaluations say of a checkpoint and of those that it was made from.
+    """Everything that the store's evaluations say of a checkpoint and of the base model that it was made from.
 
-    Where both were evaluated on the same, the checkpoint's own number counts.
+    What was measured of the base model says how much was learned from text. Of an ancestor that chats nothing is taken
+    over: fine-tuning it further may have spoiled what it could. The checkpoint's own numbers come first.
     """
+    bases = [(digest, ref) for digest, ref in ancestors(store, checkpoint) if ref.stage == "base"]
     found: dict[str, Metric] = {}
-    for digest, ref in [*reversed(list(ancestors(store, checkpoint))), (weights_of(checkpoint), checkpoint.ref)]:
+    for digest, ref in [*bases, (weights_of(checkpoint), checkpoint.ref)]:
         for result in results(store, ref.model):
             if (result["revision"], result["digest"]) == (ref.revision, digest):
                 found |= flatten(result)
