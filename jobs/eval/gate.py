@@ -35,6 +35,7 @@ log = logging.getLogger("jobs.eval.gate")
 
 # Of the gate, and of a pipeline whose model it refused. Not an error (2), and no code to be restarted on (from 128).
 EXIT_REFUSED = 3
+_MARKS = {True: "holds", False: "fails", None: "n/a"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,9 +181,6 @@ def run(settings: GateSettings, show: Callable[[str], None]) -> Decision:
     for outcome in decision.outcomes:
         show(f"  {_MARKS[outcome.passed]:<8} {outcome.reason}")
     return decision
-
-
-_MARKS = {True: "holds", False: "fails", None: "n/a"}
 
 
 def main() -> int:

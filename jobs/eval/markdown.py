@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$])")
 # What begins a list, a heading or a heading's underline.
-_LEADING = re.compile(r"^(\d+)([.)])|^([-+=#])")
+_LEADING = re.compile(r"^(\d+)([.)])(?=\s|$)|^([-+=#])")
 # With its unit: "4 min 08 s", "0.55 bits per byte".
 _NUMBER = re.compile(r"(?!`)\W*\d\S*( \w{1,4}){0,3}|—|")
 

@@ -17,7 +17,24 @@ from nanochat_core.store import Store
 HELD_OUT_TEXT, CONVERSATIONS, SAMPLES = "bpb", "conversations", "samples"
 
 # Of a result: what says of what it is, and what is no measure of the model.
-_NOT_MEASURED = frozenset({"seconds", "settings", "examples", "samples", "partial", "gpt2_xl"})
+_NOT_MEASURED = frozenset(
+    [
+        "baseline",
+        "bytes",
+        "examples",
+        "gpt2_xl",
+        "items",
+        "of",
+        "partial",
+        "questions",
+        "right",
+        "samples",
+        "seconds",
+        "settings",
+        "shots",
+        "too_long",
+    ]
+)
 # These levels of a result only group what is below them.
 _GROUPS = frozenset({"tasks", "groups"})
 # The conversations of a report are about chatting, as are the chat tasks.
@@ -33,12 +50,14 @@ class Metric:
 
 
 def metrics_of(store: Store, checkpoint: Checkpoint) -> dict[str, Metric]:
-    """Everything that the store's evaluations say of a checkpoint and of those that it was made from.
+    """Everything that the store's evaluations say of a checkpoint and of the base model that it was made from.
 
-    Where both were evaluated on the same, the checkpoint's own number counts.
+    What was measured of the base model says how much was learned from text. Of an ancestor that chats nothing is taken
+    over: fine-tuning it further may have spoiled what it could. The checkpoint's own numbers come first.
     """
+    bases = [(digest, ref) for digest, ref in ancestors(store, checkpoint) if ref.stage == "base"]
     found: dict[str, Metric] = {}
-    for digest, ref in [*reversed(list(ancestors(store, checkpoint))), (weights_of(checkpoint), checkpoint.ref)]:
+    for digest, ref in [*bases, (weights_of(checkpoint), checkpoint.ref)]:
         for result in results(store, ref.model):
             if (result["revision"], result["digest"]) == (ref.revision, digest):
                 found |= flatten(result)

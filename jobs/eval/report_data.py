@@ -19,7 +19,7 @@ from nanochat_core.errors import UserError
 from nanochat_core.store import Store
 
 Report = dict[str, Any]
-# Figures that an evaluation's own result has and a report shows.
+# Evaluations of their own, whose results a report shows.
 _EVALUATIONS = ("core", "chat")
 
 

@@ -81,7 +81,8 @@ def _glance(report: Report, stages: Mapping[str, Report]) -> Iterable[tuple[str,
             yield "cost of that", f"{sum(seconds) / 3600 * price:.2f} at {price:g} an hour"
     promotion = report["promotion"]
     if promotion:
-        yield "promotion", _verdict(promotion)
+        why = next((f": {literal(rule['reason'])}" for rule in promotion["rules"] if rule["passed"] is False), "")
+        yield "promotion", _verdict(promotion) + why
 
 
 def _verdict(promotion: Report) -> str:
@@ -368,12 +369,12 @@ def _or_dash(value: Any, form: str) -> str:
 
 
 _SECTIONS: dict[str, Callable[[Report, set[str]], list[str]]] = {
-    "Promotion": _promotion,
     "Training": _training,
     "Held-out conversations": _conversations,
     "CORE": _core,
     "Chat tasks": _chat_tasks,
     "Reinforcement learning": _reinforcement,
+    "Promotion": _promotion,
     "Held-out text": _held_out_text,
     "Samples of the base model": _samples,
     "Tokenizer": _tokenizer,

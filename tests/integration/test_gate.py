@@ -101,6 +101,13 @@ def test_metrics_of_the_model_that_it_was_made_from_count(store: Store) -> None:
     assert not asked(store, SECOND, Gate(require=("core.core>=0.25",))).accepted
 
 
+def test_how_well_its_predecessor_chatted_does_not_count(store: Store) -> None:
+    trained(store, FIRST, 0.99)
+    digest = load_checkpoint(store, FIRST).digests["model.safetensors"]
+    trained(store, SECOND, None, depth=3, inputs={"base": digest}, base="sft/step_000001")
+    assert asked(store, SECOND).refusals == ["chat.accuracy was not measured; at least 0.8 is required"]
+
+
 def test_another_model_can_be_the_measure(store: Store) -> None:
     trained(store, CheckpointRef("old", "sft", 1), 0.95)
     asked(store, CheckpointRef("old", "sft", 1))

@@ -159,7 +159,15 @@ def error_of(home: Path, command: list[str], monkeypatch, capfd) -> str:
         ([*BENCH, "--model=missing"], "model 'missing' has no sft checkpoint in {home}; train it first"),
         ([*BENCH, "--endpoint=grpc://127.0.0.1:1"], "no engine answers at grpc://127.0.0.1:1 (UNAVAILABLE"),
         ([*REPORT, "--model=missing"], "model 'missing' has no base checkpoint in {home}; train it first"),
-        (REPORT, "model 'tiny' has no sft checkpoint in {home}; train it first"),
+        ([*REPORT, "--revision=sft/step_1"], "there is no checkpoint models/tiny/sft/step_000001"),
+        ([*REPORT, "--price-per-hour=-1"], "--price-per-hour is -1.0; it must be at least 0"),
+        (
+            ["jobs.eval.gate", "--model=missing"],
+            "model 'missing' has no sft or rl checkpoint in {home}; train it first",
+        ),
+        (["jobs.eval.gate", f"--model={NAME}", "--recipe=none"], "no sft or rl checkpoint"),
+        (["jobs.eval.compare", NAME], "name at least two models to compare"),
+        (["jobs.eval.compare", NAME, "missing"], "model 'missing' has no base checkpoint in {home}"),
     ],
     ids=lambda value: " ".join(value[:1] + value[-1:]) if isinstance(value, list) else "",
 )

@@ -73,7 +73,7 @@ def test_pictures_are_shown_only_where_they_were_drawn():
         "| pass@8 on held-out problems | 60.0% | 100.0% |",
         "| decode | 8 at once | 1,234 | 10.0 | — |",
         "1.23 at 24 an hour",
-        "**refused**",
+        "| promotion | **refused**: core.core is 0.2612; at least 0.3 is required |",
         "| core.core\\>=0.3 | **fails** | core.core is 0.2612; at least 0.3 is required |",
         "Pretraining, fine-tuning and reinforcement learning: A processor (2 cores, torch 2.9.0) on 2 ranks",
         "`sft/step_000400` was trained from `demo base/step_000300`",
@@ -119,7 +119,7 @@ def test_literal_text_is_one_line_without_live_markup(text):
     assert len(shown.splitlines()) <= 1
     plain = re.sub(r"\\[!-/:-@\[-`{-~]", "", shown)
     assert not re.search(r"[`*_\[\]<>|~&$\\]", plain)
-    assert not re.match(r"(#|[-+=]|\d+[.)])", shown)
+    assert not re.match(r"(#|[-+=]|\d+[.)](\s|$))", shown)
     assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", shown) == " ".join(text.split())
 
 
