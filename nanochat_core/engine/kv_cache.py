@@ -29,8 +29,6 @@ KEY_MULTIPLE = 16
 KEY_TILE = 512
 # Short chunks whose contexts are within the same power of two of this many tokens share one padded batch.
 SMALLEST_BUCKET = 256
-# In a batch of many chunks that costs more than another batch: there, short contexts are parted more finely.
-MANY_CHUNKS, SMALLEST_BUCKET_OF_MANY = 64, 64
 
 
 class KVCache:
@@ -275,13 +273,11 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def _group(chunks: Iterable[Chunk]) -> list[list[Chunk]]:
     """Chunks of at most MOST_ROWS tokens by the size of their context; each longer one alone."""
-    chunks = list(chunks)
-    smallest = SMALLEST_BUCKET if len(chunks) < MANY_CHUNKS else SMALLEST_BUCKET_OF_MANY
     short: dict[int, list[Chunk]] = {}
     long: list[list[Chunk]] = []
     for chunk in chunks:
         if chunk.length <= MOST_ROWS:
-            short.setdefault(max(chunk.end, smallest).bit_length(), []).append(chunk)
+            short.setdefault(max(chunk.end, SMALLEST_BUCKET).bit_length(), []).append(chunk)
         else:
             long.append([chunk])
     return [*short.values(), *long]
