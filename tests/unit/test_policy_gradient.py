@@ -132,7 +132,7 @@ def test_off_policy_tokens_count_by_their_ratio_which_may_be_clipped(clip: float
         for logprob, ratio in zip(slow_logprobs(model, one), mine, strict=True):
             free = ratio * torch.exp(logprob - logprob.detach()) * advantage
             limited = min(max(ratio, 1 - clip), 1 + clip) * advantage
-            cut = bool(clip) and float(limited) < float(free)
+            cut = bool(clip) and float(limited) < float(free.detach())
             clipped += cut
             total = total + (limited if cut else free)
     assert float(loss.detach()) == pytest.approx(-float(total.detach()), rel=1e-3)
