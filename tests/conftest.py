@@ -14,8 +14,17 @@ hypothesis.settings.register_profile("nanochat", deadline=None)
 hypothesis.settings.load_profile("nanochat")
 
 
+def pytest_collection_finish() -> None:
+    """Fixtures of a module come before those of its tests."""
+    _settle_cpu()
+
+
 @pytest.fixture(autouse=True)
 def _cpu_of_tests() -> None:
+    _settle_cpu()
+
+
+def _settle_cpu() -> None:
     """One thread and subnormal numbers, whatever a job that ran in this process has set.
 
     Tensors in tests are small: threads that wait for each other on a busy machine cost more than they give.

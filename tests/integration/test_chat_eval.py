@@ -33,15 +33,6 @@ from nanochat_core.tokenizer import Tokenizer
 MODEL = "untrained"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More would only wait for each other on matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """A model that says anything: special tokens are as likely as others."""

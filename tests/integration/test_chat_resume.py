@@ -34,15 +34,6 @@ FOLDER = "evaluations/untrained/sft/step_000007/chat"
 QUESTIONS, CHUNKS = 80, 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More would only wait for each other on matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory) -> Path:
     """A model that says anything, and a file of questions with choices."""

@@ -49,15 +49,6 @@ def slow_bits(model: GPT, tokenizer: Tokenizer, documents: list[str]) -> float:
     return bits
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More would only wait for each other on matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("tokenizer", [BYTES, MERGED])
 def test_it_is_the_bits_of_every_token_over_the_bytes_of_the_text(tokenizer):
     model = network(tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from test_model import random_ids, random_model
 from torch import Tensor
 
 from nanochat_core.config import ModelConfig
-from nanochat_core.engine import Engine, EngineConfig, Request, SamplingParams, cpu
+from nanochat_core.engine import Engine, EngineConfig, Request, SamplingParams, Token, cpu
 from nanochat_core.engine.backend import build_runner
 from nanochat_core.engine.cpu import library
 from nanochat_core.engine.cpu.attention import CpuCache
@@ -123,6 +124,20 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     one = here.logits((0, 0, 190))[0]
     torch.set_num_threads(2)
     assert torch.equal(here.logits((0, 0, 190))[0], one)
+
+
+def test_a_large_batch_gives_the_bits_of_small_ones() -> None:
+    source = random.Random(5)
+    model, count = tiny_model(context_length=512), 90
+    prompts = [[source.randrange(256) for _ in range(source.choice([5, 40, 100, 130, 250, 300]))] for _ in range(count)]
+    sampling = [SamplingParams(temperature=1.0, top_k=50, seed=i, max_tokens=6, logprobs=0) for i in range(count)]
+
+    def answers(first: int, last: int) -> list[list[Token]]:
+        config = EngineConfig(kv_cache_bytes=1 << 26, max_running=last - first, token_budget=8192)
+        engine = Engine(model, BYTES, config)
+        return [one.tokens for (one,) in engine.generate(prompts[first:last], sampling[first:last])]
+
+    assert answers(0, count) == [tokens for first in range(0, count, 10) for tokens in answers(first, first + 10)]
 
 
 def test_the_engine_says_the_same_with_and_without_the_kernels() -> None:
