@@ -18,7 +18,16 @@ from jobs.train.policy_gradient import PolicyGradient
 from jobs.train.problems import Problems, open_problems
 from jobs.train.rewards import REWARDS, Reward
 from jobs.train.rollouts import Answerer, RolloutSource, Sampling, answering, seed_of
-from jobs.train.run import Place, RunSettings, comparable, make_trainable, run_config, start_reporting, started
+from jobs.train.run import (
+    Place,
+    RunSettings,
+    comparable,
+    hardware,
+    make_trainable,
+    run_config,
+    start_reporting,
+    started,
+)
 from jobs.train.schedule import Schedule
 from jobs.train.trainer import Metrics, Trainer, can_compile
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, newest_checkpoint
@@ -158,6 +167,7 @@ def run(settings: RlSettings, place: Place) -> CheckpointRef:
                 "flops_per_token": tuned.config.flops_per_token,
                 "dtype": str(dtype).removeprefix("torch."),
                 "device": device.type,
+                "hardware": hardware(place),
             },
             device=device,
             ranks=ranks,
