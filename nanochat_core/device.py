@@ -72,10 +72,13 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def muon_dtype(device: torch.device) -> torch.dtype:
     """What Muon orthogonalizes in: bf16 where the hardware multiplies it faster than fp32."""
-    if device.type == "cuda":
-        return torch.bfloat16
+    return torch.bfloat16 if device.type == "cuda" or cpu_multiplies_bf16() else torch.float32
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether the CPU has instructions for products of bf16 numbers."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 does not tell
-    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _keep_freed_memory() -> None:

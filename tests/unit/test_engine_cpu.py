@@ -20,7 +20,7 @@ from nanochat_core.engine.backend import build_runner
 from nanochat_core.engine.cpu import library
 from nanochat_core.engine.cpu.attention import CpuCache
 from nanochat_core.engine.cpu.network import CpuNetwork
-from nanochat_core.engine.network import Network
+from nanochat_core.engine.network import Network, packs
 from nanochat_core.engine.runner import Runner
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.sequence import Sequence
@@ -108,6 +108,8 @@ def test_bf16_is_as_near_to_the_model_as_the_other_path_is(shape: ModelConfig) -
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_token_has_the_same_bits_however_it_is_computed(shape: ModelConfig, dtype: torch.dtype) -> None:
     """Alone and with others, decoded, prefilled in pieces and at once; from the window's edge as from the start."""
+    if not packs(dtype):
+        pytest.skip("on this CPU oneDNN has no products of bf16 weights, and PyTorch's depend on the number of rows")
     here, _, rows = place(shape, 190, 33, 150, dtype=dtype)
     at_once = [here.logits((s, 0, len(row)))[0] for s, row in enumerate(rows)]
     together = here.logits((2, 0, 150), (0, 0, 190), (1, 0, 33))
