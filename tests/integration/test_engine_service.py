@@ -544,7 +544,14 @@ async def test_an_old_model_leaves_memory_before_a_third_one_is_loaded(
         cores.append(weakref.ref(core))
         return core
 
+    run = Runner.run
+
+    def run_slowly(runner: Runner[Any], chunks: list[Chunk]) -> object:
+        time.sleep(0.01)  # so that the stream outlives the loading of another model
+        return run(runner, chunks)
+
     monkeypatch.setattr(ModelHost, "_build", noting_build)
+    monkeypatch.setattr(Runner, "run", run_slowly)
     metrics = Metrics(lambda: host.load())
     host = ModelHost(
         EngineSettings(home=str(home), model="tiny"),
