@@ -165,7 +165,7 @@ RECIPES = {
                 "context-length": 256,
                 "batch-tokens": 8192,
                 "device-batch-rows": 32,
-                "steps": 320,
+                "steps": 260,
                 "lr-scale": 0.8,
                 "weight-decay": 0.1,
                 "warmup-steps": 20,
@@ -176,7 +176,7 @@ RECIPES = {
             sft={
                 "batch-tokens": 4096,
                 "device-batch-rows": 16,
-                "steps": 150,
+                "steps": 120,
                 "lr-scale": 0.3,
                 "eval-every": 50,
             },
