@@ -55,9 +55,7 @@ class KVCache:
         # Queries and keys come as unit vectors.
         self.score_scale = QK_SCALE**2 * config.head_dim**0.5
         self.row_multiple = row_multiple(config.head_dim, dtype) if device.type == "cpu" else 1
-        self.group_of = [
-            next(g for g, group in enumerate(groups) if layer in group.layers) for layer in range(config.depth)
-        ]
+        self.group_of = group_of_layers(config, groups)
         # For each group what is added to a score, by the position of the key less that of the query, from -reach on.
         self._reach = config.context_length + 2 * KEY_TILE
         distance = torch.arange(-self._reach, self._reach, device=device)
@@ -105,6 +103,11 @@ class KVCache:
         shape = (rows, -1, self.config.n_kv_head, self.config.head_dim)
         keys, values = self._keys[layer].index_select(0, flat), self._values[layer].index_select(0, flat)
         return keys.view(shape), values.view(shape)
+
+
+def group_of_layers(config: ModelConfig, groups: Items[CacheGroup]) -> list[int]:
+    """For each layer the index of its group."""
+    return [next(g for g, group in enumerate(groups) if layer in group.layers) for layer in range(config.depth)]
 
 
 def bytes_per_block(config: ModelConfig, layers: int, block_size: int, dtype: torch.dtype) -> int:

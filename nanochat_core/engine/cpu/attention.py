@@ -12,7 +12,7 @@ from torch import Tensor
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine.block_manager import CacheGroup
 from nanochat_core.engine.cpu.library import Batch, Layer
-from nanochat_core.engine.kv_cache import slots_of, zeros
+from nanochat_core.engine.kv_cache import group_of_layers, slots_of, zeros
 from nanochat_core.engine.scheduler import Chunk
 
 
@@ -25,9 +25,7 @@ class CpuCache:
 
     def __init__(self, config: ModelConfig, groups: Items[CacheGroup], block_size: int, dtype: torch.dtype) -> None:
         self.config, self.groups, self.block_size = config, groups, block_size
-        self.group_of = [
-            next(g for g, group in enumerate(groups) if layer in group.layers) for layer in range(config.depth)
-        ]
+        self.group_of = group_of_layers(config, groups)
         cpu = torch.device("cpu")
         blocks = [(groups[g].num_blocks, config.n_kv_head) for g in self.group_of]
         # (num_blocks, n_kv_head, head_dim, block_size) and (num_blocks, n_kv_head, block_size, head_dim).
