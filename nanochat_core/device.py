@@ -8,7 +8,9 @@ import re
 import sys
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from nanochat_core.errors import UserError
 
@@ -115,6 +117,11 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """The same numbers on the device, without waiting for what it is doing."""
+    return torch.from_numpy(values).to(device, non_blocking=True)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from typing import Any
 
 from nanochat_core.engine import cpu
 from nanochat_core.engine.block_manager import CacheGroup
@@ -12,11 +11,11 @@ from nanochat_core.engine.cpu.attention import CpuCache
 from nanochat_core.engine.cpu.network import CpuNetwork
 from nanochat_core.engine.kv_cache import KVCache
 from nanochat_core.engine.network import Network
-from nanochat_core.engine.runner import Runner
+from nanochat_core.engine.runner import EagerRunner, Runner
 from nanochat_core.model import GPT
 
 
-def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner[Any], Items[CacheGroup]]:
+def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, Items[CacheGroup]]:
     """The network with its cache, and how the cache is divided.
 
     Raises:
@@ -27,7 +26,7 @@ def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner[Any], Items[C
     if config.cpu_kernels and cpu.usable(shape, size, dtype, device):
         cpu_network = CpuNetwork(model, size)
         groups = config.cache_groups(model)
-        return Runner(cpu_network, CpuCache(shape, groups, size, dtype)), groups
+        return EagerRunner(cpu_network, CpuCache(shape, groups, size, dtype)), groups
     network = Network(model)
     groups = config.cache_groups(model)
-    return Runner(network, KVCache(shape, groups, size, dtype, device)), groups
+    return EagerRunner(network, KVCache(shape, groups, size, dtype, device)), groups

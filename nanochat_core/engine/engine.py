@@ -12,8 +12,6 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from typing import Protocol
 
-from torch import Tensor
-
 from nanochat_core.engine.backend import build_runner
 from nanochat_core.engine.block_manager import BlockManager
 from nanochat_core.engine.config import EngineConfig
@@ -30,7 +28,8 @@ from nanochat_core.engine.request import (
     ToolResult,
     Usage,
 )
-from nanochat_core.engine.sampler import Sample, Sampler, sample_key
+from nanochat_core.engine.runner import Awaited
+from nanochat_core.engine.sampler import Drawn, Sample, Sampler, sample_key
 from nanochat_core.engine.scheduler import Chunk, Scheduler
 from nanochat_core.engine.sequence import Sequence, State
 from nanochat_core.engine.shedding import Shed, Shedding
@@ -67,6 +66,27 @@ class Observer(Protocol):
     def finished(self, reason: str, since_arrival: float) -> None: ...
     def speculated(self, drafted: int, accepted: int) -> None: ...
     def stepped(self, duration: float, generated_tokens: int) -> None: ...
+
+
+class _Flight:
+    """A step that the device has been given: chunks that sample, and what they will have drawn."""
+
+    def __init__(self, chunks: Items[Chunk], drawn: Drawn) -> None:
+        self.chunks = chunks
+        self.counts = [chunk.samples for chunk in chunks]
+        self.drawn = drawn
+        ends = itertools.accumulate(self.counts)
+        self.awaited = Awaited(drawn.tokens, {chunk.seq: end - 1 for chunk, end in zip(chunks, ends, strict=True)})
+
+    @property
+    def may_be_overtaken(self) -> bool:
+        """Whether the next step can be computed before the tokens are known: each sequence gets just one."""
+        return all(chunk.seq.is_memoryless and not chunk.draft for chunk in self.chunks)
+
+    def read(self) -> list[tuple[Chunk, list[Sample]]]:
+        """Wait for the device; the samples of each chunk."""
+        samples = iter(self.drawn.read())
+        return [(chunk, list(itertools.islice(samples, n))) for chunk, n in zip(self.chunks, self.counts, strict=True)]
 
 
 class Engine:
@@ -112,6 +132,8 @@ class Engine:
             loop=tool_loop,
         )
         self.progressed = False
+        self._overlap = device.type == "cuda" if config.overlap is None else config.overlap
+        self._flight: _Flight | None = None
         self._shedding = Shedding(self.scheduler, device)
         self._observer = observer
         self._arrivals = itertools.count()
@@ -187,26 +209,42 @@ class Engine:
         self._end(request_id, "cancelled")
 
     def step(self) -> list[Output]:
-        """Compute one batch and give back what is new."""
+        """Give the device one batch and give back what is new.
+
+        With overlap that is what the step before has drawn: it is read after the device has got its next batch, in
+        which each sequence goes on with a token that only the device knows. Where that token ends the sequence or calls
+        a tool, what was computed beyond it is dropped. Sequences that look back at what they have said, or that draft,
+        need to know it first; then nothing overlaps.
+        """
         started = time.perf_counter()
         for done in self.tools.collect():
             if done.seq.state is State.PARKED:
                 self._resume(done.seq, done.result)
         preemptions = self.scheduler.preemptions
+        before, generated = self._flight, 0
+        overtakes = before is not None and before.may_be_overtaken and not self.scheduler.drafts
+        if before and not overtakes:
+            generated += self._land(before)
         chunks = self.scheduler.schedule()
-        self.progressed = bool(chunks)
-        if chunks:
-            self._note_admissions(chunks)
-            samples = self._compute(chunks)
-            if samples is None:
-                self._shed(chunks)
-            else:
-                self.scheduler.computed(chunks)
-                generated = sum(self._extend(chunk, drawn) for chunk, drawn in samples)
-                if self._observer:
-                    self._observer.stepped(time.perf_counter() - started, generated)
-        if self._observer and self.scheduler.preemptions > preemptions:
-            self._observer.preempted(self.scheduler.preemptions - preemptions)
+        self.progressed = bool(chunks) or before is not None
+        self._note_admissions(chunks)
+        flight, out_of_memory = self._launch(chunks, before) if chunks else (None, False)
+        if before and overtakes:
+            generated += self._land(before)
+        if out_of_memory:
+            self._shed(chunks)
+        else:
+            self.scheduler.computed(chunks)
+        self._flight = flight
+        if flight:
+            for chunk in flight.chunks:
+                chunk.seq.in_flight = chunk.seq.state is State.RUNNING
+            if not self._overlap:
+                generated += self._land(flight)
+        if self._observer and self.progressed:
+            self._observer.stepped(time.perf_counter() - started, generated)
+            if self.scheduler.preemptions > preemptions:
+                self._observer.preempted(self.scheduler.preemptions - preemptions)
         outputs, self._outputs = self._outputs, []
         self._latest.clear()
         return outputs
@@ -281,6 +319,7 @@ class Engine:
             raise RuntimeError(f"{len(self._requests)} requests are in flight; weights change between requests")
         if (model.config, model.compute_dtype) != (self.model_config, self._dtype):
             raise ValueError("the new weights are of a model with another configuration or dtype")
+        self._flight = None  # what was computed beyond the ends of the last requests
         self.runner.load(model)
         self.blocks.forget()
 
@@ -292,8 +331,9 @@ class Engine:
         seq = Sequence(Request("warm-up", (0,) * length, sampling), 0, 0, 0, length)
         seq.block_tables = [list(range(self.blocks.blocks_for(length))) for _ in self.blocks.groups]
         for chunk in (Chunk(seq, 0, length), Chunk(seq, length - 1, 1)):
-            chunks, logits = self.runner.run([chunk])
-            self._sample(chunks, logits)
+            flight = self._draw([chunk])
+            assert flight is not None, "both sample"
+            flight.read()
 
     def check_integrity(self) -> None:
         """Compare the scheduler's and the block manager's books with the requests in flight.
@@ -310,23 +350,32 @@ class Engine:
         """Stop outstanding tool calls."""
         self.tools.close()
 
-    def _compute(self, chunks: list[Chunk]) -> list[tuple[Chunk, list[Sample]]] | None:
-        """The chunks that sample, each with its samples; None when the device had too little memory."""
+    def _launch(self, chunks: list[Chunk], before: _Flight | None) -> tuple[_Flight | None, bool]:
+        """Give the device a batch; what samples in it, and whether there was too little memory for it.
+
+        Args:
+            before: the step that some of the chunks run ahead of.
+        """
         try:
-            samples = self._sample(*self.runner.run(chunks))
+            flight = self._draw(chunks, before.awaited if before else None)
         except Exception as error:
             if not self._shedding.can_go_on(error, chunks):
                 raise
-            return None
+            return None, True
         self._shedding.fitted()
-        return samples
+        return flight, False
+
+    def _land(self, flight: _Flight) -> int:
+        """Read what a step has drawn and append it; how many tokens that were."""
+        self._flight = None
+        return sum(self._extend(chunk, samples) for chunk, samples in flight.read())
 
     def _shed(self, chunks: list[Chunk]) -> None:
         """Go on with less after a step that did not fit."""
         if self._observer:
             self._observer.out_of_memory()
         seq = self._shedding.shrink(chunks)
-        if seq is not None:
+        if seq is not None and seq.state is not State.FINISHED:
             self._end(seq.request.id, "shed")
             self._output(seq).error = Shed("the device has run out of memory; send the request again later")
 
@@ -349,18 +398,26 @@ class Engine:
                     queued = seq.admitted_at - seq.arrived_at
                     self._observer.admitted(queued, seq.prompt_length, seq.cached_prompt_tokens)
 
-    def _sample(self, chunks: Items[Chunk], logits: Tensor) -> list[tuple[Chunk, list[Sample]]]:
-        rows = [(chunk.seq, len(chunk.seq.tokens) + i) for chunk in chunks for i in range(chunk.samples)]
-        samples = iter(self.sampler.sample(logits, [seq for seq, _ in rows], [position for _, position in rows]))
-        return [(chunk, list(itertools.islice(samples, chunk.samples))) for chunk in chunks]
+    def _draw(self, chunks: Items[Chunk], awaited: Awaited | None = None) -> _Flight | None:
+        """Compute a batch and begin to draw its next tokens; None where none is sampled."""
+        sampling, logits = self.runner.run(chunks, awaited)
+        rows = [(chunk.seq, chunk.start + chunk.known + i) for chunk in sampling for i in range(chunk.samples)]
+        if not rows:
+            return None
+        return _Flight(sampling, self.sampler.draw(logits, [seq for seq, _ in rows], [place for _, place in rows]))
 
     def _extend(self, chunk: Chunk, samples: list[Sample]) -> int:
         """Append the next token, and those after it as long as the draft was right.
+
+        A sequence that has ended or called a tool since the step was begun has no use for them.
 
         Returns:
             How many tokens that were.
         """
         seq, before = chunk.seq, len(chunk.seq.tokens)
+        if not seq.in_flight:
+            return 0
+        seq.in_flight = False
         for sample, drafted in itertools.zip_longest(samples, chunk.draft):
             self._append(seq, sample)
             if seq.state is not State.RUNNING or sample.token != drafted:
@@ -438,6 +495,7 @@ class Engine:
     def _leave(self, seq: Sequence, reason: str) -> None:
         self.tools.cancel(seq)
         self.scheduler.finish(seq)
+        seq.in_flight = False
         if self._observer:
             self._observer.finished(reason, time.monotonic() - seq.arrived_at)
 

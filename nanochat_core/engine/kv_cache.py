@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_core.config import ModelConfig
+from nanochat_core.device import to_device
 from nanochat_core.engine.block_manager import CacheGroup
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.errors import UserError
@@ -94,7 +95,7 @@ class KVCache:
             (chunks, 1, rows * query heads per kv head, keys).
         """
         shared = self.config.n_head // self.config.n_kv_head
-        places = _to_device(np.repeat(first + self._reach, shared, axis=1), self)
+        places = to_device(np.repeat(first + self._reach, shared, axis=1), self.device)
         return self._visible[group].unfold(0, keys, 1)[places].unsqueeze(1)
 
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,7 +166,9 @@ class PagedAttention:
         self._cache = cache
         grouped = _group(chunks)
         self.chunks = [chunk for group in grouped for chunk in group]
-        self._slots = [_to_device(slots_of(self.chunks, g, cache.block_size), cache) for g in range(len(cache.groups))]
+        self._slots = [
+            to_device(slots_of(self.chunks, g, cache.block_size), cache.device) for g in range(len(cache.groups))
+        ]
         self._groups = [_Group(cache, group) for group in grouped]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -193,7 +196,7 @@ class _Group:
         # Where each token's query goes in the padded batch. Decoding has it in the first row of each chunk.
         self._decodes = self.tokens == len(chunks)
         is_token = row < lengths[:, None]
-        self._places = None if self._decodes or is_token.all() else _to_device(np.flatnonzero(is_token), cache)
+        self._places = None if self._decodes or is_token.all() else to_device(np.flatnonzero(is_token), cache.device)
         self._padded: Tensor | None = None
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -246,7 +249,7 @@ class _Group:
             blocks += visible
             blocks += [0] * (width - len(visible))
         mask = cache.mask(group, first[:, None] - self._positions, width * size)
-        return _to_device(np.array(blocks).reshape(-1, width), cache), mask
+        return to_device(np.array(blocks).reshape(-1, width), cache.device), mask
 
 
 @functools.cache
@@ -308,7 +311,3 @@ def _padded_keys(length: int) -> int:
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-def _to_device(values: np.ndarray, cache: KVCache) -> Tensor:
-    return torch.from_numpy(values).to(cache.device, non_blocking=True)

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Items
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nanochat_core.device import to_device
 from nanochat_core.engine.scheduler import Chunk
+from nanochat_core.engine.sequence import Sequence
 from nanochat_core.model import GPT
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Awaited:
+    """Tokens that the step before is still drawing.
+
+    Attributes:
+        tokens: (rows,) int64 on the device.
+        rows: which of them is the next token of each sequence.
+    """
+
+    tokens: Tensor
+    rows: Mapping[Sequence, int]
 
 
 class BatchAttention(Protocol):
@@ -46,42 +63,83 @@ class Executor(Protocol[A_contra]):
     def logits(self, hidden: Tensor) -> Tensor: ...
 
 
-class Runner(Generic[A]):
+class Runner(Protocol):
     """The network and its cache."""
+
+    def load(self, model: GPT) -> None:
+        """Go on with other weights; what the cache holds was computed with the old ones."""
+
+    def run(self, chunks: Iterable[Chunk], awaited: Awaited | None = None) -> tuple[list[Chunk], Tensor]:
+        """Compute keys and values of every chunk and the next tokens' logits of those that sample.
+
+        Nothing waits for the device, so the result of an earlier step may still be on its way.
+
+        Args:
+            awaited: the tokens of chunks that run ahead.
+
+        Returns:
+            The chunks that sample and (rows, vocab_size) fp32 logits, for each of them ``chunk.samples`` rows. They may
+            be overwritten by the next run.
+        """
+
+
+class EagerRunner(Generic[A]):
+    """:class:`Runner` for any network and cache that fit together."""
 
     def __init__(self, network: Executor[A], cache: Cache[A]) -> None:
         self._network = network
         self._cache = cache
 
     def load(self, model: GPT) -> None:
-        """Go on with other weights; what the cache holds was computed with the old ones."""
         self._network.load(model)
 
     @torch.inference_mode()
-    def run(self, chunks: Iterable[Chunk]) -> tuple[list[Chunk], Tensor]:
-        """Compute keys and values of every chunk and the next tokens' logits of those that sample.
-
-        Returns:
-            The chunks that sample and (rows, vocab_size) fp32 logits, for each of them ``chunk.samples`` rows.
-        """
+    def run(self, chunks: Iterable[Chunk], awaited: Awaited | None = None) -> tuple[list[Chunk], Tensor]:
         attention = self._cache.attention(chunks)
         chunks = attention.chunks
+        batch = TokenBatch(chunks, self._network.no_token)
+        device = self._network.device
+        ids, previous, positions = to_device(batch.rows, device)
+        if batch.ahead and awaited is not None:
+            rows = [awaited.rows[seq] for _, seq in batch.ahead]
+            places = to_device(np.array([[place for place, _ in batch.ahead], rows], dtype=np.int64), device)
+            ids.index_copy_(0, places[0], awaited.tokens.index_select(0, places[1]))
+        hidden = self._network.hidden(ids, previous, positions, attention)
+        rows = batch.sampled_rows(chunks)
+        if len(rows) < len(ids):
+            hidden = hidden.index_select(0, to_device(np.array(rows, dtype=np.int64), device))
+        return [chunk for chunk in chunks if chunk.samples], self._network.logits(hidden)
+
+
+class TokenBatch:
+    """The tokens of a ragged batch, one after another.
+
+    Attributes:
+        rows: (3, tokens) int64: ids, those of the tokens before them, and positions in the sequence.
+        ahead: where tokens are whose id is not known yet, and whose they are.
+    """
+
+    def __init__(self, chunks: Items[Chunk], no_token: int) -> None:
         ids: list[int] = []
         previous: list[int] = []
         positions: list[int] = []
+        self.ahead: list[tuple[int, Sequence]] = []
         for chunk in chunks:
-            ids += chunk.tokens
-            previous.append(chunk.seq.tokens[chunk.start - 1] if chunk.start else self._network.no_token)
+            if chunk.runs_ahead:
+                self.ahead.append((len(ids), chunk.seq))
+                ids.append(0)
+            else:
+                ids += chunk.tokens
+            previous.append(chunk.seq.tokens[chunk.start - 1] if chunk.start else no_token)
             previous += ids[len(previous) - 1 : -1]
             positions += range(chunk.start, chunk.end)
-        batch = torch.from_numpy(np.array([ids, previous, positions], dtype=np.int64)).to(self._network.device)
-        hidden = self._network.hidden(batch[0], batch[1], batch[2], attention)
-        sampling = [chunk for chunk in chunks if chunk.samples]
-        rows = [
+        self.rows = np.array([ids, previous, positions], dtype=np.int64)
+
+    @staticmethod
+    def sampled_rows(chunks: Items[Chunk]) -> list[int]:
+        """Of which of the tokens the next one is sampled."""
+        return [
             row
             for chunk, end in zip(chunks, itertools.accumulate(chunk.length for chunk in chunks), strict=True)
             for row in range(end - chunk.samples, end)
         ]
-        if len(rows) < len(ids):
-            hidden = hidden.index_select(0, torch.tensor(rows, dtype=torch.int64, device=self._network.device))
-        return sampling, self._network.logits(hidden)

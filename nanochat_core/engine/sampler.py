@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat_core.device import to_device
 from nanochat_core.engine.request import SamplingParams
 from nanochat_core.engine.sequence import Sequence
 
@@ -46,8 +47,60 @@ def sample_key(seed: int, choice: int) -> int:
     return int(_mix(_mix(np.array([seed & _U64], np.uint64)) + np.uint64(choice))[0])
 
 
+class Drawn:
+    """Tokens that the device has drawn, or is still drawing.
+
+    Attributes:
+        tokens: (rows,) int64 on the device, for the next step to go on from before anyone has read them.
+    """
+
+    def __init__(self, tokens: Tensor, report: _Report | None) -> None:
+        self.tokens = tokens
+        self._report = report
+        self._host, self._copied = tokens, None
+        if tokens.is_cuda:
+            # Copied now: a copy that is asked for later would wait for the steps begun until then.
+            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._host.copy_(tokens, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> list[Sample]:
+        """Wait for the device; one sample for each row."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        samples = [Sample(token) for token in self._host.tolist()]
+        if self._report is not None:
+            self._report.add_to(samples)
+        return samples
+
+
+class _Report:
+    """Log probabilities of what was drawn in some rows, and of the best alternatives."""
+
+    def __init__(self, rows: Items[int], wanted: Items[int], log_probabilities: Tensor, drawn: Tensor) -> None:
+        """
+        Args:
+            wanted: how many alternatives each of ``rows`` gets.
+            log_probabilities: (len(rows), vocab_size).
+            drawn: (len(rows),) token ids.
+        """
+        self._rows, self._wanted = rows, wanted
+        self._best = log_probabilities.topk(min(max(wanted), log_probabilities.size(1)))
+        self._of_drawn = log_probabilities.gather(1, drawn.unsqueeze(1)).squeeze(1)
+
+    def add_to(self, samples: list[Sample]) -> None:
+        values, ids, of_drawn = self._best.values.tolist(), self._best.indices.tolist(), self._of_drawn.tolist()
+        for i, (row, wanted) in enumerate(zip(self._rows, self._wanted, strict=True)):
+            top = tuple(zip(ids[i][:wanted], values[i][:wanted], strict=True))
+            samples[row] = Sample(samples[row].token, of_drawn[i], top)
+
+
 class Sampler:
-    """Vectorised over sequences; keeps nothing between steps but what it can derive again."""
+    """Vectorised over sequences; keeps nothing between steps but what it can derive again.
+
+    On a GPU nothing here waits for the device, so that the host can prepare the next step meanwhile.
+    """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
@@ -58,19 +111,17 @@ class Sampler:
         self._bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, sequences: Items[Sequence], positions: Items[int] | None = None) -> list[Sample]:
+    def draw(self, logits: Tensor, sequences: Items[Sequence], positions: Items[int]) -> Drawn:
         """One token for each row.
 
         Args:
             logits: (rows, vocab_size) fp32; may be changed in place.
             sequences: whose token each row predicts.
-            positions: which token of its sequence that is, counted from the start of the prompt; None is the next one.
+            positions: which token of its sequence that is, counted from the start of the prompt.
         """
-        if positions is None:
-            positions = [len(seq.tokens) for seq in sequences]
         params = [seq.request.sampling for seq in sequences]
         report = _rows(params, lambda p: p.logprobs is not None)
-        log_probabilities = F.log_softmax(logits[report], dim=-1) if report else None
+        log_probabilities = F.log_softmax(self._take(logits, report), dim=-1) if report else None
         constrained = [row for row, seq in enumerate(sequences) if seq.matcher is not None]
         if constrained:
             self._constrain(logits, sequences, constrained)
@@ -79,10 +130,10 @@ class Sampler:
             tokens = self._draw(z, sequences, positions, params)
         else:
             tokens = z.argmax(dim=-1)
-        samples = [Sample(token) for token in tokens.tolist()]
-        if log_probabilities is not None:
-            self._report(samples, report, log_probabilities, params)
-        return samples
+        if log_probabilities is None:
+            return Drawn(tokens, None)
+        wanted = [params[row].logprobs or 0 for row in report]
+        return Drawn(tokens, _Report(report, wanted, log_probabilities, self._take(tokens, report)))
 
     def _constrain(self, z: Tensor, sequences: Items[Sequence], rows: Items[int]) -> None:
         """Set what the constraints of these rows forbid to -inf, in place."""
@@ -91,9 +142,10 @@ class Sampler:
             matcher = sequences[row].matcher
             assert matcher is not None, "only constrained rows come here"
             matcher.fill(mask)
-        octets = torch.from_numpy(packed.view(np.uint8)).to(self._device)
+        octets = to_device(packed.view(np.uint8), self._device)
         allowed = (octets.unsqueeze(2) & self._bits) != 0
-        z[rows] = z[rows].masked_fill(~allowed.flatten(1)[:, : self._vocab_size], float("-inf"))
+        some = self._take(z, rows).masked_fill(~allowed.flatten(1)[:, : self._vocab_size], float("-inf"))
+        self._put(z, rows, some)
 
     def _adjust(self, z: Tensor, sequences: Items[Sequence], params: Items[SamplingParams]) -> Tensor:
         """Penalties and biases."""
@@ -102,17 +154,19 @@ class Sampler:
             chosen = [params[i] for i in penalized]
             in_prompt = self._counts([sequences[i].tokens[: sequences[i].prompt_length] for i in penalized])
             in_completion = self._counts([sequences[i].tokens[sequences[i].prompt_length :] for i in penalized])
-            some = z[penalized]
+            some = self._take(z, penalized)
             repetition = self._column([p.repetition_penalty for p in chosen])
             repeated = torch.where(some > 0, some / repetition, some * repetition)
             some = torch.where(in_prompt + in_completion > 0, repeated, some)
             some -= self._column([p.presence_penalty for p in chosen]) * (in_completion > 0)
             some -= self._column([p.frequency_penalty for p in chosen]) * in_completion
-            z[penalized] = some
+            self._put(z, penalized, some)
         biased = [(row, token, bias) for row, p in enumerate(params) for token, bias in p.logit_bias.items()]
         if biased:
             rows, tokens, biases = zip(*biased, strict=True)
-            z[list(rows), list(tokens)] += torch.tensor(biases, device=z.device)
+            places = to_device(np.array([rows, tokens], np.int64), self._device)
+            added = to_device(np.array(biases, np.float32), self._device)
+            z.index_put_((places[0], places[1]), added, accumulate=True)
         return z
 
     def _draw(
@@ -127,7 +181,7 @@ class Sampler:
         filtered = [row for row, r in enumerate(random) if r and _filters(params[row])]
         if filtered:
             chosen = [params[row] for row in filtered]
-            z[filtered] = self._filter(z[filtered], chosen)
+            self._put(z, filtered, self._filter(self._take(z, filtered), chosen))
         noise = self._gumbel(sequences, positions, self._table if ids is None else self._table[ids])
         if not all(random):
             noise *= self._column([float(r) for r in random])
@@ -142,24 +196,25 @@ class Sampler:
         """
         if not all(p.temperature >= LOWEST_TEMPERATURE and 0 < p.top_k <= MOST_CANDIDATES for p in params):
             return None
-        counts = torch.tensor([min(p.top_k, self._vocab_size) for p in params], device=z.device)
-        best = z.topk(int(counts.max()))
-        last = best.values.gather(1, (counts - 1).unsqueeze(1))
-        return best.indices if bool(((z >= last).sum(dim=-1) == counts).all()) else None
+        counts = [min(p.top_k, self._vocab_size) for p in params]
+        best = z.topk(max(counts))
+        last = best.values.gather(1, self._last_of(counts))
+        candidates = (z >= last).sum(dim=-1, keepdim=True) - 1
+        return best.indices if bool((candidates == self._last_of(counts)).all()) else None
 
     def _filter(self, z: Tensor, params: Items[SamplingParams]) -> Tensor:
         """Top-k, then top-p over what is left, then min-p, as thresholds on the logits of all or some tokens."""
         top_k = [p.top_k or self._vocab_size for p in params]
         limited = _rows(params, lambda p: 0 < p.top_k < self._vocab_size)
         if limited:
-            counts = torch.tensor([top_k[row] for row in limited], device=z.device)
-            some = z[limited]
-            best = some.topk(int(counts.max())).values
-            z[limited] = _drop_below(some, best.gather(1, (counts - 1).unsqueeze(1)))
+            counts = [top_k[row] for row in limited]
+            some = self._take(z, limited)
+            best = some.topk(max(counts)).values
+            self._put(z, limited, _drop_below(some, best.gather(1, self._last_of(counts))))
         nucleus = _rows(params, lambda p: p.top_p < 1)
         if nucleus:
-            some = z[nucleus]
-            z[nucleus] = _drop_below(some, _top_p_threshold(some, self._column([params[row].top_p for row in nucleus])))
+            some, top_p = self._take(z, nucleus), self._column([params[row].top_p for row in nucleus])
+            self._put(z, nucleus, _drop_below(some, _top_p_threshold(some, top_p)))
         if any(p.min_p > 0 for p in params):
             z = _drop_below(z, z.amax(dim=-1, keepdim=True) + self._column([p.min_p for p in params]).log())
         return z
@@ -168,7 +223,7 @@ class Sampler:
         """(rows, n) fp32 noise of each position for the tokens whose numbers ``table`` has."""
         start = np.array([seq.sample_key for seq in sequences], np.uint64)
         position = np.array(positions, np.uint64)
-        halves = torch.from_numpy(_mix(start + position * np.uint64(_GOLDEN)).view(np.int32)).to(self._device)
+        halves = to_device(_mix(start + position * np.uint64(_GOLDEN)).view(np.int32), self._device)
         low, high = halves[0::2].unsqueeze(1), halves[1::2].unsqueeze(1)
         # Two rounds of multiply and shift (constants of the lowbias32 hash); int32 arithmetic wraps as intended.
         x = (table ^ low).mul_(0x7FEB352D)
@@ -180,27 +235,30 @@ class Sampler:
         uniform = x.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
         return uniform.neg_().log1p_().neg_().log_().neg_()
 
-    def _report(
-        self, samples: list[Sample], rows: Items[int], log_probabilities: Tensor, params: Items[SamplingParams]
-    ) -> None:
-        wanted = [params[row].logprobs or 0 for row in rows]
-        best = log_probabilities.topk(min(max(wanted), self._vocab_size))
-        values, ids = best.values.tolist(), best.indices.tolist()
-        drawn = torch.tensor([[samples[row].token] for row in rows], device=log_probabilities.device)
-        of_drawn = log_probabilities.gather(1, drawn).squeeze(1).tolist()
-        for i, row in enumerate(rows):
-            top = tuple(zip(ids[i][: wanted[i]], values[i][: wanted[i]], strict=True))
-            samples[row] = Sample(samples[row].token, of_drawn[i], top)
-
     def _counts(self, tokens: Items[Items[int]]) -> Tensor:
         """How often each vocabulary entry occurs in each list, (lists, vocab_size) fp32."""
         flat = [row * self._vocab_size + token for row, ids in enumerate(tokens) for token in ids]
-        places = torch.tensor(flat, dtype=torch.int64, device=self._device)
-        counts = torch.bincount(places, minlength=len(tokens) * self._vocab_size)
-        return counts.view(len(tokens), self._vocab_size).float()
+        places = to_device(np.array(flat, np.int64), self._device)
+        counts = torch.zeros(len(tokens) * self._vocab_size, device=self._device)
+        return counts.index_add_(0, places, torch.ones_like(places, dtype=counts.dtype)).view(len(tokens), -1)
 
     def _column(self, values: Items[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self._device).unsqueeze(1)
+        return to_device(np.array(values, np.float32), self._device).unsqueeze(1)
+
+    def _last_of(self, counts: Items[int]) -> Tensor:
+        """(rows, 1) where the last of each row's so many best is."""
+        return to_device(np.array(counts, np.int64) - 1, self._device).unsqueeze(1)
+
+    def _take(self, x: Tensor, rows: Items[int]) -> Tensor:
+        """These rows of ``x``; a copy, unless they are all."""
+        return x if len(rows) == len(x) else x.index_select(0, to_device(np.array(rows, np.int64), self._device))
+
+    def _put(self, x: Tensor, rows: Items[int], values: Tensor) -> None:
+        """Replace these rows of ``x``."""
+        if len(rows) == len(x):
+            x.copy_(values)
+        else:
+            x.index_copy_(0, to_device(np.array(rows, np.int64), self._device), values)
 
 
 def _filters(params: SamplingParams) -> bool:
@@ -218,7 +276,8 @@ def _drop_below(z: Tensor, threshold: Tensor) -> Tensor:
 def _top_p_threshold(z: Tensor, top_p: Tensor) -> Tensor:
     """Logit of the last token that the (rows, 1) ``top_p`` keeps, (rows, 1)."""
     total = z.logsumexp(dim=-1, keepdim=True)
-    candidates = min(TOP_P_CANDIDATES, z.size(1))
+    # A GPU sorts faster than it could tell whether a few are enough.
+    candidates = z.size(1) if z.is_cuda else min(TOP_P_CANDIDATES, z.size(1))
     while True:
         best = z.topk(candidates).values
         probabilities = (best - total).double().exp()

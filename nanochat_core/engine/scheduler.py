@@ -17,6 +17,7 @@ class Chunk:
     """Tokens ``start .. start + known`` of a sequence, and a draft of those after them, computed together in one step.
 
     Attributes:
+        known: how many of the sequence's own; a token in flight is a chunk by itself.
         draft: only behind the last known token.
     """
 
@@ -35,12 +36,17 @@ class Chunk:
 
     @property
     def samples(self) -> int:
-        """How many next tokens can be sampled: those after the last known one and after each of the draft."""
-        return len(self.draft) + 1 if self.start + self.known == len(self.seq.tokens) else 0
+        """How many next tokens can be sampled: those after the last token and after each of the draft."""
+        return len(self.draft) + 1 if self.start + self.known == self.seq.length else 0
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether this is the token that the step before is still drawing."""
+        return self.start == len(self.seq.tokens)
 
     @property
     def tokens(self) -> list[int]:
-        """Ids of the tokens to compute."""
+        """Ids of the tokens to compute; none for one in flight."""
         return [*self.seq.tokens[self.start : self.start + self.known], *self.draft]
 
 
@@ -106,6 +112,9 @@ class Scheduler:
         position = 0
         while position < len(self.running):
             seq = self.running[position]
+            if seq.length == seq.max_length:  # with the token in flight it is complete
+                position += 1
+                continue
             # A long prompt leaves one token to each sequence behind it.
             behind = len(self.running) - position - 1
             length = min(seq.remaining, budget - behind)
@@ -132,15 +141,24 @@ class Scheduler:
         return chunks
 
     def computed(self, chunks: list[Chunk]) -> None:
-        """Record that these chunks' keys and values are in the cache; whether drafts are right is not known yet."""
+        """Record that these chunks' keys and values are in the cache, or will be when the device gets there.
+
+        Whether drafts are right is not known yet. Sequences that have finished meanwhile have no part in it.
+        """
         for chunk in chunks:
-            chunk.seq.computed += chunk.known
-            self.blocks.seal(chunk.seq)
+            if chunk.seq.state is not State.FINISHED:
+                chunk.seq.computed += chunk.known
+                self.blocks.seal(chunk.seq)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether so few sequences run that drafts are worth it."""
+        return self.speculation.draft_length(len(self.running)) > 0
 
     def _with_draft(self, chunk: Chunk, room: int) -> Chunk:
         """The chunk with as much of a draft as is worth it and leaves a block for each running sequence."""
         seq = chunk.seq
-        if not chunk.samples or not seq.may_draft:
+        if not chunk.samples or seq.in_flight or not seq.is_memoryless:
             return chunk
         most = min(self.speculation.draft_length(len(self.running)), room, seq.max_length - len(seq.tokens) - 1)
         draft = seq.lookup.draft(seq.tokens, most) if most > 0 else []
@@ -149,8 +167,11 @@ class Scheduler:
         return dataclasses.replace(chunk, draft=draft) if draft else chunk
 
     def _candidates(self) -> list[Sequence]:
-        """Waiting sequences worth looking at in one step, first come first."""
-        return list(itertools.islice(self.waiting, 2 * self.max_running))
+        """Waiting sequences worth looking at in one step, first come first.
+
+        One that was preempted with a token in flight waits until that is known.
+        """
+        return [seq for seq in self.waiting[: 2 * self.max_running] if not seq.in_flight]
 
     def _admit(self, seq: Sequence, prefix: int) -> None:
         self.waiting.remove(seq)

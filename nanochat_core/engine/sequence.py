@@ -30,7 +30,9 @@ class Sequence:
 
     Attributes:
         tokens: every known token id, the prompt first. Grows only at its end.
-        computed: how many of them have their keys and values in the cache.
+        in_flight: whether the token after them is being drawn by a step whose result nobody has read yet.
+        computed: how many tokens, the one in flight included, have their keys and values in the cache, or will have
+            when the steps begun so far are done.
         block_tables: for each group of layers its cache blocks in order; token ``i`` lives in
             ``block_tables[group][i // block_size]``. Empty when the sequence holds nothing.
         first_blocks: for each group the first block that the sequence still holds: those before are out of sight.
@@ -58,6 +60,7 @@ class Sequence:
         self.max_length = max_length
         self.tokens = list(request.prompt)
         self.prompt_length = len(request.prompt)
+        self.in_flight = False
         self.computed = 0
         self.block_tables: list[list[int]] = []
         self.first_blocks: list[int] = []
@@ -76,13 +79,18 @@ class Sequence:
         self.last_token_at: float | None = None
 
     @property
-    def remaining(self) -> int:
-        """Known tokens that are not computed yet. The next token can be sampled when they are."""
-        return len(self.tokens) - self.computed
+    def length(self) -> int:
+        """Number of tokens, the one in flight included."""
+        return len(self.tokens) + self.in_flight
 
     @property
-    def may_draft(self) -> bool:
-        """Whether the distribution of the next token is a function of its logits alone."""
+    def remaining(self) -> int:
+        """Tokens that are not computed yet. The next token can be sampled when they are."""
+        return self.length - self.computed
+
+    @property
+    def is_memoryless(self) -> bool:
+        """Whether the distribution of the next token is a function of its logits alone, whatever was said before."""
         return not self.request.sampling.looks_back and self.matcher is None
 
     @property

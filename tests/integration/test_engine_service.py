@@ -24,7 +24,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, promote
 from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.engine import Engine, EngineConfig, Request, SamplingParams
-from nanochat_core.engine.runner import Runner
+from nanochat_core.engine.runner import Awaited, EagerRunner
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.shedding import MOST_FAILURES
 from nanochat_core.protos import engine_pb2 as pb
@@ -471,7 +471,7 @@ async def test_the_death_of_the_device_loop_ends_the_process_with_an_error(
         raise RuntimeError("device on fire")
 
     async with serving(home, caplog) as (running, stub):
-        monkeypatch.setattr(Runner, "run", fail)
+        monkeypatch.setattr(EagerRunner, "run", fail)
         with pytest.raises(grpc.aio.AioRpcError, match="device on fire") as caught:
             await answer(stub)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -481,15 +481,15 @@ async def test_the_death_of_the_device_loop_ends_the_process_with_an_error(
 async def test_a_device_without_memory_sheds_requests_and_goes_on_until_it_can_do_nothing(
     home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run, room = Runner.run, 2
+    run, room = EagerRunner.run, 2
 
-    def run_with_little_memory(runner: Runner, chunks: list[Chunk]) -> object:
+    def run_with_little_memory(runner: EagerRunner[Any], chunks: list[Chunk], awaited: Awaited | None) -> object:
         if len(chunks) > room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return run(runner, chunks)
+        return run(runner, chunks, awaited)
 
     async with serving(home, caplog) as (running, stub):
-        monkeypatch.setattr(Runner, "run", run_with_little_memory)
+        monkeypatch.setattr(EagerRunner, "run", run_with_little_memory)
         assert await asyncio.gather(*(answer(stub, 30) for _ in range(8))) == [30] * 8
         assert "out of memory in a step" in caplog.text
         room = 0
@@ -544,14 +544,14 @@ async def test_an_old_model_leaves_memory_before_a_third_one_is_loaded(
         cores.append(weakref.ref(core))
         return core
 
-    run = Runner.run
+    run = EagerRunner.run
 
-    def run_slowly(runner: Runner[Any], chunks: list[Chunk]) -> object:
+    def run_slowly(runner: EagerRunner[Any], chunks: list[Chunk], awaited: Awaited | None) -> object:
         time.sleep(0.01)  # so that the stream outlives the loading of another model
-        return run(runner, chunks)
+        return run(runner, chunks, awaited)
 
     monkeypatch.setattr(ModelHost, "_build", noting_build)
-    monkeypatch.setattr(Runner, "run", run_slowly)
+    monkeypatch.setattr(EagerRunner, "run", run_slowly)
     metrics = Metrics(lambda: host.load())
     host = ModelHost(
         EngineSettings(home=str(home), model="tiny"),

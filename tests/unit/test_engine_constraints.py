@@ -290,7 +290,8 @@ def test_free_rows_keep_their_logits_bit_for_bit() -> None:
 
     logits = torch.randn(3, BYTES.vocab_size, generator=torch.Generator().manual_seed(1))
     changed = logits.clone()
-    samples = sampler.sample(changed, [sequence(params(c, temperature=0.0)) for c in (None, regex("[ab]"), None)])
+    sequences = [sequence(params(c, temperature=0.0)) for c in (None, regex("[ab]"), None)]
+    samples = sampler.draw(changed, sequences, [2, 2, 2]).read()
     assert torch.equal(changed[[0, 2]], logits[[0, 2]])
     assert samples[1].token == 97 + int(logits[1, 98] > logits[1, 97])
     assert int(changed[1].isfinite().sum()) == 2

@@ -21,7 +21,7 @@ from nanochat_core.engine.cpu import library
 from nanochat_core.engine.cpu.attention import CpuCache
 from nanochat_core.engine.cpu.network import CpuNetwork
 from nanochat_core.engine.network import Network, packs
-from nanochat_core.engine.runner import Runner
+from nanochat_core.engine.runner import EagerRunner
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.sequence import Sequence
 from nanochat_core.model import GPT
@@ -39,7 +39,7 @@ class Place:
         cache = CpuCache(model.config, groups, BLOCK, model.compute_dtype)
         for tensor in (*cache.keys, *cache.values):
             tensor.fill_(float("nan"))
-        self.runner = Runner(CpuNetwork(model, BLOCK), cache)
+        self.runner = EagerRunner(CpuNetwork(model, BLOCK), cache)
         self.sequences = []
         free = [list(np.random.default_rng(1).permutation(group.num_blocks)) for group in groups]
         for i, row in enumerate(rows):

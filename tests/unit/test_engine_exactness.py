@@ -139,6 +139,9 @@ def schedules(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, int, int
         "max_running": max_running,
         "token_budget": max_running + draw(st.integers(0, 60)),
         "prefix_caching": draw(st.booleans()),
+        # Where sequences may draft nothing overlaps.
+        "overlap": draw(st.booleans()),
+        "speculative_batch": draw(st.sampled_from([0, 6, 16])),
     }
     arrivals = draw(
         st.lists(

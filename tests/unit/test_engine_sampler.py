@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat_core.engine import Request, SamplingParams
-from nanochat_core.engine.sampler import Sampler, sample_key
+from nanochat_core.engine.sampler import Sample, Sampler, sample_key
 from nanochat_core.engine.sequence import Sequence
 from nanochat_core.errors import UserError
 
@@ -27,12 +27,16 @@ def sampler(vocab: int = VOCAB) -> Sampler:
     return Sampler(vocab, torch.device("cpu"))
 
 
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sample]:
+    return sampler(logits.size(1)).draw(logits, sequences, [len(seq.tokens) for seq in sequences]).read()
+
+
 def draws(logits: torch.Tensor, params: SamplingParams, count: int) -> list[int]:
     """Samples of one distribution under ``count`` different seeds."""
     sequences = [sequence(params) for _ in range(count)]
     for seed, seq in enumerate(sequences):
         seq.sample_key = sample_key(seed, 0)
-    return [s.token for s in sampler(len(logits)).sample(logits.repeat(count, 1), sequences)]
+    return [s.token for s in sample(logits.repeat(count, 1), sequences)]
 
 
 def chi_square(tokens: list[int], probabilities: np.ndarray) -> float:
@@ -58,7 +62,7 @@ def test_the_noise_is_independent_between_positions_choices_and_seeds() -> None:
             seq = sequence(SamplingParams(temperature=1.0), tokens=[0] * (1 + i % 100 * step_position))
             seq.sample_key = sample_key(i // 100 * (step_seed or 1), i % 100 * step_choice)
             sequences.append(seq)
-        return [s.token for s in sampler(8).sample(uniform.repeat(count, 1), sequences)]
+        return [s.token for s in sample(uniform.repeat(count, 1), sequences)]
 
     # Every pair of successive tokens is as likely as any other: 63 degrees of freedom, 99.9 % quantile.
     for steps in ((1, 0, 1), (1, 1, 0), (3, 1, 1)):
@@ -74,9 +78,9 @@ def test_a_sample_is_the_same_alone_and_in_any_batch() -> None:
         for i, (t, k, p) in enumerate([(0.0, 0, 1.0), (0.9, 0, 1.0), (1.2, 7, 1.0), (0.8, 0, 0.7)] * 10)
     ]
     sequences = [sequence(p) for p in params]
-    together = [s.token for s in sampler().sample(logits.clone(), sequences)]
-    reverse = [s.token for s in sampler().sample(logits.flip(0), sequences[::-1])][::-1]
-    alone = [sampler().sample(logits[i : i + 1].clone(), [sequences[i]])[0].token for i in range(40)]
+    together = [s.token for s in sample(logits.clone(), sequences)]
+    reverse = [s.token for s in sample(logits.flip(0), sequences[::-1])][::-1]
+    alone = [sample(logits[i : i + 1].clone(), [sequences[i]])[0].token for i in range(40)]
     assert together == reverse == alone
 
 
@@ -84,7 +88,7 @@ def test_temperature_zero_takes_the_most_likely_token_beside_random_rows() -> No
     logits = torch.randn(6, VOCAB)
     sequences = [sequence(SamplingParams(temperature=t, seed=5)) for t in (0.0, 1.0) * 3]
     best = logits.argmax(-1).tolist()
-    tokens = [s.token for s in sampler().sample(logits.clone(), sequences)]
+    tokens = [s.token for s in sample(logits.clone(), sequences)]
     assert tokens[::2] == best[::2]
 
 
@@ -162,7 +166,7 @@ def test_penalties_and_biases_match_a_loop(prompt, completion, repetition, prese
 def test_logprobs_are_of_the_unmodified_distribution_and_only_where_asked() -> None:
     logits = torch.randn(3, VOCAB)
     asked = SamplingParams(temperature=3.0, top_k=2, logit_bias={4: 50.0}, repetition_penalty=2.0, logprobs=3)
-    none, alternatives, plain = sampler().sample(
+    none, alternatives, plain = sample(
         logits.clone(), [sequence(SamplingParams()), sequence(asked), sequence(SamplingParams(logprobs=0))]
     )
     assert none.logprob is None

@@ -27,6 +27,7 @@ from nanochat_core.engine import (
     ToolOutput,
     ToolPolicy,
 )
+from nanochat_core.engine.runner import Awaited
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.shedding import MOST_FAILURES, STEPS_UNTIL_MORE
 
@@ -48,10 +49,10 @@ def engine_with(fails: Callable[[list[Chunk]], bool], config: EngineConfig | Non
     engine = Engine(tiny_model(), BYTES, config, tool_runner=count_characters, **options)  # type: ignore[arg-type]
     run = engine.runner.run
 
-    def run_or_fail(chunks: Iterable[Chunk]) -> object:
+    def run_or_fail(chunks: Iterable[Chunk], awaited: Awaited | None) -> object:
         if fails(list(chunks)):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about it")
-        return run(chunks)
+        return run(chunks, awaited)
 
     engine.runner.run = run_or_fail  # type: ignore[method-assign,assignment]
     return engine
@@ -210,7 +211,7 @@ def test_in_process_callers_get_the_error_and_can_go_on() -> None:
 def test_other_errors_are_not_swallowed() -> None:
     engine = engine_with(lambda _: False)
 
-    def broken(_chunks: object) -> None:
+    def broken(*_args: object) -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
     engine.runner.run = broken  # type: ignore[method-assign,assignment]
