@@ -34,7 +34,7 @@ class EngineConfig:
         speculative_batch: sequences draft while as many run that one token and a draft of each are at most this many.
         overlap: give the device its next batch before the tokens of the last one are read, so that neither waits for
             the other; None does so on a GPU.
-        cpu_kernels: on a CPU, compute with the engine's own kernels where they can be had.
+        kernels: compute with the engine's own kernels where they can be had, not with PyTorch's operators.
         tool_timeout_seconds: a call without result is given up after this.
         tool_max_calls, tool_max_output_tokens: limits of requests that name none.
 
@@ -51,7 +51,7 @@ class EngineConfig:
     speculative_tokens: int = 3
     speculative_batch: int = 16
     overlap: bool | None = None
-    cpu_kernels: bool = True
+    kernels: bool = True
     tool_timeout_seconds: float = 10.0
     tool_max_calls: int = 16
     tool_max_output_tokens: int = 256

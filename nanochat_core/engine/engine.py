@@ -325,6 +325,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Run a prefill and a decode step, so that the first request meets a warm engine. Call before any request."""
+        self.runner.warm_up()
         smallest = min(group.num_blocks for group in self.blocks.groups)
         length = min(32, self.model_config.context_length, smallest * self.config.block_size)
         sampling = SamplingParams(temperature=1.0, seed=0)

@@ -68,7 +68,7 @@ class PackedWeight:
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """The same with ``other``, of the result's shape, added."""
         if not self._packs:
-            return F.linear(x, self._weight).add_(other)
+            return torch.addmm(other, x, self._weight.t())
         if self._pairs and x.size(0) == 1:
             return self.plus(x.expand(2, -1).contiguous(), other.expand(2, -1).contiguous())[:1]
         y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, None, "add")

@@ -69,6 +69,9 @@ class Runner(Protocol):
     def load(self, model: GPT) -> None:
         """Go on with other weights; what the cache holds was computed with the old ones."""
 
+    def warm_up(self) -> None:
+        """Prepare whatever would otherwise be prepared by the first steps."""
+
     def run(self, chunks: Iterable[Chunk], awaited: Awaited | None = None) -> tuple[list[Chunk], Tensor]:
         """Compute keys and values of every chunk and the next tokens' logits of those that sample.
 
@@ -92,6 +95,9 @@ class EagerRunner(Generic[A]):
 
     def load(self, model: GPT) -> None:
         self._network.load(model)
+
+    def warm_up(self) -> None:
+        pass  # the engine's own first steps are enough
 
     @torch.inference_mode()
     def run(self, chunks: Iterable[Chunk], awaited: Awaited | None = None) -> tuple[list[Chunk], Tensor]:

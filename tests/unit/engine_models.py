@@ -7,12 +7,20 @@ import copy
 import functools
 import os
 import re
+from collections.abc import Callable
 
+import numpy as np
+import pytest
 import torch
+from torch import Tensor
 
 from nanochat_core.config import ModelConfig
-from nanochat_core.engine import EngineConfig
+from nanochat_core.engine import EngineConfig, Request, SamplingParams
+from nanochat_core.engine.block_manager import CacheGroup
 from nanochat_core.engine.kv_cache import plan_groups
+from nanochat_core.engine.runner import Runner
+from nanochat_core.engine.scheduler import Chunk
+from nanochat_core.engine.sequence import Sequence
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.tokenizer import PYTHON_END, PYTHON_START, Tokenizer
@@ -99,3 +107,46 @@ def config_with_blocks(num_blocks: int, model: GPT, **settings: int) -> EngineCo
     size = bisect.bisect_left(range(1 << 34), num_blocks, key=blocks)
     assert blocks(size) == num_blocks
     return EngineConfig(kv_cache_bytes=size, **settings)
+
+
+def shape_of(depth: int, head_dim: int, n_kv_head: int | None = None) -> ModelConfig:
+    """A context of 200 makes short windows of 128."""
+    return ModelConfig.from_depth(
+        depth, vocab_size=70, head_dim=head_dim, n_kv_head=n_kv_head, context_length=200, window_pattern="SSSL"
+    )
+
+
+SHAPES = [
+    pytest.param(shape_of(2, 16), id="heads of 16"),
+    pytest.param(shape_of(2, 32, 2), id="heads of 32 that share keys"),
+    pytest.param(shape_of(4, 64), id="heads of 64"),
+    pytest.param(shape_of(5, 128, 1), id="heads of 128 that share keys"),
+]
+
+
+class Place:
+    """A model on a runner, and sequences whose blocks lie in any order."""
+
+    def __init__(
+        self, model: GPT, rows: list[Tensor], make: Callable[[GPT, list[CacheGroup]], Runner], block_size: int
+    ) -> None:
+        groups = EngineConfig(block_size=block_size, max_running=8).cache_groups(model)
+        self.runner = make(model, groups)
+        self.sequences = []
+        free = [list(np.random.default_rng(1).permutation(group.num_blocks)) for group in groups]
+        for i, row in enumerate(rows):
+            request = Request(str(i), tuple(row.tolist()), SamplingParams(max_tokens=1))
+            seq = Sequence(request, 0, 0, 0, len(row) + 1)
+            seq.block_tables = [[int(blocks.pop()) for _ in range(-(-len(row) // block_size))] for blocks in free]
+            self.sequences.append(seq)
+
+    def logits(self, *parts: tuple[int, int, int]) -> list[Tensor]:
+        """One step that computes the parts (sequence, first token, end), with the logits after each token."""
+        chunks = []
+        for s, start, end in parts:
+            seq, row = self.sequences[s], self.sequences[s].request.prompt
+            seq.tokens = list(row[: start + 1])
+            chunks.append(Chunk(seq, start, 1, row[start + 1 : end]))
+        sampling, logits = self.runner.run(chunks)
+        assert sampling == chunks
+        return list(logits.clone().split([end - start for _, start, end in parts]))

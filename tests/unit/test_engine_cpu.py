@@ -7,78 +7,40 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from engine_models import BYTES, tiny_model
+from engine_models import BYTES, SHAPES, Place, shape_of, tiny_model
 from test_model import random_ids, random_model
 from torch import Tensor
 
 from nanochat_core.config import ModelConfig
-from nanochat_core.engine import Engine, EngineConfig, Request, SamplingParams, Token, cpu
+from nanochat_core.engine import Engine, EngineConfig, SamplingParams, Token, cpu
 from nanochat_core.engine.backend import build_runner
+from nanochat_core.engine.block_manager import CacheGroup
 from nanochat_core.engine.cpu import library
 from nanochat_core.engine.cpu.attention import CpuCache
 from nanochat_core.engine.cpu.network import CpuNetwork
 from nanochat_core.engine.network import Network, packs
-from nanochat_core.engine.runner import EagerRunner
+from nanochat_core.engine.runner import EagerRunner, Runner
 from nanochat_core.engine.scheduler import Chunk
-from nanochat_core.engine.sequence import Sequence
 from nanochat_core.model import GPT
 
 BLOCK = 16
 pytestmark = pytest.mark.skipif(library.load_kernels() is None, reason="the kernels cannot be built: no C++ compiler")
 
 
-class Place:
-    """A model on the kernels, and sequences whose blocks lie in any order among blocks full of what is not a number."""
-
-    def __init__(self, model: GPT, rows: list[Tensor]) -> None:
-        settings = EngineConfig(block_size=BLOCK, max_running=8)
-        groups = settings.cache_groups(model)
-        cache = CpuCache(model.config, groups, BLOCK, model.compute_dtype)
-        for tensor in (*cache.keys, *cache.values):
-            tensor.fill_(float("nan"))
-        self.runner = EagerRunner(CpuNetwork(model, BLOCK), cache)
-        self.sequences = []
-        free = [list(np.random.default_rng(1).permutation(group.num_blocks)) for group in groups]
-        for i, row in enumerate(rows):
-            request = Request(str(i), tuple(row.tolist()), SamplingParams(max_tokens=1))
-            seq = Sequence(request, 0, 0, 0, len(row) + 1)
-            seq.block_tables = [[int(blocks.pop()) for _ in range(-(-len(row) // BLOCK))] for blocks in free]
-            self.sequences.append(seq)
-
-    def logits(self, *parts: tuple[int, int, int]) -> list[Tensor]:
-        """One step that computes the parts (sequence, first token, end), with the logits after each token."""
-        chunks = []
-        for s, start, end in parts:
-            seq, row = self.sequences[s], self.sequences[s].request.prompt
-            seq.tokens = list(row[: start + 1])
-            chunks.append(Chunk(seq, start, 1, row[start + 1 : end]))
-        sampling, logits = self.runner.run(chunks)
-        assert sampling == chunks
-        return list(logits.split([end - start for _, start, end in parts]))
+def cpu_runner(model: GPT, groups: list[CacheGroup]) -> Runner:
+    """The kernels, with a cache full of what is not a number."""
+    cache = CpuCache(model.config, groups, BLOCK, model.compute_dtype)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(float("nan"))
+    return EagerRunner(CpuNetwork(model, BLOCK), cache)
 
 
 def place(shape: ModelConfig, *lengths: int, dtype: torch.dtype = torch.float32) -> tuple[Place, GPT, list[Tensor]]:
     model = random_model(shape, dtype=dtype)
     rows = [random_ids(1, length)[0] for length in lengths]
-    return Place(model, rows), model, rows
-
-
-def shape_of(depth: int, head_dim: int, n_kv_head: int | None = None) -> ModelConfig:
-    """A context of 200 makes short windows of 128."""
-    return ModelConfig.from_depth(
-        depth, vocab_size=70, head_dim=head_dim, n_kv_head=n_kv_head, context_length=200, window_pattern="SSSL"
-    )
-
-
-SHAPES = [
-    pytest.param(shape_of(2, 16), id="heads of 16"),
-    pytest.param(shape_of(2, 32, 2), id="heads of 32 that share keys"),
-    pytest.param(shape_of(4, 64), id="heads of 64"),
-    pytest.param(shape_of(5, 128, 1), id="heads of 128 that share keys"),
-]
+    return Place(model, rows, cpu_runner, BLOCK), model, rows
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -94,7 +56,7 @@ def test_logits_are_those_of_the_model(shape: ModelConfig) -> None:
 def test_bf16_is_as_near_to_the_model_as_the_other_path_is(shape: ModelConfig) -> None:
     here, model, rows = place(shape, 60, dtype=torch.bfloat16)
     [logits] = here.logits((0, 0, 60))
-    other, _ = build_runner(model, EngineConfig(cpu_kernels=False))
+    other, _ = build_runner(model, EngineConfig(kernels=False))
     seq = here.sequences[0]
     seq.tokens = rows[0].tolist()[:1]
     _, expected = other.run([Chunk(seq, 0, 1, rows[0].tolist()[1:])])
@@ -146,7 +108,7 @@ def test_the_engine_says_the_same_with_and_without_the_kernels() -> None:
     prompts = [tuple(range(i, 3 * i + 2)) for i in range(20)]
     model, said = tiny_model(head_dim=32), []
     for kernels in (True, False):
-        engine = Engine(model, BYTES, EngineConfig(cpu_kernels=kernels))
+        engine = Engine(model, BYTES, EngineConfig(kernels=kernels))
         said.append([c.token_ids for [c] in engine.generate(prompts, SamplingParams(max_tokens=30))])
         engine.close()
     assert said[0] == said[1]
@@ -156,7 +118,7 @@ def test_the_engine_says_the_same_with_and_without_the_kernels() -> None:
     ("head_dim", "settings", "network"),
     [
         (16, {}, CpuNetwork),
-        (16, {"cpu_kernels": False}, Network),
+        (16, {"kernels": False}, Network),
         (16, {"block_size": 8}, Network),
         (24, {}, Network),
     ],

@@ -92,10 +92,10 @@ JOBS = make_jobs()
 
 
 @functools.lru_cache
-def alone(cpu_kernels: bool = True) -> tuple[list[Completion], ...]:
+def alone(kernels: bool = True) -> tuple[list[Completion], ...]:
     """What each job gets from an engine of its own."""
     results = []
-    config = EngineConfig(kv_cache_bytes=1 << 22, cpu_kernels=cpu_kernels)
+    config = EngineConfig(kv_cache_bytes=1 << 22, kernels=kernels)
     for job in JOBS:
         engine = Engine(tiny_model(), BYTES, config, tool_runner=count_characters)
         [completions] = engine.generate([job.prompt], job.sampling, n=job.n, tools=ToolPolicy(job.tools))
@@ -127,12 +127,12 @@ def test_the_jobs_cover_what_they_are_meant_to() -> None:
 @st.composite
 def schedules(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, int, int, int | None]]]:
     """Engine limits, and requests as (job, step of arrival, priority, step of cancellation)."""
-    cpu_kernels = draw(st.booleans())
-    block_size = draw(st.sampled_from([16, 32] if cpu_kernels else [4, 16]))
+    kernels = draw(st.booleans())
+    block_size = draw(st.sampled_from([16, 32] if kernels else [4, 16]))
     longest = max(len(job.prompt) + job.sampling.max_tokens for job in JOBS)
     max_running = draw(st.integers(3, 8))
     limits = {
-        "cpu_kernels": cpu_kernels,
+        "kernels": kernels,
         "block_size": block_size,
         # From barely enough for one sequence to enough for a few.
         "num_blocks": -(-longest // block_size) + draw(st.integers(0, 160 // block_size)),
@@ -186,7 +186,7 @@ def test_any_schedule_gives_each_request_the_tokens_that_it_gets_alone(schedule)
         assert step < 5000, "starved"
     for i, (job, *_) in enumerate(arrivals):
         if i not in cancelled:
-            assert tokens_of(results[i]) == tokens_of(alone(limits["cpu_kernels"])[job])
+            assert tokens_of(results[i]) == tokens_of(alone(limits["kernels"])[job])
             assert [c.usage.completion_tokens for c in results[i]] == [len(c.tokens) for c in results[i]]
     assert engine.load().blocks_used == 0
     engine.close()

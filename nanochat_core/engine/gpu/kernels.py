@@ -1,0 +1,355 @@
+"""What a step does between matrix products, for GPUs: paged attention and everything elementwise.
+
+Written in Triton; importing this module needs the package and no GPU. Arithmetic is fp32 whatever weights, activations
+and cache are stored as. Every token is computed by itself, and its sums are added in an order that depends on its
+position alone.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def enter(
+    x0, x, scale, embedding, smear, ids, previous_ids, residual_scale, skip_scale, epsilon, dim, WIDTH: tl.constexpr
+):
+    """The embedding after the smear, and what the first block makes of it; one program per token.
+
+    Args:
+        x0, x: (tokens, dim) get the embedding and the first block's input.
+        scale: (tokens,) fp32 gets 1 / root of the sum of squares of ``x``.
+        embedding: (rows, dim), normalized; the row behind the last token is zeros.
+        smear: (vocabulary, 1) share of the previous token's embedding.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    there = columns < dim
+    own = tl.load(ids + token).to(tl.int64)
+    before = tl.load(previous_ids + token).to(tl.int64)
+    row = tl.load(embedding + own * dim + columns, there, 0.0).to(tl.float32)
+    row += tl.load(smear + own).to(tl.float32) * tl.load(embedding + before * dim + columns, there, 0.0).to(tl.float32)
+    first = row.to(x0.dtype.element_ty)
+    tl.store(x0 + token * dim + columns, first, there)
+    _mix(x, scale, first.to(tl.float32), first.to(tl.float32), residual_scale, skip_scale, epsilon, dim, token, WIDTH)
+
+
+@triton.jit
+def _mix(x, scale, row, first, residual_scale, skip_scale, epsilon, dim, token, WIDTH: tl.constexpr):
+    """Store what a block begins with, and the scale of its norm."""
+    columns = tl.arange(0, WIDTH)
+    mixed = (row * residual_scale + first * skip_scale).to(x.dtype.element_ty)
+    tl.store(x + token * dim + columns, mixed, columns < dim)
+    rounded = mixed.to(tl.float32)
+    tl.store(scale + token, 1 / tl.sqrt(tl.sum(rounded * rounded) + dim * epsilon))
+
+
+@triton.jit
+def prepare(
+    qkv,
+    queries,
+    keys,
+    values,
+    value_table,
+    ids,
+    positions,
+    slots,
+    turns,
+    scale,
+    epsilon,
+    value_gate_scale,
+    columns,
+    value_columns,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Norms, rotates and places what the product with the q, k and v weights gave; a program per token and head.
+
+    Args:
+        qkv: (tokens, columns) queries and keys with the channels of a pair side by side, values, and value gates.
+        queries: (tokens, HEADS, HEAD_DIM) get the queries.
+        keys, values: (slots, KV_HEADS, HEAD_DIM), the cache.
+        value_table: (vocabulary, value_columns) value embeddings of this layer, where it is GATED.
+        turns: (context, HEAD_DIM / 2, 2) fp32 cosines and negative sines.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    row = qkv + token * columns
+    if head < HEADS + KV_HEADS:
+        pair = tl.arange(0, HEAD_DIM // 2)
+        a = tl.load(row + head * HEAD_DIM + 2 * pair).to(tl.float32)
+        b = tl.load(row + head * HEAD_DIM + 2 * pair + 1).to(tl.float32)
+        turn = turns + tl.load(positions + token).to(tl.int64) * HEAD_DIM + 2 * pair
+        cosine, sine = tl.load(turn), tl.load(turn + 1)
+        first, second = a * cosine - b * sine, a * sine + b * cosine
+        norm = 1 / tl.sqrt(tl.sum(first * first + second * second) + HEAD_DIM * epsilon)
+        if head < HEADS:
+            place = queries + (token * HEADS + head) * HEAD_DIM
+        else:
+            place = keys + (tl.load(slots + token).to(tl.int64) * KV_HEADS + head - HEADS) * HEAD_DIM
+        tl.store(place + 2 * pair, (first * norm).to(queries.dtype.element_ty))
+        tl.store(place + 2 * pair + 1, (second * norm).to(queries.dtype.element_ty))
+    else:
+        kv_head = head - HEADS - KV_HEADS
+        channel = tl.arange(0, HEAD_DIM)
+        normal = tl.load(scale + token)
+        v = tl.load(row + head * HEAD_DIM + channel).to(tl.float32) * normal
+        if GATED:
+            gate = tl.load(row + (HEADS + 2 * KV_HEADS) * HEAD_DIM + kv_head).to(tl.float32) * normal
+            added = value_table + tl.load(ids + token).to(tl.int64) * value_columns + kv_head * HEAD_DIM + channel
+            v += value_gate_scale * tl.sigmoid(gate) * tl.load(added).to(tl.float32)
+        place = values + (tl.load(slots + token).to(tl.int64) * KV_HEADS + kv_head) * HEAD_DIM
+        tl.store(place + channel, v.to(values.dtype.element_ty))
+
+
+@triton.jit
+def attend_tokens(
+    mixed,
+    highest,
+    total,
+    queries,
+    keys,
+    values,
+    positions,
+    rows,
+    tables,
+    table_stride,
+    window,
+    score_scale,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Attention of single tokens over the keys ``[split * SPLIT, (split + 1) * SPLIT)`` of their sequences.
+
+    One program per token, head and split, so that a few long sequences keep the whole device busy (flash decoding, Dao
+    et al. 2023); :func:`combine` adds the splits up. Splits that a token does not see are left as they are.
+
+    Args:
+        mixed: (tokens, HEADS, splits, HEAD_DIM) fp32 gets the values, weighted but not divided by ``total``.
+        highest, total: (tokens, HEADS, splits) fp32 get the largest score and the sum of the weights.
+        queries: (tokens, HEADS, HEAD_DIM).
+        keys, values: (blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM).
+        rows: (tokens,) which row of ``tables`` has the blocks of the token's sequence.
+        window: tokens before itself that a token sees.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    position = tl.load(positions + token)
+    first = tl.maximum(position - window, 0)
+    begin = tl.maximum(split * SPLIT, first // TILE * TILE)
+    end = tl.minimum((split + 1) * SPLIT, position + 1)
+    if begin >= end:
+        return
+    channel = tl.arange(0, HEAD_DIM)
+    q = tl.load(queries + (token * HEADS + head) * HEAD_DIM + channel).to(tl.float32) * score_scale
+    table = tables + tl.load(rows + token).to(tl.int64) * table_stride
+    kv_head = head // (HEADS // KV_HEADS)
+    top = -float("inf")
+    weight = 0.0
+    sums = tl.zeros([HEAD_DIM], tl.float32)
+    for at in range(begin, end, TILE):
+        key = at + tl.arange(0, TILE)
+        seen = (key >= first) & (key <= position)
+        block = tl.load(table + key // BLOCK_SIZE, seen, 0).to(tl.int64)
+        slot = block * BLOCK_SIZE + key % BLOCK_SIZE
+        place = ((slot * KV_HEADS + kv_head) * HEAD_DIM)[:, None] + channel[None, :]
+        k = tl.load(keys + place, seen[:, None], 0.0).to(tl.float32)
+        v = tl.load(values + place, seen[:, None], 0.0).to(tl.float32)
+        score = tl.where(seen, tl.sum(k * q[None, :], 1), -float("inf"))
+        higher = tl.maximum(top, tl.max(score))
+        fade = tl.exp(top - higher)
+        share = tl.exp(score - higher)
+        weight = weight * fade + tl.sum(share)
+        sums = sums * fade + tl.sum(share[:, None] * v, 0)
+        top = higher
+    place = (token * HEADS + head) * tl.num_programs(2) + split
+    tl.store(mixed + place * HEAD_DIM + channel, sums)
+    tl.store(highest + place, top)
+    tl.store(total + place, weight)
+
+
+@triton.jit
+def combine(
+    out,
+    mixed,
+    highest,
+    total,
+    positions,
+    window,
+    splits,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
+):
+    """Adds up what :func:`attend_tokens` left of each split; one program per token and head.
+
+    Args:
+        out: (tokens, HEADS, HEAD_DIM) gets the attention.
+        splits: how many there are; MOST_SPLITS is the next power of two.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    position = tl.load(positions + token)
+    split = tl.arange(0, MOST_SPLITS)
+    seen = (split >= tl.maximum(position - window, 0) // SPLIT) & (split <= position // SPLIT)
+    channel = tl.arange(0, HEAD_DIM)
+    place = (token * HEADS + head) * splits + split
+    top = tl.load(highest + place, seen, -float("inf"))
+    share = tl.exp(top - tl.max(top))
+    weight = tl.sum(share * tl.load(total + place, seen, 0.0))
+    rows = tl.load(mixed + place[:, None] * HEAD_DIM + channel[None, :], seen[:, None], 0.0)
+    y = tl.sum(share[:, None] * rows, 0) / weight
+    tl.store(out + (token * HEADS + head) * HEAD_DIM + channel, y.to(out.dtype.element_ty))
+
+
+@triton.jit
+def attend_tiles(
+    out,
+    queries,
+    keys,
+    values,
+    tiles,
+    tables,
+    table_stride,
+    window,
+    score_scale,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Attention of up to ROWS successive tokens of one sequence; one program per tile of them and head.
+
+    The running softmax of FlashAttention (arXiv 2205.14135) over keys that are gathered block by block.
+
+    Args:
+        out, queries: (tokens, HEADS, HEAD_DIM).
+        keys, values: (blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM).
+        tiles: (tiles, 4) of each tile its first token, how many it has, the position of the first one, and the row of
+            ``tables`` with the sequence's blocks.
+        window: tokens before itself that a token sees.
+    """
+    tile = tiles + tl.program_id(0) * 4
+    head = tl.program_id(1)
+    token, count = tl.load(tile).to(tl.int64), tl.load(tile + 1)
+    start = tl.load(tile + 2)
+    table = tables + tl.load(tile + 3).to(tl.int64) * table_stride
+    kv_head = head // (HEADS // KV_HEADS)
+    channel = tl.arange(0, HEAD_DIM)
+    row = tl.arange(0, ROWS)
+    position = start + row
+    there = row < count
+    place = ((token + row) * HEADS + head)[:, None] * HEAD_DIM + channel[None, :]
+    q = tl.load(queries + place, there[:, None], 0.0)
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    last = start + count
+    for at in range(tl.maximum(start - window, 0) // TILE * TILE, last, TILE):
+        key = at + tl.arange(0, TILE)
+        block = tl.load(table + key // BLOCK_SIZE, key < last, 0).to(tl.int64)
+        slot = block * BLOCK_SIZE + key % BLOCK_SIZE
+        cell = ((slot * KV_HEADS + kv_head) * HEAD_DIM)[:, None] + channel[None, :]
+        # Blocks that the window has passed may be another sequence's by now; nobody here sees them.
+        held = (key < last) & (key >= start - window)
+        k = tl.load(keys + cell, held[:, None], 0.0)
+        v = tl.load(values + cell, held[:, None], 0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale
+        distance = position[:, None] - key[None, :]
+        score = tl.where((distance >= 0) & (distance <= window), score, -float("inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        steady = tl.where(higher == -float("inf"), 0.0, higher)  # rows that have not seen any key yet
+        fade = tl.exp(top - steady)
+        share = tl.exp(score - steady[:, None])
+        weight = weight * fade + tl.sum(share, 1)
+        sums = sums * fade[:, None] + tl.dot(share.to(v.dtype), v, input_precision="ieee")
+        top = higher
+    y = sums / tl.where(there, weight, 1.0)[:, None]
+    tl.store(out + place, y.to(out.dtype.element_ty), there[:, None])
+
+
+@triton.jit
+def relu_square(x, count, SIZE: tl.constexpr):
+    """Replace each of ``count`` numbers by the square of what is positive of it."""
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    y = tl.maximum(tl.load(x + place, place < count, 0.0).to(tl.float32), 0.0)
+    tl.store(x + place, (y * y).to(x.dtype.element_ty), place < count)
+
+
+@triton.jit
+def finish(
+    x,
+    y,
+    kept,
+    x0,
+    scale,
+    residual_scale,
+    skip_scale,
+    epsilon,
+    dim,
+    WIDTH: tl.constexpr,
+    KEEP: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """The end of an MLP whose input was not normalized, and what the next block begins with; one program per token.
+
+    Args:
+        x: (tokens, dim), changed in place.
+        y: (tokens, dim) what the MLP gave.
+        kept: (tokens, dim) gets what is between the two, with KEEP.
+        scale: (tokens,) as in :func:`enter`; untouched, as ``x0`` is, when this is the LAST block.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    there = columns < dim
+    place = token * dim + columns
+    row = tl.load(x + place, there, 0.0).to(tl.float32)
+    row += tl.load(y + place, there, 0.0).to(tl.float32) * (dim / (tl.sum(row * row) + dim * epsilon))
+    rounded = row.to(x.dtype.element_ty)
+    if KEEP:
+        tl.store(kept + place, rounded, there)
+    if LAST:
+        tl.store(x + place, rounded, there)
+    else:
+        first = tl.load(x0 + place, there, 0.0).to(tl.float32)
+        _mix(x, scale, rounded.to(tl.float32), first, residual_scale, skip_scale, epsilon, dim, token, WIDTH)
+
+
+@triton.jit
+def leave(x, middle, backout, epsilon, dim, WIDTH: tl.constexpr):
+    """``x`` less its share of the middle block's output, normalized in place; one program per token."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    there = columns < dim
+    place = token * dim + columns
+    row = tl.load(x + place, there, 0.0).to(tl.float32)
+    row -= backout * tl.load(middle + place, there, 0.0).to(tl.float32)
+    row = row.to(x.dtype.element_ty).to(tl.float32)
+    row *= 1 / tl.sqrt(tl.sum(row * row) / dim + epsilon)
+    tl.store(x + place, row.to(x.dtype.element_ty), there)
+
+
+@triton.jit
+def softcap(logits, raw, count, columns, raw_columns, cap, SIZE: tl.constexpr):
+    """``cap * tanh(raw)`` of the first ``columns`` of each row.
+
+    Args:
+        logits: (rows, columns) fp32.
+        raw: (rows, raw_columns).
+        count: rows * columns.
+    """
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    there = place < count
+    x = tl.load(raw + place // columns * raw_columns + place % columns, there, 0.0).to(tl.float32)
+    tl.store(logits + place, cap * (2 * tl.sigmoid(2 * x) - 1), there)

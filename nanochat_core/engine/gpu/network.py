@@ -1,0 +1,223 @@
+"""The serving network on a GPU: matrix products by cuBLAS, everything between them by the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+import torch
+import triton
+from torch import Tensor
+
+from nanochat_core.config import ModelConfig
+from nanochat_core.engine.block_manager import CacheGroup
+from nanochat_core.engine.gpu import kernels
+from nanochat_core.engine.gpu.step import Step
+from nanochat_core.engine.kv_cache import group_of_layers, zeros
+from nanochat_core.engine.network import ServingWeights
+from nanochat_core.loss import LOGIT_SOFTCAP
+from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE
+
+_EPSILON = torch.finfo(torch.float32).eps
+# Keys that one program of single tokens' attention goes through, and how many at a time. Splits begin at multiples of
+# it, so that the order of additions depends on a token's position alone.
+SPLIT = 256
+_SPLIT_TILE = 32
+# Numbers that one program of an elementwise kernel takes.
+_CHUNK = 1024
+
+
+class GpuCache:
+    """Keys and values of all layers in blocks, and one block more that takes what nobody needs.
+
+    Attributes:
+        keys, values: for each layer (num_blocks + 1, block_size, n_kv_head, head_dim).
+        groups: layers that share block tables, each with blocks of its own.
+        group_of: for each layer the index of its group.
+        windows: for each layer how many tokens before itself a token sees.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        groups: Items[CacheGroup],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.groups, self.block_size = groups, block_size
+        self.group_of = group_of_layers(config, groups)
+        self.windows = [groups[g].window or config.context_length for g in self.group_of]
+        shapes = [(groups[g].num_blocks + 1, block_size, config.n_kv_head, config.head_dim) for g in self.group_of]
+        self.keys, self.values = ([zeros(shape, dtype, device) for shape in shapes] for _ in range(2))
+
+
+class GpuNetwork(ServingWeights):
+    """Hidden states and logits of the tokens of a step.
+
+    Attributes:
+        tile_rows: most tokens of a tile, and keys that it looks at together.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        """
+        Args:
+            model: in fp32 or bf16. Nothing of it is changed.
+        """
+        super().__init__(model)
+        # As many as shared memory has room for.
+        self.tile_rows = 64 if self.config.head_dim <= 128 and self.dtype == torch.bfloat16 else 32
+        self._width = triton.next_power_of_2(self.config.dim)
+        self._row_warps = 4 if self._width <= 2048 else 8
+
+    def load(self, model: GPT) -> None:
+        super().load(model)
+        # A cosine and a negative sine for each pair of channels.
+        self._turn_pairs = torch.view_as_real(self._turns).contiguous()
+
+    @torch.inference_mode()
+    def hidden(self, step: Step, cache: GpuCache) -> Tensor:
+        """The normalized last hidden states, (tokens, dim) in the compute dtype; keys and values go to the cache."""
+        layers, rows, dim = self._layers, (step.tokens,), self.config.dim
+        x0 = torch.empty(step.tokens, dim, dtype=self.dtype, device=self.device)
+        x, middle = torch.empty_like(x0), torch.empty_like(x0)
+        scale = torch.empty(step.tokens, device=self.device)
+        kernels.enter[rows](
+            x0,
+            x,
+            scale,
+            self._embedding,
+            self._smear,
+            step.ids,
+            step.previous_ids,
+            layers[0].residual_scale,
+            layers[0].skip_scale,
+            _EPSILON,
+            dim,
+            WIDTH=self._width,
+            num_warps=self._row_warps,
+        )
+        for index, layer in enumerate(layers):
+            mixed = self._attend(index, self._prepare(index, layer.qkv(x), scale, step, cache), step, cache)
+            x = layer.out.plus(mixed, x)
+            up = layer.up(x)
+            kernels.relu_square[(triton.cdiv(up.numel(), _CHUNK),)](up, up.numel(), SIZE=_CHUNK)
+            following = layers[index + 1] if index + 1 < len(layers) else None
+            kernels.finish[rows](
+                x,
+                layer.down(up),
+                middle,
+                x0,
+                scale,
+                following.residual_scale if following else 0.0,
+                following.skip_scale if following else 0.0,
+                _EPSILON,
+                dim,
+                WIDTH=self._width,
+                KEEP=index == len(layers) // 2,
+                LAST=following is None,
+                num_warps=self._row_warps,
+            )
+        kernels.leave[rows](x, middle, self._backout, _EPSILON, dim, WIDTH=self._width, num_warps=self._row_warps)
+        return x
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Softcapped fp32 logits of shape (tokens, vocab_size) for hidden states of shape (tokens, dim)."""
+        raw = self._head(hidden)
+        logits = torch.empty(len(raw), self.config.vocab_size, device=self.device)
+        count = logits.numel()
+        kernels.softcap[(triton.cdiv(count, _CHUNK),)](
+            logits, raw, count, logits.size(1), raw.size(1), LOGIT_SOFTCAP, SIZE=_CHUNK
+        )
+        return logits
+
+    def _prepare(self, index: int, qkv: Tensor, scale: Tensor, step: Step, cache: GpuCache) -> Tensor:
+        """(tokens, n_head, head_dim) queries; keys and values go to the cache."""
+        config = self.config
+        queries = torch.empty(step.tokens, config.n_head, config.head_dim, dtype=self.dtype, device=self.device)
+        gated = index in self._value_layers
+        first = self._value_layers.index(index) * config.kv_dim if gated else 0
+        kernels.prepare[(step.tokens, config.n_head + 2 * config.n_kv_head)](
+            qkv,
+            queries,
+            cache.keys[index],
+            cache.values[index],
+            self._value_table[:, first:],
+            step.ids,
+            step.positions,
+            step.slots[cache.group_of[index]],
+            self._turn_pairs,
+            scale,
+            _EPSILON,
+            VALUE_GATE_SCALE,
+            qkv.size(1),
+            self._value_table.size(1),
+            HEADS=config.n_head,
+            KV_HEADS=config.n_kv_head,
+            HEAD_DIM=config.head_dim,
+            GATED=gated,
+            num_warps=1,
+        )
+        return queries
+
+    def _attend(self, index: int, queries: Tensor, step: Step, cache: GpuCache) -> Tensor:
+        """(tokens, dim) attention over the cache."""
+        config = self.config
+        heads, head_dim, window = config.n_head, config.head_dim, cache.windows[index]
+        table = step.tables[cache.group_of[index]]
+        score_scale = QK_SCALE**2 * head_dim**0.5
+        sizes = {"HEADS": heads, "KV_HEADS": config.n_kv_head, "HEAD_DIM": head_dim, "BLOCK_SIZE": cache.block_size}
+        keys, values = cache.keys[index], cache.values[index]
+        out = torch.empty_like(queries)
+        if step.tiles is not None:
+            kernels.attend_tiles[(len(step.tiles), heads)](
+                out,
+                queries,
+                keys,
+                values,
+                step.tiles,
+                table,
+                table.stride(0),
+                window,
+                score_scale,
+                ROWS=self.tile_rows,
+                TILE=self.tile_rows,
+                num_stages=2,
+                **sizes,
+            )
+            return out.flatten(1)
+        splits = triton.cdiv(config.context_length, SPLIT)
+        mixed = torch.empty(step.tokens, heads, splits, head_dim, device=self.device)
+        highest, total = torch.empty(2, step.tokens, heads, splits, device=self.device)
+        kernels.attend_tokens[(step.tokens, heads, splits)](
+            mixed,
+            highest,
+            total,
+            queries,
+            keys,
+            values,
+            step.positions,
+            step.rows,
+            table,
+            table.stride(0),
+            window,
+            score_scale,
+            SPLIT=SPLIT,
+            TILE=_SPLIT_TILE,
+            **sizes,
+        )
+        kernels.combine[(step.tokens, heads)](
+            out,
+            mixed,
+            highest,
+            total,
+            step.positions,
+            window,
+            splits,
+            HEADS=heads,
+            HEAD_DIM=head_dim,
+            SPLIT=SPLIT,
+            MOST_SPLITS=triton.next_power_of_2(splits),
+            num_warps=2,
+        )
+        return out.flatten(1)

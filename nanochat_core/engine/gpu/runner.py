@@ -1,0 +1,114 @@
+"""Steps on a GPU: those of few tokens as CUDA graphs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanochat_core.device import to_device
+from nanochat_core.engine.gpu.network import GpuCache, GpuNetwork
+from nanochat_core.engine.gpu.step import StepInputs
+from nanochat_core.engine.runner import Awaited, TokenBatch
+from nanochat_core.engine.scheduler import Chunk
+from nanochat_core.model import GPT
+
+log = logging.getLogger(__name__)
+
+# Numbers of tokens that there are graphs for; a step is filled up to the next one. In steps of more tokens than the
+# last the device is busy for longer than it takes to start the kernels one by one.
+GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+Compute = Callable[[], Tensor]
+
+
+class GpuRunner:
+    """:class:`~nanochat_core.engine.runner.Runner` on the GPU kernels."""
+
+    def __init__(self, network: GpuNetwork, cache: GpuCache, token_budget: int, max_running: int) -> None:
+        """
+        Args:
+            token_budget, max_running: most tokens and sequences of a step.
+        """
+        self._network, self._cache, self._device = network, cache, network.device
+        # The next size after the budget too, for what is filled up to it.
+        self._sizes = GRAPH_SIZES[: 1 + sum(size < token_budget for size in GRAPH_SIZES)]
+        self._inputs = StepInputs(
+            cache.groups,
+            cache.block_size,
+            network.config.context_length,
+            tokens=max(token_budget, self._sizes[-1]),
+            sequences=max_running,
+            tile_rows=network.tile_rows,
+            no_token=network.no_token,
+            device=self._device,
+        )
+        self._graphs: dict[int, Compute] = {}
+        # All graphs share memory: they never run at the same time.
+        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+
+    def load(self, model: GPT) -> None:
+        self._graphs.clear()  # they read the old weights
+        self._network.load(model)
+
+    def warm_up(self) -> None:
+        """Record every graph, the largest first, whose memory the others then share."""
+        started = time.perf_counter()
+        for size in reversed(self._sizes):
+            self._graph(size)
+        log.info("recorded CUDA graphs", extra={"graphs": len(self._graphs), "seconds": time.perf_counter() - started})
+
+    @torch.inference_mode()
+    def run(self, chunks: Iterable[Chunk], awaited: Awaited | None = None) -> tuple[list[Chunk], Tensor]:
+        chunks = list(chunks)
+        batch = TokenBatch(chunks, self._network.no_token)
+        count = batch.rows.shape[1]
+        size = next((size for size in self._sizes if size >= count), None)
+        graph = None if size is None else self._graph(size)
+        step = self._inputs.fill(chunks, batch, size or count, tiled=size is None)
+        if batch.ahead and awaited is not None:
+            places = [[place for place, _ in batch.ahead], [awaited.rows[seq] for _, seq in batch.ahead]]
+            where, drawn = to_device(np.array(places, np.int64), self._device)
+            step.ids.index_copy_(0, where, awaited.tokens.index_select(0, drawn).int())
+        rows = batch.sampled_rows(chunks)
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        if graph is None:
+            hidden = self._network.hidden(step, self._cache)
+            return sampling, self._network.logits(self._select(hidden, rows))
+        return sampling, self._select(graph()[:count], rows)
+
+    def _select(self, x: Tensor, rows: Items[int]) -> Tensor:
+        return x if len(rows) == len(x) else x.index_select(0, to_device(np.array(rows, np.int64), self._device))
+
+    def _graph(self, size: int) -> Compute:
+        """Computes the logits of a step of ``size`` tokens that the inputs have been filled with."""
+        if size not in self._graphs:
+            step = self._inputs.fill([], TokenBatch([], self._network.no_token), size, tiled=False)
+
+            def compute() -> Tensor:
+                return self._network.logits(self._network.hidden(step, self._cache))
+
+            self._graphs[size] = self._record(compute) if self._pool is not None else compute
+        return self._graphs[size]
+
+    def _record(self, compute: Compute) -> Compute:
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            compute()  # compiles kernels and sets libraries up, which cannot be recorded
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Another thread may be loading the next model meanwhile, which is not to be recorded.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits = compute()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay

@@ -1,0 +1,246 @@
+"""The GPU kernels against the trained model: on a GPU where there is one, otherwise in Triton's interpreter.
+
+The interpreter is slow, so everything here is small. What it cannot tell, whether the kernels compile for real devices,
+is tried by compiling every launch of a step for them, which takes no GPU either.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engine_models import BYTES, SHAPES, Place, shape_of, tiny_model
+from test_model import random_ids, random_model
+from torch import Tensor
+
+from nanochat_core.config import ModelConfig
+from nanochat_core.engine import Engine, EngineConfig, SamplingParams, gpu
+from nanochat_core.engine.block_manager import CacheGroup
+from nanochat_core.model import GPT
+
+pytest.importorskip("triton", reason="the GPU kernels are written in Triton, which this platform has not")
+
+from nanochat_core.engine.gpu import runner as gpu_runner
+from nanochat_core.engine.gpu.network import SPLIT, GpuCache, GpuNetwork
+from nanochat_core.engine.gpu.runner import GpuRunner
+
+BLOCK = 16
+ROOT = Path(__file__).parents[2]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of more than 12 tokens are attended to in tiles."""
+    monkeypatch.setattr(gpu_runner, "GRAPH_SIZES", (1, 2, 4, 12))
+
+
+def make_runner(model: GPT, groups: list[CacheGroup]) -> GpuRunner:
+    """The kernels, with a cache full of what is not a number."""
+    cache = GpuCache(model.config, groups, BLOCK, model.compute_dtype, DEVICE)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(float("nan"))
+    return GpuRunner(GpuNetwork(model), cache, token_budget=512, max_running=8)
+
+
+def place(shape: ModelConfig, *lengths: int, dtype: torch.dtype = torch.float32) -> tuple[Place, GPT, list[Tensor]]:
+    model = random_model(shape, dtype=dtype).to(DEVICE)
+    rows = [random_ids(1, length)[0] for length in lengths]
+    return Place(model, rows, make_runner, BLOCK), model, rows
+
+
+def expected(model: GPT, row: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(row[None].to(DEVICE))[0]
+    return logits
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2] if DEVICE.type == "cpu" else SHAPES)
+def test_logits_are_those_of_the_model_in_tiles_and_token_by_token(shape: ModelConfig) -> None:
+    """The prompt in one step, then tokens beyond the window in steps that are filled up, with others beside them."""
+    here, model, rows = place(shape, 150, 1, 40)
+    whole = here.logits((0, 0, 145), (1, 0, 1), (2, 0, 36))
+    single = [here.logits((0, 145, 146))[0]]
+    pairs = here.logits((2, 36, 39), (0, 146, 148))
+    last = here.logits((0, 148, 150), (2, 39, 40), (1, 0, 1))
+    for row, parts in (
+        (rows[0], (whole[0], single[0], pairs[1], last[0])),
+        (rows[1], (whole[1],)),
+        (rows[1], (last[2],)),
+        (rows[2], (whole[2], pairs[0], last[1])),
+    ):
+        torch.testing.assert_close(torch.cat(parts), expected(model, row), atol=5e-3, rtol=0)
+
+
+def test_a_token_sees_more_keys_than_one_split_has() -> None:
+    shape = ModelConfig.from_depth(1, vocab_size=70, head_dim=16, context_length=3 * SPLIT, window_pattern="L")
+    here, model, rows = place(shape, 2 * SPLIT + 40)
+    count = len(rows[0])
+    for start in range(0, count - 2, 512):
+        here.logits((0, start, min(start + 512, count - 2)))
+    got = here.logits((0, count - 2, count))[0]
+    torch.testing.assert_close(got, expected(model, rows[0])[-2:], atol=5e-3, rtol=0)
+
+
+def test_bf16_is_as_near_to_the_model_as_pytorchs_operators_are() -> None:
+    """Token by token only: the interpreter has no products of bf16 matrices."""
+    shape = shape_of(2, 32, 2)
+    here, model, rows = place(shape, 12, dtype=torch.bfloat16)
+    logits = here.logits((0, 0, 12))[0]
+    exact = expected(random_model(shape).to(DEVICE), rows[0])
+    assert (logits - exact).square().mean() < 1.1 * (expected(model, rows[0]) - exact).square().mean()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="cuBLAS takes other kernels for other numbers of rows")
+def test_a_token_has_the_same_bits_alone_and_in_any_small_step() -> None:
+    here, *_ = place(shape_of(2, 16), 24, 5, 9)
+    here.logits((0, 0, 20))
+    together = here.logits((1, 0, 4), (0, 20, 24), (2, 0, 2))
+    alone = [here.logits((0, t, t + 1))[0] for t in range(20, 24)]
+    assert torch.equal(together[1], torch.cat(alone))
+
+
+def test_inputs_are_at_the_same_address_in_every_step_of_a_size() -> None:
+    """A graph reads them where they were when it was recorded."""
+    here, *_ = place(shape_of(2, 16), 24, 5, 9)
+    runner = here.runner
+    assert isinstance(runner, GpuRunner)
+    addresses: dict[int, set[tuple[int, ...]]] = {1: set(), 4: set(), 12: set()}
+    fill = runner._inputs.fill
+
+    def noting(*args: object, **options: object) -> object:
+        step = fill(*args, **options)  # type: ignore[arg-type]
+        tensors = (step.ids, step.previous_ids, step.positions, step.rows, *step.slots, *step.tables)
+        addresses[step.tokens].add(tuple(tensor.data_ptr() for tensor in tensors))
+        return step
+
+    runner._inputs.fill = noting  # type: ignore[method-assign,assignment]
+    for parts in ([(0, 0, 1)], [(1, 0, 1)], [(0, 1, 2), (1, 1, 3)], [(2, 0, 4)], [(0, 2, 10)], [(1, 3, 5), (2, 4, 9)]):
+        here.logits(*parts)
+    assert [len(places) for places in addresses.values()] == [1, 1, 1]
+
+
+def test_tokens_that_fill_a_step_up_touch_no_block() -> None:
+    here, *_ = place(shape_of(2, 16), 5)
+    runner = here.runner
+    assert isinstance(runner, GpuRunner)
+    here.logits((0, 0, 5))
+    for tensor, group in zip(runner._cache.keys, runner._cache.group_of, strict=True):
+        written = {int(block) for block in tensor.isfinite().flatten(1).any(1).nonzero()}
+        assert written == {here.sequences[0].block_tables[group][0], runner._cache.groups[group].num_blocks}
+
+
+@pytest.fixture
+def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines compute with the GPU kernels."""
+    monkeypatch.setattr(gpu, "usable", lambda *_: True)
+
+
+@pytest.mark.usefixtures("on_kernels")
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_engine_says_the_same_as_on_pytorchs_operators(overlap: bool) -> None:
+    """With prompts that share a beginning, a seed, and more requests than run at once."""
+    prompts = [[*range(20), 30 + i] for i in range(4)]
+    sampling = [SamplingParams(max_tokens=4 + i, temperature=i % 2 * 1.0, seed=i) for i in range(4)]
+    model, said = tiny_model(depth=1).to(DEVICE), []
+    for kernels in (True, False):
+        config = EngineConfig(
+            kernels=kernels, kv_cache_bytes=1 << 20, max_running=3, overlap=overlap, speculative_tokens=0
+        )
+        engine = Engine(model, BYTES, config)
+        assert isinstance(engine.runner, GpuRunner) is kernels
+        said.append([c.token_ids for [c] in engine.generate(prompts, sampling)])
+        engine.close()
+    assert said[0] == said[1]
+
+
+@pytest.mark.usefixtures("on_kernels")
+def test_new_weights_are_taken_up() -> None:
+    """By recorded graphs too."""
+    model = tiny_model(depth=1).to(DEVICE)
+    engine = Engine(model, BYTES, EngineConfig(kv_cache_bytes=1 << 20, max_running=2))
+    engine.warm_up()
+    [[before]] = engine.generate([[1, 2]], SamplingParams(max_tokens=3))
+    with torch.no_grad():
+        model.head.weight.copy_(model.head.weight.roll(1, 0))
+    engine.update_weights(model)
+    [[after]] = engine.generate([[1, 2]], SamplingParams(max_tokens=3))
+    assert after.token_ids[0] == before.token_ids[0] + 1
+    engine.close()
+
+
+_COMPILE = """
+import sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, "tests/unit")
+from nanochat_core.engine.gpu import kernels, runner
+from engine_models import Place
+from test_engine_gpu import make_runner
+from test_model import random_ids, random_model
+from nanochat_core.config import ModelConfig
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+capability, head_dim, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
+target = GPUTarget("cuda", capability, 32)
+compiled = {}
+
+def compile_instead(self, *args, grid, warmup, **options):
+    named = dict(zip(self.arg_names, args))
+    constants = {name: options.pop(name) for name in list(options) if name in self.arg_names}
+    signature, attributes = {}, {}
+    for i, name in enumerate(self.arg_names):
+        value = named.get(name)
+        if name in constants:
+            signature[name] = "constexpr"
+        elif isinstance(value, torch.Tensor):
+            assert value.data_ptr() % 16 == 0
+            signature[name], attributes[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+    key = self.__name__, tuple(constants.items()), tuple(signature.values())
+    if key not in compiled:
+        source = ASTSource(self, signature, constants, attributes)
+        compiled[key] = triton.compile(source, target=target, options=options).metadata
+
+JITFunction.run = compile_instead
+shape = ModelConfig.from_depth(2, vocab_size=70, head_dim=head_dim, n_kv_head=1, context_length=200)
+model = random_model(shape, dtype=dtype)
+place = Place(model, [random_ids(1, 60)[0]], make_runner, 16)
+place.logits((0, 0, 59))
+place.runner._sizes = ()
+place.logits((0, 0, 59))
+names = {name for name, _, _ in compiled}
+every = {name for name, value in vars(kernels).items() if isinstance(value, JITFunction) and not name.startswith("_")}
+assert names == every, every - names
+print(max(metadata.shared for metadata in compiled.values()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "dtype", "shared_memory"),
+    [(90, 128, "bfloat16", 227), (90, 64, "float32", 227), (80, 128, "bfloat16", 163), (86, 64, "bfloat16", 99)],
+)
+def test_every_kernel_compiles_for_gpus_and_fits_their_shared_memory(
+    capability: int, head_dim: int, dtype: str, shared_memory: int, tmp_path: Path
+) -> None:
+    """Of H100, A100 and the RTX 30 series, in KiB (CUDA C++ Programming Guide, technical specifications)."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    del environment["TRITON_INTERPRET"]
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE, str(capability), str(head_dim), dtype],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= shared_memory << 10
