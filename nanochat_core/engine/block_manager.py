@@ -118,6 +118,7 @@ class BlockManager:
             seq.block_tables.append([0] * first + [pool.share(digest) for digest in hashes[first:prefix]])
         seq.computed = prefix * self.block_size
         seq.sealed = prefix
+        seq.seal_at = 0
         for digest in hashes[prefix:]:
             self._promised.setdefault(digest, seq)
 
@@ -134,6 +135,8 @@ class BlockManager:
 
     def seal(self, seq: Sequence) -> None:
         """Make the blocks that ``seq`` has filled findable, and give back those that it will not see again."""
+        if seq.computed < seq.seal_at:
+            return
         full = seq.computed // self.block_size
         if self.prefix_caching and seq.sealed < full:
             hashes = self._hashes_of(seq)
@@ -142,12 +145,14 @@ class BlockManager:
                     pool.name(table[i], hashes[i])
                 self._keep_promise(hashes[i], seq)
             seq.sealed = full
+        seq.seal_at = (full + 1) * self.block_size
         for g, (group, pool) in enumerate(zip(self.groups, self._pools, strict=True)):
             if group.window is not None and seq.block_tables:
                 first = self._first_needed(group, seq.computed)
                 for i in range(seq.first_blocks[g], first):
                     pool.give_back(seq.block_tables[g][i])
                 seq.first_blocks[g] = max(seq.first_blocks[g], first)
+                seq.seal_at = min(seq.seal_at, (seq.first_blocks[g] + 1) * self.block_size + group.window)
 
     def release(self, seq: Sequence) -> None:
         """Take every block back from ``seq``, which then has nothing computed."""
@@ -160,7 +165,7 @@ class BlockManager:
                 pool.give_back(block)
         seq.block_tables = []
         seq.first_blocks = []
-        seq.computed = seq.sealed = 0
+        seq.computed = seq.sealed = seq.seal_at = 0
 
     def forget(self) -> None:
         """Make every block unfindable: what was computed is no longer what would be. No sequence may hold blocks."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from typing import Generic, Protocol, TypeVar
@@ -131,21 +130,26 @@ class TokenBatch:
         positions: list[int] = []
         self.ahead: list[tuple[int, Sequence]] = []
         for chunk in chunks:
+            tokens, start = chunk.seq.tokens, chunk.start
+            previous.append(tokens[start - 1] if start else no_token)
+            positions.append(start)
             if chunk.runs_ahead:
                 self.ahead.append((len(ids), chunk.seq))
                 ids.append(0)
+            elif chunk.length == 1:
+                ids.append(tokens[start])
             else:
                 ids += chunk.tokens
-            previous.append(chunk.seq.tokens[chunk.start - 1] if chunk.start else no_token)
-            previous += ids[len(previous) - 1 : -1]
-            positions += range(chunk.start, chunk.end)
+                previous += ids[len(previous) - 1 : -1]
+                positions += range(start + 1, chunk.end)
         self.rows = np.array([ids, previous, positions], dtype=np.int64)
 
     @staticmethod
     def sampled_rows(chunks: Items[Chunk]) -> list[int]:
         """Of which of the tokens the next one is sampled."""
-        return [
-            row
-            for chunk, end in zip(chunks, itertools.accumulate(chunk.length for chunk in chunks), strict=True)
-            for row in range(end - chunk.samples, end)
-        ]
+        rows: list[int] = []
+        end = 0
+        for chunk in chunks:
+            end += chunk.length
+            rows += range(end - chunk.samples, end)
+        return rows

@@ -12,37 +12,36 @@ from nanochat_core.engine.sequence import Sequence, State
 from nanochat_core.engine.speculation import NO_SPECULATION, Speculation
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Chunk:
     """Tokens ``start .. start + known`` of a sequence, and a draft of those after them, computed together in one step.
 
     Attributes:
         known: how many of the sequence's own; a token in flight is a chunk by itself.
         draft: only behind the last known token.
+        length: how many tokens that are together.
+        samples: how many next tokens can be sampled: those after the last token and after each of the draft.
+        runs_ahead: whether this is the token that the step before is still drawing.
     """
 
     seq: Sequence
     start: int
     known: int
     draft: Items[int] = ()
+    length: int = dataclasses.field(init=False)
+    samples: int = dataclasses.field(init=False)
+    runs_ahead: bool = dataclasses.field(init=False)
 
-    @property
-    def length(self) -> int:
-        return self.known + len(self.draft)
+    def __post_init__(self) -> None:
+        tokens = len(self.seq.tokens)
+        drafted = len(self.draft)
+        self.length = self.known + drafted
+        self.runs_ahead = self.start == tokens
+        self.samples = drafted + 1 if self.start + self.known == tokens + self.seq.in_flight else 0
 
     @property
     def end(self) -> int:
         return self.start + self.length
-
-    @property
-    def samples(self) -> int:
-        """How many next tokens can be sampled: those after the last token and after each of the draft."""
-        return len(self.draft) + 1 if self.start + self.known == self.seq.length else 0
-
-    @property
-    def runs_ahead(self) -> bool:
-        """Whether this is the token that the step before is still drawing."""
-        return self.start == len(self.seq.tokens)
 
     @property
     def tokens(self) -> list[int]:
@@ -110,6 +109,7 @@ class Scheduler:
         budget = self.token_budget
         chunks: list[Chunk] = []
         position = 0
+        most_drafted = self.speculation.draft_length(len(self.running))
         while position < len(self.running):
             seq = self.running[position]
             if seq.length == seq.max_length:  # with the token in flight it is complete
@@ -120,8 +120,10 @@ class Scheduler:
             length = min(seq.remaining, budget - behind)
             if not self._make_room(seq, seq.computed + length):
                 break  # it was the youngest and has been preempted itself
-            chunks.append(self._with_draft(Chunk(seq, seq.computed, length), budget - behind - length))
-            budget -= chunks[-1].length
+            most = min(most_drafted, budget - behind - length)
+            chunk = Chunk(seq, seq.computed, length, self._draft(seq, length, most) if most > 0 else ())
+            chunks.append(chunk)
+            budget -= chunk.length
             position += 1
         for seq in self._candidates():
             if budget == 0 or len(self.running) + len(self.parked) >= self.max_running:
@@ -155,16 +157,15 @@ class Scheduler:
         """Whether so few sequences run that drafts are worth it."""
         return self.speculation.draft_length(len(self.running)) > 0
 
-    def _with_draft(self, chunk: Chunk, room: int) -> Chunk:
-        """The chunk with as much of a draft as is worth it and leaves a block for each running sequence."""
-        seq = chunk.seq
-        if not chunk.samples or seq.in_flight or not seq.is_memoryless:
-            return chunk
-        most = min(self.speculation.draft_length(len(self.running)), room, seq.max_length - len(seq.tokens) - 1)
-        draft = seq.lookup.draft(seq.tokens, most) if most > 0 else []
-        while draft and not self.blocks.grow(seq, chunk.start + chunk.known + len(draft), spare=len(self.running)):
+    def _draft(self, seq: Sequence, length: int, most: int) -> list[int]:
+        """What may follow the next ``length`` tokens: as much as is worth it and leaves each running one a block."""
+        most = min(most, seq.max_length - len(seq.tokens) - 1)
+        if length < seq.remaining or seq.in_flight or not seq.is_memoryless or most <= 0:
+            return []
+        draft = seq.lookup.draft(seq.tokens, most)
+        while draft and not self.blocks.grow(seq, seq.computed + length + len(draft), spare=len(self.running)):
             draft = draft[:-1]
-        return dataclasses.replace(chunk, draft=draft) if draft else chunk
+        return draft
 
     def _candidates(self) -> list[Sequence]:
         """Waiting sequences worth looking at in one step, first come first.

@@ -39,6 +39,7 @@ class Sequence:
         block_hashes: content hash of each full block of known tokens, filled in lazily by the block manager.
         awaited: hash of the block that it last found missing at the end of its prefix.
         sealed: how many leading blocks other sequences can find by their hash.
+        seal_at: number of computed tokens from which there is something to seal or to give back.
         sample_key: start of this choice's stream of random numbers.
         cached_prompt_tokens: prompt tokens found in the cache at the first admission.
         code_start: index of the first token of code that the model is writing, None outside of code.
@@ -67,6 +68,7 @@ class Sequence:
         self.block_hashes: list[bytes] = []
         self.awaited: bytes | None = None
         self.sealed = 0
+        self.seal_at = 0
         self.state = State.WAITING
         self.order = (request.priority, arrival)
         self.cached_prompt_tokens = 0

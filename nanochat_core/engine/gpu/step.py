@@ -66,49 +66,48 @@ class StepInputs:
         """
         self._groups, self._block_size, self._tile_rows = groups, block_size, tile_rows
         self._no_token = no_token
-        self._tokens = _aligned(tokens)
-        self._most_tiles = tokens // tile_rows + sequences
-        width = _aligned(-(-context_length // block_size))
-        # ids, previous ids, positions, rows, slots of each group; tiles; tables.
-        self._tiles_at = (4 + len(groups)) * self._tokens
-        self._tables_at = self._tiles_at + 4 * self._most_tiles
-        self._row_size = len(groups) * width
-        size = self._tables_at + (sequences + 1) * self._row_size
+        layout = _Layout(
+            len(groups),
+            tokens=_aligned(tokens),
+            tiles=tokens // tile_rows + sequences,
+            rows=sequences + 1,
+            blocks=_aligned(-(-context_length // block_size)),
+        )
         # While the device copies one, the next step is written to the other. A third cannot be under way.
-        self._host = [torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(2)]
-        self._device = torch.zeros(size, dtype=torch.int32, device=device)
-        self._turn = 0
+        self._host = [_HostBuffer(layout, groups, pinned=device.type == "cuda") for _ in range(2)]
+        self._device = torch.zeros(layout.size, dtype=torch.int32, device=device)
+        self._layout = layout
+        self._steps: dict[tuple[int, int], Step] = {}
 
     def fill(self, chunks: Items[Chunk], batch: TokenBatch, tokens: int, *, tiled: bool) -> Step:
         """Tell the device of this batch, filled up to ``tokens`` tokens."""
-        self._turn = 1 - self._turn
-        host, count = self._host[self._turn], batch.rows.shape[1]
-        assert count <= tokens <= self._tokens
-        numbers = host.numpy()
-        by_token = numbers[: self._tiles_at].reshape(-1, self._tokens)
-        by_token[:, count:tokens] = 0
-        by_token[1, count:tokens] = self._no_token
+        self._host.reverse()
+        host, count = self._host[0], batch.rows.shape[1]
+        assert count <= tokens <= self._layout.tokens
+        by_token, tables = host.by_token, host.tables
+        for row, chunk in enumerate(chunks, 1):
+            host.write_tables(row, chunk.seq.block_tables)
+        rows = np.arange(1, len(chunks) + 1)
+        if count > len(chunks):
+            rows = rows.repeat([chunk.length for chunk in chunks])
         by_token[:3, :count] = batch.rows
-        lengths = [chunk.length for chunk in chunks]
-        rows = np.repeat(np.arange(1, len(chunks) + 1, dtype=np.int32), lengths)
         by_token[3, :count] = rows
-        tables = numbers[self._tables_at :].reshape(-1, len(self._groups), self._row_size // len(self._groups))
         blocks, offsets = np.divmod(batch.rows[2], self._block_size)
-        for g, group in enumerate(self._groups):
-            tables[_SCRATCH, g] = group.num_blocks
-            for row, chunk in enumerate(chunks, 1):
-                table = chunk.seq.block_tables[g]
-                tables[row, g, : len(table)] = table
-            by_token[4 + g, count:tokens] = group.num_blocks * self._block_size
+        for g in range(len(self._groups)):
             by_token[4 + g, :count] = tables[rows, g, blocks] * self._block_size + offsets
+        if count < tokens:
+            by_token[:, count:tokens] = 0
+            by_token[1, count:tokens] = self._no_token
+            for g, group in enumerate(self._groups):
+                by_token[4 + g, count:tokens] = group.num_blocks * self._block_size
         tiles = 0
         if tiled:
-            cut = np.array(self._cut(chunks), np.int32)
+            cut = self._cut(chunks)
             tiles = len(cut)
-            numbers[self._tiles_at :][: 4 * tiles] = cut.reshape(-1)
-        used = self._tables_at + (len(chunks) + 1) * self._row_size
-        self._device[:used].copy_(host[:used], non_blocking=True)
-        return self._view(tokens, tiles)
+            host.tiles[:tiles] = cut
+        used = self._layout.tables_at + (len(chunks) + 1) * self._layout.row_size
+        self._device[:used].copy_(host.buffer[:used], non_blocking=True)
+        return self._step(tokens, tiles)
 
     def _cut(self, chunks: Items[Chunk]) -> list[tuple[int, int, int, int]]:
         """Tiles of the chunks; see :class:`Step`."""
@@ -120,20 +119,85 @@ class StepInputs:
             first += chunk.length
         return tiles
 
-    def _view(self, tokens: int, tiles: int) -> Step:
-        by_token = self._device[: self._tiles_at].view(-1, self._tokens)[:, :tokens]
-        tables = self._device[self._tables_at :].view(-1, len(self._groups), self._row_size // len(self._groups))
-        groups = range(len(self._groups))
-        ids, previous_ids, positions, rows = by_token[:4]
-        return Step(
-            ids,
-            previous_ids,
-            positions,
-            rows,
-            slots=[by_token[4 + g] for g in groups],
-            tables=[tables[:, g] for g in groups],
-            tiles=self._device[self._tiles_at :][: 4 * tiles].view(-1, 4) if tiles else None,
+    def _step(self, tokens: int, tiles: int) -> Step:
+        step = self._steps.get((tokens, tiles))
+        if step is None:
+            by_token, tiled, tables = self._layout.split(self._device)
+            ids, previous_ids, positions, rows, *slots = by_token[:, :tokens]
+            step = Step(
+                ids,
+                previous_ids,
+                positions,
+                rows,
+                slots,
+                tables=[tables[:, g] for g in range(len(self._groups))],
+                tiles=tiled[:tiles] if tiles else None,
+            )
+            if not tiles:  # there are few numbers of tokens without
+                self._steps[tokens, tiles] = step
+        return step
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Where what is in the buffer.
+
+    By token: ids, previous ids, positions, rows, and slots for each group. Then tiles and block tables.
+    """
+
+    groups: int
+    tokens: int
+    tiles: int
+    rows: int
+    blocks: int
+
+    @property
+    def tiles_at(self) -> int:
+        return (4 + self.groups) * self.tokens
+
+    @property
+    def tables_at(self) -> int:
+        return self.tiles_at + 4 * self.tiles
+
+    @property
+    def row_size(self) -> int:
+        return self.groups * self.blocks
+
+    @property
+    def size(self) -> int:
+        return self.tables_at + self.rows * self.row_size
+
+    def split(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of (4 + groups, tokens), (tiles, 4) and (rows, groups, blocks)."""
+        return (
+            buffer[: self.tiles_at].view(-1, self.tokens),
+            buffer[self.tiles_at : self.tables_at].view(-1, 4),
+            buffer[self.tables_at :].view(-1, self.groups, self.blocks),
         )
+
+
+class _HostBuffer:
+    """What is copied to the device, and views of it."""
+
+    def __init__(self, layout: _Layout, groups: Items[CacheGroup], *, pinned: bool) -> None:
+        self.buffer = torch.zeros(layout.size, dtype=torch.int32, pin_memory=pinned)
+        self.by_token, self.tiles, self.tables = (part.numpy() for part in layout.split(self.buffer))
+        self.tables[_SCRATCH] = np.array([[group.num_blocks] for group in groups])
+        # The table that each row shows for each group, and how much of it. A sequence's table only ever grows, and is
+        # another list when the sequence starts again.
+        self._shown: list[list[tuple[list[int], int]]] = [[([], 0)] * layout.groups for _ in range(layout.rows)]
+
+    def write_tables(self, row: int, tables: list[list[int]]) -> None:
+        """Show the block tables of a sequence in this row."""
+        shown = self._shown[row]
+        for g, table in enumerate(tables):
+            length = len(table)
+            earlier, there = shown[g]
+            if earlier is not table:
+                there = 0
+            if there < length:
+                self.tables[row, g, there:length] = table[there:]
+                shown[g] = table, length
 
 
 def _aligned(count: int) -> int:
