@@ -12,6 +12,7 @@ from nanochat_core.engine.cpu.network import CpuNetwork
 from nanochat_core.engine.kv_cache import KVCache
 from nanochat_core.engine.network import Network
 from nanochat_core.engine.runner import EagerRunner, Runner
+from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 
 
@@ -19,9 +20,15 @@ def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, Items[CacheG
     """The network with its cache, and how the cache is divided.
 
     Raises:
-        UserError: the KV cache is too small for one block.
+        UserError: the KV cache is too small for one block, or there are no kernels for the quantization.
     """
     shape, size, dtype, device = model.config, config.block_size, model.compute_dtype, model.cos.device
+    on_cpu = config.kernels and cpu.usable(shape, size, dtype, device)
+    if config.quantization != "none" and not on_cpu:
+        raise UserError(
+            f"quantization {config.quantization} needs the engine's CPU kernels, that is a CPU, g++ where they are not "
+            "built in, and blocks of a multiple of 16 tokens; use none here"
+        )
     # The cache comes after the network, whose memory it leaves alone.
     if config.kernels and gpu.usable(shape, dtype, device):
         # They import Triton, which CPUs do without.
@@ -32,8 +39,8 @@ def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, Items[CacheG
         groups = config.cache_groups(model)
         cache = GpuCache(shape, groups, size, dtype, device)
         return GpuRunner(gpu_network, cache, config.token_budget, config.max_running), groups
-    if config.kernels and cpu.usable(shape, size, dtype, device):
-        cpu_network = CpuNetwork(model, size)
+    if on_cpu:
+        cpu_network = CpuNetwork(model, size, int8=config.quantization == "int8")
         groups = config.cache_groups(model)
         return EagerRunner(cpu_network, CpuCache(shape, groups, size, dtype)), groups
     network = Network(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Literal
 
 import torch
 
@@ -35,6 +36,7 @@ class EngineConfig:
         overlap: give the device its next batch before the tokens of the last one are read, so that neither waits for
             the other; None does so on a GPU.
         kernels: compute with the engine's own kernels where they can be had, not with PyTorch's operators.
+        quantization: ``int8`` rounds the matrices to eight bits, on CPUs; ``none`` keeps the model's compute dtype.
         tool_timeout_seconds: a call without result is given up after this.
         tool_max_calls, tool_max_output_tokens: limits of requests that name none.
 
@@ -52,6 +54,7 @@ class EngineConfig:
     speculative_batch: int = 16
     overlap: bool | None = None
     kernels: bool = True
+    quantization: Literal["none", "int8"] = "none"
     tool_timeout_seconds: float = 10.0
     tool_max_calls: int = 16
     tool_max_output_tokens: int = 256

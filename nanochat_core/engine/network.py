@@ -7,6 +7,7 @@ input is computed once: normalized embeddings, the smear's gate of every token i
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -40,8 +41,21 @@ class Attend(Protocol):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
+class Weight(Protocol):
+    """A matrix that serving multiplies with."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(tokens, in_features) to (tokens, out_features)."""
+
+    def relu(self, x: Tensor) -> Tensor:
+        """The same with all negative results replaced by 0."""
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """The same with ``other``, of the result's shape, added."""
+
+
 class PackedWeight:
-    """A weight whose products oneDNN computes on CPUs, laid out for its kernels.
+    """A :class:`Weight` whose products oneDNN computes on CPUs, laid out for its kernels.
 
     Besides being faster for batches, oneDNN computes each row with the same order of additions whatever the number of
     rows, which the default kernels do not: a token's result has the same bits alone and in a batch. The one exception
@@ -58,15 +72,12 @@ class PackedWeight:
         self._pairs = self._packs and _single_rows_differ(weight.size(0), weight.size(1), weight.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(tokens, in_features) to (tokens, out_features)."""
         return self._product(x, "none")
 
     def relu(self, x: Tensor) -> Tensor:
-        """The same with all negative results replaced by 0."""
         return self._product(x, "relu")
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """The same with ``other``, of the result's shape, added."""
         if not self._packs:
             return torch.addmm(other, x, self._weight.t())
         if self._pairs and x.size(0) == 1:
@@ -83,6 +94,9 @@ class PackedWeight:
             return self._product(x.expand(2, -1).contiguous(), activation)[:1]
         y = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, None, activation, [], "")
         return y
+
+
+Pack = Callable[[Tensor], Weight]
 
 
 def packs(dtype: torch.dtype) -> bool:
@@ -120,7 +134,7 @@ def _pair_up(weight: Tensor, head_dim: int) -> Tensor:
 class _Layer:
     """One block."""
 
-    def __init__(self, block: Block, dtype: torch.dtype, residual_scale: float, skip_scale: float) -> None:
+    def __init__(self, block: Block, pack: Pack, residual_scale: float, skip_scale: float) -> None:
         attention, mlp = block.attention, block.mlp
         self.residual_scale, self.skip_scale = residual_scale, skip_scale
         self.head_dim, self.n_head, self.n_kv_head = attention.head_dim, attention.n_head, attention.n_kv_head
@@ -137,10 +151,10 @@ class _Layer:
             projections.append(dim**0.5 * F.pad(gate.weight, (0, dim - VALUE_GATE_CHANNELS, 0, self.n_kv_head % 2)))
         self.sizes = [weight.size(0) for weight in projections]
         self.sizes[:2] = [sum(self.sizes[:2])]
-        self.qkv = PackedWeight(torch.cat(projections).to(dtype))
-        self.out = PackedWeight(attention.out.weight.to(dtype))
-        self.up = PackedWeight(mlp.up.weight.to(dtype))
-        self.down = PackedWeight(mlp.down.weight.to(dtype))
+        self.qkv = pack(torch.cat(projections))
+        self.out = pack(attention.out.weight)
+        self.up = pack(mlp.up.weight)
+        self.down = pack(mlp.down.weight)
 
 
 class ServingWeights:
@@ -152,15 +166,17 @@ class ServingWeights:
         no_token: what stands for the token before a sequence's first one.
     """
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, pack: Pack | None = None) -> None:
         """
         Args:
             model: on its device. Nothing of it is changed.
+            pack: makes of the fp32 matrices what is multiplied with; None casts them to the model's compute dtype.
         """
         self.config = model.config
         self.dtype = model.compute_dtype
         self.device = model.cos.device
         self.no_token = model.embedding.num_embeddings
+        self._pack = pack or (lambda weight: PackedWeight(weight.to(self.dtype)))
         self.load(model)
 
     def load(self, model: GPT) -> None:
@@ -178,9 +194,9 @@ class ServingWeights:
             # Rotating a pair of channels is multiplying it, as a complex number, with one of modulus 1.
             self._turns = torch.complex(model.cos.float(), -model.sin.float()).unsqueeze(1)
             scales = zip(model.residual_scales.tolist(), model.skip_scales.tolist(), strict=True)
-            self._layers = [_Layer(block, dtype, *each) for block, each in zip(model.layers, scales, strict=True)]
+            self._layers = [_Layer(block, self._pack, *each) for block, each in zip(model.layers, scales, strict=True)]
             self._backout = float(model.backout_scale)
-            self._head = PackedWeight((model.head.weight / LOGIT_SOFTCAP).to(dtype))
+            self._head = self._pack(model.head.weight / LOGIT_SOFTCAP)
 
     def embed(self, ids: Tensor, previous_ids: Tensor) -> Tensor:
         """(tokens, dim) what the first block begins with: embeddings after the smear."""

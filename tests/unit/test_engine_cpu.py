@@ -29,18 +29,20 @@ BLOCK = 16
 pytestmark = pytest.mark.skipif(library.load_kernels() is None, reason="the kernels cannot be built: no C++ compiler")
 
 
-def cpu_runner(model: GPT, groups: list[CacheGroup]) -> Runner:
-    """The kernels, with a cache full of what is not a number."""
-    cache = CpuCache(model.config, groups, BLOCK, model.compute_dtype)
-    for tensor in (*cache.keys, *cache.values):
-        tensor.fill_(float("nan"))
-    return EagerRunner(CpuNetwork(model, BLOCK), cache)
-
-
-def place(shape: ModelConfig, *lengths: int, dtype: torch.dtype = torch.float32) -> tuple[Place, GPT, list[Tensor]]:
+def place(
+    shape: ModelConfig, *lengths: int, dtype: torch.dtype = torch.float32, int8: bool = False
+) -> tuple[Place, GPT, list[Tensor]]:
     model = random_model(shape, dtype=dtype)
     rows = [random_ids(1, length)[0] for length in lengths]
-    return Place(model, rows, cpu_runner, BLOCK), model, rows
+
+    def make(model: GPT, groups: list[CacheGroup]) -> Runner:
+        """The kernels, with a cache full of what is not a number."""
+        cache = CpuCache(model.config, groups, BLOCK, model.compute_dtype)
+        for tensor in (*cache.keys, *cache.values):
+            tensor.fill_(float("nan"))
+        return EagerRunner(CpuNetwork(model, BLOCK, int8=int8), cache)
+
+    return Place(model, rows, make, BLOCK), model, rows
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -66,13 +68,14 @@ def test_bf16_is_as_near_to_the_model_as_the_other_path_is(shape: ModelConfig) -
     assert (logits - exact).square().mean() < 1.1 * (expected - exact).square().mean()
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_token_has_the_same_bits_however_it_is_computed(shape: ModelConfig, dtype: torch.dtype) -> None:
+def test_a_token_has_the_same_bits_however_it_is_computed(shape: ModelConfig, dtype: torch.dtype, int8: bool) -> None:
     """Alone and with others, decoded, prefilled in pieces and at once; from the window's edge as from the start."""
-    if not packs(dtype):
+    if not packs(dtype) and not int8:
         pytest.skip("on this CPU oneDNN has no products of bf16 weights, and PyTorch's depend on the number of rows")
-    here, _, rows = place(shape, 190, 33, 150, dtype=dtype)
+    here, _, rows = place(shape, 190, 33, 150, dtype=dtype, int8=int8)
     at_once = [here.logits((s, 0, len(row)))[0] for s, row in enumerate(rows)]
     together = here.logits((2, 0, 150), (0, 0, 190), (1, 0, 33))
     for logits, s in zip(together, (2, 0, 1), strict=True):

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import functools
 import random
+from typing import Literal
 
 import pytest
 import torch
@@ -92,10 +93,10 @@ JOBS = make_jobs()
 
 
 @functools.lru_cache
-def alone(kernels: bool = True) -> tuple[list[Completion], ...]:
+def alone(kernels: bool = True, quantization: Literal["none", "int8"] = "none") -> tuple[list[Completion], ...]:
     """What each job gets from an engine of its own."""
     results = []
-    config = EngineConfig(kv_cache_bytes=1 << 22, kernels=kernels)
+    config = EngineConfig(kv_cache_bytes=1 << 22, kernels=kernels, quantization=quantization)
     for job in JOBS:
         engine = Engine(tiny_model(), BYTES, config, tool_runner=count_characters)
         [completions] = engine.generate([job.prompt], job.sampling, n=job.n, tools=ToolPolicy(job.tools))
@@ -133,6 +134,7 @@ def schedules(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, int, int
     max_running = draw(st.integers(3, 8))
     limits = {
         "kernels": kernels,
+        "quantization": draw(st.sampled_from(["none", "int8"])) if kernels else "none",
         "block_size": block_size,
         # From barely enough for one sequence to enough for a few.
         "num_blocks": -(-longest // block_size) + draw(st.integers(0, 160 // block_size)),
@@ -186,7 +188,7 @@ def test_any_schedule_gives_each_request_the_tokens_that_it_gets_alone(schedule)
         assert step < 5000, "starved"
     for i, (job, *_) in enumerate(arrivals):
         if i not in cancelled:
-            assert tokens_of(results[i]) == tokens_of(alone(limits["kernels"])[job])
+            assert tokens_of(results[i]) == tokens_of(alone(limits["kernels"], limits["quantization"])[job])
             assert [c.usage.completion_tokens for c in results[i]] == [len(c.tokens) for c in results[i]]
     assert engine.load().blocks_used == 0
     engine.close()

@@ -331,6 +331,70 @@ void finish(const Shape &s, const Batch &b, T *x, const T *y, T *kept, const T *
   }
 }
 
+// Outputs that are computed together, and rows that share a weight once it is a float.
+constexpr int TILE = 2 * LANES;
+constexpr int PRODUCT_ROWS = 8;
+
+// Products of ROWS rows of x with a tile of weights, of which a lane has four successive inputs of one output. Inputs are
+// added up in their order, whatever ROWS is.
+template <int ROWS>
+inline void multiply_tile(const float *x, const int8_t *weight, int64_t inputs, vec (*sums)[2]) {
+  vec total[ROWS][2] = {};
+  const ivec *fours = reinterpret_cast<const ivec *>(weight);
+  for (int64_t k = 0; k < inputs; k += 4, fours += 2)
+    for (int i = 0; i < 2; i++) {
+      const ivec four = fours[i];
+      const vec w0 = __builtin_convertvector(four << 24 >> 24, vec), w1 = __builtin_convertvector(four << 16 >> 24, vec);
+      const vec w2 = __builtin_convertvector(four << 8 >> 24, vec), w3 = __builtin_convertvector(four >> 24, vec);
+      for (int r = 0; r < ROWS; r++) {
+        const float *from = x + r * inputs + k;
+        total[r][i] += w0 * from[0];
+        total[r][i] += w1 * from[1];
+        total[r][i] += w2 * from[2];
+        total[r][i] += w3 * from[3];
+      }
+    }
+  for (int r = 0; r < ROWS; r++)
+    for (int i = 0; i < 2; i++) sums[r][i] = total[r][i];
+}
+
+// y = x times the transposed weight, each output times its scale; then no less than 0, or with `other` added.
+template <typename T>
+void multiply_int8(const float *x, const int8_t *weight, const float *scale, const T *other, T *y, int64_t rows,
+                   int64_t inputs, int64_t outputs, bool relu, int threads) {
+  const int64_t tiles = (outputs + TILE - 1) / TILE;
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * inputs * outputs >= 4 * PARALLEL_FROM)
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    const int8_t *w = weight + tile * TILE * inputs;
+    const int64_t first = tile * TILE;
+    const int count = int(std::min<int64_t>(TILE, outputs - first));
+    for (int64_t row = 0; row < rows; row += PRODUCT_ROWS) {
+      vec sums[PRODUCT_ROWS][2];
+      const int together = int(std::min<int64_t>(PRODUCT_ROWS, rows - row));
+      const float *from = x + row * inputs;
+      switch (together) {
+        case 1: multiply_tile<1>(from, w, inputs, sums); break;
+        case 2: multiply_tile<2>(from, w, inputs, sums); break;
+        case 3: multiply_tile<3>(from, w, inputs, sums); break;
+        case 4: multiply_tile<4>(from, w, inputs, sums); break;
+        case 5: multiply_tile<5>(from, w, inputs, sums); break;
+        case 6: multiply_tile<6>(from, w, inputs, sums); break;
+        case 7: multiply_tile<7>(from, w, inputs, sums); break;
+        default: multiply_tile<8>(from, w, inputs, sums); break;
+      }
+      for (int r = 0; r < together; r++) {
+        const int64_t at = (row + r) * outputs + first;
+        for (int i = 0; i < count; i++) {
+          float value = sums[r][i / LANES][i % LANES] * scale[first + i];
+          if (relu) value = std::max(value, 0.0f);
+          if (other) value += load(other + at + i);
+          store(y + at + i, value);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 #define TYPED(call_float, call_bf16) \
@@ -362,5 +426,17 @@ void nanochat_finish(const Shape *s, const Batch *b, void *x, const void *y, voi
                static_cast<const float *>(x0), residual, skip),
         finish(*s, *b, static_cast<bf16 *>(x), static_cast<const bf16 *>(y), static_cast<bf16 *>(kept),
                static_cast<const bf16 *>(x0), residual, skip));
+}
+
+// x is fp32 whatever the rest is. Weights come in tiles of 32 outputs, (tiles, inputs / 4, 32, 4), the last one filled up
+// with zeros; `other`, which may be null, has the shape of y.
+void nanochat_multiply_int8(const float *x, const int8_t *weight, const float *scale, const void *other, void *y,
+                            int64_t rows, int64_t inputs, int64_t outputs, int bf16_storage, int relu, int threads) {
+  if (bf16_storage)
+    multiply_int8(x, weight, scale, static_cast<const bf16 *>(other), static_cast<bf16 *>(y), rows, inputs, outputs, relu,
+                  threads);
+  else
+    multiply_int8(x, weight, scale, static_cast<const float *>(other), static_cast<float *>(y), rows, inputs, outputs, relu,
+                  threads);
 }
 }

@@ -74,6 +74,7 @@ def load_kernels() -> ctypes.CDLL | None:
     kernels.nanochat_attend.argtypes = (pointer,) * 4
     kernels.nanochat_square.argtypes = (pointer, pointer, pointer, ctypes.c_int64)
     kernels.nanochat_finish.argtypes = (*[pointer] * 6, ctypes.c_float, ctypes.c_float)
+    kernels.nanochat_multiply_int8.argtypes = (*[pointer] * 5, *[ctypes.c_int64] * 3, *[ctypes.c_int] * 3)
     kernels.nanochat_attend.restype = ctypes.c_int
     return kernels
 

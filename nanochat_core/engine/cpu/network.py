@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nanochat_core.engine.cpu.attention import CpuAttention
+from nanochat_core.engine.cpu.int8 import Int8Weight
 from nanochat_core.engine.cpu.library import Shape, load_kernels
 from nanochat_core.engine.network import ServingWeights
 from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE, rms_norm
@@ -16,13 +17,14 @@ from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE, rms_norm
 class CpuNetwork(ServingWeights):
     """Hidden states and logits of ragged batches."""
 
-    def __init__(self, model: GPT, block_size: int) -> None:
+    def __init__(self, model: GPT, block_size: int, *, int8: bool = False) -> None:
         """
         Args:
             model: on the CPU, in fp32 or bf16. Nothing of it is changed.
             block_size: tokens per block of the cache.
+            int8: round the matrices to eight bits.
         """
-        super().__init__(model)
+        super().__init__(model, Int8Weight if int8 else None)
         kernels = load_kernels()
         assert kernels is not None, "see usable()"
         self._kernels = kernels
