@@ -1,67 +1,143 @@
-"""Products with weights of eight bits on a CPU beside oneDNN's packed fp32 and bf16.
+"""Weights of eight bits beside fp32 and bf16, in alternating rounds: speed, and what the rounding costs.
 
-Run from the project's root: ``python tests/benchmarks/bench_int8.py``. Many weights take turns, so that each comes from
-memory; the best of several rounds counts.
+From the project's root: ``python tests/benchmarks/bench_int8.py`` measures the speed of a model with random weights;
+``--home .nanochat --model demo`` does so for a trained one and compares what the model makes of the validation text.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
+import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from nanochat_core.engine.network import PackedWeight
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from jobs.eval.bench_engine import random_model, random_tokenizer
+from nanochat_core.checkpoint import Checkpoint, newest_checkpoint
+from nanochat_core.config import ModelConfig
+from nanochat_core.device import prepare_cpu
+from nanochat_core.engine import Engine, EngineConfig, SamplingParams
+from nanochat_core.engine.request import Request
+from nanochat_core.engine.scheduler import Chunk
+from nanochat_core.engine.sequence import Sequence
+from nanochat_core.errors import UserError
+from nanochat_core.model import GPT
+from nanochat_core.store import open_store
+from nanochat_core.tokenizer import Tokenizer
+
+# Name, compute dtype, quantization.
+KINDS = (
+    ("fp32", torch.float32, "none"),
+    ("bf16", torch.bfloat16, "none"),
+    ("int8", torch.float32, "int8"),
+    ("int8, bf16", torch.bfloat16, "int8"),
+)
+CASES = {"one stream": 1, "4 streams": 4, "16 streams": 16, "64 streams": 64}
 
 
-def packed(weight: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return PackedWeight(weight.to(dtype))
+def decode_speed(engine: Engine, streams: int, prompt: list[int], tokens: int) -> float:
+    """Tokens per second, prompts included."""
+    started = time.perf_counter()
+    engine.generate([prompt], SamplingParams(temperature=1.0, seed=0, max_tokens=tokens), n=streams)
+    return streams * tokens / (time.perf_counter() - started)
 
 
-def quantized(weight: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """A scale for each output, as large as its largest weight needs."""
-    scales = weight.abs().amax(1) / 127
-    integers, scales = (weight / scales[:, None]).round().to(torch.int8), scales.to(dtype)
-    return lambda x: torch._weight_int8pack_mm(x, integers, scales)
+def compare_speed(engines: dict[str, Engine], options: argparse.Namespace) -> None:
+    print(f"{'tokens/s':>12} " + " ".join(f"{name:>12}" for name in engines))
+    source = random.Random(0)
+    for case, streams in CASES.items():
+        speeds: dict[str, list[float]] = {name: [] for name in engines}
+        for number in range(options.rounds + 1):
+            prompt = [source.randrange(256) for _ in range(32)]
+            for name, engine in engines.items():
+                speed = decode_speed(engine, streams, prompt, options.tokens)
+                if number:  # the first round warms up
+                    speeds[name].append(speed)
+        print(f"{case:>12} " + " ".join(f"{statistics.median(values):12.0f}" for values in speeds.values()))
 
 
-KINDS = {
-    "fp32": (packed, torch.float32),
-    "bf16": (packed, torch.bfloat16),
-    "int8, bf16 activations": (quantized, torch.bfloat16),
-    "int8, fp32 activations": (quantized, torch.float32),
-}
+def logits_of(engine: Engine, row: list[int]) -> Tensor:
+    """After each token of a row, as serving computes them: (len(row), vocab_size)."""
+    seq = Sequence(Request("row", tuple(row[:1]), SamplingParams(max_tokens=1)), 0, 0, 0, len(row) + 1)
+    blocks = range(engine.blocks.blocks_for(len(row)))
+    seq.block_tables = [list(blocks) for _ in engine.blocks.groups]
+    _, logits = engine.runner.run([Chunk(seq, 0, 1, row[1:])])
+    return logits
+
+
+def compare_quality(engines: dict[str, Engine], rows: list[list[int]]) -> None:
+    """Loss on the text, and how far the next token's distribution is from that of the first engine."""
+    losses: dict[str, list[float]] = {name: [] for name in engines}
+    divergence: dict[str, list[float]] = {name: [] for name in engines}
+    same: dict[str, list[float]] = {name: [] for name in engines}
+    for row in rows:
+        expected = None
+        for name, engine in engines.items():
+            logs = logits_of(engine, row).double().log_softmax(-1)
+            expected = logs if expected is None else expected
+            losses[name].append(float(-logs[:-1].gather(1, torch.tensor(row[1:]).unsqueeze(1)).mean()))
+            divergence[name].append(float((expected.exp() * (expected - logs)).sum(-1).mean()))
+            same[name].append(float((logs.argmax(-1) == expected.argmax(-1)).double().mean()))
+    tokens = sum(len(row) - 1 for row in rows)
+    print(f"\n{tokens} tokens of validation text: loss in nats, divergence from {next(iter(engines))}, same best token")
+    for name in engines:
+        loss, kl, equal = (statistics.fmean(values[name]) for values in (losses, divergence, same))
+        print(f"{name:>12} {loss:9.5f} {kl:10.2e} {equal:8.2%}")
+
+
+def validation_rows(options: argparse.Namespace, checkpoint: Checkpoint) -> list[list[int]]:
+    """The last shard's documents one after another, cut into rows of the context's length."""
+    shards = sorted(Path(options.home, "data", options.dataset or options.model).glob("shard_*.parquet"))
+    if not shards:
+        raise UserError(f"no shard of text in {options.home}/data/{options.dataset or options.model}; give --dataset")
+    tokens: list[int] = []
+    length = checkpoint.config.context_length
+    for text in pq.read_table(shards[-1], columns=["text"]).column("text").to_pylist():
+        tokens += [checkpoint.tokenizer.bos_id, *checkpoint.tokenizer.encode(text)]
+        if len(tokens) >= options.rows * length:
+            break
+    return [tokens[at : at + length] for at in range(0, len(tokens) - length + 1, length)][: options.rows]
+
+
+def build(options: argparse.Namespace, dtype: torch.dtype, checkpoint: Checkpoint | None) -> tuple[GPT, Tokenizer]:
+    if checkpoint is not None:
+        return checkpoint.build_model(torch.device("cpu"), dtype), checkpoint.tokenizer
+    config = ModelConfig.from_depth(options.depth, vocab_size=options.vocab_size, head_dim=64, context_length=1024)
+    return random_model(config, dtype, seed=0), random_tokenizer(options.vocab_size)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--outputs", type=int, default=3072)
-    parser.add_argument("--inputs", type=int, default=768)
-    parser.add_argument("--weights", type=int, default=24)
+    parser.add_argument("--home", default=".nanochat")
+    parser.add_argument("--model", help="of the store; none is one with random weights")
+    parser.add_argument("--stage", default="base")
+    parser.add_argument("--dataset", help="whose validation text is looked at; otherwise the model's name")
+    parser.add_argument("--rows", type=int, default=60, help="of validation text")
+    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=64, help="of each stream")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(f"{'rows':>5} " + " ".join(f"{kind:>22}" for kind in KINDS))
-    for rows in (1, 8, 128):
-        best = []
-        for make, dtype in KINDS.values():
-            weights = [make(torch.randn(options.outputs, options.inputs), dtype) for _ in range(options.weights)]
-            x = torch.randn(rows, options.inputs).to(dtype)
-            seconds = []
-            for _ in range(options.rounds):
-                started = time.perf_counter()
-                for weight in weights:
-                    weight(x)
-                seconds.append(time.perf_counter() - started)
-            best.append(min(seconds) / options.weights)
-        print(f"{rows:>5} " + " ".join(f"{1e6 * each:>19.0f} µs" for each in best))
+    prepare_cpu(options.threads)
+    checkpoint = newest_checkpoint(open_store(options.home), options.model, options.stage) if options.model else None
+    if options.model and checkpoint is None:
+        raise UserError(f"{options.model} has no {options.stage} checkpoint in {options.home}")
+    engines = {}
+    for name, dtype, quantization in KINDS:
+        model, tokenizer = build(options, dtype, checkpoint)
+        config = EngineConfig(quantization=quantization, speculative_tokens=0, prefix_caching=False)
+        engines[name] = Engine(model, tokenizer, config)
+    compare_speed(engines, options)
+    if checkpoint is not None:
+        compare_quality(engines, validation_rows(options, checkpoint))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Int8Weight:
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 of the weight's shape and (out_features,) fp32 scales, whose product is close to it: symmetric, to nearest."""
+    """int8 of the weight's shape and (out_features,) fp32 scales, whose product is close to it (symmetric, nearest)."""
     weight = weight.float()
     scales = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
     return (weight / scales.unsqueeze(1)).round_().to(torch.int8), scales
