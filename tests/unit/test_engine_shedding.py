@@ -108,15 +108,16 @@ def test_the_prompts_call_the_tool() -> None:
 
 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
-@given(st.integers(1, 8), st.integers(8, 64), st.integers(4, 40))
+@given(st.integers(1, 8), st.integers(8, 64), st.integers(4, 40), st.booleans())
 def test_a_device_with_room_for_less_than_a_batch_gives_every_request_its_tokens(
-    most_sequences: int, most_tokens: int, blocks: int
+    most_sequences: int, most_tokens: int, blocks: int, overlap: bool
 ) -> None:
     def fails(chunks: list[Chunk]) -> bool:
         return len(chunks) > most_sequences or sum(chunk.length for chunk in chunks) > most_tokens
 
     longest = max(len(p) + s.max_tokens for p, s in zip(PROMPTS, SAMPLINGS, strict=True))
-    config = config_with_blocks(-(-longest // 16) + blocks, tiny_model(), max_running=8, token_budget=64)
+    settings = {"max_running": 8, "token_budget": 64, "overlap": overlap, "speculative_batch": 0 if overlap else 16}
+    config = config_with_blocks(-(-longest // 16) + blocks, tiny_model(), **settings)
     answers, errors = run(engine_with(fails, config))
     assert not errors
     assert len(answers) == len(PROMPTS)
@@ -124,8 +125,10 @@ def test_a_device_with_room_for_less_than_a_batch_gives_every_request_its_tokens
 
 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
-@given(st.sets(st.integers(0, 150), max_size=60))
-def test_whatever_steps_fail_each_request_is_answered_exactly_or_given_up_with_an_error(failing: set[int]) -> None:
+@given(st.sets(st.integers(0, 150), max_size=60), st.booleans())
+def test_whatever_steps_fail_each_request_is_answered_exactly_or_given_up_with_an_error(
+    failing: set[int], overlap: bool
+) -> None:
     step = -1
 
     def fails(chunks: list[Chunk]) -> bool:
@@ -134,7 +137,8 @@ def test_whatever_steps_fail_each_request_is_answered_exactly_or_given_up_with_a
         # Two in a row at most: more of the smallest steps would end the engine.
         return step in failing and not {step - 1, step - 2} <= failing
 
-    answers, errors = run(engine_with(fails))
+    config = EngineConfig(max_running=8, token_budget=64, overlap=overlap, speculative_batch=0 if overlap else 16)
+    answers, errors = run(engine_with(fails, config))
     assert len(answers) + len(errors) == len(PROMPTS)
     assert_exact(answers)
     assert all(isinstance(error, Shed) for error in errors.values())
