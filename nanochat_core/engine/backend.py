@@ -32,10 +32,11 @@ def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, Items[CacheG
     # The cache comes after the network, whose memory it leaves alone.
     if config.kernels and gpu.usable(shape, dtype, device):
         # They import Triton, which CPUs do without.
+        from nanochat_core.engine.gpu.flash import flash_kernel
         from nanochat_core.engine.gpu.network import GpuCache, GpuNetwork
         from nanochat_core.engine.gpu.runner import GpuRunner
 
-        gpu_network = GpuNetwork(model)
+        gpu_network = GpuNetwork(model, flash_kernel(device, dtype))
         groups = config.cache_groups(model)
         cache = GpuCache(shape, groups, size, dtype, device)
         return GpuRunner(gpu_network, cache, config.token_budget, config.max_running), groups

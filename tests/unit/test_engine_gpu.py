@@ -6,9 +6,12 @@ is tried by compiling every launch of a step for them, which takes no GPU either
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -24,8 +27,10 @@ from nanochat_core.model import GPT
 
 pytest.importorskip("triton", reason="the GPU kernels are written in Triton, which this platform has not")
 
+from nanochat_core.engine.gpu import network as gpu_network
 from nanochat_core.engine.gpu import runner as gpu_runner
-from nanochat_core.engine.gpu.network import SPLIT, GpuCache, GpuNetwork
+from nanochat_core.engine.gpu.flash import FlashKernel, flash_kernel
+from nanochat_core.engine.gpu.network import GpuCache, GpuNetwork
 from nanochat_core.engine.gpu.runner import GpuRunner
 
 BLOCK = 16
@@ -34,17 +39,18 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)
-def _few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of more than 12 tokens are attended to in tiles."""
+def _small_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of more than 12 tokens are attended to in tiles, tokens that see more than 64 keys in splits."""
     monkeypatch.setattr(gpu_runner, "GRAPH_SIZES", (1, 2, 4, 12))
+    monkeypatch.setattr(gpu_network, "SPLIT", 64)
 
 
-def make_runner(model: GPT, groups: list[CacheGroup]) -> GpuRunner:
+def make_runner(model: GPT, groups: list[CacheGroup], flash: FlashKernel | None = None) -> GpuRunner:
     """The kernels, with a cache full of what is not a number."""
     cache = GpuCache(model.config, groups, BLOCK, model.compute_dtype, DEVICE)
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(float("nan"))
-    return GpuRunner(GpuNetwork(model), cache, token_budget=512, max_running=8)
+    return GpuRunner(GpuNetwork(model, flash), cache, token_budget=512, max_running=8)
 
 
 def place(shape: ModelConfig, *lengths: int, dtype: torch.dtype = torch.float32) -> tuple[Place, GPT, list[Tensor]]:
@@ -59,7 +65,7 @@ def expected(model: GPT, row: Tensor) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("shape", SHAPES[:2] if DEVICE.type == "cpu" else SHAPES)
+@pytest.mark.parametrize("shape", SHAPES if DEVICE.type == "cuda" else [SHAPES[1], shape_of(2, 64)])
 def test_logits_are_those_of_the_model_in_tiles_and_token_by_token(shape: ModelConfig) -> None:
     """The prompt in one step, then tokens beyond the window in steps that are filled up, with others beside them."""
     here, model, rows = place(shape, 150, 1, 40)
@@ -76,14 +82,79 @@ def test_logits_are_those_of_the_model_in_tiles_and_token_by_token(shape: ModelC
         torch.testing.assert_close(torch.cat(parts), expected(model, row), atol=5e-3, rtol=0)
 
 
-def test_a_token_sees_more_keys_than_one_split_has() -> None:
-    shape = ModelConfig.from_depth(1, vocab_size=70, head_dim=16, context_length=3 * SPLIT, window_pattern="L")
-    here, model, rows = place(shape, 2 * SPLIT + 40)
-    count = len(rows[0])
-    for start in range(0, count - 2, 512):
-        here.logits((0, start, min(start + 512, count - 2)))
-    got = here.logits((0, count - 2, count))[0]
-    torch.testing.assert_close(got, expected(model, rows[0])[-2:], atol=5e-3, rtol=0)
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    softmax_scale: float,
+    causal: bool,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """The part of FlashAttention 3's function that is used, as its documentation has it, one query at a time."""
+    assert causal
+    assert window_size[1] == 0
+    assert {t.dtype for t in (cache_seqlens, page_table, cu_seqlens_q)} == {torch.int32}
+    assert int(cu_seqlens_q.diff().max()) == max_seqlen_q
+    out = torch.empty_like(q)
+    shared = q.size(1) // k_cache.size(2)
+    for s, (first, last) in enumerate(itertools.pairwise(cu_seqlens_q.tolist())):
+        length = int(cache_seqlens[s])
+        pages = page_table[s, : -(-length // k_cache.size(1))].long()
+        keys, values = (cache[pages].flatten(0, 1)[:length] for cache in (k_cache, v_cache))
+        for token in range(first, last):
+            position = length - (last - token)  # the last query is the last key
+            seen = slice(max(position - window_size[0], 0), position + 1)
+            k, v = (x[seen].repeat_interleave(shared, 1) for x in (keys, values))
+            weights = (torch.einsum("hd,khd->hk", q[token], k) * softmax_scale).softmax(-1)
+            out[token] = torch.einsum("hk,khd->hd", weights, v)
+    return out
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="stands in for the package, where that cannot be")
+def test_steps_of_many_tokens_go_through_flash_attention_where_it_is_given() -> None:
+    model = random_model(shape_of(2, 32, 2))
+    rows = [random_ids(1, length)[0] for length in (150, 40)]
+    here = Place(model, rows, functools.partial(make_runner, flash=flash_attn_with_kvcache), BLOCK)
+    parts = [here.logits((0, 0, 140), (1, 0, 13)), here.logits((1, 13, 40), (0, 140, 149))]
+    for row, got in ((rows[0][:149], (parts[0][0], parts[1][1])), (rows[1], (parts[0][1], parts[1][0]))):
+        torch.testing.assert_close(torch.cat(got), expected(model, row), atol=5e-3, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    DEVICE.type != "cuda" or flash_kernel(DEVICE, torch.bfloat16) is None,
+    reason="needs a Hopper GPU and the package flash_attn_interface",
+)
+def test_the_real_flash_attention_agrees_with_the_kernels() -> None:
+    model = random_model(shape_of(4, 64), dtype=torch.bfloat16).to(DEVICE)
+    rows = [random_ids(1, length)[0] for length in (150, 40)]
+    got = []
+    for flash in (None, flash_kernel(DEVICE, torch.bfloat16)):
+        here = Place(model, rows, functools.partial(make_runner, flash=flash), BLOCK)
+        got.append(torch.cat(here.logits((0, 0, 150), (1, 0, 40))))
+    exact = torch.cat([expected(random_model(shape_of(4, 64)).to(DEVICE), row) for row in rows])
+    assert (got[1] - exact).square().mean() < 1.2 * (got[0] - exact).square().mean()
+
+
+def test_flash_attention_is_for_hopper_and_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", types.ModuleType("flash_attn_interface"))
+    monkeypatch.setattr(
+        sys.modules["flash_attn_interface"], "flash_attn_with_kvcache", flash_attn_with_kvcache, raising=False
+    )
+    cuda = torch.device("cuda")
+    for capability, found in (((9, 0), flash_attn_with_kvcache), ((8, 0), None), ((10, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, it=capability: it)
+        assert flash_kernel(cuda, torch.bfloat16) is found
+        assert flash_kernel(cuda, torch.float32) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    assert flash_kernel(cuda, torch.bfloat16) is None
+    assert flash_kernel(torch.device("cpu"), torch.bfloat16) is None
 
 
 def test_bf16_is_as_near_to_the_model_as_pytorchs_operators_are() -> None:
@@ -97,7 +168,7 @@ def test_bf16_is_as_near_to_the_model_as_pytorchs_operators_are() -> None:
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="cuBLAS takes other kernels for other numbers of rows")
 def test_a_token_has_the_same_bits_alone_and_in_any_small_step() -> None:
-    here, *_ = place(shape_of(2, 16), 24, 5, 9)
+    here, *_ = place(shape_of(2, 64), 24, 5, 9)
     here.logits((0, 0, 20))
     together = here.logits((1, 0, 4), (0, 20, 24), (2, 0, 2))
     alone = [here.logits((0, t, t + 1))[0] for t in range(20, 24)]
@@ -106,7 +177,7 @@ def test_a_token_has_the_same_bits_alone_and_in_any_small_step() -> None:
 
 def test_inputs_are_at_the_same_address_in_every_step_of_a_size() -> None:
     """A graph reads them where they were when it was recorded."""
-    here, *_ = place(shape_of(2, 16), 24, 5, 9)
+    here, *_ = place(shape_of(2, 64), 24, 5, 9)
     runner = here.runner
     assert isinstance(runner, GpuRunner)
     addresses: dict[int, set[tuple[int, ...]]] = {1: set(), 4: set(), 12: set()}
@@ -125,7 +196,7 @@ def test_inputs_are_at_the_same_address_in_every_step_of_a_size() -> None:
 
 
 def test_tokens_that_fill_a_step_up_touch_no_block() -> None:
-    here, *_ = place(shape_of(2, 16), 5)
+    here, *_ = place(shape_of(2, 64), 5)
     runner = here.runner
     assert isinstance(runner, GpuRunner)
     here.logits((0, 0, 5))
@@ -226,7 +297,7 @@ print(max(metadata.shared for metadata in compiled.values()))
 
 @pytest.mark.parametrize(
     ("capability", "head_dim", "dtype", "shared_memory"),
-    [(90, 128, "bfloat16", 227), (90, 64, "float32", 227), (80, 128, "bfloat16", 163), (86, 64, "bfloat16", 99)],
+    [(90, 128, "bfloat16", 227), (80, 64, "float32", 163), (86, 128, "bfloat16", 99)],
 )
 def test_every_kernel_compiles_for_gpus_and_fits_their_shared_memory(
     capability: int, head_dim: int, dtype: str, shared_memory: int, tmp_path: Path

@@ -107,7 +107,7 @@ def prepare(
 
 @triton.jit
 def attend_tokens(
-    mixed,
+    sums,
     highest,
     total,
     queries,
@@ -132,7 +132,7 @@ def attend_tokens(
     et al. 2023); :func:`combine` adds the splits up. Splits that a token does not see are left as they are.
 
     Args:
-        mixed: (tokens, HEADS, splits, HEAD_DIM) fp32 gets the values, weighted but not divided by ``total``.
+        sums: (tokens, HEADS, splits, HEAD_DIM) fp32 gets the values, weighted but not divided by ``total``.
         highest, total: (tokens, HEADS, splits) fp32 get the largest score and the sum of the weights.
         queries: (tokens, HEADS, HEAD_DIM).
         keys, values: (blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM).
@@ -154,7 +154,7 @@ def attend_tokens(
     kv_head = head // (HEADS // KV_HEADS)
     top = -float("inf")
     weight = 0.0
-    sums = tl.zeros([HEAD_DIM], tl.float32)
+    mixed = tl.zeros([HEAD_DIM], tl.float32)
     for at in range(begin, end, TILE):
         key = at + tl.arange(0, TILE)
         seen = (key >= first) & (key <= position)
@@ -168,10 +168,10 @@ def attend_tokens(
         fade = tl.exp(top - higher)
         share = tl.exp(score - higher)
         weight = weight * fade + tl.sum(share)
-        sums = sums * fade + tl.sum(share[:, None] * v, 0)
+        mixed = mixed * fade + tl.sum(share[:, None] * v, 0)
         top = higher
     place = (token * HEADS + head) * tl.num_programs(2) + split
-    tl.store(mixed + place * HEAD_DIM + channel, sums)
+    tl.store(sums + place * HEAD_DIM + channel, mixed)
     tl.store(highest + place, top)
     tl.store(total + place, weight)
 
@@ -179,7 +179,7 @@ def attend_tokens(
 @triton.jit
 def combine(
     out,
-    mixed,
+    sums,
     highest,
     total,
     positions,
@@ -206,7 +206,7 @@ def combine(
     top = tl.load(highest + place, seen, -float("inf"))
     share = tl.exp(top - tl.max(top))
     weight = tl.sum(share * tl.load(total + place, seen, 0.0))
-    rows = tl.load(mixed + place[:, None] * HEAD_DIM + channel[None, :], seen[:, None], 0.0)
+    rows = tl.load(sums + place[:, None] * HEAD_DIM + channel[None, :], seen[:, None], 0.0)
     y = tl.sum(share[:, None] * rows, 0) / weight
     tl.store(out + (token * HEADS + head) * HEAD_DIM + channel, y.to(out.dtype.element_ty))
 

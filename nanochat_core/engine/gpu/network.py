@@ -11,6 +11,7 @@ from torch import Tensor
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine.block_manager import CacheGroup
 from nanochat_core.engine.gpu import kernels
+from nanochat_core.engine.gpu.flash import FlashKernel
 from nanochat_core.engine.gpu.step import Step
 from nanochat_core.engine.kv_cache import group_of_layers, zeros
 from nanochat_core.engine.network import ServingWeights
@@ -58,12 +59,14 @@ class GpuNetwork(ServingWeights):
         tile_rows: most tokens of a tile, and keys that it looks at together.
     """
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, flash: FlashKernel | None = None) -> None:
         """
         Args:
             model: in fp32 or bf16. Nothing of it is changed.
+            flash: attention for steps of many tokens; None is the kernels' own.
         """
         super().__init__(model)
+        self._flash = flash
         # As many as shared memory has room for.
         self.tile_rows = 64 if self.config.head_dim <= 128 and self.dtype == torch.bfloat16 else 32
         self._width = triton.next_power_of_2(self.config.dim)
@@ -168,14 +171,31 @@ class GpuNetwork(ServingWeights):
         score_scale = QK_SCALE**2 * head_dim**0.5
         sizes = {"HEADS": heads, "KV_HEADS": config.n_kv_head, "HEAD_DIM": head_dim, "BLOCK_SIZE": cache.block_size}
         keys, values = cache.keys[index], cache.values[index]
+        pieces = step.pieces
+        if pieces is not None and self._flash is not None:
+            y = self._flash(
+                queries,
+                keys,
+                values,
+                cache_seqlens=pieces.ends,
+                page_table=table[1 : pieces.sequences + 1],
+                cu_seqlens_q=pieces.first_tokens,
+                max_seqlen_q=pieces.longest,
+                softmax_scale=score_scale,
+                causal=True,
+                window_size=(window, 0),
+            )
+            # Early versions give the logarithms of the sums too.
+            mixed: Tensor = y[0] if isinstance(y, tuple) else y
+            return mixed.flatten(1)
         out = torch.empty_like(queries)
-        if step.tiles is not None:
-            kernels.attend_tiles[(len(step.tiles), heads)](
+        if pieces is not None:
+            kernels.attend_tiles[(len(pieces.tiles), heads)](
                 out,
                 queries,
                 keys,
                 values,
-                step.tiles,
+                pieces.tiles,
                 table,
                 table.stride(0),
                 window,
@@ -187,10 +207,10 @@ class GpuNetwork(ServingWeights):
             )
             return out.flatten(1)
         splits = triton.cdiv(config.context_length, SPLIT)
-        mixed = torch.empty(step.tokens, heads, splits, head_dim, device=self.device)
+        sums = torch.empty(step.tokens, heads, splits, head_dim, device=self.device)
         highest, total = torch.empty(2, step.tokens, heads, splits, device=self.device)
         kernels.attend_tokens[(step.tokens, heads, splits)](
-            mixed,
+            sums,
             highest,
             total,
             queries,
@@ -208,7 +228,7 @@ class GpuNetwork(ServingWeights):
         )
         kernels.combine[(step.tokens, heads)](
             out,
-            mixed,
+            sums,
             highest,
             total,
             step.positions,

@@ -70,7 +70,7 @@ class GpuRunner:
         count = batch.rows.shape[1]
         size = next((size for size in self._sizes if size >= count), None)
         graph = None if size is None else self._graph(size)
-        step = self._inputs.fill(chunks, batch, size or count, tiled=size is None)
+        step = self._inputs.fill(chunks, batch, size or count, in_pieces=size is None)
         if batch.ahead and awaited is not None:
             places = [[place for place, _ in batch.ahead], [awaited.rows[seq] for _, seq in batch.ahead]]
             where, drawn = to_device(np.array(places, np.int64), self._device)
@@ -88,7 +88,7 @@ class GpuRunner:
     def _graph(self, size: int) -> Compute:
         """Computes the logits of a step of ``size`` tokens that the inputs have been filled with."""
         if size not in self._graphs:
-            step = self._inputs.fill([], TokenBatch([], self._network.no_token), size, tiled=False)
+            step = self._inputs.fill([], TokenBatch([], self._network.no_token), size, in_pieces=False)
 
             def compute() -> Tensor:
                 return self._network.logits(self._network.hidden(step, self._cache))

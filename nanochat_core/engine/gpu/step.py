@@ -20,6 +20,27 @@ _SCRATCH = 0
 
 
 @dataclasses.dataclass(frozen=True)
+class Pieces:
+    """Where the sequences of a step of many tokens are in it; tensors of int32.
+
+    Attributes:
+        tiles: (tiles, 4) see :func:`~nanochat_core.engine.gpu.kernels.attend_tiles`.
+        first_tokens: (sequences + 1,) where each begins, and the end of the last.
+        ends: (sequences,) how many tokens of each are known after the step.
+        longest: most tokens of one sequence in the step.
+    """
+
+    tiles: Tensor
+    first_tokens: Tensor
+    ends: Tensor
+    longest: int
+
+    @property
+    def sequences(self) -> int:
+        return self.ends.numel()
+
+
+@dataclasses.dataclass(frozen=True)
 class Step:
     """Tensors of int32 on the device, at the same address in every step.
 
@@ -28,7 +49,7 @@ class Step:
         rows: (tokens,) which row of ``tables`` is the token's.
         slots: for each group of layers (tokens,) block * block_size + offset.
         tables: for each group (sequences + 1, blocks) block ids.
-        tiles: (tiles, 4) see :func:`~nanochat_core.engine.gpu.kernels.attend_tiles`; None attends token by token.
+        pieces: None attends token by token.
     """
 
     ids: Tensor
@@ -37,7 +58,7 @@ class Step:
     rows: Tensor
     slots: list[Tensor]
     tables: list[Tensor]
-    tiles: Tensor | None
+    pieces: Pieces | None
 
     @property
     def tokens(self) -> int:
@@ -77,9 +98,9 @@ class StepInputs:
         self._host = [_HostBuffer(layout, groups, pinned=device.type == "cuda") for _ in range(2)]
         self._device = torch.zeros(layout.size, dtype=torch.int32, device=device)
         self._layout = layout
-        self._steps: dict[tuple[int, int], Step] = {}
+        self._steps: dict[int, Step] = {}
 
-    def fill(self, chunks: Items[Chunk], batch: TokenBatch, tokens: int, *, tiled: bool) -> Step:
+    def fill(self, chunks: Items[Chunk], batch: TokenBatch, tokens: int, *, in_pieces: bool) -> Step:
         """Tell the device of this batch, filled up to ``tokens`` tokens."""
         self._host.reverse()
         host, count = self._host[0], batch.rows.shape[1]
@@ -100,17 +121,23 @@ class StepInputs:
             by_token[1, count:tokens] = self._no_token
             for g, group in enumerate(self._groups):
                 by_token[4 + g, count:tokens] = group.num_blocks * self._block_size
-        tiles = 0
-        if tiled:
-            cut = self._cut(chunks)
-            tiles = len(cut)
-            host.tiles[:tiles] = cut
+        tiles = self._cut(chunks) if in_pieces else []
+        if tiles:
+            host.tiles[: len(tiles)] = tiles
+            host.sequences[0, 1 : len(chunks) + 1] = np.cumsum([chunk.length for chunk in chunks])
+            host.sequences[1, : len(chunks)] = [chunk.end for chunk in chunks]
         used = self._layout.tables_at + (len(chunks) + 1) * self._layout.row_size
         self._device[:used].copy_(host.buffer[:used], non_blocking=True)
-        return self._step(tokens, tiles)
+        step = self._step(tokens)
+        if not tiles:
+            return step
+        _, tiled, sequences, _ = self._layout.split(self._device)
+        longest = max(chunk.length for chunk in chunks)
+        pieces = Pieces(tiled[: len(tiles)], sequences[0, : len(chunks) + 1], sequences[1, : len(chunks)], longest)
+        return dataclasses.replace(step, pieces=pieces)
 
     def _cut(self, chunks: Items[Chunk]) -> list[tuple[int, int, int, int]]:
-        """Tiles of the chunks; see :class:`Step`."""
+        """Tiles of the chunks; see :class:`Pieces`."""
         tiles = []
         first = 0
         for row, chunk in enumerate(chunks, 1):
@@ -119,30 +146,21 @@ class StepInputs:
             first += chunk.length
         return tiles
 
-    def _step(self, tokens: int, tiles: int) -> Step:
-        step = self._steps.get((tokens, tiles))
-        if step is None:
-            by_token, tiled, tables = self._layout.split(self._device)
+    def _step(self, tokens: int) -> Step:
+        if tokens not in self._steps:
+            by_token, _, _, tables = self._layout.split(self._device)
             ids, previous_ids, positions, rows, *slots = by_token[:, :tokens]
-            step = Step(
-                ids,
-                previous_ids,
-                positions,
-                rows,
-                slots,
-                tables=[tables[:, g] for g in range(len(self._groups))],
-                tiles=tiled[:tiles] if tiles else None,
-            )
-            if not tiles:  # there are few numbers of tokens without
-                self._steps[tokens, tiles] = step
-        return step
+            by_group = [tables[:, g] for g in range(len(self._groups))]
+            self._steps[tokens] = Step(ids, previous_ids, positions, rows, slots, by_group, pieces=None)
+        return self._steps[tokens]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
     """Where what is in the buffer.
 
-    By token: ids, previous ids, positions, rows, and slots for each group. Then tiles and block tables.
+    By token: ids, previous ids, positions, rows, and slots for each group. Then tiles, first tokens and ends of the
+    sequences, and block tables.
     """
 
     groups: int
@@ -156,8 +174,12 @@ class _Layout:
         return (4 + self.groups) * self.tokens
 
     @property
-    def tables_at(self) -> int:
+    def sequences_at(self) -> int:
         return self.tiles_at + 4 * self.tiles
+
+    @property
+    def tables_at(self) -> int:
+        return self.sequences_at + 2 * _aligned(self.rows)
 
     @property
     def row_size(self) -> int:
@@ -167,11 +189,12 @@ class _Layout:
     def size(self) -> int:
         return self.tables_at + self.rows * self.row_size
 
-    def split(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of (4 + groups, tokens), (tiles, 4) and (rows, groups, blocks)."""
+    def split(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Views of (4 + groups, tokens), (tiles, 4), (2, rows or some more) and (rows, groups, blocks)."""
         return (
             buffer[: self.tiles_at].view(-1, self.tokens),
-            buffer[self.tiles_at : self.tables_at].view(-1, 4),
+            buffer[self.tiles_at : self.sequences_at].view(-1, 4),
+            buffer[self.sequences_at : self.tables_at].view(2, -1),
             buffer[self.tables_at :].view(-1, self.groups, self.blocks),
         )
 
@@ -181,7 +204,8 @@ class _HostBuffer:
 
     def __init__(self, layout: _Layout, groups: Items[CacheGroup], *, pinned: bool) -> None:
         self.buffer = torch.zeros(layout.size, dtype=torch.int32, pin_memory=pinned)
-        self.by_token, self.tiles, self.tables = (part.numpy() for part in layout.split(self.buffer))
+        parts = layout.split(self.buffer)
+        self.by_token, self.tiles, self.sequences, self.tables = (part.numpy() for part in parts)
         self.tables[_SCRATCH] = np.array([[group.num_blocks] for group in groups])
         # The table that each row shows for each group, and how much of it. A sequence's table only ever grows, and is
         # another list when the sequence starts again.

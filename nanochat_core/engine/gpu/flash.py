@@ -1,0 +1,25 @@
+"""FlashAttention 3 over the paged cache, where the package is installed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# It is for Hopper, and the only one of the packages that takes blocks of any size.
+_MODULE, _CAPABILITY = "flash_attn_interface", 9
+
+FlashKernel = Callable[..., Any]
+
+
+def flash_kernel(device: torch.device, dtype: torch.dtype) -> FlashKernel | None:
+    """``flash_attn_with_kvcache``, if it runs here (arXiv 2407.08608)."""
+    if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] != _CAPABILITY:
+        return None
+    try:
+        kernel: FlashKernel = importlib.import_module(_MODULE).flash_attn_with_kvcache
+    except ImportError:
+        return None
+    return kernel
