@@ -17,11 +17,13 @@ help: ## Show this list
 run: setup $(STATIC)/index.html ## Train the demo model if there is none, then serve the chat page (PORT=8000 to choose)
 	@exec $(PYTHON) -m deploy.local
 
+# Side by side in the order of collection: the end-to-end tests, which train a model first, take one process most of the time.
+TEST_PROCESSES := $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 4 ? cores : 4)))
 test: setup $(STATIC)/index.html ## Lint, type checks and every test that needs neither Docker nor Kubernetes
 	@tests/install-servers
 	@$(MAKE) --no-print-directory lint
 	@npm --prefix $(WEB) run --silent check && npm --prefix $(WEB) test --silent
-	@$(PYTHON) -m pytest -m "not cluster"
+	@$(PYTHON) -m pytest -m "not cluster" -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
 
 # The Kubernetes tests train the model and leave it in TEST_STORE, from where the Compose tests serve it.
 # NANOCHAT_CLUSTER_EXEC is put before the former where only that command reaches the cluster.

@@ -15,9 +15,22 @@ pytest.register_assert_rewrite("tests.store_contract")
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Test processes run side by side, and whatever they start shares the cores with them: threads that wait for each other
+# while one is off its core take several times as long as one thread.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:
+    os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // _WORKERS, 1))
+
 # Examples are timed by nobody: on a shared machine a slow one says nothing about the code.
 hypothesis.settings.register_profile("nanochat", deadline=None)
 hypothesis.settings.load_profile("nanochat")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests stay together, for what they share; so do all that need the trained demo model."""
+    for item in items:
+        folder, _, file = item.nodeid.partition("::")[0].rpartition("/")
+        item.add_marker(pytest.mark.xdist_group(folder if folder.endswith("e2e") else f"{folder}/{file}"))
 
 
 def pytest_collection_finish() -> None:

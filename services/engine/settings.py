@@ -30,6 +30,7 @@ class EngineSettings:
     quantization: Literal["none", "int8"] = setting(
         EngineConfig.quantization, "int8 rounds the matrices to eight bits, on CPUs: faster for few answers at a time."
     )
+    kernels: bool = setting(EngineConfig.kernels, "Compute with the engine's own kernels where they can be had.")
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch.", minimum=0)
     sandbox_address: str = setting("", "host:port of the sandbox; without one the model's calls get an error to read.")
     block_size: int = setting(EngineConfig.block_size, "Tokens per block of the KV cache.", minimum=1)
@@ -67,6 +68,7 @@ class EngineSettings:
             max_waiting=self.max_waiting,
             speculative_tokens=self.speculative_tokens,
             speculative_batch=self.speculative_batch,
+            kernels=self.kernels,
             quantization=self.quantization,
             tool_timeout_seconds=self.tool_timeout_seconds,
             tool_max_calls=self.tool_max_calls,
