@@ -154,6 +154,8 @@ class ToolLoop:
             future.cancel()
         self._calls.clear()
         if self._thread is not None and self._loop is not None:
+            # Calls that have not begun have to begin before they can be cancelled.
+            asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -187,6 +189,14 @@ class ToolLoop:
             self._thread = threading.Thread(target=self._loop.run_forever, name="tool-calls", daemon=True)
             self._thread.start()
         return self._loop
+
+
+async def _cancel_all() -> None:
+    """Cancel whatever else the running loop has to do, and wait until it has ended."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def truncate(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:

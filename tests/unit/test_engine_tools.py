@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import threading
+import time
 
 import pytest
 from engine_models import BYTES, SPECIAL, script_tokens, scripted_model
@@ -245,6 +247,28 @@ def test_cancelling_a_parked_request_cancels_its_call() -> None:
     assert engine.load().parked == engine.load().blocks_used == 0
     engine.check_integrity()
     engine.close()
+
+
+@pytest.mark.filterwarnings("error")
+def test_closing_ends_calls_that_run_and_calls_that_have_not_begun() -> None:
+    """None is left to be found unfinished, which Python would warn of."""
+    ended = []
+
+    async def hangs(code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(request_id)
+        raise AssertionError
+
+    engine = Engine(scripted_model(ANSWER + AFTER), BYTES, tool_runner=hangs)
+    engine.add(Request("runs", tuple(script_tokens("<|python_start|>6*7<|python_end|>")), STOP, tools=TOOLS))
+    time.sleep(0.05)
+    for i in range(20):
+        engine.add(Request(str(i), tuple(script_tokens("<|python_start|>6*7<|python_end|>")), STOP, tools=TOOLS))
+    engine.close()
+    gc.collect()
+    assert "runs" in ended
 
 
 def test_a_result_that_arrives_after_the_cancellation_is_dropped() -> None:
