@@ -26,6 +26,8 @@ hypothesis.settings.register_profile("nanochat", deadline=None)
 hypothesis.settings.load_profile("nanochat")
 
 
+# First, because the plugin reads the groups in the same hook.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file's tests stay together, for what they share; so do all that need the trained demo model."""
     for item in items:
