@@ -23,7 +23,7 @@ test: setup $(STATIC)/index.html ## Lint, type checks and every test that needs 
 	@tests/install-servers
 	@$(MAKE) --no-print-directory lint
 	@npm --prefix $(WEB) run --silent check && npm --prefix $(WEB) test --silent
-	@$(PYTHON) -m pytest -m "not cluster" -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
+	@$(PYTHON) -m pytest -m "not cluster" -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
 
 # The Kubernetes tests train the model and leave it in TEST_STORE, from where the Compose tests serve it.
 # NANOCHAT_CLUSTER_EXEC is put before the former where only that command reaches the cluster.
