@@ -6,6 +6,7 @@ import ctypes
 import gc
 import re
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ FP8_CAPABILITY = (9, 0)
 _NO_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+# Held while a CUDA graph is recorded, during which no thread may give memory back.
+RECORDING = threading.Lock()
 # Dense bf16 TFLOP/s with fp32 sums, from NVIDIA's data sheets of each card (half of what they print where that is "with
 # sparsity") and the white papers of Ampere (GA102) and Ada for the GeForce cards. All words must be in the card's name;
 # the first match counts. Cards that are cut down under the same name, laptops' and slices (MIG), are left out.
@@ -116,12 +119,17 @@ def free_memory(device: torch.device) -> None:
     """
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with RECORDING:
+            torch.cuda.empty_cache()
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
     """The same numbers on the device, without waiting for what it is doing."""
-    return torch.from_numpy(values).to(device, non_blocking=True)
+    host = torch.from_numpy(values)
+    if device.type != "cuda":
+        return host.to(device)
+    # From other memory CUDA copies larger things only when the device has done what it was given before.
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def peak_flops(device: torch.device) -> float | None:

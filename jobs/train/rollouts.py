@@ -78,6 +78,7 @@ class Answerer:
             tool_timeout_seconds=_TURN_SECONDS,
         )
         self._engine = Engine(model, tokenizer, config, tool_runner=self._tool)
+        self._engine.warm_up()  # now, when nothing trains beside it
         self._stop = frozenset({tokenizer.special_ids[tok.ASSISTANT_END], tokenizer.bos_id})
 
     def update_weights(self, model: GPT) -> None:

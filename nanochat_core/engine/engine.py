@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import itertools
 import secrets
@@ -11,6 +12,8 @@ import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from typing import Protocol
+
+import torch
 
 from nanochat_core.engine.backend import build_runner
 from nanochat_core.engine.block_manager import BlockManager
@@ -117,7 +120,7 @@ class Engine:
         """
         self.config = config = config or EngineConfig()
         self.model_config, self._dtype = model.config, model.compute_dtype
-        device = model.cos.device
+        self._device = device = model.cos.device
         self.runner, groups = build_runner(model, config)
         self.blocks = BlockManager(groups, config.block_size, config.prefix_caching)
         self.scheduler = Scheduler(self.blocks, config.token_budget, config.max_running, config.speculation)
@@ -221,25 +224,27 @@ class Engine:
             if done.seq.state is State.PARKED:
                 self._resume(done.seq, done.result)
         preemptions = self.scheduler.preemptions
-        before, generated = self._flight, 0
-        overtakes = before is not None and before.may_be_overtaken and not self.scheduler.drafts
-        if before and not overtakes:
+        before, self._flight = self._flight, None
+        landed, generated = before is not None, 0
+        if before and (self.scheduler.drafts or not before.may_be_overtaken):
             generated += self._land(before)
+            before = None
         chunks = self.scheduler.schedule()
-        self.progressed = bool(chunks) or before is not None
+        self.progressed = bool(chunks) or landed
         self._note_admissions(chunks)
         flight, out_of_memory = self._launch(chunks, before) if chunks else (None, False)
-        if before and overtakes:
+        if before:
             generated += self._land(before)
         if out_of_memory:
             self._shed(chunks)
         else:
             self.scheduler.computed(chunks)
-        self._flight = flight
         if flight:
             for chunk in flight.chunks:
                 chunk.seq.in_flight = chunk.seq.state is State.RUNNING
-            if not self._overlap:
+            if self._overlap:
+                self._flight = flight
+            else:
                 generated += self._land(flight)
         if self._observer and self.progressed:
             self._observer.stepped(time.perf_counter() - started, generated)
@@ -305,7 +310,8 @@ class Engine:
     def update_weights(self, model: GPT) -> None:
         """Go on with the weights that ``model`` has now, and forget prefixes that were computed with the old ones.
 
-        Memory is that of one set of weights: the old ones are freed while the new ones are laid out.
+        On a CPU memory is that of one set of weights: the old ones are freed while the new ones are laid out. On a GPU
+        it is that of two, because the new ones are copied to where graphs have the old ones.
 
         Args:
             model: of the same configuration, dtype and device as the engine's. Nothing of it is changed, and what
@@ -324,10 +330,11 @@ class Engine:
         self.blocks.forget()
 
     def warm_up(self) -> None:
-        """Run a prefill and a decode step, so that the first request meets a warm engine. Call before any request."""
-        self.runner.warm_up()
+        """Run a large and a small step, so that the first requests meet a warm engine. Call before any request."""
+        with self._on_device():
+            self.runner.warm_up()
         smallest = min(group.num_blocks for group in self.blocks.groups)
-        length = min(32, self.model_config.context_length, smallest * self.config.block_size)
+        length = min(self.config.token_budget, self.model_config.context_length, smallest * self.config.block_size)
         sampling = SamplingParams(temperature=1.0, seed=0)
         seq = Sequence(Request("warm-up", (0,) * length, sampling), 0, 0, 0, length)
         seq.block_tables = [list(range(self.blocks.blocks_for(length))) for _ in self.blocks.groups]
@@ -368,7 +375,6 @@ class Engine:
 
     def _land(self, flight: _Flight) -> int:
         """Read what a step has drawn and append it; how many tokens that were."""
-        self._flight = None
         return sum(self._extend(chunk, samples) for chunk, samples in flight.read())
 
     def _shed(self, chunks: list[Chunk]) -> None:
@@ -401,11 +407,16 @@ class Engine:
 
     def _draw(self, chunks: Items[Chunk], awaited: Awaited | None = None) -> _Flight | None:
         """Compute a batch and begin to draw its next tokens; None where none is sampled."""
-        sampling, logits = self.runner.run(chunks, awaited)
-        rows = [(chunk.seq, chunk.start + chunk.known + i) for chunk in sampling for i in range(chunk.samples)]
-        if not rows:
-            return None
-        return _Flight(sampling, self.sampler.draw(logits, [seq for seq, _ in rows], [place for _, place in rows]))
+        with self._on_device():
+            sampling, logits = self.runner.run(chunks, awaited)
+            rows = [(chunk.seq, chunk.start + chunk.known + i) for chunk in sampling for i in range(chunk.samples)]
+            if not rows:
+                return None
+            return _Flight(sampling, self.sampler.draw(logits, [seq for seq, _ in rows], [place for _, place in rows]))
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        """Kernels start on the current GPU of the thread, which may be another one than the model's."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
     def _extend(self, chunk: Chunk, samples: list[Sample]) -> int:
         """Append the next token, and those after it as long as the draft was right.

@@ -60,6 +60,9 @@ class PackedWeight:
     Besides being faster for batches, oneDNN computes each row with the same order of additions whatever the number of
     rows, which the default kernels do not: a token's result has the same bits alone and in a batch. The one exception
     are long sums for a single row, which some CPUs add up differently; where they do, a second row goes along.
+
+    Attributes:
+        weight: in oneDNN's layout where it multiplies, otherwise as it came.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -68,7 +71,7 @@ class PackedWeight:
             weight: (out_features, in_features) in the compute dtype.
         """
         self._packs = weight.device.type == "cpu" and packs(weight.dtype)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packs else weight.clone()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packs else weight.clone()
         self._pairs = self._packs and _single_rows_differ(weight.size(0), weight.size(1), weight.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -79,20 +82,20 @@ class PackedWeight:
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         if not self._packs:
-            return torch.addmm(other, x, self._weight.t())
+            return torch.addmm(other, x, self.weight.t())
         if self._pairs and x.size(0) == 1:
             return self.plus(x.expand(2, -1).contiguous(), other.expand(2, -1).contiguous())[:1]
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, None, "add")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, None, "add")
         return y
 
     def _product(self, x: Tensor, activation: str) -> Tensor:
         y: Tensor
         if not self._packs:
-            y = F.linear(x, self._weight)
+            y = F.linear(x, self.weight)
             return y.relu_() if activation == "relu" else y
         if self._pairs and x.size(0) == 1:
             return self._product(x.expand(2, -1).contiguous(), activation)[:1]
-        y = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, None, activation, [], "")
+        y = torch.ops.mkldnn._linear_pointwise.default(x, self.weight, None, activation, [], "")
         return y
 
 
@@ -176,13 +179,14 @@ class ServingWeights:
         self.dtype = model.compute_dtype
         self.device = model.cos.device
         self.no_token = model.embedding.num_embeddings
+        self._layers: list[_Layer] = []
         self._pack = pack or (lambda weight: PackedWeight(weight.to(self.dtype)))
         self.load(model)
 
     def load(self, model: GPT) -> None:
         """Take over the weights that ``model``, of the same shape, dtype and device, has now."""
         dtype = self.dtype
-        self._layers: list[_Layer] = []  # first of all, so that old and new ones are not held at once
+        self._layers = []  # first of all, so that old and new ones are not held at once
         with torch.no_grad():
             embedding = rms_norm(model.embedding.weight.to(dtype))
             gate = torch.sigmoid(model.smear_gate(embedding[:, :SMEAR_CHANNELS]))

@@ -57,13 +57,11 @@ class Drawn:
     def __init__(self, tokens: Tensor, report: _Report | None) -> None:
         self.tokens = tokens
         self._report = report
-        self._host, self._copied = tokens, None
-        if tokens.is_cuda:
-            # Copied now: a copy that is asked for later would wait for the steps begun until then.
-            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._host.copy_(tokens, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        # Copied now: a copy that is asked for later would wait for the steps begun until then.
+        self._host = _to_host(tokens)
+        self._copied = torch.cuda.Event() if tokens.is_cuda else None
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(tokens.device))
 
     def read(self) -> list[Sample]:
         """Wait for the device; one sample for each row."""
@@ -86,11 +84,12 @@ class _Report:
             drawn: (len(rows),) token ids.
         """
         self._rows, self._wanted = rows, wanted
-        self._best = log_probabilities.topk(min(max(wanted), log_probabilities.size(1)))
-        self._of_drawn = log_probabilities.gather(1, drawn.unsqueeze(1)).squeeze(1)
+        best = log_probabilities.topk(min(max(wanted), log_probabilities.size(1)))
+        self._values, self._ids = _to_host(best.values), _to_host(best.indices)
+        self._of_drawn = _to_host(log_probabilities.gather(1, drawn.unsqueeze(1)).squeeze(1))
 
     def add_to(self, samples: list[Sample]) -> None:
-        values, ids, of_drawn = self._best.values.tolist(), self._best.indices.tolist(), self._of_drawn.tolist()
+        values, ids, of_drawn = self._values.tolist(), self._ids.tolist(), self._of_drawn.tolist()
         for i, (row, wanted) in enumerate(zip(self._rows, self._wanted, strict=True)):
             top = tuple(zip(ids[i][:wanted], values[i][:wanted], strict=True))
             samples[row] = Sample(samples[row].token, of_drawn[i], top)
@@ -192,9 +191,10 @@ class Sampler:
         """(rows, n) ids of the only tokens that can be drawn, where every row has a small top-k; otherwise None.
 
         Noise for the whole vocabulary costs several times what it takes to find a few candidates. A row in which others
-        are as likely as its last candidate keeps those too, and they may be many.
+        are as likely as its last candidate keeps those too, and they may be many. Whether they are takes a look at the
+        numbers, for which a GPU would be waited for longer than the noise takes it.
         """
-        if not all(p.temperature >= LOWEST_TEMPERATURE and 0 < p.top_k <= MOST_CANDIDATES for p in params):
+        if z.is_cuda or not all(p.temperature >= LOWEST_TEMPERATURE and 0 < p.top_k <= MOST_CANDIDATES for p in params):
             return None
         counts = [min(p.top_k, self._vocab_size) for p in params]
         best = z.topk(max(counts))
@@ -259,6 +259,13 @@ class Sampler:
             x.copy_(values)
         else:
             x.index_copy_(0, to_device(np.array(rows, np.int64), self._device), values)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """The same numbers in the host's memory, once the device gets there."""
+    if not x.is_cuda:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def _filters(params: SamplingParams) -> bool:

@@ -120,8 +120,9 @@ class Scheduler:
             length = min(seq.remaining, budget - behind)
             if not self._make_room(seq, seq.computed + length):
                 break  # it was the youngest and has been preempted itself
+            drafted = most_drafted > 0 and seq.is_memoryless
             most = min(most_drafted, budget - behind - length)
-            chunk = Chunk(seq, seq.computed, length, self._draft(seq, length, most) if most > 0 else ())
+            chunk = Chunk(seq, seq.computed, length, self._draft(seq, length, most) if drafted else ())
             chunks.append(chunk)
             budget -= chunk.length
             position += 1
@@ -154,15 +155,19 @@ class Scheduler:
 
     @property
     def drafts(self) -> bool:
-        """Whether so few sequences run that drafts are worth it."""
-        return self.speculation.draft_length(len(self.running)) > 0
+        """Whether drafts are worth it: so few sequences run, and one of them has had something to draft."""
+        few = self.speculation.draft_length(len(self.running)) > 0
+        return few and any(seq.is_memoryless and seq.lookup.is_promising for seq in self.running)
 
     def _draft(self, seq: Sequence, length: int, most: int) -> list[int]:
-        """What may follow the next ``length`` tokens: as much as is worth it and leaves each running one a block."""
-        most = min(most, seq.max_length - len(seq.tokens) - 1)
-        if length < seq.remaining or seq.in_flight or not seq.is_memoryless or most <= 0:
+        """What may follow the next ``length`` tokens: as much as is worth it and leaves each running one a block.
+
+        Behind a token in flight nothing can be drafted, but one can go on guessing.
+        """
+        if length < seq.remaining:
             return []
-        draft = seq.lookup.draft(seq.tokens, most)
+        most = 0 if seq.in_flight else min(most, seq.max_length - len(seq.tokens) - 1)
+        draft = seq.lookup.draft(seq.tokens, max(most, 0))
         while draft and not self.blocks.grow(seq, seq.computed + length + len(draft), spare=len(self.running)):
             draft = draft[:-1]
         return draft

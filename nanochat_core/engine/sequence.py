@@ -31,8 +31,8 @@ class Sequence:
     Attributes:
         tokens: every known token id, the prompt first. Grows only at its end.
         in_flight: whether the token after them is being drawn by a step whose result nobody has read yet.
-        computed: how many tokens, the one in flight included, have their keys and values in the cache, or will have
-            when the steps begun so far are done.
+        computed: how many of them have their keys and values in the cache, or will have when the steps that the device
+            has been given are done.
         block_tables: for each group of layers its cache blocks in order; token ``i`` lives in
             ``block_tables[group][i // block_size]``. Empty when the sequence holds nothing.
         first_blocks: for each group the first block that the sequence still holds: those before are out of sight.

@@ -60,6 +60,11 @@ class PromptLookup:
         period = len(tokens) - place
         return [tokens[place + i % period] for i in range(most)]
 
+    @property
+    def is_promising(self) -> bool:
+        """Whether there was something to draft when it last looked."""
+        return self._guess is not None and self.right_share >= _LEAST_RIGHT
+
     def _look_up(self, tokens: list[int]) -> int | None:
         """Where a draft for the end of ``tokens`` begins; takes up those that are new."""
         new = tokens[self._seen :]

@@ -77,20 +77,31 @@ def test_without_overlap_each_batch_is_read_at_once(order: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampling", "config"),
+    "sampling",
     [
-        (SamplingParams(max_tokens=4, frequency_penalty=0.5), OVERLAPPING),
-        (SamplingParams(max_tokens=4, constraint=Constraint(ConstraintKind.REGEX, "[ab]{4}")), OVERLAPPING),
-        (SamplingParams(max_tokens=4), EngineConfig(overlap=True, kv_cache_bytes=1 << 26)),
+        SamplingParams(max_tokens=4, frequency_penalty=0.5),
+        SamplingParams(max_tokens=4, constraint=Constraint(ConstraintKind.REGEX, "[ab]{4}")),
     ],
-    ids=["penalties", "constraint", "drafts"],
+    ids=["penalties", "constraint"],
 )
-def test_what_needs_the_last_tokens_waits_for_them(
-    order: list[str], sampling: SamplingParams, config: EngineConfig
-) -> None:
-    answer(Engine(tiny_model(), BYTES, config), Request("r", (1,), sampling))
+def test_what_needs_the_last_tokens_waits_for_them(order: list[str], sampling: SamplingParams) -> None:
+    answer(Engine(tiny_model(), BYTES, OVERLAPPING), Request("r", (1,), sampling))
     assert order[:4] == ["begin", "read"] * 2
     assert "".join(order).count("beginbegin") == 0
+
+
+def test_drafts_are_made_of_known_tokens_and_until_there_is_one_batches_overlap(order: list[str]) -> None:
+    """A model that repeats itself from some token on, and one that never does."""
+    config = EngineConfig(overlap=True, kv_cache_bytes=1 << 26)
+    request = Request("r", tuple(script_tokens("a")), SamplingParams(max_tokens=24))
+    outputs = answer(Engine(scripted_model("abcdefghijklmnopqrstuvwxyz"), BYTES, config), request)
+    assert order == ["begin", *["begin", "read"] * 23, "read"]
+    order.clear()
+    repeated = answer(Engine(scripted_model("abc", loop=True), BYTES, config), request)
+    assert len(order) < 40, "drafts save steps"
+    assert order[-8:] == ["begin", "read"] * 4
+    for tokens, text in ((outputs, "bcdefghijklmnopqrstuvwxy"), (repeated, "bca" * 8)):
+        assert [token.id for output in tokens for token in output.tokens] == script_tokens(text[:24])
 
 
 def test_nothing_that_was_computed_beyond_a_stop_token_is_told(order: list[str]) -> None:

@@ -12,9 +12,7 @@ import triton.language as tl
 
 
 @triton.jit
-def enter(
-    x0, x, scale, embedding, smear, ids, previous_ids, residual_scale, skip_scale, epsilon, dim, WIDTH: tl.constexpr
-):
+def enter(x0, x, scale, embedding, smear, ids, previous_ids, scales, epsilon, dim, WIDTH: tl.constexpr):
     """The embedding after the smear, and what the first block makes of it; one program per token.
 
     Args:
@@ -22,6 +20,7 @@ def enter(
         scale: (tokens,) fp32 gets 1 / root of the sum of squares of ``x``.
         embedding: (rows, dim), normalized; the row behind the last token is zeros.
         smear: (vocabulary, 1) share of the previous token's embedding.
+        scales: (4,) fp32 residual scale and skip scale of the first block.
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
@@ -32,14 +31,14 @@ def enter(
     row += tl.load(smear + own).to(tl.float32) * tl.load(embedding + before * dim + columns, there, 0.0).to(tl.float32)
     first = row.to(x0.dtype.element_ty)
     tl.store(x0 + token * dim + columns, first, there)
-    _mix(x, scale, first.to(tl.float32), first.to(tl.float32), residual_scale, skip_scale, epsilon, dim, token, WIDTH)
+    _mix(x, scale, first.to(tl.float32), first.to(tl.float32), scales, epsilon, dim, token, WIDTH)
 
 
 @triton.jit
-def _mix(x, scale, row, first, residual_scale, skip_scale, epsilon, dim, token, WIDTH: tl.constexpr):
+def _mix(x, scale, row, first, scales, epsilon, dim, token, WIDTH: tl.constexpr):
     """Store what a block begins with, and the scale of its norm."""
     columns = tl.arange(0, WIDTH)
-    mixed = (row * residual_scale + first * skip_scale).to(x.dtype.element_ty)
+    mixed = (row * tl.load(scales) + first * tl.load(scales + 1)).to(x.dtype.element_ty)
     tl.store(x + token * dim + columns, mixed, columns < dim)
     rounded = mixed.to(tl.float32)
     tl.store(scale + token, 1 / tl.sqrt(tl.sum(rounded * rounded) + dim * epsilon))
@@ -294,8 +293,7 @@ def finish(
     kept,
     x0,
     scale,
-    residual_scale,
-    skip_scale,
+    scales,
     epsilon,
     dim,
     WIDTH: tl.constexpr,
@@ -308,7 +306,8 @@ def finish(
         x: (tokens, dim), changed in place.
         y: (tokens, dim) what the MLP gave.
         kept: (tokens, dim) gets what is between the two, with KEEP.
-        scale: (tokens,) as in :func:`enter`; untouched, as ``x0`` is, when this is the LAST block.
+        scale: (tokens,) as in :func:`enter`; untouched when this is the LAST block.
+        scales: (4,) fp32 residual scale and skip scale of the next block, unless this is the last.
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
@@ -323,18 +322,22 @@ def finish(
         tl.store(x + place, rounded, there)
     else:
         first = tl.load(x0 + place, there, 0.0).to(tl.float32)
-        _mix(x, scale, rounded.to(tl.float32), first, residual_scale, skip_scale, epsilon, dim, token, WIDTH)
+        _mix(x, scale, rounded.to(tl.float32), first, scales, epsilon, dim, token, WIDTH)
 
 
 @triton.jit
-def leave(x, middle, backout, epsilon, dim, WIDTH: tl.constexpr):
-    """``x`` less its share of the middle block's output, normalized in place; one program per token."""
+def leave(x, middle, scales, epsilon, dim, WIDTH: tl.constexpr):
+    """``x`` less a share of the middle block's output, normalized in place; one program per token.
+
+    Args:
+        scales: (4,) fp32, the third of which is that share.
+    """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     there = columns < dim
     place = token * dim + columns
     row = tl.load(x + place, there, 0.0).to(tl.float32)
-    row -= backout * tl.load(middle + place, there, 0.0).to(tl.float32)
+    row -= tl.load(scales + 2) * tl.load(middle + place, there, 0.0).to(tl.float32)
     row = row.to(x.dtype.element_ty).to(tl.float32)
     row *= 1 / tl.sqrt(tl.sum(row * row) / dim + epsilon)
     tl.store(x + place, row.to(x.dtype.element_ty), there)

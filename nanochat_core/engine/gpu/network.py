@@ -68,14 +68,30 @@ class GpuNetwork(ServingWeights):
         super().__init__(model)
         self._flash = flash
         # As many as shared memory has room for.
-        self.tile_rows = 64 if self.config.head_dim <= 128 and self.dtype == torch.bfloat16 else 32
+        self.tile_rows = max(16, min(64, 16384 // (self.config.head_dim * self.dtype.itemsize)))
         self._width = triton.next_power_of_2(self.config.dim)
         self._row_warps = 4 if self._width <= 2048 else 8
 
     def load(self, model: GPT) -> None:
+        """Take over the weights that ``model``, of the same shape, dtype and device, has now.
+
+        They are where the earlier ones were, which is where graphs read them; until they are there both are in memory.
+        """
+        earlier = [getattr(*place) for place in self._places()] if self._layers else []
         super().load(model)
         # A cosine and a negative sine for each pair of channels.
         self._turn_pairs = torch.view_as_real(self._turns).contiguous()
+        # Rows of 16 bytes, which kernels are compiled to read.
+        scales = [[layer.residual_scale, layer.skip_scale, self._backout, 0.0] for layer in self._layers]
+        self._scales = torch.tensor(scales, device=self.device)
+        for there, (owner, name) in zip(earlier, self._places(), strict=bool(earlier)):
+            setattr(owner, name, there.copy_(getattr(owner, name)))
+
+    def _places(self) -> list[tuple[object, str]]:
+        """Every tensor that kernels read, by what has it and its name there."""
+        own = ("_embedding", "_smear", "_value_table", "_turn_pairs", "_scales")
+        weights = [w for layer in self._layers for w in (layer.qkv, layer.out, layer.up, layer.down)]
+        return [*((self, name) for name in own), *((weight, "weight") for weight in (*weights, self._head))]
 
     @torch.inference_mode()
     def hidden(self, step: Step, cache: GpuCache) -> Tensor:
@@ -92,8 +108,7 @@ class GpuNetwork(ServingWeights):
             self._smear,
             step.ids,
             step.previous_ids,
-            layers[0].residual_scale,
-            layers[0].skip_scale,
+            self._scales,
             _EPSILON,
             dim,
             WIDTH=self._width,
@@ -104,30 +119,33 @@ class GpuNetwork(ServingWeights):
             x = layer.out.plus(mixed, x)
             up = layer.up(x)
             kernels.relu_square[(triton.cdiv(up.numel(), _CHUNK),)](up, up.numel(), SIZE=_CHUNK)
-            following = layers[index + 1] if index + 1 < len(layers) else None
+            last = index == len(layers) - 1
             kernels.finish[rows](
                 x,
                 layer.down(up),
                 middle,
                 x0,
                 scale,
-                following.residual_scale if following else 0.0,
-                following.skip_scale if following else 0.0,
+                self._scales[0 if last else index + 1],
                 _EPSILON,
                 dim,
                 WIDTH=self._width,
                 KEEP=index == len(layers) // 2,
-                LAST=following is None,
+                LAST=last,
                 num_warps=self._row_warps,
             )
-        kernels.leave[rows](x, middle, self._backout, _EPSILON, dim, WIDTH=self._width, num_warps=self._row_warps)
+        kernels.leave[rows](x, middle, self._scales, _EPSILON, dim, WIDTH=self._width, num_warps=self._row_warps)
         return x
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Softcapped fp32 logits of shape (tokens, vocab_size) for hidden states of shape (tokens, dim)."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Softcapped fp32 logits of shape (tokens, vocab_size) for hidden states of shape (tokens, dim).
+
+        Args:
+            out: where to put them; None is new memory.
+        """
         raw = self._head(hidden)
-        logits = torch.empty(len(raw), self.config.vocab_size, device=self.device)
+        logits = torch.empty(len(raw), self.config.vocab_size, device=self.device) if out is None else out
         count = logits.numel()
         kernels.softcap[(triton.cdiv(count, _CHUNK),)](
             logits, raw, count, logits.size(1), raw.size(1), LOGIT_SOFTCAP, SIZE=_CHUNK

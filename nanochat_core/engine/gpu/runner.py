@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat_core.device import to_device
+from nanochat_core.device import RECORDING, to_device
 from nanochat_core.engine.gpu.network import GpuCache, GpuNetwork
 from nanochat_core.engine.gpu.step import StepInputs
 from nanochat_core.engine.runner import Awaited, TokenBatch
@@ -48,16 +48,17 @@ class GpuRunner:
             no_token=network.no_token,
             device=self._device,
         )
+        # What every graph gives; the next one to run overwrites it. The rest of their memory they share too.
+        self._logits = torch.empty(self._sizes[-1], network.config.vocab_size, device=self._device)
         self._graphs: dict[int, Compute] = {}
-        # All graphs share memory: they never run at the same time.
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
     def load(self, model: GPT) -> None:
-        self._graphs.clear()  # they read the old weights
         self._network.load(model)
 
     def warm_up(self) -> None:
-        """Record every graph, the largest first, whose memory the others then share."""
+        """Record every graph, the largest first, whose memory the others then use."""
         started = time.perf_counter()
         for size in reversed(self._sizes):
             self._graph(size)
@@ -91,20 +92,21 @@ class GpuRunner:
             step = self._inputs.fill([], TokenBatch([], self._network.no_token), size, in_pieces=False)
 
             def compute() -> Tensor:
-                return self._network.logits(self._network.hidden(step, self._cache))
+                return self._network.logits(self._network.hidden(step, self._cache), out=self._logits[:size])
 
-            self._graphs[size] = self._record(compute) if self._pool is not None else compute
+            self._graphs[size] = compute if self._stream is None else self._record(compute, self._stream)
         return self._graphs[size]
 
-    def _record(self, compute: Compute) -> Compute:
-        stream = torch.cuda.Stream(self._device)
+    def _record(self, compute: Compute, stream: torch.cuda.Stream) -> Compute:
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             compute()  # compiles kernels and sets libraries up, which cannot be recorded
-        torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Another thread may be loading the next model meanwhile, which is not to be recorded.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # The model before this one may be serving in another thread, whose allocations are no error.
+        with (
+            RECORDING,
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             logits = compute()
 
         def replay() -> Tensor:

@@ -94,7 +94,7 @@ class StepInputs:
             rows=sequences + 1,
             blocks=_aligned(-(-context_length // block_size)),
         )
-        # While the device copies one, the next step is written to the other. A third cannot be under way.
+        # While the device copies one, the next step is written to the other.
         self._host = [_HostBuffer(layout, groups, pinned=device.type == "cuda") for _ in range(2)]
         self._device = torch.zeros(layout.size, dtype=torch.int32, device=device)
         self._layout = layout
@@ -105,6 +105,7 @@ class StepInputs:
         self._host.reverse()
         host, count = self._host[0], batch.rows.shape[1]
         assert count <= tokens <= self._layout.tokens
+        host.wait()
         by_token, tables = host.by_token, host.tables
         for row, chunk in enumerate(chunks, 1):
             host.write_tables(row, chunk.seq.block_tables)
@@ -127,7 +128,7 @@ class StepInputs:
             host.sequences[0, 1 : len(chunks) + 1] = np.cumsum([chunk.length for chunk in chunks])
             host.sequences[1, : len(chunks)] = [chunk.end for chunk in chunks]
         used = self._layout.tables_at + (len(chunks) + 1) * self._layout.row_size
-        self._device[:used].copy_(host.buffer[:used], non_blocking=True)
+        host.copy_to(self._device, used)
         step = self._step(tokens)
         if not tiles:
             return step
@@ -210,6 +211,18 @@ class _HostBuffer:
         # The table that each row shows for each group, and how much of it. A sequence's table only ever grows, and is
         # another list when the sequence starts again.
         self._shown: list[list[tuple[list[int], int]]] = [[([], 0)] * layout.groups for _ in range(layout.rows)]
+        self._copied = torch.cuda.Event() if pinned else None
+
+    def wait(self) -> None:
+        """Until the device has copied what is here, which it may come to only after the steps before."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def copy_to(self, device: Tensor, count: int) -> None:
+        """Let the device copy the first ``count`` numbers when it comes to this step."""
+        device[:count].copy_(self.buffer[:count], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(device.device))
 
     def write_tables(self, row: int, tables: list[list[int]]) -> None:
         """Show the block tables of a sequence in this row."""
