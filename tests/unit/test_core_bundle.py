@@ -279,6 +279,7 @@ def test_a_zip_with_a_link_is_refused(tmp_path, store, web):
         (zipped({"readme": b""}), r"holds no core\.yaml"),
         (zipped({"core.yaml": b"x" * 100_000})[:-200], "is no zip that can be read"),
     ],
+    ids=["no zip", "another zip", "half a zip"],
 )
 def test_what_is_no_bundle_is_refused_and_not_kept(store, web, body, problem):
     web.body = body

@@ -12,7 +12,7 @@ from nanochat_core.config import ModelConfig
 from nanochat_core.engine.block_manager import CacheGroup
 from nanochat_core.engine.gpu import kernels
 from nanochat_core.engine.gpu.flash import FlashKernel
-from nanochat_core.engine.gpu.step import Step
+from nanochat_core.engine.gpu.step import Pieces, Step
 from nanochat_core.engine.kv_cache import group_of_layers, zeros
 from nanochat_core.engine.network import ServingWeights
 from nanochat_core.loss import LOGIT_SOFTCAP
@@ -67,6 +67,7 @@ class GpuNetwork(ServingWeights):
         """
         super().__init__(model)
         self._flash = flash
+        self._score_scale = QK_SCALE**2 * self.config.head_dim**0.5
         # As many as shared memory has room for.
         self.tile_rows = max(16, min(64, 16384 // (self.config.head_dim * self.dtype.itemsize)))
         self._width = triton.next_power_of_2(self.config.dim)
@@ -183,48 +184,19 @@ class GpuNetwork(ServingWeights):
 
     def _attend(self, index: int, queries: Tensor, step: Step, cache: GpuCache) -> Tensor:
         """(tokens, dim) attention over the cache."""
-        config = self.config
-        heads, head_dim, window = config.n_head, config.head_dim, cache.windows[index]
+        if step.pieces is None:
+            mixed = self._attend_tokens(index, queries, step, cache)
+        elif self._flash is None:
+            mixed = self._attend_tiles(index, queries, step, step.pieces, cache)
+        else:
+            mixed = self._attend_by_flash(self._flash, index, queries, step, step.pieces, cache)
+        return mixed.flatten(1)
+
+    def _attend_tokens(self, index: int, queries: Tensor, step: Step, cache: GpuCache) -> Tensor:
+        """Every token by itself, the keys of each divided into splits."""
+        heads, head_dim, window = self.config.n_head, self.config.head_dim, cache.windows[index]
         table = step.tables[cache.group_of[index]]
-        score_scale = QK_SCALE**2 * head_dim**0.5
-        sizes = {"HEADS": heads, "KV_HEADS": config.n_kv_head, "HEAD_DIM": head_dim, "BLOCK_SIZE": cache.block_size}
-        keys, values = cache.keys[index], cache.values[index]
-        pieces = step.pieces
-        if pieces is not None and self._flash is not None:
-            y = self._flash(
-                queries,
-                keys,
-                values,
-                cache_seqlens=pieces.ends,
-                page_table=table[1 : pieces.sequences + 1],
-                cu_seqlens_q=pieces.first_tokens,
-                max_seqlen_q=pieces.longest,
-                softmax_scale=score_scale,
-                causal=True,
-                window_size=(window, 0),
-            )
-            # Early versions give the logarithms of the sums too.
-            mixed: Tensor = y[0] if isinstance(y, tuple) else y
-            return mixed.flatten(1)
-        out = torch.empty_like(queries)
-        if pieces is not None:
-            kernels.attend_tiles[(len(pieces.tiles), heads)](
-                out,
-                queries,
-                keys,
-                values,
-                pieces.tiles,
-                table,
-                table.stride(0),
-                window,
-                score_scale,
-                ROWS=self.tile_rows,
-                TILE=self.tile_rows,
-                num_stages=2,
-                **sizes,
-            )
-            return out.flatten(1)
-        splits = triton.cdiv(config.context_length, SPLIT)
+        splits = triton.cdiv(self.config.context_length, SPLIT)
         sums = torch.empty(step.tokens, heads, splits, head_dim, device=self.device)
         highest, total = torch.empty(2, step.tokens, heads, splits, device=self.device)
         kernels.attend_tokens[(step.tokens, heads, splits)](
@@ -232,18 +204,19 @@ class GpuNetwork(ServingWeights):
             highest,
             total,
             queries,
-            keys,
-            values,
+            cache.keys[index],
+            cache.values[index],
             step.positions,
             step.rows,
             table,
             table.stride(0),
             window,
-            score_scale,
+            self._score_scale,
             SPLIT=SPLIT,
             TILE=_SPLIT_TILE,
-            **sizes,
+            **self._sizes(cache),
         )
+        out = torch.empty_like(queries)
         kernels.combine[(step.tokens, heads)](
             out,
             sums,
@@ -258,4 +231,55 @@ class GpuNetwork(ServingWeights):
             MOST_SPLITS=triton.next_power_of_2(splits),
             num_warps=2,
         )
-        return out.flatten(1)
+        return out
+
+    def _attend_tiles(self, index: int, queries: Tensor, step: Step, pieces: Pieces, cache: GpuCache) -> Tensor:
+        """Successive tokens of a sequence together."""
+        table = step.tables[cache.group_of[index]]
+        out = torch.empty_like(queries)
+        kernels.attend_tiles[(len(pieces.tiles), self.config.n_head)](
+            out,
+            queries,
+            cache.keys[index],
+            cache.values[index],
+            pieces.tiles,
+            table,
+            table.stride(0),
+            cache.windows[index],
+            self._score_scale,
+            ROWS=self.tile_rows,
+            TILE=self.tile_rows,
+            num_stages=2,
+            **self._sizes(cache),
+        )
+        return out
+
+    def _attend_by_flash(
+        self, flash: FlashKernel, index: int, queries: Tensor, step: Step, pieces: Pieces, cache: GpuCache
+    ) -> Tensor:
+        """Successive tokens of a sequence together, by FlashAttention."""
+        y = flash(
+            queries,
+            cache.keys[index],
+            cache.values[index],
+            cache_seqlens=pieces.ends,
+            page_table=step.tables[cache.group_of[index]][1 : pieces.sequences + 1],
+            cu_seqlens_q=pieces.first_tokens,
+            max_seqlen_q=pieces.longest,
+            softmax_scale=self._score_scale,
+            causal=True,
+            window_size=(cache.windows[index], 0),
+        )
+        # Early versions give the logarithms of the sums too.
+        mixed: Tensor = y[0] if isinstance(y, tuple) else y
+        return mixed
+
+    def _sizes(self, cache: GpuCache) -> dict[str, int]:
+        """What both of the attention kernels are compiled for."""
+        config = self.config
+        return {
+            "HEADS": config.n_head,
+            "KV_HEADS": config.n_kv_head,
+            "HEAD_DIM": config.head_dim,
+            "BLOCK_SIZE": cache.block_size,
+        }
