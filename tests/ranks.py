@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import queue
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import torch
 
 from deploy.local import free_port
 from nanochat_core.distributed import joined
+from tests.processes import FORKSERVER
 
 
 def run_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -19,10 +19,9 @@ def run_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
 
     ``work`` is a function of a module; its result is plain data.
     """
-    context = multiprocessing.get_context("spawn")
-    results: Any = context.Queue()
+    results: Any = FORKSERVER.Queue()
     port = free_port()
-    processes = [context.Process(target=_rank, args=(rank, size, port, results, work, args)) for rank in range(size)]
+    processes = [FORKSERVER.Process(target=_rank, args=(rank, size, port, results, work, args)) for rank in range(size)]
     for process in processes:
         process.start()
     found: dict[int, Any] = {}

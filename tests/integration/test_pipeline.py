@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -31,6 +30,7 @@ from jobs.train.recipes import RECIPES, Recipe
 from nanochat_core.checkpoint import list_checkpoints, newest_checkpoint, promoted
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store, open_store
+from tests.processes import FORKSERVER
 
 MODEL = "mine"
 TOKENIZER, PRETRAIN, SFT, RL, REPORT = (
@@ -442,7 +442,6 @@ def test_sigterm_between_stages_ends_the_pipeline(again):
 
 # Long enough to be interrupted, whatever else the machine is doing.
 LONG = dataclasses.replace(RECIPE, pretrain={**RECIPE.pretrain, "steps": 150})
-FORKSERVER = multiprocessing.get_context("forkserver")
 
 
 def run_pipeline(folder: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import runpy
@@ -25,6 +24,7 @@ from jobs.train.shards import write_dataset
 from jobs.train.tokenizer import tokenizer_key, train_tokenizer
 from nanochat_core.checkpoint import CheckpointRef, list_checkpoints, load_checkpoint
 from nanochat_core.store import Store, open_store
+from tests.processes import FORKSERVER
 
 NAME = "tiny"
 ROOT = Path(__file__).parents[2]
@@ -59,9 +59,6 @@ SFT: dict[str, Any] = {
     "threads": 1,
     "no-compile": True,
 }
-
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["jobs.train.pipeline", "torch._dynamo", "matplotlib.pyplot"])
 
 
 def sentences(rng: random.Random) -> str:
@@ -106,7 +103,7 @@ class Job:
     ) -> None:
         self._log = log
         log.touch()
-        self._process = _processes.Process(
+        self._process = FORKSERVER.Process(
             target=_run, args=(module, arguments, {**os.environ, **(environment or {})}, log)
         )
         self._process.start()
