@@ -105,10 +105,7 @@ class EagerRunner(Generic[A]):
         batch = TokenBatch(chunks, self._network.no_token)
         device = self._network.device
         ids, previous, positions = to_device(batch.rows, device)
-        if batch.ahead and awaited is not None:
-            rows = [awaited.rows[seq] for _, seq in batch.ahead]
-            places = to_device(np.array([[place for place, _ in batch.ahead], rows], dtype=np.int64), device)
-            ids.index_copy_(0, places[0], awaited.tokens.index_select(0, places[1]))
+        batch.fill_in(ids, awaited)
         hidden = self._network.hidden(ids, previous, positions, attention)
         rows = batch.sampled_rows(chunks)
         if len(rows) < len(ids):
@@ -143,6 +140,13 @@ class TokenBatch:
                 previous += ids[len(previous) - 1 : -1]
                 positions += range(start + 1, chunk.end)
         self.rows = np.array([ids, previous, positions], dtype=np.int64)
+
+    def fill_in(self, ids: Tensor, awaited: Awaited | None) -> None:
+        """Put the tokens that are not known yet into ``ids`` (tokens,) on the device."""
+        if self.ahead and awaited is not None:
+            pairs = [[place for place, _ in self.ahead], [awaited.rows[seq] for _, seq in self.ahead]]
+            places, rows = to_device(np.array(pairs, dtype=np.int64), ids.device)
+            ids.index_copy_(0, places, awaited.tokens.index_select(0, rows).to(ids.dtype))
 
     @staticmethod
     def sampled_rows(chunks: Items[Chunk]) -> list[int]:

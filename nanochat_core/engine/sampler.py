@@ -197,10 +197,9 @@ class Sampler:
         if z.is_cuda or not all(p.temperature >= LOWEST_TEMPERATURE and 0 < p.top_k <= MOST_CANDIDATES for p in params):
             return None
         counts = [min(p.top_k, self._vocab_size) for p in params]
-        best = z.topk(max(counts))
-        last = best.values.gather(1, self._last_of(counts))
-        candidates = (z >= last).sum(dim=-1, keepdim=True) - 1
-        return best.indices if bool((candidates == self._last_of(counts)).all()) else None
+        best, place = z.topk(max(counts)), self._last_of(counts)
+        candidates = (z >= best.values.gather(1, place)).sum(dim=-1, keepdim=True)
+        return best.indices if bool((candidates - 1 == place).all()) else None
 
     def _filter(self, z: Tensor, params: Items[SamplingParams]) -> Tensor:
         """Top-k, then top-p over what is left, then min-p, as thresholds on the logits of all or some tokens."""

@@ -72,10 +72,7 @@ class GpuRunner:
         size = next((size for size in self._sizes if size >= count), None)
         graph = None if size is None else self._graph(size)
         step = self._inputs.fill(chunks, batch, size or count, in_pieces=size is None)
-        if batch.ahead and awaited is not None:
-            places = [[place for place, _ in batch.ahead], [awaited.rows[seq] for _, seq in batch.ahead]]
-            where, drawn = to_device(np.array(places, np.int64), self._device)
-            step.ids.index_copy_(0, where, awaited.tokens.index_select(0, drawn).int())
+        batch.fill_in(step.ids, awaited)
         rows = batch.sampled_rows(chunks)
         sampling = [chunk for chunk in chunks if chunk.samples]
         if graph is None:
