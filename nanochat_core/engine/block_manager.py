@@ -36,10 +36,11 @@ class BlockManager:
     Every group of layers has blocks of its own. A group with a window gives its blocks back as soon as no later token
     sees them, so that its part of a long sequence is no longer than the window and what one step computes.
 
-    A block is shared only once it is full, and a full block never changes, so nothing needs to be copied on write:
-    each sequence computes its own last, partial block. A full block is known by the hash of its tokens chained with
-    its parent's hash, that is, by everything its keys and values depend on. Blocks that nobody holds stay findable
-    until they are needed for something else, least recently used first.
+    A block is shared only once it is full, and a full block never changes. It is known by the hash of its tokens
+    chained with its parent's hash, that is, by everything its keys and values depend on. Of the block after those that
+    it shares, a sequence copies what it has in common with the latest one that was computed there, full or not, and
+    goes on writing behind that. Blocks that nobody holds stay findable until they are needed for something else, least
+    recently used first.
     """
 
     def __init__(self, groups: Items[CacheGroup], block_size: int, prefix_caching: bool = True) -> None:
@@ -70,12 +71,13 @@ class BlockManager:
         return all(group.window is not None or self.blocks_for(tokens) <= group.num_blocks for group in self.groups)
 
     def find_prefix(self, seq: Sequence) -> int | None:
-        """How many blocks from its start ``seq`` need not compute.
+        """How many tokens from its start ``seq`` need not compute.
 
         At least one known token is left to compute, because its logits are what the next one is sampled from.
 
         Returns:
-            A number of blocks, or None when the next one is being computed for another sequence: it pays to wait.
+            A number of tokens, those in the last block to be copied if they do not fill it; or None when the next block
+            is being computed for another sequence: it pays to wait.
         """
         if not self.prefix_caching:
             return 0
@@ -94,33 +96,49 @@ class BlockManager:
             ):
                 longest = i + 1
         seq.awaited = hashes[longest] if longest < len(hashes) else None
-        return None if seq.awaited in self._promised else longest
+        if seq.awaited in self._promised:
+            return None
+        start = longest * self.block_size
+        beyond = seq.tokens[start : min(start + self.block_size, len(seq.tokens)) - 1]
+        parent = _parent(hashes, longest)
+        return start + min(_common(pool.content_after(parent), beyond) for pool in self._pools)
 
     def can_admit(self, seq: Sequence, prefix: int, spare: int) -> bool:
-        """Whether what ``seq`` will hold of its tokens fits after ``prefix`` blocks with ``spare`` blocks left."""
-        last = self.blocks_for(len(seq.tokens))
+        """Whether what ``seq`` will hold of its tokens fits after ``prefix`` tokens with ``spare`` blocks left."""
+        last, shared = self.blocks_for(len(seq.tokens)), prefix // self.block_size
         for group, pool in zip(self.groups, self._pools, strict=True):
-            first = self._first_needed(group, prefix * self.block_size)
-            revived = sum(not pool.references[pool.by_hash[digest]] for digest in seq.block_hashes[first:prefix])
-            fresh = min(last - first, group.most_held) - (prefix - first)
+            first = self._first_needed(group, shared * self.block_size)
+            revived = sum(not pool.references[pool.by_hash[digest]] for digest in seq.block_hashes[first:shared])
+            fresh = min(last - first, group.most_held) - (shared - first)
             if len(pool.free) - revived - fresh < spare:
                 return False
         return True
 
-    def admit(self, seq: Sequence, prefix: int) -> None:
-        """Start ``seq``, which holds no blocks, after ``prefix`` blocks that :meth:`find_prefix` found."""
-        hashes = self._hashes_of(seq) if self.prefix_caching else []
+    def admit(self, seq: Sequence, prefix: int) -> list[int]:
+        """Start ``seq``, which holds no blocks, after ``prefix`` tokens that :meth:`find_prefix` found.
+
+        Only what is in shared blocks counts as computed until the rest has been copied. That must be done by the next
+        step, before it writes anything: nobody holds the block that is copied, which may be given to another sequence
+        or be the very one that it is copied to.
+
+        Returns:
+            For each group the block to copy; none where every token is in a shared block.
+        """
+        hashes, shared = self._hashes_of(seq) if self.prefix_caching else [], prefix // self.block_size
         seq.block_tables = []
         seq.first_blocks = []
         for group, pool in zip(self.groups, self._pools, strict=True):
-            first = self._first_needed(group, prefix * self.block_size)
+            first = self._first_needed(group, shared * self.block_size)
             seq.first_blocks.append(first)
-            seq.block_tables.append([0] * first + [pool.share(digest) for digest in hashes[first:prefix]])
-        seq.computed = prefix * self.block_size
-        seq.sealed = prefix
+            seq.block_tables.append([0] * first + [pool.share(digest) for digest in hashes[first:shared]])
+        seq.computed = shared * self.block_size
+        seq.sealed = shared
         seq.seal_at = 0
-        for digest in hashes[prefix:]:
+        for digest in hashes[shared:]:
             self._promised.setdefault(digest, seq)
+        if seq.computed == prefix:
+            return []
+        return [pool.block_after(_parent(hashes, shared)) for pool in self._pools]
 
     def grow(self, seq: Sequence, tokens: int, spare: int = 0) -> bool:
         """Give ``seq`` room for ``tokens`` tokens; False, and nothing changed, with fewer than ``spare`` left."""
@@ -134,18 +152,14 @@ class BlockManager:
         return True
 
     def seal(self, seq: Sequence) -> None:
-        """Make the blocks that ``seq`` has filled findable, and give back those that it will not see again."""
+        """Make what ``seq`` has computed findable, and give back the blocks that it will not see again.
+
+        Unless there is a block to make findable or to give back since the last time, this does nothing.
+        """
         if seq.computed < seq.seal_at:
             return
-        full = seq.computed // self.block_size
-        if self.prefix_caching and seq.sealed < full:
-            hashes = self._hashes_of(seq)
-            for i in range(seq.sealed, full):
-                for table, pool in zip(seq.block_tables, self._pools, strict=True):
-                    pool.name(table[i], hashes[i])
-                self._keep_promise(hashes[i], seq)
-            seq.sealed = full
-        seq.seal_at = (full + 1) * self.block_size
+        self._publish(seq)
+        seq.seal_at = (seq.computed // self.block_size + 1) * self.block_size
         for g, (group, pool) in enumerate(zip(self.groups, self._pools, strict=True)):
             if group.window is not None and seq.block_tables:
                 first = self._first_needed(group, seq.computed)
@@ -155,7 +169,9 @@ class BlockManager:
                 seq.seal_at = min(seq.seal_at, (seq.first_blocks[g] + 1) * self.block_size + group.window)
 
     def release(self, seq: Sequence) -> None:
-        """Take every block back from ``seq``, which then has nothing computed."""
+        """Take every block back from ``seq``, which then has nothing computed, and make what is in them findable."""
+        if seq.block_tables:
+            self._publish(seq)
         for digest in seq.block_hashes[seq.sealed :]:
             self._keep_promise(digest, seq)
         # A sequence that holds nothing has no tables, so fewer than there are pools.
@@ -190,6 +206,21 @@ class BlockManager:
         """The first block that a token behind ``computed`` tokens sees."""
         return 0 if group.window is None else max(computed - group.window, 0) // self.block_size
 
+    def _publish(self, seq: Sequence) -> None:
+        """Name the blocks that ``seq`` has filled, and offer the last one's beginning."""
+        if not self.prefix_caching:
+            return
+        hashes, size, full = self._hashes_of(seq), self.block_size, seq.computed // self.block_size
+        for i in range(seq.sealed, full):
+            for table, pool in zip(seq.block_tables, self._pools, strict=True):
+                pool.name(table[i], hashes[i])
+            self._keep_promise(hashes[i], seq)
+        for i in range(seq.sealed, self.blocks_for(seq.computed)):
+            content = seq.tokens[i * size : min((i + 1) * size, seq.computed)]
+            for table, pool in zip(seq.block_tables, self._pools, strict=True):
+                pool.offer(table[i], _parent(hashes, i), content)
+        seq.sealed = full
+
     def _keep_promise(self, digest: bytes, seq: Sequence) -> None:
         if self._promised.get(digest) is seq:
             del self._promised[digest]
@@ -198,14 +229,32 @@ class BlockManager:
         """Hashes of the full blocks of known tokens, computed once each."""
         hashes, size = seq.block_hashes, self.block_size
         for i in range(len(hashes), len(seq.tokens) // size):
-            parent = hashes[-1] if hashes else b""
+            parent = _parent(hashes, i)
             content = array.array("I", seq.tokens[i * size : (i + 1) * size]).tobytes()
             hashes.append(hashlib.blake2b(parent + content, digest_size=16).digest())
         return hashes
 
 
+def _parent(hashes: Items[bytes], index: int) -> bytes:
+    """Hash of the block before the one at ``index``."""
+    return hashes[index - 1] if index else b""
+
+
+def _common(a: Items[int], b: Items[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 class _Pool:
-    """The blocks of one group."""
+    """The blocks of one group.
+
+    Attributes:
+        references: how many hold each block.
+        hashes, by_hash: names of full blocks.
+        parents, offers: for each block that others can copy the name of the one before, and by that the block and its
+            tokens.
+        free: blocks that nobody holds, those to be taken first at the front.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -213,18 +262,21 @@ class _Pool:
         self.hashes: list[bytes | None] = [None] * num_blocks
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self.by_hash: dict[bytes, int] = {}
+        self.parents: list[bytes | None] = [None] * num_blocks
+        self.offers: dict[bytes, tuple[int, list[int]]] = {}
 
     @property
     def num_used(self) -> int:
         return self.num_blocks - len(self.free)
 
     def take(self) -> int:
-        """A free block, which loses its name."""
+        """A free block, which nobody finds any more."""
         block, _nothing = self.free.popitem(last=False)
         stale = self.hashes[block]
         if stale is not None:
             del self.by_hash[stale]
             self.hashes[block] = None
+        self._withdraw(block)
         self.references[block] = 1
         return block
 
@@ -242,19 +294,51 @@ class _Pool:
             self.by_hash[digest] = block
             self.hashes[block] = digest
 
+    def offer(self, block: int, parent: bytes, content: list[int]) -> None:
+        """Let others copy the first tokens of a block after ``parent``, unless they can copy the same ones already."""
+        if parent in self.offers:
+            earlier, there = self.offers[parent]
+            if there[: len(content)] == content:
+                return
+            self._withdraw(earlier)
+            if not self.references[earlier]:
+                self._put_aside(earlier)
+        self.parents[block] = parent
+        self.offers[parent] = block, content
+
+    def content_after(self, parent: bytes) -> list[int]:
+        """The tokens that are offered after this block."""
+        return self.offers[parent][1] if parent in self.offers else []
+
+    def block_after(self, parent: bytes) -> int:
+        """The block that has them."""
+        return self.offers[parent][0]
+
     def give_back(self, block: int) -> None:
         """One holder less."""
         self.references[block] -= 1
         if not self.references[block]:
-            self.free[block] = None
-            if self.hashes[block] is None:
-                self.free.move_to_end(block, last=False)
+            self._put_aside(block)
 
     def forget(self) -> None:
-        """Take all names away."""
+        """Make nothing findable any more."""
         assert not self.num_used, "a block in use keeps its name"
         self.hashes = [None] * self.num_blocks
         self.by_hash.clear()
+        self.parents = [None] * self.num_blocks
+        self.offers.clear()
+
+    def _put_aside(self, block: int) -> None:
+        """Among the free ones: to be taken last, or first if nobody can find it."""
+        findable = self.hashes[block] is not None or self.parents[block] is not None
+        self.free[block] = None
+        self.free.move_to_end(block, last=findable)
+
+    def _withdraw(self, block: int) -> None:
+        parent = self.parents[block]
+        if parent is not None:
+            del self.offers[parent]
+            self.parents[block] = None
 
     def check_integrity(self, holders: Iterable[int]) -> None:
         held = Counter(holders)
@@ -264,3 +348,6 @@ class _Pool:
         assert self.by_hash == {digest: block for block, digest in enumerate(self.hashes) if digest is not None}, (
             "hash index and blocks disagree"
         )
+        assert {parent: block for parent, (block, _) in self.offers.items()} == {
+            parent: block for block, parent in enumerate(self.parents) if parent is not None
+        }, "offers and blocks disagree"

@@ -32,12 +32,55 @@ KEY_TILE = 512
 SMALLEST_BUCKET = 256
 
 
-class KVCache:
-    """Keys and values of all layers in blocks of ``block_size`` tokens.
+class BlockMemory:
+    """Memory of the keys and values of all layers, in blocks of ``block_size`` tokens.
 
     Attributes:
         groups: layers that share block tables, each with blocks of its own.
         group_of: for each layer the index of its group.
+        windows: for each group how many tokens before itself a token sees.
+        blocks: for each layer (2, num_blocks, block_size * kv_dim) its keys and its values.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        groups: Items[CacheGroup],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        spare: int = 0,
+    ) -> None:
+        """
+        Args:
+            spare: blocks of each group that the block manager does not know of, after those that it does.
+        """
+        self.config, self.groups, self.block_size = config, groups, block_size
+        self.dtype, self.device = dtype, device
+        self.group_of = [next(g for g, group in enumerate(groups) if i in group.layers) for i in range(config.depth)]
+        self.windows = [config.context_length if group.window is None else group.window for group in groups]
+        numbers = block_size * config.kv_dim
+        # Those of a group's layers lie together, so that one operation copies a block of all of them.
+        self._memory = [
+            zeros((len(group.layers), 2, group.num_blocks + spare, numbers), dtype, device) for group in groups
+        ]
+        self.blocks = [self._memory[g][groups[g].layers.index(i)] for i, g in enumerate(self.group_of)]
+
+    def copy(self, chunks: Iterable[Chunk]) -> None:
+        """Begin blocks with what chunks take over from others; to be done before anything of a step is written."""
+        copying = [chunk for chunk in chunks if chunk.copied]
+        if not copying:
+            return
+        for g, memory in enumerate(self._memory):
+            pairs = [(chunk.copied[g], chunk.seq.block_tables[g][chunk.start // self.block_size]) for chunk in copying]
+            sources, targets = to_device(np.array(pairs).T.copy(), self.device)
+            memory.index_copy_(2, targets, memory.index_select(2, sources))
+
+
+class KVCache(BlockMemory):
+    """The cache for attention by PyTorch's operators.
+
+    Attributes:
         row_multiple: queries are attended to in multiples of this many.
     """
 
@@ -49,27 +92,21 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.config = config
-        self.groups = groups
-        self.block_size = block_size
-        self.dtype, self.device = dtype, device
+        super().__init__(config, groups, block_size, dtype, device)
         # Queries and keys come as unit vectors.
         self.score_scale = QK_SCALE**2 * config.head_dim**0.5
         self.row_multiple = row_multiple(config.head_dim, dtype) if device.type == "cpu" else 1
-        self.group_of = group_of_layers(config, groups)
         # For each group what is added to a score, by the position of the key less that of the query, from -reach on.
         self._reach = config.context_length + 2 * KEY_TILE
         distance = torch.arange(-self._reach, self._reach, device=device)
         self._visible = [
             torch.zeros(distance.shape, dtype=dtype, device=device).masked_fill_(
-                (distance > 0) | (distance < -self.window_of(g)), -math.inf
+                (distance > 0) | (distance < -window), -math.inf
             )
-            for g in range(len(groups))
+            for window in self.windows
         ]
-        # (num_blocks, block_size, n_kv_head, head_dim) for each layer.
-        shapes = [(groups[g].num_blocks, block_size, config.n_kv_head, config.head_dim) for g in self.group_of]
-        self._keys = [zeros(shape, dtype, device) for shape in shapes]
-        self._values = [zeros(shape, dtype, device) for shape in shapes]
+        # For each layer keys and values, (num_blocks, block_size, n_kv_head, head_dim).
+        self._layers = [each.view(2, -1, block_size, config.n_kv_head, config.head_dim) for each in self.blocks]
 
     def attention(self, chunks: Iterable[Chunk]) -> PagedAttention:
         """Attention of a batch of these chunks."""
@@ -77,13 +114,9 @@ class KVCache:
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store (tokens, n_kv_head, head_dim) keys and values at ``slots`` = block * block_size + offset."""
-        self._keys[layer].flatten(0, 1).index_copy_(0, slots, k)
-        self._values[layer].flatten(0, 1).index_copy_(0, slots, v)
-
-    def window_of(self, group: int) -> int:
-        """How many tokens before itself a token sees."""
-        window = self.groups[group].window
-        return self.config.context_length if window is None else window
+        keys, values = self._layers[layer].flatten(1, 2)
+        keys.index_copy_(0, slots, k)
+        values.index_copy_(0, slots, v)
 
     def mask(self, group: int, first: np.ndarray, keys: int) -> Tensor:
         """What is added to the scores of ``keys`` successive keys: 0, or -inf for those that a query does not see.
@@ -102,13 +135,8 @@ class KVCache:
         """Keys and values of (rows, n) block ids, each (rows, n * block_size, n_kv_head, head_dim)."""
         rows, flat = blocks.size(0), blocks.flatten()
         shape = (rows, -1, self.config.n_kv_head, self.config.head_dim)
-        keys, values = self._keys[layer].index_select(0, flat), self._values[layer].index_select(0, flat)
-        return keys.view(shape), values.view(shape)
-
-
-def group_of_layers(config: ModelConfig, groups: Items[CacheGroup]) -> list[int]:
-    """For each layer the index of its group."""
-    return [next(g for g, group in enumerate(groups) if layer in group.layers) for layer in range(config.depth)]
+        keys, values = self._layers[layer]
+        return keys.index_select(0, flat).view(shape), values.index_select(0, flat).view(shape)
 
 
 def bytes_per_block(config: ModelConfig, layers: int, block_size: int, dtype: torch.dtype) -> int:
@@ -240,7 +268,7 @@ class _Group:
 
     def _build_view(self, group: int) -> tuple[Tensor, Tensor]:
         cache, size = self._cache, self._cache.block_size
-        first = np.maximum(self._positions[:, 0] - cache.window_of(group), 0) // KEY_TILE * KEY_TILE
+        first = np.maximum(self._positions[:, 0] - cache.windows[group], 0) // KEY_TILE * KEY_TILE
         longest = int((self._positions[:, -1] + 1 - first).max())
         width = _round_up(_padded_keys(longest), size) // size
         blocks: list[int] = []

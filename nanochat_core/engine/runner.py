@@ -48,6 +48,7 @@ A_contra = TypeVar("A_contra", bound=BatchAttention, contravariant=True)
 class Cache(Protocol[A_co]):
     """Keys and values of earlier tokens."""
 
+    def copy(self, chunks: Iterable[Chunk]) -> None: ...
     def attention(self, chunks: Iterable[Chunk]) -> A_co: ...
 
 
@@ -100,6 +101,8 @@ class EagerRunner(Generic[A]):
 
     @torch.inference_mode()
     def run(self, chunks: Iterable[Chunk], awaited: Awaited | None = None) -> tuple[list[Chunk], Tensor]:
+        chunks = list(chunks)
+        self._cache.copy(chunks)
         attention = self._cache.attention(chunks)
         chunks = attention.chunks
         batch = TokenBatch(chunks, self._network.no_token)

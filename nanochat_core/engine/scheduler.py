@@ -19,6 +19,8 @@ class Chunk:
     Attributes:
         known: how many of the sequence's own; a token in flight is a chunk by itself.
         draft: only behind the last known token.
+        copied: for each group of layers the block to copy before the step, for the tokens before ``start`` that are in
+            the same block; none where that has them already.
         length: how many tokens that are together.
         samples: how many next tokens can be sampled: those after the last token and after each of the draft.
         runs_ahead: whether this is the token that the step before is still drawing.
@@ -28,6 +30,7 @@ class Chunk:
     start: int
     known: int
     draft: Items[int] = ()
+    copied: Items[int] = ()
     length: int = dataclasses.field(init=False)
     samples: int = dataclasses.field(init=False)
     runs_ahead: bool = dataclasses.field(init=False)
@@ -100,7 +103,6 @@ class Scheduler:
     def finish(self, seq: Sequence) -> None:
         """Remove a sequence, whatever it is doing, and free its blocks."""
         self.by_state[seq.state].remove(seq)
-        self.blocks.seal(seq)
         self.blocks.release(seq)
         seq.state = State.FINISHED
 
@@ -135,11 +137,11 @@ class Scheduler:
             # A spare block for each running sequence: filling the cache up would only preempt someone next step.
             if not self.blocks.can_admit(seq, prefix, spare=len(self.running)):
                 break
-            self._admit(seq, prefix)
-            length = min(seq.remaining, budget)
-            fits = self.blocks.grow(seq, seq.computed + length)
+            copied = self._admit(seq, prefix)
+            length = min(seq.length - prefix, budget)
+            fits = self.blocks.grow(seq, prefix + length)
             assert fits, f"{seq} was admitted without room"
-            chunks.append(Chunk(seq, seq.computed, length))
+            chunks.append(Chunk(seq, prefix, length, copied=copied))
             budget -= length
         return chunks
 
@@ -150,7 +152,7 @@ class Scheduler:
         """
         for chunk in chunks:
             if chunk.seq.state is not State.FINISHED:
-                chunk.seq.computed += chunk.known
+                chunk.seq.computed = chunk.start + chunk.known
                 self.blocks.seal(chunk.seq)
 
     @property
@@ -179,13 +181,15 @@ class Scheduler:
         """
         return [seq for seq in self.waiting[: 2 * self.max_running] if not seq.in_flight]
 
-    def _admit(self, seq: Sequence, prefix: int) -> None:
+    def _admit(self, seq: Sequence, prefix: int) -> list[int]:
+        """Start a sequence after ``prefix`` tokens; the blocks to copy for that."""
         self.waiting.remove(seq)
-        self.blocks.admit(seq, prefix)
+        copied = self.blocks.admit(seq, prefix)
         if seq.admitted_at is None:
-            seq.cached_prompt_tokens = min(seq.computed, seq.prompt_length)
+            seq.cached_prompt_tokens = min(prefix, seq.prompt_length)
         seq.state = State.RUNNING
         bisect.insort(self.running, seq, key=_order)
+        return copied
 
     def _make_room(self, seq: Sequence, tokens: int) -> bool:
         """Reserve blocks, preempting the youngest sequences; False when ``seq`` itself had to go."""

@@ -38,7 +38,7 @@ def place(
     def make(model: GPT, groups: list[CacheGroup]) -> Runner:
         """The kernels, with a cache full of what is not a number."""
         cache = CpuCache(model.config, groups, BLOCK, model.compute_dtype)
-        for tensor in (*cache.keys, *cache.values):
+        for tensor in cache.blocks:
             tensor.fill_(float("nan"))
         return EagerRunner(CpuNetwork(model, BLOCK, int8=int8), cache)
 

@@ -48,7 +48,7 @@ def _small_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_runner(model: GPT, groups: list[CacheGroup], flash: FlashKernel | None = None) -> GpuRunner:
     """The kernels, with a cache full of what is not a number."""
     cache = GpuCache(model.config, groups, BLOCK, model.compute_dtype, DEVICE)
-    for tensor in (*cache.keys, *cache.values):
+    for tensor in cache.blocks:
         tensor.fill_(float("nan"))
     return GpuRunner(GpuNetwork(model, flash), cache, token_budget=512, max_running=8)
 
@@ -224,7 +224,10 @@ def test_an_engine_says_the_same_as_on_pytorchs_operators(overlap: bool) -> None
         )
         engine = Engine(model, BYTES, config)
         assert isinstance(engine.runner, GpuRunner) is kernels
-        said.append([c.token_ids for [c] in engine.generate(prompts, sampling)])
+        answers = [c for [c] in engine.generate(prompts, sampling)]
+        said.append([c.token_ids for c in answers])
+        # One block is shared; of the next the common part is copied.
+        assert [c.usage and c.usage.cached_prompt_tokens for c in answers] == [0, 20, 20, 20]
         engine.close()
     assert said[0] == said[1]
 

@@ -12,34 +12,22 @@ from torch import Tensor
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine.block_manager import CacheGroup
 from nanochat_core.engine.cpu.library import Batch, Layer
-from nanochat_core.engine.kv_cache import group_of_layers, slots_of, zeros
+from nanochat_core.engine.kv_cache import BlockMemory, slots_of
 from nanochat_core.engine.scheduler import Chunk
 
 
-class CpuCache:
-    """Keys and values of all layers in blocks, the keys of a block transposed.
+class CpuCache(BlockMemory):
+    """The cache for the CPU kernels.
 
-    Attributes:
-        groups: layers that share block tables, each with blocks of its own.
+    Keys of a block are (n_kv_head, head_dim, block_size), values (n_kv_head, block_size, head_dim).
     """
 
     def __init__(self, config: ModelConfig, groups: Items[CacheGroup], block_size: int, dtype: torch.dtype) -> None:
-        self.config, self.groups, self.block_size = config, groups, block_size
-        self.group_of = group_of_layers(config, groups)
-        cpu = torch.device("cpu")
-        blocks = [(groups[g].num_blocks, config.n_kv_head) for g in self.group_of]
-        # (num_blocks, n_kv_head, head_dim, block_size) and (num_blocks, n_kv_head, block_size, head_dim).
-        self.keys = [zeros((*shape, config.head_dim, block_size), dtype, cpu) for shape in blocks]
-        self.values = [zeros((*shape, block_size, config.head_dim), dtype, cpu) for shape in blocks]
+        super().__init__(config, groups, block_size, dtype, torch.device("cpu"))
 
     def attention(self, chunks: Iterable[Chunk]) -> CpuAttention:
         """Attention of a batch of these chunks."""
         return CpuAttention(self, chunks)
-
-    def window_of(self, layer: int) -> int:
-        """How many tokens before itself a token sees."""
-        window = self.groups[self.group_of[layer]].window
-        return self.config.context_length if window is None else window
 
 
 class CpuAttention:
@@ -87,18 +75,19 @@ class CpuAttention:
             qkv_columns: columns of the product with the q, k, v and value gate weights.
             value_table: address of its value embeddings, whose table has ``value_columns``.
         """
-        cache = self._cache
-        slots, tables, first_entry = self._places[cache.group_of[index]]
+        cache, group = self._cache, self._cache.group_of[index]
+        slots, tables, first_entry = self._places[group]
+        keys, values = cache.blocks[index]
         return Layer(
-            cache.keys[index].data_ptr(),
-            cache.values[index].data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
             _address(slots),
             _address(tables),
             _address(first_entry),
             value_table,
             value_columns,
             qkv_columns,
-            cache.window_of(index),
+            cache.windows[group],
         )
 
 

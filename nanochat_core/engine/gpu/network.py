@@ -13,7 +13,7 @@ from nanochat_core.engine.block_manager import CacheGroup
 from nanochat_core.engine.gpu import kernels
 from nanochat_core.engine.gpu.flash import FlashKernel
 from nanochat_core.engine.gpu.step import Pieces, Step
-from nanochat_core.engine.kv_cache import group_of_layers, zeros
+from nanochat_core.engine.kv_cache import BlockMemory
 from nanochat_core.engine.network import ServingWeights
 from nanochat_core.loss import LOGIT_SOFTCAP
 from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE
@@ -27,14 +27,11 @@ _SPLIT_TILE = 32
 _CHUNK = 1024
 
 
-class GpuCache:
-    """Keys and values of all layers in blocks, and one block more that takes what nobody needs.
+class GpuCache(BlockMemory):
+    """The cache for the GPU kernels, with one block more in each group that takes what nobody needs.
 
     Attributes:
         keys, values: for each layer (num_blocks + 1, block_size, n_kv_head, head_dim).
-        groups: layers that share block tables, each with blocks of its own.
-        group_of: for each layer the index of its group.
-        windows: for each layer how many tokens before itself a token sees.
     """
 
     def __init__(
@@ -45,11 +42,9 @@ class GpuCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.groups, self.block_size = groups, block_size
-        self.group_of = group_of_layers(config, groups)
-        self.windows = [groups[g].window or config.context_length for g in self.group_of]
-        shapes = [(groups[g].num_blocks + 1, block_size, config.n_kv_head, config.head_dim) for g in self.group_of]
-        self.keys, self.values = ([zeros(shape, dtype, device) for shape in shapes] for _ in range(2))
+        super().__init__(config, groups, block_size, dtype, device, spare=1)
+        shape = (2, -1, block_size, config.n_kv_head, config.head_dim)
+        self.keys, self.values = zip(*(each.view(shape) for each in self.blocks), strict=True)
 
 
 class GpuNetwork(ServingWeights):
@@ -194,8 +189,8 @@ class GpuNetwork(ServingWeights):
 
     def _attend_tokens(self, index: int, queries: Tensor, step: Step, cache: GpuCache) -> Tensor:
         """Every token by itself, the keys of each divided into splits."""
-        heads, head_dim, window = self.config.n_head, self.config.head_dim, cache.windows[index]
-        table = step.tables[cache.group_of[index]]
+        heads, head_dim, group = self.config.n_head, self.config.head_dim, cache.group_of[index]
+        table, window = step.tables[group], cache.windows[group]
         splits = triton.cdiv(self.config.context_length, SPLIT)
         sums = torch.empty(step.tokens, heads, splits, head_dim, device=self.device)
         highest, total = torch.empty(2, step.tokens, heads, splits, device=self.device)
@@ -235,7 +230,8 @@ class GpuNetwork(ServingWeights):
 
     def _attend_tiles(self, index: int, queries: Tensor, step: Step, pieces: Pieces, cache: GpuCache) -> Tensor:
         """Successive tokens of a sequence together."""
-        table = step.tables[cache.group_of[index]]
+        group = cache.group_of[index]
+        table = step.tables[group]
         out = torch.empty_like(queries)
         kernels.attend_tiles[(len(pieces.tiles), self.config.n_head)](
             out,
@@ -245,7 +241,7 @@ class GpuNetwork(ServingWeights):
             pieces.tiles,
             table,
             table.stride(0),
-            cache.windows[index],
+            cache.windows[group],
             self._score_scale,
             ROWS=self.tile_rows,
             TILE=self.tile_rows,
@@ -258,17 +254,18 @@ class GpuNetwork(ServingWeights):
         self, flash: FlashKernel, index: int, queries: Tensor, step: Step, pieces: Pieces, cache: GpuCache
     ) -> Tensor:
         """Successive tokens of a sequence together, by FlashAttention."""
+        group = cache.group_of[index]
         y = flash(
             queries,
             cache.keys[index],
             cache.values[index],
             cache_seqlens=pieces.ends,
-            page_table=step.tables[cache.group_of[index]][1 : pieces.sequences + 1],
+            page_table=step.tables[group][1 : pieces.sequences + 1],
             cu_seqlens_q=pieces.first_tokens,
             max_seqlen_q=pieces.longest,
             softmax_scale=self._score_scale,
             causal=True,
-            window_size=(cache.windows[index], 0),
+            window_size=(cache.windows[group], 0),
         )
         # Early versions give the logarithms of the sums too.
         mixed: Tensor = y[0] if isinstance(y, tuple) else y

@@ -67,6 +67,7 @@ class GpuRunner:
     @torch.inference_mode()
     def run(self, chunks: Iterable[Chunk], awaited: Awaited | None = None) -> tuple[list[Chunk], Tensor]:
         chunks = list(chunks)
+        self._cache.copy(chunks)
         batch = TokenBatch(chunks, self._network.no_token)
         count = batch.rows.shape[1]
         size = next((size for size in self._sizes if size >= count), None)
