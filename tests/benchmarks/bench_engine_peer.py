@@ -60,6 +60,8 @@ def cases(vocab_size: int, seed: int) -> dict[str, dict[str, Any]]:
         "single": samples(1, 5, sampled=False),
         "samples-8": samples(8, 3),
         "samples-32": samples(32, 2),
+        "samples-64": samples(64, 2),
+        "samples-256": samples(256, 1),
         "requests-64": {"warm_up": different(8, WARM_UP_TOKENS), "batches": [different(64, 120)]},
     }
 
@@ -80,10 +82,16 @@ def count_tokens(name: str, case: dict[str, Any], result: dict[str, Any]) -> int
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, required=True, help="checkout of karpathy/nanochat")
-    parser.add_argument("--cases", default="single,samples-8,samples-32,requests-64", help="comma separated")
+    parser.add_argument(
+        "--cases",
+        default="single,samples-8,samples-32,requests-64",
+        help="comma separated; samples-64 and samples-256 too",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=PEER_DTYPES, default="fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--context-length", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
@@ -94,7 +102,10 @@ def main() -> int:
     if unknown := set(chosen) - everything.keys():
         raise UserError(f"--cases has {', '.join(sorted(unknown))}; choose of {', '.join(everything)}")
     config = ModelConfig.from_depth(
-        options.depth, vocab_size=options.vocab_size, head_dim=64, context_length=options.context_length
+        options.depth,
+        vocab_size=options.vocab_size,
+        head_dim=options.head_dim,
+        context_length=options.context_length,
     )
     rates: dict[str, dict[str, list[float]]] = {name: {"peer": [], "ours": []} for name in chosen}
     different: list[str] = []
@@ -104,6 +115,7 @@ def main() -> int:
             "config": peer_config(config),
             "folder": str(folder / "weights"),
             "cases": {name: everything[name] for name in chosen},
+            "device": options.device,
             "threads": options.threads,
             "dtype": options.dtype,
             "seed": options.seed,
@@ -132,7 +144,8 @@ def main() -> int:
                     and results["peer"][name]["tokens"] != results["ours"][name]["tokens"]
                 ):
                     different.append(f"round {number}, {name}")
-    print(f"\n{options.dtype}, depth {options.depth}, {options.threads} threads, medians of {options.rounds} rounds\n")
+    where = f"{options.threads} threads" if options.device == "cpu" else options.device
+    print(f"\n{options.dtype}, depth {options.depth}, {where}, medians of {options.rounds} rounds\n")
     print("| case | peer, tokens/s | ours, tokens/s | ratio |")
     print("| --- | ---: | ---: | ---: |")
     for name in chosen:

@@ -10,20 +10,27 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from jobs.eval.bench_engine import random_tokenizer
+import torch
+
+from jobs.eval.bench_engine import random_model, random_tokenizer
 from jobs.train.import_nanochat import convert, model_config, read_upstream
+from nanochat_core.config import ModelConfig
 from nanochat_core.device import DTYPES, prepare_cpu
-from nanochat_core.engine import Engine, SamplingParams
+from nanochat_core.engine import Engine, EngineConfig, SamplingParams
 from nanochat_core.model import GPT
 
 
 def load(task: dict[str, Any]) -> GPT:
-    """The peer's weights in our network."""
+    """A random model, or the peer's weights in our network."""
+    dtype, device = DTYPES[task["dtype"]], torch.device(task["device"])
+    if "depth" in task:
+        shape = {name: task[name] for name in ("vocab_size", "head_dim", "context_length")}
+        return random_model(ModelConfig.from_depth(task["depth"], **shape), dtype, task["seed"]).to(device)
     source = read_upstream(Path(task["folder"]), 1)
     config = model_config(source)
-    model = GPT(config, DTYPES[task["dtype"]])
+    model = GPT(config, dtype)
     model.load_state_dict(convert(source, config).state_dict())
-    return model
+    return model.to(device)
 
 
 def answer(engine: Engine, requests: list[dict[str, Any]]) -> list[list[list[int]]]:
@@ -39,7 +46,10 @@ def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
     prepare_cpu(task["threads"])
     model = load(task)
-    engine = Engine(model, random_tokenizer(model.config.vocab_size))
+    most = max(sum(r["n"] for r in batch) for case in task["cases"].values() for batch in case["batches"])
+    running = max(most, EngineConfig.max_running)
+    engine = Engine(model, random_tokenizer(model.config.vocab_size), EngineConfig(max_running=running))
+    engine.warm_up()
     result = {}
     for name, case in task["cases"].items():
         answer(engine, case["warm_up"])

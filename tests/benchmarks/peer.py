@@ -190,6 +190,16 @@ def run_ours(script: str, task: dict[str, Any], folder: Path) -> None:
     _run([str(HERE / script), str(_written(folder, "ours", task))], ROOT, {})
 
 
+def run_with(packages: Path, script: str, task: dict[str, Any], folder: Path) -> None:
+    """The same with packages of another folder.
+
+    Raises:
+        UserError: it failed; its output is in the message.
+    """
+    environment = {"PYTHONPATH": str(packages.resolve())}
+    _run([str(HERE / script), str(_written(folder, "theirs", task))], folder, environment)
+
+
 def _written(folder: Path, name: str, task: dict[str, Any]) -> Path:
     path = folder / f"{name}.json"
     path.write_text(json.dumps(task))

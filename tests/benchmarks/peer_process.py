@@ -27,11 +27,11 @@ from nanochat.tokenizer import RustBPETokenizer
 CPU = torch.device("cpu")
 
 
-def build(config: dict[str, Any]) -> GPT:
+def build(config: dict[str, Any], device: torch.device = CPU) -> GPT:
     """As base_train does: shapes first, then memory, then weights."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**config))
-    model.to_empty(device=CPU)
+    model.to_empty(device=device)
     model.init_weights()
     return model
 
@@ -209,9 +209,12 @@ class StopTokens(NoTokens):
 
 def load(task: dict[str, Any]) -> GPT:
     """What its build_model does, but for the tokenizer: on a CPU weights are fp32, whatever is computed in."""
-    saved, _, _ = load_checkpoint(task["folder"], 1, CPU)
-    model = build(task["config"])
-    model.load_state_dict({name: tensor.float() for name, tensor in saved.items()}, strict=True, assign=True)
+    device = torch.device(task.get("device", "cpu"))
+    saved, _, _ = load_checkpoint(task["folder"], 1, device)
+    model = build(task["config"], device)
+    if device == CPU:
+        saved = {name: tensor.float() for name, tensor in saved.items()}
+    model.load_state_dict(saved, strict=True, assign=True)
     return model.eval()
 
 
@@ -245,7 +248,7 @@ def rollouts(task: dict[str, Any]) -> None:
 def serve(task: dict[str, Any]) -> None:
     """Answer requests one after another, as chat_cli does; writes seconds and tokens of each case."""
     torch.set_num_threads(task["threads"])
-    compute_init("cpu")
+    compute_init(task["device"])
     engine = Engine(load(task), NoTokens())
 
     def answer(request: dict[str, Any]) -> list[list[int]]:

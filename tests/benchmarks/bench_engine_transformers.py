@@ -1,0 +1,104 @@
+"""The inference core against the continuous batching of Hugging Face's transformers, in alternating runs.
+
+``python tests/benchmarks/bench_engine_transformers.py --transformers FOLDER``, from the project's root, where ``pip
+install --target FOLDER transformers`` has filled ``FOLDER``; torch is this project's on both sides.
+
+The networks differ (theirs is a Llama), the matrices are as large: the same depth, width, heads and vocabulary, and as
+many weights in the MLP. Both get the same prompts at once, decode greedily and give exactly as many tokens. Every run
+is a process of its own that answers a few requests first; theirs, which keeps no prefixes here, the first batch too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+from bench_engine_peer import WARM_UP_TOKENS, cases, count_tokens, request
+from peer import run_ours, run_with
+
+from nanochat_core.config import ModelConfig
+from nanochat_core.errors import UserError, run_main
+
+# Requests of each batch size are so many in all, at least a batch.
+_REQUESTS = 16
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transformers", type=Path, required=True, help="folder that transformers is installed in")
+    parser.add_argument("--batches", default="1,8,64", help="requests at once, comma separated")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--output-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--context-length", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=42)
+    options = parser.parse_args()
+    if not (options.transformers / "transformers").is_dir():
+        raise UserError(f"{options.transformers} has no package transformers; fill it with pip install --target")
+    draw = np.random.default_rng(options.seed)
+
+    def batch(size: int, output: int) -> list[dict[str, object]]:
+        prompts = draw.integers(options.vocab_size, size=(size, options.prompt_tokens))
+        return [request(prompt, output) for prompt in prompts]
+
+    everything = {
+        f"{size} at once": {
+            "warm_up": batch(size, WARM_UP_TOKENS),
+            "batches": [batch(size, options.output_tokens) for _ in range(max(_REQUESTS // size, 1))],
+        }
+        for size in map(int, options.batches.split(","))
+    }
+    everything["64 of many lengths"] = cases(options.vocab_size, options.seed)["requests-64"]
+    shape = {name: getattr(options, name) for name in ("depth", "head_dim", "vocab_size", "context_length")}
+    rates: dict[str, dict[str, list[float]]] = {name: {"theirs": [], "ours": []} for name in everything}
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
+        task = {
+            **shape,
+            "dim": ModelConfig.from_depth(**shape).dim,
+            "cases": everything,
+            "device": options.device,
+            "dtype": options.dtype,
+            "threads": options.threads,
+            "seed": options.seed,
+            "result": str(folder / "result.json"),
+        }
+        for number in range(1, options.rounds + 1):
+            # Whoever comes first changes from round to round.
+            for side in ("theirs", "ours") if number % 2 else ("ours", "theirs"):
+                if side == "theirs":
+                    run_with(options.transformers, "transformers_process.py", task, folder)
+                else:
+                    run_ours("our_engine_process.py", task, folder)
+                result = json.loads((folder / "result.json").read_bytes())
+                for name, case in everything.items():
+                    tokens = count_tokens(name, case, result[name])
+                    rates[name][side].append(tokens / result[name]["seconds"])
+            for name, sides in rates.items():
+                theirs, ours = (sides[side][-1] for side in ("theirs", "ours"))
+                print(f"round {number}: {name:<18} transformers {theirs:7.0f}, ours {ours:7.0f} tokens/s", flush=True)
+    where = f"{options.threads} threads" if options.device == "cpu" else options.device
+    print(f"\n{options.dtype}, depth {options.depth}, {where}, medians of {options.rounds} rounds\n")
+    print("| requests | transformers, tokens/s | ours, tokens/s | ratio |")
+    print("| --- | ---: | ---: | ---: |")
+    for name, sides in rates.items():
+        theirs, ours = (statistics.median(sides[side]) for side in ("theirs", "ours"))
+        print(f"| {name} | {theirs:,.0f} | {ours:,.0f} | {ours / theirs:.2f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main, "bench_engine_transformers.py")
