@@ -7,13 +7,17 @@ import collections
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 from nanochat_core.engine.engine import Engine, Load, QueueFull
-from nanochat_core.engine.request import Output, Request
+from nanochat_core.engine.request import Constraint, Output, Request
 from nanochat_core.errors import UserError
 
 log = logging.getLogger(__name__)
+
+# A step that takes longer than this does not end because it is asked to.
+STOP_SECONDS = 10.0
 
 
 class EngineDead(Exception):
@@ -40,10 +44,10 @@ class Stream:
 
     async def __anext__(self) -> Output:
         while not self._pending:
+            if self.finished:  # whatever became of the engine since
+                raise StopAsyncIteration
             if self._error:
                 raise self._error
-            if self.finished:
-                raise StopAsyncIteration
             self._news.clear()
             await self._news.wait()
         return self._pending.popleft()
@@ -80,15 +84,17 @@ class AsyncEngine:
         Args:
             on_death: called on the event loop after an error has ended the device loop.
         """
-        self._engine = engine
+        self._engine: Engine | None = engine
         self._on_death = on_death
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, Stream] = {}
         self._stopping = False
         self._error: EngineDead | None = None
+        self._step_began: float | None = None
+        self._compiling = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(engine,), name="engine", daemon=True)
         engine.tools.on_completed = lambda: self._inbox.put(_wake)
 
     def start(self) -> None:
@@ -104,8 +110,9 @@ class AsyncEngine:
             QueueFull: it may be served later.
             EngineDead: the device loop has ended.
         """
-        if self._error:
-            raise self._error
+        engine = self._engine
+        if self._error or engine is None:
+            raise self._error or EngineDead("the engine has been stopped")
         if request.id in self._streams:
             raise UserError(f"request id {request.id!r} is in use; ids of requests in flight must differ")
         stream = self._streams[request.id] = Stream(request.n)
@@ -113,7 +120,7 @@ class AsyncEngine:
 
         def add() -> None:
             try:
-                self._engine.add(request)
+                engine.add(request)
             except (UserError, QueueFull) as error:
                 self._loop.call_soon_threadsafe(stream.fail, error)
             else:
@@ -121,8 +128,8 @@ class AsyncEngine:
 
         constraint = request.sampling.constraint
         try:
-            if constraint is not None:  # compiled here, it costs the device loop nothing
-                await asyncio.to_thread(self._engine.grammars.compile, constraint)
+            if constraint is not None:
+                await self._compile(engine, constraint, request.n)
             self._inbox.put(add)
             await stream.accepted
         except BaseException:
@@ -132,37 +139,66 @@ class AsyncEngine:
 
     def close_stream(self, request_id: str) -> None:
         """Forget a stream; a request that still runs is cancelled and frees its cache before the next step."""
-        stream = self._streams.pop(request_id, None)
-        if stream and not stream.finished:
-            self._inbox.put(lambda: self._engine.cancel(request_id))
+        stream, engine = self._streams.pop(request_id, None), self._engine
+        if stream and not stream.finished and engine is not None:
+            self._inbox.put(lambda: engine.cancel(request_id))
         if not self._streams:
             self._idle.set()
 
     def load(self) -> Load:
         """A snapshot of what the engine is busy with."""
-        return self._engine.load()
+        return self._engine.load() if self._engine is not None else Load(0, 0, 0, 0, 0)
+
+    def step_seconds(self) -> float:
+        """How long the present step has taken so far; 0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
 
     async def drained(self) -> None:
         """Wait until no stream is open."""
         await self._idle.wait()
 
     async def stop(self) -> None:
-        """End the device loop after the current step; streams that are still open fail."""
-        self._inbox.put(self._stop)
-        await asyncio.to_thread(self._thread.join)
-        self._engine.close()
-        self._engine.tools.on_completed = lambda: None  # so that they no longer refer to each other
+        """End the device loop after the current step; streams that are still open fail.
 
-    def _run(self) -> None:
+        A step that hangs is left to itself.
+        """
+        self._inbox.put(self._stop)
+        await asyncio.to_thread(self._thread.join, STOP_SECONDS)
+        engine, self._engine = self._engine, None  # whoever still holds this object does not hold the model
+        if self._thread.is_alive():
+            self._fail(EngineDead("the engine's device loop hangs"))
+        elif engine is not None:
+            engine.close()
+            engine.tools.on_completed = lambda: None  # so that they no longer refer to each other
+
+    async def _compile(self, engine: Engine, constraint: Constraint, sequences: int) -> None:
+        """Compile a constraint here, which costs the device loop nothing, if there will be room for the request.
+
+        Raises:
+            UserError: the constraint cannot be used.
+            QueueFull: the queue is full, or will be by what is being compiled.
+        """
+        self._compiling += sequences
+        try:
+            engine.check_room(self._compiling)
+            await asyncio.to_thread(engine.grammars.compile, constraint)
+        finally:
+            self._compiling -= sequences
+
+    def _run(self, engine: Engine) -> None:
         """The device loop."""
         try:
             while not self._stopping:
-                self._receive(wait=not self._engine.progressed)
-                outputs = self._engine.step()
+                self._receive(wait=not engine.progressed)
+                self._step_began = time.monotonic()
+                outputs = engine.step()
+                self._step_began = None
                 if outputs:
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
             error = EngineDead("the engine has been stopped")
-        except Exception as cause:
+        except BaseException as cause:  # a panic in one of the libraries in Rust is no Exception
+            self._step_began = None
             log.exception("engine_died")
             error = EngineDead(f"the engine's device loop died: {cause!r}")
             self._loop.call_soon_threadsafe(self._on_death)

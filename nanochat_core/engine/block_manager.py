@@ -30,6 +30,10 @@ class CacheGroup:
     most_held: int = sys.maxsize
 
 
+# Fewer tokens in common are not worth a copy: every conversation begins with the same two.
+LEAST_COPIED = 4
+
+
 class BlockManager:
     """Hands out blocks of ``block_size`` tokens and finds those already computed.
 
@@ -38,9 +42,9 @@ class BlockManager:
 
     A block is shared only once it is full, and a full block never changes. It is known by the hash of its tokens
     chained with its parent's hash, that is, by everything its keys and values depend on. Of the block after those that
-    it shares, a sequence copies what it has in common with the latest one that was computed there, full or not, and
-    goes on writing behind that. Blocks that nobody holds stay findable until they are needed for something else, least
-    recently used first.
+    it shares, a sequence copies what it has in common with one that was computed there, full or not, and goes on
+    writing behind that. One block is offered for that after each parent: the latest that has something new. Blocks
+    that nobody holds stay findable until they are needed for something else, least recently used first.
     """
 
     def __init__(self, groups: Items[CacheGroup], block_size: int, prefix_caching: bool = True) -> None:
@@ -98,10 +102,10 @@ class BlockManager:
         seq.awaited = hashes[longest] if longest < len(hashes) else None
         if seq.awaited in self._promised:
             return None
-        start = longest * self.block_size
+        start, parent = longest * self.block_size, _parent(hashes, longest)
         beyond = seq.tokens[start : min(start + self.block_size, len(seq.tokens)) - 1]
-        parent = _parent(hashes, longest)
-        return start + min(_common(pool.content_after(parent), beyond) for pool in self._pools)
+        common = min(_common(pool.offered(parent), beyond) for pool in self._pools)
+        return start + common if common >= LEAST_COPIED else start
 
     def can_admit(self, seq: Sequence, prefix: int, spare: int) -> bool:
         """Whether what ``seq`` will hold of its tokens fits after ``prefix`` tokens with ``spare`` blocks left."""
@@ -118,8 +122,8 @@ class BlockManager:
         """Start ``seq``, which holds no blocks, after ``prefix`` tokens that :meth:`find_prefix` found.
 
         Only what is in shared blocks counts as computed until the rest has been copied. That must be done by the next
-        step, before it writes anything: nobody holds the block that is copied, which may be given to another sequence
-        or be the very one that it is copied to.
+        step, before it writes anything and in the order of admission: the block that is copied is not held for that,
+        so that it may already be another sequence's, or the very one that it is copied to.
 
         Returns:
             For each group the block to copy; none where every token is in a shared block.
@@ -138,7 +142,7 @@ class BlockManager:
             self._promised.setdefault(digest, seq)
         if seq.computed == prefix:
             return []
-        return [pool.block_after(_parent(hashes, shared)) for pool in self._pools]
+        return [pool.copy(_parent(hashes, shared)) for pool in self._pools]
 
     def grow(self, seq: Sequence, tokens: int, spare: int = 0) -> bool:
         """Give ``seq`` room for ``tokens`` tokens; False, and nothing changed, with fewer than ``spare`` left."""
@@ -207,7 +211,7 @@ class BlockManager:
         return 0 if group.window is None else max(computed - group.window, 0) // self.block_size
 
     def _publish(self, seq: Sequence) -> None:
-        """Name the blocks that ``seq`` has filled, and offer the last one's beginning."""
+        """Name the blocks that ``seq`` has filled since the last time; offer them, and the one after, to be copied."""
         if not self.prefix_caching:
             return
         hashes, size, full = self._hashes_of(seq), self.block_size, seq.computed // self.block_size
@@ -301,24 +305,29 @@ class _Pool:
             if there[: len(content)] == content:
                 return
             self._withdraw(earlier)
-            if not self.references[earlier]:
-                self._put_aside(earlier)
+            if not self.references[earlier] and self.hashes[earlier] is None:
+                self.free.move_to_end(earlier, last=False)
         self.parents[block] = parent
         self.offers[parent] = block, content
 
-    def content_after(self, parent: bytes) -> list[int]:
-        """The tokens that are offered after this block."""
+    def offered(self, parent: bytes) -> list[int]:
+        """The tokens that can be copied after this block."""
         return self.offers[parent][1] if parent in self.offers else []
 
-    def block_after(self, parent: bytes) -> int:
-        """The block that has them."""
-        return self.offers[parent][0]
+    def copy(self, parent: bytes) -> int:
+        """The block that has them, which has now been of use."""
+        block, _content = self.offers[parent]
+        if not self.references[block]:
+            self.free.move_to_end(block)
+        return block
 
     def give_back(self, block: int) -> None:
         """One holder less."""
         self.references[block] -= 1
         if not self.references[block]:
-            self._put_aside(block)
+            findable = self.hashes[block] is not None or self.parents[block] is not None
+            self.free[block] = None
+            self.free.move_to_end(block, last=findable)
 
     def forget(self) -> None:
         """Make nothing findable any more."""
@@ -327,12 +336,6 @@ class _Pool:
         self.by_hash.clear()
         self.parents = [None] * self.num_blocks
         self.offers.clear()
-
-    def _put_aside(self, block: int) -> None:
-        """Among the free ones: to be taken last, or first if nobody can find it."""
-        findable = self.hashes[block] is not None or self.parents[block] is not None
-        self.free[block] = None
-        self.free.move_to_end(block, last=findable)
 
     def _withdraw(self, block: int) -> None:
         parent = self.parents[block]

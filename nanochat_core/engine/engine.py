@@ -153,6 +153,11 @@ class Engine:
         model, prompt, sampling = self.model_config, request.prompt, request.sampling
         if not prompt:
             raise UserError("the prompt is empty; it needs at least one token")
+        if len(prompt) >= model.context_length:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, but the context length is {model.context_length} "
+                "and at least one token must fit after the prompt"
+            )
         for name, tokens in (
             ("the prompt", prompt),
             ("stop_token_ids", sampling.stop_token_ids),
@@ -161,11 +166,6 @@ class Engine:
             for token in tokens:
                 if not 0 <= token < model.vocab_size:
                     raise UserError(f"{name} has token {token}, which is outside the vocabulary of {model.vocab_size}")
-        if len(prompt) >= model.context_length:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens, but the context length is {model.context_length} "
-                "and at least one token must fit after the prompt"
-            )
         if not 1 <= request.n <= self.config.max_running:
             raise UserError(f"n is {request.n}; it must be between 1 and {self.config.max_running}")
         if sampling.constraint is not None:
@@ -178,6 +178,15 @@ class Engine:
                 f"has {there}; lower max_tokens or enlarge the KV cache"
             )
 
+    def check_room(self, sequences: int) -> None:
+        """Refuse so many more sequences when the queue has no room for them now; other threads may ask.
+
+        Raises:
+            QueueFull: they may be served later.
+        """
+        if sequences > self._room():
+            raise QueueFull(f"{len(self.scheduler.waiting)} sequences are waiting already; try again later")
+
     def add(self, request: Request) -> None:
         """Queue a request; its outputs come out of :meth:`step`.
 
@@ -188,8 +197,7 @@ class Engine:
         self.check(request)
         if request.id in self._requests:
             raise UserError(f"request id {request.id!r} is in use; ids of requests in flight must differ")
-        if request.n > self._room():
-            raise QueueFull(f"{len(self.scheduler.waiting)} sequences are waiting already; try again later")
+        self.check_room(request.n)
         constraint = request.sampling.constraint
         if constraint is not None:
             request = dataclasses.replace(request, tools=NO_TOOLS)
@@ -387,10 +395,14 @@ class Engine:
             self._output(seq).error = Shed("the device has run out of memory; send the request again later")
 
     def _room(self) -> int:
-        """How many more sequences the queue takes: those that would run at once do not count against it."""
-        scheduler = self.scheduler
-        free = max(scheduler.max_running - len(scheduler.running) - len(scheduler.parked), 0)
-        return self.config.max_waiting + free - len(scheduler.waiting)
+        """How many more sequences there may be: as many as may run, and as many as may wait.
+
+        Out of memory, fewer may run; but without any request the engine takes what it takes at first.
+        """
+        if not self._requests:
+            return self.config.max_waiting + self.config.max_running
+        there = sum(map(len, self.scheduler.by_state.values()))
+        return self.config.max_waiting + self.scheduler.max_running - there
 
     def _max_length(self, request: Request) -> int:
         limit, wanted = self.model_config.context_length, request.sampling.max_tokens

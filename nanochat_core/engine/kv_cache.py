@@ -67,14 +67,13 @@ class BlockMemory:
         self.blocks = [self._memory[g][groups[g].layers.index(i)] for i, g in enumerate(self.group_of)]
 
     def copy(self, chunks: Iterable[Chunk]) -> None:
-        """Begin blocks with what chunks take over from others; to be done before anything of a step is written."""
-        copying = [chunk for chunk in chunks if chunk.copied]
-        if not copying:
-            return
-        for g, memory in enumerate(self._memory):
-            pairs = [(chunk.copied[g], chunk.seq.block_tables[g][chunk.start // self.block_size]) for chunk in copying]
-            sources, targets = to_device(np.array(pairs).T.copy(), self.device)
-            memory.index_copy_(2, targets, memory.index_select(2, sources))
+        """Begin blocks with what chunks take over from others; to be done before anything of a step is written.
+
+        One after another, because a block that has been copied may be the next one to be overwritten.
+        """
+        for chunk in chunks:
+            for memory, table, source in zip(self._memory, chunk.seq.block_tables, chunk.copied, strict=False):
+                memory[:, :, table[chunk.start // self.block_size]] = memory[:, :, source]
 
 
 class KVCache(BlockMemory):
@@ -165,7 +164,7 @@ def plan_groups(
     whole = -(-config.context_length // block_size)
     layers = [tuple(i for i, window in enumerate(config.windows) if min(window, last) == reach) for reach in reaches]
     sizes = [bytes_per_block(config, len(members), block_size, dtype) for members in layers]
-    needs = [whole if reach == last else min(whole, -(-(reach + token_budget) // block_size) + 1) for reach in reaches]
+    needs = [whole if reach == last else min(whole, _most_held(reach, token_budget, block_size)) for reach in reaches]
     one = sum(size * need for size, need in zip(sizes, needs, strict=True))
     least = sizes[0] + sum(size * need for size, need in zip(sizes[1:], needs[1:], strict=True))
     if memory < least:
@@ -178,6 +177,14 @@ def plan_groups(
         CacheGroup(members, None if reach == last else reach, count, need)
         for members, reach, count, need in zip(layers, reaches, blocks, needs, strict=True)
     ]
+
+
+def _most_held(window: int, token_budget: int, block_size: int) -> int:
+    """Blocks that a sequence needs for what a step computes and what that sees through the window."""
+    going_on = -(-(window + token_budget) // block_size) + 1
+    # It starts at the end of a block, of the window's too, and up to a block less a token later with what is copied.
+    starting = -(-window // block_size) - (-(token_budget + block_size - 1) // block_size)
+    return max(going_on, starting)
 
 
 class PagedAttention:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
 from collections.abc import Mapping
 
 from nanochat_core.errors import UserError
 
 MAX_LOGPROBS = 128
+# What is added to logits or multiplies them stays far from where float32 ends.
+MAX_BIAS = 1000.0
+MAX_REPETITION_PENALTY = 100.0
+MAX_TEMPERATURE = 1000.0
 
 
 def _require(valid: bool, name: str, value: object, allowed: str) -> None:
     if not valid:
         raise UserError(f"{name} is {value}; it must be {allowed}")
+
+
+def _require_bias(name: str, value: float) -> None:
+    _require(-MAX_BIAS <= value <= MAX_BIAS, name, value, f"between {-MAX_BIAS:g} and {MAX_BIAS:g}")
 
 
 class FinishReason(enum.Enum):
@@ -88,18 +95,20 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def __post_init__(self) -> None:
-        _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or a positive number")
+        most = MAX_TEMPERATURE
+        _require(0 <= self.temperature <= most, "temperature", self.temperature, f"between 0 (greedy) and {most:g}")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive number")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
-        _require(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "above 0")
+        most, repetition = MAX_REPETITION_PENALTY, self.repetition_penalty
+        _require(1 / most <= repetition <= most, "repetition_penalty", repetition, f"between {1 / most} and {most:g}")
         for name in ("presence_penalty", "frequency_penalty"):
-            _require(math.isfinite(getattr(self, name)), name, getattr(self, name), "a finite number")
+            _require_bias(name, getattr(self, name))
         _require(self.max_tokens >= 0, "max_tokens", self.max_tokens, "0 (up to the context length) or more")
         if self.logprobs is not None:
             _require(0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs, f"between 0 and {MAX_LOGPROBS}")
         for token, bias in self.logit_bias.items():
-            _require(math.isfinite(bias), f"logit_bias[{token}]", bias, "a finite number")
+            _require_bias(f"logit_bias[{token}]", bias)
 
 
 @dataclasses.dataclass(frozen=True)

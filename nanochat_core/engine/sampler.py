@@ -10,6 +10,7 @@ only when the two best candidates are that close, and never because probabilitie
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 
@@ -236,8 +237,10 @@ class Sampler:
 
     def _counts(self, tokens: Items[Items[int]]) -> Tensor:
         """How often each vocabulary entry occurs in each list, (lists, vocab_size) fp32."""
-        flat = [row * self._vocab_size + token for row, ids in enumerate(tokens) for token in ids]
-        places = to_device(np.array(flat, np.int64), self._device)
+        lengths = [len(ids) for ids in tokens]
+        flat = np.fromiter(itertools.chain.from_iterable(tokens), np.int64, sum(lengths))
+        flat += np.repeat(np.arange(len(tokens)) * self._vocab_size, lengths)
+        places = to_device(flat, self._device)
         counts = torch.zeros(len(tokens) * self._vocab_size, device=self._device)
         return counts.index_add_(0, places, torch.ones_like(places, dtype=counts.dtype)).view(len(tokens), -1)
 
@@ -281,14 +284,19 @@ def _drop_below(z: Tensor, threshold: Tensor) -> Tensor:
 
 def _top_p_threshold(z: Tensor, top_p: Tensor) -> Tensor:
     """Logit of the last token that the (rows, 1) ``top_p`` keeps, (rows, 1)."""
-    total = z.logsumexp(dim=-1, keepdim=True)
+    highest = z.amax(dim=-1, keepdim=True)
+    whole = (z.logsumexp(dim=-1, keepdim=True) - highest).double().exp()
+    left = (z > float("-inf")).sum(dim=-1, keepdim=True)
     # A GPU sorts faster than it could tell whether a few are enough.
     candidates = z.size(1) if z.is_cuda else min(TOP_P_CANDIDATES, z.size(1))
     while True:
         best = z.topk(candidates).values
-        probabilities = (best - total).double().exp()
-        before = probabilities.cumsum(dim=-1) - probabilities
-        kept = (before < top_p).sum(dim=-1, keepdim=True)
+        weights = (best - highest).double().exp()
+        sums = weights.cumsum(dim=-1)
+        # A few that a top-k has left are added up in their order, so that it makes no difference whether the others
+        # are here as zeros, for the sake of other rows, or are not.
+        total = torch.where(left <= candidates, sums[:, -1:], whole)
+        kept = (sums - weights < top_p * total).sum(dim=-1, keepdim=True).clamp_(min=1)
         if candidates == z.size(1) or bool((kept < candidates).all()):
             return best.gather(1, kept - 1)
         candidates = z.size(1)

@@ -92,5 +92,8 @@ class Shedding:
         return len(chunks) == 1 and chunks[0].length <= self._least_budget(1)
 
     def _least_budget(self, running: int) -> int:
-        """A token for each sequence that runs, and for those that a tool gives back, however many may run."""
-        return running + len(self._scheduler.parked)
+        """A token for each sequence that runs, and for those that a tool gives back, however many may run.
+
+        Parked ones without blocks come back through the queue.
+        """
+        return running + sum(bool(seq.block_tables) for seq in self._scheduler.parked)

@@ -117,9 +117,9 @@ class ToolLoop:
         seq.tool_calls += 1
         limit = seq.request.tools.max_calls or self._max_calls
         if call.call_index >= limit:
-            self._complete(seq, call, ToolOutput("denied", f"error: tool call limit of {limit} reached"), 0.0)
+            self._refuse(seq, call, "denied", f"error: tool call limit of {limit} reached")
         elif self._runner is None:
-            self._complete(seq, call, ToolOutput("unavailable", "error: tools are unavailable"), 0.0)
+            self._refuse(seq, call, "unavailable", "error: tools are unavailable")
         else:
             future = asyncio.run_coroutine_threadsafe(self._run(seq, call, self._runner), self._running_loop())
             self._calls[seq] = future
@@ -168,18 +168,23 @@ class ToolLoop:
             output = await asyncio.wait_for(
                 runner(call.code, request_id=request_id, timeout_seconds=self._timeout), self._timeout
             )
+            status, text = output.status, self._cut(seq, output.output)
         except TimeoutError:
-            output = ToolOutput("timeout", f"error: no result within {self._timeout:g} s")
+            status, text = "timeout", self._cut(seq, f"error: no result within {self._timeout:g} s")
         except Exception:
             # Whatever went wrong, the conversation goes on; the log has the cause.
             log.exception("tool call failed", extra={"request_id": request_id, "call_index": call.call_index})
-            output = ToolOutput("unavailable", "error: tools are unavailable")
-        self._complete(seq, call, output, time.monotonic() - started)
+            status, text = "unavailable", self._cut(seq, "error: tools are unavailable")
+        self._complete(seq, ToolResult(call.call_index, status, text, time.monotonic() - started))
 
-    def _complete(self, seq: Sequence, call: ToolCall, output: ToolOutput, seconds: float) -> None:
-        limit = seq.request.tools.max_output_tokens or self._max_output_tokens
-        text = truncate(self._tokenizer, output.output, limit)
-        self._completed.append(Completed(seq, ToolResult(call.call_index, output.status, text, seconds)))
+    def _refuse(self, seq: Sequence, call: ToolCall, status: str, reason: str) -> None:
+        self._complete(seq, ToolResult(call.call_index, status, self._cut(seq, reason), 0.0))
+
+    def _cut(self, seq: Sequence, text: str) -> str:
+        return truncate(self._tokenizer, text, seq.request.tools.max_output_tokens or self._max_output_tokens)
+
+    def _complete(self, seq: Sequence, result: ToolResult) -> None:
+        self._completed.append(Completed(seq, result))
         self._arrived.set()
         self.on_completed()
 

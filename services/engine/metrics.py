@@ -34,6 +34,7 @@ class Metrics:
         self._drafted = self._counter("draft_tokens", "Tokens drafted by looking them up in their sequence")
         self._accepted = self._counter("draft_tokens_accepted", "Drafted tokens that were the ones to come")
         self._finished = self._counter("requests_finished", "Choices by how they ended", "reason")
+        self._refused = self._counter("requests_refused", "Requests that were not taken, by why", "reason")
         self._tools = self._counter("tool_calls", "Python calls by status", "status")
         self._queued = self._histogram("queue_time_seconds", "Time from arrival to the first computed token", _LATENCY)
         self._first = self._histogram("time_to_first_token_seconds", "Time from arrival to the first token", _LATENCY)
@@ -45,6 +46,10 @@ class Metrics:
     def model(self, name: str, revision: str, dtype: str) -> None:
         """Note which model serves from now on."""
         self._model.info({"name": name, "revision": revision, "dtype": dtype})
+
+    def refused(self, reason: str) -> None:
+        """Note a request that was not taken."""
+        self._refused.labels(reason).inc()
 
     def admitted(self, queued: float, prompt_tokens: int, cached_tokens: int) -> None:
         self._queued.observe(queued)

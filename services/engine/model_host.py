@@ -15,6 +15,7 @@ from nanochat_core.protos import engine_pb2
 from nanochat_core.store import StoreError, open_store
 from services.engine.reports import read_report
 from services.engine.settings import EngineSettings
+from services.engine.threads import in_thread
 
 log = logging.getLogger("nanochat.engine")
 
@@ -46,9 +47,10 @@ class ModelHost:
             on_death: told when a device loop has died, after which the process should end.
 
         Raises:
-            UserError: the store or the device is not there.
+            UserError: the store or the device is not there, or the settings make no engine.
         """
         self._settings = settings
+        self._config = settings.engine_config()
         self._store = open_store(settings.home, cache_dir=settings.cache_dir or None)
         self._device = choose_device(settings.device)
         self._dtype = choose_dtype(settings.dtype, self._device)
@@ -58,6 +60,7 @@ class ModelHost:
         self._loading = asyncio.Lock()
         self._old: list[ServedModel] = []
         self._retirements: set[asyncio.Task[None]] = set()
+        self._servings: set[asyncio.Task[ServedModel]] = set()
         self.current: ServedModel | None = None
 
     def load(self) -> Load:
@@ -65,30 +68,37 @@ class ModelHost:
         loads = [dataclasses.astuple(model.engine.load()) for model in self._models()]
         return Load(*map(sum, zip(*loads, strict=True))) if loads else Load(0, 0, 0, 0, 0)
 
+    def longest_step(self) -> float:
+        """Seconds that a step of a device loop has taken so far."""
+        return max((model.engine.step_seconds() for model in self._models()), default=0.0)
+
     async def follow(self) -> None:
         """Serve the configured or promoted revision as soon as there is one, and each that is promoted later.
 
         A revision that :meth:`reload` was asked for stays until something else is promoted.
 
         Raises:
-            UserError: the model to begin with cannot be loaded. Later ones that cannot are logged, and the one that
-                serves goes on.
+            UserError: the store does not answer at first, or the model to begin with cannot be loaded. Later ones that
+                cannot are logged, and the one that serves goes on.
         """
         followed: CheckpointRef | None = None
+        answered = False
         while True:
             ref: CheckpointRef | None = None
             try:
-                ref = await asyncio.to_thread(self._wanted)
+                ref = await in_thread(self._wanted)
+                answered = True
                 if ref is None:
                     self._log_waiting()
                 elif ref != followed and (self.current is None or self.current.ref != ref):
                     await self.serve(ref)
                 followed = ref
             except Exception as error:
-                if self.current is None:
-                    raise
                 # A store that does not answer is asked again; a damaged checkpoint would stay damaged.
-                if not isinstance(error, StoreError):
+                lost = answered and isinstance(error, StoreError)
+                if self.current is None and not lost:
+                    raise
+                if not lost:
                     followed = ref
                 revision = ref.revision if ref else None
                 log.exception("promoted model not loaded", extra={"revision": revision, "reason": str(error)})
@@ -103,7 +113,7 @@ class ModelHost:
         name = self._settings.model
         if revision:
             return await self.serve(CheckpointRef.parse(name, revision))
-        ref = await asyncio.to_thread(promoted, self._store, name)
+        ref = await in_thread(promoted, self._store, name)
         if ref is None:
             raise UserError(f"no revision of {name} is promoted in {self._store}")
         return await self.serve(ref)
@@ -111,17 +121,28 @@ class ModelHost:
     async def serve(self, ref: CheckpointRef) -> ServedModel:
         """Load a checkpoint beside the current model and send new requests to it.
 
-        At most two models are in memory: while an older one has answers to finish, this waits for them.
+        At most two models are in memory: while an older one has answers to finish, this waits for them. It goes on when
+        whoever asked for it has gone, and then logs what goes wrong.
 
         Raises:
             UserError: it cannot be loaded, or not beside the current model.
         """
+        serving = asyncio.create_task(self._serve(ref))
+        self._servings.add(serving)
+        serving.add_done_callback(self._servings.discard)
+        try:
+            return await asyncio.shield(serving)
+        except asyncio.CancelledError:
+            serving.add_done_callback(_log_failure)
+            raise
+
+    async def _serve(self, ref: CheckpointRef) -> ServedModel:
         async with self._loading:
             if self.current is not None and self.current.ref == ref:
                 return self.current
             if self._retirements:
                 await asyncio.wait(self._retirements)
-            core, info = await asyncio.to_thread(self._load, ref)
+            core, info = await in_thread(self._load, ref)
             engine = AsyncEngine(core, self._on_death)
             engine.start()
             old, self.current = self.current, ServedModel(ref, engine, info)
@@ -146,7 +167,7 @@ class ModelHost:
 
     async def close(self) -> None:
         """Stop the device loops; answers under way fail."""
-        for task in self._retirements:
+        for task in (*self._servings, *self._retirements):
             task.cancel()
         for model in self._models():
             await model.engine.stop()
@@ -185,7 +206,7 @@ class ModelHost:
         engine = Engine(
             checkpoint.build_model(self._device, self._dtype),
             checkpoint.tokenizer,
-            self._settings.engine_config(),
+            self._config,
             tool_runner=self._tool_runner,
             tool_loop=self._loop,
             observer=self._observer,
@@ -206,10 +227,18 @@ class ModelHost:
         )
 
     async def _retire(self, old: ServedModel) -> None:
-        revision = old.ref.revision
-        await old.engine.drained()
+        revision, seconds = old.ref.revision, self._settings.retire_seconds
+        try:
+            await asyncio.wait_for(old.engine.drained(), seconds)
+        except TimeoutError:
+            log.warning("answers of a replaced model were ended", extra={"revision": revision, "seconds": seconds})
         await old.engine.stop()
         self._old.remove(old)
         del old  # the last that holds it, so that its memory is free now and not when this task ends
-        await asyncio.to_thread(free_memory, self._device)
+        await in_thread(free_memory, self._device)
         log.info("model retired", extra={"revision": revision})
+
+
+def _log_failure(serving: asyncio.Task[ServedModel]) -> None:
+    if not serving.cancelled() and (error := serving.exception()):
+        log.error("model not loaded", extra={"reason": str(error)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import logging
 import os
 import signal
@@ -26,7 +27,10 @@ log = logging.getLogger("nanochat.engine")
 SERVICE = engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
 # Health by this name says that the process works, whether or not it has a model yet or takes requests still.
 LIVE = "live"
-_MESSAGE_BYTES = 64 << 20  # a tokenizer of 100,000 entries is a few MiB of JSON
+# Requests are a prompt of at most the context length and perhaps a schema; answers may be a tokenizer of 100,000
+# entries, a few MiB of JSON.
+_RECEIVED_BYTES, _SENT_BYTES = 4 << 20, 64 << 20
+_WATCH_SECONDS = 1.0
 # Clients may ask this often whether the connection still lives.
 _PING_MILLISECONDS = 10_000
 EXIT_DEVICE_LOOP_DIED = 70
@@ -45,8 +49,8 @@ async def serve(settings: EngineSettings) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     server = grpc.aio.server(
         options=[
-            ("grpc.max_receive_message_length", _MESSAGE_BYTES),
-            ("grpc.max_send_message_length", _MESSAGE_BYTES),
+            ("grpc.max_receive_message_length", _RECEIVED_BYTES),
+            ("grpc.max_send_message_length", _SENT_BYTES),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", _PING_MILLISECONDS),
             ("grpc.so_reuseport", 0),
         ]
@@ -64,7 +68,7 @@ async def serve(settings: EngineSettings) -> int:
 
     metrics = Metrics(lambda: host.load())
     host = ModelHost(settings, tool_runner=sandbox, observer=metrics, on_change=changed, on_death=died.set)
-    servicer = EngineServicer(host)
+    servicer = EngineServicer(host, metrics)
     engine_pb2_grpc.add_EngineServicer_to_server(servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
@@ -94,6 +98,7 @@ async def serve(settings: EngineSettings) -> int:
 
     following = asyncio.create_task(host.follow())
     announcing = asyncio.create_task(announce())
+    watching = asyncio.create_task(_watch(host, settings.hang_seconds, died))
     ends: list[asyncio.Task[bool]] = [asyncio.create_task(stop.wait()), asyncio.create_task(died.wait())]
     try:
         await asyncio.wait({following, *ends}, return_when=asyncio.FIRST_COMPLETED)
@@ -111,7 +116,7 @@ async def serve(settings: EngineSettings) -> int:
             await asyncio.wait_for(host.drained(), settings.drain_seconds)
         return EXIT_DEVICE_LOOP_DIED if died.is_set() else 0
     finally:
-        for task in (following, announcing, *ends):
+        for task in (following, announcing, watching, *ends):
             task.cancel()
         await host.close()
         await server.stop(grace=1.0)
@@ -119,6 +124,15 @@ async def serve(settings: EngineSettings) -> int:
             await sandbox.close()
         scraped.shutdown()
         scraped.server_close()
+
+
+async def _watch(host: ModelHost, hang_seconds: float, died: asyncio.Event) -> None:
+    """Say that the device loop has died when it has hung for too long."""
+    while not 0 < hang_seconds < host.longest_step():
+        await asyncio.sleep(_WATCH_SECONDS)
+    log.error("the device hangs", extra={"step_seconds": round(host.longest_step(), 1)})
+    faulthandler.dump_traceback()
+    died.set()
 
 
 async def _set_health(status: health.aio.HealthServicer, value: int) -> None:

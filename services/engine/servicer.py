@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import time
@@ -31,7 +30,9 @@ from nanochat_core.engine import (
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2, engine_pb2_grpc
 from nanochat_core.store import StoreError
+from services.engine.metrics import Metrics
 from services.engine.model_host import ModelHost, ServedModel
+from services.engine.threads import in_thread
 
 log = logging.getLogger("nanochat.engine")
 
@@ -44,8 +45,9 @@ _FINISH = {
 class EngineServicer(engine_pb2_grpc.EngineServicer):
     """Translates between the wire and the inference core."""
 
-    def __init__(self, host: ModelHost) -> None:
+    def __init__(self, host: ModelHost, metrics: Metrics) -> None:
         self._host = host
+        self._metrics = metrics
         self._numbers = itertools.count()
         self.draining = False
 
@@ -53,18 +55,24 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self, request: engine_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[engine_pb2.GenerateChunk]:
         """Stream the continuation; ending the call in any way frees the request's sequences."""
-        model = await self._serving(context)
-        await _check_tokenizer(model, request.tokenizer_digest, context)
+        if self.draining:
+            self._metrics.refused("draining")
+            await _abort(context, grpc.StatusCode.UNAVAILABLE, "the engine is shutting down; use another replica")
+        model = await self._model(context)
+        await self._check_tokenizer(model, request.tokenizer_digest, context)
         started, tokens = time.monotonic(), 0
         # Clients may send the same id twice; the core's ids must differ.
         request_id = f"{request.request_id or 'request'}#{next(self._numbers)}"
         try:
             stream = await model.engine.submit(core_request(request, request_id))
         except ConstraintError as error:
+            self._metrics.refused("invalid")
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error), invalid_field=error.kind.value)
         except UserError as error:
+            self._metrics.refused("invalid")
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except QueueFull as error:
+            self._metrics.refused("queue_full")
             await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except EngineDead as error:
             await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
@@ -132,7 +140,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         """
         model = await self._model(context)
         try:
-            return await asyncio.to_thread(self._host.report, model.ref.model, request.file)
+            return await in_thread(self._host.report, model.ref.model, request.file)
         except FileNotFoundError as error:
             await _abort(context, grpc.StatusCode.NOT_FOUND, f"the store has no {error}")
         except StoreError as error:
@@ -140,27 +148,22 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         except UserError as error:
             await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
-    async def _serving(self, context: grpc.aio.ServicerContext) -> ServedModel:
-        if self.draining:
-            await _abort(context, grpc.StatusCode.UNAVAILABLE, "the engine is shutting down; use another replica")
-        return await self._model(context)
-
     async def _model(self, context: grpc.aio.ServicerContext) -> ServedModel:
         model = self._host.current
         if model is None:
             await _abort(context, grpc.StatusCode.UNAVAILABLE, "no model is loaded yet")
         return model
 
-
-async def _check_tokenizer(model: ServedModel, digest: str, context: grpc.aio.ServicerContext) -> None:
-    serving = model.info.digests[TOKENIZER]
-    if digest and digest != serving:
-        await _abort(
-            context,
-            grpc.StatusCode.FAILED_PRECONDITION,
-            f"the prompt was made with tokenizer {digest:.12}, but {model.ref.model} {model.ref.revision} has "
-            f"{serving:.12}; ask GetModel for it and make the prompt again",
-        )
+    async def _check_tokenizer(self, model: ServedModel, digest: str, context: grpc.aio.ServicerContext) -> None:
+        serving = model.info.digests[TOKENIZER]
+        if digest and digest != serving:
+            self._metrics.refused("other_tokenizer")
+            await _abort(
+                context,
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"the prompt was made with tokenizer {digest:.12}, but {model.ref.model} {model.ref.revision} has "
+                f"{serving:.12}; ask GetModel for it and make the prompt again",
+            )
 
 
 async def _abort(

@@ -228,7 +228,7 @@ class SamplingRequest(_Model):
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="against tokens that have appeared")
     frequency_penalty: float | None = Field(None, ge=-2, le=2, description="against tokens, each time they appear")
     repetition_penalty: float | None = Field(
-        None, gt=0, le=10, description="divides the logits of tokens that have appeared; 1 is none"
+        None, ge=0.01, le=10, description="divides the logits of tokens that have appeared; 1 is none"
     )
     logit_bias: dict[str, float] | None = Field(None, description="token id to a number from -100 to 100")
     regex: str | None = Field(None, min_length=1, description="a regular expression that the whole answer matches")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,13 +25,13 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, promote
 from nanochat_core.checkpoint_writer import save_checkpoint
-from nanochat_core.engine import Engine, EngineConfig, Request, SamplingParams
+from nanochat_core.engine import Engine, EngineConfig, EngineDead, Load, Request, SamplingParams, async_engine
 from nanochat_core.engine.runner import Awaited, EagerRunner
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.shedding import MOST_FAILURES
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.protos import engine_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
-from nanochat_core.store import open_store
+from nanochat_core.store import StoreError, open_store
 from nanochat_core.tokenizer import ASSISTANT_END, Tokenizer
 from services.engine.metrics import Metrics
 from services.engine.model_host import ModelHost
@@ -176,6 +178,7 @@ def test_a_full_queue_refuses(service: EngineProcess) -> None:
     code, details = error_of(service.generate([1]))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "try again later" in details
+    assert service.metrics()["nanochat_engine_requests_refused_total[queue_full]"] >= 1
     for call in running:
         call.cancel()
     service.wait_idle()
@@ -260,7 +263,7 @@ def test_metrics_and_logs_tell_what_happened(service: EngineProcess) -> None:
         return after[f"nanochat_engine_{name}"] - before.get(f"nanochat_engine_{name}", 0)
 
     assert grown("prompt_tokens_total") == grown("prefix_cache_queries_total") == 200
-    assert grown("prefix_cache_hits_total") == 99  # the second time: all but the last, whose logits are wanted
+    assert grown("prefix_cache_hits_total") == 96  # three more would not be worth a copy
     assert grown("generation_tokens_total") == 10
     assert grown("requests_finished_total[length]") == 2
     for histogram in ("time_to_first_token_seconds", "queue_time_seconds", "request_duration_seconds"):
@@ -391,6 +394,30 @@ def test_a_damaged_promotion_is_logged_and_the_old_model_goes_on(started: Any, t
     assert len(service.tokens([1], sampling={"max_tokens": 3})) == 3
 
 
+def test_settings_that_make_no_engine_end_it_at_once(started: Any, tmp_path: Path) -> None:
+    service = started("--token-budget", "8", home=tmp_path, ready=False)
+    assert service.process.wait(60) == 2
+    service.stop()
+    [line] = [event["text"] for event in service.events if event["event"] == "text"]
+    assert "a token budget of 8 is too small for 64 running sequences" in line
+
+
+def test_a_store_that_does_not_answer_keeps_nobody_from_ending(
+    started: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        service = started("--home", "s3://bucket/prefix", home=tmp_path, ready=False)
+        silent.settimeout(60)
+        connection, _ = silent.accept()  # it asks, and waits for an answer
+        asked = time.monotonic()
+        assert service.stop() == 0
+        assert time.monotonic() - asked < 10
+        connection.close()
+
+
 def damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -478,6 +505,26 @@ async def test_the_death_of_the_device_loop_ends_the_process_with_an_error(
         assert await asyncio.wait_for(running, 10) == EXIT_DEVICE_LOOP_DIED
 
 
+async def test_a_device_that_hangs_ends_the_process_and_fails_its_streams(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(async_engine, "STOP_SECONDS", 0.1)
+
+    def hang(*_args: object) -> None:
+        release.wait()
+        raise RuntimeError("let go")
+
+    async with serving(home, caplog, hang_seconds=0.5) as (running, stub):
+        monkeypatch.setattr(EagerRunner, "run", hang)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await answer(stub)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert await asyncio.wait_for(running, 10) == EXIT_DEVICE_LOOP_DIED
+    assert "the device hangs" in caplog.text
+    release.set()
+
+
 async def test_a_device_without_memory_sheds_requests_and_goes_on_until_it_can_do_nothing(
     home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -530,6 +577,94 @@ async def test_a_model_that_does_not_fit_beside_the_old_one_leaves_it_serving(
         assert (await stub.Reload(pb.ReloadRequest(revision=SECOND.revision))).revision == SECOND.revision
 
 
+def host_of(home: Path, **settings: Any) -> ModelHost:
+    return ModelHost(
+        EngineSettings(home=str(home), model="tiny", **settings),
+        tool_runner=None,
+        observer=Metrics(lambda: Load(0, 0, 0, 0, 0)),
+        on_change=lambda _: None,
+        on_death=lambda: None,
+    )
+
+
+async def test_a_reload_that_nobody_waits_for_any_more_is_finished_before_the_next(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    building, most, release, build = 0, 0, threading.Event(), ModelHost._build
+
+    def slow_build(host: ModelHost, checkpoint: Checkpoint) -> Engine:
+        nonlocal building, most
+        building += 1
+        most = max(most, building)
+        release.wait()
+        building -= 1
+        return build(host, checkpoint)
+
+    monkeypatch.setattr(ModelHost, "_build", slow_build)
+    host = host_of(home)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(host.reload(FIRST.revision), 0.2)
+    second = asyncio.create_task(host.reload(SECOND.revision))
+    await asyncio.sleep(0.2)
+    release.set()
+    assert (await second).ref == SECOND
+    assert most == 1
+    await host.close()
+
+
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a stream outlives the loading of another model."""
+    run = EagerRunner.run
+
+    def run_slowly(runner: EagerRunner[Any], chunks: list[Chunk], awaited: Awaited | None) -> object:
+        time.sleep(0.01)
+        return run(runner, chunks, awaited)
+
+    monkeypatch.setattr(EagerRunner, "run", run_slowly)
+
+
+@pytest.mark.usefixtures("slow_steps")
+async def test_answers_that_nobody_reads_hold_up_a_replaced_model_for_a_time_only(home: Path) -> None:
+    host = host_of(home, retire_seconds=0.2)
+    first = await host.reload(FIRST.revision)
+    core = weakref.ref(first.engine._engine)
+    stream = await first.engine.submit(Request("r", (1, 2, 3), SamplingParams()))
+    assert (await host.reload(SECOND.revision)).ref == SECOND
+    with pytest.raises(EngineDead):
+        async for _ in stream:
+            pass
+    while host._retirements:
+        await asyncio.sleep(0.01)
+    gc.collect()
+    assert core() is None, "whoever still has its stream does not have the model"
+    assert first.engine.load().running == 0
+    await host.close()
+
+
+async def test_while_it_waits_for_its_first_model_a_store_may_be_lost_for_a_while(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers: Iterator[Any] = iter([None, StoreError("the store is away"), FIRST])
+
+    def wanted(_host: ModelHost) -> CheckpointRef | None:
+        found = next(answers, FIRST)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(ModelHost, "_wanted", wanted)
+    host = host_of(home, poll_seconds=0.1)
+    following = asyncio.create_task(host.follow())
+    while host.current is None:
+        await asyncio.sleep(0.01)
+        assert not following.done()
+    assert "the store is away" in caplog.text
+    following.cancel()
+    await host.close()
+
+
+@pytest.mark.usefixtures("slow_steps")
 async def test_an_old_model_leaves_memory_before_a_third_one_is_loaded(
     home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -544,22 +679,8 @@ async def test_an_old_model_leaves_memory_before_a_third_one_is_loaded(
         cores.append(weakref.ref(core))
         return core
 
-    run = EagerRunner.run
-
-    def run_slowly(runner: EagerRunner[Any], chunks: list[Chunk], awaited: Awaited | None) -> object:
-        time.sleep(0.01)  # so that the stream outlives the loading of another model
-        return run(runner, chunks, awaited)
-
     monkeypatch.setattr(ModelHost, "_build", noting_build)
-    monkeypatch.setattr(EagerRunner, "run", run_slowly)
-    metrics = Metrics(lambda: host.load())
-    host = ModelHost(
-        EngineSettings(home=str(home), model="tiny"),
-        tool_runner=None,
-        observer=metrics,
-        on_change=lambda _: None,
-        on_death=lambda: None,
-    )
+    host = host_of(home)
     engine = (await host.reload(FIRST.revision)).engine
     stream = await engine.submit(Request("r", (1, 2, 3), SamplingParams(max_tokens=600)))
     await anext(stream)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -11,6 +13,8 @@ from engine_models import BYTES, tiny_model
 from nanochat_core.engine import (
     AsyncEngine,
     Completion,
+    Constraint,
+    ConstraintKind,
     Engine,
     EngineConfig,
     EngineDead,
@@ -18,6 +22,7 @@ from nanochat_core.engine import (
     Request,
     SamplingParams,
     Stream,
+    async_engine,
 )
 from nanochat_core.errors import UserError
 
@@ -100,7 +105,14 @@ async def test_drained_waits_for_open_streams(engine: AsyncEngine) -> None:
     await asyncio.wait_for(waiter, 5)
 
 
-async def test_an_error_in_the_loop_fails_every_stream_and_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+class Panic(BaseException):
+    """As libraries in Rust raise it."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Panic])
+async def test_an_error_in_the_loop_fails_every_stream_and_is_reported(
+    kind: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
     core, died = Engine(tiny_model(context_length=1024), BYTES), asyncio.Event()
     engine = AsyncEngine(core, on_death=died.set)
     engine.start()
@@ -108,7 +120,7 @@ async def test_an_error_in_the_loop_fails_every_stream_and_is_reported(caplog: p
     await anext(streams[0])
 
     def out_of_memory(*_args: object) -> None:
-        raise RuntimeError("device on fire")
+        raise kind("device on fire")
 
     core.runner.run = out_of_memory  # type: ignore[method-assign,assignment]
     for stream in streams:
@@ -118,6 +130,68 @@ async def test_an_error_in_the_loop_fails_every_stream_and_is_reported(caplog: p
     with pytest.raises(EngineDead):
         await engine.submit(Request("late", (1,), LONG))
     assert "engine_died" in caplog.text
+    await engine.stop()
+
+
+async def test_what_has_finished_can_be_read_after_the_end() -> None:
+    engine = AsyncEngine(Engine(tiny_model(), BYTES))
+    engine.start()
+    stream = await engine.submit(Request("r", (1,), SamplingParams(max_tokens=3)))
+    while not stream.finished:
+        await asyncio.sleep(0.01)
+    await engine.stop()
+    [completion] = await read(stream)
+    assert len(completion.tokens) == 3
+
+
+async def test_a_step_that_hangs_is_seen_and_does_not_keep_the_engine_from_stopping(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(async_engine, "STOP_SECONDS", 0.1)
+    core, hung, release = Engine(tiny_model(), BYTES), threading.Event(), threading.Event()
+
+    def hang(*_args: object) -> None:
+        hung.set()
+        release.wait()
+        raise RuntimeError("let go")
+
+    core.runner.run = hang  # type: ignore[method-assign,assignment]
+    engine = AsyncEngine(core)
+    engine.start()
+    assert engine.step_seconds() == 0
+    stream = await engine.submit(Request("r", (1,), LONG))
+    await asyncio.to_thread(hung.wait)
+    await asyncio.sleep(0.05)
+    assert engine.step_seconds() >= 0.05
+    await engine.stop()
+    with pytest.raises(EngineDead, match="hangs"):
+        await read(stream)
+    release.set()
+
+
+async def test_constraints_are_compiled_only_for_requests_that_there_is_room_for() -> None:
+    core = Engine(tiny_model(), BYTES, EngineConfig(max_running=1, max_waiting=1))
+    compile_, compiled = core.grammars.compile, set()
+
+    def counting(constraint: Constraint) -> object:
+        compiled.add(constraint)
+        time.sleep(0.05)
+        return compile_(constraint)
+
+    core.grammars.compile = counting  # type: ignore[method-assign,assignment]
+    engine = AsyncEngine(core)
+    engine.start()
+
+    async def ask(i: int) -> int:
+        constraint = Constraint(ConstraintKind.REGEX, f"a{{{i + 1}}}")
+        try:
+            return len(await read(await engine.submit(Request(str(i), (1,), SamplingParams(constraint=constraint)))))
+        finally:
+            engine.close_stream(str(i))
+
+    results = await asyncio.gather(*map(ask, range(5)), return_exceptions=True)
+    assert [type(result) for result in results] == [int, int, QueueFull, QueueFull, QueueFull]
+    assert len(compiled) == 2
     await engine.stop()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from engine_models import BYTES, config_with_blocks, scripted_model, tiny_model
@@ -19,6 +21,7 @@ SHORT = SamplingParams(max_tokens=5)
         (Request("r", (1, 265)), "token 265, which is outside the vocabulary of 265"),
         (Request("r", (1, -1)), "token -1"),
         (Request("r", (1,) * 256), "prompt has 256 tokens, but the context length is 256"),
+        (Request("r", (-1,) * 256), "prompt has 256 tokens"),
         (Request("r", (1,), n=0), "n is 0; it must be between 1 and 64"),
         (Request("r", (1,), n=65), "n is 65"),
         (Request("r", (1,), SamplingParams(stop_token_ids=frozenset({300}))), "stop_token_ids has token 300"),
@@ -89,6 +92,19 @@ def test_a_second_turn_finds_the_first_in_the_cache() -> None:
     [[second]] = engine.generate([(*prompt, *first.token_ids, 1, 2, 3)], SHORT)
     assert second.usage is not None
     assert second.usage.cached_prompt_tokens == 139  # all but the last token, which nobody has computed
+
+
+def test_a_copied_beginning_fits_beside_a_window_in_blocks_that_no_window_is_a_multiple_of() -> None:
+    """Its first step begins in the middle of a block, and so needs more of them than one that begins with a block."""
+    model = tiny_model(context_length=1536)
+    assert min(model.config.windows) == 384
+    config = config_with_blocks(6, model, block_size=256, token_budget=300, max_running=1)
+    engine = Engine(model, BYTES, dataclasses.replace(config, kernels=False))
+    first = tuple(i % 250 for i in range(767))
+    engine.generate([first], SamplingParams(max_tokens=1))
+    [[second]] = engine.generate([(*first, *(i % 249 for i in range(700)))], SHORT)
+    assert second.usage is not None
+    assert (second.usage.cached_prompt_tokens, len(second.tokens)) == (767, 5)
 
 
 @pytest.mark.parametrize("length", [47, 48, 49])

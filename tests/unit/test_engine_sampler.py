@@ -84,6 +84,34 @@ def test_a_sample_is_the_same_alone_and_in_any_batch() -> None:
     assert together == reverse == alone
 
 
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_what_top_p_keeps_of_a_top_k_is_the_same_beside_a_row_without(temperature: float) -> None:
+    """To the bit: beside it the others are zeros that are added up too."""
+    logits = torch.randn(400, VOCAB) / temperature
+    for k in (2, 5, 20):
+        best = logits.topk(k).values
+        weights = (best - best[:, :1]).double().exp()
+        # On the edge: the probability of the first ones, up to which top-p keeps one less.
+        edge = (weights.cumsum(-1) / weights.sum(-1, keepdim=True))[:, k // 2].tolist()
+        params = [SamplingParams(temperature=temperature, top_k=k, top_p=p) for p in edge]
+        alone = sampler()._filter(best.clone(), params)
+        beside = sampler()._filter(logits.clone(), params)
+        assert torch.equal(alone.isfinite().sum(-1), beside.isfinite().sum(-1))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1e-4, top_p=1e-6, repetition_penalty=0.01, frequency_penalty=-1000),
+        SamplingParams(temperature=1e-4, top_p=1e-50, logit_bias={3: 1000.0, 4: -1000.0}),
+        SamplingParams(temperature=1000, top_p=0.5, min_p=1e-300, presence_penalty=1000),
+    ],
+)
+def test_whatever_is_allowed_gives_a_token(params: SamplingParams) -> None:
+    [drawn] = sample(torch.randn(1, VOCAB) * 15, [sequence(params, tokens=[3] * 500)])
+    assert 0 <= drawn.token < VOCAB
+
+
 def test_temperature_zero_takes_the_most_likely_token_beside_random_rows() -> None:
     logits = torch.randn(6, VOCAB)
     sequences = [sequence(SamplingParams(temperature=t, seed=5)) for t in (0.0, 1.0) * 3]
@@ -183,16 +211,21 @@ def test_logprobs_are_of_the_unmodified_distribution_and_only_where_asked() -> N
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
+        ("temperature", 1001.0),
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("min_p", -0.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 2e-38),
+        ("repetition_penalty", math.nan),
         ("presence_penalty", math.inf),
+        ("frequency_penalty", -3e38),
         ("frequency_penalty", math.nan),
         ("max_tokens", -1),
         ("logprobs", 1000),
         ("logit_bias", {3: math.inf}),
+        ("logit_bias", {3: 3e38}),
     ],
 )
 def test_parameters_out_of_range_are_refused_by_name(field: str, value: object) -> None:

@@ -212,6 +212,16 @@ def test_in_process_callers_get_the_error_and_can_go_on() -> None:
     assert completion.token_ids == alone()[0].token_ids
 
 
+def test_what_was_taken_at_first_is_taken_by_an_engine_that_has_shrunk() -> None:
+    failures = iter([True] * 2)
+    config = EngineConfig(max_running=4, max_waiting=0, token_budget=64)
+    engine = engine_with(lambda _: next(failures, False), config)
+    engine.generate([(i,) for i in range(4)], SamplingParams(max_tokens=3))
+    assert engine.scheduler.max_running == 1
+    [choices] = engine.generate([(1,)], SamplingParams(max_tokens=3), n=4)
+    assert [len(choice.tokens) for choice in choices] == [3] * 4
+
+
 def test_other_errors_are_not_swallowed() -> None:
     engine = engine_with(lambda _: False)
 

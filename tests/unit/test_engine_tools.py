@@ -17,6 +17,7 @@ from nanochat_core.engine import (
     EngineConfig,
     FinishReason,
     Output,
+    QueueFull,
     Request,
     SamplingParams,
     ToolCall,
@@ -156,6 +157,28 @@ def test_a_failing_tool_becomes_an_error_that_the_model_reads(caplog: pytest.Log
     assert outputs(completion)[0].status == "unavailable"
     assert completion.finish_reason is FinishReason.STOP
     assert "no sandbox" in caplog.text
+
+
+def test_an_output_that_is_no_text_is_a_failed_call(caplog: pytest.LogCaptureFixture) -> None:
+    completion = answer(Calculator(None))  # type: ignore[arg-type]
+    assert outputs(completion)[0].status == "unavailable"
+    assert completion.finish_reason is FinishReason.STOP
+    assert "tool call failed" in caplog.text
+
+
+def test_prompts_that_end_with_a_call_fill_the_queue_as_others_do() -> None:
+    async def hangs(code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    config = EngineConfig(max_running=4, max_waiting=2)
+    engine = Engine(scripted_model(ANSWER + AFTER), BYTES, config, tool_runner=hangs)
+    prompt = tuple(script_tokens("<|python_start|>6*7<|python_end|>"))
+    for i in range(6):
+        engine.add(Request(str(i), prompt, STOP, tools=TOOLS))
+    with pytest.raises(QueueFull):
+        engine.add(Request("late", prompt, STOP, tools=TOOLS))
+    engine.close()
 
 
 def test_a_tool_that_never_answers_is_given_up() -> None:

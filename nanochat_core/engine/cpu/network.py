@@ -77,7 +77,8 @@ class CpuNetwork(ServingWeights):
             qkv = layer.qkv(x)
             place = byref(attend.layer(index, qkv.size(1), self._value_tables.get(index), self._value_table.size(1)))
             kernels.nanochat_prepare(shape, batch, place, qkv.data_ptr())
-            kernels.nanochat_attend(shape, batch, place, mixed.data_ptr())
+            unknown = kernels.nanochat_attend(shape, batch, place, mixed.data_ptr())
+            assert not unknown, f"there is no kernel for heads of {self.config.head_dim}; see usable()"
             x = layer.out.plus(mixed, x)
             up = layer.up.relu(x)
             kernels.nanochat_square(shape, batch, up.data_ptr(), up.numel())
