@@ -127,9 +127,14 @@ async def serve(settings: EngineSettings) -> int:
 
 
 async def _watch(host: ModelHost, hang_seconds: float, died: asyncio.Event) -> None:
-    """Say that the device loop has died when it has hung for too long."""
-    while not 0 < hang_seconds < host.longest_step():
+    """Say that the device loop has died when it has hung for too long.
+
+    It is looked at twice, because after a pause of the whole process a step is late that will soon be done.
+    """
+    late = 0
+    while late < 2:
         await asyncio.sleep(_WATCH_SECONDS)
+        late = late + 1 if 0 < hang_seconds < host.longest_step() else 0
     log.error("the device hangs", extra={"step_seconds": round(host.longest_step(), 1)})
     faulthandler.dump_traceback()
     died.set()

@@ -59,7 +59,7 @@ class EngineSettings:
         600.0, "Seconds that answers under way get to finish when another model takes over.", minimum=0.0
     )
     hang_seconds: float = setting(
-        120.0, "A step that takes longer ends the process, for the device hangs; 0 waits for ever.", minimum=0.0
+        300.0, "A step that takes longer ends the process, for the device hangs; 0 waits for ever.", minimum=0.0
     )
     drain_seconds: float = setting(25.0, "Seconds that running answers get to finish at the end.", minimum=0.0)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe level that is logged.")
