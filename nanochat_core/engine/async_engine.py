@@ -16,8 +16,11 @@ from nanochat_core.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# Name of the threads.
+DEVICE_LOOP = "engine"
 # A step that takes longer than this does not end because it is asked to.
 STOP_SECONDS = 10.0
+_POLL_SECONDS = 0.01
 
 
 class EngineDead(Exception):
@@ -75,6 +78,11 @@ class Stream:
         if not self.accepted.done():
             self.accepted.set_exception(error)
 
+    def abandon(self) -> None:
+        """Nobody waits for the acceptance any more."""
+        if not self.accepted.cancel() and not self.accepted.cancelled():
+            self.accepted.exception()
+
 
 class AsyncEngine:
     """Runs an :class:`Engine` in a thread; every method is called on the event loop that called :meth:`start`."""
@@ -94,7 +102,7 @@ class AsyncEngine:
         self._compiling = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._thread = threading.Thread(target=self._run, args=(engine,), name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(engine,), name=DEVICE_LOOP, daemon=True)
         engine.tools.on_completed = lambda: self._inbox.put(_wake)
 
     def start(self) -> None:
@@ -129,10 +137,12 @@ class AsyncEngine:
         constraint = request.sampling.constraint
         try:
             if constraint is not None:
+                engine.check_but_constraint(request)
                 await self._compile(engine, constraint, request.n)
             self._inbox.put(add)
             await stream.accepted
         except BaseException:
+            stream.abandon()
             self.close_stream(request.id)
             raise
         return stream
@@ -158,19 +168,28 @@ class AsyncEngine:
         """Wait until no stream is open."""
         await self._idle.wait()
 
-    async def stop(self) -> None:
+    async def stop(self, seconds: float | None = None) -> bool:
         """End the device loop after the current step; streams that are still open fail.
 
-        A step that hangs is left to itself.
+        Args:
+            seconds: how long the step may take, by default :data:`STOP_SECONDS`.
+
+        Returns:
+            Whether the loop has ended. A step that hangs is left to itself.
         """
         self._inbox.put(self._stop)
-        await asyncio.to_thread(self._thread.join, STOP_SECONDS)
-        engine, self._engine = self._engine, None  # whoever still holds this object does not hold the model
-        if self._thread.is_alive():
+        deadline = time.monotonic() + (STOP_SECONDS if seconds is None else seconds)
+        while (hangs := self._thread.is_alive()) and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_SECONDS)
+        engine, self._engine = self._engine, None
+        if hangs:
             self._fail(EngineDead("the engine's device loop hangs"))
         elif engine is not None:
             engine.close()
             engine.tools.on_completed = lambda: None  # so that they no longer refer to each other
+        # Whoever still holds this object does not hold the model: what has not been done refers to it too.
+        self._inbox = queue.SimpleQueue()
+        return not hangs
 
     async def _compile(self, engine: Engine, constraint: Constraint, sequences: int) -> None:
         """Compile a constraint here, which costs the device loop nothing, if there will be room for the request.
@@ -201,7 +220,8 @@ class AsyncEngine:
             self._step_began = None
             log.exception("engine_died")
             error = EngineDead(f"the engine's device loop died: {cause!r}")
-            self._loop.call_soon_threadsafe(self._on_death)
+            if self._engine is not None:  # and not given up
+                self._loop.call_soon_threadsafe(self._on_death)
         self._loop.call_soon_threadsafe(self._fail, error)
 
     def _receive(self, *, wait: bool) -> None:

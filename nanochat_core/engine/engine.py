@@ -150,6 +150,16 @@ class Engine:
         Raises:
             UserError: says what is wrong with the request.
         """
+        self.check_but_constraint(request)
+        if request.sampling.constraint is not None:
+            self.grammars.compile(request.sampling.constraint)
+
+    def check_but_constraint(self, request: Request) -> None:
+        """The same, but for the constraint; other threads may ask.
+
+        Raises:
+            UserError: says what is wrong with the request.
+        """
         model, prompt, sampling = self.model_config, request.prompt, request.sampling
         if not prompt:
             raise UserError("the prompt is empty; it needs at least one token")
@@ -168,8 +178,6 @@ class Engine:
                     raise UserError(f"{name} has token {token}, which is outside the vocabulary of {model.vocab_size}")
         if not 1 <= request.n <= self.config.max_running:
             raise UserError(f"n is {request.n}; it must be between 1 and {self.config.max_running}")
-        if sampling.constraint is not None:
-            self.grammars.compile(sampling.constraint)
         length = self._max_length(request)
         if not self.blocks.holds(length - 1):  # the last token is never computed
             needed, there = self.blocks.blocks_for(length - 1), self.blocks.groups[0].num_blocks

@@ -11,7 +11,7 @@ from nanochat_core.errors import UserError
 MAX_LOGPROBS = 128
 # What is added to logits or multiplies them stays far from where float32 ends.
 MAX_BIAS = 1000.0
-MAX_REPETITION_PENALTY = 100.0
+REPETITION_PENALTIES = 0.01, 100.0
 MAX_TEMPERATURE = 1000.0
 
 
@@ -100,8 +100,14 @@ class SamplingParams:
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive number")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
-        most, repetition = MAX_REPETITION_PENALTY, self.repetition_penalty
-        _require(1 / most <= repetition <= most, "repetition_penalty", repetition, f"between {1 / most} and {most:g}")
+        least, most = REPETITION_PENALTIES
+        # Over the wire it comes as a float32, in which there is no 0.01.
+        _require(
+            least * (1 - 1e-6) <= self.repetition_penalty <= most,
+            "repetition_penalty",
+            self.repetition_penalty,
+            f"between {least} and {most:g}",
+        )
         for name in ("presence_penalty", "frequency_penalty"):
             _require_bias(name, getattr(self, name))
         _require(self.max_tokens >= 0, "max_tokens", self.max_tokens, "0 (up to the context length) or more")

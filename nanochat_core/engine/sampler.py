@@ -295,7 +295,7 @@ def _top_p_threshold(z: Tensor, top_p: Tensor) -> Tensor:
         sums = weights.cumsum(dim=-1)
         # A few that a top-k has left are added up in their order, so that it makes no difference whether the others
         # are here as zeros, for the sake of other rows, or are not.
-        total = torch.where(left <= candidates, sums[:, -1:], whole)
+        total = torch.where(left <= TOP_P_CANDIDATES, sums[:, -1:], whole)
         kept = (sums - weights < top_p * total).sum(dim=-1, keepdim=True).clamp_(min=1)
         if candidates == z.size(1) or bool((kept < candidates).all()):
             return best.gather(1, kept - 1)

@@ -153,6 +153,8 @@ class Scheduler:
         for chunk in chunks:
             if chunk.seq.state is not State.FINISHED:
                 chunk.seq.computed = chunk.start + chunk.known
+                if chunk.known > 1:
+                    chunk.seq.seal_at = 0  # others may begin with these
                 self.blocks.seal(chunk.seq)
 
     @property

@@ -9,9 +9,9 @@ import os
 from nanochat_core import logs, settings
 from nanochat_core.device import prepare_cpu
 from nanochat_core.errors import run_main
-from services.engine import threads
-from services.engine.server import EXIT_DEVICE_LOOP_DIED, serve
+from services.engine.server import serve
 from services.engine.settings import EngineSettings
+from services.engine.threads import any_working
 
 PROGRAM = "python -m services.engine"
 
@@ -25,12 +25,15 @@ def main() -> int:
     prepare_cpu(chosen.threads)
     code = asyncio.run(serve(chosen))
     log.info("stopped", extra={"exit_code": code})
-    if threads.any_running() or code == EXIT_DEVICE_LOOP_DIED:
-        # Threads that compute or wait for a store would be cut off in the middle of it, with an exit code of their own.
-        logging.shutdown()
-        os._exit(code)
     return code
 
 
 if __name__ == "__main__":
-    run_main(main, PROGRAM)
+    try:
+        run_main(main, PROGRAM)
+    except SystemExit as end:
+        if any_working():
+            # Python would cut its threads off in the middle of a computation, which aborts the process.
+            logging.shutdown()
+            os._exit(int(end.code or 0))
+        raise

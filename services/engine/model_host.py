@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, promoted
@@ -87,11 +88,12 @@ class ModelHost:
             ref: CheckpointRef | None = None
             try:
                 ref = await in_thread(self._wanted)
-                answered = True
+                answered = answered or not self._settings.revision  # for which nobody has to be asked
                 if ref is None:
                     self._log_waiting()
                 elif ref != followed and (self.current is None or self.current.ref != ref):
                     await self.serve(ref)
+                    answered = True
                 followed = ref
             except Exception as error:
                 # A store that does not answer is asked again; a damaged checkpoint would stay damaged.
@@ -232,7 +234,10 @@ class ModelHost:
             await asyncio.wait_for(old.engine.drained(), seconds)
         except TimeoutError:
             log.warning("answers of a replaced model were ended", extra={"revision": revision, "seconds": seconds})
-        await old.engine.stop()
+        if not await old.engine.stop(self._settings.hang_seconds or math.inf):
+            log.error("the device hangs", extra={"revision": revision})
+            self._on_death()
+            return
         self._old.remove(old)
         del old  # the last that holds it, so that its memory is free now and not when this task ends
         await in_thread(free_memory, self._device)

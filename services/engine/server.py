@@ -136,8 +136,8 @@ async def _watch(host: ModelHost, hang_seconds: float, died: asyncio.Event) -> N
         await asyncio.sleep(_WATCH_SECONDS)
         late = late + 1 if 0 < hang_seconds < host.longest_step() else 0
     log.error("the device hangs", extra={"step_seconds": round(host.longest_step(), 1)})
-    faulthandler.dump_traceback()
     died.set()
+    faulthandler.dump_traceback()
 
 
 async def _set_health(status: health.aio.HealthServicer, value: int) -> None:

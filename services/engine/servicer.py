@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator
 from typing import NoReturn
@@ -36,6 +37,9 @@ from services.engine.threads import in_thread
 
 log = logging.getLogger("nanochat.engine")
 
+# Reports read at a time; each takes a thread until the store answers, whether or not somebody still waits for it.
+_MOST_READING = 8
+
 _FINISH = {
     FinishReason.STOP: engine_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: engine_pb2.FINISH_REASON_LENGTH,
@@ -49,6 +53,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self._host = host
         self._metrics = metrics
         self._numbers = itertools.count()
+        self._reading = threading.BoundedSemaphore(_MOST_READING)
         self.draining = False
 
     async def Generate(
@@ -139,14 +144,22 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         FAILED_PRECONDITION when it is too large to send.
         """
         model = await self._model(context)
+        if not self._reading.acquire(blocking=False):
+            await _abort(context, grpc.StatusCode.UNAVAILABLE, "the store does not answer; try again later")
         try:
-            return await in_thread(self._host.report, model.ref.model, request.file)
+            return await in_thread(self._read_report, model.ref.model, request.file)
         except FileNotFoundError as error:
             await _abort(context, grpc.StatusCode.NOT_FOUND, f"the store has no {error}")
         except StoreError as error:
             await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
         except UserError as error:
             await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+
+    def _read_report(self, model: str, file: str) -> engine_pb2.Report:
+        try:
+            return self._host.report(model, file)
+        finally:
+            self._reading.release()
 
     async def _model(self, context: grpc.aio.ServicerContext) -> ServedModel:
         model = self._host.current

@@ -56,7 +56,7 @@ class EngineSettings:
         EngineConfig.tool_max_output_tokens, "Tokens of output that the model reads per call.", minimum=1
     )
     retire_seconds: float = setting(
-        600.0, "Seconds that answers under way get to finish when another model takes over.", minimum=0.0
+        600.0, "Seconds that answers under way get to finish when another model takes over.", minimum=0.1
     )
     hang_seconds: float = setting(
         300.0, "A step that takes longer ends the process, for the device hangs; 0 waits for ever.", minimum=0.0

@@ -11,9 +11,11 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from nanochat_core.engine.async_engine import DEVICE_LOOP
+
 T = TypeVar("T")
 
-_running: set[threading.Thread] = set()
+_NAME = "engine-work"
 
 
 async def in_thread(function: Callable[..., T], *arguments: object) -> T:
@@ -37,14 +39,11 @@ async def in_thread(function: Callable[..., T], *arguments: object) -> T:
                 loop.call_soon_threadsafe(fail, error)
             else:
                 loop.call_soon_threadsafe(succeed, result)
-        _running.discard(threading.current_thread())
 
-    thread = threading.Thread(target=work, name=getattr(function, "__name__", "work"), daemon=True)
-    _running.add(thread)
-    thread.start()
+    threading.Thread(target=work, name=_NAME, daemon=True).start()
     return await future
 
 
-def any_running() -> bool:
-    """Whether such a thread still works."""
-    return bool(_running)
+def any_working() -> bool:
+    """Whether such a thread, or a device loop, has not ended yet."""
+    return any(thread.name in (_NAME, DEVICE_LOOP) for thread in threading.enumerate())

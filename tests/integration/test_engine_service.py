@@ -37,7 +37,7 @@ from services.engine.metrics import Metrics
 from services.engine.model_host import ModelHost
 from services.engine.server import EXIT_DEVICE_LOOP_DIED, serve
 from services.engine.settings import EngineSettings
-from tests.service_process import REPOSITORY, EngineProcess
+from tests.service_process import REPOSITORY, EngineProcess, ServiceProcess
 from tests.unit.engine_models import BYTES, SPECIAL, script_tokens, scripted_model, tiny_model
 
 CONTEXT = 1024
@@ -525,6 +525,21 @@ async def test_a_device_that_hangs_ends_the_process_and_fails_its_streams(
     release.set()
 
 
+def test_a_step_that_outlasts_the_end_is_left_to_itself(tmp_path: Path) -> None:
+    """A prompt of 8,000 tokens in one step; to cut it off would abort the process."""
+    store = open_store(str(tmp_path))
+    save_checkpoint(store, FIRST, model=tiny_model(6, 64, 8192), tokenizer=BYTES, meta={})
+    promote(store, FIRST)
+    flags = ("--threads", "1", "--drain-seconds", "0.1", "--token-budget", "8192", "--model", "tiny")
+    service = ServiceProcess("tests.impatient_engine", "--home", str(tmp_path), *flags)
+    stub = engine_pb2_grpc.EngineStub(service.channel)
+    call = stub.Generate(pb.GenerateRequest(prompt_token_ids=[1] * 8000))
+    while stub.GetLoad(pb.GetLoadRequest()).running == 0:
+        time.sleep(0.01)
+    assert service.stop() == 0
+    error_of(call)
+
+
 async def test_a_device_without_memory_sheds_requests_and_goes_on_until_it_can_do_nothing(
     home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -634,6 +649,7 @@ async def test_answers_that_nobody_reads_hold_up_a_replaced_model_for_a_time_onl
     with pytest.raises(EngineDead):
         async for _ in stream:
             pass
+    first.engine.close_stream("r")
     while host._retirements:
         await asyncio.sleep(0.01)
     gc.collect()

@@ -156,17 +156,21 @@ async def test_a_step_that_hangs_is_seen_and_does_not_keep_the_engine_from_stopp
         raise RuntimeError("let go")
 
     core.runner.run = hang  # type: ignore[method-assign,assignment]
-    engine = AsyncEngine(core)
+    died: list[bool] = []
+    engine = AsyncEngine(core, on_death=lambda: died.append(True))
     engine.start()
     assert engine.step_seconds() == 0
     stream = await engine.submit(Request("r", (1,), LONG))
     await asyncio.to_thread(hung.wait)
     await asyncio.sleep(0.05)
     assert engine.step_seconds() >= 0.05
-    await engine.stop()
+    assert not await engine.stop()
     with pytest.raises(EngineDead, match="hangs"):
         await read(stream)
     release.set()
+    await asyncio.to_thread(engine._thread.join)
+    await asyncio.sleep(0)
+    assert not died, "it had been given up"
 
 
 async def test_constraints_are_compiled_only_for_requests_that_there_is_room_for() -> None:
@@ -189,6 +193,9 @@ async def test_constraints_are_compiled_only_for_requests_that_there_is_room_for
         finally:
             engine.close_stream(str(i))
 
+    never = Request("many", (1,), SamplingParams(constraint=Constraint(ConstraintKind.REGEX, "a")), n=5)
+    with pytest.raises(UserError, match="n is 5"):
+        await engine.submit(never)
     results = await asyncio.gather(*map(ask, range(5)), return_exceptions=True)
     assert [type(result) for result in results] == [int, int, QueueFull, QueueFull, QueueFull]
     assert len(compiled) == 2

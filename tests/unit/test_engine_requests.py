@@ -94,6 +94,17 @@ def test_a_second_turn_finds_the_first_in_the_cache() -> None:
     assert second.usage.cached_prompt_tokens == 139  # all but the last token, which nobody has computed
 
 
+def test_a_prompt_is_found_to_the_token_while_it_is_being_answered_however_it_was_cut_up() -> None:
+    engine = Engine(tiny_model(), BYTES, EngineConfig(token_budget=70))
+    prompt = tuple(range(76))  # the second part of it fills no block
+    engine.add(Request("first", prompt, SamplingParams(max_tokens=20)))
+    for _ in range(3):
+        engine.step()
+    engine.add(Request("second", prompt, SHORT))
+    outputs = [output for _ in range(30) for output in engine.step() if output.usage]
+    assert [output.usage.cached_prompt_tokens for output in outputs] == [75, 0]  # type: ignore[union-attr]
+
+
 def test_a_copied_beginning_fits_beside_a_window_in_blocks_that_no_window_is_a_multiple_of() -> None:
     """Its first step begins in the middle of a block, and so needs more of them than one that begins with a block."""
     model = tiny_model(context_length=1536)

@@ -84,6 +84,19 @@ def test_a_sample_is_the_same_alone_and_in_any_batch() -> None:
     assert together == reverse == alone
 
 
+def test_what_top_p_keeps_is_the_same_beside_a_row_of_which_it_keeps_many() -> None:
+    vocab = 1000
+    peaked, flat = torch.randn(100, vocab) * 4, torch.zeros(1, vocab)
+    best = peaked.sort(descending=True).values
+    weights = (best - best[:, :1]).double().exp()
+    edge = (weights.cumsum(-1) / weights.sum(-1, keepdim=True))[:, 10].tolist()
+    params = [SamplingParams(temperature=1.0, top_p=p) for p in edge]
+    alone = sampler(vocab)._filter(peaked.clone(), params)
+    beside = sampler(vocab)._filter(torch.cat((peaked, flat)), [*params, SamplingParams(temperature=1.0, top_p=0.99)])
+    assert torch.equal(alone, beside[:-1])
+    assert beside[-1].isfinite().all()
+
+
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 def test_what_top_p_keeps_of_a_top_k_is_the_same_beside_a_row_without(temperature: float) -> None:
     """To the bit: beside it the others are zeros that are added up too."""
@@ -107,9 +120,12 @@ def test_what_top_p_keeps_of_a_top_k_is_the_same_beside_a_row_without(temperatur
         SamplingParams(temperature=1000, top_p=0.5, min_p=1e-300, presence_penalty=1000),
     ],
 )
-def test_whatever_is_allowed_gives_a_token(params: SamplingParams) -> None:
-    [drawn] = sample(torch.randn(1, VOCAB) * 15, [sequence(params, tokens=[3] * 500)])
-    assert 0 <= drawn.token < VOCAB
+def test_whatever_is_allowed_leaves_logits_that_can_be_drawn_from(params: SamplingParams) -> None:
+    seq = sequence(params, tokens=[3] * 500)
+    z = sampler()._adjust(torch.randn(1, VOCAB) * 15, [seq], [params]) / params.temperature
+    assert z.isfinite().all()
+    kept = sampler()._filter(z, [params]).isfinite()
+    assert kept[0, z.argmax()]
 
 
 def test_temperature_zero_takes_the_most_likely_token_beside_random_rows() -> None:
@@ -203,6 +219,10 @@ def test_logprobs_are_of_the_unmodified_distribution_and_only_where_asked() -> N
     assert alternatives.logprob == pytest.approx(float(expected[1, 4]), abs=1e-5)
     assert [id for id, _ in alternatives.top_logprobs] == logits[1].topk(3).indices.tolist()
     assert (plain.logprob, plain.top_logprobs) == (pytest.approx(float(expected[2].max()), abs=1e-5), ())
+
+
+def test_the_least_repetition_penalty_may_come_as_a_float32() -> None:
+    assert SamplingParams(repetition_penalty=float(np.float32(0.01))).looks_back
 
 
 @pytest.mark.parametrize(
