@@ -184,12 +184,13 @@ class AsyncEngine:
         engine, self._engine = self._engine, None
         if hangs:
             self._fail(EngineDead("the engine's device loop hangs"))
-        elif engine is not None:
+            return False
+        if engine is not None:
             engine.close()
             engine.tools.on_completed = lambda: None  # so that they no longer refer to each other
         # Whoever still holds this object does not hold the model: what has not been done refers to it too.
         self._inbox = queue.SimpleQueue()
-        return not hangs
+        return True
 
     async def _compile(self, engine: Engine, constraint: Constraint, sequences: int) -> None:
         """Compile a constraint here, which costs the device loop nothing, if there will be room for the request.
