@@ -72,8 +72,9 @@ class BlockMemory:
         One after another, because a block that has been copied may be the next one to be overwritten.
         """
         for chunk in chunks:
-            for memory, table, source in zip(self._memory, chunk.seq.block_tables, chunk.copied, strict=False):
-                memory[:, :, table[chunk.start // self.block_size]] = memory[:, :, source]
+            if chunk.copied:
+                for memory, table, source in zip(self._memory, chunk.seq.block_tables, chunk.copied, strict=True):
+                    memory[:, :, table[chunk.start // self.block_size]] = memory[:, :, source]
 
 
 class KVCache(BlockMemory):

@@ -79,23 +79,40 @@ def count_tokens(name: str, case: dict[str, Any], result: dict[str, Any]) -> int
     return sum(map(sum, asked))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", type=Path, required=True, help="checkout of karpathy/nanochat")
-    parser.add_argument(
-        "--cases",
-        default="single,samples-8,samples-32,requests-64",
-        help="comma separated; samples-64 and samples-256 too",
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", choices=PEER_DTYPES, default="fp32")
+def arguments(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
+    """The flags that both comparisons of engines have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=PEER_DTYPES, default="fp32")
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--context-length", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=42)
+    return parser
+
+
+def show_medians(options: argparse.Namespace, peer: str, rates: dict[str, dict[str, list[float]]]) -> None:
+    """A table of the tokens per second of both sides in each case."""
+    where = f"{options.threads} threads" if options.device == "cpu" else options.device
+    print(f"\n{options.dtype}, depth {options.depth}, {where}, medians of {options.rounds} rounds\n")
+    print(f"| case | {peer}, tokens/s | ours, tokens/s | ratio |")
+    print("| --- | ---: | ---: | ---: |")
+    for name, sides in rates.items():
+        theirs, ours = (statistics.median(sides[side]) for side in ("peer", "ours"))
+        print(f"| {name} | {theirs:,.0f} | {ours:,.0f} | {ours / theirs:.2f} |")
+
+
+def main() -> int:
+    parser = arguments(__doc__, rounds=5)
+    parser.add_argument("--peer", type=Path, required=True, help="checkout of karpathy/nanochat")
+    parser.add_argument(
+        "--cases",
+        default="single,samples-8,samples-32,requests-64",
+        help="comma separated; samples-64 and samples-256 too",
+    )
     options = parser.parse_args()
     everything = cases(options.vocab_size, options.seed)
     chosen = options.cases.split(",")
@@ -144,13 +161,7 @@ def main() -> int:
                     and results["peer"][name]["tokens"] != results["ours"][name]["tokens"]
                 ):
                     different.append(f"round {number}, {name}")
-    where = f"{options.threads} threads" if options.device == "cpu" else options.device
-    print(f"\n{options.dtype}, depth {options.depth}, {where}, medians of {options.rounds} rounds\n")
-    print("| case | peer, tokens/s | ours, tokens/s | ratio |")
-    print("| --- | ---: | ---: | ---: |")
-    for name in chosen:
-        peer, ours = (statistics.median(rates[name][side]) for side in ("peer", "ours"))
-        print(f"| {name} | {peer:,.0f} | {ours:,.0f} | {ours / peer:.2f} |")
+    show_medians(options, "peer", rates)
     if options.dtype == "fp32":
         print(f"\ngreedy tokens: {'differ in ' + '; '.join(different) if different else 'the same on both sides'}")
     return 1 if different else 0

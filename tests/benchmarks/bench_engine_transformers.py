@@ -10,9 +10,7 @@ is a process of its own that answers a few requests first; theirs, which keeps n
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
-from bench_engine_peer import WARM_UP_TOKENS, cases, count_tokens, request
+from bench_engine_peer import WARM_UP_TOKENS, arguments, cases, count_tokens, request, show_medians
 from peer import run_ours, run_with
 
 from nanochat_core.config import ModelConfig
@@ -31,20 +29,11 @@ _REQUESTS = 16
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, rounds=3)
     parser.add_argument("--transformers", type=Path, required=True, help="folder that transformers is installed in")
     parser.add_argument("--batches", default="1,8,64", help="requests at once, comma separated")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--output-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--context-length", type=int, default=1024)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=42)
     options = parser.parse_args()
     if not (options.transformers / "transformers").is_dir():
         raise UserError(f"{options.transformers} has no package transformers; fill it with pip install --target")
@@ -63,7 +52,7 @@ def main() -> int:
     }
     everything["64 of many lengths"] = cases(options.vocab_size, options.seed)["requests-64"]
     shape = {name: getattr(options, name) for name in ("depth", "head_dim", "vocab_size", "context_length")}
-    rates: dict[str, dict[str, list[float]]] = {name: {"theirs": [], "ours": []} for name in everything}
+    rates: dict[str, dict[str, list[float]]] = {name: {"peer": [], "ours": []} for name in everything}
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         task = {
@@ -78,8 +67,8 @@ def main() -> int:
         }
         for number in range(1, options.rounds + 1):
             # Whoever comes first changes from round to round.
-            for side in ("theirs", "ours") if number % 2 else ("ours", "theirs"):
-                if side == "theirs":
+            for side in ("peer", "ours") if number % 2 else ("ours", "peer"):
+                if side == "peer":
                     run_with(options.transformers, "transformers_process.py", task, folder)
                 else:
                     run_ours("our_engine_process.py", task, folder)
@@ -88,15 +77,9 @@ def main() -> int:
                     tokens = count_tokens(name, case, result[name])
                     rates[name][side].append(tokens / result[name]["seconds"])
             for name, sides in rates.items():
-                theirs, ours = (sides[side][-1] for side in ("theirs", "ours"))
+                theirs, ours = (sides[side][-1] for side in ("peer", "ours"))
                 print(f"round {number}: {name:<18} transformers {theirs:7.0f}, ours {ours:7.0f} tokens/s", flush=True)
-    where = f"{options.threads} threads" if options.device == "cpu" else options.device
-    print(f"\n{options.dtype}, depth {options.depth}, {where}, medians of {options.rounds} rounds\n")
-    print("| requests | transformers, tokens/s | ours, tokens/s | ratio |")
-    print("| --- | ---: | ---: | ---: |")
-    for name, sides in rates.items():
-        theirs, ours = (statistics.median(sides[side]) for side in ("theirs", "ours"))
-        print(f"| {name} | {theirs:,.0f} | {ours:,.0f} | {ours / theirs:.2f} |")
+    show_medians(options, "transformers", rates)
     return 0
 
 
