@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanochat_core.errors import UserError
 
-# fp8 is for the matrix products of training alone (nanochat_core/fp8.py); everything else is in bf16 then.
+# fp8 is for the matrix products of training alone (nanochat_core/training/fp8.py); everything else is in bf16 then.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 FP8_CAPABILITY = (9, 0)
 # How errors that have no type of their own begin: the CPU's allocator, CUDA's own calls, cuBLAS and cuDNN.
@@ -61,7 +61,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of activations for ``auto`` or a name in :data:`DTYPES`.
 
     ``auto`` is bf16 on GPUs that compute in it and fp32 elsewhere: CPUs differ in which of the two is faster. With fp16
-    the loss needs a :class:`LossScaler`, with fp8 the model :func:`~nanochat_core.fp8.convert_to_fp8`.
+    the loss needs a :class:`LossScaler`, with fp8 the model :func:`~nanochat_core.training.fp8.convert_to_fp8`.
 
     Raises:
         UserError: fp16 without a GPU, or fp8 without one that multiplies in it.

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat_core.attention import Attention, sdpa_attention
+from nanochat_core.chunked_loss import IGNORE_INDEX as IGNORE_INDEX
+from nanochat_core.chunked_loss import softcap, softcapped_cross_entropy
 from nanochat_core.config import ModelConfig
-from nanochat_core.loss import IGNORE_INDEX as IGNORE_INDEX
-from nanochat_core.loss import softcap, softcapped_cross_entropy
 
 ROTARY_BASE = 100_000.0
 # q and k are scaled by this after their norm: a sharper softmax than unit-norm vectors allow.

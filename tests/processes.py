@@ -7,7 +7,9 @@ from pathlib import Path
 
 # Starts processes from one that has imported what most of them need, which takes seconds each time otherwise.
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["jobs.train.pipeline", "nanochat_core.optim", "torch._dynamo", "matplotlib.pyplot"])
+FORKSERVER.set_forkserver_preload(
+    ["jobs.train.pipeline", "nanochat_core.training.optim", "torch._dynamo", "matplotlib.pyplot"]
+)
 
 
 def children(pid: int) -> set[int]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from deploy.local import free_port
-from nanochat_core.distributed import joined
+from nanochat_core.training.distributed import joined
 from tests.processes import FORKSERVER
 
 

@@ -18,15 +18,12 @@ from typing import Any, Literal
 
 import torch
 
-from jobs.eval.bench_table import HEADER, Row, table_line
-from jobs.eval.chat import pick_checkpoint
-from jobs.eval.endpoints import GrpcTarget, HttpTarget
-from jobs.eval.machine import describe_machine
-from jobs.eval.outcomes import summarize
-from jobs.eval.plots import plot_benchmark
-from jobs.eval.roofline import Costs, Limits, measure_limits
-from jobs.eval.targets import CoreTarget, Target
-from jobs.eval.workload import (
+from jobs.eval.bench.endpoints import GrpcTarget, HttpTarget
+from jobs.eval.bench.outcomes import summarize
+from jobs.eval.bench.roofline import Costs, Limits, measure_limits
+from jobs.eval.bench.table import HEADER, Row, table_line
+from jobs.eval.bench.targets import CoreTarget, Target
+from jobs.eval.bench.workload import (
     MIXES,
     BenchRequest,
     ClosedLoop,
@@ -37,6 +34,9 @@ from jobs.eval.workload import (
     make_requests,
     poisson_arrivals,
 )
+from jobs.eval.chat import pick_checkpoint
+from jobs.measures.machine import describe_machine
+from jobs.plots import plot_benchmark
 from nanochat_core import logs
 from nanochat_core.config import ModelConfig
 from nanochat_core.device import choose_device, choose_dtype, prepare_cpu

@@ -14,22 +14,22 @@ from typing import Any, Literal
 
 import torch
 
-from jobs.eval.chat_score import chat_core, score, table
-from jobs.eval.chat_tasks import ChoiceTask, DataPlace, GenerativeTask, Response, Selection, demo, open_tasks
-from jobs.eval.chat_tasks import items_for as items_for
-from jobs.eval.examination import Sampling, examine_answers, examine_choices, generate, verdicts_of
-from jobs.eval.record import Evaluation
-from jobs.eval.tools import SandboxTool
-from jobs.train.demo_world import EvalItem
+from jobs.demo_world import EvalItem
+from jobs.eval.chat_eval.examination import Sampling, examine_answers, examine_choices, generate, verdicts_of
+from jobs.eval.chat_eval.scores import chat_core, score, table
+from jobs.generation.python_tool import SandboxTool
+from jobs.results.record import Evaluation
+from jobs.tasks import ChoiceTask, DataPlace, GenerativeTask, Response, Selection, demo, open_tasks
+from jobs.tasks import items_for as items_for
 from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, newest_checkpoint
 from nanochat_core.device import choose_device, choose_dtype, free_memory, prepare_cpu
-from nanochat_core.distributed import ALONE, Ranks, joined, local_rank
 from nanochat_core.engine import Engine, EngineConfig
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.settings import load, setting
 from nanochat_core.store import DEFAULT_HOME, Store, open_store
+from nanochat_core.training.distributed import ALONE, Ranks, joined, local_rank
 
 log = logging.getLogger("jobs.eval.chat")
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.eval.markdown import code, literal, table
-from jobs.eval.metrics import Metric, metrics_of
-from jobs.eval.plots import scientific
-from jobs.eval.report_data import describe_stage, newest_stages
-from jobs.eval.report_plots import plot_runs
+from jobs.eval.report_card.contents import describe_stage, newest_stages
+from jobs.eval.report_card.markdown import code, literal, table
+from jobs.eval.report_card.plots import plot_runs
+from jobs.plots import scientific
+from jobs.results.metrics import Metric, metrics_of
 from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.errors import UserError, run_main

@@ -10,18 +10,18 @@ from typing import Literal
 import torch
 
 from jobs.eval.chat import pick_checkpoint
-from jobs.eval.core_bundle import Bundle, read_bundle
-from jobs.eval.core_download import PUBLIC_BUNDLE, locate_bundle
-from jobs.eval.core_run import CoreResult, evaluate_core
-from jobs.eval.core_scoring import Scorer
-from jobs.eval.record import Evaluation
+from jobs.measures.core.bundle import Bundle, read_bundle
+from jobs.measures.core.download import PUBLIC_BUNDLE, locate_bundle
+from jobs.measures.core.run import CoreResult, evaluate_core
+from jobs.measures.core.scoring import Scorer
+from jobs.results.record import Evaluation
 from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint, check_model_name
 from nanochat_core.device import choose_device, choose_dtype, prepare_cpu
-from nanochat_core.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, local_rank
 from nanochat_core.errors import run_main
 from nanochat_core.settings import load, setting
 from nanochat_core.store import DEFAULT_HOME, Store, open_store
+from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, local_rank
 
 log = logging.getLogger("jobs.eval.core")
 

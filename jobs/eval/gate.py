@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from jobs.eval.decisions import Decision, add_decision, decisions, last_promotion
-from jobs.eval.gate_rules import DEFAULT_NO_WORSE, Gate, judge
-from jobs.eval.metrics import Metric, metrics_of, weights_of
-from jobs.eval.report_files import show_decision
-from jobs.train.recipes import RECIPES
+from jobs.eval.report_card.files import show_decision
+from jobs.promotion.decisions import Decision, add_decision, decisions, last_promotion
+from jobs.promotion.rules import DEFAULT_NO_WORSE, Gate, judge
+from jobs.recipes import RECIPES
+from jobs.results.metrics import Metric, metrics_of, weights_of
 from nanochat_core import logs
 from nanochat_core.checkpoint import (
     STAGES,

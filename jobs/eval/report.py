@@ -6,8 +6,8 @@ import dataclasses
 import logging
 from typing import Any, Literal
 
-from jobs.eval.report_data import Wanted, gather, newest_stages
-from jobs.eval.report_files import write_report
+from jobs.eval.report_card.contents import Wanted, gather, newest_stages
+from jobs.eval.report_card.files import write_report
 from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.device import prepare_cpu

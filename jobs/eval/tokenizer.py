@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Literal
 
-from jobs.eval.compression import (
+from jobs.measures.compression import (
     GPT2,
     GPT4,
     TEXT_BYTES,

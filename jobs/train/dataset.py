@@ -13,9 +13,9 @@ from typing import Literal
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from jobs.train.download import download, open_source
-from jobs.train.local_text import read_local_text
-from jobs.train.shards import MANIFEST, Shard, describe_shard, read_manifest, shard_keys, write_dataset
+from jobs.data.download import download, open_source
+from jobs.data.local_text import read_local_text
+from jobs.data.shards import MANIFEST, Shard, describe_shard, read_manifest, shard_keys, write_dataset
 from nanochat_core import logs
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.settings import load, setting

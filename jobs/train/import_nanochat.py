@@ -13,16 +13,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from jobs.train.upstream_tokenizer import read_upstream_tokenizer
+from jobs.train.upstream.tokenizer import read_upstream_tokenizer
 from nanochat_core import logs
 from nanochat_core.checkpoint import CheckpointRef, check_model_name, list_checkpoints
-from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.model import GPT
 from nanochat_core.settings import load, setting
 from nanochat_core.store import DEFAULT_HOME, open_store
 from nanochat_core.tokenizer import Tokenizer
+from nanochat_core.training.checkpoint_writer import save_checkpoint
 
 log = logging.getLogger("jobs.train.import_nanochat")
 

@@ -16,17 +16,17 @@ from typing import Literal
 
 import torch
 
-from jobs.eval.decisions import latest_decision
+from jobs.data.local_text import local_text_digest
+from jobs.data.shards import dataset_digest, has_shards, read_manifest
 from jobs.eval.gate import EXIT_REFUSED, decide
-from jobs.eval.metrics import weights_of
-from jobs.eval.report_files import reported
+from jobs.eval.report_card.files import reported
+from jobs.promotion.decisions import latest_decision
+from jobs.recipes import RECIPES, Flags, Recipe
+from jobs.results.metrics import weights_of
 from jobs.train import pretrain, rl, sft
-from jobs.train.children import Children
-from jobs.train.local_text import local_text_digest
-from jobs.train.mixtures import Mixture
-from jobs.train.problems import Problems, open_problems
-from jobs.train.recipes import RECIPES, Flags, Recipe
-from jobs.train.shards import dataset_digest, has_shards, read_manifest
+from jobs.train.batches.mixtures import Mixture
+from jobs.train.launcher import Children
+from jobs.train.reinforce.problems import Problems, open_problems
 from jobs.train.tokenizer import load_tokenizer, trained_on
 from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint, check_model_name, newest_checkpoint, promoted

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import torch
 
-from jobs.eval.bpb import bits_per_byte
-from jobs.eval.core_bundle import Bundle, read_bundle
-from jobs.eval.core_download import PUBLIC_BUNDLE, locate_bundle
-from jobs.eval.core_run import core_of
-from jobs.train.loader import PackedLoader, TextSource
-from jobs.train.run import (
+from jobs.data.shards import TextDataset, dataset_digest
+from jobs.measures.bits_per_byte import bits_per_byte
+from jobs.measures.core.bundle import Bundle, read_bundle
+from jobs.measures.core.download import PUBLIC_BUNDLE, locate_bundle
+from jobs.measures.core.run import core_of
+from jobs.train.batches.loader import PackedLoader, TextSource
+from jobs.train.loop.context import (
     Place,
     RunSettings,
     comparable,
@@ -24,19 +25,18 @@ from jobs.train.run import (
     start_reporting,
     started,
 )
-from jobs.train.schedule import DEFAULT_RATIO, Schedule, TrainingPlan, plan_training
-from jobs.train.shards import TextDataset, dataset_digest
+from jobs.train.loop.schedule import DEFAULT_RATIO, Schedule, TrainingPlan, plan_training
+from jobs.train.loop.trainer import Trainer
 from jobs.train.tokenizer import load_tokenizer
-from jobs.train.trainer import Trainer
 from nanochat_core.checkpoint import CheckpointRef
 from nanochat_core.config import ModelConfig
 from nanochat_core.device import choose_dtype, muon_dtype
 from nanochat_core.errors import run_main
 from nanochat_core.model import GPT
-from nanochat_core.optim import MuonAdamW, OptimizerConfig, parameter_groups
 from nanochat_core.settings import load, setting
 from nanochat_core.store import Store
 from nanochat_core.tokenizer import Tokenizer
+from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
 
 log = logging.getLogger("jobs.train.pretrain")
 

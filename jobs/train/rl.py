@@ -13,12 +13,8 @@ from typing import Literal
 
 import torch
 
-from jobs.eval.pass_at_k import pass_at_k
-from jobs.train.policy_gradient import PolicyGradient
-from jobs.train.problems import Problems, open_problems
-from jobs.train.rewards import REWARDS, Reward
-from jobs.train.rollouts import Answerer, RolloutSource, Sampling, answering, seed_of
-from jobs.train.run import (
+from jobs.measures.pass_at_k import pass_at_k
+from jobs.train.loop.context import (
     Place,
     RunSettings,
     comparable,
@@ -28,15 +24,19 @@ from jobs.train.run import (
     start_reporting,
     started,
 )
-from jobs.train.schedule import Schedule
-from jobs.train.trainer import Metrics, Trainer, can_compile
+from jobs.train.loop.schedule import Schedule
+from jobs.train.loop.trainer import Metrics, Trainer, can_compile
+from jobs.train.reinforce.policy_gradient import PolicyGradient
+from jobs.train.reinforce.problems import Problems, open_problems
+from jobs.train.reinforce.rewards import REWARDS, Reward
+from jobs.train.reinforce.rollouts import Answerer, RolloutSource, Sampling, answering, seed_of
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, newest_checkpoint
 from nanochat_core.device import choose_dtype, muon_dtype
-from nanochat_core.distributed import Ranks
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.model import GPT
-from nanochat_core.optim import MuonAdamW, OptimizerConfig, parameter_groups
 from nanochat_core.settings import load, setting
+from nanochat_core.training.distributed import Ranks
+from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
 
 log = logging.getLogger("jobs.train.rl")
 
@@ -88,7 +88,9 @@ def chosen_reward(name: str, problems: Problems) -> Reward:
     """
     name = name or problems.reward
     if name not in REWARDS:
-        raise UserError(f"--reward is {name!r}; choose one of {', '.join(REWARDS)}, or add it to jobs/train/rewards.py")
+        raise UserError(
+            f"--reward is {name!r}; choose one of {', '.join(REWARDS)}, or add it to jobs/train/reinforce/rewards.py"
+        )
     return REWARDS[name]
 
 

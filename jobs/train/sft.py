@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 
-from jobs.train.loader import ConversationSource, PackedLoader, Source
-from jobs.train.mixtures import LengthSource, Mixture
-from jobs.train.run import (
+from jobs.train.batches.loader import ConversationSource, PackedLoader, Source
+from jobs.train.batches.mixtures import LengthSource, Mixture
+from jobs.train.loop.context import (
     Place,
     RunSettings,
     comparable,
@@ -22,8 +22,8 @@ from jobs.train.run import (
     start_reporting,
     started,
 )
-from jobs.train.schedule import Schedule
-from jobs.train.trainer import Trainer
+from jobs.train.loop.schedule import Schedule
+from jobs.train.loop.trainer import Trainer
 from nanochat_core.checkpoint import (
     STAGES,
     Checkpoint,
@@ -34,12 +34,12 @@ from nanochat_core.checkpoint import (
     newest_checkpoint,
 )
 from nanochat_core.device import choose_dtype, muon_dtype
-from nanochat_core.distributed import ALONE, Ranks
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.model import IGNORE_INDEX
-from nanochat_core.optim import MuonAdamW, OptimizerConfig, parameter_groups
 from nanochat_core.settings import load, setting
 from nanochat_core.store import Store
+from nanochat_core.training.distributed import ALONE, Ranks
+from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
 
 log = logging.getLogger("jobs.train.sft")
 

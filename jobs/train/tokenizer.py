@@ -11,7 +11,8 @@ from typing import Literal
 
 import rustbpe
 
-from jobs.eval.compression import (
+from jobs.data.shards import TextDataset, dataset_digest, has_shards
+from jobs.measures.compression import (
     GPT2,
     GPT4,
     TEXT_BYTES,
@@ -21,7 +22,6 @@ from jobs.eval.compression import (
     store_evaluation,
     texts_to_compare,
 )
-from jobs.train.shards import TextDataset, dataset_digest, has_shards
 from nanochat_core import logs
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.settings import load, setting

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat_core.chunked_loss import LOGIT_SOFTCAP
 from nanochat_core.device import cpu_multiplies_bf16
-from nanochat_core.loss import LOGIT_SOFTCAP
 from nanochat_core.model import (
     GPT,
     SMEAR_CHANNELS,

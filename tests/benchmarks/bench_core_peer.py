@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from peer import peer_config, run_ours, run_peer
 
-from jobs.eval.core_bundle import open_bundle, read_bundle
+from jobs.measures.core.bundle import open_bundle, read_bundle
 from jobs.train.import_nanochat import ImportSettings
 from jobs.train.import_nanochat import run as import_nanochat
 from nanochat_core.config import ModelConfig

@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from jobs.train.loader import PackedLoader, TextSource
-from jobs.train.shards import TextDataset
+from jobs.data.shards import TextDataset
+from jobs.train.batches.loader import PackedLoader, TextSource
 from jobs.train.tokenizer import load_tokenizer
 from nanochat_core.store import open_store
 

@@ -16,8 +16,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from jobs.train.packing import BestFitPacker, Document, PackingStats
-from jobs.train.shards import TextDataset
+from jobs.data.shards import TextDataset
+from jobs.train.batches.packing import BestFitPacker, Document, PackingStats
 from jobs.train.tokenizer import load_tokenizer
 from nanochat_core.store import open_store
 

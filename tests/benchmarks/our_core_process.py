@@ -11,9 +11,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from jobs.eval.core_bundle import open_bundle, read_bundle
-from jobs.eval.core_run import CoreResult, evaluate_core
-from jobs.eval.core_scoring import Scorer
+from jobs.measures.core.bundle import open_bundle, read_bundle
+from jobs.measures.core.run import CoreResult, evaluate_core
+from jobs.measures.core.scoring import Scorer
 from nanochat_core.checkpoint import CheckpointRef, load_checkpoint
 from nanochat_core.device import prepare_cpu
 from nanochat_core.store import open_store

@@ -1,4 +1,4 @@
-"""Our side of a training comparison: ``jobs.train.trainer`` on batches given as arrays; started by peer.py."""
+"""Our side of a training comparison: ``jobs.train.loop.trainer`` on batches given as arrays; started by peer.py."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from jobs.train.batches.loader import Batch
 from jobs.train.import_nanochat import convert, model_config, read_upstream
-from jobs.train.loader import Batch
-from jobs.train.run import RunSettings, make_trainable
-from jobs.train.schedule import Schedule
-from jobs.train.trainer import RunConfig, Trainer
+from jobs.train.loop.context import RunSettings, make_trainable
+from jobs.train.loop.schedule import Schedule
+from jobs.train.loop.trainer import RunConfig, Trainer
 from nanochat_core.config import ModelConfig
 from nanochat_core.device import DTYPES, muon_dtype, prepare_cpu
 from nanochat_core.model import GPT
-from nanochat_core.optim import MuonAdamW, OptimizerConfig, parameter_groups
 from nanochat_core.store import open_store
 from nanochat_core.tokenizer import Tokenizer
+from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
 
 
 class ArrayBatches:

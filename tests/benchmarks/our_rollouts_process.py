@@ -1,4 +1,4 @@
-"""Our side of the comparison of rollouts: the engine as jobs.train.rollouts sets it up; started by peer.py."""
+"""Our side of the comparison of rollouts: the engine as RL sets it up. ``peer.py`` starts this program."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jobs.train.loader import PackedLoader, TextSource
-from jobs.train.local_text import read_local_text
-from jobs.train.schedule import Schedule
+from jobs.data.local_text import read_local_text
+from jobs.train.batches.loader import PackedLoader, TextSource
+from jobs.train.loop.schedule import Schedule
 from jobs.train.tokenizer import limited, train_tokenizer
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError

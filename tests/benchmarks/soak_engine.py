@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import grpc
 
 from nanochat_core.checkpoint import CheckpointRef, promote
-from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.protos import engine_pb2_grpc
 from nanochat_core.store import open_store
+from nanochat_core.training.checkpoint_writer import save_checkpoint
 from tests.processes import descendants
 from tests.service_process import EngineProcess, ServiceProcess
 from tests.unit.engine_models import BYTES, CALLING, script_tokens, tiny_model

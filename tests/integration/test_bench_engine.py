@@ -17,12 +17,12 @@ import pytest
 import torch
 from scripted_engine import failing, hanging, running_engine, running_gateway, saying, until_ready
 
+from jobs.eval.bench.roofline import Limits
 from jobs.eval.bench_engine import BenchEngineSettings, run
-from jobs.eval.roofline import Limits
 from nanochat_core.checkpoint import CheckpointRef, promote
-from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.errors import UserError
 from nanochat_core.store import open_store
+from nanochat_core.training.checkpoint_writer import save_checkpoint
 from tests.service_process import EngineProcess
 from tests.unit.engine_models import BYTES, tiny_model
 
@@ -362,9 +362,9 @@ def test_if_nothing_is_answered_that_is_an_error(tmp_path: Path, monkeypatch: py
 
 def test_the_limits_of_this_machine_are_those_of_its_best_operations(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
-    monkeypatch.setattr("jobs.eval.roofline._MATRIX_SIDE", {"cpu": 256})
-    monkeypatch.setattr("jobs.eval.roofline._COPIED_BYTES", {"cpu": 1 << 22})
-    monkeypatch.setattr("jobs.eval.roofline._SECONDS", 0.0)
+    monkeypatch.setattr("jobs.eval.bench.roofline._MATRIX_SIDE", {"cpu": 256})
+    monkeypatch.setattr("jobs.eval.bench.roofline._COPIED_BYTES", {"cpu": 1 << 22})
+    monkeypatch.setattr("jobs.eval.bench.roofline._SECONDS", 0.0)
     taken = iter([4.0, 2.0, 3.0, 1.0, 5.0, 6.0, 0.5, 0.25, 0.75])
     clock = [0.0]
 
@@ -374,8 +374,8 @@ def test_the_limits_of_this_machine_are_those_of_its_best_operations(monkeypatch
         return clock[0]
 
     now.ticking = False  # type: ignore[attr-defined]
-    monkeypatch.setattr("jobs.eval.roofline.time.perf_counter", now)
-    from jobs.eval.roofline import measure_limits
+    monkeypatch.setattr("jobs.eval.bench.roofline.time.perf_counter", now)
+    from jobs.eval.bench.roofline import measure_limits
 
     limits = measure_limits(torch.device("cpu"), torch.float32)
     # A copy reads and writes, in 2 seconds at best; a sum reads in 1; a product takes a quarter of one.

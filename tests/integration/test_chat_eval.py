@@ -11,17 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from jobs.demo_world import EvalItem, evaluation_set, pretraining_documents
 from jobs.eval import chat
 from jobs.eval.chat import Answer, ChatEvalSettings, ChatResult, evaluate, items_for, pick_checkpoint
-from jobs.eval.responses import response
-from jobs.eval.samples import SAMPLING, continue_text
-from jobs.eval.tools import SandboxTool
-from jobs.train.demo_world import EvalItem, evaluation_set, pretraining_documents
+from jobs.eval.report_card.samples import SAMPLING, continue_text
+from jobs.generation.completions import response
+from jobs.generation.python_tool import SandboxTool
 from jobs.train.tokenizer import train_tokenizer
 from nanochat_core import tokenizer as tok
 from nanochat_core.chat import parse_messages, render_conversation, render_prompt
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint
-from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine import Completion, Token, ToolCall, ToolOutput, ToolResult
 from nanochat_core.errors import UserError
@@ -29,6 +28,7 @@ from nanochat_core.model import GPT
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.store import open_store
 from nanochat_core.tokenizer import Tokenizer
+from nanochat_core.training.checkpoint_writer import save_checkpoint
 
 MODEL = "untrained"
 

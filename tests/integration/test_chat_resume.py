@@ -13,20 +13,21 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from jobs.eval import chat, examination
+from jobs.demo_world import pretraining_documents
+from jobs.eval import chat
 from jobs.eval.chat import ChatEvalSettings
-from jobs.eval.chat_tasks import DataPlace, Selection, open_tasks
-from jobs.eval.examination import Sampling, generate
-from jobs.train.demo_world import pretraining_documents
+from jobs.eval.chat_eval import examination
+from jobs.eval.chat_eval.examination import Sampling, generate
+from jobs.tasks import DataPlace, Selection, open_tasks
 from jobs.train.tokenizer import train_tokenizer
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint
-from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.config import ModelConfig
-from nanochat_core.distributed import Ranks
 from nanochat_core.engine import Engine, EngineConfig
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.store import open_store
+from nanochat_core.training.checkpoint_writer import save_checkpoint
+from nanochat_core.training.distributed import Ranks
 
 ROOT = Path(__file__).parents[2]
 REF = CheckpointRef("untrained", "sft", 7)

@@ -14,16 +14,16 @@ import pytest
 import torch
 from tiny_training import PRETRAIN, Jobs, fill
 
-from jobs.eval.core_bundle import CORE_TASKS, open_bundle, read_bundle
-from jobs.eval.core_run import GPT2_XL, CoreResult, TaskResult, evaluate_core
-from jobs.eval.core_scoring import Scorer
-from jobs.eval.record import Evaluation, results
+from jobs.measures.core.bundle import CORE_TASKS, open_bundle, read_bundle
+from jobs.measures.core.run import GPT2_XL, CoreResult, TaskResult, evaluate_core
+from jobs.measures.core.scoring import Scorer
+from jobs.results.record import Evaluation, results
 from jobs.train.tokenizer import train_tokenizer
 from nanochat_core.checkpoint import CheckpointRef, load_checkpoint
-from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.model import GPT
 from nanochat_core.store import open_store
+from nanochat_core.training.checkpoint_writer import save_checkpoint
 from tests.core_bundles import random_tasks, write_bundle
 
 MODULE, NAME, REF = "jobs.eval.core", "random", CheckpointRef("random", "base", 3)
@@ -146,7 +146,7 @@ def test_two_ranks_come_to_the_result_of_one_also_where_one_of_them_dies(jobs, f
 
 
 def test_parts_are_shared_by_ranks_and_cut_alike_for_each(jobs, flags, expected, monkeypatch, prepared):
-    monkeypatch.setattr("jobs.eval.core_run.PART_TOKENS", 100)
+    monkeypatch.setattr("jobs.measures.core.run.PART_TOKENS", 100)
     checkpoint = load_checkpoint(jobs.store, REF)
     bundle = read_bundle(open_bundle(str(prepared / "bundle")))
     evaluation = Evaluation.of(jobs.store, checkpoint, "core", {})

@@ -12,12 +12,12 @@ import grpc
 import pytest
 
 from nanochat_core.checkpoint import CheckpointRef, promote
-from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.engine import Engine, SamplingParams
 from nanochat_core.model import GPT
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.protos import engine_pb2_grpc
 from nanochat_core.store import open_store
+from nanochat_core.training.checkpoint_writer import save_checkpoint
 from tests.benchmarks.soak_engine import soak
 from tests.service_process import EngineProcess, ServiceProcess
 from tests.unit.engine_models import BYTES, scripted_model, tiny_model

@@ -24,7 +24,6 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, promote
-from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.engine import Engine, EngineConfig, EngineDead, Load, Request, SamplingParams, async_engine
 from nanochat_core.engine.runner import Awaited, EagerRunner
 from nanochat_core.engine.scheduler import Chunk
@@ -33,6 +32,7 @@ from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.protos import engine_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
 from nanochat_core.store import StoreError, open_store
 from nanochat_core.tokenizer import ASSISTANT_END, Tokenizer
+from nanochat_core.training.checkpoint_writer import save_checkpoint
 from services.engine.metrics import Metrics
 from services.engine.model_host import ModelHost
 from services.engine.server import EXIT_DEVICE_LOOP_DIED, serve

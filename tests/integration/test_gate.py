@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from jobs.eval.decisions import Decision, decisions
 from jobs.eval.gate import decide
-from jobs.eval.gate_rules import Gate
-from jobs.eval.record import Evaluation
+from jobs.promotion.decisions import Decision, decisions
+from jobs.promotion.rules import Gate
+from jobs.results.record import Evaluation
 from nanochat_core.checkpoint import CheckpointRef, load_checkpoint, promote, promoted
-from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.store import Store, open_store
+from nanochat_core.training.checkpoint_writer import save_checkpoint
 from tests.service_process import EngineProcess
 from tests.unit.engine_models import BYTES, tiny_model
 

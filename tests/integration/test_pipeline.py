@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 from tiny_training import Job, sentences
 
-from jobs.eval.decisions import latest_decision
 from jobs.eval.gate import EXIT_REFUSED
-from jobs.eval.gate_rules import Gate
-from jobs.eval.metrics import weights_of
-from jobs.train import children
+from jobs.promotion.decisions import latest_decision
+from jobs.promotion.rules import Gate
+from jobs.recipes import RECIPES, Recipe
+from jobs.results.metrics import weights_of
+from jobs.train import launcher as children
 from jobs.train.pipeline import Pipeline, PipelineSettings
-from jobs.train.recipes import RECIPES, Recipe
 from nanochat_core.checkpoint import list_checkpoints, newest_checkpoint, promoted
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store, open_store

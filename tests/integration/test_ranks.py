@@ -12,8 +12,8 @@ import pytest
 import torch
 from tiny_training import NAME, PRETRAIN, SFT, STEPS, Job, Jobs, Result, fill
 
-from nanochat_core.distributed import RankLost, joined
 from nanochat_core.errors import RetryableError
+from nanochat_core.training.distributed import RankLost, joined
 
 PRETRAIN_MODULE, SFT_MODULE = "jobs.train.pretrain", "jobs.train.sft"
 # Two passes over half of the batch on one rank, one on each of two: sums are rounded alike.

@@ -10,21 +10,23 @@ from typing import Any
 import pytest
 from tiny_training import NAME, fill
 
-from jobs.eval import compare, measurements, report_data
+from jobs.eval import compare
 from jobs.eval.compare import CompareSettings, with_models
-from jobs.eval.decisions import decisions
 from jobs.eval.gate import decide
-from jobs.eval.gate_rules import Gate
-from jobs.eval.record import Evaluation
 from jobs.eval.report import ReportSettings, run
-from jobs.eval.report_files import reported
+from jobs.eval.report_card import contents as report_data
+from jobs.eval.report_card import measurements
+from jobs.eval.report_card.files import reported
+from jobs.promotion.decisions import decisions
+from jobs.promotion.rules import Gate
+from jobs.results.record import Evaluation
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, newest_checkpoint
-from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.store import Store, open_store
 from nanochat_core.tokenizer import Tokenizer
+from nanochat_core.training.checkpoint_writer import save_checkpoint
 
 LOSSES = [{"step": i, "loss": 3.0 / i, "train_seconds": float(i)} for i in range(1, 5)]
 HISTORIES: dict[str, list[dict[str, Any]]] = {

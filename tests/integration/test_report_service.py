@@ -12,10 +12,10 @@ import pytest
 from scripted_engine import http_client, running_engine, running_gateway, until_ready
 
 from nanochat_core.checkpoint import CheckpointRef, promote
-from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.store import Store, open_store
+from nanochat_core.training.checkpoint_writer import save_checkpoint
 from services.engine import reports
 from services.engine.reports import read_report
 from tests.service_process import EngineProcess

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_training import NAME, PRETRAIN, SFT, STEPS, Jobs, Result, conversation, damage, fill
 
-from jobs.train.conversations import write_conversations
+from jobs.tasks.conversations import write_conversations
 
 MODULE = "jobs.train.sft"
 

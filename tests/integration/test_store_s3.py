@@ -27,13 +27,13 @@ from nanochat_core.checkpoint import (
     promote,
     promoted,
 )
-from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
-from nanochat_core.optim import Shard
 from nanochat_core.store import S3Store, Store, StoreError, open_store
 from nanochat_core.tokenizer import Tokenizer
+from nanochat_core.training.checkpoint_writer import save_checkpoint
+from nanochat_core.training.optim import Shard
 from tests.store_contract import LAST, StoreContract, contents, publish
 
 BUCKET = "nanochat-tests"

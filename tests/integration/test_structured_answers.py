@@ -15,8 +15,8 @@ import pytest_asyncio
 from scripted_engine import http_client, openai_client, running_gateway, until_ready
 
 from nanochat_core.checkpoint import CheckpointRef, promote
-from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.store import open_store
+from nanochat_core.training.checkpoint_writer import save_checkpoint
 from tests.service_process import EngineProcess
 from tests.unit.engine_models import BYTES, tiny_model
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from deploy.local import free_port
-from jobs.train.conversations import write_conversations
-from jobs.train.shards import write_dataset
+from jobs.data.shards import write_dataset
+from jobs.tasks.conversations import write_conversations
 from jobs.train.tokenizer import tokenizer_key, train_tokenizer
 from nanochat_core.checkpoint import CheckpointRef, list_checkpoints, load_checkpoint
 from nanochat_core.store import Store, open_store

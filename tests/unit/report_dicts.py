@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from jobs.eval.gate_rules import Outcome
+from jobs.promotion.rules import Outcome
 
 MACHINE = {"processor": "A processor", "cores": 2, "torch": "2.9.0"}
 OPTIONAL = ("base", "sft", "rl", "chat", "samples", "core", "chat_tasks", "benchmark", "promotion", "warnings", "price")

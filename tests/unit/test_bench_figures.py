@@ -10,12 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.eval.bench_engine import BenchEngineSettings, plan
-from jobs.eval.bench_table import HEADER, Row, table_line
-from jobs.eval.outcomes import Outcome, TokenCounts, percentile, summarize
-from jobs.eval.roofline import Costs
-from jobs.eval.targets import CoreTarget
-from jobs.eval.workload import (
+from jobs.eval.bench.outcomes import Outcome, TokenCounts, percentile, summarize
+from jobs.eval.bench.roofline import Costs
+from jobs.eval.bench.table import HEADER, Row, table_line
+from jobs.eval.bench.targets import CoreTarget
+from jobs.eval.bench.workload import (
     MIXES,
     BenchRequest,
     ClosedLoop,
@@ -25,6 +24,7 @@ from jobs.eval.workload import (
     make_requests,
     poisson_arrivals,
 )
+from jobs.eval.bench_engine import BenchEngineSettings, plan
 from nanochat_core import settings as core_settings
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from jobs.eval.bpb import bits_per_byte
+from jobs.measures.bits_per_byte import bits_per_byte
 from nanochat_core.config import ModelConfig
 from nanochat_core.model import GPT
 from nanochat_core.tokenizer import Tokenizer

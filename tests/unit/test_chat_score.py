@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from jobs.eval.chat_score import CHAT_CORE_TASKS, centered, chat_core, score, table
-from jobs.eval.chat_tasks import ChoiceTask, GenerativeTask, Response
-from jobs.eval.chat_tasks.choices import LetterQuestion
-from jobs.eval.chat_tasks.own import OwnQuestion
-from jobs.eval.verdicts import Verdict
-from jobs.train.tasks.conversions import Choice
+from jobs.eval.chat_eval.scores import CHAT_CORE_TASKS, centered, chat_core, score, table
+from jobs.eval.chat_eval.verdicts import Verdict
+from jobs.tasks import ChoiceTask, GenerativeTask, Response
+from jobs.tasks.choices import LetterQuestion
+from jobs.tasks.conversions import Choice
+from jobs.tasks.own import OwnQuestion
 
 
 def open_task(count: int, name: str = "own") -> GenerativeTask:

@@ -13,18 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.eval.chat_tasks import (
+from jobs.demo_world import words
+from jobs.tasks import (
     TASKS,
     ChoiceTask,
     DataPlace,
     GenerativeTask,
     Response,
     Selection,
+    conversions,
     open_tasks,
 )
-from jobs.eval.chat_tasks.own import own_task
-from jobs.train.demo_world import words
-from jobs.train.tasks import conversions
+from jobs.tasks.own import own_task
 from nanochat_core.errors import UserError
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.store import FolderStore, open_store

@@ -33,13 +33,13 @@ from nanochat_core.checkpoint import (
     promoted,
     withdraw,
 )
-from nanochat_core.checkpoint_writer import save_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
-from nanochat_core.optim import Shard
 from nanochat_core.store import FolderStore, StoreError
 from nanochat_core.tokenizer import Tokenizer
+from nanochat_core.training.checkpoint_writer import save_checkpoint
+from nanochat_core.training.optim import Shard
 
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json", "meta.json")
 TRAINER_FILES = ("optim/rank_00000_of_00001.safetensors", "optim/state.json")

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from nanochat_core.checkpoint import CheckpointRef, list_checkpoints, load_checkpoint, load_trainer_state
-from nanochat_core.checkpoint_writer import CheckpointWriter
 from nanochat_core.config import ModelConfig
-from nanochat_core.distributed import Ranks
 from nanochat_core.model import GPT
-from nanochat_core.optim import MuonAdamW, OptimizerConfig, Shard, parameter_groups
 from nanochat_core.store import FolderStore, StoreError
 from nanochat_core.tokenizer import Tokenizer
+from nanochat_core.training.checkpoint_writer import CheckpointWriter
+from nanochat_core.training.distributed import Ranks
+from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, Shard, parameter_groups
 from tests.ranks import run_ranks
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])

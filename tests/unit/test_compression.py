@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from jobs.data.shards import write_dataset
 from jobs.eval import tokenizer as command
-from jobs.eval.compression import GPT2, GPT4, HELD_OUT_TEXT, compare, load_reference, render
-from jobs.eval.domain_samples import DOMAIN_SAMPLES
-from jobs.train.shards import write_dataset
+from jobs.measures.compression import GPT2, GPT4, HELD_OUT_TEXT, compare, load_reference, render
+from jobs.measures.domain_samples import DOMAIN_SAMPLES
 from jobs.train.tokenizer import TokenizerSettings, run
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store, open_store

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs.eval.core_bundle import CORE_TASKS, Bundle, Task, open_bundle, read_bundle
-from jobs.eval.core_download import locate_bundle
-from jobs.train import download
-from nanochat_core.distributed import ALONE
+from jobs.data import download
+from jobs.measures.core.bundle import CORE_TASKS, Bundle, Task, open_bundle, read_bundle
+from jobs.measures.core.download import locate_bundle
 from nanochat_core.errors import UserError
 from nanochat_core.store import FolderStore
+from nanochat_core.training.distributed import ALONE
 from tests.core_bundles import TaskFile, random_tasks, write_bundle
 
 CHOICE = {"query": "Q", "choices": ["yes", "no"], "gold": 1}
@@ -291,7 +291,7 @@ def test_what_is_no_bundle_is_refused_and_not_kept(store, web, body, problem):
 
 
 def test_a_zip_that_would_fill_the_disk_is_refused(store, web, monkeypatch):
-    monkeypatch.setattr("jobs.eval.core_download.MOST_BYTES", 1000)
+    monkeypatch.setattr("jobs.measures.core.download.MOST_BYTES", 1000)
     web.body = zipped({"core.yaml": b"x" * 1001})
     with pytest.raises(UserError, match="unpacks to more than"):
         locate_bundle(web.url, store, ALONE)

@@ -9,8 +9,8 @@ from engine_models import BYTES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.eval.core_bundle import Item, Kind, Task, open_bundle, read_bundle
-from jobs.eval.core_prompts import Prompts, Question, draw_examples
+from jobs.measures.core.bundle import Item, Kind, Task, open_bundle, read_bundle
+from jobs.measures.core.prompts import Prompts, Question, draw_examples
 from jobs.train.tokenizer import train_tokenizer
 from nanochat_core.tokenizer import Tokenizer
 from tests.core_bundles import TaskFile, words, write_bundle

@@ -13,9 +13,9 @@ from engine_models import BYTES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.eval import core_scoring
-from jobs.eval.core_prompts import Option, Question, common_length
-from jobs.eval.core_scoring import Scorer, Tree, right
+from jobs.measures.core import scoring as core_scoring
+from jobs.measures.core.prompts import Option, Question, common_length
+from jobs.measures.core.scoring import Scorer, Tree, right
 from nanochat_core.model import GPT, rotary_table
 
 VOCAB = BYTES.vocab_size

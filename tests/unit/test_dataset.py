@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 from text_files import cut_parquet, damaged_parquet, no_text_column, not_parquet, write_parquet
 
-from jobs.train import dataset, download
+from jobs.data import download
+from jobs.data.download import open_source
+from jobs.data.shards import TextDataset, dataset_exists, read_manifest
+from jobs.train import dataset
 from jobs.train.dataset import shard_numbers, validate
-from jobs.train.download import open_source
-from jobs.train.shards import TextDataset, dataset_exists, read_manifest
 from nanochat_core.errors import UserError
 from nanochat_core.store import FolderStore, Store
 

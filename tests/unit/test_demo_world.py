@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobs.train.demo_world import (
+from jobs.demo_world import (
     CONVERSATION_MIX,
     DOCUMENT_MIX,
     EVALUATION_MIX,
@@ -25,8 +25,8 @@ from jobs.train.demo_world import (
     pretraining_documents,
     words,
 )
-from jobs.train.demo_world.facts import ENTITIES, PEOPLE, all_facts, key, names, relations_of, siblings, values_of
-from jobs.train.demo_world.phrasings import RELATIONS, Split, fill
+from jobs.demo_world.facts import ENTITIES, PEOPLE, all_facts, key, names, relations_of, siblings, values_of
+from jobs.demo_world.phrasings import RELATIONS, Split, fill
 from nanochat_core.chat import parse_messages
 from nanochat_core.tokenizer import SPECIAL_TOKENS
 
@@ -88,7 +88,7 @@ def code_of(made: Iterable[dict[str, Any]]) -> list[str]:
 
 def test_equal_seeds_give_equal_data_in_another_process() -> None:
     program = (
-        "import hashlib; from jobs.train.demo_world import *; "
+        "import hashlib; from jobs.demo_world import *; "
         "made = [*pretraining_documents(5, 300), *conversations('train', 5, 300), *conversations('heldout', 5, 300)]; "
         "print(hashlib.sha256(repr([made, evaluation_set(50, 5)]).encode()).hexdigest())"
     )

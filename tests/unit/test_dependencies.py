@@ -69,7 +69,7 @@ from services import sandbox
 from . import drain
 from ..engine import settings
 def late():
-    from jobs.train import shards
+    from jobs.data import shards
     importlib.import_module("jobs.eval")
 """
     named = list(imports(source, "services.gateway"))
@@ -77,7 +77,7 @@ def late():
         "services.engine.server",
         "services.sandbox",
         "services.engine.settings",
-        "jobs.train.shards",
+        "jobs.data.shards",
         "jobs.eval",
     ]
     assert "services.gateway.drain" in named

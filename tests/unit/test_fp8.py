@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nanochat_core.config import ModelConfig
-from nanochat_core.fp8 import Fp8Linear, convert_to_fp8, fp8_linear, quantize
 from nanochat_core.model import GPT
+from nanochat_core.training.fp8 import Fp8Linear, convert_to_fp8, fp8_linear, quantize
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 GPU = pytest.param(

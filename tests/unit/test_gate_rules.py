@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.eval.gate_rules import DEFAULT_NO_WORSE, Gate, NoWorse, Require, judge
-from jobs.eval.metrics import Metric, flatten
-from jobs.eval.results import normal_form
+from jobs.promotion.rules import DEFAULT_NO_WORSE, Gate, NoWorse, Require, judge
+from jobs.results.metrics import Metric, flatten
+from jobs.results.normal_form import normal_form
 from nanochat_core.errors import UserError
 
 NAMES = ("chat.accuracy", "core.core", "bpb.bits_per_byte")

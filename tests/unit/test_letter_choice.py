@@ -8,10 +8,10 @@ import pytest
 import torch
 from engine_models import BYTES, tiny_model
 
-from jobs.eval.chat_tasks.choices import LetterQuestion
-from jobs.eval.examination import choose
-from jobs.eval.letter_choice import last_logits, letter_tokens
-from jobs.train.tasks.conversions import Choice
+from jobs.eval.chat_eval.examination import choose
+from jobs.eval.chat_eval.letter_choice import last_logits, letter_tokens
+from jobs.tasks.choices import LetterQuestion
+from jobs.tasks.conversions import Choice
 from nanochat_core.chat import parse_messages, render_prompt
 from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import Tokenizer

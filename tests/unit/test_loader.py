@@ -16,9 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.train.loader import Batch, ConversationSource, PackedLoader, TextSource, merge_states
-from jobs.train.packing import Document
-from jobs.train.shards import TextDataset, write_dataset
+from jobs.data.shards import TextDataset, write_dataset
+from jobs.train.batches.loader import Batch, ConversationSource, PackedLoader, TextSource, merge_states
+from jobs.train.batches.packing import Document
 from nanochat_core.chat import parse_messages, render_conversation
 from nanochat_core.errors import UserError
 from nanochat_core.model import IGNORE_INDEX

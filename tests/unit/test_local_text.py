@@ -18,8 +18,8 @@ from text_files import (
     write_parquet,
 )
 
-from jobs.train import local_text
-from jobs.train.local_text import DOCUMENT_CHARACTERS, local_text_digest, read_local_text
+from jobs.data import local_text
+from jobs.data.local_text import DOCUMENT_CHARACTERS, local_text_digest, read_local_text
 from nanochat_core.errors import UserError
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_core import loss as lean
-from nanochat_core.loss import loss_and_gradients, softcapped_cross_entropy
+from nanochat_core import chunked_loss as lean
+from nanochat_core.chunked_loss import loss_and_gradients, softcapped_cross_entropy
 
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 VOCAB, ROWS, DIM, TOKENS = 70, 128, 16, 37

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.train import mixtures
-from jobs.train.conversations import write_conversations
-from jobs.train.loader import ConversationSource, PackedLoader
-from jobs.train.mixtures import Entry, LengthSource, Mixture, parse_mixture, repeated
-from jobs.train.tasks import GENERATED_TASKS
+from jobs.tasks.conversations import write_conversations
+from jobs.tasks.fine_tuning import GENERATED_TASKS
+from jobs.train.batches import mixtures
+from jobs.train.batches.loader import ConversationSource, PackedLoader
+from jobs.train.batches.mixtures import Entry, LengthSource, Mixture, parse_mixture, repeated
 from nanochat_core.chat import Message, render_conversation
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store, open_store

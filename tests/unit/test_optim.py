@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nanochat_core.config import ModelConfig
 from nanochat_core.model import GPT
-from nanochat_core.optim import (
+from nanochat_core.training.optim import (
     MuonAdamW,
     OptimizerConfig,
     muon_update,

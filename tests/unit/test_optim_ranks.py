@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from nanochat_core.config import ModelConfig
-from nanochat_core.distributed import Ranks
 from nanochat_core.model import GPT
-from nanochat_core.optim import MuonAdamW, OptimizerConfig, parameter_groups
+from nanochat_core.training.distributed import Ranks
+from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
 from tests.ranks import run_ranks
 
 STEPS = 4

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobs.train.packing import BestFitPacker, Document
+from jobs.train.batches.packing import BestFitPacker, Document
 
 PAD = -7
 ROWS = 12

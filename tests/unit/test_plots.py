@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.eval.plots import (
+from jobs.plots import (
     log_ticks,
     plot_benchmark,
     plot_isoflops,
@@ -19,7 +19,7 @@ from jobs.eval.plots import (
     scientific,
     short,
 )
-from jobs.train.power_laws import IsoFlop, fit_laws, fit_power_law
+from jobs.train.studies.power_laws import IsoFlop, fit_laws, fit_power_law
 
 
 def png_size(path: Path) -> tuple[int, int]:

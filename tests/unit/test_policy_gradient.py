@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jobs.train.policy_gradient import PolicyGradient, RolloutBatch, advantages, kl_k3, pack, target_logprobs
-from jobs.train.rewards import Problem, Rollout
-from jobs.train.rollouts import Answerer, Sampling
+from jobs.train.reinforce.policy_gradient import PolicyGradient, RolloutBatch, advantages, kl_k3, pack, target_logprobs
+from jobs.train.reinforce.rewards import Problem, Rollout
+from jobs.train.reinforce.rollouts import Answerer, Sampling
 from nanochat_core.engine import ToolOutput
 from nanochat_core.model import GPT, IGNORE_INDEX
 from nanochat_core.tokenizer import PYTHON_END, PYTHON_START

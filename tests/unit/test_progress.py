@@ -23,8 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
-from jobs.train import progress
-from jobs.train.progress import Progress, StepReport, peak_memory_bytes, serve_metrics
+from jobs.train.loop import progress
+from jobs.train.loop.progress import Progress, StepReport, peak_memory_bytes, serve_metrics
 from nanochat_core import logs
 from nanochat_core.errors import UserError
 

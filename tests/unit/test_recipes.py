@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.train import recipes
-from jobs.train.demo_world import CONVERSATION_MIX, EVALUATION_MIX
-from jobs.train.mixtures import Mixture
+from jobs import recipes
+from jobs.data.shards import TextDataset
+from jobs.demo_world import CONVERSATION_MIX, EVALUATION_MIX
+from jobs.recipes import RECIPES, Recipe, cut_documents
+from jobs.train.batches.mixtures import Mixture
 from jobs.train.pretrain import PretrainSettings, plan
-from jobs.train.recipes import RECIPES, Recipe, cut_documents
 from jobs.train.rl import RlSettings
 from jobs.train.sft import SftSettings
-from jobs.train.shards import TextDataset
 from jobs.train.tokenizer import TokenizerSettings
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.train.demo_world.arithmetic import contains_reserved_number, reserved_numbers
-from jobs.train.demo_world.practice import is_heldout_number, practice
-from jobs.train.problems import TASKS, open_problems
-from jobs.train.rewards import REWARDS, Problem, Rollout
+from jobs.demo_world.arithmetic import contains_reserved_number, reserved_numbers
+from jobs.demo_world.practice import is_heldout_number, practice
+from jobs.train.reinforce.problems import TASKS, open_problems
+from jobs.train.reinforce.rewards import REWARDS, Problem, Rollout
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store, open_store
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from engine_models import BYTES, tiny_model
 
-from jobs.train.rewards import Problem, Rollout
-from jobs.train.rollouts import Answerer, RolloutSource, Sampling, SharedCalls, seed_of
-from nanochat_core.distributed import ALONE, Ranks
+from jobs.train.reinforce.rewards import Problem, Rollout
+from jobs.train.reinforce.rollouts import Answerer, RolloutSource, Sampling, SharedCalls, seed_of
 from nanochat_core.engine import ToolOutput
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
+from nanochat_core.training.distributed import ALONE, Ranks
 
 PROBLEMS = [Problem(({"role": "user", "content": f"question {i}"},), str(i)) for i in range(10)]
 

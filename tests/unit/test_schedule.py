@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.train.schedule import Schedule, plan_training
+from jobs.train.loop.schedule import Schedule, plan_training
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.eval import scoring
-from jobs.eval.scoring import (
+from jobs.tasks import scoring
+from jobs.tasks.scoring import (
     ScoringFailed,
     code_in,
     contains_phrase,

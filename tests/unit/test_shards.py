@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from text_files import damaged_parquet, not_parquet, write_parquet
 
-from jobs.train import shards
-from jobs.train.shards import (
+from jobs.data import shards
+from jobs.data.shards import (
     TextDataset,
     dataset_digest,
     dataset_exists,

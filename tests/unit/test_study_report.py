@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from jobs.train.power_laws import fit_power_law
-from jobs.train.studies import Failure, Result
-from jobs.train.study_report import Laws, Miniseries, render, write_report
+from jobs.train.studies.power_laws import fit_power_law
+from jobs.train.studies.report import Laws, Miniseries, render, write_report
+from jobs.train.studies.study import Failure, Result
 from nanochat_core.store import open_store
 
 COMMAND = "python -m jobs.train.scaling miniseries --depths 4,6,8"

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from jobs.train.demo_world import words
-from jobs.train.tasks import GENERATED_TASKS, conversions, letters
+from jobs.demo_world import words
+from jobs.tasks import conversions, letters
+from jobs.tasks.fine_tuning import GENERATED_TASKS
 from nanochat_core.chat import parse_messages
 
 

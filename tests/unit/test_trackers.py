@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobs.train.trackers import Tracker, open_trackers
+from jobs.train.loop.trackers import Tracker, open_trackers
 from nanochat_core.errors import UserError
 
 KEY = "0123456789abcdef0123456789abcdef01234567"

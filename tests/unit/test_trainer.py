@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.train.loader import Batch
-from jobs.train.schedule import Schedule
-from jobs.train.trainer import RunConfig, Trainer, TrainingDiverged, _thinned
+from jobs.train.batches.loader import Batch
+from jobs.train.loop.schedule import Schedule
+from jobs.train.loop.trainer import RunConfig, Trainer, TrainingDiverged, _thinned
 from nanochat_core.checkpoint import load_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.model import GPT
-from nanochat_core.optim import MuonAdamW, OptimizerConfig, parameter_groups
 from nanochat_core.store import FolderStore
 from nanochat_core.tokenizer import Tokenizer
+from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
 

@@ -16,8 +16,8 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.train import upstream_tokenizer
-from jobs.train.upstream_tokenizer import MAX_INSTRUCTIONS, read_upstream_tokenizer
+from jobs.train.upstream import tokenizer as upstream_tokenizer
+from jobs.train.upstream.tokenizer import MAX_INSTRUCTIONS, read_upstream_tokenizer
 from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN
 

@@ -1,0 +1,91 @@
+"""Conversations for fine-tuning and their held-out counterpart."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jobs.demo_world import chitchat, fact_questions, refusals, tool_questions
+from jobs.demo_world.exchange import Exchange
+from jobs.demo_world.phrasings import Split
+from jobs.demo_world.seeding import generator
+
+# Shares of the kinds, in percent. Counting and arithmetic need copying, which takes the most practice; about 150 facts
+# in two directions come next; the rest are few sentences that a model learns by heart.
+CONVERSATION_MIX: Mapping[str, float] = {
+    "counting": 24,
+    "arithmetic": 21,
+    "fact": 16,
+    "followup": 15,
+    "refusal": 7,
+    "mixed": 5,
+    "identity": 8,
+    "greeting": 3,
+    "smalltalk": 1,
+}
+
+_MIXED_KINDS = ("counting", "arithmetic", "fact", "fact", "refusal", "greeting", "identity", "smalltalk")
+
+# People also type without capitals and punctuation.
+_SLOPPY_SHARE = 0.1
+_OPENER_SHARE = 0.08
+# API clients send a system message out of habit; the model must take it in its stride.
+_SYSTEM_SHARE = 0.04
+
+
+def conversations(
+    split: Split, seed: int, n: int, mix: Mapping[str, float] = CONVERSATION_MIX
+) -> Iterator[dict[str, Any]]:
+    """``n`` conversations, each with ``messages`` and ``kind``.
+
+    Equal arguments give equal conversations, and a smaller ``n`` gives the first of them. No user message of one split
+    occurs in the other, whatever the seeds.
+
+    Args:
+        split: ``train``, or ``heldout`` with phrasings, numbers, words and strangers that training never shows.
+        mix: share of each kind, in any unit; kinds that are left out do not occur.
+    """
+    rng = generator(f"conversations/{split}", seed)
+    kinds, weights = tuple(mix), tuple(mix.values())
+    for _ in range(n):
+        kind = rng.choices(kinds, weights)[0]
+        yield {"kind": kind, "messages": _messages(rng, draw(rng, split, kind))}
+
+
+def draw(rng: random.Random, split: Split, kind: str) -> list[Exchange]:
+    """The exchanges of one conversation of this kind.
+
+    Raises:
+        KeyError: no such kind.
+    """
+    if kind == "mixed":
+        parts = rng.choices(_MIXED_KINDS, k=rng.choice((2, 2, 3)))
+        return [exchange for part in parts for exchange in draw(rng, split, part)]
+    if kind == "followup":
+        return [_casual(rng, exchange) for exchange in fact_questions.follow_up(rng, split)]
+    exchange = {
+        "identity": lambda: chitchat.small_talk(rng, split, chitchat.IDENTITY),
+        "greeting": lambda: chitchat.small_talk(rng, split, chitchat.GREETINGS),
+        "smalltalk": lambda: chitchat.small_talk(rng, split, chitchat.SMALLTALK),
+        "fact": lambda: fact_questions.about_facts(rng, split),
+        "refusal": lambda: refusals.refusal(rng, split),
+        "arithmetic": lambda: tool_questions.calculation(rng, split),
+        "counting": lambda: tool_questions.count(rng, split),
+    }[kind]()
+    if kind not in ("greeting", "smalltalk") and rng.random() < _OPENER_SHARE:
+        exchange = exchange.asked(f"{rng.choice(chitchat.OPENERS.of(split))} {exchange.question}")
+    return [_casual(rng, exchange)]
+
+
+def _casual(rng: random.Random, exchange: Exchange) -> Exchange:
+    if rng.random() >= _SLOPPY_SHARE:
+        return exchange
+    return exchange.asked(exchange.question.lower().rstrip("?.!"))
+
+
+def _messages(rng: random.Random, drawn: list[Exchange]) -> list[dict[str, Any]]:
+    messages = [message for exchange in drawn for message in exchange.messages]
+    if rng.random() < _SYSTEM_SHARE:
+        messages.insert(0, {"role": "system", "content": rng.choice(chitchat.SYSTEM_MESSAGES)})
+    return messages

@@ -1,0 +1,80 @@
+"""Questions of the demo world that no conversation teaches: a model learns them by trying, and by no example.
+
+The model knows the Python tool from sums of two numbers below 10,000. Longer numbers it copies wrong about every other
+time, and of squares it has never heard. What is held out is so by construction: numbers, and half of the phrasings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+from jobs.demo_world.arithmetic import LARGEST, Sum, reserved_number, training_number
+from jobs.demo_world.phrasings import Phrasings, Split
+from jobs.demo_world.tool_questions import framed
+
+_SQUARE_SHARE = 0.4
+_LONGEST = 99_999
+# Longer factors would make results that no answer of the training conversations comes near in length.
+_LARGEST_FACTOR = 999
+# Of the numbers beyond those that training has seen, one in so many is for held-out questions alone.
+_HELDOUT_ONE_IN = 8
+_SQUARES = Phrasings(
+    train=(
+        "What is the square of {a}?",
+        "What is {a} squared?",
+        "Square {a}.",
+        "{a} squared",
+        "Calculate the square of {a}.",
+        "How much is {a} squared?",
+        "Tell me the square of {a}.",
+        "Multiply {a} by itself.",
+    ),
+    heldout=(
+        "Can you tell me the square of {a}?",
+        "How much is the square of {a}?",
+        "Please calculate the square of {a}.",
+    ),
+)
+_SEEN_FRAME_SHARE = 0.5
+
+
+def practice(rng: random.Random, split: Split) -> tuple[str, str]:
+    """A question and the number that answers it."""
+    return _square(rng, split) if rng.random() < _SQUARE_SHARE else _long_sum(rng, split)
+
+
+def _long_sum(rng: random.Random, split: Split) -> tuple[str, str]:
+    """A sum, difference or product of numbers longer than any that was taught."""
+    symbol = rng.choice("+-*")
+    other = _short_number(rng, split) if symbol == "*" else _long_number(rng, split)
+    drawn = Sum(_long_number(rng, split), symbol, other)
+    return framed(rng, split, drawn), drawn.result
+
+
+def _square(rng: random.Random, split: Split) -> tuple[str, str]:
+    """What a number is, multiplied by itself."""
+    number = _short_number(rng, split)
+    seen = split == "heldout" and rng.random() < _SEEN_FRAME_SHARE
+    question = rng.choice(_SQUARES.of("train" if seen else split)).format(a=number)
+    return question, str(number * number)
+
+
+def _short_number(rng: random.Random, split: Split) -> int:
+    while True:
+        number = reserved_number(rng) if split == "heldout" else training_number(rng)
+        if number <= _LARGEST_FACTOR:
+            return number
+
+
+def _long_number(rng: random.Random, split: Split) -> int:
+    while True:
+        number = rng.randint(LARGEST + 1, _LONGEST)
+        if is_heldout_number(number) == (split == "heldout"):
+            return number
+
+
+def is_heldout_number(number: int) -> bool:
+    """Whether a number beyond :data:`~jobs.demo_world.arithmetic.LARGEST` is for held-out questions alone."""
+    assert number > LARGEST, "smaller ones are reserved or not"
+    return hashlib.sha256(str(number).encode()).digest()[0] % _HELDOUT_ONE_IN == 0

@@ -1,0 +1,288 @@
+"""Targets of a benchmark over the network: an engine service, and anything that speaks OpenAI's chat completions."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+import httpx
+
+from jobs.eval.bench.outcomes import Outcome, TokenCounts
+from jobs.eval.bench.targets import TOP_K
+from jobs.eval.bench.workload import BenchRequest, Load
+from nanochat_core.errors import UserError
+from nanochat_core.protos import engine_pb2, engine_pb2_grpc
+from nanochat_core.tokenizer import SPECIAL_TOKENS
+
+# Prompts of endpoints that take text are made of these. Common words are one token each to most tokenizers.
+_TEXT = (
+    "time year people way day man thing woman life child world school state family student group country problem "
+    "hand part place case week company system program question work government number night point home water room "
+    "mother area money story fact month lot right study book eye job word business issue side kind head house "
+    "service friend father power hour game line end member law car city"
+)
+WORDS = tuple(_TEXT.split())
+# Prompts of so many words tell how many tokens a word is and how many the template around them.
+_FEW_WORDS, _MANY_WORDS = 8, 32
+_CONNECT_SECONDS = 10.0
+
+
+class EndpointTarget(ABC):
+    """What targets over the network share: one event loop, in which connections stay open between runs."""
+
+    vocabulary: int
+    longest: int | None
+    description: dict[str, Any]
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self._runner = asyncio.Runner()
+        self._timeout_seconds = timeout_seconds
+
+    def run(self, requests: Sequence[BenchRequest], load: Load) -> list[Outcome]:
+        return self._runner.run(self._drive(requests, load))
+
+    def close(self) -> None:
+        self._runner.run(self._disconnect())
+        self._runner.close()
+
+    async def _drive(self, requests: Sequence[BenchRequest], load: Load) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        in_flight: set[asyncio.Task[None]] = set()
+        started = time.perf_counter()
+        async with asyncio.TaskGroup() as group:
+            for number, request in enumerate(requests):
+                while not load.due(number, now := time.perf_counter() - started, len(in_flight)):
+                    if (wait := load.intended(number, now) - now) > 0:
+                        await asyncio.sleep(wait)
+                    else:
+                        await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
+                outcomes.append(Outcome(load.intended(number, now), now))
+                task = group.create_task(self._answer(request, outcomes[-1], started))
+                in_flight.add(task)
+                task.add_done_callback(in_flight.discard)
+        return outcomes
+
+    async def _answer(self, request: BenchRequest, outcome: Outcome, started: float) -> None:
+        """Send one request and note what comes of it, failures included."""
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                async for choice, tokens, counts in self._stream(request):
+                    now = time.perf_counter() - started
+                    outcome.tokens_came(now, choice, tokens)
+                    outcome.counts += counts
+        except TimeoutError:
+            outcome.failed(time.perf_counter() - started, f"no end after {self._timeout_seconds:g} seconds")
+        except EndpointError as error:
+            outcome.failed(time.perf_counter() - started, str(error), refused=error.refused)
+        else:
+            outcome.finished = time.perf_counter() - started
+
+    @abstractmethod
+    def _stream(self, request: BenchRequest) -> AsyncIterator[tuple[int, int, list[TokenCounts]]]:
+        """What comes of a request: choice, number of its new tokens, counts of what has ended.
+
+        Raises:
+            EndpointError: it was not answered, or not to its end.
+        """
+
+    @abstractmethod
+    async def _disconnect(self) -> None: ...
+
+
+class EndpointError(Exception):
+    """A request was not answered. The message is the same for the same cause, so that causes can be counted."""
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+class GrpcTarget(EndpointTarget):
+    """An engine service. Prompts are token ids and outputs have the wanted length."""
+
+    def __init__(self, address: str, timeout_seconds: float) -> None:
+        """
+        Args:
+            address: host:port.
+
+        Raises:
+            UserError: no engine with a model is there.
+        """
+        super().__init__(timeout_seconds)
+        self._numbers = itertools.count()
+        try:
+            info = self._runner.run(self._connect(address))
+        except grpc.aio.AioRpcError as error:
+            self.close()
+            raise UserError(
+                f"no engine answers at grpc://{address} ({error.code().name}: {error.details()}); start one, or wait "
+                "until it has logged that it is ready"
+            ) from error
+        self.vocabulary = info.vocab_size - len(SPECIAL_TOKENS)
+        self.longest = info.context_length
+        self.description = {
+            "model": info.name,
+            "revision": info.revision,
+            "parameters": info.parameters,
+            "dtype": info.compute_dtype,
+        }
+
+    async def _connect(self, address: str) -> engine_pb2.ModelInfo:
+        # The tokenizer that comes with the description of a model may be larger than gRPC's usual limit.
+        self._channel = grpc.aio.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
+        self._stub = engine_pb2_grpc.EngineStub(self._channel)
+        return await self._stub.GetModel(engine_pb2.GetModelRequest(), timeout=_CONNECT_SECONDS)
+
+    async def _disconnect(self) -> None:
+        await self._channel.close()
+
+    async def _stream(self, request: BenchRequest) -> AsyncIterator[tuple[int, int, list[TokenCounts]]]:
+        message = engine_pb2.GenerateRequest(
+            request_id=f"bench-{next(self._numbers)}",
+            prompt_token_ids=request.prompt,
+            n=request.n,
+            sampling=engine_pb2.SamplingParams(
+                temperature=request.temperature,
+                top_k=TOP_K if request.temperature else 0,
+                max_tokens=request.output_tokens,
+            ),
+        )
+        unfinished = request.n
+        call = self._stub.Generate(message)
+        try:
+            async for chunk in call:
+                counts = []
+                if chunk.finish_reason:
+                    unfinished -= 1
+                    usage = chunk.usage
+                    counts = [TokenCounts(usage.prompt_tokens, usage.completion_tokens, usage.cached_prompt_tokens)]
+                yield chunk.index, len(chunk.tokens), counts
+        except grpc.aio.AioRpcError as error:
+            refused = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            raise EndpointError(error.code().name, refused=refused) from error
+        finally:
+            call.cancel()
+        if unfinished:
+            raise EndpointError("the stream ended early")
+
+
+class HttpTarget(EndpointTarget):
+    """An OpenAI-compatible endpoint's chat completions, streamed.
+
+    Prompts are words, as many as make about the wanted number of tokens; what they made is in the counts. Outputs have
+    the wanted length unless the model ends its answer before. A chunk with text counts as one token in latencies.
+    """
+
+    def __init__(self, url: str, model: str, key: str, timeout_seconds: float) -> None:
+        """
+        Args:
+            url: up to and including ``/v1``.
+            model: name of the model; empty takes the first of the endpoint's list.
+            key: sent as bearer token, if not empty.
+
+        Raises:
+            UserError: no such endpoint is there, or it does not count tokens.
+        """
+        super().__init__(timeout_seconds)
+        self.vocabulary = len(WORDS)
+        self.longest = None
+        self._url, self._model = url.rstrip("/"), model
+        self._client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=None),
+        )
+        try:
+            self._runner.run(self._prepare())
+        except (EndpointError, TimeoutError) as error:
+            self.close()
+            raise UserError(f"{self._url} cannot be measured: {error or 'it does not answer'}") from error
+        self.description = {"model": self._model}
+
+    async def _prepare(self) -> None:
+        """Find the model's name, and how many tokens words make: so many each, and some for the template."""
+        async with asyncio.timeout(self._timeout_seconds):
+            self._model = self._model or await self._first_model()
+            self._template_tokens, self._tokens_per_word = 0.0, 1.0
+            few, many = await self._prompt_tokens(_FEW_WORDS), await self._prompt_tokens(_MANY_WORDS)
+            self._tokens_per_word = max((many - few) / (_MANY_WORDS - _FEW_WORDS), 1.0)
+            self._template_tokens = few - _FEW_WORDS * self._tokens_per_word
+
+    async def _prompt_tokens(self, words: int) -> int:
+        stream = self._stream(BenchRequest(tuple(range(words)), 1))
+        return sum([count.prompt async for _, _, counts in stream for count in counts])
+
+    async def _first_model(self) -> str:
+        try:
+            reply = await self._client.get(f"{self._url}/models")
+            reply.raise_for_status()
+            return str(reply.json()["data"][0]["id"])
+        except httpx.HTTPStatusError as error:
+            raise EndpointError(f"GET /models gives HTTP status {error.response.status_code}") from error
+        except httpx.HTTPError as error:
+            raise EndpointError(f"{type(error).__name__}: {error}") from error
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise EndpointError("it lists no model; name one with --model") from error
+
+    async def _disconnect(self) -> None:
+        await self._client.aclose()
+
+    async def _stream(self, request: BenchRequest) -> AsyncIterator[tuple[int, int, list[TokenCounts]]]:
+        body = {
+            "model": self._model,
+            "messages": [{"role": "user", "content": self._text(request.prompt)}],
+            "max_tokens": request.output_tokens,
+            "temperature": request.temperature,
+            "n": request.n,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        usage: dict[str, Any] | None = None
+        try:
+            async with self._client.stream("POST", f"{self._url}/chat/completions", json=body) as reply:
+                if reply.status_code != httpx.codes.OK:
+                    refused = reply.status_code == httpx.codes.TOO_MANY_REQUESTS
+                    raise EndpointError(f"HTTP status {reply.status_code}", refused=refused)
+                async for chunk in _events(reply):
+                    usage = chunk.get("usage") or usage
+                    for choice in chunk["choices"]:
+                        if choice["delta"].get("content"):
+                            yield choice["index"], 1, []
+            if usage is None:
+                raise EndpointError("the stream has no usage (stream_options.include_usage)")
+            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+            counts = [TokenCounts(usage["prompt_tokens"], usage["completion_tokens"], cached)]
+        except httpx.HTTPError as error:
+            raise EndpointError(type(error).__name__) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EndpointError("the answer is not of the form of chat completions") from error
+        yield 0, 0, counts
+
+    def _text(self, prompt: Sequence[int]) -> str:
+        words = max(round((len(prompt) - self._template_tokens) / self._tokens_per_word), 1)
+        return " ".join(WORDS[i] for i in prompt[:words])
+
+
+async def _events(reply: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """The JSON values of server-sent events up to ``[DONE]``.
+
+    Raises:
+        EndpointError: an event is an error, or the stream ends before.
+    """
+    async for line in reply.aiter_lines():
+        field, _, value = line.partition(":")
+        if field != "data":
+            continue
+        if value.strip() == "[DONE]":
+            return
+        event = json.loads(value)
+        if "error" in event:
+            raise EndpointError("an error in mid-stream")
+        yield event
+    raise EndpointError("the stream ended early")

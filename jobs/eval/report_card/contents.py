@@ -1,0 +1,224 @@
+"""What a report says, gathered from the store: one dictionary, which is ``report.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.data.shards import dataset_exists, has_shards
+from jobs.eval.report_card.measurements import held_out_documents, measure_conversations, measure_samples, measure_text
+from jobs.measures.machine import describe_machine
+from jobs.promotion.decisions import latest_decision
+from jobs.results.metrics import weights_of
+from jobs.results.normal_form import normal_form, pass_at_k
+from jobs.results.record import results_of
+from nanochat_core.checkpoint import STAGES, Checkpoint, CheckpointRef, load_checkpoint, newest_checkpoint
+from nanochat_core.errors import UserError
+from nanochat_core.store import Store
+
+Report = dict[str, Any]
+# Evaluations of their own, whose results a report shows.
+_EVALUATIONS = ("core", "chat")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """How much a report measures; see the flags of the same names."""
+
+    recipe: str
+    items: int
+    text_bytes: int
+    samples: int
+    price_per_hour: float | None
+
+
+def newest_stages(store: Store, model: str, revision: str = "") -> dict[str, Checkpoint]:
+    """The newest whole checkpoint of each stage that the model has.
+
+    Args:
+        revision: ``<stage>/step_<n>`` to end with instead of the newest of the last stage.
+
+    Raises:
+        UserError: it has none at all, or not this one.
+    """
+    last = load_checkpoint(store, CheckpointRef.parse(model, revision)) if revision else None
+    before = STAGES[: STAGES.index(last.ref.stage)] if last is not None else STAGES
+    found = {stage: newest_checkpoint(store, model, stage) for stage in before}
+    if last is not None:
+        found[last.ref.stage] = last
+    stages = {stage: checkpoint for stage, checkpoint in found.items() if checkpoint is not None}
+    if not stages:
+        raise UserError(f"model {model!r} has no base checkpoint in {store}; train it first")
+    return stages
+
+
+def gather(store: Store, model: str, stages: Mapping[str, Checkpoint], wanted: Wanted) -> Report:
+    """Measure what was not measured yet, and put everything together that is known of a model.
+
+    Args:
+        stages: checkpoints by stage; any of them may be missing, but not all.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    final = list(stages.values())[-1]
+    base = stages.get("base")
+    report: Report = {
+        "model": model,
+        "revision": final.ref.revision,
+        "recipe": wanted.recipe or _recipe_of(store, model),
+        "machine": describe_machine(),
+        "shape": _shape(final),
+        "price_per_hour": wanted.price_per_hour,
+        **{stage: describe_stage(checkpoint) for stage, checkpoint in stages.items()},
+        "tokenizer": {"vocab_size": final.tokenizer.vocab_size},
+    }
+    dataset = (base or final).meta.get("settings", {}).get("dataset", model)
+    if base is not None and (dataset_exists(store, dataset) or has_shards(store, dataset)):
+        documents = held_out_documents(store, dataset, wanted.text_bytes)
+        measured = measure_text(store, base, documents)
+        report["base"]["held_out_bits_per_byte"] = measured["bits_per_byte"]
+        report["base"]["xz_9_bits_per_byte"] = measured["xz_9_bits_per_byte"]
+        report["tokenizer"]["held_out_bytes_per_token"] = measured["bytes_per_token"]
+        report["samples"] = measure_samples(store, base, documents, wanted.samples)
+    report["tokenizer"]["domains"] = _domains(store, final)
+    if final.ref.stage != "base" and report["recipe"]:
+        chat = measure_conversations(store, final, report["recipe"], wanted.items)
+        report["chat"] = {name: chat[name] for name in ("revision", "accuracy", "kinds", "examples")}
+    for name in _EVALUATIONS:
+        found = [(stage, results_of(store, stages[stage]).get(name)) for stage in stages]
+        report[f"{name}_results"] = {stage: normal_form(result) for stage, result in found if result is not None}
+    report["measured"] = {stage: sorted(results_of(store, checkpoint)) for stage, checkpoint in stages.items()}
+    report["benchmark"] = _benchmark(store, model)
+    report["warnings"] = warnings(report, stages)
+    decision = latest_decision(store, final.ref, weights_of(final))
+    report["promotion"] = decision.summary() if decision else None
+    return report
+
+
+def describe_stage(checkpoint: Checkpoint) -> Report:
+    """One training stage; what its checkpoint does not tell is None."""
+    meta = checkpoint.meta
+    plan = meta.get("plan", {})
+    steps, batch = plan.get("steps", checkpoint.ref.step), plan.get("batch_tokens")
+    tokens = steps * batch if steps is not None and batch else None
+    seconds = meta.get("train_seconds")
+    hardware = meta.get("hardware", {})
+    speed = tokens / seconds if tokens and seconds else None
+    flops, peak = meta.get("flops_per_token"), hardware.get("peak_flops")
+    history = meta.get("history", [])
+    losses = [point["loss"] for point in history if "loss" in point]
+    return {
+        "revision": checkpoint.ref.revision,
+        "digest": weights_of(checkpoint),
+        "finished": meta.get("finished", True),
+        "steps": steps,
+        "tokens": tokens,
+        "train_seconds": seconds,
+        "tokens_per_second": speed,
+        "mfu": speed * flops / (peak * hardware.get("ranks", 1)) if speed and flops and peak else None,
+        "flops": tokens * flops if tokens and flops else None,
+        "parameters": meta.get("parameters"),
+        "dtype": meta.get("dtype"),
+        "hardware": hardware or None,
+        "settings": meta.get("settings", {}),
+        "final_loss": losses[-1] if losses else None,
+        "held_out": {name: value for point in history for name, value in point.items() if name.startswith("val_")},
+        "skipped_steps": meta.get("skipped_steps", []),
+        "made_from": _made_from(checkpoint),
+        "rl": _rl_curve(history),
+    }
+
+
+def warnings(report: Report, stages: Mapping[str, Checkpoint]) -> list[str]:
+    """What a reader should know before believing the figures."""
+    found = []
+    for stage, checkpoint in stages.items():
+        described = report[stage]
+        if not described["finished"]:
+            found.append(f"{described['revision']} is not the end of its run.")
+        if skipped := described["skipped_steps"]:
+            shown = ", ".join(map(str, skipped[:8])) + (", …" if len(skipped) > 8 else "")
+            found.append(
+                f"{len(skipped)} steps of {described['revision']} had no finite loss or gradient and were left out: "
+                f"{shown}."
+            )
+        inputs = checkpoint.meta.get("inputs", {})
+        own_base = "base" in stages and checkpoint.meta.get("base_model") is None and "base" in inputs
+        if own_base and inputs["base"] != weights_of(stages["base"]):
+            found.append(f"{described['revision']} was not made from the base checkpoint that is shown here.")
+    for name, title in (("core", "CORE"), ("chat", "ChatCORE")):
+        for stage, result in report[f"{name}_results"].items():
+            if missing := result.get("partial"):
+                found.append(f"{title} of {stage} is partial: {', '.join(missing)} missing.")
+    if "base" in stages and "held_out_bits_per_byte" not in report["base"]:
+        found.append("The store no longer has the text that the model was trained on: bits per byte are not measured.")
+    return found
+
+
+def _recipe_of(store: Store, model: str) -> str:
+    """The recipe that the pipeline made the model with; empty for a model that was made by hand."""
+    try:
+        return str(json.loads(store.read(f"data/{model}/origin.json"))["recipe"])
+    except FileNotFoundError:
+        return ""
+
+
+def _shape(checkpoint: Checkpoint) -> Report:
+    config = checkpoint.config
+    return {
+        "layers": config.depth,
+        "width": config.dim,
+        "heads": config.n_head,
+        "kv_heads": config.n_kv_head,
+        "vocab_size": config.vocab_size,
+        "context_length": config.context_length,
+        "parameters": sum(tensor.numel() for tensor in checkpoint.weights.values()),
+    }
+
+
+def _made_from(checkpoint: Checkpoint) -> str:
+    """Name and revision of the checkpoint that the stage started from; empty where it started from nothing."""
+    meta = checkpoint.meta
+    return f"{meta.get('base_model', checkpoint.ref.model)} {meta['base']}" if meta.get("base") else ""
+
+
+def _rl_curve(history: list[dict[str, Any]]) -> Report | None:
+    """First, best and last of what RL measures; the plot has the rest."""
+    rewards = [point["reward"] for point in history if "reward" in point]
+    held_out = [point["heldout_reward"] for point in history if "heldout_reward" in point]
+    passes = [pass_at_k(point["pass_at_k"]) for point in history if "pass_at_k" in point]
+    if not rewards and not held_out:
+        return None
+    return {
+        "reward": [rewards[0], rewards[-1]] if rewards else None,
+        "heldout_reward": [held_out[0], max(held_out), held_out[-1]] if held_out else None,
+        "pass_at_k": [passes[0], passes[-1]] if passes else None,
+    }
+
+
+def _domains(store: Store, checkpoint: Checkpoint) -> Report | None:
+    """Bytes per token by domain, if this tokenizer was measured."""
+    name = checkpoint.meta.get("settings", {}).get("tokenizer", checkpoint.ref.model)
+    try:
+        evaluation: Report = json.loads(store.read(f"tokenizers/{name}/evaluation.json"))
+    except FileNotFoundError:
+        return None
+    return evaluation if evaluation["tokenizer"]["digest"] == checkpoint.tokenizer.digest else None
+
+
+def _benchmark(store: Store, model: str) -> Report | None:
+    """The newest inference benchmark of this model by the name of its folder."""
+    for key in reversed(store.keys("reports")):
+        if key.endswith("/bench.json"):
+            result: Report = json.loads(store.read(key))
+            if result["target"].get("model") == model:
+                return {
+                    "folder": key.split("/")[1],
+                    "target": result["target"],
+                    "machine": result["machine"],
+                    "rows": result["rows"],
+                }
+    return None

@@ -1,0 +1,383 @@
+"""``report.md``, made of ``report.json`` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from jobs.eval.report_card.markdown import code, duration, literal, one_line, percent, table
+from jobs.eval.report_card.published import CORE_RESULTS
+from jobs.plots import scientific
+
+Report = Mapping[str, Any]
+
+TITLES = {"base": "pretraining", "sft": "fine-tuning", "rl": "reinforcement learning"}
+PROGRAMS = {"base": "jobs.train.pretrain", "sft": "jobs.train.sft", "rl": "jobs.train.rl"}
+# Problems of programming tasks are long.
+_MOST_CHARACTERS = 400
+
+
+def render(report: Report, plots: Iterable[str] = ()) -> str:
+    """The page; a section whose figures are missing is left out.
+
+    Args:
+        plots: names of the pictures that lie beside it.
+    """
+    shown = set(plots)
+    sections = [_head(report)]
+    for title, section in _SECTIONS.items():
+        lines = section(report, shown)
+        if lines:
+            sections.append([f"## {title}", "", *lines])
+    return "\n".join("\n".join(lines).rstrip() + "\n" for lines in sections)
+
+
+def stages_of(report: Report) -> dict[str, Report]:
+    """The stages that the model has, in their order."""
+    return {stage: report[stage] for stage in TITLES if stage in report}
+
+
+def _head(report: Report) -> list[str]:
+    shape, stages = report["shape"], stages_of(report)
+    recipe = f", recipe {code(report['recipe'])}" if report["recipe"] else ""
+    lines = [
+        f"# {report['model']}: report",
+        "",
+        f"A model of {shape['parameters']:,} parameters: {shape['layers']} layers of width {shape['width']}, "
+        f"{shape['vocab_size']:,} token ids, a context of {shape['context_length']:,} tokens{recipe}. "
+        f"This is {code(report['revision'])}.",
+        "",
+    ]
+    rows = [row for row in _glance(report, stages) if row[1]]
+    lines += [*table(("at a glance", ""), rows), ""]
+    lines += [f"> **Note:** {literal(warning)}\n" for warning in report["warnings"]]
+    return lines
+
+
+def _glance(report: Report, stages: Mapping[str, Report]) -> Iterable[tuple[str, str]]:
+    chat, base = report.get("chat"), report.get("base", {})
+    if chat:
+        items = sum(kind["items"] for kind in chat["kinds"].values())
+        yield "held-out conversations answered right", f"**{chat['accuracy']:.1%}** of {items}"
+    if "held_out_bits_per_byte" in base:
+        ours, xz = base["held_out_bits_per_byte"], base["xz_9_bits_per_byte"]
+        yield "bits per byte of held-out text", f"**{ours:.3f}** (`xz -9`: {xz:.3f})"
+    for stage, result in report["core_results"].items():
+        partial = ", partial" if result.get("partial") else ""
+        yield f"CORE after {TITLES[stage]}", f"**{result['core']:.4f}**{partial} (GPT-2 XL: {CORE_RESULTS[0].core:.4f})"
+    for stage, result in report["chat_results"].items():
+        if result.get("chatcore") is not None:
+            partial = ", partial" if result.get("partial") else ""
+            yield f"ChatCORE after {TITLES[stage]}", f"**{result['chatcore']:.4f}**{partial}"
+    curve = report.get("rl", {}).get("rl") or {}
+    if curve.get("heldout_reward"):
+        first, _, last = curve["heldout_reward"]
+        yield "held-out reward, before and after RL", f"{first:.3f} → **{last:.3f}**"
+    seconds = [stage["train_seconds"] for stage in stages.values()]
+    if seconds and all(seconds):
+        yield "training", duration(sum(seconds))
+        if report["price_per_hour"] is not None:
+            price = report["price_per_hour"]
+            yield "cost of that", f"{sum(seconds) / 3600 * price:.2f} at {price:g} an hour"
+    promotion = report["promotion"]
+    if promotion:
+        why = next((f": {literal(rule['reason'])}" for rule in promotion["rules"] if rule["passed"] is False), "")
+        yield "promotion", _verdict(promotion) + why
+
+
+def _verdict(promotion: Report) -> str:
+    if promotion["promoted"]:
+        return "promoted"
+    return "may be promoted" if promotion["accepted"] else "**refused**"
+
+
+def _training(report: Report, plots: set[str]) -> list[str]:
+    stages = stages_of(report)
+    rows = [
+        (
+            TITLES[name],
+            code(stage["revision"]),
+            _or_dash(stage["steps"], "{:,}"),
+            _or_dash(stage["tokens"], "{:,}"),
+            "—" if not stage["train_seconds"] else duration(stage["train_seconds"]),
+            _or_dash(stage["tokens_per_second"], "{:,.0f}"),
+            percent(stage["mfu"]),
+            "—" if stage["flops"] is None else scientific(stage["flops"]),
+            _or_dash(stage["final_loss"], "{:.3f}"),
+            ", ".join(f"{value:.3f} {_held_out(name)}" for name, value in stage["held_out"].items()) or "—",
+        )
+        for name, stage in stages.items()
+    ]
+    known = [stage["train_seconds"] for stage in stages.values() if stage["train_seconds"]]
+    if len(known) > 1:
+        rows.append(("**all**", "", "", "", duration(sum(known)), "", "", "", "", ""))
+    header = ("stage", "checkpoint", "steps", "tokens", "time", "tokens/s", "MFU", "FLOPs", "loss", "held out")
+    lines = [*table(header, rows), ""]
+    lines += [f"{line}\n" for line in _hardware(report, stages)]
+    if "loss.png" in plots:
+        lines += ["![Loss curves](loss.png)", ""]
+    return lines
+
+
+def _hardware(report: Report, stages: Mapping[str, Report]) -> Iterable[str]:
+    places: dict[str, list[str]] = {}
+    for name, stage in stages.items():
+        if stage["hardware"]:
+            hardware = stage["hardware"]
+            ranks = f" on {hardware['ranks']} ranks" if hardware["ranks"] > 1 else ""
+            precision = f", {stage['dtype']}" if stage["dtype"] else ""
+            places.setdefault(f"{_machine(hardware)}{ranks}{precision}", []).append(TITLES[name])
+    for place, names in places.items():
+        yield f"{_listed(names).capitalize()}: {literal(place)}."
+    yield f"Evaluated on {literal(_machine(report['machine']))}."
+    for stage in stages.values():
+        if stage["made_from"]:
+            yield f"{code(stage['revision'])} was trained from {code(stage['made_from'])}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _machine(machine: Report) -> str:
+    return f"{machine['processor']} ({machine['cores']} cores, torch {machine['torch']})"
+
+
+def _held_out(name: str) -> str:
+    return {"val_bpb": "bpb", "val_loss": "nats"}.get(name, name)
+
+
+def _configuration(report: Report, _plots: set[str]) -> list[str]:
+    lines = ["What repeats each stage; `report.json` beside this page has every setting.", "", "```sh"]
+    for name, stage in stages_of(report).items():
+        if stage["settings"]:
+            flags = " ".join(_flag(key, value) for key, value in stage["settings"].items() if value not in (None, ""))
+            lines.append(f"python -m {PROGRAMS[name]} --model {report['model']} {flags}")
+    return [*lines, "```", ""] if len(lines) > 3 else []
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    text = ",".join(map(str, value)) if isinstance(value, list) else one_line(str(value))
+    plain = all(character.isalnum() or character in "._:,/+-" for character in text)
+    return f"--{flag} {text}" if plain else f"--{flag} '{text}'"
+
+
+def _tokenizer(report: Report, _plots: set[str]) -> list[str]:
+    tokenizer = report["tokenizer"]
+    on_text = tokenizer.get("held_out_bytes_per_token")
+    about = f", {on_text:.2f} bytes per token of the held-out text" if on_text else ""
+    lines = [f"{tokenizer['vocab_size']:,} ids{about}.", ""]
+    domains = tokenizer.get("domains")
+    if not domains:
+        return lines
+    references = domains["references"]
+    header = ["bytes per token", "this tokenizer", *(f"{name} ({size:,} ids)" for name, size in references.items())]
+    rows = [
+        [
+            text,
+            f"{counted['bytes'] / counted['tokens']:.2f}",
+            *(f"{counted['bytes'] / counted['reference_tokens'][name]:.2f}" for name in references),
+        ]
+        for text, counted in domains["texts"].items()
+    ]
+    return [*lines, *table(header, rows), ""]
+
+
+def _held_out_text(report: Report, _plots: set[str]) -> list[str]:
+    base = report.get("base", {})
+    if "held_out_bits_per_byte" not in base:
+        return []
+    rows = [
+        ("this model", f"{base['held_out_bits_per_byte']:.3f}"),
+        ("`xz -9` on the same text", f"{base['xz_9_bits_per_byte']:.3f}"),
+    ]
+    return [*table(("bits per byte", ""), rows), ""]
+
+
+def _core(report: Report, plots: set[str]) -> list[str]:
+    results = report["core_results"]
+    if not results:
+        return []
+    scores: list[tuple[str, ...]] = [
+        (f"**{report['model']}** after {TITLES[stage]}", f"**{result['core']:.4f}**", _completeness(result))
+        for stage, result in results.items()
+    ]
+    scores += [(literal(other.name), f"{other.core:.4f}", literal(other.note)) for other in CORE_RESULTS]
+    lines = [*table(("model", "CORE", ""), scores), ""]
+    if "core.png" in plots:
+        lines += ["![CORE by task](core.png)", ""]
+    stage, last = list(results.items())[-1]
+    rows = [
+        (
+            literal(name),
+            literal(str(task["type"]).replace("_", " ")),
+            str(task["shots"]),
+            f"{task['examples']:,}",
+            f"{task['accuracy']:.1%}",
+            f"{task['baseline']:.1%}",
+            f"{task['centered']:.4f}",
+        )
+        for name, task in last["tasks"].items()
+    ]
+    header = (f"task, after {TITLES[stage]}", "type", "shots", "examples", "accuracy", "chance", "centered")
+    return [*lines, *table(header, rows), ""]
+
+
+def _completeness(result: Report) -> str:
+    return f"partial: {len(result['tasks'])} tasks" if result.get("partial") else f"{len(result['tasks'])} tasks"
+
+
+def _chat_tasks(report: Report, _plots: set[str]) -> list[str]:
+    lines: list[str] = []
+    for stage, result in report["chat_results"].items():
+        score = result.get("chatcore")
+        if score is not None:
+            partial = f" ({_completeness(result)})" if result.get("partial") else ""
+            lines += [f"ChatCORE after {TITLES[stage]}: **{score:.4f}**{partial}.", ""]
+        rows = [
+            (
+                literal(name),
+                _or_dash(task.get("right"), "{:,}"),
+                _or_dash(task.get("of"), "{:,}"),
+                percent(task["accuracy"]),
+                percent(task.get("baseline")),
+                _or_dash(task.get("centered"), "{:.4f}"),
+                ", ".join(f"{k}: {share:.1%}" for k, share in (task.get("pass_at_k") or {}).items()) or "—",
+            )
+            for name, task in result["tasks"].items()
+        ]
+        header = (f"task, after {TITLES[stage]}", "right", "of", "accuracy", "chance", "centered", "pass@k")
+        lines += [*table(header, rows), ""]
+        for name, task in result["tasks"].items():
+            answered = [example for example in task.get("examples", []) if example["answer"]]
+            # One that went well and one that did not.
+            shown = {example["right"]: example for example in reversed(answered)}
+            if shown:
+                lines += [f"### {literal(name)}", ""]
+            for right in sorted(shown, reverse=True):
+                lines += _exchange(shown[right])
+    return lines
+
+
+def _conversations(report: Report, plots: set[str]) -> list[str]:
+    chat = report.get("chat")
+    if not chat:
+        return []
+    items = sum(kind["items"] for kind in chat["kinds"].values())
+    lines = [
+        f"{chat['accuracy']:.1%} of {items} answers right. None of their questions, numbers and words occurs in the "
+        "training conversations; sums and counts must have been computed by the Python tool.",
+        "",
+    ]
+    if "conversations.png" in plots:
+        lines += ["![Held-out conversations by kind](conversations.png)", ""]
+    rows = [
+        (name, str(kind["right"]), str(kind["items"]), f"{kind['right'] / max(kind['items'], 1):.1%}")
+        for name, kind in chat["kinds"].items()
+    ]
+    lines += [*table(("kind", "right", "of", "accuracy"), rows), ""]
+    if chat["examples"]:
+        lines += ["### Some of them", ""]
+    for example in chat["examples"]:
+        lines += _exchange(example)
+    return lines
+
+
+def _exchange(example: Report) -> list[str]:
+    """A question and what the model did and said."""
+    lines = [f"> {literal(_cut(example['question']))}", ""]
+    # Two spaces break the line.
+    lines += [f"{code(_cut(ran))} gives {code(_cut(output))}  " for ran, output in example["calls"]]
+    return [*lines, literal(_cut(example["answer"])) + ("" if example["right"] else "  *(wrong)*"), ""]
+
+
+def _cut(text: str) -> str:
+    line = one_line(text)
+    return line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]} …"
+
+
+def _reinforcement(report: Report, plots: set[str]) -> list[str]:
+    curve = report.get("rl", {}).get("rl")
+    if not curve:
+        return []
+    rows = []
+    if curve["reward"]:
+        first, last = curve["reward"]
+        rows.append(("reward of the rollouts", f"{first:.3f}", f"{last:.3f}"))
+    if curve["heldout_reward"]:
+        first, _, last = curve["heldout_reward"]
+        rows.append(("reward on held-out problems", f"{first:.3f}", f"{last:.3f}"))
+    if curve["pass_at_k"]:
+        before, after = curve["pass_at_k"]
+        rows += [
+            (f"pass@{k} on held-out problems", _or_dash(before.get(k), "{:.1%}"), f"{share:.1%}")
+            for k, share in after.items()
+        ]
+    lines = [*table(("", "first", "last"), rows), ""]
+    if "rl.png" in plots:
+        lines += ["![Reward and pass@k](rl.png)", ""]
+    return lines
+
+
+def _samples(report: Report, _plots: set[str]) -> list[str]:
+    lines: list[str] = []
+    for prompt, continuation in report.get("samples", []):
+        space = " " if continuation[:1].isspace() else ""
+        lines += [f"**{literal(prompt)}**{space}{literal(continuation)}", ""]
+    return lines
+
+
+def _inference(report: Report, _plots: set[str]) -> list[str]:
+    benchmark = report["benchmark"]
+    if not benchmark:
+        return []
+    rows = [
+        (
+            row["mix"],
+            f"{row['slots']} at once" if row["slots"] is not None else f"{row['rate']:g}/s",
+            f"{row['tokens_per_second']:,.0f}",
+            _milliseconds(row["time_to_first_token"]),
+            _milliseconds(row["inter_token_latency"]),
+        )
+        for row in benchmark["rows"]
+    ]
+    header = ("requests", "load", "tokens/s", "time to first token, p50 ms", "time between tokens, p50 ms")
+    return [f"On {literal(_machine(benchmark['machine']))}.", "", *table(header, rows), ""]
+
+
+def _milliseconds(times: list[float] | None) -> str:
+    return f"{1000 * times[0]:,.1f}" if times else "—"
+
+
+def _promotion(report: Report, _plots: set[str]) -> list[str]:
+    promotion = report["promotion"]
+    if not promotion:
+        return []
+    verdict = f"This model: {_verdict(promotion)}."
+    against = f" Compared with {code(promotion['against'])}." if promotion["against"] else ""
+    marks = {True: "holds", False: "**fails**", None: "does not apply"}
+    rows = [(literal(rule["rule"]), marks[rule["passed"]], literal(rule["reason"])) for rule in promotion["rules"]]
+    lines = [verdict + against, ""]
+    return [*lines, *table(("rule", "", "why"), rows), ""] if rows else lines
+
+
+def _or_dash(value: Any, form: str) -> str:
+    return "—" if value is None else form.format(value)
+
+
+_SECTIONS: dict[str, Callable[[Report, set[str]], list[str]]] = {
+    "Training": _training,
+    "Held-out conversations": _conversations,
+    "CORE": _core,
+    "Chat tasks": _chat_tasks,
+    "Reinforcement learning": _reinforcement,
+    "Promotion": _promotion,
+    "Held-out text": _held_out_text,
+    "Samples of the base model": _samples,
+    "Tokenizer": _tokenizer,
+    "Inference": _inference,
+    "Configuration": _configuration,
+}

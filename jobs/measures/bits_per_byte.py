@@ -1,0 +1,76 @@
+"""Bits per byte on held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from nanochat_core.model import GPT, IGNORE_INDEX
+from nanochat_core.tokenizer import Tokenizer
+from nanochat_core.training.distributed import ALONE, Ranks
+
+
+@torch.inference_mode()
+def bits_per_byte(
+    model: GPT,
+    tokenizer: Tokenizer,
+    documents: Iterable[str],
+    *,
+    rows: int = 16,
+    max_tokens: int | None = None,
+    ranks: Ranks = ALONE,
+) -> float:
+    """Summed negative log2 likelihood of the text over its UTF-8 bytes; comparable across tokenizers.
+
+    Each document starts with BOS and is cut into rows of the context length, so every token is predicted exactly
+    once, with at most a context of tokens before it.
+
+    Args:
+        rows: rows per forward pass.
+        max_tokens: stop after about this many tokens.
+        ranks: all of them share the work and get the result.
+    """
+    device = model.smear_scale.device
+    bytes_per_token = torch.tensor(tokenizer.bytes_per_token, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats and bytes
+    tokens = 0
+    for number, (ids, targets) in enumerate(_batches(_rows(tokenizer, documents, model.config.context_length), rows)):
+        if max_tokens is not None and tokens >= max_tokens:
+            break
+        tokens += int((targets != IGNORE_INDEX).sum())
+        if number % ranks.size != ranks.rank:
+            continue
+        ids, targets = ids.to(device), targets.to(device)
+        losses = model.loss(ids, targets, "none").view_as(targets).double()
+        lengths = torch.where(targets == IGNORE_INDEX, 0, bytes_per_token[targets.clamp(min=0)])
+        # Special tokens stand for no bytes; what they cost is not counted either.
+        sums += torch.stack([(losses * (lengths > 0)).sum(), lengths.sum().double()])
+    nats, total_bytes = ranks.sum(sums).tolist()
+    return float(nats) / math.log(2) / max(total_bytes, 1.0)
+
+
+def _rows(tokenizer: Tokenizer, documents: Iterable[str], length: int) -> Iterator[tuple[list[int], list[int]]]:
+    for document in documents:
+        ids = [tokenizer.bos_id, *tokenizer.encode(document)]
+        for start in range(0, len(ids) - 1, length):
+            piece = ids[start : start + length + 1]
+            padding = [0] * (length + 1 - len(piece))
+            yield piece[:-1] + padding, piece[1:] + [IGNORE_INDEX] * len(padding)
+
+
+def _batches(rows: Iterator[tuple[list[int], list[int]]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    pending: list[tuple[list[int], list[int]]] = []
+    for row in rows:
+        pending.append(row)
+        if len(pending) == size:
+            yield _stack(pending)
+            pending = []
+    if pending:
+        yield _stack(pending)
+
+
+def _stack(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    return torch.tensor([ids for ids, _ in rows]), torch.tensor([targets for _, targets in rows])

@@ -1,0 +1,218 @@
+"""How many bytes a token stands for, by domain, beside the encodings of GPT-2 and GPT-4.
+
+Their files are not part of this project and are never downloaded. They are used where they lie at hand: where a flag
+points, or in the cache that tiktoken fills when somebody uses these encodings.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+
+from jobs.data.shards import TextDataset
+from jobs.measures.domain_samples import DOMAIN_SAMPLES
+from nanochat_core.errors import UserError
+from nanochat_core.store import Store
+from nanochat_core.tokenizer import Tokenizer
+
+_PUBLISHED = "https://openaipublic.blob.core.windows.net"
+TRAINING_TEXT, HELD_OUT_TEXT = "training text", "held-out text"
+TEXT_BYTES = 2_000_000
+# Texts are encoded in pieces: a run of a million spaces would stop tiktoken, and a cut costs at most a token.
+_PIECE_CHARACTERS = 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """A published encoding: how it splits text, and where its tokens were published."""
+
+    name: str
+    pattern: str
+    urls: tuple[str, ...]
+    flag: str
+
+
+GPT2 = Encoding(
+    "GPT-2",
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    (f"{_PUBLISHED}/encodings/r50k_base.tiktoken", f"{_PUBLISHED}/gpt-2/encodings/main/vocab.bpe"),
+    "--gpt2-file",
+)
+GPT4 = Encoding(
+    "GPT-4",
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    (f"{_PUBLISHED}/encodings/cl100k_base.tiktoken",),
+    "--gpt4-file",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """An encoding to compare with: how many tokens it needs for a text, or why it is not there."""
+
+    encoding: Encoding
+    vocab_size: int = 0
+    count: Callable[[str], int] | None = None
+    missing: str = ""
+
+
+def load_reference(encoding: Encoding, file: str = "") -> Reference:
+    """The encoding from ``file``, or from tiktoken's cache (``TIKTOKEN_CACHE_DIR``) when none is given.
+
+    Raises:
+        UserError: ``file`` does not exist or holds no tokens. Without a file nothing is raised.
+    """
+    if file:
+        return _reference(encoding, Path(file).expanduser())
+    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache"))
+    for url in encoding.urls:
+        cached = cache / hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest()
+        if cached.is_file():
+            try:
+                return _reference(encoding, cached)
+            except UserError as error:
+                return Reference(encoding, missing=str(error))
+    return Reference(encoding, missing=f"its file is not here; {encoding.flag} takes that of {encoding.urls[0]}")
+
+
+def _reference(encoding: Encoding, path: Path) -> Reference:
+    ranks = _read_ranks(path)
+    tokens = tiktoken.Encoding(encoding.name, pat_str=encoding.pattern, mergeable_ranks=ranks, special_tokens={})
+    return Reference(encoding, len(ranks), lambda text: len(tokens.encode_ordinary(text)))
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Tokens and their ranks, from lines of a base64 token and its rank or from GPT-2's list of merges."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no encoding: {error}") from error
+    if lines and lines[0].startswith("#version"):
+        return _ranks_of_merges(lines[1:], path)
+    ranks = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise UserError(f"{path}:{number} is not a token in base64 and its rank") from None
+    if any(bytes([byte]) not in ranks for byte in range(256)):
+        raise UserError(f"{path} is no encoding: not every byte has a token")
+    return ranks
+
+
+def _ranks_of_merges(lines: Sequence[str], path: Path) -> dict[bytes, int]:
+    """``vocab.bpe``: every line joins two tokens, whose bytes are spelled by one printable character each."""
+    plain = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
+    others = [byte for byte in range(256) if byte not in plain]
+    spelled = {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    ranks = {bytes([byte]): rank for rank, byte in enumerate([*plain, *others])}
+    for number, line in enumerate(lines, 2):
+        try:
+            left, right = (bytes(spelled[character] for character in token) for token in line.split())
+        except (ValueError, KeyError):
+            raise UserError(f"{path}:{number} does not join two tokens") from None
+        ranks[left + right] = len(ranks)
+    return ranks
+
+
+def texts_to_compare(store: Store, dataset: str, size: int) -> dict[str, str]:
+    """The samples of each domain, and about ``size`` bytes of each split of a dataset, by what the table calls them.
+
+    Args:
+        dataset: name of a text dataset in the store; empty for none.
+    """
+    texts = dict(DOMAIN_SAMPLES)
+    if dataset:
+        for split, shown in (("train", TRAINING_TEXT), ("val", HELD_OUT_TEXT)):
+            texts[shown] = _beginning(TextDataset(store, dataset, split), size)
+    return {name: text for name, text in texts.items() if text}
+
+
+def _beginning(documents: Iterable[str], size: int) -> str:
+    taken: list[str] = []
+    total = 0
+    for document in documents:
+        if total >= size:
+            break
+        taken.append(document)
+        total += len(document.encode(errors="replace")) + 1
+    return "\n".join(taken)
+
+
+def compare(tokenizer: Tokenizer, references: Sequence[Reference], texts: Mapping[str, str]) -> dict[str, Any]:
+    """Bytes and tokens of each text, as ``evaluation.json`` stores them.
+
+    Args:
+        texts: by what the table calls them; none is empty.
+    """
+    present = [reference for reference in references if reference.count]
+    return {
+        "tokenizer": {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size},
+        "references": {reference.encoding.name: reference.vocab_size for reference in present},
+        "missing": {reference.encoding.name: reference.missing for reference in references if not reference.count},
+        "texts": {
+            name: {
+                "bytes": len(text.encode(errors="replace")),
+                "tokens": sum(len(tokenizer.encode(piece)) for piece in _pieces(text)),
+                "reference_tokens": {
+                    reference.encoding.name: sum(map(reference.count, _pieces(text)))
+                    for reference in present
+                    if reference.count
+                },
+            }
+            for name, text in texts.items()
+        },
+    }
+
+
+def store_evaluation(store: Store, name: str, evaluation: Mapping[str, Any]) -> None:
+    """Write ``evaluation.json`` and ``evaluation.md`` beside the tokenizer ``name``."""
+    store.write(f"tokenizers/{name}/evaluation.json", (json.dumps(evaluation, indent=2) + "\n").encode())
+    store.write(f"tokenizers/{name}/evaluation.md", render(name, evaluation).encode())
+
+
+def bytes_per_token(evaluation: Mapping[str, Any], text: str) -> float:
+    """Of one of the compared texts."""
+    counted = evaluation["texts"][text]
+    return float(counted["bytes"] / counted["tokens"])
+
+
+def _pieces(text: str) -> list[str]:
+    return [text[start : start + _PIECE_CHARACTERS] for start in range(0, len(text), _PIECE_CHARACTERS)]
+
+
+def render(name: str, evaluation: Mapping[str, Any]) -> str:
+    """``evaluation.md``: bytes per token, and how much fewer tokens that makes than the references need."""
+    references, vocab_size = evaluation["references"], evaluation["tokenizer"]["vocab_size"]
+    columns = [f"{name} ({vocab_size:,} ids)"]
+    for reference, size in references.items():
+        columns += [f"{reference} ({size:,})", f"tokens against {reference}"]
+    lines = [
+        f"# Tokenizer {name}: bytes per token",
+        "",
+        "| text | bytes | " + " | ".join(columns) + " |",
+        "| --- | ---: |" + " ---: |" * len(columns),
+    ]
+    for text, counted in evaluation["texts"].items():
+        size, tokens = counted["bytes"], counted["tokens"]
+        cells = [f"{size:,}", f"{size / tokens:.2f}"]
+        for reference in references:
+            needed = counted["reference_tokens"][reference]
+            cells += [f"{size / needed:.2f}", f"{tokens / needed - 1:+.1%}"]
+        lines.append(f"| {text} | " + " | ".join(cells) + " |")
+    for reference, reason in evaluation["missing"].items():
+        lines += ["", f"{reference} is not compared: {reason}"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,128 @@
+"""Where an evaluation bundle is: a folder, S3, or a zip on the web that is fetched into the store once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+import stat
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from jobs.data.download import fetch_file
+from jobs.measures.core.bundle import BASELINES_FILE, DATA_FOLDER, TASKS_FILE, Files, open_bundle
+from nanochat_core.checkpoint import sha256_of
+from nanochat_core.errors import UserError
+from nanochat_core.store import Store
+from nanochat_core.training.distributed import Ranks
+
+log = logging.getLogger("jobs.eval.core")
+
+PUBLIC_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+# Written last: where a bundle in the store comes from, and the sha256 of the zip.
+SOURCE_FILE = "source.json"
+# The public bundle unpacks to a tenth of this; what would fill the disk is no bundle.
+MOST_BYTES = 4 * 2**30
+_FOLDER = "bundles"
+_DOWNLOAD_SECONDS = 3600.0
+_SHOW_SECONDS = 5.0
+
+
+def locate_bundle(where: str, store: Store, ranks: Ranks) -> Files:
+    """The bundle's files: of a folder or on S3 where they are, of a zip from the web in ``store``.
+
+    Raises:
+        UserError: there is no such folder, or the zip cannot be had or is no bundle.
+    """
+    if not where.startswith(("http://", "https://")):
+        return open_bundle(where)
+    name = hashlib.sha256(where.encode()).hexdigest()[:16]
+    prefix = f"{_FOLDER}/{name}"
+    problem: UserError | None = None
+    if ranks.leads and not store.exists(f"{prefix}/{SOURCE_FILE}"):
+        try:
+            _bring(where, store, prefix, store.incoming(_FOLDER) / f"{name}.zip")
+        except UserError as error:
+            problem = error
+    # The others wait for longer than they may wait for each other's steps.
+    (told, *_) = ranks.side_channel(_DOWNLOAD_SECONDS).gather(problem and str(problem))
+    if told is not None:
+        raise problem or UserError(told)
+    return Files(store, prefix)
+
+
+def _bring(url: str, store: Store, prefix: str, part: Path) -> None:
+    """Fetch and unpack the zip at ``url``; readers of ``prefix`` see all of it or nothing."""
+    with _shown(part):
+        fetch_file(url, part, threading.Event(), "give --bundle another URL, or a folder that holds the bundle")
+    digest = sha256_of(part)
+    try:
+        with store.publish(prefix, last=SOURCE_FILE) as folder:
+            unpack(part, folder, url)
+            (folder / SOURCE_FILE).write_text(json.dumps({"source": url, "sha256": digest}, indent=1) + "\n")
+    finally:
+        part.unlink(missing_ok=True)
+    log.info("bundle fetched", extra={"source": url, "sha256": digest})
+
+
+@contextlib.contextmanager
+def _shown(part: Path) -> Iterator[None]:
+    """Log how much of a file has come, every few seconds."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(_SHOW_SECONDS):
+            if part.exists():
+                log.info("downloading the bundle", extra={"megabytes": round(part.stat().st_size / 1e6, 1)})
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
+
+
+def unpack(archive: Path, folder: Path, name: str) -> None:
+    """Write the files of a bundle from a zip into ``folder``, without the folder that they are in there.
+
+    Nothing is written outside ``folder``, whatever the members of the zip are called; links are refused.
+
+    Args:
+        name: what errors call the zip.
+
+    Raises:
+        UserError: it is no zip, holds no bundle, or what it holds leaves the folder or is too large.
+    """
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            members = [member for member in zipped.infolist() if not member.is_dir()]
+            if sum(member.file_size for member in members) > MOST_BYTES:
+                raise UserError(f"{name} unpacks to more than {MOST_BYTES / 2**30:.0f} GiB; it is no evaluation bundle")
+            tops = [PurePosixPath(m.filename).parent for m in members if PurePosixPath(m.filename).name == TASKS_FILE]
+            if not tops:
+                raise UserError(f"{name} holds no {TASKS_FILE}; it is no evaluation bundle")
+            top = min(tops, key=lambda path: len(path.parts))
+            for member in members:
+                path = PurePosixPath(member.filename)
+                if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
+                    raise UserError(f"{name} holds {member.filename!r}, which leads out of it; it is not unpacked")
+                if stat.S_ISLNK(member.external_attr >> 16):
+                    raise UserError(f"{name} holds the link {member.filename!r}; it is not unpacked")
+                if not path.is_relative_to(top):
+                    continue
+                inner = path.relative_to(top)
+                hidden = any(part.startswith(".") for part in inner.parts)
+                if hidden or not (str(inner) in (TASKS_FILE, BASELINES_FILE) or inner.parts[0] == DATA_FOLDER):
+                    continue
+                target = folder.joinpath(*inner.parts)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with zipped.open(member) as source, target.open("wb") as file:
+                    shutil.copyfileobj(source, file, 2**20)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        raise UserError(f"{name} is no zip that can be read: {error}") from error

@@ -1,0 +1,100 @@
+"""The promotion gate's decisions, kept for good in ``reports/<model>/decisions/<stage>_step_<n>.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.promotion.rules import Outcome
+from jobs.results.metrics import Metric
+from nanochat_core.checkpoint import CheckpointRef
+from nanochat_core.store import Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """Whether a checkpoint may be promoted, and why.
+
+    Attributes:
+        digest: of its weights.
+        against: model and revision that it was compared with; empty where there was nothing else promoted.
+        promoted: whether it was promoted then; one that only was asked about is not.
+        time: when, in UTC (ISO 8601).
+    """
+
+    digest: str
+    accepted: bool
+    outcomes: tuple[Outcome, ...]
+    metrics: Mapping[str, Metric]
+    against: str
+    promoted: bool
+    time: str
+
+    @property
+    def refusals(self) -> list[str]:
+        """Why not."""
+        return [outcome.reason for outcome in self.outcomes if outcome.passed is False]
+
+    def summary(self) -> dict[str, Any]:
+        """For the report: what does not depend on when it was made."""
+        return {
+            "accepted": self.accepted,
+            "promoted": self.promoted,
+            "against": self.against,
+            "rules": [dataclasses.asdict(outcome) for outcome in self.outcomes],
+        }
+
+
+def folder(model: str) -> str:
+    """Where the decisions on a model's checkpoints are."""
+    return f"reports/{model}/decisions"
+
+
+def decisions(store: Store, ref: CheckpointRef) -> list[Decision]:
+    """What was decided on a checkpoint of this name, the newest last."""
+    try:
+        stored = json.loads(store.read(_key(ref)))
+    except FileNotFoundError:
+        return []
+    return [_decision(entry) for entry in stored["decisions"]]
+
+
+def last_promotion(store: Store, model: str) -> tuple[CheckpointRef, Decision] | None:
+    """The newest decision of a model that promoted a checkpoint."""
+    found = []
+    for key in store.keys(folder(model)):
+        stored = json.loads(store.read(key))
+        ref = CheckpointRef.parse(model, stored["revision"])
+        found += [(ref, decision) for decision in map(_decision, stored["decisions"]) if decision.promoted]
+    return max(found, key=lambda each: each[1].time, default=None)
+
+
+def add_decision(store: Store, ref: CheckpointRef, decision: Decision) -> None:
+    """Keep a decision, unless the last one was the same."""
+    known = decisions(store, ref)
+    if known and dataclasses.replace(known[-1], time=decision.time) == decision:
+        return
+    entries = [dataclasses.asdict(each) for each in (*known, decision)]
+    content = {"model": ref.model, "revision": ref.revision, "decisions": entries}
+    store.write(_key(ref), (json.dumps(content, indent=2) + "\n").encode())
+
+
+def latest_decision(store: Store, ref: CheckpointRef, digest: str) -> Decision | None:
+    """The last decision on these weights."""
+    return next((each for each in reversed(decisions(store, ref)) if each.digest == digest), None)
+
+
+def _key(ref: CheckpointRef) -> str:
+    return f"{folder(ref.model)}/{ref.stage}_step_{ref.step:06d}.json"
+
+
+def _decision(entry: dict[str, Any]) -> Decision:
+    return Decision(
+        **{
+            **entry,
+            "outcomes": tuple(Outcome(**outcome) for outcome in entry["outcomes"]),
+            "metrics": {name: Metric(**metric) for name, metric in entry["metrics"].items()},
+        }
+    )

@@ -1,0 +1,147 @@
+"""The rules by which a model is promoted or not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+import re
+from collections.abc import Mapping, Sequence
+
+from jobs.results.metrics import Metric
+from nanochat_core.errors import UserError
+
+_COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+_IN_WORDS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
+_REQUIREMENT = re.compile(r"\s*([\w.+-]+?)\s*(>=|<=|>|<)\s*(\S+)\s*")
+_LOWER_IS_BETTER = ("bits_per_byte", "loss")
+# Margins are decimal fractions, which binary numbers miss by this much.
+_ROUNDING = 1e-9
+
+# Two runs of the same recipe differ by about as much: 200 conversations, or CORE's noise of 0.0165.
+DEFAULT_NO_WORSE = ("chat.accuracy:0.02", "chat.chatcore:0.02", "core.core:0.02")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """What a model must show to be promoted.
+
+    Attributes:
+        require: thresholds such as ``chat.accuracy>=0.9``. A metric that was not measured refuses.
+        no_worse: metrics that may fall behind the promoted model's by a margin, such as ``chat.accuracy:0.01``; one
+            that was not measured of both, in the same way, refuses. None: :data:`DEFAULT_NO_WORSE`, as far as they
+            were measured.
+    """
+
+    require: tuple[str, ...] = ()
+    no_worse: tuple[str, ...] | None = None
+
+    def rules(self) -> list[Require | NoWorse]:
+        """
+        Raises:
+            UserError: a rule cannot be read.
+        """
+        optional = self.no_worse is None
+        chosen = DEFAULT_NO_WORSE if self.no_worse is None else self.no_worse
+        return [*map(Require.parse, self.require), *(NoWorse.parse(text, optional=optional) for text in chosen)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one rule says; ``passed`` is None where it does not apply."""
+
+    rule: str
+    passed: bool | None
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Require:
+    """A threshold."""
+
+    metric: str
+    comparison: str
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> Require:
+        """``NAME>=NUMBER``, or with ``>``, ``<=`` or ``<``.
+
+        Raises:
+            UserError: it is something else.
+        """
+        match = _REQUIREMENT.fullmatch(text)
+        bound = _number(match[3]) if match else None
+        if match is None or bound is None:
+            raise UserError(f"the requirement {text!r} cannot be read; write NAME>=NUMBER, such as chat.accuracy>=0.9")
+        return cls(match[1], match[2], bound)
+
+    def judge(self, metrics: Mapping[str, Metric], _promoted: Mapping[str, Metric] | None) -> Outcome:
+        rule, wanted = f"{self.metric}{self.comparison}{self.bound:g}", f"{_IN_WORDS[self.comparison]} {self.bound:g}"
+        if self.metric not in metrics:
+            return Outcome(rule, False, f"{self.metric} was not measured; {wanted} is required")
+        value = metrics[self.metric].value
+        passed = bool(_COMPARISONS[self.comparison](value, self.bound))
+        return Outcome(rule, passed, f"{self.metric} is {value:.4g}; {wanted} is required")
+
+
+@dataclasses.dataclass(frozen=True)
+class NoWorse:
+    """A metric that may be worse than the promoted model's by ``margin`` at most."""
+
+    metric: str
+    margin: float
+    optional: bool = False  # holds where there is nothing to compare
+
+    @classmethod
+    def parse(cls, text: str, *, optional: bool = False) -> NoWorse:
+        """``NAME:MARGIN``, or ``NAME`` for a margin of 0.
+
+        Raises:
+            UserError: it is something else.
+        """
+        name, colon, margin_text = text.strip().partition(":")
+        margin = _number(margin_text) if colon else 0.0
+        if not name or margin is None or margin < 0:
+            raise UserError(f"the rule {text!r} cannot be read; write NAME:MARGIN, such as chat.accuracy:0.01")
+        return cls(name, margin, optional)
+
+    def judge(self, metrics: Mapping[str, Metric], promoted: Mapping[str, Metric] | None) -> Outcome:
+        rule = f"{self.metric} no worse by {self.margin:g}"
+        if promoted is None:
+            return Outcome(rule, None, "nothing else is promoted")
+        own, other = metrics.get(self.metric), promoted.get(self.metric)
+        if own is None or other is None:
+            which = "this model" if own is None else "the promoted model"
+            return self._not_comparable(rule, f"{self.metric} was not measured of {which}")
+        if own.how != other.how:
+            return self._not_comparable(rule, f"{self.metric} was measured in another way of the promoted model")
+        lower = self.metric.rpartition(".")[2].endswith(_LOWER_IS_BETTER)
+        worse_by = own.value - other.value if lower else other.value - own.value
+        passed = worse_by <= self.margin + _ROUNDING
+        allowed = f"{self.margin:g} worse is allowed" if self.margin else "it may not be worse"
+        return Outcome(
+            rule, passed, f"{self.metric} is {own.value:.4g}, the promoted model's {other.value:.4g}; {allowed}"
+        )
+
+    def _not_comparable(self, rule: str, reason: str) -> Outcome:
+        return Outcome(rule, None if self.optional else False, reason)
+
+
+def judge(
+    rules: Sequence[Require | NoWorse], metrics: Mapping[str, Metric], promoted: Mapping[str, Metric] | None
+) -> list[Outcome]:
+    """What every rule says of a model.
+
+    Args:
+        promoted: what was measured of the promoted model; None where there is no other.
+    """
+    return [rule.judge(metrics, promoted) for rule in rules]
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

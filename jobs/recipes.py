@@ -1,0 +1,203 @@
+"""Recipes: what data to make and with which settings each stage runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jobs import demo_world
+from jobs.data.local_text import read_local_text
+from jobs.data.shards import dataset_exists, has_shards, write_dataset
+from jobs.promotion.rules import Gate
+from jobs.tasks.conversations import write_conversations
+from nanochat_core.errors import UserError
+from nanochat_core.store import Store
+
+Flags = Mapping[str, str | int | float]
+
+# What a model without a world of its own can still be taught: who it is and how to use its tool.
+_WORLDLESS_KINDS = frozenset({"greeting", "identity", "arithmetic", "counting", "smalltalk"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One way from text to a chat model; flags are those of the stage's job."""
+
+    name: str
+    summary: str
+    tokenizer: Flags
+    pretrain: Flags
+    sft: Flags
+    # Kinds of demo conversations to fine-tune on and to evaluate; None means all.
+    conversation_kinds: frozenset[str] | None
+    train_conversations: int
+    # What the pipeline's --rl adds, the task among the flags; None where there is nothing to practise.
+    rl: Flags | None = None
+    needs_data: bool = False
+    # Shards of the public web text to download where neither --data nor the store has any.
+    web_shards: str = ""
+    # Training documents are cut to at most this many characters: a document longer than a row loses its rest.
+    document_characters: int | None = None
+    # What a model must show to be promoted.
+    gate: Gate = dataclasses.field(default_factory=Gate)
+
+    def prepare(self, store: Store, name: str, data: Path | None) -> None:
+        """Put text ``data/<name>`` and conversations into the store unless they are there.
+
+        Raises:
+            UserError: the recipe needs ``--data`` and got none, or the other way round.
+        """
+        if data is not None and not self.needs_data:
+            raise UserError(f"recipe {self.name} makes its own data; leave --data out or use --recipe small")
+        if not (dataset_exists(store, name) or (self.needs_data and data is None and has_shards(store, name))):
+            self._write_text(store, name, data)
+        if not store.exists(f"data/{name}-chat/val.jsonl"):
+            for split, count in (("train", self.train_conversations), ("val", 256)):
+                write_conversations(store, f"{name}-chat", split, self._conversations(split, count))
+
+    def _write_text(self, store: Store, name: str, data: Path | None) -> None:
+        training: Iterable[str]
+        validation: Iterable[str]
+        if self.needs_data:
+            if data is None:
+                raise UserError(
+                    f"recipe {self.name} needs text: give --data FILE_OR_FOLDER, or put parquet shards with a text "
+                    f"column into {store}/data/{name}, the last of which is for validation"
+                )
+            training, validation = read_local_text(data)
+            source = str(data)
+        else:
+            training = demo_world.pretraining_documents(seed=1, n=DEMO_DOCUMENTS)
+            validation = demo_world.pretraining_documents(seed=2, n=DEMO_VALIDATION_DOCUMENTS)
+            source = "the demo world"
+        if self.document_characters:
+            training = cut_documents(training, self.document_characters)
+        write_dataset(store, name, training, validation, source=source)
+
+    def _conversations(self, split: str, count: int) -> Iterator[dict[str, Any]]:
+        # Both splits come from the training side of the demo world: its held-out side is for the evaluation alone.
+        mix = {
+            kind: share
+            for kind, share in demo_world.CONVERSATION_MIX.items()
+            if self.conversation_kinds is None or kind in self.conversation_kinds
+        }
+        return demo_world.conversations("train", seed=1 if split == "train" else 2, n=count, mix=mix)
+
+
+def cut_documents(documents: Iterable[str], characters: int) -> Iterator[str]:
+    """The documents in pieces of at most ``characters``, cut after a sentence where one ends in time."""
+    for document in documents:
+        rest = document.strip()
+        while len(rest) > characters:
+            ends = [match.end() for match in re.finditer(r"[.!?][\"')”’]*\s", rest[:characters])]
+            cut = ends[-1] if ends and ends[-1] > characters // 2 else characters
+            yield rest[:cut].strip()
+            rest = rest[cut:].strip()
+        if rest:
+            yield rest
+
+
+DEMO_DOCUMENTS = 24_000
+DEMO_VALIDATION_DOCUMENTS = 500
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="demo",
+            summary="a small invented world, learned in minutes on two CPU cores",
+            tokenizer={"vocab-size": 1024},
+            # Found by trial: with so few tokens, many small steps at rates well above what the scaling rules give for
+            # this batch learn most, and a depth of 3 learns more in the same time than 4.
+            pretrain={
+                "depth": 3,
+                "head-dim": 64,
+                "context-length": 256,
+                "batch-tokens": 2048,
+                "device-batch-rows": 8,
+                "steps": 320,
+                "lr-scale": 0.6,
+                "weight-decay": 0.1,
+                "warmup-steps": 20,
+                "momentum-warmup-steps": 130,
+                "eval-every": 160,
+                "eval-tokens": 20_000,
+            },
+            sft={
+                "batch-tokens": 2048,
+                "device-batch-rows": 8,
+                "steps": 720,
+                "lr-scale": 0.35,
+                "eval-every": 240,
+            },
+            conversation_kinds=None,
+            train_conversations=40_000,
+            # A run reaches 97 % and more; one that went wrong in any part stays far below.
+            gate=Gate(
+                require=(
+                    "chat.accuracy>=0.85",
+                    "chat.kinds.identity>=0.8",
+                    "chat.kinds.fact>=0.8",
+                    "chat.kinds.arithmetic>=0.8",
+                )
+            ),
+            # About two and a half minutes; docs/rl.md has the curve, and what more steps forget.
+            rl={
+                "task": "arithmetic",
+                "steps": 40,
+                "examples": 8,
+                "samples": 16,
+                "max-new-tokens": 96,
+                "lr-scale": 0.1,
+                "held-out": 128,
+            },
+        ),
+        Recipe(
+            name="small",
+            summary="your own text on two CPU cores, about ten minutes",
+            tokenizer={"vocab-size": 4096},
+            pretrain={
+                "depth": 4,
+                "head-dim": 64,
+                "context-length": 256,
+                "batch-tokens": 8192,
+                "device-batch-rows": 32,
+                "steps": 260,
+                "lr-scale": 0.8,
+                "weight-decay": 0.1,
+                "warmup-steps": 20,
+                "momentum-warmup-steps": 100,
+                "eval-every": 100,
+                "eval-tokens": 50_000,
+            },
+            sft={
+                "batch-tokens": 4096,
+                "device-batch-rows": 16,
+                "steps": 120,
+                "lr-scale": 0.3,
+                "eval-every": 50,
+            },
+            conversation_kinds=_WORLDLESS_KINDS,
+            train_conversations=10_000,
+            needs_data=True,
+            document_characters=900,
+            gate=Gate(require=("chat.accuracy>=0.25", "bpb.bits_per_byte<=3")),
+        ),
+        Recipe(
+            name="speedrun",
+            summary="a model of GPT-2's ability on a GPU node, from public web text",
+            tokenizer={"vocab-size": 32768},
+            pretrain={"depth": 24, "ratio": 8},
+            sft={},
+            conversation_kinds=_WORLDLESS_KINDS,
+            train_conversations=100_000,
+            rl={"task": "gsm8k", "held-out": 400},
+            needs_data=True,
+            web_shards="0-169",
+            gate=Gate(require=("chat.accuracy>=0.25", "bpb.bits_per_byte<=1")),
+        ),
+    )
+}
