@@ -11,7 +11,7 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-pytest.register_assert_rewrite("tests.store_contract")
+pytest.register_assert_rewrite("tests.support.store_contract")
 
 # Without a GPU, Triton's kernels are interpreted. It decides when it is first imported, by whatever test that is.
 if not Path("/dev/nvidiactl").exists():

@@ -16,9 +16,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 
-from tiny_training import PRETRAIN, SFT, Jobs, Result, fill
+from tests.support.tiny_training import PRETRAIN, SFT, Jobs, Result, fill
 
 
 def killed_run(jobs: Jobs, module: str, flags: dict[str, object], kills: int, rng: random.Random) -> list[str]:

@@ -35,9 +35,9 @@ from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.protos import engine_pb2_grpc
 from nanochat_core.store import open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
-from tests.processes import descendants
-from tests.service_process import EngineProcess, ServiceProcess
-from tests.unit.engine_models import BYTES, CALLING, script_tokens, tiny_model
+from tests.support.engine_models import BYTES, CALLING, script_tokens, tiny_model
+from tests.support.processes import descendants
+from tests.support.service_process import EngineProcess, ServiceProcess
 
 CONTEXT = 512
 # Small enough for a full queue and for preemptions.

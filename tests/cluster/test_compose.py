@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import QUESTION, ROOT, assert_answer_came_through_the_tool, run
+
+from tests.support.commands import QUESTION, ROOT, assert_answer_came_through_the_tool, run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 

@@ -22,8 +22,9 @@ from typing import Any
 import boto3
 import pytest
 import yaml
-from commands import ROOT, run
 from test_kubernetes import RESTRICTED, get, succeed
+
+from tests.support.commands import ROOT, run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import ANSWER, QUESTION, ROOT, assert_answer_came_through_the_tool, run
+
+from tests.support.commands import ANSWER, QUESTION, ROOT, assert_answer_came_through_the_tool, run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2100)]
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import openai
 import pytest
 from playwright.sync_api import Browser, sync_playwright
-from stack import ROOT, Stack
+
+from tests.support.stack import ROOT, Stack
 
 CHROMIUM_FLAGS = [
     "--no-sandbox",

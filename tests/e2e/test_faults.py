@@ -13,7 +13,8 @@ import httpx
 import openai
 import pytest
 from playwright.sync_api import Browser, expect
-from stack import Stack
+
+from tests.support.stack import Stack
 
 SUM = [{"role": "user", "content": "What is 1234 * 5678?"}]
 

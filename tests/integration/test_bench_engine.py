@@ -15,7 +15,6 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from scripted_engine import failing, hanging, running_engine, running_gateway, saying, until_ready
 
 from jobs.eval.bench.roofline import Limits
 from jobs.eval.bench_engine import BenchEngineSettings, run
@@ -23,8 +22,9 @@ from nanochat_core.checkpoint import CheckpointRef, promote
 from nanochat_core.errors import UserError
 from nanochat_core.store import open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
-from tests.service_process import EngineProcess
-from tests.unit.engine_models import BYTES, tiny_model
+from tests.support.engine_models import BYTES, tiny_model
+from tests.support.scripted_engine import failing, hanging, running_engine, running_gateway, saying, until_ready
+from tests.support.service_process import EngineProcess
 
 SMALL: dict[str, Any] = {
     "batch_sizes": ("2", "4"),

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from jobs.demo_world import pretraining_documents
 from jobs.eval import chat
@@ -28,6 +27,7 @@ from nanochat_core.model import GPT
 from nanochat_core.store import open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 from nanochat_core.training.distributed import Ranks
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 REF = CheckpointRef("untrained", "sft", 7)

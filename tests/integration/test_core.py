@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import PRETRAIN, Jobs, fill
 
 from jobs.measures.core.bundle import CORE_TASKS, open_bundle, read_bundle
 from jobs.measures.core.run import GPT2_XL, CoreResult, TaskResult, evaluate_core
@@ -24,7 +23,8 @@ from nanochat_core.config import ModelConfig
 from nanochat_core.model import GPT
 from nanochat_core.store import open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
-from tests.core_bundles import random_tasks, write_bundle
+from tests.support.core_bundles import random_tasks, write_bundle
+from tests.support.tiny_training import PRETRAIN, Jobs, fill
 
 MODULE, NAME, REF = "jobs.eval.core", "random", CheckpointRef("random", "base", 3)
 TASKS = random_tasks(15, items=30)

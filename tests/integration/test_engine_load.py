@@ -19,8 +19,8 @@ from nanochat_core.protos import engine_pb2_grpc
 from nanochat_core.store import open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 from tests.benchmarks.soak_engine import soak
-from tests.service_process import EngineProcess, ServiceProcess
-from tests.unit.engine_models import BYTES, scripted_model, tiny_model
+from tests.support.engine_models import BYTES, scripted_model, tiny_model
+from tests.support.service_process import EngineProcess, ServiceProcess
 
 CONTEXT = 1024
 FIRST, SECOND = CheckpointRef("tiny", "sft", 1), CheckpointRef("tiny", "sft", 2)

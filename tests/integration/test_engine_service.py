@@ -37,8 +37,8 @@ from services.engine.metrics import Metrics
 from services.engine.model_host import ModelHost
 from services.engine.server import EXIT_DEVICE_LOOP_DIED, serve
 from services.engine.settings import EngineSettings
-from tests.service_process import REPOSITORY, EngineProcess, ServiceProcess
-from tests.unit.engine_models import BYTES, SPECIAL, script_tokens, scripted_model, tiny_model
+from tests.support.engine_models import BYTES, SPECIAL, script_tokens, scripted_model, tiny_model
+from tests.support.service_process import REPOSITORY, EngineProcess, ServiceProcess
 
 CONTEXT = 1024
 FIRST, SECOND = CheckpointRef("tiny", "sft", 1), CheckpointRef("tiny", "sft", 2)
@@ -531,7 +531,7 @@ def test_a_step_that_outlasts_the_end_is_left_to_itself(tmp_path: Path) -> None:
     save_checkpoint(store, FIRST, model=tiny_model(6, 64, 8192), tokenizer=BYTES, meta={})
     promote(store, FIRST)
     flags = ("--threads", "1", "--drain-seconds", "0.1", "--token-budget", "8192", "--model", "tiny")
-    service = ServiceProcess("tests.impatient_engine", "--home", str(tmp_path), *flags)
+    service = ServiceProcess("tests.support.impatient_engine", "--home", str(tmp_path), *flags)
     stub = engine_pb2_grpc.EngineStub(service.channel)
     call = stub.Generate(pb.GenerateRequest(prompt_token_ids=[1] * 8000))
     while stub.GetLoad(pb.GetLoadRequest()).running == 0:

@@ -20,8 +20,8 @@ from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.store import Store, open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
-from tests.service_process import EngineProcess
-from tests.unit.engine_models import BYTES, tiny_model
+from tests.support.engine_models import BYTES, tiny_model
+from tests.support.service_process import EngineProcess
 
 FIRST, SECOND = CheckpointRef("tiny", "sft", 1), CheckpointRef("tiny", "sft", 2)
 GATE = Gate(require=("chat.accuracy>=0.8",))

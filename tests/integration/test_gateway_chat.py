@@ -11,7 +11,9 @@ import grpc
 import openai
 import pytest
 import pytest_asyncio
-from scripted_engine import (
+
+from nanochat_core.protos import engine_pb2 as pb
+from tests.support.scripted_engine import (
     SPECIAL,
     TOKENIZER,
     ScriptedEngine,
@@ -26,8 +28,6 @@ from scripted_engine import (
     saying,
     until_ready,
 )
-
-from nanochat_core.protos import engine_pb2 as pb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -10,7 +10,10 @@ import grpc
 import openai
 import pytest
 from grpc_health.v1 import health_pb2
-from scripted_engine import (
+
+from nanochat_core.protos import engine_pb2 as pb
+from nanochat_core.tokenizer import Tokenizer
+from tests.support.scripted_engine import (
     TOKENIZER,
     Script,
     ScriptedEngine,
@@ -23,9 +26,6 @@ from scripted_engine import (
     saying,
     until_ready,
 )
-
-from nanochat_core.protos import engine_pb2 as pb
-from nanochat_core.tokenizer import Tokenizer
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 

@@ -9,7 +9,8 @@ import grpc
 import openai
 import pytest
 import pytest_asyncio
-from scripted_engine import (
+
+from tests.support.scripted_engine import (
     ScriptedEngine,
     failing,
     hanging,

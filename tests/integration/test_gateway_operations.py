@@ -18,7 +18,9 @@ import grpc
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from scripted_engine import (
+
+from nanochat_core.protos import engine_pb2 as pb
+from tests.support.scripted_engine import (
     TOKENIZER,
     chunk,
     failing,
@@ -30,8 +32,6 @@ from scripted_engine import (
     saying,
     until_ready,
 )
-
-from nanochat_core.protos import engine_pb2 as pb
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 ROOT = Path(__file__).parents[2]

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import NAME, ROOT, fill
 
 from nanochat_core.checkpoint import CheckpointRef
 from nanochat_core.config import ModelConfig
 from nanochat_core.model import GPT
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.checkpoint_writer import save_checkpoint
+from tests.support.tiny_training import NAME, ROOT, fill
 
 # The jobs run in this process, which has imported some of their modules already.
 pytestmark = pytest.mark.filterwarnings("ignore:'jobs.* found in sys.modules")

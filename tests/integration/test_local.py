@@ -22,7 +22,7 @@ import pytest
 from deploy import local
 from deploy.local import Service, answers, check_port, free_port, readable, wait_until_ready
 from nanochat_core.errors import UserError
-from tests.processes import children
+from tests.support.processes import children
 
 ROOT = Path(__file__).parents[2]
 

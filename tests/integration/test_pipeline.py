@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_training import Job, sentences
 
 from jobs.eval.gate import EXIT_REFUSED
 from jobs.promotion.decisions import latest_decision
@@ -30,7 +29,8 @@ from jobs.train.pipeline import Pipeline, PipelineSettings
 from nanochat_core.checkpoint import list_checkpoints, newest_checkpoint, promoted
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store, open_store
-from tests.processes import FORKSERVER
+from tests.support.processes import FORKSERVER
+from tests.support.tiny_training import Job, sentences
 
 MODEL = "mine"
 TOKENIZER, PRETRAIN, SFT, RL, REPORT = (

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_training import NAME, PRETRAIN, ROOT, STEPS, Jobs, Result, argv, damage, fill
 
 from nanochat_core.tokenizer import Tokenizer
+from tests.support.tiny_training import NAME, PRETRAIN, ROOT, STEPS, Jobs, Result, argv, damage, fill
 
 MODULE = "jobs.train.pretrain"
 

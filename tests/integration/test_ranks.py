@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import NAME, PRETRAIN, SFT, STEPS, Job, Jobs, Result, fill
 
 from nanochat_core.errors import RetryableError
 from nanochat_core.training.distributed import RankLost, joined
+from tests.support.tiny_training import NAME, PRETRAIN, SFT, STEPS, Job, Jobs, Result, fill
 
 PRETRAIN_MODULE, SFT_MODULE = "jobs.train.pretrain", "jobs.train.sft"
 # Two passes over half of the batch on one rank, one on each of two: sums are rounded alike.

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_training import NAME, fill
 
 from jobs.eval import compare
 from jobs.eval.compare import CompareSettings, with_models
@@ -27,6 +26,7 @@ from nanochat_core.model import GPT
 from nanochat_core.store import Store, open_store
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.checkpoint_writer import save_checkpoint
+from tests.support.tiny_training import NAME, fill
 
 LOSSES = [{"step": i, "loss": 3.0 / i, "train_seconds": float(i)} for i in range(1, 5)]
 HISTORIES: dict[str, list[dict[str, Any]]] = {

@@ -9,7 +9,6 @@ from typing import Any
 
 import grpc
 import pytest
-from scripted_engine import http_client, running_engine, running_gateway, until_ready
 
 from nanochat_core.checkpoint import CheckpointRef, promote
 from nanochat_core.errors import UserError
@@ -18,8 +17,9 @@ from nanochat_core.store import Store, open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 from services.engine import reports
 from services.engine.reports import read_report
-from tests.service_process import EngineProcess
-from tests.unit.engine_models import BYTES, tiny_model
+from tests.support.engine_models import BYTES, tiny_model
+from tests.support.scripted_engine import http_client, running_engine, running_gateway, until_ready
+from tests.support.service_process import EngineProcess
 
 PNG = b"\x89PNG\r\n\x1a\n and so on"
 

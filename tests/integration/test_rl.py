@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_training import NAME, PRETRAIN, SFT, STEPS, Jobs, Result, fill
+
+from tests.support.tiny_training import NAME, PRETRAIN, SFT, STEPS, Jobs, Result, fill
 
 MODULE = "jobs.train.rl"
 RL_STEPS = 16

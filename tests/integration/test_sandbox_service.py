@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from nanochat_core.protos import sandbox_pb2, sandbox_pb2_grpc
-from tests.service_process import REPOSITORY, ServiceProcess
+from tests.support.service_process import REPOSITORY, ServiceProcess
 
 
 class Service(ServiceProcess):

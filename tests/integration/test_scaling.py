@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_training import NAME, Jobs, argv, damage, fill
 
 from jobs.train import launcher as children
 from jobs.train import scaling
 from nanochat_core.errors import UserError
 from nanochat_core.settings import load
 from nanochat_core.store import Store, open_store
+from tests.support.tiny_training import NAME, Jobs, argv, damage, fill
 
 PASSED_ON = argv(
     {

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_training import NAME, PRETRAIN, SFT, STEPS, Jobs, Result, conversation, damage, fill
 
 from jobs.tasks.conversations import write_conversations
+from tests.support.tiny_training import NAME, PRETRAIN, SFT, STEPS, Jobs, Result, conversation, damage, fill
 
 MODULE = "jobs.train.sft"
 

@@ -34,7 +34,7 @@ from nanochat_core.store import S3Store, Store, StoreError, open_store
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 from nanochat_core.training.optim import Shard
-from tests.store_contract import LAST, StoreContract, contents, publish
+from tests.support.store_contract import LAST, StoreContract, contents, publish
 
 BUCKET = "nanochat-tests"
 ACCESS_KEY, SECRET_KEY = "test", "testtest"

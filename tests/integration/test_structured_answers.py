@@ -12,13 +12,13 @@ import openai
 import pydantic
 import pytest
 import pytest_asyncio
-from scripted_engine import http_client, openai_client, running_gateway, until_ready
 
 from nanochat_core.checkpoint import CheckpointRef, promote
 from nanochat_core.store import open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
-from tests.service_process import EngineProcess
-from tests.unit.engine_models import BYTES, tiny_model
+from tests.support.engine_models import BYTES, tiny_model
+from tests.support.scripted_engine import http_client, openai_client, running_gateway, until_ready
+from tests.support.service_process import EngineProcess
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

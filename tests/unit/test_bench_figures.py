@@ -30,7 +30,7 @@ from nanochat_core.config import ModelConfig
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
-from tests.unit.engine_models import BYTES, tiny_model
+from tests.support.engine_models import BYTES, tiny_model
 
 SHAPE = Shape(prompt=40, output=12, mixed_prompts=(3, 9), mixed_outputs=(2, 5), shared=30, samples=8)
 

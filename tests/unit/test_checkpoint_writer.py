@@ -21,7 +21,7 @@ from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.checkpoint_writer import CheckpointWriter
 from nanochat_core.training.distributed import Ranks
 from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, Shard, parameter_groups
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
 FIRST, SECOND = CheckpointRef("m", "base", 1), CheckpointRef("m", "base", 2)

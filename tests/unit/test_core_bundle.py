@@ -21,7 +21,7 @@ from jobs.measures.core.download import locate_bundle
 from nanochat_core.errors import UserError
 from nanochat_core.store import FolderStore
 from nanochat_core.training.distributed import ALONE
-from tests.core_bundles import TaskFile, random_tasks, write_bundle
+from tests.support.core_bundles import TaskFile, random_tasks, write_bundle
 
 CHOICE = {"query": "Q", "choices": ["yes", "no"], "gold": 1}
 

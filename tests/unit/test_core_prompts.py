@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-from engine_models import BYTES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +12,8 @@ from jobs.measures.core.bundle import Item, Kind, Task, open_bundle, read_bundle
 from jobs.measures.core.prompts import Prompts, Question, draw_examples
 from jobs.train.tokenizer import train_tokenizer
 from nanochat_core.tokenizer import Tokenizer
-from tests.core_bundles import TaskFile, words, write_bundle
+from tests.support.core_bundles import TaskFile, words, write_bundle
+from tests.support.engine_models import BYTES
 
 LONG = 10_000
 PLAIN = train_tokenizer([words(random.Random(i), 5, 40) + ".\n\nAnswer: No, 12." for i in range(100)], 400)

@@ -9,7 +9,6 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_models import BYTES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from jobs.measures.core import scoring as core_scoring
 from jobs.measures.core.prompts import Option, Question, common_length
 from jobs.measures.core.scoring import Scorer, Tree, right
 from nanochat_core.model import GPT, rotary_table
+from tests.support.engine_models import BYTES, tiny_model
 
 VOCAB = BYTES.vocab_size
 

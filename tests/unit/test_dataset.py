@@ -17,7 +17,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from text_files import cut_parquet, damaged_parquet, no_text_column, not_parquet, write_parquet
 
 from jobs.data import download
 from jobs.data.download import open_source
@@ -26,6 +25,7 @@ from jobs.train import dataset
 from jobs.train.dataset import shard_numbers, validate
 from nanochat_core.errors import UserError
 from nanochat_core.store import FolderStore, Store
+from tests.support.text_files import cut_parquet, damaged_parquet, no_text_column, not_parquet, write_parquet
 
 SHARDS = 6
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
-from engine_models import BYTES, tiny_model
 
 from nanochat_core.engine import (
     AsyncEngine,
@@ -25,6 +24,7 @@ from nanochat_core.engine import (
     async_engine,
 )
 from nanochat_core.errors import UserError
+from tests.support.engine_models import BYTES, tiny_model
 
 LONG = SamplingParams(max_tokens=0)
 

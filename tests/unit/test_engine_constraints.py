@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_models import BYTES, SPECIAL, config_with_blocks, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -36,6 +35,7 @@ from nanochat_core.engine.constraints import CACHED_GRAMMARS, MAX_REPEATED_CHARA
 from nanochat_core.engine.sampler import Sampler, sample_key
 from nanochat_core.engine.sequence import Sequence
 from nanochat_core.tokenizer import ASSISTANT_END, BOS, PYTHON_END, PYTHON_START, Tokenizer
+from tests.support.engine_models import BYTES, SPECIAL, config_with_blocks, tiny_model
 
 ROOT = Path(__file__).parents[2]
 ENDS = frozenset({SPECIAL[ASSISTANT_END], SPECIAL[BOS]})
@@ -502,7 +502,7 @@ def test_a_request_without_a_constraint_never_loads_the_library() -> None:
     code = """
 import sys
 sys.path.insert(0, "tests/unit")
-from engine_models import BYTES, tiny_model
+from tests.support.engine_models import BYTES, tiny_model
 from nanochat_core.engine import Constraint, ConstraintKind, Engine, SamplingParams
 engine = Engine(tiny_model(), BYTES)
 engine.generate([(1, 2)], SamplingParams(max_tokens=3))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_models import BYTES, SHAPES, Place, shape_of, tiny_model
 from test_model import random_ids, random_model
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from nanochat_core.engine.network import Network, packs
 from nanochat_core.engine.runner import EagerRunner, Runner
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.model import GPT
+from tests.support.engine_models import BYTES, SHAPES, Place, shape_of, tiny_model
 
 BLOCK = 16
 pytestmark = pytest.mark.skipif(library.load_kernels() is None, reason="the kernels cannot be built: no C++ compiler")

@@ -10,7 +10,6 @@ from typing import Literal
 
 import pytest
 import torch
-from engine_models import BYTES, CALLING, config_with_blocks, examples, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +24,7 @@ from nanochat_core.engine import (
     ToolPolicy,
 )
 from nanochat_core.model import GPT
+from tests.support.engine_models import BYTES, CALLING, config_with_blocks, examples, tiny_model
 
 # Logits this close are a tie that another order of additions may decide otherwise.
 ROUNDING = 1e-4

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_models import BYTES, SHAPES, Place, shape_of, tiny_model
 from test_model import random_ids, random_model
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from nanochat_core.config import ModelConfig
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams, gpu
 from nanochat_core.engine.block_manager import CacheGroup
 from nanochat_core.model import GPT
+from tests.support.engine_models import BYTES, SHAPES, Place, shape_of, tiny_model
 
 pytest.importorskip("triton", reason="the GPU kernels are written in Triton, which this platform has not")
 
@@ -256,7 +256,7 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, "tests/unit")
 from nanochat_core.engine.gpu import kernels, runner
-from engine_models import Place
+from tests.support.engine_models import Place
 from test_engine_gpu import make_runner
 from test_model import random_ids, random_model
 from nanochat_core.config import ModelConfig

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_models import BYTES, shape_of, tiny_model
 from test_engine_cpu import place
 from test_model import random_model
 from torch import nn
@@ -13,6 +12,7 @@ from nanochat_core.engine import Engine, EngineConfig, SamplingParams
 from nanochat_core.engine.cpu import library
 from nanochat_core.engine.cpu.int8 import Int8Weight, quantize
 from nanochat_core.errors import UserError
+from tests.support.engine_models import BYTES, shape_of, tiny_model
 
 pytestmark = pytest.mark.skipif(library.load_kernels() is None, reason="the kernels cannot be built: no C++ compiler")
 

@@ -9,7 +9,6 @@ import itertools
 from typing import Any
 
 import pytest
-from engine_models import BYTES, SPECIAL, script_tokens, scripted_model, tiny_model
 
 from nanochat_core.engine import (
     Constraint,
@@ -25,6 +24,7 @@ from nanochat_core.engine import (
 )
 from nanochat_core.engine.sampler import Drawn
 from nanochat_core.tokenizer import PYTHON_END, PYTHON_START
+from tests.support.engine_models import BYTES, SPECIAL, script_tokens, scripted_model, tiny_model
 
 OVERLAPPING = EngineConfig(overlap=True, speculative_tokens=0, kv_cache_bytes=1 << 26)
 

@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from engine_models import BYTES, config_with_blocks, scripted_model, tiny_model
 
 from nanochat_core.engine import Engine, EngineConfig, FinishReason, QueueFull, Request, SamplingParams
 from nanochat_core.errors import UserError
+from tests.support.engine_models import BYTES, config_with_blocks, scripted_model, tiny_model
 
 SHORT = SamplingParams(max_tokens=5)
 

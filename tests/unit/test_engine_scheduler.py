@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_models import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from nanochat_core.engine.kv_cache import bytes_per_block, plan_groups
 from nanochat_core.engine.request import Request
 from nanochat_core.engine.scheduler import Scheduler
 from nanochat_core.engine.sequence import Sequence, State
+from tests.support.engine_models import examples
 
 
 class Bench:

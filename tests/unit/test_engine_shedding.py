@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from engine_models import BYTES, CALLING, config_with_blocks, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +29,7 @@ from nanochat_core.engine import (
 from nanochat_core.engine.runner import Awaited
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.shedding import MOST_FAILURES, STEPS_UNTIL_MORE
+from tests.support.engine_models import BYTES, CALLING, config_with_blocks, tiny_model
 
 PROMPTS = [tuple(range(i, i + 7 * i + 1)) for i in range(12)]
 SAMPLINGS = [

@@ -6,7 +6,6 @@ import dataclasses
 import random
 
 import pytest
-from engine_models import BYTES, SPECIAL, config_with_blocks, script_tokens, scripted_model, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from nanochat_core.engine import (
 )
 from nanochat_core.engine.speculation import NGRAMS, PromptLookup, Speculation
 from nanochat_core.tokenizer import OUTPUT_END, OUTPUT_START, PYTHON_END, PYTHON_START
+from tests.support.engine_models import BYTES, SPECIAL, config_with_blocks, script_tokens, scripted_model, tiny_model
 
 
 def looked_up(tokens: list[int], most: int) -> list[int]:

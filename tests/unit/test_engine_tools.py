@@ -9,7 +9,6 @@ import threading
 import time
 
 import pytest
-from engine_models import BYTES, SPECIAL, script_tokens, scripted_model
 
 from nanochat_core.engine import (
     Completion,
@@ -27,6 +26,7 @@ from nanochat_core.engine import (
 )
 from nanochat_core.engine.tools import ToolRunner, truncate
 from nanochat_core.tokenizer import Tokenizer
+from tests.support.engine_models import BYTES, SPECIAL, script_tokens, scripted_model
 
 ANSWER = "<|assistant_start|>Is <|python_start|>6*7<|python_end|>"
 AFTER = "<|output_end|>ok<|assistant_end|>"

@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from engine_models import BYTES, tiny_model
 
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine import Completion, Engine, EngineConfig, Request, SamplingParams
 from nanochat_core.model import GPT
+from tests.support.engine_models import BYTES, tiny_model
 
 PROMPTS = [list(range(start, start + 70)) for start in (0, 50, 100)]
 CONFIG = EngineConfig(kv_cache_bytes=1 << 22)

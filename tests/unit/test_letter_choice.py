@@ -6,7 +6,6 @@ import random
 
 import pytest
 import torch
-from engine_models import BYTES, tiny_model
 
 from jobs.eval.chat_eval.examination import choose
 from jobs.eval.chat_eval.letter_choice import last_logits, letter_tokens
@@ -15,6 +14,7 @@ from jobs.tasks.conversions import Choice
 from nanochat_core.chat import parse_messages, render_prompt
 from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import Tokenizer
+from tests.support.engine_models import BYTES, tiny_model
 
 
 def questions(count: int) -> list[LetterQuestion]:

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from text_files import (
+
+from jobs.data import local_text
+from jobs.data.local_text import DOCUMENT_CHARACTERS, local_text_digest, read_local_text
+from nanochat_core.errors import UserError
+from tests.support.text_files import (
     cut_parquet,
     damaged_parquet,
     invalid_utf8_column,
@@ -17,10 +21,6 @@ from text_files import (
     numbers_column,
     write_parquet,
 )
-
-from jobs.data import local_text
-from jobs.data.local_text import DOCUMENT_CHARACTERS, local_text_digest, read_local_text
-from nanochat_core.errors import UserError
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:

@@ -13,7 +13,7 @@ from nanochat_core.config import ModelConfig
 from nanochat_core.model import GPT
 from nanochat_core.training.distributed import Ranks
 from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 STEPS = 4
 

@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-from engine_models import BYTES, SPECIAL, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,6 +18,7 @@ from jobs.train.reinforce.rollouts import Answerer, Sampling
 from nanochat_core.engine import ToolOutput
 from nanochat_core.model import GPT, IGNORE_INDEX
 from nanochat_core.tokenizer import PYTHON_END, PYTHON_START
+from tests.support.engine_models import BYTES, SPECIAL, tiny_model
 
 
 def rollout(prompt: list[int], tokens: list[int], sampled: list[bool] | None = None) -> Rollout:

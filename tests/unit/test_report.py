@@ -15,7 +15,7 @@ from jobs.eval.report_card.document import render
 from jobs.eval.report_card.markdown import code, duration, literal
 from jobs.eval.report_card.measurements import xz_bits_per_byte
 from jobs.eval.report_card.samples import openings
-from tests.unit.report_dicts import OPTIONAL, every_combination, report
+from tests.support.report_dicts import OPTIONAL, every_combination, report
 
 EVERYTHING = report(*OPTIONAL)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_models import BYTES, tiny_model
 
 from jobs.train.reinforce.rewards import Problem, Rollout
 from jobs.train.reinforce.rollouts import Answerer, RolloutSource, Sampling, SharedCalls, seed_of
@@ -16,6 +15,7 @@ from nanochat_core.engine import ToolOutput
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.training.distributed import ALONE, Ranks
+from tests.support.engine_models import BYTES, tiny_model
 
 PROBLEMS = [Problem(({"role": "user", "content": f"question {i}"},), str(i)) for i in range(10)]
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import sandbox_attacks
-from sandbox_attacks import ATTACKS, Attack, Target, check, check_canary
 
 from nanochat_core.sandbox import ResultFormat, SandboxConfig, SandboxExecutor, SandboxUnavailable
 from nanochat_core.sandbox.interpreter import current_executable
+from tests.support import sandbox_attacks
+from tests.support.sandbox_attacks import ATTACKS, Attack, Target, check, check_canary
 
 REPOSITORY = Path(sandbox_attacks.__file__).parents[2]
 NOBODY = 65534

@@ -28,7 +28,7 @@ from nanochat_core.sandbox import (
     seccomp,
 )
 from nanochat_core.sandbox.process import WorkerProcess
-from tests.processes import descendants
+from tests.support.processes import descendants
 
 ENDLESS = "import time\ntime.sleep(60)"
 PATIENT = Limits(wall_seconds=30, cpu_seconds=30)

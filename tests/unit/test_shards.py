@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from text_files import damaged_parquet, not_parquet, write_parquet
 
 from jobs.data import shards
 from jobs.data.shards import (
@@ -27,6 +26,7 @@ from jobs.data.shards import (
 )
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store, open_store
+from tests.support.text_files import damaged_parquet, not_parquet, write_parquet
 
 DOCUMENTS = [f"Document number {i}: {'é' * (i % 7)}" for i in range(2345)]
 

@@ -17,7 +17,7 @@ import pytest
 
 from nanochat_core.errors import UserError
 from nanochat_core.store import FolderStore, Store, StoreError, open_store
-from tests.store_contract import LAST, StoreContract, contents, publish
+from tests.support.store_contract import LAST, StoreContract, contents, publish
 
 
 @pytest.fixture

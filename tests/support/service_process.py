@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.protos import engine_pb2_grpc
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 class ServiceProcess:

@@ -24,7 +24,7 @@ from jobs.tasks.conversations import write_conversations
 from jobs.train.tokenizer import tokenizer_key, train_tokenizer
 from nanochat_core.checkpoint import CheckpointRef, list_checkpoints, load_checkpoint
 from nanochat_core.store import Store, open_store
-from tests.processes import FORKSERVER
+from tests.support.processes import FORKSERVER
 
 NAME = "tiny"
 ROOT = Path(__file__).parents[2]

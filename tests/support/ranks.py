@@ -11,7 +11,7 @@ import torch
 
 from deploy.local import free_port
 from nanochat_core.training.distributed import joined
-from tests.processes import FORKSERVER
+from tests.support.processes import FORKSERVER
 
 
 def run_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:

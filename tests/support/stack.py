@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from tests.processes import children, command_line
+from tests.support.processes import children, command_line
 
 ROOT = Path(__file__).parents[2]
 READY = re.compile(r"nanochat is ready: (http://127\.0\.0\.1:\d+)")
