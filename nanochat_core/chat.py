@@ -130,6 +130,11 @@ def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     return [*ids, tokenizer.special_ids[tok.ASSISTANT_START]]
 
 
+def stop_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Token ids that end an assistant's message: the end token itself, or the start of another document."""
+    return frozenset({tokenizer.special_ids[tok.ASSISTANT_END], tokenizer.bos_id})
+
+
 def _join_system(messages: Sequence[Message]) -> list[Message]:
     """The system message has no tokens of its own; it opens the first user message."""
     if not messages or messages[0].role != "system":

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
 from typing import Protocol
 
@@ -270,6 +270,39 @@ class Engine:
         self._latest.clear()
         return outputs
 
+    def complete(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
+        """Answer requests in one continuous batch, and yield each request's id and choices when its last choice ends.
+
+        The engine must not have other requests. Requests wait here while the queue is full. If the caller stops
+        iterating, requests that are still in flight are canceled.
+
+        Raises:
+            UserError: a request can never be served; no request has been started then.
+            Shed: the device has too little memory for a request.
+        """
+        waiting = collections.deque(requests)
+        for request in waiting:
+            self.check(request)
+        running: dict[str, list[Completion]] = {}
+        try:
+            while waiting or running:
+                while waiting and waiting[0].n <= self._room():
+                    request = waiting.popleft()
+                    self.add(request)
+                    running[request.id] = [Completion() for _ in range(request.n)]
+                for output in self.step():
+                    if output.error:
+                        raise output.error
+                    choices = running[output.request_id]
+                    choices[output.index].append(output)
+                    if output.finish_reason and all(choice.finish_reason for choice in choices):
+                        yield output.request_id, running.pop(output.request_id)
+                if not self.progressed:
+                    self.tools.wait()
+        finally:
+            for request_id in running:
+                self.cancel(request_id)
+
     def generate(
         self,
         prompts: Items[Items[int]],
@@ -278,38 +311,25 @@ class Engine:
         n: int = 1,
         tools: ToolPolicy = NO_TOOLS,
     ) -> list[list[Completion]]:
-        """Continue every prompt, in one continuous batch. The engine must not have other requests.
+        """Continue every prompt ``n`` times with :meth:`complete`.
 
         Args:
-            sampling: for all prompts, or one for each.
+            sampling: one for all prompts, or one for each.
 
         Returns:
-            For each prompt its ``n`` completions.
+            The ``n`` completions of each prompt, in the order of the prompts.
 
         Raises:
             UserError: a prompt can never be served.
             Shed: the device has too little memory.
         """
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
-        requests = collections.deque(
+        requests = [
             Request(str(i), tuple(prompt), params, n, tools)
             for i, (prompt, params) in enumerate(zip(prompts, each, strict=True))
-        )
-        for request in requests:
-            self.check(request)
-        results = [[Completion() for _ in range(n)] for _ in prompts]
-        while requests or self._requests:
-            while requests and requests[0].n <= self._room():
-                self.add(requests.popleft())
-            for output in self.step():
-                if output.error:
-                    for request_id in list(self._requests):
-                        self.cancel(request_id)
-                    raise output.error
-                results[int(output.request_id)][output.index].append(output)
-            if not self.progressed:
-                self.tools.wait()
-        return results
+        ]
+        results = dict(self.complete(requests))
+        return [results[request.id] for request in requests]
 
     def load(self) -> Load:
         """A snapshot; other threads may call this."""
