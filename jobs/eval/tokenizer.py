@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Literal
 
+from jobs.data.tokenizers import dataset_of, load_tokenizer
 from jobs.measures.compression import (
     GPT2,
     GPT4,
@@ -17,7 +18,6 @@ from jobs.measures.compression import (
     store_evaluation,
     texts_to_compare,
 )
-from jobs.train.tokenizer import dataset_of, load_tokenizer
 from nanochat_core import logs
 from nanochat_core.errors import run_main
 from nanochat_core.settings import load, setting

@@ -18,6 +18,7 @@ import torch
 
 from jobs.data.local_text import local_text_digest
 from jobs.data.shards import dataset_digest, has_shards, read_manifest
+from jobs.data.tokenizers import load_tokenizer, trained_on
 from jobs.eval.gate import EXIT_REFUSED, decide
 from jobs.eval.report_card.files import reported
 from jobs.promotion.decisions import latest_decision
@@ -27,7 +28,6 @@ from jobs.train import pretrain, rl, sft
 from jobs.train.batches.mixtures import Mixture
 from jobs.train.launcher import Children
 from jobs.train.reinforce.problems import Problems, open_problems
-from jobs.train.tokenizer import load_tokenizer, trained_on
 from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint, check_model_name, newest_checkpoint, promoted
 from nanochat_core.errors import UserError, run_main

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from jobs.data.shards import TextDataset, dataset_digest
+from jobs.data.tokenizers import load_tokenizer
 from jobs.measures.bits_per_byte import bits_per_byte
 from jobs.measures.core.bundle import Bundle, read_bundle
 from jobs.measures.core.download import PUBLIC_BUNDLE, locate_bundle
@@ -27,7 +28,6 @@ from jobs.train.loop.context import (
 )
 from jobs.train.loop.schedule import DEFAULT_RATIO, Schedule, TrainingPlan, plan_training
 from jobs.train.loop.trainer import Trainer
-from jobs.train.tokenizer import load_tokenizer
 from nanochat_core.checkpoint import CheckpointRef
 from nanochat_core.config import ModelConfig
 from nanochat_core.device import choose_dtype, muon_dtype

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from jobs.data.tokenizers import load_tokenizer
 from jobs.train import pretrain
 from jobs.train.studies.report import Laws, Miniseries, write_report
 from jobs.train.studies.study import Failure, Result, Run, Study, plan_run
-from jobs.train.tokenizer import load_tokenizer
 from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.errors import UserError, run_main

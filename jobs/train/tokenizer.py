@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -11,7 +10,8 @@ from typing import Literal
 
 import rustbpe
 
-from jobs.data.shards import TextDataset, dataset_digest, has_shards
+from jobs.data.shards import TextDataset
+from jobs.data.tokenizers import save_tokenizer
 from jobs.measures.compression import (
     GPT2,
     GPT4,
@@ -25,7 +25,7 @@ from jobs.measures.compression import (
 from nanochat_core import logs
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.settings import load, setting
-from nanochat_core.store import DEFAULT_HOME, Store, open_store
+from nanochat_core.store import DEFAULT_HOME, open_store
 from nanochat_core.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 log = logging.getLogger("jobs.train.tokenizer")
@@ -42,43 +42,6 @@ class TokenizerSettings:
     document_characters: int = setting(10_000, "characters of each document that are used", minimum=1)
     total_characters: int = setting(2_000_000_000, "characters used in all", minimum=1)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
-
-
-def tokenizer_key(name: str) -> str:
-    """Where a tokenizer lies in the store."""
-    return f"tokenizers/{name}/tokenizer.json"
-
-
-def trained_on(store: Store, name: str) -> str | None:
-    """Digest of the dataset that a tokenizer was trained on; None when there is no tokenizer of that name."""
-    try:
-        digest: str = json.loads(store.read(_meta_key(name)))["dataset"]
-    except FileNotFoundError:
-        return None
-    return digest if store.exists(tokenizer_key(name)) else None
-
-
-def dataset_of(store: Store, name: str) -> str:
-    """Name of the dataset that a tokenizer was trained on, if it is known and still there; else empty."""
-    try:
-        dataset: str = json.loads(store.read(_meta_key(name))).get("dataset_name", "")
-    except FileNotFoundError:
-        return ""
-    return dataset if dataset and has_shards(store, dataset) else ""
-
-
-def load_tokenizer(store: Store, name: str) -> Tokenizer:
-    """Read a trained tokenizer.
-
-    Raises:
-        UserError: there is none of that name.
-    """
-    try:
-        return Tokenizer.from_json(store.read(tokenizer_key(name)))
-    except FileNotFoundError:
-        raise UserError(
-            f"there is no tokenizer {name!r} in {store}; train it with python -m jobs.train.tokenizer"
-        ) from None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -122,10 +85,8 @@ def run(settings: TokenizerSettings) -> Tokenizer:
         [load_reference(GPT2), load_reference(GPT4)],
         texts_to_compare(store, settings.dataset, TEXT_BYTES),
     )
-    store.write(tokenizer_key(settings.name), tokenizer.to_json().encode())
     store_evaluation(store, settings.name, evaluation)
-    meta = {"dataset": dataset_digest(store, settings.dataset), "dataset_name": settings.dataset}
-    store.write(_meta_key(settings.name), (json.dumps(meta, indent=2) + "\n").encode())
+    save_tokenizer(store, settings.name, tokenizer, settings.dataset)
     log.info(
         "tokenizer trained",
         extra={
@@ -136,10 +97,6 @@ def run(settings: TokenizerSettings) -> Tokenizer:
         },
     )
     return tokenizer
-
-
-def _meta_key(name: str) -> str:
-    return f"tokenizers/{name}/meta.json"
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from jobs.data.shards import TextDataset
+from jobs.data.tokenizers import load_tokenizer
 from jobs.train.batches.loader import PackedLoader, TextSource
-from jobs.train.tokenizer import load_tokenizer
 from nanochat_core.store import open_store
 
 SECONDS = 6.0

@@ -17,8 +17,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from jobs.data.shards import TextDataset
+from jobs.data.tokenizers import load_tokenizer
 from jobs.train.batches.packing import BestFitPacker, Document, PackingStats
-from jobs.train.tokenizer import load_tokenizer
 from nanochat_core.store import open_store
 
 BUFFERS = (16, 64, 128, 256, 512, 1000)

@@ -20,8 +20,9 @@ from typing import Any
 
 from deploy.local import free_port
 from jobs.data.shards import write_dataset
+from jobs.data.tokenizers import tokenizer_key
 from jobs.tasks.conversations import write_conversations
-from jobs.train.tokenizer import tokenizer_key, train_tokenizer
+from jobs.train.tokenizer import train_tokenizer
 from nanochat_core.checkpoint import CheckpointRef, list_checkpoints, load_checkpoint
 from nanochat_core.store import Store, open_store
 from tests.support.processes import FORKSERVER

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jobs.data.tokenizers import load_tokenizer
 from jobs.train import pretrain
 from jobs.train.launcher import Children
 from jobs.train.loop.context import comparable
 from jobs.train.loop.schedule import TrainingPlan
 from jobs.train.pretrain import PretrainSettings
-from jobs.train.tokenizer import load_tokenizer
 from nanochat_core.checkpoint import check_model_name, list_checkpoints, load_meta
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError

@@ -1,0 +1,59 @@
+"""Tokenizers in the artifact store: ``tokenizers/<name>/tokenizer.json``, and ``meta.json`` with the training text."""
+
+from __future__ import annotations
+
+import json
+
+from jobs.data.shards import dataset_digest, has_shards
+from nanochat_core.errors import UserError
+from nanochat_core.store import Store
+from nanochat_core.tokenizer import Tokenizer
+
+
+def tokenizer_key(name: str) -> str:
+    """The key of a tokenizer's file in the store."""
+    return f"tokenizers/{name}/tokenizer.json"
+
+
+def save_tokenizer(store: Store, name: str, tokenizer: Tokenizer, dataset: str) -> None:
+    """Write a tokenizer, and the name and digest of the dataset that it was trained on."""
+    store.write(tokenizer_key(name), tokenizer.to_json().encode())
+    meta = {"dataset": dataset_digest(store, dataset), "dataset_name": dataset}
+    store.write(_meta_key(name), (json.dumps(meta, indent=2) + "\n").encode())
+
+
+def load_tokenizer(store: Store, name: str) -> Tokenizer:
+    """Read a trained tokenizer.
+
+    Raises:
+        UserError: the store has no tokenizer of that name.
+    """
+    try:
+        return Tokenizer.from_json(store.read(tokenizer_key(name)))
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no tokenizer {name!r} in {store}; train it with python -m jobs.train.tokenizer"
+        ) from None
+
+
+def trained_on(store: Store, name: str) -> str | None:
+    """The digest of the dataset that a tokenizer was trained on, or None if there is no such tokenizer."""
+    return _meta(store, name).get("dataset") if store.exists(tokenizer_key(name)) else None
+
+
+def dataset_of(store: Store, name: str) -> str:
+    """The name of the dataset that a tokenizer was trained on; empty if it is unknown or no longer in the store."""
+    dataset = _meta(store, name).get("dataset_name", "")
+    return dataset if dataset and has_shards(store, dataset) else ""
+
+
+def _meta(store: Store, name: str) -> dict[str, str]:
+    try:
+        meta: dict[str, str] = json.loads(store.read(_meta_key(name)))
+    except FileNotFoundError:
+        return {}
+    return meta
+
+
+def _meta_key(name: str) -> str:
+    return f"tokenizers/{name}/meta.json"
