@@ -20,6 +20,7 @@ import torch
 
 from jobs.eval.bench.endpoints import GrpcTarget, HttpTarget
 from jobs.eval.bench.outcomes import summarize
+from jobs.eval.bench.plots import plot_benchmark
 from jobs.eval.bench.roofline import Costs, Limits, measure_limits
 from jobs.eval.bench.table import HEADER, Row, table_line
 from jobs.eval.bench.targets import CoreTarget, Target
@@ -36,7 +37,6 @@ from jobs.eval.bench.workload import (
 )
 from jobs.eval.chat import pick_checkpoint
 from jobs.measures.machine import describe_machine
-from jobs.plots import plot_benchmark
 from nanochat_core import logs
 from nanochat_core.config import ModelConfig
 from nanochat_core.device import choose_device, choose_dtype, prepare_cpu

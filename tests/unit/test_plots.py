@@ -9,16 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.plots import (
-    log_ticks,
-    plot_benchmark,
-    plot_isoflops,
-    plot_losses,
-    plot_miniseries,
-    running_mean,
-    scientific,
-    short,
-)
+from jobs.eval.bench.plots import plot_benchmark
+from jobs.eval.report_card.plots import plot_losses
+from jobs.plots import log_ticks, running_mean, scientific, short
+from jobs.train.studies.plots import plot_isoflops, plot_miniseries
 from jobs.train.studies.power_laws import IsoFlop, fit_laws, fit_power_law
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.eval.report_card.published import GPT2_XL_CORE
-from jobs.plots import FAINT, HELD_OUT, INK, TRAIN, label_axis, panels, plot_losses, running_mean, shades
+from jobs.plots import FAINT, HELD_OUT, INK, TRAIN, label_axis, panels, running_mean, shades
 from jobs.results.normal_form import pass_at_k
 
 TITLES = {"base": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement learning"}
@@ -43,6 +43,35 @@ def draw(folder: Path, report: Mapping[str, Any], histories: Mapping[str, Histor
         plot_rewards(folder / "rl.png", histories["rl"])
         names.append("rl.png")
     return names
+
+
+def plot_losses(path: Path, stages: Sequence[tuple[str, list[dict[str, Any]]]]) -> None:
+    """Write a PNG with one panel per stage: training loss, its running mean and the held-out metric.
+
+    Args:
+        stages: title and history (``step``, ``loss`` and now and then a ``val_…`` metric) of each stage.
+    """
+    with panels(path, len(stages)) as axes:
+        for axis, (title, history) in zip(axes, stages, strict=True):
+            _plot_stage(axis, title, history)
+
+
+def _plot_stage(axis: Any, title: str, history: list[dict[str, Any]]) -> None:
+    # A step that was skipped has no loss, though there may have been an evaluation after it.
+    trained = [point for point in history if "loss" in point]
+    steps = [point["step"] for point in trained]
+    losses = [point["loss"] for point in trained]
+    axis.plot(steps, losses, color=TRAIN, alpha=0.25, linewidth=0.8)
+    axis.plot(steps, running_mean(losses), color=TRAIN, linewidth=1.6, label="training loss")
+    metrics = sorted({name for point in history for name in point if name.startswith("val_")})
+    for name in metrics:
+        points = [(point["step"], point[name]) for point in history if name in point]
+        label = {"val_bpb": "held-out bits per byte", "val_loss": "held-out loss"}.get(name, name)
+        axis.plot(*zip(*points, strict=True), "o-", color=HELD_OUT, markersize=4, linewidth=1.2, label=label)
+    if losses and min(losses) > 0 and max(losses) / min(losses) > 20:
+        axis.set_yscale("log")
+    label_axis(axis, title, "step", "nats per token")
+    axis.legend(frameon=False, fontsize=9)
 
 
 def plot_bars(path: Path, title: str, shares: Mapping[str, float], *, percent: bool) -> None:

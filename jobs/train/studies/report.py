@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.plots import plot_isoflops, plot_miniseries, scientific, short
+from jobs.plots import scientific, short
+from jobs.train.studies.plots import plot_isoflops, plot_miniseries
 from jobs.train.studies.power_laws import IsoFlop, PowerLaw, fit_laws, fit_power_law
 from jobs.train.studies.study import Failure, Result
 from nanochat_core.store import Store
