@@ -44,6 +44,14 @@ class Recipe:
     # What a model must show to be promoted.
     gate: Gate = dataclasses.field(default_factory=Gate)
 
+    def evaluation_items(self, count: int, seed: int = 0) -> list[demo_world.EvalItem]:
+        """Held-out questions of the demo world, reduced to the kinds that the recipe teaches.
+
+        Args:
+            count: questions of all kinds; fewer remain if the recipe teaches some of the kinds only.
+        """
+        return demo_world.evaluation_set(count, seed, self.conversation_kinds)
+
     def prepare(self, store: Store, name: str, data: Path | None) -> None:
         """Put text ``data/<name>`` and conversations into the store unless they are there.
 
@@ -201,3 +209,14 @@ RECIPES = {
         ),
     )
 }
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of this name.
+
+    Raises:
+        UserError: no recipe has this name.
+    """
+    if name not in RECIPES:
+        raise UserError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
+    return RECIPES[name]

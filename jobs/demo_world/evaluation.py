@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from jobs.demo_world.conversations import draw
@@ -45,10 +45,13 @@ class EvalItem:
     reference: str | list[dict[str, str]]
 
 
-def evaluation_set(n: int = 200, seed: int = 0) -> list[EvalItem]:
+def evaluation_set(n: int = 200, seed: int = 0, kinds: Collection[str] | None = None) -> list[EvalItem]:
     """``n`` held-out conversations, kinds in the shares of :data:`EVALUATION_MIX`, all different while phrasings last.
 
     The operands of all sums are numbers that no training text contains.
+
+    Args:
+        kinds: of the ``n`` conversations, only those of these kinds are returned; None returns all.
     """
     rng = generator("evaluation", seed)
     items: list[EvalItem] = []
@@ -58,7 +61,7 @@ def evaluation_set(n: int = 200, seed: int = 0) -> list[EvalItem]:
             item = _fresh_item(rng, kind, asked)
             asked.add(_context(item))
             items.append(item)
-    return items
+    return [item for item in items if kinds is None or item.kind in kinds]
 
 
 def check(item: EvalItem, text: str, used_tool: bool) -> bool:

@@ -18,9 +18,9 @@ from jobs.demo_world import EvalItem
 from jobs.eval.chat_eval.examination import Sampling, examine_answers, examine_choices, generate, verdicts_of
 from jobs.eval.chat_eval.scores import chat_core, score, table
 from jobs.generation.python_tool import SandboxTool
+from jobs.recipes import find_recipe
 from jobs.results.record import Evaluation
 from jobs.tasks import ChoiceTask, DataPlace, GenerativeTask, Response, Selection, demo, open_tasks
-from jobs.tasks import items_for as items_for
 from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, newest_checkpoint
 from nanochat_core.device import choose_device, choose_dtype, free_memory, prepare_cpu
@@ -162,7 +162,8 @@ def run(
     device = device or torch.device("cpu")
     store = open_store(settings.home)
     place = DataPlace(store, Path(settings.data).expanduser() if settings.data else None)
-    tasks = open_tasks(settings.tasks, place, Selection(settings.items, settings.seed, settings.recipe))
+    kinds = find_recipe(settings.recipe).conversation_kinds
+    tasks = open_tasks(settings.tasks, place, Selection(settings.items, settings.seed, kinds))
     checkpoint = pick_checkpoint(store, settings.model, settings.revision, settings.stage)
     evaluation = _evaluation(settings, store, checkpoint, tasks, device)
     result = evaluation.result()

@@ -12,7 +12,7 @@ from typing import Literal
 from jobs.eval.report_card.files import show_decision
 from jobs.promotion.decisions import Decision, add_decision, decisions, last_promotion
 from jobs.promotion.rules import DEFAULT_NO_WORSE, Gate, judge
-from jobs.recipes import RECIPES
+from jobs.recipes import find_recipe
 from jobs.results.metrics import Metric, metrics_of, weights_of
 from nanochat_core import logs
 from nanochat_core.checkpoint import (
@@ -62,9 +62,7 @@ class GateSettings:
         Raises:
             UserError: there is no such recipe.
         """
-        if self.recipe and self.recipe not in RECIPES:
-            raise UserError(f"there is no recipe {self.recipe!r}; choose one of {', '.join(RECIPES)}")
-        given = RECIPES[self.recipe].gate if self.recipe else Gate()
+        given = find_recipe(self.recipe).gate if self.recipe else Gate()
         no_worse = (*(given.no_worse or ()), *self.no_worse) if self.no_worse else given.no_worse
         return Gate((*given.require, *self.require), no_worse)
 

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from jobs.demo_world import evaluation_set
 from jobs.tasks.choices import arc_challenge, arc_easy, mmlu
 from jobs.tasks.data_place import DataPlace
-from jobs.tasks.demo import demo, items_for
+from jobs.tasks.demo import demo
 from jobs.tasks.gsm8k import gsm8k
 from jobs.tasks.humaneval import humaneval
 from jobs.tasks.letter_questions import counting, spelling
@@ -36,7 +37,6 @@ __all__ = [
     "Selection",
     "Task",
     "demo",
-    "items_for",
     "open_tasks",
 ]
 
@@ -63,12 +63,12 @@ class Selection:
     Attributes:
         items: of each task; 0 is all of those in files, and 200 of the generated ones.
         seed: which ones.
-        recipe: decides the kinds of the demo world's.
+        kinds: kinds of conversations that the demo task asks; None asks every kind.
     """
 
     items: int = 0
     seed: int = 0
-    recipe: str = "demo"
+    kinds: frozenset[str] | None = None
 
 
 def open_tasks(names: Sequence[str], place: DataPlace, selection: Selection) -> list[AnyTask]:
@@ -89,7 +89,7 @@ def open_tasks(names: Sequence[str], place: DataPlace, selection: Selection) -> 
 def _open(name: str, place: DataPlace, selection: Selection) -> AnyTask:
     generated = selection.items or GENERATED_QUESTIONS
     if name == "demo":
-        return demo(items_for(selection.recipe, generated, selection.seed))
+        return demo(evaluation_set(generated, selection.seed, selection.kinds))
     if name in _GENERATED:
         return _GENERATED[name](generated, selection.seed)
     if name.endswith(".jsonl"):

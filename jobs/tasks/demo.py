@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from jobs.demo_world import EvalItem, check, evaluation_set
-from jobs.recipes import RECIPES
+from jobs.demo_world import EvalItem, check
 from jobs.tasks.task import Conversation, GenerativeTask, OpenQuestion, Response
-from nanochat_core.errors import UserError
 from nanochat_core.sandbox import SandboxExecutor
 
 _MAX_TOKENS = 120
@@ -34,18 +32,6 @@ class DemoQuestion(OpenQuestion):
 
     def correct(self, response: Response, sandbox: SandboxExecutor) -> bool:  # noqa: ARG002
         return check(self.item, response.text, bool(response.tool_calls))
-
-
-def items_for(recipe: str, count: int, seed: int = 0) -> list[EvalItem]:
-    """Held-out items of the kinds that a recipe teaches.
-
-    Raises:
-        UserError: there is no such recipe.
-    """
-    if recipe not in RECIPES:
-        raise UserError(f"there is no recipe {recipe!r}; choose one of {', '.join(RECIPES)}")
-    kinds = RECIPES[recipe].conversation_kinds
-    return [item for item in evaluation_set(count, seed) if kinds is None or item.kind in kinds]
 
 
 def demo(items: Sequence[EvalItem]) -> GenerativeTask:

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from jobs.eval.chat import ChatResult, evaluate, items_for, pick_checkpoint
+from jobs.eval.chat import ChatResult, evaluate, pick_checkpoint
+from jobs.recipes import find_recipe
 from nanochat_core.store import open_store
 
 
 @pytest.fixture(scope="module")
 def answered(demo_home: Path) -> ChatResult:
     """A thousand held-out conversations: of the report's two hundred only fifty are sums, and two of those decide."""
-    return evaluate(pick_checkpoint(open_store(str(demo_home)), "demo", ""), items_for("demo", 1000))
+    return evaluate(pick_checkpoint(open_store(str(demo_home)), "demo", ""), find_recipe("demo").evaluation_items(1000))
 
 
 def assert_right(answered: ChatResult, kinds: list[str], share: float) -> None:

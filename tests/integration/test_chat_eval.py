@@ -13,10 +13,11 @@ import torch
 
 from jobs.demo_world import EvalItem, evaluation_set, pretraining_documents
 from jobs.eval import chat
-from jobs.eval.chat import Answer, ChatEvalSettings, ChatResult, evaluate, items_for, pick_checkpoint
+from jobs.eval.chat import Answer, ChatEvalSettings, ChatResult, evaluate, pick_checkpoint
 from jobs.eval.report_card.samples import SAMPLING, continue_text
 from jobs.generation.completions import response
 from jobs.generation.python_tool import SandboxTool
+from jobs.recipes import find_recipe
 from jobs.train.tokenizer import train_tokenizer
 from nanochat_core import tokenizer as tok
 from nanochat_core.chat import parse_messages, render_conversation, render_prompt
@@ -115,13 +116,13 @@ def test_the_command_shows_accuracies_and_the_wrong_answers(home):
 
 
 def test_recipes_are_asked_what_they_teach():
-    everything = items_for("demo", 40)
-    small = items_for("small", 40)
+    everything = find_recipe("demo").evaluation_items(40)
+    small = find_recipe("small").evaluation_items(40)
     assert small == [item for item in everything if item.kind in {"greeting", "identity", "arithmetic", "counting"}]
     assert len(everything) == 40
-    assert items_for("demo", 40, seed=1) != everything
+    assert find_recipe("demo").evaluation_items(40, seed=1) != everything
     with pytest.raises(UserError, match="there is no recipe 'other'"):
-        items_for("other", 40)
+        find_recipe("other")
 
 
 def test_the_newest_checkpoint_is_taken_or_the_one_that_is_named(home, checkpoint):

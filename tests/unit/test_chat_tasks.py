@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.demo_world import words
+from jobs.recipes import find_recipe
 from jobs.tasks import (
     TASKS,
     ChoiceTask,
@@ -241,10 +242,12 @@ def test_what_is_no_task_is_an_error(names, store):
 
 
 def test_the_demo_world_is_asked_what_the_recipe_teaches(store):
-    kinds = {question.group for question in opened("demo", store, recipe="small").questions}
+    kinds = {
+        question.group for question in opened("demo", store, kinds=find_recipe("small").conversation_kinds).questions
+    }
     assert kinds == {"greeting", "identity", "arithmetic", "counting"}
     with pytest.raises(UserError, match="there is no recipe 'other'"):
-        opened("demo", store, recipe="other")
+        find_recipe("other")
 
 
 @pytest.mark.parametrize("name", ["demo", "spelling", "counting"])

@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from jobs.data.shards import TextDataset
-from jobs.eval.chat import Answer, ChatResult, evaluate, items_for
+from jobs.eval.chat import Answer, ChatResult, evaluate
 from jobs.eval.report_card.samples import SAMPLING, continue_text, openings
 from jobs.measures.bits_per_byte import bits_per_byte
+from jobs.recipes import find_recipe
 from jobs.results.metrics import CONVERSATIONS, HELD_OUT_TEXT, SAMPLES
 from jobs.results.record import Evaluation
 from nanochat_core.checkpoint import Checkpoint
@@ -54,7 +55,7 @@ def measure_conversations(store: Store, tuned: Checkpoint, recipe: str, count: i
     Raises:
         UserError: there is no such recipe.
     """
-    items = items_for(recipe, count)
+    items = find_recipe(recipe).evaluation_items(count)
     asked = json.dumps([dataclasses.asdict(item) for item in items], sort_keys=True).encode()
     settings = {
         "recipe": recipe,
