@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 import signal
@@ -9,15 +10,23 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from nanochat_core.checkpoint import CheckpointRef, load_checkpoint
+from nanochat_core.chunked_loss import LOGIT_SOFTCAP
+from nanochat_core.model import GPT
+from nanochat_core.store import open_store
+from nanochat_core.tokenizer import ASSISTANT_END
+from nanochat_core.training.checkpoint_writer import save_checkpoint
 from tests.support.tiny_training import NAME, PRETRAIN, SFT, STEPS, Jobs, Result, fill
 
 MODULE = "jobs.train.rl"
 RL_STEPS = 16
+CHANCE_TO_END = 0.02
 RL = {
     "model": NAME,
     "task": "arithmetic",
-    "reward": "finished",  # what a tiny model sometimes does
+    "reward": "finished",  # 1 if the answer ends within max-new-tokens
     "steps": RL_STEPS,
     "examples": 4,
     "samples": 4,
@@ -38,14 +47,42 @@ def copy(home: Path, folder: Path) -> Jobs:
     return Jobs(folder / "home", folder / "logs")
 
 
+def save_undecided_policy(home: Path, chance_to_end: float) -> None:
+    """Replace the fine-tuned model by one whose every next token is the end of the answer or the letter "a".
+
+    The probability of the end is ``chance_to_end`` after every prefix, on every processor: all embedding rows are
+    equal and the output projections of all blocks are zero, so the last hidden state h is one constant vector with
+    h.h = dim, and a head row c * h / dim gives the logit softcap(c).
+    """
+    store = open_store(str(home))
+    tuned = load_checkpoint(store, CheckpointRef(NAME, "sft", STEPS))
+    model, dim = GPT(tuned.config), tuned.config.dim
+    model.init_weights(torch.Generator().manual_seed(0))
+    direction = torch.ones(dim)
+
+    def uncapped(logit: float) -> float:
+        return LOGIT_SOFTCAP * math.atanh(logit / LOGIT_SOFTCAP)
+
+    with torch.no_grad():
+        model.embedding.weight.copy_(direction.expand_as(model.embedding.weight))
+        model.head.weight.copy_((uncapped(-14.0) * direction / dim).expand_as(model.head.weight))
+        odds = math.log(chance_to_end / (1 - chance_to_end))
+        for token, logit in ((tuned.tokenizer.special_ids[ASSISTANT_END], odds), (tuned.tokenizer.encode("a")[0], 0.0)):
+            model.head.weight[token] = uncapped(logit) * direction / dim
+    save_checkpoint(
+        store, CheckpointRef(NAME, "sft", STEPS + 1), model=model, tokenizer=tuned.tokenizer, meta=dict(tuned.meta)
+    )
+
+
 @pytest.fixture(scope="module")
 def with_sft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with a fine-tuned model."""
+    """A store with a fine-tuned model from which RL can learn on every processor."""
     folder = tmp_path_factory.mktemp("with_sft")
     fill(folder / "filled")
     jobs = copy(folder / "filled", folder)
     jobs.run("jobs.train.pretrain", PRETRAIN, save_every=0, context_length=128, eval_every=0)
     jobs.run("jobs.train.sft", SFT, save_every=0, eval_every=0)
+    save_undecided_policy(jobs.home, CHANCE_TO_END)
     return jobs.home
 
 
@@ -67,7 +104,6 @@ def test_the_history_has_rewards_and_what_is_held_out(uninterrupted: Result) -> 
     assert [point["step"] for point in points] == list(range(RL_STEPS + 1))
     rewards = [point["reward"] for point in points[1:]]
     assert len(set(rewards)) > 1
-    assert sum(rewards[-4:]) > sum(rewards[:4]), "what is rewarded comes more often"
     assert all({"loss", "length", "informative"} <= point.keys() for point in points[1:])
     evaluated = [point for point in points if "heldout_reward" in point]
     assert [point["step"] for point in evaluated] == [0, 8, RL_STEPS]
@@ -77,10 +113,22 @@ def test_the_history_has_rewards_and_what_is_held_out(uninterrupted: Result) -> 
         assert sorted(passed.values()) == list(passed.values())
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_rewarded_answers_become_more_likely(jobs: Jobs, seed: int) -> None:
+    """Only an answer that ends is rewarded: at first 1 - 0.98**24 = 0.38 of the answers of at most 24 tokens.
+
+    The mean reward of the first step's 64 answers has a standard deviation of sqrt(0.38 * 0.62 / 64) = 0.06.
+    """
+    jobs.run(MODULE, RL | {"examples": 8, "samples": 8, "eval-every": 0, "save-every": 0, "seed": seed})
+    rewards = [point["reward"] for point in jobs.result("rl", RL_STEPS).history[1:]]
+    assert abs(rewards[0] - 0.38) < 4 * 0.06, rewards
+    assert sum(rewards[-4:]) / 4 > 0.8, rewards
+
+
 def test_the_lineage_is_stored_with_the_model(uninterrupted: Result, with_sft: Path) -> None:
-    tuned = Jobs(with_sft, with_sft).result("sft")
+    tuned = Jobs(with_sft, with_sft).result("sft", STEPS + 1)
     assert uninterrupted.meta["inputs"]["sft"] == tuned.weights != uninterrupted.weights
-    assert uninterrupted.meta["base"] == f"sft/step_{STEPS:06d}"
+    assert uninterrupted.meta["base"] == f"sft/step_{STEPS + 1:06d}"
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_weights_and_rewards(jobs: Jobs, uninterrupted: Result) -> None:
