@@ -1,7 +1,7 @@
 """The GPT: pre-norm decoder with rotary attention, value embeddings, smear, backout and a softcapped head.
 
 Over whole rows, as training sees them. Serving runs the same function in another layout: see
-:mod:`nanochat_core.engine.network`.
+:mod:`nanochat_core.engine.backends.torch.network`.
 """
 
 from __future__ import annotations

@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 import array
-import dataclasses
 import hashlib
-import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
+from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.engine.sequence import Sequence
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheGroup:
-    """Layers that see equally far, and so need the same blocks.
-
-    Attributes:
-        layers: their indices.
-        window: tokens before itself that a token sees; None for all.
-        num_blocks: blocks there are for them, each with ``block_size`` tokens of every layer of the group.
-        most_held: blocks that one sequence holds at a time at most: its window and what one step computes.
-    """
-
-    layers: tuple[int, ...]
-    window: int | None
-    num_blocks: int
-    most_held: int = sys.maxsize
-
 
 # Fewer tokens in common are not worth a copy: every conversation begins with the same two.
 LEAST_COPIED = 4

@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from nanochat_core.engine.block_manager import CacheGroup
-from nanochat_core.engine.kv_cache import KEY_TILE, MOST_ROWS, plan_groups
+from nanochat_core.engine.backends.torch.attention import KEY_TILE, MOST_ROWS
+from nanochat_core.engine.cache_groups import CacheGroup, plan_groups
 from nanochat_core.engine.speculation import Speculation
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT

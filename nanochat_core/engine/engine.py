@@ -15,7 +15,8 @@ from typing import Protocol
 
 import torch
 
-from nanochat_core.engine.backend import build_runner
+from nanochat_core.engine.backends.base import Awaited
+from nanochat_core.engine.backends.select import build_runner
 from nanochat_core.engine.block_manager import BlockManager
 from nanochat_core.engine.config import EngineConfig
 from nanochat_core.engine.constraints import Grammars
@@ -31,7 +32,6 @@ from nanochat_core.engine.request import (
     ToolResult,
     Usage,
 )
-from nanochat_core.engine.runner import Awaited
 from nanochat_core.engine.sampler import Drawn, Sample, Sampler, sample_key
 from nanochat_core.engine.scheduler import Chunk, Scheduler
 from nanochat_core.engine.sequence import Sequence, State

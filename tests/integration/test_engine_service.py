@@ -25,7 +25,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, promote
 from nanochat_core.engine import Engine, EngineConfig, EngineDead, Load, Request, SamplingParams, async_engine
-from nanochat_core.engine.runner import Awaited, EagerRunner
+from nanochat_core.engine.backends.base import Awaited
+from nanochat_core.engine.backends.eager import EagerRunner
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.shedding import MOST_FAILURES
 from nanochat_core.protos import engine_pb2 as pb

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine import EngineConfig, Request, SamplingParams
-from nanochat_core.engine.block_manager import CacheGroup
-from nanochat_core.engine.kv_cache import plan_groups
-from nanochat_core.engine.runner import Runner
+from nanochat_core.engine.backends.base import Runner
+from nanochat_core.engine.cache_groups import CacheGroup, plan_groups
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.sequence import Sequence
 from nanochat_core.errors import UserError

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from nanochat_core.engine.block_manager import LEAST_COPIED, BlockManager, CacheGroup
+from nanochat_core.engine.block_manager import LEAST_COPIED, BlockManager
+from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.engine.request import Request
 from nanochat_core.engine.sequence import Sequence
 

@@ -13,14 +13,17 @@ from test_model import random_ids, random_model
 from torch import Tensor
 
 from nanochat_core.config import ModelConfig
-from nanochat_core.engine import Engine, EngineConfig, SamplingParams, Token, cpu
-from nanochat_core.engine.backend import build_runner
-from nanochat_core.engine.block_manager import CacheGroup
-from nanochat_core.engine.cpu import library
-from nanochat_core.engine.cpu.attention import CpuCache
-from nanochat_core.engine.cpu.network import CpuNetwork
-from nanochat_core.engine.network import Network, packs
-from nanochat_core.engine.runner import EagerRunner, Runner
+from nanochat_core.engine import Engine, EngineConfig, SamplingParams, Token
+from nanochat_core.engine.backends import cpu
+from nanochat_core.engine.backends.base import Runner
+from nanochat_core.engine.backends.cpu import library
+from nanochat_core.engine.backends.cpu.attention import CpuCache
+from nanochat_core.engine.backends.cpu.network import CpuNetwork
+from nanochat_core.engine.backends.eager import EagerRunner
+from nanochat_core.engine.backends.packed_weight import packs
+from nanochat_core.engine.backends.select import build_runner
+from nanochat_core.engine.backends.torch.network import Network
+from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.model import GPT
 from tests.support.engine_models import BYTES, SHAPES, Place, shape_of, tiny_model

@@ -20,18 +20,19 @@ from test_model import random_ids, random_model
 from torch import Tensor
 
 from nanochat_core.config import ModelConfig
-from nanochat_core.engine import Engine, EngineConfig, SamplingParams, gpu
-from nanochat_core.engine.block_manager import CacheGroup
+from nanochat_core.engine import Engine, EngineConfig, SamplingParams
+from nanochat_core.engine.backends import gpu
+from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.model import GPT
 from tests.support.engine_models import BYTES, SHAPES, Place, shape_of, tiny_model
 
 pytest.importorskip("triton", reason="the GPU kernels are written in Triton, which this platform has not")
 
-from nanochat_core.engine.gpu import network as gpu_network
-from nanochat_core.engine.gpu import runner as gpu_runner
-from nanochat_core.engine.gpu.flash import FlashKernel, flash_kernel
-from nanochat_core.engine.gpu.network import GpuCache, GpuNetwork
-from nanochat_core.engine.gpu.runner import GpuRunner
+from nanochat_core.engine.backends.gpu import network as gpu_network
+from nanochat_core.engine.backends.gpu import runner as gpu_runner
+from nanochat_core.engine.backends.gpu.flash import FlashKernel, flash_kernel
+from nanochat_core.engine.backends.gpu.network import GpuCache, GpuNetwork
+from nanochat_core.engine.backends.gpu.runner import GpuRunner
 
 BLOCK = 16
 ROOT = Path(__file__).parents[2]
@@ -255,7 +256,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, "tests/unit")
-from nanochat_core.engine.gpu import kernels, runner
+from nanochat_core.engine.backends.gpu import kernels, runner
 from tests.support.engine_models import Place
 from test_engine_gpu import make_runner
 from test_model import random_ids, random_model

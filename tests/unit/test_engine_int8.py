@@ -9,8 +9,8 @@ from test_model import random_model
 from torch import nn
 
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams
-from nanochat_core.engine.cpu import library
-from nanochat_core.engine.cpu.int8 import Int8Weight, quantize
+from nanochat_core.engine.backends.cpu import library
+from nanochat_core.engine.backends.cpu.int8 import Int8Weight, quantize
 from nanochat_core.errors import UserError
 from tests.support.engine_models import BYTES, shape_of, tiny_model
 

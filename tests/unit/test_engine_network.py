@@ -10,7 +10,7 @@ from test_model import config, random_ids, random_model
 from torch import Tensor
 
 from nanochat_core.config import ModelConfig
-from nanochat_core.engine.network import Network
+from nanochat_core.engine.backends.torch.network import Network
 from nanochat_core.model import QK_SCALE
 
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat_core.config import ModelConfig
-from nanochat_core.engine.block_manager import BlockManager, CacheGroup
-from nanochat_core.engine.kv_cache import bytes_per_block, plan_groups
+from nanochat_core.engine.block_manager import BlockManager
+from nanochat_core.engine.cache_groups import CacheGroup, bytes_per_block, plan_groups
 from nanochat_core.engine.request import Request
 from nanochat_core.engine.scheduler import Scheduler
 from nanochat_core.engine.sequence import Sequence, State

@@ -26,7 +26,7 @@ from nanochat_core.engine import (
     ToolOutput,
     ToolPolicy,
 )
-from nanochat_core.engine.runner import Awaited
+from nanochat_core.engine.backends.base import Awaited
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.shedding import MOST_FAILURES, STEPS_UNTIL_MORE
 from tests.support.engine_models import BYTES, CALLING, config_with_blocks, tiny_model

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jobs.measures.core.prompts import Option, Question, common_length
 from nanochat_core.chunked_loss import CPU_CHUNK, GPU_CHUNK
-from nanochat_core.engine.network import Network
+from nanochat_core.engine.backends.torch.network import Network
 from nanochat_core.model import GPT, QK_SCALE, rotary_table
 
 # The rotary table, of training as long as the context, is made this many times longer here: few-shot prompts can be

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat_core.engine.block_manager import CacheGroup
-from nanochat_core.engine.runner import TokenBatch
+from nanochat_core.engine.backends.batch import TokenBatch
+from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.engine.scheduler import Chunk
 
 # Kernels read addresses of this many numbers at once.
@@ -24,7 +24,7 @@ class Pieces:
     """Where the sequences of a step of many tokens are in it; tensors of int32.
 
     Attributes:
-        tiles: (tiles, 4) see :func:`~nanochat_core.engine.gpu.kernels.attend_tiles`.
+        tiles: (tiles, 4) see :func:`~nanochat_core.engine.backends.gpu.kernels.attend_tiles`.
         first_tokens: (sequences + 1,) where each begins, and the end of the last.
         ends: (sequences,) how many tokens of each are known after the step.
         longest: most tokens of one sequence in the step.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nanochat_core.config import ModelConfig
-from nanochat_core.engine.block_manager import CacheGroup
-from nanochat_core.engine.cpu.library import Batch, Layer
+from nanochat_core.engine.backends.cpu.library import Batch, Layer
+from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.engine.kv_cache import BlockMemory, slots_of
 from nanochat_core.engine.scheduler import Chunk
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_core.engine.cpu.library import load_kernels
+from nanochat_core.engine.backends.cpu.library import load_kernels
 
 # Outputs of a tile, and successive inputs that are side by side; as in ``kernels.cpp``.
 _TILE = 32
@@ -14,7 +14,7 @@ _LANE = 4
 
 
 class Int8Weight:
-    """A :class:`~nanochat_core.engine.network.Weight` in 255 steps, with a scale for each output.
+    """A :class:`~nanochat_core.engine.backends.weights.Weight` in 255 steps, with a scale for each output.
 
     Activations keep their dtype and sums are fp32, so the rounding of the weights is the only loss. A row's product has
     the same bits whatever the number of rows.

@@ -7,10 +7,10 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from nanochat_core.engine.cpu.attention import CpuAttention
-from nanochat_core.engine.cpu.int8 import Int8Weight
-from nanochat_core.engine.cpu.library import Shape, load_kernels
-from nanochat_core.engine.network import ServingWeights
+from nanochat_core.engine.backends.cpu.attention import CpuAttention
+from nanochat_core.engine.backends.cpu.int8 import Int8Weight
+from nanochat_core.engine.backends.cpu.library import Shape, load_kernels
+from nanochat_core.engine.backends.weights import ServingWeights
 from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE, rms_norm
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 
-from nanochat_core.engine import cpu, gpu
-from nanochat_core.engine.block_manager import CacheGroup
+from nanochat_core.engine.backends import cpu, gpu
+from nanochat_core.engine.backends.base import Runner
+from nanochat_core.engine.backends.cpu.attention import CpuCache
+from nanochat_core.engine.backends.cpu.network import CpuNetwork
+from nanochat_core.engine.backends.eager import EagerRunner
+from nanochat_core.engine.backends.torch.attention import KVCache
+from nanochat_core.engine.backends.torch.network import Network
+from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.engine.config import EngineConfig
-from nanochat_core.engine.cpu.attention import CpuCache
-from nanochat_core.engine.cpu.network import CpuNetwork
-from nanochat_core.engine.kv_cache import KVCache
-from nanochat_core.engine.network import Network
-from nanochat_core.engine.runner import EagerRunner, Runner
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 
@@ -32,9 +33,9 @@ def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, Items[CacheG
     # The cache comes after the network, whose memory it leaves alone.
     if config.kernels and gpu.usable(shape, dtype, device):
         # They import Triton, which CPUs do without.
-        from nanochat_core.engine.gpu.flash import flash_kernel
-        from nanochat_core.engine.gpu.network import GpuCache, GpuNetwork
-        from nanochat_core.engine.gpu.runner import GpuRunner
+        from nanochat_core.engine.backends.gpu.flash import flash_kernel
+        from nanochat_core.engine.backends.gpu.network import GpuCache, GpuNetwork
+        from nanochat_core.engine.backends.gpu.runner import GpuRunner
 
         gpu_network = GpuNetwork(model, flash_kernel(device, dtype))
         groups = config.cache_groups(model)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from nanochat_core.device import RECORDING, to_device
-from nanochat_core.engine.gpu.network import GpuCache, GpuNetwork
-from nanochat_core.engine.gpu.step import StepInputs
-from nanochat_core.engine.runner import Awaited, TokenBatch
+from nanochat_core.engine.backends.base import Awaited
+from nanochat_core.engine.backends.batch import TokenBatch
+from nanochat_core.engine.backends.gpu.network import GpuCache, GpuNetwork
+from nanochat_core.engine.backends.gpu.step import StepInputs
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.model import GPT
 
@@ -28,7 +29,7 @@ Compute = Callable[[], Tensor]
 
 
 class GpuRunner:
-    """:class:`~nanochat_core.engine.runner.Runner` on the GPU kernels."""
+    """:class:`~nanochat_core.engine.backends.base.Runner` on the GPU kernels."""
 
     def __init__(self, network: GpuNetwork, cache: GpuCache, token_budget: int, max_running: int) -> None:
         """

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from nanochat_core.chunked_loss import LOGIT_SOFTCAP
 from nanochat_core.config import ModelConfig
-from nanochat_core.engine.block_manager import CacheGroup
-from nanochat_core.engine.gpu import kernels
-from nanochat_core.engine.gpu.flash import FlashKernel
-from nanochat_core.engine.gpu.step import Pieces, Step
+from nanochat_core.engine.backends.gpu import kernels
+from nanochat_core.engine.backends.gpu.flash import FlashKernel
+from nanochat_core.engine.backends.gpu.step import Pieces, Step
+from nanochat_core.engine.backends.weights import ServingWeights
+from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.engine.kv_cache import BlockMemory
-from nanochat_core.engine.network import ServingWeights
 from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE
 
 _EPSILON = torch.finfo(torch.float32).eps

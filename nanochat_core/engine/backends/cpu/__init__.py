@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from nanochat_core.config import ModelConfig
-from nanochat_core.engine.cpu.library import load_kernels
+from nanochat_core.engine.backends.cpu.library import load_kernels
 
 # What kernels.cpp is compiled for.
 _HEAD_DIMS = frozenset({16, 32, 64, 128})

@@ -1,0 +1,83 @@
+"""Matrices as oneDNN multiplies with them on CPUs."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat_core.device import cpu_multiplies_bf16
+
+# Enough that a difference in the last of fp32's bits shows in some number that is rounded to bf16.
+_PROBE_ROWS = 16
+
+
+class PackedWeight:
+    """A :class:`Weight` whose products oneDNN computes on CPUs, laid out for its kernels.
+
+    Besides being faster for batches, oneDNN computes each row with the same order of additions whatever the number of
+    rows, which the default kernels do not: a token's result has the same bits alone and in a batch. The one exception
+    are long sums for a single row, which some CPUs add up differently; where they do, a second row goes along.
+
+    Attributes:
+        weight: in oneDNN's layout where it multiplies, otherwise as it came.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        """
+        Args:
+            weight: (out_features, in_features) in the compute dtype.
+        """
+        self._packs = weight.device.type == "cpu" and packs(weight.dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packs else weight.clone()
+        self._pairs = self._packs and _single_rows_differ(weight.size(0), weight.size(1), weight.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(x, "none")
+
+    def relu(self, x: Tensor) -> Tensor:
+        return self._product(x, "relu")
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        if not self._packs:
+            return torch.addmm(other, x, self.weight.t())
+        if self._pairs and x.size(0) == 1:
+            return self.plus(x.expand(2, -1).contiguous(), other.expand(2, -1).contiguous())[:1]
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, None, "add")
+        return y
+
+    def _product(self, x: Tensor, activation: str) -> Tensor:
+        y: Tensor
+        if not self._packs:
+            y = F.linear(x, self.weight)
+            return y.relu_() if activation == "relu" else y
+        if self._pairs and x.size(0) == 1:
+            return self._product(x.expand(2, -1).contiguous(), activation)[:1]
+        y = torch.ops.mkldnn._linear_pointwise.default(x, self.weight, None, activation, [], "")
+        return y
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN can lay out weights of this dtype on this CPU."""
+    return torch.backends.mkldnn.is_available() and (
+        dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+@functools.cache
+def _single_rows_differ(out_features: int, in_features: int, dtype: torch.dtype) -> bool:
+    """Whether, on this CPU, the product of one row with such a weight has other bits than among many rows."""
+    if dtype == torch.bfloat16 and not cpu_multiplies_bf16():
+        return True  # differences are too rare to be found by trying, because results are rounded to bf16
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=draw).to(dtype)
+    rows = torch.randn(_PROBE_ROWS, in_features, generator=draw).to(dtype)
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+    def product(x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+        return y
+
+    return not torch.equal(torch.cat([product(row) for row in rows.split(1)]), product(rows))

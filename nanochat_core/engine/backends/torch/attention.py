@@ -1,0 +1,234 @@
+"""The paged KV cache for PyTorch's operators, and attention of a ragged batch over it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat_core.config import ModelConfig
+from nanochat_core.device import to_device
+from nanochat_core.engine.cache_groups import CacheGroup
+from nanochat_core.engine.kv_cache import BlockMemory, slots_of
+from nanochat_core.engine.scheduler import Chunk
+from nanochat_core.model import QK_SCALE
+
+# On the CPU a token's attention has the same bits whether it is decoded, prefilled or recomputed, alone or in a batch,
+# because shapes are kept to those for which PyTorch adds in the same order (found by trying all, with MKL on AVX-512):
+# query rows in multiples of a number that depends on the CPU, see row_multiple (fewer run other matrix kernels); keys
+# in tiles of KEY_TILE, over which the kernel rescales its running softmax, counted from the sequence's start in
+# windowed layers too; and a last tile that is full or at most half a tile (longer sums are split in two), in multiples
+# of KEY_MULTIPLE.
+MOST_ROWS = 8
+KEY_MULTIPLE = 16
+KEY_TILE = 512
+# Short chunks whose contexts are within the same power of two of this many tokens share one padded batch.
+SMALLEST_BUCKET = 256
+
+
+class KVCache(BlockMemory):
+    """The cache for attention by PyTorch's operators.
+
+    Attributes:
+        row_multiple: queries are attended to in multiples of this many.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        groups: Items[CacheGroup],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(config, groups, block_size, dtype, device)
+        # Queries and keys come as unit vectors.
+        self.score_scale = QK_SCALE**2 * config.head_dim**0.5
+        self.row_multiple = row_multiple(config.head_dim, dtype) if device.type == "cpu" else 1
+        # For each group what is added to a score, by the position of the key less that of the query, from -reach on.
+        self._reach = config.context_length + 2 * KEY_TILE
+        distance = torch.arange(-self._reach, self._reach, device=device)
+        self._visible = [
+            torch.zeros(distance.shape, dtype=dtype, device=device).masked_fill_(
+                (distance > 0) | (distance < -window), -math.inf
+            )
+            for window in self.windows
+        ]
+        # For each layer keys and values, (num_blocks, block_size, n_kv_head, head_dim).
+        self._layers = [each.view(2, -1, block_size, config.n_kv_head, config.head_dim) for each in self.blocks]
+
+    def attention(self, chunks: Iterable[Chunk]) -> PagedAttention:
+        """Attention of a batch of these chunks."""
+        return PagedAttention(self, chunks)
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store (tokens, n_kv_head, head_dim) keys and values at ``slots`` = block * block_size + offset."""
+        keys, values = self._layers[layer].flatten(1, 2)
+        keys.index_copy_(0, slots, k)
+        values.index_copy_(0, slots, v)
+
+    def mask(self, group: int, first: np.ndarray, keys: int) -> Tensor:
+        """What is added to the scores of ``keys`` successive keys: 0, or -inf for those that a query does not see.
+
+        Args:
+            first: (chunks, rows) position of the first key less that of each query.
+
+        Returns:
+            (chunks, 1, rows * query heads per kv head, keys).
+        """
+        shared = self.config.n_head // self.config.n_kv_head
+        places = to_device(np.repeat(first + self._reach, shared, axis=1), self.device)
+        return self._visible[group].unfold(0, keys, 1)[places].unsqueeze(1)
+
+    def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of (rows, n) block ids, each (rows, n * block_size, n_kv_head, head_dim)."""
+        rows, flat = blocks.size(0), blocks.flatten()
+        shape = (rows, -1, self.config.n_kv_head, self.config.head_dim)
+        keys, values = self._layers[layer]
+        return keys.index_select(0, flat).view(shape), values.index_select(0, flat).view(shape)
+
+
+class PagedAttention:
+    """:class:`~nanochat_core.engine.backends.torch.network.Attend` for one ragged batch.
+
+    Chunks are taken in groups that share one padded batch; the batch's tokens must come in the order of
+    :attr:`chunks`.
+
+    Attributes:
+        chunks: the given chunks in the order of the batch.
+    """
+
+    def __init__(self, cache: KVCache, chunks: Iterable[Chunk]) -> None:
+        self._cache = cache
+        grouped = _group(chunks)
+        self.chunks = [chunk for group in grouped for chunk in group]
+        self._slots = [
+            to_device(slots_of(self.chunks, g, cache.block_size), cache.device) for g in range(len(cache.groups))
+        ]
+        self._groups = [_Group(cache, group) for group in grouped]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of (tokens, n_head, head_dim) queries; writes the new keys and values first."""
+        self._cache.write(layer, self._slots[self._cache.group_of[layer]], k, v)
+        if len(self._groups) == 1:
+            return self._groups[0].attend(layer, q)
+        parts = q.split([group.tokens for group in self._groups])
+        return torch.cat([group.attend(layer, part) for group, part in zip(self._groups, parts, strict=True)])
+
+
+class _Group:
+    """Chunks attended together: their queries padded to (chunks, rows), their keys to the longest context."""
+
+    def __init__(self, cache: KVCache, chunks: Items[Chunk]) -> None:
+        self._cache = cache
+        self._chunks = chunks
+        self.tokens = sum(chunk.length for chunk in chunks)
+        self._rows = _round_up(max(chunk.length for chunk in chunks), cache.row_multiple)
+        starts = np.array([chunk.start for chunk in chunks])
+        lengths = np.array([chunk.length for chunk in chunks])
+        row = np.arange(self._rows)
+        # The position of every row; padding rows repeat the chunk's last one.
+        self._positions = starts[:, None] + np.minimum(row, lengths[:, None] - 1)
+        # Where each token's query goes in the padded batch. Decoding has it in the first row of each chunk.
+        self._decodes = self.tokens == len(chunks)
+        is_token = row < lengths[:, None]
+        self._places = None if self._decodes or is_token.all() else to_device(np.flatnonzero(is_token), cache.device)
+        self._padded: Tensor | None = None
+        self._views: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """(tokens, n_head, head_dim) queries of this group's chunks to outputs of the same shape."""
+        config, count, rows = self._cache.config, len(self._chunks), self._rows
+        blocks, mask = self._view(self._cache.group_of[layer])
+        keys, values = self._cache.gather(layer, blocks)
+        # Query heads that share a kv head become rows of one matrix product with it.
+        heads, shared = config.n_kv_head, config.n_head // config.n_kv_head
+        q = self._pad(q).view(count, rows, heads, shared, -1).permute(0, 2, 1, 3, 4)
+        y = F.scaled_dot_product_attention(
+            q.reshape(count, heads, rows * shared, -1),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=mask,
+            scale=self._cache.score_scale,
+        )
+        y = y.view(count, heads, rows, shared, -1)
+        if self._decodes:
+            return y[:, :, 0].reshape(count, config.n_head, -1)
+        y = y.permute(0, 2, 1, 3, 4).reshape(count * rows, config.n_head, -1)
+        return y if self._places is None else y.index_select(0, self._places)
+
+    def _pad(self, q: Tensor) -> Tensor:
+        """(chunks * rows, n_head, head_dim); what is in the rows between does not matter."""
+        if self._rows == 1 or (self._places is None and not self._decodes):
+            return q
+        if self._padded is None:
+            self._padded = q.new_zeros(len(self._chunks) * self._rows, *q.shape[1:])
+        if self._places is None:
+            self._padded[:: self._rows] = q
+            return self._padded
+        return self._padded.index_copy_(0, self._places, q)
+
+    def _view(self, group: int) -> tuple[Tensor, Tensor]:
+        """Block ids (chunks, n) that the layers of a group gather, and their (chunks, 1, rows, keys) mask."""
+        if group not in self._views:
+            self._views[group] = self._build_view(group)
+        return self._views[group]
+
+    def _build_view(self, group: int) -> tuple[Tensor, Tensor]:
+        cache, size = self._cache, self._cache.block_size
+        first = np.maximum(self._positions[:, 0] - cache.windows[group], 0) // KEY_TILE * KEY_TILE
+        longest = int((self._positions[:, -1] + 1 - first).max())
+        width = _round_up(_padded_keys(longest), size) // size
+        blocks: list[int] = []
+        for chunk, begin in zip(self._chunks, (first // size).tolist(), strict=True):
+            visible = chunk.seq.block_tables[group][begin : begin + width]
+            blocks += visible
+            blocks += [0] * (width - len(visible))
+        mask = cache.mask(group, first[:, None] - self._positions, width * size)
+        return to_device(np.array(blocks).reshape(-1, width), cache.device), mask
+
+
+@functools.cache
+def row_multiple(head_dim: int, dtype: torch.dtype) -> int:
+    """The fewest query rows whose attention has, on this CPU, the bits that it has among many rows."""
+    draw = torch.Generator().manual_seed(0)
+    for rows in (1, 2, 4):
+        if all(_same_bits(rows, keys, head_dim, dtype, draw) for keys in (KEY_MULTIPLE, 3 * KEY_MULTIPLE, KEY_TILE)):
+            return rows
+    return MOST_ROWS
+
+
+def _same_bits(rows: int, keys: int, head_dim: int, dtype: torch.dtype, draw: torch.Generator) -> bool:
+    q, k, v = (torch.randn(2, 4, length, head_dim, generator=draw).to(dtype) for length in (64, keys, keys))
+    mask = torch.zeros(1, 1, 64, keys, dtype=dtype)
+    many = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    few = [F.scaled_dot_product_attention(part, k, v, attn_mask=mask[:, :, :rows]) for part in q.split(rows, dim=2)]
+    return torch.equal(torch.cat(few, dim=2), many)
+
+
+def _group(chunks: Iterable[Chunk]) -> list[list[Chunk]]:
+    """Chunks of at most MOST_ROWS tokens by the size of their context; each longer one alone."""
+    short: dict[int, list[Chunk]] = {}
+    long: list[list[Chunk]] = []
+    for chunk in chunks:
+        if chunk.length <= MOST_ROWS:
+            short.setdefault(max(chunk.end, SMALLEST_BUCKET).bit_length(), []).append(chunk)
+        else:
+            long.append([chunk])
+    return [*short.values(), *long]
+
+
+def _padded_keys(length: int) -> int:
+    """The next number of keys whose sums are added in the same order as those of a longer context."""
+    whole, rest = length // KEY_TILE * KEY_TILE, length % KEY_TILE
+    return whole + (_round_up(rest, KEY_MULTIPLE) if rest <= KEY_TILE // 2 else KEY_TILE)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
