@@ -35,7 +35,7 @@ from jobs.eval.bench.workload import (
     make_requests,
     poisson_arrivals,
 )
-from jobs.eval.chat import pick_checkpoint
+from jobs.eval.checkpoints import pick_checkpoint
 from jobs.measures.machine import describe_machine
 from nanochat_core import logs
 from nanochat_core.config import ModelConfig

@@ -17,12 +17,13 @@ import torch
 from jobs.demo_world import EvalItem
 from jobs.eval.chat_eval.examination import Sampling, examine_answers, examine_choices, generate, verdicts_of
 from jobs.eval.chat_eval.scores import chat_core, score, table
+from jobs.eval.checkpoints import pick_checkpoint
 from jobs.generation.python_tool import SandboxTool
 from jobs.recipes import find_recipe
-from jobs.results.record import Evaluation
+from jobs.results.evaluations import Evaluation
 from jobs.tasks import ChoiceTask, DataPlace, GenerativeTask, Response, Selection, demo, open_tasks
 from nanochat_core import logs
-from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, newest_checkpoint
+from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.device import choose_device, choose_dtype, free_memory, prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig
 from nanochat_core.errors import UserError, run_main
@@ -127,20 +128,6 @@ def evaluate(checkpoint: Checkpoint, items: Sequence[EvalItem]) -> ChatResult:
             for number, item in enumerate(items)
         ]  # fmt: skip
     return ChatResult(checkpoint.ref.revision, tuple(answers))
-
-
-def pick_checkpoint(store: Store, model: str, revision: str, stage: str = "sft") -> Checkpoint:
-    """The named checkpoint, or the newest of the stage.
-
-    Raises:
-        UserError: there is none.
-    """
-    if revision:
-        return load_checkpoint(store, CheckpointRef.parse(model, revision))
-    checkpoint = newest_checkpoint(store, model, stage)
-    if checkpoint is None:
-        raise UserError(f"model {model!r} has no {stage} checkpoint in {store}; train it first")
-    return checkpoint
 
 
 def run(

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.eval.report_card.contents import describe_stage, newest_stages
-from jobs.eval.report_card.markdown import code, literal, table
+from jobs.eval.checkpoints import newest_stages
+from jobs.eval.report_card.contents import describe_stage
 from jobs.eval.report_card.plots import plot_runs
 from jobs.plots import scientific
 from jobs.results.metrics import Metric, metrics_of
+from jobs.results.report_page.markdown import code, literal, table
 from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.errors import UserError, run_main

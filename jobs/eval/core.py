@@ -9,12 +9,12 @@ from typing import Literal
 
 import torch
 
-from jobs.eval.chat import pick_checkpoint
+from jobs.eval.checkpoints import pick_checkpoint
 from jobs.measures.core.bundle import Bundle, read_bundle
 from jobs.measures.core.download import PUBLIC_BUNDLE, locate_bundle
 from jobs.measures.core.run import CoreResult, evaluate_core
 from jobs.measures.core.scoring import Scorer
-from jobs.results.record import Evaluation
+from jobs.results.evaluations import Evaluation
 from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint, check_model_name
 from nanochat_core.device import choose_device, choose_dtype, prepare_cpu

@@ -6,7 +6,8 @@ import dataclasses
 import logging
 from typing import Any, Literal
 
-from jobs.eval.report_card.contents import Wanted, gather, newest_stages
+from jobs.eval.checkpoints import newest_stages
+from jobs.eval.report_card.contents import Wanted, gather
 from jobs.eval.report_card.files import write_report
 from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name

@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jobs.results.evaluations import results
 from jobs.results.normal_form import normal_form
-from jobs.results.record import results
 from nanochat_core.checkpoint import STAGES, Checkpoint, CheckpointRef, list_checkpoints, load_meta, weights_digest
 from nanochat_core.store import Store
 

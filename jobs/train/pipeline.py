@@ -19,11 +19,11 @@ import torch
 from jobs.data.local_text import local_text_digest
 from jobs.data.shards import dataset_digest, has_shards, read_manifest
 from jobs.data.tokenizers import load_tokenizer, trained_on
-from jobs.eval.gate import EXIT_REFUSED, decide
-from jobs.eval.report_card.files import reported
 from jobs.promotion.decisions import latest_decision
+from jobs.promotion.gate import EXIT_REFUSED, decide
 from jobs.recipes import RECIPES, Flags, Recipe
 from jobs.results.metrics import weights_of
+from jobs.results.reports import is_reported
 from jobs.train import pretrain, rl, sft
 from jobs.train.batches.mixtures import Mixture
 from jobs.train.launcher import Children
@@ -87,7 +87,7 @@ class Pipeline:
         if self.settings.rl:
             stages.append(self._reinforce(tuned))
         final = stages[-1]
-        if not reported(self.store, self.model, *stages):
+        if not is_reported(self.store, self.model, *stages):
             self._stage(
                 "jobs.eval.report",
                 {

@@ -13,7 +13,8 @@ import torch
 
 from jobs.demo_world import EvalItem, evaluation_set, pretraining_documents
 from jobs.eval import chat
-from jobs.eval.chat import Answer, ChatEvalSettings, ChatResult, evaluate, pick_checkpoint
+from jobs.eval.chat import Answer, ChatEvalSettings, ChatResult, evaluate
+from jobs.eval.checkpoints import pick_checkpoint
 from jobs.eval.report_card.samples import SAMPLING, continue_text
 from jobs.generation.completions import response
 from jobs.generation.python_tool import SandboxTool

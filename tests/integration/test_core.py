@@ -16,7 +16,7 @@ import torch
 from jobs.measures.core.bundle import CORE_TASKS, open_bundle, read_bundle
 from jobs.measures.core.run import GPT2_XL, CoreResult, TaskResult, evaluate_core
 from jobs.measures.core.scoring import Scorer
-from jobs.results.record import Evaluation, results
+from jobs.results.evaluations import Evaluation, results
 from jobs.train.tokenizer import train_tokenizer
 from nanochat_core.checkpoint import CheckpointRef, load_checkpoint
 from nanochat_core.config import ModelConfig

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from jobs.eval.gate import decide
 from jobs.promotion.decisions import Decision, decisions
+from jobs.promotion.gate import decide
 from jobs.promotion.rules import Gate
-from jobs.results.record import Evaluation
+from jobs.results.evaluations import Evaluation
 from nanochat_core.checkpoint import CheckpointRef, load_checkpoint, promote, promoted
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2 as pb

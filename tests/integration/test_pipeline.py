@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from jobs.eval.gate import EXIT_REFUSED
 from jobs.promotion.decisions import latest_decision
+from jobs.promotion.gate import EXIT_REFUSED
 from jobs.promotion.rules import Gate
 from jobs.recipes import RECIPES, Recipe
 from jobs.results.metrics import weights_of

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from jobs.eval import compare
+from jobs.eval.checkpoints import newest_stages
 from jobs.eval.compare import CompareSettings, with_models
-from jobs.eval.gate import decide
 from jobs.eval.report import ReportSettings, run
-from jobs.eval.report_card import contents as report_data
 from jobs.eval.report_card import measurements
-from jobs.eval.report_card.files import reported
 from jobs.promotion.decisions import decisions
+from jobs.promotion.gate import decide
 from jobs.promotion.rules import Gate
-from jobs.results.record import Evaluation
+from jobs.results.evaluations import Evaluation
+from jobs.results.reports import is_reported
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, newest_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
@@ -182,17 +182,17 @@ def test_a_benchmark_of_the_model_is_shown(store: Store) -> None:
 
 def test_a_report_is_out_of_date_when_weights_or_what_was_measured_of_them_are_others(store: Store) -> None:
     base, tuned = add(store, "base"), add(store, "sft")
-    assert not reported(store, NAME, base, tuned)
+    assert not is_reported(store, NAME, base, tuned)
     report_on(store, recipe="demo")
-    assert reported(store, NAME, base, tuned)
+    assert is_reported(store, NAME, base, tuned)
     Evaluation.of(store, base, "core", {}).finish({"core": 0.1, "tasks": {}})
-    assert not reported(store, NAME, base, tuned)
+    assert not is_reported(store, NAME, base, tuned)
     report_on(store, recipe="demo")
-    assert reported(store, NAME, base, tuned)
-    assert not reported(store, NAME, base, add(store, "sft", depth=2))
+    assert is_reported(store, NAME, base, tuned)
+    assert not is_reported(store, NAME, base, add(store, "sft", depth=2))
     old = {"base": {"digest": base.digests["model.safetensors"]}}
     store.write(f"reports/{NAME}/report.json", json.dumps(old).encode())
-    assert not reported(store, NAME, base), "a report of an earlier version"
+    assert not is_reported(store, NAME, base), "a report that does not name its evaluations"
 
 
 def test_decisions_outlive_the_report_that_is_written_again_and_are_shown_in_it(store: Store) -> None:
@@ -273,4 +273,4 @@ def test_the_recipe_is_the_one_that_made_the_model(store: Store) -> None:
     assert report["recipe"] == "small"
     assert "fact" not in report["chat"]["kinds"]
     assert newest_checkpoint(store, NAME, "sft") is not None
-    assert report_data.newest_stages(store, NAME).keys() == {"sft"}
+    assert newest_stages(store, NAME).keys() == {"sft"}

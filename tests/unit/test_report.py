@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.eval.report_card.document import render
-from jobs.eval.report_card.markdown import code, duration, literal
 from jobs.eval.report_card.measurements import xz_bits_per_byte
 from jobs.eval.report_card.samples import openings
+from jobs.results.report_page.markdown import code, duration, literal
+from jobs.results.report_page.page import render
 from tests.support.report_dicts import OPTIONAL, every_combination, report
 
 EVERYTHING = report(*OPTIONAL)

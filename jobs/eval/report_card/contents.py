@@ -11,11 +11,10 @@ from jobs.data.shards import dataset_exists, has_shards
 from jobs.eval.report_card.measurements import held_out_documents, measure_conversations, measure_samples, measure_text
 from jobs.measures.machine import describe_machine
 from jobs.promotion.decisions import latest_decision
+from jobs.results.evaluations import results_of
 from jobs.results.metrics import weights_of
 from jobs.results.normal_form import normal_form, pass_at_k
-from jobs.results.record import results_of
-from nanochat_core.checkpoint import STAGES, Checkpoint, CheckpointRef, load_checkpoint, newest_checkpoint
-from nanochat_core.errors import UserError
+from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.store import Store
 
 Report = dict[str, Any]
@@ -32,26 +31,6 @@ class Wanted:
     text_bytes: int
     samples: int
     price_per_hour: float | None
-
-
-def newest_stages(store: Store, model: str, revision: str = "") -> dict[str, Checkpoint]:
-    """The newest whole checkpoint of each stage that the model has.
-
-    Args:
-        revision: ``<stage>/step_<n>`` to end with instead of the newest of the last stage.
-
-    Raises:
-        UserError: it has none at all, or not this one.
-    """
-    last = load_checkpoint(store, CheckpointRef.parse(model, revision)) if revision else None
-    before = STAGES[: STAGES.index(last.ref.stage)] if last is not None else STAGES
-    found = {stage: newest_checkpoint(store, model, stage) for stage in before}
-    if last is not None:
-        found[last.ref.stage] = last
-    stages = {stage: checkpoint for stage, checkpoint in found.items() if checkpoint is not None}
-    if not stages:
-        raise UserError(f"model {model!r} has no base checkpoint in {store}; train it first")
-    return stages
 
 
 def gather(store: Store, model: str, stages: Mapping[str, Checkpoint], wanted: Wanted) -> Report:

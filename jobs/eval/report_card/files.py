@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.eval.report_card.document import render
 from jobs.eval.report_card.plots import draw
-from jobs.promotion.decisions import Decision, folder
-from jobs.results.record import results_of
-from nanochat_core.checkpoint import Checkpoint, CheckpointRef
+from jobs.promotion.decisions import folder
+from jobs.results.report_page.page import render
+from jobs.results.reports import report_json
 from nanochat_core.store import Store
-
-_WEIGHTS = "model.safetensors"
 
 
 def write_report(store: Store, report: Mapping[str, Any], histories: Mapping[str, list[dict[str, Any]]]) -> None:
@@ -31,43 +27,4 @@ def write_report(store: Store, report: Mapping[str, Any], histories: Mapping[str
             path.write_bytes(content)
         plots = draw(target, report, histories)
         (target / "report.md").write_text(render(report, plots), encoding="utf-8")
-        (target / "report.json").write_text(_json({**report, "plots": plots}), encoding="utf-8")
-
-
-def read_report(store: Store, model: str) -> dict[str, Any] | None:
-    """``report.json`` of a model, or None where there is none."""
-    try:
-        report: dict[str, Any] = json.loads(store.read(f"reports/{model}/report.json"))
-    except FileNotFoundError:
-        return None
-    return report
-
-
-def reported(store: Store, model: str, *checkpoints: Checkpoint) -> bool:
-    """Whether the store's report on ``model`` is about these checkpoints, and has all that was measured of them."""
-    report = read_report(store, model)
-    # Reports of earlier versions do not say what they were made of.
-    return (
-        report is not None
-        and "measured" in report
-        and all(
-            report.get(checkpoint.ref.stage, {}).get("digest") == checkpoint.digests[_WEIGHTS]
-            and report["measured"].get(checkpoint.ref.stage) == sorted(results_of(store, checkpoint))
-            for checkpoint in checkpoints
-        )
-    )
-
-
-def show_decision(store: Store, ref: CheckpointRef, decision: Decision) -> None:
-    """Put a decision into the report, where that is about the same weights."""
-    report = read_report(store, ref.model)
-    # The folder may hold another program's report.
-    if report is None or report.get(ref.stage, {}).get("digest") != decision.digest or "plots" not in report:
-        return
-    report["promotion"] = decision.summary()
-    store.write(f"reports/{ref.model}/report.md", render(report, report["plots"]).encode())
-    store.write(f"reports/{ref.model}/report.json", _json(report).encode())
-
-
-def _json(report: Mapping[str, Any]) -> str:
-    return json.dumps(report, indent=2) + "\n"
+        (target / "report.json").write_text(report_json({**report, "plots": plots}), encoding="utf-8")

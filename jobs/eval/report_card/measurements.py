@@ -20,8 +20,8 @@ from jobs.eval.chat import Answer, ChatResult, evaluate
 from jobs.eval.report_card.samples import SAMPLING, continue_text, openings
 from jobs.measures.bits_per_byte import bits_per_byte
 from jobs.recipes import find_recipe
+from jobs.results.evaluations import Evaluation
 from jobs.results.metrics import CONVERSATIONS, HELD_OUT_TEXT, SAMPLES
-from jobs.results.record import Evaluation
 from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.store import Store
 

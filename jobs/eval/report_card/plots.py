@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.eval.report_card.published import GPT2_XL_CORE
 from jobs.plots import FAINT, HELD_OUT, INK, TRAIN, label_axis, panels, running_mean, shades
 from jobs.results.normal_form import pass_at_k
+from jobs.results.report_page.published import GPT2_XL_CORE
 
 TITLES = {"base": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement learning"}
 _BAR_INCHES = 0.3

@@ -30,7 +30,7 @@ _LOG_INTERVAL_SECONDS = 5.0
 
 
 class Parts(Protocol):
-    """Where finished parts are kept, such as an :class:`~jobs.results.record.Evaluation`."""
+    """Where finished parts are kept, such as an :class:`~jobs.results.evaluations.Evaluation`."""
 
     def part(self, name: str) -> Any | None:
         """What was saved under this name, or None."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jobs.eval.report_card.markdown import code, duration, literal, one_line, percent, table
-from jobs.eval.report_card.published import CORE_RESULTS
 from jobs.plots import scientific
+from jobs.results.report_page.markdown import code, duration, literal, one_line, percent, table
+from jobs.results.report_page.published import CORE_RESULTS
 
 Report = Mapping[str, Any]
 

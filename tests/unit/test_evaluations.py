@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jobs.results.record import Evaluation, results
+from jobs.results.evaluations import Evaluation, results
 from nanochat_core.checkpoint import CheckpointRef
 from nanochat_core.store import FolderStore
 

@@ -1,0 +1,54 @@
+"""Which checkpoints of a model an evaluation, a report or the promotion gate takes."""
+
+from __future__ import annotations
+
+from nanochat_core.checkpoint import STAGES, Checkpoint, CheckpointRef, load_checkpoint, newest_checkpoint
+from nanochat_core.errors import UserError
+from nanochat_core.store import Store
+
+
+def pick_checkpoint(store: Store, model: str, revision: str, stage: str = "sft") -> Checkpoint:
+    """The named checkpoint, or the newest of the stage.
+
+    Raises:
+        UserError: there is none.
+    """
+    if revision:
+        return load_checkpoint(store, CheckpointRef.parse(model, revision))
+    checkpoint = newest_checkpoint(store, model, stage)
+    if checkpoint is None:
+        raise UserError(f"model {model!r} has no {stage} checkpoint in {store}; train it first")
+    return checkpoint
+
+
+def newest_tuned(store: Store, model: str) -> Checkpoint:
+    """The newest checkpoint of the last stage that there is.
+
+    Raises:
+        UserError: there is none that chats.
+    """
+    for stage in reversed(STAGES[1:]):
+        checkpoint = newest_checkpoint(store, model, stage)
+        if checkpoint is not None:
+            return checkpoint
+    raise UserError(f"model {model!r} has no {' or '.join(STAGES[1:])} checkpoint in {store}; train it first")
+
+
+def newest_stages(store: Store, model: str, revision: str = "") -> dict[str, Checkpoint]:
+    """The newest whole checkpoint of each stage that the model has.
+
+    Args:
+        revision: ``<stage>/step_<n>`` to end with instead of the newest of the last stage.
+
+    Raises:
+        UserError: it has none at all, or not this one.
+    """
+    last = load_checkpoint(store, CheckpointRef.parse(model, revision)) if revision else None
+    before = STAGES[: STAGES.index(last.ref.stage)] if last is not None else STAGES
+    found = {stage: newest_checkpoint(store, model, stage) for stage in before}
+    if last is not None:
+        found[last.ref.stage] = last
+    stages = {stage: checkpoint for stage, checkpoint in found.items() if checkpoint is not None}
+    if not stages:
+        raise UserError(f"model {model!r} has no base checkpoint in {store}; train it first")
+    return stages

@@ -1,0 +1,115 @@
+"""The promotion gate: judges a checkpoint, keeps the decision and promotes the checkpoint if it may be."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import logging
+from collections.abc import Mapping
+
+from jobs.promotion.decisions import Decision, add_decision, decisions, last_promotion
+from jobs.promotion.rules import Gate, judge
+from jobs.results.metrics import Metric, metrics_of, weights_of
+from jobs.results.reports import report_promotion
+from nanochat_core.checkpoint import (
+    Checkpoint,
+    CheckpointRef,
+    check_model_name,
+    load_checkpoint,
+    promote,
+    promoted,
+    weights_digest,
+    withdraw,
+)
+from nanochat_core.errors import UserError
+from nanochat_core.store import Store, StoreError
+
+log = logging.getLogger("jobs.eval.gate")
+
+# Exit code of the gate, and of a pipeline whose model the gate refused. A setting's error is 2, and codes from 128 on
+# make Kubernetes restart the job.
+EXIT_REFUSED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Incumbent:
+    """What is promoted now, or was until it was taken back.
+
+    Attributes:
+        metrics: None when it is the checkpoint that is asked about itself.
+        gone: training has replaced or removed its weights; the metrics are those of the decision that promoted it.
+    """
+
+    ref: CheckpointRef
+    metrics: Mapping[str, Metric] | None
+    gone: bool = False
+
+
+def decide(store: Store, checkpoint: Checkpoint, gate: Gate, *, promoting: bool, against: str = "") -> Decision:
+    """Judge a checkpoint, keep the decision in the store and the report, and promote it if that is asked and allowed.
+
+    A refused checkpoint changes nothing about what is promoted, with one exception: where training has replaced the
+    weights of the promoted revision, there is nothing of it left to serve, and the promotion is taken back, so that
+    no engine that starts anew serves refused weights. One that has the old weights in memory goes on with them.
+
+    Args:
+        against: another model whose promoted checkpoint to compare with.
+
+    Raises:
+        UserError: a rule cannot be read, or the model to compare with has no promoted checkpoint.
+    """
+    rules, ref, digest = gate.rules(), checkpoint.ref, weights_of(checkpoint)
+    current = incumbent(store, ref.model, digest)
+    compared = current
+    if against and against != ref.model:
+        compared = incumbent(store, check_model_name(against), digest)
+        if compared is None:
+            raise UserError(f"--against names {against!r}, of which nothing is promoted in {store}")
+    metrics = metrics_of(store, checkpoint)
+    other = compared.metrics if compared else None
+    outcomes = tuple(judge(rules, metrics, other))
+    accepted = all(outcome.passed is not False for outcome in outcomes)
+    decision = Decision(
+        digest=digest,
+        accepted=accepted,
+        outcomes=outcomes,
+        metrics=metrics,
+        against=f"{compared.ref.model} {compared.ref.revision}" if compared and other is not None else "",
+        promoted=accepted and promoting,
+        time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+    )
+    add_decision(store, ref, decision)
+    if decision.promoted:
+        promote(store, ref)
+    elif promoting and current is not None and current.gone and promoted(store, ref.model) is not None:
+        withdraw(store, ref.model)
+        log.warning("the promoted revision is gone", extra={"model": ref.model, "revision": current.ref.revision})
+    report_promotion(store, ref, digest, decision.summary())
+    return decision
+
+
+def incumbent(store: Store, model: str, candidate: str) -> Incumbent | None:
+    """What is or was last promoted of a model, seen from a candidate with these weights; None when nothing was.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    ref = promoted(store, model)
+    if ref is None:
+        # A promotion that was taken back is still the measure: asking twice must not help.
+        last = last_promotion(store, model)
+        return None if last is None or last[1].digest == candidate else Incumbent(last[0], last[1].metrics, gone=True)
+    try:
+        digest = weights_digest(store, ref)
+    except StoreError:
+        raise
+    except UserError:
+        digest = ""
+    when_promoted = next((each for each in reversed(decisions(store, ref)) if each.promoted), None)
+    if when_promoted is not None and digest != when_promoted.digest:
+        return Incumbent(ref, when_promoted.metrics, gone=True)
+    if not digest:
+        return Incumbent(ref, {}, gone=True)
+    if digest == candidate:
+        return Incumbent(ref, None)
+    return Incumbent(ref, metrics_of(store, load_checkpoint(store, ref)))

@@ -1,0 +1,54 @@
+"""The report of a model in the store: ``reports/<model>/report.json`` and the page ``report.md``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.results.evaluations import results_of
+from jobs.results.report_page.page import render
+from nanochat_core.checkpoint import Checkpoint, CheckpointRef
+from nanochat_core.store import Store
+
+Report = dict[str, Any]
+
+
+def read_report(store: Store, model: str) -> Report | None:
+    """``report.json`` of a model, or None if the model has no report."""
+    try:
+        report: Report = json.loads(store.read(f"reports/{model}/report.json"))
+    except FileNotFoundError:
+        return None
+    return report
+
+
+def report_json(report: Mapping[str, Any]) -> str:
+    """The text of ``report.json``."""
+    return json.dumps(report, indent=2) + "\n"
+
+
+def is_reported(store: Store, model: str, *checkpoints: Checkpoint) -> bool:
+    """Whether the report on ``model`` covers these checkpoints with all evaluations that the store has of them."""
+    report = read_report(store, model)
+    return report is not None and all(
+        report.get(checkpoint.ref.stage, {}).get("digest") == checkpoint.digests["model.safetensors"]
+        and report.get("measured", {}).get(checkpoint.ref.stage) == sorted(results_of(store, checkpoint))
+        for checkpoint in checkpoints
+    )
+
+
+def report_promotion(store: Store, ref: CheckpointRef, digest: str, promotion: Mapping[str, Any]) -> None:
+    """Write the gate's decision into the report of a model.
+
+    Args:
+        digest: sha256 of the weights that the gate judged. A report on other weights stays as it is.
+        promotion: the decision, as the report's ``promotion``.
+    """
+    report = read_report(store, ref.model)
+    # Scaling studies and benchmarks write a report.json of another form into folders of the same kind.
+    if report is None or report.get(ref.stage, {}).get("digest") != digest or "plots" not in report:
+        return
+    report["promotion"] = promotion
+    store.write(f"reports/{ref.model}/report.md", render(report, report["plots"]).encode())
+    store.write(f"reports/{ref.model}/report.json", report_json(report).encode())
