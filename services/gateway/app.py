@@ -10,17 +10,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
-from services.gateway import chat, completions, docs_page, models, probes, report_page, tokens
-from services.gateway.body_limit import BodyLimit
-from services.gateway.drain import Drain
-from services.gateway.engines import EnginePool
+from services.gateway.api import chat, completions, docs, models, probes, report, tokens
+from services.gateway.api.dependencies import Gateway
+from services.gateway.api.web_page import WebPage
+from services.gateway.engines.pool import EnginePool
 from services.gateway.errors import ClientGone, on_client_gone, on_http_error, on_validation_error
-from services.gateway.gateway import Gateway
 from services.gateway.metrics import Metrics
-from services.gateway.observe import Observe
-from services.gateway.security_headers import SecurityHeaders
+from services.gateway.middleware.body_limit import BodyLimit
+from services.gateway.middleware.drain import Drain
+from services.gateway.middleware.request_log import Observe
+from services.gateway.middleware.security_headers import SecurityHeaders
 from services.gateway.settings import GatewaySettings
-from services.gateway.web_page import WebPage
 
 _DESCRIPTION = """A chat model behind OpenAI's API. Any OpenAI client works with this server's address and `/v1` as its
 base URL. Answers in which the model ran Python carry `nanochat.tool_events`."""
@@ -56,7 +56,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         },
     )
     app.state.drain = drain
-    for part in (chat, completions, models, tokens, probes, report_page, docs_page):
+    for part in (chat, completions, models, tokens, probes, report, docs):
         app.include_router(part.router)
     app.mount("/", WebPage(settings.static_dir))
     # The last one added sees a request first.

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from services.gateway.merge import merge
+from services.gateway.answer.merge import merge
 
 
 async def count(name: str, up_to: int, closed: list[str]) -> AsyncGenerator[tuple[str, int], None]:

@@ -6,10 +6,10 @@ import pytest
 
 from nanochat_core.chat import AssistantStream, render_prompt
 from nanochat_core.tokenizer import Tokenizer
+from services.gateway.engines.prompts import conversation, encode_chat, encode_text
+from services.gateway.engines.served_model import ServedModel
 from services.gateway.errors import ApiError
-from services.gateway.prompts import conversation, encode_chat, encode_text
 from services.gateway.schemas import ChatMessage
-from services.gateway.served_model import ServedModel
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell", b"hello"])
 SPECIAL = TOKENIZER.special_ids

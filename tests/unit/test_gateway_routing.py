@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from services.gateway.routing import least_loaded
+from services.gateway.engines.routing import least_loaded
 
 
 @dataclasses.dataclass

@@ -7,11 +7,11 @@ from typing import Any
 from fastapi import APIRouter
 
 from nanochat_core.errors import UserError
+from services.gateway.api.dependencies import Gateway, GatewayDep
+from services.gateway.engines.prompts import conversation, encode_chat, encode_text
+from services.gateway.engines.served_model import ServedModel
 from services.gateway.errors import ERROR_RESPONSES, bad_request
-from services.gateway.gateway import Gateway, GatewayDep
-from services.gateway.prompts import conversation, encode_chat, encode_text
 from services.gateway.schemas import DetokenizeRequest, TokenizeRequest, refuse_unsupported_messages
-from services.gateway.served_model import ServedModel
 
 router = APIRouter(tags=["Tokens"], responses=ERROR_RESPONSES)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from services.gateway.api.dependencies import GatewayDep
+from services.gateway.engines.served_model import ServedModel
 from services.gateway.errors import ERROR_RESPONSES, model_not_found, no_engine
-from services.gateway.gateway import GatewayDep
-from services.gateway.served_model import ServedModel
 
 router = APIRouter(tags=["OpenAI API"], responses=ERROR_RESPONSES)
 

@@ -10,16 +10,16 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from nanochat_core.protos import engine_pb2
-from services.gateway.answers import Answers
-from services.gateway.drain import Drain
-from services.gateway.engines import EnginePool
+from services.gateway.answer.choices import Answers
+from services.gateway.engines.generation import generate
+from services.gateway.engines.pool import EnginePool
+from services.gateway.engines.request import engine_request
+from services.gateway.engines.served_model import ServedModel
 from services.gateway.errors import bad_request
-from services.gateway.generation import generate
 from services.gateway.metrics import Metrics
-from services.gateway.observe import RequestRecord
-from services.gateway.sampling import engine_request
+from services.gateway.middleware.drain import Drain
+from services.gateway.middleware.request_log import RequestRecord
 from services.gateway.schemas import ChatRequest, CompletionRequest
-from services.gateway.served_model import ServedModel
 from services.gateway.settings import GatewaySettings
 
 

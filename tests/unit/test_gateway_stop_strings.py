@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from services.gateway.stops import StopFilter
+from services.gateway.answer.stop_strings import StopFilter
 
 
 def reference(text: str, stops: list[str]) -> str:

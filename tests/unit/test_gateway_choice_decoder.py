@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.tokenizer import Tokenizer
-from services.gateway.choices import Choice, Delta
-from services.gateway.logprobs import chat_logprobs, completion_logprobs
+from services.gateway.answer.choice_decoder import Choice, Delta
+from services.gateway.answer.logprobs import chat_logprobs, completion_logprobs
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell", b"hello", b" \xf0\x9f"])
 SPECIAL = TOKENIZER.special_ids

@@ -10,7 +10,7 @@ from typing import Any
 from nanochat_core.chat import AssistantStream
 from nanochat_core.protos import engine_pb2
 from nanochat_core.tokenizer import OUTPUT_START, PYTHON_END, PYTHON_START, Tokenizer
-from services.gateway.stops import StopFilter
+from services.gateway.answer.stop_strings import StopFilter
 
 _FINISH_REASONS = {engine_pb2.FINISH_REASON_STOP: "stop", engine_pb2.FINISH_REASON_LENGTH: "length"}
 

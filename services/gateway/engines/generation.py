@@ -11,10 +11,10 @@ import grpc
 
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2
-from services.gateway.engines import EnginePool, Replica
+from services.gateway.engines.pool import EnginePool, Replica
+from services.gateway.engines.served_model import ServedModel
 from services.gateway.errors import ApiError, from_rpc
 from services.gateway.metrics import Metrics
-from services.gateway.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 

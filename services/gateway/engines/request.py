@@ -7,9 +7,9 @@ import secrets
 from collections.abc import Sequence
 
 from nanochat_core.protos import engine_pb2
+from services.gateway.engines.served_model import ServedModel
 from services.gateway.errors import bad_request
 from services.gateway.schemas import ChatRequest, CompletionRequest, SamplingRequest
-from services.gateway.served_model import ServedModel
 from services.gateway.settings import GatewaySettings
 
 _SEEDS = 2**64

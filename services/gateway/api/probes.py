@@ -7,8 +7,8 @@ from typing import Any
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from services.gateway.api.dependencies import GatewayDep
 from services.gateway.errors import ERROR_RESPONSES, no_engine, shutting_down
-from services.gateway.gateway import GatewayDep
 
 router = APIRouter(tags=["Operations"])
 

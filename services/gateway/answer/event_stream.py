@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from services.gateway.drain import Drain
 from services.gateway.errors import ApiError, ClientGone, error_response, shutting_down
-from services.gateway.observe import RequestRecord
+from services.gateway.middleware.drain import Drain
+from services.gateway.middleware.request_log import RequestRecord
 
 logger = logging.getLogger(__name__)
 

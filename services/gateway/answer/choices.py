@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 
-from services.gateway.choices import Choice, Delta
+from services.gateway.answer.choice_decoder import Choice, Delta
+from services.gateway.engines.generation import Generation
 from services.gateway.errors import ApiError
-from services.gateway.generation import Generation
 from services.gateway.metrics import Metrics
-from services.gateway.observe import RequestRecord
+from services.gateway.middleware.request_log import RequestRecord
 
 
 class Answers:

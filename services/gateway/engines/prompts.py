@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 from nanochat_core.chat import Message, Part, render_prompt
 from nanochat_core.tokenizer import Tokenizer
+from services.gateway.engines.served_model import ServedModel
 from services.gateway.errors import ApiError, bad_request
 from services.gateway.schemas import ChatMessage, ToolEvent
-from services.gateway.served_model import ServedModel
 
 # Encoding so many characters takes about as long as handing the work to a thread and back.
 _INLINE_CHARACTERS = 16_384

@@ -12,17 +12,17 @@ from fastapi.responses import JSONResponse
 
 from nanochat_core.chat import Message
 from nanochat_core.protos import engine_pb2
-from services.gateway.answers import Answers
-from services.gateway.choices import Delta
-from services.gateway.examples import CHAT_RESPONSES
-from services.gateway.gateway import Gateway, GatewayDep, RecordDep
-from services.gateway.logprobs import chat_logprobs
-from services.gateway.observe import RequestRecord
-from services.gateway.prompts import conversation, encode_chat
-from services.gateway.sampling import choose_seed
+from services.gateway.answer.choice_decoder import Delta
+from services.gateway.answer.choices import Answers
+from services.gateway.answer.event_stream import DONE, EventStream, dumps, event, supervise
+from services.gateway.answer.logprobs import chat_logprobs
+from services.gateway.answer.usage import usage
+from services.gateway.api.dependencies import Gateway, GatewayDep, RecordDep
+from services.gateway.api.examples import CHAT_RESPONSES
+from services.gateway.engines.prompts import conversation, encode_chat
+from services.gateway.engines.request import choose_seed
+from services.gateway.middleware.request_log import RequestRecord
 from services.gateway.schemas import ChatRequest, refuse_unsupported
-from services.gateway.streaming import DONE, EventStream, dumps, event, supervise
-from services.gateway.usage import usage
 
 router = APIRouter(tags=["OpenAI API"])
 

@@ -18,10 +18,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2, engine_pb2_grpc
 from nanochat_core.tokenizer import Tokenizer
+from services.gateway.engines.routing import least_loaded
+from services.gateway.engines.served_model import ServedModel
 from services.gateway.errors import bad_request, model_not_found, no_engine
 from services.gateway.metrics import Metrics
-from services.gateway.routing import least_loaded
-from services.gateway.served_model import ServedModel
 from services.gateway.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)

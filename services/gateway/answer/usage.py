@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from services.gateway.answers import Answers
+from services.gateway.answer.choices import Answers
 
 
 def usage(answers: Sequence[Answers]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Response
 from fastapi.responses import FileResponse
 
 from nanochat_core.protos import engine_pb2
+from services.gateway.api.dependencies import GatewayDep
 from services.gateway.errors import ERROR_RESPONSES, ApiError, from_rpc
-from services.gateway.gateway import GatewayDep
 
 router = APIRouter(tags=["Operations"], responses=ERROR_RESPONSES)
 

@@ -11,20 +11,20 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from services.gateway.answers import Answers
-from services.gateway.choices import Delta
+from services.gateway.answer.choice_decoder import Delta
+from services.gateway.answer.choices import Answers
+from services.gateway.answer.event_stream import DONE, EventStream, event, supervise
+from services.gateway.answer.logprobs import completion_logprobs
+from services.gateway.answer.merge import merge
+from services.gateway.answer.usage import usage
+from services.gateway.api.dependencies import Gateway, GatewayDep, RecordDep
+from services.gateway.api.examples import COMPLETION_RESPONSES
+from services.gateway.engines.prompts import check_length, encode_text
+from services.gateway.engines.request import choose_seed
+from services.gateway.engines.served_model import ServedModel
 from services.gateway.errors import bad_request
-from services.gateway.examples import COMPLETION_RESPONSES
-from services.gateway.gateway import Gateway, GatewayDep, RecordDep
-from services.gateway.logprobs import completion_logprobs
-from services.gateway.merge import merge
-from services.gateway.observe import RequestRecord
-from services.gateway.prompts import check_length, encode_text
-from services.gateway.sampling import choose_seed
+from services.gateway.middleware.request_log import RequestRecord
 from services.gateway.schemas import CompletionRequest, refuse_unsupported
-from services.gateway.served_model import ServedModel
-from services.gateway.streaming import DONE, EventStream, event, supervise
-from services.gateway.usage import usage
 
 router = APIRouter(tags=["OpenAI API"])
 
