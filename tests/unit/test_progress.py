@@ -13,6 +13,7 @@ import socket
 import struct
 import sys
 import termios
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,8 +24,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
-from jobs.train.loop import progress
-from jobs.train.loop.progress import Progress, StepReport, peak_memory_bytes, serve_metrics
+from jobs.train.loop.metrics import peak_memory_bytes, serve_metrics
+from jobs.train.loop.progress import Progress, StepReport
 from nanochat_core import logs
 from nanochat_core.errors import UserError
 
@@ -83,7 +84,7 @@ class Recorder:
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from jobs.measures.machine import describe_machine
-from jobs.train.loop.progress import serve_metrics
+from jobs.train.loop.metrics import serve_metrics
 from jobs.train.loop.schedule import Schedule
 from jobs.train.loop.trainer import RunConfig
 from nanochat_core import logs

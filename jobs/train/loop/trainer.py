@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from jobs.train.batches.loader import Batch, BatchSource, merge_states
-from jobs.train.loop.progress import CHECKPOINT_FAILURES, Progress, StepReport
+from jobs.train.loop.metrics import CHECKPOINT_FAILURES
+from jobs.train.loop.progress import Progress, StepReport
 from jobs.train.loop.schedule import Schedule
 from jobs.train.loop.trackers import open_trackers
 from nanochat_core.checkpoint import (

@@ -1,0 +1,143 @@
+"""The one display of progress for long tasks: a bar on a terminal, log events every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+LOG_INTERVAL_SECONDS = 5.0
+_SHORTEST_BAR = 6
+
+
+class ProgressDisplay:
+    """Shows how many units of a task are done, such as optimizer steps, questions or shards.
+
+    Use it as a context manager, and call :meth:`update` after each unit. On a terminal the bar shows as many facts as
+    its width has room for. Without a terminal the display logs one event at most every :data:`LOG_INTERVAL_SECONDS`,
+    and one when the task is complete.
+
+    Attributes:
+        eta_seconds: estimated time to the end of the task; NaN before the first unit is done.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        log: logging.Logger,
+        event: str,
+        *,
+        done: int = 0,
+        shown: bool = True,
+        log_first: bool = False,
+    ) -> None:
+        """
+        Args:
+            label: text to the left of the bar.
+            total: number of units in the whole task.
+            log: logger of the events.
+            event: name of the events.
+            done: number of units that an earlier process has done.
+            shown: False turns the display off, for example on every rank but the first.
+            log_first: log an event after the first unit too, instead of waiting for the first interval to pass.
+        """
+        self.eta_seconds = math.nan
+        self._total, self._done, self._shown = total, done, shown
+        self._log, self._event = log, event
+        self._started = time.monotonic()
+        self._logged_at = -math.inf if log_first else self._started
+        self._first: tuple[int, float] | None = None
+        self._bar = _Bar(label, total, done) if shown and sys.stderr.isatty() else None
+        self._open = contextlib.ExitStack()
+
+    @property
+    def on_terminal(self) -> bool:
+        """Whether the display draws a bar instead of logging events."""
+        return self._bar is not None
+
+    @property
+    def time_left(self) -> str:
+        """The estimated time to the end, as the bar shows it."""
+        return f"{tqdm.format_interval(self.eta_seconds)} left"
+
+    def update(self, done: int, fields: Mapping[str, Any]) -> None:
+        """Count units as done, and show it.
+
+        Args:
+            done: number of units that are done now.
+            fields: content of the log event.
+        """
+        self.count(done)
+        self.show([self.time_left], fields)
+
+    def count(self, done: int) -> None:
+        """Count units as done without showing it, to update :attr:`eta_seconds`."""
+        now = time.monotonic()
+        if self._first is None:
+            # The first unit often includes a warm-up such as compilation, but there is no better estimate yet.
+            self.eta_seconds = (self._total - done) * (now - self._started) / max(done - self._done, 1)
+            self._first = (done, now)
+        elif done > self._first[0]:
+            first, then = self._first
+            self.eta_seconds = (self._total - done) * (now - then) / (done - first)
+        self._done = done
+
+    def show(self, facts: Sequence[str], fields: Mapping[str, Any]) -> None:
+        """Draw the bar, or log the event if the interval has passed or the task is complete.
+
+        Args:
+            facts: short texts to the right of the bar, the most important first.
+            fields: content of the log event.
+        """
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.facts = facts
+            self._bar.update(self._done - self._bar.n)
+        elif self._shown and (now - self._logged_at >= LOG_INTERVAL_SECONDS or self._done == self._total):
+            self._logged_at = now
+            self._log.info(self._event, extra=dict(fields))
+
+    def __enter__(self) -> ProgressDisplay:
+        if self._bar is not None:
+            self._open.enter_context(contextlib.closing(self._bar))
+            # Log lines appear above the bar instead of inside it.
+            self._open.enter_context(logging_redirect_tqdm())
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._open.close()
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]  # only a generic class in its stubs
+    """A bar that shows as many facts as the terminal is wide."""
+
+    def __init__(self, label: str, total: int, done: int) -> None:
+        self.facts: Sequence[str] = []  # before tqdm's constructor, which draws
+        super().__init__(
+            total=total,
+            initial=done,
+            desc=label,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            bar_format="{desc} {percentage:3.0f}% {bar} {count}{facts}",
+        )
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        values = super().format_dict
+        count = f"{values['n']:,}/{values['total']:,}"
+        room = (values["ncols"] or 80) - len(f"{values['prefix']} 100%  {count}") - _SHORTEST_BAR
+        facts = ""
+        for fact in self.facts:
+            if len(facts) + 2 + len(fact) > room:
+                break
+            facts += f"  {fact}"
+        return {**values, "count": count, "facts": facts}
