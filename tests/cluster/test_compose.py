@@ -22,7 +22,7 @@ from tests.support.commands import QUESTION, ROOT, assert_answer_came_through_th
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
-SERVICES = {"gateway", "engine", "sandbox", "redis", "prometheus"}
+SERVICES = {"gateway", "engine", "sandbox", "prometheus"}
 
 
 @dataclasses.dataclass(frozen=True)
