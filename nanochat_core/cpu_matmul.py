@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanochat_core.precision import cpu_capabilities
+
 # Below this side the operator's own overhead is what counts.
 LEAST_SIDE = 64
 
@@ -19,8 +21,7 @@ LEAST_SIDE = 64
 @functools.cache
 def onednn_is_faster() -> bool:
     """Whether this is a CPU whose fp32 products oneDNN makes faster; a rule, so that every run decides alike."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 does not tell
-    return "AMD" in capabilities.get("cpu_name", "") and torch.backends.mkldnn.is_available()
+    return "AMD" in cpu_capabilities().get("cpu_name", "") and torch.backends.mkldnn.is_available()
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

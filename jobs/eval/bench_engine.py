@@ -39,10 +39,12 @@ from jobs.eval.checkpoints import pick_checkpoint
 from jobs.measures.machine import describe_machine
 from nanochat_core import logs
 from nanochat_core.config import ModelConfig
-from nanochat_core.device import choose_device, choose_dtype, prepare_cpu
+from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.device import choose_device
 from nanochat_core.engine import Engine, EngineConfig
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.model import GPT
+from nanochat_core.precision import choose_dtype
 from nanochat_core.settings import describe, load, setting
 from nanochat_core.store import DEFAULT_HOME, open_store
 from nanochat_core.tokenizer import SPECIAL_TOKENS, Tokenizer

@@ -24,9 +24,12 @@ from jobs.results.evaluations import Evaluation
 from jobs.tasks import ChoiceTask, DataPlace, GenerativeTask, Response, Selection, demo, open_tasks
 from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint
-from nanochat_core.device import choose_device, choose_dtype, free_memory, prepare_cpu
+from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.device import choose_device
 from nanochat_core.engine import Engine, EngineConfig
 from nanochat_core.errors import UserError, run_main
+from nanochat_core.memory import free_memory
+from nanochat_core.precision import choose_dtype
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.settings import load, setting
 from nanochat_core.store import DEFAULT_HOME, Store, open_store

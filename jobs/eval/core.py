@@ -17,8 +17,10 @@ from jobs.measures.core.scoring import Scorer
 from jobs.results.evaluations import Evaluation
 from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint, check_model_name
-from nanochat_core.device import choose_device, choose_dtype, prepare_cpu
+from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.device import choose_device
 from nanochat_core.errors import run_main
+from nanochat_core.precision import choose_dtype
 from nanochat_core.settings import load, setting
 from nanochat_core.store import DEFAULT_HOME, Store, open_store
 from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, local_rank

@@ -11,7 +11,7 @@ from jobs.eval.report_card.contents import Wanted, gather
 from jobs.eval.report_card.files import write_report
 from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
-from nanochat_core.device import prepare_cpu
+from nanochat_core.cpu_setup import prepare_cpu
 from nanochat_core.errors import run_main
 from nanochat_core.settings import load, setting
 from nanochat_core.store import DEFAULT_HOME, open_store

@@ -30,13 +30,13 @@ from jobs.train.loop.schedule import DEFAULT_RATIO, Schedule, TrainingPlan, plan
 from jobs.train.loop.trainer import Trainer
 from nanochat_core.checkpoint import CheckpointRef
 from nanochat_core.config import ModelConfig
-from nanochat_core.device import choose_dtype, muon_dtype
 from nanochat_core.errors import run_main
 from nanochat_core.model import GPT
+from nanochat_core.precision import choose_dtype
 from nanochat_core.settings import load, setting
 from nanochat_core.store import Store
 from nanochat_core.tokenizer import Tokenizer
-from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
+from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, muon_dtype, parameter_groups
 
 log = logging.getLogger("jobs.train.pretrain")
 

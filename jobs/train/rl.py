@@ -31,12 +31,12 @@ from jobs.train.reinforce.problems import Problems, open_problems
 from jobs.train.reinforce.rewards import REWARDS, Reward
 from jobs.train.reinforce.rollouts import Answerer, RolloutSource, Sampling, answering, seed_of
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, newest_checkpoint
-from nanochat_core.device import choose_dtype, muon_dtype
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.model import GPT
+from nanochat_core.precision import choose_dtype
 from nanochat_core.settings import load, setting
 from nanochat_core.training.distributed import Ranks
-from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
+from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, muon_dtype, parameter_groups
 
 log = logging.getLogger("jobs.train.rl")
 

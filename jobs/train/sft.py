@@ -33,13 +33,13 @@ from nanochat_core.checkpoint import (
     load_trainer_state,
     newest_checkpoint,
 )
-from nanochat_core.device import choose_dtype, muon_dtype
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.model import IGNORE_INDEX
+from nanochat_core.precision import choose_dtype
 from nanochat_core.settings import load, setting
 from nanochat_core.store import Store
 from nanochat_core.training.distributed import ALONE, Ranks
-from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
+from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, muon_dtype, parameter_groups
 
 log = logging.getLogger("jobs.train.sft")
 

@@ -7,7 +7,7 @@ import logging
 import os
 
 from nanochat_core import logs, settings
-from nanochat_core.device import prepare_cpu
+from nanochat_core.cpu_setup import prepare_cpu
 from nanochat_core.errors import run_main
 from services.engine.server import serve
 from services.engine.settings import EngineSettings

@@ -9,9 +9,11 @@ import math
 from collections.abc import Callable
 
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, promoted
-from nanochat_core.device import choose_device, choose_dtype, free_memory, is_out_of_memory
+from nanochat_core.device import choose_device
 from nanochat_core.engine import AsyncEngine, Engine, Load, Observer, ToolRunner
 from nanochat_core.errors import UserError
+from nanochat_core.memory import free_memory, is_out_of_memory
+from nanochat_core.precision import choose_dtype
 from nanochat_core.protos import engine_pb2
 from nanochat_core.store import StoreError, open_store
 from services.engine.reports import read_report

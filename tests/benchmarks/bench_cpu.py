@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nanochat_core.config import ModelConfig
-from nanochat_core.device import prepare_cpu
+from nanochat_core.cpu_setup import prepare_cpu
 from nanochat_core.model import GPT
 from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
 

@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nanochat_core.chunked_loss import IGNORE_INDEX, softcap, softcapped_cross_entropy
-from nanochat_core.device import prepare_cpu
+from nanochat_core.cpu_setup import prepare_cpu
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -21,11 +21,12 @@ from jobs.train.loop.context import RunSettings, make_trainable
 from jobs.train.loop.schedule import Schedule
 from jobs.train.loop.trainer import RunConfig, Trainer
 from nanochat_core.config import ModelConfig
-from nanochat_core.device import DTYPES, muon_dtype, prepare_cpu
+from nanochat_core.cpu_setup import prepare_cpu
 from nanochat_core.model import GPT
+from nanochat_core.precision import DTYPES
 from nanochat_core.store import open_store
 from nanochat_core.tokenizer import Tokenizer
-from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
+from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, muon_dtype, parameter_groups
 
 
 class ArrayBatches:

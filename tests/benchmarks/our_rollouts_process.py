@@ -10,7 +10,7 @@ from pathlib import Path
 from our_engine_process import load
 
 from jobs.eval.bench_engine import random_tokenizer
-from nanochat_core.device import prepare_cpu
+from nanochat_core.cpu_setup import prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams
 
 

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from nanochat_core.config import ModelConfig
-from nanochat_core.device import LossScaler, choose_device, choose_dtype, peak_flops
+from nanochat_core.device import choose_device
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
+from nanochat_core.precision import choose_dtype
+from nanochat_core.training.loss_scaling import LossScaler
+from nanochat_core.training.peak_flops import peak_flops
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -143,7 +146,7 @@ def test_a_scaled_fp16_loss_has_the_gradients_of_fp32():
 def test_a_prepared_process_has_its_threads_and_flushes_denormals():
     code = """
 import torch
-from nanochat_core.device import prepare_cpu
+from nanochat_core.cpu_setup import prepare_cpu
 default = torch.get_num_threads()
 prepare_cpu(0)
 assert torch.get_num_threads() == default

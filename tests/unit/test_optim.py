@@ -12,14 +12,8 @@ from torch import Tensor, nn
 
 from nanochat_core.config import ModelConfig
 from nanochat_core.model import GPT
-from nanochat_core.training.optim import (
-    MuonAdamW,
-    OptimizerConfig,
-    muon_update,
-    orthogonalize,
-    parameter_groups,
-    reduce_variance,
-)
+from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
+from nanochat_core.training.optim.muon import muon_update, orthogonalize, reduce_variance
 
 # a, b and c of each Polar Express step.
 POLAR_EXPRESS = [

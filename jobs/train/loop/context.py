@@ -18,13 +18,15 @@ from nanochat_core import logs
 from nanochat_core.attention import choose_attention
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.cpu_matmul import convert_to_onednn, onednn_is_faster
-from nanochat_core.device import choose_device, peak_flops, prepare_cpu
+from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.device import choose_device
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.settings import setting
 from nanochat_core.store import DEFAULT_HOME, Store, open_store
 from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, local_rank
 from nanochat_core.training.fp8 import convert_to_fp8
+from nanochat_core.training.peak_flops import peak_flops
 
 # Besides the settings below, what does not make two runs different.
 _REPORTING = frozenset({"model", "eval_tokens", "core_every", "core_bundle", "core_max_per_task"})

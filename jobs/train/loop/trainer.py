@@ -34,14 +34,15 @@ from nanochat_core.checkpoint import (
     load_checkpoint,
     load_trainer_state,
 )
-from nanochat_core.device import LossScaler, peak_flops
 from nanochat_core.errors import RetryableError, UserError
 from nanochat_core.model import GPT, IGNORE_INDEX
 from nanochat_core.store import Store, StoreError
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.checkpoint_writer import CheckpointWriter
 from nanochat_core.training.distributed import ALONE, Ranks
+from nanochat_core.training.loss_scaling import LossScaler
 from nanochat_core.training.optim import MuonAdamW, Shard
+from nanochat_core.training.peak_flops import peak_flops
 
 _HISTORY_POINTS = 2000
 _AFTER_DIVERGENCE = "lower --lr-scale and start over with --no-resume or under another --model name"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_core.device import cpu_multiplies_bf16
+from nanochat_core.precision import cpu_multiplies_bf16
 
 # Enough that a difference in the last of fp32's bits shows in some number that is rounded to bf16.
 _PROBE_ROWS = 16

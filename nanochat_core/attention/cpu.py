@@ -1,0 +1,54 @@
+"""Attention on a CPU: in blocks of queries if that is faster, otherwise by torch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nanochat_core.attention.interface import window_mask
+from nanochat_core.attention.sdpa import sdpa_attention
+
+# Queries of one block. Smaller blocks compute fewer scores that the mask hides; larger blocks make larger, faster
+# matrix products. A long row has at most BLOCKS larger blocks, which keeps the compiled code small.
+BLOCK_ROWS = 64
+BLOCKS = 8
+# Longest row, in tokens, for which blocks are used: their weights are kept for the backward pass and grow with the
+# square of the row.
+BLOCKWISE_TIME = 512
+
+
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """:class:`~nanochat_core.attention.Attention` by the faster of blockwise attention and SDPA.
+
+    Blockwise attention is faster for short rows, and only in compiled code: uncompiled, its many small operations cost
+    more time than they save.
+    """
+    if torch.compiler.is_compiling() and q.size(1) <= BLOCKWISE_TIME:
+        return blockwise_attention(q, k, v, window)
+    return sdpa_attention(q, k, v, window)
+
+
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """:class:`~nanochat_core.attention.Attention` that multiplies a block of queries only with the keys in its reach.
+
+    The queries ``start`` to ``stop - 1`` together attend to the keys from ``start - window`` to ``stop - 1``.
+    """
+    time = q.size(1)
+    share = q.size(2) // k.size(2)
+    if share > 1:
+        k, v = k.repeat_interleave(share, dim=2), v.repeat_interleave(share, dim=2)
+    q, k, v = (q * q.size(-1) ** -0.5).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    # The softmax is computed in fp32 or better, whatever the inputs are.
+    precise = torch.promote_types(q.dtype, torch.float32)
+    block = max(BLOCK_ROWS, math.ceil(time / BLOCKS))
+    mixed = []
+    for start in range(0, time, block):
+        first, stop = max(0, start - window), min(start + block, time)
+        rows = torch.arange(start, stop, device=q.device)
+        hidden = ~window_mask(rows, torch.arange(first, stop, device=q.device), window)
+        scores = q[:, :, start:stop] @ k[:, :, first:stop].mT
+        weights = scores.to(precise).masked_fill(hidden, -math.inf).softmax(-1).to(v.dtype)
+        mixed.append(weights @ v[:, :, first:stop])
+    return torch.cat(mixed, dim=2).transpose(1, 2)

@@ -1,0 +1,77 @@
+"""The optimizer's parameter groups: which rule and which learning rate each parameter of the model gets."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+
+from nanochat_core.model import GPT
+
+# Width at which the learning rates of the embeddings and the head were tuned. Other widths multiply these rates by
+# ``(dim / REFERENCE_DIM) ** -0.5``.
+REFERENCE_DIM = 768
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Learning rates at the reference batch size and width, and the weight decay of the matrices."""
+
+    matrix_lr: float = 0.02
+    embedding_lr: float = 0.3
+    value_embedding_lr: float = 0.15
+    head_lr: float = 0.008
+    residual_lr: float = 0.005
+    skip_lr: float = 0.5
+    smear_lr: float = 0.2
+    weight_decay: float = 0.28
+
+
+def parameter_groups(model: GPT, config: OptimizerConfig, *, batch_lr_scale: float = 1.0) -> list[dict[str, Any]]:
+    """The groups of :class:`~nanochat_core.training.optim.optimizer.MuonAdamW` for a model.
+
+    Each shape of the matrices inside the blocks is one Muon group. A tall matrix multiplies its learning rate by
+    ``sqrt(rows / columns)``, so that its step changes the layer's outputs as much as a square matrix's step does.
+
+    Args:
+        config: learning rates before scaling.
+        batch_lr_scale: ``sqrt(B / B_ref)`` of the scaling rules, which multiplies every rate except the smear group's.
+    """
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def group(kind: str, name: str, params: list[Tensor], lr: float, decay: float, **settings: Any) -> dict[str, Any]:
+        names = [name_of[id(parameter)] for parameter in params]
+        return {
+            "kind": kind,
+            "name": name,
+            "params": params,
+            "names": names,
+            "lr": lr,
+            "weight_decay": decay,
+        } | settings
+
+    def adamw(
+        name: str, params: list[Tensor], lr: float, betas: tuple[float, float], decay: float = 0.0
+    ) -> dict[str, Any]:
+        return group("adamw", name, params, lr, decay, betas=betas)
+
+    s = batch_lr_scale
+    width_scale = (model.config.dim / REFERENCE_DIM) ** -0.5
+    tables: list[Tensor] = [table.weight for table in model.value_tables.values()]
+    smear = [model.smear_gate.weight, model.smear_scale, model.backout_scale]
+    groups = [
+        adamw("head", [model.head.weight], config.head_lr * s * width_scale, (0.8, 0.96), 0.01),
+        adamw("embedding", [model.embedding.weight], config.embedding_lr * s * width_scale, (0.8, 0.995), 0.001),
+        adamw("value_embedding", tables, config.value_embedding_lr * s * width_scale, (0.8, 0.995), 0.01),
+        adamw("residual", [model.residual_scales], config.residual_lr * s, (0.8, 0.95), 0.05),
+        adamw("skip", [model.skip_scales], config.skip_lr * s, (0.96, 0.95)),
+        adamw("smear", smear, config.smear_lr, (0.8, 0.95)),
+    ]
+    by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+    for parameter in model.blocks.parameters():
+        by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
+    for (rows, columns), matrices in sorted(by_shape.items(), key=lambda item: item[0]):
+        lr = config.matrix_lr * s * max(1.0, rows / columns) ** 0.5
+        groups.append(group("muon", f"matrix_{rows}x{columns}", matrices, lr, config.weight_decay, momentum=0.95))
+    return groups

@@ -1,0 +1,127 @@
+"""The update rule of Muon (https://kellerjordan.github.io/posts/muon), with four later refinements.
+
+Problem: the gradient of a weight matrix has a few large singular values and many small ones. A step along the gradient
+therefore moves the matrix in a few directions and hardly in the others, although these may matter as much.
+
+Idea: take the step's directions from the gradient and make its size the same in all of them. With the singular value
+decomposition ``M = U S V^T`` of the momentum, Muon steps along ``U V^T``, the nearest (semi-)orthogonal matrix to
+``M``. This is steepest descent if the size of a step is measured by its spectral norm.
+
+Method: a decomposition is slow on a GPU, but matrix products are fast. An odd polynomial of a matrix is the same
+polynomial of its singular values and keeps ``U`` and ``V``:
+
+    aX + bXX^TX + c(XX^T)^2X = U (aS + bS^3 + cS^5) V^T
+
+Polynomials that move every number in (0, 1] towards 1, applied one after another, turn ``S`` into nearly the identity.
+The Polar Express (arXiv 2505.16932) gives the best coefficients of each step.
+
+:func:`muon_update` computes, for the gradient ``G`` and the weights ``W`` of one matrix:
+
+1.  ``M <- momentum * M + (1 - momentum) * G``, then Nesterov's look ahead ``U = momentum * M + (1 - momentum) * G``.
+2.  Row equilibration (arXiv 2603.28254): each row of ``U`` is scaled to the mean of the rows' norms.
+3.  Orthogonalization of ``U`` by the Polar Express.
+4.  NorMuon's variance reduction (arXiv 2510.05491): rows or columns of ``U`` with large steps are scaled down.
+5.  Cautious weight decay (arXiv 2510.12402): ``W <- W - lr * U - lr * weight_decay * W``, where the decay applies only
+    to the numbers of ``W`` that have the same sign as their step in ``U``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nanochat_core.precision import cpu_multiplies_bf16
+
+MUON_BETA2 = 0.9
+# Coefficients (a, b, c) of the five Polar Express steps.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def muon_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of the orthogonalization: bf16 if the device multiplies it faster than fp32, otherwise fp32."""
+    return torch.bfloat16 if device.type == "cuda" or cpu_multiplies_bf16() else torch.float32
+
+
+def muon_update(
+    weights: Tensor,
+    gradients: Tensor,
+    momentum_buffer: Tensor,
+    second_moment: Tensor,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Updates a stack of ``n`` matrices and the optimizer's state in place by Muon.
+
+    Args:
+        weights, gradients, momentum_buffer: (n, rows, columns).
+        second_moment: (n, rows, 1) if ``rows >= columns``, otherwise (n, 1, columns).
+        lr: learning rate, already multiplied by the factor of the matrices' shape.
+        dtype: dtype of the orthogonalization's matrix products.
+    """
+    momentum_buffer.lerp_(gradients, 1 - momentum)
+    update = gradients.lerp(momentum_buffer, momentum)
+    row_norms = update.norm(dim=-1, keepdim=True)
+    update = update * (row_norms.mean(dim=-2, keepdim=True) / row_norms.clamp(min=1e-6))
+    update = orthogonalize(update, dtype)
+    update = reduce_variance(update, second_moment)
+    agree = (update * weights) >= 0
+    weights.sub_(lr * update + lr * weight_decay * weights * agree)
+
+
+def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Approximately the nearest (semi-)orthogonal matrices, by five Polar Express steps (arXiv 2505.16932).
+
+    Each matrix is first divided by slightly more than its Frobenius norm, which bounds its singular values by 1. The
+    result is rescaled to the Frobenius norm of an orthogonal matrix, ``sqrt(min(rows, columns))`` (arXiv 2602.21545).
+
+    Args:
+        x: (n, rows, columns).
+        dtype: dtype of the matrix products. The coefficients were made for bf16, which is precise enough.
+
+    Returns:
+        (n, rows, columns) in fp32.
+    """
+    rows, columns = x.shape[-2:]
+    tall = rows > columns
+    y = (x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)).to(dtype)
+    if tall:  # then the transposed matrix has the smaller Gram matrix
+        y = y.mT
+    for a, b, c in POLAR_EXPRESS:
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    if tall:
+        y = y.mT
+    y = y.float()
+    return y * (min(rows, columns) ** 0.5 / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-6))
+
+
+def reduce_variance(update: Tensor, second_moment: Tensor) -> Tensor:
+    """NorMuon (arXiv 2510.05491): scales rows, or columns of wide matrices, to equal root mean squares.
+
+    A running average of each row's mean square, ``v <- beta2 * v + (1 - beta2) * mean(u^2)``, divides the row by
+    ``sqrt(v)``. Then the whole update is rescaled to its former Frobenius norm.
+
+    Args:
+        update: (n, rows, columns).
+        second_moment: the running averages, updated in place: (n, rows, 1) to scale rows, (n, 1, columns) to scale
+            columns.
+
+    Returns:
+        (n, rows, columns).
+    """
+    dim = -1 if second_moment.size(-1) == 1 else -2
+    mean_square = update.square().mean(dim=dim, keepdim=True)
+    second_moment.lerp_(mean_square, 1 - MUON_BETA2)
+    scale = second_moment.clamp(min=1e-10).rsqrt()
+    before = update.norm(dim=(-2, -1), keepdim=True)
+    scaled = update * scale
+    return scaled * (before / scaled.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))

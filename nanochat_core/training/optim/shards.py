@@ -1,0 +1,146 @@
+"""Dividing the optimizer over ranks: the memory and the work of ZeRO stage 2 (arXiv 1910.02054).
+
+Problem: if every rank keeps the whole optimizer state and makes every update, more ranks save neither memory nor the
+time of the updates.
+
+Idea: each rank owns a part of every unit of parameters. It keeps the optimizer state of its part only, and updates
+only its part. A step has three stages:
+
+1.  Reduce: the gradients of all ranks are summed, and each rank receives the sum for its own part. This starts for each
+    unit as soon as the backward pass has completed its gradients, and overlaps with the rest of the backward pass.
+2.  Update: each rank updates its own part.
+3.  Gather: each rank receives the updated parts of the others. This overlaps with the updates of the next units.
+
+A single rank owns everything and runs the same code without the communication.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from nanochat_core.training.distributed import Ranks, meeting
+
+# Reads rows ``start`` to ``stop`` of a named tensor of stored optimizer state; None if it was not stored.
+ReadRows = Callable[[str, int, int], Tensor | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Consecutive rows of a named tensor: rows ``start`` to ``start + len(tensor)`` of ``rows``."""
+
+    name: str
+    tensor: Tensor
+    start: int
+    rows: int
+
+
+class ParameterShards(ABC):
+    """A unit of parameters that are reduced, updated and gathered together, and this rank's part of it.
+
+    Attributes:
+        gradient: this rank's part of the summed gradient, None outside of a step.
+        owned: whether this rank's part belongs to no other rank, or to the first rank if all ranks hold it.
+    """
+
+    gradient: Tensor | None = None
+    owned = True
+
+    def __init__(self, parameters: Sequence[Tensor], ranks: Ranks) -> None:
+        self._parameters, self._ranks = parameters, ranks
+        self._work: list[dist.Work] = []
+        self._expecting = False
+        if ranks.group is not None:
+            for parameter in parameters:
+                parameter.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def expect_gradients(self) -> None:
+        """Announces that the next backward pass completes the gradients, so that each can be reduced at once."""
+        self._expecting = self._ranks.group is not None
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if self._expecting:
+            self._reduce_when_complete(parameter)
+
+    def reduced(self) -> Tensor | None:
+        """Finishes the reduction.
+
+        Returns:
+            This rank's part of the summed gradient; None if a single rank's parameters have no gradient.
+
+        Raises:
+            ValueError: some of the parameters have no gradient.
+        """
+        if all(parameter.grad is None for parameter in self._parameters) and self._ranks.group is None:
+            self.gradient = None
+            return None
+        missing = sum(parameter.grad is None for parameter in self._parameters)
+        if missing:
+            raise ValueError(
+                f"{missing} of {len(self._parameters)} parameters that are updated together have no gradient"
+            )
+        if self._ranks.group is None:
+            self.gradient = self._local_gradient()
+            return self.gradient
+        if not self._work:
+            self._reduce_all()
+        self.finish()
+        self._expecting = False
+        return self.gradient
+
+    def finish(self) -> None:
+        """Waits for the communication that is under way."""
+        with meeting():
+            for work in self._work:
+                work.wait()
+        self._work.clear()
+
+    def shards(self) -> Iterator[Shard]:
+        """The optimizer state that this rank stores in a checkpoint, as references to the live tensors."""
+        return (shard for shard, stored in self._state() if stored)
+
+    def load(self, read: ReadRows) -> None:
+        """Copies stored optimizer state into this rank's part; state that was not stored stays as it is."""
+        for shard, _ in self._state():
+            stored = read(shard.name, shard.start, shard.start + shard.tensor.size(0))
+            if stored is not None:
+                shard.tensor.copy_(stored)
+
+    def _track(self, work: dist.Work | None) -> None:
+        assert work is not None, "every collective here is asynchronous"
+        self._work.append(work)
+
+    @abstractmethod
+    def update(self, group: dict[str, Any]) -> None:
+        """Updates this rank's part by its gradient, if there is one, and starts to gather the other parts.
+
+        Args:
+            group: the parameter group, with the settings of this step.
+        """
+
+    @abstractmethod
+    def _reduce_when_complete(self, parameter: Tensor) -> None:
+        """Starts the reductions that this parameter's new gradient completes."""
+
+    @abstractmethod
+    def _reduce_all(self) -> None:
+        """Starts all reductions."""
+
+    @abstractmethod
+    def _local_gradient(self) -> Tensor:
+        """The gradient of the whole unit on a single rank."""
+
+    @abstractmethod
+    def _state(self) -> Iterator[tuple[Shard, bool]]:
+        """The optimizer state of this rank's part, and whether this rank stores it in checkpoints."""
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter that is known to have one."""
+    assert parameter.grad is not None
+    return parameter.grad
