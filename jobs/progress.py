@@ -8,10 +8,15 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+
+if TYPE_CHECKING:
+    _Tqdm = tqdm[Any]  # generic in its type stubs alone
+else:
+    _Tqdm = tqdm
 
 LOG_INTERVAL_SECONDS = 5.0
 _SHORTEST_BAR = 6
@@ -116,7 +121,7 @@ class ProgressDisplay:
         self._open.close()
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]  # only a generic class in its stubs
+class _Bar(_Tqdm):
     """A bar that shows as many facts as the terminal is wide."""
 
     def __init__(self, label: str, total: int, done: int) -> None:
