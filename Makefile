@@ -9,7 +9,7 @@ WEB := services/gateway/web
 STATIC := services/gateway/static
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help run test test-cluster lint format protos lock images clean setup
+.PHONY: help run test test-cluster lint format docs protos lock images clean setup
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ lint: setup ## Ruff and mypy
 
 format: setup ## Rewrite the code in the project's format
 	@ruff check --fix . ; ruff format .
+
+docs: setup ## Write docs/flags.md again from the programs' settings
+	@$(PYTHON) -m tests.support.flag_reference
 
 protos: setup ## Regenerate the gRPC stubs
 	@$(PYTHON) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. nanochat_core/protos/*.proto

@@ -2,52 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from jobs.eval.bench_engine import BenchEngineSettings
-from jobs.eval.chat import ChatEvalSettings
-from jobs.eval.compare import CompareSettings
-from jobs.eval.core import CoreSettings
-from jobs.eval.gate import GateSettings
-from jobs.eval.report import ReportSettings
-from jobs.eval.tokenizer import TokenizerEvalSettings
-from jobs.train.dataset import ConvertSettings, DownloadSettings, ListSettings, ValidateSettings
-from jobs.train.import_nanochat import ImportSettings
-from jobs.train.pipeline import PipelineSettings
-from jobs.train.pretrain import PretrainSettings
-from jobs.train.rl import RlSettings
-from jobs.train.scaling import LawsSettings, MiniseriesSettings
-from jobs.train.sft import SftSettings
-from jobs.train.tokenizer import TokenizerSettings
+from tests.support import flag_reference
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-JOBS = {
-    "jobs.train.pipeline": PipelineSettings,
-    "jobs.train.tokenizer": TokenizerSettings,
-    "jobs.train.pretrain": PretrainSettings,
-    "jobs.train.sft": SftSettings,
-    "jobs.train.rl": RlSettings,
-    "jobs.eval.tokenizer": TokenizerEvalSettings,
-    "jobs.train.import_nanochat": ImportSettings,
-    "jobs.train.scaling miniseries": MiniseriesSettings,
-    "jobs.train.scaling laws": LawsSettings,
-    "jobs.eval.bench_engine": BenchEngineSettings,
-    "jobs.eval.chat": ChatEvalSettings,
-    "jobs.eval.core": CoreSettings,
-    "jobs.eval.report": ReportSettings,
-    "jobs.eval.compare": CompareSettings,
-    "jobs.eval.gate": GateSettings,
-    "jobs.train.dataset download": DownloadSettings,
-    "jobs.train.dataset convert": ConvertSettings,
-    "jobs.train.dataset validate": ValidateSettings,
-    "jobs.train.dataset list": ListSettings,
-}
 
 
 def anchors(page: Path) -> set[str]:
@@ -74,24 +37,5 @@ def test_make_targets_exist(page: Path) -> None:
     assert set(named) <= targets
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_every_flag_of_a_job_is_listed_with_its_default(job: str) -> None:
-    names = ("training", "rl", "data", "scaling", "engine", "report", "evaluation")
-    pages = "\n### ".join((ROOT / "docs" / f"{name}.md").read_text() for name in names)
-    section = pages.split(f"### `{job}`")[1].split("\n### ")[0]
-    listed = dict(re.findall(r"^\| `(--[a-z0-9-]+)`[^|]* \| ([^|]+) \|", section, re.MULTILINE))
-    fields = dataclasses.fields(JOBS[job])
-    assert listed == {"--" + field.name.replace("_", "-"): shown(field.default) for field in fields}
-
-
-def shown(default: Any) -> str:
-    """A default as the tables write it."""
-    if default is dataclasses.MISSING:
-        return "required"
-    if default in (None, "", ()):
-        return "—"
-    if isinstance(default, tuple):
-        return ",".join(default)
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    return f"{default:,}" if isinstance(default, int) and default >= 10_000 else str(default)
+def test_the_page_of_flags_is_made_from_the_programs_settings() -> None:
+    assert flag_reference.PAGE.read_text() == flag_reference.page(), "make docs writes the page again"
