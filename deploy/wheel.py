@@ -1,0 +1,18 @@
+"""Keep the ``nanochat`` command out of wheels.
+
+The command starts programs of ``services``, ``jobs`` and ``deploy``. Those names are too general for somebody else's
+environment, so a wheel holds ``nanochat_core`` alone. An editable install of the repository has all of them.
+"""
+
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class EditableCommands(BuildHookInterface[Any]):
+    """Hatchling's build hook."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Drop the scripts unless ``version`` is ``editable``."""
+        if version != "editable":
+            self.metadata.core.scripts.clear()
