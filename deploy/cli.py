@@ -1,7 +1,7 @@
 """The ``nanochat`` command: one name for every program of the repository.
 
-``nanochat train pretrain --depth 4`` replaces its own process by ``python -m jobs.train.pretrain --depth 4``. Therefore both have
-the same settings, help and exit code.
+``nanochat train pretrain --depth 4`` replaces its own process by ``python -m jobs.train.pretrain --depth 4``. Therefore
+both have the same settings, help and exit code.
 """
 
 from __future__ import annotations

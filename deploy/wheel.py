@@ -12,7 +12,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 class EditableCommands(BuildHookInterface[Any]):
     """Hatchling's build hook."""
 
-    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatchling's interface
         """Drop the scripts unless ``version`` is ``editable``."""
         if version != "editable":
             self.metadata.core.scripts.clear()
