@@ -9,7 +9,7 @@ WEB := services/gateway/web
 STATIC := services/gateway/static
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help run test test-cluster lint format docs protos lock images clean setup
+.PHONY: help run test test-cluster test-numerics lint format docs protos lock images clean setup
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ test-cluster: setup ## Tests of images, compose, chart and jobs; needs make imag
 	@rm -rf $(TEST_STORE) && mkdir -p $(TEST_STORE)
 	@NANOCHAT_TEST_STORE=$(TEST_STORE) $(NANOCHAT_CLUSTER_EXEC) $(PYTHON) -m pytest -m cluster tests/cluster/test_kubernetes.py tests/cluster/test_jobs_on_s3.py
 	@NANOCHAT_TEST_STORE=$(TEST_STORE) $(PYTHON) -m pytest -m cluster tests/cluster/test_compose.py
+
+test-numerics: setup $(STATIC)/index.html ## Run the tests that train with the rounding of other processors, and other seeds
+	@$(PYTHON) -m tests.support.numerics
 
 lint: setup ## Ruff and mypy
 	@ruff check . && ruff format --check . && mypy

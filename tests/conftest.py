@@ -22,6 +22,9 @@ if not Path("/dev/nvidiactl").exists():
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _WORKERS > 1:
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // _WORKERS, 1))
+_THREADS = int(os.environ.get("NANOCHAT_TEST_THREADS", "1"))
+if _THREADS > 1:
+    os.environ["OMP_NUM_THREADS"] = str(_THREADS)
 
 # Examples are timed by nobody: on a shared machine a slow one says nothing about the code.
 hypothesis.settings.register_profile("nanochat", deadline=None)
@@ -59,5 +62,5 @@ def _settle_cpu() -> None:
     """
     torch = sys.modules.get("torch")  # only tests that use it pay for its import
     if torch is not None:
-        torch.set_num_threads(1)
+        torch.set_num_threads(_THREADS)
         torch.set_flush_denormal(False)

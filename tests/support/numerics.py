@@ -1,0 +1,68 @@
+"""Runs the tests with the rounding of other processors: ``python -m tests.support.numerics [PYTEST_ARGUMENT ...]``.
+
+No claim may depend on rounding. Each variant combines seeds of training, the library of fp32 matrix products, the dtype
+of Muon's products, instruction sets and threads as they occur on users' machines. Without arguments, all tests run that
+train a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SUPPORT = Path(__file__).parent
+TRAINING_TESTS = [
+    "tests/e2e",
+    *(f"tests/integration/test_{name}.py" for name in ("pipeline", "pretrain", "ranks", "rl", "scaling", "sft")),
+    *(f"tests/unit/test_{name}.py" for name in ("model", "optim", "optim_ranks", "policy_gradient", "trainer")),
+]
+AMD, INTEL = "AMD EPYC", "Intel(R) Xeon(R)"
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
+def variant(seed: int, cpu: str, *, bf16: bool, threads: int, **variables: str) -> dict[str, str]:
+    """The environment of one variant.
+
+    Args:
+        seed: seed of pretraining, fine-tuning and reinforcement learning.
+        cpu: name that torch reports; oneDNN multiplies on AMD's processors and MKL elsewhere.
+        bf16: whether the CPU multiplies in bf16, and Muon with it.
+        threads: threads of each process.
+        variables: further environment variables.
+    """
+    capabilities = {"cpu_name": cpu, "avx512_bf16": bf16, "amx_bf16": False}
+    seeds = {f"NANOCHAT_{stage}_SEED": str(seed) for stage in ("PRETRAIN", "SFT", "RL")}
+    return {
+        "PYTHONPATH": str(SUPPORT / "other_cpu"),
+        "NANOCHAT_TEST_CPU": json.dumps(capabilities),
+        "NANOCHAT_TEST_THREADS": str(threads),
+        **seeds,
+        **variables,
+    }
+
+
+VARIANTS = {
+    "oneDNN, Muon in fp32": variant(1, AMD, bf16=False, threads=1),
+    "MKL, Muon in bf16": variant(2, INTEL, bf16=True, threads=1),
+    "MKL, Muon in fp32, two threads": variant(3, INTEL, bf16=False, threads=2),
+    "oneDNN, Muon in bf16, two threads": variant(4, AMD, bf16=True, threads=2),
+    "MKL, Muon in fp32, AVX2": variant(5, INTEL, bf16=False, threads=1, **AVX2),
+}
+
+
+def main(arguments: list[str]) -> int:
+    failed = []
+    for name, environment in VARIANTS.items():
+        print(f"=== {name}", flush=True)
+        command = [sys.executable, "-m", "pytest", "-m", "not cluster", *(arguments or TRAINING_TESTS)]
+        if subprocess.run(command, env=os.environ | environment, check=False).returncode:
+            failed.append(name)
+    print("failed: " + "; ".join(failed) if failed else f"all {len(VARIANTS)} variants passed")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
