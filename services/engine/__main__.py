@@ -9,9 +9,9 @@ import os
 from nanochat_core import logs, settings
 from nanochat_core.cpu_setup import prepare_cpu
 from nanochat_core.errors import run_main
+from services.engine.daemon_threads import any_working
 from services.engine.server import serve
 from services.engine.settings import EngineSettings
-from services.engine.threads import any_working
 
 PROGRAM = "python -m services.engine"
 
@@ -33,7 +33,7 @@ if __name__ == "__main__":
         run_main(main, PROGRAM)
     except SystemExit as end:
         if any_working():
-            # Python would cut its threads off in the middle of a computation, which aborts the process.
+            # A normal exit would tear down Python below a thread that is still computing, which aborts the process.
             logging.shutdown()
             os._exit(int(end.code or 0))
         raise

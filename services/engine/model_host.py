@@ -1,4 +1,4 @@
-"""Which model serves: loading, following promotions, and swapping without dropping an answer."""
+"""The models that serve: follows promotions and replaces a model without dropping an answer."""
 
 from __future__ import annotations
 
@@ -8,24 +8,21 @@ import logging
 import math
 from collections.abc import Callable
 
-from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, promoted
-from nanochat_core.device import choose_device
-from nanochat_core.engine import AsyncEngine, Engine, Load, Observer, ToolRunner
+from nanochat_core.checkpoint import CheckpointRef
+from nanochat_core.engine import AsyncEngine, Load
 from nanochat_core.errors import UserError
-from nanochat_core.memory import free_memory, is_out_of_memory
-from nanochat_core.precision import choose_dtype
+from nanochat_core.memory import free_memory
 from nanochat_core.protos import engine_pb2
-from nanochat_core.store import StoreError, open_store
-from services.engine.reports import read_report
-from services.engine.settings import EngineSettings
-from services.engine.threads import in_thread
+from nanochat_core.store import StoreError
+from services.engine.daemon_threads import run_in_daemon_thread
+from services.engine.model_loader import ModelLoader
 
 log = logging.getLogger("nanochat.engine")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ServedModel:
-    """A loaded model, its engine and what clients are told of it."""
+    """A loaded model: its checkpoint, its engine and its description for clients."""
 
     ref: CheckpointRef
     engine: AsyncEngine
@@ -33,103 +30,111 @@ class ServedModel:
 
 
 class ModelHost:
-    """Owns the model that new requests go to, and its predecessors until they have finished what they began."""
+    """Owns the current model, which gets all new requests, and replaced models until their answers have ended.
+
+    Attributes:
+        current: the model that gets new requests; ``None`` until the first one is loaded.
+    """
 
     def __init__(
         self,
-        settings: EngineSettings,
+        loader: ModelLoader,
         *,
-        tool_runner: ToolRunner | None,
-        observer: Observer,
+        retire_seconds: float,
         on_change: Callable[[ServedModel], None],
-        on_death: Callable[[], None],
+        on_loop_death: Callable[[], None],
     ) -> None:
         """
         Args:
-            on_change: told of each model that begins to serve.
-            on_death: told when a device loop has died, after which the process should end.
-
-        Raises:
-            UserError: the store or the device is not there, or the settings make no engine.
+            loader: loads the models.
+            retire_seconds: time that the running answers of a replaced model get to finish.
+            on_change: called with each model that begins to serve.
+            on_loop_death: called when a device loop has died; the process should end then.
         """
-        self._settings = settings
-        self._config = settings.engine_config()
-        self._store = open_store(settings.home, cache_dir=settings.cache_dir or None)
-        self._device = choose_device(settings.device)
-        self._dtype = choose_dtype(settings.dtype, self._device)
-        self._tool_runner, self._observer = tool_runner, observer
-        self._on_change, self._on_death = on_change, on_death
-        self._loop = asyncio.get_running_loop()
+        self._loader = loader
+        self._retire_seconds = retire_seconds
+        self._on_change, self._on_loop_death = on_change, on_loop_death
         self._loading = asyncio.Lock()
-        self._old: list[ServedModel] = []
+        self._replaced: list[ServedModel] = []
         self._retirements: set[asyncio.Task[None]] = set()
         self._servings: set[asyncio.Task[ServedModel]] = set()
         self.current: ServedModel | None = None
 
+    @property
+    def models(self) -> list[ServedModel]:
+        """All models in memory: the replaced ones that have not ended yet, then the current one."""
+        return [*self._replaced, *([self.current] if self.current else [])]
+
     def load(self) -> Load:
-        """What the engines are busy with, all together."""
-        loads = [dataclasses.astuple(model.engine.load()) for model in self._models()]
+        """Load of all engines together."""
+        loads = [dataclasses.astuple(model.engine.load()) for model in self.models]
         return Load(*map(sum, zip(*loads, strict=True))) if loads else Load(0, 0, 0, 0, 0)
 
     def longest_step(self) -> float:
-        """Seconds that a step of a device loop has taken so far."""
-        return max((model.engine.step_seconds() for model in self._models()), default=0.0)
+        """Seconds since the start of the oldest step that is still running; 0 if no step is running."""
+        return max((model.engine.step_seconds() for model in self.models), default=0.0)
 
-    async def follow(self) -> None:
-        """Serve the configured or promoted revision as soon as there is one, and each that is promoted later.
+    async def follow(self, poll_seconds: float) -> None:
+        """Serve the configured or promoted revision once it exists, and every revision that is promoted later.
 
-        A revision that :meth:`reload` was asked for stays until something else is promoted.
+        A revision that :meth:`reload` has loaded stays until another one is promoted. After the first success, errors
+        are logged and the current model keeps serving.
+
+        Args:
+            poll_seconds: time between two looks at the promotion.
 
         Raises:
-            UserError: the store does not answer at first, or the model to begin with cannot be loaded. Later ones that
-                cannot are logged, and the one that serves goes on.
+            UserError: the first model cannot be loaded.
+            StoreError: the store does not answer at first.
         """
         followed: CheckpointRef | None = None
-        answered = False
+        store_answered = False
         while True:
             ref: CheckpointRef | None = None
             try:
-                ref = await in_thread(self._wanted)
-                answered = answered or not self._settings.revision  # for which nobody has to be asked
+                ref = await run_in_daemon_thread(self._loader.wanted_ref)
+                # A configured revision is known without asking the store.
+                store_answered = store_answered or not self._loader.revision
                 if ref is None:
-                    self._log_waiting()
+                    fields = {"model": self._loader.model, "store": str(self._loader.store)}
+                    log.warning("waiting for a model", extra=fields | {"reason": "nothing is promoted"})
                 elif ref != followed and (self.current is None or self.current.ref != ref):
                     await self.serve(ref)
-                    answered = True
+                    store_answered = True
                 followed = ref
             except Exception as error:
-                # A store that does not answer is asked again; a damaged checkpoint would stay damaged.
-                lost = answered and isinstance(error, StoreError)
-                if self.current is None and not lost:
+                # A store that has answered before may answer again; a damaged checkpoint stays damaged.
+                store_lost = store_answered and isinstance(error, StoreError)
+                if self.current is None and not store_lost:
                     raise
-                if not lost:
+                if not store_lost:
                     followed = ref
                 revision = ref.revision if ref else None
                 log.exception("promoted model not loaded", extra={"revision": revision, "reason": str(error)})
-            await asyncio.sleep(self._settings.poll_seconds)
+            await asyncio.sleep(poll_seconds)
 
     async def reload(self, revision: str) -> ServedModel:
-        """Serve ``revision``, or what is promoted when empty.
+        """Serve ``revision``, or the promoted revision if ``revision`` is empty.
 
         Raises:
-            UserError: there is none, or it cannot be loaded; the old model goes on.
+            UserError: the revision does not exist or cannot be loaded; the current model keeps serving.
         """
-        name = self._settings.model
+        name = self._loader.model
         if revision:
             return await self.serve(CheckpointRef.parse(name, revision))
-        ref = await in_thread(promoted, self._store, name)
+        ref = await run_in_daemon_thread(self._loader.promoted_ref)
         if ref is None:
-            raise UserError(f"no revision of {name} is promoted in {self._store}")
+            raise UserError(f"no revision of {name} is promoted in {self._loader.store}")
         return await self.serve(ref)
 
     async def serve(self, ref: CheckpointRef) -> ServedModel:
-        """Load a checkpoint beside the current model and send new requests to it.
+        """Load a checkpoint beside the current model, then send new requests to it.
 
-        At most two models are in memory: while an older one has answers to finish, this waits for them. It goes on when
-        whoever asked for it has gone, and then logs what goes wrong.
+        Memory holds at most two models: if a replaced model still has answers to finish, loading waits for them. If the
+        caller is cancelled, loading continues and an error of it is logged.
 
         Raises:
-            UserError: it cannot be loaded, or not beside the current model.
+            UserError: the checkpoint cannot be loaded, or does not fit into memory beside the current model.
         """
         serving = asyncio.create_task(self._serve(ref))
         self._servings.add(serving)
@@ -146,101 +151,46 @@ class ModelHost:
                 return self.current
             if self._retirements:
                 await asyncio.wait(self._retirements)
-            core, info = await in_thread(self._load, ref)
-            engine = AsyncEngine(core, self._on_death)
+            serving = self.current.ref if self.current else None
+            core, info = await run_in_daemon_thread(self._loader.load, ref, serving)
+            engine = AsyncEngine(core, self._on_loop_death)
             engine.start()
             old, self.current = self.current, ServedModel(ref, engine, info)
-        log.info("model loaded", extra={"model": ref.model, "revision": ref.revision, "device": str(self._device)})
+        device = str(self._loader.device)
+        log.info("model loaded", extra={"model": ref.model, "revision": ref.revision, "device": device})
         self._on_change(self.current)
         if old is not None:
-            self._old.append(old)
+            self._replaced.append(old)
             retirement = asyncio.create_task(self._retire(old))
             self._retirements.add(retirement)
             retirement.add_done_callback(self._retirements.discard)
         return self.current
 
-    def report(self, model: str, file: str) -> engine_pb2.Report:
-        """The store's report on a model; see :func:`~services.engine.reports.read_report`."""
-        return read_report(self._store, model, file)
-
     async def drained(self) -> None:
-        """Wait until no answer is under way."""
+        """Wait until no answer is running."""
         if self.current is not None:
             await self.current.engine.drained()
         await asyncio.gather(*self._retirements)
 
     async def close(self) -> None:
-        """Stop the device loops; answers under way fail."""
+        """Stop the device loops. Running answers fail."""
         for task in (*self._servings, *self._retirements):
             task.cancel()
-        for model in self._models():
+        for model in self.models:
             if not await model.engine.stop():
                 log.warning("a step is left to itself", extra={"revision": model.ref.revision})
 
-    def _models(self) -> list[ServedModel]:
-        return [*self._old, *([self.current] if self.current else [])]
-
-    def _log_waiting(self) -> None:
-        log.warning(
-            "waiting for a model",
-            extra={"model": self._settings.model, "store": str(self._store), "reason": "nothing is promoted"},
-        )
-
-    def _wanted(self) -> CheckpointRef | None:
-        if self._settings.revision:
-            return CheckpointRef.parse(self._settings.model, self._settings.revision)
-        return promoted(self._store, self._settings.model)
-
-    def _load(self, ref: CheckpointRef) -> tuple[Engine, engine_pb2.ModelInfo]:
-        try:
-            checkpoint = load_checkpoint(self._store, ref)
-            return self._build(checkpoint), self._describe(checkpoint)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).partition("\n")[0]
-        # Not before the error is gone, which refers to all that was made so far.
-        free_memory(self._device)
-        beside = f" beside {self.current.ref.revision}, which serves" if self.current else ""
-        raise UserError(
-            f"{ref.prefix} does not fit into memory{beside} ({reason}); make room, for example with a smaller "
-            "--kv-cache-mib, and load it again"
-        )
-
-    def _build(self, checkpoint: Checkpoint) -> Engine:
-        engine = Engine(
-            checkpoint.build_model(self._device, self._dtype),
-            checkpoint.tokenizer,
-            self._config,
-            tool_runner=self._tool_runner,
-            tool_loop=self._loop,
-            observer=self._observer,
-        )
-        engine.warm_up()
-        return engine
-
-    def _describe(self, checkpoint: Checkpoint) -> engine_pb2.ModelInfo:
-        return engine_pb2.ModelInfo(
-            name=checkpoint.ref.model,
-            revision=checkpoint.ref.revision,
-            digests=checkpoint.digests,
-            context_length=checkpoint.config.context_length,
-            vocab_size=checkpoint.config.vocab_size,
-            tokenizer_json=checkpoint.tokenizer.to_json().encode(),
-            compute_dtype=str(self._dtype).removeprefix("torch."),
-            parameters=sum(tensor.numel() for tensor in checkpoint.weights.values()),
-        )
-
     async def _retire(self, old: ServedModel) -> None:
-        revision, seconds = old.ref.revision, self._settings.retire_seconds
+        revision, seconds = old.ref.revision, self._retire_seconds
         try:
             await asyncio.wait_for(old.engine.drained(), seconds)
         except TimeoutError:
             log.warning("answers of a replaced model were ended", extra={"revision": revision, "seconds": seconds})
-        await old.engine.stop(math.inf)  # a step that hangs is seen in longest_step as long as this waits
-        self._old.remove(old)
-        del old  # the last that holds it, so that its memory is free now and not when this task ends
-        await in_thread(free_memory, self._device)
+        # This wait has no bound: the model stays in `models`, so that longest_step() shows a step that hangs.
+        await old.engine.stop(math.inf)
+        self._replaced.remove(old)
+        del old  # the last reference; without it the model's memory can be freed in the next line
+        await run_in_daemon_thread(free_memory, self._loader.device)
         log.info("model retired", extra={"revision": revision})
 
 

@@ -36,6 +36,7 @@ from nanochat_core.tokenizer import ASSISTANT_END, Tokenizer
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 from services.engine.metrics import Metrics
 from services.engine.model_host import ModelHost
+from services.engine.model_loader import ModelLoader
 from services.engine.server import EXIT_DEVICE_LOOP_DIED, serve
 from services.engine.settings import EngineSettings
 from tests.support.engine_models import BYTES, SPECIAL, script_tokens, scripted_model, tiny_model
@@ -593,30 +594,41 @@ async def test_a_model_that_does_not_fit_beside_the_old_one_leaves_it_serving(
         assert (await stub.Reload(pb.ReloadRequest(revision=SECOND.revision))).revision == SECOND.revision
 
 
-def host_of(home: Path, **settings: Any) -> ModelHost:
-    return ModelHost(
-        EngineSettings(home=str(home), model="tiny", **settings),
-        tool_runner=None,
-        observer=Metrics(lambda: Load(0, 0, 0, 0, 0)),
-        on_change=lambda _: None,
-        on_death=lambda: None,
-    )
+def host_of(home: Path, retire_seconds: float = 600.0) -> ModelHost:
+    settings = EngineSettings(home=str(home), model="tiny")
+    loader = ModelLoader(settings, tool_runner=None, observer=Metrics(lambda: Load(0, 0, 0, 0, 0)))
+    return ModelHost(loader, retire_seconds=retire_seconds, on_change=lambda _: None, on_loop_death=lambda: None)
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Engine]]:
+    """Weak references to the engines that loaders have built, in order."""
+    cores: list[weakref.ref[Engine]] = []
+    build = ModelLoader.build_engine
+
+    def noting_build(loader: ModelLoader, checkpoint: Checkpoint) -> Engine:
+        core = build(loader, checkpoint)
+        cores.append(weakref.ref(core))
+        return core
+
+    monkeypatch.setattr(ModelLoader, "build_engine", noting_build)
+    return cores
 
 
 async def test_a_reload_that_nobody_waits_for_any_more_is_finished_before_the_next(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    building, most, release, build = 0, 0, threading.Event(), ModelHost._build
+    building, most, release, build = 0, 0, threading.Event(), ModelLoader.build_engine
 
-    def slow_build(host: ModelHost, checkpoint: Checkpoint) -> Engine:
+    def slow_build(loader: ModelLoader, checkpoint: Checkpoint) -> Engine:
         nonlocal building, most
         building += 1
         most = max(most, building)
         release.wait()
         building -= 1
-        return build(host, checkpoint)
+        return build(loader, checkpoint)
 
-    monkeypatch.setattr(ModelHost, "_build", slow_build)
+    monkeypatch.setattr(ModelLoader, "build_engine", slow_build)
     host = host_of(home)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(host.reload(FIRST.revision), 0.2)
@@ -641,20 +653,21 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("slow_steps")
-async def test_answers_that_nobody_reads_hold_up_a_replaced_model_for_a_time_only(home: Path) -> None:
+async def test_answers_that_nobody_reads_hold_up_a_replaced_model_for_a_time_only(
+    home: Path, built: list[weakref.ref[Engine]]
+) -> None:
     host = host_of(home, retire_seconds=0.2)
     first = await host.reload(FIRST.revision)
-    core = weakref.ref(first.engine._engine)
     stream = await first.engine.submit(Request("r", (1, 2, 3), SamplingParams()))
     assert (await host.reload(SECOND.revision)).ref == SECOND
     with pytest.raises(EngineDead):
         async for _ in stream:
             pass
     first.engine.close_stream("r")
-    while host._retirements:
+    while len(host.models) > 1:
         await asyncio.sleep(0.01)
     gc.collect()
-    assert core() is None, "whoever still has its stream does not have the model"
+    assert built[0]() is None, "whoever still has its stream does not have the model"
     assert first.engine.load().running == 0
     await host.close()
 
@@ -664,15 +677,15 @@ async def test_while_it_waits_for_its_first_model_a_store_may_be_lost_for_a_whil
 ) -> None:
     answers: Iterator[Any] = iter([None, StoreError("the store is away"), FIRST])
 
-    def wanted(_host: ModelHost) -> CheckpointRef | None:
+    def wanted(_loader: ModelLoader) -> CheckpointRef | None:
         found = next(answers, FIRST)
         if isinstance(found, Exception):
             raise found
         return found
 
-    monkeypatch.setattr(ModelHost, "_wanted", wanted)
-    host = host_of(home, poll_seconds=0.1)
-    following = asyncio.create_task(host.follow())
+    monkeypatch.setattr(ModelLoader, "wanted_ref", wanted)
+    host = host_of(home)
+    following = asyncio.create_task(host.follow(poll_seconds=0.1))
     while host.current is None:
         await asyncio.sleep(0.01)
         assert not following.done()
@@ -683,20 +696,17 @@ async def test_while_it_waits_for_its_first_model_a_store_may_be_lost_for_a_whil
 
 @pytest.mark.usefixtures("slow_steps")
 async def test_an_old_model_leaves_memory_before_a_third_one_is_loaded(
-    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    home: Path, built: list[weakref.ref[Engine]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    cores: list[weakref.ref[Engine]] = []
     alive_at_build: list[list[bool]] = []
-    build = ModelHost._build
+    build = ModelLoader.build_engine
 
-    def noting_build(host: ModelHost, checkpoint: Checkpoint) -> Engine:
-        alive_at_build.append([core() is not None for core in cores])
-        core = build(host, checkpoint)
-        cores.append(weakref.ref(core))
-        return core
+    def noting_build(loader: ModelLoader, checkpoint: Checkpoint) -> Engine:
+        alive_at_build.append([core() is not None for core in built])
+        return build(loader, checkpoint)
 
-    monkeypatch.setattr(ModelHost, "_build", noting_build)
+    monkeypatch.setattr(ModelLoader, "build_engine", noting_build)
     host = host_of(home)
     engine = (await host.reload(FIRST.revision)).engine
     stream = await engine.submit(Request("r", (1, 2, 3), SamplingParams(max_tokens=600)))

@@ -15,8 +15,8 @@ from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.store import Store, open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
-from services.engine import reports
-from services.engine.reports import read_report
+from services.engine import model_report
+from services.engine.model_report import read_report
 from tests.support.engine_models import BYTES, tiny_model
 from tests.support.scripted_engine import http_client, running_engine, running_gateway, until_ready
 from tests.support.service_process import EngineProcess
@@ -61,7 +61,7 @@ def test_a_report_that_is_too_large_is_not_sent_at_once_but_its_page_is(
 ) -> None:
     store = open_store(str(tmp_path))
     write(store, **{"large.png": bytes(2000)})
-    monkeypatch.setattr(reports, "MOST_BYTES", 1000)
+    monkeypatch.setattr(model_report, "MAX_BYTES", 1000)
     assert read_report(store, "tiny", "report.md").files
     for file in ("", "large.png"):
         with pytest.raises(UserError, match=r"2,0\d\d bytes|2,000 bytes"):

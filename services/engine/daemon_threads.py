@@ -1,6 +1,7 @@
-"""Work on threads that the end of the process does not wait for.
+"""Blocking work on daemon threads, which do not delay the end of the process.
 
-Loading a model, or a store that does not answer, can take longer than the time in which a service must have ended.
+Loading a model, or waiting for a store that does not answer, can take longer than a service may take to end.
+asyncio.to_thread is no alternative: Python joins the threads of its executor before the process ends.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ T = TypeVar("T")
 _NAME = "engine-work"
 
 
-async def in_thread(function: Callable[..., T], *arguments: object) -> T:
-    """What ``function`` gives, from a thread of its own; it goes on when nobody waits for it any more."""
+async def run_in_daemon_thread(function: Callable[..., T], *arguments: object) -> T:
+    """Call ``function`` on a new daemon thread and wait for its result.
+
+    Cancelling the wait does not stop the function.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
@@ -32,7 +36,7 @@ async def in_thread(function: Callable[..., T], *arguments: object) -> T:
             future.set_exception(error)
 
     def work() -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop has ended
+        with contextlib.suppress(RuntimeError):  # the event loop may have ended meanwhile
             try:
                 result = function(*arguments)
             except BaseException as error:
@@ -45,5 +49,5 @@ async def in_thread(function: Callable[..., T], *arguments: object) -> T:
 
 
 def any_working() -> bool:
-    """Whether such a thread, or a device loop, has not ended yet."""
+    """Whether one of these threads, or a device loop, is still running."""
     return any(thread.name in (_NAME, DEVICE_LOOP) for thread in threading.enumerate())

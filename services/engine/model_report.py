@@ -1,4 +1,4 @@
-"""The report on a model as gateways get it."""
+"""Reads the report on a model from the artifact store, for the gateway's report page."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ from nanochat_core.protos import engine_pb2
 from nanochat_core.store import Store
 
 PAGE = "report.md"
-MOST_BYTES = 16 << 20  # of a page with a few plots it takes some hundred kB
+MAX_BYTES = 16 << 20  # a page with a few plots takes some hundred kB
 _MEDIA_TYPES = {"md": "text/markdown", "png": "image/png"}
 _NAME = re.compile(r"[\w-]+\.(md|png)", re.ASCII)
 
 
 def read_report(store: Store, model: str, file: str = "") -> engine_pb2.Report:
-    """The page and its pictures.
+    """Read the report's page and pictures.
 
     Args:
-        file: the one whose content is wanted; empty for that of all.
+        store: the artifact store.
+        model: name of the model.
+        file: name of the only file whose content is read; empty reads the content of all files.
+
+    Returns:
+        the names of all files, with the content that was asked for.
 
     Raises:
-        FileNotFoundError: there is no report, or it has no such file.
-        UserError: what is asked for has more than :data:`MOST_BYTES`.
+        FileNotFoundError: the report does not exist, or has no such file.
+        UserError: the content has more than :data:`MAX_BYTES`.
         StoreError: the store failed.
     """
     folder = f"reports/{model}/"
@@ -35,8 +40,8 @@ def read_report(store: Store, model: str, file: str = "") -> engine_pb2.Report:
         raise FileNotFoundError(f"file {file!r} in the report on {model}")
     contents = {name: store.read(folder + name) if file in ("", name) else b"" for name in names}
     size = sum(map(len, contents.values()))
-    if size > MOST_BYTES:
-        raise UserError(f"the report on {model} has {size:,} bytes, more than the {MOST_BYTES:,} that are sent")
+    if size > MAX_BYTES:
+        raise UserError(f"the report on {model} has {size:,} bytes; at most {MAX_BYTES:,} can be sent")
     files = [
         engine_pb2.ReportFile(name=name, media_type=_MEDIA_TYPES[name.rpartition(".")[2]], content=content)
         for name, content in contents.items()
@@ -45,7 +50,7 @@ def read_report(store: Store, model: str, file: str = "") -> engine_pb2.Report:
 
 
 def _revision(store: Store, folder: str) -> str:
-    """What the report says it is about; empty where it does not."""
+    """The revision that the report is about; empty if the report does not name one."""
     try:
         report = json.loads(store.read(f"{folder}report.json"))
     except (FileNotFoundError, ValueError):

@@ -1,0 +1,106 @@
+"""The life cycle that every gRPC service shares: listen, report health, publish metrics, wait for a signal, close.
+
+Needs grpcio-health-checking and grpcio-reflection, which only the services with a gRPC server install.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry, start_http_server
+
+from nanochat_core.errors import UserError
+
+LIVE = "live"
+"""Name in the health service that reports SERVING as long as the process works, with or without a model."""
+
+
+class GrpcService:
+    """A gRPC server with health checks, reflection, a port for Prometheus and a reaction to signals.
+
+    Create it inside a running event loop, add the servicers to :attr:`server`, then call :meth:`start`,
+    :meth:`announce_ready`, and :meth:`close` at the end.
+
+    Attributes:
+        server: the gRPC server.
+        stop_requested: set by SIGTERM and SIGINT.
+    """
+
+    def __init__(self, name: str, *, max_receive_bytes: int, max_send_bytes: int, min_ping_seconds: int = 300) -> None:
+        """
+        Args:
+            name: full name of the service in its proto file.
+            max_receive_bytes: size of the largest request.
+            max_send_bytes: size of the largest reply.
+            min_ping_seconds: how often an idle client may check its connection with a ping; 300 is gRPC's default.
+        """
+        self._name = name
+        self.stop_requested = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.stop_requested.set)
+        self.server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", max_receive_bytes),
+                ("grpc.max_send_message_length", max_send_bytes),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000 * min_ping_seconds),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
+
+    async def start(
+        self, *, host: str, port: int, metrics_host: str, metrics_port: int, registry: CollectorRegistry
+    ) -> None:
+        """Open both ports. Health reports NOT_SERVING until :meth:`set_serving`.
+
+        Args:
+            host: address of the gRPC port.
+            port: number of the gRPC port; 0 takes a free one.
+            metrics_host: address of the port for Prometheus; empty means ``host``.
+            metrics_port: number of the port for Prometheus; 0 takes a free one.
+            registry: the metrics to publish.
+
+        Raises:
+            UserError: an address cannot be served on.
+        """
+        metrics_host = metrics_host or host
+        await self._health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
+        await self.set_serving(False)
+        try:
+            bound = self.server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise UserError(f"cannot serve on {host}:{port}: {error}") from error
+        try:
+            self._metrics_server, _ = start_http_server(metrics_port, metrics_host, registry=registry)
+        except OSError as error:
+            raise UserError(f"cannot serve metrics on {metrics_host}:{metrics_port}: {error}") from error
+        self._addresses = {
+            "address": f"{host}:{bound}",
+            "metrics_address": f"{metrics_host}:{self._metrics_server.server_port}",
+        }
+        await self.server.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """Report through the health service whether requests are welcome."""
+        states = health_pb2.HealthCheckResponse
+        for name in ("", self._name):
+            await self._health.set(name, states.SERVING if serving else states.NOT_SERVING)
+
+    async def announce_ready(self, log: logging.Logger, **fields: object) -> None:
+        """Report SERVING and log the event ``ready`` with both addresses, the process id and ``fields``."""
+        await self.set_serving(True)
+        log.info("ready", extra=self._addresses | {"pid": os.getpid()} | fields)
+
+    async def close(self, grace: float) -> None:
+        """Refuse new calls, give running calls ``grace`` seconds to finish, and close both ports."""
+        await self.server.stop(grace)
+        self._metrics_server.shutdown()
+        self._metrics_server.server_close()

@@ -1,0 +1,106 @@
+"""Converts between the messages of ``engine.proto`` and the types of the inference core."""
+
+from __future__ import annotations
+
+from nanochat_core.engine import (
+    Constraint,
+    ConstraintKind,
+    FinishReason,
+    Output,
+    Request,
+    SamplingParams,
+    Token,
+    ToolCall,
+    ToolPolicy,
+    ToolResult,
+)
+from nanochat_core.errors import UserError
+from nanochat_core.protos import engine_pb2
+
+_FINISH_REASONS = {
+    FinishReason.STOP: engine_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: engine_pb2.FINISH_REASON_LENGTH,
+}
+
+
+def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Request:
+    """Convert a request for the inference core. ``request_id`` replaces the client's id.
+
+    Raises:
+        UserError: a sampling parameter is out of range.
+    """
+    sampling = request.sampling
+    return Request(
+        id=request_id,
+        prompt=tuple(request.prompt_token_ids),
+        sampling=SamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p or 1.0,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty or 1.0,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            seed=sampling.seed if sampling.HasField("seed") else None,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=frozenset(sampling.stop_token_ids),
+            logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+            logit_bias=dict(sampling.logit_bias),
+            constraint=_constraint(sampling),
+        ),
+        n=request.n or 1,
+        tools=ToolPolicy(
+            enabled=request.tools.enabled,
+            max_calls=request.tools.max_calls,
+            max_output_tokens=request.tools.max_output_tokens,
+        ),
+        priority=request.priority,
+    )
+
+
+def _constraint(sampling: engine_pb2.SamplingParams) -> Constraint | None:
+    field = sampling.WhichOneof("constraint")
+    if field is None:
+        return None
+    value = getattr(sampling, field)
+    if value is False:
+        raise UserError("json_object is false; leave it out or set it to true")
+    return Constraint(ConstraintKind(field), value if isinstance(value, str) else "")
+
+
+def chunk(output: Output) -> engine_pb2.GenerateChunk:
+    """Convert one output of the inference core for the stream."""
+    message = engine_pb2.GenerateChunk(
+        index=output.index,
+        tokens=[_token(token) for token in output.tokens],
+        tool_events=[_tool_event(event) for event in output.tool_events],
+    )
+    if output.finish_reason is not None:
+        message.finish_reason = _FINISH_REASONS[output.finish_reason]
+    if output.usage is not None:
+        message.usage.prompt_tokens = output.usage.prompt_tokens
+        message.usage.completion_tokens = output.usage.completion_tokens
+        message.usage.cached_prompt_tokens = output.usage.cached_prompt_tokens
+    return message
+
+
+def _token(token: Token) -> engine_pb2.Token:
+    return engine_pb2.Token(
+        id=token.id,
+        logprob=token.logprob,
+        top_logprobs=[engine_pb2.TopLogprob(token_id=i, logprob=p) for i, p in token.top_logprobs],
+        forced=token.forced,
+    )
+
+
+def _tool_event(event: ToolCall | ToolResult) -> engine_pb2.ToolEvent:
+    if isinstance(event, ToolCall):
+        return engine_pb2.ToolEvent(call=engine_pb2.ToolCall(call_index=event.call_index, code=event.code))
+    return engine_pb2.ToolEvent(
+        result=engine_pb2.ToolResult(
+            call_index=event.call_index,
+            status=event.status,
+            output=event.output,
+            duration_seconds=event.duration_seconds,
+        )
+    )

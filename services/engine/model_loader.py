@@ -1,0 +1,103 @@
+"""Turns a checkpoint of the artifact store into an engine that is ready to serve."""
+
+from __future__ import annotations
+
+import asyncio
+
+from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, promoted
+from nanochat_core.device import choose_device
+from nanochat_core.engine import Engine, Observer, ToolRunner
+from nanochat_core.errors import UserError
+from nanochat_core.memory import free_memory, is_out_of_memory
+from nanochat_core.precision import choose_dtype
+from nanochat_core.protos import engine_pb2
+from nanochat_core.store import open_store
+from services.engine.settings import EngineSettings
+
+
+class ModelLoader:
+    """Loads checkpoints onto one device. Its methods block, so call them from a thread.
+
+    Attributes:
+        store: the artifact store.
+        device: the device that computes.
+        model: name of the model in the store.
+        revision: the configured revision; empty if the loader follows promotions.
+    """
+
+    def __init__(self, settings: EngineSettings, *, tool_runner: ToolRunner | None, observer: Observer) -> None:
+        """
+        Args:
+            settings: store, model, device and sizes.
+            tool_runner: runs the model's Python calls, on the event loop that runs now.
+            observer: is told of everything that the engines do.
+
+        Raises:
+            UserError: the store or the device does not exist, or no engine can have these settings.
+        """
+        self.model, self.revision = settings.model, settings.revision
+        self.store = open_store(settings.home, cache_dir=settings.cache_dir or None)
+        self.device = choose_device(settings.device)
+        self._dtype = choose_dtype(settings.dtype, self.device)
+        self._config = settings.engine_config()
+        self._tool_runner, self._observer = tool_runner, observer
+        self._loop = asyncio.get_running_loop()
+
+    def promoted_ref(self) -> CheckpointRef | None:
+        """The promoted checkpoint of the model, or ``None`` if none is promoted."""
+        return promoted(self.store, self.model)
+
+    def wanted_ref(self) -> CheckpointRef | None:
+        """The checkpoint of the configured revision; without one, the promoted checkpoint."""
+        return CheckpointRef.parse(self.model, self.revision) if self.revision else self.promoted_ref()
+
+    def load(self, ref: CheckpointRef, serving: CheckpointRef | None) -> tuple[Engine, engine_pb2.ModelInfo]:
+        """Build the engine of a checkpoint and describe its model for clients.
+
+        Args:
+            ref: the checkpoint.
+            serving: the checkpoint whose model is already in memory, for the error message.
+
+        Raises:
+            UserError: the checkpoint cannot be loaded, or its model does not fit into memory.
+            StoreError: the store does not answer.
+        """
+        try:
+            checkpoint = load_checkpoint(self.store, ref)
+            return self.build_engine(checkpoint), self._describe(checkpoint)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        # The error's traceback refers to the tensors allocated so far, so memory can be freed only after this handler.
+        free_memory(self.device)
+        beside = f" beside {serving.revision}, which serves" if serving else ""
+        raise UserError(
+            f"{ref.prefix} does not fit into memory{beside} ({reason}); make room, for example with a smaller "
+            "--kv-cache-mib, and load it again"
+        )
+
+    def build_engine(self, checkpoint: Checkpoint) -> Engine:
+        """An engine for the checkpoint's model, warmed up."""
+        engine = Engine(
+            checkpoint.build_model(self.device, self._dtype),
+            checkpoint.tokenizer,
+            self._config,
+            tool_runner=self._tool_runner,
+            tool_loop=self._loop,
+            observer=self._observer,
+        )
+        engine.warm_up()
+        return engine
+
+    def _describe(self, checkpoint: Checkpoint) -> engine_pb2.ModelInfo:
+        return engine_pb2.ModelInfo(
+            name=checkpoint.ref.model,
+            revision=checkpoint.ref.revision,
+            digests=checkpoint.digests,
+            context_length=checkpoint.config.context_length,
+            vocab_size=checkpoint.config.vocab_size,
+            tokenizer_json=checkpoint.tokenizer.to_json().encode(),
+            compute_dtype=str(self._dtype).removeprefix("torch."),
+            parameters=sum(tensor.numel() for tensor in checkpoint.weights.values()),
+        )
