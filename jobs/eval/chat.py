@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from jobs.data.dataset_files import DatasetSource
 from jobs.demo_world import EvalItem
 from jobs.eval.chat_eval.examination import Sampling, examine_answers, examine_choices, generate, verdicts_of
 from jobs.eval.chat_eval.scores import chat_core, score, table
@@ -21,7 +22,9 @@ from jobs.eval.checkpoints import pick_checkpoint
 from jobs.generation.python_tool import SandboxTool
 from jobs.recipes import find_recipe
 from jobs.results.evaluations import Evaluation
-from jobs.tasks import ChoiceTask, DataPlace, GenerativeTask, Response, Selection, demo, open_tasks
+from jobs.tasks import demo
+from jobs.tasks.registry import Selection, open_tasks
+from jobs.tasks.task import ChoiceTask, GenerativeTask, Response
 from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.cpu_setup import prepare_cpu
@@ -113,7 +116,7 @@ class ChatResult:
 
 def evaluate(checkpoint: Checkpoint, items: Sequence[EvalItem]) -> ChatResult:
     """Answer items of the demo world greedily, on the CPU, all in one continuous batch; nothing is kept."""
-    task = demo(items)
+    task = demo.task(items)
     responses: dict[int, Response] = {}
     with SandboxExecutor() as sandbox:
         engine = Engine(checkpoint.build_model(), checkpoint.tokenizer, tool_runner=SandboxTool(sandbox))
@@ -151,9 +154,9 @@ def run(
     """
     device = device or torch.device("cpu")
     store = open_store(settings.home)
-    place = DataPlace(store, Path(settings.data).expanduser() if settings.data else None)
+    source = DatasetSource(store, Path(settings.data).expanduser() if settings.data else None)
     kinds = find_recipe(settings.recipe).conversation_kinds
-    tasks = open_tasks(settings.tasks, place, Selection(settings.items, settings.seed, kinds))
+    tasks = open_tasks(settings.tasks, source, Selection(settings.items, settings.seed, kinds))
     checkpoint = pick_checkpoint(store, settings.model, settings.revision, settings.stage)
     evaluation = _evaluation(settings, store, checkpoint, tasks, device)
     result = evaluation.result()

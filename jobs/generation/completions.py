@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from jobs.tasks import Response
+from jobs.tasks.task import Response
 from nanochat_core import tokenizer as tok
 from nanochat_core.chat import AssistantStream
 from nanochat_core.engine import Completion, Engine, QueueFull, Request, ToolCall, ToolResult

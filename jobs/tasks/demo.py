@@ -1,4 +1,4 @@
-"""The demo world's held-out conversations."""
+"""Demo: held-out conversations of the demo world."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from jobs.demo_world import EvalItem, check
-from jobs.tasks.task import Conversation, GenerativeTask, OpenQuestion, Response
+from jobs.tasks.task import GenerativeTask, Messages, OpenQuestion, Response
 from nanochat_core.sandbox import SandboxExecutor
 
 _MAX_TOKENS = 120
@@ -14,12 +14,12 @@ _MAX_TOKENS = 120
 
 @dataclasses.dataclass(frozen=True)
 class DemoQuestion(OpenQuestion):
-    """One of the demo world's own."""
+    """A held-out conversation of the demo world, up to the user's last message."""
 
     item: EvalItem
 
     @property
-    def messages(self) -> Conversation:
+    def messages(self) -> Messages:
         return self.item.messages
 
     @property
@@ -34,6 +34,6 @@ class DemoQuestion(OpenQuestion):
         return check(self.item, response.text, bool(response.tool_calls))
 
 
-def demo(items: Sequence[EvalItem]) -> GenerativeTask:
-    """The task of answering these."""
+def task(items: Sequence[EvalItem]) -> GenerativeTask:
+    """The task of answering ``items`` with the Python tool."""
     return GenerativeTask("demo", tuple(map(DemoQuestion, items)), tools=True, max_tokens=_MAX_TOKENS)

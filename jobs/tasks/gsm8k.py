@@ -1,51 +1,120 @@
-"""GSM8K: grade-school maths in words, the answer a number (arXiv 2110.14168)."""
+"""GSM8K: grade-school math problems in words, whose answers end in ``#### number`` (arXiv 2110.14168)."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from decimal import Decimal
 
-from jobs.tasks.conversions import Row
-from jobs.tasks.data_place import DataPlace
-from jobs.tasks.fine_tuning import FILE, TaskFiles, on_hub
-from jobs.tasks.scoring import gsm8k_answer, gsm8k_correct
-from jobs.tasks.task import Conversation, GenerativeTask, OpenQuestion, Response
+from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, DatasetSource, on_hub
+from jobs.data.rows import Row, text_field
+from jobs.tasks.answers import plain_number
+from jobs.tasks.task import (
+    ConversationFiles,
+    GenerativeTask,
+    Messages,
+    Problem,
+    Problems,
+    Response,
+    SingleQuestion,
+    exchange,
+)
 from nanochat_core.sandbox import SandboxExecutor
+from nanochat_core.store import Store
 
-_FILES = TaskFiles(
-    files=(rf"(main/)?test{FILE}",),
+_TRAIN = DatasetFiles(
+    "gsm8k",
+    patterns=(rf"(main/)?train{REST_OF_NAME}",),
+    expected="main/train-00000-of-00001.parquet",
+    origin=on_hub("openai/gsm8k", "main/train*"),
+)
+_TEST = DatasetFiles(
+    "gsm8k",
+    patterns=(rf"(main/)?test{REST_OF_NAME}",),
     expected="main/test-00000-of-00001.parquet or test.jsonl",
     origin=on_hub("openai/gsm8k", "main/test*"),
 )
+# The sign may stand before or after the dollar: -$5, $-5. A dot that no digit follows ends a sentence.
+_FINAL_NUMBER = re.compile(r"####[ \t]*(-?)[ \t]*\$?[ \t]*(-?)((?:[0-9][0-9,]*)?(?:\.[0-9]+)|[0-9][0-9,]*)")
+_CALCULATION = re.compile(r"<<(.*?)>>", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
-class MathProblem(OpenQuestion):
-    """A problem and the dataset's own answer to it."""
+class MathProblem(SingleQuestion):
+    """A problem and the dataset's answer to it, which explains each step."""
 
-    question: str
     answer: str
 
     @property
-    def messages(self) -> Conversation:
-        return ({"role": "user", "content": self.question},)
-
-    @property
     def expected(self) -> str:
-        return gsm8k_answer(self.answer) or ""
+        return final_number(self.answer) or ""
 
     def correct(self, response: Response, sandbox: SandboxExecutor) -> bool:  # noqa: ARG002
-        return gsm8k_correct(self.answer, response.text)
+        return same_final_number(self.answer, response.text)
 
 
-def gsm8k(place: DataPlace) -> GenerativeTask:
-    """The test split, answered with the Python tool at hand."""
-    return GenerativeTask("gsm8k", place.questions("gsm8k", _FILES, _problem), tools=True)
+def final_number(text: str) -> str | None:
+    """The first number after ``####``, with its sign, without ``$`` and commas; None if there is none."""
+    match = _FINAL_NUMBER.search(text)
+    return plain_number(match) if match else None
+
+
+def same_final_number(reference: str, answer_text: str) -> bool:
+    """Whether an answer ends on the same number as the dataset's answer; 18 and 18.00 are the same number.
+
+    Args:
+        reference: the ``answer`` of the dataset's row, with its ``####``.
+
+    Raises:
+        ValueError: the reference has no final number.
+    """
+    expected, given = final_number(reference), final_number(answer_text)
+    if expected is None:
+        raise ValueError("the reference answer has no number after ####")
+    return given is not None and Decimal(given) == Decimal(expected)
+
+
+def reward(problem: Problem, answer_text: str) -> float:
+    """Reward for reinforcement learning: 1 if the answer ends on the right number after ``####``, else 0."""
+    return float(same_final_number(problem.answer, answer_text))
+
+
+def conversation(row: Row) -> Messages:
+    """A row to fine-tune on. Each calculation ``<<6*7=42>>`` of the answer becomes a call of the Python tool."""
+    # Splitting by a pattern with one group gives the text between the calculations and the calculations in turn.
+    pieces = _CALCULATION.split(text_field(row, "answer"))
+    parts = []
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
+            parts += [{"type": "text", "text": piece}] if piece else []
+            continue
+        code, equals, output = piece.rpartition("=")
+        if not equals:
+            raise ValueError(f"'answer' has the annotation <<{piece}>>, which gives no result")
+        parts += [{"type": "python", "text": code}, {"type": "python_output", "text": output}]
+    return exchange(text_field(row, "question"), parts)
+
+
+def task(source: DatasetSource) -> GenerativeTask:
+    """Evaluation on the test split; the model may use the Python tool."""
+    return GenerativeTask("gsm8k", source.read(_TEST, _problem), tools=True)
+
+
+def problems(store: Store, held_out: int) -> Problems:
+    """Problems for reinforcement learning: the training split, and the beginning of the test split."""
+    source = DatasetSource(store)
+    training, test = (
+        [Problem(problem.messages, problem.answer) for problem in source.read(files, _problem)]
+        for files in (_TRAIN, _TEST)
+    )
+    return Problems(training, test[:held_out], "gsm8k")
 
 
 def _problem(row: Row) -> MathProblem:
-    problem = MathProblem(row["question"], row["answer"])
-    if not isinstance(problem.question, str) or not isinstance(problem.answer, str):
-        raise ValueError("'question' and 'answer' must be texts")
-    if gsm8k_answer(problem.answer) is None:
+    problem = MathProblem(text_field(row, "question"), text_field(row, "answer"))
+    if final_number(problem.answer) is None:
         raise ValueError("'answer' has no number after ####")
     return problem
+
+
+CONVERSATIONS = ConversationFiles(_TRAIN, conversation, "gsm8k")

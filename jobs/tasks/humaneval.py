@@ -1,53 +1,94 @@
-"""HumanEval: write a Python function from its docstring; hidden tests decide (arXiv 2107.03374)."""
+"""HumanEval: the model writes a Python function from its docstring, and hidden tests decide (arXiv 2107.03374)."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+import secrets
 
-from jobs.tasks.conversions import Row
-from jobs.tasks.data_place import DataPlace
-from jobs.tasks.fine_tuning import FILE, TaskFiles, on_hub
-from jobs.tasks.scoring import humaneval_correct
-from jobs.tasks.task import Conversation, GenerativeTask, OpenQuestion, Response
-from nanochat_core.sandbox import SandboxExecutor
+from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, DatasetSource, on_hub
+from jobs.data.rows import Row, text_field
+from jobs.tasks.task import GenerativeTask, Messages, OpenQuestion, Response, ScoringFailed, ask
+from nanochat_core.sandbox import Limits, ResultFormat, SandboxExecutor, Status
 
-_FILES = TaskFiles(
-    files=(rf"(openai_humaneval/)?{FILE}",),
+_FILES = DatasetFiles(
+    "humaneval",
+    patterns=(rf"(openai_humaneval/)?{REST_OF_NAME}",),
     expected="openai_humaneval/test-00000-of-00001.parquet or HumanEval.jsonl",
     origin=on_hub("openai/openai_humaneval", "openai_humaneval/test*"),
 )
+_FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
+# The limit of processor time stops an endless loop. The wall limit is far above it, so that a busy machine does not
+# make a right answer wrong.
+TEST_LIMITS = Limits(wall_seconds=20.0, cpu_seconds=5.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class CodeProblem(OpenQuestion):
-    """The beginning of a program that ends with a function's docstring, and the tests of that function."""
+    """The beginning of a program, up to the docstring of the function to write, and the tests of that function."""
 
     prompt: str
     test: str
     entry_point: str
 
     @property
-    def messages(self) -> Conversation:
-        return ({"role": "user", "content": self.prompt},)
+    def messages(self) -> Messages:
+        return ask(self.prompt)
 
     @property
     def expected(self) -> str:
         return f"a function {self.entry_point} that passes its tests"
 
     def correct(self, response: Response, sandbox: SandboxExecutor) -> bool:
-        return humaneval_correct(sandbox, self.prompt, response.text, self.test, self.entry_point)
+        return passes_tests(sandbox, self, response.text)
 
 
-def humaneval(place: DataPlace) -> GenerativeTask:
-    """All problems; the answer is the first fenced block, or the whole where there is none."""
-    return GenerativeTask("humaneval", place.questions("humaneval", _FILES, _problem))
+def task(source: DatasetSource) -> GenerativeTask:
+    """All problems."""
+    return GenerativeTask("humaneval", source.read(_FILES, _problem))
+
+
+def passes_tests(
+    executor: SandboxExecutor, problem: CodeProblem, answer_text: str, limits: Limits = TEST_LIMITS
+) -> bool:
+    """Whether an answer passes the problem's tests in the sandbox; blocks.
+
+    A program that ends before the end of its tests, by an error, a limit or an exit, is wrong.
+
+    Raises:
+        ScoringFailed: the sandbox had no room for the call.
+        WorkerFailed: the sandbox itself failed.
+    """
+    # The prompt is valid Python by itself: a function whose body is the docstring. The answer may be the rest of the
+    # body, or the whole function again, which then replaces the first one. Imports of the prompt work in both cases.
+    program = f"{problem.prompt.rstrip()}\n{code_in(answer_text)}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
+    return runs_to_its_end(executor, program, limits)
+
+
+def code_in(answer_text: str) -> str:
+    """The first fenced block of an answer, or the whole answer if it has no fenced block."""
+    match = _FENCED.search(answer_text)
+    return match[1] if match else answer_text
+
+
+def runs_to_its_end(executor: SandboxExecutor, program: str, limits: Limits = TEST_LIMITS) -> bool:
+    """Whether a program runs to its last line in the sandbox without an error; blocks.
+
+    Raises:
+        ScoringFailed: the sandbox had no room for the call.
+        WorkerFailed: the sandbox itself failed.
+    """
+    # A program that exits early can look like one that has passed. Only a program that reaches its last line has
+    # this random word as its result.
+    word = secrets.token_hex(16)
+    result = executor.execute_sync(f"{program}\n{word!r}\n", limits, ResultFormat.STR)
+    if result.status is Status.OVERLOADED:
+        raise ScoringFailed(result.error)
+    return result.ok and result.result == word
 
 
 def _problem(row: Row) -> CodeProblem:
-    fields = {name: row[name] for name in ("prompt", "test", "entry_point")}
-    for name, value in fields.items():
-        if not isinstance(value, str):
-            raise ValueError(f"'{name}' is not a text")
-    if not fields["entry_point"].isidentifier():
-        raise ValueError(f"'entry_point' is {fields['entry_point']!r}, which names no function")
-    return CodeProblem(**fields)
+    problem = CodeProblem(*(text_field(row, field) for field in ("prompt", "test", "entry_point")))
+    if not problem.entry_point.isidentifier():
+        raise ValueError(f"'entry_point' is {problem.entry_point!r}, which names no function")
+    return problem

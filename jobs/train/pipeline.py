@@ -24,10 +24,11 @@ from jobs.promotion.gate import EXIT_REFUSED, decide
 from jobs.recipes import RECIPES, Flags, Recipe
 from jobs.results.metrics import weights_of
 from jobs.results.reports import is_reported
+from jobs.tasks.registry import open_problems
+from jobs.tasks.task import Problems
 from jobs.train import pretrain, rl, sft
 from jobs.train.batches.mixtures import Mixture
 from jobs.train.launcher import Children
-from jobs.train.reinforce.problems import Problems, open_problems
 from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint, check_model_name, newest_checkpoint, promoted
 from nanochat_core.errors import UserError, run_main

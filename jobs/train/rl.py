@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 
 from jobs.measures.pass_at_k import pass_at_k
+from jobs.tasks.registry import open_problems
+from jobs.tasks.task import Problems
 from jobs.train.loop.context import (
     Place,
     RunSettings,
@@ -27,7 +29,6 @@ from jobs.train.loop.context import (
 from jobs.train.loop.schedule import Schedule
 from jobs.train.loop.trainer import Metrics, Trainer, can_compile
 from jobs.train.reinforce.policy_gradient import PolicyGradient
-from jobs.train.reinforce.problems import Problems, open_problems
 from jobs.train.reinforce.rewards import REWARDS, Reward
 from jobs.train.reinforce.rollouts import Answerer, RolloutSource, Sampling, answering, seed_of
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, newest_checkpoint

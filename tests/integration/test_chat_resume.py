@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from jobs.data.dataset_files import DatasetSource
 from jobs.demo_world import pretraining_documents
 from jobs.eval import chat
 from jobs.eval.chat import ChatEvalSettings
 from jobs.eval.chat_eval import examination
 from jobs.eval.chat_eval.examination import Sampling, generate
-from jobs.tasks import DataPlace, Selection, open_tasks
+from jobs.tasks.registry import Selection, open_tasks
 from jobs.train.tokenizer import train_tokenizer
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint
 from nanochat_core.config import ModelConfig
@@ -193,7 +194,7 @@ def test_other_settings_are_another_evaluation(home):
 
 def test_an_answer_depends_on_neither_the_batch_nor_the_other_questions(home):
     checkpoint: Checkpoint = load_checkpoint(open_store(str(home)), REF)
-    (task,) = open_tasks(["spelling"], DataPlace(open_store(str(home))), Selection(items=30))
+    (task,) = open_tasks(["spelling"], DatasetSource(open_store(str(home))), Selection(items=30))
     sampling = Sampling(samples=3, temperature=1.0, seed=5)
 
     def answers(numbers: list[int], running: int, sampling: Sampling = sampling) -> dict[int, Any]:

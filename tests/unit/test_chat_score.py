@@ -8,10 +8,9 @@ import pytest
 
 from jobs.eval.chat_eval.scores import CHAT_CORE_TASKS, centered, chat_core, score, table
 from jobs.eval.chat_eval.verdicts import Verdict
-from jobs.tasks import ChoiceTask, GenerativeTask, Response
-from jobs.tasks.choices import LetterQuestion
-from jobs.tasks.conversions import Choice
-from jobs.tasks.own import OwnQuestion
+from jobs.tasks.multiple_choice import Choice, LetterQuestion
+from jobs.tasks.own_questions import OwnQuestion
+from jobs.tasks.task import ChoiceTask, GenerativeTask, Response
 
 
 def open_task(count: int, name: str = "own") -> GenerativeTask:

@@ -13,19 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.data.dataset_files import DatasetSource
 from jobs.demo_world import words
 from jobs.recipes import find_recipe
-from jobs.tasks import (
-    TASKS,
-    ChoiceTask,
-    DataPlace,
-    GenerativeTask,
-    Response,
-    Selection,
-    conversions,
-    open_tasks,
-)
-from jobs.tasks.own import own_task
+from jobs.tasks import arc, gsm8k, mmlu
+from jobs.tasks.own_questions import own_task
+from jobs.tasks.registry import TASKS, Selection, open_tasks
+from jobs.tasks.task import ChoiceTask, GenerativeTask, Response
 from nanochat_core.errors import UserError
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.store import FolderStore, open_store
@@ -71,7 +65,7 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 def opened(name: str, store: FolderStore, data: Path | None = None, **selection: Any) -> Any:
-    (task,) = open_tasks([name], DataPlace(store, data), Selection(**selection))
+    (task,) = open_tasks([name], DatasetSource(store, data), Selection(**selection))
     return task
 
 
@@ -97,14 +91,14 @@ def test_datasets_are_read_from_the_store_or_a_folder_as_they_are_published(name
     assert task.name == name
     (question,) = task.questions
     if isinstance(task, ChoiceTask):
-        convert = conversions.arc if "answerKey" in row else conversions.mmlu
+        convert = arc.conversation if "answerKey" in row else mmlu.conversation
         asked, answered = convert(row)
         assert [question.messages[-1], question.expected] == [asked, answered["content"]]
         assert question.letters == "ABC"[: len(question.letters)] or question.letters == "ABCD"
         assert task.baseline == 0.25
     elif name == "gsm8k":
         assert task.tools
-        assert question.messages[-1] == conversions.gsm8k(row)[0]
+        assert question.messages[-1] == gsm8k.conversation(row)[0]
         assert question.correct(Response("#### 42"), sandbox)
         assert not question.correct(Response("42"), sandbox)
     else:
@@ -142,7 +136,7 @@ def test_missing_data_are_named_with_the_command_that_gets_them(name, store, tmp
         ("gsm8k/test.jsonl", '{"question": "?"', "is not JSON"),
         ("gsm8k/test.jsonl", '{"question": "?"}', "has no field 'answer'"),
         ("gsm8k/test.jsonl", '{"question": "?", "answer": "42"}', "'answer' has no number after ####"),
-        ("gsm8k/test.jsonl", '{"question": 1, "answer": "#### 42"}', "'question' and 'answer' must be texts"),
+        ("gsm8k/test.jsonl", '{"question": 1, "answer": "#### 42"}', "'question' is not a text"),
         ("humaneval/x.jsonl", '{"prompt": "", "test": ""}', "has no field 'entry_point'"),
         ("humaneval/x.jsonl", '{"prompt": "", "test": 1, "entry_point": "f"}', "'test' is not a text"),
         ("humaneval/x.jsonl", '{"prompt": "", "test": "", "entry_point": "f()"}', "'f()', which names no function"),
@@ -232,13 +226,13 @@ def test_a_file_that_makes_no_task_says_why(tmp_path, store):
         opened(str(write(tmp_path / "mmlu.jsonl", own)), store)
     mine = [str(write(tmp_path / folder / "mine.jsonl", own)) for folder in ("a", "b")]
     with pytest.raises(UserError, match=r"two of the tasks are called mine"):
-        open_tasks(mine, DataPlace(store), Selection())
+        open_tasks(mine, DatasetSource(store), Selection())
 
 
 @pytest.mark.parametrize("names", [(), ("chess",), ("demo", "demo")])
 def test_what_is_no_task_is_an_error(names, store):
     with pytest.raises(UserError, match=r"there is no task|two of the tasks"):
-        open_tasks(names, DataPlace(store), Selection())
+        open_tasks(names, DatasetSource(store), Selection())
 
 
 def test_the_demo_world_is_asked_what_the_recipe_teaches(store):
@@ -308,5 +302,5 @@ def test_the_real_files_are_read():
     if "NANOCHAT_TEST_DATA" not in os.environ:
         pytest.skip("NANOCHAT_TEST_DATA is not set")
     folder = Path(os.environ["NANOCHAT_TEST_DATA"])
-    tasks = open_tasks(["gsm8k", "humaneval"], DataPlace(FolderStore(folder), folder), Selection())
+    tasks = open_tasks(["gsm8k", "humaneval"], DatasetSource(FolderStore(folder), folder), Selection())
     assert [len(task.questions) for task in tasks] == [200, 40]

@@ -9,8 +9,7 @@ import torch
 
 from jobs.eval.chat_eval.examination import choose
 from jobs.eval.chat_eval.letter_choice import last_logits, letter_tokens
-from jobs.tasks.choices import LetterQuestion
-from jobs.tasks.conversions import Choice
+from jobs.tasks.multiple_choice import Choice, LetterQuestion
 from nanochat_core.chat import parse_messages, render_prompt
 from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.tasks.conversations import write_conversations
-from jobs.tasks.fine_tuning import GENERATED_TASKS
+from jobs.tasks.registry import CONVERSATION_GENERATORS
 from jobs.train.batches import mixtures
 from jobs.train.batches.loader import ConversationSource, PackedLoader
 from jobs.train.batches.mixtures import Entry, LengthSource, Mixture, parse_mixture, repeated
@@ -151,12 +151,12 @@ def test_the_public_datasets_are_read_as_they_are_published(store):
     [
         (
             "gsm8k",
-            "there are no conversations data/gsm8k/main/train-00000-of-00001.parquet in {store}: hf download "
+            "there is no main/train-00000-of-00001.parquet in {store}/data/gsm8k: hf download "
             "openai/gsm8k --repo-type dataset --include 'main/train*' --local-dir {store}/data/gsm8k",
         ),
         ("smoltalk", "hf download HuggingFaceTB/smol-smoltalk"),
         ("mmlu", "hf download cais/mmlu"),
-        ("identity", 'data/identity/train.jsonl in {store}: write it, one {{"messages": '),
+        ("identity", 'train.jsonl in {store}/data/identity: write it, one {{"messages": '),
         ("gsm8", "'gsm8' is none of smoltalk, mmlu, arc, gsm8k, identity, spelling, counting"),
         ("missing.jsonl", "the file missing.jsonl does not exist"),
         ("../x", "'data/../x' is no key of the store"),
@@ -244,7 +244,8 @@ def rendered_lengths(conversations: list[list[Message]]) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def few_generated(monkeypatch) -> None:
-    monkeypatch.setitem(GENERATED_TASKS, "counting", dataclasses.replace(GENERATED_TASKS["counting"], size=200))
+    counting = dataclasses.replace(CONVERSATION_GENERATORS["counting"], size=200)
+    monkeypatch.setitem(CONVERSATION_GENERATORS, "counting", counting)
 
 
 def varied(store: Store) -> Mixture:

@@ -14,20 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.tasks import scoring
-from jobs.tasks.scoring import (
-    ScoringFailed,
-    code_in,
-    contains_phrase,
-    gsm8k_answer,
-    gsm8k_correct,
-    humaneval_correct,
-    last_number,
-    runs_to_its_end,
-    same_text,
-    spells,
-    states_number,
-)
+from jobs.tasks.answers import contains_phrase, last_number, same_text, states_number
+from jobs.tasks.gsm8k import final_number, same_final_number
+from jobs.tasks.humaneval import TEST_LIMITS, CodeProblem, code_in, passes_tests, runs_to_its_end
+from jobs.tasks.spelling import spells
+from jobs.tasks.task import ScoringFailed
 from nanochat_core.sandbox import ExecutionResult, Limits, SandboxConfig, SandboxExecutor, Status
 
 # As the files of the datasets have them.
@@ -90,7 +81,7 @@ def sandbox() -> Iterator[SandboxExecutor]:
     ],
 )
 def test_the_final_number_of_gsm8k_is_the_one_after_the_mark(text: str, number: str | None) -> None:
-    assert gsm8k_answer(text) == number
+    assert final_number(text) == number
 
 
 @given(st.decimals(-(10**12), 10**12, places=2), st.text(), st.booleans(), st.booleans())
@@ -100,11 +91,11 @@ def test_a_final_number_is_read_whatever_stands_before_it(
     written = f"{abs(number):,}" if comma else f"{abs(number)}"
     sign = "-" if number < 0 else ""
     text = f"{before.replace('#', '')}\n#### {sign}{'$' if dollar else ''}{written}"
-    found = gsm8k_answer(text)
+    found = final_number(text)
     assert found is not None
     assert Decimal(found) == number
-    assert gsm8k_correct(f"#### {number}", text)
-    assert not gsm8k_correct(f"#### {number + 1}", text)
+    assert same_final_number(f"#### {number}", text)
+    assert not same_final_number(f"#### {number + 1}", text)
 
 
 @given(
@@ -130,7 +121,7 @@ def test_what_looks_like_a_number_may_be_none(text: str, number: str | None) -> 
 
 def test_a_reference_without_a_number_is_an_error() -> None:
     with pytest.raises(ValueError, match="no number after ####"):
-        gsm8k_correct("72", "#### 72")
+        same_final_number("72", "#### 72")
     with pytest.raises(ValueError, match="'x' is no number"):
         states_number("x", "72")
 
@@ -145,7 +136,7 @@ def test_gsm8ks_own_answers_are_right_and_tampered_ones_wrong(source: str) -> No
         number = final.strip()
         shown = re.sub(r"<<.*?>>", "", answer)
         right = [answer, shown, shown.replace(",", ""), f"#### {number}.0"]
-        assert [gsm8k_correct(answer, text) for text in right] == [True] * 4
+        assert [same_final_number(answer, text) for text in right] == [True] * 4
         digit = str((int(number[-1]) + 1) % 10)
         flipped = number[1:] if number.startswith("-") else f"-{number}"
         wrong = [
@@ -157,7 +148,7 @@ def test_gsm8ks_own_answers_are_right_and_tampered_ones_wrong(source: str) -> No
             "",
         ]
         wrong += [f"#### {flipped}"] if int(number.replace(",", "")) else []
-        assert [text for text in wrong if gsm8k_correct(answer, text)] == []
+        assert [text for text in wrong if same_final_number(answer, text)] == []
 
 
 @pytest.mark.parametrize(
@@ -215,7 +206,7 @@ def test_code_is_the_first_fenced_block_or_the_whole(text: str, code: str) -> No
 
 def passes(sandbox: SandboxExecutor, row: dict[str, Any], answer: str, **limits: float) -> bool:
     given = {"limits": Limits(**limits)} if limits else {}
-    return humaneval_correct(sandbox, row["prompt"], answer, row["test"], row["entry_point"], **given)
+    return passes_tests(sandbox, CodeProblem(row["prompt"], row["test"], row["entry_point"]), answer, **given)
 
 
 @pytest.mark.parametrize("source", ["fixture", "humaneval/first40.jsonl"])
@@ -264,4 +255,4 @@ def test_a_sandbox_without_room_is_no_wrong_answer(sandbox, monkeypatch) -> None
 
 def test_the_limits_of_tests_are_granted() -> None:
     config = SandboxConfig()
-    assert scoring.TEST_LIMITS.within(config.default_limits, config.maximum_limits).wall_seconds == 20.0
+    assert TEST_LIMITS.within(config.default_limits, config.maximum_limits).wall_seconds == 20.0

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from jobs.demo_world import words
-from jobs.tasks import conversions, letters
-from jobs.tasks.fine_tuning import GENERATED_TASKS
+from jobs.tasks import arc, counting, gsm8k, mmlu, spelling
+from jobs.tasks.registry import CONVERSATION_GENERATORS
+from jobs.tasks.task import row_messages
 from nanochat_core.chat import parse_messages
 
 
@@ -34,7 +35,7 @@ def test_mmlu_asks_for_a_letter(nested):
         "choices": ["Berlin", "Paris", "Madrid", "Rome"],
         "answer": 1,
     }
-    assert conversions.mmlu({"train": row} if nested else row) == exchange(CAPITAL, "B")
+    assert mmlu.conversation({"train": row} if nested else row) == exchange(CAPITAL, "B")
 
 
 @pytest.mark.parametrize("labels", [["A", "B", "C", "D"], ["1", "2", "3", "4"]])
@@ -45,7 +46,7 @@ def test_arc_has_letters_whatever_its_labels_are(labels):
         "choices": {"text": ["Berlin", "Paris", "Madrid", "Rome"], "label": labels},
         "answerKey": labels[1],
     }
-    assert conversions.arc(row) == exchange(CAPITAL, "B")
+    assert arc.conversation(row) == exchange(CAPITAL, "B")
 
 
 def test_gsm8k_annotations_become_calls_of_the_tool():
@@ -53,7 +54,7 @@ def test_gsm8k_annotations_become_calls_of_the_tool():
         "question": "Weng earns $12 an hour. How much are 50 minutes?",
         "answer": "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\nThat is <<0.2*50=10>>10.\n#### 10",
     }
-    assert conversions.gsm8k(row) == exchange(
+    assert gsm8k.conversation(row) == exchange(
         "Weng earns $12 an hour. How much are 50 minutes?",
         [
             {"type": "text", "text": "Weng earns 12/60 = $"},
@@ -68,7 +69,7 @@ def test_gsm8k_annotations_become_calls_of_the_tool():
 
 
 def test_an_annotation_at_the_very_start_leaves_no_empty_text():
-    parts = conversions.gsm8k({"question": "?", "answer": "<<1+1=2>>"})[1]["content"]
+    parts = gsm8k.conversation({"question": "?", "answer": "<<1+1=2>>"})[1]["content"]
     assert parts == [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
 
 
@@ -82,7 +83,7 @@ def test_every_answer_of_gsm8k_can_be_put_together_again():
     assert len(rows) == 7473
     calls = 0
     for row in rows:
-        question, answer = parse_messages(conversions.gsm8k(row))
+        question, answer = parse_messages(gsm8k.conversation(row))
         assert question.text == row["question"]
         spelled = {"text": "{}", "python": "<<{}=", "python_output": "{}>>"}
         assert "".join(spelled[part.type].format(part.text) for part in answer.parts) == row["answer"]
@@ -98,15 +99,15 @@ ARC = {"question": "?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "a
 @pytest.mark.parametrize(
     ("convert", "row", "complaint"),
     [
-        (conversions.mmlu, MMLU | {"answer": 2}, "'answer' is 2, which is no index of the 2 choices"),
-        (conversions.mmlu, MMLU | {"answer": "A"}, "'answer' is 'A', which is no index"),
-        (conversions.mmlu, MMLU | {"choices": ["a"]}, "'choices' has 1 entries"),
-        (conversions.mmlu, MMLU | {"choices": "ab"}, "'choices' is not a list of texts"),
-        (conversions.mmlu, MMLU | {"question": None}, "'question' is not a text"),
-        (conversions.arc, ARC | {"answerKey": "E"}, "'answerKey' is 'E', but the choices are labelled A, B"),
-        (conversions.gsm8k, {"question": "?", "answer": "<<12>>"}, "annotation <<12>>, which gives no result"),
-        (conversions.gsm8k, {"question": "?", "answer": 12}, "'answer' is not a text"),
-        (conversions.conversation, {"messages": "hello"}, "'messages' is not a list"),
+        (mmlu.conversation, MMLU | {"answer": 2}, "'answer' is 2, which is no index of the 2 choices"),
+        (mmlu.conversation, MMLU | {"answer": "A"}, "'answer' is 'A', which is no index"),
+        (mmlu.conversation, MMLU | {"choices": ["a"]}, "'choices' has 1 entries"),
+        (mmlu.conversation, MMLU | {"choices": "ab"}, "'choices' is not a list of texts"),
+        (mmlu.conversation, MMLU | {"question": None}, "'question' is not a text"),
+        (arc.conversation, ARC | {"answerKey": "E"}, "'answerKey' is 'E', but the choices are labeled A, B"),
+        (gsm8k.conversation, {"question": "?", "answer": "<<12>>"}, "annotation <<12>>, which gives no result"),
+        (gsm8k.conversation, {"question": "?", "answer": 12}, "'answer' is not a text"),
+        (row_messages, {"messages": "hello"}, "'messages' is not a list"),
     ],
 )
 def test_a_row_with_a_wrong_value_says_which(convert, row, complaint):
@@ -114,16 +115,16 @@ def test_a_row_with_a_wrong_value_says_which(convert, row, complaint):
         convert(row)
 
 
-@pytest.mark.parametrize("task", GENERATED_TASKS)
+@pytest.mark.parametrize("task", CONVERSATION_GENERATORS)
 def test_generated_conversations_are_the_same_each_time_and_varied(task):
-    made = [json.dumps(GENERATED_TASKS[task].messages(number)) for number in range(500)]
-    assert made == [json.dumps(GENERATED_TASKS[task].messages(number)) for number in range(500)]
+    made = [json.dumps(CONVERSATION_GENERATORS[task].messages(number)) for number in range(500)]
+    assert made == [json.dumps(CONVERSATION_GENERATORS[task].messages(number)) for number in range(500)]
     assert len(set(made)) > 450
 
 
 def test_spelling_gives_the_letters_of_the_word_that_was_asked_for():
     for number in range(300):
-        question, answer = parse_messages(letters.spelling(number))
+        question, answer = parse_messages(spelling.conversation(number))
         word, spelled = answer.text.removesuffix(".").split(" is spelled ")
         assert spelled.split(" ") == list(word)
         assert word in question.text
@@ -132,7 +133,7 @@ def test_spelling_gives_the_letters_of_the_word_that_was_asked_for():
 
 def test_counting_calls_the_tool_and_says_what_it_gave():
     for number in range(300):
-        _, answer = parse_messages(letters.counting(number))
+        _, answer = parse_messages(counting.conversation(number))
         code, output, text = answer.parts
         word, letter = re.fullmatch(r"'(\w+)'\.count\('(\w)'\)", code.text).groups()
         assert output.text == str(word.count(letter))

@@ -18,7 +18,7 @@ from jobs.eval.chat_eval.letter_choice import last_logits, letter_tokens
 from jobs.eval.chat_eval.verdicts import Verdict
 from jobs.generation.completions import completions, response, stop_tokens
 from jobs.results.evaluations import Evaluation
-from jobs.tasks import ChoiceQuestion, ChoiceTask, GenerativeTask, OpenQuestion, Question, Response
+from jobs.tasks.task import ChoiceQuestion, ChoiceTask, GenerativeTask, OpenQuestion, Question, Response
 from nanochat_core.chat import parse_messages, render_prompt
 from nanochat_core.engine import Engine, Request, SamplingParams, ToolPolicy
 from nanochat_core.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs.eval.chat_eval.verdicts import Verdict
 from jobs.measures.pass_at_k import mean_pass_at_k
-from jobs.tasks import ChoiceTask, GenerativeTask, Question
+from jobs.tasks.task import ChoiceTask, GenerativeTask, Question
 
 Json = Any
 

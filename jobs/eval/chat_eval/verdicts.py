@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jobs.tasks import Response
+from jobs.tasks.task import Response
 
 Json = Any
 

@@ -8,18 +8,12 @@ alone: a run that is resumed rewards the same answers again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-from jobs.tasks import scoring
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Something to answer: a conversation up to the user's last message, and what the dataset says is the answer."""
-
-    messages: tuple[Mapping[str, Any], ...]
-    answer: str
+from jobs.tasks import arithmetic
+from jobs.tasks import gsm8k as gsm8k_task
+from jobs.tasks.answers import states_number
+from jobs.tasks.task import Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +45,17 @@ Reward = Callable[[Problem, Rollout], float]
 
 def last_number(problem: Problem, rollout: Rollout) -> float:
     """1 for an answer whose last number is the right one."""
-    return float(scoring.states_number(problem.answer, rollout.text))
+    return float(states_number(problem.answer, rollout.text))
 
 
 def computed_number(problem: Problem, rollout: Rollout) -> float:
     """The same, if Python was called for it."""
-    return last_number(problem, rollout) if rollout.calls else 0.0
+    return arithmetic.reward(problem, rollout.text, bool(rollout.calls))
 
 
 def gsm8k(problem: Problem, rollout: Rollout) -> float:
     """1 for the dataset's number after ``####`` (arXiv 2110.14168)."""
-    return float(scoring.gsm8k_correct(problem.answer, rollout.text))
+    return gsm8k_task.reward(problem, rollout.text)
 
 
 def finished(_problem: Problem, rollout: Rollout) -> float:

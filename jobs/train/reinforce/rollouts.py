@@ -15,8 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from jobs.generation.python_tool import SandboxTool
+from jobs.tasks.task import Problem
 from jobs.train.reinforce.policy_gradient import RolloutBatch, advantages, pack
-from jobs.train.reinforce.rewards import Problem, Reward, Rollout
+from jobs.train.reinforce.rewards import Reward, Rollout
 from nanochat_core import tokenizer as tok
 from nanochat_core.chat import AssistantStream, parse_messages, render_prompt
 from nanochat_core.engine import (

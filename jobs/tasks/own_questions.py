@@ -1,4 +1,4 @@
-"""Questions of one's own, in a file of JSON lines."""
+"""The user's own questions, from a file of JSON lines."""
 
 from __future__ import annotations
 
@@ -8,40 +8,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.tasks.choices import LetterQuestion
-from jobs.tasks.conversions import Row, mmlu_choice
-from jobs.tasks.data_place import read_questions
-from jobs.tasks.scoring import contains_phrase, last_number, same_text, states_number
-from jobs.tasks.task import ChoiceTask, Conversation, GenerativeTask, OpenQuestion, Response
+from jobs.data.dataset_files import read_rows
+from jobs.data.rows import Row
+from jobs.tasks.answers import contains_phrase, last_number, same_text, states_number
+from jobs.tasks.multiple_choice import LetterQuestion, indexed_choice
+from jobs.tasks.task import ChoiceTask, GenerativeTask, Messages, OpenQuestion, Response, row_messages
 from nanochat_core.chat import parse_messages
 from nanochat_core.errors import UserError
 from nanochat_core.sandbox import SandboxExecutor
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-def _found(pattern: str, text: str) -> bool:
-    return re.search(pattern, text) is not None
-
-
 _MATCHES: dict[str, Callable[[str, str], bool]] = {
     "exact": same_text,
     "contains": contains_phrase,
     "number": states_number,
-    "regex": _found,
+    "regex": lambda pattern, text: re.search(pattern, text) is not None,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class OwnQuestion(OpenQuestion):
-    """A conversation, and how its answer is compared with the expected one."""
+    """A conversation, the expected answer, and how an answer is compared with it."""
 
-    conversation: Conversation
+    conversation: Messages
     answer: str
     match: str
 
     @property
-    def messages(self) -> Conversation:
+    def messages(self) -> Messages:
         return self.conversation
 
     @property
@@ -53,33 +47,34 @@ class OwnQuestion(OpenQuestion):
 
 
 def own_task(path: Path) -> GenerativeTask | ChoiceTask:
-    """The questions of a file, named after it: ``messages``, ``answer`` and ``match``, or ``choices``.
+    """The questions of a file, as a task with the file's name.
+
+    A row has ``messages``, ``answer`` and optionally ``match`` (exact, contains, number or regex), or it has
+    ``question``, ``choices`` and the index ``answer``.
 
     Raises:
-        UserError: the file is not there or wrong; the message names file and line.
+        UserError: the file does not exist or a row is wrong; the message names the file and the line.
     """
     name = path.stem
     if not _NAME.fullmatch(name):
         raise UserError(f"the file {path} cannot name a task; use letters, digits, '.', '_' and '-'")
     if not path.is_file():
         raise UserError(f"the file {path} does not exist")
-    questions = read_questions({str(path): path}, _question)
-    own = tuple(question for question in questions if isinstance(question, OwnQuestion))
+    questions = read_rows({str(path): path}, _question)
+    open_questions = tuple(question for question in questions if isinstance(question, OwnQuestion))
     choices = tuple(question for question in questions if isinstance(question, LetterQuestion))
-    if own and choices:
+    if open_questions and choices:
         raise UserError(f"{path} has both questions with choices and without; put them into two files")
     if choices:
-        # Guessing one of n choices is right once in n times.
+        # A guess among n choices is right with probability 1/n.
         return ChoiceTask(name, choices, sum(1 / len(q.asked.choices) for q in choices) / len(choices))
-    return GenerativeTask(name, own, tools=True)
+    return GenerativeTask(name, open_questions, tools=True)
 
 
 def _question(row: Row) -> OwnQuestion | LetterQuestion:
     if "choices" in row:
-        return LetterQuestion(mmlu_choice(row))
-    messages, answer, match = row["messages"], row["answer"], row.get("match", "contains")
-    if not isinstance(messages, list):
-        raise ValueError("'messages' is not a list")
+        return LetterQuestion(indexed_choice(row))
+    messages, answer, match = row_messages(row), row["answer"], row.get("match", "contains")
     if parse_messages(messages)[-1].role != "user":
         raise ValueError("the last message must be the user's: there is nothing to answer")
     if not isinstance(match, str) or match not in _MATCHES:
@@ -88,6 +83,7 @@ def _question(row: Row) -> OwnQuestion | LetterQuestion:
 
 
 def _expected(answer: Any, match: str) -> str:
+    """The expected answer as a string, checked for its way of matching."""
     if match == "number" and type(answer) in (int, float):
         answer = str(answer)
     if not isinstance(answer, str) or not answer.strip():

@@ -1,4 +1,4 @@
-"""Rows of JSON lines and of parquet files, each read when it is asked for and named by where it lies."""
+"""Random access to the rows of JSON-lines and parquet files; every error names the file and the row."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from nanochat_core.errors import UserError
 
+Row = Mapping[str, Any]
 T = TypeVar("T")
 
 
@@ -26,23 +27,43 @@ class Rows(ABC):
 
     @abstractmethod
     def where(self, index: int) -> str:
-        """What errors call the row, counted as people count."""
+        """Name of the row in error messages: the file and the line or row, counted from 1."""
 
     @abstractmethod
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
+    def __getitem__(self, index: int) -> Row:
         """
         Raises:
             UserError: the row is not an object of named values.
         """
 
+    def convert(self, index: int, make: Callable[[Row], T]) -> T:
+        """Apply ``make`` to a row.
+
+        Args:
+            make: raises KeyError for a missing field, and ValueError, TypeError or UserError for a wrong value.
+
+        Raises:
+            UserError: ``make`` raised one of these errors; the message names the file and the row.
+        """
+        row = self[index]
+        try:
+            return make(row)
+        except KeyError as error:
+            raise UserError(f"{self.where(index)} has no field {error}") from error
+        except (ValueError, TypeError, UserError) as error:
+            raise UserError(f"{self.where(index)}: {error}") from error
+
 
 class JsonLines(Rows):
-    """One JSON object a line, blank lines left out. The file is mapped, so that only what is read takes memory."""
+    """A file with one JSON object per line; blank lines are skipped.
+
+    The file is memory-mapped, so only the rows that are read take up memory.
+    """
 
     def __init__(self, path: Path, shown: str) -> None:
         """
         Args:
-            shown: what errors call the file.
+            shown: name of the file in error messages.
         """
         self._shown = shown
         self._starts, self._ends, self._lines = array("q"), array("q"), array("q")
@@ -54,7 +75,7 @@ class JsonLines(Rows):
                     self._ends.append(position + len(line))
                     self._lines.append(number)
                 position += len(line)
-            # An empty file cannot be mapped.
+            # The operating system refuses to map an empty file.
             self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if position else b""
 
     def __len__(self) -> int:
@@ -63,7 +84,7 @@ class JsonLines(Rows):
     def where(self, index: int) -> str:
         return f"{self._shown}:{self._lines[index]}"
 
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
+    def __getitem__(self, index: int) -> Row:
         try:
             row = json.loads(self._content[self._starts[index] : self._ends[index]])
         except (ValueError, RecursionError) as error:
@@ -74,15 +95,15 @@ class JsonLines(Rows):
 
 
 class ParquetRows(Rows):
-    """The rows of a parquet file, which is held in memory in its columns."""
+    """The rows of a parquet file, which is held in memory column by column."""
 
     def __init__(self, path: Path, shown: str) -> None:
         """
         Args:
-            shown: what errors call the file.
+            shown: name of the file in error messages.
 
         Raises:
-            UserError: it is not a parquet file, or damaged.
+            UserError: the file is not parquet, or it is damaged.
         """
         self._shown = shown
         try:
@@ -98,35 +119,33 @@ class ParquetRows(Rows):
     def where(self, index: int) -> str:
         return f"{self._shown} row {index + 1}"
 
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
+    def __getitem__(self, index: int) -> Row:
         try:
             return {name: column[index].as_py() for name, column in self._columns.items()}
         except UnicodeDecodeError as error:
             raise UserError(f"{self.where(index)} is not UTF-8: {error}") from error
 
 
-def converted(rows: Rows, index: int, make: Callable[[Mapping[str, Any]], T]) -> T:
-    """What ``make`` makes of a row.
+def open_rows(path: Path, shown: str) -> Rows:
+    """Open a ``.parquet`` file, or any other file as JSON lines.
 
     Args:
-        make: raises KeyError for a missing field, ValueError, TypeError or UserError for a wrong one.
+        shown: name of the file in error messages.
 
     Raises:
-        UserError: it did; the message names file and line.
-    """
-    row = rows[index]
-    try:
-        return make(row)
-    except KeyError as error:
-        raise UserError(f"{rows.where(index)} has no field {error}") from error
-    except (ValueError, TypeError, UserError) as error:
-        raise UserError(f"{rows.where(index)}: {error}") from error
-
-
-def open_rows(path: Path, shown: str) -> Rows:
-    """The rows of a ``.parquet`` or ``.jsonl`` file.
-
-    Raises:
-        UserError: it is not what its name says.
+        UserError: the file is not parquet although its name says so.
     """
     return ParquetRows(path, shown) if path.suffix == ".parquet" else JsonLines(path, shown)
+
+
+def text_field(row: Row, field: str) -> str:
+    """A field of a row that must be a string.
+
+    Raises:
+        KeyError: the row has no such field.
+        ValueError: the field is not a string.
+    """
+    text = row[field]
+    if not isinstance(text, str):
+        raise ValueError(f"'{field}' is not a text")
+    return text

@@ -1,0 +1,100 @@
+"""The files of a public dataset: what they are called, where they are looked for, and how to download them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from jobs.data.rows import Row, open_rows
+from nanochat_core.errors import UserError
+from nanochat_core.store import FolderStore, Store
+
+T = TypeVar("T")
+
+# Pattern for the rest of a file's name, after the split: "-00000-of-00001.parquet", ".jsonl".
+REST_OF_NAME = r"[^/]*\.(jsonl|parquet)"
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetFiles:
+    """One part of a dataset, such as its test split.
+
+    Attributes:
+        dataset: name of the dataset's folder.
+        patterns: regular expressions for paths below that folder; each must match at least one file.
+        expected: an example of such a path, for error messages.
+        origin: tells the user how to get the files; FOLDER stands for the dataset's folder.
+    """
+
+    dataset: str
+    patterns: tuple[str, ...]
+    expected: str
+    origin: str
+
+    def matching(self, paths: Iterable[str]) -> list[str]:
+        """The paths (relative to the dataset's folder) that match; empty unless every pattern matches one."""
+        paths = list(paths)
+        matched = [[path for path in paths if re.fullmatch(pattern, path)] for pattern in self.patterns]
+        return [path for found in matched for path in found] if all(matched) else []
+
+
+def on_hub(dataset: str, include: str) -> str:
+    """The command that downloads files of a dataset on the Hugging Face hub to FOLDER."""
+    return f"hf download {dataset} --repo-type dataset --include '{include}' --local-dir FOLDER"
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetSource:
+    """Where dataset files are looked for: first ``<folder>/<dataset>/``, then ``data/<dataset>/`` in the store."""
+
+    store: Store
+    folder: Path | None = None
+
+    def find(self, files: DatasetFiles) -> dict[str, Path]:
+        """Local paths of the files, by the name that error messages use for each.
+
+        Raises:
+            UserError: the folder does not exist, or neither place has the files; the message says how to get them.
+        """
+        if self.folder is not None:
+            if not self.folder.is_dir():
+                raise UserError(
+                    f"--data {self.folder} is no folder; give one that holds {files.dataset}/{files.expected}"
+                )
+            below = self.folder / files.dataset
+            names = sorted(path.relative_to(below).as_posix() for path in below.rglob("*") if path.is_file())
+            if matching := files.matching(names):
+                return {str(below / name): below / name for name in matching}
+        key = f"data/{files.dataset}"
+        if matching := files.matching(found.removeprefix(f"{key}/") for found in self.store.keys(key)):
+            return {f"{key}/{name}": self.store.fetch(f"{key}/{name}") for name in matching}
+        looked = [f"{self.store}/{key}"]
+        target = self.store.root / "data" if isinstance(self.store, FolderStore) else None
+        if self.folder is not None:
+            looked.insert(0, f"{self.folder}/{files.dataset}")
+            target = self.folder
+        origin = files.origin if target is None else files.origin.replace("FOLDER", str(target / files.dataset))
+        raise UserError(f"there is no {files.expected} in {' or '.join(looked)}: {origin}")
+
+    def read(self, files: DatasetFiles, make: Callable[[Row], T]) -> tuple[T, ...]:
+        """``make`` applied to every row of the files; errors as for :meth:`find` and :func:`read_rows`."""
+        return read_rows(self.find(files), make)
+
+
+def read_rows(files: dict[str, Path], make: Callable[[Row], T]) -> tuple[T, ...]:
+    """``make`` applied to every row of several files.
+
+    Args:
+        files: local paths, by the name that error messages use for each.
+
+    Raises:
+        UserError: a row is wrong, or there is no row at all.
+    """
+    opened = [open_rows(path, shown) for shown, path in files.items()]
+    made = tuple(rows.convert(index, make) for rows in opened for index in range(len(rows)))
+    if not made:
+        raise UserError(f"{', '.join(files)} holds no question")
+    return made

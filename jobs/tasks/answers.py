@@ -1,0 +1,46 @@
+"""Compare the visible text of an answer with the expected number or phrase."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+# The sign may stand before or after the dollar: -$5, $-5. A dot that no digit follows ends a sentence.
+_NUMBER = re.compile(r"(?<![\w.])(-?)\$?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)(?!\w)")
+
+
+def plain_number(match: re.Match[str]) -> str:
+    """The number of a match whose groups are a sign, another sign and digits; thousands lose their commas."""
+    before, after, digits = match.groups()
+    return ("-" if before or after else "") + digits.replace(",", "")
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text, without ``$`` and commas between thousands; None if there is no number."""
+    match = None
+    for match in _NUMBER.finditer(text):  # noqa: B007
+        pass
+    return plain_number(match) if match else None
+
+
+def states_number(expected: str, answer_text: str) -> bool:
+    """Whether the last number of the answer equals the expected number; 18 equals 18.00.
+
+    Raises:
+        ValueError: ``expected`` holds no number.
+    """
+    number, given = last_number(expected), last_number(answer_text)
+    if number is None:
+        raise ValueError(f"{expected!r} is no number")
+    return given is not None and Decimal(given) == Decimal(number)
+
+
+def same_text(expected: str, answer_text: str) -> bool:
+    """Whether the answer is the expected text, apart from white space."""
+    return answer_text.split() == expected.split()
+
+
+def contains_phrase(expected: str, answer_text: str) -> bool:
+    """Whether the answer contains the expected words as whole words, in upper or lower case."""
+    phrase = r"\s+".join(map(re.escape, expected.split()))
+    return re.search(rf"(?<!\w){phrase}(?!\w)", answer_text, re.IGNORECASE) is not None

@@ -1,0 +1,58 @@
+"""ARC: multiple-choice questions of school science, an easy and a challenging set (arXiv 1803.05457)."""
+
+from __future__ import annotations
+
+from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, DatasetSource, on_hub
+from jobs.data.rows import Row, text_field
+from jobs.tasks.multiple_choice import FOUR_CHOICES_BASELINE, Choice, LetterQuestion, choice_texts, indexed_choice
+from jobs.tasks.task import ChoiceTask, ConversationFiles, Messages
+
+_TRAIN = DatasetFiles(
+    "arc",
+    patterns=(rf"ARC-Easy/train{REST_OF_NAME}", rf"ARC-Challenge/train{REST_OF_NAME}"),
+    expected="ARC-Easy/train-00000-of-00001.parquet and ARC-Challenge/train-00000-of-00001.parquet",
+    origin=on_hub("allenai/ai2_arc", "ARC-*/train*"),
+)
+
+
+def conversation(row: Row) -> Messages:
+    """A row of the training split, answered with a letter."""
+    return _choice(row).conversation
+
+
+def easy_task(source: DatasetSource) -> ChoiceTask:
+    """The test split of the easy set."""
+    return _task(source, "arc-easy", "ARC-Easy")
+
+
+def challenge_task(source: DatasetSource) -> ChoiceTask:
+    """The test split of the challenging set."""
+    return _task(source, "arc-challenge", "ARC-Challenge")
+
+
+def _task(source: DatasetSource, name: str, subset: str) -> ChoiceTask:
+    test = DatasetFiles(
+        "arc",
+        patterns=(rf"{subset}/test{REST_OF_NAME}",),
+        expected=f"{subset}/test-00000-of-00001.parquet",
+        origin=on_hub("allenai/ai2_arc", f"{subset}/test*"),
+    )
+    # A few questions have three or five choices; published results use the baseline of four for all questions.
+    return ChoiceTask(name, source.read(test, _question), FOUR_CHOICES_BASELINE)
+
+
+def _question(row: Row) -> LetterQuestion:
+    # MMLU's format is easier to write by hand, so it is accepted as well.
+    return LetterQuestion(_choice(row) if "answerKey" in row else indexed_choice(row))
+
+
+def _choice(row: Row) -> Choice:
+    """The question of a row in ARC's format; a few rows label their choices with digits, and all get letters here."""
+    choices, labels = choice_texts(row["choices"], "text"), choice_texts(row["choices"], "label")
+    answer = row["answerKey"]
+    if answer not in labels or len(labels) != len(choices):
+        raise ValueError(f"'answerKey' is {answer!r}, but the choices are labeled {', '.join(labels)}")
+    return Choice(text_field(row, "question"), tuple(choices), labels.index(answer))
+
+
+CONVERSATIONS = ConversationFiles(_TRAIN, conversation, "arc")

@@ -1,0 +1,28 @@
+"""Arithmetic: sums of longer numbers than fine-tuning teaches, and squares, to practice with reinforcement learning."""
+
+from __future__ import annotations
+
+from jobs.demo_world.phrasings import Split
+from jobs.demo_world.practice import practice
+from jobs.demo_world.seeding import generator
+from jobs.tasks.answers import states_number
+from jobs.tasks.task import Problem, Problems, ask
+from nanochat_core.store import Store
+
+_TRAINING_PROBLEMS = 20_000
+
+
+def reward(problem: Problem, answer_text: str, used_tool: bool) -> float:
+    """1 if the last number of the answer is right and the model called Python for it, else 0."""
+    return float(used_tool and states_number(problem.answer, answer_text))
+
+
+def problems(_store: Store, held_out: int) -> Problems:
+    """Generated problems; held-out problems use numbers that no training problem contains."""
+
+    def generate(split: Split, count: int) -> list[Problem]:
+        rng = generator(f"practice/{split}", 1)
+        drawn = (practice(rng, split) for _ in range(count))
+        return [Problem(ask(question), answer) for question, answer in drawn]
+
+    return Problems(generate("train", _TRAINING_PROBLEMS), generate("heldout", held_out), "computed-number")

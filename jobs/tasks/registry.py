@@ -1,0 +1,114 @@
+"""Tasks by name: what can be evaluated, fine-tuned on and practiced with reinforcement learning."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from jobs.data.dataset_files import DatasetSource
+from jobs.demo_world import evaluation_set
+from jobs.tasks import arc, arithmetic, counting, demo, gsm8k, humaneval, mmlu, smoltalk, spelling
+from jobs.tasks.own_questions import own_task
+from jobs.tasks.task import (
+    ChoiceTask,
+    ConversationGenerator,
+    GenerativeTask,
+    Problems,
+    own_conversations,
+)
+from nanochat_core.errors import UserError
+from nanochat_core.store import Store
+
+AnyTask = ChoiceTask | GenerativeTask
+
+# A generator never runs out of questions, so a task that generates them asks this many by default.
+GENERATED_QUESTIONS = 200
+
+_FROM_FILES: Mapping[str, Callable[[DatasetSource], AnyTask]] = {
+    "mmlu": mmlu.task,
+    "arc-easy": arc.easy_task,
+    "arc-challenge": arc.challenge_task,
+    "gsm8k": gsm8k.task,
+    "humaneval": humaneval.task,
+}
+_GENERATED: Mapping[str, Callable[[int, int], GenerativeTask]] = {"spelling": spelling.task, "counting": counting.task}
+TASKS = ("demo", *_FROM_FILES, *_GENERATED)
+
+CONVERSATION_FILES = {
+    "smoltalk": smoltalk.CONVERSATIONS,
+    "mmlu": mmlu.CONVERSATIONS,
+    "arc": arc.CONVERSATIONS,
+    "gsm8k": gsm8k.CONVERSATIONS,
+    "identity": own_conversations("identity"),
+}
+CONVERSATION_GENERATORS = {
+    "spelling": ConversationGenerator(spelling.conversation, 20_000),
+    "counting": ConversationGenerator(counting.conversation, 20_000),
+}
+
+PROBLEMS: Mapping[str, Callable[[Store, int], Problems]] = {
+    "arithmetic": arithmetic.problems,
+    "gsm8k": gsm8k.problems,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which questions of each task an evaluation asks.
+
+    Attributes:
+        items: questions of each task; 0 asks all questions of a dataset and 200 of a generated task.
+        seed: decides which questions are chosen or generated.
+        kinds: kinds of conversations that the task ``demo`` asks; None asks every kind.
+    """
+
+    items: int = 0
+    seed: int = 0
+    kinds: frozenset[str] | None = None
+
+
+def open_tasks(names: Sequence[str], source: DatasetSource, selection: Selection) -> list[AnyTask]:
+    """The evaluation tasks of these names; a name that ends in ``.jsonl`` is a file of the user's own questions.
+
+    Raises:
+        UserError: a name is unknown, two tasks have the same name, or a task's files are missing or wrong.
+    """
+    tasks = [_open(name, source, selection) for name in names]
+    if not tasks:
+        raise UserError(f"there is no task to evaluate; choose of {', '.join(TASKS)}, or a .jsonl file")
+    for task in tasks:
+        if sum(other.name == task.name for other in tasks) > 1:
+            raise UserError(f"two of the tasks are called {task.name}; each is evaluated once")
+    return tasks
+
+
+def _open(name: str, source: DatasetSource, selection: Selection) -> AnyTask:
+    generated = selection.items or GENERATED_QUESTIONS
+    if name == "demo":
+        return demo.task(evaluation_set(generated, selection.seed, selection.kinds))
+    if name in _GENERATED:
+        return _GENERATED[name](generated, selection.seed)
+    if name.endswith(".jsonl"):
+        task = own_task(Path(name).expanduser())
+        if task.name in TASKS:
+            raise UserError(f"the file {name} has the name of a task; call it something else")
+    elif name in _FROM_FILES:
+        task = _FROM_FILES[name](source)
+    else:
+        raise UserError(f"there is no task {name!r}; choose of {', '.join(TASKS)}, or a .jsonl file")
+    return task.sample(selection.items, selection.seed) if selection.items else task
+
+
+def open_problems(store: Store, name: str, held_out: int) -> Problems:
+    """The problems that reinforcement learning practices on.
+
+    Args:
+        held_out: largest number of problems to hold out for evaluation.
+
+    Raises:
+        UserError: the name is unknown, or the store lacks the task's files; the message says how to get them.
+    """
+    if name not in PROBLEMS:
+        raise UserError(f"there is no task {name!r} to practice; choose one of {', '.join(PROBLEMS)}")
+    return PROBLEMS[name](store, held_out)
