@@ -36,8 +36,10 @@ test-cluster: setup ## Tests of images, compose, chart and jobs; needs make imag
 test-numerics: setup $(STATIC)/index.html ## Run the tests that train with the rounding of other processors, and other seeds
 	@$(PYTHON) -m tests.support.numerics
 
-lint: setup ## Ruff and mypy
+lint: setup ## Style, types, the rules of who imports whom, unused dependencies, workflows
 	@ruff check . && ruff format --check . && mypy
+	@lint-imports --no-logo && deptry .
+	@if command -v actionlint >/dev/null; then actionlint; else echo "actionlint is not installed: the workflows are not checked"; fi
 
 format: setup ## Rewrite the code in the project's format
 	@ruff check --fix . ; ruff format .

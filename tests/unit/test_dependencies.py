@@ -1,93 +1,64 @@
-"""Who imports whom: the shared core imports no program, programs meet only over the network, and few need torch."""
+"""The import rules of pyproject.toml find violations, and programs without a model never load torch."""
 
 from __future__ import annotations
 
-import ast
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted(path for top in ("nanochat_core", "services", "jobs") for path in (ROOT / top).rglob("*.py"))
+PACKAGES = ("nanochat_core", "services", "jobs")
 
 
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-logo", "--no-cache"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def imports(source: str, package: str) -> Iterator[str]:
-    """Every module that ``source``, a module of ``package``, names in an import, wherever it stands.
-
-    A plain string argument of ``import_module`` and ``__import__`` counts; ``from a import b`` names ``a.b``, which
-    may be a module.
-    """
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if name in ("import_module", "__import__"):
-                yield str(node.args[0].value)
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources whose files a test may change."""
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    for package in PACKAGES:
+        ignored = shutil.ignore_patterns("node_modules", "static", "web", "__pycache__")
+        shutil.copytree(ROOT / package, folder / package, ignore=ignored)
+    return folder
 
 
-def room(module: str) -> str:
-    """``jobs``, ``nanochat_core``, or one of the services, such as ``services.gateway``."""
-    parts = module.split(".")
-    return ".".join(parts[:2]) if parts[0] == "services" else parts[0]
+def test_the_rules_hold(checkout: Path) -> None:
+    done = lint_imports(checkout)
+    assert done.returncode == 0, done.stdout
 
 
-def allowed(importer: str, imported: str) -> bool:
-    """Everything outside the project is; inside it, oneself and the core."""
-    own = ("services", "jobs", "nanochat_core", "deploy", "tests")
-    return imported.split(".")[0] not in own or room(imported) in (room(importer), "nanochat_core")
-
-
-def test_the_sources_are_found():
-    rooms = {room(module_name(path)) for path in SOURCES}
-    assert rooms >= {"nanochat_core", "services.gateway", "services.engine", "services.sandbox", "jobs"}
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_imports_its_own_room_and_the_core(path: Path):
-    name = module_name(path)
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    named = list(imports(path.read_text(), package))
-    assert [module for module in named if not allowed(name, module)] == []
-
-
-def test_the_rule_knows_what_it_forbids():
-    source = """
-import services.engine.server
-from services import sandbox
-from . import drain
-from ..engine import settings
-def late():
-    from jobs.data import shards
-    importlib.import_module("jobs.eval")
-"""
-    named = list(imports(source, "services.gateway"))
-    assert [module for module in named if not allowed("services.gateway.app", module)] == [
-        "services.engine.server",
-        "services.sandbox",
-        "services.engine.settings",
-        "jobs.data.shards",
-        "jobs.eval",
-    ]
-    assert "services.gateway.drain" in named
-    assert not allowed("nanochat_core.store", "services.gateway")
-    assert not allowed("jobs.train.sft", "services.engine")
-    assert allowed("jobs.train.sft", "nanochat_core.model")
+@pytest.mark.parametrize(
+    ("module", "imported", "broken"),
+    [
+        ("nanochat_core/store.py", "jobs.data.shards", "The core imports neither services nor jobs"),
+        ("services/gateway/app.py", "services.engine.server", "Services import neither each other nor jobs"),
+        ("jobs/train/sft.py", "services.engine.server", "Services import neither each other nor jobs"),
+        ("jobs/train/sft.py", "jobs.eval.core", "Training and evaluation meet only in the layers below both"),
+        ("jobs/data/shards.py", "jobs.recipes", "Training and evaluation meet only in the layers below both"),
+        ("nanochat_core/errors.py", "nanochat_core.settings", "There is no import cycle"),
+    ],
+)
+def test_a_planted_import_breaks_a_rule(checkout: Path, module: str, imported: str, broken: str) -> None:
+    path = checkout / module
+    source = path.read_text()
+    path.write_text(f"{source}\n\ndef planted():\n    import {imported}\n")
+    try:
+        done = lint_imports(checkout)
+    finally:
+        path.write_text(source)
+    assert done.returncode == 1
+    assert any(line.startswith(broken) and line.endswith("BROKEN") for line in done.stdout.splitlines()), done.stdout
 
 
 def loaded_after(modules: list[str]) -> set[str]:
-    """What a fresh interpreter has loaded once it has imported ``modules``."""
+    """Names of all modules that a fresh interpreter has loaded after importing ``modules``."""
     code = f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -95,14 +66,15 @@ def loaded_after(modules: list[str]) -> set[str]:
 
 
 def modules_of(package: str) -> list[str]:
-    return [module_name(path) for path in SOURCES if module_name(path).startswith(package)]
+    paths = (ROOT / package).rglob("*.py")
+    return sorted(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths)
 
 
 @pytest.mark.parametrize(
     "modules",
     [
-        modules_of("services.gateway"),
-        modules_of("services.sandbox"),
+        modules_of("services/gateway"),
+        modules_of("services/sandbox"),
         [f"nanochat_core.{m}" for m in ("tokenizer", "chat", "config", "settings", "logs", "errors", "store")]
         + ["nanochat_core.protos.engine_pb2_grpc", "nanochat_core.protos.sandbox_pb2_grpc"],
     ],
