@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 
-from nanochat_core.engine.backends.torch.attention import KEY_TILE, MOST_ROWS
 from nanochat_core.engine.cache_groups import CacheGroup, plan_groups
 from nanochat_core.engine.speculation import Speculation
 from nanochat_core.errors import UserError
@@ -17,6 +16,9 @@ from nanochat_core.model import GPT
 # Without a given size the cache takes at most this share of a GPU's free memory, or this much host memory.
 CUDA_MEMORY_SHARE = 0.8
 CPU_CACHE_BYTES = 1 << 30
+# PyTorch's attention on the CPU reads keys in tiles of this size, and adds in one order up to this many query rows.
+KEY_TILE = 512
+MOST_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from nanochat_core.config import ModelConfig
 from nanochat_core.device import to_device
 from nanochat_core.engine.cache_groups import CacheGroup
+from nanochat_core.engine.config import KEY_TILE, MOST_ROWS
 from nanochat_core.engine.kv_cache import BlockMemory, slots_of
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.model import QK_SCALE
@@ -25,9 +26,7 @@ from nanochat_core.model import QK_SCALE
 # in tiles of KEY_TILE, over which the kernel rescales its running softmax, counted from the sequence's start in
 # windowed layers too; and a last tile that is full or at most half a tile (longer sums are split in two), in multiples
 # of KEY_MULTIPLE.
-MOST_ROWS = 8
 KEY_MULTIPLE = 16
-KEY_TILE = 512
 # Short chunks whose contexts are within the same power of two of this many tokens share one padded batch.
 SMALLEST_BUCKET = 256
 
