@@ -1,6 +1,6 @@
-"""Runs untrusted Python, each call in a process of its own that can compute, print and use a scratch folder, no more.
+"""Runs untrusted Python. Each call has a process of its own that can only compute, print and use a scratch folder.
 
-Standard library only, so that training jobs, evaluation and the service share the same isolation.
+The package needs only the standard library, so training, evaluation and the service can share one isolation.
 """
 
 from nanochat_core.sandbox.config import SandboxConfig

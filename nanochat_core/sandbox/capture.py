@@ -5,16 +5,16 @@ from __future__ import annotations
 import codecs
 import os
 
-_READ = 1 << 16
+_READ_BYTES = 1 << 16
 
 
 class Capture:
-    """Collects what arrives at a non-blocking pipe, never more than ``limit`` bytes.
+    """Collects at most ``limit`` bytes from a non-blocking pipe.
 
     Attributes:
         name: the stream's name in messages.
-        overflow: there was more than the limit.
-        closed: the last writer closed the pipe.
+        overflow: whether more than ``limit`` bytes arrived.
+        closed: whether all writers have closed the pipe.
     """
 
     def __init__(self, name: str, fd: int, limit: int) -> None:
@@ -27,13 +27,14 @@ class Capture:
 
     @property
     def data(self) -> bytes:
+        """The collected bytes."""
         return bytes(self._data[: self.limit])
 
     def read_available(self) -> None:
-        """Take what the pipe holds now, without waiting, until it is empty, closed or over the limit."""
+        """Read without waiting, until the pipe is empty or closed, or the limit is exceeded."""
         while not (self.closed or self.overflow):
             try:
-                piece = os.read(self.fd, _READ)
+                piece = os.read(self.fd, _READ_BYTES)
             except BlockingIOError:
                 return
             self.closed = not piece
@@ -41,15 +42,21 @@ class Capture:
             self.overflow = len(self._data) > self.limit
 
     def text(self) -> str:
-        """What was collected, as text that ends with a mark when it was cut."""
-        return mark(decode(self.data, cut=self.overflow), self.name, self.limit) if self.overflow else decode(self.data)
+        """The collected bytes as text, with a mark at the end if bytes are missing."""
+        text = decode(self.data, cut=self.overflow)
+        return mark_truncated(text, self.name, self.limit) if self.overflow else text
 
 
 def decode(data: bytes, cut: bool = False) -> str:
-    """UTF-8 with what is invalid replaced; of a character that was cut in two nothing remains."""
+    """Decode UTF-8 and replace invalid bytes. With ``cut``, an incomplete character at the end is dropped."""
     return codecs.getincrementaldecoder("utf-8")("replace").decode(data, final=not cut)
 
 
-def mark(text: str, name: str, limit: int) -> str:
-    """Say at the end of ``text`` that it was cut."""
+def last_line(data: bytes) -> str:
+    """The last line that is not blank; empty without one."""
+    return next((line.strip() for line in reversed(decode(data).splitlines()) if line.strip()), "")
+
+
+def mark_truncated(text: str, name: str, limit: int) -> str:
+    """Add a line to ``text`` that says that the stream ``name`` was truncated."""
     return f"{text}\n[{name} truncated at {limit} bytes]"

@@ -22,12 +22,15 @@ class SandboxConfig:
         profile: ``auto`` takes the strongest profile whose self-test passes.
         interpreter: Python that runs the code; empty means the one running now.
         bwrap: name or path of bubblewrap.
-        scratch_dir: existing writable folder under which the ``pod`` profile makes a folder per call.
-        concurrency: calls that run at once.
-        queue: calls that may wait for a slot; one more is answered OVERLOADED.
-        warm: interpreters kept started and idle; 0 starts one for each call.
-        scratch_bytes, scratch_files: what a call may store; one file is never larger than ``scratch_bytes``.
-        preload: standard-library modules imported before the code arrives.
+        scratch_dir: existing writable folder in which the ``pod`` profile creates a folder for each call.
+        concurrency: largest number of calls that run at once.
+        queue: calls that may wait for a slot; further calls get the status OVERLOADED.
+        warm: idle interpreters that are kept ready; 0 starts an interpreter for each call.
+        default_limits: limits of calls that ask for none.
+        maximum_limits: upper bounds of the limits that a call can ask for.
+        scratch_bytes: bytes that a call may store in its scratch folder, and in any one file.
+        scratch_files: files that a call may store; only the ``pod`` profile counts files.
+        preload: standard-library modules that a worker imports before the code arrives.
     """
 
     profile: ProfileName = "auto"

@@ -1,4 +1,4 @@
-"""What can go wrong with the sandbox itself, as opposed to the code that runs in it."""
+"""Failures of the sandbox itself, as opposed to failures of the code that runs in it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from nanochat_core.errors import UserError
 
 
 class SandboxUnavailable(UserError):
-    """No isolation profile, or not the configured one, holds on this machine, so no code may run."""
+    """No usable isolation profile works on this machine, so no code may run."""
 
 
 class ProfileUnavailable(Exception):
-    """One profile does not hold here.
+    """One isolation profile does not work on this machine.
 
     Attributes:
         layer: the layer that is missing or leaks, such as ``landlock``.
-        reason: one line.
+        reason: what is missing, or what code could do; one line.
     """
 
     def __init__(self, layer: str, reason: str) -> None:
@@ -24,4 +24,4 @@ class ProfileUnavailable(Exception):
 
 
 class WorkerFailed(RuntimeError):
-    """A worker died or could not isolate itself before the code began; never the code's fault."""
+    """A worker died or could not isolate itself before the code began. The code is never the cause."""

@@ -1,4 +1,4 @@
-"""Runs code under the strongest isolation that holds here, a bounded number of calls at once."""
+"""Runs code under the strongest isolation that works on this machine, a bounded number of calls at once."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from nanochat_core.sandbox import interpreter
+from nanochat_core.sandbox.call import run_call
+from nanochat_core.sandbox.classify import classify
 from nanochat_core.sandbox.config import SandboxConfig
 from nanochat_core.sandbox.errors import ProfileUnavailable, SandboxUnavailable, WorkerFailed
 from nanochat_core.sandbox.pool import WorkerPool
-from nanochat_core.sandbox.process import WorkerProcess
 from nanochat_core.sandbox.profiles import PROFILES, Profile
 from nanochat_core.sandbox.results import ExecutionResult, Limits, ResultFormat, Status
 from nanochat_core.sandbox.scratch import ScratchRoot
 from nanochat_core.sandbox.selftest import self_test
-from nanochat_core.sandbox.verdict import judge
+from nanochat_core.sandbox.worker_process import WorkerProcess
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ _NO_LIMITS = Limits()
 
 @dataclasses.dataclass(frozen=True)
 class ExecutorStats:
-    """Calls running and waiting for a slot, and interpreters started and idle, at this moment."""
+    """Number of running calls, of calls that wait for a slot, and of idle interpreters."""
 
     running: int
     queued: int
@@ -37,16 +38,15 @@ class ExecutorStats:
 
 
 class SandboxExecutor:
-    """Executes untrusted Python, one fresh process for each call.
+    """Executes untrusted Python in a fresh process for each call.
 
-    Use as a context manager, or call :meth:`start` and :meth:`close`. Calls may come from any event loop or thread:
-    workers belong to a thread of the executor's own, because the kernel ties a worker's life to the thread that started
-    it.
+    Use the executor as a context manager, or call :meth:`start` and :meth:`close`. Calls may come from any event loop
+    or thread. The executor starts the workers from a thread of its own, because the kernel kills a worker when the
+    thread that started it ends.
 
     Attributes:
-        profile: name of the active isolation profile.
-        landlock_abi: Landlock version in force, 0 when the profile works without.
-        rejected: for each stronger profile that ``auto`` passed over, why.
+        config: the configuration.
+        rejected: name of each profile that failed its self-test, and the reason.
     """
 
     def __init__(self, config: SandboxConfig | None = None) -> None:
@@ -54,7 +54,7 @@ class SandboxExecutor:
         self.rejected: dict[str, str] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sandbox", daemon=True)
-        self._active: Profile | None = None
+        self._isolation: Profile | None = None
         self._scratch: ScratchRoot | None = None
         self._pool: WorkerPool | None = None
         self._slots = asyncio.Semaphore(self.config.concurrency)
@@ -64,22 +64,32 @@ class SandboxExecutor:
         self._calls: set[asyncio.Task[Any]] = set()
 
     @property
+    def isolation(self) -> Profile:
+        """The active isolation profile. Raises RuntimeError before :meth:`start`."""
+        if self._isolation is None:
+            raise RuntimeError("the executor is not started")
+        return self._isolation
+
+    @property
     def profile(self) -> str:
-        return self._started().name
+        """Name of the active isolation profile."""
+        return self.isolation.name
 
     @property
     def landlock_abi(self) -> int:
-        return self._started().landlock_abi
+        """Landlock version in use; 0 if the profile works without Landlock."""
+        return self.isolation.landlock_abi
 
     @property
     def stats(self) -> ExecutorStats:
+        """What the executor is doing at this moment."""
         return ExecutorStats(self._running, self._queued, len(self._pool) if self._pool else 0)
 
     def start(self) -> SandboxExecutor:
-        """Choose the profile, test it, and begin to warm up. Blocks for some 100 ms.
+        """Choose and test the isolation profile, then begin to start workers. Blocks for about 100 ms.
 
         Raises:
-            SandboxUnavailable: the configured profile, or with ``auto`` every profile, fails its self-test.
+            SandboxUnavailable: the configured profile fails its self-test; with ``auto``, every profile fails.
         """
         self._thread.start()
         atexit.register(self.close)
@@ -91,12 +101,12 @@ class SandboxExecutor:
         return self
 
     def close(self) -> None:
-        """Kill what runs, remove every scratch folder and stop. Calls under way raise WorkerFailed. Idempotent."""
+        """Kill all workers, remove all scratch folders and stop. Running calls raise WorkerFailed. Idempotent."""
         atexit.unregister(self.close)
         if self._loop.is_closed():
             return
         if self._thread.is_alive():
-            self._submit(self._shut()).result()
+            self._submit(self._shut_down()).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
         self._loop.close()
@@ -112,30 +122,30 @@ class SandboxExecutor:
     async def execute(
         self, code: str, limits: Limits = _NO_LIMITS, result_format: ResultFormat = ResultFormat.REPR
     ) -> ExecutionResult:
-        """Run ``code``. Cancelling kills its process.
+        """Run ``code``. Cancelling the call kills its process.
 
         Args:
-            code: a program; the value of an expression at its end is the result.
-            limits: zeros mean the configured defaults; more than the configured maxima is lowered to them.
+            code: a program. If its last statement is an expression, the expression's value is the result.
+            limits: a zero means the configured default; a value above the configured maximum is lowered to it.
             result_format: how the value becomes text.
 
         Returns:
-            The answer, whatever the code did. OVERLOADED when every slot and the queue are taken.
+            The answer, whatever the code did. Its status is OVERLOADED if all slots and the queue are full.
 
         Raises:
-            WorkerFailed: the sandbox itself failed, or was closed meanwhile.
+            WorkerFailed: the sandbox itself failed, or was closed during the call.
         """
         return await asyncio.wrap_future(self._submit(self._execute(code, limits, result_format)))
 
     def execute_sync(
         self, code: str, limits: Limits = _NO_LIMITS, result_format: ResultFormat = ResultFormat.REPR
     ) -> ExecutionResult:
-        """:meth:`execute` for callers without an event loop; blocks."""
+        """Like :meth:`execute`, for callers without an event loop. Blocks."""
         future = self._submit(self._execute(code, limits, result_format))
         try:
             return future.result()
         finally:
-            future.cancel()  # has an effect only when the wait was interrupted
+            future.cancel()  # has an effect only if the wait was interrupted
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         if self._loop.is_closed():
@@ -143,22 +153,17 @@ class SandboxExecutor:
             raise RuntimeError("the executor is closed")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def _started(self) -> Profile:
-        if self._active is None:
-            raise RuntimeError("the executor is not started")
-        return self._active
-
     async def _open(self) -> None:
         installation = interpreter.inspect(self.config.interpreter)
         try:
             self._scratch = ScratchRoot(self.config.scratch_dir)
         except OSError as error:
             raise SandboxUnavailable(f"the sandbox cannot use its scratch folder: {error}") from error
-        self._active = await self._choose(installation, self._scratch)
+        self._isolation = await self._choose_profile(installation, self._scratch)
         self._pool = WorkerPool(self._new_worker, self.config.warm)
         self._pool.refill()
 
-    async def _choose(self, installation: interpreter.Interpreter, scratch_root: ScratchRoot) -> Profile:
+    async def _choose_profile(self, installation: interpreter.Interpreter, scratch_root: ScratchRoot) -> Profile:
         names = list(PROFILES) if self.config.profile == "auto" else [self.config.profile]
         for name in names:
             try:
@@ -170,7 +175,7 @@ class SandboxExecutor:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.rejected.items())
         raise SandboxUnavailable(f"code cannot be isolated on this machine, so none will run ({reasons})")
 
-    async def _shut(self) -> None:
+    async def _shut_down(self) -> None:
         self._closing = True
         for call in self._calls:
             call.cancel()
@@ -182,26 +187,24 @@ class SandboxExecutor:
         await self._loop.shutdown_default_executor()
 
     async def _new_worker(self) -> WorkerProcess:
-        return await WorkerProcess.start(self._started(), self._scratch)
+        return await WorkerProcess.start(self.isolation, self._scratch)
 
     async def _execute(self, code: str, limits: Limits, result_format: ResultFormat) -> ExecutionResult:
-        profile = self._started()
+        profile = self.profile
         if self._slots.locked() and self._queued >= self.config.queue:
             line = f"{self._running} calls are running and {self._queued} waiting, which is as many as may; try again"
-            return ExecutionResult(Status.OVERLOADED, error=line, profile=profile.name)
+            return ExecutionResult(Status.OVERLOADED, error=line, profile=profile)
         try:
             source = code.encode()
         except UnicodeEncodeError as error:
-            return ExecutionResult(
-                Status.ERROR, error=f"SyntaxError: the code is not text: {error}", profile=profile.name
-            )
+            line = f"SyntaxError: the code is not text: {error}"
+            return ExecutionResult(Status.ERROR, error=line, profile=profile)
+        limits = limits.within(self.config.default_limits, self.config.maximum_limits)
         call = asyncio.current_task()
         assert call is not None
         self._calls.add(call)
         try:
-            return await self._in_turn(
-                source, limits.within(self.config.default_limits, self.config.maximum_limits), result_format
-            )
+            return await self._run_in_slot(source, limits, result_format)
         except asyncio.CancelledError:
             if self._closing:
                 raise WorkerFailed("the sandbox is shutting down") from None
@@ -209,8 +212,9 @@ class SandboxExecutor:
         finally:
             self._calls.discard(call)
 
-    async def _in_turn(self, source: bytes, limits: Limits, result_format: ResultFormat) -> ExecutionResult:
-        """Wait for a slot, then run."""
+    async def _run_in_slot(self, source: bytes, limits: Limits, result_format: ResultFormat) -> ExecutionResult:
+        """Wait for a slot, then run the code in a worker from the pool."""
+        assert self._pool is not None
         self._queued += 1
         try:
             await self._slots.acquire()
@@ -218,16 +222,12 @@ class SandboxExecutor:
             self._queued -= 1
         self._running += 1
         try:
-            return await self._run(source, limits, result_format)
+            worker = await self._pool.take()
+            try:
+                call = await run_call(worker, source, limits, result_format)
+            finally:
+                await worker.dispose()
+            return classify(call, limits, self.config.scratch_bytes, self.profile)
         finally:
             self._running -= 1
             self._slots.release()
-
-    async def _run(self, source: bytes, limits: Limits, result_format: ResultFormat) -> ExecutionResult:
-        assert self._pool is not None
-        worker = await self._pool.take()
-        try:
-            outcome = await worker.run(source, limits, result_format)
-        finally:
-            await worker.dispose()
-        return judge(outcome, limits, self.config.scratch_bytes, self._started().name)

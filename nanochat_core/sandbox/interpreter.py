@@ -1,4 +1,4 @@
-"""Where an interpreter and the libraries it needs lie, so that these files and no others can be offered to code."""
+"""Finds the files that a Python interpreter needs, so that the isolation can allow these files and no others."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Interpreter:
     Attributes:
         executable: real path of the program, outside of any virtual environment.
         stdlib: folders of the standard library.
-        packages: folders of installed packages inside ``stdlib``; never offered to code.
-        library_dirs: folders that system libraries are loaded from.
-        libraries: single shared libraries elsewhere, such as libpython.
+        packages: folders of installed packages inside ``stdlib``; code can never read them.
+        library_dirs: folders of the system's shared libraries.
+        libraries: shared libraries in other folders, such as libpython.
     """
 
     executable: str
@@ -40,7 +40,7 @@ class Interpreter:
     libraries: tuple[str, ...]
 
     def readable(self) -> list[str]:
-        """Files and folders that code may read: the standard library without its installed packages, and libraries."""
+        """Files and folders that code may read: the standard library without packages, and shared libraries."""
         paths: list[str] = []
         for folder in self.stdlib:
             if any(os.path.dirname(packages) == folder for packages in self.packages):
@@ -51,19 +51,19 @@ class Interpreter:
 
 
 def current_executable() -> str:
-    """The interpreter that runs now, outside of its virtual environment."""
+    """Real path of the running interpreter, outside of any virtual environment."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
 def inspect(executable: str = "") -> Interpreter:
-    """Ask ``executable`` (by default the running interpreter) where its files are.
+    """Run ``executable`` (by default the running interpreter) and ask it where its files are.
 
     Raises:
-        SandboxUnavailable: it is not a Python that can be run.
+        SandboxUnavailable: the executable cannot be run, or is older than Python 3.11.
     """
     path = os.path.realpath(executable) if executable else current_executable()
     try:
-        answer = subprocess.run(  # noqa: S603 - the interpreter is configuration, not input
+        answer = subprocess.run(  # noqa: S603 - the path comes from the configuration
             [path, "-I", "-S", "-c", _PROBE], env={}, capture_output=True, text=True, timeout=20, check=True
         )
         facts = json.loads(answer.stdout)

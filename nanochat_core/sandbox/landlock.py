@@ -1,6 +1,7 @@
-"""Which files code may touch, as Landlock rules.
+"""Landlock rules: the kernel's limits on the files that code may use.
 
-See the kernel's ``Documentation/userspace-api/landlock.rst``. Built here, applied by a worker to itself.
+The executor builds the rules and each worker applies them to itself. Source: the kernel's
+``Documentation/userspace-api/landlock.rst``.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ _EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _REMOVE_DIR, _REMOVE_FILE, _MAKE_DIR, _MAKE_REG, _REFER, _TRUNCATE = 1 << 4, 1 << 5, 1 << 7, 1 << 8, 1 << 13, 1 << 14
 
 READ_TREE = READ_FILE | READ_DIR
-# Regular files and folders only: no links, devices, sockets or FIFOs.
+# Code may create regular files and folders, but no links, devices, sockets or FIFOs.
 USE_SCRATCH = READ_TREE | WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _REFER | _TRUNCATE
 
 MINIMUM_ABI = 3
-"""The first version that controls truncation."""
+"""The first version of Landlock that controls truncation of files."""
 
-# (version, file rights, network rights, scopes) that appeared with it.
+# Each table gives the number of rights that exist as of a version of Landlock.
 _FS_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}
 _NET_RIGHTS = {4: 2}
 _SCOPES = {6: 2}
@@ -27,21 +28,21 @@ _SCOPES = {6: 2}
 
 @dataclasses.dataclass(frozen=True)
 class PathRule:
-    """``access`` is allowed on ``path`` and, for a folder, on what lies under it."""
+    """Allows ``access`` on ``path`` and, if it is a folder, on everything below it."""
 
     path: str
     access: int
 
 
 def kernel_abi() -> int:
-    """Landlock version of the running kernel, 0 where it is missing or switched off."""
+    """Landlock version of the running kernel; 0 if Landlock is missing or switched off."""
     libc = ctypes.CDLL(None, use_errno=True)
     create_ruleset, version_flag = 444, 1
     return max(0, int(libc.syscall(create_ruleset, None, ctypes.c_size_t(0), ctypes.c_uint32(version_flag))))
 
 
 def ruleset_attribute(abi: int) -> bytes:
-    """``struct landlock_ruleset_attr`` that takes control of everything version ``abi`` can control."""
+    """A ``struct landlock_ruleset_attr`` that handles every right, so that all rights without a rule are denied."""
 
     def mask(table: dict[int, int]) -> int:
         return (1 << max((count for version, count in table.items() if version <= abi), default=0)) - 1

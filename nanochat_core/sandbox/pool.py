@@ -1,4 +1,4 @@
-"""Workers started ahead of the calls that will use them up."""
+"""Workers that are started before the calls that use them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from nanochat_core.sandbox.errors import WorkerFailed
-from nanochat_core.sandbox.process import WorkerProcess
+from nanochat_core.sandbox.worker_process import WorkerProcess
 
 log = logging.getLogger("nanochat.sandbox")
 
 _RETRY_SECONDS = 1.0
-# Starting a process holds up this thread for a moment, which the call that has just taken a worker need not notice.
+# Starting a process blocks the executor's thread for a moment. The pause lets a call that has just taken a worker
+# begin first.
 _PAUSE_SECONDS = 0.005
 
 
 class WorkerPool:
-    """Keeps ``size`` workers ready. Each is handed out once; the pool refills in the background, one at a time."""
+    """Keeps ``size`` workers ready. Each worker serves one call; a background task starts new ones, one at a time."""
 
     def __init__(self, start: Callable[[], Awaitable[WorkerProcess]], size: int) -> None:
         self._start = start
@@ -30,10 +31,10 @@ class WorkerPool:
         return len(self._ready)
 
     async def take(self) -> WorkerProcess:
-        """A fresh worker, which the caller disposes of.
+        """Hand out a fresh worker. The caller disposes of it.
 
         Raises:
-            WorkerFailed: none was ready and a new one could not be started.
+            WorkerFailed: no worker was ready and a new one could not be started.
         """
         while self._ready:
             worker = self._ready.popleft()
@@ -51,6 +52,7 @@ class WorkerPool:
             self._refilling = asyncio.create_task(self._fill())
 
     async def close(self) -> None:
+        """Stop refilling and end all ready workers."""
         if self._refilling is not None:
             self._refilling.cancel()
             await asyncio.gather(self._refilling, return_exceptions=True)

@@ -1,8 +1,7 @@
-"""How a worker is started and what it gives up: the isolation profiles.
+"""The isolation profiles: how a worker is started and which rights it gives up.
 
-``pod`` needs nothing but the kernel: Landlock, a system-call filter and resource limits, which a worker applies to
-itself.
-``bwrap`` does the same inside bubblewrap's namespaces.
+In the profile ``pod``, a worker applies Landlock, a system-call filter and resource limits to itself. This needs
+nothing but the kernel. The profile ``bwrap`` does the same inside the namespaces of bubblewrap.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ class Profile(abc.ABC):
     """One way to isolate a worker.
 
     Attributes:
-        name: as in settings, answers and metrics.
-        landlock_abi: version in force, 0 when Landlock is not part of it.
-        setup: first frame for every worker; see :mod:`~nanochat_core.sandbox.worker.protocol`.
-        host_scratch: the scratch folder is made by the executor, on the host.
+        name: name in settings, answers and metrics.
+        host_scratch: whether the executor creates the scratch folder, on the host.
+        landlock_abi: Landlock version in use; 0 if the profile works without Landlock.
+        setup: the first frame for every worker; see :mod:`~nanochat_core.sandbox.worker.protocol`.
     """
 
     name: str
@@ -49,12 +48,12 @@ class Profile(abc.ABC):
             raise ProfileUnavailable("seccomp", "this machine type is not supported; x86_64 and aarch64 are")
         self.landlock_abi = self._require_landlock(landlock.kernel_abi())
         attribute = landlock.ruleset_attribute(self.landlock_abi) if self.landlock_abi else b""
-        rules = _file_rules(interpreter) if self.landlock_abi else []
+        rules = file_rules(interpreter) if self.landlock_abi else []
         self.setup = protocol.pack(
             [
                 attribute,
                 seccomp.build_filter(machine),
-                _resource_limits(config),
+                resource_limits(config),
                 " ".join(config.preload).encode(),
                 *(struct.pack("=Q", rule.access) + os.fsencode(rule.path) for rule in rules),
             ]
@@ -62,25 +61,25 @@ class Profile(abc.ABC):
 
     @abc.abstractmethod
     def _require_landlock(self, kernel_abi: int) -> int:
-        """The Landlock version to use. Raises ProfileUnavailable when ``kernel_abi`` is not enough."""
+        """The Landlock version to use. Raises ProfileUnavailable if the kernel's version is too old."""
 
     @abc.abstractmethod
     def command(self, result_fd: int, status_fd: int) -> list[str]:
         """Program and arguments of a worker that reports on ``result_fd``.
 
-        A launcher that puts the worker into another process writes that one's id to ``status_fd`` as bubblewrap's
-        ``--json-status-fd`` does.
+        A launcher that starts the worker as another process writes the worker's process id to ``status_fd``, in the
+        format of bubblewrap's ``--json-status-fd``.
         """
 
     def _python(self, worker_dir: str, result_fd: int) -> list[str]:
-        # -I (with -E in it) and -S: nothing but the standard library. -u: what was printed before a limit was hit is
-        # not lost in a buffer.
+        # -I and -S offer nothing but the standard library. -u keeps no output in a buffer, because a killed worker
+        # would lose it.
         flags = ["-I", "-S", "-B", "-u", "-X", "utf8"]
         return [self.interpreter.executable, *flags, os.path.join(worker_dir, "main.py"), str(result_fd)]
 
 
 class PodProfile(Profile):
-    """For locked-down containers: works without any privilege and without namespaces."""
+    """For restricted containers: needs neither privileges nor namespaces."""
 
     name = "pod"
     host_scratch = True
@@ -91,12 +90,12 @@ class PodProfile(Profile):
             raise ProfileUnavailable("landlock", f"{found}; version {landlock.MINIMUM_ABI} (Linux 6.2) is needed")
         return kernel_abi
 
-    def command(self, result_fd: int, status_fd: int) -> list[str]:  # noqa: ARG002 - the worker is the process started
+    def command(self, result_fd: int, status_fd: int) -> list[str]:  # noqa: ARG002 - there is no launcher
         return self._python(_WORKER, result_fd)
 
 
 class BwrapProfile(Profile):
-    """For machines with user namespaces: the worker sees no other file, process, or network interface at all."""
+    """For machines with user namespaces: the worker sees no other files, processes or network interfaces."""
 
     name = "bwrap"
     host_scratch = False
@@ -106,25 +105,25 @@ class BwrapProfile(Profile):
         if program is None:
             raise ProfileUnavailable("bubblewrap", f"{config.bwrap} is not installed")
         super().__init__(interpreter, config)
-        self._prefix = [program, *_namespace_options(program), *_filesystem_options(interpreter, config.scratch_bytes)]
+        self._prefix = [program, *namespace_options(program), *_filesystem_options(interpreter, config.scratch_bytes)]
 
     def _require_landlock(self, kernel_abi: int) -> int:
-        # The mount namespace already holds nothing but the interpreter, so an older kernel is no reason to refuse.
+        # The mount namespace holds nothing but the interpreter, so the profile works on older kernels too.
         return kernel_abi if kernel_abi >= landlock.MINIMUM_ABI else 0
 
     def command(self, result_fd: int, status_fd: int) -> list[str]:
         return [*self._prefix, "--json-status-fd", str(status_fd), "--", *self._python("/worker", result_fd)]
 
 
-# Strongest first: the order in which ``auto`` tries.
+# The setting ``auto`` tries the profiles in this order, the strongest first.
 PROFILES: dict[str, type[Profile]] = {"bwrap": BwrapProfile, "pod": PodProfile}
 
 
-def _resource_limits(config: SandboxConfig) -> bytes:
-    """``(resource, limit)`` pairs that are the same for every call."""
+def resource_limits(config: SandboxConfig) -> bytes:
+    """The ``(resource, limit)`` pairs that are the same for every call, packed for the worker."""
     limits = {
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NPROC: 0,  # counts the user's other processes too, so it can only back up the filter
+        resource.RLIMIT_NPROC: 0,  # also counts the user's other processes, so it only supports the seccomp filter
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
         resource.RLIMIT_NOFILE: 64,
@@ -134,10 +133,10 @@ def _resource_limits(config: SandboxConfig) -> bytes:
     return b"".join(struct.pack("=IQ", number, value) for number, value in limits.items())
 
 
-def _file_rules(interpreter: Interpreter) -> list[PathRule]:
-    """Landlock rules; paths are the same inside and outside of bubblewrap, and ``.`` is the scratch folder."""
+def file_rules(interpreter: Interpreter) -> list[PathRule]:
+    """The Landlock rules. Paths are the same with and without bubblewrap, and ``.`` is the scratch folder."""
     rules = [PathRule(path, landlock.READ_TREE) for path in interpreter.readable()]
-    # Imports list the folder; what lies in its package folders stays unreadable.
+    # An import lists this folder. The package folders in it stay unreadable.
     rules += [PathRule(folder, landlock.READ_DIR) for folder in interpreter.stdlib]
     rules += [PathRule(path, landlock.READ_FILE | landlock.WRITE_FILE) for path in _DEVICES]
     if os.path.isdir(_ZONEINFO):
@@ -145,7 +144,8 @@ def _file_rules(interpreter: Interpreter) -> list[PathRule]:
     return [*rules, PathRule(".", landlock.USE_SCRATCH)]
 
 
-def _namespace_options(program: str) -> list[str]:
+def namespace_options(program: str) -> list[str]:
+    """Flags of bubblewrap for new namespaces, an unprivileged user and an empty environment."""
     options = ["--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
     options += ["--die-with-parent", "--new-session", "--as-pid-1", "--clearenv"]
     if "--disable-userns" in _help_of(program):
@@ -163,7 +163,7 @@ def _help_of(program: str) -> str:
 
 
 def _filesystem_options(interpreter: Interpreter, scratch_bytes: int) -> list[str]:
-    """A root that holds the interpreter, libraries, three devices and an empty scratch folder, and is read-only."""
+    """Flags of bubblewrap for a read-only root with the interpreter, libraries, devices and an empty scratch folder."""
     options: list[str] = []
     for folder in ("/usr/lib", "/usr/lib64", "/lib", "/lib64"):
         if os.path.islink(folder):

@@ -1,4 +1,4 @@
-"""The nouns of one execution: limits in, result out."""
+"""The data types of a call: its limits and its result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 
 
 class Status(enum.Enum):
-    """How a call ended; the names are those of the wire format."""
+    """How a call ended. The names are those of ``sandbox.proto``."""
 
     OK = "ok"
     ERROR = "error"
@@ -28,13 +28,13 @@ class ResultFormat(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one call may use. Zero means "the default" where limits are asked for.
+    """What one call may use. In a request, zero means the configured default.
 
     Attributes:
-        wall_seconds: time from handing over the code to its end.
-        cpu_seconds: processor time of the code.
-        memory_bytes: address space that the code may add to the interpreter's own.
-        output_bytes: for stdout, stderr and the result each.
+        wall_seconds: time from the sending of the code to its end.
+        cpu_seconds: CPU time of the code.
+        memory_bytes: address space that the code may use in addition to the interpreter's own.
+        output_bytes: size of stdout, of stderr and of the result.
     """
 
     wall_seconds: float = 0.0
@@ -49,7 +49,7 @@ class Limits:
                 raise ValueError(f"limit {field.name} is {value}; it must be a finite number that is not negative")
 
     def within(self, default: Limits, maximum: Limits) -> Limits:
-        """These limits with zeros replaced by ``default`` and everything lowered to ``maximum``."""
+        """These limits, with zeros replaced by ``default`` and larger values lowered to ``maximum``."""
         names = [field.name for field in dataclasses.fields(self)]
         return Limits(
             **{name: min(getattr(self, name) or getattr(default, name), getattr(maximum, name)) for name in names}
@@ -58,7 +58,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What one call used. ``peak_memory_bytes`` is resident memory, interpreter included; 0 when unknown."""
+    """What one call used. ``peak_memory_bytes`` is resident memory with the interpreter; 0 if unknown."""
 
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -70,11 +70,13 @@ class ExecutionResult:
     """The answer to one call.
 
     Attributes:
-        stdout, stderr: what was written, at most the output limit; cut text ends with a mark.
-        result: value of the trailing expression, ``None`` without one.
-        error: one line naming what went wrong and, for a limit, which one; empty when OK.
-        truncated: stdout, stderr or result was cut.
-        profile: the isolation profile that was active.
+        status: how the call ended.
+        stdout, stderr: the output, at most as long as the limit; truncated text ends with a mark.
+        result: value of the expression at the end of the code; ``None`` without one.
+        error: one line that says what went wrong and which limit was exceeded; empty if the status is OK.
+        truncated: whether stdout, stderr or the result was truncated.
+        usage: what the call used.
+        profile: name of the active isolation profile.
     """
 
     status: Status
@@ -88,4 +90,5 @@ class ExecutionResult:
 
     @property
     def ok(self) -> bool:
+        """Whether the code ran to its end without an error."""
         return self.status is Status.OK

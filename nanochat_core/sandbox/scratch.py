@@ -1,4 +1,4 @@
-"""Folders on the host that calls write to, where the profile has no filesystem of its own."""
+"""Scratch folders on the host, for the isolation profile that has no file system of its own."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ _LOCK = ".lock"
 
 
 class ScratchRoot:
-    """A private folder that holds one folder per worker.
+    """A private folder that holds one scratch folder for each worker of an executor.
 
-    It is locked while its executor lives, so that a later one can tell and remove what a killed one left behind.
+    The executor locks the folder as long as it lives. A later executor removes every folder that is no longer locked,
+    because a killed executor has left it behind.
+
+    Attributes:
+        path: path of the private folder.
     """
 
     def __init__(self, parent: str) -> None:
-        """Raises OSError when ``parent`` is not a writable folder."""
+        """Create the folder in ``parent``. Raises OSError if ``parent`` is not a writable folder."""
         _remove_abandoned(parent)
-        # Under another name until it is locked, so that nobody takes it for abandoned.
+        # The folder gets its final name after it is locked, so that no other executor removes it.
         unlocked = tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent)
         self._lock = os.open(os.path.join(unlocked, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -28,18 +32,19 @@ class ScratchRoot:
         os.rename(unlocked, self.path)
 
     def new(self) -> str:
-        """An empty folder for one worker."""
+        """Create an empty folder for one worker."""
         return tempfile.mkdtemp(prefix="call-", dir=self.path)
 
     def close(self) -> None:
+        """Remove the folder and everything in it."""
         remove(self.path)
         os.close(self._lock)
 
 
 def exceeds(folder: str, max_bytes: int, max_files: int) -> bool:
-    """Whether ``folder`` holds more than the code may store, or hides what it holds.
+    """Whether ``folder`` holds more than the code may store, or has content that cannot be counted.
 
-    Stops counting at the limit, so its cost is bounded whatever the code did.
+    Counting stops at the limit, so the cost is bounded.
     """
     used = files = 0
     pending = [folder]
@@ -51,7 +56,7 @@ def exceeds(folder: str, max_bytes: int, max_files: int) -> bool:
                     try:
                         used += entry.stat(follow_symlinks=False).st_blocks * 512
                     except FileNotFoundError:
-                        continue  # removed while we look
+                        continue  # the code removed it during the scan
                     if used > max_bytes or files > max_files:
                         return True
                     if entry.is_dir(follow_symlinks=False):
@@ -59,15 +64,15 @@ def exceeds(folder: str, max_bytes: int, max_files: int) -> bool:
         except FileNotFoundError:
             continue
         except OSError:
-            return True  # unreadable, or nested deeper than a path can be long
+            return True  # the folder is unreadable, or its path is too long
     return False
 
 
 def remove(folder: str) -> None:
-    """Remove ``folder`` whatever is in it: unreadable folders, names that are not text, any depth.
+    """Remove ``folder``, even if it holds unreadable folders, names that are not text, or very deep folders.
 
-    Nothing may still be writing to it. Folders found inside are first moved to the top, so that neither the length of
-    a path nor recursion limits matter. Links are removed, never followed.
+    No process may still write to the folder. Nested folders are first moved to the top, so that the limits of path
+    length and of recursion do not matter. Links are removed and never followed.
     """
     try:
         os.rmdir(folder)
@@ -75,7 +80,7 @@ def remove(folder: str) -> None:
     except FileNotFoundError:
         return
     except OSError:
-        pass  # not empty, the rarer case
+        pass  # the folder is not empty, which is rare
     top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     moved = 0
     try:
@@ -103,17 +108,18 @@ def remove(folder: str) -> None:
 
 
 def _remove_abandoned(parent: str) -> None:
+    """Remove the folders in ``parent`` that killed executors have left behind."""
     for entry in os.scandir(parent):
         if not (entry.name.startswith(_PREFIX) and entry.is_dir(follow_symlinks=False)):
             continue
         try:
             lock = os.open(os.path.join(entry.path, _LOCK), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
-            continue  # another user's, or one that is just being made
+            continue  # the folder belongs to another user, or another process is removing it
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove(entry.path)
         except BlockingIOError:
-            pass  # its executor is alive
+            pass  # the executor of this folder is alive
         finally:
             os.close(lock)

@@ -1,8 +1,9 @@
 """The system calls that code may make, assembled into a seccomp filter (classic BPF).
 
-An allow-list: what is not named fails. Calls that act on other processes, the network, credentials, mounts or
-kernel objects are absent on purpose. Some calls pass only with harmless arguments, because Landlock does not cover
-what they could do otherwise. See seccomp(2) and the kernel's ``Documentation/userspace-api/seccomp_filter.rst``.
+The filter is an allow-list: every call that is not named fails. Calls that act on other processes, the network,
+credentials, mounts or kernel objects are absent on purpose. Some calls are allowed only with harmless arguments,
+because Landlock does not control their other uses. Source: ``seccomp(2)`` and the kernel's
+``Documentation/userspace-api/seccomp_filter.rst``.
 """
 
 from __future__ import annotations
@@ -34,14 +35,17 @@ OWN_PROCESS = """
 """
 ALLOWED = frozenset(" ".join((FILES, WAITING, MEMORY, TIME, OWN_PROCESS)).split())
 
-# Calls above this number came after the two machines' tables were unified. "Not implemented" is an answer that libc
-# knows for them: clone3 falls back to clone, which is then refused.
+# From this number on, a new system call has the same number on all machines. For these calls the filter answers "not
+# implemented", because libc then falls back to an older call: for example from clone3 to clone, which is refused.
 FIRST_UNIFIED_NUMBER = 424
 
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """One argument of a call, masked, is one of ``values``. ``wide`` compares 64 bits, otherwise the low 32."""
+    """Requires that an argument of a call, after masking, is one of ``values``.
+
+    With ``wide`` the filter compares all 64 bits of the argument, otherwise the low 32.
+    """
 
     argument: int
     values: tuple[int, ...]
@@ -52,17 +56,17 @@ class Condition:
 _F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC = 0, 1, 2, 3, 4, 1030
 _TCGETS, _TIOCGWINSZ, _FIONREAD, _FIONBIO, _FIONCLEX, _FIOCLEX = 0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451
 
-# All conditions of a call must hold.
+# Calls that are allowed if all their conditions hold.
 CONDITIONAL: dict[str, tuple[Condition, ...]] = {
-    # Not F_SETOWN or F_SETSIG, which send signals to other processes, nor locks that another call could wait for.
+    # Excluded: F_SETOWN and F_SETSIG, which send signals to other processes, and locks, which could block other calls.
     "fcntl": (Condition(1, (_F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC)),),
-    # Not FIOSETOWN or terminal input injection.
+    # Excluded: FIOSETOWN, and TIOCSTI, which injects input into a terminal.
     "ioctl": (Condition(1, (_TCGETS, _TIOCGWINSZ, _FIONREAD, _FIONBIO, _FIONCLEX, _FIOCLEX)),),
-    # A connected stream pair inside the process, which event loops wake themselves with. It can reach nobody else.
+    # Event loops wake themselves through a connected pair of sockets. The pair cannot reach another process.
     "socketpair": (Condition(0, (socket.AF_UNIX,)), Condition(1, (socket.SOCK_STREAM,), mask=0xF)),
-    # send(), never with an address.
+    # send() is allowed; sending to an address is not.
     "sendto": (Condition(4, (0,), wide=True),),
-    # Reading the own limits; never another process's and never setting any.
+    # A process may read its own limits. It can neither set limits nor read those of another process.
     "prlimit64": (Condition(0, (0,)), Condition(2, (0,), wide=True)),
 }
 
@@ -82,61 +86,61 @@ UNKNOWN = _ERRNO | errno.ENOSYS
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16
 
 
-def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
-    """One ``struct sock_filter``; jumps are relative to the next instruction."""
+def instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    """One ``struct sock_filter`` of 8 bytes; jumps count from the next instruction."""
     return struct.pack("=HBBI", code, if_true, if_false, value)
 
 
 def build_filter(machine: Machine) -> bytes:
-    """The filter for ``machine``: an array of ``struct sock_filter``.
+    """Build the filter for ``machine``: an array of ``struct sock_filter``.
 
-    A call through a foreign ABI (32-bit entry, x32) kills the process: no library does that by accident, and the
-    numbers mean other calls there. Everything else that is not allowed fails with EPERM, or with ENOSYS where libc
-    expects that a kernel may lack the call.
+    A call through a foreign ABI (32-bit entry, x32) kills the process: its numbers mean other calls, and no library
+    uses it by accident. Every other call that is not allowed fails. The error is ENOSYS for the calls that libc
+    replaces by an older call, otherwise EPERM.
     """
     program = [
-        _instruction(_LOAD_WORD, _ARCH),
-        _instruction(_EQUAL, machine.audit_arch, if_true=1),
-        _instruction(_RETURN, KILL_PROCESS),
-        _instruction(_LOAD_WORD, _NUMBER),
+        instruction(_LOAD_WORD, _ARCH),
+        instruction(_EQUAL, machine.audit_arch, if_true=1),
+        instruction(_RETURN, KILL_PROCESS),
+        instruction(_LOAD_WORD, _NUMBER),
     ]
     if machine.foreign_bit:
         program += [
-            _instruction(_AT_LEAST, machine.foreign_bit, if_false=1),
-            _instruction(_RETURN, KILL_PROCESS),
+            instruction(_AT_LEAST, machine.foreign_bit, if_false=1),
+            instruction(_RETURN, KILL_PROCESS),
         ]
     for name in sorted(ALLOWED & machine.numbers.keys()):
         program += [
-            _instruction(_EQUAL, machine.numbers[name], if_false=1),
-            _instruction(_RETURN, ALLOW),
+            instruction(_EQUAL, machine.numbers[name], if_false=1),
+            instruction(_RETURN, ALLOW),
         ]
     for name, conditions in sorted(CONDITIONAL.items()):
-        checks = b"".join(map(_check, conditions)) + _instruction(_RETURN, ALLOW)
-        program += [_instruction(_EQUAL, machine.numbers[name], if_false=len(checks) // 8), checks]
+        checks = b"".join(map(_check, conditions)) + instruction(_RETURN, ALLOW)
+        program += [instruction(_EQUAL, machine.numbers[name], if_false=len(checks) // 8), checks]
     program += [
-        _instruction(_AT_LEAST, FIRST_UNIFIED_NUMBER, if_false=1),
-        _instruction(_RETURN, UNKNOWN),
-        _instruction(_RETURN, REFUSE),
+        instruction(_AT_LEAST, FIRST_UNIFIED_NUMBER, if_false=1),
+        instruction(_RETURN, UNKNOWN),
+        instruction(_RETURN, REFUSE),
     ]
     return b"".join(program)
 
 
 def _check(condition: Condition) -> bytes:
-    """Instructions that fall through when ``condition`` holds and refuse the call otherwise."""
+    """Instructions that refuse the call unless ``condition`` holds, and otherwise continue after their end."""
     low = _ARGUMENTS + 8 * condition.argument  # both machines are little-endian
     code = []
     if condition.wide:
         (value,) = condition.values
         code += [
-            _instruction(_LOAD_WORD, low + 4),
-            _instruction(_EQUAL, value >> 32, if_true=1),
-            _instruction(_RETURN, REFUSE),
+            instruction(_LOAD_WORD, low + 4),
+            instruction(_EQUAL, value >> 32, if_true=1),
+            instruction(_RETURN, REFUSE),
         ]
-    code.append(_instruction(_LOAD_WORD, low))
+    code.append(instruction(_LOAD_WORD, low))
     if condition.mask != 0xFFFFFFFF:
-        code.append(_instruction(_AND, condition.mask))
+        code.append(instruction(_AND, condition.mask))
     for index, value in enumerate(condition.values):
         remaining = len(condition.values) - index - 1
-        code.append(_instruction(_EQUAL, value & 0xFFFFFFFF, if_true=remaining + 1))
-    code.append(_instruction(_RETURN, REFUSE))
+        code.append(instruction(_EQUAL, value & 0xFFFFFFFF, if_true=remaining + 1))
+    code.append(instruction(_RETURN, REFUSE))
     return b"".join(code)

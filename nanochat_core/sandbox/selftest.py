@@ -1,7 +1,7 @@
 """Attacks an isolation profile before it is trusted.
 
-What the kernel says about itself can be wrong or incomplete (nested sandboxes, filters that count for nothing), so
-every layer is asked to stop a real attempt.
+The kernel may report a feature that has no effect, for example inside another sandbox. Therefore every layer must stop
+a real attempt.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import os
 import tempfile
 
+from nanochat_core.sandbox.call import run_call
+from nanochat_core.sandbox.classify import classify
 from nanochat_core.sandbox.errors import ProfileUnavailable, WorkerFailed
-from nanochat_core.sandbox.process import WorkerProcess
 from nanochat_core.sandbox.profiles import Profile
 from nanochat_core.sandbox.results import Limits, ResultFormat
 from nanochat_core.sandbox.scratch import ScratchRoot
-from nanochat_core.sandbox.verdict import judge
+from nanochat_core.sandbox.worker_process import WorkerProcess
 
 _LIMITS = Limits(wall_seconds=10.0, cpu_seconds=5.0, memory_bytes=128 << 20, output_bytes=16 << 10)
 
-# (layer, what is attempted, code that gets through without an exception only when the layer leaks).
-# {secret} is a readable file outside, {folder} a writable folder outside.
+# Each attempt is a layer, an action, and code for the action. The code raises an exception unless the layer leaks.
+# {secret} is a readable file and {folder} a writable folder, both outside of the sandbox.
 ATTEMPTS: tuple[tuple[str, str, str], ...] = (
     ("files", "read a file outside", "open({secret!r}).read()"),
     ("files", "create a file outside", "open({folder!r} + '/new', 'w')"),
@@ -69,10 +70,10 @@ print('complete')
 
 
 async def self_test(profile: Profile, scratch_root: ScratchRoot) -> None:
-    """Attempt what ``profile`` must prevent.
+    """Try to break ``profile``.
 
     Raises:
-        ProfileUnavailable: the profile cannot start or a layer leaks; names the layer and the first leak.
+        ProfileUnavailable: the profile cannot start, or a layer leaks. The error names the layer and its first leak.
     """
     with tempfile.TemporaryDirectory(prefix="nanochat-selftest-", dir=scratch_root.path) as folder:
         secret = os.path.join(folder, "secret")
@@ -95,15 +96,13 @@ async def self_test(profile: Profile, scratch_root: ScratchRoot) -> None:
         ]
         try:
             worker = await WorkerProcess.start(profile, scratch_root)
+            try:
+                call = await run_call(worker, _PROGRAM.format(attempts=filled).encode(), _LIMITS, ResultFormat.STR)
+            finally:
+                await worker.dispose()
         except WorkerFailed as error:
             raise ProfileUnavailable("start", str(error)) from error
-        try:
-            outcome = await worker.run(_PROGRAM.format(attempts=filled).encode(), _LIMITS, ResultFormat.STR)
-        except WorkerFailed as error:
-            raise ProfileUnavailable("start", str(error)) from error
-        finally:
-            await worker.dispose()
-    result = judge(outcome, _LIMITS, profile.config.scratch_bytes, profile.name)
+    result = classify(call, _LIMITS, profile.config.scratch_bytes, profile.name)
     lines = result.stdout.splitlines()
     leaks = [line for line in lines if line != "complete"]
     if leaks:

@@ -1,7 +1,7 @@
-"""System call numbers of the two machine types that are supported.
+"""System call numbers of the two supported machine types, x86_64 and aarch64.
 
-Only calls that the policy names are listed. Source: the kernel's ``arch/x86/entry/syscalls/syscall_64.tbl`` and
-``include/uapi/asm-generic/unistd.h`` (aarch64); a missing number means that the machine has no such call.
+The table lists the calls that the policy names. Source: the kernel's ``arch/x86/entry/syscalls/syscall_64.tbl`` and
+``include/uapi/asm-generic/unistd.h`` (aarch64). ``None`` means that the machine has no such call.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import platform
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """A machine type as seccomp knows it.
+    """A machine type, described for a seccomp filter.
 
     Attributes:
+        name: as in ``uname -m``.
         audit_arch: ``AUDIT_ARCH_*`` value of a native call.
         numbers: call name to number.
-        foreign_bit: numbers with this bit set enter through another ABI (x32); 0 where there is none.
+        foreign_bit: bit of the numbers of another ABI (x32) on this machine; 0 without such an ABI.
     """
 
     name: str
@@ -165,5 +166,5 @@ _MACHINES = {"x86_64": X86_64, "amd64": X86_64, "aarch64": AARCH64, "arm64": AAR
 
 
 def this_machine() -> Machine | None:
-    """The machine this process runs on, or ``None`` where the sandbox has no syscall table for it."""
+    """The machine type of this process, or ``None`` if the sandbox does not support it."""
     return _MACHINES.get(platform.machine().lower())

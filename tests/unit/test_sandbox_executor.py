@@ -27,7 +27,7 @@ from nanochat_core.sandbox import (
     profiles,
     seccomp,
 )
-from nanochat_core.sandbox.process import WorkerProcess
+from nanochat_core.sandbox.worker_process import WorkerProcess
 from tests.support.processes import descendants
 
 ENDLESS = "import time\ntime.sleep(60)"
@@ -274,7 +274,7 @@ def _runs(pid: int) -> bool:
 
 
 def _allow_everything(machine: object) -> bytes:
-    return seccomp._instruction(0x06, seccomp.ALLOW)
+    return seccomp.instruction(0x06, seccomp.ALLOW)
 
 
 def _allow_every_file(interpreter: object) -> list[landlock.PathRule]:
@@ -285,8 +285,8 @@ def _allow_every_file(interpreter: object) -> list[landlock.PathRule]:
     ("layer", "place", "name", "broken"),
     [
         ("seccomp", seccomp, "build_filter", _allow_everything),
-        ("rlimits", WorkerProcess, "_limit", lambda self, limits, receiving: None),
-        ("rlimits", profiles, "_resource_limits", lambda config: b""),
+        ("rlimits", WorkerProcess, "set_limits", lambda self, limits, receiving: None),
+        ("rlimits", profiles, "resource_limits", lambda config: b""),
     ],
 )
 def test_a_layer_that_leaks_is_noticed_and_named(
@@ -306,7 +306,7 @@ def test_a_layer_that_leaks_is_noticed_and_named(
 def test_files_that_leak_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if landlock.kernel_abi() < landlock.MINIMUM_ABI:
         pytest.skip("no Landlock here")
-    monkeypatch.setattr(profiles, "_file_rules", _allow_every_file)
+    monkeypatch.setattr(profiles, "file_rules", _allow_every_file)
     with pytest.raises(SandboxUnavailable, match="pod: files: code could read a file outside"):
         SandboxExecutor(SandboxConfig(profile="pod", scratch_dir=str(tmp_path))).start()
     assert list(tmp_path.iterdir()) == []
@@ -318,7 +318,7 @@ def test_namespaces_that_leak_are_noticed(
     config = make().config
     if config.profile != "bwrap":
         pytest.skip("only bwrap has namespaces")
-    monkeypatch.setattr(profiles, "_namespace_options", lambda program: ["--die-with-parent"])
+    monkeypatch.setattr(profiles, "namespace_options", lambda program: ["--die-with-parent"])
     with pytest.raises(SandboxUnavailable, match="bwrap: namespaces: code could see its process number outside"):
         SandboxExecutor(config).start()
 
@@ -386,7 +386,7 @@ def test_a_failure_of_the_sandbox_is_not_blamed_on_the_code(
     make: Callable[..., SandboxExecutor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executor = make()
-    monkeypatch.setattr(executor._started(), "setup", b"\0\0\0\0")
+    monkeypatch.setattr(executor.isolation, "setup", b"\0\0\0\0")
     with pytest.raises(WorkerFailed, match="did not start"):
         executor.execute_sync("1 + 1")
 

@@ -1,5 +1,5 @@
-"""What runs inside the isolated interpreter.
+"""The program that runs inside the isolated interpreter.
 
-``main.py`` is executed by path with nothing else of the project importable, so these modules import each other by
-bare name there, and only the standard library otherwise.
+A worker executes ``main.py`` by its path and cannot import the rest of the project. Therefore these modules import each
+other by bare name, and otherwise only the standard library.
 """

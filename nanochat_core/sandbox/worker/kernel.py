@@ -1,4 +1,4 @@
-"""The kernel calls by which a worker gives up its rights. Each raises OSError when the kernel refuses."""
+"""The kernel calls by which a worker gives up its rights. Each raises OSError if the kernel refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 1, 4, 2
 _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 _SECCOMP_MODE_FILTER = 2
 _SIGKILL = 9
-# The same numbers on every machine type.
+# These system calls have the same numbers on every machine type.
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _LANDLOCK_RULE_PATH_BENEATH = 1
 _LANDLOCK_FILE_RIGHTS = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15
@@ -48,17 +48,19 @@ def _prctl(layer: str, option: int, *arguments: int) -> int:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends."""
+    """Ask the kernel to kill this process when the thread that started it ends."""
     _prctl("parent-death signal", _PR_SET_PDEATHSIG, _SIGKILL)
 
 
 def drop_privileges() -> None:
-    """No capabilities now or later, no privilege gain on exec, no inspection by other processes of the same user."""
+    """Give up all capabilities for good, and forbid new privileges on exec and inspection by other processes."""
     _prctl("no_new_privs", _PR_SET_NO_NEW_PRIVS, 1)
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
-            break  # the last capability was passed, or there is no right to drop and nothing that could be gained
-    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)  # fails only where there is no ambient set
+            break  # no further capability exists, or this process has no right to drop, and so none to gain
+    _libc.prctl(
+        _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0
+    )  # fails only on kernels without ambient capabilities
     nothing = (_CapabilityData * 2)()
     header = _CapabilityHeader(_CAPABILITY_VERSION_3, 0)
     _check(_libc.capset(ctypes.byref(header), ctypes.byref(nothing)), "capabilities")
@@ -66,7 +68,7 @@ def drop_privileges() -> None:
 
 
 def restrict_files(ruleset_attribute: bytes, rules: list[tuple[str, int]]) -> None:
-    """Landlock: from here on only ``rules`` (path, access) are allowed. Needs no_new_privs."""
+    """Allow only the file accesses of ``rules`` (path, access) from now on, by Landlock. Needs no_new_privs."""
     attribute = ctypes.create_string_buffer(ruleset_attribute, len(ruleset_attribute))
     ruleset = _check(
         _libc.syscall(_LANDLOCK_CREATE_RULESET, attribute, ctypes.c_size_t(len(ruleset_attribute)), 0), "landlock"
@@ -85,7 +87,7 @@ def restrict_files(ruleset_attribute: bytes, rules: list[tuple[str, int]]) -> No
 
 
 def restrict_system_calls(instructions: bytes) -> None:
-    """Seccomp: from here on only what the filter allows. Needs no_new_privs."""
+    """Allow only the system calls that the filter allows from now on, by seccomp. Needs no_new_privs."""
     program = _FilterProgram(len(instructions) // 8, instructions)
     mode, unused = ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.c_ulong(0)
     _check(_libc.prctl(_PR_SET_SECCOMP, mode, ctypes.byref(program), unused, unused), "seccomp")

@@ -1,4 +1,4 @@
-"""Entry of a worker: ``python -I -S main.py RESULT_FD``."""
+"""Entry point of a worker: ``python -I -S main.py RESULT_FD``."""
 
 import os
 import sys

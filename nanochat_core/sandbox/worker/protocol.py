@@ -1,9 +1,9 @@
-"""Messages between the executor and a worker. Shared by both sides.
+"""Messages between the executor and a worker. Both sides use this module.
 
-Executor to worker, on stdin: two frames, *setup* and *request*, each a list of byte fields; then end of file.
-Worker to executor, on the result pipe: ``READY`` when every layer of the isolation is on, ``BEGUN`` when the request
-has arrived and the code is next; what follows is the code's own claim about how it ended, and is treated as that:
-bounded, never trusted, and without influence on anything but the answer to this one call.
+The executor writes two frames to the worker's stdin, *setup* and *request*, and then closes the pipe. Each frame is a
+list of byte fields. The worker writes to the result pipe: ``READY`` once every layer of the isolation is active,
+``BEGUN`` once the request has arrived, and then a claim about how the code ended. The code can forge the claim.
+Therefore the executor bounds its size, never trusts it, and uses it only for the answer to this one call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import struct
 READY = b"+"
 BEGUN = b"*"
 
-# First byte of a claim.
+# The first byte of a claim is one of these kinds.
 VALUE, NOTHING, ERROR, MEMORY, DENIED, SCRATCH = (bytes([byte]) for byte in b"vnemds")
 
 _CLAIM_HEADER = struct.Struct("!cH")
@@ -22,13 +22,13 @@ CLAIM_OVERHEAD = len(BEGUN) + _CLAIM_HEADER.size + MAX_ERROR_BYTES
 
 
 def pack(fields: list[bytes]) -> bytes:
-    """One frame: total length, then every field with its length."""
+    """Build a frame: the total length, then each field with its own length."""
     body = b"".join(struct.pack("!I", len(field)) + field for field in fields)
     return struct.pack("!I", len(body)) + body
 
 
 def unpack(body: bytes) -> list[bytes]:
-    """Fields of a frame's body, which came from the executor and is well formed."""
+    """Split the body of a frame into its fields. The executor wrote the frame, so it is well formed."""
     fields, at = [], 0
     while at < len(body):
         (length,) = struct.unpack_from("!I", body, at)
@@ -38,12 +38,13 @@ def unpack(body: bytes) -> list[bytes]:
 
 
 def pack_claim(kind: bytes, error: bytes = b"", result: bytes = b"") -> bytes:
+    """Build a claim from its kind, an error message and the text of the result."""
     error = error[:MAX_ERROR_BYTES]
     return _CLAIM_HEADER.pack(kind, len(error)) + error + result
 
 
 def unpack_claim(data: bytes) -> tuple[bytes, bytes, bytes] | None:
-    """Kind, error and result that the code claims, or ``None`` when ``data`` makes no sense."""
+    """Split a claim into kind, error and result; ``None`` if ``data`` is not a valid claim."""
     if len(data) < _CLAIM_HEADER.size:
         return None
     kind, length = _CLAIM_HEADER.unpack_from(data)

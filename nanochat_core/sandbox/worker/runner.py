@@ -1,4 +1,4 @@
-"""A worker's life: give up rights, wait for one request, run its code, say how it ended, wait to be killed."""
+"""Runs one call: gives up rights, waits for the request, runs the code, reports, and waits to be killed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ import protocol
 _REQUESTS, _RESULT = 0, 3
 _PyCF_ONLY_AST = 0x400
 _Module = type(sys)
-_reserve = [bytearray(1 << 20)]  # given back when memory runs out, so that this can be reported
+_reserve = [bytearray(1 << 20)]  # freed when memory runs out, so that the report has room
 
 
 def serve(result_fd: int) -> None:
-    """Run one call, reporting on ``result_fd``. Never returns."""
+    """Run one call and report on ``result_fd``. Never returns."""
     if result_fd != _RESULT:
         os.dup2(result_fd, _RESULT)
         os.close(result_fd)
-    # The executor hands over nothing else; whatever a launcher in between left open is of a low number.
+    # The executor passes no further descriptors. A launcher may have left some open, all with low numbers.
     os.closerange(_RESULT + 1, 1024)
     _isolate(protocol.unpack(_read_frame()))
     os.write(_RESULT, protocol.READY)
@@ -37,15 +37,15 @@ def serve(result_fd: int) -> None:
 
 
 def _isolate(setup: list[bytes]) -> None:
-    """Apply every layer. The executor adds the limits of memory and CPU when it hands over the code."""
+    """Apply every layer of the isolation. The executor limits memory and CPU time later, with the request."""
     ruleset_attribute, instructions, limits, preload, *rules = setup
-    os.environ.clear()  # launchers and Python's own start-up add PWD and LC_CTYPE to the empty environment
+    os.environ.clear()  # a launcher and Python's start-up have added PWD and LC_CTYPE
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     for name in preload.decode().split():
         __import__(name)
     kernel.drop_privileges()
-    kernel.die_with_parent()  # after it, because a change of credentials may clear the setting
+    kernel.die_with_parent()  # a change of credentials may clear this setting, so it comes second
     for number, value in struct.iter_unpack("=IQ", limits):
         inherited = resource.getrlimit(number)[1]
         allowed = value if inherited == resource.RLIM_INFINITY else min(value, inherited)
@@ -66,16 +66,16 @@ def _read_exactly(count: int) -> bytes:
     while len(data) < count:
         piece = os.read(_REQUESTS, count - len(data))
         if not piece:
-            os._exit(0)  # the executor is gone or needs this worker no more
+            os._exit(0)  # the executor has ended or no longer needs this worker
         data += piece
     return bytes(data)
 
 
 def _run_and_report(code: bytes, to_text: Callable[[object], str], output_bytes: int) -> None:
-    """Run ``code`` and write the claim.
+    """Run ``code`` and write the claim about its end.
 
-    What is used after the code ran is bound to locals before it, so that code which overwrites, say, ``os.write`` is
-    still reported properly. Code that tampers with more than that lies about itself only.
+    Local variables keep the functions that are needed after the code has run, so the report is right even if the code
+    overwrites, for example, ``os.write``. Code that tampers with more than that can only falsify its own report.
     """
     write, close, wait, pack_claim = os.write, os.close, _signal.pause, protocol.pack_claim
     describe, show, errors = _describe, sys.__excepthook__, sys.stderr
@@ -88,7 +88,7 @@ def _run_and_report(code: bytes, to_text: Callable[[object], str], output_bytes:
         if value is None:
             claim = pack_claim(protocol.NOTHING)
         else:
-            # One byte more than allowed tells the executor that there was more; a character is at least a byte.
+            # One byte above the limit tells the executor that the text is longer. A character has at least one byte.
             text = to_text(value)[: output_bytes + 1].encode("utf-8", "replace")[: output_bytes + 1]
             claim = pack_claim(protocol.VALUE, result=text)
     except BaseException as error:
@@ -101,7 +101,7 @@ def _run_and_report(code: bytes, to_text: Callable[[object], str], output_bytes:
                 trace = trace.tb_next
             error.__traceback__ = trace
             show(type(error), error, trace)
-        except BaseException:  # noqa: S110 - an exception that cannot be printed is still reported by the claim
+        except BaseException:  # noqa: S110 - the claim reports an exception that cannot be printed
             pass
     while claim:
         claim = claim[write(_RESULT, claim) :]
@@ -111,18 +111,18 @@ def _run_and_report(code: bytes, to_text: Callable[[object], str], output_bytes:
 
 
 def _evaluate(code: str, namespace: dict[str, object]) -> object:
-    """Execute ``code``; the value of a trailing expression, if there is one."""
+    """Execute ``code`` and return the value of the expression at its end; ``None`` without one."""
     tree = compile(code, "<code>", "exec", _PyCF_ONLY_AST, dont_inherit=True)
     last = None
     if tree.body and type(tree.body[-1]).__name__ == "Expr":
         expression = tree.body.pop().value
         last = compile(_ast.Expression(expression), "<code>", "eval", dont_inherit=True)
-    exec(compile(tree, "<code>", "exec", dont_inherit=True), namespace)  # noqa: S102 - this is what a worker is for
+    exec(compile(tree, "<code>", "exec", dont_inherit=True), namespace)  # noqa: S102 - running this code is the purpose of a worker
     return None if last is None else eval(last, namespace)  # noqa: S307
 
 
 def _describe(error: BaseException) -> bytes:
-    """The claim for an exception that ended the code: its kind and one line."""
+    """Build the claim for the exception that ended the code."""
     name = type(error).__name__
     try:
         line = " ".join(f"{name}: {error}".split()) if str(error) else name

@@ -1,0 +1,276 @@
+"""The life of one worker process: it is started ahead, used for one call, killed and reaped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import os
+import resource
+import select
+import signal
+import subprocess
+from collections.abc import Callable
+
+from nanochat_core.sandbox import scratch
+from nanochat_core.sandbox.capture import Capture, last_line
+from nanochat_core.sandbox.errors import WorkerFailed
+from nanochat_core.sandbox.process_usage import ProcessUsage
+from nanochat_core.sandbox.profiles import Profile
+from nanochat_core.sandbox.results import Limits
+from nanochat_core.sandbox.worker import protocol
+
+log = logging.getLogger("nanochat.sandbox")
+
+START_SECONDS = 20.0
+_LAUNCHER_EXIT_SECONDS = 1.0
+_FORCED_EXIT_SECONDS = 10.0
+
+
+class WorkerProcess:
+    """An interpreter that has isolated itself and waits for the code of its only call.
+
+    A worker belongs to the event loop and to the thread that started it: the kernel kills the worker when that thread
+    ends. Some profiles start the worker through a launcher such as bubblewrap; otherwise the worker is its own
+    launcher.
+
+    Attributes:
+        stdout, stderr, result: descriptors of the pipes that the worker writes to.
+        handle: pidfd of the launcher, readable once the launcher has ended.
+        usage: CPU time and memory of the worker.
+    """
+
+    usage: ProcessUsage
+    stdout: int
+    stderr: int
+    result: int
+
+    def __init__(self, profile: Profile, scratch_root: scratch.ScratchRoot | None) -> None:
+        self._profile = profile
+        self._scratch = scratch_root.new() if scratch_root and profile.host_scratch else None
+        self._fds: set[int] = set()
+        self._launcher: subprocess.Popen[bytes] | None = None
+        self.handle = -1
+        self._worker_handle = -1  # pidfd of the worker, set once the worker is ready
+        self._pid = 0
+        self._exit: tuple[int, float] | None = None
+
+    @classmethod
+    async def start(cls, profile: Profile, scratch_root: scratch.ScratchRoot | None) -> WorkerProcess:
+        """Start a worker and wait until it has isolated itself.
+
+        Raises:
+            WorkerFailed: the worker could not be started, or could not apply a layer of the isolation.
+        """
+        try:
+            worker = cls(profile, scratch_root)
+        except OSError as error:
+            raise WorkerFailed(f"a sandbox worker did not start: {error}") from error
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                worker._launch()
+                await worker.send(profile.setup)
+                await worker._wait_until_ready()
+        except OSError as error:
+            detail = worker._last_words() or str(error) or f"not ready after {START_SECONDS:g} s"
+            await worker.dispose()
+            raise WorkerFailed(f"a sandbox worker did not start: {detail}") from error
+        except BaseException:
+            await worker.dispose()
+            raise
+        return worker
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        poll = select.poll()
+        poll.register(self.handle, select.POLLIN)
+        return not poll.poll(0)
+
+    @property
+    def scratch_exceeded(self) -> bool:
+        """Whether the scratch folder on the host, if there is one, holds more than the call may store."""
+        config = self._profile.config
+        return self._scratch is not None and scratch.exceeds(self._scratch, config.scratch_bytes, config.scratch_files)
+
+    def set_limits(self, limits: Limits, receiving: int) -> None:
+        """Set the kernel's limits for the worker's memory and CPU time.
+
+        The CPU limit is a second line of defense, in whole seconds; the executor's own clock is finer.
+
+        Args:
+            limits: what the call may use.
+            receiving: bytes of memory that the worker needs to receive the request.
+        """
+        for number, value in (
+            (resource.RLIMIT_AS, self.usage.address_space_bytes() + receiving + limits.memory_bytes),
+            (resource.RLIMIT_CPU, math.ceil(self.usage.cpu_seconds() + limits.cpu_seconds) + 1),
+        ):
+            inherited = resource.prlimit(self._pid, number)[1]
+            allowed = value if inherited == resource.RLIM_INFINITY else min(value, inherited)
+            resource.prlimit(self._pid, number, (allowed, allowed))
+
+    async def send(self, data: bytes) -> None:
+        """Write to the worker's stdin. Raises OSError if the worker has ended."""
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[os.write(self._stdin, rest) :]
+            except BlockingIOError:
+                loop = asyncio.get_running_loop()
+                await _wait_for_fd(loop.add_writer, loop.remove_writer, self._stdin)
+
+    def close_stdin(self) -> None:
+        """Tell the worker that no further data follows."""
+        self._close(self._stdin)
+
+    def kill(self) -> None:
+        """Send SIGKILL to the worker.
+
+        The worker is the only process of its session, and in bubblewrap the first of its process namespace, so no
+        process can outlive it. A launcher reaps the worker and then ends by itself.
+        """
+        if self._exit is None:
+            try:
+                signal.pidfd_send_signal(self._worker_handle, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # the worker has already ended
+
+    async def reap(self, patience: float = _LAUNCHER_EXIT_SECONDS) -> tuple[int, float]:
+        """Wait until the process has ended; kill the launcher after ``patience`` seconds.
+
+        Returns:
+            The exit code (128 + number for a signal) and the CPU seconds.
+
+        Raises:
+            WorkerFailed: the process cannot be killed.
+        """
+        if self._exit is not None:
+            return self._exit
+        assert self._launcher is not None
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(patience):
+                await _wait_for_fd(loop.add_reader, loop.remove_reader, self.handle)
+        except TimeoutError:
+            log.warning("a sandbox launcher did not end by itself", extra={"pid": self._launcher.pid})
+            signal.pidfd_send_signal(self.handle, signal.SIGKILL)
+            try:
+                async with asyncio.timeout(_FORCED_EXIT_SECONDS):
+                    await _wait_for_fd(loop.add_reader, loop.remove_reader, self.handle)
+            except TimeoutError:
+                raise WorkerFailed(f"process {self._launcher.pid} of the sandbox cannot be killed") from None
+        _, status, usage = os.wait4(self._launcher.pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        self._launcher.returncode = code  # subprocess must not wait for the process again
+        self._exit = (128 - code if code < 0 else code, usage.ru_utime + usage.ru_stime)
+        return self._exit
+
+    async def dispose(self) -> None:
+        """Kill and reap the worker, close its descriptors and remove its scratch folder. Idempotent."""
+        if self._launcher is not None:
+            patience = _LAUNCHER_EXIT_SECONDS
+            if self._worker_handle >= 0:
+                self.kill()
+            elif self._stdin in self._fds:
+                # The worker is not ready. Killing a launcher during its set-up would leave a child that waits for ever.
+                # A worker whose stdin is closed ends by itself, so close it and wait longer.
+                self.close_stdin()
+                patience = START_SECONDS
+            try:
+                await self.reap(patience)
+            except WorkerFailed as error:
+                log.error("a sandbox worker was left behind", extra={"error": str(error)})
+        for fd in list(self._fds):
+            self._close(fd)
+        if self._scratch is not None:
+            folder, self._scratch = self._scratch, None
+            try:
+                if os.listdir(folder):
+                    await asyncio.to_thread(scratch.remove, folder)
+                else:
+                    os.rmdir(folder)
+            except OSError as error:
+                log.error("a scratch folder could not be removed", extra={"folder": folder, "error": str(error)})
+
+    def _launch(self) -> None:
+        child_stdin, self._stdin = self._pipe()
+        self.stdout, child_stdout = self._pipe()
+        self.stderr, child_stderr = self._pipe()
+        self.result, child_result = self._pipe()
+        self._status, child_status = self._pipe()
+        children = (child_stdin, child_stdout, child_stderr, child_result, child_status)
+        process = subprocess.Popen(  # noqa: S603 - the command comes from the profile
+            self._profile.command(child_result, child_status),
+            env={},
+            cwd=self._scratch or "/",
+            stdin=child_stdin,
+            stdout=child_stdout,
+            stderr=child_stderr,
+            pass_fds=(child_result, child_status),
+            start_new_session=True,
+        )
+        try:
+            self.handle = self._own(os.pidfd_open(process.pid))
+        except OSError:
+            process.kill()
+            process.wait()
+            raise
+        self._launcher = process
+        for fd in children:
+            self._close(fd)
+        for fd in (self._stdin, self.stdout, self.stderr, self.result, self._status):
+            os.set_blocking(fd, False)
+
+    async def _wait_until_ready(self) -> None:
+        loop = asyncio.get_running_loop()
+        await _wait_for_fd(loop.add_reader, loop.remove_reader, self.result)
+        if os.read(self.result, 1) != protocol.READY:
+            raise OSError("it ended at once")
+        assert self._launcher is not None
+        self._pid = self._launcher.pid
+        try:
+            status = os.read(self._status, 4096)
+        except BlockingIOError:
+            status = b""
+        if status:
+            self._pid = int(json.loads(status.splitlines()[0])["child-pid"])
+        # No code runs yet that could end the worker, so the process id cannot belong to another process.
+        self._worker_handle = self._own(os.pidfd_open(self._pid))
+        self.usage = ProcessUsage(self._pid)
+
+    def _last_words(self) -> str:
+        """The last line on stderr of a worker that failed to start; empty without one."""
+        if self._launcher is None:
+            return ""
+        stderr = Capture("stderr", self.stderr, 1 << 16)
+        stderr.read_available()
+        return last_line(stderr.data)
+
+    def _pipe(self) -> tuple[int, int]:
+        read, write = os.pipe()
+        return self._own(read), self._own(write)
+
+    def _own(self, fd: int) -> int:
+        self._fds.add(fd)
+        return fd
+
+    def _close(self, fd: int) -> None:
+        self._fds.discard(fd)
+        os.close(fd)
+
+
+async def _wait_for_fd(add: Callable[..., object], remove: Callable[[int], object], fd: int) -> None:
+    """Wait until ``fd`` can be read or written; ``add`` is the event loop's ``add_reader`` or ``add_writer``."""
+    ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def set_ready() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    add(fd, set_ready)
+    try:
+        await ready
+    finally:
+        remove(fd)
