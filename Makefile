@@ -7,9 +7,10 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 WEB := services/gateway/web
 STATIC := services/gateway/static
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# tests/install-servers puts programs for tests and lint into the cache.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH):$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/nanochat-tests/bin
 
-.PHONY: help run test test-cluster test-numerics lint format docs protos lock images clean setup
+.PHONY: help run test test-unit test-cluster test-numerics lint format docs protos lock images release clean setup
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -24,6 +25,9 @@ test: setup $(STATIC)/index.html ## Lint, type checks and every test that needs 
 	@$(MAKE) --no-print-directory lint
 	@npm --prefix $(WEB) run --silent check && npm --prefix $(WEB) test --silent
 	@$(PYTHON) -m pytest -m "not cluster" -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
+
+test-unit: setup ## The unit tests that start no server and train nothing: the loop while you edit
+	@$(PYTHON) -m pytest tests/unit -m "not slow" -n $(TEST_PROCESSES) --dist loadscope
 
 # The Kubernetes tests train the model and leave it in TEST_STORE, from where the Compose tests serve it.
 # NANOCHAT_CLUSTER_EXEC is put before the former where only that command reaches the cluster.
@@ -56,7 +60,10 @@ lock: setup ## Pin the dependencies again after a change to pyproject.toml (UPGR
 	  pyproject.toml $(addprefix --extra ,gateway engine sandbox jobs) $(addprefix --group ,dev installer node) -o requirements.lock
 
 images: ## Build nanochat-{gateway,engine,sandbox,jobs}:dev (BUILD_NETWORK=host where builds have no network)
-	@docker compose --profile train build gateway engine sandbox train
+	@REVISION=$$(git rev-parse HEAD 2>/dev/null) docker compose --profile train build gateway engine sandbox train
+
+release: ## Show what a release of this version would do; YES=1 tags it and lets the workflow publish it
+	@deploy/release
 
 setup: $(VENV)/.installed
 

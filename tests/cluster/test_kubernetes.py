@@ -89,7 +89,8 @@ def release(namespace: str, training: dict[str, Any]) -> str:
     """Name of the running release, which serves what was trained."""
     expected = f"--set-string=test.expect={ANSWER}"
     try:
-        run("helm", "-n", namespace, "install", "nanochat", CHART, expected, "--wait", "--timeout=4m")
+        flags = ("--set=image.tag=dev", expected, "--wait", "--timeout=4m")
+        run("helm", "-n", namespace, "install", "nanochat", CHART, *flags)
     except AssertionError:
         for component in ("gateway", "engine", "sandbox"):
             print(run("kubectl", "-n", namespace, "describe", f"deployment/nanochat-{component}").stdout)

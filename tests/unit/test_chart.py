@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,15 @@ def test_a_template_holds_one_resource(template: Path) -> None:
 def test_chart_and_compose_name_the_same_images() -> None:
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     for component in ("gateway", "engine", "sandbox"):
-        assert compose[component]["image"] == f"{VALUES[component]['image']}:{VALUES['image']['tag']}"
+        assert compose[component]["image"] == f"{VALUES[component]['image']}:dev"
+
+
+def test_the_images_of_the_projects_version_are_the_default() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert (chart["version"], chart["appVersion"]) == (version, version)
+    assert VALUES["image"]["tag"] == ""
+    assert "image.tag | default $root.Chart.AppVersion" in (CHART / "templates/_helpers.tpl").read_text()
 
 
 def test_chart_serves_what_the_demo_job_trains() -> None:

@@ -33,7 +33,7 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{- define "nanochat.image" -}}
 {{- $root := index . 0 -}}
 {{- $name := (index $root.Values (index . 1)).image -}}
-{{- with $root.Values.image.registry }}{{ . }}/{{ end }}{{ $name }}:{{ $root.Values.image.tag }}
+{{- with $root.Values.image.registry }}{{ . }}/{{ end }}{{ $name }}:{{ $root.Values.image.tag | default $root.Chart.AppVersion }}
 {{- end -}}
 
 {{/* Pod fields that all pods share; the restricted Pod Security level. Takes (list $ "component"). */}}
