@@ -1,6 +1,6 @@
 """Windowed attention on a CPU: a compiled forward and backward pass of each backend beside that of plain SDPA.
 
-Run from the project's root: ``python tests/benchmarks/bench_attention.py``. Backends take turns, and the best of
+Run from the project's root: ``python -m tests.benchmarks.bench_attention``. Backends take turns, and the best of
 several runs counts. With ``--threads 1`` the clock is the process's CPU time, so that other work on the machine matters
 less.
 """
@@ -8,14 +8,10 @@ less.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nanochat_core.attention import Attention, cpu
 from nanochat_core.attention.cpu import blockwise_attention

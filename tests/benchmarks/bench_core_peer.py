@@ -1,6 +1,6 @@
 """CORE by this project and by karpathy/nanochat: the same accuracies, and how long each takes.
 
-``python tests/benchmarks/bench_core_peer.py --peer PATH --bundle FOLDER --max-per-task 100``, from the project's root.
+``python -m tests.benchmarks.bench_core_peer --peer PATH --bundle FOLDER --max-per-task 100``, from the project's root.
 The peer makes a tokenizer and a model that has read the bundle's own text for a few steps, and saves them in its
 layout; this project imports them. Then both evaluate the same files in alternating runs, each a process of its own in
 fp32: the peer by ``evaluate_core`` of its ``base_eval.py``, without torch.compile, as that program runs it.
@@ -11,20 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from peer import peer_config, run_ours, run_peer
 
 from jobs.measures.core.bundle import open_bundle, read_bundle
 from jobs.train.import_nanochat import ImportSettings
 from jobs.train.import_nanochat import run as import_nanochat
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import run_main
+from tests.benchmarks.peer import peer_config, run_ours, run_peer
 
 
 def main() -> int:
@@ -79,7 +75,7 @@ def main() -> int:
                 if side == "peer":
                     run_peer(options.peer, "core", task, folder)
                 else:
-                    run_ours("our_core_process.py", task, folder)
+                    run_ours("our_core_process", task, folder)
                 runs[side].append(json.loads((folder / "result.json").read_bytes()))
                 print(f"round {number}: {side} {runs[side][-1]['seconds']:.1f} s", flush=True)
     return show(runs, {task.label: len(task.items) for task in bundle.tasks})

@@ -1,18 +1,14 @@
 """What this CPU gives: matrix products by dtype, and one optimizer step of the demo model.
 
-Run from the project's root: ``python tests/benchmarks/bench_cpu.py``. Compare figures of one run only.
+Run from the project's root: ``python -m tests.benchmarks.bench_cpu``. Compare figures of one run only.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nanochat_core.config import ModelConfig
 from nanochat_core.cpu_setup import prepare_cpu

@@ -1,6 +1,6 @@
 """The inference core against karpathy/nanochat's engine, same random weights, in alternating runs.
 
-``python tests/benchmarks/bench_engine_peer.py --peer PATH --dtype fp32 --rounds 5``, from the project's root. Every run
+``python -m tests.benchmarks.bench_engine_peer --peer PATH --dtype fp32 --rounds 5``, from the project's root. Every run
 is a process of its own that loads the weights, answers a few other requests of the case untimed, and then the case's.
 
 Both sides get the same prompts and give exactly the same number of tokens; greedy ones must be the same in fp32. The
@@ -15,19 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from peer import PEER_DTYPES, peer_config, run_ours, run_peer
-
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError, run_main
+from tests.benchmarks.peer import PEER_DTYPES, peer_config, run_ours, run_peer
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 32, 128
 WARM_UP_TOKENS = 16
@@ -146,7 +142,7 @@ def main() -> int:
                 if side == "peer":
                     run_peer(options.peer, "serve", task, folder, options.dtype)
                 else:
-                    run_ours("our_engine_process.py", task, folder)
+                    run_ours("our_engine_process", task, folder)
                 results[side] = json.loads((folder / "result.json").read_bytes())
             for name in chosen:
                 for side, result in results.items():

@@ -1,6 +1,6 @@
 """The inference core against the continuous batching of Hugging Face's transformers, in alternating runs.
 
-``python tests/benchmarks/bench_engine_transformers.py --transformers FOLDER``, from the project's root, where ``pip
+``python -m tests.benchmarks.bench_engine_transformers --transformers FOLDER``, from the project's root, where ``pip
 install --target FOLDER transformers`` has filled ``FOLDER``; torch is this project's on both sides.
 
 The networks differ (theirs is a Llama), the matrices are as large: the same depth, width, heads and vocabulary, and as
@@ -11,18 +11,15 @@ is a process of its own that answers a few requests first; theirs, which keeps n
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import numpy as np
-from bench_engine_peer import WARM_UP_TOKENS, arguments, cases, count_tokens, request, show_medians
-from peer import run_ours, run_with
 
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError, run_main
+from tests.benchmarks.bench_engine_peer import WARM_UP_TOKENS, arguments, cases, count_tokens, request, show_medians
+from tests.benchmarks.peer import run_ours, run_with
 
 # Requests of each batch size are so many in all, at least a batch.
 _REQUESTS = 16
@@ -71,7 +68,7 @@ def main() -> int:
                 if side == "peer":
                     run_with(options.transformers, "transformers_process.py", task, folder)
                 else:
-                    run_ours("our_engine_process.py", task, folder)
+                    run_ours("our_engine_process", task, folder)
                 result = json.loads((folder / "result.json").read_bytes())
                 for name, case in everything.items():
                     tokens = count_tokens(name, case, result[name])

@@ -1,6 +1,6 @@
 """Weights of eight bits beside fp32 and bf16, in alternating rounds: speed, and what the rounding costs.
 
-From the project's root: ``python tests/benchmarks/bench_int8.py`` measures the speed of a model with random weights;
+From the project's root: ``python -m tests.benchmarks.bench_int8`` measures the speed of a model with random weights;
 ``--home .nanochat --model demo`` does so for a trained one and compares what the model makes of the validation text.
 """
 
@@ -9,11 +9,8 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import pyarrow.parquet as pq
 import torch

@@ -1,6 +1,6 @@
 """Tokens per second of the loader on 1, 2, … threads, what its parts take, and what packing wastes.
 
-Run from the project's root: ``python tests/benchmarks/bench_loader.py HOME DATASET TOKENIZER [THREADS]``, where HOME is
+Run from the project's root: ``python -m tests.benchmarks.bench_loader HOME DATASET TOKENIZER [THREADS]``, where HOME is
 an artifact store. Compare figures of one run only.
 """
 
@@ -11,9 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from jobs.data.shards import TextDataset
 from jobs.data.tokenizers import load_tokenizer

@@ -1,6 +1,6 @@
 """The chunked loss on a CPU beside the plain formula: a compiled forward and backward pass, its time and its memory.
 
-Run from the project's root on Linux: ``python tests/benchmarks/bench_loss.py``. The two take turns, and the best of
+Run from the project's root on Linux: ``python -m tests.benchmarks.bench_loss``. The two take turns, and the best of
 several runs counts. With ``--threads 1`` the clock is the process's CPU time, so that other work on the machine matters
 less. Memory is what a pass holds at its peak beyond what the process held before.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +16,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nanochat_core.chunked_loss import IGNORE_INDEX, softcap, softcapped_cross_entropy
 from nanochat_core.cpu_setup import prepare_cpu

@@ -1,6 +1,6 @@
 """What packing wastes by the size of its buffer, in the long run: on a dataset, and on lengths as web pages have them.
 
-Run from the project's root: ``python tests/benchmarks/bench_packing.py HOME DATASET TOKENIZER``, where HOME is an
+Run from the project's root: ``python -m tests.benchmarks.bench_packing HOME DATASET TOKENIZER``, where HOME is an
 artifact store. Takes some minutes.
 """
 
@@ -9,12 +9,9 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from jobs.data.shards import TextDataset
 from jobs.data.tokenizers import load_tokenizer

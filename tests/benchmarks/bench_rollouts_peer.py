@@ -1,6 +1,6 @@
 """Rollouts of reinforcement learning against karpathy/nanochat's, same random weights, in alternating runs.
 
-``python tests/benchmarks/bench_rollouts_peer.py --peer PATH``, from the project's root. Every run is a process of
+``python -m tests.benchmarks.bench_rollouts_peer --peer PATH``, from the project's root. Every run is a process of
 its own that loads the weights, answers one prompt untimed, and then draws one step's rollouts: 16 examples with 16
 samples each at temperature 1 and top-k 50, up to 256 tokens, which are the defaults of both sides.
 
@@ -16,19 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from peer import PEER_DTYPES, peer_config, run_ours, run_peer
-
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError, run_main
+from tests.benchmarks.peer import PEER_DTYPES, peer_config, run_ours, run_peer
 
 
 def main() -> int:
@@ -86,7 +82,7 @@ def main() -> int:
                 if side == "peer":
                     run_peer(options.peer, "rollouts", task, folder, options.dtype)
                 else:
-                    run_ours("our_rollouts_process.py", task | {"one_at_a_time": side != "ours"}, folder)
+                    run_ours("our_rollouts_process", task | {"one_at_a_time": side != "ours"}, folder)
                 result = json.loads((folder / "result.json").read_bytes())
                 lengths = [length for choices in result["lengths"] for length in choices]
                 if len(lengths) != options.examples * options.samples:

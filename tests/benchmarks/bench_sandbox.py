@@ -1,6 +1,6 @@
 """Latency of sandbox calls beside that of a bare interpreter, and throughput of a burst.
 
-    python tests/benchmarks/bench_sandbox.py [--calls 200]
+    python -m tests.benchmarks.bench_sandbox [--calls 200]
 
 The bare interpreter runs between the calls, so both meet the same disturbances, and the ratio says more than the times.
 """
@@ -14,9 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nanochat_core.sandbox import SandboxConfig, SandboxExecutor, SandboxUnavailable
 from nanochat_core.sandbox.interpreter import current_executable

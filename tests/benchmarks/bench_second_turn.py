@@ -1,6 +1,6 @@
 """Time to the first token of a conversation's second turn, with prefix caching and without, in alternating rounds.
 
-``python tests/benchmarks/bench_second_turn.py``, from the project's root. The first turn's prompt and answer have 200
+``python -m tests.benchmarks.bench_second_turn``, from the project's root. The first turn's prompt and answer have 200
 tokens together, the second adds 20. Weights are random; every round has other tokens.
 """
 
@@ -9,11 +9,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 

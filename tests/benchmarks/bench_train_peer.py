@@ -1,6 +1,6 @@
 """Training speed against karpathy/nanochat in alternating runs, and the share of the CPU's matrix product rate.
 
-``python tests/benchmarks/bench_train_peer.py --peer PATH --data FOLDER --dtype fp32 --rounds 3 --seconds 30``, from the
+``python -m tests.benchmarks.bench_train_peer --peer PATH --data FOLDER --dtype fp32 --rounds 3 --seconds 30``, from the
 project's root. Every run is a process of its own that compiles for itself; the first steps are not timed. A step is
 32 rows and includes the optimizer. How many steps the peer's first run does in the given time is what all runs do.
 """
@@ -13,11 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from peer import WARMUP_STEPS, Comparison, arguments
-
 from nanochat_core.errors import run_main
+from tests.benchmarks.peer import WARMUP_STEPS, Comparison, arguments
 
 BATCHES = 64
 # Steps to write a schedule for; no run gets there.

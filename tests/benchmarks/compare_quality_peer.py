@@ -1,6 +1,6 @@
 """Bits per byte against karpathy/nanochat after the same steps, and after the same time.
 
-``python tests/benchmarks/compare_quality_peer.py --peer PATH --data FOLDER --steps 300``, from the project's root. Both
+``python -m tests.benchmarks.compare_quality_peer --peer PATH --data FOLDER --steps 300``, from the project's root. Both
 train on the same rows with the same rates and schedule and are evaluated on the same held-out rows; with
 ``--init shared`` both start from the weights that the peer draws, with ``--init own`` each draws its own with the same
 seed. Time counts optimizer steps after the first ones, in which both compile.
@@ -8,17 +8,13 @@ seed. Time counts optimizer steps after the first ones, in which both compile.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from peer import WARMUP_STEPS, Comparison, Result, arguments
-
 from nanochat_core.errors import run_main
+from tests.benchmarks.peer import WARMUP_STEPS, Comparison, Result, arguments
 
 
 def elapsed(result: Result) -> list[float]:

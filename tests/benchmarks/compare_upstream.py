@@ -1,6 +1,6 @@
 """Logits of imported models against karpathy/nanochat's own.
 
-``python tests/benchmarks/compare_upstream.py --peer PATH``, from the project's root. The peer makes a model with random
+``python -m tests.benchmarks.compare_upstream --peer PATH``, from the project's root. The peer makes a model with random
 weights (output projections and scalars included), saves it and a tokenizer in its own layout, and computes logits in
 fp32; this imports the folder and computes them again.
 """
@@ -8,16 +8,11 @@ fp32; this imports the folder and computes them again.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from peer import peer_config, run_peer
 
 from jobs.train.import_nanochat import ImportSettings
 from jobs.train.import_nanochat import run as import_nanochat
@@ -25,6 +20,7 @@ from nanochat_core.checkpoint import load_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import run_main
 from nanochat_core.store import open_store
+from tests.benchmarks.peer import peer_config, run_peer
 
 
 def shape(depth: int, head_dim: int, pattern: str, *, kv: int | None = None, vocab: int = 512) -> ModelConfig:

@@ -1,6 +1,6 @@
 """Kill a training run at random moments, start it again each time, and compare it with one that nothing happened to.
 
-``python tests/benchmarks/kill_and_resume.py --kills 20 --steps 200``, from the project's root. For pretraining and
+``python -m tests.benchmarks.kill_and_resume --kills 20 --steps 200``, from the project's root. For pretraining and
 fine-tuning of a tiny model: the weights' digest and every loss must be equal to the bit.
 """
 
@@ -14,8 +14,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.support.tiny_training import PRETRAIN, SFT, Jobs, Result, fill
 

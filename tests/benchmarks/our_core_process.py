@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from jobs.measures.core.bundle import open_bundle, read_bundle
 from jobs.measures.core.run import CoreResult, evaluate_core
 from jobs.measures.core.scoring import Scorer

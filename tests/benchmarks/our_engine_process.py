@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import torch
 
 from jobs.eval.bench_engine import random_model, random_tokenizer

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from jobs.train.batches.loader import Batch
 from jobs.train.import_nanochat import convert, model_config, read_upstream
 from jobs.train.loop.context import RunSettings, make_trainable

@@ -7,11 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from our_engine_process import load
-
 from jobs.eval.bench_engine import random_tokenizer
 from nanochat_core.cpu_setup import prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams
+from tests.benchmarks.our_engine_process import load
 
 
 def main() -> None:

@@ -135,7 +135,7 @@ class Comparison:
         if side == "peer":
             run_peer(options.peer, "train", task, self.folder, options.dtype)
         else:
-            run_ours("our_process.py", task, self.folder)
+            run_ours("our_process", task, self.folder)
         return Result(**json.loads((self.folder / "result.json").read_bytes()))
 
     def _packed(self, texts: list[str], batches: int, rows: int) -> np.ndarray:
@@ -181,13 +181,13 @@ def run_peer(peer: Path, name: str, task: dict[str, Any], folder: Path, dtype: s
     _run([str(HERE / "peer_process.py"), name, str(_written(folder, name, task))], folder, environment)
 
 
-def run_ours(script: str, task: dict[str, Any], folder: Path) -> None:
-    """Run ``script`` of this folder on the task.
+def run_ours(module: str, task: dict[str, Any], folder: Path) -> None:
+    """Run ``module`` of this package on the task.
 
     Raises:
         UserError: it failed; its output is in the message.
     """
-    _run([str(HERE / script), str(_written(folder, "ours", task))], ROOT, {})
+    _run(["-m", f"{__package__}.{module}", str(_written(folder, "ours", task))], ROOT, {})
 
 
 def run_with(packages: Path, script: str, task: dict[str, Any], folder: Path) -> None:
@@ -216,4 +216,4 @@ def _run(arguments: list[str], cwd: Path, environment: dict[str, str]) -> None:
         check=False,
     )
     if done.returncode:
-        raise UserError(f"{Path(arguments[0]).name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        raise UserError(f"{' '.join(arguments)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

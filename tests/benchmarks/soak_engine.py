@@ -1,6 +1,6 @@
 """Thousands of requests of mixed load against a real engine and sandbox, and what must hold afterwards.
 
-``python tests/benchmarks/soak_engine.py --requests 10000``, from the project's root. A small random model makes the
+``python -m tests.benchmarks.soak_engine --requests 10000``, from the project's root. A small random model makes the
 requests cheap; they come over gRPC with random lengths, priorities, seeds, common prefixes and numbers of choices. One
 in five is cancelled at a random moment, one in five runs Python, some have a deadline, some are wrong, and now and then
 more come at once than the queue takes. Exits with 1 unless
@@ -25,8 +25,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import grpc
 
