@@ -1,4 +1,4 @@
-"""``python -m services.gateway``: the REST API and the chat page."""
+"""``python -m services.gateway``: serves the REST API and the chat page."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PROGRAM = "python -m services.gateway"
 
 
 def main() -> None:
-    """Serve until SIGTERM or SIGINT."""
+    """Serves until SIGTERM or SIGINT."""
     config = settings.load(GatewaySettings, prefix="NANOCHAT_GATEWAY", program=_PROGRAM)
     logs.configure("gateway", config.log_level)
-    # Its events about connections and lifespan say nothing that the gateway's own don't.
+    # The gateway logs connections and its start itself.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.getLogger(__name__).info("starting", extra={"settings": settings.describe(config)})
     listener = listen(config.host, config.port)

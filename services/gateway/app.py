@@ -1,4 +1,4 @@
-"""The gateway as an ASGI application."""
+"""The gateway as an ASGI application: middleware, endpoints and error handlers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from services.gateway.api import chat, completions, docs, models, probes, report, tokens
-from services.gateway.api.dependencies import Gateway
 from services.gateway.api.web_page import WebPage
 from services.gateway.engines.pool import EnginePool
 from services.gateway.errors import ClientGone, on_client_gone, on_http_error, on_validation_error
 from services.gateway.metrics import Metrics
 from services.gateway.middleware.body_limit import BodyLimit
 from services.gateway.middleware.drain import Drain
-from services.gateway.middleware.request_log import Observe
+from services.gateway.middleware.request_log import RequestLog
 from services.gateway.middleware.security_headers import SecurityHeaders
 from services.gateway.settings import GatewaySettings
 
@@ -27,20 +26,20 @@ base URL. Answers in which the model ran Python carry `nanochat.tool_events`."""
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:
-    """The application; its connections to the engines live from its startup to its shutdown.
+    """Builds the application, which is connected to the engines from its startup to its shutdown.
 
-    ``app.state.drain`` is there from the beginning, ``app.state.gateway`` from the startup on.
+    Returns:
+        the application; ``app.state.drain`` exists at once, and ``app.state.pool`` exists after the startup.
     """
-    metrics, drain = Metrics(), Drain()
+    metrics = Metrics()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        pool = EnginePool(settings, metrics)
-        app.state.gateway = Gateway(settings, pool, metrics, drain)
+        app.state.pool = EnginePool(settings, metrics)
         try:
             yield
         finally:
-            await pool.close()
+            await app.state.pool.close()
 
     app = FastAPI(
         title="nanochat",
@@ -55,11 +54,11 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             ClientGone: on_client_gone,
         },
     )
-    app.state.drain = drain
-    for part in (chat, completions, models, tokens, probes, report, docs):
-        app.include_router(part.router)
+    app.state.drain = Drain()
+    for endpoints in (chat, completions, models, tokens, probes, report, docs):
+        app.include_router(endpoints.router)
     app.mount("/", WebPage(settings.static_dir))
-    # The last one added sees a request first.
+    # A request passes the middleware from the last one added to the first.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     if settings.cors_origins:
         app.add_middleware(
@@ -70,5 +69,5 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             expose_headers=["x-request-id", "Retry-After"],
         )
     app.add_middleware(SecurityHeaders)
-    app.add_middleware(Observe, metrics=metrics)
+    app.add_middleware(RequestLog, metrics=metrics)
     return app

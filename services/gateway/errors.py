@@ -1,4 +1,4 @@
-"""Errors as clients see them: one JSON shape, one status for each cause."""
+"""Errors as clients see them: OpenAI's JSON object, with one HTTP status for each cause."""
 
 from __future__ import annotations
 
@@ -12,20 +12,39 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-# Asked of a client when the gateway cannot know how long the trouble will last.
+# Value of the Retry-After header: the gateway can't know how long the trouble will last.
 RETRY_AFTER_SECONDS = 2
 
-_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    429: "rate_limit_error",
+# OpenAI's error types. Other statuses are an invalid_request_error below 500 and a server_error from 500 on.
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+# The engine names a wrong constraint in its trailing metadata; this is the request's parameter for each name.
+_CONSTRAINT_PARAMETERS = {"json_schema": "response_format.json_schema.schema", "regex": "regex"}
+
+# Failures of an engine that don't depend on the request: HTTP status, error code, message.
+_UNREACHABLE = (503, "engine_unavailable", "The engine can't be reached at the moment; try again shortly.")
+_ENGINE_FAILURES = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (
+        429,
+        "engine_overloaded",
+        "The engine has as many requests as it can hold; try again shortly.",
+    ),
+    grpc.StatusCode.UNAVAILABLE: _UNREACHABLE,
+    # A server that shuts down cancels its calls; nothing else on that side cancels them.
+    grpc.StatusCode.CANCELLED: _UNREACHABLE,
+    grpc.StatusCode.FAILED_PRECONDITION: (
+        503,
+        "engine_unavailable",
+        "The model was replaced while the request was on its way; send it again.",
+    ),
+    grpc.StatusCode.DEADLINE_EXCEEDED: (
+        504,
+        "timeout",
+        "The answer took longer than this server allows; ask for fewer tokens.",
+    ),
 }
 
-# What the engine says in its trailing metadata of a wrong constraint, as the client wrote it.
-_PARAMETERS = {"json_schema": "response_format.json_schema.schema", "regex": "regex"}
-
-
-# For the OpenAPI description of an endpoint.
+# Describes the errors of an endpoint in the OpenAPI document.
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     "default": {
         "description": "An error.",
@@ -46,7 +65,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 class ApiError(HTTPException):
-    """A failure with the status and the words that the client gets."""
+    """A failure with the HTTP status and the message that the client gets."""
 
     def __init__(
         self,
@@ -60,9 +79,9 @@ class ApiError(HTTPException):
         """
         Args:
             status: HTTP status.
-            message: what was wrong and what to do, for a person.
-            param: the request's parameter at fault, such as ``messages[2].content``.
-            code: a word for programs.
+            message: tells a person what was wrong and what to do.
+            param: the request's wrong parameter, such as ``messages[2].content``.
+            code: names the error for programs.
             retry_after: seconds to wait before another attempt.
         """
         headers = {"Retry-After": str(retry_after)} if retry_after is not None else None
@@ -72,11 +91,19 @@ class ApiError(HTTPException):
         self.code = code
 
     @property
-    def body(self) -> dict[str, Any]:
-        """The JSON object that the client gets."""
+    def body(self) -> bytes:
+        """The JSON object that the client gets.
+
+        It is ASCII, because a message may quote lone surrogates that the client sent, and UTF-8 can't encode them.
+        """
         status = self.status_code
         kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}).encode()
+
+    def response(self) -> Response:
+        """The whole HTTP response, for a request that failed before the gateway had sent anything."""
+        return Response(self.body, self.status_code, headers=self.headers, media_type="application/json")
 
 
 class ClientGone(Exception):
@@ -84,22 +111,34 @@ class ClientGone(Exception):
 
 
 def bad_request(message: str, param: str | None, code: str | None = None) -> ApiError:
-    """400: the request can't be served as it is."""
+    """Status 400: the client must change the request."""
     return ApiError(400, message, param=param, code=code)
 
 
+def invalid_value(message: str, param: str) -> ApiError:
+    """Status 400: the value of ``param`` is wrong."""
+    return bad_request(message, param, "invalid_value")
+
+
+def _unavailable(message: str, code: str) -> ApiError:
+    return ApiError(503, message, code=code, retry_after=RETRY_AFTER_SECONDS)
+
+
 def shutting_down() -> ApiError:
-    """503: this gateway is about to end; another one, or this one restarted, will serve the request."""
-    return ApiError(
-        503,
-        "The gateway is shutting down; send the request again.",
-        code="shutting_down",
-        retry_after=RETRY_AFTER_SECONDS,
+    """Status 503: this gateway process is about to end."""
+    return _unavailable("The gateway is shutting down; send the request again.", "shutting_down")
+
+
+def no_engine() -> ApiError:
+    """Status 503: no engine can answer at the moment."""
+    return _unavailable(
+        "No engine is ready: the model is still loading, or its engine can't be reached. Try again shortly.",
+        "engine_unavailable",
     )
 
 
 def model_not_found(name: str, known: Collection[str]) -> ApiError:
-    """404: the server runs other models."""
+    """Status 404: the engines serve the ``known`` models only."""
     return ApiError(
         404,
         f"The model {name!r} does not exist here; this server has {', '.join(sorted(known))}.",
@@ -108,53 +147,32 @@ def model_not_found(name: str, known: Collection[str]) -> ApiError:
     )
 
 
-def no_engine() -> ApiError:
-    """503: nothing can answer at the moment."""
-    return ApiError(
-        503,
-        "No engine is ready: the model is still loading, or its engine can't be reached. Try again shortly.",
-        code="engine_unavailable",
-        retry_after=RETRY_AFTER_SECONDS,
-    )
+def internal_error(request_id: str) -> ApiError:
+    """Status 500: the gateway has a bug, and its log has the details."""
+    message = f"The gateway failed on this request; its id in the log is {request_id}."
+    return ApiError(500, message, code="internal_error")
 
 
 def from_rpc(error: grpc.aio.AioRpcError, *, started: bool) -> ApiError:
-    """What an engine's failure means to the client.
+    """Translates an engine's gRPC error.
 
     Args:
-        started: whether part of the answer has come already.
+        started: whether the engine had already sent a part of the answer.
     """
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.INVALID_ARGUMENT:
-        param = _PARAMETERS.get(dict(error.trailing_metadata() or ()).get("invalid-field", ""))
+        param = _CONSTRAINT_PARAMETERS.get(dict(error.trailing_metadata() or ()).get("invalid-field", ""))
         if param is not None:
-            return bad_request(f"Invalid {param}: {details}.", param, "invalid_value")
+            return invalid_value(f"Invalid {param}: {details}.", param)
         return ApiError(400, details or "The engine refused the request.", code="invalid_request")
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return ApiError(
-            429,
-            "The engine has as many requests as it can hold; try again shortly.",
-            code="engine_overloaded",
-            retry_after=RETRY_AFTER_SECONDS,
-        )
-    # A server that is torn down cancels its calls; nobody else cancels them from that side.
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-        message = (
-            "The engine stopped in the middle of the answer; send the request again."
-            if started
-            else "The engine can't be reached at the moment; try again shortly."
-        )
-        return ApiError(503, message, code="engine_unavailable", retry_after=RETRY_AFTER_SECONDS)
-    if code is grpc.StatusCode.FAILED_PRECONDITION:
-        message = "The model was replaced while the request was on its way; send it again."
-        return ApiError(503, message, code="engine_unavailable", retry_after=RETRY_AFTER_SECONDS)
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return ApiError(504, "The answer took longer than this server allows; ask for fewer tokens.", code="timeout")
-    return ApiError(500, "The engine failed on this request.", code="engine_error")
+    status, name, message = _ENGINE_FAILURES.get(code, (500, "engine_error", "The engine failed on this request."))
+    if started and code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        message = "The engine stopped in the middle of the answer; send the request again."
+    return ApiError(status, message, code=name, retry_after=RETRY_AFTER_SECONDS if status in (429, 503) else None)
 
 
 def from_validation(error: RequestValidationError, content_type: str) -> ApiError:
-    """The first thing that is wrong with a request body, in the client's words for it."""
+    """Translates the first error that pydantic found in a request body."""
     first = error.errors()[0]
     location = first["loc"][1:]
     if first["type"] == "json_invalid":
@@ -168,25 +186,19 @@ def from_validation(error: RequestValidationError, content_type: str) -> ApiErro
     param = parameter_name(location)
     if first["type"] == "missing":
         return bad_request(f"Missing required parameter: {param}.", param, "missing_required_parameter")
-    return bad_request(f"Invalid {param}: {first['msg']}.", param, "invalid_value")
+    return invalid_value(f"Invalid {param}: {first['msg']}.", param)
 
 
 def parameter_name(location: Sequence[str | int]) -> str:
-    """``("messages", 0, "content")`` as ``messages[0].content``."""
+    """Writes ``("messages", 0, "content")`` as ``messages[0].content``."""
     name = ""
     for step in location:
         name += f"[{step}]" if isinstance(step, int) else f".{step}" if name else step
     return name
 
 
-def error_response(error: ApiError) -> Response:
-    """The whole answer to a request that failed before anything was sent."""
-    # ASCII only: a message may quote what the client sent, lone surrogates included.
-    return Response(json.dumps(error.body), error.status_code, headers=error.headers, media_type="application/json")
-
-
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Answers an :class:`ApiError`, and the framework's own errors in the same shape."""
+    """Answers an :class:`ApiError`, and gives the framework's own errors the same JSON shape."""
     assert isinstance(error, HTTPException)
     if not isinstance(error, ApiError):
         status = error.status_code
@@ -194,21 +206,16 @@ async def on_http_error(request: Request, error: Exception) -> Response:
             error = ApiError(status, f"There is no {request.method} {request.url.path} here.", code="unknown_url")
         else:
             error = ApiError(status, str(error.detail))
-    return _answer(request, error)
-
-
-def _answer(request: Request, error: ApiError) -> Response:
-    # For the access log.
-    request.state.record.error = error.code
-    return error_response(error)
+    request.state.record.error = error.code  # for the request log
+    return error.response()
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:
-    """422 of the framework becomes 400, as OpenAI's clients expect."""
+    """Answers 400 instead of the framework's 422, because OpenAI's clients expect that."""
     assert isinstance(error, RequestValidationError)
-    return _answer(request, from_validation(error, request.headers.get("content-type", "")))
+    return await on_http_error(request, from_validation(error, request.headers.get("content-type", "")))
 
 
 async def on_client_gone(_request: Request, _error: Exception) -> Response:
-    """Nobody reads this; the status is for the log."""
+    """Gives the request log its status; the client does not read the response."""
     return Response(status_code=499)

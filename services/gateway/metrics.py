@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 _REQUEST_SECONDS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -13,56 +15,44 @@ class Metrics:
     """All metrics of one gateway, in a registry of their own."""
 
     def __init__(self) -> None:
-        registry = self.registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        self.requests = Counter(
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        counter = functools.partial(Counter, registry=self.registry)
+        gauge = functools.partial(Gauge, registry=self.registry)
+        histogram = functools.partial(Histogram, registry=self.registry)
+        self.requests = counter(
             "nanochat_gateway_requests_total",
             "HTTP requests; status 499 is a client that left before the end",
             ("route", "status"),
-            registry=registry,
         )
-        self.request_seconds = Histogram(
+        self.request_seconds = histogram(
             "nanochat_gateway_request_duration_seconds",
             "Time from a request's arrival to the end of its answer",
             ("route",),
             buckets=_REQUEST_SECONDS,
-            registry=registry,
         )
-        self.in_flight = Gauge("nanochat_gateway_requests_in_flight", "HTTP requests being answered", registry=registry)
-        self.first_token_seconds = Histogram(
+        self.in_flight = gauge("nanochat_gateway_requests_in_flight", "HTTP requests being answered")
+        self.first_token_seconds = histogram(
             "nanochat_gateway_time_to_first_token_seconds",
             "Time from a request's arrival to its first token from an engine",
             buckets=_FIRST_TOKEN_SECONDS,
-            registry=registry,
         )
-        self.inter_token_seconds = Histogram(
+        self.inter_token_seconds = histogram(
             "nanochat_gateway_inter_token_latency_seconds",
             "Time between two tokens of a choice as they come from an engine",
             buckets=_INTER_TOKEN_SECONDS,
-            registry=registry,
         )
-        self.prompt_tokens = Counter(
-            "nanochat_gateway_prompt_tokens_total", "Tokens of prompts sent to engines", registry=registry
+        self.prompt_tokens = counter("nanochat_gateway_prompt_tokens_total", "Tokens of prompts sent to engines")
+        self.generation_tokens = counter(
+            "nanochat_gateway_generation_tokens_total", "Tokens of answers received from engines, tool output included"
         )
-        self.generation_tokens = Counter(
-            "nanochat_gateway_generation_tokens_total",
-            "Tokens of answers received from engines, tool output included",
-            registry=registry,
+        self.finished = counter(
+            "nanochat_gateway_choices_finished_total", "Choices by the reason for their end", ("finish_reason",)
         )
-        self.finished = Counter(
-            "nanochat_gateway_choices_finished_total",
-            "Choices by the reason they ended for",
-            ("finish_reason",),
-            registry=registry,
-        )
-        self.failovers = Counter(
+        self.failovers = counter(
             "nanochat_gateway_failovers_total",
             "Requests sent to another engine because the first one could not take them",
-            registry=registry,
         )
-        self.engine_up = Gauge(
-            "nanochat_gateway_engine_up",
-            "1 while an engine is healthy and its model is known",
-            ("address",),
-            registry=registry,
+        self.engine_up = gauge(
+            "nanochat_gateway_engine_up", "1 while an engine is healthy and its model is known", ("address",)
         )

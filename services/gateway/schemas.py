@@ -1,21 +1,21 @@
-"""The requests that the API accepts, as far as they can be checked without knowing the model."""
+"""Request bodies of the API, with all checks that don't depend on the model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from services.gateway.errors import bad_request, parameter_name
+from services.gateway.errors import bad_request, invalid_value, parameter_name
 
 MAX_STOP_STRINGS = 4
-# Bounds what the gateway compares with each new piece of text.
+# The gateway compares each new piece of text with the stop strings, so their length must have a bound.
 MAX_STOP_CHARACTERS = 1000
 
-# Parameters of OpenAI's API that would change the answer and that this server can't honour, each with the values that
-# ask for nothing. Everything else that is unknown is ignored.
+# Parameters of OpenAI's API that would change the answer and that this server doesn't support, with the values that
+# change nothing and are accepted. The server ignores every other unknown parameter.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -25,7 +25,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),  # of text completions; chat has it
+    "response_format": ({"type": "text"},),  # unsupported in text completions only
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -40,9 +40,9 @@ _UNSUPPORTED_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def _invalid(message: str) -> PydanticCustomError:
-    # The message is a template to pydantic, and braces may come from the client.
-    return PydanticCustomError("invalid_value", "{reason}", {"reason": message})
+def _reject(message: str) -> NoReturn:
+    # pydantic reads the message as a template, so text with braces from the client must be an argument of it.
+    raise PydanticCustomError("invalid_value", "{reason}", {"reason": message})
 
 
 def _join_parts(value: Any) -> Any:
@@ -52,78 +52,58 @@ def _join_parts(value: Any) -> Any:
     for i, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
-            raise _invalid(f"part {i} is of type {kind!r}, and this model reads text parts only")
+            _reject(f"part {i} is of type {kind!r}, and this model reads text parts only")
         if not isinstance(part.get("text"), str):
-            raise _invalid(f"part {i} has no text")
+            _reject(f"part {i} has no text")
         texts.append(part["text"])
     return "\n".join(texts)
 
 
 def _list_stops(value: Any) -> Any:
+    if value is None:
+        return None
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        return value if value is None else _refuse("use a string or a list of strings")
+        _reject("use a string or a list of strings")
     if len(stops) > MAX_STOP_STRINGS:
-        return _refuse(f"at most {MAX_STOP_STRINGS} stop strings are possible")
+        _reject(f"at most {MAX_STOP_STRINGS} stop strings are possible")
     if "" in stops:
-        return _refuse("a stop string can't be empty")
+        _reject("a stop string can't be empty")
     if any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
-        return _refuse(f"a stop string can have at most {MAX_STOP_CHARACTERS} characters")
+        _reject(f"a stop string can have at most {MAX_STOP_CHARACTERS} characters")
     return stops
 
 
-def _refuse(message: str) -> Any:
-    raise _invalid(message)
-
-
 def _list_prompts(value: Any) -> Any:
-    if isinstance(value, str):
+    if isinstance(value, str) or _is_ids(value):
         return [value]
-    if isinstance(value, list) and value:
-        if all(_is_id(item) for item in value):
-            return [value]
-        if all(isinstance(item, str) for item in value):
-            return value
-        if all(isinstance(item, list) and item and all(_is_id(i) for i in item) for item in value):
-            return value
-    return _refuse("use a string, a list of strings, a list of token ids or a list of such lists, none of them empty")
+    if isinstance(value, list) and value and (all(isinstance(item, str) for item in value) or all(map(_is_ids, value))):
+        return value
+    _reject("use a string, a list of strings, a list of token ids or a list of such lists, none of them empty")
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-_TEXT_OR_PARTS = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                "required": ["type", "text"],
-            },
-        },
-    ]
-}
-_STRING_OR_STRINGS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": 4}]}
-_IDS = {"type": "array", "items": {"type": "integer"}}
-_PROMPTS = {
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}},
-        _IDS,
-        {"type": "array", "items": _IDS},
-    ]
-}
-
-Content = Annotated[str | None, BeforeValidator(_join_parts), WithJsonSchema(_TEXT_OR_PARTS)]
-Stops = Annotated[list[str] | None, BeforeValidator(_list_stops), WithJsonSchema(_STRING_OR_STRINGS)]
-Prompts = Annotated[list[str] | list[list[int]], BeforeValidator(_list_prompts), WithJsonSchema(_PROMPTS)]
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int and item >= 0 for item in value)
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class TextPart(_Model):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+Content = Annotated[str | None, BeforeValidator(_join_parts, json_schema_input_type=str | list[TextPart])]
+_StopList = Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)]
+Stops = Annotated[list[str] | None, BeforeValidator(_list_stops, json_schema_input_type=str | _StopList)]
+Prompts = Annotated[
+    list[str] | list[list[int]],
+    BeforeValidator(_list_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
 
 
 class ToolEvent(_Model):
@@ -131,25 +111,25 @@ class ToolEvent(_Model):
 
     type: Literal["call", "result"]
     call_index: int = Field(ge=0, description="counts the calls of the message from 0")
-    code: str | None = Field(None, description="call: what was run")
+    code: str | None = Field(None, description="call: the Python code that ran")
     offset: int | None = Field(
         None, ge=0, description="call: number of characters (Unicode code points) of `content` that precede it"
     )
-    status: str | None = Field(None, description="result: `ok`, or what went wrong")
-    output: str | None = Field(None, description="result: what the model read")
+    status: str | None = Field(None, description="result: `ok`, or the kind of failure")
+    output: str | None = Field(None, description="result: the text that the model reads")
     duration_seconds: float | None = Field(None, description="result: how long the code ran")
 
     @model_validator(mode="after")
     def _complete(self) -> ToolEvent:
         if self.type == "call" and (self.code is None or self.offset is None):
-            raise _invalid("a call needs code and offset")
+            _reject("a call needs code and offset")
         if self.type == "result" and self.output is None:
-            raise _invalid("a result needs output")
+            _reject("a result needs output")
         return self
 
 
 class Extension(_Model):
-    """What this server adds to OpenAI's format."""
+    """Fields that this server adds to OpenAI's format."""
 
     tool_events: list[ToolEvent] = Field(default_factory=list)
 
@@ -167,11 +147,11 @@ class ChatMessage(_Model):
     def _consistent(self) -> ChatMessage:
         if self.role != "assistant":
             if self.content is None:
-                raise _invalid(f"a {self.role} message needs content")
+                _reject(f"a {self.role} message needs content")
             if self.nanochat is not None and self.nanochat.tool_events:
-                raise _invalid("only assistant messages have tool events")
+                _reject("only assistant messages have tool events")
         elif self.content is None and self.nanochat is None and not self.model_extra:
-            raise _invalid("an assistant message needs content")
+            _reject("an assistant message needs content")
         return self
 
 
@@ -186,12 +166,12 @@ class JsonSchemaFormat(_Model):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="letters, digits, `_` and `-`, up to 64")
     description: str | None = Field(None, description="accepted and not used")
-    schema_: dict[str, Any] = Field(alias="schema", description="what the answer is, as a JSON schema")
+    schema_: dict[str, Any] = Field(alias="schema", description="the JSON schema that the answer follows")
     strict: bool | None = Field(None, description="accepted; the answer always follows the schema")
 
 
 class ResponseFormat(_Model):
-    """What the answer must be."""
+    """The form that the answer must have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
@@ -199,18 +179,15 @@ class ResponseFormat(_Model):
     @model_validator(mode="after")
     def _complete(self) -> ResponseFormat:
         if self.type == "json_schema" and self.json_schema is None:
-            raise bad_request(
-                "Missing required parameter: response_format.json_schema.",
-                "response_format.json_schema",
-                "missing_required_parameter",
-            )
+            param = "response_format.json_schema"
+            raise bad_request(f"Missing required parameter: {param}.", param, "missing_required_parameter")
         return self
 
 
 class SamplingRequest(_Model):
-    """What chat and text completions have in common."""
+    """The parameters that chat and text completions share."""
 
-    model: str | None = Field(None, description="a name from `/v1/models`; may be left out while one model is served")
+    model: str | None = Field(None, description="a name from `/v1/models`; optional while one model is served")
     stream: bool | None = Field(None, description="send the answer as server-sent events while it is written")
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, description="number of independent answers")
@@ -218,7 +195,9 @@ class SamplingRequest(_Model):
     stop: Stops = Field(None, description="up to 4 strings; the answer ends before the first one that appears")
     temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest token")
     top_p: float | None = Field(None, ge=0, le=1, description="sample from the likeliest tokens of this total weight")
-    top_k: int | None = Field(None, ge=-1, description="sample from so many of the likeliest tokens; 0 or -1 is all")
+    top_k: int | None = Field(
+        None, ge=-1, description="sample from this number of likeliest tokens; 0 or -1 sets no limit"
+    )
     min_p: float | None = Field(
         None, ge=0, le=1, description="leave out tokens less likely than this share of the likeliest one"
     )
@@ -228,7 +207,7 @@ class SamplingRequest(_Model):
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="against tokens that have appeared")
     frequency_penalty: float | None = Field(None, ge=-2, le=2, description="against tokens, each time they appear")
     repetition_penalty: float | None = Field(
-        None, ge=0.01, le=10, description="divides the logits of tokens that have appeared; 1 is none"
+        None, ge=0.01, le=10, description="divides the logits of tokens that have appeared; 1 changes nothing"
     )
     logit_bias: dict[str, float] | None = Field(None, description="token id to a number from -100 to 100")
     regex: str | None = Field(None, min_length=1, description="a regular expression that the whole answer matches")
@@ -257,18 +236,16 @@ class ChatRequest(SamplingRequest):
     response_format: ResponseFormat | None = Field(None, description="make the answer JSON; turns the Python tool off")
     max_completion_tokens: int | None = Field(None, ge=1, description="newer name of `max_tokens`; wins over it")
     logprobs: bool | None = Field(None, description="report the log probability of each token of the text")
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="and so many of the likeliest alternatives")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=20, description="number of likeliest alternatives to report for each token"
+    )
 
     @model_validator(mode="after")
-    def _one_constraint(self) -> ChatRequest:
+    def _consistent(self) -> ChatRequest:
         if self.regex is not None and self.response_format is not None and self.response_format.type != "text":
-            raise bad_request("Give either response_format or regex.", "regex", "invalid_value")
-        return self
-
-    @model_validator(mode="after")
-    def _top_needs_logprobs(self) -> ChatRequest:
+            raise invalid_value("Give either response_format or regex.", "regex")
         if self.top_logprobs is not None and not self.logprobs:
-            raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs", "invalid_value")
+            raise invalid_value("top_logprobs needs logprobs to be true.", "top_logprobs")
         return self
 
 
@@ -281,7 +258,10 @@ class CompletionRequest(SamplingRequest):
 
     prompt: Prompts
     logprobs: int | None = Field(
-        None, ge=0, le=20, description="report each token's log probability and so many of the likeliest alternatives"
+        None,
+        ge=0,
+        le=20,
+        description="report each token's log probability and this number of likeliest alternatives",
     )
 
 
@@ -299,7 +279,7 @@ class TokenizeRequest(_Model):
     @model_validator(mode="after")
     def _one_of(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise bad_request("Give either prompt or messages.", "prompt", "invalid_value")
+            raise invalid_value("Give either prompt or messages.", "prompt")
         return self
 
 
@@ -313,9 +293,10 @@ class DetokenizeRequest(_Model):
 
 
 def refuse_unsupported(request: SamplingRequest) -> None:
-    """
+    """Refuses parameters that the server would have to ignore although they change the answer.
+
     Raises:
-        ApiError: 400 naming a parameter that asks for something this server can't do.
+        ApiError: 400 with the parameter's name.
     """
     _refuse_extra(request.model_extra, _UNSUPPORTED, ())
     if isinstance(request, ChatRequest):
@@ -323,7 +304,11 @@ def refuse_unsupported(request: SamplingRequest) -> None:
 
 
 def refuse_unsupported_messages(messages: list[ChatMessage]) -> None:
-    """:func:`refuse_unsupported` of the messages alone."""
+    """Refuses fields of messages in the same way.
+
+    Raises:
+        ApiError: 400 with the field's name.
+    """
     for i, message in enumerate(messages):
         _refuse_extra(message.model_extra, _UNSUPPORTED_IN_MESSAGE, ("messages", i))
 

@@ -1,4 +1,4 @@
-"""The gateway as a process: its socket, its signals, its end."""
+"""The gateway as a process: its listening socket, its signals and its shutdown."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 
 # Load balancers keep idle connections for about a minute; the server must not be the first to close one.
 _KEEP_ALIVE_SECONDS = 75
-# For what is left after the drain: connections that are closed, not answers.
+# Time to close connections after the drain, when no answer runs any more.
 _CLOSE_SECONDS = 5
 
 
 class Server(uvicorn.Server):
-    """Says when it listens, and drains before it stops."""
+    """Logs when it listens, and drains before it stops."""
 
     def __init__(self, app: FastAPI, settings: GatewaySettings) -> None:
         super().__init__(
@@ -41,17 +41,23 @@ class Server(uvicorn.Server):
         )
         self._app = app
         self._drain_seconds = settings.drain_seconds
-        self._ending: asyncio.Task[None] | None = None
+        self._shutdown: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Log the event ``ready`` once connections are accepted."""
+        """Logs the event ``ready`` once the server accepts connections."""
         await super().startup(sockets)
-        address = _text(sockets[0]) if sockets else ""
+        address = ""
+        if sockets:
+            host, port = sockets[0].getsockname()[:2]
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         logger.info("ready", extra={"address": address, "metrics_address": address})
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT drain; a second one stops at once. Either way the process ends with 0."""
+        """Makes SIGTERM and SIGINT drain the server; a second signal stops it at once.
+
+        The process ends with exit code 0 in both cases; uvicorn's own handlers would raise the signal again.
+        """
         loop = asyncio.get_running_loop()
         signals = (signal.SIGTERM, signal.SIGINT)
         for number in signals:
@@ -63,12 +69,12 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _on_signal(self) -> None:
-        if self._ending is not None:
+        if self._shutdown is None:
+            self._shutdown = asyncio.get_running_loop().create_task(self._drain())
+        else:
             self.should_exit = self.force_exit = True
-            return
-        self._ending = asyncio.get_running_loop().create_task(self._end())
 
-    async def _end(self) -> None:
+    async def _drain(self) -> None:
         logger.info("draining", extra={"seconds": self._drain_seconds})
         cut = await self._app.state.drain.finish(self._drain_seconds)
         logger.info("drained", extra={"answers_cut": cut})
@@ -76,10 +82,10 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound but doesn't accept yet.
+    """Returns a bound socket that doesn't accept connections yet.
 
     Raises:
-        UserError: the address can't be had.
+        UserError: another process uses the address, or the machine doesn't have it.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -88,8 +94,3 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(
             f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
         ) from error
-
-
-def _text(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

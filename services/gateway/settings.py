@@ -1,4 +1,4 @@
-"""What the gateway can be told at start."""
+"""The gateway's settings."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ from nanochat_core.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class GatewaySettings:
-    """OpenAI-style REST API and web page in front of one or more inference engines."""
+    """Serves an OpenAI-style REST API and the chat page in front of one or more inference engines."""
 
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "TCP port to listen on; 0 takes any free one", minimum=0, maximum=65535)
-    engine_addresses: tuple[str, ...] = setting(
-        ("127.0.0.1:50051",), "gRPC addresses of the engines, one for each replica, comma separated"
-    )
+    engine_addresses: tuple[str, ...] = setting(("127.0.0.1:50051",), "gRPC addresses of the engines, comma separated")
     model_aliases: tuple[str, ...] = setting(
-        (), "further model names that requests may use for whatever the engines serve, comma separated"
+        (), "further names that requests may use for the served model, comma separated"
     )
     default_temperature: float = setting(
         0.6,
-        "temperature of requests that give none; small models ramble at 1, which is OpenAI's default",
+        "temperature of requests without one; small models ramble at OpenAI's default of 1",
         minimum=0,
         maximum=2,
     )
     default_max_tokens: int = setting(
-        0, "most tokens of an answer when the request gives no limit; 0 is what the context has left", minimum=0
+        0, "most tokens of an answer if the request sets no limit; 0 allows the rest of the context", minimum=0
     )
     max_choices: int = setting(8, "most continuations (n times the number of prompts) of one request", minimum=1)
     max_body_bytes: int = setting(1_000_000, "largest accepted request body in bytes", minimum=1024)
     request_timeout_seconds: float = setting(600.0, "longest time an engine may work on one request", minimum=1)
     heartbeat_seconds: float = setting(
-        10.0, "a stream that is silent for so long gets a comment line, so that proxies keep it open", minimum=0.05
+        10.0, "seconds of silence after which a stream gets a comment line, so that proxies keep it open", minimum=0.05
     )
     connect_timeout_seconds: float = setting(
         5.0, "longest wait for a connection to an engine and for its answer to a health check", minimum=0.1
     )
     poll_seconds: float = setting(1.0, "time between two checks of an engine's health and load", minimum=0.05)
     model_poll_seconds: float = setting(
-        5.0, "time between two looks at which model revision an engine serves", minimum=0.05
+        5.0, "time between two checks of the model revision that an engine serves", minimum=0.05
     )
     max_message_bytes: int = setting(
-        64 * 1024 * 1024, "largest gRPC message from an engine in bytes; the tokenizer travels in one", minimum=65536
+        64 * 1024 * 1024,
+        "largest gRPC message from an engine in bytes; one message carries the whole tokenizer",
+        minimum=65536,
     )
     drain_seconds: float = setting(
         30.0, "longest time that running answers may take to finish after SIGTERM", minimum=0
     )
     static_dir: str = setting(str(Path(__file__).parent / "static"), "folder with the built web page")
     cors_origins: tuple[str, ...] = setting(
-        (), "origins whose pages may call the API from a browser, comma separated; * is any, empty is none"
+        (), "web origins whose pages may call the API, comma separated; * allows all, empty allows none"
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe event that is logged")
 

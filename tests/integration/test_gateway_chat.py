@@ -160,7 +160,7 @@ async def test_a_stop_string_ends_the_answer_and_the_engines_work(engine, client
         answer = await client.chat.completions.create(model="nano", messages=HELLO, stop=stop)
         text, reason, usage = answer.choices[0].message.content, answer.choices[0].finish_reason, answer.usage
     assert (text, reason) == ("abc ", "stop")
-    # The engine was stopped before it counted anything; the tokens up to the stop string's end are what was used.
+    # The gateway stopped the engine before it sent its counts, so usage has the tokens up to the stop string's end.
     assert usage.completion_tokens == len("abc STOP")
     await asyncio.wait_for(engine.cancelled.acquire(), 2)
 
@@ -302,7 +302,7 @@ async def test_what_the_answer_must_match_reaches_the_engine(engine, client):
     ):
         await client.chat.completions.create(model="nano", messages=HELLO, **changes)
     by_schema, by_object, by_regex, free = (request.sampling for request in engine.requests)
-    # The order of the properties is the order in which the answer has them.
+    # The answer has the properties in the order of the schema, so the order must survive.
     assert json.dumps(json.loads(by_schema.json_schema)) == json.dumps(schema)
     assert by_object.json_object
     assert by_regex.regex == "a+"
@@ -315,7 +315,7 @@ async def test_left_out_parameters_have_the_documented_defaults(engine, client):
     first, second = (request.sampling for request in engine.requests)
     assert first.temperature == pytest.approx(0.6)
     assert first.max_tokens == 256 - 5
-    # A stream can only be carried on elsewhere with a seed that is known.
+    # Another replica can continue a stream only if its seed is known.
     assert first.HasField("seed")
     assert first.seed != second.seed
 

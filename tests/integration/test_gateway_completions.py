@@ -56,7 +56,7 @@ def client(url: str) -> openai.AsyncOpenAI:
 
 
 async def echo(request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.GenerateChunk]:
-    """Answers every prompt with itself, for each choice, its index in front."""
+    """A script that repeats the prompt in each choice, after the choice's index."""
     for index in range(request.n):
         tokens = [*ids(str(index)), *(i for i in request.prompt_token_ids if i != TOKENIZER.bos_id)]
         for k, token in enumerate(tokens):
@@ -111,7 +111,7 @@ async def test_a_list_of_prompts_gets_n_answers_each(engine, client, prompts, st
         usage = answer.usage
     assert texts == ["0ab", "1ab", "0cde", "1cde"]
     assert usage.completion_tokens == 14
-    # Each prompt counts once; a text begins with one token of its own.
+    # Each prompt counts once, with the token that begins a document.
     assert usage.prompt_tokens == 5 + (2 if isinstance(prompts[0], str) else 0)
     assert len({request.sampling.seed for request in engine.requests}) == 2
 

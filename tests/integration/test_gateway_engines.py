@@ -1,4 +1,4 @@
-"""Engines come, go, change their model and share the work, and requests find the ones that can answer."""
+"""Engines start, stop, change their model and share the load, and each request finds one that can answer."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ async def test_a_request_goes_to_the_other_engine_when_one_is_dead():
     async with (
         running_engine() as one,
         running_engine() as two,
-        # Polled so rarely that only the failed attempt itself can tell.
+        # The gateway polls so rarely that it can notice the failure only in the request itself.
         running_gateway(one.address, two.address, poll_seconds=60) as url,
     ):
         await until_up(url, 2)
@@ -167,7 +167,7 @@ async def test_during_a_rolling_update_each_engine_is_spoken_to_in_its_own_token
 
 
 def refusing_other_tokenizers(engine: ScriptedEngine, then: Script) -> Script:
-    """What a real engine does with a prompt that was made with another tokenizer than its model's."""
+    """A script that refuses a prompt of another tokenizer than the model's, as a real engine does."""
 
     async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
         if request.tokenizer_digest != engine.info.digests["tokenizer.json"]:
@@ -183,7 +183,7 @@ async def test_a_promotion_that_the_gateway_has_not_seen_yet_gets_a_prompt_in_it
     async with running_engine() as engine:
         engine.info.digests["tokenizer.json"] = "before"
         engine.script = refusing_other_tokenizers(engine, saying(b"hello", finish=pb.FINISH_REASON_LENGTH))
-        # Polled so rarely that only the refusal itself can tell.
+        # The gateway polls so rarely that it can notice the new model only by the refusal.
         async with running_gateway(engine.address, poll_seconds=60, model_poll_seconds=60) as url:
             await until_ready(url)
             assert await ask(url) == "hello"
@@ -249,14 +249,14 @@ async def test_several_models_are_told_apart_by_name():
                 answer = await http.post("/v1/chat/completions", json={"messages": HELLO})
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
             await large.stop()
-            # Known, only not there at the moment.
+            # The gateway knows this model, but no engine serves it now.
             with pytest.raises(openai.InternalServerError) as error:
                 await ask(url, model="large")
             assert error.value.status_code == 503
 
 
 async def until_up(url: str, count: int) -> None:
-    """Wait until the gateway has ``count`` engines that it can use."""
+    """Waits until the gateway has ``count`` engines that it can use."""
     async with http_client(url) as http, asyncio.timeout(10):
         while True:
             lines = (await http.get("/metrics")).text.splitlines()

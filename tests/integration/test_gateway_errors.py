@@ -1,4 +1,4 @@
-"""Whatever is wrong with a request, the client reads what and where, in OpenAI's form."""
+"""Every error of a request tells the client what is wrong and where, in OpenAI's JSON form."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ async def test_an_engines_refusal_has_the_status_that_fits(
         await client.chat.completions.create(model="nano", messages=HELLO, stream=stream)
     assert error.value.status_code == status
     assert error.value.response.headers.get("retry-after") == retry_after
-    # What an engine says about a request helps its sender; what it says about itself is for the log.
+    # The client sees the engine's words about a wrong request, but not its words about its own failures.
     assert ("the words of the engine" in str(error.value)) == (status == 400)
     await until_ready(url)
 

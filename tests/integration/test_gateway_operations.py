@@ -1,4 +1,4 @@
-"""What operators and browsers see: the page, the documentation, metrics, logs, and a clean end."""
+"""The gateway for operators and browsers: pages, API documentation, metrics, logs and shutdown."""
 
 from __future__ import annotations
 
@@ -194,14 +194,14 @@ async def test_other_origins_are_let_in_only_when_named():
 
 
 class Process:
-    """The gateway as a program."""
+    """The gateway as a subprocess, and the events that it logs."""
 
     def __init__(self, process: asyncio.subprocess.Process, events: asyncio.Queue[dict[str, Any]]) -> None:
         self.process = process
         self._events = events
 
     async def event(self, name: str) -> dict[str, Any]:
-        """The next log event of that name."""
+        """Waits for the next log event with that name."""
         async with asyncio.timeout(20):
             while (event := await self._events.get())["event"] != name:
                 pass
@@ -221,7 +221,7 @@ async def program(*flags: str, **environment: str) -> AsyncIterator[Process]:
     async def read() -> None:
         assert process.stderr is not None
         async for line in process.stderr:
-            # What isn't JSON isn't ours to log; it fails the test here.
+            # A line that isn't JSON fails the test here.
             events.put_nowait(json.loads(line))
 
     reading = asyncio.create_task(read())

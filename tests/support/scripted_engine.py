@@ -1,4 +1,4 @@
-"""A real gRPC server that speaks the engine's protocol and says what a test tells it to, and a gateway beside it."""
+"""A gRPC server with the engine's protocol whose answers a test writes as scripts, and a gateway in front of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Script = Callable[[pb.GenerateRequest, grpc.aio.ServicerContext], AsyncIterator[
 
 
 def ids(*parts: str | bytes) -> list[int]:
-    """Token ids of texts, bytes and special tokens given by name."""
+    """Returns the token ids of texts, bytes and special tokens; a special token is given by its name."""
     made: list[int] = []
     for part in parts:
         if isinstance(part, bytes):
@@ -49,7 +49,7 @@ def chunk(
     logprobs: bool = False,
     alternatives: int = 0,
 ) -> pb.GenerateChunk:
-    """One chunk; with ``logprobs`` token ``i`` has -i/100 and the tokens after it as alternatives."""
+    """Builds a chunk. With ``logprobs``, token ``i`` has log probability -i/100 and the next ids as alternatives."""
     made = [
         pb.Token(
             id=i,
@@ -62,7 +62,7 @@ def chunk(
 
 
 def saying(*parts: str | bytes, finish: int = pb.FINISH_REASON_STOP, pause: float = 0.0) -> Script:
-    """A script that sends each token in a chunk of its own, for every choice; the end token comes last."""
+    """Returns a script that sends each token in its own chunk, for every choice, and the end token last."""
 
     async def script(request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.GenerateChunk]:
         wanted = request.sampling.HasField("logprobs")
@@ -91,7 +91,7 @@ def saying(*parts: str | bytes, finish: int = pb.FINISH_REASON_STOP, pause: floa
 
 
 def failing(code: grpc.StatusCode, details: str, *, after: Script | None = None) -> Script:
-    """A script that aborts, after the chunks of ``after`` but its last."""
+    """Returns a script that sends all chunks of ``after`` except the last, and then aborts."""
 
     async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
         if after is not None:
@@ -105,7 +105,7 @@ def failing(code: grpc.StatusCode, details: str, *, after: Script | None = None)
 
 
 def hanging(*parts: str) -> Script:
-    """A script that says something and then nothing for ever."""
+    """Returns a script that sends ``parts`` and then never anything else."""
 
     async def script(request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.GenerateChunk]:
         if parts:
@@ -116,7 +116,14 @@ def hanging(*parts: str) -> Script:
 
 
 class ScriptedEngine(engine_pb2_grpc.EngineServicer):
-    """What it was asked is in ``requests``; ``cancelled`` counts the calls that the gateway gave up."""
+    """An engine that runs a test's script.
+
+    Attributes:
+        script: answers the requests to come.
+        requests, metadata: the requests so far and their gRPC metadata.
+        cancelled: released once for each call that the gateway cancelled.
+        looks: number of times that a gateway has asked for the load.
+    """
 
     def __init__(self, *, name: str = "nano", context_length: int = 256, tokenizer: Tokenizer = TOKENIZER) -> None:
         self.script: Script = saying("hello")
@@ -140,7 +147,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         self.health = health.aio.HealthServicer()
 
     async def start(self) -> None:
-        """Listen, at the same address as before if there was one."""
+        """Listens, at the same address as before after a restart."""
         self._server = grpc.aio.server()
         engine_pb2_grpc.add_EngineServicer_to_server(self, self._server)
         self.health = health.aio.HealthServicer()
@@ -151,7 +158,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         await self._server.start()
 
     async def stop(self) -> None:
-        """End at once, in the middle of whatever runs."""
+        """Stops at once and breaks off running calls."""
         if self._server is not None:
             await self._server.stop(0)
             self._server = None
@@ -176,7 +183,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         return self.load
 
     async def looked_at(self) -> None:
-        """Wait until a gateway has seen the state of now: its health, its load and its model."""
+        """Waits until a gateway has seen the engine's present health, load and model."""
         seen = self.looks
         async with asyncio.timeout(10):
             while self.looks < seen + 3:
@@ -184,17 +191,17 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
 
 
 def http_client(url: str) -> httpx.AsyncClient:
-    """A plain client of the gateway; without TLS, whose set-up would take longer than most tests."""
+    """Returns an HTTP client without TLS verification, whose set-up takes longer than most tests."""
     return httpx.AsyncClient(base_url=url, verify=False)
 
 
 def openai_client(url: str) -> openai.AsyncOpenAI:
-    """OpenAI's client; it reports the first failure instead of trying again."""
+    """Returns OpenAI's client, which reports the first failure instead of trying again."""
     return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, http_client=http_client(url))
 
 
 async def until_ready(url: str, status: int = 200) -> None:
-    """Wait until the gateway says that it is ready, or with another ``status`` that it isn't."""
+    """Waits until ``/readyz`` answers with ``status``."""
     async with http_client(url) as http, asyncio.timeout(10):
         while (await http.get("/readyz")).status_code != status:
             await asyncio.sleep(0.02)
@@ -202,7 +209,7 @@ async def until_ready(url: str, status: int = 200) -> None:
 
 @contextlib.asynccontextmanager
 async def running_engine(**options: Any) -> AsyncIterator[ScriptedEngine]:
-    """A scripted engine that listens."""
+    """Runs a scripted engine for the time of the block."""
     engine = ScriptedEngine(**options)
     await engine.start()
     try:
@@ -213,7 +220,7 @@ async def running_engine(**options: Any) -> AsyncIterator[ScriptedEngine]:
 
 @contextlib.asynccontextmanager
 async def running_gateway(*addresses: str, static: Path | None = None, **changes: Any) -> AsyncIterator[str]:
-    """A gateway on a free port in this event loop, served by uvicorn; gives its base URL."""
+    """Runs a gateway on a free port in this event loop and yields its base URL."""
     settings = GatewaySettings(
         **{
             "engine_addresses": addresses,

@@ -1,4 +1,4 @@
-"""An engine's tokens become text, tool events and log probabilities that don't depend on how they were grouped."""
+"""The decoder's text, tool events and log probabilities don't depend on how the engine groups its tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.tokenizer import Tokenizer
-from services.gateway.answer.choice_decoder import Choice, Delta
+from services.gateway.answer.choice_decoder import ChoiceDecoder, Delta
 from services.gateway.answer.logprobs import chat_logprobs, completion_logprobs
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell", b"hello", b" \xf0\x9f"])
@@ -18,7 +18,7 @@ SPECIAL = TOKENIZER.special_ids
 
 
 def tokens(*parts: str | bytes) -> list[int]:
-    """Token ids of texts, bytes and special tokens given by name."""
+    """Returns the token ids of texts, bytes and special tokens; a special token is given by its name."""
     ids: list[int] = []
     for part in parts:
         if isinstance(part, bytes):
@@ -37,7 +37,7 @@ def result(index: int, output: str) -> pb.ToolEvent:
 
 
 def run(chunks: list[pb.GenerateChunk], stops: list[str] | None = None, *, raw: bool = False) -> list[Delta]:
-    choice = Choice(TOKENIZER, stops or [], raw=raw)
+    choice = ChoiceDecoder(TOKENIZER, stops or [], raw=raw)
     return [choice.feed(chunk) for chunk in chunks]
 
 
@@ -102,7 +102,7 @@ def test_two_calls_in_one_chunk_keep_their_own_offsets():
 
 
 def test_a_call_waits_for_held_text_before_it():
-    choice = Choice(TOKENIZER, ["STOP"])
+    choice = ChoiceDecoder(TOKENIZER, ["STOP"])
     first = choice.feed(chunk(tokens("aST", "<|python_start|>", "1", "<|python_end|>"), call(0, "1")))
     assert (first.text, first.tool_events) == ("a", [])
     second = choice.feed(chunk(tokens("x")))
@@ -110,14 +110,14 @@ def test_a_call_waits_for_held_text_before_it():
 
 
 def test_a_call_after_the_beginning_of_a_stop_string_is_never_seen():
-    choice = Choice(TOKENIZER, ["STOP"])
+    choice = ChoiceDecoder(TOKENIZER, ["STOP"])
     assert choice.feed(chunk(tokens("aST", "<|python_start|>", "1", "<|python_end|>"), call(0, "1"))).text == "a"
     last = choice.feed(chunk(tokens("OP and more")))
     assert (last.text, last.tool_events, last.finish_reason) == ("", [], "stop")
 
 
 def test_a_stop_string_counts_the_tokens_up_to_its_end():
-    choice = Choice(TOKENIZER, ["l"])
+    choice = ChoiceDecoder(TOKENIZER, ["l"])
     delta = choice.feed(chunk(list(b"hello there")))
     assert (delta.text, delta.finish_reason, choice.token_count) == ("he", "stop", 3)
     assert not choice.feed(chunk(tokens("x"), finish="length"))
@@ -166,11 +166,11 @@ def test_the_grouping_of_tokens_changes_nothing(text, later, stops, sizes):
     ]
     assert dataclasses.asdict(whole) == dataclasses.asdict(merged(run(single, stops)))
 
-    # The stop strings see the text alone, calls or not.
+    # The stop strings match the text alone, with or without tool calls in it.
     full = text + later
     ends = [(full.find(stop) + len(stop), full.find(stop)) for stop in stops if stop in full]
     assert whole.text == full[: min(ends)[1]] if ends else whole.text == full
-    # A call is seen only once all the text before it is, and only if that text is shown at all.
+    # The client sees a call only after all the text before it, and never if a stop string cuts that text off.
     length = 0
     for delta in deltas:
         length += len(delta.text)

@@ -1,4 +1,4 @@
-"""Several streams read as one keep their order, their errors and their clean end."""
+"""A merged stream keeps the order and the errors of its sources and closes all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests' messages become the conversation that the model knows."""
+"""A request's messages become the turns that the model knows, and the turns become token ids."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 
 from nanochat_core.chat import AssistantStream, render_prompt
 from nanochat_core.tokenizer import Tokenizer
-from services.gateway.engines.prompts import conversation, encode_chat, encode_text
+from services.gateway.api.chat import conversation
+from services.gateway.engines.request import encode_chat, encode_text
 from services.gateway.engines.served_model import ServedModel
 from services.gateway.errors import ApiError
 from services.gateway.schemas import ChatMessage
@@ -125,5 +126,5 @@ async def test_a_prompt_leaves_room_for_one_token_at_least():
 
 async def test_a_text_far_too_long_is_refused_without_encoding_it():
     with pytest.raises(ApiError) as refused:
-        await encode_text(MODEL, " " * 2_000_000, "prompt", bos=True)
+        await encode_text(MODEL, " " * 2_000_000, bos=True)
     assert "at least 400000 tokens" in refused.value.message

@@ -1,4 +1,4 @@
-"""Stop strings end the text where they begin, however the text is cut into pieces."""
+"""A stop string ends the text where it begins, and the pieces of the text don't matter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from services.gateway.answer.stop_strings import StopFilter
 
 
 def reference(text: str, stops: list[str]) -> str:
-    """Reads one character more each time and looks whether a stop string is complete."""
+    """Slow reference: reads one more character at a time and checks whether a stop string is complete."""
     for end in range(1, len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:

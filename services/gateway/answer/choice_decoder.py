@@ -1,4 +1,4 @@
-"""One continuation: from the engine's tokens to what the client sees of them."""
+"""From an engine's tokens to the text and tool events of one choice that the client sees."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from nanochat_core.chat import AssistantStream
+from nanochat_core.chat import AssistantStream, Part
 from nanochat_core.protos import engine_pb2
 from nanochat_core.tokenizer import OUTPUT_START, PYTHON_END, PYTHON_START, Tokenizer
 from services.gateway.answer.stop_strings import StopFilter
@@ -17,13 +17,14 @@ _FINISH_REASONS = {engine_pb2.FINISH_REASON_STOP: "stop", engine_pb2.FINISH_REAS
 
 @dataclasses.dataclass(slots=True)
 class Delta:
-    """What became certain of a choice with a chunk.
+    """The part of a choice that a chunk makes visible.
 
     Attributes:
-        tokens: the tokens behind the text, with their log probabilities, when these were asked for.
-        offsets: for each of ``tokens``, how many characters of the choice's text precede it.
-        tool_events: in the API's form.
-        finish_reason: set on the last delta of the choice.
+        text: new text.
+        tokens: the tokens of the new text with their log probabilities, if the request asked for these.
+        offsets: for each of ``tokens``, the number of characters of the choice's text that precede it.
+        tool_events: new tool events, in the API's JSON form.
+        finish_reason: set in the last delta of the choice.
     """
 
     text: str = ""
@@ -33,23 +34,35 @@ class Delta:
     finish_reason: str | None = None
 
     def __bool__(self) -> bool:
-        """Whether there is anything to show; the finish reason isn't."""
+        """Whether the delta has content; the finish reason alone is none."""
         return bool(self.text or self.tokens or self.tool_events)
 
+    def append(self, later: Delta) -> None:
+        """Adds the delta that follows this one."""
+        self.text += later.text
+        self.tokens += later.tokens
+        self.offsets += later.offsets
+        self.tool_events += later.tool_events
+        self.finish_reason = later.finish_reason or self.finish_reason
 
-class Choice:
+
+class ChoiceDecoder:
     """Turns an engine's chunks of one choice into deltas.
 
-    The concatenation of all deltas is the same however the engine groups its tokens. Text held back (an unfinished
-    character, the beginning of a stop string) also holds back the tool calls that come after it, so a call is
-    never seen before the text that precedes it.
+    The concatenation of all deltas does not depend on how the engine groups its tokens. The decoder holds back an
+    incomplete character and the possible beginning of a stop string. Held text also holds back the tool calls after
+    it, so the client never sees a call before the text that precedes it.
+
+    Attributes:
+        token_count: number of tokens decoded so far.
+        finish_reason: None until the choice is finished.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, raw: bool = False) -> None:
         """
         Args:
             stops: stop strings.
-            raw: show the text of every part instead of the text parts only; for completions without tools.
+            raw: shows Python code and its output as text too; for completions, which have no tools.
         """
         special = tokenizer.special_ids
         self._python_start, self._python_end = special[PYTHON_START], special[PYTHON_END]
@@ -59,8 +72,8 @@ class Choice:
         self._parts = AssistantStream(tokenizer)
         self._filter = StopFilter(stops)
         self._in_text = True
-        self._written = 0  # characters of text that the model wrote
-        self._shown = 0  # of them, given out
+        self._written = 0  # characters of text that the model has written
+        self._shown = 0  # characters of text that the deltas have shown
         self._python_offset = 0
         self._call_offsets: list[int] = []
         self._waiting_tokens: collections.deque[tuple[int, engine_pb2.Token]] = collections.deque()
@@ -69,13 +82,13 @@ class Choice:
         self.finish_reason: str | None = None
 
     def feed(self, chunk: engine_pb2.GenerateChunk) -> Delta:
-        """What ``chunk`` adds; nothing once the choice is finished."""
+        """Returns the delta that ``chunk`` makes visible; it is empty once the choice is finished."""
         delta = Delta()
         if self.finish_reason is not None:
             return delta
-        shown = [self._token(token) for token in chunk.tokens if not self._filter.stopped]
+        shown = [self._decode(token) for token in chunk.tokens if not self._filter.stopped]
         for event in chunk.tool_events:
-            self._event(event)
+            self._add_event(event)
         if chunk.finish_reason and not self._filter.stopped:
             shown.append(self._write(self._parts.finish()))
             shown.append(self._filter.finish())
@@ -89,50 +102,42 @@ class Choice:
         self._release(delta)
         return delta
 
-    def _token(self, token: engine_pb2.Token) -> str:
-        """Text that may be shown now that ``token`` has come."""
+    def _decode(self, token: engine_pb2.Token) -> str:
+        """Returns the text that may be shown after ``token``."""
         self.token_count += 1
-        token_id = token.id
-        if token_id < self._first_special:
+        if token.id < self._first_special:
             if self._in_text and token.HasField("logprob"):
                 self._waiting_tokens.append((self._written, token))
-            return self._write(self._parts.push(token_id))
-        shown = self._write(self._parts.push(token_id))
-        self._in_text = token_id not in self._hidden_starts
-        if token_id == self._python_start:
+            return self._write(self._parts.push(token.id))
+        shown = self._write(self._parts.push(token.id))
+        self._in_text = token.id not in self._hidden_starts
+        if token.id == self._python_start:
             self._python_offset = self._written
-        elif token_id == self._python_end:
+        elif token.id == self._python_end:
             self._call_offsets.append(self._python_offset)
         return shown
 
-    def _write(self, parts: Sequence[Any]) -> str:
+    def _write(self, parts: Sequence[Part]) -> str:
         text = "".join(part.text for part in parts if self._raw or part.type == "text")
         self._written += len(text)
         return self._filter.push(text) if text else ""
 
-    def _event(self, event: engine_pb2.ToolEvent) -> None:
-        if event.WhichOneof("event") == "call":
-            call = event.call
-            offset = self._offset_of(call.call_index)
-            shown = {"type": "call", "call_index": call.call_index, "code": call.code, "offset": offset}
+    def _add_event(self, event: engine_pb2.ToolEvent) -> None:
+        kind = event.WhichOneof("event")
+        call_index = (event.call if kind == "call" else event.result).call_index
+        offset = self._call_offsets[call_index] if call_index < len(self._call_offsets) else self._written
+        shown: dict[str, Any] = {"type": kind, "call_index": call_index}
+        if kind == "call":
+            shown |= {"code": event.call.code, "offset": offset}
         else:
             result = event.result
-            offset = self._offset_of(result.call_index)
-            shown = {
-                "type": "result",
-                "call_index": result.call_index,
-                "status": result.status,
-                "output": result.output,
-                # A float32 on the wire: without rounding 0.002 would read 0.0020000000949949026.
-                "duration_seconds": round(result.duration_seconds, 6),
-            }
+            # The wire has a float32: without rounding, 0.002 would read 0.0020000000949949026.
+            seconds = round(result.duration_seconds, 6)
+            shown |= {"status": result.status, "output": result.output, "duration_seconds": seconds}
         self._waiting_events.append((offset, shown))
 
-    def _offset_of(self, call_index: int) -> int:
-        return self._call_offsets[call_index] if call_index < len(self._call_offsets) else self._written
-
     def _release(self, delta: Delta) -> None:
-        """Give out the tokens and events that belong to the text shown so far."""
+        """Moves the tokens and events that belong to the text shown so far into ``delta``."""
         while self._waiting_tokens and self._waiting_tokens[0][0] < self._shown:
             offset, token = self._waiting_tokens.popleft()
             delta.tokens.append(token)

@@ -1,9 +1,8 @@
-"""Answers that take their time: server-sent events, heartbeats, and clients that leave."""
+"""Answers that take time: server-sent events, heartbeats, and clients that leave before the end."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from services.gateway.errors import ApiError, ClientGone, error_response, shutting_down
+from services.gateway.errors import ApiError, ClientGone, internal_error, shutting_down
 from services.gateway.middleware.drain import Drain
 from services.gateway.middleware.request_log import RequestRecord
 
@@ -20,29 +19,18 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b": keep-alive\n\n"
 
 
-def dumps(value: Any) -> str:
-    """Compact JSON."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def event(value: Any) -> bytes:
-    """One server-sent event with ``value`` as JSON."""
-    return f"data: {dumps(value)}\n\n".encode()
-
-
 async def supervise(work: Coroutine[Any, Any, T], receive: Receive, drain: Drain, record: RequestRecord) -> T:
-    """Run ``work`` until it is done, the client leaves, or the time to drain is over; then it is cancelled.
+    """Runs ``work`` until it is done, and cancels it if the client leaves or the gateway has to end.
 
     Args:
         receive: of a request whose body has been read.
 
     Raises:
         ClientGone: the client left first.
-        ApiError: 503, the gateway is shutting down; or what ``work`` raised.
+        ApiError: 503 if the gateway is shutting down; otherwise the error of ``work``.
     """
     if drain.draining:
         work.close()
@@ -60,10 +48,10 @@ async def supervise(work: Coroutine[Any, Any, T], receive: Receive, drain: Drain
                 raise ClientGone
             raise shutting_down()
         finally:
-            await _stop(task, gone, over)
+            await _cancel(task, gone, over)
 
 
-async def _stop(*tasks: asyncio.Future[Any]) -> None:
+async def _cancel(*tasks: asyncio.Future[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -75,10 +63,10 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends events as they come.
+    """A response of server-sent events, each sent as soon as it is there.
 
-    Nothing is sent before the first event, or the first heartbeat if that is earlier: a failure until then is an
-    ordinary error response with its status. A later one is an event ``{"error": ...}`` that ends the stream.
+    The response begins with the first event, or with the first heartbeat if that is earlier. A failure before that is
+    an ordinary error response with its own status. A later failure is an event ``{"error": ...}`` that ends the stream.
     """
 
     def __init__(
@@ -91,14 +79,13 @@ class EventStream(Response):
     ) -> None:
         """
         Args:
-            events: complete events, encoded; closed when the client leaves.
-            heartbeat_seconds: longest silence.
+            events: complete, encoded events; the stream closes the generator when the client leaves.
+            heartbeat_seconds: longest silence; after that the stream sends a comment line.
         """
         super().__init__(
             media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
-        # The length isn't known.
-        del self.headers["content-length"]
+        del self.headers["content-length"]  # a stream does not know its length
         self._events = events
         self._drain = drain
         self._record = record
@@ -114,13 +101,13 @@ class EventStream(Response):
         except ClientGone:
             return
         except Exception as error:
-            await _stop(heartbeat)
+            await _cancel(heartbeat)
             await self._fail(error, scope, receive, send)
         else:
-            await _stop(heartbeat)
+            await _cancel(heartbeat)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            await _stop(heartbeat)
+            await _cancel(heartbeat)
             await self._events.aclose()
 
     async def _write(self, send: Send) -> None:
@@ -137,7 +124,7 @@ class EventStream(Response):
             await asyncio.sleep(self._heartbeat_seconds - quiet)
 
     async def _send(self, send: Send, data: bytes) -> None:
-        # The writer and the heartbeat must not overtake each other before the headers are out.
+        # The lock keeps the headers in front: the writer and the heartbeat both send.
         async with self._sending:
             if not self._started:
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -148,10 +135,10 @@ class EventStream(Response):
     async def _fail(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
         if not isinstance(error, ApiError):
             logger.error("stream failed", exc_info=error, extra={"request_id": self._record.request_id})
-            message = f"The gateway failed on this request; its id in the log is {self._record.request_id}."
-            error = ApiError(500, message, code="internal_error")
+            error = internal_error(self._record.request_id)
         self._record.error = error.code
-        if not self._started:
-            await error_response(error)(scope, receive, send)
-            return
-        await send({"type": "http.response.body", "body": event(error.body), "more_body": False})
+        if self._started:
+            last = b"data: " + error.body + b"\n\n"
+            await send({"type": "http.response.body", "body": last, "more_body": False})
+        else:
+            await error.response()(scope, receive, send)

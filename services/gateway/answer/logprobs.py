@@ -8,12 +8,12 @@ from typing import Any
 from nanochat_core.protos import engine_pb2
 from nanochat_core.tokenizer import Tokenizer
 
-# JSON has no minus infinity; this is what OpenAI's API says instead.
+# JSON has no minus infinity; OpenAI's API uses this number instead.
 _IMPOSSIBLE = -9999.0
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[engine_pb2.Token]) -> dict[str, Any]:
-    """The ``logprobs`` object of a chat choice."""
+    """Builds the ``logprobs`` object of a chat choice."""
     return {
         "content": [
             _entry(tokenizer, token.id, token.logprob)
@@ -27,16 +27,16 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[engine_pb2.Token]) -> d
 def completion_logprobs(
     tokenizer: Tokenizer, tokens: Sequence[engine_pb2.Token], offsets: Sequence[int]
 ) -> dict[str, Any]:
-    """The ``logprobs`` object of a text completion.
+    """Builds the ``logprobs`` object of a text completion.
 
     Args:
         offsets: for each token, the number of characters of the text that precede it.
     """
     return {
-        "tokens": [_text(tokenizer, token.id) for token in tokens],
+        "tokens": [tokenizer.decode([token.id]) for token in tokens],
         "token_logprobs": [_finite(token.logprob) for token in tokens],
         "top_logprobs": [
-            {_text(tokenizer, top.token_id): _finite(top.logprob) for top in token.top_logprobs} for token in tokens
+            {tokenizer.decode([top.token_id]): _finite(top.logprob) for top in token.top_logprobs} for token in tokens
         ],
         "text_offset": list(offsets),
     }
@@ -48,13 +48,8 @@ def _entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any
     return {
         "token": raw.decode("utf-8", errors="replace"),
         "logprob": _finite(logprob),
-        # A special token stands for no bytes of the text.
-        "bytes": None if special else list(raw),
+        "bytes": None if special else list(raw),  # a special token has no bytes in the text
     }
-
-
-def _text(tokenizer: Tokenizer, token_id: int) -> str:
-    return tokenizer.decode([token_id])
 
 
 def _finite(logprob: float) -> float:

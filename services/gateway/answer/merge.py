@@ -1,4 +1,4 @@
-"""Several streams read as one."""
+"""Several asynchronous streams read as one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Enough that one source needn't wait for the reader at each item, few enough that a slow reader slows the sources.
+# A source may run this many items ahead of the reader, so that a slow reader slows the sources down.
 _AHEAD = 16
 
 
@@ -18,9 +18,9 @@ class _End:
 
 
 async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """Items of all sources as they come, each source's in its order.
+    """Yields the items of all sources as they come, and each source's items in their order.
 
-    The first error of a source ends the others and is raised. Sources are closed when the merged stream is.
+    The first error of a source closes the other sources and is raised. Closing the merged stream closes the sources.
     """
     if len(sources) == 1:
         async with contextlib.aclosing(sources[0]) as source:

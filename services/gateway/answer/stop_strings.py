@@ -6,17 +6,20 @@ from collections.abc import Sequence
 
 
 class StopFilter:
-    """Passes text on until a stop string is complete, and never a character of the stop string itself.
+    """Passes text on until a stop string is complete, and never passes a character of that stop string on.
 
-    The stop string that is complete first ends the text; of several complete at the same character the longest
-    counts. So the result depends on the text alone and not on how it was cut into pieces. Text that may still
-    turn out to begin a stop string is held back.
+    The stop string that is complete first ends the text; of several that are complete at the same character, the
+    longest one counts. So the result depends on the text alone and not on its pieces. The filter holds back text that
+    may still become a stop string.
+
+    Attributes:
+        stopped: whether a stop string has ended the text.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         """
         Args:
-            stops: non-empty strings; none at all passes everything on at once.
+            stops: non-empty strings; without any, all text passes at once.
         """
         self._stops = tuple(stops)
         self._longest = max(map(len, self._stops), default=0)
@@ -24,7 +27,7 @@ class StopFilter:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """What may be shown now that ``text`` has come; nothing more after a stop string."""
+        """Takes the next piece and returns the text that may be shown; it is empty after a stop string."""
         if self.stopped:
             return ""
         if not self._stops:
@@ -35,19 +38,18 @@ class StopFilter:
             self.stopped = True
             self._held = ""
             return seen[: min(ends)[1]]
-        keep = self._possible_beginning(seen)
-        self._held = seen[len(seen) - keep :]
-        return seen[: len(seen) - keep]
+        passed = len(seen) - self._possible_beginning(seen)
+        self._held = seen[passed:]
+        return seen[:passed]
 
     def finish(self) -> str:
-        """What was held back, when no more text comes."""
+        """Returns the text that was held back; call it when no more text comes."""
         held, self._held = self._held, ""
         return held
 
     def _possible_beginning(self, text: str) -> int:
-        """Length of the longest end of ``text`` that begins a stop string."""
+        """Returns the length of the longest end of ``text`` that begins a stop string."""
         for length in range(min(self._longest - 1, len(text)), 0, -1):
-            end = text[-length:]
-            if any(stop.startswith(end) for stop in self._stops):
+            if any(stop.startswith(text[-length:]) for stop in self._stops):
                 return length
         return 0

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from services.gateway.answer.choices import Answers
+from services.gateway.answer.choices import Choices
 
 
-def usage(answers: Sequence[Answers]) -> dict[str, Any]:
-    """The ``usage`` object over all prompts of a request. A prompt counts once, however many choices it has."""
-    prompt = sum(each.prompt_tokens for each in answers)
-    completion = sum(each.completion_tokens for each in answers)
+def usage(prompts: Sequence[Choices]) -> dict[str, Any]:
+    """Builds the ``usage`` object of a request. Each prompt counts once, however many choices it has."""
+    prompt = sum(choices.prompt_tokens for choices in prompts)
+    completion = sum(choices.completion_tokens for choices in prompts)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(each.cached_prompt_tokens for each in answers)},
+        "prompt_tokens_details": {"cached_tokens": sum(choices.cached_prompt_tokens for choices in prompts)},
     }

@@ -1,145 +1,144 @@
-"""`POST /v1/chat/completions`."""
+"""`POST /v1/chat/completions`: the conversation becomes the model's turns, and the next one is the answer."""
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import AsyncGenerator, Sequence
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
-from nanochat_core.chat import Message
-from nanochat_core.protos import engine_pb2
+from nanochat_core.chat import Message, Part
+from nanochat_core.tokenizer import Tokenizer
 from services.gateway.answer.choice_decoder import Delta
-from services.gateway.answer.choices import Answers
-from services.gateway.answer.event_stream import DONE, EventStream, dumps, event, supervise
 from services.gateway.answer.logprobs import chat_logprobs
-from services.gateway.answer.usage import usage
-from services.gateway.api.dependencies import Gateway, GatewayDep, RecordDep
+from services.gateway.answer.response import Answer, ChoiceFormat
+from services.gateway.api.dependencies import DrainDep, PoolDep, RecordDep
 from services.gateway.api.examples import CHAT_RESPONSES
-from services.gateway.engines.prompts import conversation, encode_chat
-from services.gateway.engines.request import choose_seed
-from services.gateway.middleware.request_log import RequestRecord
-from services.gateway.schemas import ChatRequest, refuse_unsupported
+from services.gateway.engines.request import check_choices, encode_chat
+from services.gateway.errors import invalid_value
+from services.gateway.schemas import ChatMessage, ChatRequest, ToolEvent, refuse_unsupported
 
 router = APIRouter(tags=["OpenAI API"])
 
 
 @router.post("/v1/chat/completions", summary="Answer a conversation", responses=CHAT_RESPONSES)
 async def create_chat_completion(
-    body: ChatRequest, request: Request, gateway: GatewayDep, record: RecordDep
+    body: ChatRequest, request: Request, pool: PoolDep, drain: DrainDep, record: RecordDep
 ) -> Response:
     """Write the assistant's next message.
 
-    The model may run Python while it answers: what it ran and what came back is in `nanochat.tool_events`.
+    The model may run Python while it answers. `nanochat.tool_events` has the code that ran and its output.
     """
     refuse_unsupported(body)
-    gateway.check_choices(body.n or 1)
-    turns = conversation(body.messages)
-    if body.stream:
-        return EventStream(
-            _stream(gateway, body, turns, record),
-            drain=gateway.drain,
-            record=record,
-            heartbeat_seconds=gateway.settings.heartbeat_seconds,
-        )
-    work = _collect(gateway, body, turns, record)
-    return JSONResponse(await supervise(work, request.receive, gateway.drain, record))
+    check_choices(body.n or 1, pool.settings)
+    prompt = functools.partial(encode_chat, turns=conversation(body.messages))
+    answer = Answer(pool, body, [prompt], _ChatFormat(logprobs=bool(body.logprobs)), record)
+    return await answer.respond(request.receive, drain)
 
 
-async def _stream(
-    gateway: Gateway, body: ChatRequest, turns: Sequence[Message], record: RequestRecord
-) -> AsyncGenerator[bytes, None]:
-    async with gateway.answer(body, lambda model: encode_chat(model, turns), record, seed=choose_seed(body)) as answers:
-        chunks = _Chunks(answers, logprobs=bool(body.logprobs), usage_wanted=body.include_usage)
-        for index in range(body.n or 1):
-            yield chunks.first(index)
-        async for index, delta in answers.deltas():
-            if delta:
-                yield chunks.delta(index, delta)
-            if delta.finish_reason is not None:
-                yield chunks.last(index, delta.finish_reason)
-        if body.include_usage:
-            yield chunks.usage()
-        yield DONE
+@dataclasses.dataclass(frozen=True)
+class _ChatFormat(ChoiceFormat):
+    logprobs: bool
+
+    id_prefix = "chatcmpl"
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+
+    def whole(self, index: int, delta: Delta, tokenizer: Tokenizer) -> dict[str, Any]:
+        message = {"role": "assistant", "content": delta.text, "refusal": None, **_extension(delta)}
+        logprobs = chat_logprobs(tokenizer, delta.tokens) if self.logprobs else None
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+
+    def opening(self, index: int) -> Iterator[dict[str, Any]]:
+        yield _piece(index, {"role": "assistant", "content": ""})
+
+    def pieces(self, index: int, delta: Delta, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+        if delta:
+            shown = ({"content": delta.text} if delta.text else {}) | _extension(delta)
+            yield _piece(index, shown, chat_logprobs(tokenizer, delta.tokens) if self.logprobs else None)
+        if delta.finish_reason is not None:
+            yield _piece(index, {}, finish_reason=delta.finish_reason)
 
 
-async def _collect(
-    gateway: Gateway, body: ChatRequest, turns: Sequence[Message], record: RequestRecord
+def _piece(
+    index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
 ) -> dict[str, Any]:
-    n = body.n or 1
-    texts: list[list[str]] = [[] for _ in range(n)]
-    events: list[list[dict[str, Any]]] = [[] for _ in range(n)]
-    tokens: list[list[engine_pb2.Token]] = [[] for _ in range(n)]
-    reasons: list[str | None] = [None] * n
-    async with gateway.answer(body, lambda model: encode_chat(model, turns), record, seed=choose_seed(body)) as answers:
-        async for index, delta in answers.deltas():
-            texts[index].append(delta.text)
-            events[index] += delta.tool_events
-            tokens[index] += delta.tokens
-            reasons[index] = delta.finish_reason
-    choices = []
-    for index in range(n):
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(texts[index]), "refusal": None}
-        if events[index]:
-            message["nanochat"] = {"tool_events": events[index]}
-        choices.append(
-            {
-                "index": index,
-                "message": message,
-                "logprobs": chat_logprobs(answers.model.tokenizer, tokens[index]) if body.logprobs else None,
-                "finish_reason": reasons[index],
-            }
-        )
-    return {**_envelope(answers, "chat.completion"), "choices": choices, "usage": usage([answers])}
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _envelope(answers: Answers, kind: str) -> dict[str, Any]:
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": answers.model.name,
-        "system_fingerprint": answers.model.fingerprint,
-    }
+def _extension(delta: Delta) -> dict[str, Any]:
+    return {"nanochat": {"tool_events": delta.tool_events}} if delta.tool_events else {}
 
 
-class _Chunks:
-    """The chunks of one stream. All that doesn't change within it is encoded once."""
+def conversation(messages: Sequence[ChatMessage]) -> list[Message]:
+    """Turns the messages into alternating turns of user and assistant, as the model knows them.
 
-    def __init__(self, answers: Answers, *, logprobs: bool, usage_wanted: bool) -> None:
-        self._answers = answers
-        self._tokenizer = answers.model.tokenizer
-        self._logprobs = logprobs
-        self._envelope = _envelope(answers, "chat.completion.chunk")
-        self._head = f'data: {dumps(self._envelope)[:-1]},"choices":[{{"index":'
-        # With usage asked for, OpenAI's chunks carry a null until the last.
-        self._tail = ',"usage":null}\n\n' if usage_wanted else "}\n\n"
+    The model's format has no tokens for a system message, and two turns of one side never follow each other. So all
+    system, developer and user messages between two answers become one user turn: in their order, separated by blank
+    lines.
 
-    def first(self, index: int) -> bytes:
-        """The chunk with the role."""
-        return self._encode(index, '{"role":"assistant","content":""}')
+    Raises:
+        ApiError: 400 if the result has an answer that no user message precedes, or does not end with a user message.
+    """
+    turns: list[Message] = []
+    asked: list[str] = []
+    by_user = False
+    for i, message in enumerate(messages):
+        if message.role != "assistant":
+            asked.append(message.content or "")
+            by_user |= message.role == "user"
+            continue
+        if not by_user:
+            raise invalid_value(
+                f"messages[{i}] is an assistant message that no user message precedes: user and assistant take turns.",
+                f"messages[{i}].role",
+            )
+        turns.append(_user_turn(asked))
+        events = message.nanochat.tool_events if message.nanochat else []
+        turns.append(Message("assistant", _assistant_parts(message.content or "", events, i)))
+        asked, by_user = [], False
+    if not by_user:
+        raise invalid_value("The last message must be the user's: there is nothing to answer.", "messages")
+    turns.append(_user_turn(asked))
+    return turns
 
-    def delta(self, index: int, delta: Delta) -> bytes:
-        """What has become visible of a choice."""
-        shown: dict[str, Any] = {}
-        if delta.text:
-            shown["content"] = delta.text
-        if delta.tool_events:
-            shown["nanochat"] = {"tool_events": delta.tool_events}
-        logprobs = dumps(chat_logprobs(self._tokenizer, delta.tokens)) if self._logprobs else "null"
-        return self._encode(index, dumps(shown), logprobs)
 
-    def last(self, index: int, finish_reason: str) -> bytes:
-        """The end of a choice."""
-        return self._encode(index, "{}", finish_reason=f'"{finish_reason}"')
+def _user_turn(texts: Sequence[str]) -> Message:
+    return Message("user", (Part("text", "\n\n".join(texts)),))
 
-    def usage(self) -> bytes:
-        """The token counts, without a choice."""
-        return event({**self._envelope, "choices": [], "usage": usage([self._answers])})
 
-    def _encode(self, index: int, delta: str, logprobs: str = "null", finish_reason: str = "null") -> bytes:
-        choice = f'{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish_reason}}}]'
-        return f"{self._head}{choice}{self._tail}".encode()
+def _assistant_parts(content: str, events: Sequence[ToolEvent], message_index: int) -> tuple[Part, ...]:
+    """Puts an answer's tool calls and their output back to the places where the model wrote them.
+
+    Raises:
+        ApiError: 400 if the events don't fit the content or each other.
+    """
+    parts: list[Part] = []
+    position, open_call = 0, None
+    for k, event in enumerate(events):
+        where = f"messages[{message_index}].nanochat.tool_events[{k}]"
+        if event.type == "result":
+            if event.call_index != open_call:
+                raise invalid_value(
+                    f"{where} is the result of call {event.call_index}, which isn't the call before it.",
+                    f"{where}.call_index",
+                )
+            parts.append(Part("python_output", event.output or ""))
+            open_call = None
+            continue
+        offset = event.offset or 0
+        if not position <= offset <= len(content):
+            raise invalid_value(
+                f"{where}.offset is {offset}; it must lie between the call before it ({position}) and the end of "
+                f"the content ({len(content)} characters).",
+                f"{where}.offset",
+            )
+        if offset > position:
+            parts.append(Part("text", content[position:offset]))
+        parts.append(Part("python", event.code or ""))
+        position, open_call = offset, event.call_index
+    if position < len(content) or not parts:
+        parts.append(Part("text", content[position:]))
+    return tuple(parts)

@@ -1,10 +1,10 @@
-"""`/docs`: the OpenAPI description as a page that needs nothing from elsewhere."""
+"""`/docs`: the OpenAPI document as a page that loads nothing from other servers."""
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Iterator
+from html import escape
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -25,21 +25,21 @@ th, td { text-align: left; vertical-align: top; padding: 0.3rem 0.8rem 0.3rem 0;
 
 @router.get("/docs", include_in_schema=False)
 async def docs(request: Request) -> HTMLResponse:
-    """The page, made of what `/openapi.json` says."""
+    """The page, made from the same document as `/openapi.json`."""
     return HTMLResponse("".join(_page(request.app.openapi())))
 
 
 @router.get("/docs/style.css", include_in_schema=False)
 async def style() -> Response:
-    """The page's style; a file of its own because the content security policy allows no other."""
+    """The page's style, in a file because the content security policy forbids styles inside the page."""
     return Response(_STYLE, media_type="text/css")
 
 
 def _page(spec: dict[str, Any]) -> Iterator[str]:
-    info = spec["info"]
-    yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_text(info["title"])} API</title>'
+    title = escape(spec["info"]["title"])
+    yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title} API</title>'
     yield '<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="/docs/style.css">'
-    yield f"<h1>{_text(info['title'])} API</h1><p>{_text(info['description'])}</p>"
+    yield f"<h1>{title} API</h1><p>{escape(spec['info']['description'])}</p>"
     yield '<p>The same for programs: <a href="/openapi.json">/openapi.json</a>. <a href="/">The chat page.</a></p>'
     for path, methods in spec["paths"].items():
         for method, operation in methods.items():
@@ -48,8 +48,8 @@ def _page(spec: dict[str, Any]) -> Iterator[str]:
 
 
 def _operation(title: str, operation: dict[str, Any], spec: dict[str, Any]) -> Iterator[str]:
-    yield f"<h2>{_text(operation['summary'])}</h2><p><code>{_text(title)}</code></p>"
-    yield f"<p>{_text(operation.get('description', ''))}</p>"
+    yield f"<h2>{escape(operation['summary'])}</h2><p><code>{escape(title)}</code></p>"
+    yield f"<p>{escape(operation.get('description', ''))}</p>"
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
     if body:
         schema = _resolve(body, spec)
@@ -57,7 +57,7 @@ def _operation(title: str, operation: dict[str, Any], spec: dict[str, Any]) -> I
         yield f"<h3>Example request</h3>{_code(schema.get('example'))}"
     for media_type, content in operation["responses"]["200"].get("content", {}).items():
         if "example" in content:
-            yield f"<h3>Example answer ({_text(media_type)})</h3>{_code(content['example'])}"
+            yield f"<h3>Example answer ({escape(media_type)})</h3>{_code(content['example'])}"
 
 
 def _parameters(schema: dict[str, Any], spec: dict[str, Any]) -> Iterator[str]:
@@ -66,8 +66,8 @@ def _parameters(schema: dict[str, Any], spec: dict[str, Any]) -> Iterator[str]:
         note = parameter.get("description", "")
         if name in schema.get("required", ()):
             note = f"required. {note}"
-        kind = _type(parameter, spec)
-        yield f"<tr><td><code>{_text(name)}</code></td><td>{_text(kind)}</td><td>{_text(note)}</td></tr>"
+        yield f"<tr><td><code>{escape(name)}</code></td>"
+        yield f"<td>{escape(_type(parameter, spec))}</td><td>{escape(note)}</td></tr>"
     yield "</table>"
 
 
@@ -91,8 +91,4 @@ def _resolve(schema: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
 
 def _code(example: Any) -> str:
     text = example if isinstance(example, str) else json.dumps(example, indent=2, ensure_ascii=False)
-    return f"<pre>{_text(text)}</pre>"
-
-
-def _text(value: str) -> str:
-    return html.escape(value)
+    return f"<pre>{escape(text)}</pre>"

@@ -1,24 +1,26 @@
-"""Example answers for the OpenAPI description."""
+"""Example answers for the OpenAPI document."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from services.gateway.errors import ERROR_RESPONSES
 
+_COMMON = {"created": 1760000000, "model": "nanochat", "system_fingerprint": "fp_4f1c09d27a3e"}
 _USAGE = {
     "prompt_tokens": 19,
     "completion_tokens": 31,
     "total_tokens": 50,
     "prompt_tokens_details": {"cached_tokens": 16},
 }
+_CALL = {"type": "call", "call_index": 0, "code": "1234 * 5678", "offset": 15}
+_RESULT = {"type": "result", "call_index": 0, "status": "ok", "output": "7006652", "duration_seconds": 0.002}
 
 _CHAT = {
     "id": "chatcmpl-0b5c",
     "object": "chat.completion",
-    "created": 1760000000,
-    "model": "nanochat",
-    "system_fingerprint": "fp_4f1c09d27a3e",
+    **_COMMON,
     "choices": [
         {
             "index": 0,
@@ -26,18 +28,7 @@ _CHAT = {
                 "role": "assistant",
                 "content": "1234 * 5678 is 7006652.",
                 "refusal": None,
-                "nanochat": {
-                    "tool_events": [
-                        {"type": "call", "call_index": 0, "code": "1234 * 5678", "offset": 15},
-                        {
-                            "type": "result",
-                            "call_index": 0,
-                            "status": "ok",
-                            "output": "7006652",
-                            "duration_seconds": 0.002,
-                        },
-                    ]
-                },
+                "nanochat": {"tool_events": [_CALL, _RESULT]},
             },
             "logprobs": None,
             "finish_reason": "stop",
@@ -46,30 +37,27 @@ _CHAT = {
     "usage": _USAGE,
 }
 
-_CHUNK = (
-    'data: {"id":"chatcmpl-0b5c","object":"chat.completion.chunk","created":1760000000,"model":"nanochat",'
-    '"system_fingerprint":"fp_4f1c09d27a3e","choices":[{"index":0,"delta":%s,"logprobs":null,"finish_reason":%s}]}\n\n'
-)
+
+def _chunk(delta: dict[str, Any], finish_reason: str | None = None) -> str:
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    chunk = {"id": "chatcmpl-0b5c", "object": "chat.completion.chunk", **_COMMON, "choices": [choice]}
+    return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
+
 
 _CHAT_STREAM = (
-    _CHUNK % ('{"role":"assistant","content":""}', "null")
-    + _CHUNK % ('{"content":"1234 * 5678 is "}', "null")
-    + _CHUNK
-    % (
-        '{"nanochat":{"tool_events":[{"type":"call","call_index":0,"code":"1234 * 5678","offset":15}]}}',
-        "null",
-    )
-    + _CHUNK % ('{"content":"7006652."}', "null")
-    + _CHUNK % ("{}", '"stop"')
+    _chunk({"role": "assistant", "content": ""})
+    + _chunk({"content": "1234 * 5678 is "})
+    + _chunk({"nanochat": {"tool_events": [_CALL]}})
+    + _chunk({"nanochat": {"tool_events": [_RESULT]}})
+    + _chunk({"content": "7006652."})
+    + _chunk({}, "stop")
     + "data: [DONE]\n\n"
 )
 
 _COMPLETION = {
     "id": "cmpl-77aa",
     "object": "text_completion",
-    "created": 1760000000,
-    "model": "nanochat",
-    "system_fingerprint": "fp_4f1c09d27a3e",
+    **_COMMON,
     "choices": [{"index": 0, "text": " there was a fox.", "logprobs": None, "finish_reason": "length"}],
     "usage": _USAGE,
 }
@@ -81,7 +69,6 @@ CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
     },
     **ERROR_RESPONSES,
 }
-
 COMPLETION_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The continuation; with `stream` as server-sent events that end with `[DONE]`.",

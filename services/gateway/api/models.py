@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from services.gateway.api.dependencies import GatewayDep
+from services.gateway.api.dependencies import PoolDep
 from services.gateway.engines.served_model import ServedModel
 from services.gateway.errors import ERROR_RESPONSES, model_not_found, no_engine
 
@@ -14,20 +14,20 @@ router = APIRouter(tags=["OpenAI API"], responses=ERROR_RESPONSES)
 
 
 @router.get("/v1/models", summary="List the models")
-async def list_models(gateway: GatewayDep) -> dict[str, Any]:
-    """The models that can be used now; an empty list while none is loaded."""
-    return {"object": "list", "data": [_describe(model) for model in gateway.pool.models().values()]}
+async def list_models(pool: PoolDep) -> dict[str, Any]:
+    """The models that requests can use now; an empty list while no model is loaded."""
+    return {"object": "list", "data": [_describe(model) for model in pool.models().values()]}
 
 
 @router.get("/v1/models/{model:path}", summary="Describe a model")
-async def retrieve_model(model: str, gateway: GatewayDep) -> dict[str, Any]:
+async def retrieve_model(model: str, pool: PoolDep) -> dict[str, Any]:
     """One model, by its name or an alias."""
-    served = gateway.pool.models()
+    served = pool.models()
     if not served:
         raise no_engine()
     if model in served:
         return _describe(served[model])
-    if model in gateway.settings.model_aliases:
+    if model in pool.settings.model_aliases:
         return _describe(next(iter(served.values()))) | {"id": model}
     raise model_not_found(model, served)
 

@@ -1,4 +1,4 @@
-"""What Kubernetes and Prometheus ask."""
+"""Endpoints for Kubernetes and Prometheus."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from services.gateway.api.dependencies import GatewayDep
+from services.gateway.api.dependencies import DrainDep, PoolDep
 from services.gateway.errors import ERROR_RESPONSES, no_engine, shutting_down
 
 router = APIRouter(tags=["Operations"])
@@ -20,17 +20,17 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz", summary="Can a request be answered", responses=ERROR_RESPONSES)
-async def readyz(gateway: GatewayDep) -> dict[str, Any]:
-    """200 while at least one engine is healthy and its model known; 503 otherwise and while shutting down."""
-    if gateway.drain.draining:
+async def readyz(pool: PoolDep, drain: DrainDep) -> dict[str, Any]:
+    """200 while at least one engine is healthy and its model is known; 503 otherwise and during a shutdown."""
+    if drain.draining:
         raise shutting_down()
-    models = gateway.pool.models()
+    models = pool.models()
     if not models:
         raise no_engine()
     return {"status": "ready", "models": sorted(models)}
 
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
-async def metrics(gateway: GatewayDep) -> Response:
-    """In Prometheus' text format."""
-    return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+async def metrics(pool: PoolDep) -> Response:
+    """The metrics in Prometheus's text format."""
+    return Response(generate_latest(pool.metrics.registry), media_type=CONTENT_TYPE_LATEST)

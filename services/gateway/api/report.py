@@ -1,4 +1,4 @@
-"""`/report`: what is known of the model that serves, from the engine, which has the artifact store."""
+"""`/report`: the served model's report, which the engine reads from the artifact store."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from fastapi import APIRouter, Response
 from fastapi.responses import FileResponse
 
 from nanochat_core.protos import engine_pb2
-from services.gateway.api.dependencies import GatewayDep
+from services.gateway.api.dependencies import PoolDep
+from services.gateway.engines.routing import select_replica
 from services.gateway.errors import ERROR_RESPONSES, ApiError, from_rpc
 
 router = APIRouter(tags=["Operations"], responses=ERROR_RESPONSES)
 
 _PAGE = "report.html"
-# The engine reads it from the artifact store, which may be far away.
+# The engine's artifact store may be far away.
 _TIMEOUT_SECONDS = 20.0
-# Whatever an engine may call its files: nothing else is handed to a browser.
+# The gateway hands no other media types to a browser, whatever an engine sends.
 _MEDIA_TYPES = {"text/markdown": "text/markdown; charset=utf-8", "image/png": "image/png"}
 
 
 @router.get("/report", include_in_schema=False)
-async def page(gateway: GatewayDep) -> Response:
+async def page(pool: PoolDep) -> Response:
     """The page that shows the report; it loads the files below `/report/`."""
-    path = Path(gateway.settings.static_dir, _PAGE)
+    path = Path(pool.settings.static_dir, _PAGE)
     if not path.is_file():
         raise ApiError(404, "The web page is not built; the report itself is at /report/report.md.", code="not_built")
     return FileResponse(path, media_type="text/html", headers={"Cache-Control": "no-cache"})
 
 
 @router.get("/report/{file}", summary="The model's report", response_class=Response)
-async def report_file(file: str, gateway: GatewayDep, model: str = "") -> Response:
-    """`report.md` (Markdown) or one of its pictures. The headers `nanochat-model`, `nanochat-report-revision` and
-    `nanochat-served-revision` say which model and revision it is about, and which one serves."""
-    replica = gateway.pool.select(model or None)
-    served = replica.model
+async def report_file(file: str, pool: PoolDep, model: str = "") -> Response:
+    """`report.md` (Markdown) or one of its pictures. The headers `nanochat-model` and `nanochat-report-revision` name
+    the model and the revision that the report describes; `nanochat-served-revision` names the one that serves now."""
+    replica, served = select_replica(pool, model)
     try:
         report = await replica.stub.GetReport(engine_pb2.GetReportRequest(file=file), timeout=_TIMEOUT_SECONDS)
     except grpc.aio.AioRpcError as error:
@@ -49,7 +49,7 @@ async def report_file(file: str, gateway: GatewayDep, model: str = "") -> Respon
                     "Cache-Control": "no-cache",
                     "nanochat-model": report.model,
                     "nanochat-report-revision": report.revision,
-                    "nanochat-served-revision": served.revision if served else "",
+                    "nanochat-served-revision": served.revision,
                 },
             )
     raise _no_report(f"The report has no file {file!r}.")

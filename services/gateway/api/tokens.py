@@ -1,4 +1,4 @@
-"""`POST /tokenize` and `POST /detokenize`: the model's tokens without the model."""
+"""`POST /tokenize` and `POST /detokenize`: the served model's tokenizer."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from typing import Any
 from fastapi import APIRouter
 
 from nanochat_core.errors import UserError
-from services.gateway.api.dependencies import Gateway, GatewayDep
-from services.gateway.engines.prompts import conversation, encode_chat, encode_text
-from services.gateway.engines.served_model import ServedModel
-from services.gateway.errors import ERROR_RESPONSES, bad_request
+from services.gateway.api.chat import conversation
+from services.gateway.api.dependencies import PoolDep
+from services.gateway.engines.request import encode_chat, encode_text
+from services.gateway.engines.routing import select_replica
+from services.gateway.errors import ERROR_RESPONSES, invalid_value
 from services.gateway.schemas import DetokenizeRequest, TokenizeRequest, refuse_unsupported_messages
 
 router = APIRouter(tags=["Tokens"], responses=ERROR_RESPONSES)
 
 
 @router.post("/tokenize", summary="Encode text or a conversation")
-async def tokenize(body: TokenizeRequest, gateway: GatewayDep) -> dict[str, Any]:
+async def tokenize(body: TokenizeRequest, pool: PoolDep) -> dict[str, Any]:
     """Token ids of a text, or of the prompt that a conversation makes."""
-    model = _model(gateway, body.model)
+    _, model = select_replica(pool, body.model)
     if body.messages is not None:
         refuse_unsupported_messages(body.messages)
         ids = await encode_chat(model, conversation(body.messages))
     else:
-        ids = await encode_text(model, body.prompt or "", "prompt", bos=body.add_special_tokens is not False)
+        ids = await encode_text(model, body.prompt or "", bos=body.add_special_tokens is not False)
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": model.context_length, "tokens": ids}
     if body.return_token_strs:
         answer["token_strs"] = [model.tokenizer.decode([token_id]) for token_id in ids]
@@ -32,16 +33,10 @@ async def tokenize(body: TokenizeRequest, gateway: GatewayDep) -> dict[str, Any]
 
 
 @router.post("/detokenize", summary="Decode token ids")
-async def detokenize(body: DetokenizeRequest, gateway: GatewayDep) -> dict[str, str]:
-    """The text of token ids; special tokens appear by name, invalid UTF-8 as U+FFFD."""
-    model = _model(gateway, body.model)
+async def detokenize(body: DetokenizeRequest, pool: PoolDep) -> dict[str, str]:
+    """The text of token ids; special tokens appear by name, and invalid UTF-8 appears as U+FFFD."""
+    _, model = select_replica(pool, body.model)
     try:
         return {"prompt": model.tokenizer.decode(body.tokens)}
     except UserError as error:
-        raise bad_request(f"Invalid tokens: {error}.", "tokens", "invalid_value") from error
-
-
-def _model(gateway: Gateway, name: str | None) -> ServedModel:
-    model = gateway.pool.select(name or None).model
-    assert model is not None, "select() gives replicas with a model only"
-    return model
+        raise invalid_value(f"Invalid tokens: {error}.", "tokens") from error

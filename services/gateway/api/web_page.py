@@ -1,4 +1,4 @@
-"""The chat page: files that the front-end build left in a folder."""
+"""The chat page: the files that the front-end build has written into a folder."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ then load this address again.</p>
 </html>
 """
 
-# The build puts a hash of the content into these files' names, so a name's content never changes.
+# The build puts a hash of the content into these files' names, so the content of a name never changes.
 _HASHED = "assets/"
 _HASHED_CACHE = "public, max-age=31536000, immutable"
-# Asked for each time, answered with 304 mostly.
+# The browser asks for the other files each time, and mostly gets 304.
 _CACHE = "no-cache"
 
 
 class WebPage(StaticFiles):
-    """Serves the folder; a page of its own while the folder has no ``index.html``."""
+    """Serves the folder, and a page with build instructions while the folder has no ``index.html``."""
 
     def __init__(self, directory: str) -> None:
         super().__init__(directory=directory, html=True, check_dir=False)
 
     async def check_config(self) -> None:
-        """The folder may appear later."""
+        """Accepts a missing folder, because a build may create it later."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """The file at ``path``.
+        """Returns the file at ``path``.
 
         Raises:
-            HTTPException: 404, no such file, or not a request for one.
+            HTTPException: 404 if there is no such file or the method isn't GET or HEAD.
         """
         if scope["method"] not in ("GET", "HEAD"):
-            # To a client of the API this is an unknown endpoint.
+            # The client wants an endpoint of the API that does not exist.
             raise HTTPException(404)
         try:
             response = await super().get_response(path, scope)

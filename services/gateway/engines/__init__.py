@@ -1,0 +1,1 @@
+"""The connections to the engines, and the choice of one for each request."""

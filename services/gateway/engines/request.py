@@ -1,25 +1,115 @@
-"""From a request's sampling parameters to the engine's."""
+"""From a client's request to the engine's: the prompt's token ids and the sampling parameters."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from nanochat_core.chat import Message, render_prompt, stop_token_ids
 from nanochat_core.protos import engine_pb2
+from nanochat_core.tokenizer import Tokenizer
 from services.gateway.engines.served_model import ServedModel
-from services.gateway.errors import bad_request
+from services.gateway.errors import ApiError, bad_request, invalid_value
 from services.gateway.schemas import ChatRequest, CompletionRequest, SamplingRequest
 from services.gateway.settings import GatewaySettings
 
+# Encoding this many characters takes about as long as handing the work to a thread and back.
+_INLINE_CHARACTERS = 16_384
 _SEEDS = 2**64
-# To the engine 0 means "off"; to a client it is the narrowest choice there is.
+# The engine reads 0 as "off"; a client means the narrowest choice by it.
 _SMALLEST_TOP_P = 1e-6
 _BIAS_LIMIT = 100
 
 
+async def encode_chat(model: ServedModel, turns: Sequence[Message]) -> list[int]:
+    """Returns the token ids of the prompt that asks for the next assistant message.
+
+    Raises:
+        ApiError: 400 ``context_length_exceeded``.
+    """
+    characters = sum(len(part.text) for turn in turns for part in turn.parts)
+    ids = await _encode(model, characters, lambda tokenizer: render_prompt(tokenizer, turns), "messages")
+    return check_length(model, ids, "messages")
+
+
+async def encode_prompt(model: ServedModel, prompt: str | list[int]) -> list[int]:
+    """Returns the token ids of a text that begins a document, or checks token ids that the client sent.
+
+    Raises:
+        ApiError: 400 ``context_length_exceeded``, or 400 for an id that is no token of the model.
+    """
+    if isinstance(prompt, str):
+        return check_length(model, await encode_text(model, prompt, bos=True), "prompt")
+    size = model.tokenizer.vocab_size
+    if max(prompt) >= size:
+        raise invalid_value(
+            f"prompt has the token id {max(prompt)}; {model.name} has ids from 0 to {size - 1}.", "prompt"
+        )
+    return check_length(model, prompt, "prompt")
+
+
+async def encode_text(model: ServedModel, text: str, *, bos: bool) -> list[int]:
+    """Returns the token ids of a text prompt, with the token that begins documents in front if ``bos`` is true.
+
+    Raises:
+        ApiError: 400 ``context_length_exceeded``, but only for a text that is far too long. :func:`check_length` makes
+            the exact check.
+    """
+    ids = await _encode(model, len(text), lambda tokenizer: tokenizer.encode(text), "prompt")
+    return [model.tokenizer.bos_id, *ids] if bos else ids
+
+
+async def _encode(
+    model: ServedModel, characters: int, encode: Callable[[Tokenizer], list[int]], param: str
+) -> list[int]:
+    # Every character has at least one byte, which gives a lower bound of the token count without encoding.
+    at_least = characters // model.longest_token_bytes
+    if at_least > model.context_length:
+        raise _too_long(model, f"at least {at_least}", param)
+    if characters <= _INLINE_CHARACTERS:
+        return encode(model.tokenizer)
+    return await asyncio.to_thread(encode, model.tokenizer)
+
+
+def check_length(model: ServedModel, ids: list[int], param: str) -> list[int]:
+    """Returns ``ids`` if the context has room for them and at least one token of an answer.
+
+    Raises:
+        ApiError: 400 ``context_length_exceeded`` with both numbers.
+    """
+    if len(ids) >= model.context_length:
+        raise _too_long(model, str(len(ids)), param)
+    return ids
+
+
+def _too_long(model: ServedModel, tokens: str, param: str) -> ApiError:
+    return bad_request(
+        f"The context of {model.name} is {model.context_length} tokens, answer included, and this request has "
+        f"{tokens} tokens. Shorten it.",
+        param,
+        "context_length_exceeded",
+    )
+
+
+def check_choices(choices: int, settings: GatewaySettings) -> None:
+    """Checks the number of continuations that one request asks for.
+
+    Raises:
+        ApiError: 400 if there are more than the settings allow.
+    """
+    if choices > settings.max_choices:
+        raise invalid_value(
+            f"The request asks for {choices} answers; this server gives at most {settings.max_choices}.", "n"
+        )
+
+
 def choose_seed(request: SamplingRequest) -> int:
-    """The request's seed, or a random one: a known seed is what lets another replica carry on with a stream."""
+    """Returns the request's seed, or a random one.
+
+    The engine gets a seed in any case, because only a known seed lets another replica continue a stream.
+    """
     return request.seed % _SEEDS if request.seed is not None else secrets.randbits(64)
 
 
@@ -32,16 +122,19 @@ def engine_request(
     request_id: str,
     seed: int,
 ) -> engine_pb2.GenerateRequest:
-    """What the engine is asked for.
+    """Builds the engine's request.
 
     Args:
         prompt: token ids, fewer than the context length.
+        seed: seed of this prompt's sampling.
 
     Raises:
-        ApiError: 400 for a logit bias on something that isn't a token of the model.
+        ApiError: 400 for a logit bias on an id that is no token of the model.
     """
-    chat = isinstance(request, ChatRequest)
-    limit = (request.max_completion_tokens if isinstance(request, ChatRequest) else None) or request.max_tokens
+    limit, alternatives = request.max_tokens, request.logprobs
+    if isinstance(request, ChatRequest):
+        limit = request.max_completion_tokens or limit
+        alternatives = (request.top_logprobs or 0) if request.logprobs else None
     room = model.context_length - len(prompt)
     sampling = engine_pb2.SamplingParams(
         temperature=settings.default_temperature if request.temperature is None else request.temperature,
@@ -53,9 +146,9 @@ def engine_request(
         frequency_penalty=request.frequency_penalty or 0.0,
         seed=seed % _SEEDS,
         max_tokens=min(limit or settings.default_max_tokens or room, room),
-        stop_token_ids=model.stop_token_ids,
-        logprobs=_alternatives(request),
-        logit_bias=_logit_bias(request.logit_bias or {}, model),
+        stop_token_ids=stop_token_ids(model.tokenizer),
+        logprobs=alternatives,
+        logit_bias=_logit_bias(request.logit_bias or {}, model.tokenizer.vocab_size),
     )
     _constrain(sampling, request)
     return engine_pb2.GenerateRequest(
@@ -63,13 +156,13 @@ def engine_request(
         prompt_token_ids=prompt,
         n=request.n or 1,
         sampling=sampling,
-        tools=engine_pb2.ToolPolicy(enabled=chat),
+        tools=engine_pb2.ToolPolicy(enabled=isinstance(request, ChatRequest)),
         tokenizer_digest=model.tokenizer_digest,
     )
 
 
 def _constrain(sampling: engine_pb2.SamplingParams, request: ChatRequest | CompletionRequest) -> None:
-    """Say what the answer must match, if anything."""
+    """Sets the regular expression or the JSON schema that the answer must match, if the request has one."""
     wanted = request.response_format if isinstance(request, ChatRequest) else None
     if request.regex is not None:
         sampling.regex = request.regex
@@ -79,28 +172,15 @@ def _constrain(sampling: engine_pb2.SamplingParams, request: ChatRequest | Compl
         sampling.json_schema = json.dumps(wanted.json_schema.schema_)
 
 
-def _alternatives(request: ChatRequest | CompletionRequest) -> int | None:
-    """Alternatives to report with each token; ``None`` reports no log probabilities."""
-    if isinstance(request, CompletionRequest):
-        return request.logprobs
-    return (request.top_logprobs or 0) if request.logprobs else None
-
-
-def _logit_bias(bias: dict[str, float], model: ServedModel) -> dict[int, float]:
+def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
     checked = {}
     for key, value in bias.items():
         token_id = int(key) if key.isascii() and key.isdecimal() and len(key) < 10 else -1
-        if not 0 <= token_id < model.tokenizer.vocab_size:
-            raise bad_request(
-                f"logit_bias names the token {key!r}; use ids from 0 to {model.tokenizer.vocab_size - 1}.",
-                "logit_bias",
-                "invalid_value",
-            )
+        if not 0 <= token_id < vocab_size:
+            message = f"logit_bias names the token {key!r}; use ids from 0 to {vocab_size - 1}."
+            raise invalid_value(message, "logit_bias")
         if abs(value) > _BIAS_LIMIT:
-            raise bad_request(
-                f"logit_bias of token {key} is {value}; use -{_BIAS_LIMIT} to {_BIAS_LIMIT}.",
-                "logit_bias",
-                "invalid_value",
-            )
+            message = f"logit_bias of token {key} is {value}; use -{_BIAS_LIMIT} to {_BIAS_LIMIT}."
+            raise invalid_value(message, "logit_bias")
         checked[token_id] = value
     return checked

@@ -1,30 +1,193 @@
-"""Which replica gets a request."""
+"""The way of a prompt to an engine: the choice of a replica, failover, and the chunks that come back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, TypeVar
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from typing import Any, Protocol, TypeVar
+
+import grpc
+
+from nanochat_core.errors import UserError
+from nanochat_core.protos import engine_pb2
+from services.gateway.engines.pool import EnginePool
+from services.gateway.engines.replica import Replica
+from services.gateway.engines.request import engine_request
+from services.gateway.engines.served_model import ServedModel
+from services.gateway.errors import ApiError, bad_request, from_rpc, model_not_found, no_engine
+from services.gateway.schemas import ChatRequest, CompletionRequest
+
+logger = logging.getLogger(__name__)
+
+# If a replica refuses a request with one of these codes, another replica may still take it.
+_FAILOVER_CODES = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+)
 
 
 class Loaded(Protocol):
-    """What the choice of a replica depends on."""
+    """The two attributes of a replica that decide between replicas."""
 
     @property
     def load(self) -> int:
-        """Sequences that the replica is busy with, as far as is known."""
+        """Sequences that run or wait at the replica."""
 
     @property
     def last_picked(self) -> int:
-        """Grows with each request; says which of two replicas had its turn longer ago."""
+        """A number that grows with each request: the smallest one waited longest."""
 
 
 R = TypeVar("R", bound=Loaded)
 
 
 def least_loaded(replicas: Sequence[R]) -> R:
-    """The replica with the fewest sequences; of equals the one that waited longest for a request.
+    """Returns the replica with the fewest sequences; of equals the one that waited longest for a request.
 
     Args:
         replicas: at least one.
     """
     return min(replicas, key=lambda replica: (replica.load, replica.last_picked))
+
+
+def select_replica(
+    pool: EnginePool, name: str | None, exclude: Collection[Replica] = ()
+) -> tuple[Replica, ServedModel]:
+    """Chooses the replica for a request's next attempt.
+
+    Args:
+        name: the model that the request asks for; None or an empty name selects the only model that is served.
+        exclude: replicas that have failed on this request.
+
+    Returns:
+        the replica and the model that it serves.
+
+    Raises:
+        ApiError: 404 if no engine has the model, 400 if the request must name one of several models, 503 if no
+            replica is left.
+    """
+    any_model = not name or name in pool.settings.model_aliases
+    fitting = [replica for replica in pool.replicas if any_model or (replica.model and replica.model.name == name)]
+    ready = [replica for replica in fitting if replica.available and replica not in exclude]
+    if not ready:
+        known = {replica.model.name for replica in pool.replicas if replica.model}
+        if not fitting and known:
+            raise model_not_found(name or "", known)
+        raise no_engine()
+    names = {replica.model.name for replica in ready if replica.model}
+    if not name and len(names) > 1:
+        raise bad_request(f"Name the model to use: {', '.join(sorted(names))}.", "model", "model_required")
+    replica = least_loaded(ready)
+    replica.last_picked = 1 + max(other.last_picked for other in pool.replicas)
+    assert replica.model is not None, "an available replica has a model"
+    return replica, replica.model
+
+
+class Generation:
+    """A running call of an engine.
+
+    Attributes:
+        model: the model that answers; its tokenizer decodes the chunks.
+        prompt_tokens: number of tokens of the prompt.
+    """
+
+    def __init__(self, replica: Replica, model: ServedModel, call: Any, first: Any, prompt_tokens: int) -> None:
+        self.model = model
+        self.prompt_tokens = prompt_tokens
+        self._replica = replica
+        self._call = call
+        self._first = first
+
+    async def read(self) -> engine_pb2.GenerateChunk | None:
+        """Returns the engine's next chunk, and None after the last one.
+
+        Raises:
+            ApiError: the engine failed.
+        """
+        chunk, self._first = self._first, None
+        if chunk is None:
+            try:
+                chunk = await self._call.read()
+            except grpc.aio.AioRpcError as error:
+                _note_failure(self._replica, error)
+                raise from_rpc(error, started=True) from error
+        return None if chunk is grpc.aio.EOF else chunk
+
+
+@contextlib.asynccontextmanager
+async def generate(
+    pool: EnginePool,
+    body: ChatRequest | CompletionRequest,
+    encode: Callable[[ServedModel], Awaitable[list[int]]],
+    *,
+    request_id: str,
+    seed: int,
+) -> AsyncIterator[Generation]:
+    """Starts to generate and waits for the first chunk; leaving the block cancels the call.
+
+    Before the first chunk, another replica takes the request over if the chosen one can't be reached or has no room.
+    If the chosen one refuses the prompt because it has a new model with another tokenizer, the prompt is encoded again.
+
+    Args:
+        encode: makes the prompt's token ids for a model; replicas may serve different revisions.
+        request_id: sent along as gRPC metadata ``x-request-id``.
+        seed: seed of the sampling.
+
+    Raises:
+        ApiError: the request doesn't fit the model, or no replica could start on it.
+    """
+    metadata = (("x-request-id", request_id),)
+    failed: list[Replica] = []
+    refreshed: set[Replica] = set()
+    failure: ApiError | None = None
+    while True:
+        try:
+            replica, model = select_replica(pool, body.model, failed)
+        except ApiError as error:
+            raise failure or error from None
+        if failed:
+            pool.metrics.failovers.inc()
+        prompt = await encode(model)
+        request = engine_request(body, model, prompt, pool.settings, request_id=request_id, seed=seed)
+        with replica.busy(request.n):
+            call = replica.stub.Generate(request, timeout=pool.settings.request_timeout_seconds, metadata=metadata)
+            try:
+                try:
+                    first = await call.read()
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is grpc.StatusCode.FAILED_PRECONDITION and replica not in refreshed:
+                        refreshed.add(replica)
+                        if await _refresh_model(replica):
+                            continue
+                    _note_failure(replica, error)
+                    failure = from_rpc(error, started=False)
+                    if error.code() not in _FAILOVER_CODES:
+                        raise failure from error
+                    failed.append(replica)
+                    continue
+                pool.metrics.prompt_tokens.inc(len(prompt))
+                yield Generation(replica, model, call, first, len(prompt))
+                return
+            finally:
+                call.cancel()
+
+
+async def _refresh_model(replica: Replica) -> bool:
+    """Asks the replica for its current model and returns False if it doesn't answer."""
+    try:
+        await replica.refresh_model()
+    except (grpc.aio.AioRpcError, UserError) as error:
+        logger.warning("model unknown", extra={"address": replica.address, "reason": str(error)})
+        return False
+    return True
+
+
+def _note_failure(replica: Replica, error: grpc.aio.AioRpcError) -> None:
+    code, details = error.code(), error.details()
+    if code is grpc.StatusCode.UNAVAILABLE:
+        replica.mark_down(f"{code.name}: {details}")
+    elif code is not grpc.StatusCode.INVALID_ARGUMENT:
+        logger.warning("engine call failed", extra={"address": replica.address, "code": code.name, "details": details})

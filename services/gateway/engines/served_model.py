@@ -1,4 +1,4 @@
-"""What the gateway knows of the model behind an engine."""
+"""The model that an engine serves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import hashlib
 
 from nanochat_core.protos import engine_pb2
-from nanochat_core.tokenizer import ASSISTANT_END, Tokenizer
+from nanochat_core.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,10 +15,11 @@ class ServedModel:
     """One revision of a model with its tokenizer.
 
     Attributes:
-        context_length: tokens, prompt and answer together.
-        created: when this gateway first saw the revision, in seconds since the epoch.
+        context_length: most tokens of prompt and answer together.
         parameters: number of weights.
-        tokenizer_digest: sha256 of the tokenizer's file, empty when the engine does not tell.
+        created: time when this gateway first saw the revision, in seconds since the epoch.
+        fingerprint: identifies name, revision and files; OpenAI's ``system_fingerprint``.
+        tokenizer_digest: SHA-256 of the tokenizer's file, empty if the engine does not report it.
     """
 
     name: str
@@ -33,7 +34,7 @@ class ServedModel:
 
     @classmethod
     def from_info(cls, info: engine_pb2.ModelInfo, tokenizer: Tokenizer, created: int) -> ServedModel:
-        """What an engine said about its model, with the tokenizer that came with it."""
+        """Makes the model from an engine's report and the tokenizer that came with it."""
         identity = repr((info.name, info.revision, sorted(info.digests.items())))
         return cls(
             name=info.name,
@@ -48,11 +49,6 @@ class ServedModel:
         )
 
     @functools.cached_property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """The end of the assistant's message, and the beginning of another document."""
-        return (self.tokenizer.special_ids[ASSISTANT_END], self.tokenizer.bos_id)
-
-    @functools.cached_property
     def longest_token_bytes(self) -> int:
-        """Most bytes that one token can stand for."""
+        """Most bytes that one token stands for."""
         return max(map(len, self.tokenizer.token_bytes))

@@ -1,15 +1,15 @@
-"""No request body larger than the server is willing to hold."""
+"""A limit on the size of request bodies."""
 
 from __future__ import annotations
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.gateway.errors import ApiError, error_response
+from services.gateway.errors import ApiError
 
 
 class BodyLimit:
-    """ASGI middleware: 413 for a body over the limit, announced or not."""
+    """ASGI middleware that answers 413 if a body is over the limit, with or without a ``Content-Length`` header."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -19,9 +19,14 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        too_large = ApiError(
+            413,
+            f"The request body is larger than this server takes ({self._max_bytes} bytes).",
+            code="request_too_large",
+        )
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced) > self._max_bytes:
-            await error_response(self._too_large())(scope, receive, send)
+            await too_large.response()(scope, receive, send)
             return
         received = 0
 
@@ -30,14 +35,7 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_bytes:
-                raise self._too_large()
+                raise too_large
             return message
 
         await self._app(scope, receive_limited, send)
-
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413,
-            f"The request body is larger than this server takes ({self._max_bytes} bytes).",
-            code="request_too_large",
-        )

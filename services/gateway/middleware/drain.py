@@ -1,4 +1,4 @@
-"""Ending without cutting anybody off: running answers get time to finish."""
+"""Graceful shutdown: running answers get time to finish before the gateway ends."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 
 class Drain:
-    """Counts running answers and lets them out when the gateway ends.
+    """Counts running answers, so that a shutdown can wait for them.
 
     Attributes:
-        draining: whether the end has begun; no new answer should be.
+        draining: True once the shutdown has begun; the gateway then starts no new answer.
         expired: set when the time for running answers is over.
     """
 
@@ -24,7 +24,7 @@ class Drain:
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
-        """Count the block as a running answer."""
+        """Counts the block as a running answer."""
         self._running += 1
         self._idle.clear()
         try:
@@ -35,10 +35,10 @@ class Drain:
                 self._idle.set()
 
     async def finish(self, seconds: float) -> int:
-        """Begin the end, and wait up to ``seconds`` for the running answers.
+        """Begins the shutdown and waits up to ``seconds`` for the running answers.
 
         Returns:
-            how many were still running then; these are told through :attr:`expired`.
+            the number of answers that were still running at the end of the wait; :attr:`expired` tells them to stop.
         """
         self.draining = True
         with contextlib.suppress(asyncio.TimeoutError):

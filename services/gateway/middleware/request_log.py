@@ -1,4 +1,4 @@
-"""What is known of each request: its id, its log event, its metrics."""
+"""One log event and a few metrics for each HTTP request."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.gateway.errors import ApiError, error_response
+from services.gateway.errors import internal_error
 from services.gateway.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-MAX_REQUEST_ID = 128
-# Asked by machines every few seconds; a line for each would bury the rest.
-_QUIET = frozenset({"/healthz", "/readyz", "/metrics"})
+_MAX_REQUEST_ID_CHARACTERS = 128
+# Kubernetes and Prometheus ask for these every few seconds; their log events would hide the others.
+_QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 
 
 @dataclasses.dataclass(slots=True)
 class RequestRecord:
-    """One request's facts, filled in by whoever learns them. Never any content.
+    """Facts about one request, which the request's handler fills in. It never holds content of a conversation.
 
     Attributes:
-        started: when it arrived, by ``time.perf_counter``.
-        status: HTTP status; 499 if the client left before the end, 0 while there is none.
+        started: arrival time, by ``time.perf_counter``, in seconds.
+        status: HTTP status; 499 if the client left before the end, 0 until there is a status.
         error: code of the error that the client got, in the response or at the end of a stream.
     """
 
@@ -40,17 +40,12 @@ class RequestRecord:
     error: str | None = None
 
 
-def request_id_from(headers: Headers) -> str:
-    """The client's ``x-request-id`` if it is one, a new one otherwise."""
-    given = headers.get("x-request-id", "")
-    if given and len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable() and given == given.strip():
-        return given
-    return uuid.uuid4().hex
+class RequestLog:
+    """ASGI middleware that logs and counts each request.
 
-
-class Observe:
-    """ASGI middleware: gives each request a :class:`RequestRecord` in ``scope["state"]["record"]``, returns its id to
-    the client, counts it, logs it, and answers 500 where nothing else caught an error."""
+    It puts a :class:`RequestRecord` into ``scope["state"]["record"]``, returns the request's id to the client, and
+    answers 500 if nothing else has handled an error.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -60,7 +55,7 @@ class Observe:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = RequestRecord(request_id_from(Headers(scope=scope)))
+        record = RequestRecord(_request_id(Headers(scope=scope)))
         scope.setdefault("state", {})["record"] = record
         began = False
 
@@ -72,25 +67,25 @@ class Observe:
                 MutableHeaders(scope=message)["x-request-id"] = record.request_id
             await send(message)
 
-        quiet = scope["path"] in _QUIET
+        quiet = scope["path"] in _QUIET_PATHS
         if not quiet:
             self._metrics.in_flight.inc()
         try:
             await self._app(scope, receive, send_observed)
         except Exception:
             logger.exception("request failed", extra={"request_id": record.request_id})
-            record.error = "internal_error"
+            error = internal_error(record.request_id)
+            record.error = error.code
             if not began:
-                message = f"The gateway failed on this request; its id in the log is {record.request_id}."
-                await error_response(ApiError(500, message, code="internal_error"))(scope, receive, send_observed)
+                await error.response()(scope, receive, send_observed)
         finally:
             if not quiet:
                 self._metrics.in_flight.dec()
-            self._finish(scope, record, quiet)
+            self._finish(scope, record, logging.DEBUG if quiet else logging.INFO)
 
-    def _finish(self, scope: Scope, record: RequestRecord, quiet: bool) -> None:
+    def _finish(self, scope: Scope, record: RequestRecord, level: int) -> None:
         seconds = time.perf_counter() - record.started
-        # The route's pattern: paths themselves are unbounded.
+        # The label is the route's pattern, because the number of different paths is unbounded.
         route = getattr(scope.get("route"), "path", None) or "other"
         self._metrics.requests.labels(route, str(record.status)).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
@@ -109,4 +104,13 @@ class Observe:
             }
         if record.error is not None:
             facts["error"] = record.error
-        logger.log(logging.DEBUG if quiet else logging.INFO, "request", extra=facts)
+        logger.log(level, "request", extra=facts)
+
+
+def _request_id(headers: Headers) -> str:
+    """Returns the client's ``x-request-id`` if it is safe to log, and a new id otherwise."""
+    given = headers.get("x-request-id", "")
+    short = 0 < len(given) <= _MAX_REQUEST_ID_CHARACTERS
+    if short and given.isascii() and given.isprintable() and given == given.strip():
+        return given
+    return uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""Headers that keep a browser from doing more with an answer than it should."""
+"""Response headers that restrict what a browser may do with a page of this server."""
 
 from __future__ import annotations
 
@@ -16,16 +16,12 @@ _HEADERS = {
 
 
 class SecurityHeaders:
-    """ASGI middleware: adds the headers to every response."""
+    """ASGI middleware that adds the headers to every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(_HEADERS)

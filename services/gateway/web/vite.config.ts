@@ -2,10 +2,10 @@ import { readFileSync } from "node:fs";
 import type { Plugin } from "vite";
 import { defineConfig } from "vitest/config";
 
-// `npm run dev` serves the page and passes its requests on to a gateway that runs already.
+// `npm run dev` serves the page and forwards its requests to a running gateway.
 const gateway = process.env.GATEWAY_URL ?? "http://127.0.0.1:8000";
 
-/** The fonts' licence asks that its text goes wherever the fonts go. */
+/** Copies the fonts' license into the build, because the license requires it. */
 const fontLicenses: Plugin = {
   name: "font-licenses",
   generateBundle() {

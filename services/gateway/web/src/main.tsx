@@ -37,7 +37,7 @@ function main(): void {
   );
 }
 
-/** Keeps the page's address and the open conversation the same, whichever of them changes. */
+/** Keeps the page's address and the open conversation in step in both directions. */
 function followAddress(app: ChatApp): void {
   const read = () => {
     const id = conversationIdOf(location.hash);

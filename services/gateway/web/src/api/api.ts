@@ -2,14 +2,14 @@ import { chatParts } from "./chat-stream";
 import { ApiError, ConnectionError, ProtocolError } from "./errors";
 import type { ChatPart, ChatRequest, ModelInfo } from "./wire";
 
-/** The gateway's REST API as far as this page needs it. Addresses are relative to `base`. */
+/** The part of the gateway's REST API that this page needs. Addresses are relative to `base`. */
 export class Api {
   constructor(
     private readonly base: string,
     private readonly apiKey: () => string = () => "",
   ) {}
 
-  /** The status of /readyz: 200 when a model is loaded. Throws ConnectionError when nobody answers. */
+  /** The status of /readyz: 200 when a model is loaded. Throws ConnectionError if no server answers. */
   async readiness(): Promise<number> {
     const response = await this.request("readyz", { cache: "no-store", signal: AbortSignal.timeout(10_000) });
     return response.status;

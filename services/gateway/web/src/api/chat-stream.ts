@@ -14,8 +14,8 @@ interface Chunk {
 /**
  * Yields the parts of a streamed chat completion.
  *
- * Throws ApiError when the stream carries an error event, ConnectionError when it ends without `[DONE]`,
- * ProtocolError when an event is not JSON.
+ * Throws ApiError if the stream carries an error event, ConnectionError if it ends without `[DONE]`,
+ * ProtocolError if an event is not JSON.
  */
 export async function* chatParts(body: ReadableStream<Uint8Array>): AsyncGenerator<ChatPart> {
   for await (const { data } of serverSentEvents(body)) {

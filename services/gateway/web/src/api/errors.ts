@@ -1,4 +1,4 @@
-/** The three ways in which a request can fail, apart from being stopped by the person. */
+/** The three ways in which a request can fail. A stop by the person is no failure. */
 
 export interface ErrorDetails {
   status?: number | undefined;
@@ -20,7 +20,7 @@ export class ApiError extends Error {
     this.retryAfterSeconds = details.retryAfterSeconds;
   }
 
-  /** True when the same request may well succeed a little later. */
+  /** Whether the same request may succeed a little later. */
   get isBusy(): boolean {
     return this.status === 429 || this.status === 503;
   }
@@ -31,7 +31,7 @@ export class ApiError extends Error {
     try {
       error = (JSON.parse(text) as { error?: typeof error }).error ?? {};
     } catch {
-      // Not the gateway's own JSON: a proxy in between wrote this page, and its status says enough.
+      // A proxy wrote this body and not the gateway; its status says enough.
     }
     return new ApiError(
       typeof error.message === "string" ? error.message : `The server answered with status ${response.status}.`,
@@ -52,7 +52,7 @@ export class ConnectionError extends Error {
   }
 }
 
-/** The server sent something that is not the protocol. */
+/** The server's message does not follow the protocol. */
 export class ProtocolError extends Error {
   constructor(message: string, options?: ErrorOptions) {
     super(message, options);

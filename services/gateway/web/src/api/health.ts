@@ -4,8 +4,8 @@ import { ConnectionError } from "./errors";
 
 export type ServerState = "unknown" | "ready" | "loading" | "unreachable";
 
-const CALM_MS = 30_000; // while all is well, a request would notice trouble first
-const WORRIED_MS = 2_000; // short enough that recovery feels immediate
+const CALM_MS = 30_000; // while all is well; a request would notice a problem first
+const WORRIED_MS = 2_000; // while there is a problem; short enough that recovery feels immediate
 
 /** Watches whether the server can answer. */
 export class Health {
@@ -14,7 +14,7 @@ export class Health {
 
   constructor(private readonly api: Pick<Api, "readiness">) {}
 
-  /** Checks now, and from then on again and again. */
+  /** Checks now and then repeatedly. */
   async check(): Promise<ServerState> {
     clearTimeout(this.timer);
     this.state.value = await this.ask();

@@ -1,14 +1,14 @@
-/** The report on a model: its Markdown, or why there is none. */
+/** The report on a model: its Markdown, or the reason why there is none. */
 export type Report =
   | { kind: "report"; text: string; revision: string; served: string; picture: (name: string) => string | null }
   | { kind: "none"; why: string };
 
-// Report files lie in one folder; nothing else of the server's is a picture of a report.
+// All files of a report are in one folder; other addresses are no pictures of the report.
 const PICTURE = /^[\w-]+\.png$/;
 
 /**
- * Asks the gateway. `base` is the page's address; `model` may be empty where only one is served. A model that was chosen
- * for chats and is gone since does not stand in the way of the report on the one that serves.
+ * Loads the report from the gateway. `base` is the page's address; `model` may be empty if only one model is served.
+ * If the model that the person chose for chats is gone, the report is on the model that serves now.
  */
 export async function loadReport(base: string, model: string, apiKey: string): Promise<Report> {
   const address = (file: string, name: string) => {
@@ -31,7 +31,7 @@ export async function loadReport(base: string, model: string, apiKey: string): P
       picture: (name) => (PICTURE.test(name) ? address(name, chosen).href : null),
     };
   } catch (error) {
-    if (!(error instanceof TypeError)) throw error; // what fetch raises when the server cannot be reached
+    if (!(error instanceof TypeError)) throw error; // fetch throws TypeError if it cannot reach the server
     return { kind: "none", why: "The server cannot be reached." };
   }
 }

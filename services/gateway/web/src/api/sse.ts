@@ -8,8 +8,8 @@ export interface ServerSentEvent {
 }
 
 /**
- * Yields the events of a response body, however the network cut it into chunks.
- * An event that the stream ends in the middle of is dropped, as the standard asks. Comments yield nothing.
+ * Yields the events of a response body, whatever its chunks on the network are.
+ * The standard says to drop an incomplete event at the end of the stream. Comments yield nothing.
  * Throws ConnectionError when the connection breaks off, AbortError when the request was aborted.
  */
 export async function* serverSentEvents(body: ReadableStream<Uint8Array>): AsyncGenerator<ServerSentEvent> {
@@ -31,7 +31,7 @@ export async function* serverSentEvents(body: ReadableStream<Uint8Array>): Async
   }
 }
 
-/** Whole lines without their end, which is CR, LF or CRLF. A CR that ends a chunk waits for what follows it. */
+/** Whole lines without their end, which is CR, LF or CRLF. A CR at the end of a chunk waits for the next chunk. */
 async function* lines(body: ReadableStream<Uint8Array>): AsyncGenerator<string> {
   const reader = body.getReader();
   const decoder = new TextDecoder(); // drops a byte order mark, keeps split characters until they are whole
@@ -51,7 +51,7 @@ async function* lines(body: ReadableStream<Uint8Array>): AsyncGenerator<string> 
       if (done) return;
     }
   } finally {
-    // Whoever stops reading early closes the connection, which tells the server to stop as well.
+    // A reader that stops early closes the connection, which also stops the server.
     reader.cancel().catch(() => undefined);
   }
 }

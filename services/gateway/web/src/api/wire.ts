@@ -1,4 +1,4 @@
-/** What travels between this page and the gateway: the OpenAI chat format plus the `nanochat` extension. */
+/** Messages between this page and the gateway: OpenAI's chat format plus the `nanochat` extension. */
 
 export interface ToolCall {
   type: "call";
@@ -45,7 +45,7 @@ export interface ModelInfo {
   id: string;
 }
 
-/** One thing that a streamed answer brings. */
+/** One part of a streamed answer. */
 export type ChatPart =
   | { kind: "text"; text: string }
   | { kind: "tool"; event: ToolEvent }

@@ -11,14 +11,14 @@ const LONGEST_WAIT_SECONDS = 60;
 export interface Asking {
   /** Sends the request; called again after each wait. */
   ask: () => AsyncIterable<ChatPart>;
-  /** Waits because the server is busy; rejects when `abort` fires. */
+  /** Waits while the server is busy; rejects when `abort` fires. */
   wait: (seconds: number, error: ApiError) => Promise<void>;
   abort: AbortSignal;
 }
 
 /**
  * Writes a streamed answer into `target`, drawing once a frame, until it is complete, stopped or interrupted.
- * A server that is too busy to begin is asked again; one that fails later is not, because the person has
+ * If the server is too busy to begin, the request is repeated. After a later failure it is not, because the person has
  * begun to read.
  */
 export async function writeAnswer(target: Signal<Message>, { ask, wait, abort }: Asking): Promise<AssistantMessage> {
@@ -66,7 +66,7 @@ function withPart(draft: AssistantMessage, part: ChatPart): AssistantMessage {
   }
 }
 
-/** What the server asked for, else twice as long each time. */
+/** The wait that the server asked for; otherwise the wait doubles each time. */
 function delay(error: ApiError, tries: number): number {
   return Math.min(error.retryAfterSeconds ?? 2 ** (tries - 1), LONGEST_WAIT_SECONDS);
 }

@@ -1,16 +1,16 @@
 import { signal } from "@preact/signals";
 
 export interface BusyWait {
-  /** When the next try begins, in milliseconds since the epoch. */
+  /** Time of the next attempt, in milliseconds since the epoch. */
   until: number;
   retryNow: () => void;
 }
 
-/** The wait of a request that the server has put off. The page shows it and can cut it short. */
+/** The wait before a request's next attempt at a busy server. The page shows it, and the person can end it. */
 export class Busy {
   readonly current = signal<BusyWait | null>(null);
 
-  /** Resolves after `seconds` or when the person asks for it earlier. Rejects when `abort` fires. */
+  /** Resolves after `seconds`, or earlier if the person asks for it. Rejects when `abort` fires. */
   wait(seconds: number, abort: AbortSignal): Promise<void> {
     return new Promise((resolve, reject) => {
       const done = (settle: () => void) => () => {

@@ -23,10 +23,10 @@ export interface Toast {
   undo?: () => void;
 }
 
-/** What the page knows and what a person can do with it. Components read its signals and call its methods. */
+/** The page's state and the person's actions. Components read the signals and call the methods. */
 export class ChatApp {
   readonly conversations = signal<readonly Conversation[]>([]);
-  /** Null while a new chat is open that has no message yet. */
+  /** Null while the open chat is new and has no message yet. */
   readonly activeId = signal<string | null>(null);
   readonly active: ReadonlySignal<Conversation | null> = computed(
     () => this.conversations.value.find((conversation) => conversation.id === this.activeId.value) ?? null,
@@ -38,7 +38,7 @@ export class ChatApp {
     return ids.includes(this.settings.value.model) ? this.settings.value.model : (ids[0] ?? "");
   });
   readonly toast = signal<Toast | null>(null);
-  /** What a screen reader is told next. */
+  /** The next announcement for screen readers. */
   readonly announcement = signal("");
   readonly settingsOpen = signal(false);
   readonly health: Health;
@@ -52,7 +52,7 @@ export class ChatApp {
     this.health = new Health(api);
   }
 
-  /** Loads what is stored and begins to watch the server. */
+  /** Loads the stored conversations and begins to watch the server. */
   start(): void {
     this.conversations.value = this.store.load().map((stored) => Conversation.restore(stored));
     effect(() => {
@@ -69,13 +69,13 @@ export class ChatApp {
     this.ask(conversation, [...conversation.messages.peek(), signal<Message>(userMessage(text))]);
   }
 
-  /** Writes the answer anew, in place of `answer` and whatever follows it. */
+  /** Replaces `answer` and all messages after it with a new answer. */
   regenerate(conversation: Conversation, answer: Signal<Message>): void {
     const messages = conversation.messages.peek();
     this.ask(conversation, messages.slice(0, messages.indexOf(answer)));
   }
 
-  /** Asks a question that was asked before in other words; what followed it goes. */
+  /** Changes the words of an earlier question and asks it again; the messages after it are removed. */
   edit(conversation: Conversation, question: Signal<Message>, text: string): void {
     const before = conversation.messages.peek();
     const index = before.indexOf(question);
@@ -134,7 +134,7 @@ export class ChatApp {
     };
   }
 
-  /** Takes over what another tab did, unless an answer is being written here. */
+  /** Applies a change of another tab, unless an answer is being written here. */
   adopt(id: string, stored: StoredConversation | null): void {
     const known = this.conversations.peek().find((conversation) => conversation.id === id);
     if (known?.running.peek()) return;
@@ -143,7 +143,7 @@ export class ChatApp {
     else this.conversations.value = [...this.conversations.value, Conversation.restore(stored)];
   }
 
-  /** Keeps what has arrived of unfinished answers, before the page goes away. */
+  /** Stores the unfinished answers before the page closes. */
   saveRunning(): void {
     for (const conversation of this.conversations.peek()) {
       if (conversation.running.peek()) this.store.save(conversation);
@@ -159,7 +159,7 @@ export class ChatApp {
     return conversation;
   }
 
-  /** Sets the messages, the last of which is a question, and has it answered. */
+  /** Sets the messages, of which the last one is a question, and requests its answer. */
   private ask(conversation: Conversation, messages: readonly Signal<Message>[]): void {
     this.stop(conversation);
     const answer = signal<Message>(assistantMessage());
@@ -206,10 +206,10 @@ export class ChatApp {
 
 function spoken(answer: AssistantMessage): string {
   if (answer.state === "complete") return `Answer: ${answer.content}`;
-  return answer.state === "stopped" ? "The answer was stopped." : ""; // a problem is an alert of its own
+  return answer.state === "stopped" ? "The answer was stopped." : ""; // a problem has its own alert
 }
 
-/** The first question will show the person what stands in the way. */
+/** Ignores a failure, because the first question will show it. */
 function unlessExpected(error: unknown): void {
   if (!(error instanceof ApiError || error instanceof ConnectionError)) throw error;
 }

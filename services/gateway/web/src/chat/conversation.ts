@@ -21,7 +21,7 @@ export interface AssistantMessage {
   problem?: Problem;
   finishReason?: string;
   usage?: Usage;
-  /** From the first text to the end of the answer. */
+  /** Time from the first text to the end of the answer. */
   seconds?: number;
 }
 
@@ -35,7 +35,7 @@ export function assistantMessage(): AssistantMessage {
   return { id: newId(), role: "assistant", content: "", toolEvents: [], state: "streaming" };
 }
 
-/** What is kept of a conversation. */
+/** The stored form of a conversation. */
 export interface StoredConversation {
   version: 1;
   id: string;
@@ -46,14 +46,14 @@ export interface StoredConversation {
 }
 
 /**
- * A conversation as the page shows it. Each message is a signal of its own, so that a token redraws
- * the message it belongs to and nothing else.
+ * A conversation as the page shows it. Each message has its own signal, so that a token redraws
+ * only the message that it belongs to.
  */
 export class Conversation {
   readonly title: Signal<string>;
   readonly updatedAt: Signal<number>;
   readonly messages: Signal<readonly Signal<Message>[]>;
-  /** Set while an answer is being written; stops it. */
+  /** Stops the answer that is being written, if there is one. */
   readonly running = signal<AbortController | null>(null);
 
   constructor(
@@ -76,7 +76,7 @@ export class Conversation {
     return new Conversation(stored.id, stored.createdAt, stored);
   }
 
-  /** Takes over what another tab has stored. */
+  /** Takes over the state that another tab has stored. */
   replaceBy(stored: StoredConversation): void {
     this.title.value = stored.title;
     this.updatedAt.value = stored.updatedAt;
@@ -99,7 +99,7 @@ export class Conversation {
   }
 }
 
-/** A stored answer is never "streaming": whoever reads it back has no connection that would go on. */
+/** Makes a stored answer "stopped" instead of "streaming", because no connection continues it. */
 function settled(message: Message): Message {
   if (message.role === "user" || message.state !== "streaming") return message;
   return {

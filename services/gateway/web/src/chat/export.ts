@@ -2,14 +2,14 @@ import type { Conversation } from "./conversation";
 import { requestMessages } from "./history";
 import { segments } from "./segments";
 
-/** The conversation in the API's own format: its messages can be sent to /v1/chat/completions as they are. */
+/** The conversation in the API's format: a request to /v1/chat/completions can use its messages unchanged. */
 export function toJson(conversation: Conversation): string {
   const { title, createdAt } = conversation.toStored();
   const messages = requestMessages(conversation.snapshot(), "");
   return `${JSON.stringify({ title, created: new Date(createdAt).toISOString(), messages }, null, 2)}\n`;
 }
 
-/** The conversation as a page to read, with tool calls as code blocks. */
+/** The conversation as Markdown, with tool calls as code blocks. */
 export function toMarkdown(conversation: Conversation): string {
   const parts = [`# ${conversation.title.peek()}`];
   for (const message of conversation.snapshot()) {
@@ -46,7 +46,7 @@ export function fileName(title: string, extension: string): string {
   return `${stem || "conversation"}.${extension}`;
 }
 
-/** Offers a text to the person as a file. */
+/** Lets the browser download a text as a file. */
 export function download(name: string, type: string, text: string): void {
   const url = URL.createObjectURL(new Blob([text], { type }));
   const link = document.createElement("a");

@@ -1,4 +1,4 @@
-/** Calls `apply` at most once a frame, however often it is asked to. A hidden page draws no frames: there it is at once. */
+/** Calls `apply` at most once a frame. A hidden page draws no frames, so there it calls `apply` at once. */
 export class FrameBatch {
   private frame = 0;
 

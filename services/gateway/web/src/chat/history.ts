@@ -3,9 +3,9 @@ import type { Message } from "./conversation";
 import { finishedEvents } from "./segments";
 
 /**
- * The messages of a request. Answers carry their tool events, so that the server rebuilds exactly what the
- * model wrote. Answers that brought nothing are left out, and the questions around them become one, because a
- * chat model knows only alternating turns.
+ * Returns the messages of a request. Answers carry their tool events, so that the server rebuilds exactly the tokens
+ * that the model wrote. Empty answers are left out, and the questions around them become one, because a chat model
+ * knows only alternating turns.
  */
 export function requestMessages(messages: readonly Message[], systemPrompt: string): RequestMessage[] {
   const result: RequestMessage[] = [];

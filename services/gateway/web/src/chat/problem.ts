@@ -1,20 +1,20 @@
 import { ApiError, ConnectionError } from "../api/errors";
 
-/** Why an answer is missing or incomplete, in a form that can be kept and shown. */
+/** The reason for a missing or incomplete answer, as it is stored and shown. */
 export interface Problem {
   kind: "interrupted" | "unreachable" | "busy" | "context" | "key" | "rejected";
-  /** What the server or the network said. */
+  /** The message of the server or the network. */
   detail: string;
 }
 
-/** `begun` says whether part of the answer had arrived. */
+/** `begun`: whether a part of the answer had arrived. */
 export function problemOf(error: unknown, begun: boolean): Problem {
   const detail = error instanceof Error ? error.message : String(error);
   if (error instanceof ApiError) {
     if (error.status === 401 || error.status === 403) return { kind: "key", detail };
     if (isContextLength(error)) return { kind: "context", detail };
     if (error.isBusy) return { kind: "busy", detail };
-    // An error event in a stream has no status: the server had begun to answer.
+    // An error event in a stream has no status, because the server had already begun to answer.
     if (error.status !== undefined && error.status < 500) return { kind: "rejected", detail };
   }
   if (error instanceof ConnectionError && !begun) return { kind: "unreachable", detail };
@@ -25,7 +25,7 @@ function isContextLength(error: ApiError): boolean {
   return error.code === "context_length_exceeded" || (error.status === 400 && /context/i.test(error.message));
 }
 
-/** The sentence shown above the detail, or in its place where the person needs nothing more. */
+/** The sentence above the detail; it stands alone if the person needs no detail. */
 export function headline(problem: Problem): string {
   switch (problem.kind) {
     case "interrupted":

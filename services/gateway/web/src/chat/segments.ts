@@ -1,6 +1,6 @@
 import type { ToolCall, ToolEvent, ToolResult } from "../api/wire";
 
-/** A stretch of an answer: text, or a call of the Python tool with its result once there is one. */
+/** A part of an answer: text, or a call of the Python tool with its result, if that has come. */
 export type Segment =
   | { kind: "text"; key: string; text: string }
   | { kind: "call"; key: string; call: ToolCall; result: ToolResult | undefined };
@@ -35,7 +35,7 @@ function resultOf(call: ToolCall, events: readonly ToolEvent[]): ToolResult | un
     ToolResult | undefined;
 }
 
-/** The events without calls that have no result: an answer stopped while Python ran. */
+/** Removes calls without a result, which an answer has if it was stopped while Python ran. */
 export function finishedEvents(events: readonly ToolEvent[]): ToolEvent[] {
   return events.filter(
     (event) =>

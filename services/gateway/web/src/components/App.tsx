@@ -41,7 +41,7 @@ function useShortcuts() {
   const { app, layout } = usePage();
   useEffect(() => {
     const onKeyDown = (event: KeyboardEvent) => {
-      // What is on top takes Escape for itself.
+      // An open dialog or menu handles Escape itself.
       const covered = document.querySelector("dialog[open], :popover-open") !== null;
       if (event.key === "Escape" && !covered) {
         const running = app.active.peek();
@@ -65,7 +65,7 @@ function useShortcuts() {
   }, []);
 }
 
-/** Opening the list leads into it; closing it leads back to the button that opens it. */
+/** Moves the focus into the list when it opens, and back to the list's button when it closes. */
 function useSidebarFocus() {
   const { layout } = usePage();
   const open = layout.sidebarOpen.value;

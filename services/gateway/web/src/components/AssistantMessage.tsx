@@ -10,7 +10,7 @@ import { ToolCard } from "./ToolCard";
 import { usePage } from "./context";
 import { RegenerateIcon } from "./icons";
 
-const SHORTEST_MEASURED = 0.2; // seconds; below, the rate says more about the network than about the model
+const SHORTEST_MEASURED = 0.2; // seconds; for a shorter answer the rate measures the network and not the model
 
 interface Props {
   conversation: Conversation;
@@ -59,7 +59,7 @@ export function AssistantMessage({ conversation, message, last }: Props) {
   );
 }
 
-/** How the answer came to its end and what it took. */
+/** Why the answer ended, and its time and token counts. */
 function Footnotes({ answer }: { answer: Answer }) {
   const { usage, seconds, state, finishReason } = answer;
   const notes: string[] = [];
@@ -80,7 +80,7 @@ function Footnotes({ answer }: { answer: Answer }) {
   );
 }
 
-/** The model writes nothing while Python runs. */
+/** Seconds in which Python ran; the model wrote nothing meanwhile. */
 function toolSeconds(answer: Answer): number {
   return answer.toolEvents.reduce((sum, event) => sum + (event.type === "result" ? event.duration_seconds : 0), 0);
 }

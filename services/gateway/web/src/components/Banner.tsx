@@ -4,7 +4,7 @@ import { useEffect } from "preact/hooks";
 import { download } from "../chat/export";
 import { usePage } from "./context";
 
-/** What stands between the person and an answer, with what can be done about it. Most urgent first. */
+/** The most urgent problem that prevents an answer, with the action that helps. */
 export function Banners() {
   const { app } = usePage();
   const { store } = app;
@@ -90,7 +90,7 @@ function Action({ label, onClick }: { label: string; onClick: () => void }) {
   );
 }
 
-/** "in 4 s". Screen readers are not told every second. */
+/** A countdown such as "in 4 s". Screen readers do not announce each second. */
 function Countdown({ until }: { until: number }) {
   const now = useSignal(Date.now());
   useEffect(() => {

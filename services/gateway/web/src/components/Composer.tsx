@@ -16,7 +16,7 @@ export function Composer() {
   const running = conversation?.running.value != null;
 
   const focus = () => {
-    // A touch screen would cover half the page with its keyboard.
+    // Focus would open a touch screen's keyboard, which covers half the page.
     if (window.matchMedia("(hover: hover)").matches) area.current?.focus();
   };
   useLayoutEffect(() => {
@@ -25,7 +25,7 @@ export function Composer() {
   }, [id]);
   useEffect(() => grow(area.current!), [draft.value]);
   useEffect(() => {
-    // A button such as Retry is gone once it is pressed, and the focus with it.
+    // A button such as Retry disappears when pressed and takes the focus with it.
     if (running && document.activeElement === document.body) focus();
   }, [running]);
 

@@ -51,12 +51,12 @@ export function ConversationItem({ conversation }: { conversation: Conversation 
   );
 }
 
-/** `onDone` gets the new title, or null when it stays as it was. */
+/** `onDone` gets the new title, or null if the title does not change. */
 function TitleField({ title, onDone }: { title: string; onDone: (title: string | null) => void }) {
   const field = useRef<HTMLInputElement>(null);
   useEffect(() => field.current!.select(), []);
   const finish = (keep: boolean) => {
-    if (!field.current) return; // the field goes away after Enter or Escape, which blurs it once more
+    if (!field.current) return; // Enter and Escape remove the field, which blurs it a second time
     const text = field.current.value.trim();
     onDone(keep && text !== "" && text !== title ? text : null);
   };

@@ -43,7 +43,7 @@ export function Header() {
   );
 }
 
-/** The model that answers: a choice only where there is one. */
+/** The model that answers, as a menu if there are several. */
 function ModelChoice() {
   const { app } = usePage();
   const models = app.models.value;

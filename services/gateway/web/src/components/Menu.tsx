@@ -7,7 +7,7 @@ export interface MenuItem {
   run: () => void;
 }
 
-// As in sidebar.css; a hidden popover cannot be measured.
+// The same width as in sidebar.css, because a hidden popover cannot be measured.
 const WIDTH_PX = 200;
 const ITEM_HEIGHT_PX = 36;
 const GAP_PX = 6;

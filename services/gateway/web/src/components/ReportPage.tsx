@@ -3,7 +3,7 @@ import type { Report } from "../api/report";
 import { pageHtml } from "../text/markdown";
 import { copyCode } from "./Markdown";
 
-/** The report on the model; `null` while it is on its way. */
+/** The report on the model; `null` until it has loaded. */
 export function ReportPage({ report }: { report: Report | null }) {
   return (
     <div class="report-page">

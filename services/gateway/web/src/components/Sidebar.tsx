@@ -7,7 +7,7 @@ import { ThemeSwitch } from "./ThemeSwitch";
 import { usePage } from "./context";
 import { PlusIcon, SidebarIcon } from "./icons";
 
-const FEW = 7; // as many conversations are found at a glance, without a search field
+const FEW = 7; // up to this number of conversations, the list needs no search field
 
 export function Sidebar() {
   const { app, layout } = usePage();
@@ -68,7 +68,7 @@ export function Sidebar() {
   );
 }
 
-/** The conversations whose title or messages hold the words, newest first. */
+/** The conversations whose title or messages contain the words, newest first. */
 function found(conversations: readonly Conversation[], query: string): Conversation[] {
   const needle = query.trim().toLowerCase();
   const matches = (text: string) => text.toLowerCase().includes(needle);

@@ -13,7 +13,7 @@ export function Thread() {
   const { scroller, content, atEnd, toEnd } = useFollow();
   const conversation = app.active.value;
   const messages = conversation?.messages.value ?? [];
-  // A new question, and another conversation, begin at their end.
+  // After a new question or in another conversation, show the end.
   useEffect(toEnd, [conversation, messages]);
   return (
     <div class="thread-frame">

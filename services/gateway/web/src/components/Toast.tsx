@@ -3,7 +3,7 @@ import { usePage } from "./context";
 
 const SHOWN_MS = 8000;
 
-/** Says what just happened and lets the person take it back. Waits while it is pointed at or focused. */
+/** Reports an action and lets the person undo it. It stays while the pointer or the focus is on it. */
 export function ToastView() {
   const { app } = usePage();
   const toast = app.toast.value;

@@ -3,7 +3,7 @@ import { duration } from "../text/format";
 import { highlight } from "../text/highlight";
 import { ChevronIcon } from "./icons";
 
-/** What the sandbox's statuses mean to a person. */
+/** The sandbox's statuses in words for a person. */
 const FAILURES: Record<string, string> = {
   error: "Error",
   timeout: "Took too long",
@@ -16,11 +16,11 @@ const FAILURES: Record<string, string> = {
 interface Props {
   call: ToolCall;
   result: ToolResult | undefined;
-  /** Whether the answer is still being written: only then may a missing result yet come. */
+  /** Whether the answer is still being written; only then can a missing result still come. */
   live: boolean;
 }
 
-/** One use of Python in an answer: the code and what came out of it, like a cell of a notebook. */
+/** One use of Python in an answer: the code and its output, like a cell of a notebook. */
 export function ToolCard({ call, result, live }: Props) {
   const state = result ? (result.status === "ok" ? "ok" : "failed") : live ? "running" : "unfinished";
   return (

@@ -53,7 +53,7 @@ function Editor({ text, onSend, onCancel }: EditorProps) {
       event.preventDefault();
       send();
     } else if (event.key === "Escape") {
-      event.stopPropagation(); // Escape alone would stop the answer
+      event.stopPropagation(); // otherwise Escape would also stop the answer
       onCancel();
     }
   };

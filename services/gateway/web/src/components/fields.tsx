@@ -37,18 +37,18 @@ export function SliderField({ label, hint, value, onChange, range }: FieldProps<
 
 interface NumberProps extends FieldProps<number | null> {
   range: Range;
-  /** What an empty field means. */
+  /** The placeholder, which says what an empty field means. */
   placeholder: string;
 }
 
-/** A whole number, or empty. While the text is not a number in range, the last good value stays in force. */
+/** A whole number, or empty. While the text is no number in the range, the last valid value stays in use. */
 export function NumberField({ label, hint, value, onChange, range, placeholder }: NumberProps) {
   const id = useId();
   const text = useSignal(asText(value));
   const { min, max } = range;
   const parsed = text.value === "" ? null : Number(text.value);
   const valid = parsed === null || (Number.isInteger(parsed) && parsed >= min && parsed <= max);
-  // A reset comes from outside.
+  // A reset of the settings changes the value from outside.
   useEffect(() => {
     if (valid && parsed !== value) text.value = asText(value);
   }, [value]);

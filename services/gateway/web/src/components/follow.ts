@@ -7,7 +7,7 @@ const NEAR_END_PX = 48;
 export interface Following {
   scroller: RefObject<HTMLDivElement | null>;
   content: RefObject<HTMLDivElement | null>;
-  /** Whether the end is in view, and stays there while the content grows. */
+  /** Whether the view follows the end while the content grows. */
   atEnd: Signal<boolean>;
   toEnd: () => void;
 }
@@ -26,7 +26,7 @@ export function useFollow(): Following {
     let lastTop = view.scrollTop;
     const onScroll = () => {
       const near = view.scrollHeight - view.scrollTop - view.clientHeight < NEAR_END_PX;
-      // Growing content also moves the end away; only a move upwards is the person's wish.
+      // Growing content also moves the end away; only an upward scroll comes from the person.
       if (near) atEnd.value = true;
       else if (view.scrollTop < lastTop) atEnd.value = false;
       lastTop = view.scrollTop;

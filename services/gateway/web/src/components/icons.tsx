@@ -1,6 +1,6 @@
 import type { ComponentChildren } from "preact";
 
-/** Line icons on a 20 × 20 grid. They decorate: the button around them carries the name. */
+/** Line icons on a 20 × 20 grid. They are decoration: the button around an icon has the accessible name. */
 function icon(children: ComponentChildren) {
   return () => (
     <svg class="icon" viewBox="0 0 20 20" aria-hidden="true">

@@ -1,6 +1,6 @@
 import { signal } from "@preact/signals";
 
-/** Where the conversation list stands: beside the conversation, or over it as a drawer on a narrow screen. */
+/** Places the conversation list beside the conversation, or over it as a drawer on a narrow screen. */
 export class Layout {
   private readonly query = window.matchMedia("(max-width: 52rem)"); // the same width as in layout.css
   readonly narrow = signal(this.query.matches);
@@ -17,7 +17,7 @@ export class Layout {
     this.sidebarOpen.value = !this.sidebarOpen.value;
   }
 
-  /** After a choice in the drawer, the conversation is what the person wants to see. */
+  /** Closes the drawer after a choice in it, so that the person sees the conversation. */
   closeDrawer(): void {
     if (this.narrow.value) this.sidebarOpen.value = false;
   }

@@ -1,4 +1,4 @@
-/** The browser's storage, or null where its settings forbid it: even looking at it may throw. */
+/** The browser's storage, or null if its settings forbid it; even reading the property may throw. */
 export function browserStorage(): Storage | null {
   try {
     return window.localStorage;

@@ -3,20 +3,20 @@ import type { Conversation, Message, StoredConversation } from "../chat/conversa
 
 const PREFIX = "nanochat.conversation.";
 
-/** What another tab did: a stored conversation, or null when it was deleted. */
+/** A change by another tab: the stored conversation, or null if that tab deleted it. */
 export type RemoteChange = (id: string, stored: StoredConversation | null) => void;
 
 /**
- * Keeps conversations in the browser, one entry each, so that tabs overwrite only what they change.
- * An entry that cannot be read stays where it is until the person decides about it.
+ * Stores each conversation as an entry of its own in the browser, so that a tab overwrites only its own changes.
+ * An unreadable entry stays until the person decides about it.
  */
 export class ConversationStore {
-  /** Set while the browser refuses to keep more, or keeps nothing at all. */
+  /** Set while the browser refuses to store more, or stores nothing at all. */
   readonly refusal = signal<"full" | "blocked" | null>(null);
   /** Keys of entries that cannot be read. */
   readonly damaged = signal<readonly string[]>([]);
 
-  /** `storage` is null where the browser blocks it. */
+  /** `storage` is null if the browser blocks it. */
   constructor(private readonly storage: Storage | null) {
     if (!storage) this.refusal.value = "blocked";
   }
@@ -51,7 +51,7 @@ export class ConversationStore {
     if (this.refusal.value === "full") this.refusal.value = null;
   }
 
-  /** The damaged entries as text, for the person to keep. */
+  /** The damaged entries as text that the person can save. */
   damagedText(): string {
     return this.damaged.value.map((key) => this.storage?.getItem(key) ?? "").join("\n");
   }
@@ -61,7 +61,7 @@ export class ConversationStore {
     this.damaged.value = [];
   }
 
-  /** Reports what other tabs store and delete. */
+  /** Reports conversations that other tabs store and delete. */
   watch(target: Window, onChange: RemoteChange): void {
     target.addEventListener("storage", (event) => {
       if (event.storageArea !== this.storage || !event.key?.startsWith(PREFIX)) return;
@@ -83,7 +83,7 @@ export class ConversationStore {
   }
 }
 
-/** Throws when the text is not a conversation of this version. */
+/** Throws if the text is not a conversation of this version. */
 export function parseConversation(text: string): StoredConversation {
   const value = JSON.parse(text) as Partial<StoredConversation> | null;
   const valid =

@@ -16,7 +16,7 @@ export interface Settings {
 
 export const DEFAULTS: Readonly<Settings> = {
   systemPrompt: "",
-  // Small models stray quickly when they are sampled as hot as large ones.
+  // Small models need a lower temperature than large ones.
   temperature: 0.6,
   topK: 50,
   topP: 1,
@@ -26,7 +26,7 @@ export const DEFAULTS: Readonly<Settings> = {
   apiKey: "",
 };
 
-/** What the gateway accepts; the page keeps to it. */
+/** The ranges that the gateway accepts. */
 export const LIMITS = {
   temperature: { min: 0, max: 2, step: 0.05 },
   topP: { min: 0.05, max: 1, step: 0.05 },
@@ -37,7 +37,7 @@ export const LIMITS = {
 
 const KEY = "nanochat.settings";
 
-/** The settings as last stored, kept stored from then on. What is missing or unusable becomes its default. */
+/** The stored settings, which are stored again after each change. A missing or invalid value becomes its default. */
 export function storedSettings(storage: Storage | null): Signal<Settings> {
   const settings = signal<Settings>({ ...DEFAULTS, ...usable(read(storage)) });
   effect(() => {
@@ -45,7 +45,7 @@ export function storedSettings(storage: Storage | null): Signal<Settings> {
     try {
       storage?.setItem(KEY, text);
     } catch (error) {
-      // A full storage is the conversation store's to report; the settings hold until the page is closed.
+      // The conversation store reports a full storage; the settings last until the page is closed.
       if (!(error instanceof DOMException)) throw error;
     }
   });

@@ -4,7 +4,7 @@ export type Theme = "system" | "light" | "dark";
 
 const KEY = "nanochat.theme";
 
-/** The chosen theme, kept stored and shown on the page. public/theme.js applies it before the first paint. */
+/** The chosen theme, which is stored and applied to the page. public/theme.js applies it before the first paint. */
 export function storedTheme(storage: Storage | null, root: HTMLElement): Signal<Theme> {
   const stored = storage?.getItem(KEY);
   const theme = signal<Theme>(stored === "light" || stored === "dark" ? stored : "system");
@@ -14,7 +14,7 @@ export function storedTheme(storage: Storage | null, root: HTMLElement): Signal<
     try {
       storage?.setItem(KEY, theme.value);
     } catch (error) {
-      // A full storage is the conversation store's to report; the theme holds until the page is closed.
+      // The conversation store reports a full storage; the theme lasts until the page is closed.
       if (!(error instanceof DOMException)) throw error;
     }
   });

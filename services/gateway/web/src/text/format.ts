@@ -1,4 +1,4 @@
-/** "2 ms", "1.4 s", "3 min 5 s". */
+/** A duration such as "2 ms", "1.4 s" or "3 min 5 s". */
 export function duration(seconds: number): string {
   if (seconds < 0.9995) return `${Math.max(1, Math.round(seconds * 1000))} ms`;
   if (seconds < 59.95) return `${seconds.toFixed(1)} s`;
@@ -6,7 +6,7 @@ export function duration(seconds: number): string {
   return `${Math.floor(whole / 60)} min ${whole % 60} s`;
 }
 
-/** Whole numbers from 10 on, one digit after the point below. */
+/** A number from 10 on without decimals, a smaller one with one decimal. */
 export function rate(perSecond: number): string {
   return perSecond >= 10 ? Math.round(perSecond).toLocaleString("en") : perSecond.toFixed(1);
 }

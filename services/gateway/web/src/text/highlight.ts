@@ -17,13 +17,13 @@ import yaml from "highlight.js/lib/languages/yaml";
 const languages = { bash, cpp, css, diff, go, java, javascript, json, python, rust, sql, typescript, xml, yaml };
 for (const [name, language] of Object.entries(languages)) hljs.registerLanguage(name, language);
 
-const LONGEST_CODE = 20_000; // characters; beyond, colouring while the text streams would drop frames
+const LONGEST_CODE = 20_000; // characters; coloring longer code while it streams would drop frames
 
 export function escapeHtml(text: string): string {
   return text.replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
 }
 
-/** Code as HTML with `hljs-` classes; plainly escaped where the language is not known. */
+/** Code as HTML with `hljs-` classes; if the language is unknown, the code is only escaped. */
 export function highlight(code: string, language: string): string {
   if (code.length > LONGEST_CODE || !hljs.getLanguage(language)) return escapeHtml(code);
   return hljs.highlight(code, { language, ignoreIllegals: true }).value;

@@ -2,12 +2,12 @@ import DOMPurify from "dompurify";
 import { Marked, type Token, type Tokens } from "marked";
 import { escapeHtml, highlight } from "./highlight";
 
-/** The address of a picture that a text names, or null where it may not be loaded. */
+/** Returns the address of a picture in a text, or null if the page may not load it. */
 export type Pictures = (href: string) => string | null;
 
 /**
- * Markdown of a model, which is not to be trusted: HTML in it is shown as text, pictures become links so that
- * nothing is loaded from elsewhere, and what is left goes through a list of allowed tags and attributes.
+ * Renders a model's Markdown, which is untrusted input. HTML in it is shown as text, pictures become links so that
+ * the page loads nothing from other servers, and the result may contain allowed tags and attributes only.
  */
 const marked = renderer(() => null);
 
@@ -53,7 +53,7 @@ export function blockHtml(block: Token): string {
   return DOMPurify.sanitize(marked.parser([block as Tokens.Generic]), ALLOWED);
 }
 
-/** Safe HTML of a whole text whose pictures lie where `pictures` says. */
+/** Safe HTML of a whole text; `pictures` maps its pictures to their addresses. */
 export function pageHtml(text: string, pictures: Pictures): string {
   const allowed = {
     ALLOWED_TAGS: [...ALLOWED.ALLOWED_TAGS, "img"],

@@ -1,0 +1,155 @@
+"""One engine as the gateway sees it: its connection, its health, its load and its model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from nanochat_core.errors import UserError
+from nanochat_core.protos import engine_pb2, engine_pb2_grpc
+from nanochat_core.tokenizer import Tokenizer
+from services.gateway.engines.served_model import ServedModel
+from services.gateway.metrics import Metrics
+from services.gateway.settings import GatewaySettings
+
+logger = logging.getLogger(__name__)
+
+# People wait while an engine is down, so its return should be noticed soon.
+_DOWN_POLL_SECONDS = 0.5
+
+
+class Replica:
+    """One engine. :meth:`watch` keeps its state current, and so do the failures of requests.
+
+    Attributes:
+        address: ``host:port`` of the engine.
+        model: the model that the engine served at the last check; None before the first one.
+        last_picked: order in which the replicas got their latest requests.
+        stub: gRPC stub of the engine's service.
+    """
+
+    def __init__(self, address: str, settings: GatewaySettings, metrics: Metrics) -> None:
+        self.address = address
+        self.model: ServedModel | None = None
+        self.last_picked = 0
+        self._settings = settings
+        self._up = metrics.engine_up.labels(address)
+        self._up.set(0)
+        self._channel = grpc.aio.insecure_channel(address, options=_channel_options(settings))
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self.stub = engine_pb2_grpc.EngineStub(self._channel)
+        self._healthy = False
+        self._why_down = ""
+        self._info = engine_pb2.ModelInfo()
+        self._next_model_check = 0.0
+        self._own = 0  # sequences of this gateway that run or wait here
+        self._others = 0  # sequences of other gateways, as of the last check
+
+    @property
+    def available(self) -> bool:
+        """Whether the gateway can send requests to this engine."""
+        return self._healthy and self.model is not None
+
+    @property
+    def load(self) -> int:
+        """Sequences that run or wait here; this gateway's own are counted exactly, the others as of the last check."""
+        return self._own + self._others
+
+    @contextlib.contextmanager
+    def busy(self, sequences: int) -> Iterator[None]:
+        """Counts ``sequences`` as running here for the time of the block."""
+        self._own += sequences
+        try:
+            yield
+        finally:
+            self._own -= sequences
+
+    async def watch(self) -> None:
+        """Checks the engine again and again until cancelled."""
+        while True:
+            try:
+                await self._check()
+            except grpc.aio.AioRpcError as error:
+                self.mark_down(f"{error.code().name}: {error.details()}")
+            except UserError as error:
+                self.mark_down(str(error))
+            except Exception:
+                # The failure concerns one engine only, so the watch goes on.
+                logger.exception("engine check failed", extra={"address": self.address})
+                self.mark_down("the check failed")
+            poll = self._settings.poll_seconds
+            await asyncio.sleep(poll if self._healthy else min(poll, _DOWN_POLL_SECONDS))
+
+    def mark_down(self, why: str) -> None:
+        """Keeps requests away from this engine until the next successful check."""
+        if self._healthy or why != self._why_down:
+            logger.warning("engine down", extra={"address": self.address, "reason": why})
+        self._healthy, self._why_down = False, why
+        self._up.set(0)
+
+    async def _check(self) -> None:
+        """Reads the engine's health, load and model. It raises the errors of :meth:`refresh_model`."""
+        timeout = self._settings.connect_timeout_seconds
+        status = (await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout)).status
+        if status != health_pb2.HealthCheckResponse.SERVING:
+            self.mark_down(f"health is {health_pb2.HealthCheckResponse.ServingStatus.Name(status)}")
+            return
+        load = await self.stub.GetLoad(engine_pb2.GetLoadRequest(), timeout=timeout)
+        self._others = max(0, load.running + load.waiting + load.parked - self._own)
+        changed = load.revision not in ("", self._info.revision)  # older engines leave the field empty
+        if not self.available or changed or time.monotonic() >= self._next_model_check:
+            await self.refresh_model()
+        if not self._healthy:
+            logger.info("engine up", extra={"address": self.address})
+        self._healthy, self._why_down = True, ""
+        self._up.set(1)
+
+    async def refresh_model(self) -> None:
+        """Asks the engine which model it serves now.
+
+        Raises:
+            grpc.aio.AioRpcError: the engine can't be reached or doesn't answer in time.
+            UserError: the engine's tokenizer is damaged.
+        """
+        timeout = self._settings.connect_timeout_seconds
+        info = await self.stub.GetModel(engine_pb2.GetModelRequest(), timeout=timeout)
+        if self.model is None or info != self._info:
+            # Indexing a large vocabulary takes a while, and streams must not wait for it.
+            tokenizer = await asyncio.to_thread(_load_tokenizer, info.tokenizer_json)
+            self.model = ServedModel.from_info(info, tokenizer, int(time.time()))
+            self._info = info
+            logger.info("model", extra={"address": self.address, "model": info.name, "revision": info.revision})
+        self._next_model_check = time.monotonic() + self._settings.model_poll_seconds
+
+    async def close(self) -> None:
+        """Closes the connection and cancels the calls that still run."""
+        await self._channel.close()
+
+
+@functools.lru_cache(maxsize=4)
+def _load_tokenizer(stored: bytes) -> Tokenizer:
+    """Returns the same object for equal JSON, so that replicas of one model share a tokenizer."""
+    return Tokenizer.from_json(stored)
+
+
+def _channel_options(settings: GatewaySettings) -> list[tuple[str, Any]]:
+    connect_ms = int(settings.connect_timeout_seconds * 1000)
+    return [
+        # Keepalive pings find out that a machine is gone while the gateway waits for an answer from it.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        # gRPC's default waits up to two minutes between attempts; an engine that is back should be used at once.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.min_reconnect_backoff_ms", connect_ms),
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+    ]
