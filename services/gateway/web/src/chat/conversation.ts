@@ -99,7 +99,7 @@ export class Conversation {
   }
 }
 
-/** Makes a stored answer "stopped" instead of "streaming", because no connection continues it. */
+/** Makes a stored answer "interrupted" instead of "streaming", because no connection continues it. */
 function settled(message: Message): Message {
   if (message.role === "user" || message.state !== "streaming") return message;
   return {

@@ -4,7 +4,7 @@ import { useEffect } from "preact/hooks";
 import { download } from "../chat/export";
 import { usePage } from "./context";
 
-/** The most urgent problem that prevents an answer, with the action that helps. */
+/** The problems that prevent an answer, the most urgent first, each with the action that helps. */
 export function Banners() {
   const { app } = usePage();
   const { store } = app;
