@@ -1,6 +1,6 @@
-"""Matrix products of fp32 training by oneDNN, on CPUs where it is faster than torch's usual library.
+"""Matrix products of fp32 training by oneDNN, on CPUs on which it is faster than torch's default library.
 
-Torch multiplies fp32 matrices on x86 with MKL, which leaves a tenth to a fifth of an AMD core's rate unused.
+On x86 torch multiplies fp32 matrices with MKL, which leaves a tenth to a fifth of an AMD core's speed unused.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from nanochat_core.precision import cpu_capabilities
 
-# Below this side the operator's own overhead is what counts.
+# With a smaller side, the operator's own overhead outweighs the faster product.
 LEAST_SIDE = 64
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether this is a CPU whose fp32 products oneDNN makes faster; a rule, so that every run decides alike."""
+    """Whether oneDNN multiplies fp32 matrices faster on this CPU.
+
+    The answer follows from the CPU's maker rather than from a measurement, so that every run decides alike.
+    """
     return "AMD" in cpu_capabilities().get("cpu_name", "") and torch.backends.mkldnn.is_available()
 
 
@@ -37,7 +40,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-# An operator of its own: the compiler would otherwise look into it and choose for itself.
+# A custom operator, because torch.compile would otherwise look into it and choose a library itself.
 @torch.library.custom_op("nanochat::linear", mutates_args=(), schema="(Tensor x, Tensor weight) -> Tensor")
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """:func:`product` with gradients, for ``x`` of shape (..., in_features)."""
@@ -56,8 +59,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
     x, weight = ctx.saved_tensors
     rows, columns = gradient.reshape(-1, gradient.size(-1)), x.reshape(-1, x.size(-1))
-    # Here the sum is over the tokens, which oneDNN would do only after copying both sides; the usual library is a tenth
-    # faster with the longer side first.
+    # The gradient of the weight is a sum over tokens. oneDNN would copy both factors first, so the default library
+    # computes it, which is a tenth faster if the longer side comes first.
     of_weight = rows.T @ columns if rows.size(-1) >= columns.size(-1) else (columns.T @ rows).T
     return linear(gradient.contiguous(), weight.T.contiguous()), of_weight
 
@@ -80,7 +83,7 @@ class OneDnnLinear(nn.Module):
 
 
 def convert_to_onednn(module: nn.Module) -> None:
-    """Let the large matrices in a module be multiplied by oneDNN; parameters stay the same under the same names."""
+    """Lets oneDNN multiply the large matrices of a module. Parameters stay the same objects under the same names."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and min(child.weight.shape) >= LEAST_SIDE:

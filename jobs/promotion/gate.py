@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from jobs.promotion.decisions import Decision, add_decision, decisions, last_promotion
 from jobs.promotion.rules import Gate, judge
-from jobs.results.metrics import Metric, metrics_of, weights_of
+from jobs.results.metrics import Metric, metrics_of
 from jobs.results.reports import report_promotion
 from nanochat_core.checkpoint import (
     Checkpoint,
@@ -58,7 +58,7 @@ def decide(store: Store, checkpoint: Checkpoint, gate: Gate, *, promoting: bool,
     Raises:
         UserError: a rule cannot be read, or the model to compare with has no promoted checkpoint.
     """
-    rules, ref, digest = gate.rules(), checkpoint.ref, weights_of(checkpoint)
+    rules, ref, digest = gate.rules(), checkpoint.ref, checkpoint.weights_digest
     current = incumbent(store, ref.model, digest)
     compared = current
     if against and against != ref.model:

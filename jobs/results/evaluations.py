@@ -32,7 +32,7 @@ class Evaluation:
     @classmethod
     def of(cls, store: Store, checkpoint: Checkpoint, name: str, settings: Mapping[str, Json]) -> Evaluation:
         """The evaluation ``name`` of a checkpoint."""
-        return cls(store, checkpoint.ref, checkpoint.digests["model.safetensors"], name, settings)
+        return cls(store, checkpoint.ref, checkpoint.weights_digest, name, settings)
 
     @property
     def folder(self) -> str:
@@ -83,7 +83,7 @@ def results(store: Store, model: str) -> Iterator[dict[str, Json]]:
 
 def results_of(store: Store, checkpoint: Checkpoint) -> dict[str, dict[str, Json]]:
     """The finished evaluations of one checkpoint, as it is now, by name."""
-    digest = checkpoint.digests["model.safetensors"]
+    digest = checkpoint.weights_digest
     found = results(store, checkpoint.ref.model)
     return {
         result["evaluation"]: result

@@ -57,7 +57,7 @@ def metrics_of(store: Store, checkpoint: Checkpoint) -> dict[str, Metric]:
     """
     bases = [(digest, ref) for digest, ref in ancestors(store, checkpoint) if ref.stage == "base"]
     found: dict[str, Metric] = {}
-    for digest, ref in [*bases, (weights_of(checkpoint), checkpoint.ref)]:
+    for digest, ref in [*bases, (checkpoint.weights_digest, checkpoint.ref)]:
         for result in results(store, ref.model):
             if (result["revision"], result["digest"]) == (ref.revision, digest):
                 found |= flatten(result)
@@ -67,7 +67,7 @@ def metrics_of(store: Store, checkpoint: Checkpoint) -> dict[str, Metric]:
 def ancestors(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[str, CheckpointRef]]:
     """Digest and name of each checkpoint that this one was trained from, the nearest first, as far as they are left."""
     ref, meta = checkpoint.ref, checkpoint.meta
-    known = {weights_of(checkpoint)}
+    known = {checkpoint.weights_digest}
     while True:
         inputs = set(meta.get("inputs", {}).values()) - known
         model = meta.get("base_model", ref.model)
@@ -86,11 +86,6 @@ def ancestors(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[str, Check
         known.add(parent[0])
         ref = parent[1]
         meta = load_meta(store, ref)
-
-
-def weights_of(checkpoint: Checkpoint) -> str:
-    """The digest of a loaded checkpoint's weights."""
-    return checkpoint.digests["model.safetensors"]
 
 
 def flatten(result: Mapping[str, Any]) -> dict[str, Metric]:

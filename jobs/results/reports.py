@@ -32,7 +32,7 @@ def is_reported(store: Store, model: str, *checkpoints: Checkpoint) -> bool:
     """Whether the report on ``model`` covers these checkpoints with all evaluations that the store has of them."""
     report = read_report(store, model)
     return report is not None and all(
-        report.get(checkpoint.ref.stage, {}).get("digest") == checkpoint.digests["model.safetensors"]
+        report.get(checkpoint.ref.stage, {}).get("digest") == checkpoint.weights_digest
         and report.get("measured", {}).get(checkpoint.ref.stage) == sorted(results_of(store, checkpoint))
         for checkpoint in checkpoints
     )

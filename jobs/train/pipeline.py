@@ -22,7 +22,6 @@ from jobs.data.tokenizers import load_tokenizer, trained_on
 from jobs.promotion.decisions import latest_decision
 from jobs.promotion.gate import EXIT_REFUSED, decide
 from jobs.recipes import RECIPES, Flags, Recipe
-from jobs.results.metrics import weights_of
 from jobs.results.reports import is_reported
 from jobs.tasks.registry import open_problems
 from jobs.tasks.task import Problems
@@ -115,7 +114,7 @@ class Pipeline:
         Raises:
             SystemExit: it does not; the model that was promoted stays.
         """
-        last = latest_decision(self.store, tuned.ref, weights_of(tuned))
+        last = latest_decision(self.store, tuned.ref, tuned.weights_digest)
         if last is not None and last.promoted and promoted(self.store, self.model) == tuned.ref:
             return
         decision = decide(self.store, tuned, self.recipe.gate, promoting=True)

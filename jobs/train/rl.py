@@ -78,7 +78,7 @@ class RlSettings(RunSettings):
 
 def inputs(tuned: Checkpoint, problems: Problems) -> dict[str, str]:
     """Digests of what the model is made from; when they have changed it must be made anew."""
-    return {"sft": tuned.digests["model.safetensors"], "problems": problems.digest}
+    return {"sft": tuned.weights_digest, "problems": problems.digest}
 
 
 def chosen_reward(name: str, problems: Problems) -> Reward:

@@ -69,7 +69,7 @@ class SftSettings(RunSettings):
 
 def inputs(base: Checkpoint, mixture: Mixture) -> dict[str, str]:
     """Digests of what a fine-tuned model is made from; when they have changed it must be fine-tuned anew."""
-    return {"base": base.digests["model.safetensors"], "conversations": mixture.digest}
+    return {"base": base.weights_digest, "conversations": mixture.digest}
 
 
 def start_of(store: Store, settings: SftSettings) -> Checkpoint:

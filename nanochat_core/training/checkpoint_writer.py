@@ -1,8 +1,18 @@
-"""Writes checkpoints: from several ranks, in the background, and never in place of a whole one that exists.
+"""Writes checkpoints in the background, from one or several ranks.
 
-Training waits while tensors are copied into main memory; hashing and transfer happen in a thread. Every rank writes
-the optimizer state that it holds; the first one also writes what exists once, and the manifest when all others are
-done, which is what makes the checkpoint exist.
+Training waits only while tensors are copied to main memory; hashing and transfer happen in a thread. Every rank writes
+one file with its share of the optimizer state. The first rank also writes the files that exist once, and, when all
+ranks are done, the manifest. The manifest makes the checkpoint exist.
+
+A checkpoint may replace a whole one of the same name, for example after ``--no-resume``, and that one may be promoted.
+The store must hold a whole checkpoint at every moment, although S3 can neither rename nor replace several files at
+once. The new files therefore go to a subfolder of their own, which the new manifest names:
+
+1.  Write all files to ``replacement_<id>/``. The old manifest still lists the old files.
+2.  Replace the manifest, which every store does atomically. It now lists the new files.
+3.  Remove the old files.
+
+A writer that is killed leaves files that no manifest lists. The next writer of the checkpoint removes them.
 """
 
 from __future__ import annotations
@@ -13,6 +23,7 @@ import json
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +32,19 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from nanochat_core.checkpoint import CONFIG, MANIFEST, META, TOKENIZER, TRAINER_STATE, WEIGHTS, CheckpointRef, sha256_of
+from nanochat_core.checkpoint import (
+    CONFIG,
+    MANIFEST,
+    META,
+    TOKENIZER,
+    TRAINER_STATE,
+    WEIGHTS,
+    CheckpointRef,
+    Manifest,
+    load_manifest,
+)
+from nanochat_core.checkpoint.manifest import FileEntry
+from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.store import Store, StoreError
 from nanochat_core.tokenizer import Tokenizer
@@ -30,15 +53,20 @@ from nanochat_core.training.optim import Shard
 
 log = logging.getLogger(__name__)
 
-# A store that is gone for longer than the sum of these is reported.
+# Waits between attempts to write a checkpoint. A store that fails for longer is reported as an error.
 RETRY_SECONDS = (1.0, 5.0, 20.0)
-# How long ranks wait in the background for the slowest one's transfer.
+# How long the ranks wait in the background for the slowest rank's transfer.
 _TRANSFER_SECONDS = 3600.0
 
 
 @dataclasses.dataclass(frozen=True)
-class _Copied:
-    """What training no longer changes: ``rows`` has first row and number of rows of each of ``tensors``."""
+class _Contents:
+    """A copy of everything to write, which training no longer changes.
+
+    Attributes:
+        values: the trainer's values as JSON.
+        rows: first row and number of rows of each of ``tensors``.
+    """
 
     weights: dict[str, Tensor]
     texts: dict[str, str]
@@ -67,12 +95,12 @@ class CheckpointWriter:
         shards: Iterable[Shard] = (),
         then: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copy everything and start to write it; an unfinished earlier checkpoint is waited for.
+        """Waits for an unfinished earlier checkpoint, copies everything and starts to write it.
 
         Args:
-            model, tokenizer, meta, values: what exists once; the first rank's are written.
-            values: plain data needed to resume training; without it the checkpoint cannot be resumed from.
-            shards: this rank's part of the tensors needed to resume training.
+            model, tokenizer, meta, values: content that exists once; the first rank's is written.
+            values: plain data needed to resume training. Without it training cannot resume from the checkpoint.
+            shards: this rank's share of the tensors needed to resume training.
             then: called by the first rank, in the background, when the checkpoint is complete.
 
         Raises:
@@ -80,14 +108,13 @@ class CheckpointWriter:
         """
         self.wait()
         shards = list(shards)
-        copied = _Copied(
+        contents = _Contents(
             weights={name: _copy(tensor) for name, tensor in model.state_dict().items()} if self._ranks.leads else {},
             texts={
                 CONFIG: model.config.to_json(),
                 TOKENIZER: tokenizer.to_json(),
                 META: json.dumps(dict(meta) | {"tokenizer_digest": tokenizer.digest}, indent=2) + "\n",
             },
-            # Plain data too may change while it is being written.
             values=json.dumps(values),
             tensors={shard.name: _copy(shard.tensor) for shard in shards},
             rows={shard.name: (shard.start, shard.tensor.size(0)) for shard in shards},
@@ -95,19 +122,21 @@ class CheckpointWriter:
 
         def write() -> None:
             try:
-                self._write(ref, copied, then)
+                self._write(ref, contents)
+                if self._ranks.leads:
+                    then()
             except BaseException as error:
-                self._error = error  # for the next wait
+                self._error = error  # the next call of wait raises it
 
-        # A daemon, because the thread waits for other ranks, and must not keep a process whose others are lost.
+        # The thread waits for other ranks. As a daemon it does not keep a process alive whose other ranks are lost.
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when nothing is being written any more.
+        """Waits until nothing is being written.
 
         Raises:
-            StoreError: the last checkpoint could not be written; those before it are still there.
+            StoreError: the last checkpoint could not be written. Earlier checkpoints are whole.
         """
         if self._thread is not None:
             self._thread.join()
@@ -120,17 +149,17 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
-        """Wait for what is being written, unless it cannot be finished because a rank is lost."""
+        """Waits for the checkpoint that is being written, unless a lost rank keeps it from being finished."""
         if kind is None:
             self.wait()
         elif not issubclass(kind, RankLost):
-            with contextlib.suppress(StoreError):  # of two errors the other one is the reason for this one
+            with contextlib.suppress(StoreError):  # the error that ends the block is the one to report
                 self.wait()
 
-    def _write(self, ref: CheckpointRef, copied: _Copied, then: Callable[[], None]) -> None:
+    def _write(self, ref: CheckpointRef, contents: _Contents) -> None:
         for wait in (*self._retry_seconds, None):
             try:
-                self._write_once(ref, copied)
+                self._write_once(ref, contents)
                 break
             except StoreError as error:
                 if wait is None:
@@ -140,24 +169,22 @@ class CheckpointWriter:
                     extra={"checkpoint": ref.prefix, "reason": str(error), "wait_seconds": wait},
                 )
                 time.sleep(wait)
-        if self._ranks.leads:
-            then()
 
-    def _write_once(self, ref: CheckpointRef, copied: _Copied) -> None:
-        """One attempt; on an error every rank raises it."""
+    def _write_once(self, ref: CheckpointRef, contents: _Contents) -> None:
+        """Makes one attempt. An error on one rank is raised on every rank."""
         try:
-            # Whoever reads meanwhile finds no manifest, so old and new files are never taken for one checkpoint.
-            self._together(lambda: self._store.delete(ref.prefix) if self._ranks.leads else None)
-            written = self._together(lambda: self._write_own(ref, copied))
-            self._together(lambda: self._write_shared(ref, copied, written) if self._ranks.leads else None)
+            folder = self._on_every_rank(lambda: self._make_room(ref) if self._ranks.leads else None)[0]
+            attempt = Manifest(ref, {}, folder)
+            written = self._on_every_rank(lambda: self._write_share(attempt, contents))
+            self._on_every_rank(lambda: self._complete(attempt, contents, written) if self._ranks.leads else None)
         except StoreError:
             if self._ranks.leads:
                 with contextlib.suppress(StoreError):
-                    self._store.delete(ref.prefix)
+                    self._make_room(ref)
             raise
 
-    def _together(self, work: Callable[[], Any]) -> list[Any]:
-        """Do something on every rank; its result on each, or the same error on all."""
+    def _on_every_rank(self, work: Callable[[], Any]) -> list[Any]:
+        """Calls ``work`` on every rank; returns the results of all, or raises a rank's error on all."""
         try:
             outcome = {"result": work()}
         except StoreError as error:
@@ -169,38 +196,51 @@ class CheckpointWriter:
                 raise StoreError(where + outcome["error"])
         return [outcome["result"] for outcome in outcomes]
 
-    def _write_own(self, ref: CheckpointRef, copied: _Copied) -> dict[str, Any] | None:
-        if not copied.tensors:
+    def _make_room(self, ref: CheckpointRef) -> str:
+        """Removes the files that no manifest lists; returns the subfolder for the files of the next attempt."""
+        try:
+            manifest = load_manifest(self._store, ref)
+        except StoreError:
+            raise
+        except UserError:  # there is no whole checkpoint
+            self._store.delete(ref.prefix)
+            return ""
+        listed = {f"{ref.prefix}/{MANIFEST}", *map(manifest.key, manifest.files)}
+        for key in self._store.keys(ref.prefix):
+            if key not in listed:
+                self._store.remove(key)
+        return f"replacement_{uuid.uuid4().hex[:8]}"
+
+    def _write_share(self, attempt: Manifest, contents: _Contents) -> dict[str, Any] | None:
+        if not contents.tensors:
             return None
         name = f"optim/rank_{self._ranks.rank:05d}_of_{self._ranks.size:05d}.safetensors"
-        with self._file(ref, name) as (path, entry):
-            _save_tensors(copied.tensors, path)
-        return {"name": name, "entry": entry, "rows": copied.rows}
+        with self._file(attempt, name) as path:
+            _save_tensors(contents.tensors, path)
+        return {"name": name, "entry": dataclasses.asdict(attempt.files[name]), "rows": contents.rows}
 
-    def _write_shared(self, ref: CheckpointRef, copied: _Copied, written: list[dict[str, Any] | None]) -> None:
-        manifest: dict[str, Any] = {}
-        index: dict[str, Any] = {}
-        for part in written:
-            if part is not None:
-                manifest[part["name"]], index[part["name"]] = part["entry"], part["rows"]
-        texts = dict(copied.texts)
-        values = json.loads(copied.values)
+    def _complete(self, attempt: Manifest, contents: _Contents, written: list[dict[str, Any] | None]) -> None:
+        shares = [share for share in written if share is not None]
+        attempt.files.update({share["name"]: FileEntry(**share["entry"]) for share in shares})
+        texts, values = dict(contents.texts), json.loads(contents.values)
         if values is not None:
+            index = {share["name"]: share["rows"] for share in shares}
             texts[TRAINER_STATE] = json.dumps({"values": values, "tensors": index})
         for name, text in texts.items():
-            with self._file(ref, name) as (path, manifest[name]):
+            with self._file(attempt, name) as path:
                 path.write_text(text)
-        with self._file(ref, WEIGHTS) as (path, manifest[WEIGHTS]):
-            _save_tensors(copied.weights, path)
-        self._store.write(f"{ref.prefix}/{MANIFEST}", (json.dumps({"files": manifest}, indent=2) + "\n").encode())
+        with self._file(attempt, WEIGHTS) as path:
+            _save_tensors(contents.weights, path)
+        attempt.write(self._store)
+        if attempt.folder:
+            self._make_room(attempt.ref)
 
     @contextlib.contextmanager
-    def _file(self, ref: CheckpointRef, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """A path to write one file to, and its manifest entry, filled in on exit."""
-        entry: dict[str, Any] = {}
-        with self._store.create(f"{ref.prefix}/{name}") as path:
-            yield path, entry
-            entry |= {"size": path.stat().st_size, "sha256": sha256_of(path)}
+    def _file(self, attempt: Manifest, name: str) -> Iterator[Path]:
+        """A path to write one file to. On exit the manifest of the attempt gets its entry."""
+        with self._store.create(attempt.key(name)) as path:
+            yield path
+            attempt.files[name] = FileEntry.of(path)
 
 
 def save_checkpoint(
@@ -213,10 +253,10 @@ def save_checkpoint(
     values: Mapping[str, Any] | None = None,
     shards: Iterable[Shard] = (),
 ) -> None:
-    """Write a checkpoint from one process and return when it is complete.
+    """Writes a checkpoint from one process and returns when it is complete.
 
     Raises:
-        StoreError: it cannot be written.
+        StoreError: the checkpoint cannot be written.
     """
     with CheckpointWriter(store, retry_seconds=()) as writer:
         writer.save(ref, model=model, tokenizer=tokenizer, meta=meta, values=values, shards=shards)

@@ -36,7 +36,9 @@ class ModelLoader:
             UserError: the store or the device does not exist, or no engine can have these settings.
         """
         self.model, self.revision = settings.model, settings.revision
-        self.store = open_store(settings.home, cache_dir=settings.cache_dir or None)
+        self.store = open_store(
+            settings.home, cache_dir=settings.cache_dir or None, cache_bytes=int(settings.cache_gib * 2**30)
+        )
         self.device = choose_device(settings.device)
         self._dtype = choose_dtype(settings.dtype, self.device)
         self._config = settings.engine_config()

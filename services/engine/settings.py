@@ -20,6 +20,11 @@ class EngineSettings:
     metrics_port: int = setting(9091, "Port of the metrics; 0 takes any free one.", minimum=0, maximum=65535)
     home: str = setting(DEFAULT_HOME, "Artifact store: a folder or s3://bucket/prefix.", env="NANOCHAT_HOME")
     cache_dir: str = setting("", "Folder for files of a remote store; empty means a temporary one.")
+    cache_gib: float = setting(
+        20.0,
+        "Size in GiB above which the least recently used files of the cache are deleted; a model stays while it loads.",
+        minimum=0.0,
+    )
     model: str = setting("demo", "Name of the model in the store.")
     revision: str = setting("", "<stage>/step_<n> to serve; empty follows what is promoted.")
     poll_seconds: float = setting(5.0, "Seconds between looks at what is promoted.", minimum=0.1)

@@ -23,7 +23,6 @@ from jobs.promotion.decisions import latest_decision
 from jobs.promotion.gate import EXIT_REFUSED
 from jobs.promotion.rules import Gate
 from jobs.recipes import RECIPES, Recipe
-from jobs.results.metrics import weights_of
 from jobs.train import launcher as children
 from jobs.train.pipeline import Pipeline, PipelineSettings
 from nanochat_core.checkpoint import list_checkpoints, newest_checkpoint, promoted
@@ -126,7 +125,7 @@ class Again:
         """Digests of what users of the store read."""
         store = open_store(str(self.home))
         models = {stage: newest_checkpoint(store, MODEL, stage) for stage in ("base", "sft")}
-        digests = {stage: model.digests["model.safetensors"] for stage, model in models.items()}
+        digests = {stage: model.weights_digest for stage, model in models.items()}
         keys = ("report.json", "report.md", "loss.png")
         files = {key: hashlib.sha256(store.read(f"reports/{MODEL}/{key}")).hexdigest() for key in keys}
         tokenizer = hashlib.sha256(store.read(f"tokenizers/{MODEL}/tokenizer.json")).hexdigest()
@@ -161,11 +160,11 @@ def test_every_stage_leaves_what_it_makes_and_the_model_is_promoted(finished):
     assert (base.ref.step, tuned.ref.step) == (30, 20)
     assert base.meta["finished"]
     assert tuned.meta["finished"]
-    assert tuned.meta["inputs"]["base"] == base.digests["model.safetensors"]
+    assert tuned.meta["inputs"]["base"] == base.weights_digest
     assert promoted(store, MODEL) == tuned.ref
     names = ("conversations.png", "decisions/sft_step_000020.json", "loss.png", "report.json", "report.md")
     assert store.keys(f"reports/{MODEL}") == [f"reports/{MODEL}/{name}" for name in names]
-    decision = latest_decision(store, tuned.ref, weights_of(tuned))
+    decision = latest_decision(store, tuned.ref, tuned.weights_digest)
     assert decision.promoted
     assert [outcome.rule for outcome in decision.outcomes] == ["bpb.bits_per_byte<=8"]
     assert not list((finished / "home").rglob(".*"))
@@ -180,7 +179,7 @@ def test_the_report_says_what_was_measured(finished):
     assert 1 < report["tokenizer"]["held_out_bytes_per_token"] < 10
     for stage, checkpoint, steps in (("base", base, 30), ("sft", tuned, 20)):
         described = report[stage]
-        assert described["digest"] == checkpoint.digests["model.safetensors"]
+        assert described["digest"] == checkpoint.weights_digest
         assert (described["steps"], described["tokens"]) == (steps, steps * 1024)
         assert described["final_loss"] == checkpoint.meta["history"][-1]["loss"]
         assert described["settings"] == checkpoint.meta["settings"]
@@ -257,7 +256,7 @@ def test_reinforcement_comes_after_fine_tuning_when_asked_for_and_is_what_is_pro
     assert again.run(PRACTISING, rl=True) == [RL, REPORT]
     store = open_store(str(again.home))
     reinforced, tuned = (newest_checkpoint(store, MODEL, stage) for stage in ("rl", "sft"))
-    assert reinforced.meta["inputs"]["sft"] == tuned.digests["model.safetensors"]
+    assert reinforced.meta["inputs"]["sft"] == tuned.weights_digest
     assert promoted(store, MODEL) == reinforced.ref
     assert again.run(PRACTISING, rl=True) == []
     shutil.rmtree(again.home / "models" / MODEL / "rl")

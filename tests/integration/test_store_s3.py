@@ -31,9 +31,11 @@ from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.store import S3Store, Store, StoreError, open_store
+from nanochat_core.store.cache import DownloadCache
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 from nanochat_core.training.optim import Shard
+from tests.support.checkpoint_replacement import CheckpointReplacement
 from tests.support.store_contract import LAST, StoreContract, contents, publish
 
 BUCKET = "nanochat-tests"
@@ -112,7 +114,7 @@ def url() -> str:
 def store(connected: S3Store, url: str, tmp_path: Path) -> Store:
     """``open_store(url, cache_dir=...)`` without the quarter of a second that a client takes to make."""
     store = copy.copy(connected)
-    store.prefix, store.cache = url.removeprefix(f"s3://{BUCKET}/"), tmp_path / "cache"
+    store.prefix, store.cache = url.removeprefix(f"s3://{BUCKET}/"), DownloadCache(tmp_path / "cache")
     return store
 
 
@@ -134,7 +136,7 @@ def test_a_file_of_many_parts_arrives_whole(store: Store):
     publish(store, "p", {"large": data})
     fetched = store.fetch("p/large")
     assert fetched.read_bytes() == data
-    assert "-" in fetched.relative_to(store.cache / BUCKET).parts[0], "its tag says that it came in one part"
+    assert "-" in fetched.relative_to(store.cache.folder).parts[0], "its tag says that it came in one part"
 
 
 def test_a_fetched_file_is_downloaded_once_and_again_when_it_changed(store: Store):
@@ -230,7 +232,7 @@ def test_an_endpoint_that_is_no_url_is_a_clear_error(url: str, monkeypatch: pyte
 def test_a_cache_that_cannot_be_written_is_a_clear_error(store: Store, url: str, tmp_path: Path):
     store.write("a", b"x")
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StoreError, match=f"the cache {tmp_path}/file cannot be written: Not a directory"):
+    with pytest.raises(StoreError, match=f"the cache {tmp_path}/file/{BUCKET} cannot be written: Not a directory"):
         open_store(url, cache_dir=tmp_path / "file").fetch("a")
 
 
@@ -315,3 +317,21 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(store: Store):
     newest = newest_checkpoint(store, "m", "sft")
     assert newest is not None
     assert newest.ref == whole
+
+
+class TestReplacement(CheckpointReplacement):
+    pass
+
+
+def test_a_bounded_cache_keeps_the_checkpoint_that_was_loaded_last(store: S3Store, tmp_path: Path):
+    refs = [CheckpointRef("m", "base", step) for step in (1, 2, 3)]
+    for ref in refs:
+        save_checkpoint(store, ref, model=tiny_model(ref.step), tokenizer=TOKENIZER, meta={})
+    size = sum(len(store.read(key)) for key in store.keys(refs[0].prefix))
+    store.cache = DownloadCache(tmp_path / "bounded", limit_bytes=int(1.5 * size))
+    for ref in refs:
+        loaded = load_checkpoint(store, ref)
+        assert torch.equal(loaded.weights["head.weight"], tiny_model(ref.step).head.weight)
+        files = [path for path in store.cache.folder.rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in files) <= 1.5 * size
+        assert sum(f"/{ref.prefix}/" in str(path) for path in files) == 4

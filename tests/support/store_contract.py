@@ -101,6 +101,7 @@ class StoreContract:
             lambda: store.keys(key),
             lambda: store.fetch(key),
             lambda: store.delete(key),
+            lambda: store.remove(key),
             published,
         )
         for call in calls:
@@ -123,6 +124,14 @@ class StoreContract:
             store.write(key, b"")
         store.delete("m/step_1")
         assert store.keys("m") == ["m/step_1.txt", "m/step_10/a"]
+
+    def test_remove_removes_one_file_and_nothing_beside_it(self, store: Store):
+        for key in ["m/a", "m/ab", "m/a.txt"]:
+            store.write(key, b"")
+        store.remove("m/a")
+        store.remove("m/a")
+        store.remove("nothing/a")
+        assert store.keys("m") == ["m/a.txt", "m/ab"]
 
     def test_deleting_what_is_no_folder_does_nothing(self, store: Store):
         store.write("m/a", b"kept")

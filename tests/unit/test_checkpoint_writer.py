@@ -21,6 +21,7 @@ from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.checkpoint_writer import CheckpointWriter
 from nanochat_core.training.distributed import Ranks
 from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, Shard, parameter_groups
+from tests.support.checkpoint_replacement import CheckpointReplacement
 from tests.support.ranks import run_ranks
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
@@ -165,3 +166,35 @@ def test_every_rank_writes_its_share_and_one_rank_can_read_all(store: FolderStor
         assert read is not None, shard.name
         assert read.shape == shard.tensor.shape
     assert load_checkpoint(store, FIRST).build_model().config == model.config
+
+
+class TestReplacement(CheckpointReplacement):
+    pass
+
+
+def replace_share(ranks: Ranks, root: str) -> None:
+    """Write the same checkpoint twice from every rank."""
+    for _ in range(2):
+        assert write_share(ranks, root, -1) == ""
+
+
+def test_ranks_that_replace_a_checkpoint_agree_on_its_place(store: FolderStore):
+    run_ranks(2, replace_share, str(store.root))
+    files = {key.removeprefix(f"{FIRST.prefix}/").partition("/")[0] for key in store.keys(FIRST.prefix)}
+    assert len(files) == 2, "the manifest and the folder of the second checkpoint"
+    trainer = load_trainer_state(store, FIRST)
+    optimizer = MuonAdamW(parameter_groups(gpt(), OptimizerConfig()))
+    assert all(trainer.read(shard.name, 0, shard.rows) is not None for shard in optimizer.shards())
+
+
+def test_a_replacement_that_fails_leaves_the_old_checkpoint_and_no_file_of_its_own(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch
+):
+    with CheckpointWriter(store, retry_seconds=()) as writer:
+        save(writer, FIRST, gpt(1))
+    before = store.keys("models")
+    Failing(monkeypatch, times=1)
+    with pytest.raises(StoreError), CheckpointWriter(store, retry_seconds=()) as writer:
+        save(writer, FIRST, gpt(2))
+    assert store.keys("models") == before
+    assert torch.equal(load_checkpoint(store, FIRST).weights["head.weight"], gpt(1).head.weight)

@@ -15,7 +15,7 @@ from torch import Tensor
 from jobs.train.batches.loader import Batch
 from jobs.train.loop.schedule import Schedule
 from jobs.train.loop.trainer import RunConfig, Trainer, TrainingDiverged, _thinned
-from nanochat_core.checkpoint import load_checkpoint
+from nanochat_core.checkpoint import CheckpointRef, list_checkpoints, load_checkpoint, promote, promoted
 from nanochat_core.config import ModelConfig
 from nanochat_core.model import GPT
 from nanochat_core.store import FolderStore
@@ -177,6 +177,28 @@ def test_a_long_history_keeps_every_evaluation():
     assert 2000 > len(thin) >= 1667
     assert sum("heldout_reward" in point for point in thin) == 50
     assert thin[-1] == history[-1]
+
+
+def test_the_promoted_checkpoint_is_not_deleted_however_old_it_is(tmp_path: Path):
+    trainer(tmp_path, steps=3, save_every=1, keep_checkpoints=3).run()
+    promote(FolderStore(tmp_path), CheckpointRef("m", "base", 2))
+    longer = trainer(tmp_path, steps=8, save_every=1, keep_checkpoints=2)
+    longer.state.step = 3
+    longer.run()
+    kept = sorted(path.name for path in (tmp_path / "models/m/base").iterdir())
+    assert kept == ["step_000002", "step_000007", "step_000008"]
+
+
+@pytest.mark.parametrize(("step", "still_promoted"), [(1, True), (3, False)])
+def test_a_run_that_starts_over_withdraws_the_promotion_of_a_checkpoint_that_it_deletes(
+    tmp_path: Path, step: int, still_promoted: bool
+):
+    store, served = FolderStore(tmp_path), CheckpointRef("m", "base", step)
+    trainer(tmp_path, steps=3, save_every=1, keep_checkpoints=3).run()
+    promote(store, served)
+    trainer(tmp_path, steps=1).run()
+    assert promoted(store, "m") == (served if still_promoted else None)
+    assert list_checkpoints(store, "m", "base") == [CheckpointRef("m", "base", 1)]
 
 
 def test_checkpoints_to_keep_for_good_are_not_deleted_and_half_written_ones_are(tmp_path: Path):

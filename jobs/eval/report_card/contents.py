@@ -12,7 +12,6 @@ from jobs.eval.report_card.measurements import held_out_documents, measure_conve
 from jobs.measures.machine import describe_machine
 from jobs.promotion.decisions import latest_decision
 from jobs.results.evaluations import results_of
-from jobs.results.metrics import weights_of
 from jobs.results.normal_form import normal_form, pass_at_k
 from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.store import Store
@@ -72,7 +71,7 @@ def gather(store: Store, model: str, stages: Mapping[str, Checkpoint], wanted: W
     report["measured"] = {stage: sorted(results_of(store, checkpoint)) for stage, checkpoint in stages.items()}
     report["benchmark"] = _benchmark(store, model)
     report["warnings"] = warnings(report, stages)
-    decision = latest_decision(store, final.ref, weights_of(final))
+    decision = latest_decision(store, final.ref, final.weights_digest)
     report["promotion"] = decision.summary() if decision else None
     return report
 
@@ -91,7 +90,7 @@ def describe_stage(checkpoint: Checkpoint) -> Report:
     losses = [point["loss"] for point in history if "loss" in point]
     return {
         "revision": checkpoint.ref.revision,
-        "digest": weights_of(checkpoint),
+        "digest": checkpoint.weights_digest,
         "finished": meta.get("finished", True),
         "steps": steps,
         "tokens": tokens,
@@ -126,7 +125,7 @@ def warnings(report: Report, stages: Mapping[str, Checkpoint]) -> list[str]:
             )
         inputs = checkpoint.meta.get("inputs", {})
         own_base = "base" in stages and checkpoint.meta.get("base_model") is None and "base" in inputs
-        if own_base and inputs["base"] != weights_of(stages["base"]):
+        if own_base and inputs["base"] != stages["base"].weights_digest:
             found.append(f"{described['revision']} was not made from the base checkpoint that is shown here.")
     for name, title in (("core", "CORE"), ("chat", "ChatCORE")):
         for stage, result in report[f"{name}_results"].items():

@@ -33,6 +33,8 @@ from nanochat_core.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_trainer_state,
+    promoted,
+    withdraw,
 )
 from nanochat_core.errors import RetryableError, UserError
 from nanochat_core.model import GPT, IGNORE_INDEX
@@ -486,8 +488,17 @@ class Trainer:
         replaced = self._replaced - {written}
         own = [ref for ref in self._stored() if ref not in replaced]
         keep_every = self.config.keep_every
-        old = [ref for ref in own[: -self.config.keep_checkpoints] if not (keep_every and ref.step % keep_every == 0)]
+        served = promoted(self.store, self.config.model_name)
+        old = [
+            ref
+            for ref in own[: -self.config.keep_checkpoints]
+            if ref != served and not (keep_every and ref.step % keep_every == 0)
+        ]
         torn = incomplete_checkpoints(self.store, self.config.model_name, self.config.stage)
+        if served is not None and served in replaced:
+            # Engines that start from now on wait for the next promotion instead of failing at a missing checkpoint.
+            withdraw(self.store, self.config.model_name)
+            log.warning("the promoted revision is gone", extra={"model": served.model, "revision": served.revision})
         for ref in (*replaced, *old, *torn):
             self.store.delete(ref.prefix)
         self._replaced = set()

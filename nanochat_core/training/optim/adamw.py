@@ -1,4 +1,4 @@
-"""The update rule of AdamW (arXiv 1711.05101).
+"""AdamW (arXiv 1711.05101), divided over ranks: each rank owns an equal part of the rows of every large parameter.
 
 Gradients of different parameters differ by orders of magnitude. AdamW divides each parameter's step by a running
 estimate of its gradient's magnitude, so that one learning rate fits all parameters of a group. With the gradient ``g``
@@ -15,42 +15,87 @@ than through the gradient, which would divide it by the gradient's magnitude too
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from nanochat_core.training.distributed import Ranks
+from nanochat_core.training.optim.shards import ParameterShards, Shard, gradient_of
+
 ADAM_EPS = 1e-10
+# A parameter with fewer elements is not divided: the messages would cost more time than the division saves memory.
+SMALLEST_DIVIDED = 1024
 
 
-def adamw_update(
-    weight: Tensor,
-    gradient: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    step: Tensor,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-) -> None:
-    """Updates ``weight``, ``mean`` and ``square`` in place by AdamW.
+class AdamWShards(ParameterShards):
+    """One parameter under AdamW.
 
-    Args:
-        weight, mean, square: tensors of one shape and dtype.
-        gradient: tensor of the same shape.
-        step: number of this update, counted from 1, a scalar.
+    A large table is divided by rows. A small parameter is not divided: each rank holds all of its state and makes the
+    same update.
     """
-    torch._fused_adamw_(
-        [weight],
-        [gradient.to(weight.dtype)],
-        [mean],
-        [square],
-        [],
-        [step],
-        amsgrad=False,
-        lr=lr,
-        beta1=betas[0],
-        beta2=betas[1],
-        weight_decay=weight_decay,
-        eps=ADAM_EPS,
-        maximize=False,
-    )
+
+    def __init__(self, name: str, parameter: Tensor, ranks: Ranks) -> None:
+        super().__init__([parameter], ranks)
+        self._name, self._parameter = name, parameter
+        self._divided = (
+            ranks.group is not None and parameter.numel() >= SMALLEST_DIVIDED and parameter.size(0) % ranks.size == 0
+        )
+        self.owned = self._divided or ranks.leads
+        rows = parameter.size(0) // ranks.size if self._divided else parameter.size(0)
+        self._start = ranks.rank * rows if self._divided else 0
+        self._own = parameter.detach()[self._start : self._start + rows]
+        self._step = torch.zeros((), device=parameter.device)
+        self._mean = torch.zeros_like(self._own)
+        self._square = torch.zeros_like(self._own)
+
+    def update(self, group: dict[str, Any]) -> None:
+        if self.gradient is None:
+            return
+        self._step += 1
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(
+            [self._own],
+            [self.gradient.to(self._own.dtype)],
+            [self._mean],
+            [self._square],
+            [],
+            [self._step],
+            amsgrad=False,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=ADAM_EPS,
+            maximize=False,
+        )
+        self.gradient = None
+        if self._divided:
+            whole, own = self._parameter.detach(), self._own.clone()
+            self._track(dist.all_gather_into_tensor(whole, own, group=self._ranks.group, async_op=True))
+
+    def _reduce_when_complete(self, parameter: Tensor) -> None:
+        gradient = gradient_of(parameter)
+        if self._divided:
+            self.gradient = torch.empty_like(self._own)
+            work = dist.reduce_scatter_tensor(
+                self.gradient, gradient.contiguous(), group=self._ranks.group, async_op=True
+            )
+        else:
+            self.gradient = gradient
+            work = dist.all_reduce(gradient, group=self._ranks.group, async_op=True)
+        self._track(work)
+
+    def _reduce_all(self) -> None:
+        self._reduce_when_complete(self._parameter)
+
+    def _local_gradient(self) -> Tensor:
+        return gradient_of(self._parameter)
+
+    def _state(self) -> Iterator[tuple[Shard, bool]]:
+        rows = self._parameter.size(0)
+        yield Shard(f"{self._name}/step", self._step.view(1), 0, 1), self._ranks.leads
+        yield Shard(f"{self._name}/mean", self._mean, self._start, rows), self.owned
+        yield Shard(f"{self._name}/square", self._square, self._start, rows), self.owned

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanochat_core.training.distributed import ALONE, Ranks
-from nanochat_core.training.optim.adamw_shards import AdamWShards
+from nanochat_core.training.optim.adamw import AdamWShards
 from nanochat_core.training.optim.muon_shards import MuonShards
 from nanochat_core.training.optim.shards import ParameterShards, ReadRows, Shard
 

@@ -128,6 +128,8 @@ capabilities:
   value: {{ required "store.s3.url is needed with store.type=s3" .Values.store.s3.url }}
 - name: NANOCHAT_ENGINE_CACHE_DIR
   value: /var/cache/nanochat
+- name: NANOCHAT_ENGINE_CACHE_GIB
+  value: {{ .Values.engine.cacheGib | quote }}
 - name: AWS_REGION
   value: {{ .Values.store.s3.region }}
 {{- with .Values.store.s3.endpoint }}

@@ -1,0 +1,125 @@
+"""The manifest of a checkpoint: every file with its size and digest.
+
+The manifest is written last, in one atomic step. A folder without a manifest is no checkpoint, and a file that differs
+from its entry is damaged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from nanochat_core.checkpoint.names import MANIFEST, CheckpointRef
+from nanochat_core.errors import UserError
+from nanochat_core.store import Store, StoreError
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+META = "meta.json"
+TRAINER_STATE = "optim/state.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and hexadecimal SHA-256 of a file."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        return cls(path.stat().st_size, sha256_of(path))
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The files of one checkpoint.
+
+    Attributes:
+        files: entry of each file by its name, such as ``model.safetensors``.
+        folder: subfolder of the checkpoint that holds the files. It is empty, unless the checkpoint replaced an earlier
+            one of the same name.
+    """
+
+    ref: CheckpointRef
+    files: dict[str, FileEntry]
+    folder: str = ""
+
+    @property
+    def weights_digest(self) -> str:
+        """The SHA-256 of the weights.
+
+        Raises:
+            UserError: the manifest lists no weights.
+        """
+        return self._entry(WEIGHTS).sha256
+
+    def key(self, name: str) -> str:
+        """The store's key of a file."""
+        return "/".join(filter(None, (self.ref.prefix, self.folder, name)))
+
+    def fetch(self, store: Store, name: str) -> Path:
+        """A local path to a file, whose size and digest were verified.
+
+        Raises:
+            UserError: the file is missing or damaged.
+            StoreError: the file cannot be read.
+        """
+        entry, key = self._entry(name), self.key(name)
+        try:
+            path = store.fetch(key)
+            found = FileEntry.of(path)
+        except FileNotFoundError:
+            raise UserError(f"{key} is missing; the checkpoint is damaged") from None
+        except OSError as error:
+            raise StoreError(f"{key} in {store} cannot be read: {error.strerror or error}") from error
+        if found.size != entry.size:
+            raise UserError(f"{key} has {found.size} bytes instead of {entry.size}; the checkpoint is damaged")
+        if found.sha256 != entry.sha256:
+            raise UserError(f"{key} does not match its sha256 in the manifest; the checkpoint is damaged")
+        return path
+
+    def write(self, store: Store) -> None:
+        """Writes the manifest, which completes the checkpoint."""
+        stored = {"folder": self.folder} if self.folder else {}
+        files = {name: dataclasses.asdict(entry) for name, entry in self.files.items()}
+        store.write(f"{self.ref.prefix}/{MANIFEST}", (json.dumps(stored | {"files": files}, indent=2) + "\n").encode())
+
+    def _entry(self, name: str) -> FileEntry:
+        if name not in self.files:
+            raise UserError(f"{self.ref.prefix}/{MANIFEST} does not list {name}")
+        return self.files[name]
+
+
+def load_manifest(store: Store, ref: CheckpointRef) -> Manifest:
+    """Reads the manifest of a checkpoint.
+
+    Raises:
+        UserError: there is no such checkpoint, or its manifest is damaged.
+    """
+    try:
+        stored = json.loads(store.read(f"{ref.prefix}/{MANIFEST}"))
+        files = {name: FileEntry(entry["size"], entry["sha256"]) for name, entry in stored["files"].items()}
+        return Manifest(ref, files, stored.get("folder", ""))
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {ref.prefix} in {store}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{ref.prefix}/{MANIFEST} is damaged: {error!r}") from error
+
+
+def weights_digest(store: Store, ref: CheckpointRef) -> str:
+    """The SHA-256 of a checkpoint's weights according to its manifest; the weights are not read.
+
+    Raises:
+        UserError: there is no such checkpoint, or its manifest is damaged.
+    """
+    return load_manifest(store, ref).weights_digest
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

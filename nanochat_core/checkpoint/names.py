@@ -1,0 +1,76 @@
+"""Names of checkpoints in the store, and which checkpoints a stage has."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from nanochat_core.errors import UserError
+from nanochat_core.store import Store
+
+# A checkpoint is complete once this file exists; it is written last.
+MANIFEST = "MANIFEST.json"
+STAGES = ("base", "sft", "rl")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class CheckpointRef:
+    """The name of a checkpoint: model, stage (``base``, ``sft`` or ``rl``) and optimizer step."""
+
+    model: str
+    stage: str
+    step: int
+
+    @property
+    def revision(self) -> str:
+        """The checkpoint's name within its model, such as ``sft/step_000400``."""
+        return f"{self.stage}/step_{self.step:06d}"
+
+    @property
+    def prefix(self) -> str:
+        """The checkpoint's folder in the store."""
+        return f"models/{self.model}/{self.revision}"
+
+    @classmethod
+    def parse(cls, model: str, revision: str) -> CheckpointRef:
+        """The inverse of :attr:`revision`.
+
+        Raises:
+            UserError: ``revision`` does not have the form ``<stage>/step_<n>``.
+        """
+        match = re.fullmatch(rf"({'|'.join(STAGES)})/step_(\d+)", revision)
+        if not match:
+            raise UserError(f"{revision!r} names no checkpoint; use <stage>/step_<n>, such as sft/step_000400")
+        return cls(model, match[1], int(match[2]))
+
+
+def check_model_name(name: str) -> str:
+    """Returns ``name`` if it can name a model, which becomes a folder.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{name!r} cannot name a model; use letters, digits, '.', '_' and '-'")
+    return name
+
+
+def list_checkpoints(store: Store, model: str, stage: str) -> list[CheckpointRef]:
+    """The complete checkpoints of a stage, oldest first."""
+    return sorted(ref for ref, files in _step_folders(store, model, stage).items() if MANIFEST in files)
+
+
+def incomplete_checkpoints(store: Store, model: str, stage: str) -> list[CheckpointRef]:
+    """Checkpoints of a stage that are being written now or whose writer was interrupted, oldest first."""
+    return sorted(ref for ref, files in _step_folders(store, model, stage).items() if MANIFEST not in files)
+
+
+def _step_folders(store: Store, model: str, stage: str) -> dict[CheckpointRef, set[str]]:
+    """Names of the files in the folder of each step."""
+    found: dict[CheckpointRef, set[str]] = {}
+    for key in store.keys(f"models/{model}/{stage}"):
+        match = re.fullmatch(r"models/[^/]+/[^/]+/step_(\d+)/(.+)", key)
+        if match:
+            found.setdefault(CheckpointRef(model, stage, int(match[1])), set()).add(match[2])
+    return found

@@ -1,0 +1,132 @@
+"""The interface of every artifact store."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from nanochat_core.errors import UserError
+
+
+class StoreError(UserError):
+    """The store itself failed: it is unreachable, refuses access or is full. Its files may be whole."""
+
+
+class Store(ABC):
+    """Files by key below one root. A key is a relative path with ``/`` between its parts.
+
+    Every method raises UserError if a key leaves the root or has a hidden part (``.name``), and StoreError if the store
+    fails.
+    """
+
+    @abstractmethod
+    def read(self, key: str) -> bytes:
+        """Contents of one file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+
+    @abstractmethod
+    def exists(self, key: str) -> bool:
+        """Whether there is a file ``key``."""
+
+    @abstractmethod
+    def write(self, key: str, data: bytes) -> None:
+        """Creates or replaces one file atomically."""
+
+    @abstractmethod
+    def create(self, key: str) -> contextlib.AbstractContextManager[Path]:
+        """A local path to write a file to. On a clean exit the file becomes ``key`` and replaces the former one."""
+
+    @abstractmethod
+    def incoming(self, prefix: str) -> Path:
+        """A local folder for partial downloads on their way into ``prefix``; it outlives the process and is not listed.
+
+        A program that is started again finds its partial files there.
+        """
+
+    @abstractmethod
+    def put(self, key: str, path: Path) -> None:
+        """Moves the local file ``path`` of :meth:`incoming` to ``key``, replacing the former file atomically."""
+
+    @abstractmethod
+    def keys(self, prefix: str) -> list[str]:
+        """Sorted keys of all files below the folder ``prefix``."""
+
+    @abstractmethod
+    def publish(self, prefix: str, *, last: str) -> contextlib.AbstractContextManager[Path]:
+        """A local folder to write into. On a clean exit its files become ``prefix`` and replace the former folder.
+
+        A reader sees either no file ``last`` or the whole folder: on a file system the finished folder is renamed into
+        place, and on S3, which cannot rename, the file ``last`` is uploaded after all others.
+
+        Args:
+            last: a file that the caller writes, whose presence means that the folder is complete.
+
+        Raises:
+            FileNotFoundError: the caller did not write ``last``.
+        """
+
+    @abstractmethod
+    def fetch(self, key: str) -> Path:
+        """A local path to the contents of the file ``key``, which the caller must not change.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+
+    @abstractmethod
+    def remove(self, key: str) -> None:
+        """Removes one file, if it exists."""
+
+    @abstractmethod
+    def delete(self, prefix: str) -> None:
+        """Removes a folder and everything in it, if it exists."""
+
+    def keeping(self, prefix: str) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
+        """Keeps the local copies of all files below ``prefix`` for the length of a ``with`` block."""
+        return contextlib.nullcontext()
+
+
+def checked(key: str) -> PurePosixPath:
+    """The path of a key.
+
+    Raises:
+        UserError: the key leaves the store's root or has a hidden part.
+    """
+    path = PurePosixPath(key)
+    hidden = any(part.startswith(".") for part in path.parts)
+    if not path.parts or path.is_absolute() or hidden or "\0" in key:
+        raise UserError(f"{key!r} is no key of the store: use names below the store's root that do not start with '.'")
+    return path
+
+
+def hidden_path(path: Path) -> Path:
+    """A new hidden name in the folder of ``path``, for a file that is being written or removed."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turns a full disk, an exhausted quota or a file above the size limit into a StoreError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise StoreError(f"files below {folder} cannot be written: {error.strerror}") from error
+
+
+def require(folder: Path, last: str) -> None:
+    """Checks that a publisher wrote the file that completes its folder.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+    """
+    if not (folder / last).is_file():
+        raise FileNotFoundError(f"{last} was not written, so the folder is not complete")

@@ -1,0 +1,95 @@
+"""A folder of downloaded files, bounded in size.
+
+An engine that follows promotions downloads one checkpoint after another. Without a bound its cache would grow until the
+pod exceeds its disk limit and is evicted. The cache deletes the least recently used files (LRU) before it grows beyond
+its limit, except files that are being read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from nanochat_core.store.base import hidden_path
+
+INCOMING = "incoming"
+
+
+class DownloadCache:
+    """Files at ``folder/<version>/<key>``.
+
+    The version in the path keeps a replaced object from being taken for its predecessor.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int | None = None) -> None:
+        """
+        Args:
+            limit_bytes: largest total size of the files; None sets no limit. Files below a prefix of :meth:`keeping`
+                may exceed it until the end of that block.
+        """
+        self.folder, self.limit_bytes = folder, limit_bytes
+        self._kept: Counter[PurePosixPath] = Counter()
+        self._lock = threading.Lock()
+
+    def fetch(self, key: PurePosixPath, version: str, size: int, download: Callable[[Path], None]) -> Path:
+        """The cached file of one version of a key, downloaded if it is missing.
+
+        Args:
+            size: bytes of the file.
+            download: writes the file to the given path.
+
+        Raises:
+            OSError: the cache cannot be written.
+        """
+        path = self.folder / version / key
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)
+            return path
+        self._evict(room_for=size)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = hidden_path(path)
+        try:
+            download(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    @contextlib.contextmanager
+    def keeping(self, prefix: PurePosixPath) -> Iterator[None]:
+        """Keeps all files whose keys are below ``prefix`` for the length of a ``with`` block."""
+        with self._lock:
+            self._kept[prefix] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._kept[prefix] -= 1
+            self._evict()
+
+    def _evict(self, room_for: int = 0) -> None:
+        """Deletes the least recently used files until ``room_for`` more bytes fit into the limit."""
+        if self.limit_bytes is None:
+            return
+        with self._lock:
+            kept = {prefix for prefix, count in self._kept.items() if count}
+            files = list(self._files())
+            excess = sum(stat.st_size for _, stat in files) + room_for - self.limit_bytes
+            for path, stat in sorted(files, key=lambda file: file[1].st_mtime_ns):
+                key = PurePosixPath(*path.relative_to(self.folder).parts[1:])
+                if excess > 0 and kept.isdisjoint(key.parents):
+                    path.unlink(missing_ok=True)
+                    excess -= stat.st_size
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """All complete downloads; hidden files are on their way."""
+        for version in self.folder.glob("*"):
+            for folder, _, names in os.walk(version) if version.name != INCOMING else ():
+                for name in names:
+                    with contextlib.suppress(FileNotFoundError):
+                        if not name.startswith("."):
+                            yield (path := Path(folder, name)), path.stat()

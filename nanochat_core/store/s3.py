@@ -1,0 +1,153 @@
+"""A store below a prefix of an S3 bucket; uploads and downloads are multipart and parallel."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from nanochat_core.errors import UserError
+from nanochat_core.store.base import Store, StoreError, checked, disk_errors, require
+from nanochat_core.store.cache import INCOMING, DownloadCache
+
+
+class S3Store(Store):
+    """A store of the objects ``<prefix>/<key>`` of a bucket."""
+
+    def __init__(self, bucket: str, prefix: str, cache: DownloadCache) -> None:
+        """
+        Args:
+            cache: keeps the files that :meth:`fetch` downloads.
+
+        Raises:
+            UserError: the ``AWS_*`` variables describe no S3 server.
+        """
+        import boto3  # only the jobs and the engine install it
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+
+        self.bucket, self.prefix, self.cache = bucket, prefix, cache
+        config = Config(retries={"max_attempts": 5, "mode": "standard"}, connect_timeout=10)
+        try:
+            # A new session reads the AWS_* variables now; boto3's default session remembers their first values.
+            self._client: Any = boto3.session.Session().client("s3", config=config)
+        except (BotoCoreError, ValueError) as error:
+            raise UserError(f"the AWS_* variables do not describe an S3 server: {error}") from error
+
+    def read(self, key: str) -> bytes:
+        with self._errors(key):
+            data: bytes = self._client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+            return data
+
+    def exists(self, key: str) -> bool:
+        try:
+            with self._errors(key):
+                self._client.head_object(Bucket=self.bucket, Key=self._key(key))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def write(self, key: str, data: bytes) -> None:
+        with self._errors(key):
+            self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
+
+    @contextlib.contextmanager
+    def create(self, key: str) -> Iterator[Path]:
+        checked(key)
+        with tempfile.TemporaryDirectory(prefix="nanochat-create-") as folder:
+            path = Path(folder) / PurePosixPath(key).name
+            with disk_errors(path.parent):
+                yield path
+            self._upload(path, key)
+
+    def incoming(self, prefix: str) -> Path:
+        folder = self.cache.folder / INCOMING / self._key(prefix)
+        with self._cache_errors():
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def put(self, key: str, path: Path) -> None:
+        self._upload(path, key)
+        path.unlink()
+
+    def keys(self, prefix: str) -> list[str]:
+        below = self._key(prefix).rstrip("/") + "/"
+        skip = len(self.prefix) + 1 if self.prefix else 0
+        with self._errors(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=below)
+            return sorted(entry["Key"][skip:] for page in pages for entry in page.get("Contents", ()))
+
+    @contextlib.contextmanager
+    def publish(self, prefix: str, *, last: str) -> Iterator[Path]:
+        checked(prefix)
+        with tempfile.TemporaryDirectory(prefix="nanochat-publish-") as folder:
+            staging = Path(folder)
+            with disk_errors(staging):
+                yield staging
+            require(staging, last)
+            # Without the file `last` the folder counts as absent, so nobody reads a mix of old and new files.
+            self.remove(f"{prefix}/{last}")
+            names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
+            for stale in {key.removeprefix(f"{prefix}/") for key in self.keys(prefix)} - set(names):
+                self.remove(f"{prefix}/{stale}")
+            for name in sorted(names, key=lambda name: name == last):
+                self._upload(staging / name, f"{prefix}/{name}")
+
+    def fetch(self, key: str) -> Path:
+        name = self._key(key)
+        with self._errors(key):
+            head = self._client.head_object(Bucket=self.bucket, Key=name)
+            version = head["ETag"].strip('"').replace("/", "_")
+
+            def download(path: Path) -> None:
+                self._client.download_file(self.bucket, name, str(path))
+
+            with self._cache_errors():
+                return self.cache.fetch(PurePosixPath(name), version, head["ContentLength"], download)
+
+    def remove(self, key: str) -> None:
+        with self._errors(key):
+            self._client.delete_object(Bucket=self.bucket, Key=self._key(key))
+
+    def delete(self, prefix: str) -> None:
+        for key in self.keys(prefix):
+            self.remove(key)
+
+    def keeping(self, prefix: str) -> contextlib.AbstractContextManager[None]:
+        return self.cache.keeping(PurePosixPath(self._key(prefix)))
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    def _upload(self, path: Path, key: str) -> None:
+        with self._errors(key):
+            self._client.upload_file(str(path), self.bucket, self._key(key))
+
+    def _key(self, key: str) -> str:
+        return f"{self.prefix}/{checked(key)}".lstrip("/")
+
+    @contextlib.contextmanager
+    def _cache_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(f"the cache {self.cache.folder} cannot be written: {error.strerror or error}") from error
+
+    @contextlib.contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        from boto3.exceptions import Boto3Error  # raised by transfers of whole files
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            yield
+        except ClientError as error:
+            code = error.response.get("Error", {}).get("Code", "")
+            if code in ("404", "NoSuchKey", "NotFound"):
+                raise FileNotFoundError(key) from error
+            raise StoreError(f"the store {self} refused {key}: {error}") from error
+        except Boto3Error as error:
+            raise StoreError(f"the store {self} failed at {key}: {error}") from error
+        except BotoCoreError as error:
+            raise StoreError(f"the store {self} cannot be reached: {error}") from error
