@@ -1,4 +1,4 @@
-"""The conversation format: messages to token ids (with the loss mask) and token ids back to parts."""
+"""The conversation format: from messages to token ids with a loss mask, and from token ids back to parts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DELIMITERS: dict[PartType, tuple[str, str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A stretch of an assistant's message: text, code it ran, or what the code gave back."""
+    """A part of an assistant's message: text, Python code that it ran, or the output of that code."""
 
     type: PartType
     text: str
@@ -29,22 +29,22 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One message; only an assistant's has more than one part."""
+    """One message. Only an assistant's message may have parts other than text."""
 
     role: Literal["system", "user", "assistant"]
     parts: tuple[Part, ...]
 
     @property
     def text(self) -> str:
-        """What a person reads: the text parts joined."""
+        """The text parts joined, which a person reads."""
         return "".join(part.text for part in self.parts if part.type == "text")
 
 
 def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Check plain dictionaries (from JSON) and make messages of them.
+    """Checks plain dictionaries, as read from JSON, and turns them into messages.
 
     Raises:
-        UserError: naming the message and what is wrong with it.
+        UserError: a message is wrong; the error names the message and the problem.
     """
     parsed: list[Message] = []
     if not messages:
@@ -87,8 +87,8 @@ def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> tu
     """Token ids of a whole conversation and its loss mask.
 
     Returns:
-        ``(ids, mask)`` of equal length; the mask is 1 where the token is the assistant's own (text, code, the tokens
-        around the code, the end of its message) and 0 elsewhere, tool output included.
+        ``(ids, mask)`` of equal length. The mask is 1 for tokens that the assistant produces: its text, its code, the
+        tokens around the code and the end of its message. It is 0 for all other tokens, including tool output.
     """
     special = tokenizer.special_ids
     ids, mask = [special[tok.BOS]], [0]
@@ -119,7 +119,7 @@ def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> tu
 
 
 def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Token ids that ask the model for the next assistant message.
+    """Token ids of a conversation that ends with the start of an assistant message, which the model continues.
 
     Raises:
         UserError: the last message is not the user's.
@@ -136,7 +136,7 @@ def stop_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def _join_system(messages: Sequence[Message]) -> list[Message]:
-    """The system message has no tokens of its own; it opens the first user message."""
+    """Puts the system message, which has no tokens of its own, in front of the first user message."""
     if not messages or messages[0].role != "system":
         return list(messages)
     if len(messages) < 2:
@@ -146,10 +146,9 @@ def _join_system(messages: Sequence[Message]) -> list[Message]:
 
 
 class AssistantStream:
-    """Takes an assistant's tokens as they come and gives back parts, never a split character.
+    """Turns an assistant's tokens into parts, one token at a time, without splitting a character.
 
-    Feed ids in any grouping; the concatenation of what comes back is the same. Bytes that do not yet form a
-    whole UTF-8 character are held until they do; invalid bytes become U+FFFD.
+    The bytes of an incomplete UTF-8 character are held back until it is complete. Invalid bytes become U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -166,7 +165,7 @@ class AssistantStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> list[Part]:
-        """Text that became certain with this token; at most a flushed remainder and one new piece.
+        """The parts that this token completes.
 
         Raises:
             UserError: the id is outside the vocabulary.
@@ -181,14 +180,14 @@ class AssistantStream:
         return rest
 
     def finish(self) -> list[Part]:
-        """What is still held when no more tokens come."""
+        """The part that is still held back after the last token, if any."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return [Part(self._type, text)] if text else []
 
 
 def tool_output_text(result: str | None, stdout: str, error: str) -> str:
-    """What the model reads of a Python call: the value, else what was printed, else what went wrong."""
+    """The output of a Python call that the model reads: its value, otherwise the printed text, otherwise its error."""
     if result is not None:
         return result
     return stdout.strip() or error

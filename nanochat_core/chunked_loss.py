@@ -1,8 +1,11 @@
-"""Cross-entropy straight from hidden states, without ever holding all logits.
+"""Cross-entropy from hidden states in chunks of tokens, without holding the logits of all tokens.
 
-At 32 rows of 2,048 tokens and 32,768 ids the fp32 logits alone are 8.6 GB. They are made here a chunk of tokens at a
-time, and the gradient with respect to them is used up before the next chunk: the loss is the last thing that a step
-computes, so nothing that comes later can change that gradient but by a factor.
+Problem: for 32 rows of 2,048 tokens and 32,768 ids, the fp32 logits take 8.6 GB, and so does their gradient.
+
+Idea: the loss is the last operation of the forward pass, so the backward pass can change the gradient of the logits
+only by a constant factor. The forward pass therefore computes this gradient too. For each chunk of tokens it makes the
+logits, their loss and their gradient, adds the gradient's share to the gradients of the hidden states and of the
+weight, and drops the logits. The backward pass multiplies the two gradients by the factor.
 """
 
 from __future__ import annotations
@@ -19,17 +22,18 @@ from nanochat_core.cpu_matmul import product
 
 LOGIT_SOFTCAP = 15.0
 IGNORE_INDEX = -1
-# Logits that are held at once: on a CPU what its caches hold, on a GPU enough for matrix products at full speed.
+# Number of logits in one chunk. A chunk fits into the caches of a CPU; on a GPU it is large enough for matrix products
+# at full speed.
 CPU_CHUNK = 2**22
 GPU_CHUNK = 2**27
-# Chunks of learned rows have few different lengths, because matrix products are prepared anew for each.
+# The number of counted rows is rounded up to this multiple: matrix products are set up again for each new length.
 ROWS_MULTIPLE = 128
 
 LossAndGradient = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def softcap(raw: Tensor) -> Tensor:
-    """fp32 logits ``15 tanh(raw / 15)``."""
+    """Softcapped logits ``15 tanh(raw / 15)`` in fp32 (arXiv 2408.00118)."""
     return LOGIT_SOFTCAP * torch.tanh(raw.float() / LOGIT_SOFTCAP)
 
 
@@ -39,13 +43,13 @@ def softcapped_cross_entropy(
     """Cross-entropy in nats of the softcapped logits ``hidden @ weight[:vocab_size].T``.
 
     Args:
-        hidden: (tokens, dim) in the compute dtype, which the matrix products have too; sums are fp32.
-        weight: (rows, dim) fp32 with ``rows >= vocab_size``; the rows beyond are padding.
-        targets: (tokens,) int64; ``-1`` is not counted.
-        reduction: ``mean`` over counted targets (NaN when there is none), ``sum``, or ``none``.
+        hidden: (tokens, dim) in the compute dtype, which is also the dtype of the matrix products.
+        weight: (rows, dim) fp32 with ``rows >= vocab_size``; the rows after ``vocab_size`` are padding.
+        targets: (tokens,) int64; a target of ``-1`` is not counted.
+        reduction: ``mean`` over counted targets (NaN if there is none), ``sum``, or ``none``.
 
     Returns:
-        fp32 scalar, or (tokens,) for ``none``, with 0 where the target is not counted.
+        fp32 scalar, or (tokens,) for ``none``, with 0 for each target that is not counted.
     """
     if reduction == "none" or not torch.is_grad_enabled():
         return _forward(hidden, weight, targets, vocab_size, reduction)
@@ -54,7 +58,7 @@ def softcapped_cross_entropy(
 
 
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, reduction: str) -> Tensor:
-    """The plain formula in chunks; its gradient, for ``none``, keeps the logits of all of them."""
+    """The loss without the gradients. Autograd keeps all logits if it differentiates this function, for ``none``."""
     head = weight[:vocab_size].to(hidden.dtype)
     size = chunk_tokens(hidden, weight)
     losses = torch.cat(
@@ -69,11 +73,11 @@ def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, r
 
 
 def chunk_tokens(hidden: Tensor, weight: Tensor) -> int:
-    """Tokens whose logits are held at once."""
+    """Number of tokens in one chunk."""
     return max(1, (GPU_CHUNK if hidden.is_cuda else CPU_CHUNK) // weight.size(0))
 
 
-# An operator of its own, so that a compiler of the whole step cannot take it apart and keep every chunk's logits.
+# A custom operator, because torch.compile would otherwise look into it and keep the logits of every chunk.
 @torch.library.custom_op(
     "nanochat::loss_and_gradients",
     mutates_args=(),
@@ -86,10 +90,11 @@ def loss_and_gradients(
 
     Args:
         hidden, weight, targets, vocab_size: see :func:`softcapped_cross_entropy`.
-        compile: compile what happens to the logits between the matrix products.
+        compile: compile the operations on the logits between the two matrix products.
 
     Returns:
-        fp32 scalar; (tokens, dim) in ``hidden``'s dtype; (rows, dim) fp32.
+        The loss, an fp32 scalar; the gradient of ``hidden``, (tokens, dim) in its dtype; the gradient of ``weight``,
+        (rows, dim) fp32.
     """
     per_chunk = _compiled if compile else loss_and_logit_gradient
     with torch.no_grad():
@@ -111,10 +116,11 @@ def loss_and_gradients(
 
 
 def _learned_rows(targets: Tensor, size: int) -> Iterator[Tensor | slice]:
-    """Chunks of at most ``size`` rows, which together have every counted target."""
+    """Chunks of at most ``size`` rows that together contain every counted target."""
     count = targets.numel()
     rows = None
-    # In fine-tuning half of the tokens are prompts, tool output and padding. A GPU would have to wait for their number.
+    # In fine-tuning, half of the targets are not counted, and a CPU skips their rows. On a GPU, reading the number of
+    # counted targets would wait for the queued work, so all rows are computed.
     if not targets.is_cuda:
         ignored = targets == IGNORE_INDEX
         learned = -(-(count - int(ignored.sum())) // ROWS_MULTIPLE) * ROWS_MULTIPLE
@@ -143,20 +149,23 @@ loss_and_gradients.register_autograd(_backward, setup_context=_save)
 
 
 def loss_and_logit_gradient(raw: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of softcapped logits, and its gradient with respect to the raw ones.
+    """Summed cross-entropy of softcapped logits, and its gradient with respect to the raw logits.
+
+    With ``p = softmax(z)`` of the softcapped logits ``z = 15 tanh(raw / 15)``, the gradient with respect to ``z`` is
+    ``p - onehot(target)``, and the softcap multiplies it by ``dz/draw = 1 - tanh(raw / 15)^2``.
 
     Args:
-        raw: (tokens, rows) in the compute dtype, before the softcap.
+        raw: (tokens, rows) in the compute dtype.
         targets: (tokens,).
 
     Returns:
-        fp32 scalar; (tokens, rows) in ``raw``'s dtype.
+        The loss, an fp32 scalar; the gradient, (tokens, rows) in ``raw``'s dtype.
     """
     ids = torch.arange(raw.size(1), device=raw.device)
     hot = ids == targets.unsqueeze(1)
-    # The same as tanh(raw / 15), from the cheaper of the two functions.
+    # This is tanh(raw / 15): torch computes a sigmoid faster than a tanh.
     tanh = 2 * torch.sigmoid(raw.float() * (2 / LOGIT_SOFTCAP)) - 1
-    # Softcapped logits are at most 15, so their exponentials fit fp32 without subtracting the largest first.
+    # Softcapped logits are at most 15. Their exponentials fit fp32 without subtracting the largest logit first.
     powers = torch.where(ids < vocab_size, torch.exp(LOGIT_SOFTCAP * tanh), 0.0)
     sums = powers.sum(1, keepdim=True)
     target_logits = torch.where(hot, LOGIT_SOFTCAP * tanh, 0.0).sum(1)

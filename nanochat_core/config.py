@@ -9,15 +9,19 @@ from typing import Any
 
 from nanochat_core.errors import UserError
 
-# Rows of the embedding tables and the head are padded to this multiple: tensor cores want it.
+# The rows of the embedding tables and of the head are padded to this multiple, which suits tensor cores.
 VOCAB_MULTIPLE = 64
-# Window lengths are rounded up to this multiple: attention kernels work in tiles of it.
+# Window lengths are rounded up to this multiple, the tile size of attention kernels.
 WINDOW_MULTIPLE = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a GPT. Build it with :meth:`from_depth`; every other field follows from the depth."""
+    """Shape of a GPT. :meth:`from_depth` derives it from the depth.
+
+    Attributes:
+        window_pattern: attention window of the layers in turn, ``S`` for a short one and ``L`` for the whole context.
+    """
 
     depth: int
     dim: int
@@ -53,10 +57,10 @@ class ModelConfig:
         n_kv_head: int | None = None,
         window_pattern: str = "SSSL",
     ) -> ModelConfig:
-        """The dial: width is 64 per layer, rounded up to whole heads.
+        """The shape of a model of ``depth`` layers: its width is 64 times the depth, rounded up to whole heads.
 
         Raises:
-            UserError: a value makes no model.
+            UserError: the values describe no model.
         """
         if depth < 1 or head_dim < 2:
             raise UserError(f"depth {depth} and head_dim {head_dim} make no model; use depth >= 1 and head_dim >= 2")
@@ -82,30 +86,36 @@ class ModelConfig:
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Per layer, how many tokens before itself a token attends to; the last layer sees the whole context."""
+        """For each layer, the number of earlier tokens that a token attends to.
+
+        A short window is a quarter of the context. The last layer always attends to the whole context.
+        """
         short = math.ceil(self.context_length / 4 / WINDOW_MULTIPLE) * WINDOW_MULTIPLE
         by_letter = {"L": self.context_length, "S": min(short, self.context_length)}
         tiled = [by_letter[self.window_pattern[i % len(self.window_pattern)]] for i in range(self.depth)]
         return (*tiled[:-1], self.context_length)
 
     def has_value_embedding(self, layer: int) -> bool:
-        """Every second layer has a value embedding, the last one included."""
+        """Whether a layer has a value embedding: every second layer does, including the last one."""
         return layer % 2 == (self.depth - 1) % 2
 
     @property
     def block_matrix_parameters(self) -> int:
-        """Parameters of the matrices inside the blocks (what Muon trains)."""
+        """Number of parameters in the matrices inside the blocks, without the small gates."""
         attention = 2 * self.dim * self.dim + 2 * self.dim * self.kv_dim
         return self.depth * (attention + 8 * self.dim * self.dim)
 
     @property
     def scaling_parameters(self) -> int:
-        """The N of the scaling rules: block matrices and head, without the padding rows."""
+        """The ``N`` of the scaling rules: parameters of the block matrices and the head, without its padding rows."""
         return self.block_matrix_parameters + self.dim * self.vocab_size
 
     @property
     def flops_per_token(self) -> float:
-        """Training FLOPs (forward and backward) per token."""
+        """FLOPs of the forward and the backward pass per token (arXiv 2204.02311, appendix B).
+
+        Each parameter takes 6, and each pair of a query and a key in an attention window takes 12 per channel.
+        """
         attention = sum(12 * self.dim * min(window, self.context_length) for window in self.windows)
         return 6 * self.scaling_parameters + attention
 
@@ -114,10 +124,10 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ModelConfig:
-        """Read ``config.json``.
+        """Reads ``config.json``.
 
         Raises:
-            UserError: not a model config.
+            UserError: the text is no model config.
         """
         try:
             stored: dict[str, Any] = json.loads(text)

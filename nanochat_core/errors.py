@@ -1,4 +1,4 @@
-"""Errors that a user can cause, and how a program ends on one."""
+"""Errors that a user can cause, and how a program ends after one."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something the user gave is wrong; the message says what and what to do about it.
+    """The user's input is wrong. The message says what is wrong and what to do.
 
-    Programs print it as one line and exit with :attr:`exit_code`, without a traceback.
+    Programs print the message as one line, without a traceback, and exit with :attr:`exit_code`.
     """
 
     exit_code = 2
 
 
 class RetryableError(UserError):
-    """Something around the program failed, which may not happen again; what was done so far is kept.
+    """Something outside of the program failed, and another attempt may succeed. The work done so far is kept.
 
-    Its exit code is one on which job controllers start the program again, as on those of signals.
+    Job controllers restart a program that ends with this exit code, as they do after a signal.
     """
 
     exit_code = 138
 
 
 def run_main(main: Callable[[], int | None], program: str) -> None:
-    """Run ``main`` as a program: a :class:`UserError` becomes one line on stderr and its exit code."""
+    """Runs ``main`` as a program and exits with its code; a :class:`UserError` becomes one line on stderr."""
     try:
         code = main()
     except UserError as error:

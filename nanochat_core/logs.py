@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line on stderr."""
+"""Structured logs: one JSON object per line on stderr."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskN
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record as one JSON object; whatever was passed as ``extra`` becomes fields of it."""
+    """Formats a record as one JSON object, with the values of ``extra`` as further fields."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def _finite(value: Any) -> Any:
-    """``value`` with NaN and infinities, which JSON has no numbers for, as strings."""
+    """``value`` with strings in place of NaN and infinities, which JSON numbers cannot express."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -44,7 +44,7 @@ def _finite(value: Any) -> Any:
 
 
 def configure(service: str, level: str = "info") -> None:
-    """Send all logging of this process to stderr as JSON lines. Called once, from ``main``."""
+    """Sends all logging of this process to stderr as JSON lines; ``main`` calls it once."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(service))
     root = logging.getLogger()

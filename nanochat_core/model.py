@@ -1,6 +1,6 @@
 """The GPT: pre-norm decoder with rotary attention, value embeddings, smear, backout and a softcapped head.
 
-Over whole rows, as training sees them. Serving runs the same function in another layout: see
+This is the model over whole rows, as training uses it. Serving computes the same function in another layout: see
 :mod:`nanochat_core.engine.backends.torch.network`.
 """
 
@@ -19,9 +19,9 @@ from nanochat_core.chunked_loss import softcap, softcapped_cross_entropy
 from nanochat_core.config import ModelConfig
 
 ROTARY_BASE = 100_000.0
-# q and k are scaled by this after their norm: a sharper softmax than unit-norm vectors allow.
+# Queries and keys are multiplied by this after their norm, which allows a sharper softmax than vectors of norm 1.
 QK_SCALE = 1.2
-# How many leading channels the two small gates read.
+# Number of leading channels that each of the two small gates reads.
 SMEAR_CHANNELS = 24
 VALUE_GATE_CHANNELS = 12
 VALUE_GATE_SCALE = 3.0
@@ -33,7 +33,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """Linear layer without bias whose fp32 master weight is cast to the input's dtype."""
+    """A linear layer without bias, whose fp32 master weight is cast to the dtype of the input."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -43,7 +43,7 @@ class Linear(nn.Linear):
 
 
 class SelfAttention(nn.Module):
-    """Projections, rotary positions and normalized queries and keys around an :class:`Attention`."""
+    """The layer around an :class:`Attention`: projections, rotary positions, and norms of queries and keys."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Four times wider hidden layer with squared ReLU."""
+    """A hidden layer of four times the width, with squared ReLU (arXiv 2109.08668)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on the normalized residual stream."""
+    """Attention and MLP, each applied to the normalized residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -93,11 +93,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole network.
+    """The whole model.
 
-    Parameters are fp32 except the embedding tables, which are stored in ``compute_dtype``, the dtype of activations
-    and matrix products. With fp16 they are fp32 too: the optimizer's squared gradients are too small for its range.
-    ``attention`` is what whole rows go through; set it to a choice of
+    Activations and matrix products have the dtype ``compute_dtype``. Parameters are fp32, except the embedding tables,
+    which are stored in ``compute_dtype``. With fp16 the tables are fp32 too, because the optimizer's squared gradients
+    would be too small for fp16. ``attention`` may be set to a result of
     :func:`~nanochat_core.attention.choose_attention`.
     """
 
@@ -136,15 +136,15 @@ class GPT(nn.Module):
 
     @property
     def value_tables(self) -> dict[int, nn.Embedding]:
-        """Value embedding of each layer that has one."""
+        """The value embedding of each layer that has one."""
         return {int(layer): cast(nn.Embedding, table) for layer, table in self.value_embeddings.items()}
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw the initial weights.
+        """Draws the initial weights.
 
         Args:
-            generator: source of random numbers, on the parameters' device; None uses torch's own.
+            generator: source of random numbers on the parameters' device; None means torch's global one.
         """
         dim, depth = self.config.dim, self.config.depth
         # A uniform distribution on [-bound, bound] has standard deviation bound / sqrt(3).
@@ -170,7 +170,7 @@ class GPT(nn.Module):
         self.skip_scales.copy_(0.20 - 0.15 * fraction)
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """The normalized last hidden states of whole rows.
+        """The normalized hidden states of the last layer.
 
         Args:
             ids: (batch, time) token ids, int64.
@@ -180,11 +180,11 @@ class GPT(nn.Module):
         """
         cos, sin = self.cos[: ids.size(-1)].unsqueeze(-2), self.sin[: ids.size(-1)].unsqueeze(-2)
         x = rms_norm(self.embedding(ids).to(self.compute_dtype))
-        # Smear: a gated share of the previous token's embedding.
+        # Smear: each token adds a gated share of the previous token's embedding.
         gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         x = x + (self.smear_scale * gate).to(x.dtype) * F.pad(x[:, :-1], (0, 0, 1, 0))
         x0, middle = x, x
-        # Scalars stay fp32: near 1 the steps of bf16 are larger than what training changes.
+        # Scalars stay fp32: near 1, neighboring bf16 numbers lie further apart than one training step moves them.
         residual_scales, skip_scales = self.residual_scales, self.skip_scales
         value_tables = self.value_tables
         for layer, block in enumerate(self.layers):
@@ -201,7 +201,7 @@ class GPT(nn.Module):
         return softcap(self.head(hidden)[..., : self.config.vocab_size])
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits of whole rows.
+        """The logits of whole rows.
 
         Args:
             ids: (batch, time) token ids.
@@ -212,12 +212,15 @@ class GPT(nn.Module):
         return self.logits(self.hidden(ids))
 
     def loss(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Cross-entropy in nats of whole rows.
+        """The cross-entropy of whole rows, in nats.
 
         Args:
             ids: (batch, time) token ids.
-            targets: (batch, time) next tokens; ``-1`` is not counted.
-            reduction: ``mean`` over counted targets, ``sum``, or ``none`` for a flat (batch * time,) tensor.
+            targets: (batch, time) next tokens; a target of ``-1`` is not counted.
+            reduction: ``mean`` over counted targets, ``sum``, or ``none``.
+
+        Returns:
+            fp32 scalar, or (batch * time,) for ``none``.
         """
         hidden = self.hidden(ids).flatten(0, 1)
         return softcapped_cross_entropy(
@@ -235,7 +238,7 @@ def rotary_table(length: int, head_dim: int, dtype: torch.dtype, device: torch.d
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[i], x[i + head_dim/2]) of (..., heads, head_dim) by each position's angles."""
+    """Rotates the pairs (x[i], x[i + head_dim/2]) of (..., heads, head_dim) by the angles of each position."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
 

@@ -1,7 +1,7 @@
 """Typed settings: every field of a frozen dataclass is one flag and one environment variable.
 
-A flag wins over the environment variable, which wins over the default. Values are converted and checked at
-start; a wrong one raises :class:`~nanochat_core.errors.UserError` naming where it came from.
+A flag takes precedence over the environment variable, which takes precedence over the default. Values are converted and
+checked when the program starts. A wrong value raises a :class:`~nanochat_core.errors.UserError` that names its source.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def setting(
     maximum: float | None = None,
     secret: bool = False,
 ) -> Any:
-    """Declare one field of a settings dataclass.
+    """Declares one field of a settings dataclass.
 
     Args:
-        default: value when neither flag nor variable is given; without one the setting is required.
-        help: one sentence, with the unit, shown by ``--help`` and in the documentation.
+        default: value if neither flag nor variable is given; a setting without a default is required.
+        help: sentence or noun phrase with the unit and a full stop, for ``--help`` and the documentation.
         env: environment variable; by default ``<PREFIX>_<FIELD>``.
         minimum, maximum: inclusive bounds of a number.
-        secret: the value never appears in :func:`describe`, logs or the repr.
+        secret: whether :func:`describe`, logs and the repr hide the value.
     """
     metadata = {"help": help, "env": env, "minimum": minimum, "maximum": maximum, "secret": secret}
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
@@ -52,17 +52,17 @@ def load(
     argv: Sequence[str] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> T:
-    """Build ``cls`` from flags and environment.
+    """Builds ``cls`` from flags and environment variables.
 
     Args:
         cls: a dataclass whose fields were declared with :func:`setting`. Supported types: ``str``, ``int``,
             ``float``, ``bool``, ``tuple[str, ...]`` (comma separated), ``Literal[...]`` and ``X | None``.
-        prefix: start of the environment variables' names, such as ``NANOCHAT_ENGINE``.
-        program: name shown in usage, such as ``python -m services.engine``.
+        prefix: beginning of the environment variables' names, such as ``NANOCHAT_ENGINE``.
+        program: program name in the usage text, such as ``python -m services.engine``.
 
     Raises:
-        UserError: a value is missing, of the wrong type or out of bounds, or the class's own
-            ``__post_init__`` refused the combination.
+        UserError: a value is missing, has the wrong type or is out of bounds, or the ``__post_init__`` of ``cls``
+            refuses the combination.
     """
     environ = os.environ if environ is None else environ
     hints = typing.get_type_hints(cls)

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizer, stored as plain JSON and run by tiktoken."""
+"""Byte-level byte pair encoding (BPE, arXiv 1508.07909), stored as plain JSON and computed by tiktoken."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PYTHON_END = "<|python_end|>"
 OUTPUT_START = "<|output_start|>"
 OUTPUT_END = "<|output_end|>"
 
-# In the order of their ids, which follow the last merge's.
+# In the order of their ids, which follow the id of the last merge.
 SPECIAL_TOKENS = (
     BOS,
     USER_START,
@@ -41,8 +41,8 @@ SPECIAL_TOKENS = (
     OUTPUT_END,
 )
 
-# GPT-4's pattern with numbers in groups of one or two digits: at small vocabularies three-digit groups would
-# spend a thousand entries on numbers.
+# GPT-4's pattern, except that it splits numbers into groups of at most two digits. Groups of three digits would take a
+# thousand entries of a small vocabulary.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -50,8 +50,8 @@ SPLIT_PATTERN = (
 
 FORMAT = "nanochat-bpe/1"
 
-# The pattern backtracks over a run of whitespace, and the regular expression engine gives up on one of about a million
-# characters. Longer runs than this are therefore encoded in pieces; text never has them unless it is made to.
+# The pattern backtracks over a run of whitespace, and the regular expression engine fails at a run of about a million
+# characters. Runs longer than this limit are therefore encoded in pieces. Ordinary text has no such runs.
 MAX_WHITESPACE_RUN = 100_000
 _LONG_RUN = re.compile(rf"(?<!\s)\s{{{MAX_WHITESPACE_RUN + 1},}}")
 
@@ -59,8 +59,8 @@ _LONG_RUN = re.compile(rf"(?<!\s)\s{{{MAX_WHITESPACE_RUN + 1},}}")
 class Tokenizer:
     """Turns text into token ids and back.
 
-    Ids ``0 .. len(token_bytes)-1`` are byte sequences in merge order; the special tokens follow. Ordinary text never
-    yields a special token: ``<|user_end|>`` typed by a user is encoded as the characters it consists of.
+    Ids ``0 .. len(token_bytes)-1`` are byte sequences in the order of their merges, and the special tokens follow. Text
+    never yields a special token: ``<|user_end|>`` in a user's message is encoded as the characters that it consists of.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], pattern: str = SPLIT_PATTERN) -> None:
@@ -70,7 +70,7 @@ class Tokenizer:
             pattern: regular expression that splits text before merging.
 
         Raises:
-            UserError: a byte is missing or two tokens are the same.
+            UserError: a byte has no token, or two tokens are the same.
         """
         ranks = {token: rank for rank, token in enumerate(token_bytes)}
         if len(ranks) != len(token_bytes):
@@ -87,7 +87,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included."""
+        """Number of ids, including the special tokens."""
         return len(self.token_bytes) + len(SPECIAL_TOKENS)
 
     @property
@@ -96,13 +96,13 @@ class Tokenizer:
 
     @property
     def bytes_per_token(self) -> list[int]:
-        """UTF-8 bytes that each id stands for, 0 for special tokens; the denominator of bits per byte."""
+        """Number of UTF-8 bytes of each id, 0 for special tokens. Bits per byte divides by it."""
         return [len(token) for token in self.token_bytes] + [0] * len(SPECIAL_TOKENS)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, special tokens never among them.
+        """Token ids of ``text``, without special tokens.
 
-        Decoding gives ``text`` back, except that lone surrogates, which UTF-8 has no bytes for, become U+FFFD.
+        Decoding returns ``text``, except that lone surrogates, which UTF-8 cannot express, become U+FFFD.
         """
         if not _may_have_long_run(text):
             return self._encoding.encode_ordinary(text)
@@ -114,7 +114,7 @@ class Tokenizer:
             return np.asarray(self.encode(text), dtype=np.uint32)
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, which only encode_ordinary replaces
+        except UnicodeEncodeError:  # only encode_ordinary replaces lone surrogates
             return np.asarray(self.encode(text), dtype=np.uint32)
 
     def encode_batch(self, texts: Sequence[str], threads: int = 2) -> list[list[int]]:
@@ -135,16 +135,16 @@ class Tokenizer:
         return self._encoding.decode_bytes(ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``, invalid UTF-8 replaced."""
+        """The text of ``ids``; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 over what determines the ids; ties a model to its tokenizer."""
+        """SHA-256 of everything that determines the ids. A checkpoint stores it to recognize its tokenizer."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The stored form, see :meth:`from_json`."""
+        """The content of ``tokenizer.json``."""
         return json.dumps(
             {
                 "format": FORMAT,
@@ -159,10 +159,10 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Tokenizer:
-        """Read ``tokenizer.json``.
+        """Reads ``tokenizer.json``.
 
         Raises:
-            UserError: not a tokenizer, or one of another format.
+            UserError: the text is no tokenizer, or has another format.
         """
         try:
             stored = json.loads(text)
@@ -183,13 +183,16 @@ class Tokenizer:
 
 
 def _may_have_long_run(text: str) -> bool:
-    """Cheap for any text: a run of more than MAX_WHITESPACE_RUN fills at least one aligned block of half that size."""
+    """Whether ``text`` may have a run of more than MAX_WHITESPACE_RUN whitespace characters; fast for any text.
+
+    Such a run fills at least one of the blocks into which the text is cut here.
+    """
     block = MAX_WHITESPACE_RUN // 2
     return any(text[start : start + block].isspace() for start in range(0, len(text) - block, block))
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """``text`` cut inside runs of more than MAX_WHITESPACE_RUN whitespace characters, after each so many of them."""
+    """``text`` in pieces that end after every MAX_WHITESPACE_RUN characters of a longer run of whitespace."""
     start = 0
     for run in _LONG_RUN.finditer(text):
         for cut in range(run.start() + MAX_WHITESPACE_RUN, run.end(), MAX_WHITESPACE_RUN):

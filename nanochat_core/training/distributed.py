@@ -1,7 +1,7 @@
-"""The processes that train together: who they are, and the few things they say to each other.
+"""The ranks: the processes that train together, and their communication.
 
-Started by ``torchrun`` or by anything else that sets ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and
-``MASTER_PORT``; without these a process trains alone, and everything here costs nothing.
+``torchrun`` starts the ranks and sets ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` of
+each; so does a PyTorchJob in a cluster. Without these variables a process trains alone and communicates with no other.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from torch import Tensor
 
 from nanochat_core.errors import RetryableError, UserError
 
-# NCCL's own limit; a rank that is this late has most likely died with its node.
+# The default of NCCL. A rank that is this late has most likely died with its node.
 DEFAULT_TIMEOUT_SECONDS = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """This process's place among those that train together.
+    """This process's place among the ranks.
 
-    ``group`` carries tensors of the training device, None when there is only one process.
+    Attributes:
+        group: process group for tensors on the training device; None if there is only one rank.
     """
 
     rank: int = 0
@@ -37,18 +38,18 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this process reports and writes what is written once."""
+        """Whether this process is the first rank, which reports progress and writes the files that exist once."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Add up a tensor over all ranks, in place."""
+        """Sums a tensor over all ranks in place and returns it."""
         if self.group is not None:
             with meeting():
                 dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """The JSON-serializable ``value`` of every rank, in order of rank, on every rank."""
+        """Gives every rank the values of all ranks, in order of rank. Each value must be JSON-serializable."""
         if self.group is None:
             return [value]
         device = torch.device("cuda") if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
@@ -66,7 +67,7 @@ class Ranks:
         ]
 
     def side_channel(self, seconds: float) -> Ranks:
-        """The same ranks over a CPU group with a timeout of its own, for a background thread; all must call this."""
+        """The same ranks with a new CPU group and timeout, for a background thread. All ranks must call this."""
         if self.group is None:
             return self
         timeout = datetime.timedelta(seconds=seconds)
@@ -79,15 +80,15 @@ ALONE = Ranks()
 
 
 class RankLost(RetryableError):
-    """Another rank died, or answered too late."""
+    """Another rank ended or did not answer in time."""
 
 
 @contextlib.contextmanager
 def meeting() -> Iterator[None]:
-    """Around what waits for other ranks: a rank that does not come is an error, never a hang.
+    """Surrounds every wait for other ranks, so that a missing rank raises an error instead of hanging.
 
     Raises:
-        RankLost: one did not come within the group's timeout, or its connection broke.
+        RankLost: a rank did not answer within the group's timeout, or its connection broke.
     """
     try:
         yield
@@ -100,15 +101,15 @@ def meeting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Iterator[Ranks]:
-    """Meet the other ranks that the environment speaks of; on exit the group is left.
+    """Joins the process group that the environment variables describe, and leaves it on exit.
 
     Args:
-        device: where training computes: NCCL on CUDA, gloo on CPU.
-        timeout_seconds: how long one rank waits for another before it gives up with an error.
+        device: training device; CUDA uses NCCL, the CPU uses gloo.
+        timeout_seconds: longest wait for another rank.
 
     Raises:
         UserError: the environment is incomplete.
-        RankLost: the others did not come in time, or were leaving.
+        RankLost: the other ranks did not join in time, or were leaving.
     """
     size = _number("WORLD_SIZE", 1)
     if size == 1:
@@ -127,16 +128,16 @@ def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECOND
     except ValueError as error:
         raise UserError(f"rank {rank} of {size} cannot meet the others: {_line(error)}") from error
     except (dist.DistError, RuntimeError) as error:
-        # Worth another try: a rank that was started again may have found the first rank of the run that is ending.
+        # Another attempt may succeed: a restarted rank may have reached the first rank of the run that is ending.
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RankLost(f"rank {rank} of {size} did not meet the others at {where}: {_line(error)}") from error
     yield Ranks(rank, size, dist.group.WORLD)
-    # Not after an error: to leave in order takes all ranks.
+    # Skipped after an error, because leaving the group waits for all ranks.
     dist.destroy_process_group()
 
 
 def local_rank() -> int:
-    """Which of this machine's devices belongs to this process."""
+    """Index of the device of this machine that belongs to this process."""
     return _number("LOCAL_RANK", 0)
 
 

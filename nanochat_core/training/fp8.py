@@ -1,7 +1,10 @@
-"""Training with fp8 matrix products: dynamic tensorwise scaling (arXiv 2209.05433), on Hopper GPUs and later.
+"""Training with fp8 matrix products (arXiv 2209.05433), on Hopper GPUs and later.
 
-Inputs and weights are quantized to e4m3, gradients of outputs, which need more range than precision, to e5m2. Each
-tensor is divided by one scale, taken from its own largest value, and sums are made in fp32. Master weights stay fp32.
+Problem: GPUs multiply fp8 numbers twice as fast as bf16 numbers, but fp8 has only 256 values.
+
+Idea: dynamic tensorwise scaling. Each tensor is divided by its own scale, so that its largest magnitude becomes the
+largest fp8 number, and the product is multiplied by the scales. Inputs and weights are quantized to e4m3; gradients of
+outputs need more range than precision and are quantized to e5m2. Sums are made in fp32, and master weights stay fp32.
 """
 
 from __future__ import annotations
@@ -14,19 +17,19 @@ from torch import Tensor, nn
 
 from nanochat_core.model import GPT, Linear
 
-# Smaller matrices cost more to quantize than their product saves.
+# With a smaller side, quantizing a matrix costs more time than the faster product saves.
 LEAST_SIDE = 128
-# What the fp8 kernels ask of every dimension of a product.
+# The fp8 kernels need every dimension of a product to be a multiple of this.
 ALIGNMENT = 16
-# Keeps the scale of a tensor of zeros from being zero.
+# Smallest scale, which a tensor of zeros gets instead of 0.
 LEAST_SCALE = 1e-30
 
 
 class Fp8Linear(nn.Module):
     """A :class:`~nanochat_core.model.Linear` that trains in fp8.
 
-    Without gradients (evaluation) or without torch.compile, whose fused kernels are what makes quantizing cheap, it
-    multiplies in the dtype of its input. So it does when the number of tokens is no multiple of 16.
+    It multiplies in the dtype of its input in three cases: without gradients (evaluation), without torch.compile, whose
+    fused kernels make quantizing cheap, and if the number of tokens is no multiple of 16.
     """
 
     weight: nn.Parameter
@@ -43,12 +46,12 @@ class Fp8Linear(nn.Module):
 
 
 def convert_to_fp8(model: GPT) -> list[str]:
-    """Let the large matrices of the blocks train in fp8; parameters stay the same objects under the same names.
+    """Lets the large matrices of the blocks train in fp8. Parameters stay the same objects under the same names.
 
-    The head is left out: its product is part of the loss, which never holds the whole of it.
+    The head is not converted, because the chunked loss computes its product.
 
     Returns:
-        the names of the converted layers.
+        The names of the converted layers.
     """
     converted = []
     for parent_name, parent in list(model.blocks.named_modules(prefix="blocks")):
@@ -74,17 +77,17 @@ def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round a tensor to fp8, its largest magnitude to the largest there is.
+    """Scales a tensor to the range of an fp8 dtype and rounds it.
 
     Args:
         dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
 
     Returns:
-        ``x / scale`` of the dtype, and the fp32 scalar ``scale``. Where ``x`` has NaN or infinity, so has the product.
+        ``x / scale`` in the fp8 dtype, and the fp32 scalar ``scale``. NaN or infinity in ``x`` makes products NaN.
     """
     largest = torch.finfo(dtype).max
     scale = (x.abs().amax().float() / largest).clamp(min=LEAST_SCALE)
-    # Division can round to just above the largest number, which e4m3 would turn to NaN.
+    # A quotient can round to just above the largest fp8 number, which e4m3 would turn into NaN.
     return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 
@@ -110,9 +113,9 @@ class _Fp8Product(torch.autograd.Function):
 def _product(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, *, fast_accumulation: bool = False
 ) -> Tensor:
-    """``(a * a_scale) @ (b * b_scale)``; the kernels want ``a`` stored by rows and ``b`` by columns.
+    """``(a * a_scale) @ (b * b_scale)`` for ``a`` stored by rows and ``b`` stored by columns, as the kernels require.
 
-    Fast accumulation keeps fewer bits of the sums, which outputs bear and gradients do not.
+    Fast accumulation keeps fewer bits of the sums. Outputs tolerate that; gradients do not.
     """
     product: Tensor = torch._scaled_mm(
         a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast_accumulation
