@@ -66,41 +66,28 @@ def load(
     """
     environ = os.environ if environ is None else environ
     hints = typing.get_type_hints(cls)
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=(cls.__doc__ or "").strip().split("\n\n")[0],
-        allow_abbrev=False,
-    )
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    summary = (cls.__doc__ or "").strip().split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog=program, description=summary, allow_abbrev=False)
     for field in fields:
-        flag = "--" + field.name.replace("_", "-")
         text = f"{field.metadata['help']} [{_default_text(field)}{_env_name(field, prefix)}]".replace("%", "%%")
-        if hints[field.name] is bool:
-            parser.add_argument(
-                flag,
-                dest=field.name,
-                action=argparse.BooleanOptionalAction,
-                default=argparse.SUPPRESS,
-                help=text,
-            )
-        else:
-            parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=text)
+        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if hints[field.name] is bool else {}
+        parser.add_argument(_flag(field), dest=field.name, default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     values: dict[str, Any] = {}
     for field in fields:
-        name = _env_name(field, prefix)
+        variable = _env_name(field, prefix)
         if field.name in given:
-            raw, source = given[field.name], "--" + field.name.replace("_", "-")
-        elif environ.get(name, "") != "":
-            raw, source = environ[name], name
+            raw, source = given[field.name], _flag(field)
+        elif environ.get(variable, "") != "":
+            raw, source = environ[variable], variable
         elif field.default is not dataclasses.MISSING:
             values[field.name] = field.default
             continue
         else:
-            raise UserError(f"--{field.name.replace('_', '-')} (or {name}) is required: {field.metadata['help']}")
-        value = raw if isinstance(raw, bool) else _convert(raw, hints[field.name], source)
-        _check_bounds(value, field, source)
-        values[field.name] = value
+            raise UserError(f"{_flag(field)} (or {variable}) is required: {field.metadata['help']}")
+        values[field.name] = raw if isinstance(raw, bool) else _convert(raw, hints[field.name], source)
+        _check_bounds(values[field.name], field, source)
     try:
         return cls(**values)
     except ValueError as error:
@@ -108,13 +95,13 @@ def load(
 
 
 def describe(settings: Any) -> dict[str, Any]:
-    """The settings as a plain dictionary for a log line, with every secret replaced by ``***``."""
-    return {
-        field.name: "***"
-        if field.metadata.get("secret") and getattr(settings, field.name)
-        else getattr(settings, field.name)
-        for field in dataclasses.fields(settings)
-    }
+    """The settings as a plain dictionary for a log line, with ``***`` in place of each secret."""
+    values = {field: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return {field.name: "***" if field.metadata.get("secret") and value else value for field, value in values.items()}
+
+
+def _flag(field: dataclasses.Field[Any]) -> str:
+    return "--" + field.name.replace("_", "-")
 
 
 def _env_name(field: dataclasses.Field[Any], prefix: str) -> str:

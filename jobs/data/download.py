@@ -25,7 +25,7 @@ from typing import IO, Any, Protocol
 from tqdm import tqdm
 
 from jobs.data.shards import Manifest, ShardInfo, describe_shard, has_shards, read_manifest, write_manifest
-from nanochat_core.checkpoint import sha256_of
+from nanochat_core.checkpoint.manifest import sha256_of
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store, StoreError, open_store
 

@@ -6,18 +6,7 @@ here can execute code.
 """
 
 from nanochat_core.checkpoint.loading import Checkpoint, load_checkpoint, load_meta, newest_checkpoint
-from nanochat_core.checkpoint.manifest import (
-    CONFIG,
-    MANIFEST,
-    META,
-    TOKENIZER,
-    TRAINER_STATE,
-    WEIGHTS,
-    Manifest,
-    load_manifest,
-    sha256_of,
-    weights_digest,
-)
+from nanochat_core.checkpoint.manifest import weights_digest
 from nanochat_core.checkpoint.names import (
     STAGES,
     CheckpointRef,
@@ -29,28 +18,19 @@ from nanochat_core.checkpoint.promotion import promote, promoted, withdraw
 from nanochat_core.checkpoint.trainer_state import TrainerState, load_trainer_state
 
 __all__ = [
-    "CONFIG",
-    "MANIFEST",
-    "META",
     "STAGES",
-    "TOKENIZER",
-    "TRAINER_STATE",
-    "WEIGHTS",
     "Checkpoint",
     "CheckpointRef",
-    "Manifest",
     "TrainerState",
     "check_model_name",
     "incomplete_checkpoints",
     "list_checkpoints",
     "load_checkpoint",
-    "load_manifest",
     "load_meta",
     "load_trainer_state",
     "newest_checkpoint",
     "promote",
     "promoted",
-    "sha256_of",
     "weights_digest",
     "withdraw",
 ]

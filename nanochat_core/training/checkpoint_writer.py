@@ -32,18 +32,18 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from nanochat_core.checkpoint import (
+from nanochat_core.checkpoint import CheckpointRef
+from nanochat_core.checkpoint.manifest import (
     CONFIG,
-    MANIFEST,
     META,
     TOKENIZER,
     TRAINER_STATE,
     WEIGHTS,
-    CheckpointRef,
+    FileEntry,
     Manifest,
     load_manifest,
 )
-from nanochat_core.checkpoint.manifest import FileEntry
+from nanochat_core.checkpoint.names import MANIFEST
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.store import Store, StoreError

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import grpc
 
-from nanochat_core.checkpoint import TOKENIZER
+from nanochat_core.checkpoint.manifest import TOKENIZER
 from nanochat_core.engine import ConstraintError, EngineDead, QueueFull, Shed
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2, engine_pb2_grpc

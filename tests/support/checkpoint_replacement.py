@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat_core.checkpoint import MANIFEST, CheckpointRef, load_checkpoint, load_trainer_state, promote, promoted
+from nanochat_core.checkpoint import CheckpointRef, load_checkpoint, load_trainer_state, promote, promoted
+from nanochat_core.checkpoint.names import MANIFEST
 from nanochat_core.config import ModelConfig
 from nanochat_core.model import GPT
 from nanochat_core.store import Store

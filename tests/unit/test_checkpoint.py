@@ -20,7 +20,6 @@ import safetensors.torch
 import torch
 
 from nanochat_core.checkpoint import (
-    MANIFEST,
     CheckpointRef,
     TrainerState,
     check_model_name,
@@ -33,6 +32,7 @@ from nanochat_core.checkpoint import (
     promoted,
     withdraw,
 )
+from nanochat_core.checkpoint.names import MANIFEST
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from jobs.data.download import fetch_file
 from jobs.measures.core.bundle import BASELINES_FILE, DATA_FOLDER, TASKS_FILE, Files, open_bundle
-from nanochat_core.checkpoint import sha256_of
+from nanochat_core.checkpoint.manifest import sha256_of
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
 from nanochat_core.training.distributed import Ranks

@@ -1,0 +1,21 @@
+"""A process that was prepared for the CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def test_a_prepared_process_has_its_threads_and_flushes_denormals():
+    code = """
+import torch
+from nanochat_core.cpu_setup import prepare_cpu
+default = torch.get_num_threads()
+prepare_cpu(0)
+assert torch.get_num_threads() == default
+prepare_cpu(3)
+assert torch.get_num_threads() == 3
+tiny = torch.full((100_000,), 1e-38)
+assert not (tiny * 1e-3).any()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
