@@ -32,26 +32,26 @@ class S3Store(Store):
         config = Config(retries={"max_attempts": 5, "mode": "standard"}, connect_timeout=10)
         try:
             # A new session reads the AWS_* variables now; boto3's default session remembers their first values.
-            self._client: Any = boto3.session.Session().client("s3", config=config)
+            self.client: Any = boto3.session.Session().client("s3", config=config)
         except (BotoCoreError, ValueError) as error:
             raise UserError(f"the AWS_* variables do not describe an S3 server: {error}") from error
 
     def read(self, key: str) -> bytes:
         with self._errors(key):
-            data: bytes = self._client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+            data: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
             return data
 
     def exists(self, key: str) -> bool:
         try:
             with self._errors(key):
-                self._client.head_object(Bucket=self.bucket, Key=self._key(key))
+                self.client.head_object(Bucket=self.bucket, Key=self._key(key))
         except FileNotFoundError:
             return False
         return True
 
     def write(self, key: str, data: bytes) -> None:
         with self._errors(key):
-            self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
+            self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
 
     @contextlib.contextmanager
     def create(self, key: str) -> Iterator[Path]:
@@ -76,7 +76,7 @@ class S3Store(Store):
         below = self._key(prefix).rstrip("/") + "/"
         skip = len(self.prefix) + 1 if self.prefix else 0
         with self._errors(prefix):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=below)
+            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=below)
             return sorted(entry["Key"][skip:] for page in pages for entry in page.get("Contents", ()))
 
     @contextlib.contextmanager
@@ -98,18 +98,18 @@ class S3Store(Store):
     def fetch(self, key: str) -> Path:
         name = self._key(key)
         with self._errors(key):
-            head = self._client.head_object(Bucket=self.bucket, Key=name)
+            head = self.client.head_object(Bucket=self.bucket, Key=name)
             version = head["ETag"].strip('"').replace("/", "_")
 
             def download(path: Path) -> None:
-                self._client.download_file(self.bucket, name, str(path))
+                self.client.download_file(self.bucket, name, str(path))
 
             with self._cache_errors():
                 return self.cache.fetch(PurePosixPath(name), version, head["ContentLength"], download)
 
     def remove(self, key: str) -> None:
         with self._errors(key):
-            self._client.delete_object(Bucket=self.bucket, Key=self._key(key))
+            self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
 
     def delete(self, prefix: str) -> None:
         for key in self.keys(prefix):
@@ -123,7 +123,7 @@ class S3Store(Store):
 
     def _upload(self, path: Path, key: str) -> None:
         with self._errors(key):
-            self._client.upload_file(str(path), self.bucket, self._key(key))
+            self.client.upload_file(str(path), self.bucket, self._key(key))
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{checked(key)}".lstrip("/")

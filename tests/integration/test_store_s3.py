@@ -52,7 +52,7 @@ def find_server() -> str:
 
 
 def start_server(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """A server whose buckets are the folders of ``folder``, and its URL once it answers."""
+    """Starts a server whose buckets are the folders of ``folder``; returns it and its URL once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -70,7 +70,7 @@ def start_server(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
         try:
             urllib.request.urlopen(f"http://{address}/", timeout=5)
         except urllib.error.HTTPError:
-            return process, f"http://{address}"  # it answers, that is enough
+            return process, f"http://{address}"  # any answer shows that it runs
         except OSError:
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
@@ -112,7 +112,7 @@ def url() -> str:
 
 @pytest.fixture
 def store(connected: S3Store, url: str, tmp_path: Path) -> Store:
-    """``open_store(url, cache_dir=...)`` without the quarter of a second that a client takes to make."""
+    """The store at ``url`` with a cache of its own. It shares one client, which takes a quarter of a second to make."""
     store = copy.copy(connected)
     store.prefix, store.cache = url.removeprefix(f"s3://{BUCKET}/"), DownloadCache(tmp_path / "cache")
     return store
@@ -151,7 +151,7 @@ def test_a_fetched_file_is_downloaded_once_and_again_when_it_changed(store: Stor
 def test_more_keys_than_one_page_are_all_listed(store: S3Store, monkeypatch: pytest.MonkeyPatch):
     for i in range(5):
         store.write(f"m/{i}", b"")
-    paginator = store._client.get_paginator
+    paginator = store.client.get_paginator
 
     class PagesOfTwo:
         def __init__(self, name: str) -> None:
@@ -160,19 +160,19 @@ def test_more_keys_than_one_page_are_all_listed(store: S3Store, monkeypatch: pyt
         def paginate(self, **request: object) -> object:
             return self.pages.paginate(**request, PaginationConfig={"PageSize": 2})
 
-    monkeypatch.setattr(store._client, "get_paginator", PagesOfTwo)
+    monkeypatch.setattr(store.client, "get_paginator", PagesOfTwo)
     assert store.keys("m") == [f"m/{i}" for i in range(5)]
 
 
 def test_the_last_file_is_missing_while_a_folder_is_replaced(store: S3Store, monkeypatch: pytest.MonkeyPatch):
     publish(store, "p", {"a": b"old", "b": b"old"})
-    upload, seen = store._client.upload_file, []
+    upload, seen = store.client.upload_file, []
 
     def watched(path: str, bucket: str, key: str) -> None:
         upload(path, bucket, key)
         seen.append((key.rpartition("/")[2], store.exists(f"p/{LAST}")))
 
-    monkeypatch.setattr(store._client, "upload_file", watched)
+    monkeypatch.setattr(store.client, "upload_file", watched)
     publish(store, "p", {"a": b"new", "z": b"new"})
     assert seen == [("a", False), ("z", False), (LAST, True)]
 
@@ -253,14 +253,14 @@ def test_an_upload_that_fails_in_the_middle_is_a_clear_error(
     try:
         boto3.session.Session().client("s3").create_bucket(Bucket=BUCKET)
         store = open_store(f"s3://{BUCKET}/x")
-        upload = store._client.upload_file
+        upload = store.client.upload_file
 
         def losing(path: str, bucket: str, key: str) -> None:
             if key.endswith("b"):
                 lose()
             upload(path, bucket, key)
 
-        monkeypatch.setattr(store._client, "upload_file", losing)
+        monkeypatch.setattr(store.client, "upload_file", losing)
         with pytest.raises(StoreError, match=f"{store} .*p/b"):
             publish(store, "p", {"a": b"1", "b": b"2"})
     finally:

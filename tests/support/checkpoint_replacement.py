@@ -1,4 +1,4 @@
-"""Tests that kill the writer of a checkpoint at each of its writes; a test file per kind of store collects them."""
+"""Tests that kill the writer of a checkpoint at each of its writes, for every kind of store."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Killer:
 
 
 def save(store: Store, value: float) -> None:
-    """Save a checkpoint of which every part says ``value``."""
+    """Saves a checkpoint in which every number is ``value``."""
     model = GPT(ModelConfig.from_depth(1, vocab_size=TOKENIZER.vocab_size, head_dim=32, context_length=16))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -82,7 +82,7 @@ def value_of(store: Store) -> float:
 
 
 class CheckpointReplacement:
-    """Collected through its subclasses."""
+    """The tests; pytest collects them through subclasses."""
 
     def test_a_writer_killed_at_any_write_leaves_the_promoted_checkpoint_whole(self, store: Store):
         save(store, 1.0)

@@ -1,11 +1,11 @@
-"""Starting processes, and what processes there are, for tests that start and kill them (Linux)."""
+"""Helpers of tests that start and kill processes (Linux): starting processes fast and listing them."""
 
 from __future__ import annotations
 
 import multiprocessing
 from pathlib import Path
 
-# Starts processes from one that has imported what most of them need, which takes seconds each time otherwise.
+# Forks processes from one that has already imported the slow modules, which saves seconds for each process.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
     ["jobs.train.pipeline", "nanochat_core.training.optim", "torch._dynamo", "matplotlib.pyplot"]
@@ -13,7 +13,7 @@ FORKSERVER.set_forkserver_preload(
 
 
 def children(pid: int) -> set[int]:
-    """Living and unreaped children of a process."""
+    """The children of a process, including those that ended and were not waited for."""
     return {child for child, parent in _parents().items() if parent == pid}
 
 
@@ -27,18 +27,18 @@ def descendants(pid: int) -> set[int]:
 
 
 def _parents() -> dict[int, int]:
-    """The parent of every process."""
+    """The parent of every process, by process id."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it has ended meanwhile
+            continue  # the process ended in the meantime
     return parents
 
 
 def command_line(pid: int) -> str:
-    """The command line of a process, empty when it has ended."""
+    """The command line of a process; empty if the process has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:

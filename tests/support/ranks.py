@@ -1,4 +1,4 @@
-"""Several ranks as processes of this machine, for tests of what they do together."""
+"""Several ranks as processes of this machine, for tests of training on many ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.processes import FORKSERVER
 
 
 def run_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call ``work(ranks, *args)`` on ``size`` ranks (gloo); what each returned, in order of rank.
+    """Calls ``work(ranks, *args)`` on ``size`` ranks (gloo) and returns their results in order of rank.
 
     ``work`` is a function of a module; its result is plain data.
     """

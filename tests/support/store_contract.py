@@ -1,4 +1,4 @@
-"""What every kind of artifact store promises; a test file per kind gives the ``store`` to try it on."""
+"""The contract of every artifact store. The test file of each kind of store provides the fixture ``store``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BYTES = bytes(range(256)) * 5000
 
 
 def publish(store: Store, prefix: str, files: dict[str, bytes]) -> None:
-    """Publish ``files`` and, written first but visible last, their marker."""
+    """Publishes ``files`` and their marker, which is written first but becomes visible last."""
     with store.publish(prefix, last=LAST) as folder:
         for name, data in {LAST: b"whole", **files}.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def contents(store: Store, prefix: str) -> dict[str, bytes]:
 
 
 class StoreContract:
-    """Collected through its subclasses."""
+    """The tests of the contract; pytest collects them through subclasses."""
 
     @pytest.mark.parametrize("data", [b"", b"text\n", BYTES])
     @pytest.mark.parametrize("key", ["file", "a/b/c.bin", "with space/ümläut+%2F&=.json"])

@@ -1,6 +1,6 @@
-"""Every attention backend against plain softmax over a full matrix of scores, and that against a loop.
+"""Every attention backend against plain softmax over a full matrix of scores, and plain softmax against a loop.
 
-Where a CPU's code need not be generated to see that tracing changes nothing, ``aot_eager`` spares its seconds.
+Some tests only trace the code on a CPU (``aot_eager``), which takes seconds less than generating machine code.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def drawn(
 
 
 def check(attend: Attention, inputs: tuple[Tensor, Tensor, Tensor], window: int, *, backward: bool = True) -> None:
-    """Output and gradients are those of plain softmax in double precision, to the rounding of the inputs' dtype."""
+    """Checks output and gradients against plain softmax in double precision, up to the rounding of the inputs."""
     dtype = inputs[0].dtype
     tolerance = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 0.04, torch.float16: 0.01}[dtype]
     exact = tuple(x.detach().double().requires_grad_() for x in inputs)
@@ -107,7 +107,7 @@ def test_attention_compiled_for_a_cpu_is_the_same(dtype: torch.dtype, window: in
 
 @pytest.mark.parametrize("window", [0, 1, 37, 129, 300])
 def test_flex_attention_traced_on_a_cpu_computes_the_same_forward(window: int):
-    """Its backward pass needs a GPU."""
+    """FlexAttention's backward pass needs a GPU."""
     inputs = tuple(x.detach() for x in drawn(200, 4, 2, head_dim=16, dtype=torch.float32))
     with torch.no_grad():
         traced = torch.compile(flex_attention, fullgraph=True, backend="aot_eager")
@@ -153,7 +153,7 @@ def test_a_cpu_has_torch_s_own_attention_only():
 
 @pytest.fixture
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both flash-attn packages, whose function tells how it was called."""
+    """Both flash-attn packages, with a function that returns its package and options."""
     for module in ("flash_attn_interface", "flash_attn"):
         package = types.ModuleType(module)
         package.flash_attn_func = lambda q, k, v, *, _name=module, **options: (_name, options)  # type: ignore[attr-defined]
@@ -170,7 +170,7 @@ def test_flash_attention_3_is_taken_on_hopper_alone(
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     for name in ("auto", "flash"):
-        # The stand-in gives (name, options), and of a pair the first is taken.
+        # The fake function returns (name, options), and the backend takes the first of two results.
         q, k, v = drawn(3, 1, 1)
         assert choose_attention(name, CUDA, torch.bfloat16)(q, k, v, 5) == package
 

@@ -1,4 +1,4 @@
-"""The conversation format: what is rendered, what is learned from, and how an answer is read back token by token."""
+"""The conversation format: rendering, the loss mask, and reading an answer token by token."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from nanochat_core.chat import (
 from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-# "🦊" and "é" are split over tokens in the middle of their bytes.
+# The last two merges split the bytes of "🦊" and "é" between tokens.
 TOKENIZER = Tokenizer([*(bytes([i]) for i in range(256)), b"he", b"ll", b"hell", b"hello", b"\x9f\xa6", b"a\xc3"])
 SPECIAL = TOKENIZER.special_ids
 
 
 def shown(tokens: Iterable[int]) -> str:
-    """Special tokens as ``<name>``, everything else as its text."""
+    """The text of the tokens, with special tokens as ``<name>``."""
     text = TOKENIZER.decode(tokens)
     for name in SPECIAL_TOKENS:
         text = text.replace(name, f"<{name[2:-2]}>")
@@ -37,7 +37,7 @@ def shown(tokens: Iterable[int]) -> str:
 
 
 def rendered(*messages: tuple[str, Any]) -> tuple[str, str]:
-    """The whole conversation, and what of it counts in the loss."""
+    """The text of the whole conversation, and the text of the tokens that count in the loss."""
     parsed = parse_messages([{"role": role, "content": content} for role, content in messages])
     ids, mask = render_conversation(TOKENIZER, parsed)
     assert len(ids) == len(mask)
@@ -191,7 +191,7 @@ def test_a_message_s_text_is_what_a_person_reads():
 
 
 def joined(pieces: Iterable[Part]) -> list[Part]:
-    """Neighbours of one type as one part, empty ones left out."""
+    """Joins neighboring pieces of one type into one part and drops empty pieces."""
     grouped = itertools.groupby((piece for piece in pieces if piece.text), key=lambda piece: piece.type)
     return [Part(kind, "".join(piece.text for piece in group)) for kind, group in grouped]
 
@@ -202,7 +202,7 @@ def streamed(tokens: Iterable[int]) -> list[Part]:
 
 
 def slow_parts(tokens: list[int]) -> list[Part]:
-    """Cut at special tokens, then decode each stretch as a whole."""
+    """The reference: cuts the tokens at special tokens and decodes each section as a whole."""
     types = {"python_start": "python", "output_start": "python_output"}
     names = {i: name[2:-2] for name, i in SPECIAL.items()}
     parts: list[Part] = []
@@ -216,7 +216,7 @@ def slow_parts(tokens: list[int]) -> list[Part]:
     return joined(parts)
 
 
-# Bytes of UTF-8 sequences, whole and broken, come often enough to meet.
+# The second strategy draws from few bytes, so that whole and broken UTF-8 characters both occur often.
 tokens = st.one_of(
     st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30),
     st.lists(st.sampled_from([0xF0, 0x9F, 0xA6, 0x8A, 0xC3, 0xA9, 0x61, 260, 261, *SPECIAL.values()]), max_size=30),
@@ -241,7 +241,7 @@ def test_every_token_gives_at_most_a_remainder_and_a_piece(ids: list[int]):
 
 @given(st.text(max_size=20))
 def test_no_piece_ever_holds_half_a_character(text: str):
-    """Not even where every token is a single byte of one."""
+    """Every token is a single byte here."""
     pieces = streamed(text.encode())
     assert "".join(piece.text for piece in pieces) == text
     assert "\ufffd" in text or all("\ufffd" not in piece.text for piece in pieces)
@@ -277,7 +277,7 @@ part_lists = st.lists(
 @given(part_lists)
 @example([Part("text", "🦊é"), Part("python", "'<|python_end|>'"), Part("python_output", "")])
 def test_an_answer_that_was_rendered_is_read_back_the_same(parts: list[Part]):
-    """Rendered, streamed as a model would write it, and parsed as a message of the next request."""
+    """The answer is rendered, streamed as if a model wrote it, and parsed as a message of the next request."""
     question = Message("user", (Part("text", "?"),))
     messages = [question, Message("assistant", tuple(parts))]
     ids, _ = render_conversation(TOKENIZER, messages)

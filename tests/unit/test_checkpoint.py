@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit for bit, and damage is named, never loaded."""
+"""Checkpoints: loading returns what was saved bit for bit, and refuses damaged files by name."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def save(store: FolderStore, ref: CheckpointRef = REF, *, resumable: bool = True
 
 
 def load_trainer(store: FolderStore, ref: CheckpointRef) -> TrainerState:
-    """The whole trainer state, verified."""
+    """The trainer state with all of its tensors verified."""
     state = load_trainer_state(store, ref)
     state.fetch(shard.name for shard in SHARDS)
     return state
@@ -166,7 +166,7 @@ def test_files_are_in_formats_that_cannot_execute(store: FolderStore):
 
 
 def test_a_checkpoint_exists_only_once_it_is_complete(store: FolderStore, monkeypatch: pytest.MonkeyPatch):
-    """The manifest is the last thing written, and until then nobody sees anything."""
+    """The manifest is written last, and no reader sees the checkpoint before."""
     written: list[str] = []
     create = FolderStore.create
 
@@ -273,7 +273,7 @@ def test_a_file_of_another_size_is_told_with_both_sizes(store: FolderStore):
 
 
 def test_no_flipped_bit_of_the_manifest_goes_unnoticed_or_crashes(store: FolderStore):
-    """Either it is refused, or what it changed was whitespace or about files that were not asked for."""
+    """A flipped bit is refused, or it changed only whitespace or the entry of a file that is not loaded."""
     save(store, resumable=False)
     manifest = folder(store) / MANIFEST
     original, weights = manifest.read_bytes(), load_checkpoint(store, REF).weights
@@ -302,7 +302,7 @@ def test_a_damaged_manifest_is_named(store: FolderStore, manifest: bytes):
 
 
 def rewrite(store: FolderStore, name: str, data: bytes) -> None:
-    """Replace a file as someone would who also adjusts the manifest."""
+    """Replaces a file and its entry in the manifest."""
     (folder(store) / name).write_bytes(data)
     manifest = json.loads((folder(store) / MANIFEST).read_text())
     manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -378,7 +378,7 @@ def test_without_a_whole_checkpoint_there_is_no_newest(store: FolderStore):
 
 
 def test_a_store_that_fails_is_not_taken_for_damage(store: FolderStore, monkeypatch: pytest.MonkeyPatch):
-    """Otherwise a run would start over because of a moment without network."""
+    """Otherwise a short network failure would make a run start over."""
     save(store)
 
     def unreachable(self: FolderStore, key: str) -> Path:
@@ -394,7 +394,7 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_leaves_the_checkpoints_before
     save(store)
     files = sorted(store.root.rglob("*"))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # longer files cannot be written
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # the system refuses longer files
     try:
         with pytest.raises(StoreError, match=r"cannot be written: .*File too large"):
             save(store, CheckpointRef("tiny", "sft", 50), seed=1)
@@ -414,7 +414,7 @@ def test_readers_see_whole_checkpoints_while_new_ones_are_saved_and_old_ones_del
         try:
             while not done.is_set():
                 newest = newest_checkpoint(store, "tiny", "base")
-                if newest is not None:  # all that were listed may be gone by now
+                if newest is not None:  # all listed checkpoints may have been deleted in the meantime
                     step = newest.ref.step
                     assert torch.equal(newest.weights["head.weight"], tiny_model(step).head.weight)
                     seen.add(step)

@@ -1,4 +1,4 @@
-"""Checkpoints written in the background: training waits for a copy, and a failing store costs nothing that exists."""
+"""Checkpoints written in the background: training waits only for a copy, and earlier checkpoints survive failures."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def save(writer: CheckpointWriter, ref: CheckpointRef, model: GPT, **changes: An
 
 
 class Failing:
-    """Makes a store fail in its next writes; what was begun is left behind as a crash would leave it."""
+    """Makes the next ``times`` writes of weights fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
         self.left = times
@@ -139,7 +139,7 @@ class FullDisk(FolderStore):
 
 
 def write_share(ranks: Ranks, root: str, fails: int) -> str:
-    """Write a checkpoint of a model and its optimizer from every rank; the error, where there was one."""
+    """Writes a checkpoint of a model and its optimizer from every rank; returns the error, if there was one."""
     store = (FullDisk if ranks.rank == fails else FolderStore)(Path(root))
     model = gpt()
     optimizer = MuonAdamW(parameter_groups(model, OptimizerConfig()), ranks)
@@ -173,7 +173,7 @@ class TestReplacement(CheckpointReplacement):
 
 
 def replace_share(ranks: Ranks, root: str) -> None:
-    """Write the same checkpoint twice from every rank."""
+    """Writes the same checkpoint twice from every rank."""
     for _ in range(2):
         assert write_share(ranks, root, -1) == ""
 

@@ -1,4 +1,4 @@
-"""The dial: what follows from the depth, and which shapes are refused."""
+"""The model's shape: the values that follow from the depth, and the shapes that are refused."""
 
 from __future__ import annotations
 

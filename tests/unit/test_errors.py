@@ -1,4 +1,4 @@
-"""How programs end: one line for what a user did wrong, a traceback for what we did."""
+"""How programs end: one line for a user's error, a traceback for an error of the program."""
 
 from __future__ import annotations
 

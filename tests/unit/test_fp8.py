@@ -1,4 +1,4 @@
-"""Which layers train in fp8, and how far their numbers are from exact ones."""
+"""The layers that train in fp8, and the size of their rounding errors."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_zeros_stay_zeros_and_nan_is_not_hidden(dtype: torch.dtype):
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_products_and_gradients_are_those_of_the_quantized_tensors(device: str):
-    """To the rounding of bf16, in which products come out."""
+    """They agree up to the rounding of bf16, the dtype of the products."""
     x = random(2, 16, 128).to(device, torch.bfloat16).requires_grad_()
     weight = random(256, 128, scale=0.05, seed=1).to(device).requires_grad_()
     upstream = random(2, 16, 256, scale=1e-4, seed=2).to(device, torch.bfloat16)
@@ -105,7 +105,7 @@ def test_an_fp8_product_is_close_to_the_exact_one():
 def test_every_large_matrix_of_the_blocks_is_converted_and_nothing_else():
     model = small_model()
     converted = convert_to_fp8(model)
-    # One kv head of 64: k and v have a side of 64, which is too small.
+    # The matrices k and v have one head of 64 channels, and a side of 64 is too small.
     assert sorted(converted) == [
         f"blocks.{layer}.{name}" for layer in (0, 1) for name in ("attention.out", "attention.q", "mlp.down", "mlp.up")
     ]
@@ -130,7 +130,7 @@ def test_matrices_whose_sides_are_no_multiple_of_16_stay():
 
 
 def traced(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
-    """The compiled loss; on a CPU without generating code for it, which would take long and change nothing here."""
+    """The traced loss. On a CPU no code is generated for it, which would take long and change nothing here."""
     return torch.compile(model.loss, dynamic=False, backend="inductor" if model.cos.is_cuda else "aot_eager")
 
 
@@ -152,7 +152,7 @@ def test_evaluation_and_uncompiled_training_do_not_round_to_fp8():
 @pytest.mark.parametrize(("time", "in_fp8"), [(32, True), (31, False)])
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_compiled_training_is_close_to_bf16(device: str, time: int, in_fp8: bool):
-    """62 tokens are no multiple of 16."""
+    """Two rows of 31 are 62 tokens, which is no multiple of 16."""
     plain, converted = small_model().to(device), small_model().to(device)
     converted.load_state_dict(plain.state_dict())
     convert_to_fp8(converted)

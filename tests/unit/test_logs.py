@@ -1,4 +1,4 @@
-"""Logs: every record is one line of JSON, whatever is in it."""
+"""Logs: every record becomes one line of JSON, whatever it contains."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_configured_process_logs_to_stderr_from_its_level_on(level: str, seen:
     code = f"""
 import logging
 from nanochat_core import logs
-logging.basicConfig()  # what a library may have done before
+logging.basicConfig()  # a library may have called this before
 logs.configure("sandbox", {level!r})
 for level in ("debug", "info", "warning", "error"):
     getattr(logging.getLogger("some.library"), level)("event", extra={{"given": level}})

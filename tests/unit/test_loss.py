@@ -1,4 +1,4 @@
-"""The lean loss against the plain formula over all logits."""
+"""The loss in chunks against the plain formula over all logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_core import chunked_loss as lean
+from nanochat_core import chunked_loss
 from nanochat_core.chunked_loss import loss_and_gradients, softcapped_cross_entropy
 
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
@@ -17,13 +17,13 @@ VOCAB, ROWS, DIM, TOKENS = 70, 128, 16, 37
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """In double precision, with every logit at once."""
+    """The reference: the loss in double precision, with all logits at once."""
     logits = 15 * torch.tanh(hidden.double() @ weight[:VOCAB].double().T / 15)
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)
 
 
 def drawn(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of about 10, so that the softcap matters; some targets are not counted."""
+    """Inputs whose logits are about 10, so that the softcap matters. Every fifth target is not counted."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(TOKENS, DIM, generator=generator).to(device, dtype).requires_grad_()
     weight = (2.5 * torch.randn(ROWS, DIM, generator=generator)).to(device).requires_grad_()
@@ -35,8 +35,8 @@ def drawn(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tens
 @pytest.fixture(params=[1, 5, 37, 100], ids=lambda tokens: f"chunks of {tokens}")
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CPU_CHUNK", "GPU_CHUNK"):
-        monkeypatch.setattr(lean, name, request.param * ROWS)
-    monkeypatch.setattr(lean, "ROWS_MULTIPLE", 4)
+        monkeypatch.setattr(chunked_loss, name, request.param * ROWS)
+    monkeypatch.setattr(chunked_loss, "ROWS_MULTIPLE", 4)
 
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:
@@ -72,9 +72,9 @@ def test_without_gradients_the_loss_is_the_same(reduction: str):
 
 
 def test_a_compiled_step_gives_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch):
-    """Inside it the chunks are compiled too."""
+    """The operations inside each chunk are compiled too."""
     dtype = torch.bfloat16
-    monkeypatch.setattr(lean, "CPU_CHUNK", 20 * ROWS)
+    monkeypatch.setattr(chunked_loss, "CPU_CHUNK", 20 * ROWS)
     compiled = torch.compile(
         lambda h, w, t: softcapped_cross_entropy(1.5 * h, w, t, VOCAB, "sum") / 7, fullgraph=True, backend="aot_eager"
     )
@@ -131,8 +131,8 @@ def test_no_more_logits_than_a_chunk_are_made_at_once(monkeypatch: pytest.Monkey
         seen.append(len(raw))
         return raw.sum(), raw
 
-    monkeypatch.setattr(lean, "CPU_CHUNK", 16 * ROWS)
-    monkeypatch.setattr(lean, "loss_and_logit_gradient", spy)
+    monkeypatch.setattr(chunked_loss, "CPU_CHUNK", 16 * ROWS)
+    monkeypatch.setattr(chunked_loss, "loss_and_logit_gradient", spy)
     loss_and_gradients(*drawn(), VOCAB, False)
     assert seen == [16, 16, 5]
 
@@ -144,8 +144,8 @@ def test_logits_are_made_where_a_target_counts(monkeypatch: pytest.MonkeyPatch):
         seen.append(len(raw))
         return raw.sum(), raw
 
-    monkeypatch.setattr(lean, "ROWS_MULTIPLE", 10)
-    monkeypatch.setattr(lean, "loss_and_logit_gradient", spy)
+    monkeypatch.setattr(chunked_loss, "ROWS_MULTIPLE", 10)
+    monkeypatch.setattr(chunked_loss, "loss_and_logit_gradient", spy)
     hidden, weight, targets = drawn()
     targets[:20] = -1
     assert 0 < int((targets != -1).sum()) < 20

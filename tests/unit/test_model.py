@@ -1,4 +1,4 @@
-"""The network against a second one, written here from its definition in float64 with plain loops."""
+"""The model against a reference, written here from the model's definition in float64 with plain loops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = np.ndarray
 def config(
     depth: int, *, n_kv_head: int | None = None, pattern: str = "SSSL", context: int = 200, vocab_size: int = 70
 ) -> ModelConfig:
-    """A context of 200 makes short windows of 128."""
+    """A small shape; its default context of 200 makes short windows of 128."""
     return ModelConfig.from_depth(
         depth,
         vocab_size=vocab_size,
@@ -31,7 +31,7 @@ def config(
 
 
 def random_model(shape: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT:
-    """No parameter is zero, and the logits are large enough for the softcap to matter."""
+    """A model without zero parameters, whose logits are large enough for the softcap to matter."""
     generator = torch.Generator().manual_seed(seed)
     model = GPT(shape, dtype)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def norm(x: Array) -> Array:
 
 
 def rotated(x: Array, position: int) -> Array:
-    """Channel pairs (i, i + half) are complex numbers, turned by -position * 100000^(-2i / head_dim).
+    """Rotates channel pairs (i, i + half) as complex numbers, by the angle -position * 100000^(-2i / head_dim).
 
     The sign is free to choose, but stored weights depend on it.
     """
@@ -67,7 +67,7 @@ def rotated(x: Array, position: int) -> Array:
 
 
 def slow_logits(model: GPT, ids: list[int]) -> Array:
-    """(time, vocab_size) logits of one row."""
+    """The reference: logits of one row, shape (time, vocab_size)."""
     shape = model.config
     w = {name: tensor.detach().double().numpy() for name, tensor in model.state_dict().items()}
     embedded = norm(w["embedding.weight"][ids])
@@ -130,7 +130,7 @@ def test_logits_are_those_of_the_definition(shape: ModelConfig):
 
 
 def test_a_window_shorter_than_the_row_matters():
-    """So that the comparison above would notice a wrong one."""
+    """The comparison above would therefore notice a wrong window."""
     ids = random_ids(1, 160)
     wide, narrow = random_model(config(4, pattern="L")), random_model(config(4, pattern="S"))
     with torch.no_grad():
@@ -212,7 +212,7 @@ def test_tables_are_stored_in_the_compute_dtype_and_all_else_in_fp32():
 
 
 def test_the_names_and_shapes_of_stored_weights_do_not_change():
-    """Checkpoints in the world have these; a change here orphans them."""
+    """Existing checkpoints have these names and shapes; a change would make them unreadable."""
     model = GPT(ModelConfig.from_depth(2, vocab_size=70, head_dim=32, n_kv_head=2, context_length=16))
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == {
         "embedding.weight": (128, 128),
@@ -244,7 +244,7 @@ def fresh() -> GPT:
     model = GPT(ModelConfig.from_depth(4, vocab_size=1000, head_dim=64, context_length=64))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.fill_(math.nan)  # whatever stays so was forgotten
+            parameter.fill_(math.nan)  # a parameter that stays NaN was forgotten
     model.init_weights(torch.Generator().manual_seed(0))
     return model
 
@@ -336,7 +336,7 @@ def test_tables_in_bf16_are_the_rounded_ones_of_fp32():
 
 
 def test_the_loss_falls_when_a_step_follows_its_gradient():
-    """The whole of it differentiates: every parameter gets a gradient that lowers the loss."""
+    """Every parameter gets a gradient that lowers the loss."""
     model, ids = random_model(config(3, context=32)), random_ids(1, 32)
     with torch.no_grad():
         model.head.weight.mul_(0.1)

@@ -1,4 +1,4 @@
-"""The optimizer's updates against their formulas, written here as loops over numbers."""
+"""The optimizer's updates against their formulas, written here as loops over single numbers."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def slow_orthogonalize(x: np.ndarray) -> np.ndarray:
 
 
 class SlowMuon:
-    """One matrix in float64, one number at a time where the formula is about numbers."""
+    """The reference: Muon for one matrix in float64, mostly one number at a time."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.double().numpy().copy()
@@ -230,7 +230,7 @@ def test_a_zero_gradient_gives_no_nan():
     assert torch.equal(matrix, before[0])
     assert torch.equal(vector, before[1])
     gradient = drawn(4, 6)
-    gradient[2] = 0  # such as the gradient of a hidden unit that never fires
+    gradient[2] = 0  # a hidden unit that is never active has such a gradient
     step_with(optimizer, {matrix: gradient})
     assert matrix.isfinite().all()
 

@@ -1,4 +1,4 @@
-"""The optimizer divided among ranks makes the steps of one rank, with a share of its memory."""
+"""The optimizer divided over ranks makes the same steps as one rank, with a share of the memory on each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def batch(step: int) -> Tensor:
 
 
 def train(ranks: Ranks, steps: range, passes: int = 1, stored: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
-    """Weights, gradient norms and optimizer state after some steps in which each rank sees its part of the batch."""
+    """Weights, gradient norms and optimizer state after training on this rank's part of each batch."""
     model = gpt()
     if stored is not None:
         model.load_state_dict({n: torch.from_numpy(w) for n, w in stored.items() if "/" not in n})
@@ -55,7 +55,7 @@ def train(ranks: Ranks, steps: range, passes: int = 1, stored: dict[str, np.ndar
 
 
 def whole(results: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """The state of all ranks put together; every row must be there exactly once."""
+    """The state of all ranks put together. The ranks must hold every row exactly once."""
     rows: dict[str, int] = {}
     parts: dict[str, list[tuple[int, np.ndarray]]] = {}
     for result in results:
@@ -72,12 +72,12 @@ def whole(results: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def one_rank() -> dict[str, Any]:
-    """With two passes over half of the batch each, as two ranks make them, so that sums round alike."""
+    """One rank that makes two passes over half a batch each, so that its sums round like those of two ranks."""
     return alone(range(STEPS), 2)
 
 
 def alone(*args: Any) -> dict[str, Any]:
-    """One rank, in a process like those of several: threads and other settings of this one change the rounding."""
+    """One rank in a new process: the threads and other settings of this process would change the rounding."""
     (result,) = run_ranks(1, train, *args)
     return result
 
@@ -98,14 +98,14 @@ def assert_same_state(state: dict[str, np.ndarray], expected: dict[str, np.ndarr
 def test_two_ranks_make_exactly_the_steps_of_one(one_rank: dict[str, Any]) -> None:
     results = run_ranks(2, train, range(STEPS))
     assert_same(results, one_rank)
-    # The gradients are equal to the bit; their squares are added up in fp32 over tensors that are cut otherwise.
+    # The gradients are equal to the bit. The norms differ, because the squares are summed over other pieces in fp32.
     assert results[0]["norms"] == results[1]["norms"] == pytest.approx(one_rank["norms"], rel=1e-4)
 
 
 @pytest.mark.parametrize(("size", "passes"), [(3, 2), (4, 1)])
 def test_more_ranks_sum_the_gradients_of_one_to_rounding(size: int, passes: int) -> None:
-    # After one step the first moments are the gradients. Later ones cannot be compared: orthogonalization and Adam's
-    # division make visible what rounding leaves of a gradient that is zero.
+    # After one step the first moments are proportional to the gradients. Later steps cannot be compared, because
+    # orthogonalization and Adam's division magnify the rounding errors of a gradient that should be zero.
     one = alone(range(1))
     expected = whole([one])
     results = run_ranks(size, train, range(1), passes)

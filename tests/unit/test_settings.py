@@ -1,4 +1,4 @@
-"""Settings: where values come from, what is refused and how, and what is shown of them."""
+"""Settings: sources of values, errors for wrong values, and their descriptions."""
 
 from __future__ import annotations
 

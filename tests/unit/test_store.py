@@ -1,4 +1,4 @@
-"""The artifact store in a folder: the contract of every store, and what holds when writing fails or is killed."""
+"""The artifact store in a folder: the contract of every store, and writes that fail or are killed."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture(autouse=True)
 def _fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here cuts the power, and waiting for the disk would hide races."""
+    """Skips waiting for the disk: no test cuts the power, and the waits would hide races."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def everything_in(folder: Path) -> set[str]:
-    """All there is below a folder, hidden files included."""
+    """All files and folders below a folder, including hidden ones."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
@@ -172,7 +172,7 @@ def test_a_folder_that_cannot_be_swapped_in_leaves_the_old_one(store: FolderStor
 
 @contextlib.contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """Writes beyond ``size`` bytes of a file fail half-way, as on a disk that fills up."""
+    """Makes writes beyond ``size`` bytes of a file fail, as on a disk that fills up."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -183,7 +183,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Callable[[str], None]]:
-    """A file system of its own at ``folder``; what is given remounts it with other options."""
+    """Mounts a file system at ``folder`` and yields a function that remounts it with other options."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
@@ -196,7 +196,7 @@ def mounted(folder: Path, options: str) -> Iterator[Callable[[str], None]]:
 
 
 def check_failing_writes(store: FolderStore, reason: str) -> None:
-    """Large files cannot be written: the errors say so, nothing is lost and nothing is left over."""
+    """Checks that writing large files raises clear errors, loses no file and leaves no file behind."""
     before = everything_in(store.root)
     large = b"x" * 3_000_000
     with pytest.raises(StoreError, match=f"the store {store} cannot write a/file: {reason}"):
@@ -259,6 +259,6 @@ def test_published_files_are_readable_as_far_as_the_umask_allows(tmp_path):
     store = open_store(str(tmp_path))
     with store.publish("folder", last="done") as folder:
         (folder / "private").write_bytes(b"")
-        (folder / "private").chmod(0o600)  # as safetensors makes its files
+        (folder / "private").chmod(0o600)  # safetensors makes such files
         (folder / "done").write_bytes(b"")
     assert (tmp_path / "folder/private").stat().st_mode == (tmp_path / "folder/done").stat().st_mode

@@ -1,4 +1,4 @@
-"""The tokenizer: round trips, what users cannot type, the stored form, and text made to break it."""
+"""The tokenizer: round trips, special tokens in user text, the stored form, and text made to break it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CORPUS = [
 ]
 BYTES = [bytes([i]) for i in range(256)]
 TOKENIZER = train_tokenizer(CORPUS * 20, 400)
-# What tiktoken makes of a text without anything of ours around it.
+# Plain tiktoken with the same merges, the reference for ordinary text.
 PLAIN = tiktoken.Encoding(
     "plain",
     pat_str=SPLIT_PATTERN,
@@ -118,8 +118,8 @@ def test_training_found_words():
     ],
 )
 def test_text_is_split_before_merging(text: str, pieces: list[str]):
-    """With every piece a token of its own, the ids show where the pattern splits."""
-    # Pieces become tokens only through merges of two tokens, so all their beginnings are tokens too.
+    """Every piece is a token, so the ids show where the pattern splits."""
+    # A merge joins two tokens, so every beginning of a piece must be a token too.
     beginnings = {piece.encode()[:n] for piece in pieces for n in range(2, len(piece) + 1)}
     whole = {text.encode()[:n] for n in range(2, len(text) + 1)}
     merges = sorted(beginnings | whole, key=len)
@@ -147,7 +147,7 @@ def test_ids_outside_the_vocabulary_are_refused(token_id: int):
     ("text", "read"), [("a\ud800b", "a\ufffdb"), ("\udcff", "\ufffd"), ("\ud83e\udd8a", "🦊"), ("é\udfff!", "é\ufffd!")]
 )
 def test_lone_surrogates_become_the_replacement_character(text: str, read: str):
-    """They are no characters and have no bytes; a pair of them is the character that it stands for."""
+    """A lone surrogate is no character and has no bytes; a pair of surrogates is one character."""
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == read
     assert TOKENIZER.encode_batch([text]) == [TOKENIZER.encode(read)]
 
@@ -182,7 +182,7 @@ def test_runs_up_to_the_limit_are_encoded_as_ever(before: str):
 
 
 def test_a_longer_run_is_encoded_the_same_wherever_it_stands():
-    # Tokens of up to 64 spaces show where the run is cut: 64 does not divide the length of a piece.
+    # With tokens of up to 64 spaces, the ids show where the run is cut: 64 does not divide the length of a piece.
     tokenizer = Tokenizer([*BYTES, *(b" " * 2**n for n in range(1, 7))])
     for run in (" " * (MAX_WHITESPACE_RUN + 1), " " * (3 * MAX_WHITESPACE_RUN // 2)):
         alone = tokenizer.encode(run)
