@@ -53,7 +53,7 @@ def softcapped_cross_entropy(
     """
     if reduction == "none" or not torch.is_grad_enabled():
         return _forward(hidden, weight, targets, vocab_size, reduction)
-    total, _, _ = loss_and_gradients(hidden, weight, targets, vocab_size, torch.compiler.is_compiling())
+    total: Tensor = loss_and_gradients(hidden, weight, targets, vocab_size, torch.compiler.is_compiling())[0]
     return total if reduction == "sum" else total / (targets != IGNORE_INDEX).sum()
 
 
@@ -64,7 +64,7 @@ def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, r
     losses = torch.cat(
         [
             F.cross_entropy(softcap(h @ head.T), t, ignore_index=IGNORE_INDEX, reduction="none")
-            for h, t in zip(hidden.split(size), targets.split(size), strict=True)
+            for h, t in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
         ]
     )
     if reduction == "none":

@@ -64,7 +64,8 @@ class SelfAttention(nn.Module):
         q = rms_norm(rotate(q, cos, sin)) * QK_SCALE
         k = rms_norm(rotate(k, cos, sin)) * QK_SCALE
         y = attend(q, k, v, self.window)
-        return self.out(y.reshape(x.shape))
+        output: Tensor = self.out(y.reshape(x.shape))
+        return output
 
 
 class MLP(nn.Module):
@@ -76,7 +77,8 @@ class MLP(nn.Module):
         self.down = Linear(4 * config.dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)).square())
+        output: Tensor = self.down(F.relu(self.up(x)).square())
+        return output
 
 
 class Block(nn.Module):
@@ -89,7 +91,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, attend: Attention) -> Tensor:
         x = x + self.attention(rms_norm(x), value_embedding, cos, sin, attend)
-        return x + self.mlp(rms_norm(x))
+        output: Tensor = x + self.mlp(rms_norm(x))
+        return output
 
 
 class GPT(nn.Module):

@@ -101,7 +101,8 @@ def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if tall:
         y = y.mT
     y = y.float()
-    return y * (min(rows, columns) ** 0.5 / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-6))
+    result: Tensor = y * (min(rows, columns) ** 0.5 / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-6))
+    return result
 
 
 def reduce_variance(update: Tensor, second_moment: Tensor) -> Tensor:
@@ -124,4 +125,5 @@ def reduce_variance(update: Tensor, second_moment: Tensor) -> Tensor:
     scale = second_moment.clamp(min=1e-10).rsqrt()
     before = update.norm(dim=(-2, -1), keepdim=True)
     scaled = update * scale
-    return scaled * (before / scaled.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+    result: Tensor = scaled * (before / scaled.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+    return result
