@@ -3,9 +3,42 @@
 ``base`` is the interface, ``folder`` and ``s3`` are the two kinds of store, and ``cache`` keeps downloads from S3.
 """
 
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from urllib.parse import urlparse
+
+from nanochat_core.errors import UserError
 from nanochat_core.store.base import Store, StoreError
+from nanochat_core.store.cache import DownloadCache
 from nanochat_core.store.folder import FolderStore
-from nanochat_core.store.opening import DEFAULT_HOME, open_store
 from nanochat_core.store.s3 import S3Store
 
 __all__ = ["DEFAULT_HOME", "FolderStore", "S3Store", "Store", "StoreError", "open_store"]
+
+DEFAULT_HOME = "~/.cache/nanochat"
+
+
+def open_store(url: str, *, cache_dir: str | Path | None = None, cache_bytes: int | None = None) -> Store:
+    """The store at ``url``.
+
+    Args:
+        url: a folder, which is created if it is missing, or ``s3://bucket/prefix``. The S3 credentials, the region and
+            a custom endpoint come from the usual ``AWS_*`` variables, such as ``AWS_ENDPOINT_URL``.
+        cache_dir: folder that keeps files downloaded from S3; by default a folder for temporary files.
+        cache_bytes: size above which the least recently used downloads are deleted; None keeps all.
+
+    Raises:
+        UserError: the URL is of another kind, or the ``AWS_*`` variables describe no S3 server.
+        StoreError: the folder cannot be made.
+    """
+    parsed = urlparse(url)
+    if parsed.scheme == "s3":
+        if not parsed.netloc:
+            raise UserError(f"the store URL {url!r} names no bucket; use s3://bucket/prefix")
+        folder = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir(), "nanochat-store-cache")
+        return S3Store(parsed.netloc, parsed.path.strip("/"), DownloadCache(folder / parsed.netloc, cache_bytes))
+    if parsed.scheme and len(parsed.scheme) > 1:
+        raise UserError(f"the store URL {url!r} is neither a folder nor s3://bucket/prefix")
+    return FolderStore(Path(url).expanduser())
