@@ -12,7 +12,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-# Value of the Retry-After header: the gateway can't know how long the trouble will last.
 RETRY_AFTER_SECONDS = 2
 
 # OpenAI's error types. Other statuses are an invalid_request_error below 500 and a server_error from 500 on.
@@ -21,70 +20,20 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 # The engine names a wrong constraint in its trailing metadata; this is the request's parameter for each name.
 _CONSTRAINT_PARAMETERS = {"json_schema": "response_format.json_schema.schema", "regex": "regex"}
 
-# Failures of an engine that don't depend on the request: HTTP status, error code, message.
-_UNREACHABLE = (503, "engine_unavailable", "The engine can't be reached at the moment; try again shortly.")
-_ENGINE_FAILURES = {
-    grpc.StatusCode.RESOURCE_EXHAUSTED: (
-        429,
-        "engine_overloaded",
-        "The engine has as many requests as it can hold; try again shortly.",
-    ),
-    grpc.StatusCode.UNAVAILABLE: _UNREACHABLE,
-    # A server that shuts down cancels its calls; nothing else on that side cancels them.
-    grpc.StatusCode.CANCELLED: _UNREACHABLE,
-    grpc.StatusCode.FAILED_PRECONDITION: (
-        503,
-        "engine_unavailable",
-        "The model was replaced while the request was on its way; send it again.",
-    ),
-    grpc.StatusCode.DEADLINE_EXCEEDED: (
-        504,
-        "timeout",
-        "The answer took longer than this server allows; ask for fewer tokens.",
-    ),
-}
-
-# Describes the errors of an endpoint in the OpenAPI document.
-ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    "default": {
-        "description": "An error.",
-        "content": {
-            "application/json": {
-                "example": {
-                    "error": {
-                        "message": "Missing required parameter: messages.",
-                        "type": "invalid_request_error",
-                        "param": "messages",
-                        "code": "missing_required_parameter",
-                    }
-                }
-            }
-        },
-    }
-}
-
 
 class ApiError(HTTPException):
     """A failure with the HTTP status and the message that the client gets."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-    ) -> None:
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         """
         Args:
             status: HTTP status.
             message: tells a person what was wrong and what to do.
             param: the request's wrong parameter, such as ``messages[2].content``.
             code: names the error for programs.
-            retry_after: seconds to wait before another attempt.
         """
-        headers = {"Retry-After": str(retry_after)} if retry_after is not None else None
+        # After these two statuses another attempt may succeed, but the gateway can't know when.
+        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else None
         super().__init__(status, detail=message, headers=headers)
         self.message = message
         self.param = param
@@ -120,21 +69,25 @@ def invalid_value(message: str, param: str) -> ApiError:
     return bad_request(message, param, "invalid_value")
 
 
-def _unavailable(message: str, code: str) -> ApiError:
-    return ApiError(503, message, code=code, retry_after=RETRY_AFTER_SECONDS)
+_EXAMPLE = bad_request("Missing required parameter: messages.", "messages", "missing_required_parameter")
+# Describes the errors of an endpoint in the OpenAPI document.
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": "An error.",
+        "content": {"application/json": {"example": json.loads(_EXAMPLE.body)}},
+    }
+}
 
 
 def shutting_down() -> ApiError:
     """Status 503: this gateway process is about to end."""
-    return _unavailable("The gateway is shutting down; send the request again.", "shutting_down")
+    return ApiError(503, "The gateway is shutting down; send the request again.", code="shutting_down")
 
 
 def no_engine() -> ApiError:
     """Status 503: no engine can answer at the moment."""
-    return _unavailable(
-        "No engine is ready: the model is still loading, or its engine can't be reached. Try again shortly.",
-        "engine_unavailable",
-    )
+    message = "No engine is ready: the model is still loading, or its engine can't be reached. Try again shortly."
+    return ApiError(503, message, code="engine_unavailable")
 
 
 def model_not_found(name: str, known: Collection[str]) -> ApiError:
@@ -165,10 +118,21 @@ def from_rpc(error: grpc.aio.AioRpcError, *, started: bool) -> ApiError:
         if param is not None:
             return invalid_value(f"Invalid {param}: {details}.", param)
         return ApiError(400, details or "The engine refused the request.", code="invalid_request")
-    status, name, message = _ENGINE_FAILURES.get(code, (500, "engine_error", "The engine failed on this request."))
-    if started and code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-        message = "The engine stopped in the middle of the answer; send the request again."
-    return ApiError(status, message, code=name, retry_after=RETRY_AFTER_SECONDS if status in (429, 503) else None)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        message = "The engine has as many requests as it can hold; try again shortly."
+        return ApiError(429, message, code="engine_overloaded")
+    # An engine cancels its calls only when it shuts down.
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        message = "The engine can't be reached at the moment; try again shortly."
+        if started:
+            message = "The engine stopped in the middle of the answer; send the request again."
+        return ApiError(503, message, code="engine_unavailable")
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        message = "The model was replaced while the request was on its way; send it again."
+        return ApiError(503, message, code="engine_unavailable")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return ApiError(504, "The answer took longer than this server allows; ask for fewer tokens.", code="timeout")
+    return ApiError(500, "The engine failed on this request.", code="engine_error")
 
 
 def from_validation(error: RequestValidationError, content_type: str) -> ApiError:

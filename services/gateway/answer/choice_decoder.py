@@ -34,7 +34,7 @@ class Delta:
     finish_reason: str | None = None
 
     def __bool__(self) -> bool:
-        """Whether the delta has content; the finish reason alone is none."""
+        """Whether the delta has text, tokens or tool events."""
         return bool(self.text or self.tokens or self.tool_events)
 
     def append(self, later: Delta) -> None:
@@ -62,7 +62,7 @@ class ChoiceDecoder:
         """
         Args:
             stops: stop strings.
-            raw: shows Python code and its output as text too; for completions, which have no tools.
+            raw: whether Python code and its output are shown as text. Text completions do that: they have no tools.
         """
         special = tokenizer.special_ids
         self._python_start, self._python_end = special[PYTHON_START], special[PYTHON_END]

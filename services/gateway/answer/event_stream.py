@@ -26,7 +26,7 @@ async def supervise(work: Coroutine[Any, Any, T], receive: Receive, drain: Drain
     """Runs ``work`` until it is done, and cancels it if the client leaves or the gateway has to end.
 
     Args:
-        receive: of a request whose body has been read.
+        receive: the request's ASGI ``receive``; the body must have been read already.
 
     Raises:
         ClientGone: the client left first.
@@ -124,7 +124,7 @@ class EventStream(Response):
             await asyncio.sleep(self._heartbeat_seconds - quiet)
 
     async def _send(self, send: Send, data: bytes) -> None:
-        # The lock keeps the headers in front: the writer and the heartbeat both send.
+        # The writer and the heartbeat both send; the lock makes sure that the headers go first.
         async with self._sending:
             if not self._started:
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -18,15 +18,10 @@ class _End:
 
 
 async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """Yields the items of all sources as they come, and each source's items in their order.
+    """Yields the items of all sources as they arrive; the items of one source keep their order.
 
     The first error of a source closes the other sources and is raised. Closing the merged stream closes the sources.
     """
-    if len(sources) == 1:
-        async with contextlib.aclosing(sources[0]) as source:
-            async for item in source:
-                yield item
-        return
     queue: asyncio.Queue[T | Exception | _End] = asyncio.Queue(_AHEAD)
 
     async def pump(source: AsyncGenerator[T, None]) -> None:

@@ -30,7 +30,7 @@ from services.gateway.schemas import ChatRequest, CompletionRequest
 
 
 class ChoiceFormat(abc.ABC):
-    """The JSON that an endpoint of OpenAI's API makes of a choice.
+    """How an endpoint of OpenAI's API writes a choice as JSON.
 
     Attributes:
         id_prefix: first part of a response's id.
@@ -46,7 +46,7 @@ class ChoiceFormat(abc.ABC):
 
     @abc.abstractmethod
     def whole(self, index: int, delta: Delta, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Returns the finished choice, of which ``delta`` has the whole content."""
+        """Returns a finished choice; ``delta`` holds its whole content."""
 
     @abc.abstractmethod
     def pieces(self, index: int, delta: Delta, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
@@ -73,7 +73,9 @@ class Answer:
     ) -> None:
         """
         Args:
-            prompts: for each prompt, the function that makes its token ids for a model.
+            prompts: for each prompt, a function that returns the prompt's token ids for a model.
+            form: the endpoint's JSON.
+            record: gets the model and the token counts, for the request log.
         """
         self._pool = pool
         self._body = body
@@ -125,7 +127,8 @@ class Answer:
         return self._response(self._form.kind, 0, shown) | {"usage": self._usage()}
 
     def _deltas(self) -> contextlib.aclosing[AsyncGenerator[tuple[int, Delta], None]]:
-        return contextlib.aclosing(merge([self._generate(k) for k in range(len(self._prompts))]))
+        sources = [self._generate(k) for k in range(len(self._prompts))]
+        return contextlib.aclosing(sources[0] if len(sources) == 1 else merge(sources))
 
     async def _generate(self, k: int) -> AsyncGenerator[tuple[int, Delta], None]:
         body, record, n = self._body, self._record, self._n

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class StopFilter:
-    """Passes text on until a stop string is complete, and never passes a character of that stop string on.
+    """Lets text through until a stop string is complete, and lets no character of that stop string through.
 
     The stop string that is complete first ends the text; of several that are complete at the same character, the
     longest one counts. So the result depends on the text alone and not on its pieces. The filter holds back text that
@@ -48,7 +48,7 @@ class StopFilter:
         return held
 
     def _possible_beginning(self, text: str) -> int:
-        """Returns the length of the longest end of ``text`` that begins a stop string."""
+        """Returns the length of the longest suffix of ``text`` that is a prefix of a stop string."""
         for length in range(min(self._longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stops):
                 return length

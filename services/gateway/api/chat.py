@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: the conversation becomes the model's turns, and the next one is the answer."""
+"""`POST /v1/chat/completions`: converts the messages into the model's turns and answers with the next turn."""
 
 from __future__ import annotations
 

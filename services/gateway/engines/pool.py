@@ -29,6 +29,9 @@ class EnginePool:
             await replica.close()
 
     def models(self) -> dict[str, ServedModel]:
-        """Returns the models that requests can use now, by name; of several revisions the newest to this gateway."""
+        """Returns the models that requests can use now, by name.
+
+        If the engines serve several revisions of a model, the result has the one that this gateway saw last.
+        """
         served = [replica.model for replica in self.replicas if replica.available and replica.model]
         return {model.name: model for model in sorted(served, key=lambda model: model.created)}

@@ -32,7 +32,7 @@ class Replica:
     Attributes:
         address: ``host:port`` of the engine.
         model: the model that the engine served at the last check; None before the first one.
-        last_picked: order in which the replicas got their latest requests.
+        last_picked: number of the latest request that was sent here; the smallest number waited longest.
         stub: gRPC stub of the engine's service.
     """
 
@@ -96,7 +96,11 @@ class Replica:
         self._up.set(0)
 
     async def _check(self) -> None:
-        """Reads the engine's health, load and model. It raises the errors of :meth:`refresh_model`."""
+        """Reads the engine's health and load, and its model if it may have changed.
+
+        Raises:
+            grpc.aio.AioRpcError, UserError: see :meth:`refresh_model`.
+        """
         timeout = self._settings.connect_timeout_seconds
         status = (await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout)).status
         if status != health_pb2.HealthCheckResponse.SERVING:

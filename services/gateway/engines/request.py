@@ -18,7 +18,7 @@ from services.gateway.settings import GatewaySettings
 # Encoding this many characters takes about as long as handing the work to a thread and back.
 _INLINE_CHARACTERS = 16_384
 _SEEDS = 2**64
-# The engine reads 0 as "off"; a client means the narrowest choice by it.
+# Stands for a top_p of 0: the client means the narrowest choice, but the engine reads 0 as "off".
 _SMALLEST_TOP_P = 1e-6
 _BIAS_LIMIT = 100
 

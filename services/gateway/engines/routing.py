@@ -1,4 +1,4 @@
-"""The way of a prompt to an engine: the choice of a replica, failover, and the chunks that come back."""
+"""Sends a prompt to an engine: chooses a replica, fails over to another one, and reads the chunks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FAILOVER_CODES = (
 
 
 class Loaded(Protocol):
-    """The two attributes of a replica that decide between replicas."""
+    """The attributes by which :func:`least_loaded` compares replicas."""
 
     @property
     def load(self) -> int:
@@ -38,14 +38,14 @@ class Loaded(Protocol):
 
     @property
     def last_picked(self) -> int:
-        """A number that grows with each request: the smallest one waited longest."""
+        """Number of the latest request that was sent to the replica; the smallest number waited longest."""
 
 
 R = TypeVar("R", bound=Loaded)
 
 
 def least_loaded(replicas: Sequence[R]) -> R:
-    """Returns the replica with the fewest sequences; of equals the one that waited longest for a request.
+    """Returns the replica with the fewest sequences; among equals, the one that waited longest for a request.
 
     Args:
         replicas: at least one.

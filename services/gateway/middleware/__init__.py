@@ -1,1 +1,1 @@
-"""Layers around every HTTP request. API keys and rate limits would be two more files here."""
+"""ASGI middleware around every HTTP request. API keys and rate limits will belong here; they do not exist yet."""

@@ -19,14 +19,9 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        too_large = ApiError(
-            413,
-            f"The request body is larger than this server takes ({self._max_bytes} bytes).",
-            code="request_too_large",
-        )
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced) > self._max_bytes:
-            await too_large.response()(scope, receive, send)
+            await self._too_large().response()(scope, receive, send)
             return
         received = 0
 
@@ -35,7 +30,11 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_bytes:
-                raise too_large
+                raise self._too_large()
             return message
 
         await self._app(scope, receive_limited, send)
+
+    def _too_large(self) -> ApiError:
+        message = f"The request body is larger than this server takes ({self._max_bytes} bytes)."
+        return ApiError(413, message, code="request_too_large")
