@@ -35,7 +35,7 @@ def setting(
 
     Args:
         default: value if neither flag nor variable is given; a setting without a default is required.
-        help: sentence or noun phrase with the unit and a full stop, for ``--help`` and the documentation.
+        help: phrase in lower case with the unit and without a full stop, for ``--help`` and the documentation.
         env: environment variable; by default ``<PREFIX>_<FIELD>``.
         minimum, maximum: inclusive bounds of a number.
         secret: whether :func:`describe`, logs and the repr hide the value.

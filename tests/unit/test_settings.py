@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, Literal
 
 import pytest
 
 from nanochat_core.errors import UserError
 from nanochat_core.settings import describe, load, setting
+from tests.support.flag_reference import PROGRAMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,3 +232,11 @@ def test_a_type_that_cannot_be_read_is_the_programmer_s_error():
 
     with pytest.raises(TypeError, match="bytes"):
         loaded("--field", "x", cls=Odd)
+
+
+def test_help_texts_of_all_programs_have_one_style():
+    helps = [field.metadata["help"] for _, _, settings in PROGRAMS for field in dataclasses.fields(settings)]
+    assert len(helps) > 300
+    assert [text for text in helps if not text or text.endswith(".")] == []
+    # A first word in upper case is an abbreviation or a name, such as CPU or GPT-2.
+    assert [text for text in helps if re.match("[A-Z]([a-z]| )", text)] == []
