@@ -110,7 +110,7 @@ class ParquetRows(Rows):
             table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{shown} is not a whole parquet file: {' '.join(str(error).split())}") from error
-        self._length = table.num_rows
+        self._length = int(table.num_rows)
         self._columns = {name: table.column(name) for name in table.column_names}
 
     def __len__(self) -> int:

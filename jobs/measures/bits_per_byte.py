@@ -49,7 +49,7 @@ def bits_per_byte(
         # Special tokens stand for no bytes; what they cost is not counted either.
         sums += torch.stack([(losses * (lengths > 0)).sum(), lengths.sum().double()])
     nats, total_bytes = ranks.sum(sums).tolist()
-    return float(nats) / math.log(2) / max(total_bytes, 1.0)
+    return float(nats) / math.log(2) / max(float(total_bytes), 1.0)
 
 
 def _rows(tokenizer: Tokenizer, documents: Iterable[str], length: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -137,7 +137,8 @@ class GrpcTarget(EndpointTarget):
         # The tokenizer that comes with the description of a model may be larger than gRPC's usual limit.
         self._channel = grpc.aio.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
         self._stub = engine_pb2_grpc.EngineStub(self._channel)
-        return await self._stub.GetModel(engine_pb2.GetModelRequest(), timeout=_CONNECT_SECONDS)
+        info: engine_pb2.ModelInfo = await self._stub.GetModel(engine_pb2.GetModelRequest(), timeout=_CONNECT_SECONDS)
+        return info
 
     async def _disconnect(self) -> None:
         await self._channel.close()

@@ -102,4 +102,5 @@ class Costs:
     def _attended(self, contexts: np.ndarray) -> np.ndarray:
         """Keys attended to, over all layers, of each token."""
         windows = np.array(self.config.windows)
-        return np.minimum(contexts[:, None], windows + 1).sum(axis=1)
+        attended: np.ndarray = np.minimum(contexts[:, None], windows + 1).sum(axis=1)
+        return attended

@@ -122,4 +122,5 @@ class OpenLoop:
 
 def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:
     """Times of the first ``count`` events of a Poisson process of ``rate`` per second, in seconds."""
-    return np.random.default_rng(seed).exponential(1 / rate, count).cumsum().tolist()
+    times: list[float] = np.random.default_rng(seed).exponential(1 / rate, count).cumsum().tolist()
+    return times

@@ -174,7 +174,8 @@ class Tree:
     @property
     def positions(self) -> np.ndarray:
         """(nodes,) place of each in its option."""
-        return len(self.prefix) + self.ancestors.sum(axis=1) - 1
+        positions: np.ndarray = len(self.prefix) + self.ancestors.sum(axis=1) - 1
+        return positions
 
     @property
     def previous(self) -> np.ndarray:

@@ -83,7 +83,7 @@ class Selection(Sequence[list[Message]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> list[Message]:  # type: ignore[override]  # never sliced
-        return self._sources[self.source[index]][int(self.rows[index])]
+        return self._sources[int(self.source[index])][int(self.rows[index])]
 
 
 class Mixture:

@@ -30,7 +30,7 @@ class PowerLaw:
     r2: float
 
     def __call__(self, x: float) -> float:
-        return self.coefficient * x**self.exponent
+        return float(self.coefficient * x**self.exponent)
 
 
 @dataclasses.dataclass(frozen=True)

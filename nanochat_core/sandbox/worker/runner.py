@@ -138,4 +138,5 @@ def _describe(error: BaseException) -> bytes:
             kind = protocol.DENIED
         elif error.errno in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT):
             kind = protocol.SCRATCH
-    return protocol.pack_claim(kind, line[: protocol.MAX_ERROR_BYTES].encode("utf-8", "replace"))
+    claim: bytes = protocol.pack_claim(kind, line[: protocol.MAX_ERROR_BYTES].encode("utf-8", "replace"))
+    return claim

@@ -106,5 +106,5 @@ def _square_sum(x: Tensor) -> Tensor:
     RMSNorm divides by the root of this over the dimension. Its own operator is eight kernels on a CPU; here the
     division is left to where the result is small or scaled anyway.
     """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return norm.square_().add_(x.size(-1) * torch.finfo(torch.float32).eps)
