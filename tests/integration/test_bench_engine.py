@@ -74,7 +74,7 @@ def output_tokens(mix: str, requests: int, choices: int = 1) -> int:
     return requests * SMALL["output_tokens"] * (choices if mix == "samples" else 1)
 
 
-def test_the_core_is_measured_in_every_mix_and_size(tmp_path: Path):
+def test_the_core_is_measured_in_every_mix_and_size(tmp_path: Path) -> None:
     result, lines = bench(tmp_path, depth=1, head_dim=16, vocab_size=300, context_length=128)
     assert [(row["mix"], row["slots"]) for row in result["rows"]] == [
         (mix, slots) for mix in ("fixed", "mixed", "samples", "prefix") for slots in (2, 4)
@@ -97,12 +97,12 @@ def test_the_core_is_measured_in_every_mix_and_size(tmp_path: Path):
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_a_prefix_cache_nothing_is_found_in_it(tmp_path: Path):
+def test_without_a_prefix_cache_nothing_is_found_in_it(tmp_path: Path) -> None:
     result, _ = bench(tmp_path, depth=1, head_dim=16, vocab_size=300, prefix_caching=False, mixes=("prefix",))
     assert [row["cached_share"] for row in result["rows"]] == [0, 0]
 
 
-def test_shares_are_what_was_read_and_computed_over_what_could_have_been(tmp_path: Path, limits: Limits):
+def test_shares_are_what_was_read_and_computed_over_what_could_have_been(tmp_path: Path, limits: Limits) -> None:
     result, _ = bench(
         tmp_path,
         depth=1,
@@ -123,7 +123,7 @@ def test_shares_are_what_was_read_and_computed_over_what_could_have_been(tmp_pat
     assert row["bandwidth_share"] >= read / row["seconds"] / limits.bytes_per_second
 
 
-def test_a_checkpoint_is_measured_and_the_result_goes_into_its_store(home: Path):
+def test_a_checkpoint_is_measured_and_the_result_goes_into_its_store(home: Path) -> None:
     result, lines = bench(home, model="tiny", home=str(home), output="", report="speed", mixes=("mixed",))
     assert result["target"]["revision"] == "sft/step_000001"
     assert (result["target"]["device"], result["target"]["dtype"]) == ("cpu", "float32")
@@ -134,7 +134,7 @@ def test_a_checkpoint_is_measured_and_the_result_goes_into_its_store(home: Path)
     assert lines[0].startswith("limits: ")
 
 
-def test_arrivals_at_random_are_sent_at_their_rate(home: Path, tmp_path: Path):
+def test_arrivals_at_random_are_sent_at_their_rate(home: Path, tmp_path: Path) -> None:
     result, lines = bench(tmp_path, model="tiny", home=str(home), rate=("200", "400"), mixes=("mixed",), requests=20)
     assert [(row["slots"], row["rate"], row["answered"]) for row in result["rows"]] == [
         (None, 200, 20),
@@ -143,7 +143,7 @@ def test_arrivals_at_random_are_sent_at_their_rate(home: Path, tmp_path: Path):
     assert "400/s" in lines[-1]
 
 
-def test_an_engine_process_gives_outputs_of_the_wanted_length(service: EngineProcess, tmp_path: Path):
+def test_an_engine_process_gives_outputs_of_the_wanted_length(service: EngineProcess, tmp_path: Path) -> None:
     result, _ = bench(tmp_path, endpoint=f"grpc://{service.address}")
     assert (result["target"]["model"], result["limits"]) == ("tiny", None)
     for row in result["rows"]:
@@ -157,13 +157,15 @@ def test_an_engine_process_gives_outputs_of_the_wanted_length(service: EnginePro
     assert by_mix["prefix"]["cached_share"] > 0.5
 
 
-def test_a_second_run_does_not_find_the_prompts_of_the_first_in_the_cache(service: EngineProcess, tmp_path: Path):
+def test_a_second_run_does_not_find_the_prompts_of_the_first_in_the_cache(
+    service: EngineProcess, tmp_path: Path
+) -> None:
     for _ in range(2):
         result, _ = bench(tmp_path, endpoint=f"grpc://{service.address}", mixes=("fixed",))
         assert [row["cached_share"] for row in result["rows"]] == [0, 0]
 
 
-def test_an_engine_that_has_no_room_refuses_and_that_is_counted(service: EngineProcess, tmp_path: Path):
+def test_an_engine_that_has_no_room_refuses_and_that_is_counted(service: EngineProcess, tmp_path: Path) -> None:
     changes = {"mixes": ("fixed",), "rate": ("100000",), "requests": 40, "output_tokens": 100}
     result, lines = bench(tmp_path, endpoint=f"grpc://{service.address}", **changes)
     (row,) = result["rows"]
@@ -175,7 +177,7 @@ def test_an_engine_that_has_no_room_refuses_and_that_is_counted(service: EngineP
     assert str(row["refused"]) in lines[-1]
 
 
-async def test_a_gateway_before_an_engine_process_is_measured(service: EngineProcess, tmp_path: Path):
+async def test_a_gateway_before_an_engine_process_is_measured(service: EngineProcess, tmp_path: Path) -> None:
     async with running_gateway(service.address) as url:
         await until_ready(url)
         result, _ = await asyncio.to_thread(
@@ -201,12 +203,12 @@ async def test_a_gateway_before_an_engine_process_is_measured(service: EnginePro
     ],
     ids=["full", "in mid-stream", "silent"],
 )
-async def test_engines_that_fail_are_told_apart(script, errors, refused, tmp_path: Path):
+async def test_engines_that_fail_are_told_apart(script: Any, errors: Any, refused: int, tmp_path: Path) -> None:
     async with running_engine() as engine:
         good = saying(*["hello"] * 3)
         asked = 0
 
-        async def script_or_good(request, context):
+        async def script_or_good(request: pytest.FixtureRequest, context: Any):
             nonlocal asked
             asked += 1
             # The requests to warm up with come first, 2 for each row, and the first row is answered.
@@ -287,7 +289,7 @@ def endpoint(events: Callable[[int], list[Any] | int]) -> Iterator[tuple[str, li
 
 def test_any_endpoint_of_openais_form_is_measured_and_its_key_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     monkeypatch.setenv("SOME_KEY", KEY)
     caplog.set_level(logging.DEBUG)
     with endpoint(lambda _: WHOLE) as (url, asked):
@@ -313,7 +315,9 @@ def test_any_endpoint_of_openais_form_is_measured_and_its_key_is_kept(
         ([{"choices": [{"index": 0}]}, USAGE, None], "the answer is not of the form of chat completions", False),
     ],
 )
-def test_endpoints_that_fail_are_told_apart(events, error, refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_endpoints_that_fail_are_told_apart(
+    events: Any, error: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SOME_KEY", KEY)
     warm = 2 + 2  # requests to learn how long words are, and those before the row
     with endpoint(lambda number: WHOLE if number <= warm or number % 2 else events) as (url, _):
@@ -338,21 +342,21 @@ def test_endpoints_that_fail_are_told_apart(events, error, refused, tmp_path: Pa
         ({"depth": 1, "output": "", "report": "../x"}, "'reports/../x' is no key of the store"),
     ],
 )
-def test_what_cannot_be_measured_is_said_before_anything_is(changes, complaint, tmp_path: Path):
+def test_what_cannot_be_measured_is_said_before_anything_is(changes: Any, complaint: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         bench(tmp_path, **{"home": str(tmp_path / "home"), **changes})
     assert complaint in str(refused.value)
     assert "secret" not in str(refused.value)
 
 
-def test_an_endpoint_that_wants_another_key_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_endpoint_that_wants_another_key_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "key-of-another")
     with endpoint(lambda _: WHOLE) as (url, _), pytest.raises(UserError) as refused:
         bench(tmp_path, endpoint=url, api_key_variable="SOME_KEY")
     assert str(refused.value) == f"{url} cannot be measured: HTTP status 401"
 
 
-def test_if_nothing_is_answered_that_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_if_nothing_is_answered_that_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", KEY)
     with endpoint(lambda number: WHOLE if number <= 2 else 500) as (url, _), pytest.raises(UserError) as refused:
         bench(tmp_path, endpoint=url, api_key_variable="SOME_KEY")
@@ -360,7 +364,7 @@ def test_if_nothing_is_answered_that_is_an_error(tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.iterdir())
 
 
-def test_the_limits_of_this_machine_are_those_of_its_best_operations(monkeypatch: pytest.MonkeyPatch):
+def test_the_limits_of_this_machine_are_those_of_its_best_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr("jobs.eval.bench.roofline._MATRIX_SIDE", {"cpu": 256})
     monkeypatch.setattr("jobs.eval.bench.roofline._COPIED_BYTES", {"cpu": 1 << 22})

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ MODEL = "untrained"
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that says anything: special tokens are as likely as others."""
     home = tmp_path_factory.mktemp("home")
     tokenizer = train_tokenizer(pretraining_documents(seed=1, n=200), 400)
@@ -50,11 +51,11 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def checkpoint(home) -> Checkpoint:
+def checkpoint(home: Path) -> Checkpoint:
     return load_checkpoint(open_store(str(home)), CheckpointRef(MODEL, "sft", 7))
 
 
-def test_every_item_is_answered_and_the_answers_are_those_of_the_model(checkpoint):
+def test_every_item_is_answered_and_the_answers_are_those_of_the_model(checkpoint: Checkpoint) -> None:
     items = evaluation_set(20)
     result = evaluate(checkpoint, items)
     assert [answer.item for answer in result.answers] == items
@@ -79,7 +80,7 @@ def chain(tokenizer: Tokenizer, tokens: Sequence[str]) -> GPT:
     return model
 
 
-def test_the_model_computes_in_the_sandbox_and_goes_on_with_what_came_of_it(home):
+def test_the_model_computes_in_the_sandbox_and_goes_on_with_what_came_of_it(home: Path) -> None:
     tokenizer = Tokenizer([bytes([byte]) for byte in range(256)])
     model = chain(
         tokenizer,
@@ -98,7 +99,7 @@ def test_the_model_computes_in_the_sandbox_and_goes_on_with_what_came_of_it(home
     assert [answer.correct for answer in result.answers] == [True, False, True]
 
 
-def test_the_command_shows_accuracies_and_the_wrong_answers(home):
+def test_the_command_shows_accuracies_and_the_wrong_answers(home: Path) -> None:
     lines: list[str] = []
     result = chat.run(ChatEvalSettings(model=MODEL, home=str(home), items=14, threads=1), lines.append)
     assert result is not None
@@ -116,7 +117,7 @@ def test_the_command_shows_accuracies_and_the_wrong_answers(home):
     assert again == lines
 
 
-def test_recipes_are_asked_what_they_teach():
+def test_recipes_are_asked_what_they_teach() -> None:
     everything = find_recipe("demo").evaluation_items(40)
     small = find_recipe("small").evaluation_items(40)
     assert small == [item for item in everything if item.kind in {"greeting", "identity", "arithmetic", "counting"}]
@@ -126,7 +127,7 @@ def test_recipes_are_asked_what_they_teach():
         find_recipe("other")
 
 
-def test_the_newest_checkpoint_is_taken_or_the_one_that_is_named(home, checkpoint):
+def test_the_newest_checkpoint_is_taken_or_the_one_that_is_named(home: Path, checkpoint: Checkpoint) -> None:
     store = open_store(str(home))
     assert pick_checkpoint(store, MODEL, "").ref.step == 7
     assert pick_checkpoint(store, MODEL, "sft/step_000007").ref.step == 7
@@ -150,10 +151,10 @@ def reference_answer(tokenizer: Tokenizer, item: EvalItem) -> Completion:
     return Completion(tokens, events)
 
 
-def scripted_result(monkeypatch, checkpoint, items, answers) -> ChatResult:
+def scripted_result(monkeypatch: pytest.MonkeyPatch, checkpoint: Any, items: Any, answers: Any) -> ChatResult:
     """The evaluation of a model that has learnt its lines."""
 
-    def generate(engine, tokenizer, task, numbers):
+    def generate(engine: Any, tokenizer: Any, task: Any, numbers: Any):
         assert len(numbers) == len(answers) == len(task.questions)
         return ((number, (response(tokenizer, answers[number]),)) for number in numbers)
 
@@ -161,7 +162,9 @@ def scripted_result(monkeypatch, checkpoint, items, answers) -> ChatResult:
     return evaluate(checkpoint, items)
 
 
-def test_perfect_answers_are_all_right_and_nothing_else_is(monkeypatch, checkpoint):
+def test_perfect_answers_are_all_right_and_nothing_else_is(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint
+) -> None:
     items = evaluation_set(100, seed=5)
     perfect = [reference_answer(checkpoint.tokenizer, item) for item in items]
     result = scripted_result(monkeypatch, checkpoint, items, perfect)
@@ -179,7 +182,7 @@ def test_perfect_answers_are_all_right_and_nothing_else_is(monkeypatch, checkpoi
     assert result.accuracy() == sum(not item.requires_tool for item in items) / 100
 
 
-def test_code_and_its_output_are_no_part_of_the_text(monkeypatch, checkpoint):
+def test_code_and_its_output_are_no_part_of_the_text(monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint) -> None:
     items = [item for item in evaluation_set(40) if item.requires_tool]
     perfect = [reference_answer(checkpoint.tokenizer, item) for item in items]
     for answer in scripted_result(monkeypatch, checkpoint, items, perfect).answers:
@@ -190,7 +193,9 @@ def test_code_and_its_output_are_no_part_of_the_text(monkeypatch, checkpoint):
         assert [code, output] == parts
 
 
-def test_a_call_that_the_end_of_the_answer_cut_off_has_no_output(monkeypatch, checkpoint):
+def test_a_call_that_the_end_of_the_answer_cut_off_has_no_output(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint
+) -> None:
     (item, *_) = [item for item in evaluation_set(40) if item.requires_tool]
     whole = reference_answer(checkpoint.tokenizer, item)
     end = [token.id for token in whole.tokens].index(checkpoint.tokenizer.special_ids[tok.PYTHON_END])
@@ -200,7 +205,7 @@ def test_a_call_that_the_end_of_the_answer_cut_off_has_no_output(monkeypatch, ch
     assert not answer.correct
 
 
-def test_accuracies_count_the_right_answers_of_each_kind():
+def test_accuracies_count_the_right_answers_of_each_kind() -> None:
     items = evaluation_set(40)
     answers = tuple(Answer(item, "", (), correct=i % 4 == 0) for i, item in enumerate(items))
     result = ChatResult("sft/step_000001", answers)
@@ -222,19 +227,19 @@ def test_accuracies_count_the_right_answers_of_each_kind():
         ("1 / 0", ToolOutput("error", "ZeroDivisionError: division by zero")),
     ],
 )
-async def test_code_runs_in_the_sandbox_and_the_model_reads_what_came_of_it(code, expected):
+async def test_code_runs_in_the_sandbox_and_the_model_reads_what_came_of_it(code: str, expected: Any) -> None:
     with SandboxExecutor() as executor:
         assert await SandboxTool(executor)(code, request_id="1", timeout_seconds=10) == expected
 
 
-async def test_code_that_takes_too_long_is_ended():
+async def test_code_that_takes_too_long_is_ended() -> None:
     with SandboxExecutor() as executor:
         output = await SandboxTool(executor)("while True: pass", request_id="1", timeout_seconds=0.5)
     assert output.status == "timeout"
     assert output.output
 
 
-def test_samples_continue_their_prompts_reproducibly(checkpoint):
+def test_samples_continue_their_prompts_reproducibly(checkpoint: Checkpoint) -> None:
     prompts = ["The sea", "A boat is"]
     samples = continue_text(checkpoint, prompts, dataclasses.replace(SAMPLING, max_tokens=20))
     assert [prompt for prompt, _ in samples] == prompts

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ QUESTIONS, CHUNKS = 80, 3
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory) -> Path:
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that says anything, and a file of questions with choices."""
     home = tmp_path_factory.mktemp("filled") / "home"
     tokenizer = train_tokenizer(pretraining_documents(seed=1, n=100), 400)
@@ -81,7 +81,7 @@ def parts(home: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(filled: Path, tmp_path_factory) -> bytes:
+def uninterrupted(filled: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     home = tmp_path_factory.mktemp("uninterrupted") / "home"
     shutil.copytree(filled, home)
     chat.run(settings(home), lambda _: None)
@@ -110,7 +110,9 @@ chat.run(chat.ChatEvalSettings(**given | {"tasks": tuple(given["tasks"])}), prin
 """
 
 
-def test_a_killed_evaluation_goes_on_without_repeating_what_was_finished(home, uninterrupted, monkeypatch):
+def test_a_killed_evaluation_goes_on_without_repeating_what_was_finished(
+    home: Path, uninterrupted: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = json.dumps(vars(settings(home)))
     killed = subprocess.run([sys.executable, "-c", KILLED, given, "700"], cwd=ROOT, capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
@@ -123,7 +125,7 @@ def test_a_killed_evaluation_goes_on_without_repeating_what_was_finished(home, u
     asked: list[int] = []
     kept: list[str] = []
 
-    def watched(engine, tokenizer, task, numbers, sampling):
+    def watched(engine: Any, tokenizer: Any, task: Any, numbers: Any, sampling: Any):
         asked.extend(numbers)
         return generate(engine, tokenizer, task, numbers, sampling)
 
@@ -140,11 +142,11 @@ def test_a_killed_evaluation_goes_on_without_repeating_what_was_finished(home, u
     assert parts(home) == {}
 
 
-def test_what_was_kept_is_what_counts(home, uninterrupted):
+def test_what_was_kept_is_what_counts(home: Path, uninterrupted: bytes) -> None:
     """A part of an interrupted run that says otherwise is seen in the result: it is read, not computed again."""
     evaluation = None
 
-    def stop_after_first(self, name, value):
+    def stop_after_first(self: Any, name: Any, value: Any) -> Never:
         nonlocal evaluation
         evaluation = self
         original(self, name, value)
@@ -168,20 +170,20 @@ def on_rank(ranks: Ranks, home: str) -> Any:
     return result and result["identity"]
 
 
-def test_two_ranks_find_what_one_finds(home, uninterrupted):
+def test_two_ranks_find_what_one_finds(home: Path, uninterrupted: bytes) -> None:
     leader, other = run_ranks(2, on_rank, str(home))
     assert other is None
     assert leader == json.loads(uninterrupted)["identity"]
     assert result_of(home) == uninterrupted
 
 
-def test_a_rank_with_a_store_of_its_own_is_named(home):
+def test_a_rank_with_a_store_of_its_own_is_named(home: Path) -> None:
     alone = settings(home, tasks=("spelling",))
     with pytest.raises(UserError, match=r"spelling-00001 of another rank is not in .*; all ranks need the same store"):
         chat.run(alone, lambda _: None, ranks=Ranks(rank=0, size=2))
 
 
-def test_other_settings_are_another_evaluation(home):
+def test_other_settings_are_another_evaluation(home: Path) -> None:
     small = {"tasks": ("spelling",), "items": 4}
     first = chat.run(settings(home, **small), lambda _: None)
     for changes in ({"seed": 1}, {"samples": 3}, {"temperature": 0.5}, {"top_k": 5}, {"items": 5}, {"dtype": "bf16"}):
@@ -192,7 +194,7 @@ def test_other_settings_are_another_evaluation(home):
     assert chat.run(settings(home, **small, batch=8, threads=1), lambda _: None) == first
 
 
-def test_an_answer_depends_on_neither_the_batch_nor_the_other_questions(home):
+def test_an_answer_depends_on_neither_the_batch_nor_the_other_questions(home: Path) -> None:
     checkpoint: Checkpoint = load_checkpoint(open_store(str(home)), REF)
     (task,) = open_tasks(["spelling"], DatasetSource(open_store(str(home))), Selection(items=30))
     sampling = Sampling(samples=3, temperature=1.0, seed=5)
@@ -209,7 +211,7 @@ def test_an_answer_depends_on_neither_the_batch_nor_the_other_questions(home):
     assert answers([3], 3, Sampling(samples=3, temperature=1.0, seed=6))[3] != together[3]
 
 
-def test_questions_that_do_not_fit_are_wrong_and_the_others_are_answered(home):
+def test_questions_that_do_not_fit_are_wrong_and_the_others_are_answered(home: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "word " * n}], "answer": "x"} for n in (1, 2000, 3)]
     (home / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines: list[str] = []

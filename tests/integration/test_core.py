@@ -76,7 +76,7 @@ def parts(jobs: Jobs) -> list[Path]:
     return sorted(jobs.home.glob("evaluations/**/parts-*/*.json"))
 
 
-def test_the_result_is_kept_and_shown(jobs, prepared, flags, expected):
+def test_the_result_is_kept_and_shown(jobs: Jobs, prepared: Path, flags: dict[str, Any], expected: CoreResult) -> None:
     command = [sys.executable, "-m", MODULE, "--home", str(jobs.home), *(f"--{k}={v}" for k, v in flags.items())]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     kept = result(jobs)
@@ -98,7 +98,9 @@ def test_the_result_is_kept_and_shown(jobs, prepared, flags, expected):
     assert not parts(jobs)
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_result_and_repeats_nothing_that_was_finished(jobs, flags, expected):
+def test_killed_at_any_moment_it_ends_with_the_same_result_and_repeats_nothing_that_was_finished(
+    jobs: Jobs, flags: dict[str, Any], expected: CoreResult
+) -> None:
     before: dict[Path, int] = {}
     for finished in (2, 7):
         job = jobs.start(MODULE, flags)
@@ -112,7 +114,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_result_and_repeats_nothing_t
     assert CoreResult.of_summary(result(jobs)) == expected
 
 
-def test_what_a_finished_part_says_is_taken_for_it(jobs, flags, prepared, expected):
+def test_what_a_finished_part_says_is_taken_for_it(
+    jobs: Jobs, flags: dict[str, Any], prepared: Path, expected: CoreResult
+) -> None:
     checkpoint = load_checkpoint(jobs.store, REF)
     bundle = read_bundle(open_bundle(str(prepared / "bundle")))
 
@@ -130,7 +134,9 @@ def test_what_a_finished_part_says_is_taken_for_it(jobs, flags, prepared, expect
     assert others == [task for task in expected.tasks if task.label != "task_3"]
 
 
-def test_two_ranks_come_to_the_result_of_one_also_where_one_of_them_dies(jobs, flags, expected):
+def test_two_ranks_come_to_the_result_of_one_also_where_one_of_them_dies(
+    jobs: Jobs, flags: dict[str, Any], expected: CoreResult
+) -> None:
     pair = jobs.start_ranks(2, MODULE, flags)
     assert [rank.wait() for rank in pair] == [0, 0], [rank.stderr for rank in pair]
     assert CoreResult.of_summary(result(jobs)) == expected
@@ -145,7 +151,9 @@ def test_two_ranks_come_to_the_result_of_one_also_where_one_of_them_dies(jobs, f
     assert CoreResult.of_summary(result(jobs)) == expected
 
 
-def test_parts_are_shared_by_ranks_and_cut_alike_for_each(jobs, flags, expected, monkeypatch, prepared):
+def test_parts_are_shared_by_ranks_and_cut_alike_for_each(
+    jobs: Jobs, flags: dict[str, Any], expected: CoreResult, monkeypatch: pytest.MonkeyPatch, prepared: Path
+) -> None:
     monkeypatch.setattr("jobs.measures.core.run.PART_TOKENS", 100)
     checkpoint = load_checkpoint(jobs.store, REF)
     bundle = read_bundle(open_bundle(str(prepared / "bundle")))
@@ -155,7 +163,9 @@ def test_parts_are_shared_by_ranks_and_cut_alike_for_each(jobs, flags, expected,
     assert len(parts(jobs)) > 5 * len(TASKS)
 
 
-def test_a_finished_evaluation_is_not_done_again_but_one_of_other_items_is(jobs, flags, expected):
+def test_a_finished_evaluation_is_not_done_again_but_one_of_other_items_is(
+    jobs: Jobs, flags: dict[str, Any], expected: CoreResult
+) -> None:
     jobs.run(MODULE, flags)
     path = next(jobs.home.glob("evaluations/**/result.json"))
     written = path.stat().st_mtime_ns
@@ -177,14 +187,16 @@ def test_a_finished_evaluation_is_not_done_again_but_one_of_other_items_is(jobs,
         ({"max_per_task": 2}, "take at least 3 per task"),
     ],
 )
-def test_what_cannot_be_evaluated_is_said_in_a_line(jobs, flags, changes, problem):
+def test_what_cannot_be_evaluated_is_said_in_a_line(
+    jobs: Jobs, flags: dict[str, Any], changes: Any, problem: str
+) -> None:
     job = jobs.start(MODULE, flags, **changes)
     assert job.wait() == 2
     (line,) = [line for line in job.stderr.splitlines() if not line.startswith("{")]
     assert problem in line
 
 
-def test_a_whole_core_is_compared_with_gpt2():
+def test_a_whole_core_is_compared_with_gpt2() -> None:
     tasks = tuple(TaskResult(label, "schema", 0, 10, 5, 0.0, 0.5) for label in sorted(CORE_TASKS))
     whole = CoreResult(tasks, ())
     assert whole.summary()["partial"] == []
@@ -193,7 +205,7 @@ def test_a_whole_core_is_compared_with_gpt2():
     assert CoreResult.of_summary(json.loads(json.dumps(whole.summary()))) == whole
 
 
-def test_pretraining_keeps_core_in_its_history(tmp_path, prepared):
+def test_pretraining_keeps_core_in_its_history(tmp_path: Path, prepared: Path) -> None:
     fill(tmp_path / "home")
     (tmp_path / "logs").mkdir()
     jobs = Jobs(tmp_path / "home", tmp_path / "logs")
@@ -213,7 +225,7 @@ def test_pretraining_keeps_core_in_its_history(tmp_path, prepared):
     assert kept["core"] == pytest.approx(found[10])
 
 
-def test_a_bundle_that_is_none_stops_pretraining_before_its_first_step(tmp_path, prepared):
+def test_a_bundle_that_is_none_stops_pretraining_before_its_first_step(tmp_path: Path, prepared: Path) -> None:
     fill(tmp_path / "home")
     (tmp_path / "logs").mkdir()
     jobs = Jobs(tmp_path / "home", tmp_path / "logs")

@@ -59,7 +59,7 @@ def client(url: str) -> openai.AsyncOpenAI:
     return openai_client(url)
 
 
-async def test_a_conversation_is_answered(engine, client):
+async def test_a_conversation_is_answered(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     engine.script = saying("the wor", "ld")
     answer = await client.chat.completions.create(model="nano", messages=HELLO)
     assert answer.choices[0].message.content == "the world"
@@ -79,7 +79,7 @@ async def test_a_conversation_is_answered(engine, client):
     assert answer.usage.prompt_tokens_details.cached_tokens == 2
 
 
-async def test_the_blocking_client_streams_too(engine, url):
+async def test_the_blocking_client_streams_too(engine: ScriptedEngine, url: str) -> None:
     engine.script = saying("hello world")
 
     def read() -> list[str | None]:
@@ -90,7 +90,7 @@ async def test_the_blocking_client_streams_too(engine, url):
     assert "".join(text or "" for text in await asyncio.to_thread(read)) == "hello world"
 
 
-async def test_the_raw_stream_is_what_the_protocol_says(engine, url):
+async def test_the_raw_stream_is_what_the_protocol_says(engine: ScriptedEngine, url: str) -> None:
     engine.script = saying("hello", "!")
     async with http_client(url) as http:
         answer = await http.post(
@@ -120,14 +120,14 @@ async def test_the_raw_stream_is_what_the_protocol_says(engine, url):
     assert len({(part["id"], part["created"], part["model"], part["system_fingerprint"]) for part in chunks}) == 1
 
 
-async def test_usage_is_absent_from_a_stream_that_did_not_ask(engine, url):
+async def test_usage_is_absent_from_a_stream_that_did_not_ask(engine: ScriptedEngine, url: str) -> None:
     engine.script = saying("hello")
     async with http_client(url) as http:
         answer = await http.post(f"{url}/v1/chat/completions", json={"messages": HELLO, "stream": True})
     assert '"usage"' not in answer.text
 
 
-async def test_no_chunk_ever_splits_a_character(engine, client):
+async def test_no_chunk_ever_splits_a_character(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     text = "naïve 😀👩‍🚀 ñ 漢字"
     engine.script = saying(text.encode())
     pieces = []
@@ -140,7 +140,9 @@ async def test_no_chunk_ever_splits_a_character(engine, client):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("stop", ["STOP", ["never", "STOP"]])
-async def test_a_stop_string_ends_the_answer_and_the_engines_work(engine, client, stop, stream):
+async def test_a_stop_string_ends_the_answer_and_the_engines_work(
+    engine: ScriptedEngine, client: openai.AsyncOpenAI, stop: Any, stream: bool
+) -> None:
     async def script(request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.GenerateChunk]:
         for byte in b"abc STOP def":
             yield chunk([byte])
@@ -184,7 +186,7 @@ EVENTS = [
 ]
 
 
-async def test_tool_events_stand_beside_the_text(engine, client):
+async def test_tool_events_stand_beside_the_text(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     engine.script = tool_script
     answer = await client.chat.completions.create(model="nano", messages=HELLO)
     assert answer.choices[0].message.content == "é = 42"
@@ -192,7 +194,7 @@ async def test_tool_events_stand_beside_the_text(engine, client):
     assert engine.requests[0].tools.enabled
 
 
-async def test_tool_events_are_streamed_when_they_happen(engine, client):
+async def test_tool_events_are_streamed_when_they_happen(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     engine.script = tool_script
     seen: list[Any] = []
     async for part in await client.chat.completions.create(model="nano", messages=HELLO, stream=True):
@@ -202,7 +204,9 @@ async def test_tool_events_are_streamed_when_they_happen(engine, client):
     assert seen == ["é = ", *EVENTS, "42"]
 
 
-async def test_an_answer_sent_back_as_it_came_gives_the_tokens_that_the_model_wrote(engine, client):
+async def test_an_answer_sent_back_as_it_came_gives_the_tokens_that_the_model_wrote(
+    engine: ScriptedEngine, client: openai.AsyncOpenAI
+) -> None:
     engine.script = tool_script
     first = await client.chat.completions.create(model="nano", messages=HELLO)
     message = first.choices[0].message.model_dump()
@@ -219,7 +223,7 @@ async def test_an_answer_sent_back_as_it_came_gives_the_tokens_that_the_model_wr
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_n_choices_are_kept_apart(engine, client, stream):
+async def test_n_choices_are_kept_apart(engine: ScriptedEngine, client: openai.AsyncOpenAI, stream: bool) -> None:
     async def script(request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.GenerateChunk]:
         for step in range(3):
             for index in range(request.n):
@@ -247,7 +251,9 @@ async def test_n_choices_are_kept_apart(engine, client, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_log_probabilities_come_with_their_text(engine, client, stream):
+async def test_log_probabilities_come_with_their_text(
+    engine: ScriptedEngine, client: openai.AsyncOpenAI, stream: bool
+) -> None:
     engine.script = saying("hello ", "😀".encode())
     options: dict[str, Any] = {"model": "nano", "messages": HELLO, "logprobs": True, "top_logprobs": 2}
     if stream:
@@ -266,7 +272,7 @@ async def test_log_probabilities_come_with_their_text(engine, client, stream):
     assert entries[0].top_logprobs[1].logprob == pytest.approx(-(hello + 1) / 100)
 
 
-async def test_parameters_reach_the_engine(engine, client):
+async def test_parameters_reach_the_engine(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     await client.chat.completions.create(
         model="nano",
         messages=HELLO,
@@ -291,7 +297,9 @@ async def test_parameters_reach_the_engine(engine, client):
     assert not sampling.HasField("logprobs")
 
 
-async def test_what_the_answer_must_match_reaches_the_engine(engine, client):
+async def test_what_the_answer_must_match_reaches_the_engine(
+    engine: ScriptedEngine, client: openai.AsyncOpenAI
+) -> None:
     schema = {"type": "object", "properties": {"b": {"enum": ["é", 1]}, "a": {}}}
     form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema, "strict": True}}
     for changes in (
@@ -309,7 +317,9 @@ async def test_what_the_answer_must_match_reaches_the_engine(engine, client):
     assert free.WhichOneof("constraint") is None
 
 
-async def test_left_out_parameters_have_the_documented_defaults(engine, client):
+async def test_left_out_parameters_have_the_documented_defaults(
+    engine: ScriptedEngine, client: openai.AsyncOpenAI
+) -> None:
     await client.chat.completions.create(model="nano", messages=HELLO)
     await client.chat.completions.create(model="nano", messages=HELLO)
     first, second = (request.sampling for request in engine.requests)
@@ -320,19 +330,23 @@ async def test_left_out_parameters_have_the_documented_defaults(engine, client):
     assert first.seed != second.seed
 
 
-async def test_an_answer_longer_than_the_context_has_room_for_is_capped(engine, client):
+async def test_an_answer_longer_than_the_context_has_room_for_is_capped(
+    engine: ScriptedEngine, client: openai.AsyncOpenAI
+) -> None:
     engine.script = saying("hello", finish=pb.FINISH_REASON_LENGTH)
     answer = await client.chat.completions.create(model="nano", messages=HELLO, max_tokens=100_000)
     assert engine.requests[0].sampling.max_tokens == 256 - 5
     assert answer.choices[0].finish_reason == "length"
 
 
-async def test_top_p_zero_is_the_narrowest_choice_and_not_none(engine, client):
+async def test_top_p_zero_is_the_narrowest_choice_and_not_none(
+    engine: ScriptedEngine, client: openai.AsyncOpenAI
+) -> None:
     await client.chat.completions.create(model="nano", messages=HELLO, top_p=0)
     assert 0 < engine.requests[0].sampling.top_p < 1e-3
 
 
-async def test_the_request_id_goes_all_the_way(engine, client):
+async def test_the_request_id_goes_all_the_way(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     raw = await client.chat.completions.with_raw_response.create(
         model="nano", messages=HELLO, extra_headers={"x-request-id": "abc-123"}
     )
@@ -343,7 +357,7 @@ async def test_the_request_id_goes_all_the_way(engine, client):
 
 
 @pytest.mark.parametrize("bad", ["x" * 129, "tab\there", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"])
-async def test_an_unusable_request_id_is_replaced(engine, url, bad):
+async def test_an_unusable_request_id_is_replaced(engine: ScriptedEngine, url: str, bad: str) -> None:
     async with http_client(url) as http:
         answer = await http.get(f"{url}/v1/models", headers={"x-request-id": bad.encode("latin-1")})
     assert answer.headers["x-request-id"] != bad
@@ -352,7 +366,7 @@ async def test_an_unusable_request_id_is_replaced(engine, url, bad):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("said", [(), ("hello",)])
-async def test_a_client_that_leaves_stops_the_engine(engine, url, stream, said):
+async def test_a_client_that_leaves_stops_the_engine(engine: ScriptedEngine, url: str, stream: bool, said: Any) -> None:
     engine.script = hanging(*said)
     async with http_client(url) as http:
         request = http.build_request("POST", f"{url}/v1/chat/completions", json={"messages": HELLO, "stream": stream})
@@ -372,7 +386,7 @@ async def test_a_client_that_leaves_stops_the_engine(engine, url, stream, said):
 
 
 @pytest.mark.parametrize("said", [(), ("hello",)])
-async def test_silence_is_filled_with_comments(engine, url, said):
+async def test_silence_is_filled_with_comments(engine: ScriptedEngine, url: str, said: Any) -> None:
     engine.script = hanging(*said)
     lines: list[str] = []
     async with (
@@ -387,7 +401,7 @@ async def test_silence_is_filled_with_comments(engine, url, said):
     assert sum("hello" in line for line in lines) == len(said)
 
 
-async def test_openai_ignores_the_comments(engine, client):
+async def test_openai_ignores_the_comments(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     engine.script = saying("hello", "!", pause=0.3)
     pieces = []
     async for part in await client.chat.completions.create(model="nano", messages=HELLO, stream=True):
@@ -395,7 +409,9 @@ async def test_openai_ignores_the_comments(engine, client):
     assert "".join(pieces) == "hello!"
 
 
-async def test_an_engine_that_dies_in_mid_stream_is_an_error_event_and_no_silent_end(engine, url, client):
+async def test_an_engine_that_dies_in_mid_stream_is_an_error_event_and_no_silent_end(
+    engine: ScriptedEngine, url: str, client: openai.AsyncOpenAI
+) -> None:
     engine.script = failing(grpc.StatusCode.INTERNAL, "secret detail", after=saying("hello", "!"))
     async with http_client(url) as http:
         answer = await http.post(f"{url}/v1/chat/completions", json={"messages": HELLO, "stream": True})
@@ -409,7 +425,9 @@ async def test_an_engine_that_dies_in_mid_stream_is_an_error_event_and_no_silent
             pass
 
 
-async def test_an_engine_that_ends_without_a_reason_is_an_error(engine, client):
+async def test_an_engine_that_ends_without_a_reason_is_an_error(
+    engine: ScriptedEngine, client: openai.AsyncOpenAI
+) -> None:
     async def script(request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.GenerateChunk]:
         yield chunk(ids("hello"))
 

@@ -72,7 +72,7 @@ async def echo(request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.G
             await asyncio.sleep(0)
 
 
-async def test_a_text_is_continued_without_tools(engine, client):
+async def test_a_text_is_continued_without_tools(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     answer = await client.completions.create(model="nano", prompt="hello", max_tokens=5)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == (" world", "stop")
     assert answer.object == "text_completion"
@@ -82,19 +82,21 @@ async def test_a_text_is_continued_without_tools(engine, client):
     assert request.sampling.max_tokens == 5
 
 
-async def test_token_ids_are_used_as_they_are(engine, client):
+async def test_token_ids_are_used_as_they_are(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     await client.completions.create(model="nano", prompt=[5, 6, 7])
     assert list(engine.requests[0].prompt_token_ids) == [5, 6, 7]
 
 
-async def test_python_tokens_hide_nothing_without_tools(engine, client):
+async def test_python_tokens_hide_nothing_without_tools(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     engine.script = saying("a", "<|python_start|>", "b", "<|python_end|>", "c")
     assert (await client.completions.create(model="nano", prompt="x")).choices[0].text == "abc"
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prompts", [["ab", "cde"], [list(b"ab"), list(b"cde")]])
-async def test_a_list_of_prompts_gets_n_answers_each(engine, client, prompts, stream):
+async def test_a_list_of_prompts_gets_n_answers_each(
+    engine: ScriptedEngine, client: openai.AsyncOpenAI, prompts: Any, stream: bool
+) -> None:
     engine.script = echo
     texts = [""] * 4
     if stream:
@@ -116,7 +118,7 @@ async def test_a_list_of_prompts_gets_n_answers_each(engine, client, prompts, st
     assert len({request.sampling.seed for request in engine.requests}) == 2
 
 
-async def test_log_probabilities_have_the_older_form(engine, client):
+async def test_log_probabilities_have_the_older_form(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     engine.script = saying("hello", "!")
     answer = await client.completions.create(model="nano", prompt="x", logprobs=1)
     found = answer.choices[0].logprobs
@@ -144,13 +146,17 @@ async def test_log_probabilities_have_the_older_form(engine, client):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_cannot_be_done_is_refused_by_name(engine, url, change, param, stream):
+async def test_what_cannot_be_done_is_refused_by_name(
+    engine: ScriptedEngine, url: str, change: Any, param: str, stream: bool
+) -> None:
     async with http_client(url) as http:
         answer = await http.post(f"{url}/v1/completions", json={"prompt": "hello", "stream": stream, **change})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
-async def test_one_failing_prompt_fails_the_request_and_ends_the_others(engine, client):
+async def test_one_failing_prompt_fails_the_request_and_ends_the_others(
+    engine: ScriptedEngine, client: openai.AsyncOpenAI
+) -> None:
     calls = 0
 
     def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
@@ -165,7 +171,7 @@ async def test_one_failing_prompt_fails_the_request_and_ends_the_others(engine, 
     await asyncio.wait_for(engine.cancelled.acquire(), 2)
 
 
-async def test_models_are_listed_and_described(engine, client):
+async def test_models_are_listed_and_described(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     listed = [model async for model in await client.models.list()]
     assert [(model.id, model.object, model.owned_by) for model in listed] == [("nano", "model", "nanochat")]
     model = await client.models.retrieve("nano")
@@ -181,11 +187,11 @@ async def test_models_are_listed_and_described(engine, client):
         await client.models.retrieve("some/other")
 
 
-async def test_an_alias_answers_under_the_models_own_name(engine, client):
+async def test_an_alias_answers_under_the_models_own_name(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     assert (await client.completions.create(model="gpt-4o", prompt="x")).model == "nano"
 
 
-async def test_tokens_go_there_and_back(engine, url):
+async def test_tokens_go_there_and_back(engine: ScriptedEngine, url: str) -> None:
     async with http_client(url) as http:
         text = "hello 😀"
         made = (await http.post("/tokenize", json={"prompt": text, "return_token_strs": True})).json()
@@ -196,7 +202,9 @@ async def test_tokens_go_there_and_back(engine, url):
         assert (await http.post("/detokenize", json={"tokens": plain["tokens"]})).json() == {"prompt": text}
 
 
-async def test_the_tokens_of_a_conversation_are_those_that_chat_sends(engine, url, client):
+async def test_the_tokens_of_a_conversation_are_those_that_chat_sends(
+    engine: ScriptedEngine, url: str, client: openai.AsyncOpenAI
+) -> None:
     messages: list[Any] = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}]
     async with http_client(url) as http:
         counted = (await http.post("/tokenize", json={"messages": messages})).json()
@@ -215,7 +223,7 @@ async def test_the_tokens_of_a_conversation_are_those_that_chat_sends(engine, ur
         ("/detokenize", {"tokens": "hello"}),
     ],
 )
-async def test_what_has_no_tokens_is_refused(engine, url, path, body):
+async def test_what_has_no_tokens_is_refused(engine: ScriptedEngine, url: str, path: str, body: Any) -> None:
     async with http_client(url) as http:
         answer = await http.post(path, json=body)
     assert answer.status_code == 400

@@ -35,7 +35,7 @@ async def ask(url: str, **options: Any) -> str:
     return answer.choices[0].message.content or ""
 
 
-async def test_a_gateway_starts_without_an_engine_and_finds_it_later():
+async def test_a_gateway_starts_without_an_engine_and_finds_it_later() -> None:
     engine = ScriptedEngine()
     await engine.start()
     await engine.stop()
@@ -56,7 +56,7 @@ async def test_a_gateway_starts_without_an_engine_and_finds_it_later():
     await engine.stop()
 
 
-async def test_an_engine_that_comes_back_is_used_again():
+async def test_an_engine_that_comes_back_is_used_again() -> None:
     async with running_engine() as engine, running_gateway(engine.address) as url:
         await until_ready(url)
         await engine.stop()
@@ -66,7 +66,7 @@ async def test_an_engine_that_comes_back_is_used_again():
         assert await ask(url) == "hello"
 
 
-async def test_an_engine_killed_in_mid_stream_ends_the_stream_with_words_for_a_person():
+async def test_an_engine_killed_in_mid_stream_ends_the_stream_with_words_for_a_person() -> None:
     async with running_engine() as engine, running_gateway(engine.address) as url:
         await until_ready(url)
         engine.script = hanging("hello")
@@ -78,7 +78,7 @@ async def test_an_engine_killed_in_mid_stream_ends_the_stream_with_words_for_a_p
             await anext(stream)
 
 
-async def test_a_request_goes_to_the_other_engine_when_one_is_dead():
+async def test_a_request_goes_to_the_other_engine_when_one_is_dead() -> None:
     async with (
         running_engine() as one,
         running_engine() as two,
@@ -92,7 +92,7 @@ async def test_a_request_goes_to_the_other_engine_when_one_is_dead():
         assert [await ask(url) for _ in range(4)] == ["two"] * 4
 
 
-async def test_a_full_engine_passes_the_request_on():
+async def test_a_full_engine_passes_the_request_on() -> None:
     async with (
         running_engine() as full,
         running_engine() as other,
@@ -108,7 +108,7 @@ async def test_a_full_engine_passes_the_request_on():
             await ask(url)
 
 
-async def test_the_engine_with_less_to_do_gets_the_request():
+async def test_the_engine_with_less_to_do_gets_the_request() -> None:
     async with (
         running_engine() as busy,
         running_engine() as idle,
@@ -121,7 +121,7 @@ async def test_the_engine_with_less_to_do_gets_the_request():
         assert [await ask(url) for _ in range(5)] == ["idle"] * 5
 
 
-async def test_an_engine_that_drains_gets_nothing_new():
+async def test_an_engine_that_drains_gets_nothing_new() -> None:
     async with (
         running_engine() as draining,
         running_engine() as other,
@@ -136,7 +136,7 @@ async def test_an_engine_that_drains_gets_nothing_new():
         await until_ready(url, 503)
 
 
-async def test_a_new_revision_is_taken_up_with_its_tokenizer():
+async def test_a_new_revision_is_taken_up_with_its_tokenizer() -> None:
     async with running_engine() as engine, running_gateway(engine.address) as url:
         await until_ready(url)
         client = openai_client(url)
@@ -154,7 +154,7 @@ async def test_a_new_revision_is_taken_up_with_its_tokenizer():
         assert before.system_fingerprint != after.system_fingerprint
 
 
-async def test_during_a_rolling_update_each_engine_is_spoken_to_in_its_own_tokens():
+async def test_during_a_rolling_update_each_engine_is_spoken_to_in_its_own_tokens() -> None:
     other = Tokenizer([bytes([i]) for i in range(256)] + [b"lo"])
     async with running_engine() as old, running_engine(tokenizer=other) as new:
         old.script = new.script = saying(b"hi", finish=pb.FINISH_REASON_LENGTH)
@@ -178,7 +178,7 @@ def refusing_other_tokenizers(engine: ScriptedEngine, then: Script) -> Script:
     return script
 
 
-async def test_a_promotion_that_the_gateway_has_not_seen_yet_gets_a_prompt_in_its_own_tokens():
+async def test_a_promotion_that_the_gateway_has_not_seen_yet_gets_a_prompt_in_its_own_tokens() -> None:
     other = Tokenizer([bytes([i]) for i in range(256)] + [b"lo"])
     async with running_engine() as engine:
         engine.info.digests["tokenizer.json"] = "before"
@@ -199,7 +199,7 @@ async def test_a_promotion_that_the_gateway_has_not_seen_yet_gets_a_prompt_in_it
                 assert len(engine.requests) == (1 if stream else 2)
 
 
-async def test_an_engine_that_refuses_its_own_tokenizer_is_given_up():
+async def test_an_engine_that_refuses_its_own_tokenizer_is_given_up() -> None:
     async with (
         running_engine() as odd,
         running_engine() as other,
@@ -215,7 +215,7 @@ async def test_an_engine_that_refuses_its_own_tokenizer_is_given_up():
         assert error.value.status_code == 503
 
 
-async def test_a_new_revision_is_seen_with_the_load():
+async def test_a_new_revision_is_seen_with_the_load() -> None:
     async with running_engine() as engine, running_gateway(engine.address, model_poll_seconds=60) as url:
         await until_ready(url)
         engine.info.revision = engine.load.revision = "rl/step_20"
@@ -224,7 +224,7 @@ async def test_a_new_revision_is_seen_with_the_load():
                 await asyncio.sleep(0.02)
 
 
-async def test_a_damaged_tokenizer_keeps_the_engine_out():
+async def test_a_damaged_tokenizer_keeps_the_engine_out() -> None:
     async with running_engine() as engine:
         engine.info.tokenizer_json = b"{}"
         async with running_gateway(engine.address) as url, http_client(url) as http:
@@ -234,7 +234,7 @@ async def test_a_damaged_tokenizer_keeps_the_engine_out():
             await until_ready(url)
 
 
-async def test_several_models_are_told_apart_by_name():
+async def test_several_models_are_told_apart_by_name() -> None:
     async with running_engine(name="small") as small, running_engine(name="large") as large:
         small.script, large.script = saying("small"), saying("large")
         async with running_gateway(small.address, large.address, model_aliases=("any",)) as url:

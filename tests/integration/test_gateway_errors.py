@@ -119,25 +119,25 @@ async def refused(url: str, body: Any, path: str = "/v1/chat/completions") -> di
         ({"web_search_options": {}}, "web_search_options"),
     ],
 )
-async def test_the_parameter_at_fault_is_named(engine, url, change, param):
+async def test_the_parameter_at_fault_is_named(engine: ScriptedEngine, url: str, change: Any, param: str) -> None:
     for stream in (False, True):
         error = await refused(url, {"messages": HELLO, "stream": stream, **change})
         assert error["param"] == param
         assert param in error["message"] or param == "n" or "message" in error["message"]
 
 
-async def test_a_missing_parameter_is_named(engine, url):
+async def test_a_missing_parameter_is_named(engine: ScriptedEngine, url: str) -> None:
     error = await refused(url, {"model": "nano"})
     assert (error["param"], error["code"]) == ("messages", "missing_required_parameter")
 
 
-async def test_an_image_is_refused_in_words(engine, client):
+async def test_an_image_is_refused_in_words(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     content = [{"type": "text", "text": "what is it"}, {"type": "image_url", "image_url": {"url": "data:"}}]
     with pytest.raises(openai.BadRequestError, match="part 1 is of type 'image_url'"):
         await client.chat.completions.create(model="nano", messages=[{"role": "user", "content": content}])
 
 
-async def test_values_that_ask_for_nothing_are_accepted(engine, client):
+async def test_values_that_ask_for_nothing_are_accepted(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     await client.chat.completions.create(
         model="nano",
         messages=[*HELLO, {"role": "assistant", "content": "x", "tool_calls": [], "refusal": None}, *HELLO],
@@ -153,7 +153,9 @@ async def test_values_that_ask_for_nothing_are_accepted(engine, client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(engine, client, stream):
+async def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(
+    engine: ScriptedEngine, client: openai.AsyncOpenAI, stream: bool
+) -> None:
     with pytest.raises(openai.BadRequestError) as error:
         await client.chat.completions.create(
             model="nano", messages=[{"role": "user", "content": "x" * 100}], stream=stream
@@ -164,14 +166,14 @@ async def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(eng
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_unknown_model_is_not_found(engine, client, stream):
+async def test_an_unknown_model_is_not_found(engine: ScriptedEngine, client: openai.AsyncOpenAI, stream: bool) -> None:
     with pytest.raises(openai.NotFoundError) as error:
         await client.chat.completions.create(model="gpt-9", messages=HELLO, stream=stream)
     assert error.value.code == "model_not_found"
     assert "nano" in error.value.message
 
 
-async def test_an_unknown_endpoint_is_not_found(engine, client):
+async def test_an_unknown_endpoint_is_not_found(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="POST /v1/embeddings"):
         await client.embeddings.create(model="nano", input="x")
 
@@ -189,14 +191,16 @@ async def test_an_unknown_endpoint_is_not_found(engine, client):
         (b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}', "application/json", "temperature"),
     ],
 )
-async def test_a_body_that_is_no_request_is_refused_in_words(engine, url, content, content_type, said):
+async def test_a_body_that_is_no_request_is_refused_in_words(
+    engine: ScriptedEngine, url: str, content: Any, content_type: str, said: str
+) -> None:
     async with http_client(url) as http:
         answer = await http.post(f"{url}/v1/chat/completions", content=content, headers={"Content-Type": content_type})
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
 
 
-async def test_half_of_a_surrogate_pair_is_read_as_a_replacement_character(engine, url):
+async def test_half_of_a_surrogate_pair_is_read_as_a_replacement_character(engine: ScriptedEngine, url: str) -> None:
     body = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
     async with http_client(url) as http:
         answer = await http.post(
@@ -206,7 +210,7 @@ async def test_half_of_a_surrogate_pair_is_read_as_a_replacement_character(engin
     assert list(engine.requests[-1].prompt_token_ids)[2:-2] == list("\N{REPLACEMENT CHARACTER}".encode())
 
 
-async def test_a_body_over_the_limit_is_refused_announced_or_not(engine, url):
+async def test_a_body_over_the_limit_is_refused_announced_or_not(engine: ScriptedEngine, url: str) -> None:
     async def pieces() -> AsyncIterator[bytes]:
         for _ in range(64):
             yield b"x" * 1024
@@ -233,8 +237,15 @@ async def test_a_body_over_the_limit_is_refused_announced_or_not(engine, url):
     ],
 )
 async def test_an_engines_refusal_has_the_status_that_fits(
-    engine, url, client, code, kind, status, retry_after, stream
-):
+    engine: ScriptedEngine,
+    url: str,
+    client: openai.AsyncOpenAI,
+    code: Any,
+    kind: Any,
+    status: int,
+    retry_after: str | None,
+    stream: bool,
+) -> None:
     engine.script = failing(code, "the words of the engine")
     with pytest.raises(kind) as error:
         await client.chat.completions.create(model="nano", messages=HELLO, stream=stream)
@@ -245,7 +256,7 @@ async def test_an_engines_refusal_has_the_status_that_fits(
     await until_ready(url)
 
 
-async def test_a_request_that_takes_too_long_is_ended():
+async def test_a_request_that_takes_too_long_is_ended() -> None:
     async with (
         running_engine() as engine,
         running_gateway(engine.address, request_timeout_seconds=0.3) as url,

@@ -45,7 +45,7 @@ def metric(page: str, name: str, **labels: str) -> float:
     raise AssertionError(f"no {name} {labels}")
 
 
-async def test_metrics_count_what_happened():
+async def test_metrics_count_what_happened() -> None:
     async with (
         running_engine() as engine,
         running_gateway(engine.address) as url,
@@ -74,7 +74,7 @@ async def test_metrics_count_what_happened():
     assert metric(page, "engine_up", address=engine.address) == 1
 
 
-async def test_each_request_is_one_log_event_without_content(caplog):
+async def test_each_request_is_one_log_event_without_content(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     async with (
         running_engine() as engine,
@@ -109,7 +109,7 @@ async def test_each_request_is_one_log_event_without_content(caplog):
     assert "secret" not in " ".join(json.dumps(vars(record), default=str) for record in logged)
 
 
-async def test_a_client_that_left_is_logged_as_such(caplog):
+async def test_a_client_that_left_is_logged_as_such(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     async with running_engine() as engine, running_gateway(engine.address) as url:
         await until_ready(url)
@@ -126,7 +126,7 @@ async def test_a_client_that_left_is_logged_as_such(caplog):
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-async def test_the_page_is_served_with_its_headers(tmp_path):
+async def test_the_page_is_served_with_its_headers(tmp_path: Path) -> None:
     (tmp_path / "assets").mkdir()
     (tmp_path / "index.html").write_text("<!doctype html><title>chat</title>")
     (tmp_path / "assets" / "index-3f2a.js").write_text("let a")
@@ -153,7 +153,7 @@ async def test_the_page_is_served_with_its_headers(tmp_path):
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
 
 
-async def test_a_page_that_is_not_built_says_how_to_build_it():
+async def test_a_page_that_is_not_built_says_how_to_build_it() -> None:
     async with running_gateway("127.0.0.1:1") as url, http_client(url) as http:
         page = await http.get("/")
         assert page.status_code == 404
@@ -161,7 +161,7 @@ async def test_a_page_that_is_not_built_says_how_to_build_it():
         assert "npm run build" in page.text
 
 
-async def test_the_documentation_needs_nothing_from_elsewhere():
+async def test_the_documentation_needs_nothing_from_elsewhere() -> None:
     async with running_gateway("127.0.0.1:1") as url, http_client(url) as http:
         page = await http.get("/docs")
         assert page.status_code == 200
@@ -179,7 +179,7 @@ async def test_the_documentation_needs_nothing_from_elsewhere():
     assert spec["components"]["schemas"]["ChatRequest"]["example"]["messages"]
 
 
-async def test_other_origins_are_let_in_only_when_named():
+async def test_other_origins_are_let_in_only_when_named() -> None:
     ask = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
     async with running_gateway("127.0.0.1:1") as url, http_client(url) as http:
         assert "access-control-allow-origin" not in (await http.get("/healthz", headers=ask)).headers
@@ -235,7 +235,7 @@ async def program(*flags: str, **environment: str) -> AsyncIterator[Process]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_running_answers_finish_after_the_signal_and_the_program_ends_with_zero(number):
+async def test_running_answers_finish_after_the_signal_and_the_program_ends_with_zero(number: Any) -> None:
     go_on = asyncio.Event()
 
     async def script(request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.GenerateChunk]:
@@ -271,7 +271,7 @@ async def test_running_answers_finish_after_the_signal_and_the_program_ends_with
         assert await asyncio.wait_for(gateway.process.wait(), 10) == 0
 
 
-async def test_an_answer_that_outlasts_the_drain_ends_with_an_error_event():
+async def test_an_answer_that_outlasts_the_drain_ends_with_an_error_event() -> None:
     async with (
         running_engine() as engine,
         program(
@@ -295,7 +295,7 @@ async def test_an_answer_that_outlasts_the_drain_ends_with_an_error_event():
         assert await asyncio.wait_for(gateway.process.wait(), 10) == 0
 
 
-async def test_a_taken_port_is_one_clear_line():
+async def test_a_taken_port_is_one_clear_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "services.gateway", "--port", str(taken.getsockname()[1])),

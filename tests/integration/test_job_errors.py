@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ REPORT = ["jobs.eval.report", f"--model={NAME}", "--recipe=demo"]
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory) -> Path:
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("filled") / "home"
     store = fill(home)
     tokenizer = Tokenizer.from_json(store.read(f"tokenizers/{NAME}/tokenizer.json"))
@@ -51,13 +52,13 @@ def filled(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def home(filled, tmp_path) -> Path:
+def home(filled: Path, tmp_path: Path) -> Path:
     shutil.copytree(filled, tmp_path / "home")
     return tmp_path / "home"
 
 
 @pytest.fixture(autouse=True)
-def own_process_state(monkeypatch) -> Iterator[None]:
+def own_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a job changes about the process it runs in."""
     root, threads = logging.getLogger(), torch.get_num_threads()
     handlers, level = root.handlers[:], root.level
@@ -72,7 +73,7 @@ def files(home: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in home.rglob("*")}
 
 
-def error_of(home: Path, command: list[str], monkeypatch, capfd) -> str:
+def error_of(home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
     """The one line that ``python -m`` with these arguments prints, log events aside; the exit code must be 2."""
     module, *arguments = command
     if not any(argument.startswith("--home") for argument in arguments):
@@ -171,20 +172,26 @@ def error_of(home: Path, command: list[str], monkeypatch, capfd) -> str:
     ],
     ids=lambda value: " ".join(value[:1] + value[-1:]) if isinstance(value, list) else "",
 )
-def test_bad_settings_and_missing_inputs(home, monkeypatch, capfd, command, complaint):
+def test_bad_settings_and_missing_inputs(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: Any, complaint: str
+) -> None:
     before = files(home)
     line = error_of(home, [part.format(home=home) for part in command], monkeypatch, capfd)
     assert complaint.format(home=home) in line
     assert files(home) == before
 
 
-def test_values_from_the_environment_are_named_by_their_variable(home, monkeypatch, capfd):
+def test_values_from_the_environment_are_named_by_their_variable(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("NANOCHAT_PRETRAIN_WARMUP_STEPS", "few")
     line = error_of(home, PRETRAIN, monkeypatch, capfd)
     assert "NANOCHAT_PRETRAIN_WARMUP_STEPS is 'few', which is not a whole number" in line
 
 
-def test_asking_for_a_gpu_that_is_not_there(home, monkeypatch, capfd):
+def test_asking_for_a_gpu_that_is_not_there(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch sees no CUDA device; use auto or cpu" in error_of(
         home, [*PRETRAIN, "--device=cuda"], monkeypatch, capfd
@@ -192,7 +199,9 @@ def test_asking_for_a_gpu_that_is_not_there(home, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("command", [PRETRAIN, SFT])
-def test_a_taken_metrics_port(home, monkeypatch, capfd, command):
+def test_a_taken_metrics_port(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: Any
+) -> None:
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
@@ -201,13 +210,15 @@ def test_a_taken_metrics_port(home, monkeypatch, capfd, command):
     assert f"--metrics-port {port} cannot be used" in line
 
 
-def test_a_damaged_tokenizer(home, monkeypatch, capfd):
+def test_a_damaged_tokenizer(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     (home / "tokenizers" / NAME / "tokenizer.json").write_text('{"format": ')
     assert "tokenizer.json is damaged" in error_of(home, PRETRAIN, monkeypatch, capfd)
 
 
 @pytest.mark.parametrize("command", [TOKENIZER, PRETRAIN])
-def test_a_damaged_shard(home, monkeypatch, capfd, command):
+def test_a_damaged_shard(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: Any
+) -> None:
     shard = home / "data" / NAME / "shard_00000.parquet"
     content = bytearray(shard.read_bytes())
     content[50 : len(content) // 2] = random.Random(1).randbytes(len(content) // 2 - 50)
@@ -215,21 +226,23 @@ def test_a_damaged_shard(home, monkeypatch, capfd, command):
     assert f"data/{NAME}/shard_00000.parquet is damaged in row group 0" in error_of(home, command, monkeypatch, capfd)
 
 
-def test_a_damaged_conversation(home, monkeypatch, capfd):
+def test_a_damaged_conversation(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     key = home / "data" / NAME / "train.jsonl"
     key.write_text(key.read_text() + '{"messages": [{"role": "user"}]}\n')
     assert f"data/{NAME}/train.jsonl:301: " in error_of(home, SFT, monkeypatch, capfd)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt"])
-def test_bad_text_leaves_no_half_written_dataset(home, tmp_path, monkeypatch, capfd, name):
+def test_bad_text_leaves_no_half_written_dataset(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
     before = files(home)
     (tmp_path / name).write_bytes(b"\xff\n")
     assert name in error_of(home, [*PIPELINE, f"--data={tmp_path / name}"], monkeypatch, capfd)
     assert files(home) == before
 
 
-def test_text_too_small_for_its_vocabulary(home, tmp_path, monkeypatch):
+def test_text_too_small_for_its_vocabulary(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("\n\n".join(["word " * 900] * 3))
     command = [sys.executable, "-m", *PIPELINE, f"--home={home}", f"--data={tmp_path / 'a.txt'}"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -241,7 +254,7 @@ def test_text_too_small_for_its_vocabulary(home, tmp_path, monkeypatch):
     assert not (home / "tokenizers" / "new").exists()
 
 
-def test_an_unknown_flag(home):
+def test_an_unknown_flag(home: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", *TOKENIZER, "--vocabulary=300", f"--home={home}"],
         cwd=ROOT,

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,7 +71,7 @@ def write_module(folder: Path, path: str, program: str) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with stand-ins for the three services and a promoted model."""
     for name in ("sandbox", "engine", "gateway"):
         write_service(tmp_path, name)
@@ -133,7 +134,7 @@ class Manager:
 
 
 @pytest.fixture
-def start(folder) -> Iterator[Callable[..., Manager]]:
+def start(folder: Path) -> Iterator[Callable[..., Manager]]:
     with contextlib.ExitStack() as stack:
 
         def started(*flags: str) -> Manager:
@@ -153,7 +154,7 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_it_says_when_a_chat_is_possible_and_stops_everything_in_order(start):
+def test_it_says_when_a_chat_is_possible_and_stops_everything_in_order(start: Callable[..., Manager]) -> None:
     port = free_port()
     manager = start(f"--port={port}")
     manager.wait_for(rf"^nanochat is ready: http://127\.0\.0\.1:{port}$")
@@ -169,7 +170,7 @@ def test_it_says_when_a_chat_is_possible_and_stops_everything_in_order(start):
     assert not any(alive(pid) for pid in pids)
 
 
-def test_a_service_that_dies_is_started_again(start):
+def test_a_service_that_dies_is_started_again(start: Callable[..., Manager]) -> None:
     manager = start()
     (ready,) = manager.wait_for(r"^nanochat is ready: http://127\.0\.0\.1:(\d+)$")
     first = manager.pid("gateway")
@@ -179,7 +180,9 @@ def test_a_service_that_dies_is_started_again(start):
     asyncio.run(wait_until_ready(f"http://127.0.0.1:{ready[1]}", 30))
 
 
-def test_a_dead_service_is_noticed_even_if_a_process_of_its_own_goes_on(folder, start):
+def test_a_dead_service_is_noticed_even_if_a_process_of_its_own_goes_on(
+    folder: Path, start: Callable[..., Manager]
+) -> None:
     orphan = 'import subprocess; child = subprocess.Popen(["sleep", "30"])\nprint("child", child.pid, flush=True)\n'
     write_service(folder, "sandbox", orphan + SERVICE)
     manager = start()
@@ -189,7 +192,7 @@ def test_a_dead_service_is_noticed_even_if_a_process_of_its_own_goes_on(folder, 
         os.kill(int(match[1]), signal.SIGKILL)
 
 
-def test_a_taken_port_is_an_error_before_anything_starts(start):
+def test_a_taken_port_is_an_error_before_anything_starts(start: Callable[..., Manager]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -202,7 +205,9 @@ def test_a_taken_port_is_an_error_before_anything_starts(start):
 
 
 @pytest.mark.parametrize("taken_back", [False, True])
-def test_without_a_model_the_demo_is_trained_first(folder, start, taken_back):
+def test_without_a_model_the_demo_is_trained_first(
+    folder: Path, start: Callable[..., Manager], taken_back: bool
+) -> None:
     promotion = folder / "home" / "models" / "demo" / "PROMOTED"
     promotion.write_text("none\n") if taken_back else promotion.unlink()
     write_pipeline(folder, "import sys; print('training', sys.argv[1:], flush=True); sys.exit(3)")
@@ -214,7 +219,7 @@ def test_without_a_model_the_demo_is_trained_first(folder, start, taken_back):
     ]
 
 
-def test_stopping_during_the_training_lets_it_save(folder, start):
+def test_stopping_during_the_training_lets_it_save(folder: Path, start: Callable[..., Manager]) -> None:
     (folder / "home" / "models" / "demo" / "PROMOTED").unlink()
     write_pipeline(
         folder,
@@ -230,7 +235,7 @@ def test_stopping_during_the_training_lets_it_save(folder, start):
     assert manager.lines[-1] == "saving"
 
 
-def test_another_model_than_the_demo_is_not_trained_unasked(folder, start):
+def test_another_model_than_the_demo_is_not_trained_unasked(folder: Path, start: Callable[..., Manager]) -> None:
     manager = start("--model=mine")
     assert manager.end() == 2
     (line,) = manager.lines
@@ -238,7 +243,9 @@ def test_another_model_than_the_demo_is_not_trained_unasked(folder, start):
     assert "python -m jobs.train.pipeline --recipe small" in line
 
 
-async def test_a_service_that_keeps_ending_is_given_up(folder, monkeypatch, capfd):
+async def test_a_service_that_keeps_ending_is_given_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(local, "RESTARTS_PER_MINUTE", 1)
     write_service(folder, "engine", "print('no model'); raise SystemExit(2)")
     with pytest.raises(UserError, match="the engine keeps ending; its last log lines above say why"):
@@ -247,7 +254,9 @@ async def test_a_service_that_keeps_ending_is_given_up(folder, monkeypatch, capf
     assert shown == ["  engine | no model", "  engine | ended with exit code 2; starting it again"] * 2
 
 
-async def test_a_service_that_does_not_listen_is_killed(folder, monkeypatch, capfd):
+async def test_a_service_that_does_not_listen_is_killed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(local, "STOP_SECONDS", 0.2)
     write_service(folder, "engine", SERVICE.replace("sys.exit(0)", "return"))
     service = Service("engine", {})
@@ -260,7 +269,7 @@ async def test_a_service_that_does_not_listen_is_killed(folder, monkeypatch, cap
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 5])
-async def test_a_service_can_be_stopped_while_it_starts(folder, turns):
+async def test_a_service_can_be_stopped_while_it_starts(folder: Path, turns: int) -> None:
     service = Service("engine", {})
     running = asyncio.create_task(service.run())
     for _ in range(turns):
@@ -269,7 +278,7 @@ async def test_a_service_can_be_stopped_while_it_starts(folder, turns):
     await asyncio.wait_for(running, 20)
 
 
-async def test_waiting_ends_with_an_error():
+async def test_waiting_ends_with_an_error() -> None:
     with pytest.raises(UserError, match="was not ready within 0 seconds"):
         await wait_until_ready(f"http://127.0.0.1:{free_port()}", 0.3)
 
@@ -283,7 +292,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_readiness_is_asked_directly_whatever_proxy_is_set(monkeypatch):
+def test_readiness_is_asked_directly_whatever_proxy_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
     monkeypatch.delenv("no_proxy", raising=False)
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
@@ -295,7 +304,7 @@ def test_readiness_is_asked_directly_whatever_proxy_is_set(monkeypatch):
     assert not answers(f"{url}/readyz")
 
 
-def test_ports():
+def test_ports() -> None:
     ports = {free_port() for _ in range(20)}
     assert len(ports) > 15
     with socket.socket() as taken:
@@ -319,15 +328,15 @@ def test_ports():
         ("text", '"text"'),
     ],
 )
-def test_log_events_are_shown_as_text(line, shown):
+def test_log_events_are_shown_as_text(line: Any, shown: str) -> None:
     assert readable(json.dumps(line)) == shown
 
 
 @pytest.mark.parametrize("line", ["", "Traceback (most recent call last):", "{broken", "  indented"])
-def test_other_lines_are_shown_as_they_are(line):
+def test_other_lines_are_shown_as_they_are(line: str) -> None:
     assert readable(line) == line
 
 
-def test_the_manager_itself_starts_in_no_time_because_it_needs_no_torch():
+def test_the_manager_itself_starts_in_no_time_because_it_needs_no_torch() -> None:
     check = "import sys, deploy.local; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0

@@ -95,7 +95,7 @@ def settings(folder: Path, **changes: Any) -> PipelineSettings:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder where the pipeline has run from beginning to end, each stage a fresh Python."""
     folder = tmp_path_factory.mktemp("finished")
     write_text(folder / "book.txt", seed=1)
@@ -136,7 +136,7 @@ class Again:
 
 
 @pytest.fixture
-def again(finished, tmp_path, monkeypatch) -> Again:
+def again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Again:
     shutil.copytree(finished, tmp_path / "copy")
     made = Again(tmp_path / "copy")
 
@@ -154,7 +154,7 @@ def again(finished, tmp_path, monkeypatch) -> Again:
     return made
 
 
-def test_every_stage_leaves_what_it_makes_and_the_model_is_promoted(finished):
+def test_every_stage_leaves_what_it_makes_and_the_model_is_promoted(finished: Path) -> None:
     store = open_store(str(finished / "home"))
     base, tuned = (newest_checkpoint(store, MODEL, stage) for stage in ("base", "sft"))
     assert (base.ref.step, tuned.ref.step) == (30, 20)
@@ -170,7 +170,7 @@ def test_every_stage_leaves_what_it_makes_and_the_model_is_promoted(finished):
     assert not list((finished / "home").rglob(".*"))
 
 
-def test_the_report_says_what_was_measured(finished):
+def test_the_report_says_what_was_measured(finished: Path) -> None:
     store = open_store(str(finished / "home"))
     base, tuned = (newest_checkpoint(store, MODEL, stage) for stage in ("base", "sft"))
     report = json.loads(store.read(f"reports/{MODEL}/report.json"))
@@ -192,7 +192,7 @@ def test_the_report_says_what_was_measured(finished):
     assert len(report["samples"]) == 2
 
 
-def test_the_report_reads_well(finished):
+def test_the_report_reads_well(finished: Path) -> None:
     folder = finished / "home" / "reports" / MODEL
     text = (folder / "report.md").read_text()
     assert not re.search(r"\b(nan|inf)\b", text, re.IGNORECASE)
@@ -201,7 +201,7 @@ def test_the_report_reads_well(finished):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_second_run_skips_everything_within_seconds(again):
+def test_a_second_run_skips_everything_within_seconds(again: Again) -> None:
     before = {path: path.stat().st_mtime_ns for path in again.home.rglob("*")}
     started = time.process_time()
     assert again.run() == []
@@ -209,7 +209,7 @@ def test_a_second_run_skips_everything_within_seconds(again):
     assert {path: path.stat().st_mtime_ns for path in again.home.rglob("*")} == before
 
 
-def test_the_text_need_not_be_given_again_and_may_have_moved(again):
+def test_the_text_need_not_be_given_again_and_may_have_moved(again: Again) -> None:
     assert again.run(data="") == []
     (again.folder / "book.txt").rename(again.folder / "moved.txt")
     assert again.run(data=str(again.folder / "moved.txt")) == []
@@ -227,7 +227,9 @@ def test_the_text_need_not_be_given_again_and_may_have_moved(again):
         (f"models/{MODEL}/PROMOTED", []),
     ],
 )
-def test_what_is_deleted_comes_back_the_same_so_nothing_after_it_is_redone(again, deleted, redone):
+def test_what_is_deleted_comes_back_the_same_so_nothing_after_it_is_redone(
+    again: Again, deleted: str, redone: Any
+) -> None:
     before = again.state()
     path = again.home / deleted
     path.unlink() if path.is_file() else shutil.rmtree(path)
@@ -251,7 +253,7 @@ PRACTISING = dataclasses.replace(
 )
 
 
-def test_reinforcement_comes_after_fine_tuning_when_asked_for_and_is_what_is_promoted(again):
+def test_reinforcement_comes_after_fine_tuning_when_asked_for_and_is_what_is_promoted(again: Again) -> None:
     assert again.run(PRACTISING) == [], "not asked for"
     assert again.run(PRACTISING, rl=True) == [RL, REPORT]
     store = open_store(str(again.home))
@@ -265,7 +267,7 @@ def test_reinforcement_comes_after_fine_tuning_when_asked_for_and_is_what_is_pro
     assert promoted(store, MODEL) == tuned.ref
 
 
-def test_reinforcement_is_refused_before_anything_is_trained_where_there_is_nothing_to_practise(again):
+def test_reinforcement_is_refused_before_anything_is_trained_where_there_is_nothing_to_practise(again: Again) -> None:
     shutil.rmtree(again.home / "models")
     with pytest.raises(UserError, match="recipe small has nothing to practise; leave --rl out"):
         again.run(rl=True)
@@ -274,14 +276,14 @@ def test_reinforcement_is_refused_before_anything_is_trained_where_there_is_noth
     assert again.stages == []
 
 
-def test_a_deleted_report_is_written_again(again):
+def test_a_deleted_report_is_written_again(again: Again) -> None:
     before = again.report()
     shutil.rmtree(again.home / "reports")
     assert again.run() == [REPORT]
     assert again.report() == before
 
 
-def test_a_model_that_the_gate_refuses_is_not_promoted(again, caplog):
+def test_a_model_that_the_gate_refuses_is_not_promoted(again: Again, caplog: pytest.LogCaptureFixture) -> None:
     shutil.rmtree(again.home / "reports")
     (again.home / "models" / MODEL / "PROMOTED").unlink()
     strict = dataclasses.replace(RECIPE, gate=Gate(require=("chat.accuracy>=1", "bpb.bits_per_byte<=8")))
@@ -310,7 +312,7 @@ def retrain_base(again: Again) -> None:
     assert job.wait() == 0, job.stderr
 
 
-def test_a_model_tuned_from_an_older_base_is_tuned_again(again):
+def test_a_model_tuned_from_an_older_base_is_tuned_again(again: Again) -> None:
     before = again.state()
     retrain_base(again)
     assert again.run() == [SFT, REPORT]
@@ -322,7 +324,7 @@ def test_a_model_tuned_from_an_older_base_is_tuned_again(again):
     assert again.run() == []
 
 
-def test_starting_a_stage_over_survives_its_interruption(again, monkeypatch):
+def test_starting_a_stage_over_survives_its_interruption(again: Again, monkeypatch: pytest.MonkeyPatch) -> None:
     retrain_base(again)
     monkeypatch.setenv("NANOCHAT_SFT_DEVICE", "cuda")  # fails before its first step
     with pytest.raises(SystemExit, match="2"):
@@ -332,7 +334,7 @@ def test_starting_a_stage_over_survives_its_interruption(again, monkeypatch):
     assert again.report()["sft"]["digest"] == again.state()["sft"]
 
 
-def test_new_text_in_place_of_the_deleted_makes_everything_anew(again):
+def test_new_text_in_place_of_the_deleted_makes_everything_anew(again: Again) -> None:
     before = again.state()
     write_text(again.folder / "book.txt", seed=2)
     shutil.rmtree(again.home / "data" / MODEL)
@@ -350,7 +352,7 @@ def test_new_text_in_place_of_the_deleted_makes_everything_anew(again):
     ],
     ids=["text", "recipe"],
 )
-def test_another_text_or_recipe_for_the_same_model_is_refused(again, change):
+def test_another_text_or_recipe_for_the_same_model_is_refused(again: Again, change: Any) -> None:
     before = {path: path.stat().st_mtime_ns for path in again.home.rglob("*")}
     with pytest.raises(UserError) as raised:
         change(again)
@@ -360,7 +362,7 @@ def test_another_text_or_recipe_for_the_same_model_is_refused(again, change):
     assert {path: path.stat().st_mtime_ns for path in again.home.rglob("*")} == before
 
 
-def test_a_failing_stage_ends_the_pipeline_with_its_exit_code(again, caplog):
+def test_a_failing_stage_ends_the_pipeline_with_its_exit_code(again: Again, caplog: pytest.LogCaptureFixture) -> None:
     shutil.rmtree(again.home / "tokenizers")
     with pytest.raises(SystemExit) as ended:
         again.run(dataclasses.replace(RECIPE, tokenizer={"vocab-size": 200_000}))
@@ -369,7 +371,7 @@ def test_a_failing_stage_ends_the_pipeline_with_its_exit_code(again, caplog):
     assert not (again.home / "tokenizers").exists()
 
 
-def test_a_killed_stage_is_reported_as_such(again):
+def test_a_killed_stage_is_reported_as_such(again: Again) -> None:
     shutil.rmtree(again.home / "models")
 
     def kill() -> None:
@@ -385,7 +387,7 @@ def test_a_killed_stage_is_reported_as_such(again):
     assert again.stages == [PRETRAIN]
 
 
-def test_sigterm_in_a_stage_saves_its_state_and_the_next_run_goes_on_from_there(finished, again):
+def test_sigterm_in_a_stage_saves_its_state_and_the_next_run_goes_on_from_there(finished: Path, again: Again) -> None:
     shutil.rmtree(again.home / "models")
     process = FORKSERVER.Process(target=run_pipeline, args=(again.folder,))
     process.start()
@@ -402,7 +404,9 @@ def test_sigterm_in_a_stage_saves_its_state_and_the_next_run_goes_on_from_there(
 
 
 @pytest.mark.parametrize("found", ["nothing", "half a download", "a whole dataset", "shards of another program"])
-def test_web_text_is_downloaded_where_the_store_has_none(again, monkeypatch, found):
+def test_web_text_is_downloaded_where_the_store_has_none(
+    again: Again, monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
     data = again.home / "data" / MODEL
     (data / "origin.json").unlink()
     if found == "nothing":
@@ -425,7 +429,7 @@ def test_web_text_is_downloaded_where_the_store_has_none(again, monkeypatch, fou
     assert (download in started) == (found in ("nothing", "half a download"))
 
 
-def test_sigterm_between_stages_ends_the_pipeline(again):
+def test_sigterm_between_stages_ends_the_pipeline(again: Again) -> None:
     @dataclasses.dataclass(frozen=True)
     class Slow(Recipe):
         def prepare(self, store: Store, name: str, data: Path | None) -> None:

@@ -21,21 +21,21 @@ MODULE = "jobs.train.pretrain"
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("prepared") / "home"
     fill(home)
     return home
 
 
 @pytest.fixture
-def jobs(prepared, tmp_path) -> Jobs:
+def jobs(prepared: Path, tmp_path: Path) -> Jobs:
     shutil.copytree(prepared, tmp_path / "home")
     (tmp_path / "logs").mkdir()
     return Jobs(tmp_path / "home", tmp_path / "logs")
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(prepared, tmp_path_factory) -> Result:
+def uninterrupted(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     """What a run gives that nothing happens to."""
     home = tmp_path_factory.mktemp("uninterrupted") / "home"
     shutil.copytree(prepared, home)
@@ -44,7 +44,7 @@ def uninterrupted(prepared, tmp_path_factory) -> Result:
     return Jobs(home, home).result("base")
 
 
-def test_the_loss_falls_and_the_held_out_text_is_predicted_better(uninterrupted):
+def test_the_loss_falls_and_the_held_out_text_is_predicted_better(uninterrupted: Result) -> None:
     losses = [point["loss"] for point in uninterrupted.history]
     assert [point["step"] for point in uninterrupted.history] == list(range(1, STEPS + 1))
     # Before it has learnt anything every token is as likely as any other.
@@ -55,7 +55,7 @@ def test_the_loss_falls_and_the_held_out_text_is_predicted_better(uninterrupted)
     assert held_out[60] < held_out[20]
 
 
-def test_what_was_trained_on_and_how_is_stored_with_the_model(uninterrupted):
+def test_what_was_trained_on_and_how_is_stored_with_the_model(uninterrupted: Result) -> None:
     meta = uninterrupted.meta
     assert meta["finished"]
     assert meta["plan"] == {"batch_tokens": 256, "steps": STEPS, "lr_scale": 1.0, "weight_decay": 0.1}
@@ -64,7 +64,7 @@ def test_what_was_trained_on_and_how_is_stored_with_the_model(uninterrupted):
     assert "home" not in meta["settings"]
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_weights_and_losses(jobs, uninterrupted):
+def test_killed_at_random_moments_it_ends_with_the_same_weights_and_losses(jobs: Jobs, uninterrupted: Result) -> None:
     rng = random.Random(5)
     for resumed_from in (8, 20, 32):
         job = jobs.start(MODULE, PRETRAIN)
@@ -76,7 +76,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights_and_losses(jobs,
     assert jobs.result("base") == uninterrupted
 
 
-def test_sigterm_saves_the_step_that_was_running(jobs, uninterrupted):
+def test_sigterm_saves_the_step_that_was_running(jobs: Jobs, uninterrupted: Result) -> None:
     job = jobs.start(MODULE, PRETRAIN, save_every=0)
     job.wait_until(lambda: any(event["event"] == "training" for event in job.events))
     job.signal(signal.SIGTERM)
@@ -88,7 +88,7 @@ def test_sigterm_saves_the_step_that_was_running(jobs, uninterrupted):
     assert jobs.result("base") == uninterrupted
 
 
-def test_only_the_newest_two_checkpoints_are_kept(jobs):
+def test_only_the_newest_two_checkpoints_are_kept(jobs: Jobs) -> None:
     jobs.run(MODULE, PRETRAIN, steps=12, save_every=2)
     assert jobs.steps("base") == [10, 12]
     assert sorted(path.name for path in (jobs.home / "models" / NAME / "base").iterdir()) == [
@@ -97,7 +97,7 @@ def test_only_the_newest_two_checkpoints_are_kept(jobs):
     ]
 
 
-def test_a_finished_run_is_left_alone(jobs):
+def test_a_finished_run_is_left_alone(jobs: Jobs) -> None:
     jobs.run(MODULE, PRETRAIN, steps=3)
     before = {path: path.stat().st_mtime_ns for path in jobs.home.rglob("*")}
     jobs.run(MODULE, PRETRAIN, steps=3)
@@ -115,7 +115,9 @@ def stopped_at(jobs: Jobs, step: int) -> None:
 @pytest.mark.parametrize(
     "file", ["model.safetensors", "optim/rank_00000_of_00001.safetensors", "optim/state.json", "MANIFEST.json"]
 )
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_resumed(jobs, uninterrupted, file):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_resumed(
+    jobs: Jobs, uninterrupted: Result, file: str
+) -> None:
     stopped_at(jobs, 12)
     *_, before, newest = jobs.steps("base")
     damage(jobs.home / "models" / NAME / "base" / f"step_{newest:06d}" / file)
@@ -129,7 +131,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_resumed(jobs
     assert jobs.steps("base") == [STEPS - 4, STEPS]
 
 
-def test_other_settings_are_refused_by_name(jobs):
+def test_other_settings_are_refused_by_name(jobs: Jobs) -> None:
     jobs.run(MODULE, PRETRAIN, steps=3)
     job = jobs.start(MODULE, PRETRAIN, steps=3, seed=2, lr_scale=0.5)
     assert job.wait() == 2
@@ -139,7 +141,7 @@ def test_other_settings_are_refused_by_name(jobs):
     assert jobs.result("base", 3).meta["settings"]["seed"] == 1
 
 
-def test_another_text_or_tokenizer_under_the_same_name_is_refused(jobs):
+def test_another_text_or_tokenizer_under_the_same_name_is_refused(jobs: Jobs) -> None:
     jobs.run(MODULE, PRETRAIN, steps=3)
     path = jobs.home / "data" / NAME / "dataset.json"
     manifest = json.loads(path.read_text())
@@ -157,14 +159,14 @@ def test_another_text_or_tokenizer_under_the_same_name_is_refused(jobs):
     assert "step_000003 was trained with other settings (dataset changed, tokenizer changed)" in job.stderr
 
 
-def test_settings_that_only_say_where_it_runs_may_change(jobs, uninterrupted):
+def test_settings_that_only_say_where_it_runs_may_change(jobs: Jobs, uninterrupted: Result) -> None:
     stopped_at(jobs, 8)
     jobs.run(MODULE, PRETRAIN, device_batch_rows=2, save_every=0, eval_every=0, log_level="error")
     losses = [point["loss"] for point in jobs.result("base").history]
     assert losses == pytest.approx([point["loss"] for point in uninterrupted.history], rel=2e-3)
 
 
-def test_starting_over_replaces_the_checkpoints_of_the_earlier_run(jobs, uninterrupted):
+def test_starting_over_replaces_the_checkpoints_of_the_earlier_run(jobs: Jobs, uninterrupted: Result) -> None:
     jobs.run(MODULE, PRETRAIN, seed=2, steps=72)
     job = jobs.start(MODULE, PRETRAIN, no_resume=True)
     job.wait_until(lambda: max(jobs.steps("base")) < STEPS)
@@ -176,13 +178,13 @@ def test_starting_over_replaces_the_checkpoints_of_the_earlier_run(jobs, uninter
     assert jobs.result("base") == uninterrupted
 
 
-def test_starting_over_without_getting_to_a_checkpoint_leaves_the_earlier_run_alone(jobs):
+def test_starting_over_without_getting_to_a_checkpoint_leaves_the_earlier_run_alone(jobs: Jobs) -> None:
     jobs.run(MODULE, PRETRAIN, steps=3)
     assert jobs.start(MODULE, PRETRAIN, no_resume=True, lr_scale=1e30, save_every=0).wait() == 2
     assert jobs.steps("base") == [3]
 
 
-def test_small_passes_add_up_to_the_same_batch(jobs, uninterrupted):
+def test_small_passes_add_up_to_the_same_batch(jobs: Jobs, uninterrupted: Result) -> None:
     jobs.run(MODULE, PRETRAIN, device_batch_rows=3)  # eight rows in passes of 3, 3 and 2
     losses = [point["loss"] for point in jobs.result("base").history]
     expected = [point["loss"] for point in uninterrupted.history]
@@ -192,7 +194,7 @@ def test_small_passes_add_up_to_the_same_batch(jobs, uninterrupted):
     assert losses == pytest.approx(expected, rel=1e-2)
 
 
-def test_a_run_that_diverges_ends_with_an_error_and_no_broken_checkpoint(jobs):
+def test_a_run_that_diverges_ends_with_an_error_and_no_broken_checkpoint(jobs: Jobs) -> None:
     job = jobs.start(MODULE, PRETRAIN, lr_scale=1e30, save_every=1, eval_every=0)
     assert job.wait() == 2
     (line,) = [line for line in job.stderr.splitlines() if not line.startswith("{")]

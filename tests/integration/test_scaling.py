@@ -80,7 +80,7 @@ class Ended:
 
 
 @pytest.fixture
-def studies(tmp_path, monkeypatch) -> Iterator[Studies]:
+def studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Studies]:
     fill(tmp_path / "home")
     (tmp_path / "logs").mkdir()
     made = Studies(tmp_path / "home", tmp_path / "logs")
@@ -91,7 +91,7 @@ def studies(tmp_path, monkeypatch) -> Iterator[Studies]:
         signal.signal(number, handler)
 
 
-def test_a_miniseries_trains_each_depth_and_reports_what_the_checkpoints_say(studies):
+def test_a_miniseries_trains_each_depth_and_reports_what_the_checkpoints_say(studies: Studies) -> None:
     studies.run("miniseries", STEPS, depths="2,1,3")
     assert studies.trained == ["miniseries-d1", "miniseries-d2", "miniseries-d3"]
     report = studies.report("miniseries")
@@ -108,7 +108,7 @@ def test_a_miniseries_trains_each_depth_and_reports_what_the_checkpoints_say(stu
     assert [row["depth"] for row in rows] == ["1", "2", "3"]
 
 
-def test_laws_train_each_depth_on_each_budget_and_come_near_to_it(studies):
+def test_laws_train_each_depth_on_each_budget_and_come_near_to_it(studies: Studies) -> None:
     studies.run("laws", depths="1,2", flops="3e9,1.5e9", study="mine")
     assert studies.trained == ["mine-1.5e9-d1", "mine-1.5e9-d2", "mine-3e9-d1", "mine-3e9-d2"]
     runs = studies.report("mine")["runs"]
@@ -119,7 +119,7 @@ def test_laws_train_each_depth_on_each_budget_and_come_near_to_it(studies):
     assert "fewer than 3 depths" in studies.store.read("reports/mine/report.md").decode()
 
 
-def test_started_again_it_trains_only_what_is_missing_or_damaged(studies):
+def test_started_again_it_trains_only_what_is_missing_or_damaged(studies: Studies) -> None:
     studies.run("miniseries", STEPS, depths="1,2")
     first = studies.report("miniseries")["runs"]
     studies.trained.clear()
@@ -133,7 +133,7 @@ def test_started_again_it_trains_only_what_is_missing_or_damaged(studies):
     assert [run["val_bpb"] for run in studies.report("miniseries")["runs"]][:2] == [run["val_bpb"] for run in first]
 
 
-def test_a_run_that_fails_is_named_the_others_go_on_and_it_is_tried_again(studies):
+def test_a_run_that_fails_is_named_the_others_go_on_and_it_is_tried_again(studies: Studies) -> None:
     studies.instead = {"miniseries-d1": Ended(-signal.SIGKILL)}
     with pytest.raises(SystemExit) as ended:
         studies.run("miniseries", STEPS, depths="1,2")
@@ -147,14 +147,14 @@ def test_a_run_that_fails_is_named_the_others_go_on_and_it_is_tried_again(studie
     assert studies.report("miniseries")["failed"] == []
 
 
-def test_when_every_run_fails_there_is_an_error_and_no_report(studies):
+def test_when_every_run_fails_there_is_an_error_and_no_report(studies: Studies) -> None:
     studies.instead = {"miniseries-d1": Ended(2), "miniseries-d2": Ended(2)}
     with pytest.raises(UserError, match="every run failed"):
         studies.run("miniseries", STEPS, depths="1,2")
     assert studies.store.keys("reports") == []
 
 
-def test_sigterm_reaches_the_run_and_ends_the_study(studies):
+def test_sigterm_reaches_the_run_and_ends_the_study(studies: Studies) -> None:
     stopped = Ended(128 + signal.SIGTERM, lambda: os.kill(os.getpid(), signal.SIGTERM))
     studies.instead = {"miniseries-d1": stopped}
     with pytest.raises(SystemExit) as ended:
@@ -164,7 +164,7 @@ def test_sigterm_reaches_the_run_and_ends_the_study(studies):
     assert studies.trained == ["miniseries-d1"]
 
 
-def test_models_that_were_trained_otherwise_are_refused_before_anything_is_trained(studies):
+def test_models_that_were_trained_otherwise_are_refused_before_anything_is_trained(studies: Studies) -> None:
     studies.run("miniseries", STEPS, depths="1")
     with pytest.raises(UserError, match=r"models/miniseries-d1 .* \(steps 3 -> 4\); use another --study name"):
         studies.run("miniseries", ["--steps=4"], depths="1,2")
@@ -186,14 +186,16 @@ def test_models_that_were_trained_otherwise_are_refused_before_anything_is_train
         ("miniseries", {"depths": "1", "tokenizer": "other"}, [], "other"),
     ],
 )
-def test_what_cannot_be_studied_is_refused_before_anything_is_trained(studies, kind, flags, passed_on, message):
+def test_what_cannot_be_studied_is_refused_before_anything_is_trained(
+    studies: Studies, kind: str, flags: Any, passed_on: Any, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         studies.run(kind, passed_on, **flags)
     assert studies.trained == []
     assert not (studies.home / "models").exists()
 
 
-def test_several_ranks_are_told_where_to_meet(studies, monkeypatch):
+def test_several_ranks_are_told_where_to_meet(studies: Studies, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
 
     def popen(command: list[str], env: dict[str, str]) -> Ended:

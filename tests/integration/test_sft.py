@@ -23,7 +23,7 @@ def copy(home: Path, folder: Path) -> Jobs:
 
 
 @pytest.fixture(scope="module")
-def with_base(tmp_path_factory) -> Path:
+def with_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with a base model."""
     folder = tmp_path_factory.mktemp("with_base")
     fill(folder / "filled")
@@ -33,32 +33,32 @@ def with_base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def jobs(with_base, tmp_path) -> Jobs:
+def jobs(with_base: Path, tmp_path: Path) -> Jobs:
     return copy(with_base, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(with_base, tmp_path_factory) -> Result:
+def uninterrupted(with_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     """What a run gives that nothing happens to."""
     jobs = copy(with_base, tmp_path_factory.mktemp("uninterrupted"))
     jobs.run(MODULE, SFT)
     return jobs.result("sft")
 
 
-def test_the_loss_falls_on_conversations_it_has_not_seen(uninterrupted):
+def test_the_loss_falls_on_conversations_it_has_not_seen(uninterrupted: Result) -> None:
     held_out = {point["step"]: point["val_loss"] for point in uninterrupted.history if "val_loss" in point}
     assert list(held_out) == [20, 40, 60]
     assert held_out[60] < held_out[20] < uninterrupted.history[0]["loss"]
 
 
-def test_the_lineage_is_stored_with_the_model(uninterrupted, with_base):
+def test_the_lineage_is_stored_with_the_model(uninterrupted: Result, with_base: Path) -> None:
     base = Jobs(with_base, with_base).result("base")
     assert uninterrupted.meta["inputs"]["base"] == base.weights
     assert uninterrupted.meta["base"] == f"base/step_{STEPS:06d}"
     assert uninterrupted.weights != base.weights
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_weights_and_losses(jobs, uninterrupted):
+def test_killed_at_random_moments_it_ends_with_the_same_weights_and_losses(jobs: Jobs, uninterrupted: Result) -> None:
     rng = random.Random(7)
     for resumed_from in (8, 24):
         job = jobs.start(MODULE, SFT)
@@ -70,7 +70,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights_and_losses(jobs,
     assert jobs.result("sft") == uninterrupted
 
 
-def test_sigterm_saves_and_the_next_start_goes_on(jobs, uninterrupted):
+def test_sigterm_saves_and_the_next_start_goes_on(jobs: Jobs, uninterrupted: Result) -> None:
     job = jobs.start(MODULE, SFT, save_every=0)
     job.wait_until(lambda: any(event["event"] == "training" for event in job.events))
     job.signal(signal.SIGTERM)
@@ -80,14 +80,14 @@ def test_sigterm_saves_and_the_next_start_goes_on(jobs, uninterrupted):
     assert jobs.result("sft") == uninterrupted
 
 
-def test_without_a_base_model_it_says_what_to_run(jobs):
+def test_without_a_base_model_it_says_what_to_run(jobs: Jobs) -> None:
     job = jobs.start(MODULE, SFT, model="other")
     assert job.wait() == 2
     assert "model 'other' has no base checkpoint; run python -m jobs.train.pretrain first" in job.stderr
     assert not (jobs.home / "models" / "other").exists()
 
 
-def test_a_damaged_base_counts_as_none(jobs):
+def test_a_damaged_base_counts_as_none(jobs: Jobs) -> None:
     damage(jobs.home / "models" / NAME / "base" / f"step_{STEPS:06d}" / "model.safetensors")
     job = jobs.start(MODULE, SFT)
     assert job.wait() == 2
@@ -96,7 +96,7 @@ def test_a_damaged_base_counts_as_none(jobs):
     assert "has no base checkpoint" in job.stderr
 
 
-def test_a_model_tuned_from_another_base_is_not_gone_on_with(jobs):
+def test_a_model_tuned_from_another_base_is_not_gone_on_with(jobs: Jobs) -> None:
     jobs.run(MODULE, SFT, steps=3)
     jobs.run("jobs.train.pretrain", PRETRAIN, seed=2, no_resume=True, save_every=0)
     job = jobs.start(MODULE, SFT, steps=3)
@@ -106,7 +106,7 @@ def test_a_model_tuned_from_another_base_is_not_gone_on_with(jobs):
     assert jobs.result("sft", 3).meta["inputs"]["base"] == jobs.result("base").weights
 
 
-def test_other_conversations_and_settings_are_refused_by_name(jobs):
+def test_other_conversations_and_settings_are_refused_by_name(jobs: Jobs) -> None:
     jobs.run(MODULE, SFT, steps=3)
     write_conversations(jobs.store, NAME, "train", [conversation(random.Random(0)) for _ in range(50)])
     job = jobs.start(MODULE, SFT, steps=3, lr_scale=0.1)
@@ -114,7 +114,7 @@ def test_other_conversations_and_settings_are_refused_by_name(jobs):
     assert "(lr_scale 0.8 -> 0.1, conversations changed)" in job.stderr
 
 
-def test_an_epoch_shows_every_conversation_about_once(jobs):
+def test_an_epoch_shows_every_conversation_about_once(jobs: Jobs) -> None:
     jobs.run(MODULE, SFT, steps=None, epochs=1, save_every=0)
     (step,) = jobs.steps("sft")
     # 300 conversations of about 20 tokens, of which one fits a row of 32, in batches of 8 rows.
@@ -124,7 +124,7 @@ def test_an_epoch_shows_every_conversation_about_once(jobs):
     assert twice == pytest.approx(2 * step, abs=2)
 
 
-def test_a_batch_without_anything_to_learn_is_an_error(jobs):
+def test_a_batch_without_anything_to_learn_is_an_error(jobs: Jobs) -> None:
     long = {"messages": [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y"}]}
     write_conversations(jobs.store, NAME, "train", [long])
     job = jobs.start(MODULE, SFT)
@@ -141,7 +141,7 @@ def failed(jobs: Jobs) -> str:
     return job.stderr
 
 
-def test_another_model_goes_on_from_any_checkpoint_and_leaves_it_as_it_was(jobs):
+def test_another_model_goes_on_from_any_checkpoint_and_leaves_it_as_it_was(jobs: Jobs) -> None:
     jobs.run(MODULE, SFT, save_every=0)
     tuned = jobs.result("sft")
     jobs.run(MODULE, SFT, model="more", start_from=NAME, steps=8, save_every=0, eval_every=0)
@@ -165,13 +165,13 @@ def test_another_model_goes_on_from_any_checkpoint_and_leaves_it_as_it_was(jobs)
         ("../x", "'..' cannot name a model"),
     ],
 )
-def test_a_start_that_is_not_there_is_an_error(jobs, start_from, complaint):
+def test_a_start_that_is_not_there_is_an_error(jobs: Jobs, start_from: str, complaint: str) -> None:
     job = jobs.start(MODULE, SFT, model="more", start_from=start_from)
     assert job.wait() == 2
     assert complaint in job.stderr
 
 
-def test_a_model_cannot_start_from_what_it_would_replace(jobs):
+def test_a_model_cannot_start_from_what_it_would_replace(jobs: Jobs) -> None:
     jobs.run(MODULE, SFT, steps=4, save_every=0, eval_every=0)
     job = jobs.start(MODULE, SFT, start_from=f"{NAME}/sft", steps=4)
     assert job.wait() == 2

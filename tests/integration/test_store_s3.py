@@ -122,7 +122,7 @@ class TestS3Store(StoreContract):
     pass
 
 
-def test_a_store_at_the_top_of_a_bucket_works_too(tmp_path: Path):
+def test_a_store_at_the_top_of_a_bucket_works_too(tmp_path: Path) -> None:
     store = open_store(f"s3://{BUCKET}", cache_dir=tmp_path)
     publish(store, "top/p", {"a": b"1"})
     assert contents(store, "top/p") == {"a": b"1", LAST: b"whole"}
@@ -131,7 +131,7 @@ def test_a_store_at_the_top_of_a_bucket_works_too(tmp_path: Path):
     assert store.keys("top") == []
 
 
-def test_a_file_of_many_parts_arrives_whole(store: Store):
+def test_a_file_of_many_parts_arrives_whole(store: Store) -> None:
     data = os.urandom(1 << 20) * 24  # boto3 sends parts of 8 MiB
     publish(store, "p", {"large": data})
     fetched = store.fetch("p/large")
@@ -139,7 +139,7 @@ def test_a_file_of_many_parts_arrives_whole(store: Store):
     assert "-" in fetched.relative_to(store.cache.folder).parts[0], "its tag says that it came in one part"
 
 
-def test_a_fetched_file_is_downloaded_once_and_again_when_it_changed(store: Store):
+def test_a_fetched_file_is_downloaded_once_and_again_when_it_changed(store: Store) -> None:
     store.write("a", b"first")
     path = store.fetch("a")
     inode = path.stat().st_ino
@@ -148,7 +148,7 @@ def test_a_fetched_file_is_downloaded_once_and_again_when_it_changed(store: Stor
     assert store.fetch("a").read_bytes() == b"other"
 
 
-def test_more_keys_than_one_page_are_all_listed(store: S3Store, monkeypatch: pytest.MonkeyPatch):
+def test_more_keys_than_one_page_are_all_listed(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(5):
         store.write(f"m/{i}", b"")
     paginator = store.client.get_paginator
@@ -164,7 +164,7 @@ def test_more_keys_than_one_page_are_all_listed(store: S3Store, monkeypatch: pyt
     assert store.keys("m") == [f"m/{i}" for i in range(5)]
 
 
-def test_the_last_file_is_missing_while_a_folder_is_replaced(store: S3Store, monkeypatch: pytest.MonkeyPatch):
+def test_the_last_file_is_missing_while_a_folder_is_replaced(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(store, "p", {"a": b"old", "b": b"old"})
     upload, seen = store.client.upload_file, []
 
@@ -189,7 +189,9 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_wrong_credentials_are_a_clear_error(store: Store, url: str, call: str, monkeypatch: pytest.MonkeyPatch):
+def test_wrong_credentials_are_a_clear_error(
+    store: Store, url: str, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.write("a", b"kept")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
     with pytest.raises(StoreError, match=rf"{url} refused .*(signature|Forbidden)") as refused:
@@ -199,7 +201,7 @@ def test_wrong_credentials_are_a_clear_error(store: Store, url: str, call: str, 
 
 
 @pytest.mark.parametrize("call", ["read", "fetch", "publish"])
-def test_a_server_that_is_down_is_a_clear_error_soon(url: str, call: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_server_that_is_down_is_a_clear_error_soon(url: str, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
@@ -209,27 +211,27 @@ def test_a_server_that_is_down_is_a_clear_error_soon(url: str, call: str, monkey
     assert time.monotonic() - started < 20
 
 
-def test_no_credentials_are_a_clear_error(url: str, monkeypatch: pytest.MonkeyPatch):
+def test_no_credentials_are_a_clear_error(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(StoreError, match="credentials"):
         open_store(url).read("a")
 
 
-def test_a_bucket_that_is_not_there_is_a_clear_error():
+def test_a_bucket_that_is_not_there_is_a_clear_error() -> None:
     store = open_store("s3://no-such-bucket/x")
     for call in ("read", "write", "keys", "publish"):
         with pytest.raises(StoreError, match="NoSuchBucket"):
             CALLS[call](store)
 
 
-def test_an_endpoint_that_is_no_url_is_a_clear_error(url: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_endpoint_that_is_no_url_is_a_clear_error(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
     with pytest.raises(UserError, match=r"AWS_.*nonsense"):
         open_store(url)
 
 
-def test_a_cache_that_cannot_be_written_is_a_clear_error(store: Store, url: str, tmp_path: Path):
+def test_a_cache_that_cannot_be_written_is_a_clear_error(store: Store, url: str, tmp_path: Path) -> None:
     store.write("a", b"x")
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match=f"the cache {tmp_path}/file/{BUCKET} cannot be written: Not a directory"):
@@ -239,7 +241,7 @@ def test_a_cache_that_cannot_be_written_is_a_clear_error(store: Store, url: str,
 @pytest.mark.parametrize("lost", ["server", "bucket"])
 def test_an_upload_that_fails_in_the_middle_is_a_clear_error(
     tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     process, address = start_server(tmp_path / "buckets")
     monkeypatch.setenv("AWS_ENDPOINT_URL", address)
 
@@ -278,7 +280,7 @@ def tiny_model(seed: int) -> GPT:
     return model
 
 
-def test_checkpoints_are_saved_loaded_and_promoted(store: Store):
+def test_checkpoints_are_saved_loaded_and_promoted(store: Store) -> None:
     model, momentum = tiny_model(1), torch.arange(5.0)
     first, second = CheckpointRef("m", "base", 3), CheckpointRef("m", "base", 20)
     save_checkpoint(
@@ -305,7 +307,7 @@ def test_checkpoints_are_saved_loaded_and_promoted(store: Store):
     assert promoted(store, "m") == first
 
 
-def test_a_damaged_checkpoint_is_named_and_passed_over(store: Store):
+def test_a_damaged_checkpoint_is_named_and_passed_over(store: Store) -> None:
     whole, damaged = CheckpointRef("m", "sft", 1), CheckpointRef("m", "sft", 2)
     for ref in (whole, damaged):
         save_checkpoint(store, ref, model=tiny_model(ref.step), tokenizer=TOKENIZER, meta={})
@@ -323,7 +325,7 @@ class TestReplacement(CheckpointReplacement):
     pass
 
 
-def test_a_bounded_cache_keeps_the_checkpoint_that_was_loaded_last(store: S3Store, tmp_path: Path):
+def test_a_bounded_cache_keeps_the_checkpoint_that_was_loaded_last(store: S3Store, tmp_path: Path) -> None:
     refs = [CheckpointRef("m", "base", step) for step in (1, 2, 3)]
     for ref in refs:
         save_checkpoint(store, ref, model=tiny_model(ref.step), tokenizer=TOKENIZER, meta={})

@@ -84,7 +84,7 @@ def value_of(store: Store) -> float:
 class CheckpointReplacement:
     """The tests; pytest collects them through subclasses."""
 
-    def test_a_writer_killed_at_any_write_leaves_the_promoted_checkpoint_whole(self, store: Store):
+    def test_a_writer_killed_at_any_write_leaves_the_promoted_checkpoint_whole(self, store: Store) -> None:
         save(store, 1.0)
         promote(store, REF)
         last_value = 1.0
@@ -107,7 +107,7 @@ class CheckpointReplacement:
         assert outcomes.count(1.0) > 10, "the writer was killed before each of its many writes"
         assert outcomes[-1] == 2.0
 
-    def test_the_next_writer_removes_what_a_killed_one_left(self, store: Store):
+    def test_the_next_writer_removes_what_a_killed_one_left(self, store: Store) -> None:
         save(store, 1.0)
         files = len(store.keys(REF.prefix))
         for at in (3, 8, 13):
@@ -121,7 +121,7 @@ class CheckpointReplacement:
         assert len(store.keys(REF.prefix)) == files
         assert f"{REF.prefix}/{MANIFEST}" in store.keys(REF.prefix)
 
-    def test_a_first_writer_that_is_killed_leaves_no_checkpoint(self, store: Store):
+    def test_a_first_writer_that_is_killed_leaves_no_checkpoint(self, store: Store) -> None:
         with pytest.MonkeyPatch.context() as monkeypatch:
             Killer(monkeypatch, type(store), 6)
             with pytest.raises(Killed):

@@ -32,20 +32,20 @@ class StoreContract:
 
     @pytest.mark.parametrize("data", [b"", b"text\n", BYTES])
     @pytest.mark.parametrize("key", ["file", "a/b/c.bin", "with space/ümläut+%2F&=.json"])
-    def test_what_was_written_is_read_back(self, store: Store, key: str, data: bytes):
+    def test_what_was_written_is_read_back(self, store: Store, key: str, data: bytes) -> None:
         store.write(key, data)
         assert store.exists(key)
         assert store.read(key) == data
         assert store.fetch(key).read_bytes() == data
 
-    def test_writing_again_replaces(self, store: Store):
+    def test_writing_again_replaces(self, store: Store) -> None:
         store.write("a/file", b"a longer first version")
         assert store.fetch("a/file").read_bytes() == b"a longer first version"
         store.write("a/file", b"second")
         assert store.read("a/file") == b"second"
         assert store.fetch("a/file").read_bytes() == b"second"
 
-    def test_a_created_file_appears_whole_or_not_at_all(self, store: Store):
+    def test_a_created_file_appears_whole_or_not_at_all(self, store: Store) -> None:
         with store.create("a/file") as path:
             path.write_bytes(BYTES)
             assert not store.exists("a/file")
@@ -61,7 +61,7 @@ class StoreContract:
         assert contents(store, "a") == {"file": BYTES}
 
     @pytest.mark.parametrize("before", [None, b"an older version"])
-    def test_an_incoming_file_is_seen_only_when_it_was_put(self, store: Store, before: bytes | None):
+    def test_an_incoming_file_is_seen_only_when_it_was_put(self, store: Store, before: bytes | None) -> None:
         if before is not None:
             store.write("data/d/shard", before)
         incoming = store.incoming("data/d") / "part"
@@ -73,7 +73,7 @@ class StoreContract:
         assert not incoming.exists()
 
     @pytest.mark.parametrize("key", ["missing", "folder/missing", "no/such/folder", "folder"])
-    def test_what_is_no_file_is_not_found(self, store: Store, key: str):
+    def test_what_is_no_file_is_not_found(self, store: Store, key: str) -> None:
         store.write("folder/file", b"x")
         assert not store.exists(key)
         with pytest.raises(FileNotFoundError, match=key):
@@ -84,7 +84,7 @@ class StoreContract:
     @pytest.mark.parametrize(
         "key", ["../up", "a/../../up", "a/..", "/absolute", "", ".", "/", ".hidden", "a/.hidden/b", "nul\0byte"]
     )
-    def test_keys_that_leave_the_root_or_are_hidden_are_refused(self, store: Store, key: str):
+    def test_keys_that_leave_the_root_or_are_hidden_are_refused(self, store: Store, key: str) -> None:
         def published() -> None:
             with store.publish(key, last=LAST):
                 pytest.fail("a folder to write into was handed out")
@@ -108,24 +108,24 @@ class StoreContract:
             with pytest.raises(UserError, match=re.escape(f"{key!r} is no key")):
                 call()
 
-    def test_keys_lists_the_files_below_a_folder_sorted(self, store: Store):
+    def test_keys_lists_the_files_below_a_folder_sorted(self, store: Store) -> None:
         for key in ["m/b/2", "m/a", "m/b/10", "m/b/c/d", "m2/x", "n/m/x"]:
             store.write(key, b"")
         assert store.keys("m") == ["m/a", "m/b/10", "m/b/2", "m/b/c/d"]
         assert store.keys("m/b") == store.keys("m/b/") == ["m/b/10", "m/b/2", "m/b/c/d"]
 
-    def test_keys_of_a_file_or_of_nothing_are_none(self, store: Store):
+    def test_keys_of_a_file_or_of_nothing_are_none(self, store: Store) -> None:
         store.write("m/a", b"")
         assert store.keys("m/a") == []
         assert store.keys("nothing") == []
 
-    def test_delete_removes_a_folder_and_nothing_beside_it(self, store: Store):
+    def test_delete_removes_a_folder_and_nothing_beside_it(self, store: Store) -> None:
         for key in ["m/step_1/a", "m/step_1/b/c", "m/step_10/a", "m/step_1.txt"]:
             store.write(key, b"")
         store.delete("m/step_1")
         assert store.keys("m") == ["m/step_1.txt", "m/step_10/a"]
 
-    def test_remove_removes_one_file_and_nothing_beside_it(self, store: Store):
+    def test_remove_removes_one_file_and_nothing_beside_it(self, store: Store) -> None:
         for key in ["m/a", "m/ab", "m/a.txt"]:
             store.write(key, b"")
         store.remove("m/a")
@@ -133,31 +133,31 @@ class StoreContract:
         store.remove("nothing/a")
         assert store.keys("m") == ["m/a.txt", "m/ab"]
 
-    def test_deleting_what_is_no_folder_does_nothing(self, store: Store):
+    def test_deleting_what_is_no_folder_does_nothing(self, store: Store) -> None:
         store.write("m/a", b"kept")
         store.delete("m/a")
         store.delete("m/b")
         store.delete("nothing")
         assert contents(store, "m") == {"a": b"kept"}
 
-    def test_a_published_folder_holds_what_was_written_into_it(self, store: Store):
+    def test_a_published_folder_holds_what_was_written_into_it(self, store: Store) -> None:
         files = {"model": BYTES, "optim/deep/er/state": b"s", "empty": b""}
         publish(store, "models/m/step_1", files)
         assert contents(store, "models/m/step_1") == {LAST: b"whole", **files}
 
-    def test_publishing_again_leaves_no_file_of_the_old_folder(self, store: Store):
+    def test_publishing_again_leaves_no_file_of_the_old_folder(self, store: Store) -> None:
         publish(store, "p", {"both": b"old", "only_old": b"old", "folder/old": b"old"})
         publish(store, "p", {"both": b"new", "only_new": b"new"})
         assert contents(store, "p") == {LAST: b"whole", "both": b"new", "only_new": b"new"}
 
-    def test_publishing_touches_nothing_beside_the_folder(self, store: Store):
+    def test_publishing_touches_nothing_beside_the_folder(self, store: Store) -> None:
         publish(store, "m/step_1", {"a": b"1"})
         publish(store, "m/step_10", {"a": b"10"})
         publish(store, "m/step_1", {"b": b"1"})
         assert contents(store, "m/step_10") == {LAST: b"whole", "a": b"10"}
 
     @pytest.mark.parametrize("before", [{}, {LAST: b"whole", "a": b"old"}])
-    def test_a_publisher_that_fails_changes_nothing(self, store: Store, before: dict[str, bytes]):
+    def test_a_publisher_that_fails_changes_nothing(self, store: Store, before: dict[str, bytes]) -> None:
         if before:
             publish(store, "p", {"a": b"old"})
         staging = Path()
@@ -174,7 +174,7 @@ class StoreContract:
         assert contents(store, "p") == before
         assert not staging.exists()
 
-    def test_a_folder_without_its_last_file_is_not_published(self, store: Store):
+    def test_a_folder_without_its_last_file_is_not_published(self, store: Store) -> None:
         publish(store, "p", {"a": b"old"})
 
         def forget() -> None:
@@ -185,7 +185,7 @@ class StoreContract:
             forget()
         assert contents(store, "p") == {LAST: b"whole", "a": b"old"}
 
-    def test_who_sees_the_last_file_of_a_new_folder_sees_all_of_them(self, store: Store):
+    def test_who_sees_the_last_file_of_a_new_folder_sees_all_of_them(self, store: Store) -> None:
         folders, files = 12, {f"part_{i}": bytes([i]) * 2000 for i in range(4)}
         torn: list[str] = []
         done = threading.Event()
@@ -211,7 +211,7 @@ class StoreContract:
             watcher.join()
         assert torn == []
 
-    def test_a_reader_of_a_file_that_is_being_replaced_gets_one_version_whole(self, store: Store):
+    def test_a_reader_of_a_file_that_is_being_replaced_gets_one_version_whole(self, store: Store) -> None:
         versions = [bytes([i]) * 50_000 for i in range(20)]
         store.write("file", versions[0])
         seen: set[bytes] = set()

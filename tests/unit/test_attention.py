@@ -67,7 +67,7 @@ def check(attend: Attention, inputs: tuple[Tensor, Tensor, Tensor], window: int,
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 100])
-def test_the_reference_is_that_of_a_loop(window: int):
+def test_the_reference_is_that_of_a_loop(window: int) -> None:
     q, k, v = (x.detach() for x in drawn(9, 4, 2))
     y = torch.zeros_like(q)
     for b in range(2):
@@ -83,30 +83,32 @@ def test_the_reference_is_that_of_a_loop(window: int):
 @pytest.mark.parametrize("attend", [sdpa_attention, cpu_attention, blockwise_attention, flex_attention])
 @pytest.mark.parametrize("window", [0, 1, 3, 7, 8, 9, 100])
 @pytest.mark.parametrize(("n_head", "n_kv_head"), HEADS)
-def test_attention_is_plain_softmax_over_the_window(n_head: int, n_kv_head: int, window: int, attend: Attention):
+def test_attention_is_plain_softmax_over_the_window(
+    n_head: int, n_kv_head: int, window: int, attend: Attention
+) -> None:
     check(attend, drawn(9, n_head, n_kv_head), window)
 
 
 @pytest.mark.parametrize("attend", [sdpa_attention, blockwise_attention])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dtypes_of_training_differ_by_their_rounding_only(dtype: torch.dtype, attend: Attention):
+def test_dtypes_of_training_differ_by_their_rounding_only(dtype: torch.dtype, attend: Attention) -> None:
     check(attend, drawn(20, 4, 2, dtype=dtype), 5)
 
 
 @pytest.mark.parametrize("time", [64, 65, 200, 530])
 @pytest.mark.parametrize("window", [0, 63, 64, 65, 129, 600])
-def test_blocks_join_without_a_seam(time: int, window: int):
+def test_blocks_join_without_a_seam(time: int, window: int) -> None:
     check(blockwise_attention, drawn(time, 2, 1), window)
 
 
 @pytest.mark.parametrize("window", [17, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_compiled_for_a_cpu_is_the_same(dtype: torch.dtype, window: int):
+def test_attention_compiled_for_a_cpu_is_the_same(dtype: torch.dtype, window: int) -> None:
     check(torch.compile(cpu_attention, fullgraph=True, backend="aot_eager"), drawn(150, 4, 2, dtype=dtype), window)
 
 
 @pytest.mark.parametrize("window", [0, 1, 37, 129, 300])
-def test_flex_attention_traced_on_a_cpu_computes_the_same_forward(window: int):
+def test_flex_attention_traced_on_a_cpu_computes_the_same_forward(window: int) -> None:
     """FlexAttention's backward pass needs a GPU."""
     inputs = tuple(x.detach() for x in drawn(200, 4, 2, head_dim=16, dtype=torch.float32))
     with torch.no_grad():
@@ -118,7 +120,9 @@ def test_flex_attention_traced_on_a_cpu_computes_the_same_forward(window: int):
 @pytest.mark.parametrize("window", [0, 1, 77, 128, 511, 512])
 @pytest.mark.parametrize("n_kv_head", [4, 2])
 @pytest.mark.parametrize("device", [GPU])
-def test_attention_on_a_gpu_is_plain_softmax_over_the_window(device: str, n_kv_head: int, window: int, name: str):
+def test_attention_on_a_gpu_is_plain_softmax_over_the_window(
+    device: str, n_kv_head: int, window: int, name: str
+) -> None:
     try:
         attend = choose_attention(name, CUDA, torch.bfloat16)
     except UserError as error:
@@ -127,12 +131,12 @@ def test_attention_on_a_gpu_is_plain_softmax_over_the_window(device: str, n_kv_h
     check(torch.compile(attend, dynamic=False), inputs, window)
 
 
-def test_with_window_zero_a_token_sees_itself_alone():
+def test_with_window_zero_a_token_sees_itself_alone() -> None:
     q, k, v = drawn(5, 4, 2)
     torch.testing.assert_close(sdpa_attention(q, k, v, 0), v.repeat_interleave(2, dim=2))
 
 
-def test_the_mask_shows_a_token_itself_and_the_window_before_it():
+def test_the_mask_shows_a_token_itself_and_the_window_before_it() -> None:
     rows = torch.arange(5)
     assert window_mask(rows, rows, 2).int().tolist() == [
         [1, 0, 0, 0, 0],
@@ -143,7 +147,7 @@ def test_the_mask_shows_a_token_itself_and_the_window_before_it():
     ]
 
 
-def test_a_cpu_has_torch_s_own_attention_only():
+def test_a_cpu_has_torch_s_own_attention_only() -> None:
     assert choose_attention("auto", CPU, torch.float32) is cpu_attention
     assert choose_attention("sdpa", CPU, torch.float32) is sdpa_attention
     for name in ("flex", "flash"):
@@ -167,7 +171,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_flash_attention_3_is_taken_on_hopper_alone(
     capability: tuple[int, int], package: str, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     for name in ("auto", "flash"):
         # The fake function returns (name, options), and the backend takes the first of two results.
@@ -179,14 +183,14 @@ def test_flash_attention_3_is_taken_on_hopper_alone(
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((9, 0), torch.float32)])
 def test_where_flash_attention_cannot_run_auto_is_flex(
     capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_attention("auto", CUDA, dtype) is flex_attention
     with pytest.raises(UserError, match=r"8\.0 or later and bf16 or fp16"):
         choose_attention("flash", CUDA, dtype)
 
 
-def test_a_package_that_is_not_installed_is_a_clear_error(monkeypatch: pytest.MonkeyPatch):
+def test_a_package_that_is_not_installed_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for module in ("flash_attn_interface", "flash_attn"):
         monkeypatch.setitem(sys.modules, module, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,14 +41,14 @@ def made(mix: str, count: int = 50, choices: int = 1, seed: int = 1, content: in
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.floats(0, 100))
-def test_a_percentile_lies_between_its_neighbours_in_the_sorted_values(values, percent):
+def test_a_percentile_lies_between_its_neighbours_in_the_sorted_values(values: Any, percent: Any) -> None:
     ordered, place = sorted(values), percent / 100 * (len(values) - 1)
     below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
     expected = below + (above - below) * (place - math.floor(place))
     assert percentile(values, percent) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
-def test_poisson_arrivals_are_as_dense_and_as_irregular_as_they_should_be():
+def test_poisson_arrivals_are_as_dense_and_as_irregular_as_they_should_be() -> None:
     arrivals = poisson_arrivals(20.0, 40_000, seed=3)
     gaps = np.diff([0.0, *arrivals])
     assert (gaps > 0).all()
@@ -58,38 +59,38 @@ def test_poisson_arrivals_are_as_dense_and_as_irregular_as_they_should_be():
     assert counts.var() == pytest.approx(20, rel=0.1)
 
 
-def test_arrivals_follow_from_the_seed_and_scale_with_the_rate():
+def test_arrivals_follow_from_the_seed_and_scale_with_the_rate() -> None:
     arrivals = poisson_arrivals(2.0, 100, seed=5)
     assert arrivals == poisson_arrivals(2.0, 100, seed=5)
     assert arrivals != poisson_arrivals(2.0, 100, seed=6)
     assert poisson_arrivals(4.0, 100, seed=5) == pytest.approx([time / 2 for time in arrivals])
 
 
-def test_fixed_requests_have_the_given_lengths_and_prompts_of_their_own():
+def test_fixed_requests_have_the_given_lengths_and_prompts_of_their_own() -> None:
     requests = made("fixed")
     assert {(len(r.prompt), r.output_tokens, r.n, r.temperature) for r in requests} == {(40, 12, 1, 0.0)}
     assert len({r.prompt for r in requests}) == 50
     assert {token for r in requests for token in r.prompt} == set(range(100))
 
 
-def test_mixed_requests_have_every_length_of_their_ranges_and_no_other():
+def test_mixed_requests_have_every_length_of_their_ranges_and_no_other() -> None:
     requests = made("mixed", 500)
     assert {len(r.prompt) for r in requests} == set(range(3, 10))
     assert {r.output_tokens for r in requests} == set(range(2, 6))
 
 
-def test_prompts_of_a_shared_prefix_differ_only_after_it():
+def test_prompts_of_a_shared_prefix_differ_only_after_it() -> None:
     requests = made("prefix")
     assert len({r.prompt[:30] for r in requests}) == 1
     assert len({r.prompt[30:] for r in requests}) == 50
 
 
-def test_samples_are_drawn():
+def test_samples_are_drawn() -> None:
     assert {(r.n, r.temperature) for r in made("samples", choices=4)} == {(4, 1.0)}
 
 
 @pytest.mark.parametrize("slots", [1, 2, 6, 8, 12, 32, 33, 64])
-def test_whole_requests_of_samples_fill_the_slots(slots):
+def test_whole_requests_of_samples_fill_the_slots(slots: int) -> None:
     choices = choices_per_request("samples", SHAPE, slots)
     assert 1 <= choices <= SHAPE.samples
     assert slots % choices == 0
@@ -97,7 +98,7 @@ def test_whole_requests_of_samples_fill_the_slots(slots):
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_lengths_follow_from_one_seed_and_tokens_from_the_other(mix):
+def test_lengths_follow_from_one_seed_and_tokens_from_the_other(mix: Any) -> None:
     def lengths(requests: list[BenchRequest]) -> list[tuple[int, int]]:
         return [(len(r.prompt), r.output_tokens) for r in requests]
 
@@ -111,7 +112,7 @@ def test_lengths_follow_from_one_seed_and_tokens_from_the_other(mix):
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("rate", [None, 5.0])
-def test_no_two_rows_and_no_warm_up_share_a_prompt(mix, rate):
+def test_no_two_rows_and_no_warm_up_share_a_prompt(mix: Any, rate: float | None) -> None:
     settings = BenchEngineSettings(depth=1)
     slots = [8, 8] if rate is None else [None, None]
     rows = [plan(settings, mix, s, rate, 4000, salt) for salt, s in enumerate(slots)]
@@ -120,7 +121,7 @@ def test_no_two_rows_and_no_warm_up_share_a_prompt(mix, rate):
 
 
 @pytest.mark.parametrize(("rate", "count"), [(None, 32), (2.0, 64)])
-def test_what_a_row_sends_by_default(rate, count):
+def test_what_a_row_sends_by_default(rate: float | None, count: int) -> None:
     warm_up, requests, load = plan(BenchEngineSettings(depth=1), "fixed", None if rate else 8, rate, 4000, 0)
     assert len(requests) == count
     assert all(request.output_tokens < 10 for request in warm_up)
@@ -131,7 +132,7 @@ def test_what_a_row_sends_by_default(rate, count):
         assert load == OpenLoop(poisson_arrivals(rate, count, 0))
 
 
-def test_no_slot_stays_empty_however_few_requests_are_asked_for():
+def test_no_slot_stays_empty_however_few_requests_are_asked_for() -> None:
     _, requests, _ = plan(BenchEngineSettings(depth=1, requests=3), "fixed", 8, None, 4000, 0)
     assert len(requests) == 8
 
@@ -140,7 +141,7 @@ chunks = st.lists(st.tuples(st.floats(0.001, 5), st.integers(0, 2), st.integers(
 
 
 @given(chunks)
-def test_gaps_of_a_choice_add_up_to_the_time_from_its_first_token_to_its_last(chunks):
+def test_gaps_of_a_choice_add_up_to_the_time_from_its_first_token_to_its_last(chunks: Any) -> None:
     outcome, now = Outcome(0.0, 0.0), 0.0
     came: dict[int, list[float]] = {}
     for wait, choice, tokens in chunks:
@@ -153,7 +154,7 @@ def test_gaps_of_a_choice_add_up_to_the_time_from_its_first_token_to_its_last(ch
     assert sum(outcome.gaps) == pytest.approx(sum(times[-1] - times[0] for times in came.values()))
 
 
-def test_tokens_that_come_together_share_their_gap():
+def test_tokens_that_come_together_share_their_gap() -> None:
     outcome = Outcome(0.0, 0.0)
     for now, tokens in ((1.0, 2), (2.0, 4), (2.5, 1)):
         outcome.tokens_came(now, 0, tokens)
@@ -174,7 +175,7 @@ def failed(now: float, error: str, *, refused: bool = False) -> Outcome:
     return outcome
 
 
-def test_a_summary_counts_latencies_from_when_requests_should_have_been_sent():
+def test_a_summary_counts_latencies_from_when_requests_should_have_been_sent() -> None:
     summary = summarize(
         [
             answered(1.0, 1.5, [2.0, 3.0], TokenCounts(100, 2, 30)),
@@ -189,7 +190,7 @@ def test_a_summary_counts_latencies_from_when_requests_should_have_been_sent():
     assert summary.cached_share == pytest.approx(0.15)
 
 
-def test_a_summary_counts_what_was_not_answered_and_nothing_of_its_tokens():
+def test_a_summary_counts_what_was_not_answered_and_nothing_of_its_tokens() -> None:
     summary = summarize(
         [
             answered(0.0, 0.0, [1.0], TokenCounts(10, 1, None)),
@@ -206,7 +207,7 @@ def test_a_summary_counts_what_was_not_answered_and_nothing_of_its_tokens():
     assert summary.cached_share is None
 
 
-def test_a_run_without_answers_has_a_summary():
+def test_a_run_without_answers_has_a_summary() -> None:
     summary = summarize([failed(2.0, "x")])
     assert (summary.answered, summary.tokens_per_second, summary.time_to_first_token) == (0, 0.0, None)
 
@@ -229,7 +230,9 @@ counts = st.builds(
 
 
 @given(configs, st.lists(counts, max_size=4), st.integers(1, 50), st.sampled_from([2, 4]))
-def test_bytes_and_flops_are_those_of_counting_every_weight_and_key(config, counts, steps, item_bytes):
+def test_bytes_and_flops_are_those_of_counting_every_weight_and_key(
+    config: Any, counts: Any, steps: Any, item_bytes: Any
+) -> None:
     with torch.device("meta"):
         model = GPT(config)
     matrices = [
@@ -259,7 +262,7 @@ def engine(**config: int) -> Engine:
     return Engine(tiny_model(), BYTES, EngineConfig(**config))
 
 
-def test_a_closed_loop_keeps_as_many_requests_running_as_it_has_clients():
+def test_a_closed_loop_keeps_as_many_requests_running_as_it_has_clients() -> None:
     running: list[int] = []
     core = engine()
     step = core.step
@@ -281,14 +284,14 @@ def test_a_closed_loop_keeps_as_many_requests_running_as_it_has_clients():
     assert all(outcome.sent >= end for outcome, end in zip(outcomes[3:], ended, strict=False))
 
 
-def test_the_cores_steps_are_counted():
+def test_the_cores_steps_are_counted() -> None:
     target = CoreTarget(engine(), {})
     target.run([BenchRequest((1, 2, 3), 7)], ClosedLoop(1))
     assert target.steps == 7  # one for the prompt, which gives the first token
     assert target.step_seconds > 0
 
 
-def test_requests_of_an_open_loop_are_sent_when_they_arrive_whatever_runs():
+def test_requests_of_an_open_loop_are_sent_when_they_arrive_whatever_runs() -> None:
     core = engine()
     requests = [BenchRequest(tuple(range(5)), 30)] * 4
     arrivals = (0.0, 0.0, 0.0, 0.05)
@@ -298,7 +301,7 @@ def test_requests_of_an_open_loop_are_sent_when_they_arrive_whatever_runs():
     assert not any(outcome.error for outcome in outcomes)
 
 
-def test_what_the_core_refuses_is_counted():
+def test_what_the_core_refuses_is_counted() -> None:
     target = CoreTarget(engine(max_running=1, max_waiting=2), {})
     fits, too_long = BenchRequest((1, 2), 50), BenchRequest(tuple(range(250)) * 2, 5)
     outcomes = target.run([fits, fits, fits, fits, too_long], OpenLoop((0.0,) * 5))
@@ -308,7 +311,7 @@ def test_what_the_core_refuses_is_counted():
     assert "the context length is 256" in outcomes[4].error
 
 
-def test_the_core_gives_the_tokens_that_it_gives_without_the_benchmark():
+def test_the_core_gives_the_tokens_that_it_gives_without_the_benchmark() -> None:
     core, given_out = engine(), []
     step = core.step
 
@@ -343,14 +346,14 @@ def test_the_core_gives_the_tokens_that_it_gives_without_the_benchmark():
         (["--depth=2", "--shared-tokens=200"], "--shared-tokens is 200, more than --prompt-tokens 128"),
     ],
 )
-def test_flags_that_make_no_benchmark_are_refused(flags, complaint):
+def test_flags_that_make_no_benchmark_are_refused(flags: Any, complaint: str) -> None:
     with pytest.raises(UserError) as refused:
         core_settings.load(BenchEngineSettings, prefix="NANOCHAT_BENCH_ENGINE", program="x", argv=flags, environ={})
     assert complaint in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_the_lines_of_the_table_are_as_wide_as_its_head():
+def test_the_lines_of_the_table_are_as_wide_as_its_head() -> None:
     full = summarize([answered(0.0, 0.0, [1.0, 2.0], TokenCounts(100, 2, 30))])
     rows = [
         Row("samples", 64, None, full, 0.7, 0.12),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -50,21 +51,21 @@ def slow_bits(model: GPT, tokenizer: Tokenizer, documents: list[str]) -> float:
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, MERGED])
-def test_it_is_the_bits_of_every_token_over_the_bytes_of_the_text(tokenizer):
+def test_it_is_the_bits_of_every_token_over_the_bytes_of_the_text(tokenizer: Any) -> None:
     model = network(tokenizer)
     expected = slow_bits(model, tokenizer, DOCUMENTS) / sum(len(document.encode()) for document in DOCUMENTS)
     assert bits_per_byte(model, tokenizer, DOCUMENTS) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 100])
-def test_it_does_not_depend_on_how_many_rows_are_computed_at_once(rows):
+def test_it_does_not_depend_on_how_many_rows_are_computed_at_once(rows: int) -> None:
     model = network(BYTES)
     assert bits_per_byte(model, BYTES, DOCUMENTS, rows=rows) == pytest.approx(
         bits_per_byte(model, BYTES, DOCUMENTS), rel=1e-6
     )
 
 
-def test_models_of_different_tokenizers_are_measured_over_the_same_bytes():
+def test_models_of_different_tokenizers_are_measured_over_the_same_bytes() -> None:
     text = ["the sea and the seal, the sea and the sé"]
     length = len(text[0].encode())
     tokens = len(MERGED.encode(text[0]))
@@ -75,12 +76,12 @@ def test_models_of_different_tokenizers_are_measured_over_the_same_bytes():
     assert merged == pytest.approx(tokens * math.log2(MERGED.vocab_size) / length)
 
 
-def test_it_stops_after_the_tokens_asked_for():
+def test_it_stops_after_the_tokens_asked_for() -> None:
     model = network(BYTES)
     documents = ["a" * CONTEXT, "b" * CONTEXT, "c" * CONTEXT]
     part = bits_per_byte(model, BYTES, documents, rows=1, max_tokens=CONTEXT + 1)
     assert part == pytest.approx(bits_per_byte(model, BYTES, documents[:2]), rel=1e-6)
 
 
-def test_no_text_needs_no_bits():
+def test_no_text_needs_no_bits() -> None:
     assert bits_per_byte(network(BYTES), BYTES, ["", ""]) == 0

@@ -26,14 +26,14 @@ def said(*right: bool) -> Verdict:
     return Verdict(tuple(Response(f"answer {i}", (("1+1", "2"),)) for i in range(len(right))), right)
 
 
-def test_guessing_is_zero_and_all_right_is_one():
+def test_guessing_is_zero_and_all_right_is_one() -> None:
     assert centered(0.25, 0.25) == 0.0
     assert centered(1.0, 0.25) == 1.0
     assert centered(0.0, 0.25) == pytest.approx(-1 / 3)
     assert centered(0.4, 0.0) == 0.4
 
 
-def test_right_answers_are_counted():
+def test_right_answers_are_counted() -> None:
     figures = score(choice_task("mmlu", "xxyy"), [said(True), said(False), said(True), said(True)], 1)
     assert {key: figures[key] for key in ("questions", "answers", "right", "accuracy", "baseline", "too_long")} == {
         "questions": 4, "answers": 4, "right": 3, "accuracy": 0.75, "baseline": 0.25, "too_long": 0,
@@ -43,7 +43,7 @@ def test_right_answers_are_counted():
     assert "pass_at_k" not in figures
 
 
-def test_samples_give_pass_at_k_and_what_did_not_fit_is_wrong_in_all_of_them():
+def test_samples_give_pass_at_k_and_what_did_not_fit_is_wrong_in_all_of_them() -> None:
     figures = score(open_task(3), [said(True, False), said(False, False), Verdict()], 2)
     assert (figures["answers"], figures["right"], figures["too_long"]) == (6, 1, 1)
     assert figures["accuracy"] == pytest.approx(1 / 6)
@@ -51,13 +51,13 @@ def test_samples_give_pass_at_k_and_what_did_not_fit_is_wrong_in_all_of_them():
     assert "groups" not in figures
 
 
-def test_a_choice_is_made_once_however_many_samples_there_are():
+def test_a_choice_is_made_once_however_many_samples_there_are() -> None:
     figures = score(choice_task("mmlu", "xx"), [said(True), said(False)], 4)
     assert (figures["answers"], figures["accuracy"]) == (2, 0.5)
     assert "pass_at_k" not in figures
 
 
-def test_examples_are_some_of_both_kinds_the_wrong_ones_first():
+def test_examples_are_some_of_both_kinds_the_wrong_ones_first() -> None:
     figures = score(open_task(100), [said(i % 2 == 0) for i in range(100)], 1)
     assert [example["right"] for example in figures["examples"]] == [False] * 20 + [True] * 5
     assert figures["examples"][0] == {
@@ -65,7 +65,7 @@ def test_examples_are_some_of_both_kinds_the_wrong_ones_first():
     }  # fmt: skip
 
 
-def test_chat_core_is_the_mean_of_its_tasks_and_says_which_are_missing():
+def test_chat_core_is_the_mean_of_its_tasks_and_says_which_are_missing() -> None:
     figures = {name: {"centered": i / 10} for i, name in enumerate(CHAT_CORE_TASKS)} | {"demo": {"centered": 1.0}}
     assert chat_core(figures) == {"value": pytest.approx(0.25), "tasks": list(CHAT_CORE_TASKS), "missing": []}
     partial = chat_core({name: figures[name] for name in ("demo", "gsm8k", "mmlu")})
@@ -77,7 +77,7 @@ def test_chat_core_is_the_mean_of_its_tasks_and_says_which_are_missing():
     assert chat_core({"demo": {"centered": 1.0}}) is None
 
 
-def test_the_table_has_a_line_for_each_task_and_names_a_partial_chat_core():
+def test_the_table_has_a_line_for_each_task_and_names_a_partial_chat_core() -> None:
     figures = {
         "mmlu": score(choice_task("mmlu", "xxyy"), [said(True)] * 3 + [Verdict()], 1),
         "gsm8k": score(open_task(2, "gsm8k"), [said(True, False), said(True, True)], 2),
@@ -95,6 +95,6 @@ def test_the_table_has_a_line_for_each_task_and_names_a_partial_chat_core():
     assert not any("ChatCORE" in line for line in table({"own": figures["gsm8k"]}, None))
 
 
-def test_verdicts_are_kept_as_they_are():
+def test_verdicts_are_kept_as_they_are() -> None:
     for verdict in (Verdict(), said(True), said(False, True)):
         assert Verdict.from_json(json.loads(json.dumps(verdict.to_json()))) == verdict

@@ -83,7 +83,9 @@ def opened(name: str, store: FolderStore, data: Path | None = None, **selection:
         ("humaneval", "humaneval/HumanEval.jsonl", HUMANEVAL),
     ],
 )
-def test_datasets_are_read_from_the_store_or_a_folder_as_they_are_published(name, file, row, store, tmp_path, sandbox):
+def test_datasets_are_read_from_the_store_or_a_folder_as_they_are_published(
+    name: str, file: str, row: Any, store: FolderStore, tmp_path: Path, sandbox: SandboxExecutor
+) -> None:
     write(store.root / "data" / file, row, row)
     write(tmp_path / "folder" / file, row)
     assert len(opened(name, store).questions) == 2
@@ -107,14 +109,14 @@ def test_datasets_are_read_from_the_store_or_a_folder_as_they_are_published(name
         assert not question.correct(Response("    return n\n"), sandbox)
 
 
-def test_what_the_folder_lacks_is_taken_from_the_store(store, tmp_path):
+def test_what_the_folder_lacks_is_taken_from_the_store(store: FolderStore, tmp_path: Path) -> None:
     write(store.root / "data/gsm8k/test.jsonl", GSM8K)
     (tmp_path / "empty").mkdir()
     assert len(opened("gsm8k", store, tmp_path / "empty").questions) == 1
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name not in ("demo", "spelling", "counting")])
-def test_missing_data_are_named_with_the_command_that_gets_them(name, store, tmp_path):
+def test_missing_data_are_named_with_the_command_that_gets_them(name: Any, store: FolderStore, tmp_path: Path) -> None:
     dataset = name.split("-")[0]
     with pytest.raises(UserError) as error:
         opened(name, store)
@@ -144,7 +146,9 @@ def test_missing_data_are_named_with_the_command_that_gets_them(name, store, tmp
         ("mmlu/test.jsonl", '{"question": "?", "choices": ["a", "b"], "answer": true}', "which is no index of the 2"),
     ],
 )
-def test_a_wrong_row_is_named_by_file_and_line(file, line, complaint, store, tmp_path):
+def test_a_wrong_row_is_named_by_file_and_line(
+    file: str, line: str, complaint: str, store: FolderStore, tmp_path: Path
+) -> None:
     good = {"gsm8k": GSM8K, "humaneval": HUMANEVAL, "mmlu": MMLU}[file.split("/")[0]]
     path = write(tmp_path / "data" / file, good)
     path.write_text(path.read_text() + "\n" + line + "\n")
@@ -152,7 +156,7 @@ def test_a_wrong_row_is_named_by_file_and_line(file, line, complaint, store, tmp
         opened(file.split("/")[0], store, tmp_path / "data")
 
 
-def test_an_empty_file_has_no_question(store, tmp_path):
+def test_an_empty_file_has_no_question(store: FolderStore, tmp_path: Path) -> None:
     write(tmp_path / "data/gsm8k/test.jsonl")
     with pytest.raises(UserError, match="holds no question"):
         opened("gsm8k", store, tmp_path / "data")
@@ -173,7 +177,9 @@ def ask(text: str) -> list[dict[str, str]]:
         ({"answer": "^(yes|no)$", "match": "regex"}, ["yes"], ["yes, no"]),
     ],
 )
-def test_own_questions_are_compared_as_they_say(row, right, wrong, tmp_path, sandbox):
+def test_own_questions_are_compared_as_they_say(
+    row: Any, right: list[str], wrong: list[str], tmp_path: Path, sandbox: SandboxExecutor
+) -> None:
     task = own_task(write(tmp_path / "mine.jsonl", {"messages": ask("?"), **row}))
     assert isinstance(task, GenerativeTask)
     assert (task.name, task.baseline, task.tools) == ("mine", 0.0, True)
@@ -182,7 +188,7 @@ def test_own_questions_are_compared_as_they_say(row, right, wrong, tmp_path, san
     assert [question.correct(Response(text), sandbox) for text in wrong] == [False] * len(wrong)
 
 
-def test_own_questions_may_have_choices_and_their_baseline_is_that_of_guessing(tmp_path):
+def test_own_questions_may_have_choices_and_their_baseline_is_that_of_guessing(tmp_path: Path) -> None:
     two = {"question": "?", "choices": ["a", "b"], "answer": 1}
     task = own_task(write(tmp_path / "mine.jsonl", MMLU, two))
     assert isinstance(task, ChoiceTask)
@@ -208,13 +214,13 @@ def test_own_questions_may_have_choices_and_their_baseline_is_that_of_guessing(t
         ({"question": "?", "choices": ["a"], "answer": 0}, "'choices' has 1 entries"),
     ],
 )
-def test_a_wrong_own_question_is_named_by_file_and_line(row, complaint, tmp_path):
+def test_a_wrong_own_question_is_named_by_file_and_line(row: Any, complaint: str, tmp_path: Path) -> None:
     path = write(tmp_path / "mine.jsonl", {"messages": ask("?"), "answer": "x"}, row)
     with pytest.raises(UserError, match=re.escape(f"{path}:2") + r"\b.*" + re.escape(complaint)):
         own_task(path)
 
 
-def test_a_file_that_makes_no_task_says_why(tmp_path, store):
+def test_a_file_that_makes_no_task_says_why(tmp_path: Path, store: FolderStore) -> None:
     own = {"messages": ask("?"), "answer": "x"}
     with pytest.raises(UserError, match=r"both questions with choices and without"):
         own_task(write(tmp_path / "mixed.jsonl", own, MMLU))
@@ -230,12 +236,12 @@ def test_a_file_that_makes_no_task_says_why(tmp_path, store):
 
 
 @pytest.mark.parametrize("names", [(), ("chess",), ("demo", "demo")])
-def test_what_is_no_task_is_an_error(names, store):
+def test_what_is_no_task_is_an_error(names: Any, store: FolderStore) -> None:
     with pytest.raises(UserError, match=r"there is no task|two of the tasks"):
         open_tasks(names, DatasetSource(store), Selection())
 
 
-def test_the_demo_world_is_asked_what_the_recipe_teaches(store):
+def test_the_demo_world_is_asked_what_the_recipe_teaches(store: FolderStore) -> None:
     kinds = {
         question.group for question in opened("demo", store, kinds=find_recipe("small").conversation_kinds).questions
     }
@@ -245,7 +251,7 @@ def test_the_demo_world_is_asked_what_the_recipe_teaches(store):
 
 
 @pytest.mark.parametrize("name", ["demo", "spelling", "counting"])
-def test_generated_questions_are_the_same_for_a_seed_and_others_for_another(name, store):
+def test_generated_questions_are_the_same_for_a_seed_and_others_for_another(name: str, store: FolderStore) -> None:
     task = opened(name, store)
     assert len(task.questions) == 200
     assert task.digest == opened(name, store).digest
@@ -253,7 +259,7 @@ def test_generated_questions_are_the_same_for_a_seed_and_others_for_another(name
     assert len(opened(name, store, items=30).questions) == 30
 
 
-def test_letters_are_asked_of_words_that_training_does_not_have(store, sandbox):
+def test_letters_are_asked_of_words_that_training_does_not_have(store: FolderStore, sandbox: SandboxExecutor) -> None:
     for question in opened("spelling", store).questions:
         word = question.word
         assert word in words.ENGLISH_HELDOUT or words.is_heldout_word(word)
@@ -263,7 +269,7 @@ def test_letters_are_asked_of_words_that_training_does_not_have(store, sandbox):
         assert not question.correct(Response(f"{word} is spelled {' '.join(word[:-1])}."), sandbox)
 
 
-def test_a_count_is_right_only_if_it_was_computed(store, sandbox):
+def test_a_count_is_right_only_if_it_was_computed(store: FolderStore, sandbox: SandboxExecutor) -> None:
     for question in opened("counting", store, items=20).questions:
         calls = (("'x'.count('x')", question.times),)
         assert question.correct(Response(f"The letter appears {question.times} times.", calls), sandbox)
@@ -271,7 +277,7 @@ def test_a_count_is_right_only_if_it_was_computed(store, sandbox):
         assert not question.correct(Response(f"The letter appears {int(question.times) + 1} times.", calls), sandbox)
 
 
-def test_some_questions_of_a_dataset_are_spread_over_it_in_its_order(store):
+def test_some_questions_of_a_dataset_are_spread_over_it_in_its_order(store: FolderStore) -> None:
     write(store.root / "data/mmlu/test.jsonl", *({**MMLU, "question": f"Number {i}?"} for i in range(200)))
     whole = opened("mmlu", store)
     some = opened("mmlu", store, items=40)
@@ -285,7 +291,7 @@ def test_some_questions_of_a_dataset_are_spread_over_it_in_its_order(store):
     assert opened("mmlu", store, items=500) == whole
 
 
-def test_a_digest_changes_with_what_is_asked_or_expected(store, tmp_path):
+def test_a_digest_changes_with_what_is_asked_or_expected(store: FolderStore, tmp_path: Path) -> None:
     digests = [
         own_task(write(tmp_path / "mine.jsonl", row)).digest
         for row in (
@@ -298,7 +304,7 @@ def test_a_digest_changes_with_what_is_asked_or_expected(store, tmp_path):
     assert len(set(digests)) == 4
 
 
-def test_the_real_files_are_read():
+def test_the_real_files_are_read() -> None:
     if "NANOCHAT_TEST_DATA" not in os.environ:
         pytest.skip("NANOCHAT_TEST_DATA is not set")
     folder = Path(os.environ["NANOCHAT_TEST_DATA"])

@@ -88,7 +88,7 @@ def folder(store: FolderStore, ref: CheckpointRef = REF) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_everything_saved_is_loaded_bit_for_bit(store: FolderStore, dtype: torch.dtype):
+def test_everything_saved_is_loaded_bit_for_bit(store: FolderStore, dtype: torch.dtype) -> None:
     model = tiny_model(3, dtype=dtype)
     save_checkpoint(store, REF, model=model, tokenizer=tokenizer(), meta=META)
     loaded = load_checkpoint(store, REF)
@@ -103,7 +103,7 @@ def test_everything_saved_is_loaded_bit_for_bit(store: FolderStore, dtype: torch
     assert loaded.tokenizer.digest == tokenizer().digest
 
 
-def test_meta_is_read_without_the_weights_but_verified(store: FolderStore):
+def test_meta_is_read_without_the_weights_but_verified(store: FolderStore) -> None:
     save(store)
     (store.root / REF.prefix / "model.safetensors").unlink()
     assert load_meta(store, REF) == META | {"tokenizer_digest": tokenizer().digest}
@@ -115,7 +115,7 @@ def test_meta_is_read_without_the_weights_but_verified(store: FolderStore):
         load_meta(store, CheckpointRef("other", "base", 1))
 
 
-def test_the_built_model_computes_the_same(store: FolderStore):
+def test_the_built_model_computes_the_same(store: FolderStore) -> None:
     model, ids = tiny_model(), torch.arange(12).view(2, 6)
     save(store)
     built = load_checkpoint(store, REF).build_model()
@@ -126,7 +126,7 @@ def test_the_built_model_computes_the_same(store: FolderStore):
     assert fast.embedding.weight.dtype == torch.bfloat16
 
 
-def test_trainer_state_comes_back(store: FolderStore):
+def test_trainer_state_comes_back(store: FolderStore) -> None:
     save(store)
     loaded = load_trainer(store, REF)
     assert loaded.values == VALUES
@@ -138,14 +138,14 @@ def test_trainer_state_comes_back(store: FolderStore):
     assert loaded.read("never stored", 0, 1) is None
 
 
-def test_a_checkpoint_without_trainer_state_says_so(store: FolderStore):
+def test_a_checkpoint_without_trainer_state_says_so(store: FolderStore) -> None:
     save(store, resumable=False)
     with pytest.raises(UserError, match=r"tiny/sft/step_000040 holds no optimizer state"):
         load_trainer_state(store, REF)
     assert not (folder(store) / "optim").exists()
 
 
-def test_the_manifest_lists_every_other_file_with_size_and_digest(store: FolderStore):
+def test_the_manifest_lists_every_other_file_with_size_and_digest(store: FolderStore) -> None:
     save(store)
     listed = json.loads((folder(store) / MANIFEST).read_text())["files"]
     assert sorted(listed) == sorted((*MODEL_FILES, *TRAINER_FILES))
@@ -155,7 +155,7 @@ def test_the_manifest_lists_every_other_file_with_size_and_digest(store: FolderS
     assert load_checkpoint(store, REF).digests == {name: entry["sha256"] for name, entry in listed.items()}
 
 
-def test_files_are_in_formats_that_cannot_execute(store: FolderStore):
+def test_files_are_in_formats_that_cannot_execute(store: FolderStore) -> None:
     save(store)
     for path in folder(store).rglob("*"):
         if path.suffix == ".json":
@@ -165,7 +165,7 @@ def test_files_are_in_formats_that_cannot_execute(store: FolderStore):
     assert {path.suffix for path in folder(store).rglob("*") if path.is_file()} == {".json", ".safetensors"}
 
 
-def test_a_checkpoint_exists_only_once_it_is_complete(store: FolderStore, monkeypatch: pytest.MonkeyPatch):
+def test_a_checkpoint_exists_only_once_it_is_complete(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The manifest is written last, and no reader sees the checkpoint before."""
     written: list[str] = []
     create = FolderStore.create
@@ -184,7 +184,7 @@ def test_a_checkpoint_exists_only_once_it_is_complete(store: FolderStore, monkey
     assert list_checkpoints(store, "tiny", "sft") == [REF]
 
 
-def test_saving_that_fails_leaves_the_old_checkpoint(store: FolderStore):
+def test_saving_that_fails_leaves_the_old_checkpoint(store: FolderStore) -> None:
     save(store)
     with pytest.raises(TypeError, match="JSON serializable"):
         save_checkpoint(store, REF, model=tiny_model(9), tokenizer=tokenizer(), meta={"bad": object()})
@@ -248,7 +248,9 @@ DAMAGES = [
 
 @pytest.mark.parametrize("name", [*MODEL_FILES, *TRAINER_FILES])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_every_damage_to_a_file_is_refused_by_its_name(store: FolderStore, name: str, damage: Callable[[Path], None]):
+def test_every_damage_to_a_file_is_refused_by_its_name(
+    store: FolderStore, name: str, damage: Callable[[Path], None]
+) -> None:
     save(store)
     damage(folder(store) / name)
     load = load_trainer if name in TRAINER_FILES else load_checkpoint
@@ -261,7 +263,7 @@ def test_every_damage_to_a_file_is_refused_by_its_name(store: FolderStore, name:
     assert REF.prefix in str(refused.value)
 
 
-def test_a_file_of_another_size_is_told_with_both_sizes(store: FolderStore):
+def test_a_file_of_another_size_is_told_with_both_sizes(store: FolderStore) -> None:
     save(store)
     path = folder(store) / "meta.json"
     size = path.stat().st_size
@@ -272,7 +274,7 @@ def test_a_file_of_another_size_is_told_with_both_sizes(store: FolderStore):
         load_checkpoint(store, REF)
 
 
-def test_no_flipped_bit_of_the_manifest_goes_unnoticed_or_crashes(store: FolderStore):
+def test_no_flipped_bit_of_the_manifest_goes_unnoticed_or_crashes(store: FolderStore) -> None:
     """A flipped bit is refused, or it changed only whitespace or the entry of a file that is not loaded."""
     save(store, resumable=False)
     manifest = folder(store) / MANIFEST
@@ -293,7 +295,7 @@ def test_no_flipped_bit_of_the_manifest_goes_unnoticed_or_crashes(store: FolderS
     [b"", b"null", b"[]", b"{}", b"{", b"\xff\xfe", b'{"files": 5}', b'{"files": []}', b'{"files": {"model": 1}}']
     + [json.dumps({"files": {"model.safetensors": entry}}).encode() for entry in ({}, {"size": 1}, [], "x")],
 )
-def test_a_damaged_manifest_is_named(store: FolderStore, manifest: bytes):
+def test_a_damaged_manifest_is_named(store: FolderStore, manifest: bytes) -> None:
     save(store)
     (folder(store) / MANIFEST).write_bytes(manifest)
     for load in (load_checkpoint, load_trainer):
@@ -310,7 +312,7 @@ def rewrite(store: FolderStore, name: str, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", [*MODEL_FILES, *TRAINER_FILES])
-def test_files_that_match_the_manifest_but_are_none_of_ours_are_refused(store: FolderStore, name: str):
+def test_files_that_match_the_manifest_but_are_none_of_ours_are_refused(store: FolderStore, name: str) -> None:
     save(store)
     rewrite(store, name, pickle.dumps({"step": 1}))
     load = load_trainer if name in TRAINER_FILES else load_checkpoint
@@ -318,14 +320,14 @@ def test_files_that_match_the_manifest_but_are_none_of_ours_are_refused(store: F
         load(store, REF)
 
 
-def test_a_tokenizer_of_another_size_does_not_belong_to_the_model(store: FolderStore):
+def test_a_tokenizer_of_another_size_does_not_belong_to_the_model(store: FolderStore) -> None:
     save(store)
     rewrite(store, "tokenizer.json", tokenizer((b"he",)).to_json().encode())
     with pytest.raises(UserError, match=f"{REF.prefix}: the tokenizer has 266 ids but the model 267"):
         load_checkpoint(store, REF)
 
 
-def test_weights_of_another_shape_do_not_fit(store: FolderStore):
+def test_weights_of_another_shape_do_not_fit(store: FolderStore) -> None:
     save(store)
     other = ModelConfig.from_depth(2, vocab_size=267, head_dim=32, context_length=16)
     rewrite(store, "config.json", other.to_json().encode())
@@ -335,13 +337,13 @@ def test_weights_of_another_shape_do_not_fit(store: FolderStore):
     assert "\n" not in str(refused.value)
 
 
-def test_what_is_not_there_is_a_clear_error(store: FolderStore):
+def test_what_is_not_there_is_a_clear_error(store: FolderStore) -> None:
     for load in (load_checkpoint, load_trainer):
         with pytest.raises(UserError, match=f"there is no checkpoint {REF.prefix} in {store.root}"):
             load(store, REF)
 
 
-def test_checkpoints_are_listed_in_order_of_their_steps(store: FolderStore):
+def test_checkpoints_are_listed_in_order_of_their_steps(store: FolderStore) -> None:
     refs = [CheckpointRef("tiny", "sft", step) for step in (9, 1_000_000, 40, 200)]
     for ref in (*refs, CheckpointRef("tiny", "base", 7), CheckpointRef("tiny2", "sft", 8)):
         save(store, ref, resumable=False)
@@ -353,7 +355,7 @@ def test_checkpoints_are_listed_in_order_of_their_steps(store: FolderStore):
 
 def test_the_newest_whole_checkpoint_is_used_and_damaged_ones_are_logged_by_name(
     store: FolderStore, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     refs = [CheckpointRef("tiny", "base", step) for step in (1, 2, 3, 4)]
     for ref in refs:
         save(store, ref, resumable=False, seed=ref.step)
@@ -370,14 +372,14 @@ def test_the_newest_whole_checkpoint_is_used_and_damaged_ones_are_logged_by_name
     assert "meta.json" in logged[1][1]
 
 
-def test_without_a_whole_checkpoint_there_is_no_newest(store: FolderStore):
+def test_without_a_whole_checkpoint_there_is_no_newest(store: FolderStore) -> None:
     assert newest_checkpoint(store, "tiny", "base") is None
     save(store, resumable=False)
     (folder(store) / MANIFEST).write_bytes(b"{}")
     assert newest_checkpoint(store, "tiny", "sft") is None
 
 
-def test_a_store_that_fails_is_not_taken_for_damage(store: FolderStore, monkeypatch: pytest.MonkeyPatch):
+def test_a_store_that_fails_is_not_taken_for_damage(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise a short network failure would make a run start over."""
     save(store)
 
@@ -390,7 +392,9 @@ def test_a_store_that_fails_is_not_taken_for_damage(store: FolderStore, monkeypa
 
 
 @pytest.mark.parametrize("limit", [20_000, 2_000, 0])
-def test_a_disk_that_fills_up_is_a_clear_error_and_leaves_the_checkpoints_before(store: FolderStore, limit: int):
+def test_a_disk_that_fills_up_is_a_clear_error_and_leaves_the_checkpoints_before(
+    store: FolderStore, limit: int
+) -> None:
     save(store)
     files = sorted(store.root.rglob("*"))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -404,7 +408,7 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_leaves_the_checkpoints_before
     assert torch.equal(load_checkpoint(store, REF).weights["head.weight"], tiny_model(0).head.weight)
 
 
-def test_readers_see_whole_checkpoints_while_new_ones_are_saved_and_old_ones_deleted(store: FolderStore):
+def test_readers_see_whole_checkpoints_while_new_ones_are_saved_and_old_ones_deleted(store: FolderStore) -> None:
     save(store, CheckpointRef("tiny", "base", 0), resumable=False)
     seen: set[int] = set()
     failed: list[BaseException] = []
@@ -432,7 +436,7 @@ def test_readers_see_whole_checkpoints_while_new_ones_are_saved_and_old_ones_del
     assert seen
 
 
-def test_the_promoted_checkpoint_is_the_last_one_promoted(store: FolderStore):
+def test_the_promoted_checkpoint_is_the_last_one_promoted(store: FolderStore) -> None:
     assert promoted(store, "tiny") is None
     promote(store, REF)
     promote(store, CheckpointRef("tiny", "rl", 7))
@@ -444,14 +448,14 @@ def test_the_promoted_checkpoint_is_the_last_one_promoted(store: FolderStore):
 
 
 @pytest.mark.parametrize("stored", [b"", b"\xff\xfe\x00", b"step_3", b"sft/step_x", b"sft/step_1\nsft/step_2"])
-def test_a_damaged_promotion_is_a_clear_error(store: FolderStore, stored: bytes):
+def test_a_damaged_promotion_is_a_clear_error(store: FolderStore, stored: bytes) -> None:
     store.write("models/tiny/PROMOTED", stored)
     with pytest.raises(UserError, match="names no checkpoint"):
         promoted(store, "tiny")
 
 
 @pytest.mark.parametrize("ref", [REF, CheckpointRef("m", "base", 0), CheckpointRef("m", "rl", 12_345_678)])
-def test_a_revision_parses_to_its_ref(ref: CheckpointRef):
+def test_a_revision_parses_to_its_ref(ref: CheckpointRef) -> None:
     assert CheckpointRef.parse(ref.model, ref.revision) == ref
     assert ref.prefix == f"models/{ref.model}/{ref.revision}"
 
@@ -459,36 +463,36 @@ def test_a_revision_parses_to_its_ref(ref: CheckpointRef):
 @pytest.mark.parametrize(
     "revision", ["", "sft", "sft/", "sft/step_", "sft/step_-1", "sft/40", "dpo/step_1", "sft/step_1/x", " sft/step_1"]
 )
-def test_what_is_no_revision_is_refused_with_an_example(revision: str):
+def test_what_is_no_revision_is_refused_with_an_example(revision: str) -> None:
     with pytest.raises(UserError, match=r"use <stage>/step_<n>, such as sft/step_000400"):
         CheckpointRef.parse("m", revision)
 
 
 @pytest.mark.parametrize("name", ["a", "d12", "My-Model_2.1"])
-def test_names_of_models(name: str):
+def test_names_of_models(name: str) -> None:
     assert check_model_name(name) == name
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "-a", ".a", "a b", "a\n", "ä"])
-def test_what_cannot_name_a_model_is_refused(name: str):
+def test_what_cannot_name_a_model_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="cannot name a model"):
         check_model_name(name)
 
 
-def test_numbers_in_meta_keep_their_value(store: FolderStore):
+def test_numbers_in_meta_keep_their_value(store: FolderStore) -> None:
     save_checkpoint(store, REF, model=tiny_model(), tokenizer=tokenizer(), meta={"x": 0.1 + 0.2, "inf": math.inf})
     meta = load_checkpoint(store, REF).meta
     assert (meta["x"], meta["inf"]) == (0.1 + 0.2, math.inf)
 
 
-def test_another_tokenizer_of_the_same_size_is_refused(store: FolderStore):
+def test_another_tokenizer_of_the_same_size_is_refused(store: FolderStore) -> None:
     save(store, REF)
     rewrite(store, "tokenizer.json", tokenizer((b"he", b"lo")).to_json().encode())
     with pytest.raises(UserError, match=r"tokenizer\.json is not the tokenizer that the model was trained with"):
         load_checkpoint(store, REF)
 
 
-def test_a_checkpoint_that_does_not_name_its_tokenizer_is_still_read(store: FolderStore):
+def test_a_checkpoint_that_does_not_name_its_tokenizer_is_still_read(store: FolderStore) -> None:
     save(store, REF)
     rewrite(store, "meta.json", json.dumps(META).encode())
     assert load_checkpoint(store, REF).meta == META

@@ -63,7 +63,9 @@ class Failing:
         monkeypatch.setattr(FolderStore, "create", sometimes)
 
 
-def test_what_changes_after_the_call_is_not_in_the_checkpoint(store: FolderStore, monkeypatch: pytest.MonkeyPatch):
+def test_what_changes_after_the_call_is_not_in_the_checkpoint(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, state, values = gpt(), torch.arange(4.0), {"history": [1]}
     before = model.head.weight.detach().clone()
     may_write = threading.Event()
@@ -91,7 +93,7 @@ def test_what_changes_after_the_call_is_not_in_the_checkpoint(store: FolderStore
 
 def test_a_store_that_fails_for_a_while_is_tried_again(
     store: FolderStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     Failing(monkeypatch, times=2)
     with caplog.at_level(logging.WARNING), CheckpointWriter(store, retry_seconds=(0.0, 0.0)) as writer:
         save(writer, FIRST, gpt())
@@ -102,7 +104,7 @@ def test_a_store_that_fails_for_a_while_is_tried_again(
 
 def test_a_store_that_goes_on_failing_is_an_error_and_the_checkpoint_before_stays(
     store: FolderStore, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     done: list[str] = []
     writer = CheckpointWriter(store, retry_seconds=(0.0,))
     save(writer, FIRST, gpt(1), then=lambda: done.append("first"))
@@ -120,7 +122,7 @@ def test_a_store_that_goes_on_failing_is_an_error_and_the_checkpoint_before_stay
     assert done == ["first", "again"]
 
 
-def test_an_error_in_training_still_completes_what_is_being_written(store: FolderStore):
+def test_an_error_in_training_still_completes_what_is_being_written(store: FolderStore) -> None:
     def train() -> None:
         with CheckpointWriter(store) as writer:
             save(writer, FIRST, gpt())
@@ -151,12 +153,12 @@ def write_share(ranks: Ranks, root: str, fails: int) -> str:
     return ""
 
 
-def test_what_goes_wrong_on_one_rank_is_an_error_on_all_and_leaves_nothing(store: FolderStore):
+def test_what_goes_wrong_on_one_rank_is_an_error_on_all_and_leaves_nothing(store: FolderStore) -> None:
     assert run_ranks(2, write_share, str(store.root), 1) == ["rank 1: this disk is full"] * 2
     assert store.keys("models") == []
 
 
-def test_every_rank_writes_its_share_and_one_rank_can_read_all(store: FolderStore):
+def test_every_rank_writes_its_share_and_one_rank_can_read_all(store: FolderStore) -> None:
     assert run_ranks(3, write_share, str(store.root), -1) == ["", "", ""]
     model = gpt()
     optimizer = MuonAdamW(parameter_groups(model, OptimizerConfig()))
@@ -178,7 +180,7 @@ def replace_share(ranks: Ranks, root: str) -> None:
         assert write_share(ranks, root, -1) == ""
 
 
-def test_ranks_that_replace_a_checkpoint_agree_on_its_place(store: FolderStore):
+def test_ranks_that_replace_a_checkpoint_agree_on_its_place(store: FolderStore) -> None:
     run_ranks(2, replace_share, str(store.root))
     files = {key.removeprefix(f"{FIRST.prefix}/").partition("/")[0] for key in store.keys(FIRST.prefix)}
     assert len(files) == 2, "the manifest and the folder of the second checkpoint"
@@ -189,7 +191,7 @@ def test_ranks_that_replace_a_checkpoint_agree_on_its_place(store: FolderStore):
 
 def test_a_replacement_that_fails_leaves_the_old_checkpoint_and_no_file_of_its_own(
     store: FolderStore, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     with CheckpointWriter(store, retry_seconds=()) as writer:
         save(writer, FIRST, gpt(1))
     before = store.keys("models")

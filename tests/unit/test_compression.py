@@ -23,7 +23,7 @@ TOKENIZER = Tokenizer([*BYTES, b"th", b"the"])
 
 
 @pytest.fixture(autouse=True)
-def no_cache(tmp_path, monkeypatch) -> Path:
+def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and no network that could fill it."""
     cache = tmp_path / "cache"
     cache.mkdir()
@@ -41,7 +41,7 @@ def tiktoken_file(path: Path, tokens: list[bytes]) -> str:
     return str(path)
 
 
-def test_bytes_and_tokens_are_counted(tmp_path):
+def test_bytes_and_tokens_are_counted(tmp_path: Path) -> None:
     gpt2 = load_reference(GPT2, tiktoken_file(tmp_path / "gpt2", [*BYTES, b"aa"]))
     evaluation = compare(TOKENIZER, [gpt2, load_reference(GPT4)], {"sample": "the aaaa é"})
     assert evaluation["texts"] == {"sample": {"bytes": 11, "tokens": 9, "reference_tokens": {"GPT-2": 9}}}
@@ -55,13 +55,13 @@ def test_bytes_and_tokens_are_counted(tmp_path):
     assert table[-1].startswith("GPT-4 is not compared: its file is not here; --gpt4-file takes that of https://")
 
 
-def test_gpt2_splits_numbers_whole_and_gpt4_by_three(tmp_path):
+def test_gpt2_splits_numbers_whole_and_gpt4_by_three(tmp_path: Path) -> None:
     tokens = [*BYTES, *(b"12", b"123", b"1234", b"12345")]
     file = tiktoken_file(tmp_path / "file", tokens)
     assert [load_reference(encoding, file).count("12345") for encoding in (GPT2, GPT4)] == [1, 3]
 
 
-def test_gpt2s_list_of_merges_gives_the_same_tokens(tmp_path):
+def test_gpt2s_list_of_merges_gives_the_same_tokens(tmp_path: Path) -> None:
     # A space is spelled Ġ there, and é by the two characters of its bytes.
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\nt h\nĠ th\nÃ ©\n", encoding="utf-8")
     merges = load_reference(GPT2, str(tmp_path / "vocab.bpe"))
@@ -70,13 +70,13 @@ def test_gpt2s_list_of_merges_gives_the_same_tokens(tmp_path):
     assert merges.count("th th é") == plain.count("th th é") == 4
 
 
-def test_the_cache_of_tiktoken_is_looked_into(no_cache):
+def test_the_cache_of_tiktoken_is_looked_into(no_cache: Path) -> None:
     (url, _) = GPT2.urls
     tiktoken_file(no_cache / hashlib.sha1(url.encode()).hexdigest(), BYTES)
     assert load_reference(GPT2).vocab_size == 256
 
 
-def test_a_damaged_file_in_the_cache_is_a_note_and_one_that_was_asked_for_an_error(no_cache):
+def test_a_damaged_file_in_the_cache_is_a_note_and_one_that_was_asked_for_an_error(no_cache: Path) -> None:
     cached = no_cache / hashlib.sha1(GPT4.urls[0].encode()).hexdigest()
     cached.write_text("IQ== 0\nhello\n")
     assert load_reference(GPT4).missing == f"{cached}:2 is not a token in base64 and its rank"
@@ -89,12 +89,12 @@ def test_a_damaged_file_in_the_cache_is_a_note_and_one_that_was_asked_for_an_err
         load_reference(GPT4, str(cached))
 
 
-def test_every_sample_is_long_enough_to_say_something():
+def test_every_sample_is_long_enough_to_say_something() -> None:
     assert all(500 < len(text.encode()) < 2000 for text in DOMAIN_SAMPLES.values())
 
 
 @pytest.fixture
-def store(tmp_path) -> Store:
+def store(tmp_path: Path) -> Store:
     store = open_store(str(tmp_path / "store"))
     text = ["the harbour and the sea and the gulls " * 20] * 30
     write_dataset(store, "text", text, ["the gulls and the sea " * 9], source="a test")
@@ -102,7 +102,7 @@ def store(tmp_path) -> Store:
     return store
 
 
-def test_training_stores_the_table_with_the_tokenizer(store):
+def test_training_stores_the_table_with_the_tokenizer(store: Store) -> None:
     evaluation = json.loads(store.read("tokenizers/mine/evaluation.json"))
     assert set(evaluation["texts"]) == {*DOMAIN_SAMPLES, "training text", "held-out text"}
     assert evaluation["texts"][HELD_OUT_TEXT]["bytes"] == 198
@@ -111,7 +111,7 @@ def test_training_stores_the_table_with_the_tokenizer(store):
     assert evaluation["tokenizer"] == {"digest": tokenizer.digest, "vocab_size": 280}
 
 
-def test_the_command_shows_the_table_and_stores_it(store, tmp_path):
+def test_the_command_shows_the_table_and_stores_it(store: Store, tmp_path: Path) -> None:
     before = json.loads(store.read("tokenizers/mine/evaluation.json"))
     shown: list[str] = []
     file = tiktoken_file(tmp_path / "file", BYTES)
@@ -125,7 +125,7 @@ def test_the_command_shows_the_table_and_stores_it(store, tmp_path):
     assert all(text["reference_tokens"] == {"GPT-2": text["bytes"]} for text in after["texts"].values())
 
 
-def test_a_tokenizer_whose_text_is_gone_is_measured_on_the_samples(store):
+def test_a_tokenizer_whose_text_is_gone_is_measured_on_the_samples(store: Store) -> None:
     store.delete("data/text")
     command.run(command.TokenizerEvalSettings(tokenizer="mine", home=str(store)), lambda table: None)
     assert set(json.loads(store.read("tokenizers/mine/evaluation.json"))["texts"]) == set(DOMAIN_SAMPLES)

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ def one_task(folder: Path, task: TaskFile) -> Task:
     return read_task
 
 
-def test_tasks_are_read_as_the_files_describe_them(tmp_path):
+def test_tasks_are_read_as_the_files_describe_them(tmp_path: Path) -> None:
     tasks = random_tasks(6, items=9)
     bundle = read(write_bundle(tmp_path, tasks))
     assert [(t.label, t.kind, t.shots, len(t.items)) for t in bundle.tasks] == [
@@ -44,12 +45,12 @@ def test_tasks_are_read_as_the_files_describe_them(tmp_path):
     assert {task.baseline for task in bundle.tasks} == {0.25}
 
 
-def test_accuracies_are_centered_so_that_guessing_is_nothing_and_perfection_one(tmp_path):
+def test_accuracies_are_centered_so_that_guessing_is_nothing_and_perfection_one(tmp_path: Path) -> None:
     task = one_task(tmp_path, TaskFile("t", "multiple_choice", [CHOICE, CHOICE], baseline=50.0))
     assert [task.centered(accuracy) for accuracy in (0.5, 0.75, 1.0, 0.0)] == [0.0, 0.5, 1.0, -1.0]
 
 
-def test_items_are_shuffled_alike_every_time_before_they_are_capped(tmp_path):
+def test_items_are_shuffled_alike_every_time_before_they_are_capped(tmp_path: Path) -> None:
     items = [{"context": f"c{i}", "continuation": "x"} for i in range(50)]
     folder = write_bundle(tmp_path, [TaskFile("t", "language_modeling", items)])
     expected = [f"c{i} x" for i in range(50)]
@@ -58,7 +59,7 @@ def test_items_are_shuffled_alike_every_time_before_they_are_capped(tmp_path):
     assert [item.shown for item in read(folder, 7).tasks[0].items] == expected[:7]
 
 
-def test_blank_lines_between_items_and_line_separators_inside_them_are_no_items(tmp_path):
+def test_blank_lines_between_items_and_line_separators_inside_them_are_no_items(tmp_path: Path) -> None:
     folder = write_bundle(tmp_path, [TaskFile("t", "multiple_choice", [CHOICE])])
     file = folder / "eval_data/some/t.jsonl"
     item = {"query": "a\u2028b", "choices": ["c\u0085d", "e"], "gold": 0}
@@ -67,7 +68,7 @@ def test_blank_lines_between_items_and_line_separators_inside_them_are_no_items(
     assert {found.asked[0] for found in task.items} == {"a\u2028b c\u0085d", "Q yes"}
 
 
-def test_tasks_without_a_file_and_tasks_that_are_not_named_are_missing(tmp_path):
+def test_tasks_without_a_file_and_tasks_that_are_not_named_are_missing(tmp_path: Path) -> None:
     tasks = [TaskFile(label, "multiple_choice", [CHOICE]) for label in ("copa", "piqa", "boolq")]
     folder = write_bundle(tmp_path, tasks)
     (folder / "eval_data/some/piqa.jsonl").unlink()
@@ -77,12 +78,12 @@ def test_tasks_without_a_file_and_tasks_that_are_not_named_are_missing(tmp_path)
     assert len(CORE_TASKS) == len(set(CORE_TASKS)) == 22
 
 
-def test_a_bundle_of_all_tasks_is_not_partial(tmp_path):
+def test_a_bundle_of_all_tasks_is_not_partial(tmp_path: Path) -> None:
     tasks = [TaskFile(label, "multiple_choice", [CHOICE]) for label in CORE_TASKS]
     assert read(write_bundle(tmp_path, tasks)).missing == ()
 
 
-def test_public_tasks_are_read_whole():
+def test_public_tasks_are_read_whole() -> None:
     if "NANOCHAT_TEST_DATA" not in os.environ:
         pytest.skip("NANOCHAT_TEST_DATA is not set")
     bundle = read(Path(os.environ["NANOCHAT_TEST_DATA"], "core_bundle"))
@@ -95,7 +96,7 @@ def test_public_tasks_are_read_whole():
     assert all(item.shown.endswith(("\nAnswer: yes", "\nAnswer: no")) for item in boolq.items)
 
 
-def test_the_digest_tells_what_is_used(tmp_path):
+def test_the_digest_tells_what_is_used(tmp_path: Path) -> None:
     tasks = random_tasks(3, items=5)
     folder = write_bundle(tmp_path / "a", tasks)
     digest = read(folder).digest
@@ -155,7 +156,9 @@ def test_the_digest_tells_what_is_used(tmp_path):
         ("eval_data/some/t.jsonl", '{"query": "q", "choices": ["a", "b"], "gold": 0}', "shows 1 examples before each"),
     ],
 )
-def test_what_is_no_bundle_is_refused_with_the_place_that_is_wrong(tmp_path, file, content, problem):
+def test_what_is_no_bundle_is_refused_with_the_place_that_is_wrong(
+    tmp_path: Path, file: str, content: str | None, problem: str
+) -> None:
     folder = write_bundle(tmp_path, [TaskFile("t", "multiple_choice", [CHOICE, CHOICE], shots=1)])
     if content is None:
         (folder / file).unlink()
@@ -165,13 +168,13 @@ def test_what_is_no_bundle_is_refused_with_the_place_that_is_wrong(tmp_path, fil
         read(folder)
 
 
-def test_a_task_that_is_there_twice_is_refused(tmp_path):
+def test_a_task_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     folder = write_bundle(tmp_path, [TaskFile("t", "multiple_choice", [CHOICE])] * 2)
     with pytest.raises(UserError, match="has the task t twice"):
         read(folder)
 
 
-def test_a_folder_that_is_not_there_is_not_made(tmp_path):
+def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the evaluation bundle .*/nowhere is no folder; give a folder, s3://"):
         open_bundle(str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
@@ -211,7 +214,7 @@ class Web:
 
 
 @pytest.fixture
-def web(monkeypatch) -> Iterator[Web]:
+def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     monkeypatch.setattr(download, "FIRST_WAIT_SECONDS", 0.0)
     running = Web()
     yield running
@@ -219,7 +222,7 @@ def web(monkeypatch) -> Iterator[Web]:
 
 
 @pytest.fixture
-def store(tmp_path) -> FolderStore:
+def store(tmp_path: Path) -> FolderStore:
     return FolderStore(tmp_path / "store")
 
 
@@ -238,7 +241,9 @@ def members_of(folder: Path, top: str = "eval_bundle/") -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("top", ["eval_bundle/", "", "some/where/"])
-def test_a_zip_on_the_web_is_fetched_once_and_is_the_bundle_that_was_packed(tmp_path, store, web, top):
+def test_a_zip_on_the_web_is_fetched_once_and_is_the_bundle_that_was_packed(
+    tmp_path: Path, store: FolderStore, web: Web, top: str
+) -> None:
     folder = write_bundle(tmp_path / "bundle", random_tasks(3, items=5))
     web.body = zipped(members_of(folder, top) | {"__MACOSX/core.yaml/x": b"", f"{top}eval_data/.DS_Store": b""})
     files = locate_bundle(web.url, store, ALONE)
@@ -251,7 +256,9 @@ def test_a_zip_on_the_web_is_fetched_once_and_is_the_bundle_that_was_packed(tmp_
 
 
 @pytest.mark.parametrize("name", ["../evil", "eval_bundle/../../evil", "/evil", "eval_bundle/eval_data/..\\evil"])
-def test_a_zip_whose_members_leave_it_is_refused_and_nothing_is_written(tmp_path, store, web, name):
+def test_a_zip_whose_members_leave_it_is_refused_and_nothing_is_written(
+    tmp_path: Path, store: FolderStore, web: Web, name: str
+) -> None:
     folder = write_bundle(tmp_path / "bundle", random_tasks(1, items=5))
     web.body = zipped(members_of(folder) | {name: b"evil"})
     with pytest.raises(UserError, match="which leads out of it"):
@@ -260,7 +267,7 @@ def test_a_zip_whose_members_leave_it_is_refused_and_nothing_is_written(tmp_path
     assert store.keys("bundles") == []
 
 
-def test_a_zip_with_a_link_is_refused(tmp_path, store, web):
+def test_a_zip_with_a_link_is_refused(tmp_path: Path, store: FolderStore, web: Web) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("core.yaml", "icl_tasks: []")
@@ -281,7 +288,7 @@ def test_a_zip_with_a_link_is_refused(tmp_path, store, web):
     ],
     ids=["no zip", "another zip", "half a zip"],
 )
-def test_what_is_no_bundle_is_refused_and_not_kept(store, web, body, problem):
+def test_what_is_no_bundle_is_refused_and_not_kept(store: FolderStore, web: Web, body: Any, problem: str) -> None:
     web.body = body
     for attempt in (1, 2):
         with pytest.raises(UserError, match=problem):
@@ -290,13 +297,15 @@ def test_what_is_no_bundle_is_refused_and_not_kept(store, web, body, problem):
     assert store.keys("bundles") == []
 
 
-def test_a_zip_that_would_fill_the_disk_is_refused(store, web, monkeypatch):
+def test_a_zip_that_would_fill_the_disk_is_refused(
+    store: FolderStore, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("jobs.measures.core.download.MOST_BYTES", 1000)
     web.body = zipped({"core.yaml": b"x" * 1001})
     with pytest.raises(UserError, match="unpacks to more than"):
         locate_bundle(web.url, store, ALONE)
 
 
-def test_a_server_without_the_bundle_is_named(store, web):
+def test_a_server_without_the_bundle_is_named(store: FolderStore, web: Web) -> None:
     with pytest.raises(UserError, match="answers 404 Not Found; give --bundle another URL"):
         locate_bundle(web.url + "x", store, ALONE)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,7 +21,7 @@ LONG = 10_000
 PLAIN = train_tokenizer([words(random.Random(i), 5, 40) + ".\n\nAnswer: No, 12." for i in range(100)], 400)
 
 
-def task_of(folder, task: TaskFile) -> Task:
+def task_of(folder: Any, task: TaskFile) -> Task:
     (found,) = read_bundle(open_bundle(str(write_bundle(folder, [task])))).tasks
     return found
 
@@ -39,7 +41,7 @@ def numbered(task: Task, text: str) -> int:
     return number
 
 
-def test_multiple_choice_scores_what_comes_after_what_all_choices_share(tmp_path):
+def test_multiple_choice_scores_what_comes_after_what_all_choices_share(tmp_path: Path) -> None:
     items = [
         {"query": "Question: 1?", "choices": ["to win", "to lose", "today"], "gold": 1},
         {"query": "Question: 2?", "choices": ["left", "right"], "gold": 0},
@@ -51,7 +53,7 @@ def test_multiple_choice_scores_what_comes_after_what_all_choices_share(tmp_path
     assert question.gold == 1
 
 
-def test_schema_scores_the_end_that_all_contexts_share(tmp_path):
+def test_schema_scores_the_end_that_all_contexts_share(tmp_path: Path) -> None:
     items = [
         {
             "context_options": ["The cup was full, the cup", "The cup was full, the jug"],
@@ -69,7 +71,7 @@ def test_schema_scores_the_end_that_all_contexts_share(tmp_path):
     assert written(question) == [(before + "dog", " barked."), (before + "cat", " barked.")]
 
 
-def test_language_modeling_scores_the_continuation_with_the_space_before_it(tmp_path):
+def test_language_modeling_scores_the_continuation_with_the_space_before_it(tmp_path: Path) -> None:
     items = [
         {"context": "  Once upon a ", "continuation": "time"},
         {"context": "\nAll is well that ends\n", "continuation": "well "},
@@ -81,7 +83,7 @@ def test_language_modeling_scores_the_continuation_with_the_space_before_it(tmp_
     assert written(question) == [("Once upon a time\n\nAll is well that ends", " well ")]
 
 
-def test_items_without_examples_begin_with_themselves(tmp_path):
+def test_items_without_examples_begin_with_themselves(tmp_path: Path) -> None:
     task = task_of(tmp_path, TaskFile("t", "language_modeling", [{"context": "a b", "continuation": "c"}]))
     assert written(Prompts(task, BYTES, LONG).ask(0)) == [("a b", " c")]
 
@@ -125,7 +127,7 @@ def test_tokens_are_those_of_the_whole_text_tokenized_at_once(
             assert [option.ids for option in question.options] == expected
 
 
-def test_of_a_text_that_is_too_long_the_end_is_kept(tmp_path):
+def test_of_a_text_that_is_too_long_the_end_is_kept(tmp_path: Path) -> None:
     task = task_of(tmp_path, TaskFile("t", "language_modeling", [{"context": "abcdefgh", "continuation": "xyz"}]))
     (option,) = Prompts(task, BYTES, 6).ask(0).options
     assert (BYTES.decode(option.ids), option.start) == ("gh xyz", 2)
@@ -134,7 +136,7 @@ def test_of_a_text_that_is_too_long_the_end_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["multiple_choice", "schema"])
-def test_options_that_are_the_same_have_nothing_of_their_own(kind):
+def test_options_that_are_the_same_have_nothing_of_their_own(kind: str) -> None:
     item = Item("a b", ("a b", "a b"), 1)
     question = Prompts(Task("t", kind, 0, 0.0, (item,), ""), BYTES, LONG).ask(0)
     assert len({tuple(option.ids) for option in question.options}) == 1

@@ -87,7 +87,7 @@ def test_scores_are_those_of_each_option_alone(seed: int, together: int) -> None
     assert_same(model, questions, scorer.score(questions))
 
 
-def test_windows_and_texts_beyond_the_context_are_seen_as_in_a_plain_pass():
+def test_windows_and_texts_beyond_the_context_are_seen_as_in_a_plain_pass() -> None:
     rng = random.Random(5)
     # The short windows of a context of 256 are 128 tokens; texts go beyond both, and beyond the blocks of queries.
     assert tiny_model(depth=4).config.windows == (128, 128, 128, 256)
@@ -98,7 +98,7 @@ def test_windows_and_texts_beyond_the_context_are_seen_as_in_a_plain_pass():
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_a_continuation_is_right_when_every_token_is_the_most_likely_one(depth):
+def test_a_continuation_is_right_when_every_token_is_the_most_likely_one(depth: int) -> None:
     rng = random.Random(depth)
     model = tiny_model(depth=depth)
     questions = [continuation(model, rng, rng.randint(1, 40), rng.randint(1, 3), greedy=i % 2 == 0) for i in range(20)]
@@ -109,7 +109,7 @@ def test_a_continuation_is_right_when_every_token_is_the_most_likely_one(depth):
     assert_same(model, questions, scores)
 
 
-def test_options_that_are_the_same_lose_alike_and_the_first_is_chosen():
+def test_options_that_are_the_same_lose_alike_and_the_first_is_chosen() -> None:
     rng = random.Random(1)
     text, other = ids(rng, 20), ids(rng, 20)
     options = tuple(Option(each, 10) for each in ([*text[:10], *other[10:]], text, text))
@@ -121,7 +121,7 @@ def test_options_that_are_the_same_lose_alike_and_the_first_is_chosen():
     assert not right(Question(0, "multiple_choice", options, 2), scores)
 
 
-def test_an_option_with_nothing_of_its_own_is_chosen_only_where_it_comes_first():
+def test_an_option_with_nothing_of_its_own_is_chosen_only_where_it_comes_first() -> None:
     short, long = [256, 1, 2, 3], [256, 1, 2, 3, 4]
     for order, chosen in (((short, long), 0), ((long, short), 0)):
         question = Question(0, "multiple_choice", tuple(Option(text, 4) for text in order), chosen)
@@ -134,7 +134,7 @@ def test_an_option_with_nothing_of_its_own_is_chosen_only_where_it_comes_first()
     assert right(same, scores)
 
 
-def test_a_token_that_options_share_is_computed_once():
+def test_a_token_that_options_share_is_computed_once() -> None:
     shared, ends = [1] * 50, ([2, 3, 4], [2, 3, 5, 6], [2, 7, 8])
     tree = Tree.of([Option([*shared, *end], 50) for end in ends])
     # The last token of the prefix predicts, and the last one of an option does not.
@@ -145,7 +145,7 @@ def test_a_token_that_options_share_is_computed_once():
     assert len(tree) == 54 < sum(len(shared) + len(end) for end in ends)
 
 
-def test_what_is_computed_together_changes_a_score_by_no_more_than_rounding():
+def test_what_is_computed_together_changes_a_score_by_no_more_than_rounding() -> None:
     rng = random.Random(9)
     questions = [choice(rng, 30, [4, 4, 4], i) for i in range(12)]
     scorer = Scorer(tiny_model(head_dim=64))
@@ -155,7 +155,7 @@ def test_what_is_computed_together_changes_a_score_by_no_more_than_rounding():
         assert scorer.score([question]) == [pytest.approx(score, rel=1e-6)]
 
 
-def test_batches_hold_no_more_than_they_may_and_everything_once():
+def test_batches_hold_no_more_than_they_may_and_everything_once() -> None:
     rng = random.Random(3)
     trees = [Tree.of(choice(rng, rng.randint(1, 80), [5, 5]).options) for _ in range(40)]
     empty = Tree.of((Option([1, 2], 2), Option([1, 2], 2)))
@@ -167,7 +167,7 @@ def test_batches_hold_no_more_than_they_may_and_everything_once():
     assert len(batches) < 20
 
 
-def test_scores_in_bf16_are_those_of_a_plain_pass_in_bf16_but_for_its_rounding():
+def test_scores_in_bf16_are_those_of_a_plain_pass_in_bf16_but_for_its_rounding() -> None:
     rng = random.Random(4)
     questions = [choice(rng, 40, [5, 8, 3]), schema(rng, 20, [4, 6], 7)]
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 
-def test_a_prepared_process_has_its_threads_and_flushes_denormals():
+def test_a_prepared_process_has_its_threads_and_flushes_denormals() -> None:
     code = """
 import torch
 from nanochat_core.cpu_setup import prepare_cpu

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -96,7 +97,7 @@ def head(handler: BaseHTTPRequestHandler, server: Server, body: bytes, start: in
 
 
 @pytest.fixture
-def server(tmp_path) -> Iterator[Server]:
+def server(tmp_path: Path) -> Iterator[Server]:
     (tmp_path / "source").mkdir()
     running = Server(tmp_path / "source")
     yield running
@@ -104,12 +105,12 @@ def server(tmp_path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def store(tmp_path) -> FolderStore:
+def store(tmp_path: Path) -> FolderStore:
     return FolderStore(tmp_path / "store")
 
 
 @pytest.fixture(autouse=True)
-def no_waiting(monkeypatch) -> None:
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "FIRST_WAIT_SECONDS", 0.0)
 
 
@@ -160,7 +161,7 @@ def script(server: Server, path: str, *faults: Callable[[BaseHTTPRequestHandler,
     server.faults[path] = list(faults)
 
 
-def test_the_shards_asked_for_and_the_last_one_come_with_a_manifest(store, server):
+def test_the_shards_asked_for_and_the_last_one_come_with_a_manifest(store: FolderStore, server: Server) -> None:
     get(store, server)
     assert shards(store) == wanted_shards(server)
     manifest = read_manifest(store, "web")
@@ -172,7 +173,7 @@ def test_the_shards_asked_for_and_the_last_one_come_with_a_manifest(store, serve
     assert not (store.root / "data" / "web" / ".incoming").exists()
 
 
-def test_what_is_there_is_not_fetched_again_and_more_can_be_added(store, server):
+def test_what_is_there_is_not_fetched_again_and_more_can_be_added(store: FolderStore, server: Server) -> None:
     get(store, server, (0, 1))
     get(store, server, (0, 1))
     get(store, server, (1, 3))
@@ -181,7 +182,7 @@ def test_what_is_there_is_not_fetched_again_and_more_can_be_added(store, server)
     assert dataset_exists(store, "web")
 
 
-def test_a_connection_that_breaks_is_taken_up_where_it_broke(store, server):
+def test_a_connection_that_breaks_is_taken_up_where_it_broke(store: FolderStore, server: Server) -> None:
     script(server, FIRST, *[breaks_after(0.3)] * 9)  # more often than fruitless attempts are allowed
     get(store, server)
     assert shards(store) == wanted_shards(server)
@@ -191,7 +192,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(store, server):
     assert starts[0] > 0
 
 
-def test_an_interrupted_download_goes_on_in_another_process(store, server):
+def test_an_interrupted_download_goes_on_in_another_process(store: FolderStore, server: Server) -> None:
     script(server, FIRST, breaks_after(0.5), *[status(503)] * download.ATTEMPTS)
     with pytest.raises(UserError, match=r"shard_00000\.parquet cannot be downloaded: the server answers 503.*goes on"):
         get(store, server)
@@ -205,7 +206,9 @@ def test_an_interrupted_download_goes_on_in_another_process(store, server):
 
 
 @pytest.mark.parametrize("supports_range", [True, False])
-def test_a_file_that_changed_in_between_is_fetched_anew(store, server, supports_range):
+def test_a_file_that_changed_in_between_is_fetched_anew(
+    store: FolderStore, server: Server, supports_range: bool
+) -> None:
     script(server, FIRST, breaks_after(0.5), *[status(503)] * download.ATTEMPTS)
     with pytest.raises(UserError):
         get(store, server)
@@ -215,7 +218,7 @@ def test_a_file_that_changed_in_between_is_fetched_anew(store, server, supports_
     assert shards(store) == wanted_shards(server)
 
 
-def test_a_file_that_became_shorter_in_between_is_fetched_anew(store, server):
+def test_a_file_that_became_shorter_in_between_is_fetched_anew(store: FolderStore, server: Server) -> None:
     script(server, FIRST, breaks_after(0.9), *[status(503)] * download.ATTEMPTS)
     with pytest.raises(UserError):
         get(store, server)
@@ -226,7 +229,7 @@ def test_a_file_that_became_shorter_in_between_is_fetched_anew(store, server):
     assert shards(store) == wanted_shards(server)
 
 
-def test_without_a_version_of_the_file_a_broken_download_starts_over(store, server):
+def test_without_a_version_of_the_file_a_broken_download_starts_over(store: FolderStore, server: Server) -> None:
     server.etags[FIRST] = ""
     script(server, FIRST, breaks_after(0.5))
     get(store, server)
@@ -235,14 +238,14 @@ def test_without_a_version_of_the_file_a_broken_download_starts_over(store, serv
 
 
 @pytest.mark.parametrize("code", [500, 502, 503, 429])
-def test_a_server_in_trouble_is_asked_again(store, server, code):
+def test_a_server_in_trouble_is_asked_again(store: FolderStore, server: Server, code: int) -> None:
     script(server, FIRST, status(code), status(code, Retry_After="0"))
     get(store, server)
     assert shards(store) == wanted_shards(server)
 
 
 @pytest.mark.parametrize("code", [401, 403, 404])
-def test_a_refusal_is_an_error_at_once(store, server, code):
+def test_a_refusal_is_an_error_at_once(store: FolderStore, server: Server, code: int) -> None:
     script(server, FIRST, status(code))
     with pytest.raises(UserError, match=rf"shard_00000\.parquet answers {code} .*; check --source and --shards"):
         get(store, server)
@@ -258,7 +261,7 @@ def longer_than_it_is(handler: BaseHTTPRequestHandler, body: bytes) -> bool:
     return True
 
 
-def test_a_body_shorter_than_announced_never_becomes_a_shard(store, server):
+def test_a_body_shorter_than_announced_never_becomes_a_shard(store: FolderStore, server: Server) -> None:
     server.etags[FIRST] = ""
     script(server, FIRST, *[longer_than_it_is] * download.ATTEMPTS * 2)
     with pytest.raises(UserError, match=r"bytes came|IncompleteRead"):
@@ -266,7 +269,7 @@ def test_a_body_shorter_than_announced_never_becomes_a_shard(store, server):
     assert FIRST not in shards(store)
 
 
-def test_the_sha256_that_a_redirecting_server_names_is_checked(store, server):
+def test_the_sha256_that_a_redirecting_server_names_is_checked(store: FolderStore, server: Server) -> None:
     good, other = "/shard_00001.parquet", "/shard_00004.parquet"
     right = hashlib.sha256(server.files[good]).hexdigest()
     script(server, FIRST, *[status(302, Location=other, X_Linked_Etag=f'"{right}"')] * download.ATTEMPTS)
@@ -286,7 +289,9 @@ def test_the_sha256_that_a_redirecting_server_names_is_checked(store, server):
         (lambda path: pq.write_table(pa.table({"text": pa.array([], pa.string())}), path), "holds no document"),
     ],
 )
-def test_what_is_no_shard_is_named_by_its_url_and_not_kept(store, server, tmp_path, make, complaint):
+def test_what_is_no_shard_is_named_by_its_url_and_not_kept(
+    store: FolderStore, server: Server, tmp_path: Path, make: Any, complaint: str
+) -> None:
     make(tmp_path / "bad")
     server.files[FIRST] = (tmp_path / "bad").read_bytes()
     with pytest.raises(UserError) as raised:
@@ -297,7 +302,7 @@ def test_what_is_no_shard_is_named_by_its_url_and_not_kept(store, server, tmp_pa
     assert not list(store.root.rglob("shard_00000*"))
 
 
-def test_no_network_is_a_clear_error(store):
+def test_no_network_is_a_clear_error(store: FolderStore) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         template = f"http://127.0.0.1:{taken.getsockname()[1]}/shard_{{shard}}.parquet"
@@ -305,7 +310,7 @@ def test_no_network_is_a_clear_error(store):
             download.download(store, "web", open_source(template, 3), template, [0], parallel=2)
 
 
-def test_a_full_disk_is_a_clear_error_and_what_came_is_kept(store, server):
+def test_a_full_disk_is_a_clear_error_and_what_came_is_kept(store: FolderStore, server: Server) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
     try:
@@ -318,7 +323,7 @@ def test_a_full_disk_is_a_clear_error_and_what_came_is_kept(store, server):
     assert shards(store) == wanted_shards(server)
 
 
-def test_a_folder_gives_its_parquet_files_in_order_of_their_names(store, tmp_path):
+def test_a_folder_gives_its_parquet_files_in_order_of_their_names(store: FolderStore, tmp_path: Path) -> None:
     folder = tmp_path / "fineweb"
     folder.mkdir()
     for name in ("000_b", "000_a", "001_a", "001_b"):
@@ -329,7 +334,7 @@ def test_a_folder_gives_its_parquet_files_in_order_of_their_names(store, tmp_pat
     assert len(list(folder.iterdir())) == 4
 
 
-def test_a_dataset_keeps_to_its_source(store, server, tmp_path):
+def test_a_dataset_keeps_to_its_source(store: FolderStore, server: Server, tmp_path: Path) -> None:
     get(store, server)
     with pytest.raises(UserError, match=r"comes from http.*, not from elsewhere; use another --dataset"):
         download.download(store, "web", open_source(server.template, SHARDS), "elsewhere", [0], parallel=1)
@@ -339,13 +344,20 @@ def test_a_dataset_keeps_to_its_source(store, server, tmp_path):
         download.download(store, "mine", open_source(server.template, SHARDS), server.template, [0], parallel=1)
 
 
-def run(monkeypatch, *argv: str) -> None:
+def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> None:
     monkeypatch.setattr(sys, "argv", ["dataset", *argv])
     monkeypatch.setattr(dataset.logs, "configure", lambda *_: None)
     dataset.main()
 
 
-def test_the_commands_make_check_and_list_datasets(store, server, tmp_path, monkeypatch, capsys, caplog):
+def test_the_commands_make_check_and_list_datasets(
+    store: FolderStore,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level("INFO")
     home = f"--home={store.root}"
     source = f"--source={server.template}"
@@ -380,14 +392,18 @@ def test_the_commands_make_check_and_list_datasets(store, server, tmp_path, monk
         (["validate", "--dataset=d"], "data/d in .* is not valid: there are 0 shards"),
     ],
 )
-def test_a_wrong_command_is_an_error_that_says_what_to_do(store, monkeypatch, argv, complaint):
+def test_a_wrong_command_is_an_error_that_says_what_to_do(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch, argv: Any, complaint: str
+) -> None:
     monkeypatch.setenv("NANOCHAT_HOME", str(store.root))
     with pytest.raises(UserError, match=complaint):
         run(monkeypatch, *argv)
     assert store.keys("data") == []
 
 
-def test_convert_replaces_nothing(store, server, tmp_path, monkeypatch):
+def test_convert_replaces_nothing(
+    store: FolderStore, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     get(store, server)
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UserError, match=r"data/web in .* is there already; use another"):
@@ -413,7 +429,7 @@ def empty_group(path: Path) -> None:
         (lambda path: pq.write_table(pa.table({"text": pa.array([], pa.string())}), path), "holds no document"),
     ],
 )
-def test_validation_names_every_bad_shard(store, make, complaint):
+def test_validation_names_every_bad_shard(store: FolderStore, make: Any, complaint: str) -> None:
     folder = store.root / "data" / "hand"
     folder.mkdir(parents=True)
     write_parquet(folder / "shard_0.parquet", ["fine", None, ""])
@@ -429,7 +445,7 @@ def test_validation_names_every_bad_shard(store, make, complaint):
     assert "\n" not in message
 
 
-def test_validation_compares_with_the_manifest(store, server):
+def test_validation_compares_with_the_manifest(store: FolderStore, server: Server) -> None:
     get(store, server)
     folder = store.root / "data" / "web"
     (folder / "shard_00001.parquet").unlink()
@@ -442,5 +458,5 @@ def test_validation_compares_with_the_manifest(store, server):
 
 
 @pytest.mark.parametrize(("text", "numbers"), [("0", [0]), ("0-3,7", [0, 1, 2, 3, 7]), ("2, 1-2", [1, 2])])
-def test_shards_are_chosen_by_numbers_and_ranges(text, numbers):
+def test_shards_are_chosen_by_numbers_and_ranges(text: str, numbers: list[int]) -> None:
     assert shard_numbers(text) == numbers

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import functools
 import random
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -162,7 +162,7 @@ def schedules(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, int, int
 
 @settings(max_examples=examples(30), suppress_health_check=[HealthCheck.too_slow])
 @given(schedules())
-def test_any_schedule_gives_each_request_the_tokens_that_it_gets_alone(schedule) -> None:
+def test_any_schedule_gives_each_request_the_tokens_that_it_gets_alone(schedule: Any) -> None:
     limits, arrivals = schedule
     model = tiny_model()
     engine = Engine(
@@ -207,7 +207,9 @@ def test_preemption_loses_nothing() -> None:
 
 
 @pytest.mark.parametrize(("head_dim", "n_kv_head"), [(16, None), (16, 2), (32, 3)])
-def test_long_contexts_windows_and_shared_kv_heads_match_a_plain_forward_pass(head_dim, n_kv_head) -> None:
+def test_long_contexts_windows_and_shared_kv_heads_match_a_plain_forward_pass(
+    head_dim: int, n_kv_head: int | None
+) -> None:
     # A window of 256 in a context of 1024, crossed by a prompt that is computed in several chunks.
     model = tiny_model(depth=3, head_dim=head_dim, context_length=1024, n_kv_head=n_kv_head)
     assert min(model.config.windows) == 256

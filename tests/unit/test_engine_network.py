@@ -37,7 +37,7 @@ class CachedAttention:
 @pytest.mark.parametrize(
     ("shape", "longest"), [(config(1), 9), (config(2, n_kv_head=2), 140), (config(4), 9), (config(5, n_kv_head=1), 9)]
 )
-def test_a_ragged_batch_gives_what_each_row_gives(shape: ModelConfig, longest: int):
+def test_a_ragged_batch_gives_what_each_row_gives(shape: ModelConfig, longest: int) -> None:
     """Sequences of different lengths interleaved in one flat batch, as serving computes them."""
     model, lengths = random_model(shape), [5, 1, longest, 3]
     network = Network(model)
@@ -53,7 +53,7 @@ def test_a_ragged_batch_gives_what_each_row_gives(shape: ModelConfig, longest: i
             torch.testing.assert_close(network.logits(own), model(sequence[None])[0], atol=5e-3, rtol=0)
 
 
-def test_one_token_at_a_time_gives_what_the_row_gives():
+def test_one_token_at_a_time_gives_what_the_row_gives() -> None:
     shape = config(4, n_kv_head=2)
     model, row = random_model(shape), random_ids(1, 20)
     network = Network(model)
@@ -66,7 +66,7 @@ def test_one_token_at_a_time_gives_what_the_row_gives():
 
 
 @pytest.mark.parametrize("residual_scale", [1.0, 0.02])
-def test_bf16_computes_in_bf16_and_gives_what_training_in_bf16_gives(residual_scale: float):
+def test_bf16_computes_in_bf16_and_gives_what_training_in_bf16_gives(residual_scale: float) -> None:
     """Small residual streams are where a norm's epsilon would show."""
     shape, row = config(4), random_ids(1, 30)
     model = random_model(shape, dtype=torch.bfloat16)
@@ -89,7 +89,7 @@ def test_bf16_computes_in_bf16_and_gives_what_training_in_bf16_gives(residual_sc
     assert (logits - expected).square().mean().sqrt() < 0.05 * expected.std()
 
 
-def test_the_trained_model_is_left_as_it_was():
+def test_the_trained_model_is_left_as_it_was() -> None:
     model = random_model(config(2))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     Network(model)

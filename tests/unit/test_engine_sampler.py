@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,7 +190,9 @@ def test_top_p_of_a_flat_distribution_looks_beyond_its_first_candidates() -> Non
     frequency=st.floats(-2, 2),
     bias=st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-5, 5), max_size=4),
 )
-def test_penalties_and_biases_match_a_loop(prompt, completion, repetition, presence, frequency, bias) -> None:
+def test_penalties_and_biases_match_a_loop(
+    prompt: Any, completion: Any, repetition: Any, presence: Any, frequency: Any, bias: Any
+) -> None:
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(1))
     params = SamplingParams(
         repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency, logit_bias=bias

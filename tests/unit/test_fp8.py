@@ -41,7 +41,7 @@ def small_model(dtype: torch.dtype = torch.bfloat16) -> GPT:
 @pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
 def test_quantized_numbers_are_off_by_half_a_bit_of_the_mantissa(
     size: float, dtype: torch.dtype, mantissa_bits: int, range_bits: int
-):
+) -> None:
     x = random(1000, scale=size)
     quantized, scale = quantize(x, dtype)
     assert quantized.dtype == dtype
@@ -54,7 +54,7 @@ def test_quantized_numbers_are_off_by_half_a_bit_of_the_mantissa(
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
-def test_the_largest_magnitude_becomes_the_largest_number(dtype: torch.dtype):
+def test_the_largest_magnitude_becomes_the_largest_number(dtype: torch.dtype) -> None:
     for seed in range(20):
         x = random(64, seed=seed)
         quantized, scale = quantize(x, dtype)
@@ -63,7 +63,7 @@ def test_the_largest_magnitude_becomes_the_largest_number(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
-def test_zeros_stay_zeros_and_nan_is_not_hidden(dtype: torch.dtype):
+def test_zeros_stay_zeros_and_nan_is_not_hidden(dtype: torch.dtype) -> None:
     quantized, scale = quantize(torch.zeros(16), dtype)
     assert not (quantized.float() * scale).any()
     for bad in (float("nan"), float("inf")):
@@ -72,7 +72,7 @@ def test_zeros_stay_zeros_and_nan_is_not_hidden(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-def test_products_and_gradients_are_those_of_the_quantized_tensors(device: str):
+def test_products_and_gradients_are_those_of_the_quantized_tensors(device: str) -> None:
     """They agree up to the rounding of bf16, the dtype of the products."""
     x = random(2, 16, 128).to(device, torch.bfloat16).requires_grad_()
     weight = random(256, 128, scale=0.05, seed=1).to(device).requires_grad_()
@@ -95,14 +95,14 @@ def test_products_and_gradients_are_those_of_the_quantized_tensors(device: str):
         torch.testing.assert_close(got.double(), want, rtol=0.01, atol=0.01 * float(want.abs().max()))
 
 
-def test_an_fp8_product_is_close_to_the_exact_one():
+def test_an_fp8_product_is_close_to_the_exact_one() -> None:
     x, weight = random(64, 128).bfloat16(), random(128, 128, scale=0.1, seed=1)
     exact = x.double() @ weight.double().T
     error = (fp8_linear(x, weight).double() - exact).norm() / exact.norm()
     assert 0.005 < float(error) < 0.05
 
 
-def test_every_large_matrix_of_the_blocks_is_converted_and_nothing_else():
+def test_every_large_matrix_of_the_blocks_is_converted_and_nothing_else() -> None:
     model = small_model()
     converted = convert_to_fp8(model)
     # The matrices k and v have one head of 64 channels, and a side of 64 is too small.
@@ -114,7 +114,7 @@ def test_every_large_matrix_of_the_blocks_is_converted_and_nothing_else():
     ]
 
 
-def test_conversion_keeps_parameters_and_their_names():
+def test_conversion_keeps_parameters_and_their_names() -> None:
     model = small_model()
     before = dict(model.named_parameters())
     convert_to_fp8(model)
@@ -123,7 +123,7 @@ def test_conversion_keeps_parameters_and_their_names():
     assert all(after[name] is parameter for name, parameter in before.items())
 
 
-def test_matrices_whose_sides_are_no_multiple_of_16_stay():
+def test_matrices_whose_sides_are_no_multiple_of_16_stay() -> None:
     model = GPT(ModelConfig.from_depth(3, vocab_size=70, head_dim=66, context_length=16))
     assert model.config.dim == 198
     assert convert_to_fp8(model) == []
@@ -139,7 +139,7 @@ def ids_and_targets(time: int) -> tuple[Tensor, Tensor]:
     return ids, ids.roll(-1, 1)
 
 
-def test_evaluation_and_uncompiled_training_do_not_round_to_fp8():
+def test_evaluation_and_uncompiled_training_do_not_round_to_fp8() -> None:
     plain, converted = small_model(), small_model()
     convert_to_fp8(converted)
     converted.load_state_dict(plain.state_dict())
@@ -151,7 +151,7 @@ def test_evaluation_and_uncompiled_training_do_not_round_to_fp8():
 
 @pytest.mark.parametrize(("time", "in_fp8"), [(32, True), (31, False)])
 @pytest.mark.parametrize("device", ["cpu", GPU])
-def test_compiled_training_is_close_to_bf16(device: str, time: int, in_fp8: bool):
+def test_compiled_training_is_close_to_bf16(device: str, time: int, in_fp8: bool) -> None:
     """Two rows of 31 are 62 tokens, which is no multiple of 16."""
     plain, converted = small_model().to(device), small_model().to(device)
     converted.load_state_dict(plain.state_dict())

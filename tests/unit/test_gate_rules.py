@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -38,36 +39,36 @@ def holds(rule: Require | NoWorse, own: dict[str, Metric], other: dict[str, Metr
 
 
 @given(st.lists(st.one_of(REQUIRED, COMPARED)), MEASURED, st.one_of(st.none(), MEASURED))
-def test_a_model_is_refused_exactly_when_a_rule_fails(rules, own, other):
+def test_a_model_is_refused_exactly_when_a_rule_fails(rules: Any, own: Any, other: Any) -> None:
     outcomes = judge(rules, own, other)
     assert [outcome.passed is not False for outcome in outcomes] == [holds(rule, own, other) for rule in rules]
     assert all(outcome.reason and outcome.rule for outcome in outcomes)
 
 
-def test_a_metric_that_was_not_measured_refuses_where_it_is_required():
+def test_a_metric_that_was_not_measured_refuses_where_it_is_required() -> None:
     (outcome,) = judge([Require.parse("core.core>=0.2")], {}, None)
     assert (outcome.passed, outcome.reason) == (False, "core.core was not measured; at least 0.2 is required")
 
 
-def test_a_worse_model_is_refused_with_both_figures():
+def test_a_worse_model_is_refused_with_both_figures() -> None:
     own, other = {"chat.accuracy": Metric(0.9, "x")}, {"chat.accuracy": Metric(0.95, "x")}
     (outcome,) = judge([NoWorse.parse("chat.accuracy:0.01")], own, other)
     assert outcome.passed is False
     assert outcome.reason == "chat.accuracy is 0.9, the promoted model's 0.95; 0.01 worse is allowed"
 
 
-def test_exactly_the_margin_is_allowed():
+def test_exactly_the_margin_is_allowed() -> None:
     own, other = {"chat.accuracy": Metric(0.89, "x")}, {"chat.accuracy": Metric(0.9, "x")}
     assert judge([NoWorse.parse("chat.accuracy:0.01")], own, other)[0].passed
 
 
-def test_what_was_measured_in_another_way_is_not_compared():
+def test_what_was_measured_in_another_way_is_not_compared() -> None:
     own, other = {"chat.accuracy": Metric(0.5, "x")}, {"chat.accuracy": Metric(0.9, "y")}
     assert judge(Gate().rules(), own, other)[0].passed is None
     assert judge(Gate(no_worse=("chat.accuracy",)).rules(), own, other)[0].passed is False
 
 
-def test_the_default_rules_hold_where_nothing_was_measured():
+def test_the_default_rules_hold_where_nothing_was_measured() -> None:
     outcomes = judge(Gate().rules(), {}, {})
     assert [outcome.passed for outcome in outcomes] == [None] * len(DEFAULT_NO_WORSE)
 
@@ -75,18 +76,18 @@ def test_the_default_rules_hold_where_nothing_was_measured():
 @pytest.mark.parametrize(
     "text", ["chat.accuracy", "chat.accuracy=0.9", ">=0.9", "a>=b", "a>=nan", "a>=inf", "a b>=1", ""]
 )
-def test_a_requirement_that_cannot_be_read_is_an_error(text):
+def test_a_requirement_that_cannot_be_read_is_an_error(text: str) -> None:
     with pytest.raises(UserError, match="cannot be read; write NAME>=NUMBER"):
         Gate(require=(text,)).rules()
 
 
 @pytest.mark.parametrize("text", ["chat.accuracy:x", ":0.1", "", "a:-1", "a:inf"])
-def test_a_comparison_that_cannot_be_read_is_an_error(text):
+def test_a_comparison_that_cannot_be_read_is_an_error(text: str) -> None:
     with pytest.raises(UserError, match="cannot be read; write NAME:MARGIN"):
         Gate(no_worse=(text,)).rules()
 
 
-def test_results_become_numbers_by_name():
+def test_results_become_numbers_by_name() -> None:
     common = {"settings": {"items": 2}, "model": "m", "revision": "sft/step_1", "digest": "d", "identity": "i"}
     chat = {
         "evaluation": "chat",

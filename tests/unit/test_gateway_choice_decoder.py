@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -62,22 +63,22 @@ def one_by_one(ids: list[int], finish: str = "stop", **options: bool) -> list[pb
     return [*(chunk([i], **options) for i in ids[:-1]), chunk(ids[-1:], finish=finish, **options)]
 
 
-def test_a_character_of_several_tokens_comes_whole():
+def test_a_character_of_several_tokens_comes_whole() -> None:
     deltas = run(one_by_one(tokens("a", "😀".encode(), "b")))
     assert [delta.text for delta in deltas if delta.text] == ["a", "😀", "b"]
 
 
-def test_bytes_that_never_become_a_character_are_replaced_at_the_end():
+def test_bytes_that_never_become_a_character_are_replaced_at_the_end() -> None:
     assert merged(run(one_by_one(tokens("a", b"\xf0\x9f"), "length"))).text == "a\N{REPLACEMENT CHARACTER}"
 
 
 @pytest.mark.parametrize("last", ["<|assistant_end|>", "<|bos|>"])
-def test_the_stop_token_is_never_shown(last):
+def test_the_stop_token_is_never_shown(last: str) -> None:
     whole = merged(run(one_by_one(tokens("hello", last))))
     assert (whole.text, whole.finish_reason) == ("hello", "stop")
 
 
-def test_code_and_output_are_events_and_not_text():
+def test_code_and_output_are_events_and_not_text() -> None:
     deltas = run(
         [
             chunk(tokens("é: ", "<|python_start|>", "1+1", "<|python_end|>"), call(0, "1+1")),
@@ -93,7 +94,7 @@ def test_code_and_output_are_events_and_not_text():
     ]
 
 
-def test_two_calls_in_one_chunk_keep_their_own_offsets():
+def test_two_calls_in_one_chunk_keep_their_own_offsets() -> None:
     ids = tokens("a", "<|python_start|>", "1", "<|python_end|>", "<|output_start|>", "1", "<|output_end|>")
     ids += tokens("bc", "<|python_start|>", "2", "<|python_end|>", "<|output_start|>", "2", "<|output_end|>", "d")
     whole = merged(run([chunk(ids, call(0, "1"), result(0, "1"), call(1, "2"), result(1, "2"), finish="stop")]))
@@ -101,7 +102,7 @@ def test_two_calls_in_one_chunk_keep_their_own_offsets():
     assert [event["offset"] for event in whole.tool_events if event["type"] == "call"] == [1, 3]
 
 
-def test_a_call_waits_for_held_text_before_it():
+def test_a_call_waits_for_held_text_before_it() -> None:
     choice = ChoiceDecoder(TOKENIZER, ["STOP"])
     first = choice.feed(chunk(tokens("aST", "<|python_start|>", "1", "<|python_end|>"), call(0, "1")))
     assert (first.text, first.tool_events) == ("a", [])
@@ -109,26 +110,26 @@ def test_a_call_waits_for_held_text_before_it():
     assert (second.text, second.tool_events[0]["offset"]) == ("STx", 3)
 
 
-def test_a_call_after_the_beginning_of_a_stop_string_is_never_seen():
+def test_a_call_after_the_beginning_of_a_stop_string_is_never_seen() -> None:
     choice = ChoiceDecoder(TOKENIZER, ["STOP"])
     assert choice.feed(chunk(tokens("aST", "<|python_start|>", "1", "<|python_end|>"), call(0, "1"))).text == "a"
     last = choice.feed(chunk(tokens("OP and more")))
     assert (last.text, last.tool_events, last.finish_reason) == ("", [], "stop")
 
 
-def test_a_stop_string_counts_the_tokens_up_to_its_end():
+def test_a_stop_string_counts_the_tokens_up_to_its_end() -> None:
     choice = ChoiceDecoder(TOKENIZER, ["l"])
     delta = choice.feed(chunk(list(b"hello there")))
     assert (delta.text, delta.finish_reason, choice.token_count) == ("he", "stop", 3)
     assert not choice.feed(chunk(tokens("x"), finish="length"))
 
 
-def test_held_text_is_shown_when_the_answer_ends():
+def test_held_text_is_shown_when_the_answer_ends() -> None:
     whole = merged(run(one_by_one(tokens("aST", "<|assistant_end|>")), ["STOP"]))
     assert (whole.text, whole.finish_reason) == ("aST", "stop")
 
 
-def test_raw_text_has_no_hidden_parts():
+def test_raw_text_has_no_hidden_parts() -> None:
     ids = tokens("a", "<|python_start|>", "b", "<|python_end|>", "c")
     assert merged(run(one_by_one(ids), raw=True)).text == "abc"
 
@@ -140,7 +141,7 @@ def test_raw_text_has_no_hidden_parts():
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=40),
 )
 @settings(deadline=None)
-def test_the_grouping_of_tokens_changes_nothing(text, later, stops, sizes):
+def test_the_grouping_of_tokens_changes_nothing(text: Any, later: Any, stops: Any, sizes: Any) -> None:
     before = tokens(text, "<|python_start|>", "7", "<|python_end|>")
     after = tokens("<|output_start|>", "7", "<|output_end|>", later, "<|assistant_end|>")
 
@@ -178,7 +179,7 @@ def test_the_grouping_of_tokens_changes_nothing(text, later, stops, sizes):
     assert bool(whole.tool_events) == (len(text) <= len(whole.text))
 
 
-def test_log_probabilities_cover_the_text_and_nothing_else():
+def test_log_probabilities_cover_the_text_and_nothing_else() -> None:
     ids = tokens("hello 😀", "<|python_start|>", "1", "<|python_end|>", "!", "<|assistant_end|>")
     whole = merged(run(one_by_one(ids, logprobs=True)))
     shown = chat_logprobs(TOKENIZER, whole.tokens)["content"]
@@ -187,19 +188,19 @@ def test_log_probabilities_cover_the_text_and_nothing_else():
     assert shown[0]["logprob"] == pytest.approx(-2.59)
 
 
-def test_log_probabilities_end_with_the_text_before_a_stop_string():
+def test_log_probabilities_end_with_the_text_before_a_stop_string() -> None:
     whole = merged(run(one_by_one(list(b"abSTOPcd"), logprobs=True), ["STOP"]))
     assert bytes(token.id for token in whole.tokens) == b"ab"
     assert whole.offsets == [0, 1]
 
 
-def test_an_impossible_token_has_a_logprob_that_json_can_carry():
+def test_an_impossible_token_has_a_logprob_that_json_can_carry() -> None:
     token = pb.Token(id=97, logprob=0.0, top_logprobs=[pb.TopLogprob(token_id=98, logprob=float("-inf"))])
     assert chat_logprobs(TOKENIZER, [token])["content"][0]["top_logprobs"][0]["logprob"] == -9999.0
     assert completion_logprobs(TOKENIZER, [token], [0])["top_logprobs"] == [{"b": -9999.0}]
 
 
-def test_a_special_token_among_the_alternatives_has_a_name_and_no_bytes():
+def test_a_special_token_among_the_alternatives_has_a_name_and_no_bytes() -> None:
     top = pb.TopLogprob(token_id=SPECIAL["<|assistant_end|>"], logprob=-1.0)
     entry = chat_logprobs(TOKENIZER, [pb.Token(id=97, logprob=-0.5, top_logprobs=[top])])["content"][0]
     assert entry["top_logprobs"] == [{"token": "<|assistant_end|>", "logprob": -1.0, "bytes": None}]

@@ -20,7 +20,7 @@ async def count(name: str, up_to: int, closed: list[str]) -> AsyncGenerator[tupl
         closed.append(name)
 
 
-async def test_every_item_comes_once_and_in_its_sources_order():
+async def test_every_item_comes_once_and_in_its_sources_order() -> None:
     closed: list[str] = []
     got = [item async for item in merge([count("a", 50, closed), count("b", 3, closed), count("c", 0, closed)])]
     assert [i for name, i in got if name == "a"] == list(range(50))
@@ -28,7 +28,7 @@ async def test_every_item_comes_once_and_in_its_sources_order():
     assert sorted(closed) == ["a", "b", "c"]
 
 
-async def test_an_error_ends_all_sources():
+async def test_an_error_ends_all_sources() -> None:
     closed: list[str] = []
 
     async def fail() -> AsyncGenerator[tuple[str, int], None]:
@@ -42,7 +42,7 @@ async def test_an_error_ends_all_sources():
 
 
 @pytest.mark.parametrize("names", ["a", "ab"])
-async def test_a_reader_that_stops_early_closes_the_sources(names):
+async def test_a_reader_that_stops_early_closes_the_sources(names: str) -> None:
     closed: list[str] = []
     async with contextlib.aclosing(merge([count(name, 10**9, closed) for name in names])) as items:
         async for _ in items:

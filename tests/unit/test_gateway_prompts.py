@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from nanochat_core.chat import AssistantStream, render_prompt
@@ -25,7 +27,7 @@ def texts(*pairs: tuple[str, object]) -> list[tuple[str, str]]:
     return [(turn.role, turn.text) for turn in conversation(messages(*pairs))]
 
 
-def test_all_between_two_answers_is_one_user_turn_in_its_order():
+def test_all_between_two_answers_is_one_user_turn_in_its_order() -> None:
     assert texts(
         ("system", "A"),
         ("developer", "B"),
@@ -37,7 +39,7 @@ def test_all_between_two_answers_is_one_user_turn_in_its_order():
     ) == [("user", "A\n\nB\n\nC"), ("assistant", "D"), ("user", "E\n\nF\n\nG")]
 
 
-def test_text_parts_are_joined_by_line_breaks():
+def test_text_parts_are_joined_by_line_breaks() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     assert texts(("user", parts)) == [("user", "one\ntwo")]
 
@@ -52,13 +54,13 @@ def test_text_parts_are_joined_by_line_breaks():
         (["system"], "messages"),
     ],
 )
-def test_turns_that_the_format_has_no_place_for_are_refused(roles, param):
+def test_turns_that_the_format_has_no_place_for_are_refused(roles: list[str], param: str) -> None:
     with pytest.raises(ApiError) as refused:
         conversation(messages(*((role, "x") for role in roles)))
     assert (refused.value.status_code, refused.value.param) == (400, param)
 
 
-def test_an_answer_sent_back_has_exactly_the_tokens_that_the_model_wrote():
+def test_an_answer_sent_back_has_exactly_the_tokens_that_the_model_wrote() -> None:
     written = [
         *TOKENIZER.encode("héllo 😀 "),
         *[SPECIAL["<|python_start|>"], *TOKENIZER.encode("1+1"), SPECIAL["<|python_end|>"]],
@@ -82,7 +84,7 @@ def test_an_answer_sent_back_has_exactly_the_tokens_that_the_model_wrote():
     assert render_prompt(TOKENIZER, turns) == [TOKENIZER.bos_id, *user, start, *written, end, *user, start]
 
 
-def test_a_call_without_a_result_stays_one():
+def test_a_call_without_a_result_stays_one() -> None:
     events = [{"type": "call", "call_index": 0, "code": "1", "offset": 0}]
     history = ChatMessage.model_validate({"role": "assistant", "content": "", "nanochat": {"tool_events": events}})
     turns = conversation([*messages(("user", "a")), history, *messages(("user", "b"))])
@@ -99,7 +101,7 @@ def test_a_call_without_a_result_stays_one():
         ([("call", 0, 0), ("result", 0, 0), ("result", 0, 0)], "tool_events[2].call_index"),
     ],
 )
-def test_tool_events_that_do_not_fit_are_refused_by_name(events, param):
+def test_tool_events_that_do_not_fit_are_refused_by_name(events: Any, param: str) -> None:
     sent = [
         {"type": kind, "call_index": index, "code": "c", "output": "o", "offset": offset}
         for kind, index, offset in events
@@ -110,12 +112,12 @@ def test_tool_events_that_do_not_fit_are_refused_by_name(events, param):
     assert refused.value.param == f"messages[1].nanochat.{param}"
 
 
-def test_special_tokens_in_a_users_text_are_mere_characters():
+def test_special_tokens_in_a_users_text_are_mere_characters() -> None:
     prompt = render_prompt(TOKENIZER, conversation(messages(("user", "<|assistant_end|>"))))
     assert SPECIAL["<|assistant_end|>"] not in prompt
 
 
-async def test_a_prompt_leaves_room_for_one_token_at_least():
+async def test_a_prompt_leaves_room_for_one_token_at_least() -> None:
     fits = 64 - 4 - 1
     assert len(await encode_chat(MODEL, conversation(messages(("user", "x" * fits))))) == 63
     with pytest.raises(ApiError) as refused:
@@ -124,7 +126,7 @@ async def test_a_prompt_leaves_room_for_one_token_at_least():
     assert "64 tokens, answer included, and this request has 64 tokens" in refused.value.message
 
 
-async def test_a_text_far_too_long_is_refused_without_encoding_it():
+async def test_a_text_far_too_long_is_refused_without_encoding_it() -> None:
     with pytest.raises(ApiError) as refused:
         await encode_text(MODEL, " " * 2_000_000, bos=True)
     assert "at least 400000 tokens" in refused.value.message

@@ -14,11 +14,11 @@ class Engine:
     last_picked: int = 0
 
 
-def test_the_least_loaded_replica_is_picked():
+def test_the_least_loaded_replica_is_picked() -> None:
     assert least_loaded([Engine("a", 3), Engine("b", 1), Engine("c", 2)]).name == "b"
 
 
-def test_equally_loaded_replicas_take_turns():
+def test_equally_loaded_replicas_take_turns() -> None:
     engines = [Engine("a", 1), Engine("b", 1), Engine("c", 1)]
     picked = []
     for turn in range(1, 7):

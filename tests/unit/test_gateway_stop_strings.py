@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -32,7 +33,7 @@ def pieces_of(text: str, cuts: list[int]) -> list[str]:
 )
 @example(text="abcd", stops=["abcd", "bc"], cuts=[])
 @example(text="aab", stops=["ab"], cuts=[1, 2])
-def test_the_pieces_shown_add_up_to_the_text_before_the_first_complete_stop(text, stops, cuts):
+def test_the_pieces_shown_add_up_to_the_text_before_the_first_complete_stop(text: Any, stops: Any, cuts: Any) -> None:
     shown = StopFilter(stops)
     total = "".join(shown.push(piece) for piece in pieces_of(text, cuts))
     total += shown.finish()
@@ -41,7 +42,7 @@ def test_the_pieces_shown_add_up_to_the_text_before_the_first_complete_stop(text
 
 
 @given(text=st.text(alphabet="ab", max_size=30), stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=4)))
-def test_nothing_is_held_back_that_cannot_begin_a_stop(text, stops):
+def test_nothing_is_held_back_that_cannot_begin_a_stop(text: Any, stops: Any) -> None:
     shown = StopFilter(stops)
     seen = ""
     for i, character in enumerate(text):
@@ -52,13 +53,13 @@ def test_nothing_is_held_back_that_cannot_begin_a_stop(text, stops):
         assert held == "" or any(stop.startswith(held) and stop != held for stop in stops)
 
 
-def test_text_passes_at_once_without_stops():
+def test_text_passes_at_once_without_stops() -> None:
     shown = StopFilter()
     assert [shown.push("a"), shown.push(""), shown.push("b")] == ["a", "", "b"]
 
 
 @pytest.mark.parametrize("later", ["more", "STOP"])
-def test_nothing_comes_after_a_stop(later):
+def test_nothing_comes_after_a_stop(later: str) -> None:
     shown = StopFilter(["STOP"])
     assert shown.push("before STOP after") == "before "
     assert shown.push(later) == ""

@@ -171,7 +171,7 @@ def reference_logits(config: dict[str, Any], stored: Weights, ids: list[int]) ->
     ],
     ids=["windows", "full", "lower case", "grouped", "head_dim 128", "one layer"],
 )
-def test_an_imported_model_has_upstreams_logits(tmp_path, changes, time):
+def test_an_imported_model_has_upstreams_logits(tmp_path: Path, changes: Any, time: int) -> None:
     config = model_config(**changes)
     weights = random_weights(config)
     ids = torch.randint(VOCAB, (time,), generator=torch.Generator().manual_seed(time)).tolist()
@@ -182,7 +182,7 @@ def test_an_imported_model_has_upstreams_logits(tmp_path, changes, time):
     assert np.abs(ours - theirs).max() < 2e-4
 
 
-def test_every_parameter_reaches_the_logits(tmp_path):
+def test_every_parameter_reaches_the_logits(tmp_path: Path) -> None:
     """So that the test above would see any two of them exchanged."""
     config, ids = model_config(n_layer=2), list(range(30))
     weights = random_weights(config)
@@ -192,7 +192,7 @@ def test_every_parameter_reaches_the_logits(tmp_path):
         assert np.abs(reference_logits(config, changed, ids) - before).max() > 1e-3, name
 
 
-def test_names_of_a_compiled_model_are_the_same_model(tmp_path):
+def test_names_of_a_compiled_model_are_the_same_model(tmp_path: Path) -> None:
     config, ids = model_config(n_layer=2), list(range(20))
     weights = random_weights(config)
     save(tmp_path / "plain", config, weights)
@@ -201,7 +201,7 @@ def test_names_of_a_compiled_model_are_the_same_model(tmp_path):
     assert np.array_equal(plain, logits_after(tmp_path / "compiled", tmp_path / "b", ids))
 
 
-def test_bf16_tables_stay_as_they_are_and_other_weights_become_fp32(tmp_path):
+def test_bf16_tables_stay_as_they_are_and_other_weights_become_fp32(tmp_path: Path) -> None:
     config, ids = model_config(n_layer=2), list(range(30))
     weights = random_weights(config)
     tables = [name for name in weights if "wte" in name or "value_embeds" in name]
@@ -216,7 +216,7 @@ def test_bf16_tables_stay_as_they_are_and_other_weights_become_fp32(tmp_path):
     assert checkpoint.meta["dtype"] == "bfloat16"
 
 
-def test_a_checkpoint_has_the_tokenizer_and_says_where_it_came_from(tmp_path):
+def test_a_checkpoint_has_the_tokenizer_and_says_where_it_came_from(tmp_path: Path) -> None:
     save(tmp_path / "theirs", model_config(n_layer=1), random_weights(model_config(n_layer=1)))
     ref = imported(tmp_path / "theirs", tmp_path / "home", stage="sft")
     assert ref == CheckpointRef("theirs", "sft", STEP)
@@ -226,7 +226,7 @@ def test_a_checkpoint_has_the_tokenizer_and_says_where_it_came_from(tmp_path):
     assert checkpoint.meta["plan"] == {"steps": STEP, "batch_tokens": 8192}
 
 
-def test_the_last_step_is_taken_unless_another_is_named(tmp_path):
+def test_the_last_step_is_taken_unless_another_is_named(tmp_path: Path) -> None:
     config = model_config(n_layer=1)
     for step in (200, 1000, 30):
         save(tmp_path / "theirs", config, random_weights(config, step), step)
@@ -281,7 +281,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_reproduced_is_refused_and_nothing_is_written(tmp_path, name):
+def test_what_cannot_be_reproduced_is_refused_and_nothing_is_written(tmp_path: Path, name: Any) -> None:
     weights, changes, complaint = BAD[name]
     save(tmp_path / "theirs", model_config(**changes), weights)
     with pytest.raises(UserError, match=complaint) as refused:
@@ -304,7 +304,7 @@ def test_what_cannot_be_reproduced_is_refused_and_nothing_is_written(tmp_path, n
         (lambda folder: (folder / "tokenizer/tokenizer.pkl").write_bytes(b"."), "damaged|refused"),
     ],
 )
-def test_a_damaged_folder_is_refused_and_nothing_is_written(tmp_path, damage, complaint):
+def test_a_damaged_folder_is_refused_and_nothing_is_written(tmp_path: Path, damage: Any, complaint: str) -> None:
     config = model_config(n_layer=1)
     save(tmp_path / "theirs", config, random_weights(config))
     damage(tmp_path / "theirs")
@@ -313,12 +313,12 @@ def test_a_damaged_folder_is_refused_and_nothing_is_written(tmp_path, damage, co
     assert not (tmp_path / "home").exists()
 
 
-def test_a_folder_that_is_none_is_named(tmp_path):
+def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the checkpoint folder .* cannot be read"):
         imported(tmp_path / "missing", tmp_path / "home")
 
 
-def test_a_truncated_weights_file_is_refused_at_any_length(tmp_path):
+def test_a_truncated_weights_file_is_refused_at_any_length(tmp_path: Path) -> None:
     config = model_config(n_layer=1)
     save(tmp_path / "theirs", config, random_weights(config))
     path = tmp_path / "theirs" / f"model_{STEP:06d}.pt"

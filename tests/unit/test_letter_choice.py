@@ -26,7 +26,7 @@ def questions(count: int) -> list[LetterQuestion]:
     return [LetterQuestion(Choice(text(60), choices, rng.randrange(len(choices)))) for choices in asked]
 
 
-def test_batches_of_different_lengths_choose_as_one_forward_pass_each():
+def test_batches_of_different_lengths_choose_as_one_forward_pass_each() -> None:
     model, asked = tiny_model(context_length=256), questions(60)
     verdicts = choose(model, BYTES, asked)
     chosen = []
@@ -45,7 +45,7 @@ def test_batches_of_different_lengths_choose_as_one_forward_pass_each():
 
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 100_000])
-def test_logits_do_not_depend_on_how_many_prompts_share_a_pass(max_tokens):
+def test_logits_do_not_depend_on_how_many_prompts_share_a_pass(max_tokens: int) -> None:
     model, rng = tiny_model(), random.Random(5)
     prompts = [rng.choices(range(256), k=rng.randint(1, 250)) for _ in range(30)]
     found = last_logits(model, prompts, [65, 66, 300 % 256], max_tokens)
@@ -54,7 +54,7 @@ def test_logits_do_not_depend_on_how_many_prompts_share_a_pass(max_tokens):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_pass_is_no_larger_than_it_may_be(monkeypatch):
+def test_a_pass_is_no_larger_than_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rng = tiny_model(), random.Random(6)
     sizes = []
     hidden = model.hidden
@@ -67,7 +67,7 @@ def test_a_pass_is_no_larger_than_it_may_be(monkeypatch):
     assert sum(sizes) < 1.2 * sum(map(len, prompts))
 
 
-def test_a_question_that_does_not_fit_is_wrong_and_the_others_are_answered():
+def test_a_question_that_does_not_fit_is_wrong_and_the_others_are_answered() -> None:
     model = tiny_model(context_length=128)
     short = LetterQuestion(Choice("?", ("a", "b"), 0))
     long = LetterQuestion(Choice("?" * 200, ("a", "b"), 0))
@@ -78,7 +78,7 @@ def test_a_question_that_does_not_fit_is_wrong_and_the_others_are_answered():
     assert second.right == ()
 
 
-def test_letters_must_be_tokens():
+def test_letters_must_be_tokens() -> None:
     assert letter_tokens(BYTES, "ABCD") == [65, 66, 67, 68]
     with pytest.raises(UserError, match="no tokens for single letters"):
         letter_tokens(Tokenizer([bytes([i]) for i in range(256)]), "AÄ")

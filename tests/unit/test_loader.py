@@ -45,7 +45,7 @@ CONVERSATIONS = [parse_messages(conversation(i)["messages"]) for i in range(50)]
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory) -> TextDataset:
+def text(tmp_path_factory: pytest.TempPathFactory) -> TextDataset:
     rng = random.Random(1)
     documents = ["".join(rng.choices("abc ", k=rng.randint(1, 80))) for _ in range(70)]
     store = open_store(str(tmp_path_factory.mktemp("text")))
@@ -57,7 +57,7 @@ MakeLoader = Callable[[dict | None], PackedLoader]
 
 
 @pytest.fixture(params=["text", "conversations"])
-def make(request, text) -> MakeLoader:
+def make(request: pytest.FixtureRequest, text: TextDataset) -> MakeLoader:
     def make_loader(state: dict | None) -> PackedLoader:
         if request.param == "text":
             source, when_full = TextSource(text, BYTES), "crop"
@@ -82,13 +82,13 @@ def loader_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
-def test_batches_have_the_promised_shapes_and_types(make):
+def test_batches_have_the_promised_shapes_and_types(make: Any) -> None:
     batch = make(None).next_batch()
     for tensor in (batch.ids, batch.targets):
         assert (tensor.shape, tensor.dtype) == ((ROWS, CONTEXT), torch.int64)
 
 
-def test_resuming_after_any_batch_gives_exactly_the_batches_that_would_have_come(make):
+def test_resuming_after_any_batch_gives_exactly_the_batches_that_would_have_come(make: Any) -> None:
     whole = take(make(None), BATCHES)
     assert whole[-1].state["packers"]["0"]["cursor"] > 100
     for done in range(BATCHES - 1):
@@ -97,14 +97,14 @@ def test_resuming_after_any_batch_gives_exactly_the_batches_that_would_have_come
         assert all(same(a, b) for a, b in zip(take(resumed, 5), whole[done + 1 :], strict=False))
 
 
-def test_prefetching_changes_nothing(make):
+def test_prefetching_changes_nothing(make: Any) -> None:
     expected = take(make(None), 20)
     batches = make(None).prefetched()
     assert all(same(a, b) for a, b in zip(itertools.islice(batches, 20), expected, strict=True))
     batches.close()
 
 
-def test_states_of_prefetched_batches_say_where_the_consumer_is_not_how_far_the_thread_is(make):
+def test_states_of_prefetched_batches_say_where_the_consumer_is_not_how_far_the_thread_is(make: Any) -> None:
     batches = make(None).prefetched()
     next(batches)
     state = next(batches).state
@@ -113,7 +113,7 @@ def test_states_of_prefetched_batches_say_where_the_consumer_is_not_how_far_the_
     assert same(make(state).next_batch(), take(make(None), 3)[2])
 
 
-def test_closing_ends_the_thread(make):
+def test_closing_ends_the_thread(make: Any) -> None:
     batches = make(None).prefetched()
     next(batches)
     assert loader_threads()
@@ -121,7 +121,7 @@ def test_closing_ends_the_thread(make):
     assert not loader_threads()
 
 
-def test_an_error_in_the_thread_is_raised_where_batches_are_taken():
+def test_an_error_in_the_thread_is_raised_where_batches_are_taken() -> None:
     class Breaking:
         def __len__(self) -> int:
             return 1
@@ -138,20 +138,20 @@ def test_an_error_in_the_thread_is_raised_where_batches_are_taken():
     assert not loader_threads()
 
 
-def test_targets_are_the_next_tokens_of_the_row(make):
+def test_targets_are_the_next_tokens_of_the_row(make: Any) -> None:
     for batch in take(make(None), 10):
         counted = batch.targets[:, :-1] != IGNORE_INDEX
         assert torch.equal(batch.targets[:, :-1][counted], batch.ids[:, 1:][counted])
 
 
-def test_every_token_of_text_is_a_target(text):
+def test_every_token_of_text_is_a_target(text: TextDataset) -> None:
     loader = PackedLoader(TextSource(text, BYTES), rows=ROWS, context_length=CONTEXT, pad_id=BYTES.bos_id)
     for batch in take(loader, 10):
         assert (batch.targets != IGNORE_INDEX).all()
         assert (batch.ids[:, 0] == BYTES.bos_id).all()
 
 
-def test_of_conversations_only_the_assistants_own_tokens_are_targets():
+def test_of_conversations_only_the_assistants_own_tokens_are_targets() -> None:
     allowed = {}
     for messages in CONVERSATIONS:
         ids, mask = render_conversation(BYTES, messages)
@@ -175,7 +175,7 @@ def epoch_of(source: ConversationSource, epoch: int) -> list[tuple[int, ...]]:
     return [tuple(source.document(epoch * len(source) + i).ids) for i in range(len(source))]
 
 
-def test_each_epoch_has_every_conversation_once_in_an_order_of_its_own():
+def test_each_epoch_has_every_conversation_once_in_an_order_of_its_own() -> None:
     source = ConversationSource(CONVERSATIONS, BYTES, seed=5)
     first, second = epoch_of(source, 0), epoch_of(source, 1)
     assert first != second
@@ -183,7 +183,7 @@ def test_each_epoch_has_every_conversation_once_in_an_order_of_its_own():
     assert len(set(first)) == len(CONVERSATIONS)
 
 
-def test_orders_depend_on_the_seed_and_the_epoch_alone():
+def test_orders_depend_on_the_seed_and_the_epoch_alone() -> None:
     one, other = (ConversationSource(CONVERSATIONS, BYTES, seed=5) for _ in range(2))
     second = epoch_of(other, 1)
     epoch_of(one, 0)
@@ -191,7 +191,7 @@ def test_orders_depend_on_the_seed_and_the_epoch_alone():
     assert epoch_of(ConversationSource(CONVERSATIONS, BYTES, seed=6), 1) != second
 
 
-def test_an_epoch_has_passed_when_its_documents_are_packed_not_when_they_are_read():
+def test_an_epoch_has_passed_when_its_documents_are_packed_not_when_they_are_read() -> None:
     loader = PackedLoader(
         ConversationSource(CONVERSATIONS, BYTES, seed=5), rows=1, context_length=CONTEXT, pad_id=0, when_full="pad"
     )
@@ -203,7 +203,7 @@ def test_an_epoch_has_passed_when_its_documents_are_packed_not_when_they_are_rea
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_handful_of_documents_is_enough(count):
+def test_a_handful_of_documents_is_enough(count: int) -> None:
     source = ConversationSource(CONVERSATIONS[:count], BYTES, seed=0)
     loader = PackedLoader(source, rows=2, context_length=CONTEXT, pad_id=0, when_full="pad")
     assert all((batch.targets != IGNORE_INDEX).any() for batch in take(loader, 5))
@@ -235,7 +235,9 @@ lives = st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(1, 6)), mi
 
 
 @given(kind=st.sampled_from(["text", "conversations"]), lives=lives)
-def test_any_world_sizes_across_any_restarts_make_the_batches_of_one_uninterrupted_rank(text, kind, lives):
+def test_any_world_sizes_across_any_restarts_make_the_batches_of_one_uninterrupted_rank(
+    text: TextDataset, kind: Any, lives: Any
+) -> None:
     whole = take(wide_loader(text, kind), sum(count for _, count in lives))
     pieces: list[Batch] = []
     for world_size, count in lives:
@@ -245,14 +247,14 @@ def test_any_world_sizes_across_any_restarts_make_the_batches_of_one_uninterrupt
 
 @pytest.mark.parametrize("kind", ["text", "conversations"])
 @pytest.mark.parametrize("workers", [1, 3, 8])
-def test_the_number_of_threads_changes_nothing(text, kind, workers):
+def test_the_number_of_threads_changes_nothing(text: TextDataset, kind: str, workers: int) -> None:
     expected = take(wide_loader(text, kind), 20)
     batches = wide_loader(text, kind, workers=workers).prefetched()
     assert all(same(a, b) for a, b in zip(itertools.islice(batches, 20), expected, strict=True))
     batches.close()
 
 
-def test_a_state_of_its_own_packers_is_enough_for_a_rank(text):
+def test_a_state_of_its_own_packers_is_enough_for_a_rank(text: TextDataset) -> None:
     one, other = (wide_loader(text, "text", rank=1, world_size=4) for _ in range(2))
     state = one.next_batch().state
     other.next_batch()
@@ -260,31 +262,33 @@ def test_a_state_of_its_own_packers_is_enough_for_a_rank(text):
     assert same(resumed.next_batch(), other.next_batch())
 
 
-def test_a_state_that_lacks_a_packer_is_refused(text):
+def test_a_state_that_lacks_a_packer_is_refused(text: TextDataset) -> None:
     state = wide_loader(text, "text", rank=1, world_size=4).next_batch().state
     with pytest.raises(UserError, match="lacks packer 0 of 8: it is not whole; merge the states of all ranks"):
         wide_loader(text, "text", state=state)
 
 
 @pytest.mark.parametrize("state", [{"cursor": 3, "buffered": []}, {"of": 4, "packers": {}}])
-def test_a_state_of_another_loader_is_refused(text, state):
+def test_a_state_of_another_loader_is_refused(text: TextDataset, state: Any) -> None:
     with pytest.raises(UserError, match="not of 8: the batch then had another number of rows"):
         wide_loader(text, "text", state=state)
 
 
-def test_states_of_different_loaders_are_not_merged(text):
+def test_states_of_different_loaders_are_not_merged(text: TextDataset) -> None:
     states = [wide_loader(text, "text", rows=rows).next_batch().state for rows in (2, 4)]
     with pytest.raises(ValueError, match="different loaders"):
         merge_states(states)
 
 
 @pytest.mark.parametrize(("rows", "world_size"), [(8, 3), (8, 16), (6, 4), (128, 128)])
-def test_a_world_size_that_cannot_share_the_rows_is_an_error_that_says_what_to_do(text, rows, world_size):
+def test_a_world_size_that_cannot_share_the_rows_is_an_error_that_says_what_to_do(
+    text: TextDataset, rows: int, world_size: int
+) -> None:
     with pytest.raises(UserError, match=f"^{world_size} processes cannot share batches of {rows} rows.* power of two"):
         wide_loader(text, "text", rows=rows, world_size=world_size)
 
 
-def test_every_rank_of_an_epoch_counts_its_own_share(text):
+def test_every_rank_of_an_epoch_counts_its_own_share(text: TextDataset) -> None:
     ranks = [wide_loader(text, "text", rank=rank, world_size=4) for rank in range(4)]
     whole = wide_loader(text, "text")
     for _ in range(12):
@@ -295,7 +299,7 @@ def test_every_rank_of_an_epoch_counts_its_own_share(text):
     assert sum(rank.epoch for rank in ranks) / 4 == pytest.approx(whole.epoch)
 
 
-def test_what_was_cropped_and_padded_is_counted(text):
+def test_what_was_cropped_and_padded_is_counted(text: TextDataset) -> None:
     cropping, padding = wide_loader(text, "text"), wide_loader(text, "conversations")
     packed = 0
     for _ in range(10):
@@ -311,7 +315,7 @@ def test_what_was_cropped_and_padded_is_counted(text):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a CUDA device")
-def test_pinned_batches_are_the_same_batches(text):
+def test_pinned_batches_are_the_same_batches(text: TextDataset) -> None:
     pinned, plain = wide_loader(text, "text", pin_memory=True).next_batch(), wide_loader(text, "text").next_batch()
     assert pinned.ids.is_pinned()
     assert pinned.targets.is_pinned()

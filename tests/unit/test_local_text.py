@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -34,7 +35,7 @@ def documents_of(path: Path) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt", "md"])
-def test_the_last_twentieth_of_a_single_file_is_validation(tmp_path, kind):
+def test_the_last_twentieth_of_a_single_file_is_validation(tmp_path: Path, kind: str) -> None:
     documents = [f"Paragraph {i}. " + "word " * 900 for i in range(40)]
     file = tmp_path / f"book.{kind}"
     if kind == "parquet":
@@ -47,7 +48,7 @@ def test_the_last_twentieth_of_a_single_file_is_validation(tmp_path, kind):
     assert (training, validation) == (documents[:38], documents[38:])
 
 
-def test_the_last_file_of_a_folder_by_name_is_validation(tmp_path):
+def test_the_last_file_of_a_folder_by_name_is_validation(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", ["parquet"])
     write_jsonl(tmp_path / "b.jsonl", ["line one", "line two"])
     (tmp_path / "c").mkdir()
@@ -57,7 +58,7 @@ def test_the_last_file_of_a_folder_by_name_is_validation(tmp_path):
     assert documents_of(tmp_path) == (["parquet", "line one", "line two", "# Notes"], ["The last one."])
 
 
-def test_plain_text_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path):
+def test_plain_text_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path: Path) -> None:
     text = "\n\n".join(f"Paragraph {i}. " + "word " * (i % 50) for i in range(500))
     file = tmp_path / "book.txt"
     file.write_text(text)
@@ -67,7 +68,7 @@ def test_plain_text_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path):
     assert all(DOCUMENT_CHARACTERS <= len(document) < 4400 for document in documents[:-1])
 
 
-def test_documents_without_text_are_left_out(tmp_path):
+def test_documents_without_text_are_left_out(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["one", "", " \n", "two"])
     write_parquet(tmp_path / "b.parquet", [None, "three", ""])
     assert documents_of(tmp_path) == (["one", "two"], ["three"])
@@ -97,7 +98,7 @@ def test_documents_without_text_are_left_out(tmp_path):
         ("a.csv", b"text\nfine\n", "is none of .parquet, .jsonl, .txt, .md"),
     ],
 )
-def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, name, make, complaint):
+def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, name: str, make: Any, complaint: str) -> None:
     file = tmp_path / name
     if callable(make):
         make(file)
@@ -110,7 +111,7 @@ def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, name, make, complaint)
     assert "\n" not in message
 
 
-def test_a_bad_file_among_good_ones_is_named(tmp_path):
+def test_a_bad_file_among_good_ones_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("fine")
     (tmp_path / "b.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"b\.jsonl:1 "):
@@ -118,14 +119,14 @@ def test_a_bad_file_among_good_ones_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("read", [read_local_text, local_text_digest])
-def test_nothing_there_is_an_error(tmp_path, read):
+def test_nothing_there_is_an_error(tmp_path: Path, read: Any) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read(tmp_path / "missing")
     with pytest.raises(UserError, match=r"holds no \.parquet, \.jsonl, \.txt, \.md file"):
         read(tmp_path)
 
 
-def test_the_digest_of_local_text_is_that_of_its_contents(tmp_path):
+def test_the_digest_of_local_text_is_that_of_its_contents(tmp_path: Path) -> None:
     for name, text in [("a", "one"), ("b", "one"), ("c", "two")]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "text.txt").write_text(text)
@@ -137,7 +138,9 @@ def test_the_digest_of_local_text_is_that_of_its_contents(tmp_path):
 @given(
     pieces=st.lists(st.sampled_from(["word", "é", "\n", "\n\n", "\n\n\n", " "]), max_size=60), chunk=st.integers(1, 9)
 )
-def test_paragraphs_do_not_depend_on_how_the_file_is_read(tmp_path_factory, pieces, chunk):
+def test_paragraphs_do_not_depend_on_how_the_file_is_read(
+    tmp_path_factory: pytest.TempPathFactory, pieces: Any, chunk: Any
+) -> None:
     file = tmp_path_factory.mktemp("text") / "book.txt"
     text = "".join(pieces)
     file.write_text(text)

@@ -33,13 +33,13 @@ def event(*arguments: Any, **options: Any) -> dict[str, Any]:
     return json.loads(line(*arguments, **options), parse_constant=refuse)
 
 
-def test_a_record_has_time_level_service_and_event():
+def test_a_record_has_time_level_service_and_event() -> None:
     got = event("step %d of %s", 3, "many")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", got.pop("time"))
     assert got == {"level": "warning", "service": "engine", "event": "step 3 of many"}
 
 
-def test_the_time_is_in_utc_with_milliseconds(monkeypatch: pytest.MonkeyPatch):
+def test_the_time_is_in_utc_with_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     record = logging.makeLogRecord({"created": 86400.25, "msecs": 250.0})
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("TZ", "Asia/Tokyo")
@@ -49,17 +49,17 @@ def test_the_time_is_in_utc_with_milliseconds(monkeypatch: pytest.MonkeyPatch):
     assert shown == "1970-01-02T00:00:00.250Z"
 
 
-def test_extra_becomes_fields():
+def test_extra_becomes_fields() -> None:
     got = event(extra={"tokens": 3, "ok": True, "nested": {"a": [1, None]}, "path": Path("/x")})
     assert (got["tokens"], got["ok"], got["nested"], got["path"]) == (3, True, {"a": [1, None]}, "/x")
 
 
-def test_numbers_that_json_lacks_become_text():
+def test_numbers_that_json_lacks_become_text() -> None:
     got = event(extra={"loss": math.nan, "many": {"bpb": [math.inf, -math.inf, 1.5]}, "pair": (math.nan, 2)})
     assert (got["loss"], got["many"], got["pair"]) == ("nan", {"bpb": ["inf", "-inf", 1.5]}, ["nan", 2])
 
 
-def test_a_record_is_one_line_whatever_is_in_it():
+def test_a_record_is_one_line_whatever_is_in_it() -> None:
     text = "two\nlines\r, \u2028 and 🦊 \x00"
     whole = line(text, extra={"field": text})
     assert "\n" not in whole
@@ -68,7 +68,7 @@ def test_a_record_is_one_line_whatever_is_in_it():
     assert (json.loads(whole)["event"], json.loads(whole)["field"]) == (text, text)
 
 
-def test_an_exception_s_traceback_is_a_field():
+def test_an_exception_s_traceback_is_a_field() -> None:
     try:
         raise RuntimeError("broken")
     except RuntimeError:
@@ -78,7 +78,7 @@ def test_an_exception_s_traceback_is_a_field():
 
 
 @pytest.mark.parametrize(("level", "seen"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])
-def test_a_configured_process_logs_to_stderr_from_its_level_on(level: str, seen: int):
+def test_a_configured_process_logs_to_stderr_from_its_level_on(level: str, seen: int) -> None:
     code = f"""
 import logging
 from nanochat_core import logs

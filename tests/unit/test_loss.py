@@ -47,7 +47,7 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_loss_and_gradients_are_those_of_the_plain_formula(reduction: str, dtype: torch.dtype, device: str):
+def test_loss_and_gradients_are_those_of_the_plain_formula(reduction: str, dtype: torch.dtype, device: str) -> None:
     hidden, weight, targets = drawn(dtype, device)
     loss = softcapped_cross_entropy(hidden, weight, targets, VOCAB, reduction)
     expected = plain(hidden, weight, targets, reduction)
@@ -62,7 +62,7 @@ def test_loss_and_gradients_are_those_of_the_plain_formula(reduction: str, dtype
 
 @pytest.mark.usefixtures("_chunks")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_without_gradients_the_loss_is_the_same(reduction: str):
+def test_without_gradients_the_loss_is_the_same(reduction: str) -> None:
     hidden, weight, targets = drawn()
     with torch.no_grad():
         loss = softcapped_cross_entropy(hidden, weight, targets, VOCAB, reduction)
@@ -71,7 +71,7 @@ def test_without_gradients_the_loss_is_the_same(reduction: str):
     )
 
 
-def test_a_compiled_step_gives_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch):
+def test_a_compiled_step_gives_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operations inside each chunk are compiled too."""
     dtype = torch.bfloat16
     monkeypatch.setattr(chunked_loss, "CPU_CHUNK", 20 * ROWS)
@@ -88,7 +88,7 @@ def test_a_compiled_step_gives_the_same_loss_and_gradients(monkeypatch: pytest.M
         torch.testing.assert_close(gradient.double(), want.double(), **tolerance(dtype))
 
 
-def test_gradients_of_micro_batches_add_up():
+def test_gradients_of_micro_batches_add_up() -> None:
     hidden, weight, targets = drawn()
     for part in (slice(0, 11), slice(11, 37)):
         softcapped_cross_entropy(hidden[part], weight, targets[part], VOCAB, "sum").backward()
@@ -97,7 +97,7 @@ def test_gradients_of_micro_batches_add_up():
     torch.testing.assert_close(weight.grad, expected[1], rtol=1e-4, atol=1e-4)
 
 
-def test_a_token_that_is_not_counted_gets_no_gradient():
+def test_a_token_that_is_not_counted_gets_no_gradient() -> None:
     hidden, weight, targets = drawn()
     softcapped_cross_entropy(hidden, weight, targets, VOCAB).backward()
     assert hidden.grad is not None
@@ -105,7 +105,7 @@ def test_a_token_that_is_not_counted_gets_no_gradient():
     assert hidden.grad[targets != -1].any(1).all()
 
 
-def test_padding_rows_of_the_head_count_for_nothing():
+def test_padding_rows_of_the_head_count_for_nothing() -> None:
     hidden, weight, targets = drawn()
     with torch.no_grad():
         weight[VOCAB:] = 1e4
@@ -115,7 +115,7 @@ def test_padding_rows_of_the_head_count_for_nothing():
     assert weight.grad.isfinite().all()
 
 
-def test_logits_far_beyond_the_softcap_are_finite():
+def test_logits_far_beyond_the_softcap_are_finite() -> None:
     hidden, weight, targets = drawn()
     loss = softcapped_cross_entropy(1e6 * hidden, weight, targets, VOCAB)
     assert float(loss.detach()) < 30 + math.log(VOCAB)
@@ -124,7 +124,7 @@ def test_logits_far_beyond_the_softcap_are_finite():
     assert hidden.grad.isfinite().all()
 
 
-def test_no_more_logits_than_a_chunk_are_made_at_once(monkeypatch: pytest.MonkeyPatch):
+def test_no_more_logits_than_a_chunk_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def spy(raw: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ def test_no_more_logits_than_a_chunk_are_made_at_once(monkeypatch: pytest.Monkey
     assert seen == [16, 16, 5]
 
 
-def test_logits_are_made_where_a_target_counts(monkeypatch: pytest.MonkeyPatch):
+def test_logits_are_made_where_a_target_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def spy(raw: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from nanochat_core.model import GPT
 from nanochat_core.training.loss_scaling import LossScaler
 
 
-def test_an_overflow_halves_the_factor_and_enough_good_steps_double_it():
+def test_an_overflow_halves_the_factor_and_enough_good_steps_double_it() -> None:
     scaler = LossScaler(8.0, growth_interval=2)
     factors = []
     for finite in (False, True, True, True, False, True, True):
@@ -22,7 +22,7 @@ def test_an_overflow_halves_the_factor_and_enough_good_steps_double_it():
 
 
 @hypothesis.given(st.lists(st.booleans(), max_size=40), st.integers(1, 5), st.integers(0, 40))
-def test_the_factor_follows_the_gradients_across_a_resume(finite: list[bool], interval: int, resumed_at: int):
+def test_the_factor_follows_the_gradients_across_a_resume(finite: list[bool], interval: int, resumed_at: int) -> None:
     scaler, expected, good = LossScaler(16.0, growth_interval=interval), 16.0, 0
     for step, fine in enumerate(finite):
         if step == resumed_at:
@@ -35,7 +35,7 @@ def test_the_factor_follows_the_gradients_across_a_resume(finite: list[bool], in
         assert scaler.factor == expected
 
 
-def test_a_scaled_fp16_loss_has_the_gradients_of_fp32():
+def test_a_scaled_fp16_loss_has_the_gradients_of_fp32() -> None:
     """On a CPU, where fp16 is slow but computes the same."""
     losses, gradients = [], []
     for dtype, factor in ((torch.float32, 1.0), (torch.float16, LossScaler().factor)):

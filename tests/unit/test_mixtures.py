@@ -30,7 +30,7 @@ TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
 
 
 @pytest.fixture
-def store(tmp_path) -> Store:
+def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "store"))
 
 
@@ -46,7 +46,7 @@ def numbered(start: int, count: int) -> list[dict[str, Any]]:
     return [conversation(f"question {number}") for number in range(start, start + count)]
 
 
-def test_names_and_weights_are_read():
+def test_names_and_weights_are_read() -> None:
     assert parse_mixture("smoltalk, mmlu:3,my/file.jsonl:0.5") == [
         Entry("smoltalk", 1.0),
         Entry("mmlu", 3.0),
@@ -68,13 +68,13 @@ def test_names_and_weights_are_read():
         ("a,b,a:2", "names a twice; give it a weight instead: a:2"),
     ],
 )
-def test_a_mixture_that_cannot_be_read_says_why(text, complaint):
+def test_a_mixture_that_cannot_be_read_says_why(text: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         parse_mixture(text)
 
 
 @given(rows=st.lists(st.integers(0, 10**6), min_size=1, max_size=200, unique=True), weight=st.floats(1e-3, 20))
-def test_a_weight_is_how_often_every_row_is_shown(rows, weight):
+def test_a_weight_is_how_often_every_row_is_shown(rows: Any, weight: Any) -> None:
     shown = repeated(rows, weight)
     assert len(shown) == max(1, round(weight * len(rows)))
     assert set(shown) <= set(rows)
@@ -83,7 +83,7 @@ def test_a_weight_is_how_often_every_row_is_shown(rows, weight):
     assert repeated(rows, weight) == shown
 
 
-def test_sources_are_mixed_by_their_weights(store):
+def test_sources_are_mixed_by_their_weights(store: Store) -> None:
     write_conversations(store, "a", "train", numbered(0, 40))
     write_conversations(store, "a", "val", numbered(1000, 3))
     write_conversations(store, "b", "train", numbered(100, 40))
@@ -96,7 +96,7 @@ def test_sources_are_mixed_by_their_weights(store):
     assert questions(mixture.validation) == Counter(f"question {number}" for number in (1000, 1001, 1002, 100, 120))
 
 
-def test_what_is_held_out_is_never_trained_on_and_spread_over_the_file(store):
+def test_what_is_held_out_is_never_trained_on_and_spread_over_the_file(store: Store) -> None:
     write_conversations(store, "a", "train", numbered(0, 10_000))
     mixture = Mixture(store, "a")
     held_out = sorted(int(question.split()[1]) for question in questions(mixture.validation))
@@ -108,7 +108,7 @@ def test_what_is_held_out_is_never_trained_on_and_spread_over_the_file(store):
     )
 
 
-def test_the_digest_depends_on_the_conversations_and_the_weights(store):
+def test_the_digest_depends_on_the_conversations_and_the_weights(store: Store) -> None:
     write_conversations(store, "a", "train", numbered(0, 40))
     digests = [Mixture(store, text).digest for text in ("a", "a", "a:1", "a:2")]
     write_conversations(store, "a", "train", numbered(0, 41))
@@ -117,7 +117,7 @@ def test_the_digest_depends_on_the_conversations_and_the_weights(store):
     assert len(set(digests[:3])) == 1
 
 
-def test_a_file_of_this_machine_is_a_source(store, tmp_path):
+def test_a_file_of_this_machine_is_a_source(store: Store, tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text("\n\n".join(json.dumps(row) for row in numbered(0, 5)))
     assert len(Mixture(store, f"{file}:3").training) == 3 * 4
@@ -129,7 +129,7 @@ def write_parquet(store: Store, key: str, rows: list[dict[str, Any]]) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def test_the_public_datasets_are_read_as_they_are_published(store):
+def test_the_public_datasets_are_read_as_they_are_published(store: Store) -> None:
     write_parquet(store, "data/smoltalk/data/train-00000-of-00002.parquet", numbered(0, 3))
     write_parquet(store, "data/smoltalk/data/train-00001-of-00002.parquet", numbered(3, 3))
     write_parquet(store, "data/smoltalk/data/test-00000-of-00001.parquet", numbered(9, 1))
@@ -162,14 +162,14 @@ def test_the_public_datasets_are_read_as_they_are_published(store):
         ("../x", "'data/../x' is no key of the store"),
     ],
 )
-def test_what_is_missing_is_named_with_the_way_to_get_it(store, name, complaint):
+def test_what_is_missing_is_named_with_the_way_to_get_it(store: Store, name: str, complaint: str) -> None:
     with pytest.raises(UserError) as raised:
         Mixture(store, name)
     assert complaint.format(store=store) in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_half_of_arc_is_not_arc(store):
+def test_half_of_arc_is_not_arc(store: Store) -> None:
     write_parquet(store, "data/arc/ARC-Easy/train-00000-of-00001.parquet", [{"id": "1"}])
     with pytest.raises(UserError, match="hf download allenai/ai2_arc"):
         Mixture(store, "arc")
@@ -197,7 +197,7 @@ GOOD = json.dumps(conversation("a"))
         ("", " holds no conversation"),
     ],
 )
-def test_a_line_that_is_no_conversation_is_named(store, split, lines, complaint):
+def test_a_line_that_is_no_conversation_is_named(store: Store, split: str, lines: str, complaint: str) -> None:
     write_conversations(store, "chat", "train", numbered(0, 3))
     write_conversations(store, "chat", "val", numbered(0, 1))
     key = f"data/chat/{split}.jsonl"
@@ -209,26 +209,26 @@ def test_a_line_that_is_no_conversation_is_named(store, split, lines, complaint)
         assert "\n" not in str(raised.value)
 
 
-def test_a_row_of_a_parquet_file_is_named_by_its_number(store):
+def test_a_row_of_a_parquet_file_is_named_by_its_number(store: Store) -> None:
     rows = [{"question": "?", "answer": "1"}, {"question": "?", "answer": "<<2>>"}]
     write_parquet(store, "data/gsm8k/main/train-00000-of-00001.parquet", rows)
     with pytest.raises(UserError, match=r"^data/gsm8k/main/train-00000-of-00001\.parquet row 2: 'answer' has"):
         Mixture(store, "gsm8k").check()
 
 
-def test_a_file_that_is_not_parquet_is_named(store):
+def test_a_file_that_is_not_parquet_is_named(store: Store) -> None:
     store.write("data/gsm8k/main/train.parquet", b"hello")
     with pytest.raises(UserError, match=r"^data/gsm8k/main/train\.parquet is not a whole parquet file"):
         Mixture(store, "gsm8k")
 
 
-def test_a_single_conversation_cannot_be_split(store):
+def test_a_single_conversation_cannot_be_split(store: Store) -> None:
     write_conversations(store, "a", "train", numbered(0, 1))
     with pytest.raises(UserError, match="a holds one conversation; at least two are needed"):
         Mixture(store, "a")
 
 
-def test_whatever_characters_a_message_has_it_is_read_back(store):
+def test_whatever_characters_a_message_has_it_is_read_back(store: Store) -> None:
     texts = ["a\u2028b", "a\x85b\x0b\x0c\x1c\r\nc", "😀", "<|assistant_end|>", '{"messages": []}']
     for split in ("train", "val"):
         write_conversations(store, "chat", split, [conversation(text, text) for text in texts])
@@ -243,7 +243,7 @@ def rendered_lengths(conversations: list[list[Message]]) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def few_generated(monkeypatch) -> None:
+def few_generated(monkeypatch: pytest.MonkeyPatch) -> None:
     counting = dataclasses.replace(CONVERSATION_GENERATORS["counting"], size=200)
     monkeypatch.setitem(CONVERSATION_GENERATORS, "counting", counting)
 
@@ -253,7 +253,9 @@ def varied(store: Store) -> Mixture:
     return Mixture(store, "a:1.5,counting:0.5")
 
 
-def test_lengths_are_those_of_the_rendered_conversations_and_measured_once(store, monkeypatch):
+def test_lengths_are_those_of_the_rendered_conversations_and_measured_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mixture = varied(store)
     measured = mixture.lengths(TOKENIZER, threads=2)
     assert measured.tolist() == rendered_lengths(list(mixture.training))
@@ -264,7 +266,7 @@ def test_lengths_are_those_of_the_rendered_conversations_and_measured_once(store
         varied(store).lengths(other)
 
 
-def test_damaged_lengths_are_measured_again(store):
+def test_damaged_lengths_are_measured_again(store: Store) -> None:
     mixture = varied(store)
     measured = mixture.lengths(TOKENIZER)
     keys = store.keys("cache/lengths")
@@ -275,7 +277,7 @@ def test_damaged_lengths_are_measured_again(store):
         assert mixture.lengths(TOKENIZER).tolist() == measured.tolist()
 
 
-def test_lengths_pack_into_as_many_batches_as_the_conversations(store):
+def test_lengths_pack_into_as_many_batches_as_the_conversations(store: Store) -> None:
     mixture = varied(store)
 
     def batches(source: Any, epochs: float) -> int:
@@ -292,7 +294,7 @@ def test_lengths_pack_into_as_many_batches_as_the_conversations(store):
         assert batches(LengthSource(lengths, 3), epochs) == real
 
 
-def test_gsm8k_can_be_learned_as_it_was_published(store):
+def test_gsm8k_can_be_learned_as_it_was_published(store: Store) -> None:
     if "NANOCHAT_TEST_DATA" not in os.environ:
         pytest.skip("NANOCHAT_TEST_DATA is not set")
     store.write("data/gsm8k/train.jsonl", Path(os.environ["NANOCHAT_TEST_DATA"], "gsm8k/train.jsonl").read_bytes())

@@ -119,7 +119,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_logits_are_those_of_the_definition(shape: ModelConfig):
+def test_logits_are_those_of_the_definition(shape: ModelConfig) -> None:
     model, ids = random_model(shape), random_ids(2, 140)
     with torch.no_grad():
         logits = model(ids)
@@ -129,7 +129,7 @@ def test_logits_are_those_of_the_definition(shape: ModelConfig):
     np.testing.assert_allclose(logits.numpy(), expected, atol=5e-3)
 
 
-def test_a_window_shorter_than_the_row_matters():
+def test_a_window_shorter_than_the_row_matters() -> None:
     """The comparison above would therefore notice a wrong window."""
     ids = random_ids(1, 160)
     wide, narrow = random_model(config(4, pattern="L")), random_model(config(4, pattern="S"))
@@ -139,7 +139,7 @@ def test_a_window_shorter_than_the_row_matters():
     assert difference[129:].min() > 1e-2
 
 
-def test_no_token_depends_on_a_later_one():
+def test_no_token_depends_on_a_later_one() -> None:
     model, ids = random_model(config(4)), random_ids(1, 40)
     changed = ids.clone()
     changed[0, 25] = (ids[0, 25] + 1) % 70
@@ -157,7 +157,7 @@ def slow_losses(logits: Tensor, targets: Tensor) -> list[float]:
     ]
 
 
-def test_the_loss_is_the_cross_entropy_of_the_counted_targets():
+def test_the_loss_is_the_cross_entropy_of_the_counted_targets() -> None:
     model, ids = random_model(config(2)), random_ids(2, 12)
     targets = ids.roll(-1, 1)
     targets[0, 5:] = -1
@@ -170,13 +170,13 @@ def test_the_loss_is_the_cross_entropy_of_the_counted_targets():
         assert float(model.loss(ids, targets)) == pytest.approx(sum(each) / 16, rel=1e-5)
 
 
-def test_targets_that_are_not_counted_change_no_gradient():
+def test_targets_that_are_not_counted_change_no_gradient() -> None:
     model, ids = random_model(config(1)), random_ids(1, 6)
     model.loss(ids, torch.full_like(ids, -1), "sum").backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-def test_padding_rows_of_the_tables_never_matter():
+def test_padding_rows_of_the_tables_never_matter() -> None:
     model, ids = random_model(config(2)), random_ids(1, 12)
     with torch.no_grad():
         before = model(ids)
@@ -185,7 +185,7 @@ def test_padding_rows_of_the_tables_never_matter():
         assert torch.equal(model(ids), before)
 
 
-def test_bf16_is_close_to_fp32():
+def test_bf16_is_close_to_fp32() -> None:
     shape, ids = config(4), random_ids(2, 140)
     exact, fast = GPT(shape), GPT(shape, torch.bfloat16)
     exact.init_weights(torch.Generator().manual_seed(0))
@@ -203,7 +203,7 @@ def test_bf16_is_close_to_fp32():
     assert (got - expected).abs().max() < 0.15 * expected.std()
 
 
-def test_tables_are_stored_in_the_compute_dtype_and_all_else_in_fp32():
+def test_tables_are_stored_in_the_compute_dtype_and_all_else_in_fp32() -> None:
     model = GPT(config(3), torch.bfloat16)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     tables = {"embedding.weight", "value_embeddings.0.weight", "value_embeddings.2.weight"}
@@ -211,7 +211,7 @@ def test_tables_are_stored_in_the_compute_dtype_and_all_else_in_fp32():
     assert {dtype for name, dtype in dtypes.items() if name not in tables} == {torch.float32}
 
 
-def test_the_names_and_shapes_of_stored_weights_do_not_change():
+def test_the_names_and_shapes_of_stored_weights_do_not_change() -> None:
     """Existing checkpoints have these names and shapes; a change would make them unreadable."""
     model = GPT(ModelConfig.from_depth(2, vocab_size=70, head_dim=32, n_kv_head=2, context_length=16))
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == {
@@ -249,7 +249,7 @@ def fresh() -> GPT:
     return model
 
 
-def test_every_parameter_is_initialized(fresh: GPT):
+def test_every_parameter_is_initialized(fresh: GPT) -> None:
     assert [name for name, parameter in fresh.named_parameters() if not parameter.isfinite().all()] == []
 
 
@@ -258,7 +258,7 @@ def test_every_parameter_is_initialized(fresh: GPT):
     [(lambda model: model.embedding, 0.8), (lambda model: model.head, 0.001)],
     ids=["embedding", "head"],
 )
-def test_tables_begin_normal(fresh: GPT, pick: Callable[[GPT], torch.nn.Embedding], std: float):
+def test_tables_begin_normal(fresh: GPT, pick: Callable[[GPT], torch.nn.Embedding], std: float) -> None:
     drawn = pick(fresh).weight.detach() / std
     assert float(drawn.mean()) == pytest.approx(0, abs=0.01)
     assert float(drawn.std()) == pytest.approx(1, rel=0.01)
@@ -266,7 +266,7 @@ def test_tables_begin_normal(fresh: GPT, pick: Callable[[GPT], torch.nn.Embeddin
     assert float((drawn.abs() > 2).double().mean()) == pytest.approx(0.0455, abs=0.003)
 
 
-def test_projections_begin_uniform_with_the_inverse_root_of_the_width_as_deviation(fresh: GPT):
+def test_projections_begin_uniform_with_the_inverse_root_of_the_width_as_deviation(fresh: GPT) -> None:
     bound = math.sqrt(3 / 256)
     spreads = {"mlp.up": 0.4, "attention.q": 1.0, "attention.k": 1.0, "attention.v": 1.0}
     drawn = {f"{i}.{name}": block.get_submodule(name) for i, block in enumerate(fresh.layers) for name in spreads}
@@ -285,13 +285,13 @@ def check_uniform(weight: Tensor, low: float, high: float) -> None:
     torch.testing.assert_close(quarters, torch.full((4,), 0.25).double(), atol=0.01, rtol=0)
 
 
-def test_both_output_projections_begin_at_zero(fresh: GPT):
+def test_both_output_projections_begin_at_zero(fresh: GPT) -> None:
     for block in fresh.layers:
         assert not block.attention.out.weight.any()
         assert not block.mlp.down.weight.any()
 
 
-def test_gates_begin_uniform_between_0_and_0_02(fresh: GPT):
+def test_gates_begin_uniform_between_0_and_0_02(fresh: GPT) -> None:
     gates = [block.attention.value_gate for block in fresh.layers if block.attention.value_gate is not None]
     drawn = torch.cat([gate.weight.detach().flatten() for gate in (*gates, fresh.smear_gate)])
     assert 0 <= drawn.min() < 0.002
@@ -299,26 +299,26 @@ def test_gates_begin_uniform_between_0_and_0_02(fresh: GPT):
     assert float(drawn.mean()) == pytest.approx(0.01, abs=0.002)
 
 
-def test_scalars_begin_at_their_values(fresh: GPT):
+def test_scalars_begin_at_their_values(fresh: GPT) -> None:
     assert fresh.smear_scale.tolist() == [0]
     assert fresh.backout_scale.tolist() == pytest.approx([0.2])
     assert fresh.residual_scales.tolist() == pytest.approx([1.15, 1.15 - 0.1 / 3, 1.15 - 0.2 / 3, 1.05])
     assert fresh.skip_scales.tolist() == pytest.approx([0.20, 0.15, 0.10, 0.05])
 
 
-def test_a_single_layer_begins_at_the_first_layer_s_values():
+def test_a_single_layer_begins_at_the_first_layer_s_values() -> None:
     model = GPT(config(1))
     model.init_weights()
     assert (model.residual_scales.item(), model.skip_scales.item()) == pytest.approx((1.15, 0.20))
 
 
-def test_a_fresh_model_finds_every_token_equally_likely(fresh: GPT):
+def test_a_fresh_model_finds_every_token_equally_likely(fresh: GPT) -> None:
     ids = random_ids(2, 64, 1000)
     with torch.no_grad():
         assert float(fresh.loss(ids, ids.roll(-1, 1))) == pytest.approx(math.log(1000), abs=0.01)
 
 
-def test_the_generator_determines_the_weights():
+def test_the_generator_determines_the_weights() -> None:
     models = [GPT(config(2)) for _ in range(3)]
     for model, seed in zip(models, (1, 1, 2), strict=True):
         model.init_weights(torch.Generator().manual_seed(seed))
@@ -327,7 +327,7 @@ def test_the_generator_determines_the_weights():
     assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
 
 
-def test_tables_in_bf16_are_the_rounded_ones_of_fp32():
+def test_tables_in_bf16_are_the_rounded_ones_of_fp32() -> None:
     exact, fast = GPT(config(2)), GPT(config(2), torch.bfloat16)
     for model in (exact, fast):
         model.init_weights(torch.Generator().manual_seed(3))
@@ -335,7 +335,7 @@ def test_tables_in_bf16_are_the_rounded_ones_of_fp32():
         assert torch.equal(tensor, exact.state_dict()[name].to(tensor.dtype)), name
 
 
-def test_the_loss_falls_when_a_step_follows_its_gradient():
+def test_the_loss_falls_when_a_step_follows_its_gradient() -> None:
     """Every parameter gets a gradient that lowers the loss."""
     model, ids = random_model(config(3, context=32)), random_ids(1, 32)
     with torch.no_grad():

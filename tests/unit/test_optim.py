@@ -45,7 +45,7 @@ def step_with(optimizer: MuonAdamW, gradients: dict[nn.Parameter, Tensor]) -> No
     optimizer.zero_grad()
 
 
-def test_adamw_is_the_formula():
+def test_adamw_is_the_formula() -> None:
     settings = {"lr": 0.03, "betas": (0.7, 0.9), "weight_decay": 0.2}
     parameter = nn.Parameter(drawn(3, 2, dtype=torch.float64))
     weight, mean, square = parameter.detach().flatten().tolist(), [0.0] * 6, [0.0] * 6
@@ -62,7 +62,7 @@ def test_adamw_is_the_formula():
         assert parameter.flatten().tolist() == pytest.approx(weight, rel=1e-9)
 
 
-def test_adamw_takes_gradients_and_tables_in_bf16():
+def test_adamw_takes_gradients_and_tables_in_bf16() -> None:
     exact, rounded = nn.Parameter(drawn(50)), nn.Parameter(drawn(50).bfloat16())
     optimizer = MuonAdamW([adamw_group([exact, rounded], lr=0.01)])
     for seed in range(4):
@@ -118,7 +118,7 @@ class SlowMuon:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_muon_is_the_formula(shape: tuple[int, int]):
+def test_muon_is_the_formula(shape: tuple[int, int]) -> None:
     parameters = [nn.Parameter(drawn(*shape, seed=seed)) for seed in (1, 2)]
     slow = [SlowMuon(parameter.detach()) for parameter in parameters]
     optimizer = MuonAdamW([muon_group(parameters)])
@@ -132,7 +132,7 @@ def test_muon_is_the_formula(shape: tuple[int, int]):
             np.testing.assert_allclose(parameter.detach().numpy(), reference.weight, atol=2e-5)
 
 
-def test_weight_decay_pulls_only_where_it_goes_the_update_s_way():
+def test_weight_decay_pulls_only_where_it_goes_the_update_s_way() -> None:
     weight, gradient = drawn(6, 9, seed=1), drawn(6, 9, seed=2)
     results = []
     for decay in (0.0, 0.5):
@@ -153,7 +153,7 @@ def test_weight_decay_pulls_only_where_it_goes_the_update_s_way():
     torch.testing.assert_close(results[0] - results[1], pulled, atol=1e-6, rtol=0)
 
 
-def test_rows_weigh_alike_whatever_the_size_of_their_gradients():
+def test_rows_weigh_alike_whatever_the_size_of_their_gradients() -> None:
     """Row equilibration: a gradient whose rows are scaled gives the same update."""
     gradient, updates = drawn(4, 8), []
     for scale in ([1.0, 1.0, 1.0, 1.0], [1e-3, 1.0, 50.0, 7.0]):
@@ -172,7 +172,7 @@ def with_singular_values(rows: int, columns: int, values: list[float]) -> Tensor
 
 @pytest.mark.parametrize(("rows", "columns"), [(8, 8), (8, 20), (20, 8)])
 @pytest.mark.parametrize("condition", [1, 30, 1000])
-def test_orthogonalized_matrices_have_singular_values_near_1(rows: int, columns: int, condition: float):
+def test_orthogonalized_matrices_have_singular_values_near_1(rows: int, columns: int, condition: float) -> None:
     values = [condition ** (-i / 7) for i in range(8)]
     matrix = with_singular_values(rows, columns, values)
     result = orthogonalize(torch.stack([matrix, 1e4 * matrix]).float())
@@ -187,14 +187,14 @@ def test_orthogonalized_matrices_have_singular_values_near_1(rows: int, columns:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e5])
-def test_orthogonalized_matrices_have_the_norm_of_an_orthogonal_one(shape: tuple[int, int], size: float):
+def test_orthogonalized_matrices_have_the_norm_of_an_orthogonal_one(shape: tuple[int, int], size: float) -> None:
     result = orthogonalize(size * drawn(3, *shape))
     expected = math.sqrt(min(shape))
     assert result.norm(dim=(-2, -1)).tolist() == pytest.approx([expected] * 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_variance_reduction_keeps_the_norm_and_evens_out_the_lines(shape: tuple[int, int]):
+def test_variance_reduction_keeps_the_norm_and_evens_out_the_lines(shape: tuple[int, int]) -> None:
     rows, columns = shape
     by_row = rows >= columns
     second_moment = torch.zeros(2, rows, 1) if by_row else torch.zeros(2, 1, columns)
@@ -209,7 +209,7 @@ def test_variance_reduction_keeps_the_norm_and_evens_out_the_lines(shape: tuple[
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_stack_is_updated_as_its_matrices_one_by_one(shape: tuple[int, int]):
+def test_a_stack_is_updated_as_its_matrices_one_by_one(shape: tuple[int, int]) -> None:
     together = [nn.Parameter(drawn(*shape, seed=seed)) for seed in range(3)]
     alone = [nn.Parameter(parameter.detach().clone()) for parameter in together]
     stacked = MuonAdamW([muon_group(together, weight_decay=0.3)])
@@ -222,7 +222,7 @@ def test_a_stack_is_updated_as_its_matrices_one_by_one(shape: tuple[int, int]):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
-def test_a_zero_gradient_gives_no_nan():
+def test_a_zero_gradient_gives_no_nan() -> None:
     matrix, vector = nn.Parameter(drawn(4, 6)), nn.Parameter(drawn(3))
     before = matrix.detach().clone(), vector.detach().clone()
     optimizer = MuonAdamW([muon_group([matrix]), adamw_group([vector])])
@@ -235,7 +235,7 @@ def test_a_zero_gradient_gives_no_nan():
     assert matrix.isfinite().all()
 
 
-def test_parameters_without_a_gradient_stay():
+def test_parameters_without_a_gradient_stay() -> None:
     first, second, matrix = nn.Parameter(drawn(3)), nn.Parameter(drawn(3)), nn.Parameter(drawn(2, 2))
     before = [parameter.detach().clone() for parameter in (first, second, matrix)]
     optimizer = MuonAdamW([adamw_group([first, second], weight_decay=0.5), muon_group([matrix], weight_decay=0.5)])
@@ -245,7 +245,7 @@ def test_parameters_without_a_gradient_stay():
     assert torch.equal(matrix, before[2])
 
 
-def test_a_muon_group_with_some_gradients_is_refused():
+def test_a_muon_group_with_some_gradients_is_refused() -> None:
     matrices = [nn.Parameter(drawn(2, 2, seed=seed)) for seed in range(3)]
     optimizer = MuonAdamW([muon_group(matrices)])
     with pytest.raises(ValueError, match="2 of 3 parameters that are updated together"):
@@ -262,7 +262,7 @@ def rate_table(groups: list[dict[str, Any]]) -> dict[str, float]:
     return {group["name"]: group["lr"] for group in groups}
 
 
-def test_the_groups_have_the_method_s_rates_betas_and_decays():
+def test_the_groups_have_the_method_s_rates_betas_and_decays() -> None:
     groups = parameter_groups(small_gpt(), OptimizerConfig())
     width = (192 / 768) ** -0.5
     assert width == 2
@@ -285,7 +285,7 @@ def test_the_groups_have_the_method_s_rates_betas_and_decays():
     }
 
 
-def test_every_parameter_is_in_one_group():
+def test_every_parameter_is_in_one_group() -> None:
     model = small_gpt()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, OptimizerConfig())
@@ -298,14 +298,14 @@ def test_every_parameter_is_in_one_group():
     assert held["matrix_768x192"] == [f"blocks.{i}.mlp.up.weight" for i in range(3)]
 
 
-def test_every_rate_but_the_smear_s_scales_with_the_batch():
+def test_every_rate_but_the_smear_s_scales_with_the_batch() -> None:
     model = small_gpt()
     plain = rate_table(parameter_groups(model, OptimizerConfig()))
     scaled = rate_table(parameter_groups(model, OptimizerConfig(), batch_lr_scale=0.25))
     assert scaled == {name: lr if name == "smear" else pytest.approx(0.25 * lr) for name, lr in plain.items()}
 
 
-def test_schedules_find_what_to_multiply():
+def test_schedules_find_what_to_multiply() -> None:
     optimizer = MuonAdamW(parameter_groups(small_gpt(), OptimizerConfig()))
     for group in optimizer.param_groups:
         assert group["initial_lr"] == group["lr"]
@@ -321,7 +321,7 @@ def train(model: GPT, optimizer: MuonAdamW, steps: range) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_run_goes_on_from_saved_state_as_if_it_had_never_stopped(dtype: torch.dtype):
+def test_a_run_goes_on_from_saved_state_as_if_it_had_never_stopped(dtype: torch.dtype) -> None:
     straight = small_gpt(dtype=dtype)
     optimizer = MuonAdamW(parameter_groups(straight, OptimizerConfig()))
     train(straight, optimizer, range(3))
@@ -339,7 +339,7 @@ def test_a_run_goes_on_from_saved_state_as_if_it_had_never_stopped(dtype: torch.
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
-def test_training_lowers_the_loss():
+def test_training_lowers_the_loss() -> None:
     model = small_gpt()
     ids = torch.randint(70, (2, 16), generator=torch.Generator().manual_seed(0))
     optimizer = MuonAdamW(parameter_groups(model, OptimizerConfig()))

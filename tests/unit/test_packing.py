@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def endless(lengths: Sequence[int]) -> Iterator[Document]:
     return (document(number, length) for number, length in enumerate(itertools.cycle(lengths)))
 
 
-def packer(lengths: Sequence[int], row_length: int, buffer_size: int, mode) -> BestFitPacker:
+def packer(lengths: Sequence[int], row_length: int, buffer_size: int, mode: Any) -> BestFitPacker:
     return BestFitPacker(row_length, buffer_size, mode, PAD, endless(lengths).__next__)
 
 
@@ -66,13 +67,15 @@ def reference_rows(lengths: Sequence[int], row_length: int, buffer_size: int, mo
 @given(lengths, row_lengths, buffer_sizes, modes)
 @example([3, 3, 5], 8, 3, "crop")
 @example([20, 2], 8, 2, "pad")
-def test_rows_are_those_of_the_reference(lengths, row_length, buffer_size, mode):
+def test_rows_are_those_of_the_reference(lengths: Any, row_length: Any, buffer_size: Any, mode: Any) -> None:
     rows = rows_of(packer(lengths, row_length, buffer_size, mode))
     assert [ids for ids, _ in rows] == reference_rows(lengths, row_length, buffer_size, mode)
 
 
 @given(lengths, row_lengths, buffer_sizes, modes)
-def test_no_token_occurs_twice_and_documents_start_at_their_start(lengths, row_length, buffer_size, mode):
+def test_no_token_occurs_twice_and_documents_start_at_their_start(
+    lengths: Any, row_length: Any, buffer_size: Any, mode: Any
+) -> None:
     seen: set[int] = set()
     for ids, _ in rows_of(packer(lengths, row_length, buffer_size, mode)):
         tokens = [token for token in ids if token != PAD]
@@ -84,26 +87,30 @@ def test_no_token_occurs_twice_and_documents_start_at_their_start(lengths, row_l
 
 
 @given(lengths, row_lengths, buffer_sizes)
-def test_cropping_fills_every_row(lengths, row_length, buffer_size):
+def test_cropping_fills_every_row(lengths: Any, row_length: Any, buffer_size: Any) -> None:
     for ids, _ in rows_of(packer(lengths, row_length, buffer_size, "crop")):
         assert PAD not in ids
 
 
 @given(lengths, row_lengths, buffer_sizes, modes)
-def test_counted_is_what_the_document_says_and_never_padding(lengths, row_length, buffer_size, mode):
+def test_counted_is_what_the_document_says_and_never_padding(
+    lengths: Any, row_length: Any, buffer_size: Any, mode: Any
+) -> None:
     for ids, counted in rows_of(packer(lengths, row_length, buffer_size, mode)):
         assert counted == [token != PAD and token % 3 != 0 for token in ids]
 
 
 @given(lengths, row_lengths, buffer_sizes)
-def test_padding_never_cuts_a_document_that_fits_a_row(lengths, row_length, buffer_size):
+def test_padding_never_cuts_a_document_that_fits_a_row(lengths: Any, row_length: Any, buffer_size: Any) -> None:
     for ids, _ in rows_of(packer(lengths, row_length, buffer_size, "pad")):
         for number, group in itertools.groupby((token for token in ids if token != PAD), lambda token: token // 1000):
             assert len(list(group)) == min(lengths[number % len(lengths)], row_length)
 
 
 @given(lengths, row_lengths, buffer_sizes, modes, st.integers(0, 6))
-def test_putting_the_buffered_documents_back_restores_the_packer(lengths, row_length, buffer_size, mode, before):
+def test_putting_the_buffered_documents_back_restores_the_packer(
+    lengths: Any, row_length: Any, buffer_size: Any, mode: Any, before: Any
+) -> None:
     source = endless(lengths)
     first = BestFitPacker(row_length, buffer_size, mode, PAD, source.__next__)
     rows_of(first, before)
@@ -116,14 +123,14 @@ def test_putting_the_buffered_documents_back_restores_the_packer(lengths, row_le
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
-def test_documents_longer_than_a_row_leave_the_buffer(mode):
+def test_documents_longer_than_a_row_leave_the_buffer(mode: str) -> None:
     made = packer([100], row_length=8, buffer_size=4, mode=mode)
     numbers = [ids[0] // 1000 for ids, _ in rows_of(made)]
     assert len(set(numbers)) == ROWS
     assert max(made.buffered) >= ROWS - 1
 
 
-def test_conversations_longer_than_a_row_do_not_clog_the_buffer():
+def test_conversations_longer_than_a_row_do_not_clog_the_buffer() -> None:
     made = packer([100, 3, 2, 2], row_length=8, buffer_size=4, mode="pad")
     for _ in range(50):
         made.next_row()
@@ -131,7 +138,9 @@ def test_conversations_longer_than_a_row_do_not_clog_the_buffer():
 
 
 @given(lengths, row_lengths, buffer_sizes, modes)
-def test_every_token_that_left_the_buffer_is_counted_as_packed_or_cropped(lengths, row_length, buffer_size, mode):
+def test_every_token_that_left_the_buffer_is_counted_as_packed_or_cropped(
+    lengths: Any, row_length: Any, buffer_size: Any, mode: Any
+) -> None:
     source = endless(lengths)
     read = []
 

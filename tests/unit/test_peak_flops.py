@@ -32,7 +32,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ("Tesla T4", None),
     ],
 )
-def test_peak_flops_are_known_by_the_card_s_name(card: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch):
+def test_peak_flops_are_known_by_the_card_s_name(
+    card: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
     assert peak_flops(CUDA) == (None if tflops is None else pytest.approx(tflops * 1e12))
     assert peak_flops(CPU) is None

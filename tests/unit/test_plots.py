@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -31,7 +32,7 @@ def history(losses: list[float]) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_a_plot_has_a_panel_for_each_stage(tmp_path, stages):
+def test_a_plot_has_a_panel_for_each_stage(tmp_path: Path, stages: int) -> None:
     plot_losses(tmp_path / "loss.png", [("Stage", history([5.0, 4.0, 3.0]))] * stages)
     width, height = png_size(tmp_path / "loss.png")
     assert width == pytest.approx(750 * stages, rel=0.01)
@@ -40,19 +41,19 @@ def test_a_plot_has_a_panel_for_each_stage(tmp_path, stages):
 
 
 @pytest.mark.parametrize("losses", [[2.0], [7.0] + [0.01] * 50, [1.0, 0.0], [float(i) for i in range(1, 2000)]])
-def test_runs_of_any_length_and_range_can_be_plotted(tmp_path, losses):
+def test_runs_of_any_length_and_range_can_be_plotted(tmp_path: Path, losses: Any) -> None:
     plot_losses(tmp_path / "loss.png", [("Stage", history(losses))])
     png_size(tmp_path / "loss.png")
 
 
-def test_a_run_with_a_skipped_step_that_was_evaluated_can_be_plotted(tmp_path):
+def test_a_run_with_a_skipped_step_that_was_evaluated_can_be_plotted(tmp_path: Path) -> None:
     points = [*history([3.0, 2.0]), {"step": 3, "val_bpb": 0.9}]
     plot_losses(tmp_path / "loss.png", [("Stage", points)])
     png_size(tmp_path / "loss.png")
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=30))
-def test_the_running_mean_weighs_each_value_by_its_age(values):
+def test_the_running_mean_weighs_each_value_by_its_age(values: Any) -> None:
     for count, mean in enumerate(running_mean(values), 1):
         weights = [0.9 ** (count - 1 - i) for i in range(count)]
         expected = sum(w * v for w, v in zip(weights, values, strict=False)) / sum(weights)
@@ -60,7 +61,7 @@ def test_the_running_mean_weighs_each_value_by_its_age(values):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_a_miniseries_can_be_plotted_from_its_first_model_on(tmp_path, count):
+def test_a_miniseries_can_be_plotted_from_its_first_model_on(tmp_path: Path, count: int) -> None:
     depths = range(2, 2 + count)
     curves = [(depth, [1e9 * depth, 2e9 * depth], [5.0, 4.0]) for depth in depths]
     ends = [(depth, 2e9 * depth, 1.5 - 0.1 * depth) for depth in depths]
@@ -71,7 +72,7 @@ def test_a_miniseries_can_be_plotted_from_its_first_model_on(tmp_path, count):
 
 @pytest.mark.parametrize("losses", [(2.0, 1.0, 2.0), (1.0, 2.0, 3.0), (1.0, 2.0, 1.0)])
 @pytest.mark.parametrize("count", [1, 2])
-def test_budgets_can_be_plotted_with_and_without_a_best_size(tmp_path, losses, count):
+def test_budgets_can_be_plotted_with_and_without_a_best_size(tmp_path: Path, losses: Any, count: int) -> None:
     sizes = (1e6, 2e6, 4e6)
     budgets = [IsoFlop.of(10.0 ** (13 + i), sizes, [1e13 / size for size in sizes], losses) for i in range(count)]
     plot_isoflops(tmp_path / "plot.png", budgets, fit_laws(budgets))
@@ -79,7 +80,7 @@ def test_budgets_can_be_plotted_with_and_without_a_best_size(tmp_path, losses, c
 
 
 @given(st.floats(1e-3, 1e18), st.floats(1.001, 1e9))
-def test_a_logarithmic_axis_has_a_few_numbers_between_its_ends(low, ratio):
+def test_a_logarithmic_axis_has_a_few_numbers_between_its_ends(low: Any, ratio: Any) -> None:
     high = low * ratio
     ticks = log_ticks(low, high)
     assert 2 <= len(ticks) <= 15
@@ -90,12 +91,12 @@ def test_a_logarithmic_axis_has_a_few_numbers_between_its_ends(low, ratio):
 @pytest.mark.parametrize(
     ("value", "shown"), [(0.95, "0.95"), (1, "1"), (3e8, "300 M"), (1.5e9, "1.5 G"), (2e3, "2 k"), (4e13, "40 T")]
 )
-def test_counts_and_losses_are_short(value, shown):
+def test_counts_and_losses_are_short(value: float, shown: str) -> None:
     assert short(value) == shown
 
 
 @pytest.mark.parametrize(("value", "shown"), [(3e15, "3e15"), (1.849e12, "1.85e12"), (5e9, "5e9")])
-def test_flops_are_in_three_digits(value, shown):
+def test_flops_are_in_three_digits(value: float, shown: str) -> None:
     assert scientific(value) == shown
 
 
@@ -121,6 +122,6 @@ def bench_row(
     ],
     ids=["two mixes", "one row", "nothing answered at one rate"],
 )
-def test_a_benchmark_has_panels_for_throughput_and_both_latencies(tmp_path, rows):
+def test_a_benchmark_has_panels_for_throughput_and_both_latencies(tmp_path: Path, rows: Any) -> None:
     plot_benchmark(tmp_path / "bench.png", rows)
     assert png_size(tmp_path / "bench.png")[0] == pytest.approx(750 * 3, rel=0.01)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -33,7 +34,7 @@ def budget(flops: float, around: float, noise: float = 0.0, seed: int = 0) -> Is
 
 
 @given(st.floats(-2, 2), st.floats(1e-3, 1e3), st.lists(st.floats(1, 1e12), min_size=2, max_size=9, unique=True))
-def test_a_power_law_is_found_in_points_that_follow_it(exponent, coefficient, xs):
+def test_a_power_law_is_found_in_points_that_follow_it(exponent: Any, coefficient: Any, xs: Any) -> None:
     if max(xs) / min(xs) < 1.5:
         return
     law = fit_power_law(xs, [coefficient * x**exponent for x in xs])
@@ -43,7 +44,7 @@ def test_a_power_law_is_found_in_points_that_follow_it(exponent, coefficient, xs
     assert (law.exponent_error is None) == (len(xs) == 2)
 
 
-def test_the_standard_error_of_an_exponent_covers_the_true_one_as_often_as_it_should():
+def test_the_standard_error_of_an_exponent_covers_the_true_one_as_often_as_it_should() -> None:
     rng = random.Random(1)
     xs = [10.0**i for i in range(8)]
     within = 0
@@ -55,7 +56,7 @@ def test_the_standard_error_of_an_exponent_covers_the_true_one_as_often_as_it_sh
     assert within / 300 == pytest.approx(0.644, abs=0.08)
 
 
-def test_one_x_alone_makes_no_law():
+def test_one_x_alone_makes_no_law() -> None:
     assert fit_power_law([5.0], [1.0]) is None
     assert fit_power_law([5.0, 5.0], [1.0, 2.0]) is None
 
@@ -66,7 +67,7 @@ def test_one_x_alone_makes_no_law():
     st.floats(0.3, 5),
     st.lists(st.floats(-3, 3), min_size=3, max_size=9),
 )
-def test_a_parabola_is_found_in_points_that_lie_on_it(log_best, curvature, lowest, offsets):
+def test_a_parabola_is_found_in_points_that_lie_on_it(log_best: Any, curvature: Any, lowest: Any, offsets: Any) -> None:
     offsets = sorted({round(offset, 1) for offset in offsets})
     if len(offsets) < 3:
         return
@@ -80,7 +81,7 @@ def test_a_parabola_is_found_in_points_that_lie_on_it(log_best, curvature, lowes
         assert fit.inside == (offsets[0] < 0 < offsets[-1])
 
 
-def test_the_exponents_of_a_known_loss_are_found():
+def test_the_exponents_of_a_known_loss_are_found() -> None:
     budgets = [budget(flops, best_size(flops)) for flops in (1e18, 3e18, 1e19, 3e19, 1e20)]
     for known in budgets:
         assert known.problem is None
@@ -93,7 +94,7 @@ def test_the_exponents_of_a_known_loss_are_found():
     assert laws.sizes.r2 > 0.9999
 
 
-def test_noise_moves_the_exponents_by_about_what_their_errors_say():
+def test_noise_moves_the_exponents_by_about_what_their_errors_say() -> None:
     budgets = [
         budget(flops, best_size(flops), noise=0.002, seed=i) for i, flops in enumerate((1e18, 3e18, 1e19, 3e19, 1e20))
     ]
@@ -103,7 +104,7 @@ def test_noise_moves_the_exponents_by_about_what_their_errors_say():
 
 
 @pytest.mark.parametrize(("around", "side"), [(100.0, "smaller"), (0.01, "greater")])
-def test_a_best_size_outside_of_what_was_trained_is_not_used_and_the_side_named(around, side):
+def test_a_best_size_outside_of_what_was_trained_is_not_used_and_the_side_named(around: float, side: str) -> None:
     beyond = budget(1e19, around * best_size(1e19))
     assert beyond.optimum is None
     assert beyond.problem == f"the best size lies outside of those that were trained; add {side} depths"
@@ -111,7 +112,7 @@ def test_a_best_size_outside_of_what_was_trained_is_not_used_and_the_side_named(
     assert fit_laws([*others, beyond]) == fit_laws(others)
 
 
-def test_too_few_sizes_and_losses_without_a_lowest_point_are_told_apart():
+def test_too_few_sizes_and_losses_without_a_lowest_point_are_told_apart() -> None:
     few = IsoFlop.of(1e19, [1e7, 2e7], [3.0, 2.0], [3.0, 2.0])
     assert (few.optimum, few.problem) == (None, "fewer than 3 depths were trained")
     bent = IsoFlop.of(1e19, [1e7, 2e7, 4e7], [3.0, 2.0, 1.0], [2.0, 3.0, 2.0])
@@ -122,5 +123,5 @@ def test_too_few_sizes_and_losses_without_a_lowest_point_are_told_apart():
     assert fit_laws([few, budget(1e19, best_size(1e19))]) is None
 
 
-def test_between_points_it_is_linear_in_logarithms_whatever_their_order():
+def test_between_points_it_is_linear_in_logarithms_whatever_their_order() -> None:
     assert interpolate(100.0, [1000.0, 10.0], [1.0, 4.0]) == pytest.approx(2.0)

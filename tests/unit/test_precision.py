@@ -23,7 +23,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 )
 def test_auto_is_bf16_on_gpus_that_compute_in_it_only(
     name: str, device: torch.device, supported: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
     assert choose_dtype(name, device) == dtype
 
@@ -34,14 +34,14 @@ def test_auto_is_bf16_on_gpus_that_compute_in_it_only(
 )
 def test_half_precisions_are_for_gpus(
     name: str, capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_dtype(name, CUDA) == dtype
     with pytest.raises(UserError, match=f"dtype {name} needs a GPU"):
         choose_dtype(name, CPU)
 
 
-def test_fp8_needs_a_gpu_that_multiplies_in_it(monkeypatch: pytest.MonkeyPatch):
+def test_fp8_needs_a_gpu_that_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     with pytest.raises(UserError, match=r"capability 9\.0 \(H100\) or later; use bf16"):
         choose_dtype("fp8", CUDA)

@@ -16,7 +16,7 @@ import termios
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Never
 
 import pytest
 import torch
@@ -82,17 +82,17 @@ class Recorder:
 
 
 @pytest.fixture
-def clock(monkeypatch) -> list[float]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
-def events(caplog, name: str = "training") -> list[Any]:
+def events(caplog: pytest.LogCaptureFixture, name: str = "training") -> list[Any]:
     return [record for record in caplog.records if record.message == name]
 
 
-def test_a_terminal_shows_a_bar_with_what_matters_most_in_80_columns(clock):
+def test_a_terminal_shows_a_bar_with_what_matters_most_in_80_columns(clock: list[float]) -> None:
     with terminal() as screen, Progress("base", total=10, initial=4) as shown:
         shown.report(at(5))
         shown.held_out({"val_bpb": 1.5})
@@ -107,7 +107,9 @@ def test_a_terminal_shows_a_bar_with_what_matters_most_in_80_columns(clock):
 
 
 @given(columns=st.integers(20, 200), loss=st.floats(1e-3, 1e3), total=st.integers(2, 10**7))
-def test_a_bar_is_never_longer_than_its_terminal_and_drops_the_least_wanted_first(columns, loss, total):
+def test_a_bar_is_never_longer_than_its_terminal_and_drops_the_least_wanted_first(
+    columns: Any, loss: Any, total: Any
+) -> None:
     def shown_in(width: int) -> list[str]:
         with terminal(width) as screen, Progress("base", total=total, initial=0) as shown:
             shown.held_out({"val_bpb": 1.5})
@@ -125,7 +127,7 @@ def test_a_bar_is_never_longer_than_its_terminal_and_drops_the_least_wanted_firs
     assert all(present) or columns <= len(f"base 100% ###### 1/{total:,}{everything}")
 
 
-def test_what_a_stage_measures_is_shown_logged_and_served(caplog):
+def test_what_a_stage_measures_is_shown_logged_and_served(caplog: pytest.LogCaptureFixture) -> None:
     step = at(1, measures={"reward": 0.25})
     with terminal() as screen, Progress("rl-shown", total=10, initial=0) as shown:
         shown.report(step)
@@ -139,7 +141,7 @@ def test_what_a_stage_measures_is_shown_logged_and_served(caplog):
     assert REGISTRY.get_sample_value("nanochat_train_measure", labels) == 0.25
 
 
-def test_a_warning_stands_above_the_bar_on_a_line_of_its_own():
+def test_a_warning_stands_above_the_bar_on_a_line_of_its_own() -> None:
     root = logging.getLogger()
     before = root.handlers[:], root.level
     try:
@@ -157,7 +159,9 @@ def test_a_warning_stands_above_the_bar_on_a_line_of_its_own():
     assert line.endswith("}")
 
 
-def test_elsewhere_there_is_a_log_event_every_few_seconds_and_at_the_end(caplog, clock):
+def test_elsewhere_there_is_a_log_event_every_few_seconds_and_at_the_end(
+    caplog: pytest.LogCaptureFixture, clock: list[float]
+) -> None:
     caplog.set_level(logging.INFO)
     with Progress("base", total=100, initial=50, flops_per_token=1e3, peak_flops=4e6) as shown:
         for step in range(51, 101):
@@ -171,7 +175,9 @@ def test_elsewhere_there_is_a_log_event_every_few_seconds_and_at_the_end(caplog,
     assert 0.01 < first.memory_gib < 1000
 
 
-def test_the_time_left_is_told_by_the_steps_of_this_process_without_its_first(caplog, clock):
+def test_the_time_left_is_told_by_the_steps_of_this_process_without_its_first(
+    caplog: pytest.LogCaptureFixture, clock: list[float]
+) -> None:
     caplog.set_level(logging.INFO)
     shown = Progress("base", total=100, initial=50)
     clock[0] += 30.0  # the first step compiles
@@ -182,7 +188,9 @@ def test_the_time_left_is_told_by_the_steps_of_this_process_without_its_first(ca
     assert [event.eta_seconds for event in events(caplog)] == [49 * 30, 48 * 6, 47 * 6]
 
 
-def test_losses_and_throughput_that_are_shown_are_moving_means(caplog, clock):
+def test_losses_and_throughput_that_are_shown_are_moving_means(
+    caplog: pytest.LogCaptureFixture, clock: list[float]
+) -> None:
     caplog.set_level(logging.INFO)
     shown = Progress("base", total=2, initial=0)
     shown.report(at(1, loss=10.0, seconds=1.0, data_wait_seconds=0.0))
@@ -195,7 +203,9 @@ def test_losses_and_throughput_that_are_shown_are_moving_means(caplog, clock):
     assert second.data_wait_share == pytest.approx(3.0 / 3.9, abs=1e-4)
 
 
-def test_skipped_steps_and_spikes_are_counted_and_a_loss_that_is_no_number_spoils_nothing(caplog, clock):
+def test_skipped_steps_and_spikes_are_counted_and_a_loss_that_is_no_number_spoils_nothing(
+    caplog: pytest.LogCaptureFixture, clock: list[float]
+) -> None:
     caplog.set_level(logging.INFO)
     shown = Progress("skips", total=4, initial=0)
     shown.report(at(1))
@@ -210,14 +220,14 @@ def test_skipped_steps_and_spikes_are_counted_and_a_loss_that_is_no_number_spoil
     assert (metric("skipped_steps_total", "skips"), metric("loss_spikes_total", "skips")) == (2, 1)
 
 
-def test_the_mfu_is_shown_only_where_it_is_known(caplog, clock):
+def test_the_mfu_is_shown_only_where_it_is_known(caplog: pytest.LogCaptureFixture, clock: list[float]) -> None:
     caplog.set_level(logging.INFO)
     Progress("no_peak", total=1, initial=0, flops_per_token=1e3).report(at(1))
     assert not hasattr(events(caplog)[0], "mfu")
     assert metric("mfu", "no_peak") is None
 
 
-def test_held_out_metrics_are_an_event_of_their_own(caplog):
+def test_held_out_metrics_are_an_event_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     shown = Progress("sft", total=2, initial=0)
     shown.report(at(1))
@@ -230,7 +240,7 @@ def metric(name: str, stage: str, **labels: str) -> float | None:
     return REGISTRY.get_sample_value(f"nanochat_train_{name}", {"stage": stage, **labels})
 
 
-def test_metrics_count_steps_tokens_seconds_and_waiting(clock):
+def test_metrics_count_steps_tokens_seconds_and_waiting(clock: list[float]) -> None:
     shown = Progress("counts", total=10, initial=0, flops_per_token=1e3, peak_flops=4e6)
     shown.report(at(1))
     clock[0] += 2.0
@@ -248,7 +258,7 @@ def test_metrics_count_steps_tokens_seconds_and_waiting(clock):
     assert metric("held_out", "counts", metric="val_bpb") == 1.25
 
 
-def test_trackers_are_told_every_step_as_it_was_and_closed_at_the_end():
+def test_trackers_are_told_every_step_as_it_was_and_closed_at_the_end() -> None:
     tracker = Recorder()
     with Progress("base", total=2, initial=0, trackers=[tracker]) as shown:
         shown.report(at(1))
@@ -263,14 +273,14 @@ def test_trackers_are_told_every_step_as_it_was_and_closed_at_the_end():
     assert held_out == (2, {"held_out/val_bpb": 1.25})
 
 
-def test_trackers_are_closed_when_the_run_fails():
+def test_trackers_are_closed_when_the_run_fails() -> Never:
     tracker = Recorder()
     with pytest.raises(RuntimeError), Progress("base", total=2, initial=0, trackers=[tracker]):
         raise RuntimeError("the run")
     assert tracker.closed
 
 
-def test_only_the_rank_that_leads_says_anything(caplog):
+def test_only_the_rank_that_leads_says_anything(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     tracker = Recorder()
     with terminal() as screen, Progress("follower", total=1, initial=0, trackers=[tracker], shown=False) as shown:
@@ -281,7 +291,7 @@ def test_only_the_rank_that_leads_says_anything(caplog):
     assert not tracker.closed
 
 
-def test_peak_memory_grows_with_what_is_held_and_never_shrinks():
+def test_peak_memory_grows_with_what_is_held_and_never_shrinks() -> None:
     before = peak_memory_bytes(torch.device("cpu"))
     held = bytearray(before)
     held[::4096] = b"x" * len(held[::4096])
@@ -291,7 +301,7 @@ def test_peak_memory_grows_with_what_is_held_and_never_shrinks():
     assert peak_memory_bytes(torch.device("cpu")) >= grown
 
 
-def test_metrics_are_served_and_a_taken_port_is_an_error():
+def test_metrics_are_served_and_a_taken_port_is_an_error() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

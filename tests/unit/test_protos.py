@@ -26,13 +26,13 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("proto", PROTOS)
 @pytest.mark.parametrize("ending", ["_pb2.py", "_pb2.pyi", "_pb2_grpc.py"])
-def test_stubs_are_up_to_date(generated: Path, proto: str, ending: str):
+def test_stubs_are_up_to_date(generated: Path, proto: str, ending: str) -> None:
     name = proto.removesuffix(".proto") + ending
     committed = (ROOT / FOLDER / name).read_text()
     assert committed == (generated / name).read_text(), f"{name} is not made of {proto} as it is: run make protos"
 
 
-def test_no_stub_is_left_of_a_contract_that_is_gone(generated: Path):
+def test_no_stub_is_left_of_a_contract_that_is_gone(generated: Path) -> None:
     committed = {path.name for path in (ROOT / FOLDER).glob("*_pb2*")}
     assert committed == {path.name for path in generated.iterdir()}
     assert PROTOS == ["engine.proto", "sandbox.proto"]

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -48,12 +49,12 @@ def settings(recipe: Recipe, stage: str):
 
 
 @pytest.mark.parametrize(("recipe", "stage"), FLAGS, ids=lambda value: getattr(value, "name", value))
-def test_the_flags_of_every_stage_are_flags_of_its_job(recipe, stage):
+def test_the_flags_of_every_stage_are_flags_of_its_job(recipe: Any, stage: Any) -> None:
     settings(recipe, stage)
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
-def test_batches_are_whole_rows_and_the_rates_change_over_the_run(recipe):
+def test_batches_are_whole_rows_and_the_rates_change_over_the_run(recipe: Any) -> None:
     tokenizer, pretrain, sft = (settings(recipe, stage) for stage in ("tokenizer", "pretrain", "sft"))
     config = ModelConfig.from_depth(
         pretrain.depth,
@@ -68,7 +69,7 @@ def test_batches_are_whole_rows_and_the_rates_change_over_the_run(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
-def test_what_is_evaluated_was_taught(recipe):
+def test_what_is_evaluated_was_taught(recipe: Any) -> None:
     kinds = recipe.conversation_kinds
     if kinds is None:
         assert set(EVALUATION_MIX) <= set(CONVERSATION_MIX)
@@ -77,11 +78,11 @@ def test_what_is_evaluated_was_taught(recipe):
         assert kinds & set(EVALUATION_MIX)
 
 
-def quick(name: str, **changes) -> Recipe:
+def quick(name: str, **changes: Any) -> Recipe:
     return dataclasses.replace(RECIPES[name], train_conversations=40, **changes)
 
 
-def test_the_demo_makes_its_own_text_and_conversations(store, monkeypatch):
+def test_the_demo_makes_its_own_text_and_conversations(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes, "DEMO_DOCUMENTS", 60)
     monkeypatch.setattr(recipes, "DEMO_VALIDATION_DOCUMENTS", 20)
     quick("demo").prepare(store, "demo", None)
@@ -92,7 +93,9 @@ def test_the_demo_makes_its_own_text_and_conversations(store, monkeypatch):
     assert (len(mixture.training), len(mixture.validation)) == (40, 256)
 
 
-def test_your_own_text_is_cut_into_pieces_for_training_and_left_whole_for_validation(store, tmp_path):
+def test_your_own_text_is_cut_into_pieces_for_training_and_left_whole_for_validation(
+    store: Store, tmp_path: Path
+) -> None:
     file = tmp_path / "book.txt"
     file.write_text("\n\n".join(f"Sentence number {i} of a long book." for i in range(1500)))
     recipe = quick("small", document_characters=300)
@@ -105,7 +108,7 @@ def test_your_own_text_is_cut_into_pieces_for_training_and_left_whole_for_valida
     assert kinds <= recipe.conversation_kinds
 
 
-def test_what_is_there_is_not_made_again(store, tmp_path, monkeypatch):
+def test_what_is_there_is_not_made_again(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "book.txt"
     file.write_text("\n\n".join("A paragraph. " * 400 for _ in range(5)))
     quick("small").prepare(store, "mine", file)
@@ -120,7 +123,7 @@ def test_what_is_there_is_not_made_again(store, tmp_path, monkeypatch):
     ("recipe", "data", "complaint"),
     [("demo", Path("book.txt"), "makes its own data"), ("small", None, "needs text: give --data")],
 )
-def test_data_where_none_is_needed_and_none_where_it_is(store, recipe, data, complaint):
+def test_data_where_none_is_needed_and_none_where_it_is(store: Store, recipe: str, data: Any, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         quick(recipe).prepare(store, "x", data)
     assert store.keys("data") == []
@@ -130,14 +133,14 @@ words = st.text(alphabet="ab. !?\n”", max_size=200)
 
 
 @given(documents=st.lists(words, max_size=4), characters=st.integers(1, 60))
-def test_cutting_documents_loses_nothing_but_space(documents, characters):
+def test_cutting_documents_loses_nothing_but_space(documents: Any, characters: Any) -> None:
     pieces = list(cut_documents(documents, characters))
     assert "".join("".join(pieces).split()) == "".join("".join(documents).split())
     assert all(0 < len(piece) <= characters for piece in pieces)
     assert all(piece == piece.strip() for piece in pieces)
 
 
-def test_documents_are_cut_after_the_last_sentence_that_fits():
+def test_documents_are_cut_after_the_last_sentence_that_fits() -> None:
     text = "The first one. The second one is longer. The third."
     assert list(cut_documents([text], 42)) == ["The first one. The second one is longer.", "The third."]
     assert list(cut_documents(["no sentence ends in here at all"], 10)) == [
@@ -148,7 +151,7 @@ def test_documents_are_cut_after_the_last_sentence_that_fits():
     ]
 
 
-def test_cut_documents_come_in_order():
+def test_cut_documents_come_in_order() -> None:
     pieces = list(cut_documents((f"{i}. " * 30 for i in range(20)), 25))
     numbers = [int(piece.split(".")[0]) for piece in pieces]
     assert all(a <= b for a, b in itertools.pairwise(numbers))

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import subprocess
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -27,7 +28,7 @@ def tables(markdown: str) -> list[list[list[str]]]:
 
 
 @pytest.mark.parametrize("parts", every_combination(), ids="-".join)
-def test_every_combination_of_what_is_known_is_well_formed(parts):
+def test_every_combination_of_what_is_known_is_well_formed(parts: Any) -> None:
     text = render(report(*parts), ["loss.png", "rl.png", "core.png", "conversations.png"])
     assert text.startswith("# demo: report\n")
     for header, separator, *rows in tables(text):
@@ -46,7 +47,7 @@ def test_every_combination_of_what_is_known_is_well_formed(parts):
     assert ("Inference" in sections) == ("benchmark" in parts)
 
 
-def test_pictures_are_shown_only_where_they_were_drawn():
+def test_pictures_are_shown_only_where_they_were_drawn() -> None:
     assert "loss.png" not in render(EVERYTHING)
     assert "![Loss curves](loss.png)" in render(EVERYTHING, ["loss.png"])
 
@@ -81,20 +82,20 @@ def test_pictures_are_shown_only_where_they_were_drawn():
         "> **Note:** 3 steps had no finite loss.",
     ],
 )
-def test_the_figures_are_there(shown):
+def test_the_figures_are_there(shown: str) -> None:
     assert shown in render(EVERYTHING)
 
 
-def test_no_cost_is_shown_unless_a_price_was_given():
+def test_no_cost_is_shown_unless_a_price_was_given() -> None:
     assert "cost" not in render(report(*(part for part in OPTIONAL if part != "price")))
 
 
-def test_wrong_answers_are_marked():
+def test_wrong_answers_are_marked() -> None:
     text = render(EVERYTHING)
     assert text.count("*(wrong)*") == 4 + 1
 
 
-def test_of_each_chat_task_a_right_and_a_wrong_answer_are_shown():
+def test_of_each_chat_task_a_right_and_a_wrong_answer_are_shown() -> None:
     shown = render(EVERYTHING).split("### gsm8k\n")[1].split("\n## ")[0]
     assert shown.startswith("\n> Six sevens?\n\n`6*7` gives `42`  \n\\#### 42\n\n> Long? Long?")
     assert "… \n\n" not in shown
@@ -103,7 +104,7 @@ def test_of_each_chat_task_a_right_and_a_wrong_answer_are_shown():
     assert max(map(len, shown.splitlines())) < 410
 
 
-def test_what_the_model_wrote_stays_on_its_line_and_is_no_markup():
+def test_what_the_model_wrote_stays_on_its_line_and_is_no_markup() -> None:
     text = render(EVERYTHING)
     assert "# a sea" not in text.splitlines()
     assert "`print(1) 'a|b'.count('|')` gives `1 1`" in text
@@ -114,7 +115,7 @@ def test_what_the_model_wrote_stays_on_its_line_and_is_no_markup():
 
 
 @given(st.text())
-def test_literal_text_is_one_line_without_live_markup(text):
+def test_literal_text_is_one_line_without_live_markup(text: Any) -> None:
     shown = literal(text)
     assert len(shown.splitlines()) <= 1
     plain = re.sub(r"\\[!-/:-@\[-`{-~]", "", shown)
@@ -124,7 +125,7 @@ def test_literal_text_is_one_line_without_live_markup(text):
 
 
 @given(st.text(alphabet="`a |\n"))
-def test_code_cannot_end_before_its_end(text):
+def test_code_cannot_end_before_its_end(text: Any) -> None:
     shown = code(text)
     fence = re.match("`+", shown)[0]
     inner = shown[len(fence) : -len(fence)]
@@ -132,20 +133,20 @@ def test_code_cannot_end_before_its_end(text):
     assert fence not in re.findall("`+", inner)
 
 
-def test_durations_are_told_in_the_unit_that_fits():
+def test_durations_are_told_in_the_unit_that_fits() -> None:
     assert [duration(s) for s in (0.25, 61.4, 252, 11_100)] == ["0.2 s", "61 s", "4 min 12 s", "3 h 05 min"]
 
 
 @pytest.mark.skipif(shutil.which("xz") is None, reason="xz is not installed")
 @pytest.mark.parametrize("length", [2_000, 200_000])
-def test_the_yardstick_is_what_xz_makes_of_the_text(length):
+def test_the_yardstick_is_what_xz_makes_of_the_text(length: int) -> None:
     rng = random.Random(3)
     text = " ".join(rng.choices(["the", "sea", "gull", "harbour", "boat", "rope"], k=length // 5)).encode()
     packed = subprocess.run(["xz", "-9", "--stdout"], input=text, capture_output=True, check=True).stdout
     assert xz_bits_per_byte(text) * len(text) / 8 == pytest.approx(len(packed), rel=1e-3, abs=32)
 
 
-def test_openings_are_spread_over_the_documents():
+def test_openings_are_spread_over_the_documents() -> None:
     documents = [f"Document {i} has more than six words in it." for i in range(10)]
     assert openings(documents, 3) == [f"Document {i} has more than six" for i in (0, 3, 6)]
     assert openings(documents[:2], 5) == ["Document 0 has more than six", "Document 1 has more than six"]

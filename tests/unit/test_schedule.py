@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,7 @@ def config(depth: int) -> ModelConfig:
     ("depth", "ratio", "steps", "batch", "weight_decay"),
     [(12, 12, 2520, 2**19, 0.28), (20, 12, 4980, 2**20, 0.1002), (24, 8, 5568, 2**20, 0.0597)],
 )
-def test_the_reference_runs_come_out(depth, ratio, steps, batch, weight_decay):
+def test_the_reference_runs_come_out(depth: int, ratio: int, steps: int, batch: int, weight_decay: float) -> None:
     plan = plan_training(config(depth), ratio=ratio)
     assert (plan.steps, plan.batch_tokens) == (steps, batch)
     assert plan.weight_decay == pytest.approx(weight_decay, rel=2e-3)
@@ -29,16 +30,16 @@ def test_the_reference_runs_come_out(depth, ratio, steps, batch, weight_decay):
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(12, 110.10), (20, 435.2), (24, 729.8)])
-def test_scaling_parameters(depth, millions):
+def test_scaling_parameters(depth: int, millions: float) -> None:
     assert config(depth).scaling_parameters / 1e6 == pytest.approx(millions, rel=1e-3)
 
 
-def test_flops_per_token():
+def test_flops_per_token() -> None:
     assert config(24).flops_per_token / 1e9 == pytest.approx(4.775, abs=5e-4)
 
 
 @given(depth=st.integers(1, 40), ratio=st.floats(2, 40))
-def test_the_plan_follows_the_formulas(depth, ratio):
+def test_the_plan_follows_the_formulas(depth: Any, ratio: Any) -> None:
     size, reference = config(depth), config(12)
     plan = plan_training(size, ratio=ratio)
     data, reference_data = ratio * size.scaling_parameters, ratio * reference.scaling_parameters
@@ -48,7 +49,7 @@ def test_the_plan_follows_the_formulas(depth, ratio):
     assert plan.weight_decay == pytest.approx(0.28 * plan.lr_scale * reference_data / data)
 
 
-def test_explicit_steps_win_over_flops_and_flops_over_the_ratio():
+def test_explicit_steps_win_over_flops_and_flops_over_the_ratio() -> None:
     size = config(12)
     flops = 1000 * 2**19 * size.flops_per_token
     assert plan_training(size, steps=7, target_flops=flops, ratio=20).steps == 7
@@ -56,24 +57,24 @@ def test_explicit_steps_win_over_flops_and_flops_over_the_ratio():
     assert plan_training(size, ratio=20).steps == 4200
 
 
-def test_fewer_tokens_mean_more_weight_decay():
+def test_fewer_tokens_mean_more_weight_decay() -> None:
     size = config(12)
     half = plan_training(size, target_flops=0.5 * 12 * size.scaling_parameters * size.flops_per_token)
     assert half.weight_decay == pytest.approx(0.56)
 
 
-def test_whatever_is_given_is_kept():
+def test_whatever_is_given_is_kept() -> None:
     plan = plan_training(config(12), batch_tokens=2**17, steps=3, lr_scale=0.25, weight_decay=0.0)
     assert (plan.batch_tokens, plan.steps, plan.lr_scale, plan.weight_decay) == (2**17, 3, 0.25, 0.0)
     assert plan_training(config(12), batch_tokens=2**17).lr_scale == 0.5
 
 
-def test_a_horizon_below_one_step_is_an_error():
+def test_a_horizon_below_one_step_is_an_error() -> None:
     with pytest.raises(UserError, match="shorter than one batch"):
         plan_training(config(1), batch_tokens=2**30)
 
 
-def test_learning_rate_rises_over_the_warmup_stays_and_falls():
+def test_learning_rate_rises_over_the_warmup_stays_and_falls() -> None:
     lr = Schedule(1000).lr
     assert [lr(0), lr(19), lr(39), lr(40)] == [1 / 40, 0.5, 1.0, 1.0]
     assert lr(349) == lr(350) == 1.0
@@ -82,7 +83,7 @@ def test_learning_rate_rises_over_the_warmup_stays_and_falls():
     assert lr(1000) == pytest.approx(0.05)
 
 
-def test_momentum_rises_over_400_steps_and_falls_during_the_warmdown():
+def test_momentum_rises_over_400_steps_and_falls_during_the_warmdown() -> None:
     momentum = Schedule(10_000).momentum
     assert momentum(0) == pytest.approx(0.85)
     assert momentum(200) == pytest.approx(0.91)
@@ -91,7 +92,7 @@ def test_momentum_rises_over_400_steps_and_falls_during_the_warmdown():
     assert momentum(10_000) == pytest.approx(0.90)
 
 
-def test_weight_decay_is_a_cosine_to_zero():
+def test_weight_decay_is_a_cosine_to_zero() -> None:
     decay = Schedule(1000).weight_decay
     assert decay(0) == 1.0
     assert decay(250) == pytest.approx(0.5 + 0.5 * math.sqrt(0.5))
@@ -99,7 +100,7 @@ def test_weight_decay_is_a_cosine_to_zero():
     assert decay(1000) == pytest.approx(0.0)
 
 
-def test_fine_tuning_starts_at_full_rate_and_ends_at_zero():
+def test_fine_tuning_starts_at_full_rate_and_ends_at_zero() -> None:
     schedule = Schedule(
         600, warmup_steps=1, warmdown_ratio=0.5, final_lr_fraction=0.0,
         momentum_peak=0.95, momentum_end=None, momentum_warmup_steps=300,
@@ -117,7 +118,7 @@ def test_fine_tuning_starts_at_full_rate_and_ends_at_zero():
     warmdown=st.floats(0, 1),
     at=st.floats(0, 1),
 )
-def test_every_rate_stays_in_its_range_for_runs_of_any_length(steps, warmup, warmdown, at):
+def test_every_rate_stays_in_its_range_for_runs_of_any_length(steps: Any, warmup: Any, warmdown: Any, at: Any) -> None:
     schedule = Schedule(steps, warmup_steps=warmup, warmdown_ratio=warmdown)
     step = min(int(at * steps), steps - 1)
     assert 0 < schedule.lr(step) <= 1

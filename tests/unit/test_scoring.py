@@ -210,7 +210,9 @@ def passes(sandbox: SandboxExecutor, row: dict[str, Any], answer: str, **limits:
 
 
 @pytest.mark.parametrize("source", ["fixture", "humaneval/first40.jsonl"])
-def test_humanevals_own_solutions_pass_their_tests_and_tampered_ones_fail(source: str, sandbox) -> None:
+def test_humanevals_own_solutions_pass_their_tests_and_tampered_ones_fail(
+    source: str, sandbox: SandboxExecutor
+) -> None:
     rows = HUMANEVAL if source == "fixture" else real(source)
     assert len(rows) == (2 if source == "fixture" else 40)
 
@@ -242,12 +244,12 @@ def test_humanevals_own_solutions_pass_their_tests_and_tampered_ones_fail(source
     ],
     ids=["endless", "raises", "recursion", "memory", "exit", "os exit", "system exit", "sleep", "flood"],
 )
-def test_whatever_ends_a_program_before_its_tests_do_is_wrong(answer: str, sandbox) -> None:
+def test_whatever_ends_a_program_before_its_tests_do_is_wrong(answer: str, sandbox: SandboxExecutor) -> None:
     assert not passes(sandbox, HUMANEVAL[0], answer, wall_seconds=1.0, cpu_seconds=0.5)
     assert passes(sandbox, HUMANEVAL[0], HUMANEVAL[0]["canonical_solution"])
 
 
-def test_a_sandbox_without_room_is_no_wrong_answer(sandbox, monkeypatch) -> None:
+def test_a_sandbox_without_room_is_no_wrong_answer(sandbox: SandboxExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "execute_sync", lambda *_: ExecutionResult(Status.OVERLOADED, error="full"))
     with pytest.raises(ScoringFailed, match="full"):
         runs_to_its_end(sandbox, "pass")

@@ -48,30 +48,30 @@ def loaded(*argv: str, cls: Any = Example, **environ: str) -> Any:
     return load(cls, prefix="NANOCHAT_EXAMPLE", program="example", argv=argv, environ=environ)
 
 
-def test_without_flags_and_variables_there_are_the_defaults():
+def test_without_flags_and_variables_there_are_the_defaults() -> None:
     assert loaded() == Example()
 
 
-def test_a_flag_wins_over_the_variable_which_wins_over_the_default():
+def test_a_flag_wins_over_the_variable_which_wins_over_the_default() -> None:
     assert loaded(NANOCHAT_EXAMPLE_PORT="1").port == 1
     assert loaded("--port", "2", NANOCHAT_EXAMPLE_PORT="1").port == 2
     assert loaded("--no-loud", NANOCHAT_EXAMPLE_LOUD="1").loud is False
 
 
-def test_an_empty_variable_counts_as_none():
+def test_an_empty_variable_counts_as_none() -> None:
     assert loaded(NANOCHAT_EXAMPLE_PORT="", NANOCHAT_EXAMPLE_NAME="") == Example()
 
 
-def test_an_empty_flag_is_an_empty_text():
+def test_an_empty_flag_is_an_empty_text() -> None:
     assert loaded("--name", "", NANOCHAT_EXAMPLE_NAME="x").name == ""
 
 
-def test_a_setting_may_have_a_variable_of_its_own_name():
+def test_a_setting_may_have_a_variable_of_its_own_name() -> None:
     assert loaded(EXAMPLE_HOME="/h").home == "/h"
     assert loaded(NANOCHAT_EXAMPLE_HOME="/h").home == "~/x"
 
 
-def test_the_process_environment_is_read_when_none_is_given(monkeypatch: pytest.MonkeyPatch):
+def test_the_process_environment_is_read_when_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOCHAT_EXAMPLE_PORT", "77")
     monkeypatch.setattr("sys.argv", ["example", "--name", "x"])
     settings = load(Example, prefix="NANOCHAT_EXAMPLE", program="example")
@@ -95,14 +95,14 @@ def test_the_process_environment_is_read_when_none_is_given(monkeypatch: pytest.
         *(("loud", text, False) for text in ("0", "false", "No", "OFF")),
     ],
 )
-def test_every_type_is_read_from_its_text(field: str, text: str, value: object):
+def test_every_type_is_read_from_its_text(field: str, text: str, value: object) -> None:
     from_variable = getattr(loaded(**{f"NANOCHAT_EXAMPLE_{field.upper()}": text}), field)
     assert (from_variable, type(from_variable)) == (value, type(value))
     if field != "loud":
         assert getattr(loaded(f"--{field}", text), field) == value
 
 
-def test_a_switch_is_turned_on_and_off_by_its_flag():
+def test_a_switch_is_turned_on_and_off_by_its_flag() -> None:
     assert loaded("--loud").loud is True
     assert loaded("--no-loud").loud is False
 
@@ -123,7 +123,7 @@ def test_a_switch_is_turned_on_and_off_by_its_flag():
         ("loud", "maybe", "is 'maybe'; use true or false"),
     ],
 )
-def test_a_wrong_value_is_refused_with_the_name_of_where_it_came_from(field: str, text: str, complaint: str):
+def test_a_wrong_value_is_refused_with_the_name_of_where_it_came_from(field: str, text: str, complaint: str) -> None:
     with pytest.raises(UserError) as from_variable:
         loaded(**{f"NANOCHAT_EXAMPLE_{field.upper()}": text})
     assert str(from_variable.value) == f"NANOCHAT_EXAMPLE_{field.upper()} {complaint}"
@@ -134,24 +134,26 @@ def test_a_wrong_value_is_refused_with_the_name_of_where_it_came_from(field: str
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", 0), ("65535", 65535)])
-def test_bounds_are_allowed_themselves(text: str, value: int):
+def test_bounds_are_allowed_themselves(text: str, value: int) -> None:
     assert loaded("--port", text).port == value
 
 
-def test_a_required_setting_says_how_to_give_it():
+def test_a_required_setting_says_how_to_give_it() -> None:
     with pytest.raises(UserError, match=r"^--target \(or NANOCHAT_EXAMPLE_TARGET\) is required: where to go$"):
         loaded(cls=Strict)
     assert loaded(cls=Strict, NANOCHAT_EXAMPLE_TARGET="x").target == "x"
     assert loaded("--target", "y", cls=Strict).target == "y"
 
 
-def test_a_combination_that_the_class_refuses_is_the_user_s_error():
+def test_a_combination_that_the_class_refuses_is_the_user_s_error() -> None:
     with pytest.raises(UserError, match="low 5 is above high 4"):
         loaded("--target", "x", "--low", "5", "--high", "4", cls=Strict)
 
 
 @pytest.mark.parametrize("argv", [["--prot", "1"], ["--por", "1"], ["stray"], ["--port"]])
-def test_unknown_abbreviated_and_incomplete_flags_end_with_usage(argv: list[str], capsys: pytest.CaptureFixture[str]):
+def test_unknown_abbreviated_and_incomplete_flags_end_with_usage(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         loaded(*argv)
     assert ended.value.code == 2
@@ -160,7 +162,7 @@ def test_unknown_abbreviated_and_incomplete_flags_end_with_usage(argv: list[str]
     assert argv[0] in complaint
 
 
-def test_underscores_become_dashes_in_flags():
+def test_underscores_become_dashes_in_flags() -> None:
     @dataclasses.dataclass(frozen=True)
     class Long:
         drain_seconds: float = setting(1.0, "time")
@@ -180,7 +182,7 @@ def help_text(cls: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 
 def test_help_names_each_setting_s_variable_and_default(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     lines = {line.split()[0]: line for line in help_text(Example, capsys, monkeypatch).splitlines() if "--" in line}
     assert lines["--name"].endswith("who to greet [default nobody; NANOCHAT_EXAMPLE_NAME]")
     assert lines["--port"].endswith("TCP port [default 8000; NANOCHAT_EXAMPLE_PORT]")
@@ -193,13 +195,13 @@ def test_help_names_each_setting_s_variable_and_default(
 
 def test_help_begins_with_the_class_s_first_paragraph(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     shown = help_text(Example, capsys, monkeypatch)
     assert "Serves examples." in shown
     assert "readers of the code" not in shown
 
 
-def test_no_secret_is_ever_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_no_secret_is_ever_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclasses.dataclass(frozen=True)
     class WithSecret:
         """Keeps a secret."""
@@ -213,19 +215,19 @@ def test_no_secret_is_ever_shown(capsys: pytest.CaptureFixture[str], monkeypatch
     assert "built-in-secret" not in shown
 
 
-def test_a_description_has_every_setting_and_tells_whether_a_secret_is_given():
+def test_a_description_has_every_setting_and_tells_whether_a_secret_is_given() -> None:
     described = describe(loaded("--token", "given-secret", "--port", "1"))
     assert list(described) == [field.name for field in dataclasses.fields(Example)]
     assert (described["port"], described["token"], described["tags"]) == (1, "***", ("a", "b"))
     assert describe(loaded())["token"] == ""
 
 
-def test_settings_cannot_be_changed():
+def test_settings_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         loaded().port = 1
 
 
-def test_a_type_that_cannot_be_read_is_the_programmer_s_error():
+def test_a_type_that_cannot_be_read_is_the_programmer_s_error() -> None:
     @dataclasses.dataclass(frozen=True)
     class Odd:
         field: bytes = setting(b"", "no")
@@ -234,7 +236,7 @@ def test_a_type_that_cannot_be_read_is_the_programmer_s_error():
         loaded("--field", "x", cls=Odd)
 
 
-def test_help_texts_of_all_programs_have_one_style():
+def test_help_texts_of_all_programs_have_one_style() -> None:
     helps = [field.metadata["help"] for _, _, settings in PROGRAMS for field in dataclasses.fields(settings)]
     assert len(helps) > 300
     assert [text for text in helps if not text or text.endswith(".")] == []

@@ -8,6 +8,7 @@ import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,7 +37,7 @@ def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "store"))
 
 
-def test_what_is_written_is_read_back_in_order(store):
+def test_what_is_written_is_read_back_in_order(store: Store) -> None:
     write_dataset(store, "books", DOCUMENTS[:2300], DOCUMENTS[2300:], source="a test")
     assert list(TextDataset(store, "books", "train")) == DOCUMENTS[:2300]
     assert list(TextDataset(store, "books", "val")) == DOCUMENTS[2300:]
@@ -48,7 +49,9 @@ def test_what_is_written_is_read_back_in_order(store):
         assert (shard.bytes, shard.sha256) == (len(content), hashlib.sha256(content).hexdigest())
 
 
-def test_shards_hold_row_groups_of_a_thousand_documents_and_the_last_shard_is_validation(store, monkeypatch):
+def test_shards_hold_row_groups_of_a_thousand_documents_and_the_last_shard_is_validation(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shards, "SHARD_DOCUMENTS", 1500)
     write_dataset(store, "books", DOCUMENTS, ["held out"], source="a test")
     keys = [key for key in store.keys("data/books") if key.endswith(".parquet")]
@@ -60,7 +63,7 @@ def test_shards_hold_row_groups_of_a_thousand_documents_and_the_last_shard_is_va
 
 
 @pytest.fixture(scope="module")
-def books(tmp_path_factory) -> TextDataset:
+def books(tmp_path_factory: pytest.TempPathFactory) -> TextDataset:
     store = open_store(str(tmp_path_factory.mktemp("books")))
     # More row groups than are cached.
     with pytest.MonkeyPatch.context() as patch:
@@ -71,12 +74,12 @@ def books(tmp_path_factory) -> TextDataset:
 
 
 @given(indices=st.lists(st.integers(0, len(DOCUMENTS) - 1), max_size=40))
-def test_any_document_can_be_read_at_any_time(books, indices):
+def test_any_document_can_be_read_at_any_time(books: TextDataset, indices: Any) -> None:
     assert [books[i] for i in indices] == [DOCUMENTS[i] for i in indices]
 
 
 @pytest.mark.parametrize("index", [-1, len(DOCUMENTS)])
-def test_there_are_no_documents_beyond_the_ends(books, index):
+def test_there_are_no_documents_beyond_the_ends(books: TextDataset, index: Any) -> None:
     assert len(books) == len(DOCUMENTS)
     with pytest.raises(IndexError):
         books[index]
@@ -97,7 +100,9 @@ def failing(count: int):
         (["a document"], failing(3), RuntimeError),
     ],
 )
-def test_a_dataset_is_written_whole_or_not_at_all(store, monkeypatch, train, validation, error):
+def test_a_dataset_is_written_whole_or_not_at_all(
+    store: Store, monkeypatch: pytest.MonkeyPatch, train: Any, validation: Any, error: Any
+) -> None:
     monkeypatch.setattr(shards, "SHARD_DOCUMENTS", 800)
     with pytest.raises(error):
         write_dataset(store, "books", train, validation, source="a test")
@@ -105,14 +110,14 @@ def test_a_dataset_is_written_whole_or_not_at_all(store, monkeypatch, train, val
     assert list(store.root.rglob("*")) == [store.root / "data"]
 
 
-def test_an_old_dataset_stays_when_its_replacement_fails(store):
+def test_an_old_dataset_stays_when_its_replacement_fails(store: Store) -> None:
     write_dataset(store, "books", ["old"], ["held out"], source="a test")
     with pytest.raises(RuntimeError):
         write_dataset(store, "books", failing(10), ["new"], source="a test")
     assert list(TextDataset(store, "books", "train")) == ["old"]
 
 
-def test_the_digest_depends_on_the_documents_and_their_split_alone(store):
+def test_the_digest_depends_on_the_documents_and_their_split_alone(store: Store) -> None:
     for name, train, validation in [
         ("one", ["a", "b"], ["c"]), ("same", ["a", "b"], ["c"]), ("text", ["a", "B"], ["c"]), ("split", ["a"], ["b"]),
     ]:  # fmt: skip
@@ -122,7 +127,7 @@ def test_the_digest_depends_on_the_documents_and_their_split_alone(store):
     assert len({one, text, split}) == 3
 
 
-def test_the_digest_of_a_foreign_dataset_changes_with_its_shards(store):
+def test_the_digest_of_a_foreign_dataset_changes_with_its_shards(store: Store) -> None:
     folder = store.root / "data" / "hub"
     folder.mkdir(parents=True)
     for i in range(2):
@@ -133,7 +138,7 @@ def test_the_digest_of_a_foreign_dataset_changes_with_its_shards(store):
 
 
 @pytest.mark.parametrize(("count", "complaint"), [(0, "holds 0 parquet shard"), (1, "holds 1 parquet shard")])
-def test_a_dataset_needs_two_shards(store, count, complaint):
+def test_a_dataset_needs_two_shards(store: Store, count: int, complaint: str) -> None:
     (store.root / "data" / "few").mkdir(parents=True)
     for i in range(count):
         write_parquet(store.root / "data" / "few" / f"shard_{i}.parquet", ["text"])
@@ -141,7 +146,7 @@ def test_a_dataset_needs_two_shards(store, count, complaint):
         TextDataset(store, "few", "train")
 
 
-def test_a_bad_shard_is_named_when_it_is_opened_or_read(store):
+def test_a_bad_shard_is_named_when_it_is_opened_or_read(store: Store) -> None:
     folder = store.root / "data" / "bad"
     folder.mkdir(parents=True)
     write_parquet(folder / "shard_1.parquet", ["held out"])
@@ -154,7 +159,7 @@ def test_a_bad_shard_is_named_when_it_is_opened_or_read(store):
         damaged[0]
 
 
-def test_a_split_without_documents_is_an_error(store):
+def test_a_split_without_documents_is_an_error(store: Store) -> None:
     folder = store.root / "data" / "empty"
     folder.mkdir(parents=True)
     write_parquet(folder / "shard_0.parquet", ["text"])
@@ -163,7 +168,7 @@ def test_a_split_without_documents_is_an_error(store):
         TextDataset(store, "empty", "val")
 
 
-def test_a_damaged_manifest_is_named(store):
+def test_a_damaged_manifest_is_named(store: Store) -> None:
     write_dataset(store, "books", ["a"], ["b"], source="a test")
     for content in (
         b"{",
@@ -176,7 +181,7 @@ def test_a_damaged_manifest_is_named(store):
             TextDataset(store, "books", "train")
 
 
-def test_a_dataset_that_is_still_being_downloaded_is_refused(store):
+def test_a_dataset_that_is_still_being_downloaded_is_refused(store: Store) -> None:
     manifest = write_dataset(store, "books", ["a"], ["b"], source="a test")
     write_manifest(store, "books", dataclasses.replace(manifest, complete=False))
     assert not dataset_exists(store, "books")
@@ -184,7 +189,7 @@ def test_a_dataset_that_is_still_being_downloaded_is_refused(store):
         TextDataset(store, "books", "train")
 
 
-def test_shards_of_the_manifest_are_fetched_when_they_are_read(store, monkeypatch):
+def test_shards_of_the_manifest_are_fetched_when_they_are_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_DOCUMENTS", 10)
     write_dataset(store, "books", DOCUMENTS[:40], ["held out"], source="a test")
     fetched = []
@@ -197,7 +202,9 @@ def test_shards_of_the_manifest_are_fetched_when_they_are_read(store, monkeypatc
 
 
 @pytest.mark.parametrize("capacity", [0, 20_000])
-def test_many_threads_read_what_is_there_within_the_bound_of_the_cache(books, monkeypatch, capacity):
+def test_many_threads_read_what_is_there_within_the_bound_of_the_cache(
+    books: TextDataset, monkeypatch: pytest.MonkeyPatch, capacity: int
+) -> None:
     cache = shards._RowGroupCache(capacity)
     monkeypatch.setattr(books, "_cache", cache)
     rng = random.Random(3)
@@ -209,7 +216,7 @@ def test_many_threads_read_what_is_there_within_the_bound_of_the_cache(books, mo
     assert sum(held[:-1]) <= capacity
 
 
-def test_threads_that_want_the_same_row_group_read_it_once(books, monkeypatch):
+def test_threads_that_want_the_same_row_group_read_it_once(books: TextDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(books, "_cache", shards._RowGroupCache(2**30))
     reads = itertools.count()
     read = shards.Shard.read
@@ -219,7 +226,7 @@ def test_threads_that_want_the_same_row_group_read_it_once(books, monkeypatch):
     assert next(reads) == 1
 
 
-def test_a_row_group_that_could_not_be_read_is_tried_again(books, monkeypatch):
+def test_a_row_group_that_could_not_be_read_is_tried_again(books: TextDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(books, "_cache", shards._RowGroupCache(2**30))
     with monkeypatch.context() as broken:
         broken.setattr(shards.Shard, "read", lambda self, group: (_ for _ in ()).throw(UserError("disk gone")))

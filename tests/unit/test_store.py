@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Never
 
 import pytest
 
@@ -41,29 +42,29 @@ class TestFolderStore(StoreContract):
 
 
 @pytest.mark.parametrize("url", ["http://host/path", "gs://bucket/prefix", "file:///tmp/x", "s3://", "s3:///prefix"])
-def test_other_urls_are_refused_by_name(url: str):
+def test_other_urls_are_refused_by_name(url: str) -> None:
     with pytest.raises(UserError, match=url):
         open_store(url)
 
 
-def test_the_home_folder_can_be_written_as_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_home_folder_can_be_written_as_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     open_store("~/store").write("key", b"x")
     assert (tmp_path / "store" / "key").read_bytes() == b"x"
 
 
-def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path):
+def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=f"{tmp_path}/file/store cannot be made: Not a directory"):
         open_store(str(tmp_path / "file" / "store"))
 
 
-def test_fetching_from_a_folder_copies_nothing(store: FolderStore):
+def test_fetching_from_a_folder_copies_nothing(store: FolderStore) -> None:
     store.write("a/b", b"x")
     assert store.fetch("a/b") == store.root / "a" / "b"
 
 
-def test_any_file_of_a_new_folder_is_visible_only_with_all_others(store: FolderStore):
+def test_any_file_of_a_new_folder_is_visible_only_with_all_others(store: FolderStore) -> None:
     files = {f"part_{i}": b"x" * 1000 for i in range(20)}
     torn: list[list[str]] = []
     done = threading.Event()
@@ -84,7 +85,7 @@ def test_any_file_of_a_new_folder_is_visible_only_with_all_others(store: FolderS
     assert torn == []
 
 
-def test_listing_bears_folders_that_come_and_go(store: FolderStore):
+def test_listing_bears_folders_that_come_and_go(store: FolderStore) -> None:
     failed: list[BaseException] = []
     done = threading.Event()
 
@@ -107,7 +108,7 @@ def test_listing_bears_folders_that_come_and_go(store: FolderStore):
     assert failed == []
 
 
-def test_success_and_failure_both_leave_no_temporary_files(store: FolderStore):
+def test_success_and_failure_both_leave_no_temporary_files(store: FolderStore) -> Never:
     store.write("a", b"1")
     publish(store, "p", {"x": b"1"})
     publish(store, "p", {"x": b"2"})
@@ -118,7 +119,7 @@ def test_success_and_failure_both_leave_no_temporary_files(store: FolderStore):
     assert everything_in(store.root) == {"a", "p", "p/x", f"p/{LAST}"}
 
 
-def test_a_deleted_folder_is_gone_at_once(store: FolderStore, monkeypatch: pytest.MonkeyPatch):
+def test_a_deleted_folder_is_gone_at_once(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(store, "m/p", {"x": b"", "y/z": b""})
     remove, seen = shutil.rmtree, []
 
@@ -131,7 +132,7 @@ def test_a_deleted_folder_is_gone_at_once(store: FolderStore, monkeypatch: pytes
     assert seen == [[]]
 
 
-def test_what_a_killed_publisher_leaves_behind_is_not_listed(store: FolderStore):
+def test_what_a_killed_publisher_leaves_behind_is_not_listed(store: FolderStore) -> None:
     publish(store, "m/p", {"x": b"old"})
     code = f"""
 import os, signal, sys
@@ -147,7 +148,7 @@ with open_store(sys.argv[1]).publish("m/p", last={LAST!r}) as folder:
     assert contents(store, "m") == {"p/x": b"old", f"p/{LAST}": b"whole"}
 
 
-def test_hidden_files_are_not_listed(store: FolderStore):
+def test_hidden_files_are_not_listed(store: FolderStore) -> None:
     store.write("a/seen", b"")
     for hidden in ["a/.file", "a/.folder/file", ".top"]:
         (store.root / hidden).parent.mkdir(exist_ok=True)
@@ -155,7 +156,9 @@ def test_hidden_files_are_not_listed(store: FolderStore):
     assert store.keys("a") == ["a/seen"]
 
 
-def test_a_folder_that_cannot_be_swapped_in_leaves_the_old_one(store: FolderStore, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_that_cannot_be_swapped_in_leaves_the_old_one(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish(store, "p", {"x": b"old"})
     rename = Path.replace
 
@@ -210,14 +213,14 @@ def check_failing_writes(store: FolderStore, reason: str) -> None:
     assert everything_in(store.root) == before
 
 
-def test_a_write_that_fails_half_way_keeps_the_old_content(store: FolderStore):
+def test_a_write_that_fails_half_way_keeps_the_old_content(store: FolderStore) -> None:
     store.write("a/file", b"old")
     publish(store, "p", {"x": b"old"})
     with file_size_limit(1_000_000):
         check_failing_writes(store, "File too large")
 
 
-def test_a_full_disk_is_a_clear_error_and_keeps_the_old_content(tmp_path: Path):
+def test_a_full_disk_is_a_clear_error_and_keeps_the_old_content(tmp_path: Path) -> None:
     with mounted(tmp_path, "size=1m"):
         store = FolderStore(tmp_path)
         store.write("a/file", b"old")
@@ -225,7 +228,7 @@ def test_a_full_disk_is_a_clear_error_and_keeps_the_old_content(tmp_path: Path):
         check_failing_writes(store, "No space left on device")
 
 
-def test_a_read_only_store_is_read_and_refuses_writes_clearly(tmp_path: Path):
+def test_a_read_only_store_is_read_and_refuses_writes_clearly(tmp_path: Path) -> None:
     with mounted(tmp_path, "size=9m") as remount:
         store = FolderStore(tmp_path)
         store.write("a/file", b"old")
@@ -238,7 +241,7 @@ def test_a_read_only_store_is_read_and_refuses_writes_clearly(tmp_path: Path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads and writes everything")
-def test_missing_permissions_are_clear_errors(store: FolderStore):
+def test_missing_permissions_are_clear_errors(store: FolderStore) -> None:
     store.write("a/file", b"old")
     (store.root / "a").chmod(0)
     try:
@@ -255,7 +258,7 @@ def test_missing_permissions_are_clear_errors(store: FolderStore):
     assert store.read("a/file") == b"old"
 
 
-def test_published_files_are_readable_as_far_as_the_umask_allows(tmp_path):
+def test_published_files_are_readable_as_far_as_the_umask_allows(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     with store.publish("folder", last="done") as folder:
         (folder / "private").write_bytes(b"")

@@ -22,7 +22,7 @@ def cached(cache: DownloadCache) -> set[str]:
     return {path.relative_to(cache.folder).as_posix() for path in cache.folder.rglob("*") if path.is_file()}
 
 
-def test_the_least_recently_used_files_make_room(tmp_path: Path):
+def test_the_least_recently_used_files_make_room(tmp_path: Path) -> None:
     cache = DownloadCache(tmp_path, limit_bytes=300)
     for key in ("m/1", "m/2", "m/3"):
         fetch(cache, key)
@@ -33,7 +33,7 @@ def test_the_least_recently_used_files_make_room(tmp_path: Path):
     assert cached(cache) == {"v1/m/4", "v1/m/5"}
 
 
-def test_versions_of_a_key_are_files_of_their_own(tmp_path: Path):
+def test_versions_of_a_key_are_files_of_their_own(tmp_path: Path) -> None:
     cache = DownloadCache(tmp_path, limit_bytes=250)
     fetch(cache, "a", version="v1")
     fetch(cache, "a", version="v2")
@@ -42,14 +42,14 @@ def test_versions_of_a_key_are_files_of_their_own(tmp_path: Path):
     assert cached(cache) == {"v2/a", "v3/a"}
 
 
-def test_without_a_limit_everything_stays(tmp_path: Path):
+def test_without_a_limit_everything_stays(tmp_path: Path) -> None:
     cache = DownloadCache(tmp_path)
     for number in range(20):
         fetch(cache, str(number))
     assert len(cached(cache)) == 20
 
 
-def test_files_in_use_stay_even_beyond_the_limit(tmp_path: Path):
+def test_files_in_use_stay_even_beyond_the_limit(tmp_path: Path) -> None:
     cache = DownloadCache(tmp_path, limit_bytes=250)
     fetch(cache, "old/a")
     with cache.keeping(PurePosixPath("new")):
@@ -59,7 +59,7 @@ def test_files_in_use_stay_even_beyond_the_limit(tmp_path: Path):
     assert cached(cache) == {"v1/new/c", "v1/new/d"}
 
 
-def test_a_prefix_kept_twice_is_kept_until_both_let_go(tmp_path: Path):
+def test_a_prefix_kept_twice_is_kept_until_both_let_go(tmp_path: Path) -> None:
     cache, prefix = DownloadCache(tmp_path, limit_bytes=0), PurePosixPath("m")
     with cache.keeping(prefix):
         with cache.keeping(prefix):
@@ -68,7 +68,7 @@ def test_a_prefix_kept_twice_is_kept_until_both_let_go(tmp_path: Path):
     assert cached(cache) == set()
 
 
-def test_partial_files_are_not_taken_for_downloads(tmp_path: Path):
+def test_partial_files_are_not_taken_for_downloads(tmp_path: Path) -> None:
     cache = DownloadCache(tmp_path, limit_bytes=0)
     (tmp_path / "incoming/data").mkdir(parents=True)
     (tmp_path / "incoming/data/shard.part").write_bytes(bytes(500))
@@ -77,7 +77,7 @@ def test_partial_files_are_not_taken_for_downloads(tmp_path: Path):
     assert cached(cache) == {"incoming/data/shard.part"}
 
 
-def test_a_download_that_fails_leaves_no_file(tmp_path: Path):
+def test_a_download_that_fails_leaves_no_file(tmp_path: Path) -> None:
     cache = DownloadCache(tmp_path, limit_bytes=100)
 
     def fail(path: Path) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,7 +54,7 @@ SERIES = [result(depth) for depth in (4, 6, 8)]
 SWEEP = [result(depth, budget) for budget in (1e12, 1e13, 1e14) for depth in (2, 4, 8, 16, 32, 64)]
 
 
-def test_the_table_has_a_row_a_model_under_its_heads():
+def test_the_table_has_a_row_a_model_under_its_heads() -> None:
     head, _separator, *rows = table(render("mini", COMMAND, Miniseries(SERIES), SERIES, [], 0))
     assert head == ["model", "depth", "dim", "parameters", "N", "tokens", "FLOPs", "val_bpb", "seconds", "tokens/s"]
     assert {len(row) for row in rows} == {len(head)}
@@ -63,13 +64,13 @@ def test_the_table_has_a_row_a_model_under_its_heads():
     assert [row[1] for row in rows] == ["4", "6", "8"]
 
 
-def test_core_has_a_column_where_it_was_evaluated():
+def test_core_has_a_column_where_it_was_evaluated() -> None:
     some = [dataclasses.replace(SERIES[0], core=0.1234), *SERIES[1:]]
     head, _separator, *rows = table(render("mini", COMMAND, Miniseries(some), some, [], 0))
     assert [row[head.index("CORE")] for row in rows] == ["0.1234", "—", "—"]
 
 
-def test_the_miniseries_says_how_the_loss_falls_and_how_well_that_fits():
+def test_the_miniseries_says_how_the_loss_falls_and_how_well_that_fits() -> None:
     law = fit_power_law([r.flops for r in SERIES], [r.val_bpb for r in SERIES])
     text = render("mini", COMMAND, Miniseries(SERIES), SERIES, [], 0)
     assert f"C^{law.exponent:.3f}" in text
@@ -77,7 +78,7 @@ def test_the_miniseries_says_how_the_loss_falls_and_how_well_that_fits():
     assert "give two or more" in render("mini", COMMAND, Miniseries(SERIES[:1]), SERIES[:1], [], 0)
 
 
-def test_the_laws_have_their_budgets_exponents_and_what_was_left_out():
+def test_the_laws_have_their_budgets_exponents_and_what_was_left_out() -> None:
     known = [r for r in SWEEP if not (r.budget == 1e14 and r.depth < 16)]
     findings = Laws(known)
     text = render("laws", COMMAND, findings, known, [], 0)
@@ -90,7 +91,7 @@ def test_the_laws_have_their_budgets_exponents_and_what_was_left_out():
     assert "Two budgets" in render("laws", COMMAND, Laws(SWEEP[:6]), SWEEP[:6], [], 0)
 
 
-def test_failed_and_missing_runs_are_named():
+def test_failed_and_missing_runs_are_named() -> None:
     text = render("mini", COMMAND, Miniseries(SERIES), SERIES, [Failure("m-d10", 137)], 2)
     assert "`m-d10` (exit code 137)" in text
     assert "2 runs are still to come" in text
@@ -99,7 +100,7 @@ def test_failed_and_missing_runs_are_named():
 
 @pytest.mark.parametrize("findings", [Miniseries, Laws])
 @pytest.mark.parametrize("count", [1, 2, 18])
-def test_every_file_is_written_however_little_is_known(tmp_path, findings, count):
+def test_every_file_is_written_however_little_is_known(tmp_path: Path, findings: Any, count: int) -> None:
     store = open_store(str(tmp_path))
     results = SWEEP[:count]
     write_report(store, "mine", COMMAND, findings(results), results, [Failure("x", 2)], 1)

@@ -28,7 +28,7 @@ CAPITAL = (
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_mmlu_asks_for_a_letter(nested):
+def test_mmlu_asks_for_a_letter(nested: bool) -> None:
     row = {
         "question": "What is the capital of France?",
         "subject": "geography",
@@ -39,7 +39,7 @@ def test_mmlu_asks_for_a_letter(nested):
 
 
 @pytest.mark.parametrize("labels", [["A", "B", "C", "D"], ["1", "2", "3", "4"]])
-def test_arc_has_letters_whatever_its_labels_are(labels):
+def test_arc_has_letters_whatever_its_labels_are(labels: list[str]) -> None:
     row = {
         "id": "Mercury_1",
         "question": "What is the capital of France?",
@@ -49,7 +49,7 @@ def test_arc_has_letters_whatever_its_labels_are(labels):
     assert arc.conversation(row) == exchange(CAPITAL, "B")
 
 
-def test_gsm8k_annotations_become_calls_of_the_tool():
+def test_gsm8k_annotations_become_calls_of_the_tool() -> None:
     row = {
         "question": "Weng earns $12 an hour. How much are 50 minutes?",
         "answer": "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\nThat is <<0.2*50=10>>10.\n#### 10",
@@ -68,12 +68,12 @@ def test_gsm8k_annotations_become_calls_of_the_tool():
     )
 
 
-def test_an_annotation_at_the_very_start_leaves_no_empty_text():
+def test_an_annotation_at_the_very_start_leaves_no_empty_text() -> None:
     parts = gsm8k.conversation({"question": "?", "answer": "<<1+1=2>>"})[1]["content"]
     assert parts == [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
 
 
-def test_every_answer_of_gsm8k_can_be_put_together_again():
+def test_every_answer_of_gsm8k_can_be_put_together_again() -> None:
     if "NANOCHAT_TEST_DATA" not in os.environ:
         pytest.skip("NANOCHAT_TEST_DATA is not set")
     rows = [
@@ -110,19 +110,19 @@ ARC = {"question": "?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "a
         (row_messages, {"messages": "hello"}, "'messages' is not a list"),
     ],
 )
-def test_a_row_with_a_wrong_value_says_which(convert, row, complaint):
+def test_a_row_with_a_wrong_value_says_which(convert: Any, row: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=re.escape(complaint)):
         convert(row)
 
 
 @pytest.mark.parametrize("task", CONVERSATION_GENERATORS)
-def test_generated_conversations_are_the_same_each_time_and_varied(task):
+def test_generated_conversations_are_the_same_each_time_and_varied(task: Any) -> None:
     made = [json.dumps(CONVERSATION_GENERATORS[task].messages(number)) for number in range(500)]
     assert made == [json.dumps(CONVERSATION_GENERATORS[task].messages(number)) for number in range(500)]
     assert len(set(made)) > 450
 
 
-def test_spelling_gives_the_letters_of_the_word_that_was_asked_for():
+def test_spelling_gives_the_letters_of_the_word_that_was_asked_for() -> None:
     for number in range(300):
         question, answer = parse_messages(spelling.conversation(number))
         word, spelled = answer.text.removesuffix(".").split(" is spelled ")
@@ -131,7 +131,7 @@ def test_spelling_gives_the_letters_of_the_word_that_was_asked_for():
         assert word not in words.ENGLISH_HELDOUT
 
 
-def test_counting_calls_the_tool_and_says_what_it_gave():
+def test_counting_calls_the_tool_and_says_what_it_gave() -> None:
     for number in range(300):
         _, answer = parse_messages(counting.conversation(number))
         code, output, text = answer.parts

@@ -49,46 +49,46 @@ texts = st.one_of(
 
 
 @given(texts)
-def test_decoding_gives_the_text_back(text: str):
+def test_decoding_gives_the_text_back(text: str) -> None:
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
 @given(texts)
-def test_ordinary_text_is_encoded_as_by_tiktoken_alone(text: str):
+def test_ordinary_text_is_encoded_as_by_tiktoken_alone(text: str) -> None:
     assert TOKENIZER.encode(text) == PLAIN.encode_ordinary(text)
 
 
 @given(texts)
 @example("a lone \ud800 surrogate")
 @example(" " * (MAX_WHITESPACE_RUN * 2 + 5))
-def test_an_array_holds_the_same_ids(text: str):
+def test_an_array_holds_the_same_ids(text: str) -> None:
     assert TOKENIZER.encode_array(text).tolist() == TOKENIZER.encode(text)
 
 
 @given(texts)
-def test_text_never_yields_a_special_token(text: str):
+def test_text_never_yields_a_special_token(text: str) -> None:
     assert not set(TOKENIZER.encode(text)) & set(TOKENIZER.special_ids.values())
 
 
 @pytest.mark.parametrize("name", SPECIAL_TOKENS)
-def test_a_special_token_s_name_is_encoded_as_characters(name: str):
+def test_a_special_token_s_name_is_encoded_as_characters(name: str) -> None:
     ids = TOKENIZER.encode(f"a{name}b")
     assert len(ids) > 3
     assert TOKENIZER.decode(ids) == f"a{name}b"
 
 
 @given(st.lists(texts, max_size=5))
-def test_a_batch_is_encoded_as_its_texts(batch: list[str]):
+def test_a_batch_is_encoded_as_its_texts(batch: list[str]) -> None:
     assert TOKENIZER.encode_batch(batch) == [TOKENIZER.encode(text) for text in batch]
 
 
 @given(texts)
-def test_bytes_per_token_add_up_to_the_text(text: str):
+def test_bytes_per_token_add_up_to_the_text(text: str) -> None:
     sizes = TOKENIZER.bytes_per_token
     assert sum(sizes[i] for i in TOKENIZER.encode(text)) == len(text.encode())
 
 
-def test_ids_are_numbered_tokens_first_then_special_tokens():
+def test_ids_are_numbered_tokens_first_then_special_tokens() -> None:
     assert TOKENIZER.vocab_size == len(TOKENIZER.bytes_per_token) == 400
     assert list(TOKENIZER.special_ids.values()) == list(range(391, 400))
     assert next(iter(TOKENIZER.special_ids)) == BOS
@@ -97,7 +97,7 @@ def test_ids_are_numbered_tokens_first_then_special_tokens():
     assert 0 not in TOKENIZER.bytes_per_token[:391]
 
 
-def test_training_found_words():
+def test_training_found_words() -> None:
     assert len(TOKENIZER.encode("The quick brown fox")) < 10
 
 
@@ -117,7 +117,7 @@ def test_training_found_words():
         ("a (b", ["a", " (", "b"]),
     ],
 )
-def test_text_is_split_before_merging(text: str, pieces: list[str]):
+def test_text_is_split_before_merging(text: str, pieces: list[str]) -> None:
     """Every piece is a token, so the ids show where the pattern splits."""
     # A merge joins two tokens, so every beginning of a piece must be a token too.
     beginnings = {piece.encode()[:n] for piece in pieces for n in range(2, len(piece) + 1)}
@@ -127,18 +127,18 @@ def test_text_is_split_before_merging(text: str, pieces: list[str]):
     assert [tokenizer.decode([i]) for i in tokenizer.encode(text)] == pieces
 
 
-def test_special_tokens_are_decoded_by_name():
+def test_special_tokens_are_decoded_by_name() -> None:
     ids = [TOKENIZER.bos_id, TOKENIZER.special_ids[USER_START], *TOKENIZER.encode("hi")]
     assert TOKENIZER.decode(ids) == "<|bos|><|user_start|>hi"
 
 
-def test_bytes_that_are_no_character_are_replaced():
+def test_bytes_that_are_no_character_are_replaced() -> None:
     assert TOKENIZER.decode_bytes([0xE2, 0x82]) == b"\xe2\x82"
     assert TOKENIZER.decode([ord("a"), 0xE2, 0x82, ord("b")]) == "a\ufffdb"
 
 
 @pytest.mark.parametrize("token_id", [-1, 400, 10**12])
-def test_ids_outside_the_vocabulary_are_refused(token_id: int):
+def test_ids_outside_the_vocabulary_are_refused(token_id: int) -> None:
     with pytest.raises(UserError, match=f"token id {token_id} is outside the vocabulary of 400"):
         TOKENIZER.decode([1, token_id])
 
@@ -146,7 +146,7 @@ def test_ids_outside_the_vocabulary_are_refused(token_id: int):
 @pytest.mark.parametrize(
     ("text", "read"), [("a\ud800b", "a\ufffdb"), ("\udcff", "\ufffd"), ("\ud83e\udd8a", "🦊"), ("é\udfff!", "é\ufffd!")]
 )
-def test_lone_surrogates_become_the_replacement_character(text: str, read: str):
+def test_lone_surrogates_become_the_replacement_character(text: str, read: str) -> None:
     """A lone surrogate is no character and has no bytes; a pair of surrogates is one character."""
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == read
     assert TOKENIZER.encode_batch([text]) == [TOKENIZER.encode(read)]
@@ -163,25 +163,25 @@ RUN_LENGTHS = [
 
 @pytest.mark.parametrize("length", RUN_LENGTHS)
 @pytest.mark.parametrize("unit", [" ", "\n", " \t\r\n", "\u2003"])
-def test_runs_of_whitespace_of_any_length_survive(unit: str, length: int):
+def test_runs_of_whitespace_of_any_length_survive(unit: str, length: int) -> None:
     run = (unit * length)[:length]
     text = f"before{run}after {run[:3]} the end"
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
-def test_a_run_at_which_the_regular_expression_engine_gives_up_survives():
+def test_a_run_at_which_the_regular_expression_engine_gives_up_survives() -> None:
     run = " " * 1_200_000
     assert TOKENIZER.decode(TOKENIZER.encode(run)) == run
 
 
 @pytest.mark.parametrize("before", ["", "x", "\u2003x" * 30_001])
-def test_runs_up_to_the_limit_are_encoded_as_ever(before: str):
+def test_runs_up_to_the_limit_are_encoded_as_ever(before: str) -> None:
     run = " " * MAX_WHITESPACE_RUN
     for text in (run, f"{before}{run}", f"{before}{run}after", f"{before}{run}x{run}y"):
         assert TOKENIZER.encode(text) == PLAIN.encode_ordinary(text)
 
 
-def test_a_longer_run_is_encoded_the_same_wherever_it_stands():
+def test_a_longer_run_is_encoded_the_same_wherever_it_stands() -> None:
     # With tokens of up to 64 spaces, the ids show where the run is cut: 64 does not divide the length of a piece.
     tokenizer = Tokenizer([*BYTES, *(b" " * 2**n for n in range(1, 7))])
     for run in (" " * (MAX_WHITESPACE_RUN + 1), " " * (3 * MAX_WHITESPACE_RUN // 2)):
@@ -205,7 +205,7 @@ def test_a_longer_run_is_encoded_the_same_wherever_it_stands():
         lambda n: (" " * (MAX_WHITESPACE_RUN - 1) + "x") * (n // MAX_WHITESPACE_RUN),
     ],
 )
-def test_time_grows_no_faster_than_the_text(make: Callable[[int], str]):
+def test_time_grows_no_faster_than_the_text(make: Callable[[int], str]) -> None:
     def seconds(text: str) -> float:
         started = time.process_time()
         TOKENIZER.encode(text)
@@ -215,7 +215,7 @@ def test_time_grows_no_faster_than_the_text(make: Callable[[int], str]):
     assert seconds(make(800_000)) < 8 * 4 * small + 0.5
 
 
-def test_the_stored_form_loads_equal(tmp_path: Path):
+def test_the_stored_form_loads_equal(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(TOKENIZER.to_json())
     loaded = Tokenizer.load(path)
@@ -228,7 +228,7 @@ def test_the_stored_form_loads_equal(tmp_path: Path):
         assert loaded.encode(text) == TOKENIZER.encode(text)
 
 
-def test_the_stored_form_is_plain_json_with_everything_in_it():
+def test_the_stored_form_is_plain_json_with_everything_in_it() -> None:
     stored = json.loads(TOKENIZER.to_json())
     assert stored["pattern"] == SPLIT_PATTERN
     assert stored["special_tokens"] == TOKENIZER.special_ids
@@ -236,7 +236,7 @@ def test_the_stored_form_is_plain_json_with_everything_in_it():
     assert [base64.b64decode(rank) for rank in stored["ranks"]] == TOKENIZER.token_bytes
 
 
-def test_the_digest_changes_with_the_tokens_their_order_and_the_pattern():
+def test_the_digest_changes_with_the_tokens_their_order_and_the_pattern() -> None:
     tokenizers = [
         TOKENIZER,
         Tokenizer(TOKENIZER.token_bytes[:-1]),
@@ -277,20 +277,20 @@ def without(field: str) -> str:
         *(without(field) for field in ("format", "pattern", "ranks", "special_tokens")),
     ],
 )
-def test_damaged_files_are_clear_errors(damaged: str | bytes):
+def test_damaged_files_are_clear_errors(damaged: str | bytes) -> None:
     with pytest.raises(UserError, match="tokenizer"):
         Tokenizer.from_json(damaged)
 
 
-def test_every_byte_needs_a_token():
+def test_every_byte_needs_a_token() -> None:
     with pytest.raises(UserError, match="no token for byte 65"):
         Tokenizer([token for token in BYTES if token != b"A"])
 
 
-def test_no_token_may_occur_twice():
+def test_no_token_may_occur_twice() -> None:
     with pytest.raises(UserError, match="twice"):
         Tokenizer([*BYTES, b"a"])
 
 
-def test_the_end_of_an_answer_is_a_token_of_its_own():
+def test_the_end_of_an_answer_is_a_token_of_its_own() -> None:
     assert TOKENIZER.decode([TOKENIZER.special_ids[ASSISTANT_END]]) == ASSISTANT_END

@@ -46,7 +46,7 @@ class FakeWriter:
 
 
 @pytest.fixture
-def wandb(monkeypatch) -> types.ModuleType:
+def wandb(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A package ``wandb`` that keeps its runs; ``error`` is what its ``init`` raises."""
     module = types.ModuleType("wandb")
     module.runs, module.error = [], None
@@ -66,7 +66,7 @@ def wandb(monkeypatch) -> types.ModuleType:
 
 
 @pytest.fixture
-def tensorboard(monkeypatch) -> list[FakeWriter]:
+def tensorboard(monkeypatch: pytest.MonkeyPatch) -> list[FakeWriter]:
     """The writers that a stand-in of ``torch.utils.tensorboard`` has made."""
     writers: list[FakeWriter] = []
 
@@ -84,24 +84,28 @@ def opened(folder: Path, *names: str, step: int = 0, **config: Any) -> list[Trac
     return open_trackers(names, model="tiny", stage="base", folder=folder, config=config, step=step)
 
 
-def test_without_names_there_is_no_tracker(tmp_path):
+def test_without_names_there_is_no_tracker(tmp_path: Path) -> None:
     assert opened(tmp_path) == []
 
 
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
 @pytest.mark.parametrize("step", [0, 7])
-def test_a_missing_package_is_named_with_what_installs_it(tmp_path, monkeypatch, name, module, step):
+def test_a_missing_package_is_named_with_what_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str, step: int
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     with pytest.raises(UserError, match=f"--track {name} needs the package {name}; run: pip install {name}"):
         opened(tmp_path, name, step=step)
 
 
-def test_an_unknown_tracker_is_refused_with_the_choices(tmp_path):
+def test_an_unknown_tracker_is_refused_with_the_choices(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--track has no 'mlflow'; choose of tensorboard, wandb"):
         opened(tmp_path, "mlflow")
 
 
-def test_tensorboard_gets_every_number_and_hides_the_steps_that_are_done_again(tmp_path, tensorboard):
+def test_tensorboard_gets_every_number_and_hides_the_steps_that_are_done_again(
+    tmp_path: Path, tensorboard: list[FakeWriter]
+) -> None:
     (tracker,) = opened(tmp_path, "tensorboard", step=40)
     tracker.log(41, {"train/loss": 2.0, "train/mfu": 0.4})
     tracker.close()
@@ -111,7 +115,7 @@ def test_tensorboard_gets_every_number_and_hides_the_steps_that_are_done_again(t
     assert writer.closed
 
 
-def test_wandb_gets_every_number_under_the_run_s_own_steps(tmp_path, wandb):
+def test_wandb_gets_every_number_under_the_run_s_own_steps(tmp_path: Path, wandb: types.ModuleType) -> None:
     (tracker,) = opened(tmp_path, "wandb", depth=4)
     tracker.log(3, {"train/loss": 2.0})
     tracker.close()
@@ -122,7 +126,9 @@ def test_wandb_gets_every_number_under_the_run_s_own_steps(tmp_path, wandb):
     assert run.finished
 
 
-def test_a_restarted_run_is_the_same_one_on_wandb_and_other_settings_are_another(tmp_path, wandb):
+def test_a_restarted_run_is_the_same_one_on_wandb_and_other_settings_are_another(
+    tmp_path: Path, wandb: types.ModuleType
+) -> None:
     for config in ({"depth": 4}, {"depth": 4}, {"depth": 6}):
         opened(tmp_path, "wandb", **config)
     first, again, other = (run.given["id"] for run in wandb.runs)
@@ -130,20 +136,26 @@ def test_a_restarted_run_is_the_same_one_on_wandb_and_other_settings_are_another
     assert wandb.runs[1].given["resume"] == "allow"
 
 
-def test_the_project_on_wandb_can_be_chosen(tmp_path, wandb, monkeypatch):
+def test_the_project_on_wandb_can_be_chosen(
+    tmp_path: Path, wandb: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     opened(tmp_path, "wandb")
     assert wandb.runs[0].given["project"] == "mine"
 
 
-def test_a_tracker_that_cannot_be_opened_is_an_error_at_the_start_of_a_run(tmp_path, wandb):
+def test_a_tracker_that_cannot_be_opened_is_an_error_at_the_start_of_a_run(
+    tmp_path: Path, wandb: types.ModuleType
+) -> None:
     wandb.error = RuntimeError(f"no\nlogin with {KEY}")
     with pytest.raises(UserError) as caught:
         opened(tmp_path, "wandb")
     assert str(caught.value) == "--track wandb cannot be opened: no login with ***"
 
 
-def test_a_run_that_is_resumed_goes_on_without_a_tracker_that_cannot_be_opened(tmp_path, wandb, tensorboard, caplog):
+def test_a_run_that_is_resumed_goes_on_without_a_tracker_that_cannot_be_opened(
+    tmp_path: Path, wandb: types.ModuleType, tensorboard: list[FakeWriter], caplog: pytest.LogCaptureFixture
+) -> None:
     wandb.error = OSError("no route to host")
     (tracker,) = opened(tmp_path, "wandb", "tensorboard", step=40)
     tracker.log(41, {"train/loss": 2.0})
@@ -152,7 +164,9 @@ def test_a_run_that_is_resumed_goes_on_without_a_tracker_that_cannot_be_opened(t
     assert (warning.tracker, warning.reason) == ("wandb", "no route to host")
 
 
-def test_a_tracker_that_fails_is_named_once_and_left_alone_while_others_go_on(tmp_path, wandb, tensorboard, caplog):
+def test_a_tracker_that_fails_is_named_once_and_left_alone_while_others_go_on(
+    tmp_path: Path, wandb: types.ModuleType, tensorboard: list[FakeWriter], caplog: pytest.LogCaptureFixture
+) -> None:
     failing, whole = opened(tmp_path, "wandb", "tensorboard")
     wandb.runs[0].error = ConnectionError(f"key {KEY} was refused")
     for step in (1, 2, 3):
@@ -167,7 +181,9 @@ def test_a_tracker_that_fails_is_named_once_and_left_alone_while_others_go_on(tm
     assert tensorboard[0].closed
 
 
-def test_a_key_is_neither_logged_nor_sent_as_a_setting(tmp_path, wandb, caplog):
+def test_a_key_is_neither_logged_nor_sent_as_a_setting(
+    tmp_path: Path, wandb: types.ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
     (tracker,) = opened(tmp_path, "wandb", depth=4)
     tracker.log(1, {"train/loss": 2.0})
@@ -176,7 +192,7 @@ def test_a_key_is_neither_logged_nor_sent_as_a_setting(tmp_path, wandb, caplog):
     assert KEY not in str(wandb.runs[0].given)
 
 
-def test_event_files_of_tensorboard_can_be_read_back(tmp_path):
+def test_event_files_of_tensorboard_can_be_read_back(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -66,7 +66,9 @@ def spoil(run: Trainer, steps: dict[int, float]) -> None:
     run._objective = spoiled
 
 
-def test_a_step_without_a_finite_loss_changes_nothing_and_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_step_without_a_finite_loss_changes_nothing_and_is_noted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = trainer(tmp_path, steps=6)
     spoil(run, {3: float("nan"), 4: float("inf")})
     weights: dict[int, Tensor] = {}
@@ -89,7 +91,7 @@ def test_a_step_without_a_finite_loss_changes_nothing_and_is_noted(tmp_path: Pat
     assert [point["step"] for point in meta["history"] if "loss" in point] == [1, 2, 5, 6]
 
 
-def test_a_gradient_that_is_not_finite_is_seen_though_the_loss_is(tmp_path: Path):
+def test_a_gradient_that_is_not_finite_is_seen_though_the_loss_is(tmp_path: Path) -> None:
     run = trainer(tmp_path, steps=3)
     reduce = run.optimizer.reduce
 
@@ -105,7 +107,7 @@ def test_a_gradient_that_is_not_finite_is_seen_though_the_loss_is(tmp_path: Path
     assert all(parameter.isfinite().all() for parameter in run.model.parameters())
 
 
-def test_five_useless_steps_in_a_row_end_the_run(tmp_path: Path):
+def test_five_useless_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     run = trainer(tmp_path, steps=20, save_every=2)
     spoil(run, {step: float("nan") for step in (3, 4, 5, 6, 8, 9, 10, 11, 12)})
     with pytest.raises(TrainingDiverged, match=r"at step 12, as in the 4 steps before; lower --lr-scale"):
@@ -116,7 +118,9 @@ def test_five_useless_steps_in_a_row_end_the_run(tmp_path: Path):
     assert resumed.state.skipped == [3, 4, 5, 6, 8, 9, 10]
 
 
-def test_a_loss_far_above_the_recent_ones_is_reported_and_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_loss_far_above_the_recent_ones_is_reported_and_trained_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = trainer(tmp_path, steps=130)
     spoil(run, {120: 3.0})
     with caplog.at_level(logging.WARNING):
@@ -126,7 +130,7 @@ def test_a_loss_far_above_the_recent_ones_is_reported_and_trained_on(tmp_path: P
     assert [point["step"] for point in run.state.history] == list(range(1, 131))
 
 
-def test_a_step_that_teaches_nothing_leaves_the_weights_to_themselves(tmp_path: Path):
+def test_a_step_that_teaches_nothing_leaves_the_weights_to_themselves(tmp_path: Path) -> None:
     """Muon's momentum alone would make a step of full length."""
     run = trainer(tmp_path, steps=4)
     spoil(run, {3: 0.0})
@@ -145,7 +149,7 @@ def test_a_step_that_teaches_nothing_leaves_the_weights_to_themselves(tmp_path: 
     assert run.state.skipped == []
 
 
-def test_what_an_objective_measures_is_noted_per_counted_token_whatever_the_passes(tmp_path: Path):
+def test_what_an_objective_measures_is_noted_per_counted_token_whatever_the_passes(tmp_path: Path) -> None:
     for rows in (4, 1):
         run = trainer(tmp_path / str(rows), steps=2, micro_batch_rows=rows)
         objective = run._objective
@@ -160,7 +164,7 @@ def test_what_an_objective_measures_is_noted_per_counted_token_whatever_the_pass
         assert [point["large"] for point in run.state.history] == pytest.approx(expected)
 
 
-def test_evaluations_may_come_before_the_first_step_and_have_metrics_of_several_numbers(tmp_path: Path):
+def test_evaluations_may_come_before_the_first_step_and_have_metrics_of_several_numbers(tmp_path: Path) -> None:
     run = trainer(tmp_path, steps=3, evaluate_first=True, eval_every=2)
     run._evaluate = lambda: {"passed": {"1": 0.5, "2": 0.75}}
     run.run()
@@ -169,7 +173,7 @@ def test_evaluations_may_come_before_the_first_step_and_have_metrics_of_several_
     assert run.state.history[0] == {"step": 0, "passed": {"1": 0.5, "2": 0.75}}
 
 
-def test_a_long_history_keeps_every_evaluation():
+def test_a_long_history_keeps_every_evaluation() -> None:
     history = [{"step": step, "loss": 1.0, "reward": 0.5} for step in range(1, 5001)]
     for point in history[99::100]:
         point["heldout_reward"] = 0.5
@@ -179,7 +183,7 @@ def test_a_long_history_keeps_every_evaluation():
     assert thin[-1] == history[-1]
 
 
-def test_the_promoted_checkpoint_is_not_deleted_however_old_it_is(tmp_path: Path):
+def test_the_promoted_checkpoint_is_not_deleted_however_old_it_is(tmp_path: Path) -> None:
     trainer(tmp_path, steps=3, save_every=1, keep_checkpoints=3).run()
     promote(FolderStore(tmp_path), CheckpointRef("m", "base", 2))
     longer = trainer(tmp_path, steps=8, save_every=1, keep_checkpoints=2)
@@ -192,7 +196,7 @@ def test_the_promoted_checkpoint_is_not_deleted_however_old_it_is(tmp_path: Path
 @pytest.mark.parametrize(("step", "still_promoted"), [(1, True), (3, False)])
 def test_a_run_that_starts_over_withdraws_the_promotion_of_a_checkpoint_that_it_deletes(
     tmp_path: Path, step: int, still_promoted: bool
-):
+) -> None:
     store, served = FolderStore(tmp_path), CheckpointRef("m", "base", step)
     trainer(tmp_path, steps=3, save_every=1, keep_checkpoints=3).run()
     promote(store, served)
@@ -201,7 +205,7 @@ def test_a_run_that_starts_over_withdraws_the_promotion_of_a_checkpoint_that_it_
     assert list_checkpoints(store, "m", "base") == [CheckpointRef("m", "base", 1)]
 
 
-def test_checkpoints_to_keep_for_good_are_not_deleted_and_half_written_ones_are(tmp_path: Path):
+def test_checkpoints_to_keep_for_good_are_not_deleted_and_half_written_ones_are(tmp_path: Path) -> None:
     torn = tmp_path / "models/m/base/step_000003/optim"
     torn.mkdir(parents=True)
     (torn / "rank_00000_of_00001.safetensors").write_bytes(b"half")

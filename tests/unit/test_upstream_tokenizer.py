@@ -10,6 +10,7 @@ import struct
 import tracemalloc
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiktoken
@@ -26,7 +27,7 @@ RANKS = {token: rank for rank, token in enumerate([*(bytes([byte]) for byte in r
 SPECIAL = {name: len(RANKS) + i for i, name in enumerate(SPECIAL_TOKENS)}
 
 
-def encoding(ranks=RANKS, special=SPECIAL, pattern=SPLIT_PATTERN) -> tiktoken.Encoding:
+def encoding(ranks: Any = RANKS, special: Any = SPECIAL, pattern: Any = SPLIT_PATTERN) -> tiktoken.Encoding:
     return tiktoken.Encoding("rustbpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -43,7 +44,7 @@ def state_of(value: tiktoken.Encoding) -> dict[str, object]:
 
 
 @pytest.fixture
-def read(tmp_path):
+def read(tmp_path: Path):
     def read(data: bytes):
         path = tmp_path / "tokenizer.pkl"
         path.write_bytes(data)
@@ -53,7 +54,7 @@ def read(tmp_path):
 
 
 @pytest.mark.parametrize("protocol", [4, 5])
-def test_a_tokenizer_saved_by_upstream_encodes_as_it_did_there(read, protocol):
+def test_a_tokenizer_saved_by_upstream_encodes_as_it_did_there(read: Any, protocol: int) -> None:
     theirs = encoding()
     ours = read(pickle.dumps(theirs, protocol=protocol))
     assert ours.vocab_size == theirs.n_vocab
@@ -62,7 +63,7 @@ def test_a_tokenizer_saved_by_upstream_encodes_as_it_did_there(read, protocol):
     assert ours.special_ids == SPECIAL
 
 
-def test_ids_follow_the_ranks_and_not_the_order_in_the_file(read):
+def test_ids_follow_the_ranks_and_not_the_order_in_the_file(read: Any) -> None:
     backwards = dict(reversed(RANKS.items()))
     assert read(pickle.dumps(encoding(backwards))).token_bytes == list(RANKS)
 
@@ -70,7 +71,7 @@ def test_ids_follow_the_ranks_and_not_the_order_in_the_file(read):
 class Reduce:
     """Pickles as a call of ``function``."""
 
-    def __init__(self, function, *arguments) -> None:
+    def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
 
     def __reduce__(self):
@@ -78,7 +79,7 @@ class Reduce:
 
 
 class WithState:
-    def __setstate__(self, state) -> None:
+    def __setstate__(self, state: Any) -> None:
         raise AssertionError("ran")
 
 
@@ -131,7 +132,9 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_whatever_is_no_tokenizer_is_refused_by_name_and_not_executed(read, name, monkeypatch):
+def test_whatever_is_no_tokenizer_is_refused_by_name_and_not_executed(
+    read: Any, name: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, named = ATTACKS[name]
     monkeypatch.setattr(pickle, "load", None)
     monkeypatch.setattr(pickle, "loads", None)
@@ -143,7 +146,7 @@ def test_whatever_is_no_tokenizer_is_refused_by_name_and_not_executed(read, name
     assert not TOUCHED.exists()
 
 
-def test_the_attacks_do_run_when_python_loads_them():
+def test_the_attacks_do_run_when_python_loads_them() -> None:
     TOUCHED.unlink(missing_ok=True)
     pickle.loads(ATTACKS["os.system"][0])
     assert TOUCHED.exists()
@@ -165,12 +168,12 @@ def test_the_attacks_do_run_when_python_loads_them():
         ({"special_tokens": {**SPECIAL, "<|bos|>": 1000}}, "other special tokens"),
     ],
 )
-def test_a_wrong_part_of_a_tokenizer_is_named(read, change, complaint):
+def test_a_wrong_part_of_a_tokenizer_is_named(read: Any, change: Any, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         read(pickled({**state_of(encoding()), **change}))
 
 
-def test_a_reference_to_a_registered_encoding_is_refused(read):
+def test_a_reference_to_a_registered_encoding_is_refused(read: Any) -> None:
     with pytest.raises(UserError, match="only a reference to an encoding of tiktoken"):
         read(pickled("gpt2"))
 
@@ -180,14 +183,16 @@ def test_a_reference_to_a_registered_encoding_is_refused(read):
     [b"", b"\x80", b"\x80\x04", b"\x80\x04b.", b"\x80\x04u.", b"\x80\x04s.", b"\x80\x04\x94.", b"PK",
      b"\x80\x04h\x05.", b"\x80\x04}(\x8c\x01au.", b"\x80\x04}}}s.", b"\x80\x04}\x8c\x01a\x93."],
 )  # fmt: skip
-def test_a_damaged_file_is_called_damaged(read, data):
+def test_a_damaged_file_is_called_damaged(read: Any, data: bytes) -> None:
     with pytest.raises(UserError, match="is damaged"):
         read(data)
 
 
 @given(data=st.data())
 @settings(max_examples=200, deadline=None)
-def test_any_change_of_a_file_gives_a_tokenizer_or_a_user_error(tmp_path_factory, data):
+def test_any_change_of_a_file_gives_a_tokenizer_or_a_user_error(
+    tmp_path_factory: pytest.TempPathFactory, data: Any
+) -> None:
     whole = bytearray(pickle.dumps(encoding()))
     for _ in range(data.draw(st.integers(1, 4))):
         # The ends hold the structure; the middle is one token like another.
@@ -201,7 +206,7 @@ def test_any_change_of_a_file_gives_a_tokenizer_or_a_user_error(tmp_path_factory
 
 @given(data=st.binary(max_size=60))
 @settings(max_examples=300, deadline=None)
-def test_any_bytes_give_a_user_error(tmp_path_factory, data):
+def test_any_bytes_give_a_user_error(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     path = tmp_path_factory.mktemp("fuzz") / "tokenizer.pkl"
     path.write_bytes(b"\x80\x04" + data)
     with pytest.raises(UserError):
@@ -221,7 +226,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_allocates_next_to_nothing(read, name):
+def test_a_bomb_allocates_next_to_nothing(read: Any, name: Any) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(UserError):
@@ -231,14 +236,14 @@ def test_a_bomb_allocates_next_to_nothing(read, name):
         tracemalloc.stop()
 
 
-def test_the_number_of_instructions_is_bounded(read, monkeypatch):
+def test_the_number_of_instructions_is_bounded(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upstream_tokenizer, "MAX_INSTRUCTIONS", 1000)
     with pytest.raises(UserError, match="more than 1,000 instructions"):
         read(b"\x80\x04" + b"}" * 2000 + b".")
     assert MAX_INSTRUCTIONS > 3 * 200_000
 
 
-def test_a_file_that_is_too_large_is_not_even_read(tmp_path):
+def test_a_file_that_is_too_large_is_not_even_read(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.pkl"
     with path.open("wb") as file:
         file.truncate(2**40)
@@ -246,6 +251,6 @@ def test_a_file_that_is_too_large_is_not_even_read(tmp_path):
         read_upstream_tokenizer(path)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.pkl cannot be read: No such file"):
         read_upstream_tokenizer(tmp_path / "tokenizer.pkl")
