@@ -94,7 +94,7 @@ def meeting() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankLost(
-            f"another rank has ended or did not answer in time; run again to go on from the last checkpoint: "
+            f"another rank has ended or did not answer in time; run again to continue from the last checkpoint: "
             f"{_line(error)}"
         ) from error
 
@@ -126,11 +126,11 @@ def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECOND
             "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_seconds)
         )
     except ValueError as error:
-        raise UserError(f"rank {rank} of {size} cannot meet the others: {_line(error)}") from error
+        raise UserError(f"rank {rank} of {size} cannot join the other ranks: {_line(error)}") from error
     except (dist.DistError, RuntimeError) as error:
         # Another attempt may succeed: a restarted rank may have reached the first rank of the run that is ending.
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise RankLost(f"rank {rank} of {size} did not meet the others at {where}: {_line(error)}") from error
+        raise RankLost(f"rank {rank} of {size} did not join the other ranks at {where}: {_line(error)}") from error
     yield Ranks(rank, size, dist.group.WORLD)
     # Skipped after an error, because leaving the group waits for all ranks.
     dist.destroy_process_group()

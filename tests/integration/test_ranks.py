@@ -145,7 +145,7 @@ def test_a_rank_that_meets_nobody_may_be_started_again(monkeypatch: pytest.Monke
         port = unheard.getsockname()[1]
         for name, value in (("WORLD_SIZE", 2), ("RANK", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
             monkeypatch.setenv(name, str(value))
-        message = rf"rank 1 of 2 did not meet the others at 127\.0\.0\.1:{port}"
+        message = rf"rank 1 of 2 did not join the other ranks at 127\.0\.0\.1:{port}"
         with pytest.raises(RankLost, match=message) as caught, joined(torch.device("cpu"), timeout_seconds=2):
             pass
     assert caught.value.exit_code == 138
