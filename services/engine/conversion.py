@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from nanochat_core.engine import (
     Constraint,
     ConstraintKind,
@@ -49,11 +51,7 @@ def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Reques
             constraint=_constraint(sampling),
         ),
         n=request.n or 1,
-        tools=ToolPolicy(
-            enabled=request.tools.enabled,
-            max_calls=request.tools.max_calls,
-            max_output_tokens=request.tools.max_output_tokens,
-        ),
+        tools=ToolPolicy(request.tools.enabled, request.tools.max_calls, request.tools.max_output_tokens),
         priority=request.priority,
     )
 
@@ -78,9 +76,7 @@ def chunk(output: Output) -> engine_pb2.GenerateChunk:
     if output.finish_reason is not None:
         message.finish_reason = _FINISH_REASONS[output.finish_reason]
     if output.usage is not None:
-        message.usage.prompt_tokens = output.usage.prompt_tokens
-        message.usage.completion_tokens = output.usage.completion_tokens
-        message.usage.cached_prompt_tokens = output.usage.cached_prompt_tokens
+        message.usage.MergeFrom(engine_pb2.Usage(**dataclasses.asdict(output.usage)))
     return message
 
 
@@ -94,13 +90,7 @@ def _token(token: Token) -> engine_pb2.Token:
 
 
 def _tool_event(event: ToolCall | ToolResult) -> engine_pb2.ToolEvent:
+    fields = dataclasses.asdict(event)
     if isinstance(event, ToolCall):
-        return engine_pb2.ToolEvent(call=engine_pb2.ToolCall(call_index=event.call_index, code=event.code))
-    return engine_pb2.ToolEvent(
-        result=engine_pb2.ToolResult(
-            call_index=event.call_index,
-            status=event.status,
-            output=event.output,
-            duration_seconds=event.duration_seconds,
-        )
-    )
+        return engine_pb2.ToolEvent(call=engine_pb2.ToolCall(**fields))
+    return engine_pb2.ToolEvent(result=engine_pb2.ToolResult(**fields))

@@ -7,7 +7,7 @@ asyncio.to_thread is no alternative: Python joins the threads of its executor be
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import concurrent.futures
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -24,28 +24,19 @@ async def run_in_daemon_thread(function: Callable[..., T], *arguments: object) -
 
     Cancelling the wait does not stop the function.
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def succeed(result: T) -> None:
-        if not future.done():
-            future.set_result(result)
-
-    def fail(error: BaseException) -> None:
-        if not future.done():
-            future.set_exception(error)
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()  # from now on nobody can cancel the future, so the thread can always set it
 
     def work() -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop may have ended meanwhile
-            try:
-                result = function(*arguments)
-            except BaseException as error:
-                loop.call_soon_threadsafe(fail, error)
-            else:
-                loop.call_soon_threadsafe(succeed, result)
+        try:
+            result = function(*arguments)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
 
     threading.Thread(target=work, name=_NAME, daemon=True).start()
-    return await future
+    return await asyncio.wrap_future(future)
 
 
 def any_working() -> bool:

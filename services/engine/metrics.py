@@ -2,53 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from nanochat_core.engine import Load
 
+# Upper bounds of the histograms' buckets, in seconds.
 _LATENCY = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _STEP = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 class Metrics:
-    """All metrics of one service, in a registry of their own; an :class:`~nanochat_core.engine.Observer`."""
+    """All metrics of an engine service, in a registry of their own.
+
+    The object is an :class:`~nanochat_core.engine.Observer`: the engine reports its events to it.
+    """
 
     def __init__(self, load: Callable[[], Load]) -> None:
         """
         Args:
-            load: what the engine is busy with now.
+            load: returns the current load of all engines.
         """
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self.registry.register(_LoadCollector(load))
+        self._gauge("requests_running", "Sequences in the batch", lambda: load().running)
+        self._gauge("requests_waiting", "Sequences in the queue", lambda: load().waiting)
+        self._gauge("requests_parked", "Sequences that wait for a Python call", lambda: load().parked)
+        self._gauge("kv_cache_usage_ratio", "Share of the KV cache's blocks in use", lambda: _cache_usage(load()))
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of admitted requests")
         self._generated = self._counter("generation_tokens", "Sampled tokens")
-        self._preemptions = self._counter("preemptions", "Sequences whose blocks were taken, to be computed again")
-        self._out_of_memory = self._counter("out_of_memory", "Steps that did not fit the device's memory")
+        self._preemptions = self._counter("preemptions", "Sequences that lost their blocks and are computed again")
+        self._out_of_memory = self._counter("out_of_memory", "Steps that did not fit into the device's memory")
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
-        self._drafted = self._counter("draft_tokens", "Tokens drafted by looking them up in their sequence")
-        self._accepted = self._counter("draft_tokens_accepted", "Drafted tokens that were the ones to come")
-        self._finished = self._counter("requests_finished", "Choices by how they ended", "reason")
-        self._refused = self._counter("requests_refused", "Requests that were not taken, by why", "reason")
+        self._drafted = self._counter("draft_tokens", "Tokens drafted by lookup in their own sequence")
+        self._accepted = self._counter("draft_tokens_accepted", "Drafted tokens that the model confirmed")
+        self._finished = self._counter("requests_finished", "Finished choices by reason", "reason")
+        self._refused = self._counter("requests_refused", "Refused requests by reason", "reason")
         self._tools = self._counter("tool_calls", "Python calls by status", "status")
-        self._queued = self._histogram("queue_time_seconds", "Time from arrival to the first computed token", _LATENCY)
+        self._queued = self._histogram(
+            "queue_time_seconds", "Time from arrival to the start of the computation", _LATENCY
+        )
         self._first = self._histogram("time_to_first_token_seconds", "Time from arrival to the first token", _LATENCY)
         self._next = self._histogram("inter_token_latency_seconds", "Time between two tokens of a choice", _STEP)
-        self._duration = self._histogram("request_duration_seconds", "Time from arrival to the end", _LATENCY)
+        self._duration = self._histogram(
+            "request_duration_seconds", "Time from arrival to the end of a choice", _LATENCY
+        )
         self._step = self._histogram("step_seconds", "Duration of one batch", _STEP)
         self._model = Info("nanochat_engine_model", "The model being served", registry=self.registry)
 
     def model(self, name: str, revision: str, dtype: str) -> None:
-        """Note which model serves from now on."""
+        """Publish which model serves from now on."""
         self._model.info({"name": name, "revision": revision, "dtype": dtype})
 
     def refused(self, reason: str) -> None:
-        """Note a request that was not taken."""
+        """Count a refused request."""
         self._refused.labels(reason).inc()
 
     def admitted(self, queued: float, prompt_tokens: int, cached_tokens: int) -> None:
@@ -90,23 +99,9 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"nanochat_engine_{name}", text, buckets=buckets, registry=self.registry)
 
+    def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
+        Gauge(f"nanochat_engine_{name}", text, registry=self.registry).set_function(value)
 
-class _LoadCollector(Collector):
-    """Reads the engine's state when Prometheus asks."""
 
-    def __init__(self, load: Callable[[], Load]) -> None:
-        self._load = load
-
-    def collect(self) -> Iterator[Metric]:
-        load = self._load()
-        for name, text, value in (
-            ("requests_running", "Sequences in the batch", load.running),
-            ("requests_waiting", "Sequences queued", load.waiting),
-            ("requests_parked", "Sequences waiting for a Python call", load.parked),
-            (
-                "kv_cache_usage_ratio",
-                "Share of the KV cache's blocks in use",
-                load.blocks_used / max(load.blocks_total, 1),
-            ),
-        ):
-            yield GaugeMetricFamily(f"nanochat_engine_{name}", text, value)
+def _cache_usage(load: Load) -> float:
+    return load.blocks_used / max(load.blocks_total, 1)

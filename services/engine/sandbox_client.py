@@ -1,4 +1,4 @@
-"""The model's Python calls, sent to the sandbox service."""
+"""Sends the model's Python calls to the sandbox service."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nanochat_core.protos import sandbox_pb2, sandbox_pb2_grpc
 
 log = logging.getLogger("nanochat.engine")
 
-# The sandbox answers with TIMEOUT itself; this is what its answer may take beyond the code's own time.
+# The sandbox limits the code's time itself and answers TIMEOUT. The answer needs this much more time than the code.
 _ANSWER_SECONDS = 1.0
 
 
@@ -20,16 +20,16 @@ class SandboxClient:
     """A :class:`~nanochat_core.engine.ToolRunner` that calls the sandbox over gRPC."""
 
     def __init__(self, address: str) -> None:
-        # Reconnecting after a restart must not wait for gRPC's minute of backoff: someone is in mid-answer.
+        # After a restart of the sandbox, answers must not wait for gRPC's default backoff of up to two minutes.
         options = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)]
         self._channel = grpc.aio.insecure_channel(address, options=options)
         self._stub = sandbox_pb2_grpc.SandboxStub(self._channel)
 
     async def __call__(self, code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
-        """Run ``code``; a sandbox that cannot be reached becomes an output the model can read.
+        """Run ``code``. If the sandbox cannot be reached, the output is an error message that the model can read.
 
         Raises:
-            TimeoutError: it has not answered in time.
+            TimeoutError: the sandbox has not answered in time.
         """
         request = sandbox_pb2.ExecuteRequest(
             request_id=request_id,
@@ -52,5 +52,5 @@ class SandboxClient:
         return ToolOutput(status, tool_output_text(result, reply.stdout, reply.error))
 
     async def close(self) -> None:
-        """End the connection; calls under way fail."""
+        """Close the connection. Running calls fail."""
         await self._channel.close()

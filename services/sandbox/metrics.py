@@ -12,7 +12,7 @@ _SECONDS = (0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2
 
 
 class Metrics:
-    """All metrics of one service, in a registry of their own."""
+    """All metrics of a sandbox service, in a registry of their own."""
 
     def __init__(self, executor: SandboxExecutor) -> None:
         self.registry = CollectorRegistry()
@@ -24,28 +24,29 @@ class Metrics:
             self._executions.labels(status.value)
         self._seconds = Histogram(
             "nanochat_sandbox_execution_seconds",
-            "Time from a call's arrival to its answer, waiting for a slot included",
+            "Time from a call's arrival to its answer, with the wait for a slot",
             buckets=_SECONDS,
             registry=self.registry,
         )
         self.failures = Counter(
             "nanochat_sandbox_failures_total",
-            "Calls that the sandbox itself could not serve",
+            "Calls that failed because of the sandbox itself",
             registry=self.registry,
         )
         for name, text, field in (
-            ("running", "Calls running now", "running"),
-            ("queued", "Calls waiting for a slot", "queued"),
-            ("warm_interpreters", "Interpreters started and waiting for a call", "warm"),
+            ("running", "Calls that run now", "running"),
+            ("queued", "Calls that wait for a slot", "queued"),
+            ("warm_interpreters", "Idle interpreters that wait for a call", "warm"),
         ):
             gauge = Gauge(f"nanochat_sandbox_{name}", text, registry=self.registry)
             gauge.set_function(functools.partial(_statistic, executor, field))
         concurrency = Gauge("nanochat_sandbox_concurrency", "Calls that may run at once", registry=self.registry)
         concurrency.set(executor.config.concurrency)
-        profile = Info("nanochat_sandbox_profile", "The isolation profile in force", registry=self.registry)
+        profile = Info("nanochat_sandbox_profile", "The active isolation profile", registry=self.registry)
         profile.info({"profile": executor.profile, "landlock_abi": str(executor.landlock_abi)})
 
     def observe(self, result: ExecutionResult, seconds: float) -> None:
+        """Count a finished call that took ``seconds``."""
         self._executions.labels(result.status.value).inc()
         self._seconds.observe(seconds)
 

@@ -1,7 +1,8 @@
-"""The Sandbox service of ``sandbox.proto`` over an executor."""
+"""The methods of the Sandbox service in ``sandbox.proto``."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 
@@ -20,7 +21,10 @@ _FORMATS = {
 
 
 class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
-    """Answers every well-formed call with a status; a gRPC error means a bad request or a failure of the sandbox."""
+    """Runs calls in an executor.
+
+    Every valid call is answered with a status. A gRPC error means an invalid request or a failure of the sandbox.
+    """
 
     def __init__(self, executor: SandboxExecutor, metrics: Metrics, max_code_bytes: int) -> None:
         self._executor = executor
@@ -30,7 +34,7 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
     async def Execute(
         self, request: sandbox_pb2.ExecuteRequest, context: grpc.aio.ServicerContext
     ) -> sandbox_pb2.ExecuteReply:
-        """Run the code. Cancelling the call cancels this coroutine, which kills the code's process."""
+        """Run the code. If the client cancels the call, gRPC cancels this coroutine, which kills the code's process."""
         size = len(request.code.encode())
         if size > self._max_code_bytes:
             await context.abort(
@@ -53,7 +57,7 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         seconds = time.monotonic() - started
         self._metrics.observe(result, seconds)
-        # Never the code, its output or its error: all of it is somebody's conversation.
+        # The log never contains the code, its output or its error, because they belong to a user's conversation.
         log.info(
             "execution",
             extra=fields
@@ -72,6 +76,7 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
         request: sandbox_pb2.GetInfoRequest,  # noqa: ARG002
         context: grpc.aio.ServicerContext,  # noqa: ARG002
     ) -> sandbox_pb2.Info:
+        """Describe the isolation profile, the concurrency and the limits."""
         config = self._executor.config
         return sandbox_pb2.Info(
             profile=self._executor.profile,
@@ -86,26 +91,9 @@ def _limits(message: sandbox_pb2.Limits) -> Limits:
 
 
 def _limits_message(limits: Limits) -> sandbox_pb2.Limits:
-    return sandbox_pb2.Limits(
-        wall_seconds=limits.wall_seconds,
-        cpu_seconds=limits.cpu_seconds,
-        memory_bytes=limits.memory_bytes,
-        output_bytes=limits.output_bytes,
-    )
+    return sandbox_pb2.Limits(**dataclasses.asdict(limits))
 
 
 def _reply(result: ExecutionResult) -> sandbox_pb2.ExecuteReply:
-    return sandbox_pb2.ExecuteReply(
-        status=f"STATUS_{result.status.name}",
-        stdout=result.stdout,
-        stderr=result.stderr,
-        result=result.result,
-        error=result.error,
-        truncated=result.truncated,
-        usage=sandbox_pb2.ExecutionUsage(
-            wall_seconds=result.usage.wall_seconds,
-            cpu_seconds=result.usage.cpu_seconds,
-            peak_memory_bytes=result.usage.peak_memory_bytes,
-        ),
-        profile=result.profile,
-    )
+    fields = dataclasses.asdict(result) | {"status": f"STATUS_{result.status.name}"}
+    return sandbox_pb2.ExecuteReply(**fields)
