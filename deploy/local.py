@@ -1,6 +1,6 @@
-"""Everything on one machine: train the demo model when there is none, then run sandbox, engine and gateway.
+"""Runs everything on one machine: trains the demo model if there is none, then runs sandbox, engine and gateway.
 
-``make run`` calls this. Stops all of them on Ctrl-C or SIGTERM; starts one again that dies.
+``make run`` calls this program. It restarts a service that dies, and stops all services on Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from nanochat_core.store import open_store
 
 HOST = "127.0.0.1"
 STOP_SECONDS = 15.0
-# How long to go on reading what a service wrote before it ended.
+# Time to read the last log lines of a service that has ended.
 LAST_WORDS_SECONDS = 1.0
-# A service that dies this often within a minute has a fault that starting it again does not mend.
+# A service that dies more often than this has a fault that a restart does not repair.
 RESTARTS_PER_MINUTE = 5
 
 
@@ -35,13 +35,15 @@ class LocalSettings:
     """Run the whole chat path on this machine."""
 
     home: str = setting(".nanochat", "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
-    model: str = setting("demo", "model to serve; the demo model is trained when it is not there", env="MODEL")
-    port: int = setting(0, "port of the web page and the API; 0 takes a free one", env="PORT", minimum=0, maximum=65535)
-    ready_seconds: float = setting(120.0, "how long to wait until a chat is possible", minimum=1.0)
+    model: str = setting("demo", "model to serve; the demo model is trained if it does not exist", env="MODEL")
+    port: int = setting(
+        0, "port of the web page and the API; 0 takes a free one", env="PORT", minimum=0, maximum=65535
+    )
+    ready_seconds: float = setting(120.0, "seconds to wait until a chat is possible", minimum=1.0)
 
 
 class Service:
-    """One child process, started again when it dies, with its log lines passed on."""
+    """One service as a child process. The manager restarts it if it dies, and prints its log lines."""
 
     def __init__(self, name: str, environment: Mapping[str, str]) -> None:
         self.name = name
@@ -54,18 +56,18 @@ class Service:
         """Keep the service running until :meth:`stop`.
 
         Raises:
-            UserError: it keeps dying.
+            UserError: the service keeps dying.
         """
         while not self._stopping:
             self._starts = [start for start in self._starts if start > time.monotonic() - 60]
             if len(self._starts) > RESTARTS_PER_MINUTE:
                 raise UserError(f"the {self.name} keeps ending; its last log lines above say why")
             self._starts.append(time.monotonic())
-            # A pipe of our own: asyncio's would not count the process as ended while a child of it holds the other end.
+            # With a pipe of its own, asyncio would not report the process as ended while a child of it holds the pipe.
             output, its_output = os.pipe()
             log = asyncio.create_task(self._pass_on_log(output))
             try:
-                # A session of its own: Ctrl-C reaches only the manager, which stops the services in order.
+                # In a session of its own, the service gets no Ctrl-C. The manager stops the services in order.
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable,
                     "-m",
@@ -78,7 +80,7 @@ class Service:
                 )
             finally:
                 os.close(its_output)
-            if self._stopping:  # while it started
+            if self._stopping:  # stop() was called during the start
                 self._process.terminate()
             code = await self._process.wait()
             await asyncio.wait({log}, timeout=LAST_WORDS_SECONDS)
@@ -88,7 +90,7 @@ class Service:
                 await asyncio.sleep(1.0)
 
     async def stop(self) -> None:
-        """End the process with SIGTERM, or SIGKILL when it does not listen."""
+        """Stop the process with SIGTERM, and with SIGKILL if it does not end in time."""
         self._stopping = True
         process = self._process
         if process is None or process.returncode is not None:
@@ -102,7 +104,7 @@ class Service:
             await process.wait()
 
     async def _pass_on_log(self, output: int) -> None:
-        """Show what comes out of a pipe, line by line."""
+        """Print the lines that arrive at a pipe."""
         lines = asyncio.StreamReader(limit=1 << 26)
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(lines), os.fdopen(output, "rb")
@@ -118,7 +120,7 @@ def show(name: str, text: str) -> None:
 
 
 def readable(line: str) -> str:
-    """A JSON log event as ``level event key=value …``; any other line as it is."""
+    """Turn a JSON log event into ``level event key=value …``. Any other line stays as it is."""
     try:
         event = json.loads(line)
         level, what = event.pop("level"), event.pop("event")
@@ -129,10 +131,10 @@ def readable(line: str) -> str:
 
 
 def check_port(port: int) -> None:
-    """See that nothing listens on ``port`` yet.
+    """Check that a TCP port is free.
 
     Raises:
-        UserError: something listens there already.
+        UserError: another program uses the port.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -143,7 +145,7 @@ def check_port(port: int) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on at the moment."""
+    """A TCP port that no program uses at the moment."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -151,13 +153,13 @@ def free_port() -> int:
 
 
 async def run(settings: LocalSettings) -> int:
-    """Train if need be, serve until told to stop; the exit code."""
+    """Train the model if necessary, then serve until SIGINT or SIGTERM. Returns the exit code."""
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     if settings.port:
         check_port(settings.port)
-    # Only whether it is there: reading checkpoints takes torch, which this process has no other use for.
+    # This process looks for the model by itself, because reading a checkpoint would load torch.
     if not is_promoted(settings):
         code = await train(settings, stop)
         if code or stop.is_set():
@@ -180,22 +182,23 @@ async def run(settings: LocalSettings) -> int:
         ),
     ]
     running = [asyncio.create_task(service.run()) for service in services]
-    ready = asyncio.create_task(wait_until_ready(f"http://{HOST}:{gateway}", settings.ready_seconds))
+
+    async def announce_ready() -> None:
+        await wait_until_ready(f"http://{HOST}:{gateway}", settings.ready_seconds)
+        print(f"nanochat is ready: http://{HOST}:{gateway}", flush=True)
+        await stop.wait()
+
+    announcing = asyncio.create_task(announce_ready())
     stopped = asyncio.create_task(stop.wait())
     try:
-        done, _ = await asyncio.wait({*running, ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({*running, announcing, stopped}, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
-        if ready in done:
-            print(f"nanochat is ready: http://{HOST}:{gateway}", flush=True)
-            done, _ = await asyncio.wait({*running, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
         return 0
     finally:
-        for task in (ready, stopped):
-            task.cancel()
-        # The gateway first, so that what it still answers can finish.
+        announcing.cancel()
+        stopped.cancel()
+        # The gateway stops first, so that its running answers can finish.
         for service in reversed(services):
             await service.stop()
         await asyncio.gather(*running, return_exceptions=True)
@@ -203,7 +206,7 @@ async def run(settings: LocalSettings) -> int:
 
 
 def is_promoted(settings: LocalSettings) -> bool:
-    """Whether the store has a promoted model of this name; one that was taken back leaves the word ``none``."""
+    """Whether a revision of the model is promoted. A withdrawn promotion leaves the word ``none``."""
     try:
         return open_store(settings.home).read(f"models/{settings.model}/PROMOTED").strip() != b"none"
     except FileNotFoundError:
@@ -211,7 +214,11 @@ def is_promoted(settings: LocalSettings) -> bool:
 
 
 async def train(settings: LocalSettings, stop: asyncio.Event) -> int:
-    """Run the demo recipe in the foreground; its exit code."""
+    """Run the demo recipe in the foreground. Returns its exit code.
+
+    Raises:
+        UserError: the missing model is not the demo model.
+    """
     if settings.model != "demo":
         raise UserError(
             f"there is no promoted model {settings.model!r} in {settings.home}; train it with "
@@ -233,10 +240,10 @@ async def train(settings: LocalSettings, stop: asyncio.Event) -> int:
 
 
 async def wait_until_ready(url: str, seconds: float) -> None:
-    """Return once a chat is possible.
+    """Wait until a chat is possible.
 
     Raises:
-        UserError: it does not become so in time.
+        UserError: the gateway is not ready after ``seconds``.
     """
     deadline = time.monotonic() + seconds
     while not await asyncio.to_thread(answers, f"{url}/readyz"):
@@ -246,8 +253,8 @@ async def wait_until_ready(url: str, seconds: float) -> None:
 
 
 def answers(url: str) -> bool:
-    """Whether a GET of a loopback URL gives 200."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
+    """Whether a GET of a URL on this machine is answered with 200."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignores http_proxy
     try:
         with direct.open(url, timeout=2) as response:
             return bool(response.status == 200)

@@ -1,4 +1,7 @@
-"""Exit 0 when a service answers as healthy, 1 when not: ``healthcheck.py http://HOST:PORT/PATH | grpc://HOST:PORT``."""
+"""Exit with 0 if a service is healthy, otherwise with 1.
+
+Usage: ``healthcheck.py http://HOST:PORT/PATH`` or ``healthcheck.py grpc://HOST:PORT``.
+"""
 
 import http.client
 import sys
@@ -8,7 +11,7 @@ TIMEOUT_SECONDS = 3
 
 
 def http_is_healthy(address: str, path: str) -> bool:
-    """True when a GET of ``path`` answers 200."""
+    """Whether a GET of ``path`` is answered with 200."""
     connection = http.client.HTTPConnection(address, timeout=TIMEOUT_SECONDS)
     try:
         connection.request("GET", path)
@@ -20,8 +23,8 @@ def http_is_healthy(address: str, path: str) -> bool:
 
 
 def grpc_is_serving(address: str) -> bool:
-    """True when the standard gRPC health service reports SERVING for the server as a whole."""
-    import grpc  # slow to load, and not needed for HTTP
+    """Whether the standard gRPC health service reports SERVING for the whole server."""
+    import grpc  # loads slowly, and HTTP does not need it
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     with grpc.insecure_channel(address) as channel:

@@ -31,12 +31,12 @@ class EngineSettings:
     )
     quantization: Literal["none", "int8"] = setting(
         EngineConfig.quantization,
-        "int8 rounds the weight matrices to eight bits, on CPUs only; faster for a few answers at a time.",
+        "int8 rounds the weight matrices to eight bits, on CPUs only; faster for a few answers at a time",
     )
     kernels: bool = setting(EngineConfig.kernels, "compute with the engine's own kernels if they are available")
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
     sandbox_address: str = setting(
-        "", "host:port of the sandbox; if empty, the model's Python calls get an error message."
+        "", "host:port of the sandbox; if empty, the model's Python calls get an error message"
     )
     block_size: int = setting(EngineConfig.block_size, "tokens per block of the KV cache", minimum=1)
     kv_cache_mib: int = setting(0, "size of the KV cache in MiB; 0 derives it from memory and max-running", minimum=0)

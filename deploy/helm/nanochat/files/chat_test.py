@@ -1,4 +1,7 @@
-"""Ask the chat service one question and fail unless it answers: ``chat_test.py HOST:PORT PROMPT EXPECTED_TEXT``."""
+"""Ask the chat service one question and fail if the answer is wrong or empty.
+
+Usage: ``chat_test.py HOST:PORT PROMPT EXPECTED_TEXT``.
+"""
 
 import http.client
 import json
@@ -9,7 +12,7 @@ TIMEOUT_SECONDS = 120
 
 
 def call(address: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """The JSON answer of one request; exits with the server's message when it is an error."""
+    """Send one request and return its JSON answer. Exits with the server's message if the server reports an error."""
     connection = http.client.HTTPConnection(address, timeout=TIMEOUT_SECONDS)
     connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"})
     response = connection.getresponse()

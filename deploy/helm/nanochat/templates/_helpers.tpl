@@ -36,7 +36,7 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{- with $root.Values.image.registry }}{{ . }}/{{ end }}{{ $name }}:{{ $root.Values.image.tag | default $root.Chart.AppVersion }}
 {{- end -}}
 
-{{/* Pod fields that all pods share; the restricted Pod Security level. Takes (list $ "component"). */}}
+{{/* Pod fields of all pods. They meet the restricted Pod Security level. Takes (list $ "component"). */}}
 {{- define "nanochat.podDefaults" -}}
 {{- $root := index . 0 -}}
 {{- $values := index $root.Values (index . 1) -}}
@@ -82,7 +82,7 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
-{{/* A mapping of names to values as environment variables. */}}
+{{/* Environment variables from a mapping of names to values. */}}
 {{- define "nanochat.env" -}}
 {{- range $name, $value := . }}
 - name: {{ $name }}
@@ -94,7 +94,7 @@ capabilities:
 {{- default (printf "%s-store" (include "nanochat.fullname" .)) .Values.store.pvc.existingClaim -}}
 {{- end -}}
 
-{{/* Secret with the S3 keys; empty when the service account brings the permission. */}}
+{{/* Name of the Secret with the S3 keys; empty if the service account has the permission. */}}
 {{- define "nanochat.s3Secret" -}}
 {{- if .Values.store.s3.existingSecret -}}
 {{- .Values.store.s3.existingSecret -}}
@@ -103,7 +103,7 @@ capabilities:
 {{- end -}}
 {{- end -}}
 
-{{/* Egress rule for name lookups: DNS pods wherever they run, and the usual address of a node's DNS cache. */}}
+{{/* Egress rule for DNS: pods in any namespace, and the usual address of a node's DNS cache. */}}
 {{- define "nanochat.dnsEgress" -}}
 - to:
     - namespaceSelector: {}
@@ -118,7 +118,7 @@ capabilities:
 {{- toYaml (default (list (dict "namespaceSelector" dict)) .Values.networkPolicy.metricsFrom) -}}
 {{- end -}}
 
-{{/* Environment by which the engine finds the store. */}}
+{{/* Environment variables that tell the engine where the store is. */}}
 {{- define "nanochat.storeEnv" -}}
 {{- if eq .Values.store.type "pvc" -}}
 - name: NANOCHAT_HOME
@@ -147,7 +147,7 @@ capabilities:
 {{- end -}}
 {{- end -}}
 
-{{/* The engine's resources with its GPUs, which Kubernetes wants under limits. */}}
+{{/* Resources of the engine. Kubernetes expects GPUs under limits. */}}
 {{- define "nanochat.engineResources" -}}
 {{- $resources := deepCopy .Values.engine.resources -}}
 {{- if .Values.engine.gpu.count -}}
