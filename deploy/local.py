@@ -36,9 +36,7 @@ class LocalSettings:
 
     home: str = setting(".nanochat", "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     model: str = setting("demo", "model to serve; the demo model is trained if it does not exist", env="MODEL")
-    port: int = setting(
-        0, "port of the web page and the API; 0 takes a free one", env="PORT", minimum=0, maximum=65535
-    )
+    port: int = setting(0, "port of the web page and the API; 0 takes a free one", env="PORT", minimum=0, maximum=65535)
     ready_seconds: float = setting(120.0, "seconds to wait until a chat is possible", minimum=1.0)
 
 
