@@ -1,6 +1,6 @@
 """The chat path under Docker Compose, from the project's own images.
 
-The model comes from the folder NANOCHAT_TEST_STORE; without it the demo model is trained first, in a container.
+The model comes from the folder NANOCHAT_TEST_STORE; without it, a container trains the demo model first.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SERVICES = {"gateway", "engine", "sandbox", "prometheus"}
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """One Compose project, apart from any other on this machine."""
+    """One Compose project, separate from all others on this machine."""
 
     port: int
     prometheus_port: int
     store: str
 
     def compose(self, *arguments: str, timeout: float = 300) -> str:
-        """Standard output of ``docker compose`` for this project."""
+        """Run ``docker compose`` for this project and return its standard output."""
         environ = {
             "COMPOSE_PROJECT_NAME": f"nanochat-test-{self.port}",
             "PORT": str(self.port),
@@ -44,7 +44,7 @@ class Stack:
         return run("docker", "compose", *arguments, environ=environ, timeout=timeout).stdout
 
     def containers(self) -> dict[str, dict[str, Any]]:
-        """What Docker knows of each container, by service."""
+        """Docker's description of each container, by the name of its service."""
         ids = self.compose("ps", "--all", "--quiet").split()
         found = json.loads(run("docker", "inspect", *ids).stdout)
         return {container["Config"]["Labels"]["com.docker.compose.service"]: container for container in found}
@@ -143,7 +143,7 @@ def test_dashboard_asks_for_metrics_that_exist(stack: Stack) -> None:
 
 
 def test_services_end_cleanly_when_told_to(stack: Stack) -> None:
-    """Stays last: nothing runs afterwards."""
+    """This test must be the last, because it ends the stack."""
     stack.compose("stop")
     codes = {name: container["State"]["ExitCode"] for name, container in stack.containers().items()}
     assert codes == dict.fromkeys(SERVICES, 0)

@@ -1,8 +1,7 @@
-"""Reinforcement learning and evaluation as PyTorchJobs whose store is an S3 server that the pods reach.
+"""Reinforcement learning and evaluation as PyTorchJobs with an S3 server as their store.
 
-The server is a process of the tests, at the address from which this machine reaches the cluster's API, so the nodes
-must be able to reach this machine. What is there at the start is the trained store that the tests of Kubernetes left
-in NANOCHAT_TEST_STORE.
+The tests run the server as a process on this machine, so the nodes of the cluster must be able to reach this machine.
+At the start the server holds the trained store that the tests of Kubernetes have left in NANOCHAT_TEST_STORE.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 BUCKET = "nanochat"
 KEY, SECRET = "test", "testtest"
-# What takes minutes on two cores is made small: it is the same job with fewer steps and problems.
+# These flags make the job short enough for two cores: it has fewer steps and fewer problems.
 SMALLER_RL = ("--steps=4", "--examples=4", "--samples=4", "--held-out=8", "--eval-samples=2", "--save-every=2")
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """The folder of a bucket that holds the trained store, and its server's address."""
+    """A bucket with the trained store: its folder and the address of its server."""
     trained = os.environ.get("NANOCHAT_TEST_STORE")
     if not trained or not Path(trained, "models/demo/PROMOTED").is_file():
         pytest.skip("NANOCHAT_TEST_STORE names no store with a trained demo model")
@@ -71,7 +70,7 @@ def _upload(folder: Path, endpoint: str) -> None:
 
 
 def _own_address() -> str:
-    """The address of this machine on the way to the cluster."""
+    """The address under which the cluster can reach this machine."""
     config = json.loads(run("kubectl", "config", "view", "--minify", "-o", "json").stdout)
     api = urllib.parse.urlsplit(config["clusters"][0]["cluster"]["server"])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -98,7 +97,7 @@ def _wait_for_server(address: str, process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def namespace(store: tuple[Path, str]) -> Iterator[str]:
-    """A namespace for restricted pods with the Secret that points jobs to the bucket."""
+    """A namespace for restricted pods, with the Secret that tells jobs to use the bucket."""
     name = f"nanochat-test-{uuid.uuid4().hex[:8]}"
     run("kubectl", "create", "namespace", name)
     try:
@@ -122,7 +121,7 @@ def namespace(store: tuple[Path, str]) -> Iterator[str]:
 
 
 def apply(namespace: str, manifest: str, more: tuple[str, ...] = ()) -> None:
-    """Apply a manifest, its job's flags replaced by those in ``more`` of the same name."""
+    """Apply a manifest. Each flag in ``more`` replaces the job's flag of the same name."""
     documents: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / manifest).read_text()))
     replaced = {flag.partition("=")[0] for flag in more}
     for document in documents:

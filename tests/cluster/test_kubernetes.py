@@ -1,4 +1,4 @@
-"""Training and serving on the cluster that kubectl points at, in a namespace that admits restricted pods alone.
+"""Training and serving on kubectl's current cluster, in a namespace that admits only restricted pods.
 
 The nodes must have the images nanochat-{gateway,engine,sandbox,jobs}:dev, and the Kubeflow training operator must
 run. With NANOCHAT_TEST_STORE set, the trained store is copied into that folder for other tests.
@@ -28,7 +28,7 @@ JOBS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("jobs/**/*
 TRAINING_SECONDS = 1500
 RESTRICTED = "pod-security.kubernetes.io/{}=restricted"
 BASELINE = "pod-security.kubernetes.io/enforce=baseline"
-# Everything that a value can switch on.
+# Values that switch on every optional part of the chart.
 EVERY_OPTION = """
 image: {registry: registry.example.org/team, pullSecrets: [pull]}
 store:
@@ -70,7 +70,7 @@ def get(namespace: str, *what: str) -> Any:
 
 @pytest.fixture(scope="module")
 def training(namespace: str) -> dict[str, Any]:
-    """The finished PyTorchJob of the demo model, which was given nothing but its manifest."""
+    """The finished PyTorchJob that has trained the demo model from its manifest alone."""
     run("kubectl", "-n", namespace, "apply", "-f", "jobs/train/speedrun-cpu.yaml")
     deadline = time.monotonic() + TRAINING_SECONDS
     while True:
@@ -86,7 +86,7 @@ def training(namespace: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def release(namespace: str, training: dict[str, Any]) -> str:
-    """Name of the running release, which serves what was trained."""
+    """Name of the running release, which serves the trained model."""
     expected = f"--set-string=test.expect={ANSWER}"
     try:
         flags = ("--set=image.tag=dev", expected, "--wait", "--timeout=4m")
@@ -100,7 +100,7 @@ def release(namespace: str, training: dict[str, Any]) -> str:
 
 
 def state_of(namespace: str, job: str) -> set[str]:
-    """The conditions of a PyTorchJob that hold."""
+    """Types of the PyTorchJob's conditions that are true."""
     found = get(namespace, "pytorchjob", job)
     return {c["type"] for c in found.get("status", {}).get("conditions", ()) if c["status"] == "True"}
 
@@ -113,7 +113,7 @@ def wait_for(claim: Callable[[], bool], seconds: float, what: str) -> None:
 
 
 def succeed(namespace: str, job: str, seconds: float = 600) -> None:
-    """Return when a PyTorchJob has succeeded."""
+    """Wait until a PyTorchJob has succeeded."""
 
     def ended() -> bool:
         states = state_of(namespace, job)
@@ -124,7 +124,7 @@ def succeed(namespace: str, job: str, seconds: float = 600) -> None:
 
 
 def pretrained(namespace: str, release: str, model: str) -> dict[str, Any]:
-    """What is stored about a finished base model, read through the engine's view of the store."""
+    """Read the stored metadata of a finished base model through a pod of the engine."""
     file = f"/var/lib/nanochat/models/{model}/base/step_000150/meta.json"
     shown = run("kubectl", "-n", namespace, "exec", f"deployment/{release}-engine", "--", "cat", file)
     meta: dict[str, Any] = json.loads(shown.stdout)
@@ -138,7 +138,7 @@ def checkpoints(namespace: str, release: str, model: str) -> list[str]:
 
 
 def dry_run(namespace: str, manifests: str) -> None:
-    """The API server would accept the manifests, without a warning."""
+    """The API server accepts the manifests in a dry run, without a warning."""
     done = run("kubectl", "-n", namespace, "apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=manifests)
     assert not [line for line in done.stderr.splitlines() if line.startswith("Warning")], done.stderr
 
@@ -151,7 +151,7 @@ def test_server_accepts_job_manifest(namespace: str, path: str) -> None:
 @pytest.mark.parametrize("values", ["", EVERY_OPTION, OWN_CLAIM], ids=["defaults", "every option", "own claim"])
 def test_server_accepts_chart(namespace: str, values: str) -> None:
     run("helm", "lint", CHART, "--strict", "--values=-", stdin=values)
-    # The test pod needs the release's service accounts; it runs for real below.
+    # The test pod needs the service accounts of the release. Another test runs it for real.
     rendered = run("helm", "-n", namespace, "template", "nanochat", CHART, "--skip-tests", "--values=-", stdin=values)
     dry_run(namespace, rendered.stdout)
 
@@ -177,7 +177,7 @@ def test_training_succeeds_at_the_first_attempt(training: dict[str, Any]) -> Non
 
 
 def test_chat_through_the_service_calls_the_tool(namespace: str, release: str) -> None:
-    """Asked from inside the cluster, by name, as any other workload would."""
+    """A pod inside the cluster asks the service by its name, as any other workload would."""
     script = (ROOT / CHART / "files/chat_test.py").read_text()
     python = ("kubectl", "-n", namespace, "exec", f"deployment/{release}-gateway", "--", "python", "-c", script)
     answered = json.loads(run(*python, f"{release}-gateway:80", QUESTION, ANSWER).stdout)
@@ -217,7 +217,7 @@ def test_kernel_enforces_what_the_pod_declares(namespace: str, release: str, com
 
 
 def test_two_pods_pretrain_to_the_loss_of_one_and_survive_the_loss_of_a_pod(namespace: str, release: str) -> None:
-    # The operator adds an init container of its own to Workers, which says nothing about its privileges.
+    # The operator adds an init container without a security context to Workers.
     run("kubectl", "label", "--overwrite", "namespace", namespace, BASELINE)
     (*shared, job) = yaml.safe_load_all((ROOT / "jobs/train/pretrain-cpu.yaml").read_text())
     run("kubectl", "-n", namespace, "apply", "-f", "-", stdin=yaml.safe_dump_all([*shared, job]))
@@ -241,7 +241,7 @@ def test_two_pods_pretrain_to_the_loss_of_one_and_survive_the_loss_of_a_pod(name
 
 
 def test_store_can_be_copied(namespace: str, release: str) -> None:
-    """The engine's view of the store holds the promoted model; a folder for other tests is filled from it."""
+    """The store holds the promoted model. This test also copies the store into a folder for other tests."""
     target = os.environ.get("NANOCHAT_TEST_STORE")
     if not target:
         pytest.skip("NANOCHAT_TEST_STORE names no folder")
@@ -254,7 +254,7 @@ def test_store_can_be_copied(namespace: str, release: str) -> None:
 
 
 def test_uninstall_leaves_only_the_trained_models(namespace: str, release: str) -> None:
-    """Stays last: nothing runs afterwards."""
+    """This test must be the last, because it removes the release."""
     run("helm", "-n", namespace, "uninstall", release, "--wait", "--cascade=foreground", "--timeout=3m")
     kinds = "pods,deployments,services,serviceaccounts,networkpolicies,poddisruptionbudgets,secrets"
     assert get(namespace, kinds, "--selector=app.kubernetes.io/managed-by=Helm")["items"] == []

@@ -1,4 +1,4 @@
-"""A trained demo model and a running chat path, made once for all end-to-end tests."""
+"""A trained demo model and running services for the end-to-end tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHROMIUM_FLAGS = [
 ]
 
 
-# Whichever test comes first waits for the training.
+# The first test waits for the training.
 TRAINING_SECONDS = 1500
 
 
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def demo_home() -> Path:
-    """A store with the trained demo model: the checkout's own, where stages that are done are skipped."""
+    """The checkout's own store with the trained demo model. The training skips finished stages."""
     home = Path(os.environ.get("NANOCHAT_TEST_HOME") or ROOT / ".nanochat")
     subprocess.run(
         [sys.executable, "-m", "jobs.train.pipeline", "--recipe", "demo", "--home", str(home)], cwd=ROOT, check=True
@@ -46,7 +46,7 @@ def demo_home() -> Path:
     return home
 
 
-# Ends with each module: tests elsewhere watch for processes that should not be there.
+# The services end with each module, because tests of other modules look for unexpected processes.
 @pytest.fixture(scope="module")
 def stack(demo_home: Path) -> Iterator[Stack]:
     running = Stack(demo_home)
@@ -67,7 +67,7 @@ def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
-# Not for the whole session: while it is open no other test of this process can run an event loop.
+# The browser ends with each module: while it is open, no other test of this process can run an event loop.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

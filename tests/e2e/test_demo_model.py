@@ -1,4 +1,4 @@
-"""What the demo model must be able to do after a few minutes on a CPU."""
+"""The abilities that the demo model must have after a few minutes of training on a CPU."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from nanochat_core.store import open_store
 
 @pytest.fixture(scope="module")
 def answered(demo_home: Path) -> ChatResult:
-    """A thousand held-out conversations: of the report's two hundred only fifty are sums, and two of those decide."""
+    """Answers to 1,000 held-out conversations. The 200 of the report hold only 50 sums, too few for a stable share."""
     return evaluate(pick_checkpoint(open_store(str(demo_home)), "demo", ""), find_recipe("demo").evaluation_items(1000))
 
 
 def assert_right(answered: ChatResult, kinds: list[str], share: float) -> None:
-    """At least ``share`` of the answers of these kinds are right; otherwise the wrong ones are shown."""
+    """Check that at least ``share`` of the answers of these kinds are right. A failure shows the wrong answers."""
     wrong = [
         f"{answer.item.messages[-1]['content']!r} -> {answer.text!r} {answer.tool_calls}"
         for answer in answered.answers

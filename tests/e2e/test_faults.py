@@ -1,4 +1,4 @@
-"""Services that die while they are needed."""
+"""Services that die while they are in use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUM = [{"role": "user", "content": "What is 1234 * 5678?"}]
 
 @pytest.fixture
 def stack(demo_home: Path) -> Iterator[Stack]:
-    """A chat path of this test's own, to be damaged."""
+    """Services for one test, which may kill them."""
     running = Stack(demo_home)
     try:
         running.wait_ready()
@@ -44,7 +44,7 @@ def test_killing_the_engine_in_mid_answer_is_an_error_event_and_the_next_chat_wo
 ) -> None:
     url = stack.wait_ready()
     special = json.loads((demo_home / "tokenizers/demo/tokenizer.json").read_text())["special_tokens"]
-    # An answer that cannot end by itself, so that it is still under way when the engine dies.
+    # This answer cannot end by itself, so it is still running when the engine dies.
     request = {
         "model": "demo",
         "messages": SUM,
@@ -77,7 +77,7 @@ def test_the_page_says_that_the_engine_is_gone_and_recovers(stack: Stack, browse
     page = browser.new_context().new_page()
     page.goto(url)
     engine = stack.service_pid("engine")
-    # A stopped engine accepts the question and never answers; killing it then breaks the running answer.
+    # A stopped engine accepts the question but never answers. Killing it then breaks the running answer.
     os.kill(engine, signal.SIGSTOP)
     page.get_by_test_id("composer").fill("What is 1234 * 5678?")
     page.get_by_test_id("composer").press("Enter")

@@ -1,4 +1,4 @@
-"""The official client, unchanged, against the running chat path."""
+"""OpenAI's unchanged client talks to the running services."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine service as a process, spoken to over gRPC and HTTP."""
+"""The engine service as a process, called over gRPC and HTTP."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def service(home: Path) -> Iterator[EngineProcess]:
 
 @pytest.fixture
 def started(home: Path) -> Iterator[Any]:
-    """Starts services of a test's own and ends them."""
+    """Starts services for one test and stops them at its end."""
     services: list[EngineProcess] = []
 
     def start(*flags: str, home: Path = home, **options: Any) -> EngineProcess:
@@ -202,7 +202,7 @@ def test_deadlines_end_what_runs_and_what_waits(service: EngineProcess) -> None:
         code, _ = error_of(call)
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED
     service.wait_idle()
-    # Nothing is computed for them any more.
+    # The engine computes nothing more for the cancelled requests.
     generated = service.metrics()["nanochat_engine_generation_tokens_total"]
     service.tokens([1], sampling={"max_tokens": 5})
     after = service.metrics()
@@ -265,7 +265,7 @@ def test_metrics_and_logs_tell_what_happened(service: EngineProcess) -> None:
         return after[f"nanochat_engine_{name}"] - before.get(f"nanochat_engine_{name}", 0)
 
     assert grown("prompt_tokens_total") == grown("prefix_cache_queries_total") == 200
-    assert grown("prefix_cache_hits_total") == 96  # three more would not be worth a copy
+    assert grown("prefix_cache_hits_total") == 96  # three more tokens would not be worth a copy
     assert grown("generation_tokens_total") == 10
     assert grown("requests_finished_total[length]") == 2
     for histogram in ("time_to_first_token_seconds", "queue_time_seconds", "request_duration_seconds"):
@@ -281,7 +281,7 @@ def test_metrics_and_logs_tell_what_happened(service: EngineProcess) -> None:
 
 
 class Sandbox(sandbox_pb2_grpc.SandboxServicer):
-    """Knows one product."""
+    """A sandbox that knows the product of one multiplication."""
 
     def __init__(self) -> None:
         self.requests: list[sandbox_pb2.ExecuteRequest] = []
@@ -334,7 +334,7 @@ def test_calls_go_to_the_sandbox_and_its_loss_is_something_the_model_reads(start
 def test_a_reload_sends_new_requests_to_the_new_model_and_drops_no_stream(started: Any, home: Path) -> None:
     service = started()
     prompt = list(range(30))
-    # At random, for greedy text repeats itself, and drafts would have it finished before the next model is loaded.
+    # The answer is sampled, because greedy text repeats itself: drafts would finish it before the next model is loaded.
     long = {"max_tokens": 900, "temperature": 2.0, "seed": 1}
     [[expected]] = Engine(tiny_model(context_length=CONTEXT), BYTES).generate([prompt], SamplingParams(**long))
     [[after]] = Engine(tiny_model(depth=3, context_length=CONTEXT), BYTES).generate(
@@ -355,7 +355,7 @@ def test_a_reload_sends_new_requests_to_the_new_model_and_drops_no_stream(starte
     ]
     assert metrics["nanochat_engine_requests_finished_total[length]"] == 2
     assert metrics["nanochat_engine_prompt_tokens_total"] == 60
-    time.sleep(0.3)  # a few looks at what is promoted must not bring the old model back
+    time.sleep(0.3)  # further checks of the promotion must not bring the old model back
     assert service.stub.GetModel(pb.GetModelRequest()).revision == SECOND.revision
     assert service.stub.Reload(pb.ReloadRequest(), timeout=60).revision == FIRST.revision
 
@@ -413,7 +413,7 @@ def test_a_store_that_does_not_answer_keeps_nobody_from_ending(
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         service = started("--home", "s3://bucket/prefix", home=tmp_path, ready=False)
         silent.settimeout(60)
-        connection, _ = silent.accept()  # it asks, and waits for an answer
+        connection, _ = silent.accept()  # the service has sent a request and waits for the answer
         asked = time.monotonic()
         assert service.stop() == 0
         assert time.monotonic() - asked < 10
@@ -468,7 +468,7 @@ def test_the_drain_is_bounded(started: Any) -> None:
 async def serving(
     home: Path, caplog: pytest.LogCaptureFixture, **settings: Any
 ) -> AsyncIterator[tuple[asyncio.Task[int], engine_pb2_grpc.EngineStub]]:
-    """The service in this process, where its parts can be replaced: its end and a stub."""
+    """The service inside this process, where tests can replace its parts: its task and a stub."""
     caplog.set_level("INFO")
     running = asyncio.create_task(
         serve(EngineSettings(port=0, metrics_port=0, home=str(home), model="tiny", threads=1, **settings))
@@ -488,7 +488,7 @@ async def serving(
 
 
 async def answer(stub: engine_pb2_grpc.EngineStub, max_tokens: int = 5) -> int:
-    """How many tokens a short request gets."""
+    """Send a short request and return the number of tokens of its answer."""
     request = pb.GenerateRequest(prompt_token_ids=[1], sampling=pb.SamplingParams(max_tokens=max_tokens))
     return sum([len(chunk.tokens) async for chunk in stub.Generate(request)])
 
@@ -528,7 +528,7 @@ async def test_a_device_that_hangs_ends_the_process_and_fails_its_streams(
 
 
 def test_a_step_that_outlasts_the_end_is_left_to_itself(tmp_path: Path) -> None:
-    """A prompt of 8,000 tokens in one step; to cut it off would abort the process."""
+    """One step computes a prompt of 8,000 tokens. Ending Python during the step would abort the process."""
     store = open_store(str(tmp_path))
     save_checkpoint(store, FIRST, model=tiny_model(6, 64, 8192), tokenizer=BYTES, meta={})
     promote(store, FIRST)
@@ -642,7 +642,7 @@ async def test_a_reload_that_nobody_waits_for_any_more_is_finished_before_the_ne
 
 @pytest.fixture
 def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a stream outlives the loading of another model."""
+    """Slow steps, so that a stream takes longer than the loading of another model."""
     run = EagerRunner.run
 
     def run_slowly(runner: EagerRunner[Any], chunks: list[Chunk], awaited: Awaited | None) -> object:

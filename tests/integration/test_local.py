@@ -1,4 +1,4 @@
-"""The local process manager: what it starts, shows, starts again and stops, with small stand-ins for the services."""
+"""The local process manager: it starts, restarts and stops small programs that stand in for the services."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "home" / "models" / "demo").mkdir(parents=True)
     (tmp_path / "home" / "models" / "demo" / "PROMOTED").write_text("sft/step_000001\n")
     monkeypatch.chdir(tmp_path)
-    # Before the checkout, whether or not Python looks into the working directory (PYTHONSAFEPATH) or PYTHONPATH is set.
+    # Python finds the stand-ins before the checkout, even if PYTHONSAFEPATH or PYTHONPATH is set.
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     for name in ("PORT", "MODEL", "NANOCHAT_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -86,7 +86,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Manager:
-    """``python -m deploy.local`` and what it printed."""
+    """A running ``python -m deploy.local`` and the lines that it has printed."""
 
     def __init__(self, folder: Path, *flags: str) -> None:
         self.lines: list[str] = []
@@ -105,7 +105,7 @@ class Manager:
             self.lines.append(line.rstrip("\n"))
 
     def wait_for(self, pattern: str, count: int = 1) -> list[re.Match[str]]:
-        """The first ``count`` lines that match."""
+        """Wait until ``count`` lines match, and return their matches."""
         deadline = time.monotonic() + 60
         while len(found := [match for line in self.lines if (match := re.search(pattern, line))]) < count:
             assert time.monotonic() < deadline, self.lines
@@ -121,7 +121,7 @@ class Manager:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Leave nothing behind for the tests that follow, whatever went wrong."""
+        """Kill the manager and its services, so that a failed test leaves nothing behind."""
         for child in children(self._process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The report on its way to a browser: from the store through the engine and the gateway."""
+"""The report's way to a browser: from the store through the engine and the gateway."""
 
 from __future__ import annotations
 

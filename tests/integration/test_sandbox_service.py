@@ -1,4 +1,4 @@
-"""The sandbox service as a process, spoken to over gRPC and HTTP."""
+"""The sandbox service as a process, called over gRPC and HTTP."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.service_process import REPOSITORY, ServiceProcess
 
 
 class Service(ServiceProcess):
-    """``python -m services.sandbox``, and calls of it."""
+    """A running ``python -m services.sandbox``, and calls to it."""
 
     def __init__(self, *flags: str) -> None:
         super().__init__("services.sandbox", *flags)

@@ -1,4 +1,4 @@
-"""Running command-line programs in tests, and what a chat with a tool call must look like."""
+"""Runs command-line programs in tests, and checks an answer that used the Python tool."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ANSWER = "7006652"
 def run(
     *command: str, stdin: str | None = None, environ: Mapping[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """The finished command, run in the project's root; fails the test with its whole output when it fails."""
+    """Run a command in the project's root. If the command fails, the test fails and shows its output."""
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -31,7 +31,7 @@ def run(
 
 
 def assert_answer_came_through_the_tool(message: Mapping[str, Any]) -> None:
-    """``message`` is the assistant's answer to :data:`QUESTION` as the REST API gives it."""
+    """Check the answer to :data:`QUESTION`, a message of the REST API."""
     assert ANSWER in message["content"]
     call, result = message["nanochat"]["tool_events"]
     assert (call["type"], result["type"]) == ("call", "result")

@@ -1,4 +1,4 @@
-"""The engine service, but that it leaves a step to itself after a tenth of a second when it ends."""
+"""The engine service, which at its end waits only a tenth of a second for a running step."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Programs that try to break out of the sandbox, and what must become of them.
+"""Programs that try to break out of the sandbox, and the answers that they must get.
 
-Run as a script, it makes every attack and prints the failures as JSON; it needs nothing but the standard library then,
-so that it can run as another user with another interpreter:
+As a script, this file makes every attack and prints the failures as JSON. The script needs only the standard library,
+so it can run as another user and with another interpreter:
 ``python sandbox_attacks.py PROFILE FOLDER_WITH_NANOCHAT_CORE SCRATCH_DIR``.
 """
 
@@ -33,11 +33,11 @@ class Attack:
     """A hostile program.
 
     Attributes:
-        code: ``@SECRET@``, ``@OUTSIDE@`` (a writable folder) and ``@PARENT@`` (the executor's process) are filled in.
-        statuses: the answers that are right.
+        code: the program. Paths and process ids replace marks such as ``@SECRET@``; see :class:`Target`.
+        statuses: the statuses that the answer may have.
         error: pattern that the error line must match.
-        result: value that must be claimed, where the program reports on itself.
-        wall_seconds: the call's limit; short for programs that never end.
+        result: the result that the program must have; ``None`` allows any.
+        wall_seconds: time limit of the call; short for programs that never end.
     """
 
     name: str
@@ -53,7 +53,7 @@ def denied(name: str, code: str) -> Attack:
 
 
 def hidden(name: str, code: str) -> Attack:
-    """The file is refused or does not exist at all, depending on the profile."""
+    """An attack on a file that the profile forbids or that does not exist in it."""
     return Attack(name, code, ("denied", "error"), _UNREACHABLE)
 
 
@@ -62,11 +62,11 @@ def endless(name: str, code: str) -> Attack:
 
 
 def nothing_succeeds(name: str, code: str) -> Attack:
-    """A program whose last expression lists what it achieved."""
+    """An attack whose last expression lists the forbidden actions that succeeded."""
     return Attack(name, code, ("ok",), result="[]")
 
 
-# Forbidden whatever their arguments: (x86_64, aarch64).
+# Numbers of calls that are forbidden with any arguments, on x86_64 and on aarch64.
 FORBIDDEN_CALLS = {
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
@@ -388,7 +388,7 @@ if _X86:
             "page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)\n"
             r"page.write(b'\xb8\x14\x00\x00\x00\xcd\x80\xc3')  # mov eax, getpid; int 0x80; ret" + "\n"
             "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()",
-            ("denied", "error"),  # a kernel without the 32-bit interface faults
+            ("denied", "error"),  # without a 32-bit interface in the kernel, the program crashes
             "foreign system call interface|killed by signal 11",
         ),
     ]
@@ -421,7 +421,7 @@ ATTACKS = [*RESOURCES, *CRASHES, *FILES, *NETWORK, *PROCESSES, *FORGERY]
 
 
 class Target:
-    """What the attacks aim at: a secret file, a secret variable, and the executor's own process."""
+    """The targets of the attacks: a secret file, a secret environment variable and the executor's own process."""
 
     def __init__(self, folder: str) -> None:
         from nanochat_core.sandbox import executor
@@ -463,7 +463,7 @@ def limits_for(attack: Attack) -> Limits:
 
 
 def check(executor: SandboxExecutor, target: Target, attack: Attack) -> None:
-    """Make ``attack``; AssertionError unless the answer is right, nothing leaked, and the next call works."""
+    """Make an attack and check that the answer is right, that nothing leaked, and that the next call works."""
     result = executor.execute_sync(target.code(attack), limits_for(attack))
     told = f"{result.status.value}: {result.error!r}, result {result.result!r}"
     assert result.status.value in attack.statuses, told
@@ -480,7 +480,7 @@ def check(executor: SandboxExecutor, target: Target, attack: Attack) -> None:
 
 
 def check_canary(executor: SandboxExecutor) -> None:
-    """The executor still answers, rightly, from an empty scratch folder."""
+    """Check that the executor still gives right answers, from an empty scratch folder."""
     result: ExecutionResult = executor.execute_sync("import os\n(6 * 7, os.listdir('.'), sorted(os.environ))")
     assert (result.status.value, result.result) == ("ok", "(42, [], [])"), result
 

@@ -1,4 +1,4 @@
-"""Services as processes on free ports: their log, metrics and calls, for tests and benchmarks."""
+"""Runs services as processes on free ports, for tests and benchmarks: their log, metrics and calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 class ServiceProcess:
-    """``python -m <module> <flags>``; ``events`` is what it has logged so far."""
+    """A running ``python -m <module> <flags>``. ``events`` holds the events that it has logged."""
 
     def __init__(self, module: str, *flags: str, port: int = 0, ready: bool = True) -> None:
         self.events: list[dict[str, Any]] = []
@@ -41,7 +41,7 @@ class ServiceProcess:
             self.connect()
 
     def connect(self) -> None:
-        """Wait until it is ready and open a channel."""
+        """Wait until the service is ready, then open a channel."""
         event = self.wait_for("ready")
         self.seconds_to_ready = time.monotonic() - self.started
         self.address, self.metrics_url = event["address"], f"http://{event['metrics_address']}/metrics"
@@ -53,7 +53,7 @@ class ServiceProcess:
             self.events.append(json.loads(line) if line.startswith("{") else {"event": "text", "text": line})
 
     def wait_for(self, event: str, **fields: object) -> dict[str, Any]:
-        """The first such event in the log, once it is there."""
+        """Wait until the log has an event of this name and these fields, and return the first one."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             for found in list(self.events):
@@ -64,7 +64,7 @@ class ServiceProcess:
         raise AssertionError(f"no event {event} in {self.events}")
 
     def metrics(self) -> dict[str, float]:
-        """Samples by name and, in brackets, the values of their labels."""
+        """The metrics by their name, followed by the value of each label in brackets."""
         with urllib.request.urlopen(self.metrics_url, timeout=10) as reply:
             text = reply.read().decode()
         return {
@@ -78,7 +78,7 @@ class ServiceProcess:
         return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status
 
     def stop(self, seconds: float = 30) -> int:
-        """Ask it to end as an orchestrator does; the exit code."""
+        """Send SIGTERM, as an orchestrator does, and return the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(seconds)
@@ -87,7 +87,7 @@ class ServiceProcess:
 
 
 class EngineProcess(ServiceProcess):
-    """``python -m services.engine``, and calls of it."""
+    """A running ``python -m services.engine``, and calls to it."""
 
     def __init__(self, home: Path, *flags: str, model: str = "tiny", ready: bool = True) -> None:
         store = ("--home", str(home), "--model", model, "--poll-seconds", "0.1")
@@ -98,7 +98,7 @@ class EngineProcess(ServiceProcess):
         self.stub = engine_pb2_grpc.EngineStub(self.channel)
 
     def generate(self, prompt: Iterable[int], timeout: float = 60, **fields: Any) -> Iterator[pb.GenerateChunk]:
-        """Start a call; ``sampling`` is a dictionary, the other fields are the request's."""
+        """Start a call. The field ``sampling`` is a dictionary; the other fields are those of the request."""
         sampling = pb.SamplingParams(**fields.pop("sampling", {}))
         request = pb.GenerateRequest(prompt_token_ids=prompt, sampling=sampling, **{"request_id": "test", **fields})
         return self.stub.Generate(request, timeout=timeout)

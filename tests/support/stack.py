@@ -1,4 +1,4 @@
-"""The whole chat path as ``make run`` starts it, for tests."""
+"""Starts and stops all services for tests, in the same way as ``make run``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ READY = re.compile(r"nanochat is ready: (http://127\.0\.0\.1:\d+)")
 
 
 class Stack:
-    """The local process manager with its services; ``log`` is what it has printed so far."""
+    """The local process manager with its services. ``log`` holds the lines that it has printed."""
 
     def __init__(self, home: Path, **environment: str) -> None:
         self.log: list[str] = []
@@ -38,7 +38,7 @@ class Stack:
         return self._process.pid
 
     def wait_ready(self, seconds: float = 60) -> str:
-        """The page's URL once the ready line was printed."""
+        """Wait for the ready line and return the URL of the page."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             for line in list(self.log):
@@ -57,7 +57,7 @@ class Stack:
         raise AssertionError(f"no {name} among the children of {self.pid}\n" + "".join(self.log))
 
     def stop(self, seconds: float = 40) -> int:
-        """Interrupt as Ctrl-C does; the exit code."""
+        """Send SIGINT, as Ctrl-C does, and return the exit code."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
         try:

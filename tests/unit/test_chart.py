@@ -1,4 +1,4 @@
-"""The chart's files agree with each other; what needs helm or a cluster is in tests/cluster."""
+"""The files of the chart agree with each other. Tests with helm or a cluster are in tests/cluster."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_default_has_a_comment() -> None:
             continue
         opens_section = key[3] is None
         commented = lines[number - 1].strip().startswith("#")
-        # What a line of `resources` means is Kubernetes' business.
+        # The lines below `resources` are documented by Kubernetes.
         if not opens_section and not commented and key[2] not in ("requests", "limits"):
             undocumented.append(f"{number + 1}: {line.strip()}")
     assert undocumented == []

@@ -1,4 +1,4 @@
-"""Manifests, Dockerfile, compose file and lock keep the project's promises about privileges and pinning."""
+"""Manifests, Dockerfile, compose file and lock give no unneeded privileges and pin every dependency."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_job_container_is_the_one_the_operator_looks_for(path: Path) -> None:
 
 def test_both_speedruns_differ_only_in_size() -> None:
     def shape(value: Any) -> Any:
-        """Keys at every level, without the values."""
+        """The keys at every level, without the values."""
         if isinstance(value, dict):
             sizes = ("resources", "tolerations", "env", "args")
             return {key: shape(below) for key, below in value.items() if key not in sizes}
@@ -91,7 +91,7 @@ def test_compose_service_has_no_privileges(name: str) -> None:
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert not {"privileged", "cap_add", "pid", "ipc"} & service.keys()
-    # The project's own images name their user in the Dockerfile.
+    # The Dockerfile sets the user of the project's own images.
     assert name in OURS or re.fullmatch(r"[1-9]\d*:\d+", service["user"])
 
 
@@ -121,7 +121,7 @@ def test_image_ends_as_an_unprivileged_numeric_user(name: str) -> None:
 
 @pytest.mark.parametrize("name", OURS)
 def test_bytecode_is_compiled_while_building(name: str) -> None:
-    """A process on a read-only root could not store it and would compile at every start."""
+    """A process with a read-only root cannot store bytecode, so it would compile at every start."""
     target = COMPOSE["services"][name]["build"]["target"]
     assert "compileall" in stage(target)
 

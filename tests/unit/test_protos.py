@@ -1,4 +1,4 @@
-"""The committed gRPC stubs are what the compiler makes of the .proto files."""
+"""The committed gRPC stubs match the .proto files."""
 
 from __future__ import annotations
 

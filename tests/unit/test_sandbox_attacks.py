@@ -1,4 +1,4 @@
-"""The escape suite: every attack, under every profile that holds here, as this user and as one without privileges."""
+"""Makes every attack under every profile that works on this machine, with and without privileges."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def executor(request: pytest.FixtureRequest) -> Iterator[SandboxExecutor]:
 
 @pytest.fixture(scope="module")
 def target() -> Iterator[Target]:
-    # Directly in the temporary folder, which is what the code would find first.
+    # The folder is directly in the temporary folder, where an attack would look first.
     with tempfile.TemporaryDirectory() as folder:
         yield Target(folder)
     del os.environ[sandbox_attacks.SECRET_VARIABLE]
@@ -50,7 +50,7 @@ def test_attack_fails(executor: SandboxExecutor, target: Target, attack: Attack)
 
 
 def test_every_attack_fails_without_any_privilege(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The situation in a locked-down container: no root, no capabilities. Only ``pod`` is sure to work there."""
+    """A restricted container has no root and no capabilities. Only the profile ``pod`` always works there."""
     if os.geteuid() != 0:
         pytest.skip("these tests do not run as root, so the others have shown it")
     python = next(

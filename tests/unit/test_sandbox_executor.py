@@ -1,4 +1,4 @@
-"""The executor around the calls: bounded, cancellable, without leaks, and never without isolation."""
+"""The executor: calls are bounded, can be cancelled, leak nothing, and never run without isolation."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _others: set[int] = set()
 
 @pytest.fixture(autouse=True)
 def _note_others() -> None:
-    """Earlier tests may have servers running, such as multiprocessing's."""
+    """Note the processes of earlier tests that still run, such as the servers of multiprocessing."""
     _others.clear()
     _others.update(descendants(os.getpid()))
 
 
 def own_processes() -> set[int]:
-    """Processes that this test has started and that are not gone."""
+    """Running processes that this test has started."""
     return descendants(os.getpid()) - _others
 
 
@@ -153,7 +153,7 @@ def test_many_calls_leave_no_process_descriptor_or_folder(make: Callable[..., Sa
 
     executor.execute_sync("1")
     eventually(lambda: executor.stats.warm == 2)
-    gc.collect()  # what earlier tests left open is not counted, should it be closed meanwhile
+    gc.collect()  # closes the descriptors of earlier tests now, not between the two counts
     before = len(os.listdir("/proc/self/fd"))
     statuses = asyncio.run(run())
     assert statuses == [Status.OK, Status.OK, Status.ERROR, Status.ERROR, Status.OUTPUT_LIMIT] * 12
@@ -189,7 +189,7 @@ def test_closing_while_interpreters_start_leaves_none_behind(
     make: Callable[..., SandboxExecutor], tmp_path: Path
 ) -> None:
     profile = make().profile
-    # Adopts whatever loses its parent, so that nothing can hide.
+    # As a subreaper, the program becomes the parent of every orphan, so no process can hide.
     program = (
         "import ctypes, sys, time\n"
         "from nanochat_core.sandbox import SandboxConfig, SandboxExecutor\n"
@@ -266,7 +266,7 @@ def test_no_process_outlives_a_killed_service(make: Callable[..., SandboxExecuto
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process lives; a zombie that waits for init does not."""
+    """Whether a process is alive. A zombie does not count."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""The sandbox's policy on paper: what the system-call filter decides, and what the limits and rules say."""
+"""The sandbox's policy: the decisions of the system-call filter, the limits and the file rules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MACHINES = pytest.mark.parametrize("machine", [X86_64, AARCH64], ids=lambda mach
 
 
 def decide(program: bytes, number: int, arch: int, arguments: tuple[int, ...] = ()) -> int:
-    """What the kernel's BPF machine would return: a slow, obvious interpreter of the instructions used."""
+    """Interpret the filter as the kernel's BPF machine does. This is a slow and obvious reference."""
     data = struct.pack("=IIQ6Q", number, arch, 0, *(arguments + (0,) * 6)[:6])
     instructions = list(struct.iter_unpack("=HBBI", program))
     at, accumulator = 0, 0

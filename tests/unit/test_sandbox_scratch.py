@@ -1,4 +1,4 @@
-"""Scratch folders on the host: measured within bounds, removed whatever is in them."""
+"""Scratch folders on the host: their size is measured, and they are removed with any content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call answers, under every isolation profile that holds on this machine."""
+"""The answers to calls, under every isolation profile that works on this machine."""
 
 from __future__ import annotations
 
