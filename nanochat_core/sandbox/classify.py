@@ -71,7 +71,7 @@ def _classify_exit(call: CompletedCall, limits: Limits) -> tuple[Status, str]:
     if number == signal.SIGKILL and call.usage.cpu_seconds >= limits.cpu_seconds:
         return Status.TIMEOUT, f"CPU time limit of {limits.cpu_seconds:g} s exceeded"
     if number == signal.SIGKILL:
-        # The isolation stops every signal from other processes, so the kernel itself sent this one.
+        # Only the kernel can have sent this signal: the executor has not sent it, and code in the sandbox cannot.
         return Status.MEMORY, "killed by the kernel, most likely because the machine or container ran out of memory"
     if number == signal.SIGSYS:
         return Status.DENIED, "killed for entering the kernel through a foreign system call interface"

@@ -123,7 +123,7 @@ def resource_limits(config: SandboxConfig) -> bytes:
     """The ``(resource, limit)`` pairs that are the same for every call, packed for the worker."""
     limits = {
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NPROC: 0,  # also counts the user's other processes, so it only supports the seccomp filter
+        resource.RLIMIT_NPROC: 0,  # this counts all processes of the user, so the seccomp filter is the real limit
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
         resource.RLIMIT_NOFILE: 64,

@@ -33,7 +33,7 @@ if __name__ == "__main__":
         run_main(main, PROGRAM)
     except SystemExit as end:
         if any_working():
-            # A normal exit would tear down Python below a thread that is still computing, which aborts the process.
+            # While a thread still computes, a normal exit of Python would abort the process.
             logging.shutdown()
             os._exit(int(end.code or 0))
         raise

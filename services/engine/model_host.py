@@ -189,7 +189,7 @@ class ModelHost:
         # This wait has no bound: the model stays in `models`, so that longest_step() shows a step that hangs.
         await old.engine.stop(math.inf)
         self._replaced.remove(old)
-        del old  # the last reference; without it the model's memory can be freed in the next line
+        del old  # this is the last reference, so the next line can free the model's memory
         await run_in_daemon_thread(free_memory, self._loader.device)
         log.info("model retired", extra={"revision": revision})
 
