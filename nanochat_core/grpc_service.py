@@ -6,6 +6,7 @@ Needs grpcio-health-checking and grpcio-reflection, which only the services with
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import signal
@@ -16,9 +17,22 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
 from nanochat_core.errors import UserError
+from nanochat_core.settings import setting
 
 LIVE = "live"
 """Name in the health service that reports SERVING as long as the process works, with or without a model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ListenSettings:
+    """The addresses of a service. Each service's own settings derive from this class and give the default ports."""
+
+    host: str = setting("127.0.0.1", "address to serve gRPC on")
+    port: int = setting(0, "port to serve gRPC on; 0 takes any free one", minimum=0, maximum=65535)
+    metrics_host: str = setting("", "address to serve Prometheus metrics on; empty means the same as the host")
+    metrics_port: int = setting(
+        0, "port to serve Prometheus metrics on; 0 takes any free one", minimum=0, maximum=65535
+    )
 
 
 class GrpcService:
@@ -56,32 +70,23 @@ class GrpcService:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
 
-    async def start(
-        self, *, host: str, port: int, metrics_host: str, metrics_port: int, registry: CollectorRegistry
-    ) -> None:
-        """Open both ports. Health reports NOT_SERVING until :meth:`set_serving`.
-
-        Args:
-            host: address of the gRPC port.
-            port: number of the gRPC port; 0 takes a free one.
-            metrics_host: address of the port for Prometheus; empty means ``host``.
-            metrics_port: number of the port for Prometheus; 0 takes a free one.
-            registry: the metrics to publish.
+    async def start(self, settings: ListenSettings, registry: CollectorRegistry) -> None:
+        """Open both ports and publish the metrics of ``registry``. Health reports NOT_SERVING at first.
 
         Raises:
             UserError: an address cannot be served on.
         """
-        metrics_host = metrics_host or host
+        host, metrics_host = settings.host, settings.metrics_host or settings.host
         await self._health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
         await self.set_serving(False)
         try:
-            bound = self.server.add_insecure_port(f"{host}:{port}")
+            bound = self.server.add_insecure_port(f"{host}:{settings.port}")
         except RuntimeError as error:
-            raise UserError(f"cannot serve on {host}:{port}: {error}") from error
+            raise UserError(f"cannot serve on {host}:{settings.port}: {error}") from error
         try:
-            self._metrics_server, _ = start_http_server(metrics_port, metrics_host, registry=registry)
+            self._metrics_server, _ = start_http_server(settings.metrics_port, metrics_host, registry=registry)
         except OSError as error:
-            raise UserError(f"cannot serve metrics on {metrics_host}:{metrics_port}: {error}") from error
+            raise UserError(f"cannot serve metrics on {metrics_host}:{settings.metrics_port}: {error}") from error
         self._addresses = {
             "address": f"{host}:{bound}",
             "metrics_address": f"{metrics_host}:{self._metrics_server.server_port}",

@@ -58,13 +58,7 @@ async def serve(settings: EngineSettings) -> int:
     )
     servicer = EngineServicer(host, loader.store, metrics)
     engine_pb2_grpc.add_EngineServicer_to_server(servicer, service.server)
-    await service.start(
-        host=settings.host,
-        port=settings.port,
-        metrics_host=settings.metrics_host,
-        metrics_port=settings.metrics_port,
-        registry=metrics.registry,
-    )
+    await service.start(settings, metrics.registry)
 
     async def announce() -> None:
         await model_loaded.wait()

@@ -6,17 +6,16 @@ import dataclasses
 from typing import Literal
 
 from nanochat_core.engine import EngineConfig
+from nanochat_core.grpc_service import ListenSettings
 from nanochat_core.settings import setting
 from nanochat_core.store import DEFAULT_HOME
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineSettings:
+class EngineSettings(ListenSettings):
     """gRPC service that continues token sequences with one model of the artifact store."""
 
-    host: str = setting("127.0.0.1", "address to serve gRPC on")
     port: int = setting(50051, "port to serve gRPC on; 0 takes any free one", minimum=0, maximum=65535)
-    metrics_host: str = setting("", "address to serve Prometheus metrics on; empty means the same as the host")
     metrics_port: int = setting(
         9091, "port to serve Prometheus metrics on; 0 takes any free one", minimum=0, maximum=65535
     )

@@ -39,13 +39,7 @@ async def serve(settings: SandboxSettings, executor: SandboxExecutor) -> None:
     metrics = Metrics(executor)
     servicer = SandboxServicer(executor, metrics, settings.max_code_bytes)
     sandbox_pb2_grpc.add_SandboxServicer_to_server(servicer, service.server)
-    await service.start(
-        host=settings.host,
-        port=settings.port,
-        metrics_host=settings.metrics_host,
-        metrics_port=settings.metrics_port,
-        registry=metrics.registry,
-    )
+    await service.start(settings, metrics.registry)
     await service.announce_ready(log, profile=executor.profile)
     await service.stop_requested.wait()
     log.info("draining", extra={"running": executor.stats.running, "drain_seconds": settings.drain_seconds})

@@ -6,18 +6,17 @@ import dataclasses
 import tempfile
 from typing import Literal
 
+from nanochat_core.grpc_service import ListenSettings
 from nanochat_core.sandbox import Limits, SandboxConfig
 from nanochat_core.sandbox.config import DEFAULT_LIMITS, MAXIMUM_LIMITS
 from nanochat_core.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)
-class SandboxSettings:
+class SandboxSettings(ListenSettings):
     """gRPC service that runs Python code in isolation."""
 
-    host: str = setting("127.0.0.1", "address to serve gRPC on")
     port: int = setting(50052, "port to serve gRPC on; 0 takes any free one", minimum=0, maximum=65535)
-    metrics_host: str = setting("", "address to serve Prometheus metrics on; empty means the same as the host")
     metrics_port: int = setting(
         9092, "port to serve Prometheus metrics on; 0 takes any free one", minimum=0, maximum=65535
     )
