@@ -36,7 +36,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
     return _SideBySide(config, log)
 
 
-class _SideBySide(LoadScopeScheduling):
+class _SideBySide(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
     """A file's tests stay together, for what they share; so do all that need the trained demo model."""
 
     def _split_scope(self, nodeid: str) -> str:

@@ -63,10 +63,10 @@ def main() -> None:
                 rates[side].append(result.tokens_per_second(tokens))
                 print(f"round {number}: {side} {rates[side][-1]:7.0f} tokens/s", flush=True)
     peer, ours = (statistics.median(rates[side]) for side in ("peer", "ours"))
-    limit = statistics.median(limits)
+    product = statistics.median(limits)
     print(f"{options.dtype}, {options.threads} threads, {steps} steps of {tokens} tokens, {WARMUP_STEPS} not timed")
     for name, rate in (("peer", peer), ("ours", ours)):
-        print(f"{name}: median {rate:.0f} tokens/s, {rate * flops / limit:.1%} of {limit / 1e9:.0f} GFLOP/s")
+        print(f"{name}: median {rate:.0f} tokens/s, {rate * flops / product:.1%} of {product / 1e9:.0f} GFLOP/s")
     print(f"ratio of the medians: {ours / peer:.3f}")
 
 

@@ -26,7 +26,7 @@ def killed_run(jobs: Jobs, module: str, flags: dict[str, object], kills: int, rn
         job = jobs.start(module, flags)
         # From before the first step to several checkpoints further on.
         before = len(job.events)
-        job.wait_until(lambda job=job, before=before: len(job.events) > before)
+        job.wait_until(lambda job=job, before=before: len(job.events) > before)  # type: ignore[misc]
         time.sleep(rng.uniform(0, 1.2))
         sent = signal.SIGTERM if number % 5 == 4 else signal.SIGKILL
         job.signal(sent)

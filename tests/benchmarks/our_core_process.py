@@ -36,8 +36,8 @@ def core(task: dict[str, Any]) -> None:
         }
         results.append(result)
     whole = time.perf_counter() - began
-    result = {"core": CoreResult(tuple(results), bundle.missing).core, "seconds": whole, "tasks": tasks}
-    Path(task["result"]).write_text(json.dumps(result))
+    summary = {"core": CoreResult(tuple(results), bundle.missing).core, "seconds": whole, "tasks": tasks}
+    Path(task["result"]).write_text(json.dumps(summary))
 
 
 if __name__ == "__main__":

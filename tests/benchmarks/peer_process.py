@@ -88,7 +88,7 @@ def train(task: dict[str, Any]) -> None:
     for step in range(task["steps"]):
         started = time.perf_counter()
         rows = batches[step % len(batches)]
-        loss = model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+        loss = model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())  # type: ignore[no-untyped-call]
         loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * task["schedule"]["lr"][step]

@@ -8,7 +8,7 @@ import http.server
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from jobs.eval.bench.roofline import Limits
 from jobs.eval.bench_engine import BenchEngineSettings, run
 from nanochat_core.checkpoint import CheckpointRef, promote
 from nanochat_core.errors import UserError
+from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.store import open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 from tests.support.engine_models import BYTES, tiny_model
@@ -208,7 +209,7 @@ async def test_engines_that_fail_are_told_apart(script: Any, errors: Any, refuse
         good = saying(*["hello"] * 3)
         asked = 0
 
-        async def script_or_good(request: pytest.FixtureRequest, context: Any):
+        async def script_or_good(request: Any, context: Any) -> AsyncIterator[pb.GenerateChunk]:
             nonlocal asked
             asked += 1
             # The requests to warm up with come first, 2 for each row, and the first row is answered.

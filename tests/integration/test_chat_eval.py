@@ -154,7 +154,7 @@ def reference_answer(tokenizer: Tokenizer, item: EvalItem) -> Completion:
 def scripted_result(monkeypatch: pytest.MonkeyPatch, checkpoint: Any, items: Any, answers: Any) -> ChatResult:
     """The evaluation of a model that has learnt its lines."""
 
-    def generate(engine: Any, tokenizer: Any, task: Any, numbers: Any):
+    def generate(engine: Any, tokenizer: Any, task: Any, numbers: Any) -> Any:
         assert len(numbers) == len(answers) == len(task.questions)
         return ((number, (response(tokenizer, answers[number]),)) for number in numbers)
 

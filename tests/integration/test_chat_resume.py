@@ -125,15 +125,18 @@ def test_a_killed_evaluation_goes_on_without_repeating_what_was_finished(
     asked: list[int] = []
     kept: list[str] = []
 
-    def watched(engine: Any, tokenizer: Any, task: Any, numbers: Any, sampling: Any):
+    def watched(engine: Any, tokenizer: Any, task: Any, numbers: Any, sampling: Any) -> Any:
         asked.extend(numbers)
         return generate(engine, tokenizer, task, numbers, sampling)
 
     save_part = examination.Evaluation.save_part
     monkeypatch.setattr(examination, "generate", watched)
-    monkeypatch.setattr(
-        examination.Evaluation, "save_part", lambda self, name, value: (kept.append(name), save_part(self, name, value))
-    )
+
+    def keeping(self: Any, name: Any, value: Any) -> None:
+        kept.append(name)
+        save_part(self, name, value)
+
+    monkeypatch.setattr(examination.Evaluation, "save_part", keeping)
     chat.run(settings(home), lambda _: None)
     assert result_of(home) == uninterrupted
     assert not set(kept) & set(finished)

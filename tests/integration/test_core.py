@@ -104,7 +104,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_result_and_repeats_nothing_t
     before: dict[Path, int] = {}
     for finished in (2, 7):
         job = jobs.start(MODULE, flags)
-        job.wait_until(lambda at=finished: len(parts(jobs)) >= at)
+        job.wait_until(lambda at=finished: len(parts(jobs)) >= at)  # type: ignore[misc]
         job.signal(signal.SIGKILL)
         assert job.wait() == -signal.SIGKILL
         # Not one was written again.

@@ -160,7 +160,7 @@ async def test_a_stop_string_ends_the_answer_and_the_engines_work(
         reason, usage = parts[-2].choices[0].finish_reason, parts[-1].usage
     else:
         answer = await client.chat.completions.create(model="nano", messages=HELLO, stop=stop)
-        text, reason, usage = answer.choices[0].message.content, answer.choices[0].finish_reason, answer.usage
+        text, reason, usage = answer.choices[0].message.content or "", answer.choices[0].finish_reason, answer.usage
     assert (text, reason) == ("abc ", "stop")
     # The gateway stopped the engine before it sent its counts, so usage has the tokens up to the stop string's end.
     assert usage.completion_tokens == len("abc STOP")
@@ -209,7 +209,7 @@ async def test_an_answer_sent_back_as_it_came_gives_the_tokens_that_the_model_wr
 ) -> None:
     engine.script = tool_script
     first = await client.chat.completions.create(model="nano", messages=HELLO)
-    message = first.choices[0].message.model_dump()
+    message: Any = first.choices[0].message.model_dump()
     await client.chat.completions.create(model="nano", messages=[*HELLO, message, {"role": "user", "content": "the"}])
     prompt = list(engine.requests[-1].prompt_token_ids)
     written = ids(
@@ -242,7 +242,7 @@ async def test_n_choices_are_kept_apart(engine: ScriptedEngine, client: openai.A
                 reasons[choice.index] = choice.finish_reason
     else:
         answer = await client.chat.completions.create(model="nano", messages=HELLO, n=2)
-        texts = {choice.index: choice.message.content for choice in answer.choices}
+        texts = {choice.index: choice.message.content or "" for choice in answer.choices}
         reasons = {choice.index: choice.finish_reason for choice in answer.choices}
         assert answer.usage.completion_tokens == 6
         assert answer.usage.prompt_tokens == 5

@@ -132,7 +132,7 @@ async def test_a_missing_parameter_is_named(engine: ScriptedEngine, url: str) ->
 
 
 async def test_an_image_is_refused_in_words(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
-    content = [{"type": "text", "text": "what is it"}, {"type": "image_url", "image_url": {"url": "data:"}}]
+    content: Any = [{"type": "text", "text": "what is it"}, {"type": "image_url", "image_url": {"url": "data:"}}]
     with pytest.raises(openai.BadRequestError, match="part 1 is of type 'image_url'"):
         await client.chat.completions.create(model="nano", messages=[{"role": "user", "content": content}])
 

@@ -140,7 +140,8 @@ def start(folder: Path) -> Iterator[Callable[..., Manager]]:
         def started(*flags: str) -> Manager:
             manager = Manager(folder, *flags)
             stack.callback(manager.kill)
-            stack.callback(lambda: (manager.signal(signal.SIGTERM), manager.end()))
+            stack.callback(manager.end)
+            stack.callback(manager.signal, signal.SIGTERM)
             return manager
 
         yield started

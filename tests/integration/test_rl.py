@@ -135,7 +135,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights_and_rewards(jobs
     rng = random.Random(7)
     for resumed_from in (4, 10):
         job = jobs.start(MODULE, RL)
-        job.wait_until(lambda at=resumed_from: max(jobs.steps("rl"), default=0) >= at)
+        job.wait_until(lambda at=resumed_from: max(jobs.steps("rl"), default=0) >= at)  # type: ignore[misc]
         time.sleep(rng.uniform(0, 0.1))
         job.signal(signal.SIGKILL)
         assert job.wait() == -signal.SIGKILL

@@ -62,7 +62,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights_and_losses(jobs:
     rng = random.Random(7)
     for resumed_from in (8, 24):
         job = jobs.start(MODULE, SFT)
-        job.wait_until(lambda at=resumed_from: max(jobs.steps("sft"), default=0) >= at)
+        job.wait_until(lambda at=resumed_from: max(jobs.steps("sft"), default=0) >= at)  # type: ignore[misc]
         time.sleep(rng.uniform(0, 0.05))
         job.signal(signal.SIGKILL)
         assert job.wait() == -signal.SIGKILL

@@ -11,8 +11,9 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -101,7 +102,9 @@ def connected(server_url: str) -> Iterator[S3Store]:
         environment.setenv("AWS_CONFIG_FILE", os.devnull)
         environment.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
         environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        yield open_store(f"s3://{BUCKET}")
+        opened = open_store(f"s3://{BUCKET}")
+        assert isinstance(opened, S3Store)
+        yield opened
 
 
 @pytest.fixture
@@ -177,7 +180,7 @@ def test_the_last_file_is_missing_while_a_folder_is_replaced(store: S3Store, mon
     assert seen == [("a", False), ("z", False), (LAST, True)]
 
 
-CALLS = {
+CALLS: dict[str, Callable[[Any], Any]] = {
     "read": lambda store: store.read("a"),
     "exists": lambda store: store.exists("a"),
     "write": lambda store: store.write("a", b"x"),

@@ -50,7 +50,7 @@ def check(attend: Attention, inputs: tuple[Tensor, Tensor, Tensor], window: int,
     dtype = inputs[0].dtype
     tolerance = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 0.04, torch.float16: 0.01}[dtype]
     exact = tuple(x.detach().double().requires_grad_() for x in inputs)
-    y, expected = attend(*inputs, window), plain_attention(*exact, window)
+    y, expected = attend(*inputs, window), plain_attention(exact[0], exact[1], exact[2], window)
     assert y.shape == inputs[0].shape
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)

@@ -267,7 +267,7 @@ def test_a_closed_loop_keeps_as_many_requests_running_as_it_has_clients() -> Non
     core = engine()
     step = core.step
 
-    def watched():
+    def watched() -> Any:
         running.append(core.load().running + core.load().waiting)
         return step()
 
@@ -312,10 +312,11 @@ def test_what_the_core_refuses_is_counted() -> None:
 
 
 def test_the_core_gives_the_tokens_that_it_gives_without_the_benchmark() -> None:
-    core, given_out = engine(), []
+    core = engine()
+    given_out: list[int] = []
     step = core.step
 
-    def watched():
+    def watched() -> Any:
         outputs = step()
         given_out.extend(token.id for output in outputs for token in output.tokens)
         return outputs

@@ -290,10 +290,13 @@ def test_no_flipped_bit_of_the_manifest_goes_unnoticed_or_crashes(store: FolderS
     assert survived < len(original) / 3 / 10
 
 
+DAMAGED_ENTRIES: list[Any] = [{}, {"size": 1}, [], "x"]
+
+
 @pytest.mark.parametrize(
     "manifest",
     [b"", b"null", b"[]", b"{}", b"{", b"\xff\xfe", b'{"files": 5}', b'{"files": []}', b'{"files": {"model": 1}}']
-    + [json.dumps({"files": {"model.safetensors": entry}}).encode() for entry in ({}, {"size": 1}, [], "x")],
+    + [json.dumps({"files": {"model.safetensors": entry}}).encode() for entry in DAMAGED_ENTRIES],
 )
 def test_a_damaged_manifest_is_named(store: FolderStore, manifest: bytes) -> None:
     save(store)

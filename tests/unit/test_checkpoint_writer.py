@@ -136,7 +136,8 @@ def test_an_error_in_training_still_completes_what_is_being_written(store: Folde
 class FullDisk(FolderStore):
     """A store that one rank cannot write to."""
 
-    def create(self, key: str) -> contextlib.AbstractContextManager[Path]:
+    @contextlib.contextmanager
+    def create(self, key: str) -> Iterator[Path]:
         raise StoreError("this disk is full")
 
 

@@ -112,6 +112,7 @@ def test_the_reference_knows_what_does_not_conform() -> None:
         "additionalProperties": False,
     }
     assert conforms({"a": 3, "b": [None]}, person)
+    wrong: Any
     for wrong in ({}, {"a": 2}, {"a": True}, {"a": 3, "b": [0]}, {"a": 3, "c": 1}, [], "a"):
         assert not conforms(wrong, person)
     assert not conforms("xyz", {"type": "string", "pattern": "^[ab]*$"})

@@ -55,9 +55,9 @@ def assert_greedy(model: GPT, prompt: tuple[int, ...], completion: Completion, b
         logits = model(torch.tensor([ids]))[0]
     for token, value in bias.items():
         logits[:, token] += value
-    for i, token in enumerate(completion.tokens, start=len(prompt)):
-        if not token.forced:
-            assert logits[i - 1].max() - logits[i - 1, token.id] < ROUNDING, f"token {i} is not the argmax"
+    for i, sampled in enumerate(completion.tokens, start=len(prompt)):
+        if not sampled.forced:
+            assert logits[i - 1].max() - logits[i - 1, sampled.id] < ROUNDING, f"token {i} is not the argmax"
 
 
 def tokens_of(completions: list[Completion]) -> list[list[int]]:
@@ -157,7 +157,7 @@ def schedules(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, int, int
             max_size=8,
         )
     )
-    return limits, arrivals
+    return limits, arrivals  # type: ignore[return-value]
 
 
 @settings(max_examples=examples(30), suppress_health_check=[HealthCheck.too_slow])

@@ -73,7 +73,8 @@ def test_bf16_computes_in_bf16_and_gives_what_training_in_bf16_gives(residual_sc
     with torch.no_grad():
         model.residual_scales.mul_(residual_scale)
         model.skip_scales.mul_(residual_scale)
-    network, seen = Network(model), set()
+    network = Network(model)
+    seen: set[torch.dtype] = set()
     attention = CachedAttention(shape.windows, [0] * 30)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

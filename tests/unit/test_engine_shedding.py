@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -191,7 +192,7 @@ def test_a_step_that_is_as_small_as_can_be_and_never_fits_ends_the_engine() -> N
     engine = engine_with(lambda _: True)
     for i in range(6):
         engine.add(Request(str(i), (i, 1, 2), SamplingParams(max_tokens=4)))
-    given_up = []
+    given_up: list[Any] = []
 
     def go_on() -> None:
         for _ in range(20):

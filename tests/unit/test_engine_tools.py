@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -103,7 +104,8 @@ def test_only_the_output_tokens_are_forced_and_they_count_as_completion() -> Non
 def test_tool_events_follow_the_tokens_they_belong_to() -> None:
     engine = Engine(scripted_model(ANSWER + AFTER), BYTES, tool_runner=Calculator())
     engine.add(Request("r", tuple(PROMPT), STOP, tools=TOOLS))
-    seen, news = "", []
+    seen = ""
+    news: list[Any] = []
     while not news or news[-1].finish_reason is None:
         for output in engine.step():
             seen += BYTES.decode(token.id for token in output.tokens)

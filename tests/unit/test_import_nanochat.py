@@ -239,7 +239,7 @@ def test_the_last_step_is_taken_unless_another_is_named(tmp_path: Path) -> None:
 
 
 class Reduce:
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return (Path.touch, (Path("/tmp/nanochat-import-was-executed"),))
 
 

@@ -58,7 +58,7 @@ def test_a_pass_is_no_larger_than_it_may_be(monkeypatch: pytest.MonkeyPatch) -> 
     model, rng = tiny_model(), random.Random(6)
     sizes = []
     hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda ids: sizes.append(ids.numel()) or hidden(ids))
+    monkeypatch.setattr(model, "hidden", lambda ids: (sizes.append(ids.numel()), hidden(ids))[1])  # type: ignore[func-returns-value]
     prompts = [rng.choices(range(256), k=rng.randint(1, 100)) for _ in range(50)]
     last_logits(model, prompts, [65], 500)
     assert max(sizes) <= 500

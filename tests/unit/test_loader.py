@@ -32,7 +32,7 @@ ROWS = 3
 BATCHES = 60
 
 
-def conversation(i: int) -> dict:
+def conversation(i: int) -> dict[str, Any]:
     answer = [
         {"type": "text", "text": f"It is {i}"},
         {"type": "python", "text": "1" * (i % 5)},
@@ -53,12 +53,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextDataset:
     return TextDataset(store, "text", "train")
 
 
-MakeLoader = Callable[[dict | None], PackedLoader]
+MakeLoader = Callable[[dict[str, Any] | None], PackedLoader]
 
 
 @pytest.fixture(params=["text", "conversations"])
 def make(request: pytest.FixtureRequest, text: TextDataset) -> MakeLoader:
-    def make_loader(state: dict | None) -> PackedLoader:
+    def make_loader(state: dict[str, Any] | None) -> PackedLoader:
+        source: Any
         if request.param == "text":
             source, when_full = TextSource(text, BYTES), "crop"
         else:
@@ -211,6 +212,7 @@ def test_a_handful_of_documents_is_enough(count: int) -> None:
 
 def wide_loader(text: TextDataset, kind: str, **options: Any) -> PackedLoader:
     """Batches of eight rows, which up to eight ranks can share."""
+    source: Any
     if kind == "text":
         source, when_full = TextSource(text, BYTES), "crop"
     else:
@@ -219,7 +221,9 @@ def wide_loader(text: TextDataset, kind: str, **options: Any) -> PackedLoader:
     return PackedLoader(source, **given_options | options)
 
 
-def global_batches(text: TextDataset, kind: str, world_size: int, count: int, state: dict | None) -> list[Batch]:
+def global_batches(
+    text: TextDataset, kind: str, world_size: int, count: int, state: dict[str, Any] | None
+) -> list[Batch]:
     """What all ranks make together, each from the JSON of the merged state."""
     stored = json.loads(json.dumps(state))
     ranks = [wide_loader(text, kind, rank=rank, world_size=world_size, state=stored) for rank in range(world_size)]
@@ -227,7 +231,7 @@ def global_batches(text: TextDataset, kind: str, world_size: int, count: int, st
     for _ in range(count):
         parts = [loader.next_batch() for loader in ranks]
         ids, targets = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "targets"))
-        batches.append(Batch(ids, targets, merge_states([part.state for part in parts])))
+        batches.append(Batch(ids, targets, merge_states([part.state or {} for part in parts])))
     return batches
 
 

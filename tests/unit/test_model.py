@@ -348,5 +348,5 @@ def test_the_loss_falls_when_a_step_follows_its_gradient() -> None:
     step = 1e-4 * loss.item() / slope
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter -= step * parameter.grad
+            parameter.sub_(step * parameter.grad)
         assert float(loss - model.loss(ids, targets)) == pytest.approx(step * slope, rel=0.2)

@@ -42,7 +42,8 @@ def rows_of(made: BestFitPacker, count: int = ROWS) -> list[tuple[list[int], lis
 
 def reference_rows(lengths: Sequence[int], row_length: int, buffer_size: int, mode: str) -> list[list[int]]:
     """The rule in its plainest form, over a buffer in order of arrival."""
-    source, buffer, rows = endless(lengths), [], []
+    source, rows = endless(lengths), []
+    buffer: list[list[int]] = []
     for _ in range(ROWS):
         row: list[int] = []
         while len(row) < row_length:

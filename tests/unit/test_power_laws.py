@@ -38,6 +38,7 @@ def test_a_power_law_is_found_in_points_that_follow_it(exponent: Any, coefficien
     if max(xs) / min(xs) < 1.5:
         return
     law = fit_power_law(xs, [coefficient * x**exponent for x in xs])
+    assert law
     assert law.exponent == pytest.approx(exponent, abs=1e-6)
     assert law.coefficient == pytest.approx(coefficient, rel=1e-4)
     assert law(xs[0]) == pytest.approx(coefficient * xs[0] ** exponent, rel=1e-4)
@@ -73,6 +74,7 @@ def test_a_parabola_is_found_in_points_that_lie_on_it(log_best: Any, curvature: 
         return
     sizes = [math.exp(log_best + offset) for offset in offsets]
     fit = fit_parabola(sizes, [lowest + curvature * offset**2 for offset in offsets])
+    assert fit
     assert fit.log_best_size == pytest.approx(log_best, abs=1e-3)
     assert fit.lowest == pytest.approx(lowest, abs=1e-3)
     assert fit.curvature == pytest.approx(curvature, rel=1e-3)

@@ -16,7 +16,7 @@ import termios
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from typing import Any, Never
+from typing import Any
 
 import pytest
 import torch
@@ -273,7 +273,7 @@ def test_trackers_are_told_every_step_as_it_was_and_closed_at_the_end() -> None:
     assert held_out == (2, {"held_out/val_bpb": 1.25})
 
 
-def test_trackers_are_closed_when_the_run_fails() -> Never:
+def test_trackers_are_closed_when_the_run_fails() -> None:
     tracker = Recorder()
     with pytest.raises(RuntimeError), Progress("base", total=2, initial=0, trackers=[tracker]):
         raise RuntimeError("the run")

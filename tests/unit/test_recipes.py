@@ -42,7 +42,7 @@ def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "store"))
 
 
-def settings(recipe: Recipe, stage: str):
+def settings(recipe: Recipe, stage: str) -> Any:
     flags: Mapping[str, str | int | float] = getattr(recipe, stage)
     argv = [f"--{name}={value}" for name, value in flags.items()]
     return load(JOBS[stage], prefix="NANOCHAT_TEST", program="test", argv=REQUIRED[stage] + argv, environ={})

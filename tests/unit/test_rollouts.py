@@ -60,7 +60,7 @@ def versions(recorder: Recorder, model: GPT, made: RolloutSource) -> list[float]
     with torch.no_grad():
         for batch in made.prefetched():
             assert batch.ids.size(0) == 8
-            model.backout_scale += 1
+            model.backout_scale.add_(1)
     return [version for version, _, _ in recorder.asked]
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import random
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def test_there_are_no_documents_beyond_the_ends(books: TextDataset, index: Any) 
         books[index]
 
 
-def failing(count: int):
+def failing(count: int) -> Iterator[str]:
     yield from ["a document"] * count
     raise RuntimeError("the source broke")
 
@@ -194,7 +195,7 @@ def test_shards_of_the_manifest_are_fetched_when_they_are_read(store: Store, mon
     write_dataset(store, "books", DOCUMENTS[:40], ["held out"], source="a test")
     fetched = []
     fetch = type(store).fetch
-    monkeypatch.setattr(type(store), "fetch", lambda self, key: (fetched.append(key), fetch(self, key))[1])
+    monkeypatch.setattr(type(store), "fetch", lambda self, key: (fetched.append(key), fetch(self, key))[1])  # type: ignore[func-returns-value]
     dataset = TextDataset(store, "books", "train")
     assert fetched == []
     assert dataset[25] == DOCUMENTS[25]

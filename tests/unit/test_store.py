@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Never
 
 import pytest
 
@@ -108,7 +107,7 @@ def test_listing_bears_folders_that_come_and_go(store: FolderStore) -> None:
     assert failed == []
 
 
-def test_success_and_failure_both_leave_no_temporary_files(store: FolderStore) -> Never:
+def test_success_and_failure_both_leave_no_temporary_files(store: FolderStore) -> None:
     store.write("a", b"1")
     publish(store, "p", {"x": b"1"})
     publish(store, "p", {"x": b"2"})
@@ -185,7 +184,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Callable[[str], None]]:
+def mounted(folder: Path, options: str) -> Iterator[Callable[[str], object]]:
     """Mounts a file system at ``folder`` and yields a function that remounts it with other options."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
@@ -193,7 +192,7 @@ def mounted(folder: Path, options: str) -> Iterator[Callable[[str], None]]:
     if done.returncode:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
     try:
-        yield lambda other: subprocess.run(["mount", "-o", f"remount,{other}", folder], check=True) and None
+        yield lambda other: subprocess.run(["mount", "-o", f"remount,{other}", folder], check=True)
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
 

@@ -18,7 +18,9 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 
 class FakeRun:
     def __init__(self, **given: Any) -> None:
-        self.given, self.logged, self.metrics, self.finished = given, [], [], False
+        self.given, self.finished = given, False
+        self.logged: list[Any] = []
+        self.metrics: list[Any] = []
         self.url = "https://wandb.example/run"
         self.error: Exception | None = None
 
@@ -36,7 +38,8 @@ class FakeRun:
 
 class FakeWriter:
     def __init__(self, folder: str, purge_step: int) -> None:
-        self.folder, self.purge_step, self.scalars, self.closed = folder, purge_step, [], False
+        self.folder, self.purge_step, self.closed = folder, purge_step, False
+        self.scalars: list[Any] = []
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self.scalars.append((name, value, step))

@@ -9,6 +9,7 @@ import pickle
 import struct
 import tracemalloc
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def state_of(value: tiktoken.Encoding) -> dict[str, object]:
 
 
 @pytest.fixture
-def read(tmp_path: Path):
-    def read(data: bytes):
+def read(tmp_path: Path) -> Callable[[bytes], Any]:
+    def read(data: bytes) -> Any:
         path = tmp_path / "tokenizer.pkl"
         path.write_bytes(data)
         return read_upstream_tokenizer(path)
@@ -74,7 +75,7 @@ class Reduce:
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return self.call
 
 
