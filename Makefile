@@ -20,14 +20,17 @@ run: setup $(STATIC)/index.html ## Train the demo model if there is none, then s
 
 # Side by side in the order of collection: the end-to-end tests, which train a model first, take one process most of the time.
 TEST_PROCESSES := $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 4 ? cores : 4)))
+SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
 test: setup $(STATIC)/index.html ## Lint, type checks and every test that needs neither Docker nor Kubernetes
 	@tests/install-servers
 	@$(MAKE) --no-print-directory lint
 	@npm --prefix $(WEB) run --silent check && npm --prefix $(WEB) test --silent
-	@$(PYTHON) -m pytest -m "not cluster" -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
+	@$(PYTHON) -m pytest tests/unit $(SIDE_BY_SIDE) --cov --cov-report=
+	@echo "The unit tests run $$(coverage report --format=total) % of the lines; coverage html shows which"
+	@$(PYTHON) -m pytest tests --ignore tests/unit -m "not cluster" $(SIDE_BY_SIDE)
 
 test-unit: setup ## The unit tests that start no server and train nothing: the loop while you edit
-	@$(PYTHON) -m pytest tests/unit -m "not slow" -n $(TEST_PROCESSES) --dist loadscope
+	@$(PYTHON) -m pytest tests/unit -m "not slow" $(SIDE_BY_SIDE)
 
 # The Kubernetes tests train the model and leave it in TEST_STORE, from where the Compose tests serve it.
 # NANOCHAT_CLUSTER_EXEC is put before the former where only that command reaches the cluster.

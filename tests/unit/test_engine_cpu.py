@@ -29,7 +29,10 @@ from nanochat_core.model import GPT
 from tests.support.engine_models import BYTES, SHAPES, Place, shape_of, tiny_model
 
 BLOCK = 16
-pytestmark = pytest.mark.skipif(library.load_kernels() is None, reason="the kernels cannot be built: no C++ compiler")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(library.load_kernels() is None, reason="the kernels cannot be built: no C++ compiler"),
+]
 
 
 def place(

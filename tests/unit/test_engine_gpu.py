@@ -37,6 +37,7 @@ from nanochat_core.engine.backends.gpu.runner import GpuRunner
 BLOCK = 16
 ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

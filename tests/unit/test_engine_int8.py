@@ -14,7 +14,10 @@ from nanochat_core.engine.backends.cpu.int8 import Int8Weight, quantize
 from nanochat_core.errors import UserError
 from tests.support.engine_models import BYTES, shape_of, tiny_model
 
-pytestmark = pytest.mark.skipif(library.load_kernels() is None, reason="the kernels cannot be built: no C++ compiler")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(library.load_kernels() is None, reason="the kernels cannot be built: no C++ compiler"),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

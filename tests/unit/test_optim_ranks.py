@@ -16,6 +16,7 @@ from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_g
 from tests.support.ranks import run_ranks
 
 STEPS = 4
+pytestmark = pytest.mark.slow
 
 
 def gpt() -> GPT:
