@@ -33,11 +33,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-_UNSUPPORTED_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
-    "audio": (),
-    "function_call": (),
-    "tool_calls": ([],),
-}
+_UNSUPPORTED_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {"audio": (), "function_call": (), "tool_calls": ([],)}
 
 
 def _reject(message: str) -> NoReturn:
@@ -195,15 +191,11 @@ class SamplingRequest(_Model):
     stop: Stops = Field(None, description="up to 4 strings; the answer ends before the first one that appears")
     temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest token")
     top_p: float | None = Field(None, ge=0, le=1, description="sample from the likeliest tokens of this total weight")
-    top_k: int | None = Field(
-        None, ge=-1, description="sample from this number of likeliest tokens; 0 or -1 sets no limit"
-    )
+    top_k: int | None = Field(None, ge=-1, description="sample from this many likeliest tokens; 0 or -1 means all")
     min_p: float | None = Field(
         None, ge=0, le=1, description="leave out tokens less likely than this share of the likeliest one"
     )
-    seed: int | None = Field(
-        None, ge=-(2**63), lt=2**64, description="the same seed and request give the same answer again"
-    )
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="equal seeds and requests give equal answers")
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="against tokens that have appeared")
     frequency_penalty: float | None = Field(None, ge=-2, le=2, description="against tokens, each time they appear")
     repetition_penalty: float | None = Field(
@@ -236,9 +228,7 @@ class ChatRequest(SamplingRequest):
     response_format: ResponseFormat | None = Field(None, description="make the answer JSON; turns the Python tool off")
     max_completion_tokens: int | None = Field(None, ge=1, description="newer name of `max_tokens`; wins over it")
     logprobs: bool | None = Field(None, description="report the log probability of each token of the text")
-    top_logprobs: int | None = Field(
-        None, ge=0, le=20, description="number of likeliest alternatives to report for each token"
-    )
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="likeliest alternatives to report for each token")
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
@@ -258,10 +248,7 @@ class CompletionRequest(SamplingRequest):
 
     prompt: Prompts
     logprobs: int | None = Field(
-        None,
-        ge=0,
-        le=20,
-        description="report each token's log probability and this number of likeliest alternatives",
+        None, ge=0, le=20, description="report log probabilities, with this many alternatives for each token"
     )
 
 

@@ -14,7 +14,6 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 from starlette.types import Receive
 
-from nanochat_core.tokenizer import Tokenizer
 from services.gateway.answer.choice_decoder import Delta
 from services.gateway.answer.choices import Choices
 from services.gateway.answer.event_stream import EventStream, supervise
@@ -29,14 +28,17 @@ from services.gateway.middleware.request_log import RequestRecord
 from services.gateway.schemas import ChatRequest, CompletionRequest
 
 
-class ChoiceFormat(abc.ABC):
-    """How an endpoint of OpenAI's API writes a choice as JSON.
+class Answer(abc.ABC):
+    """The answer to one request. All its prompts go to the engines at the same time, each with ``n`` choices.
+
+    Choice ``j`` of prompt ``k`` has the index ``k * n + j``. A subclass for each endpoint writes the choices as JSON.
 
     Attributes:
         id_prefix: first part of a response's id.
         kind: field ``object`` of a whole response.
         chunk_kind: field ``object`` of a streamed chunk.
         raw: see :class:`~services.gateway.answer.choice_decoder.ChoiceDecoder`.
+        body: the request's body.
     """
 
     id_prefix: ClassVar[str]
@@ -44,49 +46,39 @@ class ChoiceFormat(abc.ABC):
     chunk_kind: ClassVar[str]
     raw: ClassVar[bool] = False
 
-    @abc.abstractmethod
-    def whole(self, index: int, delta: Delta, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Returns a finished choice; ``delta`` holds its whole content."""
-
-    @abc.abstractmethod
-    def pieces(self, index: int, delta: Delta, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-        """Yields the choice objects that stream ``delta``, one for each chunk."""
-
-    def opening(self, index: int) -> Iterator[dict[str, Any]]:  # noqa: ARG002
-        """Yields the choice objects that a stream begins with."""
-        return iter(())
-
-
-class Answer:
-    """The answer to one request. All its prompts go to the engines at the same time, each with ``n`` choices.
-
-    Choice ``j`` of prompt ``k`` has the index ``k * n + j``.
-    """
-
     def __init__(
         self,
         pool: EnginePool,
         body: ChatRequest | CompletionRequest,
         prompts: Sequence[Callable[[ServedModel], Awaitable[list[int]]]],
-        form: ChoiceFormat,
         record: RequestRecord,
     ) -> None:
         """
         Args:
             prompts: for each prompt, a function that returns the prompt's token ids for a model.
-            form: the endpoint's JSON.
             record: gets the model and the token counts, for the request log.
         """
         self._pool = pool
-        self._body = body
+        self.body = body
         self._prompts = prompts
-        self._form = form
         self._record = record
         self._n = body.n or 1
         self._seed = choose_seed(body)
         self._choices: dict[int, Choices] = {}
-        self._id = f"{form.id_prefix}-{uuid.uuid4().hex}"
+        self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
+
+    @abc.abstractmethod
+    def whole(self, index: int, delta: Delta) -> dict[str, Any]:
+        """Returns a finished choice; ``delta`` holds its whole content."""
+
+    @abc.abstractmethod
+    def pieces(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
+        """Yields the choice objects that stream ``delta``, one for each chunk."""
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """Yields the choice objects that a stream begins with."""
+        return iter(())
 
     async def respond(self, receive: Receive, drain: Drain) -> Response:
         """Returns the response, streamed if the request asks for that.
@@ -95,27 +87,25 @@ class Answer:
             ClientGone: the client left before a whole response was there.
             ApiError: the request doesn't fit the model, the engine failed, or the gateway is shutting down.
         """
-        if self._body.stream:
+        if self.body.stream:
             seconds = self._pool.settings.heartbeat_seconds
             return EventStream(self._stream(), drain=drain, record=self._record, heartbeat_seconds=seconds)
         return JSONResponse(await supervise(self._collect(), receive, drain, self._record))
 
     async def _stream(self) -> AsyncGenerator[bytes, None]:
-        kind = self._form.chunk_kind
         # If the request asks for the token counts, OpenAI's API sends a null in every chunk but the last.
-        tail = {"usage": None} if self._body.include_usage else {}
+        tail = {"usage": None} if self.body.include_usage else {}
         opened = False
         async with self._deltas() as deltas:
             async for index, delta in deltas:
                 if not opened:
                     opened = True
-                    for each in range(self._n * len(self._prompts)):
-                        for choice in self._form.opening(each):
-                            yield _event(self._response(kind, index, [choice]) | tail)
-                for choice in self._form.pieces(index, delta, self._model(index).tokenizer):
-                    yield _event(self._response(kind, index, [choice]) | tail)
-        if self._body.include_usage:
-            yield _event(self._response(kind, 0, []) | {"usage": self._usage()})
+                    for choice in self.opening():
+                        yield _event(self._response(self.chunk_kind, index, [choice]) | tail)
+                for choice in self.pieces(index, delta):
+                    yield _event(self._response(self.chunk_kind, index, [choice]) | tail)
+        if self.body.include_usage:
+            yield _event(self._response(self.chunk_kind, 0, []) | {"usage": self._usage()})
         yield b"data: [DONE]\n\n"
 
     async def _collect(self) -> dict[str, Any]:
@@ -123,31 +113,32 @@ class Answer:
         async with self._deltas() as deltas:
             async for index, delta in deltas:
                 wholes[index].append(delta)
-        shown = [self._form.whole(index, whole, self._model(index).tokenizer) for index, whole in enumerate(wholes)]
-        return self._response(self._form.kind, 0, shown) | {"usage": self._usage()}
+        choices = [self.whole(index, whole) for index, whole in enumerate(wholes)]
+        return self._response(self.kind, 0, choices) | {"usage": self._usage()}
 
     def _deltas(self) -> contextlib.aclosing[AsyncGenerator[tuple[int, Delta], None]]:
         sources = [self._generate(k) for k in range(len(self._prompts))]
         return contextlib.aclosing(sources[0] if len(sources) == 1 else merge(sources))
 
     async def _generate(self, k: int) -> AsyncGenerator[tuple[int, Delta], None]:
-        body, record, n = self._body, self._record, self._n
+        body, record, n = self.body, self._record, self._n
         # Each prompt has a seed of its own, so that equal prompts get different answers.
         seed = self._seed + k
         async with generate(self._pool, body, self._prompts[k], request_id=record.request_id, seed=seed) as generation:
-            metrics, stops, raw = self._pool.metrics, body.stop or (), self._form.raw
+            metrics, stops, raw = self._pool.metrics, body.stop or (), self.raw
             self._choices[k] = choices = Choices(generation, metrics, record, n=n, stops=stops, raw=raw)
             async for index, delta in choices.deltas():
                 yield k * n + index, delta
 
-    def _model(self, index: int) -> ServedModel:
+    def model(self, index: int) -> ServedModel:
+        """Returns the model that writes the choice."""
         return self._choices[index // self._n].model
 
     def _usage(self) -> dict[str, Any]:
         return usage(list(self._choices.values()))
 
     def _response(self, kind: str, index: int, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        model = self._model(index)
+        model = self.model(index)
         return {
             "id": self._id,
             "object": kind,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from nanochat_core.chat import Message, Part
-from nanochat_core.tokenizer import Tokenizer
 from services.gateway.answer.choice_decoder import Delta
 from services.gateway.answer.logprobs import chat_logprobs
-from services.gateway.answer.response import Answer, ChoiceFormat
+from services.gateway.answer.response import Answer
 from services.gateway.api.dependencies import DrainDep, PoolDep, RecordDep
 from services.gateway.api.examples import CHAT_RESPONSES
 from services.gateway.engines.request import check_choices, encode_chat
@@ -34,32 +32,32 @@ async def create_chat_completion(
     refuse_unsupported(body)
     check_choices(body.n or 1, pool.settings)
     prompt = functools.partial(encode_chat, turns=conversation(body.messages))
-    answer = Answer(pool, body, [prompt], _ChatFormat(logprobs=bool(body.logprobs)), record)
-    return await answer.respond(request.receive, drain)
+    return await _ChatAnswer(pool, body, [prompt], record).respond(request.receive, drain)
 
 
-@dataclasses.dataclass(frozen=True)
-class _ChatFormat(ChoiceFormat):
-    logprobs: bool
-
+class _ChatAnswer(Answer):
     id_prefix = "chatcmpl"
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def whole(self, index: int, delta: Delta, tokenizer: Tokenizer) -> dict[str, Any]:
+    def whole(self, index: int, delta: Delta) -> dict[str, Any]:
         message = {"role": "assistant", "content": delta.text, "refusal": None, **_extension(delta)}
-        logprobs = chat_logprobs(tokenizer, delta.tokens) if self.logprobs else None
+        logprobs = self._logprobs(index, delta)
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
-    def opening(self, index: int) -> Iterator[dict[str, Any]]:
-        yield _piece(index, {"role": "assistant", "content": ""})
+    def opening(self) -> Iterator[dict[str, Any]]:
+        for index in range(self.body.n or 1):
+            yield _piece(index, {"role": "assistant", "content": ""})
 
-    def pieces(self, index: int, delta: Delta, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    def pieces(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
         if delta:
             shown = ({"content": delta.text} if delta.text else {}) | _extension(delta)
-            yield _piece(index, shown, chat_logprobs(tokenizer, delta.tokens) if self.logprobs else None)
+            yield _piece(index, shown, self._logprobs(index, delta))
         if delta.finish_reason is not None:
             yield _piece(index, {}, finish_reason=delta.finish_reason)
+
+    def _logprobs(self, index: int, delta: Delta) -> dict[str, Any] | None:
+        return chat_logprobs(self.model(index).tokenizer, delta.tokens) if self.body.logprobs else None
 
 
 def _piece(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from nanochat_core.tokenizer import Tokenizer
 from services.gateway.answer.choice_decoder import Delta
 from services.gateway.answer.logprobs import completion_logprobs
-from services.gateway.answer.response import Answer, ChoiceFormat
+from services.gateway.answer.response import Answer
 from services.gateway.api.dependencies import DrainDep, PoolDep, RecordDep
 from services.gateway.api.examples import COMPLETION_RESPONSES
 from services.gateway.engines.request import check_choices, encode_prompt
@@ -32,22 +30,20 @@ async def create_completion(
     refuse_unsupported(body)
     check_choices((body.n or 1) * len(body.prompt), pool.settings)
     prompts = [functools.partial(encode_prompt, prompt=prompt) for prompt in body.prompt]
-    answer = Answer(pool, body, prompts, _CompletionFormat(logprobs=body.logprobs is not None), record)
-    return await answer.respond(request.receive, drain)
+    return await _CompletionAnswer(pool, body, prompts, record).respond(request.receive, drain)
 
 
-@dataclasses.dataclass(frozen=True)
-class _CompletionFormat(ChoiceFormat):
-    logprobs: bool
-
+class _CompletionAnswer(Answer):
     id_prefix = "cmpl"
     kind = chunk_kind = "text_completion"
     raw = True
 
-    def whole(self, index: int, delta: Delta, tokenizer: Tokenizer) -> dict[str, Any]:
-        logprobs = completion_logprobs(tokenizer, delta.tokens, delta.offsets) if self.logprobs else None
+    def whole(self, index: int, delta: Delta) -> dict[str, Any]:
+        logprobs = None
+        if self.body.logprobs is not None:
+            logprobs = completion_logprobs(self.model(index).tokenizer, delta.tokens, delta.offsets)
         return {"index": index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
-    def pieces(self, index: int, delta: Delta, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    def pieces(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
         if delta or delta.finish_reason is not None:
-            yield self.whole(index, delta, tokenizer)
+            yield self.whole(index, delta)
