@@ -28,7 +28,7 @@ def completions(engine: Engine, requests: Iterable[Request]) -> Iterator[tuple[s
     """
     waiting = deque(requests)
     for request in waiting:
-        engine.check(request)
+        engine.admission.check(request)
     running: dict[str, list[Completion]] = {}
     try:
         while waiting or running:

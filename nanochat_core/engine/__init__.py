@@ -1,13 +1,15 @@
 """Inference: continuous batching over a paged KV cache, with Python calls in the middle of a sentence.
 
-:class:`Engine` does the work one step at a time and serves evaluation and RL in process; :class:`AsyncEngine` runs it
-on a thread of its own and streams to asyncio, for the service.
+:class:`Engine` computes one step at a time; evaluation and RL use it in process. :class:`AsyncEngine` runs an engine on
+a thread and streams its outputs to asyncio; the service uses it.
 """
 
+from nanochat_core.engine.admission import QueueFull
 from nanochat_core.engine.async_engine import AsyncEngine, EngineDead, Stream
 from nanochat_core.engine.config import EngineConfig
 from nanochat_core.engine.constraints import ConstraintError
-from nanochat_core.engine.engine import Engine, Load, Observer, QueueFull
+from nanochat_core.engine.engine import Engine
+from nanochat_core.engine.observer import Load, Observer
 from nanochat_core.engine.request import (
     Completion,
     Constraint,

@@ -1,4 +1,4 @@
-"""The engine on a thread of its own, streaming to asyncio."""
+"""Runs an engine on a thread and streams its outputs to asyncio."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ import threading
 import time
 from collections.abc import Callable
 
-from nanochat_core.engine.engine import Engine, Load, QueueFull
+from nanochat_core.engine.admission import QueueFull
+from nanochat_core.engine.engine import Engine
+from nanochat_core.engine.observer import Load
 from nanochat_core.engine.request import Constraint, Output, Request
 from nanochat_core.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Name of the threads.
+# Name of the threads that run engines.
 DEVICE_LOOP = "engine"
-# A step that takes longer than this does not end because it is asked to.
+# Stopping gives up after this many seconds, because a step hangs.
 STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.01
 
 
 class EngineDead(Exception):
-    """The device loop has ended, by an error or because it was stopped; no request can be served any more."""
+    """The device loop has ended, so no request can be served any more."""
 
 
 class Stream:
-    """Outputs of one request in order; ends when every choice has finished.
+    """Iterates over the outputs of one request until every choice has finished.
 
-    Outputs that come faster than they are read are joined, so a slow reader costs little memory. The iteration raises
-    :class:`EngineDead` when the device loop ends before the request does, and
-    :class:`~nanochat_core.engine.shedding.Shed` when the request was given up for lack of memory.
+    Outputs that arrive faster than they are read are joined, so a slow reader takes little memory. The iteration raises
+    :class:`EngineDead` if the device loop ends before the request, and :class:`~nanochat_core.engine.shedding.Shed` if
+    the request was dropped for lack of memory.
     """
 
     def __init__(self, choices: int) -> None:
@@ -47,7 +49,7 @@ class Stream:
 
     async def __anext__(self) -> Output:
         while not self._pending:
-            if self.finished:  # whatever became of the engine since
+            if self.finished:  # even if the engine has died since
                 raise StopAsyncIteration
             if self._error:
                 raise self._error
@@ -61,7 +63,7 @@ class Stream:
         return self._unfinished == 0
 
     def push(self, output: Output) -> None:
-        """Take the next output from the engine."""
+        """Add the next output of the engine."""
         if output.finish_reason:
             self._unfinished -= 1
         latest = next((earlier for earlier in reversed(self._pending) if earlier.index == output.index), None)
@@ -72,20 +74,20 @@ class Stream:
         self._news.set()
 
     def fail(self, error: Exception) -> None:
-        """End the stream, or the wait for its acceptance, with an error."""
+        """End the stream, or the wait for the request's acceptance, with an error."""
         self._error = error
         self._news.set()
         if not self.accepted.done():
             self.accepted.set_exception(error)
 
     def abandon(self) -> None:
-        """Nobody waits for the acceptance any more."""
+        """Stop waiting for the request's acceptance."""
         if not self.accepted.cancel() and not self.accepted.cancelled():
             self.accepted.exception()
 
 
 class AsyncEngine:
-    """Runs an :class:`Engine` in a thread; every method is called on the event loop that called :meth:`start`."""
+    """Runs an :class:`Engine` on a thread. All methods must be called on the event loop that called :meth:`start`."""
 
     def __init__(self, engine: Engine, on_death: Callable[[], None] = lambda: None) -> None:
         """
@@ -111,11 +113,11 @@ class AsyncEngine:
         self._thread.start()
 
     async def submit(self, request: Request) -> Stream:
-        """Queue a request. Whoever calls this must call :meth:`close_stream` in the end.
+        """Queue a request. The caller must call :meth:`close_stream` in the end.
 
         Raises:
-            UserError: it can never be served.
-            QueueFull: it may be served later.
+            UserError: the request can never be served.
+            QueueFull: the request may be accepted later.
             EngineDead: the device loop has ended.
         """
         engine = self._engine
@@ -137,7 +139,7 @@ class AsyncEngine:
         constraint = request.sampling.constraint
         try:
             if constraint is not None:
-                engine.check_but_constraint(request)
+                engine.admission.check_without_constraint(request)
                 await self._compile(engine, constraint, request.n)
             self._inbox.put(add)
             await stream.accepted
@@ -148,7 +150,7 @@ class AsyncEngine:
         return stream
 
     def close_stream(self, request_id: str) -> None:
-        """Forget a stream; a request that still runs is cancelled and frees its cache before the next step."""
+        """Close a stream. If its request still runs, it is canceled and frees its blocks before the next step."""
         stream, engine = self._streams.pop(request_id, None), self._engine
         if stream and not stream.finished and engine is not None:
             self._inbox.put(lambda: engine.cancel(request_id))
@@ -156,11 +158,11 @@ class AsyncEngine:
             self._idle.set()
 
     def load(self) -> Load:
-        """A snapshot of what the engine is busy with."""
+        """The present load of the engine."""
         return self._engine.load() if self._engine is not None else Load(0, 0, 0, 0, 0)
 
     def step_seconds(self) -> float:
-        """How long the present step has taken so far; 0 between steps."""
+        """Seconds that the present step has taken so far; 0 between steps."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
 
@@ -169,13 +171,13 @@ class AsyncEngine:
         await self._idle.wait()
 
     async def stop(self, seconds: float | None = None) -> bool:
-        """End the device loop after the current step; streams that are still open fail.
+        """End the device loop after the current step. Streams that are still open fail.
 
         Args:
-            seconds: how long the step may take, by default :data:`STOP_SECONDS`.
+            seconds: time that the step may still take, by default :data:`STOP_SECONDS`.
 
         Returns:
-            Whether the loop has ended. A step that hangs is left to itself.
+            Whether the loop has ended. A thread whose step hangs is abandoned.
         """
         self._inbox.put(self._stop)
         deadline = time.monotonic() + (STOP_SECONDS if seconds is None else seconds)
@@ -187,21 +189,21 @@ class AsyncEngine:
             return False
         if engine is not None:
             engine.close()
-            engine.tools.on_completed = lambda: None  # so that they no longer refer to each other
-        # Whoever still holds this object does not hold the model: what has not been done refers to it too.
+            engine.tools.on_completed = lambda: None  # the engine no longer refers to this object
+        # Commands that were not carried out refer to the engine and would keep the model in memory.
         self._inbox = queue.SimpleQueue()
         return True
 
     async def _compile(self, engine: Engine, constraint: Constraint, sequences: int) -> None:
-        """Compile a constraint here, which costs the device loop nothing, if there will be room for the request.
+        """Compile a constraint outside the device loop, if there will be room for the request.
 
         Raises:
             UserError: the constraint cannot be used.
-            QueueFull: the queue is full, or will be by what is being compiled.
+            QueueFull: the queue is full, or the requests whose constraints are being compiled will fill it.
         """
         self._compiling += sequences
         try:
-            engine.check_room(self._compiling)
+            engine.admission.check_room(self._compiling)
             await asyncio.to_thread(engine.grammars.compile, constraint)
         finally:
             self._compiling -= sequences
@@ -217,16 +219,16 @@ class AsyncEngine:
                 if outputs:
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
             error = EngineDead("the engine has been stopped")
-        except BaseException as cause:  # a panic in one of the libraries in Rust is no Exception
+        except BaseException as cause:  # a panic in a Rust library is no Exception
             self._step_began = None
             log.exception("engine_died")
             error = EngineDead(f"the engine's device loop died: {cause!r}")
-            if self._engine is not None:  # and not given up
+            if self._engine is not None:  # stop() has not abandoned this thread
                 self._loop.call_soon_threadsafe(self._on_death)
         self._loop.call_soon_threadsafe(self._fail, error)
 
     def _receive(self, *, wait: bool) -> None:
-        """Carry out what has been asked for; ``wait`` for something when there is nothing to compute."""
+        """Carry out the queued commands; ``wait`` blocks until there is one."""
         if wait:
             self._inbox.get()()
         while True:
@@ -242,7 +244,7 @@ class AsyncEngine:
     def _deliver(self, outputs: list[Output]) -> None:
         for output in outputs:
             stream = self._streams.get(output.request_id)
-            # Outputs of a cancelled request may still arrive after its id has been used again.
+            # Outputs of a canceled request may arrive after its id was used again.
             if stream and stream.accepted.done():
                 if output.error:
                     stream.fail(output.error)
@@ -261,4 +263,4 @@ def _accept(stream: Stream) -> None:
 
 
 def _wake() -> None:
-    """Does nothing; its arrival ends a wait."""
+    """A command that does nothing but end the wait for commands."""

@@ -1,4 +1,4 @@
-"""How the KV cache's memory is divided among layers that see equally far."""
+"""Divides the memory of the KV cache among layers that see equally far."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from nanochat_core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class CacheGroup:
-    """Layers that see equally far, and so need the same blocks.
+    """Layers that see equally far and therefore need the same blocks.
 
     Attributes:
-        layers: their indices.
-        window: tokens before itself that a token sees; None for all.
-        num_blocks: blocks there are for them, each with ``block_size`` tokens of every layer of the group.
-        most_held: blocks that one sequence holds at a time at most: its window and what one step computes.
+        layers: indices of the layers.
+        window: number of tokens before itself that a token sees; None if it sees all of them.
+        num_blocks: number of blocks; each holds ``block_size`` tokens of every layer in the group.
+        most_held: most blocks that one sequence holds at a time, that is, its window and the tokens of one step.
     """
 
     layers: tuple[int, ...]
@@ -27,27 +27,48 @@ class CacheGroup:
     num_blocks: int
     most_held: int = sys.maxsize
 
+    def first_visible_block(self, computed: int, block_size: int) -> int:
+        """Index of the first block that the token at position ``computed`` sees."""
+        return 0 if self.window is None else max(computed - self.window, 0) // block_size
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheLayout:
+    """What a backend needs to know to allocate the KV cache.
+
+    Attributes:
+        config: the model's configuration.
+        block_size: tokens per block.
+        dtype: type of the keys and values.
+    """
+
+    config: ModelConfig
+    groups: list[CacheGroup]
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+
 
 def bytes_per_block(config: ModelConfig, layers: int, block_size: int, dtype: torch.dtype) -> int:
-    """Memory of one block of a group with this many layers."""
+    """Bytes of one block (keys and values) of a group with this many layers."""
     return 2 * layers * block_size * config.kv_dim * dtype.itemsize
 
 
 def plan_groups(
     config: ModelConfig, block_size: int, dtype: torch.dtype, *, memory: int, sequences: int, token_budget: int
 ) -> list[CacheGroup]:
-    """Divide the cache's memory among the groups of layers that see equally far, the one that sees everything first.
+    """Divide the cache's memory among the cache groups. The group that sees everything comes first.
 
-    Each group gets blocks in proportion to what one sequence of full length holds there at most; a group with a window
-    gets at least that, so that any sequence can be computed when it is alone.
+    Each group gets blocks in proportion to the most that one sequence of full length holds there. A group with a window
+    gets at least that many blocks, so that any sequence can be computed when it is alone.
 
     Args:
         memory: bytes to divide.
-        sequences: no more is taken than this many sequences of full length need.
-        token_budget: most tokens computed in one step; a windowed group holds them beside its window.
+        sequences: the plan uses at most the memory of this many sequences of full length.
+        token_budget: most tokens computed in one step; a windowed group holds them in addition to its window.
 
     Raises:
-        UserError: there is not even one block for the layers that see everything.
+        UserError: the memory does not hold one block of the layers that see everything.
     """
     last = config.context_length - 1
     reaches = sorted({min(window, last) for window in config.windows}, reverse=True)
@@ -70,8 +91,9 @@ def plan_groups(
 
 
 def _most_held(window: int, token_budget: int, block_size: int) -> int:
-    """Blocks that a sequence needs for what a step computes and what that sees through the window."""
-    going_on = -(-(window + token_budget) // block_size) + 1
-    # It starts at the end of a block, of the window's too, and up to a block less a token later with what is copied.
+    """Most blocks of a windowed group that one sequence holds during a step."""
+    continuing = -(-(window + token_budget) // block_size) + 1
+    # A sequence that starts behind a shared prefix holds whole blocks of its window. Its first chunk may begin anywhere
+    # in a block, because the tokens before it in that block are copied.
     starting = -(-window // block_size) - (-(token_budget + block_size - 1) // block_size)
-    return max(going_on, starting)
+    return max(continuing, starting)

@@ -1,4 +1,4 @@
-"""How much the engine does at a time, and how large its cache is."""
+"""Settings of an engine: how much it computes at a time, and how large its KV cache is."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import torch
 
 from nanochat_core.engine.cache_groups import CacheGroup, plan_groups
 from nanochat_core.engine.speculation import Speculation
+from nanochat_core.engine.tools import ToolLimits
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 
-# Without a given size the cache takes at most this share of a GPU's free memory, or this much host memory.
+# If no size is given, the cache takes at most this share of a GPU's free memory, or this much host memory.
 CUDA_MEMORY_SHARE = 0.8
 CPU_CACHE_BYTES = 1 << 30
-# PyTorch's attention on the CPU reads keys in tiles of this size, and adds in one order up to this many query rows.
+# PyTorch's attention on a CPU reads keys in tiles of this size.
 KEY_TILE = 512
+# PyTorch's attention computes chunks of at most this many tokens together. A token and its draft are such a chunk.
 MOST_ROWS = 8
 
 
@@ -27,23 +29,24 @@ class EngineConfig:
 
     Attributes:
         block_size: tokens per block of the KV cache, a power of two up to 512.
-        kv_cache_bytes: size of the KV cache; None takes what ``max_running`` sequences of full context need, at most
-            1 GiB on the CPU and most of the free memory on a GPU.
+        kv_cache_bytes: size of the KV cache; None takes the memory that ``max_running`` sequences of full context need,
+            but at most 1 GiB on a CPU and most of the free memory on a GPU.
         token_budget: most tokens computed in one step.
-        max_running: most sequences in the batch or waiting for a tool.
-        max_waiting: most sequences queued beyond those for which there is room.
-        prefix_caching: whether requests reuse blocks that others have computed.
-        speculative_tokens: longest draft of tokens looked up in the sequence itself; 0 drafts nothing.
-        speculative_batch: sequences draft while as many run that one token and a draft of each are at most this many.
+        max_running: most sequences that are in the batch or wait for a tool.
+        max_waiting: most sequences that are queued beyond those that may run.
+        prefix_caching: whether requests reuse blocks that other requests have computed.
+        speculative_tokens: longest draft of tokens, which are looked up in the sequence itself; 0 drafts nothing.
+        speculative_batch: most tokens of all running sequences and their drafts together.
         overlap: give the device its next batch before the tokens of the last one are read, so that neither waits for
-            the other; None does so on a GPU.
-        kernels: compute with the engine's own kernels where they can be had, not with PyTorch's operators.
-        quantization: ``int8`` rounds the matrices to eight bits, on CPUs; ``none`` keeps the model's compute dtype.
-        tool_timeout_seconds: a call without result is given up after this.
-        tool_max_calls, tool_max_output_tokens: limits of requests that name none.
+            the other; None overlaps on a GPU only.
+        kernels: use the engine's own kernels instead of PyTorch's operators, if they can run on the device.
+        quantization: ``int8`` rounds the matrices to eight bits (CPUs only); ``none`` keeps the model's compute dtype.
+        tool_timeout_seconds: a tool call without a result is given up after this time.
+        tool_max_calls: tool calls per sequence, if the request does not say.
+        tool_max_output_tokens: tokens of output per tool call, if the request does not say.
 
     Raises:
-        UserError: a value or their combination makes no engine.
+        UserError: a value, or a combination of values, is invalid.
     """
 
     block_size: int = 16
@@ -79,8 +82,12 @@ class EngineConfig:
     def speculation(self) -> Speculation:
         return Speculation(self.speculative_tokens, self.speculative_batch)
 
+    @property
+    def tool_limits(self) -> ToolLimits:
+        return ToolLimits(self.tool_timeout_seconds, self.tool_max_calls, self.tool_max_output_tokens)
+
     def cache_groups(self, model: GPT) -> list[CacheGroup]:
-        """How the KV cache for ``model``, on its device, is divided.
+        """The groups of the KV cache for ``model`` on its device.
 
         Raises:
             UserError: the given size does not hold a single block.
@@ -96,7 +103,7 @@ class EngineConfig:
             self.block_size,
             dtype,
             memory=memory,
-            # A given size is a wish for all that fits: more than the running ones need keeps more to find again.
+            # A given size is used in full: memory beyond the running sequences keeps more prefixes findable.
             sequences=self.max_running if self.kv_cache_bytes is None else sys.maxsize,
             token_budget=self.token_budget,
         )

@@ -1,10 +1,10 @@
-"""Completions that must match something: which tokens may come next, by a grammar over the model's tokens.
+"""Constrained decoding: completions that match a JSON schema or a regular expression.
 
-llguidance compiles a JSON schema or a regular expression and follows a completion through it, one matcher each. What a
-matcher allows depends on the constraint and the completion's tokens alone, so a preemption, another batch or a
-recomputation changes nothing.
+The library llguidance compiles the constraint to a grammar over the model's tokens. Each completion has a matcher that
+follows its tokens through the grammar and says which tokens may come next. The result depends on the constraint and the
+completion's tokens alone, so preemption, recomputation and the rest of the batch do not change it.
 
-The library is loaded with the first constrained request; requests without a constraint never come here.
+The library is loaded with the first constrained request.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Compiled grammars kept for the next request with the same constraint; each is small beside its source.
+# Number of compiled grammars kept for later requests with the same constraint.
 CACHED_GRAMMARS = 64
 MAX_SOURCE_CHARACTERS = 65_536
-# Counted repetitions are written out before the first token: this many characters take some 20 ms.
+# The library expands counted repetitions before the first token. This many characters take some 20 ms.
 MAX_REPEATED_CHARACTERS = 20_000
 
-# Between the parts of JSON at most one space, where json.dumps puts it: a weak model that may write any whitespace can
-# go on writing it for ever.
+# JSON has at most one space between its parts, as json.dumps writes it. A weak model that may write any whitespace may
+# never stop writing it.
 _JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-# llguidance's own defaults allow a grammar 250,000 states of about 2 kB each, and a step 14 ms, for every sequence.
+# The defaults of llguidance allow each sequence 250,000 states of about 2 kB, and 14 ms per step.
 _LIMITS: Mapping[str, Any] = {
     "initial_lexer_fuel": 50_000,
     "step_lexer_fuel": 50_000,
     "max_lexer_states": 20_000,
     "max_grammar_size": 20_000,
-    "max_items_in_row": 20_000,  # four for each optional property of an object
-    "precompute_large_lexemes": False,  # it makes compiling slower and the steps no faster
-    "verbose_errors": False,  # they would quote the schema and the answer
+    "max_items_in_row": 20_000,  # an object needs four for each optional property
+    "precompute_large_lexemes": False,  # it slows compilation down and does not speed steps up
+    "verbose_errors": False,  # verbose errors quote the schema and the answer
 }
 
 
 class ConstraintError(UserError):
-    """A constraint that cannot be used; ``kind`` says which field of the request is wrong."""
+    """A constraint cannot be used. ``kind`` names the field of the request that is wrong."""
 
     def __init__(self, kind: ConstraintKind, reason: str) -> None:
         super().__init__(f"the {kind.value} cannot be used: {reason}")
@@ -59,16 +59,16 @@ class ConstraintError(UserError):
 
 
 class Matcher:
-    """Follows one completion and says what may come next.
+    """Follows one completion and says which tokens may come next.
 
     Attributes:
-        stuck: :meth:`fill` found that nothing may follow; what is sampled then means nothing.
+        stuck: :meth:`fill` found that no token may follow, so the token sampled next is void.
     """
 
     def __init__(self, matcher: LLMatcher, end: int, stops: Iterable[int]) -> None:
         """
         Args:
-            matcher: at the beginning of the grammar; belongs to this object alone.
+            matcher: at the beginning of the grammar; no other object uses it.
             end: the token that stands for the end of the text in ``matcher``'s tokenizer.
             stops: the tokens that end the completion.
         """
@@ -83,25 +83,25 @@ class Matcher:
         return self._matcher.is_accepting() and not self._matcher.is_error()
 
     def advance(self, token: int) -> bool:
-        """Take the token that follows, which is not a stop token.
+        """Follow the next token, which is not a stop token.
 
         Returns:
-            Whether the text now matches and no longer text does.
+            Whether the text matches now and no longer text can match.
         """
         self._matcher.consume_token(token)
         return self._matcher.is_stopped() and self.complete
 
     def fill(self, mask: npt.NDArray[np.int32]) -> None:
-        """Say which tokens may follow: those that continue a match, and the stop tokens once the text matches.
+        """Find the tokens that may follow: those that continue a match, and the stop tokens if the text matches.
 
-        Where only one text can follow, it is the token that the tokenizer makes of that text.
+        If only one text can follow, the only token is the one that the tokenizer encodes that text to.
 
         Args:
-            mask: (ceil(vocab_size / 32),) contiguous; set to one bit per token, the lowest bit first. When nothing may
-                follow, every bit is set and :attr:`stuck` too.
+            mask: (ceil(vocab_size / 32),) contiguous; receives one bit per token, the lowest bit first. If no token may
+                follow, every bit and :attr:`stuck` are set.
         """
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        # In an error the matcher allows nothing but the end, which then does not say that the text matches.
+        # After an error the matcher allows only the end of the text, even if the text does not match.
         complete = self.complete
         _set_bit(mask, self._end, False)
         for token in self._stops:
@@ -114,12 +114,12 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles constraints for one tokenizer, each once. Any thread may call this."""
+    """Compiles constraints for one tokenizer and caches the results. It is thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """
         Args:
-            vocab_size: number of the model's logits, at least the tokenizer's ids.
+            vocab_size: number of the model's logits, which may exceed the number of the tokenizer's ids.
         """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
@@ -130,18 +130,18 @@ class Grammars:
         self._limits: LLParserLimits | None = None
 
     def compile(self, constraint: Constraint) -> LLMatcher:
-        """The matcher at the beginning of the constraint's grammar, to copy.
+        """A matcher at the beginning of the constraint's grammar. Copy it before use.
 
         Raises:
-            ConstraintError: it is malformed, unsupported, too large, or nothing matches it.
+            ConstraintError: the constraint is malformed, unsupported or too large, or no text matches it.
         """
         with self._lock:
             if (known := self._compiled.get(constraint)) is not None:
                 self._compiled.move_to_end(constraint)
                 return known
             vocabulary, limits = self._load()
-        # Outside the lock: the device loop may be waiting for another, compiled grammar.
-        matcher = _compile(constraint, vocabulary, limits)
+        # The lock is free here, because the device loop may want another grammar that is already compiled.
+        matcher = compile_constraint(constraint, vocabulary, limits)
         with self._lock:
             self._compiled[constraint] = matcher
             while len(self._compiled) > CACHED_GRAMMARS:
@@ -152,7 +152,7 @@ class Grammars:
         """A matcher for a new completion that ends with one of ``stops``.
 
         Raises:
-            ConstraintError: as :meth:`compile`.
+            ConstraintError: see :meth:`compile`.
         """
         return Matcher(self.compile(constraint).deep_copy(), self._end, stops)
 
@@ -166,7 +166,7 @@ class Grammars:
 
 
 class _Vocabulary:
-    """The tokenizer as llguidance reads it."""
+    """The tokenizer in the form that llguidance reads."""
 
     bos_token_id = None
 
@@ -185,7 +185,8 @@ class _Vocabulary:
         return self._tokenizer.encode(text.decode("utf-8", errors="replace"))
 
 
-def _compile(constraint: Constraint, vocabulary: LLTokenizer, limits: LLParserLimits) -> LLMatcher:
+def compile_constraint(constraint: Constraint, vocabulary: LLTokenizer, limits: LLParserLimits) -> LLMatcher:
+    """Compile one constraint; see :meth:`Grammars.compile`, which caches the result."""
     from llguidance import LLMatcher
 
     kind, source = constraint.kind, constraint.source
@@ -203,7 +204,7 @@ def _compile(constraint: Constraint, vocabulary: LLTokenizer, limits: LLParserLi
             raise ConstraintError(kind, _reason(str(error))) from error
     matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
     if not matcher.is_error():
-        # Much of the grammar is made with the first mask. It also shows a grammar without any way to begin.
+        # The first mask builds much of the grammar. It also finds out that no text matches.
         matcher.compute_bitmask()
     if matcher.is_error():
         reason = _reason(matcher.get_error())
@@ -220,7 +221,7 @@ def _read_schema(constraint: Constraint) -> dict[str, Any]:
         raise ConstraintError(constraint.kind, f"it is not valid JSON ({error})") from error
     if not isinstance(schema, dict):
         raise ConstraintError(constraint.kind, "a schema is a JSON object")
-    schema.pop("x-guidance", None)  # llguidance's own options, with which a schema could change what is checked
+    schema.pop("x-guidance", None)  # options of llguidance, with which a schema could switch checks off
     return schema
 
 
@@ -240,14 +241,14 @@ def _patterns(schema: Any) -> Iterator[str]:
 
 
 def _check_patterns(kind: ConstraintKind, patterns: Iterable[str]) -> None:
-    """Refuse what would take seconds and gigabytes to write out: no limit of the library's keeps it from trying."""
+    """Refuse patterns that take seconds and gigabytes to expand. The library has no limit for this."""
     total = 0
     for pattern in patterns:
-        total += _written_out(kind, pattern)
+        total += expanded_length(kind, pattern)
     if total > MAX_REPEATED_CHARACTERS:
         raise ConstraintError(
             kind,
-            f"with its counted repetitions written out a regular expression has {total} characters; "
+            f"with its counted repetitions expanded a regular expression has {total} characters; "
             f"at most {MAX_REPEATED_CHARACTERS} are possible",
         )
 
@@ -256,16 +257,16 @@ _VERBOSE = re.compile(r"\?[A-Za-z]*x[A-Za-z-]*[:)]")
 _PIECE = re.compile(r"\\[pPxuU]\{[^}]*\}|\\.|\{(?P<least>\d*)(?:,(?P<most>\d*))?\}|.", re.DOTALL)
 
 
-def _written_out(kind: ConstraintKind, pattern: str) -> int:
-    """Number of characters and classes of ``pattern`` with every ``{m,n}`` written out, perhaps a few too many.
+def expanded_length(kind: ConstraintKind, pattern: str) -> int:
+    """Number of characters and classes of ``pattern`` with every ``{m,n}`` expanded, or slightly more.
 
-    What is no regular expression is left to the library to refuse.
+    The library refuses patterns that are no regular expressions; this function does not.
 
     Raises:
-        ConstraintError: the pattern allows itself white space and comments, which hide its structure.
+        ConstraintError: the pattern uses the verbose flag, whose white space and comments hide the structure.
     """
-    groups = [0]  # for each open group, the size of what it has so far
-    last = 0  # of them, what a repetition would repeat
+    groups = [0]  # for each open group its size so far
+    last = 0  # size of the last item, which a repetition would repeat
     position = 0
     while position < len(pattern):
         if pattern[position] == "[":
@@ -276,7 +277,7 @@ def _written_out(kind: ConstraintKind, pattern: str) -> int:
         assert match is not None, "a piece is at least one character"
         position, piece = match.end(), match[0]
         if piece.startswith("{") and len(piece) > 1:
-            # Nine digits are more than enough to be too many.
+            # Nine digits are enough for a number that is too large.
             most = max(int((match[name] or "").lstrip("0")[:9] or 1) for name in ("least", "most"))
             groups[-1] += last * (most - 1)
             last *= most
@@ -294,7 +295,7 @@ def _written_out(kind: ConstraintKind, pattern: str) -> int:
 
 
 def _class_end(pattern: str, start: int) -> int:
-    """Index after the class that opens at ``start``; classes can be nested, as in ``[a-z&&[^aeiou]]``."""
+    """Index after the character class that opens at ``start``. Classes can be nested, as in ``[a-z&&[^aeiou]]``."""
     depth, position = 0, start
     while position < len(pattern):
         character = pattern[position]
@@ -304,7 +305,7 @@ def _class_end(pattern: str, start: int) -> int:
         elif character == "[":
             depth += 1
             position += pattern.startswith("^", position)
-            position += pattern.startswith("]", position)  # as the first character it stands for itself
+            position += pattern.startswith("]", position)  # a bracket in the first place is literal
         elif character == "]":
             depth -= 1
             if depth == 0:
@@ -313,7 +314,7 @@ def _class_end(pattern: str, start: int) -> int:
 
 
 def _reason(message: str) -> str:
-    """What is wrong, without the places in grammars that the user has not seen."""
+    """Shorten an error message: positions in the generated grammar mean nothing to the user."""
     message = re.sub(r"^at \d+\(\d+\): .*?\(in regex\): ", "", message, flags=re.DOTALL)
     message = re.split(r"\n\s*\d+ \| |\n<", message)[0]
     return " ".join(message.split())[:500]

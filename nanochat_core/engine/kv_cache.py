@@ -1,4 +1,10 @@
-"""The paged KV cache's memory, whatever reads it."""
+"""Memory of the paged KV cache, shared by all backends.
+
+A sequence's length is not known in advance, so one contiguous region per sequence would waste memory or have to move.
+The cache is therefore divided into blocks of equal size, like an operating system's pages, and each sequence has a
+table of its blocks (PagedAttention, Kwon et al. 2023, arXiv 2309.06180). Token ``i`` is in block
+``table[i // block_size]`` at offset ``i % block_size``. Sequences with a common beginning can share blocks.
+"""
 
 from __future__ import annotations
 
@@ -10,49 +16,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat_core.config import ModelConfig
-from nanochat_core.engine.cache_groups import CacheGroup
+from nanochat_core.engine.cache_groups import CacheLayout
 from nanochat_core.engine.scheduler import Chunk
 
 
 class BlockMemory:
-    """Memory of the keys and values of all layers, in blocks of ``block_size`` tokens.
+    """Keys and values of all layers, in blocks of ``block_size`` tokens.
 
     Attributes:
-        groups: layers that share block tables, each with blocks of its own.
-        group_of: for each layer the index of its group.
-        windows: for each group how many tokens before itself a token sees.
-        blocks: for each layer (2, num_blocks, block_size * kv_dim) its keys and its values.
+        groups: the cache groups; each has blocks of its own.
+        group_of: index of each layer's group.
+        windows: for each group, how many tokens before itself a token sees.
+        blocks: for each layer a tensor (2, num_blocks, block_size * kv_dim) of its keys and its values.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        groups: Items[CacheGroup],
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        spare: int = 0,
-    ) -> None:
+    def __init__(self, layout: CacheLayout, spare: int = 0) -> None:
         """
         Args:
-            spare: blocks of each group that the block manager does not know of, after those that it does.
+            spare: additional blocks of each group, behind those that the block manager hands out.
         """
-        self.config, self.groups, self.block_size = config, groups, block_size
-        self.dtype, self.device = dtype, device
+        self.config, self.groups, self.block_size = layout.config, layout.groups, layout.block_size
+        self.dtype, self.device = layout.dtype, layout.device
+        config, groups = self.config, self.groups
         self.group_of = [next(g for g, group in enumerate(groups) if i in group.layers) for i in range(config.depth)]
         self.windows = [config.context_length if group.window is None else group.window for group in groups]
-        numbers = block_size * config.kv_dim
-        # Those of a group's layers lie together, so that one operation copies a block of all of them.
+        # One tensor holds all layers of a group, so that one operation copies a block of all of them.
         self._memory = [
-            zeros((len(group.layers), 2, group.num_blocks + spare, numbers), dtype, device) for group in groups
+            _zeros((len(group.layers), 2, group.num_blocks + spare, layout.block_size * config.kv_dim), layout)
+            for group in groups
         ]
         self.blocks = [self._memory[g][groups[g].layers.index(i)] for i, g in enumerate(self.group_of)]
 
     def copy(self, chunks: Iterable[Chunk]) -> None:
-        """Begin blocks with what chunks take over from others; to be done before anything of a step is written.
+        """Copy the partly shared block of each newly admitted sequence into the sequence's own block.
 
-        One after another, because a block that has been copied may be the next one to be overwritten.
+        Call this before the step writes any key or value. The copies are made one after another, because the target of
+        one copy may be the source of an earlier one.
         """
         for chunk in chunks:
             if chunk.copied:
@@ -60,18 +59,8 @@ class BlockMemory:
                     memory[:, :, table[chunk.start // self.block_size]] = memory[:, :, source]
 
 
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, because a masked key that is not a number would still spoil the sum over values.
-
-    In host memory they take no space before they are written: numpy, unlike torch, asks the system for clean pages.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
-
-
 def slots_of(chunks: Items[Chunk], group: int, size: int) -> np.ndarray:
-    """Cache slot of each token of the batch in a group of layers."""
+    """Cache slot of each token of the batch in one group: block id * block size + offset in the block."""
     return np.array(
         [
             chunk.seq.block_tables[group][position // size] * size + position % size
@@ -79,3 +68,14 @@ def slots_of(chunks: Items[Chunk], group: int, size: int) -> np.ndarray:
             for position in range(chunk.start, chunk.end)
         ]
     )
+
+
+def _zeros(shape: tuple[int, ...], layout: CacheLayout) -> Tensor:
+    """Zeroed memory: a masked key that is NaN would still spoil the sum over the values.
+
+    Host memory comes from numpy, which, unlike torch, asks the system for zeroed pages that take no space until they
+    are written.
+    """
+    if layout.device.type != "cpu":
+        return torch.zeros(shape, dtype=layout.dtype, device=layout.device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * layout.dtype.itemsize, np.uint8)).view(layout.dtype).view(shape)

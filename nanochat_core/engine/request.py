@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: requests, sampling parameters, tool policy and outputs."""
+"""The engine's input and output: requests with sampling parameters and tool policy, and outputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from nanochat_core.errors import UserError
 
 MAX_LOGPROBS = 128
-# What is added to logits or multiplies them stays far from where float32 ends.
+# These limits keep adjusted logits far inside the range of float32.
 MAX_BIAS = 1000.0
 REPETITION_PENALTIES = 0.01, 100.0
 MAX_TEMPERATURE = 1000.0
@@ -32,7 +32,7 @@ class FinishReason(enum.Enum):
 
 
 class ConstraintKind(enum.Enum):
-    """How a :class:`Constraint` is written."""
+    """The language of a :class:`Constraint`."""
 
     JSON_OBJECT = "json_object"
     JSON_SCHEMA = "json_schema"
@@ -41,10 +41,10 @@ class ConstraintKind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Constraint:
-    """What the text of a completion must match. Special tokens are no text: a constrained completion has none.
+    """A pattern that a completion's text must match. A constrained completion has no special tokens.
 
     Attributes:
-        source: a JSON schema as JSON, or a regular expression that the whole text matches; empty for any JSON object.
+        source: a JSON schema as JSON, or a regular expression for the whole text; empty for any JSON object.
     """
 
     kind: ConstraintKind
@@ -53,23 +53,24 @@ class Constraint:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is drawn; the defaults are plain greedy decoding.
+    """How the next token is sampled. The defaults are greedy decoding.
 
     Attributes:
         temperature: 0 is greedy.
-        top_k: keep the k most likely tokens (and those tied with the last of them); 0 disables.
+        top_k: keep the k most likely tokens, and tokens that tie with the last of them; 0 disables.
         top_p: keep the smallest set of most likely tokens whose probability reaches p; 1 disables.
         min_p: keep tokens at least this fraction as likely as the most likely one; 0 disables.
-        repetition_penalty: divides positive and multiplies negative logits of tokens that occur in the prompt or the
-            completion; 1 disables.
-        presence_penalty, frequency_penalty: subtracted from the logits of tokens that occur in the completion, once
-            and once per occurrence.
-        seed: samples depend on (seed, choice, position) and the logits alone; None lets the engine draw one.
-        max_tokens: sampled and tool tokens together; 0 means up to the context length.
-        stop_token_ids: ends the sequence; the token itself is reported last.
+        repetition_penalty: for tokens that occur in the prompt or the completion, divide positive logits by this and
+            multiply negative ones; 1 disables.
+        presence_penalty: subtracted once from the logits of tokens that occur in the completion.
+        frequency_penalty: subtracted from these logits once per occurrence.
+        seed: samples depend on (seed, choice, position) and the logits alone; None lets the engine choose a seed.
+        max_tokens: most sampled and tool tokens together; 0 means up to the context length.
+        stop_token_ids: each of these tokens ends the sequence and is reported as its last token.
         logprobs: number of most likely alternatives reported with each sampled token; None reports nothing.
         logit_bias: added to the logits, by token id.
-        constraint: what the text must match; None is anything. Stop tokens can then come only where the text matches.
+        constraint: pattern that the text must match, or None. With a constraint, a stop token can come only after a
+            text that matches.
 
     Raises:
         UserError: a value is out of range.
@@ -91,7 +92,7 @@ class SamplingParams:
 
     @property
     def looks_back(self) -> bool:
-        """Whether earlier tokens change the logits of later ones."""
+        """Whether a penalty lets earlier tokens change the logits of later ones."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def __post_init__(self) -> None:
@@ -101,7 +102,7 @@ class SamplingParams:
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
         least, most = REPETITION_PENALTIES
-        # Over the wire it comes as a float32, in which there is no 0.01.
+        # The value may have been sent as a float32, which cannot represent 0.01 exactly.
         _require(
             least * (1 - 1e-6) <= self.repetition_penalty <= most,
             "repetition_penalty",
@@ -119,12 +120,12 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class ToolPolicy:
-    """Whether the model may call Python, and how much of it.
+    """Whether and how often the model may call Python.
 
     Attributes:
-        enabled: False makes the python tokens ordinary ones.
-        max_calls: calls per sequence; 0 means the engine's default. Further calls get an error to read.
-        max_output_tokens: tokens of output appended per call; 0 means the engine's default.
+        enabled: if False, the Python tokens have no special meaning.
+        max_calls: calls per sequence; 0 means the engine's default. The model reads an error for further calls.
+        max_output_tokens: most tokens of output per call; 0 means the engine's default.
     """
 
     enabled: bool = False
@@ -140,10 +141,10 @@ class Request:
     """A prompt to continue ``n`` times.
 
     Attributes:
-        id: unique among the requests in flight; appears in logs and goes to the sandbox.
+        id: unique among the requests in flight; it appears in logs and is sent to the sandbox.
         prompt: token ids.
-        tools: off for a request with a constraint, whatever it says.
-        priority: lower values are scheduled first; equal values first come, first served.
+        tools: ignored if the request has a constraint.
+        priority: lower values are scheduled first; equal values are scheduled in order of arrival.
     """
 
     id: str
@@ -159,9 +160,9 @@ class Token:
     """One token of a completion.
 
     Attributes:
-        logprob: natural log of its probability under the unmodified distribution, when asked for.
+        logprob: natural logarithm of the probability under the unmodified distribution, if requested.
         top_logprobs: (token id, logprob) of the most likely alternatives, best first.
-        forced: put there by a tool's output instead of the model.
+        forced: whether the token is part of a tool's output.
     """
 
     id: int
@@ -172,7 +173,7 @@ class Token:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ToolCall:
-    """The model asked for Python to run; ``call_index`` counts from 0 within the choice."""
+    """A Python call by the model; ``call_index`` counts from 0 within the choice."""
 
     call_index: int
     code: str
@@ -180,7 +181,7 @@ class ToolCall:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What a call gave back; ``output`` is the text that the model reads."""
+    """Result of a Python call; ``output`` is the text that the model reads."""
 
     call_index: int
     status: str
@@ -199,9 +200,9 @@ class Usage:
 
 @dataclasses.dataclass(slots=True)
 class Output:
-    """News of one choice. Tool events come after the tokens; ``usage`` is set with ``finish_reason``.
+    """New tokens and tool events of one choice; the events come after the tokens.
 
-    With ``error`` the whole request has ended, its other choices too.
+    ``usage`` is set together with ``finish_reason``. ``error`` ends all choices of the request.
     """
 
     request_id: str
@@ -213,11 +214,11 @@ class Output:
     error: Exception | None = None
 
     def can_absorb(self, later: Output) -> bool:
-        """Whether ``later`` (of the same choice) can be joined to this one without reordering tokens and events."""
+        """Whether :meth:`absorb` of a later output of the same choice would keep the order of tokens and events."""
         return not self.tool_events or not later.tokens
 
     def absorb(self, later: Output) -> None:
-        """Join ``later`` to this one; only if :meth:`can_absorb`."""
+        """Append a later output of the same choice to this one."""
         self.tokens += later.tokens
         self.tool_events += later.tool_events
         self.finish_reason, self.usage = later.finish_reason, later.usage
@@ -225,7 +226,7 @@ class Output:
 
 @dataclasses.dataclass(slots=True)
 class Completion:
-    """Everything that came of one choice, for callers that do not stream."""
+    """All outputs of one choice together, for callers that do not stream."""
 
     tokens: list[Token] = dataclasses.field(default_factory=list)
     tool_events: list[ToolCall | ToolResult] = dataclasses.field(default_factory=list)
@@ -237,7 +238,7 @@ class Completion:
         return [token.id for token in self.tokens]
 
     def append(self, output: Output) -> None:
-        """Take the next output of this choice."""
+        """Append the next output of this choice."""
         self.tokens += output.tokens
         self.tool_events += output.tool_events
         self.finish_reason, self.usage = output.finish_reason, output.usage

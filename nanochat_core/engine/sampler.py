@@ -1,10 +1,12 @@
-"""Draws the next token of each sequence from its logits, with every request's own parameters at once.
+"""Samples the next token of each sequence from its logits, for all sequences at once.
 
-A sample is ``argmax(z + g)`` over the adjusted logits ``z``, where ``g`` is Gumbel noise: exactly a draw from
-``softmax(z)``. The noise of each vocabulary entry is a hash of (seed, choice, position, token id), so a sample depends
-on these and the logits alone: not on the batch, a preemption or the replica. Against the usual inverse of the
-cumulative distribution, the maximum is also the steadier choice: rounding differences of the logits change the token
-only when the two best candidates are that close, and never because probabilities elsewhere in the vocabulary moved.
+A sample must depend on the request alone, so that the same seed gives the same text in any batch, after a preemption
+and on another replica. The sampler therefore uses the Gumbel-max trick: ``argmax(z + g)`` over the adjusted logits
+``z`` with Gumbel noise ``g`` is exactly a sample from ``softmax(z)``. The noise of each token id is a hash of (seed,
+choice, position, token id), that is, a counter-based random number (Salmon et al. 2011).
+
+The usual method, inverting the cumulative distribution, is less stable: a rounding difference anywhere in the
+vocabulary can change the token. With Gumbel noise it changes the token only if the two best candidates almost tie.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from nanochat_core.device import to_device
 from nanochat_core.engine.request import SamplingParams
 from nanochat_core.engine.sequence import Sequence
 
-# Temperatures below this are greedy: the division would leave the range of float32.
+# Temperatures below this are greedy, because the division would leave the range of float32.
 LOWEST_TEMPERATURE = 1e-4
-# With at most so many candidates in every row only these are looked at.
+# If top-k leaves at most this many candidates in every row, only these are processed.
 MOST_CANDIDATES = 256
-# Top-p first looks among this many candidates; sorting the whole vocabulary is needed only for a flat distribution.
+# Top-p first looks at this many candidates. Only a flat distribution needs the whole vocabulary sorted.
 TOP_P_CANDIDATES = 256
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -36,7 +38,7 @@ _U64 = (1 << 64) - 1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """A drawn token with its logprob and the best alternatives' (token id, logprob), when asked for."""
+    """A sampled token and, if the request wants them, its logprob and (token id, logprob) of the best alternatives."""
 
     token: int
     logprob: float | None = None
@@ -44,28 +46,28 @@ class Sample:
 
 
 def sample_key(seed: int, choice: int) -> int:
-    """Where the stream of random numbers of one choice starts, a 64-bit number."""
+    """Start of a choice's stream of random numbers, a 64-bit number."""
     return int(_mix(_mix(np.array([seed & _U64], np.uint64)) + np.uint64(choice))[0])
 
 
 class Drawn:
-    """Tokens that the device has drawn, or is still drawing.
+    """Tokens that the device has sampled, or is still sampling.
 
     Attributes:
-        tokens: (rows,) int64 on the device, for the next step to go on from before anyone has read them.
+        tokens: (rows,) int64 on the device. The next step may use them before they are read.
     """
 
     def __init__(self, tokens: Tensor, report: _Report | None) -> None:
         self.tokens = tokens
         self._report = report
-        # Copied now: a copy that is asked for later would wait for the steps begun until then.
+        # The copy is queued now. A later copy would wait for the steps that are queued until then.
         self._host = _to_host(tokens)
         self._copied = torch.cuda.Event() if tokens.is_cuda else None
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(tokens.device))
 
     def read(self) -> list[Sample]:
-        """Wait for the device; one sample for each row."""
+        """Wait for the device; returns one sample for each row."""
         if self._copied is not None:
             self._copied.synchronize()
         samples = [Sample(token) for token in self._host.tolist()]
@@ -75,12 +77,12 @@ class Drawn:
 
 
 class _Report:
-    """Log probabilities of what was drawn in some rows, and of the best alternatives."""
+    """Log probabilities of the sampled tokens of some rows, and of their best alternatives."""
 
     def __init__(self, rows: Items[int], wanted: Items[int], log_probabilities: Tensor, drawn: Tensor) -> None:
         """
         Args:
-            wanted: how many alternatives each of ``rows`` gets.
+            wanted: number of alternatives for each of ``rows``.
             log_probabilities: (len(rows), vocab_size).
             drawn: (len(rows),) token ids.
         """
@@ -97,27 +99,27 @@ class _Report:
 
 
 class Sampler:
-    """Vectorised over sequences; keeps nothing between steps but what it can derive again.
+    """Samples for all sequences at once. It keeps no state between steps.
 
-    On a GPU nothing here waits for the device, so that the host can prepare the next step meanwhile.
+    On a GPU no method waits for the device, so that the host can prepare the next step meanwhile.
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        # A well mixed number per token id, so that per step and row two cheap rounds of mixing suffice.
+        # A well mixed number for each token id. With it, two cheap rounds of mixing per step and row suffice.
         table = _mix(np.arange(vocab_size, dtype=np.uint64)).astype(np.uint32).view(np.int32)
         self._table = torch.from_numpy(table).to(device)
         self._bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
 
     @torch.inference_mode()
     def draw(self, logits: Tensor, sequences: Items[Sequence], positions: Items[int]) -> Drawn:
-        """One token for each row.
+        """Sample one token for each row.
 
         Args:
-            logits: (rows, vocab_size) fp32; may be changed in place.
-            sequences: whose token each row predicts.
-            positions: which token of its sequence that is, counted from the start of the prompt.
+            logits: (rows, vocab_size) fp32; they may be changed in place.
+            sequences: the sequence of each row.
+            positions: position in its sequence of the token that each row predicts; the prompt starts at 0.
         """
         params = [seq.request.sampling for seq in sequences]
         report = _rows(params, lambda p: p.logprobs is not None)
@@ -125,7 +127,7 @@ class Sampler:
         constrained = [row for row, seq in enumerate(sequences) if seq.matcher is not None]
         if constrained:
             self._constrain(logits, sequences, constrained)
-        z = self._adjust(logits, sequences, params)
+        z = self.adjust(logits, sequences, params)
         if any(p.temperature >= LOWEST_TEMPERATURE for p in params):
             tokens = self._draw(z, sequences, positions, params)
         else:
@@ -136,7 +138,7 @@ class Sampler:
         return Drawn(tokens, _Report(report, wanted, log_probabilities, self._take(tokens, report)))
 
     def _constrain(self, z: Tensor, sequences: Items[Sequence], rows: Items[int]) -> None:
-        """Set what the constraints of these rows forbid to -inf, in place."""
+        """Set the logits of tokens that the constraints of these rows forbid to -inf, in place."""
         packed = np.empty((len(rows), -(-self._vocab_size // 32)), np.int32)
         for mask, row in zip(packed, rows, strict=True):
             matcher = sequences[row].matcher
@@ -147,8 +149,8 @@ class Sampler:
         some = self._take(z, rows).masked_fill(~allowed.flatten(1)[:, : self._vocab_size], float("-inf"))
         self._put(z, rows, some)
 
-    def _adjust(self, z: Tensor, sequences: Items[Sequence], params: Items[SamplingParams]) -> Tensor:
-        """Penalties and biases."""
+    def adjust(self, z: Tensor, sequences: Items[Sequence], params: Items[SamplingParams]) -> Tensor:
+        """Apply penalties and biases."""
         penalized = _rows(params, lambda p: p.looks_back)
         if penalized:
             chosen = [params[i] for i in penalized]
@@ -172,7 +174,7 @@ class Sampler:
     def _draw(
         self, z: Tensor, sequences: Items[Sequence], positions: Items[int], params: Items[SamplingParams]
     ) -> Tensor:
-        """(rows,) tokens after temperature, filters and noise; greedy rows get none of these."""
+        """Sample with temperature, filters and noise; greedy rows use none of these. Returns token ids (rows,)."""
         random = [p.temperature >= LOWEST_TEMPERATURE for p in params]
         z = z / self._column([p.temperature if r else 1.0 for p, r in zip(params, random, strict=True)])
         ids = self._candidates(z, params)
@@ -181,7 +183,7 @@ class Sampler:
         filtered = [row for row, r in enumerate(random) if r and _filters(params[row])]
         if filtered:
             chosen = [params[row] for row in filtered]
-            self._put(z, filtered, self._filter(self._take(z, filtered), chosen))
+            self._put(z, filtered, self.filter(self._take(z, filtered), chosen))
         noise = self._gumbel(sequences, positions, self._table if ids is None else self._table[ids])
         if not all(random):
             noise *= self._column([float(r) for r in random])
@@ -189,11 +191,11 @@ class Sampler:
         return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
 
     def _candidates(self, z: Tensor, params: Items[SamplingParams]) -> Tensor | None:
-        """(rows, n) ids of the only tokens that can be drawn, where every row has a small top-k; otherwise None.
+        """Ids (rows, n) of the only tokens that can be sampled, if every row has a small top-k; otherwise None.
 
-        Noise for the whole vocabulary costs several times what it takes to find a few candidates. A row in which others
-        are as likely as its last candidate keeps those too, and they may be many. Whether they are takes a look at the
-        numbers, for which a GPU would be waited for longer than the noise takes it.
+        Noise for the whole vocabulary takes several times as long as finding a few candidates. Tokens that tie with a
+        row's last candidate are candidates too, and there may be many of them; then the result is None. The test for
+        ties reads numbers from the device. On a GPU, waiting for them takes longer than the noise.
         """
         if z.is_cuda or not all(p.temperature >= LOWEST_TEMPERATURE and 0 < p.top_k <= MOST_CANDIDATES for p in params):
             return None
@@ -202,8 +204,8 @@ class Sampler:
         candidates = (z >= best.values.gather(1, place)).sum(dim=-1, keepdim=True)
         return best.indices if bool((candidates - 1 == place).all()) else None
 
-    def _filter(self, z: Tensor, params: Items[SamplingParams]) -> Tensor:
-        """Top-k, then top-p over what is left, then min-p, as thresholds on the logits of all or some tokens."""
+    def filter(self, z: Tensor, params: Items[SamplingParams]) -> Tensor:
+        """Apply top-k, then top-p to the rest, then min-p, as thresholds on the logits of all or some tokens."""
         top_k = [p.top_k or self._vocab_size for p in params]
         limited = _rows(params, lambda p: 0 < p.top_k < self._vocab_size)
         if limited:
@@ -220,23 +222,23 @@ class Sampler:
         return z
 
     def _gumbel(self, sequences: Items[Sequence], positions: Items[int], table: Tensor) -> Tensor:
-        """(rows, n) fp32 noise of each position for the tokens whose numbers ``table`` has."""
+        """Gumbel noise (rows, n) fp32 at each row's position; ``table`` has the numbers of the token ids."""
         start = np.array([seq.sample_key for seq in sequences], np.uint64)
         position = np.array(positions, np.uint64)
         halves = to_device(_mix(start + position * np.uint64(_GOLDEN)).view(np.int32), self._device)
         low, high = halves[0::2].unsqueeze(1), halves[1::2].unsqueeze(1)
-        # Two rounds of multiply and shift (constants of the lowbias32 hash); int32 arithmetic wraps as intended.
+        # Two rounds of multiply and shift, with the constants of the lowbias32 hash. The int32 arithmetic must wrap.
         x = (table ^ low).mul_(0x7FEB352D)
         x ^= (x >> 15).bitwise_and_(0x1FFFF)
         x = x.add_(high).mul_(-2073254261)
         x ^= (x >> 16).bitwise_and_(0xFFFF)
-        # 31 random bits as a number in (0, 1), finest near 0, where -log(1-u) is the rare strong noise. The clamp
-        # keeps the other end, where float32 rounds to 1, finite.
+        # A uniform number u in (0, 1) from 31 random bits; float32 is finest near 0. Gumbel noise is -log(-log(1 - u)).
+        # The clamp keeps the noise finite at the other end, where float32 rounds u to 1.
         uniform = x.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
         return uniform.neg_().log1p_().neg_().log_().neg_()
 
     def _counts(self, tokens: Items[Items[int]]) -> Tensor:
-        """How often each vocabulary entry occurs in each list, (lists, vocab_size) fp32."""
+        """Number of occurrences of each token id in each list, (lists, vocab_size) fp32."""
         lengths = [len(ids) for ids in tokens]
         flat = np.fromiter(itertools.chain.from_iterable(tokens), np.int64, sum(lengths))
         flat += np.repeat(np.arange(len(tokens)) * self._vocab_size, lengths)
@@ -248,11 +250,11 @@ class Sampler:
         return to_device(np.array(values, np.float32), self._device).unsqueeze(1)
 
     def _last_of(self, counts: Items[int]) -> Tensor:
-        """(rows, 1) where the last of each row's so many best is."""
+        """Index (rows, 1) of each row's k-th largest logit in the result of ``topk``."""
         return to_device(np.array(counts, np.int64) - 1, self._device).unsqueeze(1)
 
     def _take(self, x: Tensor, rows: Items[int]) -> Tensor:
-        """These rows of ``x``; a copy, unless they are all."""
+        """These rows of ``x``: a copy, or ``x`` itself if they are all rows."""
         return x if len(rows) == len(x) else x.index_select(0, to_device(np.array(rows, np.int64), self._device))
 
     def _put(self, x: Tensor, rows: Items[int], values: Tensor) -> None:
@@ -264,7 +266,7 @@ class Sampler:
 
 
 def _to_host(x: Tensor) -> Tensor:
-    """The same numbers in the host's memory, once the device gets there."""
+    """Queue a copy to host memory. On a GPU the numbers are valid only after the device has done it."""
     if not x.is_cuda:
         return x
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
@@ -283,18 +285,18 @@ def _drop_below(z: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _top_p_threshold(z: Tensor, top_p: Tensor) -> Tensor:
-    """Logit of the last token that the (rows, 1) ``top_p`` keeps, (rows, 1)."""
+    """Logit (rows, 1) of the last token that ``top_p`` (rows, 1) keeps."""
     highest = z.amax(dim=-1, keepdim=True)
     whole = (z.logsumexp(dim=-1, keepdim=True) - highest).double().exp()
     left = (z > float("-inf")).sum(dim=-1, keepdim=True)
-    # A GPU sorts faster than it could tell whether a few are enough.
+    # A GPU sorts the whole vocabulary faster than the host could learn whether a few candidates suffice.
     candidates = z.size(1) if z.is_cuda else min(TOP_P_CANDIDATES, z.size(1))
     while True:
         best = z.topk(candidates).values
         weights = (best - highest).double().exp()
         sums = weights.cumsum(dim=-1)
-        # A few that a top-k has left are added up in their order, so that it makes no difference whether the others
-        # are here as zeros, for the sake of other rows, or are not.
+        # If a top-k has left a few tokens, their weights are added in order. So the sum is the same whether or not the
+        # other tokens are present, as zeros, for the sake of other rows.
         total = torch.where(left <= TOP_P_CANDIDATES, sums[:, -1:], whole)
         kept = (sums - weights < top_p * total).sum(dim=-1, keepdim=True).clamp_(min=1)
         if candidates == z.size(1) or bool((kept < candidates).all()):
@@ -303,7 +305,7 @@ def _top_p_threshold(z: Tensor, top_p: Tensor) -> Tensor:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele, Lea and Flood, 2014) of 64-bit numbers."""
+    """Output function of SplitMix64 (Steele, Lea and Flood 2014), applied to 64-bit numbers."""
     x = x + np.uint64(_GOLDEN)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,13 @@
-"""Which tokens are computed next: one loop over one token budget."""
+"""Decides which tokens are computed next, with one token budget for every kind of work.
+
+Sequences join and leave the batch at every step (continuous batching, Yu et al. 2022). All of them wait for the step,
+so a step with many tokens delays every sequence. The scheduler therefore limits the tokens of a step (the budget) and
+shares them among sequences. Long prompts are computed in chunks over several steps (chunked prefill, Agrawal et al.
+2023, arXiv 2308.16369).
+
+Prefill and decoding are the same case: a sequence has known tokens and computed tokens, and the difference is still to
+be computed. It may be a prompt, one sampled token, the output of a tool, or all tokens after a preemption.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +23,17 @@ from nanochat_core.engine.speculation import NO_SPECULATION, Speculation
 
 @dataclasses.dataclass(slots=True)
 class Chunk:
-    """Tokens ``start .. start + known`` of a sequence, and a draft of those after them, computed together in one step.
+    """Tokens of one sequence that are computed together in one step: ``known`` ones from ``start`` on, then a draft.
 
     Attributes:
-        known: how many of the sequence's own; a token in flight is a chunk by itself.
-        draft: only behind the last known token.
-        copied: for each group of layers the block to copy before the step, for the tokens before ``start`` that are in
-            the same block; none where that has them already.
-        length: how many tokens that are together.
-        samples: how many next tokens can be sampled: those after the last token and after each of the draft.
-        runs_ahead: whether this is the token that the step before is still drawing.
+        known: number of the sequence's own tokens. A token in flight is a chunk by itself.
+        draft: guesses of the tokens after the last known token.
+        copied: for each cache group the block to copy before the step, which holds the tokens before ``start`` in the
+            same block; empty if the sequence's block already holds those tokens.
+        length: number of known and drafted tokens.
+        samples: number of tokens to sample: one after the sequence's last token, and one after each drafted token; 0
+            if the chunk does not reach the last token.
+        runs_ahead: whether the chunk is the token that the previous step is still sampling.
     """
 
     seq: Sequence
@@ -48,15 +58,15 @@ class Chunk:
 
     @property
     def tokens(self) -> list[int]:
-        """Ids of the tokens to compute; none for one in flight."""
+        """Ids of the tokens to compute; empty for a token in flight."""
         return [*self.seq.tokens[self.start : self.start + self.known], *self.draft]
 
 
 class Scheduler:
     """Shares the token budget of each step among sequences.
 
-    A sequence is tokens known against tokens computed; whether the difference is a prompt, one sampled token, a tool's
-    output or everything (after a preemption) makes no difference here.
+    Running sequences come first, then waiting ones while budget, sequences and cache blocks allow. Both are taken in
+    the order of (priority, arrival). If the blocks run out, the youngest sequence loses its blocks (preemption).
     """
 
     def __init__(
@@ -73,7 +83,7 @@ class Scheduler:
         self.speculation = speculation
         self.token_budget = token_budget
         self.max_running = max_running
-        # Both sorted by (priority, arrival).
+        # ``waiting`` and ``running`` are sorted by (priority, arrival).
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.parked: list[Sequence] = []
@@ -92,7 +102,7 @@ class Scheduler:
         self.parked.append(seq)
 
     def resume(self, seq: Sequence) -> None:
-        """Put a parked sequence back: into the batch, or into the queue when it has lost its blocks meanwhile."""
+        """Return a parked sequence to the batch, or to the queue if it has lost its blocks meanwhile."""
         self.parked.remove(seq)
         if seq.block_tables:
             seq.state = State.RUNNING
@@ -101,40 +111,51 @@ class Scheduler:
             self.add(seq)
 
     def finish(self, seq: Sequence) -> None:
-        """Remove a sequence, whatever it is doing, and free its blocks."""
+        """Remove a sequence in any state, and free its blocks."""
         self.by_state[seq.state].remove(seq)
         self.blocks.release(seq)
         seq.state = State.FINISHED
 
     def schedule(self) -> list[Chunk]:
-        """The chunks of the next step; room for them is reserved. Empty when nothing can run."""
+        """Reserve blocks for the next step and return its chunks, which are empty if nothing can run."""
+        chunks, budget = self._continue_running()
+        return chunks + self._admit_waiting(budget)
+
+    def _continue_running(self) -> tuple[list[Chunk], int]:
+        """Chunks of the running sequences, and the rest of the budget."""
         budget = self.token_budget
         chunks: list[Chunk] = []
         position = 0
         most_drafted = self.speculation.draft_length(len(self.running))
-        while position < len(self.running):
+        while position < len(self.running):  # preemptions shorten the list meanwhile
             seq = self.running[position]
-            if seq.length == seq.max_length:  # with the token in flight it is complete
+            if seq.length == seq.max_length:  # the token in flight completes the sequence
                 position += 1
                 continue
             # A long prompt leaves one token to each sequence behind it.
             behind = len(self.running) - position - 1
             length = min(seq.remaining, budget - behind)
             if not self._make_room(seq, seq.computed + length):
-                break  # it was the youngest and has been preempted itself
+                break  # the sequence was the youngest one and has been preempted itself
             drafted = most_drafted > 0 and seq.is_memoryless
             most = min(most_drafted, budget - behind - length)
             chunk = Chunk(seq, seq.computed, length, self._draft(seq, length, most) if drafted else ())
             chunks.append(chunk)
             budget -= chunk.length
             position += 1
-        for seq in self._candidates():
+        return chunks, budget
+
+    def _admit_waiting(self, budget: int) -> list[Chunk]:
+        """Admit waiting sequences while there is room for them; returns their first chunks."""
+        chunks: list[Chunk] = []
+        # A sequence that was preempted with a token in flight waits until that token is known.
+        for seq in [seq for seq in self.waiting[: 2 * self.max_running] if not seq.in_flight]:
             if budget == 0 or len(self.running) + len(self.parked) >= self.max_running:
                 break
             prefix = self.blocks.find_prefix(seq)
             if prefix is None:
-                continue  # what it starts with is being computed; it will find that in the cache
-            # A spare block for each running sequence: filling the cache up would only preempt someone next step.
+                continue  # another sequence is computing the next block of this prefix
+            # Each running sequence keeps a spare block. Otherwise the next step would have to preempt a sequence.
             if not self.blocks.can_admit(seq, prefix, spare=len(self.running)):
                 break
             copied = self._admit(seq, prefix)
@@ -146,27 +167,28 @@ class Scheduler:
         return chunks
 
     def computed(self, chunks: list[Chunk]) -> None:
-        """Record that these chunks' keys and values are in the cache, or will be when the device gets there.
+        """Record that the keys and values of these chunks are in the cache, or will be after the step.
 
-        Whether drafts are right is not known yet. Sequences that have finished meanwhile have no part in it.
+        Drafted tokens do not count, because it is not known yet whether they are right. Sequences that finished
+        meanwhile are ignored.
         """
         for chunk in chunks:
             if chunk.seq.state is not State.FINISHED:
                 chunk.seq.computed = chunk.start + chunk.known
                 if chunk.known > 1:
-                    chunk.seq.seal_at = 0  # others may begin with these
+                    chunk.seq.seal_at = 0  # publishes the end of a prompt, which other sequences may share
                 self.blocks.seal(chunk.seq)
 
     @property
     def drafts(self) -> bool:
-        """Whether drafts are worth it: so few sequences run, and one of them has had something to draft."""
+        """Whether drafts pay: few sequences run, and at least one of them had something to draft."""
         few = self.speculation.draft_length(len(self.running)) > 0
         return few and any(seq.is_memoryless and seq.lookup.is_promising for seq in self.running)
 
     def _draft(self, seq: Sequence, length: int, most: int) -> list[int]:
-        """What may follow the next ``length`` tokens: as much as is worth it and leaves each running one a block.
+        """Guess up to ``most`` tokens after the next ``length`` ones, while each running sequence keeps a spare block.
 
-        Behind a token in flight nothing can be drafted, but one can go on guessing.
+        Nothing can be drafted behind a token in flight. The lookup still makes a guess there, to measure its success.
         """
         if length < seq.remaining:
             return []
@@ -176,15 +198,8 @@ class Scheduler:
             draft = draft[:-1]
         return draft
 
-    def _candidates(self) -> list[Sequence]:
-        """Waiting sequences worth looking at in one step, first come first.
-
-        One that was preempted with a token in flight waits until that is known.
-        """
-        return [seq for seq in self.waiting[: 2 * self.max_running] if not seq.in_flight]
-
     def _admit(self, seq: Sequence, prefix: int) -> list[int]:
-        """Start a sequence after ``prefix`` tokens; the blocks to copy for that."""
+        """Start a sequence behind ``prefix`` cached tokens; returns the blocks to copy for that."""
         self.waiting.remove(seq)
         copied = self.blocks.admit(seq, prefix)
         if seq.admitted_at is None:
@@ -194,7 +209,7 @@ class Scheduler:
         return copied
 
     def _make_room(self, seq: Sequence, tokens: int) -> bool:
-        """Reserve blocks, preempting the youngest sequences; False when ``seq`` itself had to go."""
+        """Reserve blocks, preempting the youngest sequences if necessary; False if ``seq`` itself was preempted."""
         while not self.blocks.grow(seq, tokens):
             victim = max((s for s in itertools.chain(self.running, self.parked) if s.block_tables), key=_order)
             self._preempt(victim)
@@ -203,7 +218,7 @@ class Scheduler:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        """Take a sequence's blocks; it keeps its tokens and is computed again later."""
+        """Take the blocks of a sequence. It keeps its tokens, which are computed again later."""
         self.preemptions += 1
         self.blocks.release(seq)
         if seq.state is State.RUNNING:

@@ -1,4 +1,4 @@
-"""One continuation in the making: which tokens are known, and for how many of them keys and values are computed."""
+"""The state of one sequence: which tokens are known, and for how many of them keys and values are computed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class State(enum.Enum):
-    """Where a sequence is.
+    """What a sequence is doing.
 
-    WAITING holds no blocks. RUNNING is in the batch. PARKED waits for a tool; it keeps its blocks unless they are
-    needed elsewhere. FINISHED has left the engine.
+    A WAITING sequence is queued and holds no blocks. A RUNNING sequence is in the batch. A PARKED sequence waits for a
+    tool; it keeps its blocks unless another sequence needs them. A FINISHED sequence has left the engine.
     """
 
     WAITING = "waiting"
@@ -26,33 +26,34 @@ class State(enum.Enum):
 
 
 class Sequence:
-    """Tokens known against tokens computed: prefill, decode, tool output and resumption are all ``remaining > 0``.
+    """One choice of a request. Prefill, decoding, tool output and resumption all are the case ``remaining > 0``.
 
     Attributes:
-        tokens: every known token id, the prompt first. Grows only at its end.
-        in_flight: whether the token after them is being drawn by a step whose result nobody has read yet.
-        computed: how many of them have their keys and values in the cache, or will have when the steps that the device
-            has been given are done.
-        block_tables: for each group of layers its cache blocks in order; token ``i`` lives in
-            ``block_tables[group][i // block_size]``. Empty when the sequence holds nothing.
-        first_blocks: for each group the first block that the sequence still holds: those before are out of sight.
-        block_hashes: content hash of each full block of known tokens, filled in lazily by the block manager.
-        awaited: hash of the block that it last found missing at the end of its prefix.
-        sealed: how many leading blocks other sequences can find by their hash.
-        seal_at: number of computed tokens from which there is something to seal or to give back.
+        tokens: all known token ids, the prompt first. The list only grows, at its end.
+        in_flight: whether the device is sampling the token after them, in a step whose result was not read yet.
+        computed: number of tokens whose keys and values are in the cache, or will be when the device has run the steps
+            that it was given.
+        block_tables: for each cache group the blocks in order; token ``i`` is in
+            ``block_tables[group][i // block_size]``. Empty if the sequence holds no blocks.
+        first_blocks: for each cache group the index of the first block that the sequence still holds. Its window has
+            passed the blocks before that.
+        block_hashes: hash of each full block of known tokens; the prefix cache computes them when it needs them.
+        awaited: hash of the first block that the last search for a prefix did not find.
+        sealed: number of leading blocks that other sequences can find.
+        seal_at: number of computed tokens at which a block can be published or given back next.
         sample_key: start of this choice's stream of random numbers.
-        cached_prompt_tokens: prompt tokens found in the cache at the first admission.
-        code_start: index of the first token of code that the model is writing, None outside of code.
-        tool_calls: calls made so far.
-        lookup: drafts of its next tokens.
-        matcher: has followed every sampled token through the request's constraint; None without one.
-        arrived_at, admitted_at, last_token_at: monotonic times in seconds; None before it happened.
+        cached_prompt_tokens: number of prompt tokens found in the cache at the first admission.
+        code_start: index of the first token of the code that the model is writing; None outside code.
+        tool_calls: number of calls made so far.
+        lookup: makes drafts of the next tokens.
+        matcher: follows the sampled tokens through the request's constraint; None without a constraint.
+        arrived_at, admitted_at, last_token_at: monotonic times in seconds; None if it has not happened yet.
     """
 
     def __init__(self, request: Request, choice: int, arrival: int, sample_key: int, max_length: int) -> None:
         """
         Args:
-            arrival: a number that grows with every sequence; decides between equal priorities.
+            arrival: a number that grows with every sequence and decides between equal priorities.
             max_length: number of tokens, prompt included, at which the sequence ends.
         """
         self.request = request
@@ -82,17 +83,17 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Number of tokens, the one in flight included."""
+        """Number of tokens, including the one in flight."""
         return len(self.tokens) + self.in_flight
 
     @property
     def remaining(self) -> int:
-        """Tokens that are not computed yet. The next token can be sampled when they are."""
+        """Number of tokens that are not computed yet. The next token can be sampled once they are."""
         return self.length - self.computed
 
     @property
     def is_memoryless(self) -> bool:
-        """Whether the distribution of the next token is a function of its logits alone, whatever was said before."""
+        """Whether the next token's distribution depends on its logits alone: no penalties and no constraint."""
         return not self.request.sampling.looks_back and self.matcher is None
 
     @property

@@ -1,4 +1,4 @@
-"""Going on when the device has run out of memory: with a smaller batch, and with fewer requests if that must be."""
+"""Continues after the device ran out of memory: with a smaller batch and, if necessary, with fewer requests."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from nanochat_core.memory import free_memory, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
-# So many steps in a row that were as small as a step can be and did not fit: nothing will.
+# After this many smallest possible steps in a row that did not fit, the engine gives up: no step will fit.
 MOST_FAILURES = 3
-# After so many steps that fitted, the batch may be twice as large again: a failure costs the work of one step and the
-# recomputation of half a batch, which is little among so many.
+# After this many steps that fitted, the limits double. Another failure costs one step and the recomputation of half a
+# batch, which is little compared to this many steps.
 STEPS_UNTIL_MORE = 500
 
 
 class Shed(Exception):
-    """The request was given up because the device ran out of memory; it may be sent again later."""
+    """The request was dropped because the device ran out of memory. The caller may send it again later."""
 
 
 class Shedding:
-    """Halves the scheduler's limits when a step does not fit the device's memory, and doubles them after many that did.
+    """Halves the scheduler's limits when a step does not fit the device's memory, and doubles them after many that fit.
 
-    A step's memory grows with its sequences (their logits, the keys gathered for them) and its tokens (their
-    activations). The cache does not grow, so taking a sequence's blocks would free nothing: what helps is a smaller
-    batch. The youngest half goes back to the queue, which loses nothing, and new requests find the queue full sooner.
-    Only a sequence for which there is no memory even alone is given up.
+    A step's memory grows with its sequences (logits, gathered keys) and its tokens (activations). The KV cache is
+    allocated once, so taking blocks from a sequence would free no memory; only a smaller batch helps. The youngest half
+    of the batch returns to the queue and loses nothing, and the queue accepts fewer new requests. A sequence is dropped
+    only if it does not even fit alone.
     """
 
     def __init__(self, scheduler: Scheduler, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class Shedding:
         self._failures = 0
 
     def can_go_on(self, error: Exception, chunks: Items[Chunk]) -> bool:
-        """Note a step that failed with ``error``; whether to go on from it with :meth:`shrink`."""
+        """Note that a step failed with ``error``; returns whether to continue with :meth:`shrink`."""
         if not is_out_of_memory(error):
             return False
         self._failures += self._is_smallest(chunks)
@@ -56,10 +56,12 @@ class Shedding:
         return self._failures < MOST_FAILURES
 
     def shrink(self, chunks: Items[Chunk]) -> Sequence | None:
-        """Make the next step smaller than this one, of which nothing was computed; the error must be gone already.
+        """Make the next step smaller than this failed one.
+
+        Call this after the exception was handled: while it is raised, its traceback holds memory of the step.
 
         Returns:
-            The sequence to give up, if the step cannot be smaller.
+            The sequence to drop, if the step cannot become smaller.
         """
         free_memory(self._device)
         self._fitted = 0
@@ -70,14 +72,14 @@ class Shedding:
         for seq in scheduler.running[keep:]:
             scheduler.blocks.release(seq)
             scheduler.park(seq)
-            scheduler.resume(seq)  # without blocks that is into the queue
+            scheduler.resume(seq)  # queues the sequence, because it holds no blocks
             scheduler.preemptions += 1
         scheduler.max_running = keep
         scheduler.token_budget = max(sum(chunk.length for chunk in chunks) // 2, self._least_budget(keep))
         return None
 
     def fitted(self) -> None:
-        """Note a step that had enough memory."""
+        """Note that a step had enough memory."""
         self._failures = 0
         scheduler, (most_running, most_tokens) = self._scheduler, self._most
         if (scheduler.max_running, scheduler.token_budget) == self._most:
@@ -92,8 +94,8 @@ class Shedding:
         return len(chunks) == 1 and chunks[0].length <= self._least_budget(1)
 
     def _least_budget(self, running: int) -> int:
-        """A token for each sequence that runs, and for those that a tool gives back, however many may run.
+        """One token for each sequence that runs, and for each parked sequence that holds blocks.
 
-        Parked ones without blocks come back through the queue.
+        Such a parked sequence returns to the batch when its tool returns, even if more than ``max_running`` run then.
         """
         return running + sum(bool(seq.block_tables) for seq in self._scheduler.parked)

@@ -1,21 +1,24 @@
-"""Drafts of the next tokens, looked up in what the sequence already says (prompt lookup decoding, Saxena 2023).
+"""Speculative decoding by prompt lookup (Saxena 2023): drafts of the next tokens come from the sequence itself.
 
-A draft is computed in the same pass as the last known token and costs little where a step is bound by reading weights.
-Every drafted position is sampled as always, and a sample depends on its position and logits alone, so keeping the draft
-as far as it equals the samples gives exactly the tokens that would have come one by one.
+Texts often repeat themselves. If the last tokens of a sequence occurred before, the tokens that followed then are a
+good guess of the next tokens. The model computes this draft in the same step as the last known token. That costs little
+if the step is bound by reading weights. Every drafted position is sampled as usual, and the draft is kept as far as it
+equals the samples. A sample depends on its position and logits alone, so the result is exactly the tokens that would
+have been sampled one by one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-# Drafts continue the latest earlier occurrence of this many last tokens; longer ones first: they are right more often.
+# A draft continues the latest earlier occurrence of this many last tokens. Longer matches are tried first, because they
+# are right more often.
 NGRAMS = (4, 2)
-# The share of right guesses is a moving mean with this memory, and drafting pauses while it is lower than this. Guesses
-# are made and checked during the pause too, so that it ends when the text begins to repeat itself.
-_MEMORY = 0.85
+# The share of right guesses is an exponential moving average with this decay. Drafting pauses while the share is lower
+# than the least one. Guesses are still made and checked then, so the pause ends when the text begins to repeat itself.
+_DECAY = 0.85
 _LEAST_RIGHT = 0.35
-# A new sequence gets the benefit of the doubt for a few guesses.
+# The share that a new sequence starts with, so that its first few guesses are drafted.
 _FIRST_SHARE = 0.6
 
 
@@ -25,8 +28,8 @@ class Speculation:
 
     Attributes:
         most: longest draft of one sequence; 0 drafts nothing.
-        batch: running sequences and their drafts are together at most so many tokens. A larger batch is bound by
-            arithmetic, and drafts cost what they are.
+        batch: most tokens of all running sequences and their drafts together. A larger batch is bound by arithmetic,
+            so that each drafted token costs as much as any other token.
     """
 
     most: int
@@ -41,36 +44,36 @@ NO_SPECULATION = Speculation(0, 0)
 
 
 class PromptLookup:
-    """Guesses for one sequence; its tokens only ever grow."""
+    """Guesses the next tokens of one sequence, whose list of tokens only grows."""
 
     def __init__(self) -> None:
         self._seen = 0
-        # For each n-gram, the position after its latest occurrence.
+        # For each n-gram the position after its latest occurrence.
         self._after: dict[tuple[int, ...], int] = {}
         self._guess: int | None = None
         self.right_share = _FIRST_SHARE
 
     def draft(self, tokens: list[int], most: int) -> list[int]:
-        """At most ``most`` tokens that may follow ``tokens``; none where guesses have not been worth it."""
+        """At most ``most`` tokens that may follow ``tokens``; empty while too few guesses are right."""
         place = self._look_up(tokens)
         self._guess = None if place is None else tokens[place]
         if place is None or self.right_share < _LEAST_RIGHT:
             return []
-        # What repeats itself since then is taken to go on doing so.
+        # The text since that place is assumed to repeat itself.
         period = len(tokens) - place
         return [tokens[place + i % period] for i in range(most)]
 
     @property
     def is_promising(self) -> bool:
-        """Whether there was something to draft when it last looked."""
+        """Whether the last lookup found something to draft."""
         return self._guess is not None and self.right_share >= _LEAST_RIGHT
 
     def _look_up(self, tokens: list[int]) -> int | None:
-        """Where a draft for the end of ``tokens`` begins; takes up those that are new."""
+        """Record the new tokens; returns the position in ``tokens`` at which a draft begins, if any."""
         new = tokens[self._seen :]
         if self._guess is not None and new:
-            self.right_share = _MEMORY * self.right_share + (1 - _MEMORY) * (new[0] == self._guess)
-        # The n-gram at the very end has nothing after it yet, so each is entered when the next token is known.
+            self.right_share = _DECAY * self.right_share + (1 - _DECAY) * (new[0] == self._guess)
+        # An n-gram is recorded when the token after it is known, so the one at the end is not recorded yet.
         for end in range(max(self._seen, 1), len(tokens)):
             for length in NGRAMS:
                 if end >= length:

@@ -1,10 +1,10 @@
-"""Python calls in the middle of a sentence: when a sequence makes one, and what it reads afterwards."""
+"""Python calls in the middle of a sentence: when a sequence makes a call, and what it reads afterwards."""
 
 from __future__ import annotations
 
 import asyncio
 import collections
-import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ToolOutput:
-    """What a tool gave back.
+    """The result of running code.
 
     Attributes:
         status: a sandbox status in lower case, or "unavailable".
-        output: text for the model; an error is one line that it can read.
+        output: text for the model; an error is one line that the model can read.
     """
 
     status: str
@@ -34,59 +34,65 @@ class ToolOutput:
 
 
 class ToolRunner(Protocol):
-    """Runs code. Must not outlive ``timeout_seconds``; whatever it raises becomes an output the model can read."""
+    """Runs code for at most ``timeout_seconds``. The model reads an error if the runner raises an exception."""
 
     async def __call__(self, code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput: ...
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Completed:
-    """A call that has come back."""
+@dataclasses.dataclass(frozen=True)
+class ToolLimits:
+    """Limits of tool calls.
 
-    seq: Sequence
-    result: ToolResult
+    Attributes:
+        timeout_seconds: a call without a result is given up after this time.
+        max_calls: calls per sequence, if the request does not say.
+        max_output_tokens: tokens of output per call, if the request does not say.
+    """
+
+    timeout_seconds: float
+    max_calls: int
+    max_output_tokens: int
 
 
 class ToolLoop:
-    """Starts calls on an event loop and collects their results for the engine's thread."""
+    """Starts calls on an event loop and collects their results for the engine's thread.
+
+    Attributes:
+        on_completed: called, on any thread, when a result has arrived.
+    """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         runner: ToolRunner | None,
-        *,
-        timeout_seconds: float,
-        max_calls: int,
-        max_output_tokens: int,
+        limits: ToolLimits,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         """
         Args:
             runner: None answers every call with "unavailable".
-            max_calls, max_output_tokens: for requests that name none.
-            loop: runs the calls; None starts a thread with a loop of its own when the first call is made.
+            loop: runs the calls; None starts a thread with an event loop when the first call is made.
         """
         special = tokenizer.special_ids
         self._tokenizer = tokenizer
         self._runner = runner
-        self._timeout = timeout_seconds
-        self._max_calls = max_calls
-        self._max_output_tokens = max_output_tokens
+        self._limits = limits
         self._loop = loop
         self._thread: threading.Thread | None = None
         self._first_special = min(special.values())
         self._python_start, self._python_end = special[tok.PYTHON_START], special[tok.PYTHON_END]
         self._output_start, self._output_end = special[tok.OUTPUT_START], special[tok.OUTPUT_END]
-        self._calls: dict[Sequence, concurrent.futures.Future[None]] = {}
-        self._completed: collections.deque[Completed] = collections.deque()
+        # For each running call its task, once the loop has begun it.
+        self._calls: dict[Sequence, list[asyncio.Task[None]]] = {}
+        self._completed: collections.deque[tuple[Sequence, ToolResult]] = collections.deque()
         self._arrived = threading.Event()
         self.on_completed: Callable[[], None] = lambda: None
 
     def scan_prompt(self, seq: Sequence) -> bool:
-        """Take up a prompt that stops inside of code, as one resumed from another engine may.
+        """Continue a prompt that stops inside code, as a prompt resumed from another engine may.
 
         Returns:
-            Whether the prompt ends with a complete call that has not been answered.
+            Whether the prompt ends with a complete call that has no output yet.
         """
         if not seq.request.tools.enabled:
             return False
@@ -101,7 +107,7 @@ class ToolLoop:
         return False
 
     def observe(self, seq: Sequence) -> bool:
-        """Follow the last, sampled token of ``seq``; True when it completes a call."""
+        """Note the last, sampled token of ``seq``; returns whether that token completes a call."""
         if not seq.request.tools.enabled:
             return False
         token = seq.tokens[-1]
@@ -110,37 +116,39 @@ class ToolLoop:
         return token == self._python_end and seq.code_start is not None
 
     def start(self, seq: Sequence) -> ToolCall:
-        """Begin the call that ``seq`` has just completed; its result comes out of :meth:`collect`."""
+        """Start the call that ``seq`` has just completed. :meth:`collect` returns its result."""
         assert seq.code_start is not None
         call = ToolCall(seq.tool_calls, self._tokenizer.decode(seq.tokens[seq.code_start : -1]))
         seq.code_start = None
         seq.tool_calls += 1
-        limit = seq.request.tools.max_calls or self._max_calls
+        limit = seq.request.tools.max_calls or self._limits.max_calls
         if call.call_index >= limit:
-            self._refuse(seq, call, "denied", f"error: tool call limit of {limit} reached")
+            self._complete(seq, call, "denied", f"error: tool call limit of {limit} reached")
         elif self._runner is None:
-            self._refuse(seq, call, "unavailable", "error: tools are unavailable")
+            self._complete(seq, call, "unavailable", "error: tools are unavailable")
         else:
-            future = asyncio.run_coroutine_threadsafe(self._run(seq, call, self._runner), self._running_loop())
-            self._calls[seq] = future
+            tasks = self._calls[seq] = []
+            self._running_loop().call_soon_threadsafe(self._begin, seq, call, self._runner, tasks)
         return call
 
     def cancel(self, seq: Sequence) -> None:
-        """Give up the call that ``seq`` waits for, if any."""
-        if future := self._calls.pop(seq, None):
-            future.cancel()
+        """Cancel the call that ``seq`` waits for, if there is one."""
+        tasks = self._calls.pop(seq, None)
+        if tasks is not None and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # a closed loop runs nothing
+                self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
 
-    def collect(self) -> list[Completed]:
-        """Calls that came back since the last time."""
+    def collect(self) -> list[tuple[Sequence, ToolResult]]:
+        """Results that arrived since the last call of this method, and the sequences that wait for them."""
         self._arrived.clear()
         completed = []
         while self._completed:
             completed.append(self._completed.popleft())
-            self._calls.pop(completed[-1].seq, None)
+            self._calls.pop(completed[-1][0], None)
         return completed
 
     def wait(self) -> None:
-        """Block until a call has come back, if any is out."""
+        """Block until a call has returned, if any call is running."""
         if self._calls:
             self._arrived.wait()
 
@@ -149,42 +157,42 @@ class ToolLoop:
         return [self._output_start, *self._tokenizer.encode(result.output), self._output_end]
 
     def close(self) -> None:
-        """Cancel what runs and stop the thread, if this object started one."""
-        for future in self._calls.values():
-            future.cancel()
-        self._calls.clear()
+        """Cancel all calls, and stop the thread if this object started one."""
+        for seq in list(self._calls):
+            self.cancel(seq)
         if self._thread is not None and self._loop is not None:
-            # Calls that have not begun have to begin before they can be cancelled.
             asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
             self._thread = self._loop = None
 
+    def _begin(self, seq: Sequence, call: ToolCall, runner: ToolRunner, tasks: list[asyncio.Task[None]]) -> None:
+        """Begin a call, on the loop's thread, unless it was canceled before.
+
+        The coroutine is made here and not earlier, because Python warns of a coroutine that its loop never begins.
+        """
+        if self._calls.get(seq) is tasks:
+            tasks.append(asyncio.get_running_loop().create_task(self._run(seq, call, runner)))
+
     async def _run(self, seq: Sequence, call: ToolCall, runner: ToolRunner) -> None:
         started = time.monotonic()
-        request_id = seq.request.id
+        request_id, timeout = seq.request.id, self._limits.timeout_seconds
         try:
-            output = await asyncio.wait_for(
-                runner(call.code, request_id=request_id, timeout_seconds=self._timeout), self._timeout
-            )
-            status, text = output.status, self._cut(seq, output.output)
+            output = await asyncio.wait_for(runner(call.code, request_id=request_id, timeout_seconds=timeout), timeout)
+            status, text = output.status, output.output
         except TimeoutError:
-            status, text = "timeout", self._cut(seq, f"error: no result within {self._timeout:g} s")
+            status, text = "timeout", f"error: no result within {timeout:g} s"
         except Exception:
-            # Whatever went wrong, the conversation goes on; the log has the cause.
+            # The conversation continues after any error; the log has the cause.
             log.exception("tool call failed", extra={"request_id": request_id, "call_index": call.call_index})
-            status, text = "unavailable", self._cut(seq, "error: tools are unavailable")
-        self._complete(seq, ToolResult(call.call_index, status, text, time.monotonic() - started))
+            status, text = "unavailable", "error: tools are unavailable"
+        self._complete(seq, call, status, text, started)
 
-    def _refuse(self, seq: Sequence, call: ToolCall, status: str, reason: str) -> None:
-        self._complete(seq, ToolResult(call.call_index, status, self._cut(seq, reason), 0.0))
-
-    def _cut(self, seq: Sequence, text: str) -> str:
-        return truncate(self._tokenizer, text, seq.request.tools.max_output_tokens or self._max_output_tokens)
-
-    def _complete(self, seq: Sequence, result: ToolResult) -> None:
-        self._completed.append(Completed(seq, result))
+    def _complete(self, seq: Sequence, call: ToolCall, status: str, text: str, started: float | None = None) -> None:
+        text = truncate(self._tokenizer, text, seq.request.tools.max_output_tokens or self._limits.max_output_tokens)
+        seconds = 0.0 if started is None else time.monotonic() - started
+        self._completed.append((seq, ToolResult(call.call_index, status, text, seconds)))
         self._arrived.set()
         self.on_completed()
 
@@ -197,7 +205,7 @@ class ToolLoop:
 
 
 async def _cancel_all() -> None:
-    """Cancel whatever else the running loop has to do, and wait until it has ended."""
+    """Cancel all other tasks of the running loop, and wait until they have ended."""
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
@@ -205,15 +213,14 @@ async def _cancel_all() -> None:
 
 
 def truncate(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
-    """The longest beginning of ``text`` found that encodes to at most ``max_tokens`` tokens, in whole characters.
+    """Shorten ``text`` to a beginning that encodes to at most ``max_tokens`` tokens, in whole characters.
 
-    The result is text rather than tokens so that the conversation, rendered again from its text, is the one that the
-    model has seen.
+    The result is text, so that a conversation that is rendered again from its text gives the tokens that the model saw.
     """
     ids = tokenizer.encode(text)
     keep = max_tokens
     while len(ids) > max_tokens:
         text = tokenizer.decode_bytes(ids[:keep]).decode("utf-8", errors="ignore")
-        keep -= 1  # a cut in the middle of a word may take more tokens than it had
+        keep -= 1  # a word that is cut in the middle may encode to more tokens than before
         ids = tokenizer.encode(text)
     return text

@@ -6,18 +6,15 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
-from nanochat_core.engine import Load
+from nanochat_core.engine import Load, Observer
 
 # Upper bounds of the histograms' buckets, in seconds.
 _LATENCY = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _STEP = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
-class Metrics:
-    """All metrics of an engine service, in a registry of their own.
-
-    The object is an :class:`~nanochat_core.engine.Observer`: the engine reports its events to it.
-    """
+class Metrics(Observer):
+    """All metrics of an engine service, in a registry of their own. The engine reports its events to this object."""
 
     def __init__(self, load: Callable[[], Load]) -> None:
         """

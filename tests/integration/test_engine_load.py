@@ -1,4 +1,4 @@
-"""The engine service with many streams at once, while models are replaced, the sandbox dies or the end comes."""
+"""The engine service with many streams at once, while models are replaced, the sandbox dies or the service ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.service_process import EngineProcess, ServiceProcess
 
 CONTEXT = 1024
 FIRST, SECOND = CheckpointRef("tiny", "sft", 1), CheckpointRef("tiny", "sft", 2)
-# Calls Python again and again.
+# A model that calls Python again and again.
 CALLS = CheckpointRef("calls", "sft", 1)
 CALLING = "<|python_start|>6*7<|python_end|><|output_end|>ok"
 PROMPTS = [list(range(10 * i, 11 * i + 3)) for i in range(10)]
@@ -47,7 +47,7 @@ def home(tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def ending(service: ServiceProcess) -> Iterator[None]:
-    """Leave no process behind."""
+    """Kill the process in the end."""
     try:
         yield
     finally:
@@ -68,7 +68,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 class Stream:
-    """One call, read by a task of its own."""
+    """One call, which a task reads."""
 
     def __init__(self, stub: engine_pb2_grpc.EngineStub, request: pb.GenerateRequest) -> None:
         self.tokens: list[int] = []
@@ -84,14 +84,14 @@ class Stream:
 
 
 def job(i: int, max_tokens: int) -> pb.GenerateRequest:
-    """One of ten prompts, half of them greedy and half sampled with a seed."""
+    """A request with one of ten prompts; half of them are greedy, half sampled with a seed."""
     i %= len(PROMPTS)
     sampling = pb.SamplingParams(max_tokens=max_tokens, temperature=i % 2, seed=i)
     return pb.GenerateRequest(prompt_token_ids=PROMPTS[i], sampling=sampling)
 
 
 def alone(model: GPT, max_tokens: int) -> list[list[int]]:
-    """What each of the prompts gets from an engine of its own."""
+    """The tokens of each prompt from a separate engine."""
     engine = Engine(model, BYTES)
     return [
         engine.generate([prompt], SamplingParams(max_tokens=max_tokens, temperature=i % 2, seed=i))[0][0].token_ids

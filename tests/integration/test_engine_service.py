@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, promote
 from nanochat_core.engine import Engine, EngineConfig, EngineDead, Load, Request, SamplingParams, async_engine
-from nanochat_core.engine.backends.base import Awaited
+from nanochat_core.engine.backends.base import PendingTokens
 from nanochat_core.engine.backends.eager import EagerRunner
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.shedding import MOST_FAILURES
@@ -547,10 +547,10 @@ async def test_a_device_without_memory_sheds_requests_and_goes_on_until_it_can_d
 ) -> None:
     run, room = EagerRunner.run, 2
 
-    def run_with_little_memory(runner: EagerRunner[Any], chunks: list[Chunk], awaited: Awaited | None) -> object:
+    def run_with_little_memory(runner: EagerRunner, chunks: list[Chunk], pending: PendingTokens | None) -> object:
         if len(chunks) > room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return run(runner, chunks, awaited)
+        return run(runner, chunks, pending)
 
     async with serving(home, caplog) as (running, stub):
         monkeypatch.setattr(EagerRunner, "run", run_with_little_memory)
@@ -645,9 +645,9 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow steps, so that a stream takes longer than the loading of another model."""
     run = EagerRunner.run
 
-    def run_slowly(runner: EagerRunner[Any], chunks: list[Chunk], awaited: Awaited | None) -> object:
+    def run_slowly(runner: EagerRunner, chunks: list[Chunk], pending: PendingTokens | None) -> object:
         time.sleep(0.01)
-        return run(runner, chunks, awaited)
+        return run(runner, chunks, pending)
 
     monkeypatch.setattr(EagerRunner, "run", run_slowly)
 

@@ -26,12 +26,12 @@ from nanochat_core.tokenizer import PYTHON_END, PYTHON_START, Tokenizer
 
 BYTES = Tokenizer([bytes([i]) for i in range(256)])
 SPECIAL = BYTES.special_ids
-# A logit bias that makes a random model write short calls: the first token becomes likely, and after it the other one.
+# A logit bias that makes a random model write short calls: it makes the start token likely and the end token likelier.
 CALLING = {SPECIAL[PYTHON_START]: 9.0, SPECIAL[PYTHON_END]: 10.0}
 
 
 def examples(usual: int) -> int:
-    """How many random examples a property is tried on: ``usual``, or NANOCHAT_EXAMPLES of them."""
+    """Number of random examples for a property test: NANOCHAT_EXAMPLES if set, else ``usual``."""
     return int(os.environ.get("NANOCHAT_EXAMPLES", usual))
 
 
@@ -48,7 +48,7 @@ def _model(depth: int, head_dim: int, context_length: int, n_kv_head: int | None
     model = GPT(config)
     model.init_weights(generator)
     with torch.no_grad():
-        # A fresh model ignores its context, because its output projections are zero, and is close to undecided.
+        # The output projections of a new model are zero, so it ignores its context and all logits are similar.
         for weight in model.parameters():
             if not weight.any():
                 weight.normal_(0, 0.1, generator=generator)
@@ -57,24 +57,24 @@ def _model(depth: int, head_dim: int, context_length: int, n_kv_head: int | None
 
 
 def tiny_model(depth: int = 2, head_dim: int = 16, context_length: int = 256, n_kv_head: int | None = None) -> GPT:
-    """A model over single bytes whose every parameter matters; each call gives a copy of its own."""
+    """A new model over single bytes in which every parameter affects the logits."""
     return copy.deepcopy(_model(depth, head_dim, context_length, n_kv_head))
 
 
 def scripted_model(text: str, *, context_length: int = 512, loop: bool = False) -> GPT:
-    """A model that writes ``text``: after each of its tokens comes the next one, whatever stood before.
+    """A model that writes ``text``: each token alone determines the next one.
 
     Args:
-        text: characters and special tokens by name, each at most once, for the model sees one token only.
-        loop: begin again after the last token instead of repeating that one.
+        text: characters and names of special tokens, each at most once, because the model sees one token only.
+        loop: continue with the first token after the last one, instead of repeating the last one.
     """
     script = script_tokens(text)
     assert len(set(script)) == len(script), "a token has one successor"
     config = ModelConfig.from_depth(
         5, vocab_size=BYTES.vocab_size, head_dim=64, context_length=context_length
-    )  # wide enough for every token to have a direction of its own
+    )  # wide enough to give every token a separate dimension
     model = GPT(config)
-    model.init_weights()  # output projections are zero: what comes out is the embedding, scaled
+    model.init_weights()  # output projections are zero, so the hidden state is the scaled embedding
     with torch.no_grad():
         model.embedding.weight.copy_(torch.eye(config.padded_vocab_size, config.dim))
         model.head.weight.zero_()
@@ -84,13 +84,13 @@ def scripted_model(text: str, *, context_length: int = 512, loop: bool = False) 
 
 
 def script_tokens(text: str) -> list[int]:
-    """Token ids of text with special tokens written by name."""
+    """Token ids of a text in which special tokens are written by name."""
     pieces = re.split("(" + "|".join(map(re.escape, SPECIAL)) + ")", text)
     return [id for piece in pieces for id in ([SPECIAL[piece]] if piece in SPECIAL else BYTES.encode(piece))]
 
 
 def config_with_blocks(num_blocks: int, model: GPT, **settings: int) -> EngineConfig:
-    """An engine configuration with exactly this many cache blocks for the layers that see everything."""
+    """An engine configuration with exactly this many cache blocks in the group without a window."""
     block_size = settings.get("block_size", EngineConfig.block_size)
     budget = settings.get("token_budget", EngineConfig.token_budget)
 
@@ -109,7 +109,7 @@ def config_with_blocks(num_blocks: int, model: GPT, **settings: int) -> EngineCo
 
 
 def shape_of(depth: int, head_dim: int, n_kv_head: int | None = None) -> ModelConfig:
-    """A context of 200 makes short windows of 128."""
+    """A small model shape whose windows are 128 tokens and whose context is 200."""
     return ModelConfig.from_depth(
         depth, vocab_size=70, head_dim=head_dim, n_kv_head=n_kv_head, context_length=200, window_pattern="SSSL"
     )
@@ -124,7 +124,7 @@ SHAPES = [
 
 
 class Place:
-    """A model on a runner, and sequences whose blocks lie in any order."""
+    """A runner, and sequences whose blocks are in random order."""
 
     def __init__(
         self, model: GPT, rows: list[Tensor], make: Callable[[GPT, list[CacheGroup]], Runner], block_size: int
@@ -140,7 +140,7 @@ class Place:
             self.sequences.append(seq)
 
     def logits(self, *parts: tuple[int, int, int]) -> list[Tensor]:
-        """One step that computes the parts (sequence, first token, end), with the logits after each token."""
+        """Compute the parts (sequence, first token, end) in one step; returns the logits of each part's tokens."""
         chunks = []
         for s, start, end in parts:
             seq, row = self.sequences[s], self.sequences[s].request.prompt

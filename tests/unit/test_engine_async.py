@@ -1,4 +1,4 @@
-"""The engine on its own thread: streams, cancellation, stopping and dying."""
+"""The engine on a thread: streams, cancellation, stopping and failing."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ async def test_drained_waits_for_open_streams(engine: AsyncEngine) -> None:
 
 
 class Panic(BaseException):
-    """As libraries in Rust raise it."""
+    """An exception like those that Rust libraries raise."""
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, Panic])
@@ -168,7 +168,8 @@ async def test_a_step_that_hangs_is_seen_and_does_not_keep_the_engine_from_stopp
     with pytest.raises(EngineDead, match="hangs"):
         await read(stream)
     release.set()
-    await asyncio.to_thread(engine._thread.join)
+    while any(thread.name == async_engine.DEVICE_LOOP for thread in threading.enumerate()):
+        await asyncio.sleep(0.01)
     await asyncio.sleep(0)
     assert not died, "it had been given up"
 

@@ -4,14 +4,15 @@ import random
 
 import pytest
 
-from nanochat_core.engine.block_manager import LEAST_COPIED, BlockManager
+from nanochat_core.engine.block_manager import BlockManager
 from nanochat_core.engine.cache_groups import CacheGroup
+from nanochat_core.engine.prefix_cache import LEAST_COPIED
 from nanochat_core.engine.request import Request
 from nanochat_core.engine.sequence import Sequence
 
 
 def manager(num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> BlockManager:
-    """Blocks of layers that see everything."""
+    """A block manager with one cache group, without a window."""
     return BlockManager([CacheGroup((0,), None, num_blocks)], block_size, prefix_caching)
 
 
@@ -20,7 +21,7 @@ def sequence(tokens: list[int], arrival: int = 0) -> Sequence:
 
 
 def compute(blocks: BlockManager, seq: Sequence) -> None:
-    """Admit ``seq`` and compute everything it knows."""
+    """Admit ``seq`` and compute all its known tokens."""
     prefix = blocks.find_prefix(seq)
     assert prefix is not None
     blocks.admit(seq, prefix)
@@ -121,7 +122,9 @@ def test_released_blocks_stay_findable_until_they_are_needed_oldest_first() -> N
     assert blocks.num_used == 0
     assert blocks.find_prefix(sequence([1] * 9)) == 8
     filler = sequence([3] * 16)
-    compute(blocks, filler)  # takes the two blocks never used and then the older chain, its end first
+    compute(
+        blocks, filler
+    )  # takes the two blocks that were never used, then those of the older sequence, its last one first
     assert blocks.find_prefix(sequence([1] * 9)) == 0
     assert blocks.find_prefix(sequence([2] * 9)) == 8
     blocks.check_integrity([filler])
@@ -164,7 +167,7 @@ def windowed(full: int, short: int, block_size: int = 2) -> BlockManager:
 
 
 def visible_blocks(seq: Sequence, block_size: int) -> int:
-    """Of a sequence's computed tokens, those that its next one sees through the window lie in so many blocks."""
+    """Number of blocks that hold the computed tokens inside the window of the sequence's next token."""
     return len({position // block_size for position in range(max(seq.computed - WINDOW, 0), seq.computed)})
 
 
@@ -193,7 +196,7 @@ def test_a_prefix_is_found_where_every_group_still_has_what_its_window_shows() -
         blocks.seal(first)
     blocks.release(first)
     assert blocks.find_prefix(sequence(list(range(41)))) == 40
-    # The windowed group's 12 blocks were used in turn, so it has lost the beginning, which only short prefixes need.
+    # The windowed group used its 12 blocks in turn, so it has lost the first tokens. Only short prefixes need those.
     assert blocks.find_prefix(sequence(list(range(9)))) == 0
     again = sequence([*list(range(30)), 99, 98, 97])
     prefix = blocks.find_prefix(again)
@@ -205,14 +208,14 @@ def test_a_prefix_is_found_where_every_group_still_has_what_its_window_shows() -
 
 
 class Memory:
-    """The tokens that every slot of every group's blocks was last written with."""
+    """The token that was last written to each slot of each block, for every cache group."""
 
     def __init__(self, blocks: BlockManager) -> None:
         self.blocks = blocks
         self.tokens = [[[-1] * blocks.block_size for _ in range(group.num_blocks)] for group in blocks.groups]
 
     def compute(self, seq: Sequence, start: int, copied: list[int]) -> None:
-        """Compute what ``seq`` knows from ``start`` on."""
+        """Compute the known tokens of ``seq`` from ``start`` on."""
         size = self.blocks.block_size
         for tokens, table, source in zip(self.tokens, seq.block_tables, copied, strict=False):
             tokens[table[start // size]] = list(tokens[source])

@@ -1,4 +1,4 @@
-"""Completions that must match something do, and nobody beside them notices."""
+"""Constrained completions match their pattern, and other requests in the batch do not change."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from nanochat_core.engine import (
     SamplingParams,
     ToolPolicy,
 )
-from nanochat_core.engine.constraints import CACHED_GRAMMARS, MAX_REPEATED_CHARACTERS, Grammars, _written_out
+from nanochat_core.engine.constraints import CACHED_GRAMMARS, MAX_REPEATED_CHARACTERS, Grammars, expanded_length
 from nanochat_core.engine.sampler import Sampler, sample_key
 from nanochat_core.engine.sequence import Sequence
 from nanochat_core.tokenizer import ASSISTANT_END, BOS, PYTHON_END, PYTHON_START, Tokenizer
@@ -40,7 +40,7 @@ from tests.support.engine_models import BYTES, SPECIAL, config_with_blocks, tiny
 ROOT = Path(__file__).parents[2]
 ENDS = frozenset({SPECIAL[ASSISTANT_END], SPECIAL[BOS]})
 ANY_OBJECT = Constraint(ConstraintKind.JSON_OBJECT)
-# Tokens that span what a grammar sees as several parts, and parts of a character.
+# Some tokens span several parts of the grammar, others are parts of a character.
 MERGED = Tokenizer([*(bytes([i]) for i in range(256)), b'{"', b'": ', b'", "', b"true,", b"12", b"\xc3\xa9a", b"}]"])
 
 
@@ -168,7 +168,7 @@ def test_every_finished_answer_follows_its_schema(rules: list[Any], seed: int, t
             assert completion.usage.completion_tokens == 120
 
 
-# Not \w and \d: what they mean outside of ASCII differs between Rust and Python.
+# \w and \d are left out, because Rust and Python define them differently outside ASCII.
 atoms = st.sampled_from(["a", "é", "[0-9]", "[^a-z]", "[0-9A-Za-z_]", ".", r"\.", "(ab|c)", r"[\]x^-]", "日本"])
 pieces = st.tuples(atoms, st.sampled_from(["", "?", "*", "+", "{2}", "{0,3}", "+?"])).map("".join)
 alternatives = st.lists(pieces, min_size=1, max_size=4).map("".join)
@@ -197,7 +197,7 @@ def test_any_object_is_any_object_and_answers_do_finish() -> None:
 
 
 def test_every_allowed_token_leads_to_a_match_and_every_match_can_be_written() -> None:
-    """Against a reference that knows every match: the strings of a finite language."""
+    """The reference is a finite language, of which every string is listed."""
     space = ["", " "]
     language = {f'{{"a":{s}{value}{end}' for s in space for value in ("12", "true", '"éa"') for end in ("}", "}]")}
     language = {f"[{match}" for match in language if match.endswith("]")}
@@ -274,7 +274,7 @@ def test_a_constrained_request_gets_the_same_tokens_alone_in_a_batch_and_after_p
     tight = Engine(model, BYTES, config_with_blocks(16, model, token_budget=80))
     for engine in (make_engine(), tight):
         together = [c for [c] in engine.generate(prompts, sampling)]
-        # Tokens with their log probabilities: free requests beside constrained ones do not differ by a bit.
+        # The comparison includes log probabilities: requests without a constraint are equal to the bit.
         assert [c.tokens for c in together] == [c.tokens for c in alone]
         assert [c.finish_reason for c in together] == [c.finish_reason for c in alone]
     assert tight.scheduler.preemptions > 0
@@ -372,7 +372,7 @@ def test_a_constraint_turns_the_tools_off() -> None:
     completion = one(sampling, tools=ToolPolicy(enabled=True))
     assert re.fullmatch("[0-9]{6}", text(completion))
     assert completion.tool_events == []
-    # Nor is a call of the prompt taken up.
+    # A call that the prompt ends with is not run either.
     prompt = (SPECIAL[PYTHON_START], *b"1+1", SPECIAL[PYTHON_END])
     assert re.fullmatch("[0-9]{6}", text(one(sampling, prompt, tools=ToolPolicy(enabled=True))))
 
@@ -387,7 +387,7 @@ def test_a_constraint_turns_the_tools_off() -> None:
         (regex(r"a[^\x00-\U0010FFFF]"), "nothing matches it"),
         (regex("(?i)(?-s:(?mx) a # b\n)"), "the flag x"),
         (regex("a" * 65_537), "65537 characters; at most 65536"),
-        (regex("(((a{100}){100}){100}){100}"), "written out a regular expression has 100000000 characters"),
+        (regex("(((a{100}){100}){100}){100}"), "expanded a regular expression has 100000000 characters"),
         (regex("a{999999999999999999999}"), f"at most {MAX_REPEATED_CHARACTERS}"),
         (Constraint(ConstraintKind.JSON_SCHEMA, "{"), "the json_schema cannot be used: it is not valid JSON"),
         (Constraint(ConstraintKind.JSON_SCHEMA, "[" * 60_000), "not valid JSON"),
@@ -398,7 +398,7 @@ def test_a_constraint_turns_the_tools_off() -> None:
         (schema({"$ref": "#/nope"}), "'/nope' does not exist"),
         (schema({"$ref": "#"}), "nothing matches it"),
         (schema({"type": "string", "pattern": "(a"}), "unclosed group"),
-        (schema({"items": {"patternProperties": {"((a{500}){500}){500}": {}}}}), "written out"),
+        (schema({"items": {"patternProperties": {"((a{500}){500}){500}": {}}}}), "repetitions expanded"),
         (schema({"type": "array", "uniqueItems": True, "x-guidance": {"lenient": True}}), "uniqueItems"),
         (schema({"type": "object", "properties": {f"p{i}": {} for i in range(4000)}}), "grammar size"),
     ],
@@ -442,21 +442,21 @@ def test_a_deep_schema_is_refused_or_served_but_kills_nothing() -> None:
         ("[a", 1),
     ],
 )
-def test_counted_repetitions_are_written_out_when_they_are_counted(pattern: str, size: int) -> None:
-    assert _written_out(ConstraintKind.REGEX, pattern) == size
+def test_counted_repetitions_are_expanded_when_they_are_counted(pattern: str, size: int) -> None:
+    assert expanded_length(ConstraintKind.REGEX, pattern) == size
 
 
 def test_a_grammar_is_compiled_once_and_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from nanochat_core.engine import constraints
 
     compiled: collections.Counter[str] = collections.Counter()
-    original = constraints._compile
+    original = constraints.compile_constraint
 
     def counting(constraint: Constraint, *rest: Any) -> Any:
         compiled[constraint.source] += 1
         return original(constraint, *rest)
 
-    monkeypatch.setattr(constraints, "_compile", counting)
+    monkeypatch.setattr(constraints, "compile_constraint", counting)
     engine = make_engine()
     sampling = params(regex("[ab]{3}"), max_tokens=5)
     engine.generate([(1,), (2,)], sampling, n=3)
@@ -475,13 +475,13 @@ async def test_the_device_loop_does_not_compile(monkeypatch: pytest.MonkeyPatch)
     from nanochat_core.engine import constraints
 
     threads = []
-    original = constraints._compile
+    original = constraints.compile_constraint
 
     def noting(*arguments: Any) -> Any:
         threads.append(threading.current_thread().name)
         return original(*arguments)
 
-    monkeypatch.setattr(constraints, "_compile", noting)
+    monkeypatch.setattr(constraints, "compile_constraint", noting)
     engine = AsyncEngine(make_engine())
     engine.start()
     try:

@@ -1,4 +1,4 @@
-"""The CPU kernels against the trained model, and that a token's bits do not depend on what it is computed with."""
+"""The CPU kernels agree with the trained model, and a token's bits do not depend on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from nanochat_core.engine.backends.cpu.network import CpuNetwork
 from nanochat_core.engine.backends.eager import EagerRunner
 from nanochat_core.engine.backends.packed_weight import packs
 from nanochat_core.engine.backends.select import build_runner
-from nanochat_core.engine.backends.torch.network import Network
-from nanochat_core.engine.cache_groups import CacheGroup
+from nanochat_core.engine.backends.torch.network import TorchNetwork
+from nanochat_core.engine.cache_groups import CacheGroup, CacheLayout
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.model import GPT
 from tests.support.engine_models import BYTES, SHAPES, Place, shape_of, tiny_model
@@ -42,8 +42,8 @@ def place(
     rows = [random_ids(1, length)[0] for length in lengths]
 
     def make(model: GPT, groups: list[CacheGroup]) -> Runner:
-        """The kernels, with a cache full of what is not a number."""
-        cache = CpuCache(model.config, groups, BLOCK, model.compute_dtype)
+        """A runner on the kernels, with a cache full of NaN."""
+        cache = CpuCache(CacheLayout(model.config, groups, BLOCK, model.compute_dtype, torch.device("cpu")))
         for tensor in cache.blocks:
             tensor.fill_(float("nan"))
         return EagerRunner(CpuNetwork(model, BLOCK, int8=int8), cache)
@@ -78,7 +78,7 @@ def test_bf16_is_as_near_to_the_model_as_the_other_path_is(shape: ModelConfig) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_token_has_the_same_bits_however_it_is_computed(shape: ModelConfig, dtype: torch.dtype, int8: bool) -> None:
-    """Alone and with others, decoded, prefilled in pieces and at once; from the window's edge as from the start."""
+    """A token is computed alone and with others, decoded, and prefilled in pieces and at once."""
     if not packs(dtype) and not int8:
         pytest.skip("on this CPU oneDNN has no products of bf16 weights, and PyTorch's depend on the number of rows")
     here, _, rows = place(shape, 190, 33, 150, dtype=dtype, int8=int8)
@@ -127,25 +127,25 @@ def test_the_engine_says_the_same_with_and_without_the_kernels() -> None:
     ("head_dim", "settings", "network"),
     [
         (16, {}, CpuNetwork),
-        (16, {"kernels": False}, Network),
-        (16, {"block_size": 8}, Network),
-        (24, {}, Network),
+        (16, {"kernels": False}, TorchNetwork),
+        (16, {"block_size": 8}, TorchNetwork),
+        (24, {}, TorchNetwork),
     ],
 )
 def test_what_the_kernels_are_not_made_for_runs_on_pytorch(
     head_dim: int, settings: dict[str, int], network: type[object]
 ) -> None:
     engine = Engine(tiny_model(head_dim=head_dim), BYTES, EngineConfig(**settings))
-    assert type(engine.runner._network) is network
+    assert type(engine.runner.network) is network
     assert len(engine.generate([[1, 2, 3]], SamplingParams(max_tokens=5))[0][0].token_ids) == 5
     engine.close()
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """No library is loaded or built, and the cache is an empty folder."""
+    """An empty cache folder, with no library loaded or built. Gives the parent of the folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(library, "_PREBUILT", tmp_path / "prebuilt")
+    monkeypatch.setattr(library, "PREBUILT", tmp_path / "prebuilt")
     library.load_kernels.cache_clear()
     yield tmp_path
     library.load_kernels.cache_clear()
@@ -173,7 +173,7 @@ def test_a_compiler_that_fails_is_reported_and_leaves_nothing(
 ) -> None:
     source = fresh / "kernels.cpp"
     source.write_text("int main( {")
-    monkeypatch.setattr(library, "_SOURCE", source)
+    monkeypatch.setattr(library, "SOURCE", source)
     assert library.load_kernels() is None
     assert "cannot be built" in caplog.text
     assert "error" in caplog.records[0].__dict__["error"]
@@ -182,7 +182,7 @@ def test_a_compiler_that_fails_is_reported_and_leaves_nothing(
 
 @pytest.mark.usefixtures("fresh")
 def test_a_library_that_cannot_be_loaded_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    built = library._cached()
+    built = library.find_cached()
     assert built is not None
     built.write_bytes(b"damaged")
     assert library.load_kernels() is None
@@ -193,12 +193,12 @@ def test_an_image_takes_libraries_along_and_the_best_that_runs_is_taken(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library.main()
-    assert {path.stem for path in (fresh / "prebuilt").iterdir()} == set(library._LEVELS)
+    assert {path.stem for path in (fresh / "prebuilt").iterdir()} == set(library.LEVELS)
     monkeypatch.setenv("PATH", str(fresh))
-    monkeypatch.setattr(library, "_abilities", lambda: frozenset().union(*library._LEVELS.values()))
-    assert library._prebuilt() == fresh / "prebuilt" / "x86-64-v4.so"
-    monkeypatch.setattr(library, "_abilities", lambda: frozenset(library._LEVELS["x86-64-v3"]))
-    assert library._prebuilt() == fresh / "prebuilt" / "x86-64-v3.so"
+    monkeypatch.setattr(library, "processor_features", lambda: frozenset().union(*library.LEVELS.values()))
+    assert library.find_prebuilt() == fresh / "prebuilt" / "x86-64-v4.so"
+    monkeypatch.setattr(library, "processor_features", lambda: frozenset(library.LEVELS["x86-64-v3"]))
+    assert library.find_prebuilt() == fresh / "prebuilt" / "x86-64-v3.so"
     assert library.load_kernels() is not None
-    monkeypatch.setattr(library, "_abilities", frozenset)
-    assert library._prebuilt() is None
+    monkeypatch.setattr(library, "processor_features", frozenset)
+    assert library.find_prebuilt() is None

@@ -1,4 +1,4 @@
-"""Whatever else is in the batch, and however the work is cut up, a request gets the tokens that it gets alone."""
+"""A request gets the same tokens alone and in any batch, however the scheduler divides the work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nanochat_core.engine import (
 from nanochat_core.model import GPT
 from tests.support.engine_models import BYTES, CALLING, config_with_blocks, examples, tiny_model
 
-# Logits this close are a tie that another order of additions may decide otherwise.
+# Logits that are this close count as a tie, because the order of additions may decide between them.
 ROUNDING = 1e-4
 
 
@@ -49,7 +49,7 @@ async def count_characters(code: str, *, request_id: str, timeout_seconds: float
 
 
 def assert_greedy(model: GPT, prompt: tuple[int, ...], completion: Completion, bias: dict[int, float]) -> None:
-    """Slow reference: every sampled token is the most likely one after all that precede it, by a plain forward pass."""
+    """Slow reference: in a plain forward pass, every sampled token is the most likely one at its position."""
     ids = [*prompt, *completion.token_ids]
     with torch.no_grad():
         logits = model(torch.tensor([ids]))[0]
@@ -68,7 +68,7 @@ def make_jobs() -> list[Job]:
     """Greedy and seeded requests, short and long, some with a common beginning, some that call the tool."""
     source = random.Random(7)
     stem = tuple(source.randrange(256) for _ in range(150))
-    # Equal blocks after different ones: found by their content alone, they would be taken for each other.
+    # Equal blocks follow different first blocks. A cache that looked at their own tokens alone would confuse them.
     jobs = [Job((first,) * 16 + stem[:33], SamplingParams(max_tokens=10)) for first in (1, 2)]
     for i in range(24):
         own = tuple(source.randrange(256) for _ in range(source.choice([1, 2, 5, 15, 16, 17, 40])))
@@ -94,7 +94,7 @@ JOBS = make_jobs()
 
 @functools.lru_cache
 def alone(kernels: bool = True, quantization: Literal["none", "int8"] = "none") -> tuple[list[Completion], ...]:
-    """What each job gets from an engine of its own."""
+    """The completions of each job from a separate engine."""
     results = []
     config = EngineConfig(kv_cache_bytes=1 << 22, kernels=kernels, quantization=quantization)
     for job in JOBS:
@@ -136,12 +136,12 @@ def schedules(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, int, int
         "kernels": kernels,
         "quantization": draw(st.sampled_from(["none", "int8"])) if kernels else "none",
         "block_size": block_size,
-        # From barely enough for one sequence to enough for a few.
+        # From just enough blocks for one sequence to enough for a few.
         "num_blocks": -(-longest // block_size) + draw(st.integers(0, 160 // block_size)),
         "max_running": max_running,
         "token_budget": max_running + draw(st.integers(0, 60)),
         "prefix_caching": draw(st.booleans()),
-        # Where sequences may draft nothing overlaps.
+        # Steps do not overlap while sequences may draft.
         "overlap": draw(st.booleans()),
         "speculative_batch": draw(st.sampled_from([0, 6, 16])),
     }
@@ -210,7 +210,7 @@ def test_preemption_loses_nothing() -> None:
 def test_long_contexts_windows_and_shared_kv_heads_match_a_plain_forward_pass(
     head_dim: int, n_kv_head: int | None
 ) -> None:
-    # A window of 256 in a context of 1024, crossed by a prompt that is computed in several chunks.
+    # The window is 256 and the context 1024. A prompt longer than the window is computed in several chunks.
     model = tiny_model(depth=3, head_dim=head_dim, context_length=1024, n_kv_head=n_kv_head)
     assert min(model.config.windows) == 256
     source = random.Random(1)

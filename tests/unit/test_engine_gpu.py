@@ -1,7 +1,7 @@
-"""The GPU kernels against the trained model: on a GPU where there is one, otherwise in Triton's interpreter.
+"""The GPU kernels agree with the trained model. The tests run on a GPU if there is one, else in Triton's interpreter.
 
-The interpreter is slow, so everything here is small. What it cannot tell, whether the kernels compile for real devices,
-is tried by compiling every launch of a step for them, which takes no GPU either.
+The interpreter is slow, so all sizes here are small. It cannot show whether the kernels compile for real devices.
+Therefore one test compiles every launch of a step for several devices, which needs no GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams
 from nanochat_core.engine.backends import gpu
-from nanochat_core.engine.cache_groups import CacheGroup
+from nanochat_core.engine.cache_groups import CacheGroup, CacheLayout
 from nanochat_core.model import GPT
 from tests.support.engine_models import BYTES, SHAPES, Place, shape_of, tiny_model
 
@@ -42,14 +42,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def _small_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of more than 12 tokens are attended to in tiles, tokens that see more than 64 keys in splits."""
+    """Steps of more than 12 tokens use tiles, and tokens that see more than 64 keys use several splits."""
     monkeypatch.setattr(gpu_runner, "GRAPH_SIZES", (1, 2, 4, 12))
     monkeypatch.setattr(gpu_network, "SPLIT", 64)
 
 
 def make_runner(model: GPT, groups: list[CacheGroup], flash: FlashKernel | None = None) -> GpuRunner:
-    """The kernels, with a cache full of what is not a number."""
-    cache = GpuCache(model.config, groups, BLOCK, model.compute_dtype, DEVICE)
+    """A runner on the kernels, with a cache full of NaN."""
+    cache = GpuCache(CacheLayout(model.config, groups, BLOCK, model.compute_dtype, DEVICE))
     for tensor in cache.blocks:
         tensor.fill_(float("nan"))
     return GpuRunner(GpuNetwork(model, flash), cache, token_budget=512, max_running=8)
@@ -69,7 +69,7 @@ def expected(model: GPT, row: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES if DEVICE.type == "cuda" else [SHAPES[1], shape_of(2, 64)])
 def test_logits_are_those_of_the_model_in_tiles_and_token_by_token(shape: ModelConfig) -> None:
-    """The prompt in one step, then tokens beyond the window in steps that are filled up, with others beside them."""
+    """Prompts are computed in one step, then tokens beyond the window in padded steps together with other sequences."""
     here, model, rows = place(shape, 150, 1, 40)
     whole = here.logits((0, 0, 145), (1, 0, 1), (2, 0, 36))
     single = [here.logits((0, 145, 146))[0]]
@@ -97,7 +97,7 @@ def flash_attn_with_kvcache(
     causal: bool,
     window_size: tuple[int, int],
 ) -> Tensor:
-    """The part of FlashAttention 3's function that is used, as its documentation has it, one query at a time."""
+    """The part of FlashAttention 3's function that the engine uses, as documented, but for one query at a time."""
     assert causal
     assert window_size[1] == 0
     assert {t.dtype for t in (cache_seqlens, page_table, cu_seqlens_q)} == {torch.int32}
@@ -109,7 +109,7 @@ def flash_attn_with_kvcache(
         pages = page_table[s, : -(-length // k_cache.size(1))].long()
         keys, values = (cache[pages].flatten(0, 1)[:length] for cache in (k_cache, v_cache))
         for token in range(first, last):
-            position = length - (last - token)  # the last query is the last key
+            position = length - (last - token)  # the last query is at the position of the last key
             seen = slice(max(position - window_size[0], 0), position + 1)
             k, v = (x[seen].repeat_interleave(shared, 1) for x in (keys, values))
             weights = (torch.einsum("hd,khd->hk", q[token], k) * softmax_scale).softmax(-1)
@@ -160,7 +160,7 @@ def test_flash_attention_is_for_hopper_and_bf16(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_bf16_is_as_near_to_the_model_as_pytorchs_operators_are() -> None:
-    """Token by token only: the interpreter has no products of bf16 matrices."""
+    """This computes token by token only, because the interpreter cannot multiply bf16 matrices."""
     shape = shape_of(2, 32, 2)
     here, model, rows = place(shape, 12, dtype=torch.bfloat16)
     logits = here.logits((0, 0, 12))[0]
@@ -178,12 +178,12 @@ def test_a_token_has_the_same_bits_alone_and_in_any_small_step() -> None:
 
 
 def test_inputs_are_at_the_same_address_in_every_step_of_a_size() -> None:
-    """A graph reads them where they were when it was recorded."""
+    """A graph reads its inputs at the addresses that they had when it was recorded."""
     here, *_ = place(shape_of(2, 64), 24, 5, 9)
     runner = here.runner
     assert isinstance(runner, GpuRunner)
     addresses: dict[int, set[tuple[int, ...]]] = {1: set(), 4: set(), 12: set()}
-    fill = runner._inputs.fill
+    fill = runner.inputs.fill
 
     def noting(*args: object, **options: object) -> object:
         step = fill(*args, **options)  # type: ignore[arg-type]
@@ -191,7 +191,7 @@ def test_inputs_are_at_the_same_address_in_every_step_of_a_size() -> None:
         addresses[step.tokens].add(tuple(tensor.data_ptr() for tensor in tensors))
         return step
 
-    runner._inputs.fill = noting  # type: ignore[method-assign,assignment]
+    runner.inputs.fill = noting  # type: ignore[method-assign,assignment]
     for parts in ([(0, 0, 1)], [(1, 0, 1)], [(0, 1, 2), (1, 1, 3)], [(2, 0, 4)], [(0, 2, 10)], [(1, 3, 5), (2, 4, 9)]):
         here.logits(*parts)
     assert [len(places) for places in addresses.values()] == [1, 1, 1]
@@ -202,21 +202,21 @@ def test_tokens_that_fill_a_step_up_touch_no_block() -> None:
     runner = here.runner
     assert isinstance(runner, GpuRunner)
     here.logits((0, 0, 5))
-    for tensor, group in zip(runner._cache.keys, runner._cache.group_of, strict=True):
+    for tensor, group in zip(runner.cache.keys, runner.cache.group_of, strict=True):
         written = {int(block) for block in tensor.isfinite().flatten(1).any(1).nonzero()}
-        assert written == {here.sequences[0].block_tables[group][0], runner._cache.groups[group].num_blocks}
+        assert written == {here.sequences[0].block_tables[group][0], runner.cache.groups[group].num_blocks}
 
 
 @pytest.fixture
 def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines compute with the GPU kernels."""
+    """Makes engines use the GPU kernels."""
     monkeypatch.setattr(gpu, "usable", lambda *_: True)
 
 
 @pytest.mark.usefixtures("on_kernels")
 @pytest.mark.parametrize("overlap", [False, True])
 def test_an_engine_says_the_same_as_on_pytorchs_operators(overlap: bool) -> None:
-    """With prompts that share a beginning, a seed, and more requests than run at once."""
+    """Prompts share a beginning, some requests are seeded, and more are queued than run at once."""
     prompts = [[*range(20), 30 + i] for i in range(4)]
     sampling = [SamplingParams(max_tokens=4 + i, temperature=i % 2 * 1.0, seed=i) for i in range(4)]
     model, said = tiny_model(depth=1).to(DEVICE), []
@@ -228,7 +228,7 @@ def test_an_engine_says_the_same_as_on_pytorchs_operators(overlap: bool) -> None
         assert isinstance(engine.runner, GpuRunner) is kernels
         answers = [c for [c] in engine.generate(prompts, sampling)]
         said.append([c.token_ids for c in answers])
-        # One block is shared; of the next the common part is copied.
+        # One block is shared, and the common part of the next block is copied.
         assert [c.usage and c.usage.cached_prompt_tokens for c in answers] == [0, 20, 20, 20]
         engine.close()
     assert said[0] == said[1]
@@ -236,7 +236,7 @@ def test_an_engine_says_the_same_as_on_pytorchs_operators(overlap: bool) -> None
 
 @pytest.mark.usefixtures("on_kernels")
 def test_new_weights_are_taken_up() -> None:
-    """By recorded graphs too."""
+    """Graphs that were recorded before use the new weights too."""
     model = tiny_model(depth=1).to(DEVICE)
     engine = Engine(model, BYTES, EngineConfig(kv_cache_bytes=1 << 20, max_running=2))
     engine.warm_up()
@@ -291,7 +291,7 @@ shape = ModelConfig.from_depth(2, vocab_size=70, head_dim=head_dim, n_kv_head=1,
 model = random_model(shape, dtype=dtype)
 place = Place(model, [random_ids(1, 60)[0]], make_runner, 16)
 place.logits((0, 0, 59))
-place.runner._sizes = ()
+place.runner.sizes = ()
 place.logits((0, 0, 59))
 names = {name for name, _, _ in compiled}
 every = {name for name, value in vars(kernels).items() if isinstance(value, JITFunction) and not name.startswith("_")}
@@ -307,7 +307,7 @@ print(max(metadata.shared for metadata in compiled.values()))
 def test_every_kernel_compiles_for_gpus_and_fits_their_shared_memory(
     capability: int, head_dim: int, dtype: str, shared_memory: int, tmp_path: Path
 ) -> None:
-    """Of H100, A100 and the RTX 30 series, in KiB (CUDA C++ Programming Guide, technical specifications)."""
+    """The limits, in KiB, are those of H100, A100 and the RTX 30 series (CUDA C++ Programming Guide)."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Weights of eight bits: what they cost is the rounding, and nothing else."""
+"""Weights of eight bits lose precision by rounding, and in no other way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The serving network against the one that is trained, which has a reference of its own."""
+"""The serving network agrees with the trained model, which other tests compare with a reference."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from test_model import config, random_ids, random_model
 from torch import Tensor
 
 from nanochat_core.config import ModelConfig
-from nanochat_core.engine.backends.torch.network import Network
+from nanochat_core.engine.backends.torch.network import TorchNetwork
 from nanochat_core.model import QK_SCALE
 
 
 class CachedAttention:
-    """Attention over keys and values kept per layer and sequence, with a loop over tokens."""
+    """Slow reference: attention with a loop over tokens; keys and values are kept for each layer and sequence."""
 
     def __init__(self, windows: tuple[int, ...], owners: list[int]) -> None:
         self.windows, self.owners = windows, owners
@@ -38,9 +38,9 @@ class CachedAttention:
     ("shape", "longest"), [(config(1), 9), (config(2, n_kv_head=2), 140), (config(4), 9), (config(5, n_kv_head=1), 9)]
 )
 def test_a_ragged_batch_gives_what_each_row_gives(shape: ModelConfig, longest: int) -> None:
-    """Sequences of different lengths interleaved in one flat batch, as serving computes them."""
+    """One batch holds interleaved tokens of sequences of different lengths."""
     model, lengths = random_model(shape), [5, 1, longest, 3]
-    network = Network(model)
+    network = TorchNetwork(model)
     sequences = [random_ids(1, length)[0] for length in lengths]
     order = sorted((t, owner) for owner, length in enumerate(lengths) for t in range(length))
     ids = torch.stack([sequences[owner][t] for t, owner in order])
@@ -56,7 +56,7 @@ def test_a_ragged_batch_gives_what_each_row_gives(shape: ModelConfig, longest: i
 def test_one_token_at_a_time_gives_what_the_row_gives() -> None:
     shape = config(4, n_kv_head=2)
     model, row = random_model(shape), random_ids(1, 20)
-    network = Network(model)
+    network = TorchNetwork(model)
     attend, steps = CachedAttention(shape.windows, [0]), []
     with torch.no_grad():
         for t in range(20):
@@ -67,13 +67,13 @@ def test_one_token_at_a_time_gives_what_the_row_gives() -> None:
 
 @pytest.mark.parametrize("residual_scale", [1.0, 0.02])
 def test_bf16_computes_in_bf16_and_gives_what_training_in_bf16_gives(residual_scale: float) -> None:
-    """Small residual streams are where a norm's epsilon would show."""
+    """A wrong epsilon of a norm would show with small residual streams."""
     shape, row = config(4), random_ids(1, 30)
     model = random_model(shape, dtype=torch.bfloat16)
     with torch.no_grad():
         model.residual_scales.mul_(residual_scale)
         model.skip_scales.mul_(residual_scale)
-    network = Network(model)
+    network = TorchNetwork(model)
     seen: set[torch.dtype] = set()
     attention = CachedAttention(shape.windows, [0] * 30)
 
@@ -93,6 +93,6 @@ def test_bf16_computes_in_bf16_and_gives_what_training_in_bf16_gives(residual_sc
 def test_the_trained_model_is_left_as_it_was() -> None:
     model = random_model(config(2))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    Network(model)
+    TorchNetwork(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -1,6 +1,6 @@
-"""The device gets its next batch before the last one's tokens are read, where that changes no token.
+"""The device gets its next batch before the tokens of the last one are read, if that changes no token.
 
-That tokens are the same with overlap and without is among the claims of ``test_engine_exactness.py``.
+``test_engine_exactness.py`` tests that tokens are the same with and without overlap.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OVERLAPPING = EngineConfig(overlap=True, speculative_tokens=0, kv_cache_bytes=1 
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happens: a batch is begun, the tokens of one are read."""
+    """The order of events: the device begins a batch, or the tokens of a batch are read."""
     events: list[str] = []
     draw, read = Drawn.__init__, Drawn.read
 
@@ -91,7 +91,7 @@ def test_what_needs_the_last_tokens_waits_for_them(order: list[str], sampling: S
 
 
 def test_drafts_are_made_of_known_tokens_and_until_there_is_one_batches_overlap(order: list[str]) -> None:
-    """A model that repeats itself from some token on, and one that never does."""
+    """One model never repeats itself, the other one does so all the time."""
     config = EngineConfig(overlap=True, kv_cache_bytes=1 << 26)
     request = Request("r", tuple(script_tokens("a")), SamplingParams(max_tokens=24))
     outputs = answer(Engine(scripted_model("abcdefghijklmnopqrstuvwxyz"), BYTES, config), request)
@@ -113,11 +113,11 @@ def test_nothing_that_was_computed_beyond_a_stop_token_is_told(order: list[str])
     )
     assert [token.id for output in outputs for token in output.tokens] == script_tokens("bcd")
     assert [output.finish_reason for output in outputs if output.finish_reason] == [FinishReason.STOP]
-    assert order.count("begin") == 4  # one in vain
+    assert order.count("begin") == 4  # the tokens of the last one are dropped
 
 
 def test_a_call_in_flight_drops_what_was_computed_beyond_it(order: list[str]) -> None:
-    """The text after the call is that after its output, not the one that was guessed at meanwhile."""
+    """The text after the call continues its output. The token that was computed in the meantime is dropped."""
 
     async def run(_code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
         return ToolOutput("ok", "")
@@ -147,6 +147,6 @@ def test_a_request_cancelled_in_flight_is_never_heard_of_again() -> None:
 
 
 def test_the_last_token_that_fits_is_not_overtaken(order: list[str]) -> None:
-    """When the token in flight completes a sequence, nothing follows."""
+    """No batch follows if the token in flight completes the sequence."""
     answer(Engine(tiny_model(), BYTES, OVERLAPPING), Request("r", (1,), SamplingParams(max_tokens=1)))
     assert order == ["begin", "read"]

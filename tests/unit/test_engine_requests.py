@@ -1,4 +1,4 @@
-"""What the engine takes, what it refuses, and how the work of several requests fits together."""
+"""Which requests the engine accepts and refuses, and how requests share blocks of the cache."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ def test_a_second_turn_finds_the_first_in_the_cache() -> None:
     assert first.usage.cached_prompt_tokens == 0
     [[second]] = engine.generate([(*prompt, *first.token_ids, 1, 2, 3)], SHORT)
     assert second.usage is not None
-    assert second.usage.cached_prompt_tokens == 139  # all but the last token, which nobody has computed
+    assert second.usage.cached_prompt_tokens == 139  # the last token was never computed
 
 
 def test_a_prompt_is_found_to_the_token_while_it_is_being_answered_however_it_was_cut_up() -> None:
     engine = Engine(tiny_model(), BYTES, EngineConfig(token_budget=70))
-    prompt = tuple(range(76))  # the second part of it fills no block
+    prompt = tuple(range(76))  # its second chunk fills no block
     engine.add(Request("first", prompt, SamplingParams(max_tokens=20)))
     for _ in range(3):
         engine.step()
@@ -106,7 +106,7 @@ def test_a_prompt_is_found_to_the_token_while_it_is_being_answered_however_it_wa
 
 
 def test_a_copied_beginning_fits_beside_a_window_in_blocks_that_no_window_is_a_multiple_of() -> None:
-    """Its first step begins in the middle of a block, and so needs more of them than one that begins with a block."""
+    """Its first step begins in the middle of a block, so it needs more blocks than a step that begins with a block."""
     model = tiny_model(context_length=1536)
     assert min(model.config.windows) == 384
     config = config_with_blocks(6, model, block_size=256, token_budget=300, max_running=1)

@@ -65,7 +65,7 @@ def test_the_noise_is_independent_between_positions_choices_and_seeds() -> None:
             sequences.append(seq)
         return [s.token for s in sample(uniform.repeat(count, 1), sequences)]
 
-    # Every pair of successive tokens is as likely as any other: 63 degrees of freedom, 99.9 % quantile.
+    # Every pair of successive tokens is equally likely; 99.9 % quantile of chi-square with 63 degrees of freedom.
     for steps in ((1, 0, 1), (1, 1, 0), (3, 1, 1)):
         tokens = stream(*steps)
         pairs = [a * 8 + b for a, b in zip(tokens[::2], tokens[1::2], strict=True)]
@@ -92,24 +92,24 @@ def test_what_top_p_keeps_is_the_same_beside_a_row_of_which_it_keeps_many() -> N
     weights = (best - best[:, :1]).double().exp()
     edge = (weights.cumsum(-1) / weights.sum(-1, keepdim=True))[:, 10].tolist()
     params = [SamplingParams(temperature=1.0, top_p=p) for p in edge]
-    alone = sampler(vocab)._filter(peaked.clone(), params)
-    beside = sampler(vocab)._filter(torch.cat((peaked, flat)), [*params, SamplingParams(temperature=1.0, top_p=0.99)])
+    alone = sampler(vocab).filter(peaked.clone(), params)
+    beside = sampler(vocab).filter(torch.cat((peaked, flat)), [*params, SamplingParams(temperature=1.0, top_p=0.99)])
     assert torch.equal(alone, beside[:-1])
     assert beside[-1].isfinite().all()
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 def test_what_top_p_keeps_of_a_top_k_is_the_same_beside_a_row_without(temperature: float) -> None:
-    """To the bit: beside it the others are zeros that are added up too."""
+    """Beside such a row, tokens outside the top-k are present as zeros, which must not change a bit of the sums."""
     logits = torch.randn(400, VOCAB) / temperature
     for k in (2, 5, 20):
         best = logits.topk(k).values
         weights = (best - best[:, :1]).double().exp()
-        # On the edge: the probability of the first ones, up to which top-p keeps one less.
+        # At exactly this probability the number of kept tokens changes.
         edge = (weights.cumsum(-1) / weights.sum(-1, keepdim=True))[:, k // 2].tolist()
         params = [SamplingParams(temperature=temperature, top_k=k, top_p=p) for p in edge]
-        alone = sampler()._filter(best.clone(), params)
-        beside = sampler()._filter(logits.clone(), params)
+        alone = sampler().filter(best.clone(), params)
+        beside = sampler().filter(logits.clone(), params)
         assert torch.equal(alone.isfinite().sum(-1), beside.isfinite().sum(-1))
 
 
@@ -123,9 +123,9 @@ def test_what_top_p_keeps_of_a_top_k_is_the_same_beside_a_row_without(temperatur
 )
 def test_whatever_is_allowed_leaves_logits_that_can_be_drawn_from(params: SamplingParams) -> None:
     seq = sequence(params, tokens=[3] * 500)
-    z = sampler()._adjust(torch.randn(1, VOCAB) * 15, [seq], [params]) / params.temperature
+    z = sampler().adjust(torch.randn(1, VOCAB) * 15, [seq], [params]) / params.temperature
     assert z.isfinite().all()
-    kept = sampler()._filter(z, [params]).isfinite()
+    kept = sampler().filter(z, [params]).isfinite()
     assert kept[0, z.argmax()]
 
 
@@ -166,7 +166,7 @@ def test_only_tokens_that_the_filters_keep_are_drawn_and_all_of_them(
 ) -> None:
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) * spread
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    z = sampler()._filter((logits / temperature).unsqueeze(0), [params])[0]
+    z = sampler().filter((logits / temperature).unsqueeze(0), [params])[0]
     kept = set(torch.isfinite(z).nonzero().flatten().tolist())
     slack = SamplingParams(temperature=temperature, top_k=top_k, top_p=min(top_p + 1e-5, 1), min_p=max(min_p - 1e-5, 0))
     tight = SamplingParams(
@@ -177,7 +177,7 @@ def test_only_tokens_that_the_filters_keep_are_drawn_and_all_of_them(
 
 
 def test_top_p_of_a_flat_distribution_looks_beyond_its_first_candidates() -> None:
-    z = sampler(1000)._filter(torch.linspace(0, 0.1, 1000).unsqueeze(0), [SamplingParams(temperature=1.0, top_p=0.9)])
+    z = sampler(1000).filter(torch.linspace(0, 0.1, 1000).unsqueeze(0), [SamplingParams(temperature=1.0, top_p=0.9)])
     assert 880 < int(torch.isfinite(z).sum()) < 905
 
 
@@ -199,7 +199,7 @@ def test_penalties_and_biases_match_a_loop(
     )
     plain = SamplingParams()
     sequences = [sequence(plain), sequence(params, prompt, completion), sequence(plain)]
-    adjusted = sampler()._adjust(logits.clone(), sequences, [plain, params, plain])
+    adjusted = sampler().adjust(logits.clone(), sequences, [plain, params, plain])
     expected = logits[1].tolist()
     for i in range(VOCAB):
         if i in prompt or i in completion:

@@ -129,7 +129,7 @@ def test_a_sequence_can_leave_from_any_state(state: str) -> None:
 
 
 def planned(context: int, budget: int, sequences: float) -> Bench:
-    """A scheduler over a cache for so many sequences of full length."""
+    """A scheduler whose cache holds this many sequences of full length."""
     model = ModelConfig.from_depth(4, vocab_size=64, head_dim=16, context_length=context)
     one = plan_groups(model, 16, torch.float32, memory=1 << 40, sequences=1, token_budget=budget)
     size = sum(bytes_per_block(model, len(group.layers), 16, torch.float32) * group.num_blocks for group in one)
@@ -141,7 +141,7 @@ def planned(context: int, budget: int, sequences: float) -> Bench:
 
 
 def test_a_prompt_behind_a_short_window_is_admitted_only_with_room_for_its_first_chunk() -> None:
-    """A window of 256, and chunks of up to 512 tokens."""
+    """The window is 256, and chunks have up to 512 tokens."""
     bench = planned(1024, 512, 2)
     for _ in range(4):
         bench.add(256)

@@ -1,4 +1,4 @@
-"""A device that runs out of memory: the batch gets smaller, nothing is lost, and what cannot be served is told so."""
+"""When the device runs out of memory, the batch shrinks, no token is lost, and dropped requests get an error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nanochat_core.engine import (
     ToolOutput,
     ToolPolicy,
 )
-from nanochat_core.engine.backends.base import Awaited
+from nanochat_core.engine.backends.base import PendingTokens
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.shedding import MOST_FAILURES, STEPS_UNTIL_MORE
 from nanochat_core.memory import is_out_of_memory
@@ -45,15 +45,15 @@ async def count_characters(code: str, *, request_id: str, timeout_seconds: float
 
 
 def engine_with(fails: Callable[[list[Chunk]], bool], config: EngineConfig | None = None, **options: object) -> Engine:
-    """An engine whose device runs out of memory in each step for which ``fails`` says so."""
+    """An engine whose device runs out of memory in each step for which ``fails`` returns True."""
     config = config or EngineConfig(max_running=8, token_budget=64)
     engine = Engine(tiny_model(), BYTES, config, tool_runner=count_characters, **options)  # type: ignore[arg-type]
     run = engine.runner.run
 
-    def run_or_fail(chunks: Iterable[Chunk], awaited: Awaited | None) -> object:
+    def run_or_fail(chunks: Iterable[Chunk], pending: PendingTokens | None) -> object:
         if fails(list(chunks)):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about it")
-        return run(chunks, awaited)
+        return run(chunks, pending)
 
     engine.runner.run = run_or_fail  # type: ignore[method-assign,assignment]
     return engine
@@ -61,7 +61,7 @@ def engine_with(fails: Callable[[list[Chunk]], bool], config: EngineConfig | Non
 
 @functools.lru_cache
 def alone() -> list[Completion]:
-    """What each prompt gets from an engine of its own, without trouble."""
+    """The completion of each prompt from a separate engine that has enough memory."""
     completions = []
     for prompt, sampling in zip(PROMPTS, SAMPLINGS, strict=True):
         engine = engine_with(lambda chunks: False)
@@ -71,7 +71,7 @@ def alone() -> list[Completion]:
 
 
 def run(engine: Engine, most_steps: int = 3000) -> tuple[dict[str, Completion], dict[str, Exception]]:
-    """Send every prompt at once; what was answered, and the errors of what was not."""
+    """Send all prompts at once; returns the answers, and the errors of requests without an answer."""
     for i, (prompt, sampling) in enumerate(zip(PROMPTS, SAMPLINGS, strict=True)):
         engine.add(Request(str(i), prompt, sampling, tools=TOOLS))
     answers = {str(i): Completion() for i in range(len(PROMPTS))}
@@ -82,7 +82,7 @@ def run(engine: Engine, most_steps: int = 3000) -> tuple[dict[str, Completion], 
             errors[output.request_id] = output.error
             del answers[output.request_id]
         else:
-            answers[output.request_id].append(output)  # a KeyError says that it had been given up
+            answers[output.request_id].append(output)  # a KeyError means that the request had been dropped
 
     for _ in range(most_steps):
         for output in engine.step():
@@ -135,7 +135,7 @@ def test_whatever_steps_fail_each_request_is_answered_exactly_or_given_up_with_a
     def fails(chunks: list[Chunk]) -> bool:
         nonlocal step
         step += 1
-        # Two in a row at most: more of the smallest steps would end the engine.
+        # At most two steps in a row fail, because more failures of smallest steps end the engine.
         return step in failing and not {step - 1, step - 2} <= failing
 
     config = EngineConfig(max_running=8, token_budget=64, overlap=overlap, speculative_batch=0 if overlap else 16)
@@ -260,7 +260,7 @@ async def test_a_stream_that_is_given_up_raises_and_the_others_go_on() -> None:
     full = asyncio.Event()
 
     def fails(chunks: list[Chunk]) -> bool:
-        """From some moment on there is no memory for "young", which has the lower priority, alone or not."""
+        """Once ``full`` is set, no step with the request "young", which has the lower priority, fits."""
         return full.is_set() and any(chunk.seq.request.id == "young" for chunk in chunks)
 
     core = engine_with(fails)

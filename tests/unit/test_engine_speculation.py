@@ -1,4 +1,4 @@
-"""Drafts change how many steps a text takes, and never the text."""
+"""Drafts change the number of steps, but never the text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.engine_models import BYTES, SPECIAL, config_with_blocks, scri
 
 
 def looked_up(tokens: list[int], most: int) -> list[int]:
-    """Slow reference: what followed the latest earlier occurrence of the longest n-gram at the end, over and over."""
+    """Slow reference: find the last n-gram's latest earlier occurrence, and repeat the tokens that followed it."""
     for length in NGRAMS:
         ending = tokens[-length:]
         for end in range(len(tokens) - 1, length - 1, -1):
@@ -35,7 +35,7 @@ def looked_up(tokens: list[int], most: int) -> list[int]:
 
 
 def completed(engine: Engine, request: Request) -> tuple[list[Completion], int]:
-    """The completions of a request, and how many steps they took."""
+    """The completions of a request, and the number of steps."""
     results, steps = [Completion() for _ in range(request.n)], 0
     engine.add(request)
     while any(completion.finish_reason is None for completion in results):
@@ -60,7 +60,7 @@ def test_a_draft_is_what_followed_the_latest_equal_ending(tokens: list[int], mos
 
 def test_drafting_pauses_when_guesses_are_wrong_and_begins_again_when_the_text_repeats_itself() -> None:
     source, lookup, tokens = random.Random(0), PromptLookup(), [0]
-    for _ in range(300):  # of two letters every pair has occurred, and what follows it is a coin's decision of eight
+    for _ in range(300):  # every pair of the eight letters occurs, and random letters follow it
         tokens += [source.randrange(8)]
         lookup.draft(tokens, 3)
     assert lookup.draft(tokens, 3) == []
@@ -91,7 +91,7 @@ def test_a_text_that_repeats_itself_takes_a_fraction_of_the_steps() -> None:
     assert steps < 120 / 2.5
 
 
-# Two letters and a high temperature: about every second guess is right.
+# Only two tokens are likely. At a high temperature about every second guess is right.
 COIN = dict.fromkeys(BYTES.encode("xy"), 200.0)
 
 
@@ -116,7 +116,7 @@ def test_a_stop_token_within_a_draft_ends_the_answer_there() -> None:
     sampling = SamplingParams(max_tokens=50, stop_token_ids=frozenset(script_tokens("d")))
     [completion], steps = completed(Engine(model, BYTES), Request("r", prompt, sampling))
     assert BYTES.decode(completion.token_ids) == "bcd"
-    assert steps == 2  # the prompt, and one for the rest
+    assert steps == 2  # one for the prompt, one for the rest
 
 
 def test_an_answer_never_exceeds_its_length_by_a_draft() -> None:

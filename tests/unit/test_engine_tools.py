@@ -1,4 +1,4 @@
-"""The model calls Python in the middle of an answer and reads what comes back."""
+"""The model calls Python in the middle of an answer and reads the output."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PROMPT = script_tokens("<|assistant_start|>")
 
 
 class Calculator:
-    """Answers 42 and keeps what it was asked."""
+    """A tool that always answers 42 and records its calls."""
 
     def __init__(self, output: str = "42", status: str = "ok") -> None:
         self.asked: list[tuple[str, str, float]] = []
@@ -276,7 +276,7 @@ def test_cancelling_a_parked_request_cancels_its_call() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_closing_ends_calls_that_run_and_calls_that_have_not_begun() -> None:
-    """None is left to be found unfinished, which Python would warn of."""
+    """Python would warn of a call that is left unfinished."""
     ended = []
 
     async def hangs(code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
@@ -296,8 +296,22 @@ def test_closing_ends_calls_that_run_and_calls_that_have_not_begun() -> None:
     assert "runs" in ended
 
 
+@pytest.mark.filterwarnings("error")
+def test_closing_on_a_loop_that_has_not_begun_a_call_leaves_no_coroutine_behind() -> None:
+    """Python would warn that the coroutine was never awaited."""
+    loop = asyncio.new_event_loop()
+    engine = Engine(scripted_model(ANSWER + AFTER), BYTES, tool_runner=Calculator(), tool_loop=loop)
+    prompt = tuple(script_tokens("<|python_start|>6*7<|python_end|>"))
+    engine.add(Request("closed", prompt, STOP, tools=TOOLS))
+    engine.add(Request("canceled", prompt, STOP, tools=TOOLS))
+    engine.cancel("canceled")
+    engine.close()
+    loop.close()
+    gc.collect()
+
+
 def test_a_result_that_arrives_after_the_cancellation_is_dropped() -> None:
-    engine = Engine(scripted_model(ANSWER + AFTER), BYTES)  # without a runner the result is there at once
+    engine = Engine(scripted_model(ANSWER + AFTER), BYTES)  # without a runner the result arrives at once
     engine.add(Request("r", tuple(script_tokens("<|python_start|>6*7<|python_end|>")), STOP, tools=TOOLS))
     engine.cancel("r")
     assert [output.tool_events for output in engine.step()] == [[ToolCall(0, "6*7")]]

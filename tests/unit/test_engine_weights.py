@@ -1,4 +1,4 @@
-"""An engine that is given other weights answers as a new one would, and keeps nothing of the old ones."""
+"""An engine with replaced weights answers like a new engine, and keeps nothing of the old weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIG = EngineConfig(kv_cache_bytes=1 << 22)
 
 
 def changed(model: GPT) -> GPT:
-    """The same model, every weight another."""
+    """Change every weight of the model in place."""
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for weight in model.parameters():

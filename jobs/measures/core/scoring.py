@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jobs.measures.core.prompts import Option, Question, common_length
 from nanochat_core.chunked_loss import CPU_CHUNK, GPU_CHUNK
-from nanochat_core.engine.backends.torch.network import Network
+from nanochat_core.engine.backends.torch.network import TorchNetwork
 from nanochat_core.model import GPT, QK_SCALE, rotary_table
 
 # The rotary table, of training as long as the context, is made this many times longer here: few-shot prompts can be
@@ -54,7 +54,7 @@ class Scorer:
         model.cos, model.sin = rotary_table(
             self.longest, model.config.head_dim, model.compute_dtype, model.smear_scale.device
         )
-        self._network = Network(model)
+        self._network = TorchNetwork(model)
         self.device = self._network.device
         self._windows = model.config.windows
         self._batch_tokens = GPU_TOKENS if self.device.type == "cuda" else CPU_TOKENS

@@ -1,1 +1,1 @@
-"""What computes a step: PyTorch's operators, or the engine's own kernels for CPUs or for GPUs."""
+"""Backends that compute a step: PyTorch's operators, or the engine's own kernels for CPUs and for GPUs."""

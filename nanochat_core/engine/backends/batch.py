@@ -1,4 +1,4 @@
-"""The tokens of one ragged batch as a network reads them."""
+"""The tokens of a ragged batch as arrays that a network reads."""
 
 from __future__ import annotations
 
@@ -8,30 +8,34 @@ import numpy as np
 from torch import Tensor
 
 from nanochat_core.device import to_device
-from nanochat_core.engine.backends.base import Awaited
+from nanochat_core.engine.backends.base import PendingTokens
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.sequence import Sequence
 
 
 class TokenBatch:
-    """The tokens of a ragged batch, one after another.
+    """The tokens of all chunks, one after another.
 
     Attributes:
-        rows: (3, tokens) int64: ids, those of the tokens before them, and positions in the sequence.
-        ahead: where tokens are whose id is not known yet, and whose they are.
+        rows: (3, tokens) int64: token ids, ids of the tokens before them, and positions in the sequence.
+        unknown: index and sequence of each token whose id the previous step is still sampling.
     """
 
     def __init__(self, chunks: Items[Chunk], no_token: int) -> None:
+        """
+        Args:
+            no_token: the id that stands for the token before a sequence's first one.
+        """
         ids: list[int] = []
         previous: list[int] = []
         positions: list[int] = []
-        self.ahead: list[tuple[int, Sequence]] = []
+        self.unknown: list[tuple[int, Sequence]] = []
         for chunk in chunks:
             tokens, start = chunk.seq.tokens, chunk.start
             previous.append(tokens[start - 1] if start else no_token)
             positions.append(start)
             if chunk.runs_ahead:
-                self.ahead.append((len(ids), chunk.seq))
+                self.unknown.append((len(ids), chunk.seq))
                 ids.append(0)
             elif chunk.length == 1:
                 ids.append(tokens[start])
@@ -41,16 +45,16 @@ class TokenBatch:
                 positions += range(start + 1, chunk.end)
         self.rows = np.array([ids, previous, positions], dtype=np.int64)
 
-    def fill_in(self, ids: Tensor, awaited: Awaited | None) -> None:
-        """Put the tokens that are not known yet into ``ids`` (tokens,) on the device."""
-        if self.ahead and awaited is not None:
-            pairs = [[place for place, _ in self.ahead], [awaited.rows[seq] for _, seq in self.ahead]]
+    def fill_in(self, ids: Tensor, pending: PendingTokens | None) -> None:
+        """Copy the tokens that are not known yet into ``ids`` (tokens,), on the device."""
+        if self.unknown and pending is not None:
+            pairs = [[place for place, _ in self.unknown], [pending.rows[seq] for _, seq in self.unknown]]
             places, rows = to_device(np.array(pairs, dtype=np.int64), ids.device)
-            ids.index_copy_(0, places, awaited.tokens.index_select(0, rows).to(ids.dtype))
+            ids.index_copy_(0, places, pending.tokens.index_select(0, rows).to(ids.dtype))
 
     @staticmethod
     def sampled_rows(chunks: Items[Chunk]) -> list[int]:
-        """Of which of the tokens the next one is sampled."""
+        """Indices in the batch of the tokens whose successor is sampled."""
         rows: list[int] = []
         end = 0
         for chunk in chunks:

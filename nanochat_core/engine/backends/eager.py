@@ -1,48 +1,66 @@
-"""Runs a network operation by operation on one ragged batch."""
+"""A runner that starts the operations of a network one by one, for PyTorch's operators and for the CPU kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Generic, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nanochat_core.device import to_device
-from nanochat_core.engine.backends.base import Awaited, BatchAttention, Cache, Executor
+from nanochat_core.engine.backends.base import PendingTokens
 from nanochat_core.engine.backends.batch import TokenBatch
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.model import GPT
 
-A = TypeVar("A", bound=BatchAttention)
+
+class Network(Protocol):
+    """A network whose attention reads one kind of cache."""
+
+    no_token: int
+    device: torch.device
+
+    def load(self, model: GPT) -> None: ...
+    def hidden(self, ids: Tensor, previous_ids: Tensor, positions: Tensor, attend: Any) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
 
 
-class EagerRunner(Generic[A]):
-    """:class:`Runner` for any network and cache that fit together."""
+class Cache(Protocol):
+    """The cache for such a network."""
 
-    def __init__(self, network: Executor[A], cache: Cache[A]) -> None:
-        self._network = network
+    def copy(self, chunks: Iterable[Chunk]) -> None: ...
+
+    def attention(self, chunks: Iterable[Chunk]) -> Any:
+        """Attention of one batch. Its attribute ``chunks`` gives the order in which the batch must list the chunks."""
+
+
+class EagerRunner:
+    """The :class:`~nanochat_core.engine.backends.base.Runner` of a network and a cache that fit together."""
+
+    def __init__(self, network: Network, cache: Cache) -> None:
+        self.network = network
         self._cache = cache
 
     def load(self, model: GPT) -> None:
-        self._network.load(model)
+        self.network.load(model)
 
     def warm_up(self) -> None:
-        pass  # the engine's own first steps are enough
+        pass  # the engine's first steps already prepare everything
 
     @torch.inference_mode()
-    def run(self, chunks: Iterable[Chunk], awaited: Awaited | None = None) -> tuple[list[Chunk], Tensor]:
-        chunks = list(chunks)
-        self._cache.copy(chunks)
-        attention = self._cache.attention(chunks)
-        chunks = attention.chunks
-        batch = TokenBatch(chunks, self._network.no_token)
-        device = self._network.device
+    def run(self, chunks: Iterable[Chunk], pending: PendingTokens | None = None) -> tuple[list[Chunk], Tensor]:
+        given = list(chunks)
+        self._cache.copy(given)
+        attention = self._cache.attention(given)
+        ordered: list[Chunk] = attention.chunks
+        batch = TokenBatch(ordered, self.network.no_token)
+        device = self.network.device
         ids, previous, positions = to_device(batch.rows, device)
-        batch.fill_in(ids, awaited)
-        hidden = self._network.hidden(ids, previous, positions, attention)
-        rows = batch.sampled_rows(chunks)
+        batch.fill_in(ids, pending)
+        hidden = self.network.hidden(ids, previous, positions, attention)
+        rows = batch.sampled_rows(ordered)
         if len(rows) < len(ids):
             hidden = hidden.index_select(0, to_device(np.array(rows, dtype=np.int64), device))
-        return [chunk for chunk in chunks if chunk.samples], self._network.logits(hidden)
+        return [chunk for chunk in ordered if chunk.samples], self.network.logits(hidden)

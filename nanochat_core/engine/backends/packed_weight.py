@@ -1,4 +1,4 @@
-"""Matrices as oneDNN multiplies with them on CPUs."""
+"""Weights in the layout that oneDNN multiplies with on CPUs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from nanochat_core.precision import cpu_multiplies_bf16
 
-# Enough that a difference in the last of fp32's bits shows in some number that is rounded to bf16.
+# With this many rows, a difference in the last bit of fp32 shows in at least one number that is rounded to bf16.
 _PROBE_ROWS = 16
 
 
 class PackedWeight:
-    """A :class:`Weight` whose products oneDNN computes on CPUs, laid out for its kernels.
+    """A :class:`~nanochat_core.engine.backends.weights.Weight` that oneDNN multiplies with on CPUs.
 
-    Besides being faster for batches, oneDNN computes each row with the same order of additions whatever the number of
-    rows, which the default kernels do not: a token's result has the same bits alone and in a batch. The one exception
-    are long sums for a single row, which some CPUs add up differently; where they do, a second row goes along.
+    oneDNN is faster for batches than PyTorch's default kernels. It also adds the products of a row in the same order
+    for every number of rows, so a token's result has the same bits alone and in a batch. The exception is a single row
+    with long sums, which some CPUs add in another order. On these CPUs a second row is computed along with it.
 
     Attributes:
-        weight: in oneDNN's layout where it multiplies, otherwise as it came.
+        weight: the matrix, in oneDNN's layout if oneDNN multiplies with it.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -60,7 +60,7 @@ class PackedWeight:
 
 
 def packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN can lay out weights of this dtype on this CPU."""
+    """Whether oneDNN can multiply with weights of this dtype on this CPU."""
     return torch.backends.mkldnn.is_available() and (
         dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
@@ -68,9 +68,9 @@ def packs(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _single_rows_differ(out_features: int, in_features: int, dtype: torch.dtype) -> bool:
-    """Whether, on this CPU, the product of one row with such a weight has other bits than among many rows."""
+    """Whether, on this CPU, a row's product with such a weight has other bits alone than among many rows."""
     if dtype == torch.bfloat16 and not cpu_multiplies_bf16():
-        return True  # differences are too rare to be found by trying, because results are rounded to bf16
+        return True  # results are rounded to bf16, so differences are too rare to be found by trying
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=draw).to(dtype)
     rows = torch.randn(_PROBE_ROWS, in_features, generator=draw).to(dtype)

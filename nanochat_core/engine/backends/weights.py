@@ -1,7 +1,8 @@
-"""A model's weights as serving needs them, whatever runs them.
+"""A copy of a model's weights, laid out for serving. Every backend's network is built on it.
 
-A step of a small batch is bound by reading weights and by the number of operations, so whatever does not depend on the
-input is computed once: normalized embeddings, the smear's gate of every token id, weights cast, merged and packed.
+A step of a small batch is bound by reading weights and by starting operations. Everything that does not depend on the
+input is therefore computed once, when the model is loaded: normalized embeddings, the smear gate of every token id, and
+weights that are cast, scaled and merged into fewer matrices.
 """
 
 from __future__ import annotations
@@ -15,56 +16,48 @@ from torch import Tensor
 
 from nanochat_core.chunked_loss import LOGIT_SOFTCAP
 from nanochat_core.engine.backends.packed_weight import PackedWeight
-from nanochat_core.model import (
-    GPT,
-    SMEAR_CHANNELS,
-    VALUE_GATE_CHANNELS,
-    Block,
-    rms_norm,
-)
+from nanochat_core.model import GPT, SMEAR_CHANNELS, VALUE_GATE_CHANNELS, Block, rms_norm
 
 
 class Weight(Protocol):
-    """A matrix that serving multiplies with."""
+    """A matrix that inputs are multiplied with."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(tokens, in_features) to (tokens, out_features)."""
+        """The product with ``x`` (tokens, in_features), of shape (tokens, out_features)."""
 
     def relu(self, x: Tensor) -> Tensor:
-        """The same with all negative results replaced by 0."""
+        """The product, with negative results replaced by 0."""
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """The same with ``other``, of the result's shape, added."""
-
-
-Pack = Callable[[Tensor], Weight]
-
-
-def _pair_up(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of queries or keys, with the channels i and i + head_dim / 2 side by side, which turn together.
-
-    Attention's products do not change when both are reordered alike.
-    """
-    return weight.view(-1, 2, head_dim // 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)
+        """The sum of the product and ``other``, which has the product's shape."""
 
 
 class LayerWeights:
-    """One block."""
+    """The weights of one transformer block.
 
-    def __init__(self, block: Block, pack: Pack, residual_scale: float, skip_scale: float) -> None:
+    Attributes:
+        qkv: the projections of queries, keys, values and value gates as one matrix.
+        sizes: number of its outputs that belong to queries and keys, to values and to value gates.
+    """
+
+    def __init__(
+        self, block: Block, pack: Callable[[Tensor], Weight], residual_scale: float, skip_scale: float
+    ) -> None:
         attention, mlp = block.attention, block.mlp
         self.residual_scale, self.skip_scale = residual_scale, skip_scale
         self.head_dim, self.n_head, self.n_kv_head = attention.head_dim, attention.n_head, attention.n_kv_head
-        # What is not normalized again is scaled here by the constant of its norm.
-        dim = attention.q.weight.size(1)  # training may have put another layer there
+        # The input's norm leaves out the factor sqrt(dim). Queries and keys are normalized again later, so only values
+        # and gates get the factor back, in their weights. The size is read from a weight, because training may have
+        # replaced the layers.
+        dim = attention.q.weight.size(1)
         projections = [
-            _pair_up(attention.q.weight, self.head_dim),
-            _pair_up(attention.k.weight, self.head_dim),
+            _pair_channels(attention.q.weight, self.head_dim),
+            _pair_channels(attention.k.weight, self.head_dim),
             dim**0.5 * attention.v.weight,
         ]
         gate = attention.value_gate
         if gate is not None:
-            # The gate reads only the first channels. Rows of the product must begin at a pair of numbers.
+            # The gate reads only the first channels. Each row of the product must begin at an even index.
             projections.append(dim**0.5 * F.pad(gate.weight, (0, dim - VALUE_GATE_CHANNELS, 0, self.n_kv_head % 2)))
         self.sizes = [weight.size(0) for weight in projections]
         self.sizes[:2] = [sum(self.sizes[:2])]
@@ -75,19 +68,17 @@ class LayerWeights:
 
 
 class ServingWeights:
-    """Copies of a model's weights as serving needs them, and what every way to run them has in common.
-
-    They stay as they are until the next load.
+    """The weights of a whole model. They stay the same until the next :meth:`load`.
 
     Attributes:
-        no_token: what stands for the token before a sequence's first one.
+        no_token: the id that stands for the token before a sequence's first one.
     """
 
-    def __init__(self, model: GPT, pack: Pack | None = None) -> None:
+    def __init__(self, model: GPT, pack: Callable[[Tensor], Weight] | None = None) -> None:
         """
         Args:
-            model: on its device. Nothing of it is changed.
-            pack: makes of the fp32 matrices what is multiplied with; None casts them to the model's compute dtype.
+            model: on its device; it is not changed.
+            pack: makes a :class:`Weight` of an fp32 matrix; None casts the matrix to the model's compute dtype.
         """
         self.config = model.config
         self.dtype = model.compute_dtype
@@ -98,9 +89,9 @@ class ServingWeights:
         self.load(model)
 
     def load(self, model: GPT) -> None:
-        """Take over the weights that ``model``, of the same shape, dtype and device, has now."""
+        """Copy the present weights of ``model``, which has the same shape, dtype and device as before."""
         dtype = self.dtype
-        self._layers = []  # first of all, so that old and new ones are not held at once
+        self._layers = []  # frees the old weights before the new ones take memory
         with torch.no_grad():
             embedding = rms_norm(model.embedding.weight.to(dtype))
             gate = torch.sigmoid(model.smear_gate(embedding[:, :SMEAR_CHANNELS]))
@@ -109,17 +100,15 @@ class ServingWeights:
             self._value_layers = sorted(model.value_tables)
             tables = [model.value_tables[layer].weight.to(dtype) for layer in self._value_layers]
             self._value_table = torch.cat(tables, dim=1)
-            # Rotating a pair of channels is multiplying it, as a complex number, with one of modulus 1.
+            # Rotating a pair of channels is multiplying it, as a complex number, by a complex number of modulus 1.
             self._turns = torch.complex(model.cos.float(), -model.sin.float()).unsqueeze(1)
-            scales = zip(model.residual_scales.tolist(), model.skip_scales.tolist(), strict=True)
-            self._layers = [
-                LayerWeights(block, self._pack, *each) for block, each in zip(model.layers, scales, strict=True)
-            ]
+            scales = zip(model.layers, model.residual_scales.tolist(), model.skip_scales.tolist(), strict=True)
+            self._layers = [LayerWeights(block, self._pack, residual, skip) for block, residual, skip in scales]
             self._backout = float(model.backout_scale)
             self._head = self._pack(model.head.weight / LOGIT_SOFTCAP)
 
     def embed(self, ids: Tensor, previous_ids: Tensor) -> Tensor:
-        """(tokens, dim) what the first block begins with: embeddings after the smear."""
+        """Embeddings after the smear, the first block's input, of shape (tokens, dim)."""
         previous = self._smear.index_select(0, ids) * self._embedding.index_select(0, previous_ids)
         return self._embedding.index_select(0, ids) + previous
 
@@ -127,3 +116,11 @@ class ServingWeights:
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped fp32 logits of shape (tokens, vocab_size) for hidden states of shape (tokens, dim)."""
         return self._head(hidden)[:, : self.config.vocab_size].float().tanh_().mul_(LOGIT_SOFTCAP)
+
+
+def _pair_channels(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorder the outputs of each head so that channels i and i + head_dim / 2, which are rotated together, adjoin.
+
+    Queries and keys are reordered alike, so their products do not change.
+    """
+    return weight.view(-1, 2, head_dim // 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)

@@ -1,8 +1,8 @@
-"""The engine's own kernels for CPUs: paged attention and everything between matrix products.
+"""The engine's own kernels for CPUs: paged attention and everything else between matrix products.
 
-PyTorch's operators need a copy of the keys and values of every sequence for each step, and some forty calls a layer;
-these read the cache where it lies, in five passes a layer. Where they cannot be had (no compiler, an unusual head size)
-the engine runs on PyTorch's.
+PyTorch's operators need some forty calls per layer, and in each step a copy of the keys and values of every sequence.
+These kernels make five passes per layer and read keys and values directly from the cache. Without a compiler, or with
+an unusual head size, the engine uses PyTorch's operators.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine.backends.cpu.library import load_kernels
 
-# What kernels.cpp is compiled for.
+# Sizes that kernels.cpp is compiled for.
 _HEAD_DIMS = frozenset({16, 32, 64, 128})
 _LANES = 16
 
 
 def usable(config: ModelConfig, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels serve such a model here; builds them when they are not yet."""
+    """Whether the kernels can run such a model on this machine. Builds the kernels if necessary."""
     return (
         device.type == "cpu"
         and dtype in (torch.float32, torch.bfloat16)

@@ -1,17 +1,14 @@
-"""The paged KV cache as the CPU kernels read it, and the attention of one ragged batch."""
+"""The paged KV cache for the CPU kernels, and the description of a ragged batch that they read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from collections.abc import Sequence as Items
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat_core.config import ModelConfig
 from nanochat_core.engine.backends.cpu.library import Batch, Layer
-from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.engine.kv_cache import BlockMemory, slots_of
 from nanochat_core.engine.scheduler import Chunk
 
@@ -19,11 +16,8 @@ from nanochat_core.engine.scheduler import Chunk
 class CpuCache(BlockMemory):
     """The cache for the CPU kernels.
 
-    Keys of a block are (n_kv_head, head_dim, block_size), values (n_kv_head, block_size, head_dim).
+    The keys of a block have shape (n_kv_head, head_dim, block_size), its values (n_kv_head, block_size, head_dim).
     """
-
-    def __init__(self, config: ModelConfig, groups: Items[CacheGroup], block_size: int, dtype: torch.dtype) -> None:
-        super().__init__(config, groups, block_size, dtype, torch.device("cpu"))
 
     def attention(self, chunks: Iterable[Chunk]) -> CpuAttention:
         """Attention of a batch of these chunks."""
@@ -31,10 +25,10 @@ class CpuCache(BlockMemory):
 
 
 class CpuAttention:
-    """Where the tokens of one ragged batch are, for the kernels.
+    """Tells the kernels where the tokens of one ragged batch are in the cache.
 
     Attributes:
-        chunks: the chunks in the order of the batch.
+        chunks: the chunks in the order in which the batch must list them.
     """
 
     def __init__(self, cache: CpuCache, chunks: Iterable[Chunk]) -> None:
@@ -43,7 +37,7 @@ class CpuAttention:
         self._start = np.array([chunk.start for chunk in self.chunks], np.int32)
         self._first_token = np.zeros(len(self.chunks) + 1, np.int32)
         np.cumsum([chunk.length for chunk in self.chunks], out=self._first_token[1:])
-        # For each group of layers: slots, tables one after another, where each begins.
+        # For each group: the tokens' slots, the concatenated block tables, and the index at which each table begins.
         self._places = [self._places_in(group) for group in range(len(cache.groups))]
 
     def _places_in(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -54,7 +48,7 @@ class CpuAttention:
         return slots, np.array([block for table in tables for block in table], np.int32), first_entry
 
     def batch(self, ids: Tensor, positions: Tensor, turns: Tensor, scale: Tensor, queries: Tensor) -> Batch:
-        """What the kernels are told of the batch; valid while the tensors and this object are."""
+        """The batch as a C struct. It is valid as long as the tensors and this object exist."""
         return Batch(
             ids.numel(),
             len(self.chunks),
@@ -69,11 +63,11 @@ class CpuAttention:
         )
 
     def layer(self, index: int, qkv_columns: int, value_table: int | None, value_columns: int) -> Layer:
-        """What the kernels are told of one layer.
+        """One layer's cache as a C struct.
 
         Args:
-            qkv_columns: columns of the product with the q, k, v and value gate weights.
-            value_table: address of its value embeddings, whose table has ``value_columns``.
+            qkv_columns: number of columns of the product with the q, k, v and value gate weights.
+            value_table: address of the layer's value embeddings, if it has any, in rows of ``value_columns`` numbers.
         """
         cache, group = self._cache, self._cache.group_of[index]
         slots, tables, first_entry = self._places[group]

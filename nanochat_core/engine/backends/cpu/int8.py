@@ -1,4 +1,4 @@
-"""Weights of eight bits: a quarter of fp32's memory traffic, which is what a step of few sequences waits for."""
+"""Weights of eight bits. They take a quarter of fp32's memory traffic, which bounds a step of few sequences."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 from nanochat_core.engine.backends.cpu.library import load_kernels
 
-# Outputs of a tile, and successive inputs that are side by side; as in ``kernels.cpp``.
+# A tile holds this many outputs; of each output, this many successive inputs are adjacent. As in ``kernels.cpp``.
 _TILE = 32
 _LANE = 4
 
 
 class Int8Weight:
-    """A :class:`~nanochat_core.engine.backends.weights.Weight` in 255 steps, with a scale for each output.
+    """A :class:`~nanochat_core.engine.backends.weights.Weight` rounded to 255 steps, with one scale per output.
 
-    Activations keep their dtype and sums are fp32, so the rounding of the weights is the only loss. A row's product has
-    the same bits whatever the number of rows.
+    Activations keep their dtype and sums are fp32, so only the rounding of the weights loses precision. A row's product
+    has the same bits for every number of rows.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -62,7 +62,11 @@ class Int8Weight:
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 of the weight's shape and (out_features,) fp32 scales, whose product is close to it (symmetric, nearest)."""
+    """Round to the nearest of 255 symmetric steps.
+
+    Returns:
+        int8 numbers of the weight's shape and fp32 scales (out_features,); their product approximates the weight.
+    """
     weight = weight.float()
     scales = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
     return (weight / scales.unsqueeze(1)).round_().to(torch.int8), scales

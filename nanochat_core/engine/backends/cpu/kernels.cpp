@@ -1,11 +1,11 @@
-// What a decode step does between matrix products, for CPUs: paged attention and everything elementwise, each as one
-// pass over memory. Compiled by library.py, which mirrors the structs below; called through a plain C interface.
+// Everything that a step computes between matrix products on a CPU: paged attention and elementwise operations, each in
+// one pass over memory. library.py compiles this file, mirrors the structs below and calls the C functions at the end.
 //
-// Every token is computed by itself and sums are added in an order that depends on its position alone: vectors have 16
-// numbers whatever the machine's registers hold, and masked keys add zeros. So a token's result has the same bits alone
-// and in a batch, decoded and prefilled.
+// A token's result has the same bits alone and in a batch, decoded and prefilled. For this, every token is computed by
+// itself, and the order in which its sums are added depends on its position alone: vectors have 16 numbers on every
+// processor, and masked keys add zeros.
 //
-// T is what activations, weights and the cache are stored as: float or bf16. Arithmetic is fp32.
+// T is the type of stored activations, weights and cache entries: float or bf16. Arithmetic is fp32.
 
 #include <algorithm>
 #include <cmath>
@@ -17,7 +17,7 @@
 namespace {
 
 constexpr int LANES = 16;
-// Tokens per cache block that one vector of scores holds; blocks have a multiple of it.
+// One vector holds the scores of LANES keys, so the block size of the cache is a multiple of LANES.
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
@@ -64,12 +64,12 @@ inline float largest_of(vec v) {
   return most;
 }
 
-// e^x for x <= 0 to 2 ulp; 0 for -inf. 2^n times the polynomial of the remainder, as in Cephes' expf.
+// e^x for x <= 0, accurate to 2 ulp; 0 for -inf. As in Cephes' expf: 2^n times a polynomial of the remainder.
 inline vec exponential(vec x) {
   const vec least = all(-87.0f);
   const ivec dead = x < least;
   x = larger(x, least);
-  ivec n = __builtin_convertvector(x * 1.44269504f - 0.5f, ivec);  // truncates, and x <= 0: to nearest
+  ivec n = __builtin_convertvector(x * 1.44269504f - 0.5f, ivec);  // truncation rounds to nearest, as x <= 0
   vec whole = __builtin_convertvector(n, vec);
   vec r = x - whole * 0.693359375f - whole * -2.12194440e-4f;
   vec p = all(1.9875691500e-4f);
@@ -84,7 +84,7 @@ inline vec exponential(vec x) {
   return dead ? vec{} : y;
 }
 
-// Sum of squares of n numbers, n a multiple of 4.
+// Sum of squares of n numbers; n is a multiple of 4.
 template <typename T>
 inline float square_sum(const T *x, int n) {
   vec sums = {};
@@ -98,7 +98,7 @@ inline float square_sum(const T *x, int n) {
   return total;
 }
 
-// Threads are worth waking for this many numbers.
+// Loops over at least this many numbers use several threads. For fewer, waking the threads takes longer.
 constexpr int64_t PARALLEL_FROM = 1 << 14;
 
 }  // namespace
@@ -111,7 +111,7 @@ struct Shape {
   float epsilon, score_scale, value_gate_scale;
 };
 
-// One step's batch. Of a chunk, the tokens begin at first_token in the batch and at position start in its sequence.
+// The batch of one step. A chunk's tokens begin at index first_token in the batch and at position start in its sequence.
 struct Batch {
   int32_t tokens, chunks, threads;
   const int64_t *ids, *positions;         // (tokens,)
@@ -121,23 +121,23 @@ struct Batch {
   float *queries;                         // (tokens, heads, head_dim)
 };
 
-// One layer's cache and what tells its tokens' places in it.
+// The cache of one layer, and the places of the batch's tokens in it.
 struct Layer {
   void *keys;                             // (blocks, kv_heads, head_dim, block_size)
   void *values;                           // (blocks, kv_heads, block_size, head_dim)
   const int64_t *slots;                   // (tokens,) block * block_size + offset
-  const int32_t *tables;                  // block ids of all chunks, one after another
-  const int64_t *first_entry;             // (chunks,) where the table of each begins
-  const void *value_table;                // (vocabulary, columns), or null: this layer's value embeddings
+  const int32_t *tables;                  // block tables of all chunks, concatenated
+  const int64_t *first_entry;             // (chunks,) index at which each chunk's table begins
+  const void *value_table;                // (vocabulary, columns) value embeddings, or null
   int64_t value_columns;
-  int64_t qkv_columns;                    // of the product with the q, k, v and value gate weights
-  int64_t window;                         // tokens before itself that a token sees
+  int64_t qkv_columns;                    // columns of the product with the qkv weights
+  int64_t window;                         // number of tokens before itself that a token sees
 };
 }
 
 namespace {
 
-// Norms, rotates and places what the product with the q, k and v weights gave.
+// Rotates and normalizes queries and keys (the product qkv), and writes keys and values to the cache.
 template <typename T>
 void prepare(const Shape &s, const Batch &b, const Layer &l, const T *qkv) {
   const int D = s.head_dim, pairs = D / 2, turned = s.heads + s.kv_heads;
@@ -179,8 +179,8 @@ void prepare(const Shape &s, const Batch &b, const Layer &l, const T *qkv) {
   }
 }
 
-// Attention of ROWS query rows of one kv head over the keys [first, last) of one sequence, first a multiple of LANES.
-// Row r sees the keys from least[r] to most[r]. Scores are kept for all keys, so that every softmax is one pass.
+// Attention of ROWS query rows of one kv head over the keys [first, last) of one sequence. `first` is a multiple of LANES.
+// Row r sees the keys from least[r] to most[r]. The scores of all keys are kept, so that each softmax takes one pass.
 template <typename T, int D, int ROWS>
 void attend_rows(const Shape &s, const T *keys, const T *values, const int32_t *table, int64_t first, int64_t last,
                  const float *const *q, const int64_t *least, const int64_t *most, T *const *out, float *scores,
@@ -222,7 +222,7 @@ void attend_rows(const Shape &s, const T *keys, const T *values, const int32_t *
   vec mixed[ROWS][WIDE] = {};
   for (int64_t at = first; at < last; at += LANES) {
     const T *v = values + table[at / s.block_size] * block_stride + at % s.block_size * D;
-    // Behind the last key there may be anything, what is not a number included.
+    // The memory behind the last key may hold anything, even NaN, so it is not read.
     const int count = int(std::min<int64_t>(LANES, last - at));
     for (int j = 0; j < count; j++) {
       vec value[WIDE];
@@ -240,7 +240,7 @@ void attend_rows(const Shape &s, const T *keys, const T *values, const int32_t *
     }
 }
 
-// Rows that share the keys they load.
+// Most query rows that share the keys they load.
 constexpr int MOST_ROWS = 4;
 
 template <typename T, int D>
@@ -259,7 +259,7 @@ void attend(const Shape &s, const Batch &b, const Layer &l, T *out) {
     std::vector<float> scores(stride * MOST_ROWS);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < work; item++) {
-      // The heads of a tile come one after another, so that all heads of a short sequence stay on one thread.
+      // The heads of a tile are successive items, so that one thread computes all heads of a short sequence.
       const int64_t tile = item / s.kv_heads, h = item % s.kv_heads;
       const int c = int(std::upper_bound(tiles.begin(), tiles.end(), tile) - tiles.begin()) - 1;
       const int64_t begin = (tile - tiles[c]) * MOST_ROWS;
@@ -310,8 +310,9 @@ void square(const Batch &b, T *x, int64_t n) {
   for (int64_t i = 0; i < n; i++) store(x + i, load(x + i) * load(x + i));
 }
 
-// x = x + y * dim / square_sum(x), the end of an MLP whose input was not normalized; then the scaled mixture with x0 that
-// the next block begins with, and the scale of its norm. Without y or x0 that part is left out; `kept` gets what is between.
+// Finishes a block and begins the next one. First x = x + y * dim / square_sum(x), where y is the result of an MLP whose
+// input was not normalized. Then x = residual * x + skip * x0, the next block's input, and the scale of its norm.
+// A null y or x0 leaves its part out. `kept`, unless null, receives x after the first part.
 template <typename T>
 void finish(const Shape &s, const Batch &b, T *x, const T *y, T *kept, const T *x0, float residual, float skip) {
   const int n = s.dim;
@@ -331,12 +332,12 @@ void finish(const Shape &s, const Batch &b, T *x, const T *y, T *kept, const T *
   }
 }
 
-// Outputs that are computed together, and rows that share a weight once it is a float.
+// Outputs that are computed together, and most rows that share a weight after its conversion to float.
 constexpr int TILE = 2 * LANES;
 constexpr int PRODUCT_ROWS = 8;
 
-// Products of ROWS rows of x with a tile of weights, of which a lane has four successive inputs of one output. Inputs are
-// added up in their order, whatever ROWS is.
+// Products of ROWS rows of x with a tile of weights. Each lane of a vector holds the weights of four successive inputs of
+// one output. Inputs are added in their order for every number of rows.
 template <int ROWS>
 inline void multiply_tile(const float *x, const int8_t *weight, int64_t inputs, vec (*sums)[2]) {
   vec total[ROWS][2] = {};
@@ -358,7 +359,8 @@ inline void multiply_tile(const float *x, const int8_t *weight, int64_t inputs, 
     for (int i = 0; i < 2; i++) sums[r][i] = total[r][i];
 }
 
-// y = x times the transposed weight, each output times its scale; then no less than 0, or with `other` added.
+// y = x times the transposed weight, each output times its scale. Then ReLU is applied if `relu` is set, and `other` is
+// added unless it is null.
 template <typename T>
 void multiply_int8(const float *x, const int8_t *weight, const float *scale, const T *other, T *y, int64_t rows,
                    int64_t inputs, int64_t outputs, bool relu, int threads) {
@@ -428,8 +430,8 @@ void nanochat_finish(const Shape *s, const Batch *b, void *x, const void *y, voi
                static_cast<const bf16 *>(x0), residual, skip));
 }
 
-// x is fp32 whatever the rest is. Weights come in tiles of 32 outputs, (tiles, inputs / 4, 32, 4), the last one filled up
-// with zeros; `other`, which may be null, has the shape of y.
+// x is always fp32. Weights are tiles of 32 outputs, (tiles, inputs / 4, 32, 4); zeros fill the last tile. `other` is null
+// or has the shape of y.
 void nanochat_multiply_int8(const float *x, const int8_t *weight, const float *scale, const void *other, void *y,
                             int64_t rows, int64_t inputs, int64_t outputs, int bf16_storage, int relu, int threads) {
   if (bf16_storage)

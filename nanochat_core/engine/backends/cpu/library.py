@@ -1,4 +1,4 @@
-"""Builds and loads ``kernels.cpp``; callers get ``None`` where there is neither a built library nor a compiler."""
+"""Builds and loads ``kernels.cpp``. Loading gives ``None`` if there is neither a built library nor a compiler."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 _BUILD_SECONDS = 120
-# A library that was built in advance, such as that of a container image without a compiler, one for each of these kinds
-# of processor, the most capable one first, with what a processor must be able to do.
-_PREBUILT = Path(__file__).with_name("prebuilt")
-_LEVELS = {
+# Container images have no compiler, so they include libraries that were built in advance for these microarchitecture
+# levels. A processor that has all features of a level can run its library. The most capable level comes first.
+PREBUILT = Path(__file__).with_name("prebuilt")
+LEVELS = {
     "x86-64-v4": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"},
     "x86-64-v3": {"avx2", "fma", "f16c", "bmi2"},
 }
 
 
 class Shape(ctypes.Structure):
-    """The model's sizes; as in ``kernels.cpp``."""
+    """The model's sizes. The fields are those of ``Shape`` in ``kernels.cpp``."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("dim", "heads", "kv_heads", "head_dim", "block_size", "bf16_storage")),
@@ -38,7 +38,7 @@ class Shape(ctypes.Structure):
 
 
 class Batch(ctypes.Structure):
-    """One step's batch; as in ``kernels.cpp``."""
+    """The batch of a step. The fields are those of ``Batch`` in ``kernels.cpp``."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("tokens", "chunks", "threads")),
@@ -50,7 +50,7 @@ class Batch(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """One layer's cache; as in ``kernels.cpp``."""
+    """The cache of a layer. The fields are those of ``Layer`` in ``kernels.cpp``."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("keys", "values", "slots", "tables", "first_entry", "value_table")),
@@ -60,8 +60,8 @@ class Layer(ctypes.Structure):
 
 @functools.cache
 def load_kernels() -> ctypes.CDLL | None:
-    """The kernels, built for this processor when they are not yet; None where that is not possible."""
-    path = _prebuilt() or _cached()
+    """The kernels for this processor, which are built if necessary; None if they cannot be built or loaded."""
+    path = find_prebuilt() or find_cached()
     if path is None:
         return None
     try:
@@ -79,24 +79,24 @@ def load_kernels() -> ctypes.CDLL | None:
     return kernels
 
 
-def _prebuilt() -> Path | None:
-    able = _abilities()
-    for level, needed in _LEVELS.items():
-        path = _PREBUILT / f"{level}.so"
+def find_prebuilt() -> Path | None:
+    able = processor_features()
+    for level, needed in LEVELS.items():
+        path = PREBUILT / f"{level}.so"
         if needed <= able and path.exists():
             return path
     return None
 
 
-def _cached() -> Path | None:
-    """The library in the user's cache, built first if it is not there."""
+def find_cached() -> Path | None:
+    """Path of the library in the user's cache folder. Builds the library if it is not there."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None or not sys.platform.startswith("linux"):
         return None
-    # Another processor with the same home folder gets a library of its own.
-    identity = hashlib.sha256(
-        b"\0".join((_SOURCE.read_bytes(), repr((compiler, _FLAGS)).encode(), " ".join(sorted(_abilities())).encode()))
-    ).hexdigest()
+    # The name depends on the processor, because machines with different processors may share a home folder.
+    features = " ".join(sorted(processor_features()))
+    parts = (SOURCE.read_bytes(), repr((compiler, _FLAGS)).encode(), features.encode())
+    identity = hashlib.sha256(b"\0".join(parts)).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanochat", "kernels")
     path = folder / f"{identity[:24]}.so"
     if path.exists():
@@ -112,16 +112,16 @@ def _cached() -> Path | None:
 
 
 def _build(compiler: str, flags: tuple[str, ...], path: Path) -> None:
-    """Compile to ``path``, which appears at once or not at all."""
+    """Compile to ``path``. The file appears only once it is complete."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         built = Path(folder, path.name)
-        command = [compiler, *flags, str(_SOURCE), "-o", str(built)]
+        command = [compiler, *flags, str(SOURCE), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_SECONDS)  # noqa: S603 - the command is ours
         built.replace(path)
 
 
-def _abilities() -> frozenset[str]:
-    """What the processor says it can do."""
+def processor_features() -> frozenset[str]:
+    """Feature flags that the processor reports, such as ``avx2``."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -131,11 +131,11 @@ def _abilities() -> frozenset[str]:
 
 
 def main() -> None:
-    """Build the libraries that an image takes along, on x86; this file needs no other of the project."""
-    _PREBUILT.mkdir(exist_ok=True)
-    for level in _LEVELS if platform.machine() == "x86_64" else ():
+    """Build the libraries for container images (x86 only). This file must run without the rest of the project."""
+    PREBUILT.mkdir(exist_ok=True)
+    for level in LEVELS if platform.machine() == "x86_64" else ():
         flags = tuple(f"-march={level}" if flag == "-march=native" else flag for flag in _FLAGS)
-        _build("g++", flags, _PREBUILT / f"{level}.so")
+        _build("g++", flags, PREBUILT / f"{level}.so")
 
 
 if __name__ == "__main__":

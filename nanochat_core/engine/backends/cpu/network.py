@@ -1,4 +1,4 @@
-"""The serving network on a CPU: matrix products by oneDNN, everything between them by the kernels."""
+"""The network on a CPU: oneDNN multiplies matrices, and the engine's kernels do everything between the products."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE, rms_norm
 
 
 class CpuNetwork(ServingWeights):
-    """Hidden states and logits of ragged batches."""
+    """Computes hidden states and logits of ragged batches."""
 
     def __init__(self, model: GPT, block_size: int, *, int8: bool = False) -> None:
         """
         Args:
-            model: on the CPU, in fp32 or bf16. Nothing of it is changed.
+            model: on the CPU, in fp32 or bf16; it is not changed.
             block_size: tokens per block of the cache.
             int8: round the matrices to eight bits.
         """
@@ -43,7 +43,7 @@ class CpuNetwork(ServingWeights):
 
     def load(self, model: GPT) -> None:
         super().load(model)
-        # A cosine and a negative sine for each pair of channels.
+        # For each position and pair of channels, a cosine and a negative sine.
         self._turn_pairs = torch.view_as_real(self._turns).contiguous()
         columns, table = self.config.kv_dim, self._value_table
         self._value_tables = {layer: table[:, i * columns :].data_ptr() for i, layer in enumerate(self._value_layers)}
@@ -54,9 +54,9 @@ class CpuNetwork(ServingWeights):
 
         Args:
             ids: (tokens,) int64.
-            previous_ids: (tokens,) the token before each one; :attr:`no_token` where there is none.
+            previous_ids: (tokens,) id of the token before each one; :attr:`no_token` if there is none.
             positions: (tokens,) position of each token in its sequence.
-            attend: where these tokens' keys and values are.
+            attend: the place of these tokens' keys and values in the cache.
 
         Returns:
             (tokens, dim) in the compute dtype.

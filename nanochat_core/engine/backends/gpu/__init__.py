@@ -1,9 +1,9 @@
 """The engine's own kernels for GPUs, and steps as CUDA graphs.
 
-A small step is bound by reading weights and by starting kernels: PyTorch's operators are some forty of them a layer,
-and need a copy of the keys and values of every sequence. Here a layer is four matrix products and five kernels,
-attention reads the cache where it lies, and a step of few tokens is one graph, started at once. Where they cannot be
-had (no Triton, an unusual head size) the engine runs on PyTorch's operators.
+A small step is bound by reading weights and by starting kernels. PyTorch's operators start some forty kernels a layer,
+and need a copy of the keys and values of every sequence. Here a layer takes four matrix products and five kernels,
+attention reads keys and values directly from the cache, and a step of few tokens is one graph that is started at once.
+Without Triton, or with an unusual head size, the engine uses PyTorch's operators.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _HEAD_DIMS = frozenset({16, 32, 64, 128, 256})
 
 
 def usable(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels serve such a model here."""
+    """Whether the kernels can run such a model on this device."""
     return (
         device.type == "cuda"
         and dtype in (torch.float32, torch.bfloat16)

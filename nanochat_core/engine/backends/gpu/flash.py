@@ -1,4 +1,4 @@
-"""FlashAttention 3 over the paged cache, where the package is installed."""
+"""FlashAttention 3 over the paged cache, if its package is installed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-# It is for Hopper, and the only one of the packages that takes blocks of any size.
+# This package runs on Hopper GPUs. It is the only FlashAttention package that takes cache blocks of any size.
 _MODULE, _CAPABILITY = "flash_attn_interface", 9
 
 FlashKernel = Callable[..., Any]
 
 
 def flash_kernel(device: torch.device, dtype: torch.dtype) -> FlashKernel | None:
-    """``flash_attn_with_kvcache``, if it runs here (arXiv 2407.08608)."""
+    """The function ``flash_attn_with_kvcache`` (arXiv 2407.08608), or None if it cannot run on this device."""
     if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] != _CAPABILITY:
         return None
     try:

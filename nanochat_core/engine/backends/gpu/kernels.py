@@ -1,8 +1,8 @@
-"""What a step does between matrix products, for GPUs: paged attention and everything elementwise.
+"""Everything that a step computes between matrix products on a GPU: paged attention and elementwise operations.
 
-Written in Triton; importing this module needs the package and no GPU. Arithmetic is fp32 whatever weights, activations
-and cache are stored as. Every token is computed by itself, and its sums are added in an order that depends on its
-position alone.
+The kernels are written in Triton. Importing this module needs the package but no GPU. Arithmetic is fp32 for every
+dtype of weights, activations and cache. Every token is computed by itself, and the order in which its sums are added
+depends on its position alone.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import triton.language as tl
 
 @triton.jit
 def enter(x0, x, scale, embedding, smear, ids, previous_ids, scales, epsilon, dim, WIDTH: tl.constexpr):
-    """The embedding after the smear, and what the first block makes of it; one program per token.
+    """Compute the embedding after the smear, and the first block's input; one program per token.
 
     Args:
-        x0, x: (tokens, dim) get the embedding and the first block's input.
-        scale: (tokens,) fp32 gets 1 / root of the sum of squares of ``x``.
-        embedding: (rows, dim), normalized; the row behind the last token is zeros.
-        smear: (vocabulary, 1) share of the previous token's embedding.
+        x0: (tokens, dim) receives the embedding.
+        x: (tokens, dim) receives the first block's input.
+        scale: (tokens,) fp32 receives 1 / sqrt(sum of squares of ``x``).
+        embedding: (rows, dim), normalized; the row behind the last token id is zero.
+        smear: (vocabulary, 1) factor of the previous token's embedding.
         scales: (4,) fp32 residual scale and skip scale of the first block.
     """
     token = tl.program_id(0).to(tl.int64)
@@ -36,7 +37,7 @@ def enter(x0, x, scale, embedding, smear, ids, previous_ids, scales, epsilon, di
 
 @triton.jit
 def _mix(x, scale, row, first, scales, epsilon, dim, token, WIDTH: tl.constexpr):
-    """Store what a block begins with, and the scale of its norm."""
+    """Store a block's input and the scale of its norm."""
     columns = tl.arange(0, WIDTH)
     mixed = (row * tl.load(scales) + first * tl.load(scales + 1)).to(x.dtype.element_ty)
     tl.store(x + token * dim + columns, mixed, columns < dim)
@@ -65,13 +66,14 @@ def prepare(
     HEAD_DIM: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """Norms, rotates and places what the product with the q, k and v weights gave; a program per token and head.
+    """Rotate and normalize queries and keys, and write keys and values to the cache; one program per token and head.
 
     Args:
-        qkv: (tokens, columns) queries and keys with the channels of a pair side by side, values, and value gates.
-        queries: (tokens, HEADS, HEAD_DIM) get the queries.
+        qkv: (tokens, columns) product with the q, k and v weights: queries and keys, in which the two channels of a
+            rotated pair are adjacent, then values, then value gates.
+        queries: (tokens, HEADS, HEAD_DIM) receives the queries.
         keys, values: (slots, KV_HEADS, HEAD_DIM), the cache.
-        value_table: (vocabulary, value_columns) value embeddings of this layer, where it is GATED.
+        value_table: (vocabulary, value_columns) value embeddings of this layer, if it is GATED.
         turns: (context, HEAD_DIM / 2, 2) fp32 cosines and negative sines.
     """
     token = tl.program_id(0).to(tl.int64)
@@ -127,16 +129,17 @@ def attend_tokens(
 ):
     """Attention of single tokens over the keys ``[split * SPLIT, (split + 1) * SPLIT)`` of their sequences.
 
-    One program per token, head and split, so that a few long sequences keep the whole device busy (flash decoding, Dao
-    et al. 2023); :func:`combine` adds the splits up. Splits that a token does not see are left as they are.
+    There is one program per token, head and split, so that a few long sequences keep the whole device busy (flash
+    decoding, Dao et al. 2023). :func:`combine` adds the splits. Nothing is stored for splits that a token does not see.
 
     Args:
-        sums: (tokens, HEADS, splits, HEAD_DIM) fp32 gets the values, weighted but not divided by ``total``.
-        highest, total: (tokens, HEADS, splits) fp32 get the largest score and the sum of the weights.
+        sums: (tokens, HEADS, splits, HEAD_DIM) fp32 receives the weighted sum of values, not divided by ``total``.
+        highest: (tokens, HEADS, splits) fp32 receives the largest score.
+        total: (tokens, HEADS, splits) fp32 receives the sum of the weights.
         queries: (tokens, HEADS, HEAD_DIM).
         keys, values: (blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM).
-        rows: (tokens,) which row of ``tables`` has the blocks of the token's sequence.
-        window: tokens before itself that a token sees.
+        rows: (tokens,) row of the token's sequence in ``tables``, the block ids.
+        window: number of tokens before itself that a token sees.
     """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -189,11 +192,11 @@ def combine(
     SPLIT: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
 ):
-    """Adds up what :func:`attend_tokens` left of each split; one program per token and head.
+    """Combine the splits of :func:`attend_tokens`; one program per token and head.
 
     Args:
-        out: (tokens, HEADS, HEAD_DIM) gets the attention.
-        splits: how many there are; MOST_SPLITS is the next power of two.
+        out: (tokens, HEADS, HEAD_DIM) receives the attention.
+        splits: number of splits; MOST_SPLITS is the next power of two.
     """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -228,16 +231,16 @@ def attend_tiles(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Attention of up to ROWS successive tokens of one sequence; one program per tile of them and head.
+    """Attention of a tile, that is, up to ROWS successive tokens of one sequence; one program per tile and head.
 
-    The running softmax of FlashAttention (arXiv 2205.14135) over keys that are gathered block by block.
+    The kernel uses the running softmax of FlashAttention (arXiv 2205.14135) over keys that are gathered block by block.
 
     Args:
         out, queries: (tokens, HEADS, HEAD_DIM).
         keys, values: (blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM).
-        tiles: (tiles, 4) of each tile its first token, how many it has, the position of the first one, and the row of
-            ``tables`` with the sequence's blocks.
-        window: tokens before itself that a token sees.
+        tiles: (tiles, 4) for each tile the index of its first token in the step, its number of tokens, the first
+            token's position in the sequence, and the sequence's row in ``tables``.
+        window: number of tokens before itself that a token sees.
     """
     tile = tiles + tl.program_id(0) * 4
     head = tl.program_id(1)
@@ -260,7 +263,7 @@ def attend_tiles(
         block = tl.load(table + key // BLOCK_SIZE, key < last, 0).to(tl.int64)
         slot = block * BLOCK_SIZE + key % BLOCK_SIZE
         cell = ((slot * KV_HEADS + kv_head) * HEAD_DIM)[:, None] + channel[None, :]
-        # Blocks that the window has passed may be another sequence's by now; nobody here sees them.
+        # Blocks that the window has passed may belong to another sequence by now. They are not read.
         held = (key < last) & (key >= start - window)
         k = tl.load(keys + cell, held[:, None], 0.0)
         v = tl.load(values + cell, held[:, None], 0.0)
@@ -268,7 +271,7 @@ def attend_tiles(
         distance = position[:, None] - key[None, :]
         score = tl.where((distance >= 0) & (distance <= window), score, -float("inf"))
         higher = tl.maximum(top, tl.max(score, 1))
-        steady = tl.where(higher == -float("inf"), 0.0, higher)  # rows that have not seen any key yet
+        steady = tl.where(higher == -float("inf"), 0.0, higher)  # -inf: the row has not seen a key yet
         fade = tl.exp(top - steady)
         share = tl.exp(score - steady[:, None])
         weight = weight * fade + tl.sum(share, 1)
@@ -280,7 +283,7 @@ def attend_tiles(
 
 @triton.jit
 def relu_square(x, count, SIZE: tl.constexpr):
-    """Replace each of ``count`` numbers by the square of what is positive of it."""
+    """Replace each of ``count`` numbers by the square of its positive part."""
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     y = tl.maximum(tl.load(x + place, place < count, 0.0).to(tl.float32), 0.0)
     tl.store(x + place, (y * y).to(x.dtype.element_ty), place < count)
@@ -300,14 +303,16 @@ def finish(
     KEEP: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """The end of an MLP whose input was not normalized, and what the next block begins with; one program per token.
+    """Finish a block and compute the next block's input; one program per token.
+
+    The MLP's input was not normalized, so its result is scaled here.
 
     Args:
-        x: (tokens, dim), changed in place.
-        y: (tokens, dim) what the MLP gave.
-        kept: (tokens, dim) gets what is between the two, with KEEP.
-        scale: (tokens,) as in :func:`enter`; untouched when this is the LAST block.
-        scales: (4,) fp32 residual scale and skip scale of the next block, unless this is the last.
+        x: (tokens, dim) is replaced by the next block's input, or by this block's output if it is the LAST one.
+        y: (tokens, dim) result of the MLP.
+        kept: (tokens, dim) receives this block's output if KEEP is set.
+        scale: (tokens,) as in :func:`enter`; unchanged in the LAST block.
+        scales: (4,) fp32 residual scale and skip scale of the next block.
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
@@ -327,10 +332,10 @@ def finish(
 
 @triton.jit
 def leave(x, middle, scales, epsilon, dim, WIDTH: tl.constexpr):
-    """``x`` less a share of the middle block's output, normalized in place; one program per token.
+    """Subtract a share of the middle block's output from ``x`` and normalize ``x`` in place; one program per token.
 
     Args:
-        scales: (4,) fp32, the third of which is that share.
+        scales: (4,) fp32; the third number is the share.
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
@@ -345,7 +350,7 @@ def leave(x, middle, scales, epsilon, dim, WIDTH: tl.constexpr):
 
 @triton.jit
 def softcap(logits, raw, count, columns, raw_columns, cap, SIZE: tl.constexpr):
-    """``cap * tanh(raw)`` of the first ``columns`` of each row.
+    """Compute ``cap * tanh(raw)`` of the first ``columns`` of each row.
 
     Args:
         logits: (rows, columns) fp32.

@@ -1,97 +1,88 @@
-"""The serving network on a GPU: matrix products by cuBLAS, everything between them by the kernels."""
+"""The network on a GPU: cuBLAS multiplies matrices, and the engine's kernels do everything between the products."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence as Items
 
 import torch
 import triton
 from torch import Tensor
 
 from nanochat_core.chunked_loss import LOGIT_SOFTCAP
-from nanochat_core.config import ModelConfig
 from nanochat_core.engine.backends.gpu import kernels
 from nanochat_core.engine.backends.gpu.flash import FlashKernel
 from nanochat_core.engine.backends.gpu.step import Pieces, Step
 from nanochat_core.engine.backends.weights import ServingWeights
-from nanochat_core.engine.cache_groups import CacheGroup
+from nanochat_core.engine.cache_groups import CacheLayout
 from nanochat_core.engine.kv_cache import BlockMemory
 from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE
 
 _EPSILON = torch.finfo(torch.float32).eps
-# Keys that one program of single tokens' attention goes through, and how many at a time. Splits begin at multiples of
-# it, so that the order of additions depends on a token's position alone.
+# When tokens are attended one by one, a program reads this many keys (a split), a tile at a time. Splits begin at
+# multiples of their size, so the order of additions depends on a token's position alone.
 SPLIT = 256
 _SPLIT_TILE = 32
-# Numbers that one program of an elementwise kernel takes.
+# Numbers that one program of an elementwise kernel processes.
 _CHUNK = 1024
 
 
 class GpuCache(BlockMemory):
-    """The cache for the GPU kernels, with one block more in each group that takes what nobody needs.
+    """The cache for the GPU kernels. Each group has one more block, which padding tokens write to.
 
     Attributes:
         keys, values: for each layer (num_blocks + 1, block_size, n_kv_head, head_dim).
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        groups: Items[CacheGroup],
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        super().__init__(config, groups, block_size, dtype, device, spare=1)
-        shape = (2, -1, block_size, config.n_kv_head, config.head_dim)
+    def __init__(self, layout: CacheLayout) -> None:
+        super().__init__(layout, spare=1)
+        shape = (2, -1, layout.block_size, layout.config.n_kv_head, layout.config.head_dim)
         self.keys, self.values = zip(*(each.view(shape) for each in self.blocks), strict=True)
 
 
 class GpuNetwork(ServingWeights):
-    """Hidden states and logits of the tokens of a step.
+    """Computes hidden states and logits of the tokens of a step.
 
     Attributes:
-        tile_rows: most tokens of a tile, and keys that it looks at together.
+        tile_rows: most tokens of a tile, and number of keys that a tile reads at a time.
     """
 
     def __init__(self, model: GPT, flash: FlashKernel | None = None) -> None:
         """
         Args:
-            model: in fp32 or bf16. Nothing of it is changed.
-            flash: attention for steps of many tokens; None is the kernels' own.
+            model: in fp32 or bf16; it is not changed.
+            flash: attention for steps of many tokens; None uses the engine's own kernel.
         """
         super().__init__(model)
         self._flash = flash
         self._score_scale = QK_SCALE**2 * self.config.head_dim**0.5
-        # As many as shared memory has room for.
+        # As many as fit into shared memory.
         self.tile_rows = max(16, min(64, 16384 // (self.config.head_dim * self.dtype.itemsize)))
         self._width = triton.next_power_of_2(self.config.dim)
         self._row_warps = 4 if self._width <= 2048 else 8
 
     def load(self, model: GPT) -> None:
-        """Take over the weights that ``model``, of the same shape, dtype and device, has now.
+        """Copy the present weights of ``model``, which has the same shape, dtype and device as before.
 
-        They are where the earlier ones were, which is where graphs read them; until they are there both are in memory.
+        CUDA graphs read weights at fixed addresses, so the new weights are copied over the old ones. Both are in memory
+        until the copy is done.
         """
         earlier = [getattr(*place) for place in self._places()] if self._layers else []
         super().load(model)
-        # A cosine and a negative sine for each pair of channels.
+        # For each position and pair of channels, a cosine and a negative sine.
         self._turn_pairs = torch.view_as_real(self._turns).contiguous()
-        # Rows of 16 bytes, which kernels are compiled to read.
+        # The fourth number pads each row to 16 bytes, because the kernels are compiled for aligned addresses.
         scales = [[layer.residual_scale, layer.skip_scale, self._backout, 0.0] for layer in self._layers]
         self._scales = torch.tensor(scales, device=self.device)
         for there, (owner, name) in zip(earlier, self._places(), strict=bool(earlier)):
             setattr(owner, name, there.copy_(getattr(owner, name)))
 
     def _places(self) -> list[tuple[object, str]]:
-        """Every tensor that kernels read, by what has it and its name there."""
+        """The object and the attribute name of every tensor that kernels read."""
         own = ("_embedding", "_smear", "_value_table", "_turn_pairs", "_scales")
         weights = [w for layer in self._layers for w in (layer.qkv, layer.out, layer.up, layer.down)]
         return [*((self, name) for name in own), *((weight, "weight") for weight in (*weights, self._head))]
 
     @torch.inference_mode()
     def hidden(self, step: Step, cache: GpuCache) -> Tensor:
-        """The normalized last hidden states, (tokens, dim) in the compute dtype; keys and values go to the cache."""
+        """Write keys and values to the cache; returns the normalized last hidden states (tokens, dim)."""
         layers, rows, dim = self._layers, (step.tokens,), self.config.dim
         x0 = torch.empty(step.tokens, dim, dtype=self.dtype, device=self.device)
         x, middle = torch.empty_like(x0), torch.empty_like(x0)
@@ -138,7 +129,7 @@ class GpuNetwork(ServingWeights):
         """Softcapped fp32 logits of shape (tokens, vocab_size) for hidden states of shape (tokens, dim).
 
         Args:
-            out: where to put them; None is new memory.
+            out: receives the logits; None allocates new memory.
         """
         raw = self._head(hidden)
         logits = torch.empty(len(raw), self.config.vocab_size, device=self.device) if out is None else out
@@ -149,7 +140,7 @@ class GpuNetwork(ServingWeights):
         return logits
 
     def _prepare(self, index: int, qkv: Tensor, scale: Tensor, step: Step, cache: GpuCache) -> Tensor:
-        """(tokens, n_head, head_dim) queries; keys and values go to the cache."""
+        """Write keys and values to the cache; returns queries (tokens, n_head, head_dim)."""
         config = self.config
         queries = torch.empty(step.tokens, config.n_head, config.head_dim, dtype=self.dtype, device=self.device)
         gated = index in self._value_layers
@@ -178,7 +169,7 @@ class GpuNetwork(ServingWeights):
         return queries
 
     def _attend(self, index: int, queries: Tensor, step: Step, cache: GpuCache) -> Tensor:
-        """(tokens, dim) attention over the cache."""
+        """Attention over the cache, of shape (tokens, dim)."""
         if step.pieces is None:
             mixed = self._attend_tokens(index, queries, step, cache)
         elif self._flash is None:
@@ -188,7 +179,7 @@ class GpuNetwork(ServingWeights):
         return mixed.flatten(1)
 
     def _attend_tokens(self, index: int, queries: Tensor, step: Step, cache: GpuCache) -> Tensor:
-        """Every token by itself, the keys of each divided into splits."""
+        """Attend every token by itself, with its keys divided into splits."""
         heads, head_dim, group = self.config.n_head, self.config.head_dim, cache.group_of[index]
         table, window = step.tables[group], cache.windows[group]
         splits = triton.cdiv(self.config.context_length, SPLIT)
@@ -229,7 +220,7 @@ class GpuNetwork(ServingWeights):
         return out
 
     def _attend_tiles(self, index: int, queries: Tensor, step: Step, pieces: Pieces, cache: GpuCache) -> Tensor:
-        """Successive tokens of a sequence together."""
+        """Attend successive tokens of a sequence together."""
         group = cache.group_of[index]
         table = step.tables[group]
         out = torch.empty_like(queries)
@@ -253,7 +244,7 @@ class GpuNetwork(ServingWeights):
     def _attend_by_flash(
         self, flash: FlashKernel, index: int, queries: Tensor, step: Step, pieces: Pieces, cache: GpuCache
     ) -> Tensor:
-        """Successive tokens of a sequence together, by FlashAttention."""
+        """Attend successive tokens of a sequence together, by FlashAttention."""
         group = cache.group_of[index]
         y = flash(
             queries,
@@ -267,12 +258,12 @@ class GpuNetwork(ServingWeights):
             causal=True,
             window_size=(cache.windows[group], 0),
         )
-        # Early versions give the logarithms of the sums too.
+        # Early versions return a tuple of the result and the logarithms of the sums.
         mixed: Tensor = y[0] if isinstance(y, tuple) else y
         return mixed
 
     def _sizes(self, cache: GpuCache) -> dict[str, int]:
-        """What both of the attention kernels are compiled for."""
+        """Constants that both attention kernels are compiled for."""
         config = self.config
         return {
             "HEADS": config.n_head,

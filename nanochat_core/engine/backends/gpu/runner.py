@@ -1,4 +1,4 @@
-"""Steps on a GPU: those of few tokens as CUDA graphs."""
+"""Runs steps on a GPU. Steps of few tokens are CUDA graphs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanochat_core.device import to_device
-from nanochat_core.engine.backends.base import Awaited
+from nanochat_core.engine.backends.base import PendingTokens
 from nanochat_core.engine.backends.batch import TokenBatch
 from nanochat_core.engine.backends.gpu.network import GpuCache, GpuNetwork
 from nanochat_core.engine.backends.gpu.step import StepInputs
@@ -22,8 +22,8 @@ from nanochat_core.model import GPT
 
 log = logging.getLogger(__name__)
 
-# Numbers of tokens that there are graphs for; a step is filled up to the next one. In steps of more tokens than the
-# last the device is busy for longer than it takes to start the kernels one by one.
+# There is one graph for each of these numbers of tokens; a step is padded to the next number. In larger steps the
+# kernels run for longer than it takes to start them one by one.
 GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 Compute = Callable[[], Tensor]
@@ -35,23 +35,21 @@ class GpuRunner:
     def __init__(self, network: GpuNetwork, cache: GpuCache, token_budget: int, max_running: int) -> None:
         """
         Args:
-            token_budget, max_running: most tokens and sequences of a step.
+            token_budget: most tokens of a step.
+            max_running: most sequences of a step.
         """
-        self._network, self._cache, self._device = network, cache, network.device
-        # The next size after the budget too, for what is filled up to it.
-        self._sizes = GRAPH_SIZES[: 1 + sum(size < token_budget for size in GRAPH_SIZES)]
-        self._inputs = StepInputs(
-            cache.groups,
-            cache.block_size,
-            network.config.context_length,
-            tokens=max(token_budget, self._sizes[-1]),
+        self._network, self.cache, self._device = network, cache, network.device
+        # A step of the whole budget is padded to the next size, so that size is included.
+        self.sizes = GRAPH_SIZES[: 1 + sum(size < token_budget for size in GRAPH_SIZES)]
+        self.inputs = StepInputs(
+            cache,
+            tokens=max(token_budget, self.sizes[-1]),
             sequences=max_running,
             tile_rows=network.tile_rows,
             no_token=network.no_token,
-            device=self._device,
         )
-        # What every graph gives; the next one to run overwrites it. The rest of their memory they share too.
-        self._logits = torch.empty(self._sizes[-1], network.config.vocab_size, device=self._device)
+        # All graphs write their logits here, so each run overwrites the last one's. They share their other memory too.
+        self._logits = torch.empty(self.sizes[-1], network.config.vocab_size, device=self._device)
         self._graphs: dict[int, Compute] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -60,26 +58,26 @@ class GpuRunner:
         self._network.load(model)
 
     def warm_up(self) -> None:
-        """Record every graph, the largest first, whose memory the others then use."""
+        """Record every graph. The largest graph comes first, because the others then reuse its memory."""
         started = time.perf_counter()
-        for size in reversed(self._sizes):
+        for size in reversed(self.sizes):
             self._graph(size)
         log.info("recorded CUDA graphs", extra={"graphs": len(self._graphs), "seconds": time.perf_counter() - started})
 
     @torch.inference_mode()
-    def run(self, chunks: Iterable[Chunk], awaited: Awaited | None = None) -> tuple[list[Chunk], Tensor]:
+    def run(self, chunks: Iterable[Chunk], pending: PendingTokens | None = None) -> tuple[list[Chunk], Tensor]:
         chunks = list(chunks)
-        self._cache.copy(chunks)
+        self.cache.copy(chunks)
         batch = TokenBatch(chunks, self._network.no_token)
         count = batch.rows.shape[1]
-        size = next((size for size in self._sizes if size >= count), None)
+        size = next((size for size in self.sizes if size >= count), None)
         graph = None if size is None else self._graph(size)
-        step = self._inputs.fill(chunks, batch, size or count, in_pieces=size is None)
-        batch.fill_in(step.ids, awaited)
+        step = self.inputs.fill(chunks, batch, size or count, in_pieces=size is None)
+        batch.fill_in(step.ids, pending)
         rows = batch.sampled_rows(chunks)
         sampling = [chunk for chunk in chunks if chunk.samples]
         if graph is None:
-            hidden = self._network.hidden(step, self._cache)
+            hidden = self._network.hidden(step, self.cache)
             return sampling, self._network.logits(self._select(hidden, rows))
         return sampling, self._select(graph()[:count], rows)
 
@@ -87,12 +85,12 @@ class GpuRunner:
         return x if len(rows) == len(x) else x.index_select(0, to_device(np.array(rows, np.int64), self._device))
 
     def _graph(self, size: int) -> Compute:
-        """Computes the logits of a step of ``size`` tokens that the inputs have been filled with."""
+        """A function that computes the logits of the ``size`` tokens that are in the inputs."""
         if size not in self._graphs:
-            step = self._inputs.fill([], TokenBatch([], self._network.no_token), size, in_pieces=False)
+            step = self.inputs.fill([], TokenBatch([], self._network.no_token), size, in_pieces=False)
 
             def compute() -> Tensor:
-                return self._network.logits(self._network.hidden(step, self._cache), out=self._logits[:size])
+                return self._network.logits(self._network.hidden(step, self.cache), out=self._logits[:size])
 
             self._graphs[size] = compute if self._stream is None else self._record(compute, self._stream)
         return self._graphs[size]
@@ -100,9 +98,9 @@ class GpuRunner:
     def _record(self, compute: Compute, stream: torch.cuda.Stream) -> Compute:
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            compute()  # compiles kernels and sets libraries up, which cannot be recorded
+            compute()  # compiles kernels and initializes libraries, which cannot be recorded
         graph = torch.cuda.CUDAGraph()
-        # The model before this one may be serving in another thread, whose allocations are no error.
+        # Another thread may be serving the previous model. In this mode its allocations are no error.
         with (
             RECORDING,
             torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),

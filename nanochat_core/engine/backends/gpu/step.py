@@ -1,4 +1,4 @@
-"""What the kernels are told of one step: its tokens and where their keys and values are."""
+"""The inputs of one step as the GPU kernels read them: tokens, and where their keys and values are in the cache."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from torch import Tensor
 
 from nanochat_core.engine.backends.batch import TokenBatch
 from nanochat_core.engine.cache_groups import CacheGroup
+from nanochat_core.engine.kv_cache import BlockMemory
 from nanochat_core.engine.scheduler import Chunk
 
-# Kernels read addresses of this many numbers at once.
+# Kernels load this many numbers at once, so each array begins at a multiple of it.
 _ALIGNMENT = 4
-# Row of the block tables for tokens that only fill up a graph: their keys and values go where nobody looks.
-_SCRATCH = 0
+# Row of the block tables for padding tokens. It names the spare block of each group.
+_PADDING_ROW = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """Where the sequences of a step of many tokens are in it; tensors of int32.
+    """Describes the sequences of a step of many tokens. Tensors are int32.
 
     Attributes:
-        tiles: (tiles, 4) see :func:`~nanochat_core.engine.backends.gpu.kernels.attend_tiles`.
-        first_tokens: (sequences + 1,) where each begins, and the end of the last.
-        ends: (sequences,) how many tokens of each are known after the step.
+        tiles: (tiles, 4), see :func:`~nanochat_core.engine.backends.gpu.kernels.attend_tiles`.
+        first_tokens: (sequences + 1,) index of each sequence's first token in the step, then the number of tokens.
+        ends: (sequences,) number of known tokens of each sequence after the step.
         longest: most tokens of one sequence in the step.
     """
 
@@ -42,14 +43,14 @@ class Pieces:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Tensors of int32 on the device, at the same address in every step.
+    """Inputs of a step: int32 tensors on the device, at the same address in every step of the same size.
 
     Attributes:
         ids, previous_ids, positions: (tokens,).
-        rows: (tokens,) which row of ``tables`` is the token's.
-        slots: for each group of layers (tokens,) block * block_size + offset.
-        tables: for each group (sequences + 1, blocks) block ids.
-        pieces: None attends token by token.
+        rows: (tokens,) row of each token's sequence in ``tables``.
+        slots: for each cache group (tokens,) block * block_size + offset.
+        tables: for each cache group (sequences + 1, blocks) block ids.
+        pieces: the sequences of a large step; None attends token by token.
     """
 
     ids: Tensor
@@ -66,42 +67,36 @@ class Step:
 
 
 class StepInputs:
-    """One buffer for all of that, so that a step takes one copy to the device."""
+    """Packs all inputs of a step into one buffer, so that a step needs one copy to the device."""
 
-    def __init__(
-        self,
-        groups: Items[CacheGroup],
-        block_size: int,
-        context_length: int,
-        *,
-        tokens: int,
-        sequences: int,
-        tile_rows: int,
-        no_token: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, cache: BlockMemory, *, tokens: int, sequences: int, tile_rows: int, no_token: int) -> None:
         """
         Args:
-            tokens, sequences: most that a step has.
+            tokens: most tokens of a step.
+            sequences: most sequences of a step.
             tile_rows: most tokens of a tile.
         """
-        self._groups, self._block_size, self._tile_rows = groups, block_size, tile_rows
+        self._groups, self._block_size, self._tile_rows = cache.groups, cache.block_size, tile_rows
         self._no_token = no_token
         layout = _Layout(
-            len(groups),
+            len(cache.groups),
             tokens=_aligned(tokens),
             tiles=tokens // tile_rows + sequences,
             rows=sequences + 1,
-            blocks=_aligned(-(-context_length // block_size)),
+            blocks=_aligned(-(-cache.config.context_length // cache.block_size)),
         )
-        # While the device copies one, the next step is written to the other.
-        self._host = [_HostBuffer(layout, groups, pinned=device.type == "cuda") for _ in range(2)]
-        self._device = torch.zeros(layout.size, dtype=torch.int32, device=device)
+        # While the device copies one buffer, the next step is written to the other.
+        self._host = [_HostBuffer(layout, cache.groups, pinned=cache.device.type == "cuda") for _ in range(2)]
+        self._device = torch.zeros(layout.size, dtype=torch.int32, device=cache.device)
         self._layout = layout
         self._steps: dict[int, Step] = {}
 
     def fill(self, chunks: Items[Chunk], batch: TokenBatch, tokens: int, *, in_pieces: bool) -> Step:
-        """Tell the device of this batch, filled up to ``tokens`` tokens."""
+        """Copy this batch to the device, padded to ``tokens`` tokens.
+
+        Args:
+            in_pieces: describe the sequences too, so that successive tokens are attended together.
+        """
         self._host.reverse()
         host, count = self._host[0], batch.rows.shape[1]
         assert count <= tokens <= self._layout.tokens
@@ -138,7 +133,7 @@ class StepInputs:
         return dataclasses.replace(step, pieces=pieces)
 
     def _cut(self, chunks: Items[Chunk]) -> list[tuple[int, int, int, int]]:
-        """Tiles of the chunks; see :class:`Pieces`."""
+        """Divide the chunks into tiles; see :class:`Pieces`."""
         tiles = []
         first = 0
         for row, chunk in enumerate(chunks, 1):
@@ -156,85 +151,63 @@ class StepInputs:
         return self._steps[tokens]
 
 
-@dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Where what is in the buffer.
+    """Sizes of the arrays in the packed step buffer.
 
-    By token: ids, previous ids, positions, rows, and slots for each group. Then tiles, first tokens and ends of the
-    sequences, and block tables.
+    The arrays are: per token ids, previous ids, positions, rows and the slots of each group; the tiles; first tokens
+    and ends of the sequences; and the block tables.
     """
 
-    groups: int
-    tokens: int
-    tiles: int
-    rows: int
-    blocks: int
-
-    @property
-    def tiles_at(self) -> int:
-        return (4 + self.groups) * self.tokens
-
-    @property
-    def sequences_at(self) -> int:
-        return self.tiles_at + 4 * self.tiles
-
-    @property
-    def tables_at(self) -> int:
-        return self.sequences_at + 2 * _aligned(self.rows)
-
-    @property
-    def row_size(self) -> int:
-        return self.groups * self.blocks
-
-    @property
-    def size(self) -> int:
-        return self.tables_at + self.rows * self.row_size
+    def __init__(self, groups: int, *, tokens: int, tiles: int, rows: int, blocks: int) -> None:
+        self.groups, self.tokens, self.blocks = groups, tokens, blocks
+        self.row_size = groups * blocks
+        self._sizes = [(4 + groups) * tokens, 4 * tiles, 2 * _aligned(rows), rows * self.row_size]
+        self.tables_at = sum(self._sizes[:3])
+        self.size = sum(self._sizes)
+        self.rows = rows
 
     def split(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Views of (4 + groups, tokens), (tiles, 4), (2, rows or some more) and (rows, groups, blocks)."""
-        return (
-            buffer[: self.tiles_at].view(-1, self.tokens),
-            buffer[self.tiles_at : self.sequences_at].view(-1, 4),
-            buffer[self.sequences_at : self.tables_at].view(2, -1),
-            buffer[self.tables_at :].view(-1, self.groups, self.blocks),
-        )
+        """Views of shape (4 + groups, tokens), (tiles, 4), (2, rows rounded up) and (rows, groups, blocks)."""
+        by_token, tiles, sequences, tables = buffer.split(self._sizes)
+        shape = (-1, self.groups, self.blocks)
+        return by_token.view(-1, self.tokens), tiles.view(-1, 4), sequences.view(2, -1), tables.view(shape)
 
 
 class _HostBuffer:
-    """What is copied to the device, and views of it."""
+    """A step buffer in host memory that is copied to the device, and views of its arrays."""
 
     def __init__(self, layout: _Layout, groups: Items[CacheGroup], *, pinned: bool) -> None:
         self.buffer = torch.zeros(layout.size, dtype=torch.int32, pin_memory=pinned)
         parts = layout.split(self.buffer)
         self.by_token, self.tiles, self.sequences, self.tables = (part.numpy() for part in parts)
-        self.tables[_SCRATCH] = np.array([[group.num_blocks] for group in groups])
-        # The table that each row shows for each group, and how much of it. A sequence's table only ever grows, and is
-        # another list when the sequence starts again.
-        self._shown: list[list[tuple[list[int], int]]] = [[([], 0)] * layout.groups for _ in range(layout.rows)]
+        self.tables[_PADDING_ROW] = np.array([[group.num_blocks] for group in groups])
+        # For each row and group, the table that was written there and how many of its entries. A sequence's table only
+        # grows; a sequence that starts again has a new list.
+        self._written: list[list[tuple[list[int], int]]] = [[([], 0)] * layout.groups for _ in range(layout.rows)]
         self._copied = torch.cuda.Event() if pinned else None
 
     def wait(self) -> None:
-        """Until the device has copied what is here, which it may come to only after the steps before."""
+        """Wait until the device has copied this buffer, which it does after the steps before."""
         if self._copied is not None:
             self._copied.synchronize()
 
     def copy_to(self, device: Tensor, count: int) -> None:
-        """Let the device copy the first ``count`` numbers when it comes to this step."""
+        """Queue a copy of the first ``count`` numbers to the device."""
         device[:count].copy_(self.buffer[:count], non_blocking=True)
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(device.device))
 
     def write_tables(self, row: int, tables: list[list[int]]) -> None:
-        """Show the block tables of a sequence in this row."""
-        shown = self._shown[row]
+        """Write the block tables of a sequence to this row. Only new entries are written."""
+        written = self._written[row]
         for g, table in enumerate(tables):
             length = len(table)
-            earlier, there = shown[g]
+            earlier, there = written[g]
             if earlier is not table:
                 there = 0
             if there < length:
                 self.tables[row, g, there:length] = table[there:]
-                shown[g] = table, length
+                written[g] = table, length
 
 
 def _aligned(count: int) -> int:

@@ -1,1 +1,1 @@
-"""The engine on PyTorch's operators; it runs on every device that PyTorch supports."""
+"""The backend that uses PyTorch's operators. It runs on every device that PyTorch supports."""

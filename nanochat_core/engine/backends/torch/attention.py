@@ -1,4 +1,16 @@
-"""The paged KV cache for PyTorch's operators, and attention of a ragged batch over it."""
+"""The paged KV cache for PyTorch's operators, and attention of a ragged batch over it.
+
+On a CPU, a token's attention must have the same bits whether the token is decoded, prefilled or recomputed, alone or in
+a batch. PyTorch adds in the same order only for some shapes, which were found by trying all of them with MKL on
+AVX-512. Attention therefore keeps to these shapes:
+
+- The number of query rows is a multiple of a number that depends on the CPU (:func:`row_multiple`), because fewer rows
+  run other matrix kernels.
+- Keys come in tiles of ``KEY_TILE``, after each of which the kernel rescales its running softmax. Tiles are counted
+  from the start of the sequence, also in layers with a window.
+- The last tile is either full or at most half full, because longer sums are split in two. Its number of keys is a
+  multiple of :data:`KEY_MULTIPLE`.
+"""
 
 from __future__ import annotations
 
@@ -12,45 +24,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_core.config import ModelConfig
 from nanochat_core.device import to_device
-from nanochat_core.engine.cache_groups import CacheGroup
+from nanochat_core.engine.cache_groups import CacheLayout
 from nanochat_core.engine.config import KEY_TILE, MOST_ROWS
 from nanochat_core.engine.kv_cache import BlockMemory, slots_of
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.model import QK_SCALE
 
-# On the CPU a token's attention has the same bits whether it is decoded, prefilled or recomputed, alone or in a batch,
-# because shapes are kept to those for which PyTorch adds in the same order (found by trying all, with MKL on AVX-512):
-# query rows in multiples of a number that depends on the CPU, see row_multiple (fewer run other matrix kernels); keys
-# in tiles of KEY_TILE, over which the kernel rescales its running softmax, counted from the sequence's start in
-# windowed layers too; and a last tile that is full or at most half a tile (longer sums are split in two), in multiples
-# of KEY_MULTIPLE.
 KEY_MULTIPLE = 16
-# Short chunks whose contexts are within the same power of two of this many tokens share one padded batch.
+# Chunks share a padded batch if their contexts round up to the same power of two, which is at least this many tokens.
 SMALLEST_BUCKET = 256
 
 
-class KVCache(BlockMemory):
+class TorchCache(BlockMemory):
     """The cache for attention by PyTorch's operators.
 
     Attributes:
-        row_multiple: queries are attended to in multiples of this many.
+        row_multiple: the number of query rows is padded to a multiple of this.
+        score_scale: factor of the product of a query and a key, which are unit vectors.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        groups: Items[CacheGroup],
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        super().__init__(config, groups, block_size, dtype, device)
-        # Queries and keys come as unit vectors.
+    def __init__(self, layout: CacheLayout) -> None:
+        super().__init__(layout)
+        config, dtype, device = layout.config, layout.dtype, layout.device
         self.score_scale = QK_SCALE**2 * config.head_dim**0.5
         self.row_multiple = row_multiple(config.head_dim, dtype) if device.type == "cpu" else 1
-        # For each group what is added to a score, by the position of the key less that of the query, from -reach on.
+        # For each group the mask by distance: entry ``reach + d`` is for a key ``d`` positions after the query.
         self._reach = config.context_length + 2 * KEY_TILE
         distance = torch.arange(-self._reach, self._reach, device=device)
         self._visible = [
@@ -59,24 +58,24 @@ class KVCache(BlockMemory):
             )
             for window in self.windows
         ]
-        # For each layer keys and values, (num_blocks, block_size, n_kv_head, head_dim).
-        self._layers = [each.view(2, -1, block_size, config.n_kv_head, config.head_dim) for each in self.blocks]
+        # For each layer keys and values, (2, num_blocks, block_size, n_kv_head, head_dim).
+        self._layers = [each.view(2, -1, layout.block_size, config.n_kv_head, config.head_dim) for each in self.blocks]
 
     def attention(self, chunks: Iterable[Chunk]) -> PagedAttention:
         """Attention of a batch of these chunks."""
         return PagedAttention(self, chunks)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store (tokens, n_kv_head, head_dim) keys and values at ``slots`` = block * block_size + offset."""
+        """Store keys and values (tokens, n_kv_head, head_dim) at ``slots`` = block * block_size + offset."""
         keys, values = self._layers[layer].flatten(1, 2)
         keys.index_copy_(0, slots, k)
         values.index_copy_(0, slots, v)
 
     def mask(self, group: int, first: np.ndarray, keys: int) -> Tensor:
-        """What is added to the scores of ``keys`` successive keys: 0, or -inf for those that a query does not see.
+        """The mask added to the scores of ``keys`` successive keys: 0 for visible keys, -inf for the others.
 
         Args:
-            first: (chunks, rows) position of the first key less that of each query.
+            first: (chunks, rows) position of the first key minus position of the query.
 
         Returns:
             (chunks, 1, rows * query heads per kv head, keys).
@@ -86,7 +85,7 @@ class KVCache(BlockMemory):
         return self._visible[group].unfold(0, keys, 1)[places].unsqueeze(1)
 
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of (rows, n) block ids, each (rows, n * block_size, n_kv_head, head_dim)."""
+        """Keys and values of the block ids (rows, n), each of shape (rows, n * block_size, n_kv_head, head_dim)."""
         rows, flat = blocks.size(0), blocks.flatten()
         shape = (rows, -1, self.config.n_kv_head, self.config.head_dim)
         keys, values = self._layers[layer]
@@ -96,35 +95,31 @@ class KVCache(BlockMemory):
 class PagedAttention:
     """:class:`~nanochat_core.engine.backends.torch.network.Attend` for one ragged batch.
 
-    Chunks are taken in groups that share one padded batch; the batch's tokens must come in the order of
-    :attr:`chunks`.
-
     Attributes:
-        chunks: the given chunks in the order of the batch.
+        chunks: the given chunks in the order in which the batch must list them.
     """
 
-    def __init__(self, cache: KVCache, chunks: Iterable[Chunk]) -> None:
+    def __init__(self, cache: TorchCache, chunks: Iterable[Chunk]) -> None:
         self._cache = cache
         grouped = _group(chunks)
         self.chunks = [chunk for group in grouped for chunk in group]
         self._slots = [
             to_device(slots_of(self.chunks, g, cache.block_size), cache.device) for g in range(len(cache.groups))
         ]
-        self._groups = [_Group(cache, group) for group in grouped]
+        self._batches = [_PaddedBatch(cache, group) for group in grouped]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of (tokens, n_head, head_dim) queries; writes the new keys and values first."""
         self._cache.write(layer, self._slots[self._cache.group_of[layer]], k, v)
-        if len(self._groups) == 1:
-            return self._groups[0].attend(layer, q)
-        parts = q.split([group.tokens for group in self._groups])
-        return torch.cat([group.attend(layer, part) for group, part in zip(self._groups, parts, strict=True)])
+        if len(self._batches) == 1:
+            return self._batches[0].attend(layer, q)
+        parts = q.split([batch.tokens for batch in self._batches])
+        return torch.cat([batch.attend(layer, part) for batch, part in zip(self._batches, parts, strict=True)])
 
 
-class _Group:
-    """Chunks attended together: their queries padded to (chunks, rows), their keys to the longest context."""
+class _PaddedBatch:
+    """Chunks attended together: queries are padded to (chunks, rows), keys to the longest context."""
 
-    def __init__(self, cache: KVCache, chunks: Items[Chunk]) -> None:
+    def __init__(self, cache: TorchCache, chunks: Items[Chunk]) -> None:
         self._cache = cache
         self._chunks = chunks
         self.tokens = sum(chunk.length for chunk in chunks)
@@ -132,9 +127,9 @@ class _Group:
         starts = np.array([chunk.start for chunk in chunks])
         lengths = np.array([chunk.length for chunk in chunks])
         row = np.arange(self._rows)
-        # The position of every row; padding rows repeat the chunk's last one.
+        # The position of every row; padding rows repeat the position of the chunk's last row.
         self._positions = starts[:, None] + np.minimum(row, lengths[:, None] - 1)
-        # Where each token's query goes in the padded batch. Decoding has it in the first row of each chunk.
+        # Rows of the padded batch that hold the queries. None if every row does, or (decoding) each chunk's first row.
         self._decodes = self.tokens == len(chunks)
         is_token = row < lengths[:, None]
         self._places = None if self._decodes or is_token.all() else to_device(np.flatnonzero(is_token), cache.device)
@@ -142,7 +137,7 @@ class _Group:
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """(tokens, n_head, head_dim) queries of this group's chunks to outputs of the same shape."""
+        """Attention of the chunks' queries (tokens, n_head, head_dim); the result has the same shape."""
         config, count, rows = self._cache.config, len(self._chunks), self._rows
         blocks, mask = self._view(self._cache.group_of[layer])
         keys, values = self._cache.gather(layer, blocks)
@@ -163,7 +158,7 @@ class _Group:
         return y if self._places is None else y.index_select(0, self._places)
 
     def _pad(self, q: Tensor) -> Tensor:
-        """(chunks * rows, n_head, head_dim); what is in the rows between does not matter."""
+        """The queries padded to (chunks * rows, n_head, head_dim); the padding rows may hold any numbers."""
         if self._rows == 1 or (self._places is None and not self._decodes):
             return q
         if self._padded is None:
@@ -174,7 +169,7 @@ class _Group:
         return self._padded.index_copy_(0, self._places, q)
 
     def _view(self, group: int) -> tuple[Tensor, Tensor]:
-        """Block ids (chunks, n) that the layers of a group gather, and their (chunks, 1, rows, keys) mask."""
+        """The ids (chunks, n) of the blocks to gather in a cache group, and the mask (chunks, 1, rows, keys)."""
         if group not in self._views:
             self._views[group] = self._build_view(group)
         return self._views[group]
@@ -195,7 +190,7 @@ class _Group:
 
 @functools.cache
 def row_multiple(head_dim: int, dtype: torch.dtype) -> int:
-    """The fewest query rows whose attention has, on this CPU, the bits that it has among many rows."""
+    """The fewest query rows whose attention on this CPU has the same bits as the attention of many rows."""
     draw = torch.Generator().manual_seed(0)
     for rows in (1, 2, 4):
         if all(_same_bits(rows, keys, head_dim, dtype, draw) for keys in (KEY_MULTIPLE, 3 * KEY_MULTIPLE, KEY_TILE)):
@@ -212,7 +207,7 @@ def _same_bits(rows: int, keys: int, head_dim: int, dtype: torch.dtype, draw: to
 
 
 def _group(chunks: Iterable[Chunk]) -> list[list[Chunk]]:
-    """Chunks of at most MOST_ROWS tokens by the size of their context; each longer one alone."""
+    """Group short chunks, of at most MOST_ROWS tokens, by the size of their context; each longer chunk stays alone."""
     short: dict[int, list[Chunk]] = {}
     long: list[list[Chunk]] = []
     for chunk in chunks:
@@ -224,7 +219,7 @@ def _group(chunks: Iterable[Chunk]) -> list[list[Chunk]]:
 
 
 def _padded_keys(length: int) -> int:
-    """The next number of keys whose sums are added in the same order as those of a longer context."""
+    """Round up to a number of keys whose sums PyTorch adds in the same order as those of a longer context."""
     whole, rest = length // KEY_TILE * KEY_TILE, length % KEY_TILE
     return whole + (_round_up(rest, KEY_MULTIPLE) if rest <= KEY_TILE // 2 else KEY_TILE)
 

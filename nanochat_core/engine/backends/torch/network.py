@@ -1,4 +1,4 @@
-"""The network as serving runs it: the same function as :class:`~nanochat_core.model.GPT`, laid out for few tokens."""
+"""The network on PyTorch's operators: the function of :class:`~nanochat_core.model.GPT`, for ragged batches."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from nanochat_core.model import VALUE_GATE_SCALE, rms_norm
 
 
 class Attend(Protocol):
-    """Causal attention of one layer over wherever the keys and values of earlier tokens are.
+    """Causal attention of one layer over the earlier tokens, whose keys and values the implementation keeps.
 
-    Called with ``q`` of shape (tokens, n_head, head_dim) and ``k``, ``v`` of (tokens, n_kv_head, head_dim) for the
-    tokens of this batch, in the last layer with the ``q`` of those alone whose hidden states are wanted; gives back
-    what has the shape of ``q``. ``q`` and ``k`` are unit vectors, and scores are ``QK_SCALE ** 2 * sqrt(head_dim)``
-    times their products.
+    ``q`` has shape (tokens, n_head, head_dim); ``k`` and ``v`` have shape (tokens, n_kv_head, head_dim) and belong to
+    the tokens of this batch. In the last layer ``q`` has only the tokens whose hidden states are wanted. The result has
+    the shape of ``q``. ``q`` and ``k`` are unit vectors; a score is ``QK_SCALE ** 2 * sqrt(head_dim)`` times their
+    product.
     """
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
-class Network(ServingWeights):
-    """Hidden states and logits of ragged batches by PyTorch's operators."""
+class TorchNetwork(ServingWeights):
+    """Computes hidden states and logits of ragged batches."""
 
     @torch.inference_mode()
     def hidden(
@@ -34,14 +34,14 @@ class Network(ServingWeights):
 
         Args:
             ids: (tokens,) int64.
-            previous_ids: (tokens,) the token before each one; :attr:`no_token` where there is none.
+            previous_ids: (tokens,) id of the token before each one; :attr:`no_token` if there is none.
             positions: (tokens,) position of each token in its sequence.
             attend: causal attention for these tokens.
-            wanted: how many of the last tokens the hidden states are wanted of; None for all. Of the others the last
-                layer makes keys and values only.
+            wanted: return hidden states of this many last tokens only; None returns all. The last layer computes only
+                keys and values for the other tokens.
 
         Returns:
-            (tokens, dim), or (wanted, dim), in the compute dtype.
+            (tokens, dim) or (wanted, dim), in the compute dtype.
         """
         turns = self._turns.index_select(0, positions)
         x = x0 = self.embed(ids, previous_ids)
@@ -67,14 +67,14 @@ class Network(ServingWeights):
         attend: Attend,
         last: int,
     ) -> Tensor:
-        """The ``last`` rows of ``x`` with the attention of their norm added."""
+        """Normalize ``x``, attend, and add the result to ``x``; returns the ``last`` rows of the sum."""
         tokens = x.size(0)
         scale = _square_sum(x).rsqrt_()
         qk, v, *gate = layer.qkv(x).split(layer.sizes, dim=1)
         v = (v * scale).to(self.dtype).view(tokens, layer.n_kv_head, layer.head_dim)
         if value_embedding is not None:
             v = v + self._value_share(gate[0][:, : layer.n_kv_head], scale) * value_embedding.view(v.shape)
-        # Queries and keys are normalized themselves, whatever the scale of x; and rotating them does not change theirs.
+        # Queries and keys become unit vectors here, so the scale of x does not matter. Rotation keeps their norm.
         pairs = torch.view_as_complex(qk.float().view(tokens, -1, layer.head_dim // 2, 2))
         qk = torch.view_as_real(pairs * turns).flatten(-2)
         qk = (qk * _square_sum(qk).rsqrt_()).to(self.dtype)
@@ -84,27 +84,29 @@ class Network(ServingWeights):
         return layer.out.plus(attend(index, q, k, v).reshape(last, -1), x)
 
     def _value_share(self, gate: Tensor, scale: Tensor) -> Tensor:
-        """(tokens, n_kv_head, 1) factors of the value embeddings from gates that are not normalized yet.
+        """Factors of the value embeddings, (tokens, n_kv_head, 1), from gates that are not normalized yet.
 
-        What is left over at the end of an elementwise loop goes through scalar code, whose exponential rounds
-        differently. With a gap between rows each is a loop of its own, so that a token's bits do not depend on how many
-        there are.
+        PyTorch computes the remainder of an elementwise loop by scalar code, whose exponential rounds differently. A
+        gap between the rows makes each row a loop of its own, so a token's bits do not depend on the number of tokens.
         """
         rows = gate.new_empty(gate.size(0), gate.size(1) + 1)[:, :-1]
         rows.copy_(gate * scale)
         return torch.sigmoid(rows).mul_(VALUE_GATE_SCALE).unsqueeze(-1)
 
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        """``x`` with the MLP of its norm added. A scale comes out of it squared."""
+        """Normalize ``x``, apply the MLP, and add the result to ``x``.
+
+        The square of ReLU turns the norm's factor into its square, dim / square sum, which is applied at the end.
+        """
         y = layer.down(layer.up.relu(x).square_())
         return torch.addcdiv(x, y, _square_sum(x), value=x.size(-1)).to(self.dtype)
 
 
 def _square_sum(x: Tensor) -> Tensor:
-    """Sum of squares over the last dimension, kept as 1, in fp32; not below what the epsilon of the norm makes of 0.
+    """Sum of squares over the last dimension, which becomes 1, in fp32, plus dim times the epsilon of RMSNorm.
 
-    RMSNorm divides by the root of this over the dimension. Its own operator is eight kernels on a CPU; here the
-    division is left to where the result is small or scaled anyway.
+    RMSNorm divides by the root of (this sum / dim). PyTorch's RMSNorm runs eight kernels on a CPU; here the division is
+    applied later, to a tensor that is small or is scaled anyway.
     """
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return norm.square_().add_(x.size(-1) * torch.finfo(torch.float32).eps)

@@ -1,0 +1,112 @@
+"""Decides which requests the engine accepts, and makes sequences of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import secrets
+import time
+
+from nanochat_core.config import ModelConfig
+from nanochat_core.engine.config import EngineConfig
+from nanochat_core.engine.constraints import Grammars
+from nanochat_core.engine.request import NO_TOOLS, Request
+from nanochat_core.engine.sampler import sample_key
+from nanochat_core.engine.scheduler import Scheduler
+from nanochat_core.engine.sequence import Sequence
+from nanochat_core.errors import UserError
+
+
+class QueueFull(Exception):
+    """Too many sequences are waiting. The request was not accepted; the caller may send it again later."""
+
+
+class Admission:
+    """Checks requests against the model, the KV cache and the queue."""
+
+    def __init__(self, model: ModelConfig, config: EngineConfig, scheduler: Scheduler, grammars: Grammars) -> None:
+        self._model, self._config = model, config
+        self._scheduler, self._blocks = scheduler, scheduler.blocks
+        self._grammars = grammars
+        self._arrivals = itertools.count()
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that can never be served.
+
+        Raises:
+            UserError: the request is invalid; the message says why.
+        """
+        self.check_without_constraint(request)
+        if request.sampling.constraint is not None:
+            self._grammars.compile(request.sampling.constraint)
+
+    def check_without_constraint(self, request: Request) -> None:
+        """Like :meth:`check`, but do not compile the constraint, which may take long. Any thread may call this.
+
+        Raises:
+            UserError: the request is invalid; the message says why.
+        """
+        model, prompt, sampling = self._model, request.prompt, request.sampling
+        if not prompt:
+            raise UserError("the prompt is empty; it needs at least one token")
+        if len(prompt) >= model.context_length:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, but the context length is {model.context_length} "
+                "and at least one token must fit after the prompt"
+            )
+        for name, tokens in (
+            ("the prompt", prompt),
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("logit_bias", sampling.logit_bias),
+        ):
+            for token in tokens:
+                if not 0 <= token < model.vocab_size:
+                    raise UserError(f"{name} has token {token}, which is outside the vocabulary of {model.vocab_size}")
+        if not 1 <= request.n <= self._config.max_running:
+            raise UserError(f"n is {request.n}; it must be between 1 and {self._config.max_running}")
+        length = self._max_length(request)
+        if not self._blocks.holds(length - 1):  # keys and values of the last token are never computed
+            needed, available = self._blocks.blocks_for(length - 1), self._blocks.groups[0].num_blocks
+            raise UserError(
+                f"prompt and completion may reach {length} tokens, which need {needed} cache blocks, but the engine "
+                f"has {available}; lower max_tokens or enlarge the KV cache"
+            )
+
+    def check_room(self, sequences: int) -> None:
+        """Refuse this many more sequences if the queue has no room for them now. Any thread may call this.
+
+        Raises:
+            QueueFull: the sequences may be accepted later.
+        """
+        if sequences > self.room():
+            raise QueueFull(f"{len(self._scheduler.waiting)} sequences are waiting already; try again later")
+
+    def room(self) -> int:
+        """How many more sequences the engine accepts now: as many as may run plus as many as may wait.
+
+        After the device ran out of memory fewer sequences may run. An idle engine still accepts as many as at first,
+        so that a request with many choices can be served.
+        """
+        present = sum(map(len, self._scheduler.by_state.values()))
+        may_run = self._scheduler.max_running if present else self._config.max_running
+        return self._config.max_waiting + may_run - present
+
+    def sequences_of(self, request: Request) -> list[Sequence]:
+        """One new sequence for each choice of an accepted request."""
+        sampling = request.sampling
+        if sampling.constraint is not None:
+            request = dataclasses.replace(request, tools=NO_TOOLS)
+        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        sequences = []
+        for choice in range(request.n):
+            key, length = sample_key(seed, choice), self._max_length(request)
+            seq = Sequence(request, choice, next(self._arrivals), key, length)
+            seq.arrived_at = time.monotonic()
+            if sampling.constraint is not None:
+                seq.matcher = self._grammars.matcher(sampling.constraint, sampling.stop_token_ids)
+            sequences.append(seq)
+        return sequences
+
+    def _max_length(self, request: Request) -> int:
+        limit, wanted = self._model.context_length, request.sampling.max_tokens
+        return min(limit, len(request.prompt) + wanted) if wanted else limit

@@ -1,0 +1,59 @@
+"""What the engine reports about its work: its load, and events for metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable
+
+from nanochat_core.engine.scheduler import Chunk
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Load:
+    """Number of sequences by state, and of blocks in the KV cache."""
+
+    running: int
+    waiting: int
+    parked: int
+    blocks_total: int
+    blocks_used: int
+
+
+class Observer:
+    """Receives the engine's events, for metrics. This class ignores them; subclasses override methods.
+
+    Methods are called on the engine's thread. Times are in seconds.
+    """
+
+    def admitted(self, queued: float, prompt_tokens: int, cached_tokens: int) -> None: ...
+    def preempted(self, sequences: int) -> None: ...
+    def out_of_memory(self) -> None: ...
+    def first_token(self, since_arrival: float) -> None: ...
+    def next_token(self, since_last: float) -> None: ...
+    def tool_called(self, status: str) -> None: ...
+    def finished(self, reason: str, since_arrival: float) -> None: ...
+    def speculated(self, drafted: int, accepted: int) -> None: ...
+    def stepped(self, duration: float, generated_tokens: int) -> None: ...
+
+
+def note_admissions(observer: Observer, chunks: Iterable[Chunk]) -> None:
+    """Report the sequences that run for the first time."""
+    for chunk in chunks:
+        seq = chunk.seq
+        if seq.admitted_at is None:
+            seq.admitted_at = time.monotonic()
+            observer.admitted(seq.admitted_at - seq.arrived_at, seq.prompt_length, seq.cached_prompt_tokens)
+
+
+def note_tokens(observer: Observer, chunk: Chunk, count: int) -> None:
+    """Report ``count`` sampled tokens of a chunk, which share the time since the token before them."""
+    seq, now = chunk.seq, time.monotonic()
+    if seq.last_token_at is None:
+        observer.first_token(now - seq.arrived_at)
+    else:
+        for _ in range(count):
+            observer.next_token((now - seq.last_token_at) / count)
+    seq.last_token_at = now
+    if chunk.draft:
+        observer.speculated(len(chunk.draft), count - 1)

@@ -1,0 +1,66 @@
+"""Turns sampled tokens and tool events into outputs, and decides when a choice ends."""
+
+from __future__ import annotations
+
+from nanochat_core.engine.request import FinishReason, Output, Token, ToolCall, ToolResult, Usage
+from nanochat_core.engine.sampler import Sample
+from nanochat_core.engine.sequence import Sequence
+
+
+class StepOutputs:
+    """Collects the outputs of one step."""
+
+    def __init__(self) -> None:
+        self._outputs: list[Output] = []
+        self._latest: dict[Sequence, Output] = {}
+
+    def take(self) -> list[Output]:
+        """The outputs since the last call."""
+        outputs, self._outputs = self._outputs, []
+        self._latest.clear()
+        return outputs
+
+    def add_token(self, seq: Sequence, sample: Sample) -> None:
+        self._for_tokens(seq).tokens.append(Token(sample.token, sample.logprob, sample.top_logprobs))
+
+    def add_call(self, seq: Sequence, call: ToolCall) -> None:
+        self._of(seq).tool_events.append(call)
+
+    def add_result(self, seq: Sequence, result: ToolResult, forced: list[int]) -> None:
+        """Add a tool's result and the tokens that show it to the model."""
+        output = self._for_tokens(seq)
+        output.tool_events.append(result)
+        output.tokens += [Token(token, forced=True) for token in forced]
+
+    def finish(self, seq: Sequence, reason: FinishReason) -> None:
+        output = self._of(seq)
+        output.finish_reason = reason
+        output.usage = Usage(seq.prompt_length, seq.completion_length, seq.cached_prompt_tokens)
+
+    def fail(self, seq: Sequence, error: Exception) -> None:
+        """End the whole request of ``seq`` with an error."""
+        self._of(seq).error = error
+
+    def _of(self, seq: Sequence) -> Output:
+        return self._latest.get(seq) or self._begin(seq)
+
+    def _for_tokens(self, seq: Sequence) -> Output:
+        """The latest output of ``seq``, or a new one if that has tool events, which come after an output's tokens."""
+        output = self._of(seq)
+        return self._begin(seq) if output.tool_events else output
+
+    def _begin(self, seq: Sequence) -> Output:
+        output = self._latest[seq] = Output(seq.request.id, seq.choice)
+        self._outputs.append(output)
+        return output
+
+
+def finish_reason(seq: Sequence) -> FinishReason | None:
+    """Why ``seq`` ends with its last, sampled token; None if it continues. Its matcher follows the token."""
+    matcher, stops = seq.matcher, seq.request.sampling.stop_token_ids
+    token, full = seq.tokens[-1], len(seq.tokens) >= seq.max_length
+    if token in stops:
+        return FinishReason.STOP
+    if matcher is not None and matcher.advance(token) and (full or not stops):
+        return FinishReason.STOP  # no stop token follows, but the text matches and cannot become longer
+    return FinishReason.LENGTH if full else None

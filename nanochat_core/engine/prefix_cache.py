@@ -1,0 +1,186 @@
+"""Prefix caching: finds the blocks of the KV cache that already hold the beginning of a sequence.
+
+The keys and values of a token depend on that token and on all tokens before it. A full block is therefore identified by
+a hash chain: the hash of its tokens together with the hash of its parent, the block before it. Two sequences that begin
+with the same tokens compute the same hashes and share the blocks. A full block never changes.
+
+The block after the shared ones may agree with a computed block in its first tokens only. A sequence then copies that
+block and continues to write behind the tokens they have in common. One block is offered for copying after each parent:
+the latest one that offers something new.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+from collections.abc import Sequence as Items
+
+from nanochat_core.engine.cache_groups import CacheGroup
+from nanochat_core.engine.sequence import Sequence
+
+# Copying a block for fewer common tokens is not worth it: every conversation begins with the same two tokens.
+LEAST_COPIED = 4
+
+
+class PrefixIndex:
+    """Finds the blocks of one cache group by the tokens that lead to them.
+
+    Attributes:
+        hashes: hash of each full block that can be found, by block id.
+        by_hash: block id of each hash; the inverse of ``hashes``.
+        parents: for each block that is offered for copying, the hash of the block before it.
+        offers: block id and tokens of the block offered after each parent; the inverse of ``parents``.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.hashes: list[bytes | None] = [None] * num_blocks
+        self.by_hash: dict[bytes, int] = {}
+        self.parents: list[bytes | None] = [None] * num_blocks
+        self.offers: dict[bytes, tuple[int, list[int]]] = {}
+
+    def finds(self, block: int) -> bool:
+        return self.hashes[block] is not None or self.parents[block] is not None
+
+    def add_full(self, block: int, digest: bytes) -> None:
+        """Make a full block findable, unless another block with the same tokens is findable already."""
+        if digest not in self.by_hash:
+            self.by_hash[digest] = block
+            self.hashes[block] = digest
+
+    def offer(self, block: int, parent: bytes, tokens: list[int]) -> int | None:
+        """Offer the tokens of a block for copying, unless the present offer after ``parent`` begins with them.
+
+        Returns:
+            The block whose offer was replaced, if any.
+        """
+        replaced = None
+        if parent in self.offers:
+            replaced, offered = self.offers[parent]
+            if offered[: len(tokens)] == tokens:
+                return None
+            self._withdraw(replaced)
+        self.parents[block] = parent
+        self.offers[parent] = block, tokens
+        return replaced
+
+    def offered_tokens(self, parent: bytes) -> list[int]:
+        return self.offers[parent][1] if parent in self.offers else []
+
+    def remove(self, block: int) -> None:
+        """Make a block unfindable, because it is about to be overwritten."""
+        digest = self.hashes[block]
+        if digest is not None:
+            del self.by_hash[digest]
+            self.hashes[block] = None
+        self._withdraw(block)
+
+    def check_integrity(self) -> None:
+        by_hash = {digest: block for block, digest in enumerate(self.hashes) if digest is not None}
+        assert self.by_hash == by_hash, "the hash index and the blocks disagree"
+        offers = {parent: block for block, parent in enumerate(self.parents) if parent is not None}
+        assert {parent: block for parent, (block, _) in self.offers.items()} == offers, "offers and blocks disagree"
+
+    def _withdraw(self, block: int) -> None:
+        parent = self.parents[block]
+        if parent is not None:
+            del self.offers[parent]
+            self.parents[block] = None
+
+
+class PrefixCache:
+    """The prefix index of every cache group, and the blocks that are being computed right now.
+
+    Attributes:
+        indexes: one index for each group.
+        pending: hash of each block that an admitted sequence is about to compute. Other sequences that need the same
+            block wait for that sequence instead of computing the block again.
+    """
+
+    def __init__(self, groups: Items[CacheGroup], block_size: int) -> None:
+        self.indexes = [PrefixIndex(group.num_blocks) for group in groups]
+        self.pending: dict[bytes, Sequence] = {}
+        self._groups = groups
+        self._block_size = block_size
+
+    def find(self, seq: Sequence) -> int | None:
+        """See :meth:`~nanochat_core.engine.block_manager.BlockManager.find_prefix`."""
+        if seq.awaited in self.pending:
+            return None
+        size = self._block_size
+        # At least one known token stays to be computed, because the next token is sampled from its logits.
+        hashes = self.hashes_of(seq)[: (len(seq.tokens) - 1) // size]
+        found = [[digest in index.by_hash for digest in hashes] for index in self.indexes]
+        # A group with a window needs only the end of the prefix, so an earlier block may be missing there.
+        longest = 0
+        consecutive = [0] * len(self._groups)  # number of blocks found in a row, ending at block i
+        for i in range(len(hashes)):
+            consecutive = [run + 1 if hits[i] else 0 for run, hits in zip(consecutive, found, strict=True)]
+            if all(
+                run >= i + 1 - group.first_visible_block((i + 1) * size, size)
+                for run, group in zip(consecutive, self._groups, strict=True)
+            ):
+                longest = i + 1
+        seq.awaited = hashes[longest] if longest < len(hashes) else None
+        if seq.awaited in self.pending:
+            return None
+        start, parent = longest * size, parent_hash(hashes, longest)
+        following = seq.tokens[start : min(start + size, len(seq.tokens)) - 1]
+        common = min(_common_length(index.offered_tokens(parent), following) for index in self.indexes)
+        return start + common if common >= LEAST_COPIED else start
+
+    def hashes_of(self, seq: Sequence) -> list[bytes]:
+        """Hashes of the full blocks of known tokens. Each hash is computed once and kept in the sequence."""
+        hashes, size = seq.block_hashes, self._block_size
+        for i in range(len(hashes), len(seq.tokens) // size):
+            tokens = array.array("I", seq.tokens[i * size : (i + 1) * size]).tobytes()
+            hashes.append(hashlib.blake2b(parent_hash(hashes, i) + tokens, digest_size=16).digest())
+        return hashes
+
+    def announce(self, seq: Sequence) -> None:
+        """Note that ``seq`` computes its blocks behind the sealed ones, unless another sequence already does."""
+        for digest in self.hashes_of(seq)[seq.sealed :]:
+            self.pending.setdefault(digest, seq)
+
+    def revoke(self, seq: Sequence) -> None:
+        """Note that ``seq`` does not compute further blocks."""
+        for digest in seq.block_hashes[seq.sealed :]:
+            self._settle(digest, seq)
+
+    def publish(self, seq: Sequence) -> list[tuple[int, int]]:
+        """Make the newly filled blocks of ``seq`` findable; offer them and the block after them for copying.
+
+        Returns:
+            (group, block) for each block whose offer was replaced.
+        """
+        hashes, size, full = self.hashes_of(seq), self._block_size, seq.computed // self._block_size
+        for i in range(seq.sealed, full):
+            for table, index in zip(seq.block_tables, self.indexes, strict=True):
+                index.add_full(table[i], hashes[i])
+            self._settle(hashes[i], seq)
+        replaced = []
+        for i in range(seq.sealed, -(-seq.computed // size)):
+            tokens = seq.tokens[i * size : min((i + 1) * size, seq.computed)]
+            for g, (table, index) in enumerate(zip(seq.block_tables, self.indexes, strict=True)):
+                block = index.offer(table[i], parent_hash(hashes, i), tokens)
+                if block is not None:
+                    replaced.append((g, block))
+        seq.sealed = full
+        return replaced
+
+    def clear(self) -> None:
+        for index in self.indexes:
+            for block in range(len(index.hashes)):
+                index.remove(block)
+
+    def _settle(self, digest: bytes, seq: Sequence) -> None:
+        if self.pending.get(digest) is seq:
+            del self.pending[digest]
+
+
+def parent_hash(hashes: Items[bytes], index: int) -> bytes:
+    """Hash of the block before the one at ``index``; empty for the first block."""
+    return hashes[index - 1] if index else b""
+
+
+def _common_length(a: Items[int], b: Items[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
