@@ -123,9 +123,9 @@ class ToolLoop:
         seq.tool_calls += 1
         limit = seq.request.tools.max_calls or self._limits.max_calls
         if call.call_index >= limit:
-            self._complete(seq, call, "denied", f"error: tool call limit of {limit} reached")
+            self._complete(seq, call, "denied", self._shorten(seq, f"error: tool call limit of {limit} reached"))
         elif self._runner is None:
-            self._complete(seq, call, "unavailable", "error: tools are unavailable")
+            self._complete(seq, call, "unavailable", self._shorten(seq, "error: tools are unavailable"))
         else:
             tasks = self._calls[seq] = []
             self._running_loop().call_soon_threadsafe(self._begin, seq, call, self._runner, tasks)
@@ -180,21 +180,22 @@ class ToolLoop:
         request_id, timeout = seq.request.id, self._limits.timeout_seconds
         try:
             output = await asyncio.wait_for(runner(call.code, request_id=request_id, timeout_seconds=timeout), timeout)
-            status, text = output.status, output.output
+            status, text = output.status, self._shorten(seq, output.output)
         except TimeoutError:
-            status, text = "timeout", f"error: no result within {timeout:g} s"
+            status, text = "timeout", self._shorten(seq, f"error: no result within {timeout:g} s")
         except Exception:
             # The conversation continues after any error; the log has the cause.
             log.exception("tool call failed", extra={"request_id": request_id, "call_index": call.call_index})
-            status, text = "unavailable", "error: tools are unavailable"
-        self._complete(seq, call, status, text, started)
+            status, text = "unavailable", self._shorten(seq, "error: tools are unavailable")
+        self._complete(seq, call, status, text, time.monotonic() - started)
 
-    def _complete(self, seq: Sequence, call: ToolCall, status: str, text: str, started: float | None = None) -> None:
-        text = truncate(self._tokenizer, text, seq.request.tools.max_output_tokens or self._limits.max_output_tokens)
-        seconds = 0.0 if started is None else time.monotonic() - started
+    def _complete(self, seq: Sequence, call: ToolCall, status: str, text: str, seconds: float = 0.0) -> None:
         self._completed.append((seq, ToolResult(call.call_index, status, text, seconds)))
         self._arrived.set()
         self.on_completed()
+
+    def _shorten(self, seq: Sequence, text: str) -> str:
+        return truncate(self._tokenizer, text, seq.request.tools.max_output_tokens or self._limits.max_output_tokens)
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
