@@ -57,7 +57,7 @@ class BlockManager:
         return self.prefixes.find(seq) if self.prefix_caching else 0
 
     def can_admit(self, seq: Sequence, prefix: int, spare: int) -> bool:
-        """Whether ``spare`` blocks stay free after ``seq`` got blocks for its tokens behind ``prefix`` found ones."""
+        """Whether the cache can hold ``seq``, which found ``prefix`` tokens, and keep ``spare`` blocks free."""
         last, shared = self.blocks_for(len(seq.tokens)), prefix // self.block_size
         for group, pool in zip(self.groups, self._pools, strict=True):
             first = group.first_visible_block(shared * self.block_size, self.block_size)

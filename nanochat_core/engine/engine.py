@@ -232,7 +232,7 @@ class Engine:
             raise RuntimeError(f"{len(self._requests)} requests are in flight; weights change between requests")
         if (model.config, model.compute_dtype) != (self.model_config, self._dtype):
             raise ValueError("the new weights are of a model with another configuration or dtype")
-        self._launched = None  # it holds only tokens after the ends of the last requests
+        self._launched = None  # its tokens belong to requests that have ended
         self.runner.load(model)
         self.blocks.forget()
 

@@ -181,8 +181,8 @@ class _HostBuffer:
         parts = layout.split(self.buffer)
         self.by_token, self.tiles, self.sequences, self.tables = (part.numpy() for part in parts)
         self.tables[_PADDING_ROW] = np.array([[group.num_blocks] for group in groups])
-        # For each row and group, the table that was written there and how many of its entries. A sequence's table only
-        # grows; a sequence that starts again has a new list.
+        # For each row and group, the table that was last written there and the number of its written entries. A table
+        # only grows; a sequence that starts again has a new list.
         self._written: list[list[tuple[list[int], int]]] = [[([], 0)] * layout.groups for _ in range(layout.rows)]
         self._copied = torch.cuda.Event() if pinned else None
 
