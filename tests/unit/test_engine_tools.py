@@ -254,9 +254,10 @@ def test_an_unfinished_call_of_an_earlier_message_is_not_taken_up() -> None:
 
 
 def test_cancelling_a_parked_request_cancels_its_call() -> None:
-    cancelled = threading.Event()
+    begun, cancelled = threading.Event(), threading.Event()
 
     async def hangs(code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
+        begun.set()
         try:
             await asyncio.Event().wait()
         finally:
@@ -267,6 +268,7 @@ def test_cancelling_a_parked_request_cancels_its_call() -> None:
     engine.add(Request("r", tuple(PROMPT), STOP, tools=TOOLS))
     while not engine.load().parked:
         engine.step()
+    assert begun.wait(5)
     engine.cancel("r")
     assert cancelled.wait(5)
     assert engine.load().parked == engine.load().blocks_used == 0
