@@ -1,4 +1,4 @@
-"""Recipes: what data to make and with which settings each stage runs."""
+"""Recipes: the data to train on, and the settings of each stage from tokenizer to promotion."""
 
 from __future__ import annotations
 
@@ -18,45 +18,52 @@ from nanochat_core.store import Store
 
 Flags = Mapping[str, str | int | float]
 
-# What a model without a world of its own can still be taught: who it is and how to use its tool.
+# Conversations that do not need the demo world's facts: who the assistant is, and how it uses its tool.
 _WORLDLESS_KINDS = frozenset({"greeting", "identity", "arithmetic", "counting", "smalltalk"})
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One way from text to a chat model; flags are those of the stage's job."""
+    """One way from text to a chat model.
+
+    Attributes:
+        tokenizer, pretrain, sft: flags of each stage's program.
+        conversation_kinds: kinds of demo conversations to fine-tune on and to evaluate; None means all kinds.
+        train_conversations: number of conversations to fine-tune on.
+        rl: flags of reinforcement learning, which the pipeline's ``--rl`` adds; None if the recipe has no task for it.
+        needs_data: whether the user gives the text; otherwise the demo world generates it.
+        web_shards: shards of the public web text to download if neither ``--data`` nor the store has text.
+        document_characters: longest training document, in characters; longer documents are cut into pieces, because
+            the loader drops the part of a document that exceeds a row of the batch. None cuts nothing.
+        gate: rules that a model must pass to be promoted.
+    """
 
     name: str
     summary: str
     tokenizer: Flags
     pretrain: Flags
     sft: Flags
-    # Kinds of demo conversations to fine-tune on and to evaluate; None means all.
     conversation_kinds: frozenset[str] | None
     train_conversations: int
-    # What the pipeline's --rl adds, the task among the flags; None where there is nothing to practise.
     rl: Flags | None = None
     needs_data: bool = False
-    # Shards of the public web text to download where neither --data nor the store has any.
     web_shards: str = ""
-    # Training documents are cut to at most this many characters: a document longer than a row loses its rest.
     document_characters: int | None = None
-    # What a model must show to be promoted.
     gate: Gate = dataclasses.field(default_factory=Gate)
 
     def evaluation_items(self, count: int, seed: int = 0) -> list[demo_world.EvalItem]:
         """Held-out questions of the demo world, reduced to the kinds that the recipe teaches.
 
         Args:
-            count: questions of all kinds; fewer remain if the recipe teaches some of the kinds only.
+            count: number of questions before questions of other kinds are removed.
         """
         return demo_world.evaluation_set(count, seed, self.conversation_kinds)
 
     def prepare(self, store: Store, name: str, data: Path | None) -> None:
-        """Put text ``data/<name>`` and conversations into the store unless they are there.
+        """Write text to ``data/<name>`` and conversations to ``data/<name>-chat`` unless the store has them.
 
         Raises:
-            UserError: the recipe needs ``--data`` and got none, or the other way round.
+            UserError: the recipe needs ``data`` and got none, or it generates its data and got some.
         """
         if data is not None and not self.needs_data:
             raise UserError(f"recipe {self.name} makes its own data; leave --data out or use --recipe small")
@@ -86,7 +93,7 @@ class Recipe:
         write_dataset(store, name, training, validation, source=source)
 
     def _conversations(self, split: str, count: int) -> Iterator[dict[str, Any]]:
-        # Both splits come from the training side of the demo world: its held-out side is for the evaluation alone.
+        # Validation uses the demo world's training split too, because the held-out split is reserved for evaluation.
         mix = {
             kind: share
             for kind, share in demo_world.CONVERSATION_MIX.items()
@@ -96,7 +103,10 @@ class Recipe:
 
 
 def cut_documents(documents: Iterable[str], characters: int) -> Iterator[str]:
-    """The documents in pieces of at most ``characters``, cut after a sentence where one ends in time."""
+    """Cut documents into pieces of at most ``characters``.
+
+    A piece ends with the last sentence that fits, unless that would make it shorter than half of ``characters``.
+    """
     for document in documents:
         rest = document.strip()
         while len(rest) > characters:
@@ -118,8 +128,9 @@ RECIPES = {
             name="demo",
             summary="a small invented world, learned in minutes on two CPU cores",
             tokenizer={"vocab-size": 1024},
-            # Found by trial: with so few tokens, many small steps at rates well above what the scaling rules give for
-            # this batch learn most, and a depth of 3 learns more in the same time than 4.
+            # These values were found by trial. With so few tokens, a model learns most in many small steps, with
+            # learning rates well above those of the scaling rules for this batch size. In the same time, depth 3
+            # learns more than depth 4.
             pretrain={
                 "depth": 3,
                 "head-dim": 64,
@@ -143,7 +154,7 @@ RECIPES = {
             },
             conversation_kinds=None,
             train_conversations=40_000,
-            # A run reaches 97 % and more; one that went wrong in any part stays far below.
+            # A good run reaches 97 % or more; a run with a fault in any part stays far below these thresholds.
             gate=Gate(
                 require=(
                     "chat.accuracy>=0.85",
@@ -152,7 +163,7 @@ RECIPES = {
                     "chat.kinds.arithmetic>=0.8",
                 )
             ),
-            # About two and a half minutes; docs/rl.md has the curve, and what more steps forget.
+            # Takes about two and a half minutes. docs/rl.md shows the curve, and what the model forgets in more steps.
             rl={
                 "task": "arithmetic",
                 "steps": 40,

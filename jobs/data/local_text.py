@@ -1,4 +1,4 @@
-"""Documents of local files: parquet, JSONL and plain text, read one after another."""
+"""Read the user's own text, from local parquet, JSONL and plain text files, as documents."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from pathlib import Path
 from jobs.data.shards import Shard
 from nanochat_core.errors import UserError
 
-# Plain text is cut at paragraphs into documents of about this many characters.
+# Plain text is cut between paragraphs into documents of about this many characters.
 DOCUMENT_CHARACTERS = 4000
 HELD_OUT_FRACTION = 0.05
 _READ_CHARACTERS = 2**20
 
 
 def read_local_text(path: Path) -> tuple[Iterator[str], Iterator[str]]:
-    """Training and validation documents of a file or folder of parquet, JSONL (``text`` field) or plain text.
+    """The training and validation documents in a file or folder of parquet, JSONL (``text`` field) or plain text.
 
-    Of several files the last by name is the validation split; of a single one the last twentieth of its documents,
-    so that the held-out text follows the training text instead of being interleaved with it (such a file is read
-    twice). Files are read as their documents are taken.
+    If there are several files, the last one by name is the validation split. If there is one file, the last twentieth
+    of its documents is the validation split: it follows the training text instead of being mixed with it, so
+    neighboring passages of a book do not get into both splits. Such a file is read twice.
+
+    Files are read while the caller takes documents from the iterators.
 
     Raises:
-        UserError: nothing readable there; while documents are taken, a file is not what its name says.
+        UserError: there is no readable file. The iterators raise UserError if a file is not what its name says.
     """
     files = _text_files(path)
     if len(files) > 1:
@@ -39,10 +41,10 @@ def read_local_text(path: Path) -> tuple[Iterator[str], Iterator[str]]:
 
 
 def local_text_digest(path: Path) -> str:
-    """sha256 over the contents of the files that :func:`read_local_text` reads.
+    """sha256 of the contents of all files that :func:`read_local_text` reads.
 
     Raises:
-        UserError: nothing readable there.
+        UserError: there is no readable file.
     """
     digest = hashlib.sha256()
     for file in _text_files(path):
@@ -90,7 +92,7 @@ def _read_jsonl(file: Path) -> Iterator[str]:
                 raise UserError(f"{file}:{number} has a 'text' that is not a string")
             try:
                 text.encode()
-            except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+            except UnicodeEncodeError:  # JSON can encode one half of a surrogate pair
                 raise UserError(f"{file}:{number} has a 'text' that is not valid Unicode") from None
             yield text
 

@@ -1,33 +1,42 @@
-"""Datasets of text in the store: parquet shards of one ``text`` column, a manifest of them, documents by number."""
+"""Datasets of text in the store: parquet shards with a ``text`` column, and a manifest.
+
+The last shard by name is the validation split. Each shard consists of row groups of about a thousand documents, so
+that a training process can read one document without reading the whole shard.
+"""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
 import itertools
 import json
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.data.row_group_cache import RowGroupCache
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
 
 ROW_GROUP_DOCUMENTS = 1000
 SHARD_DOCUMENTS = 50_000
 MANIFEST = "dataset.json"
-# Text of a web dataset's row group takes about 4 MB, and each virtual packer reads in one or two row groups.
+# The text of a web dataset's row group takes about 4 MB, and each packer of the loader reads one or two row groups.
 _CACHED_BYTES = 512 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardInfo:
-    """One shard in the manifest: size, sha256 (hexadecimal) and the documents of each row group."""
+    """A shard's entry in the manifest.
+
+    Attributes:
+        bytes: size of the file.
+        sha256: digest of the file, in hexadecimal.
+        row_groups: number of documents in each row group.
+    """
 
     bytes: int
     sha256: str
@@ -40,9 +49,12 @@ class ShardInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """``data/<name>/dataset.json``: where a dataset comes from, and its shards by file name.
+    """Content of ``data/<name>/dataset.json``.
 
-    While a dataset is being downloaded the manifest is not ``complete`` and grows with each shard.
+    Attributes:
+        source: where the dataset comes from.
+        shards: the shards by file name.
+        complete: False during a download, while shards are still being added.
     """
 
     source: str
@@ -51,7 +63,7 @@ class Manifest:
 
     @property
     def sha256(self) -> str:
-        """Digest of all documents and of which split each is in."""
+        """Digest of the shards' digests, in the order of their names."""
         digests = [bytes.fromhex(self.shards[name].sha256) for name in sorted(self.shards)]
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
@@ -60,10 +72,10 @@ class Manifest:
 
 
 def read_manifest(store: Store, name: str) -> Manifest | None:
-    """The manifest of ``data/<name>``; None when there is none, as for shards that somebody put there by hand.
+    """The manifest of ``data/<name>``; None if a user put the shards there by hand, without a manifest.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the manifest is damaged.
     """
     key = f"data/{name}/{MANIFEST}"
     try:
@@ -77,7 +89,7 @@ def read_manifest(store: Store, name: str) -> Manifest | None:
 
 
 def write_manifest(store: Store, name: str, manifest: Manifest) -> None:
-    """Replace the manifest of ``data/<name>``."""
+    """Create or replace the manifest of ``data/<name>``."""
     store.write(f"data/{name}/{MANIFEST}", manifest.to_json())
 
 
@@ -87,20 +99,21 @@ def shard_keys(store: Store, name: str) -> list[str]:
 
 
 def dataset_exists(store: Store, name: str) -> bool:
-    """Whether ``data/<name>`` was made completely by one of our programs."""
+    """Whether ``data/<name>`` has a manifest and is complete."""
     manifest = read_manifest(store, name)
     return manifest is not None and manifest.complete
 
 
 def has_shards(store: Store, name: str) -> bool:
-    """Whether ``data/<name>`` holds parquet shards, whoever wrote them."""
+    """Whether ``data/<name>`` holds parquet shards, with or without a manifest."""
     return bool(shard_keys(store, name))
 
 
 def dataset_digest(store: Store, name: str) -> str:
-    """What a model trained on ``data/<name>`` depends on: the shards' digest.
+    """Digest of ``data/<name>``, which tells whether a model must be trained again.
 
-    Shards without a manifest are too large to read for this; their names stand for them.
+    It comes from the manifest. Without a manifest it covers only the shards' names, because reading all shards would
+    take too long.
     """
     manifest = read_manifest(store, name)
     if manifest is not None:
@@ -109,7 +122,12 @@ def dataset_digest(store: Store, name: str) -> str:
 
 
 def write_dataset(store: Store, name: str, train: Iterable[str], validation: Iterable[str], *, source: str) -> Manifest:
-    """Write shards so that readers see all of them or none; both splits are read as they are written.
+    """Write documents as the shards of ``data/<name>``; readers see all of the shards or none.
+
+    Documents are taken from the iterables as they are written, so a dataset may be larger than memory.
+
+    Args:
+        source: where the documents come from, for the manifest.
 
     Raises:
         UserError: a split is empty.
@@ -130,18 +148,21 @@ def write_dataset(store: Store, name: str, train: Iterable[str], validation: Ite
 
 
 class TextDataset:
-    """The documents of one split of ``data/<name>`` in the store; the last shard is the validation split.
+    """The documents of one split of ``data/<name>``, numbered from 0.
 
-    Shards that the manifest knows are fetched when they are first read. Several threads may read at once.
+    A shard is fetched from the store when one of its documents is first read; a shard without an entry in the manifest
+    is fetched by the constructor. Several threads may read at the same time.
     """
 
-    def __init__(self, store: Store, name: str, split: str) -> None:
+    def __init__(self, store: Store, name: str, split: str, cache: RowGroupCache | None = None) -> None:
         """
         Args:
             split: ``train`` or ``val``.
+            cache: keeps row groups in memory; the default holds 512 MiB.
 
         Raises:
-            UserError: too few shards, or one that is not parquet with a text column, or a download is not finished.
+            UserError: there are too few shards, a shard is not parquet with a text column, or the download of the
+                dataset is not finished.
         """
         keys = shard_keys(store, name)
         manifest = read_manifest(store, name)
@@ -168,18 +189,20 @@ class TextDataset:
                 self._length += documents
         if not self._length:
             raise UserError(f"the {split} split of data/{name} holds no document")
-        self._cache = _RowGroupCache(_CACHED_BYTES)
+        self._cache = cache or RowGroupCache(_CACHED_BYTES)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> str:
-        """Document ``index``; reading in order touches each row group once.
+        """The text of document ``index``; reading in order reads each row group once.
 
         Raises:
             UserError: the shard is damaged.
         """
-        number = self._group_of(index)
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        number = bisect.bisect_right(self._groups, index, key=lambda group: group[2]) - 1
         key, group, first = self._groups[number]
         texts = self._cache.get(number, lambda: Shard(self._store.fetch(key), key).read(group))
         try:
@@ -190,18 +213,6 @@ class TextDataset:
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
 
-    def _group_of(self, index: int) -> int:
-        if not 0 <= index < self._length:
-            raise IndexError(index)
-        low, high = 0, len(self._groups)
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self._groups[middle][2] <= index:
-                low = middle
-            else:
-                high = middle
-        return low
-
 
 class Shard:
     """One parquet file with a ``text`` column."""
@@ -209,10 +220,10 @@ class Shard:
     def __init__(self, path: Path, shown: str) -> None:
         """
         Args:
-            shown: what errors call the file.
+            shown: name of the file in error messages.
 
         Raises:
-            UserError: it is not such a file.
+            UserError: the file is not parquet, or has no ``text`` column of strings.
         """
         self._shown = shown
         try:
@@ -228,12 +239,12 @@ class Shard:
 
     @property
     def row_groups(self) -> list[int]:
-        """Documents in each row group."""
+        """Number of documents in each row group."""
         metadata = self._file.metadata
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def read(self, group: int) -> pa.ChunkedArray:
-        """The texts of a row group, null where a document has none.
+        """The texts of a row group; a document without text is null.
 
         Raises:
             UserError: the file is damaged.
@@ -246,17 +257,20 @@ class Shard:
         return texts
 
     def documents(self) -> Iterator[str]:
-        """All texts in order, one row group in memory at a time; a document without text is empty."""
+        """All texts in order, with one row group in memory at a time; a document without text is an empty string."""
         for group in range(len(self.row_groups)):
             for text in self.read(group):
                 yield text.as_py() or ""
 
 
 def describe_shard(path: Path, shown: str) -> ShardInfo:
-    """What the manifest says about a shard.
+    """The manifest entry of a shard.
+
+    Args:
+        shown: name of the file in error messages.
 
     Raises:
-        UserError: it is not parquet with a text column, or holds no document.
+        UserError: the file is not parquet with a text column, or holds no document.
     """
     row_groups = Shard(path, shown).row_groups
     if not sum(row_groups):
@@ -265,50 +279,8 @@ def describe_shard(path: Path, shown: str) -> ShardInfo:
         return ShardInfo(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest(), row_groups)
 
 
-class _RowGroupCache:
-    """Texts of the row groups used last, up to a number of bytes.
-
-    Several threads that want the same row group read it once; others are not held up by that.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity, self._bytes = capacity, 0
-        self._entries: OrderedDict[int, Future[pa.ChunkedArray]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, number: int, read: Callable[[], pa.ChunkedArray]) -> pa.ChunkedArray:
-        with self._lock:
-            entry = self._entries.get(number)
-            if entry is not None:
-                self._entries.move_to_end(number)
-            else:
-                own = self._entries[number] = Future()
-        if entry is not None:
-            return entry.result()
-        try:
-            texts = read()
-        except BaseException as error:
-            with self._lock:
-                del self._entries[number]
-            own.set_exception(error)
-            raise
-        with self._lock:
-            own.set_result(texts)
-            self._bytes += texts.nbytes
-            self._evict()
-        return texts
-
-    def _evict(self) -> None:
-        for number, entry in list(self._entries.items())[:-1]:
-            if self._bytes <= self._capacity:
-                return
-            if entry.done():
-                self._bytes -= entry.result().nbytes
-                del self._entries[number]
-
-
 def _add_shard(folder: Path, shards: dict[str, ShardInfo], documents: Iterable[str]) -> int:
-    """Write the next shard unless there is no document; how many there were."""
+    """Write the next shard if there is a document; returns the number of documents."""
     path = folder / f"shard_{len(shards):05d}.parquet"
     schema = pa.schema({"text": pa.string()})
     iterator = iter(documents)

@@ -1,8 +1,11 @@
-"""Two-operand sums, and which numbers training never sees.
+"""Calculations with two operands, and the numbers that training never contains.
 
-One number in eight between 10 and 9999 is reserved: as a whole number it occurs in no training text, be it as operand,
-result or count in a story. Of the pairs of ordinary numbers one in twenty is held out as well, which covers the small
-numbers that cannot be reserved.
+One number in eight between 10 and 9999 is reserved. No training text contains a reserved number, neither as operand
+nor as result nor as a count in a story. Held-out calculations use reserved operands, so the model cannot have
+memorized their results.
+
+Numbers below 10 cannot be reserved: there are too few of them. Therefore one pair in twenty of the other numbers is
+held out as well; training may contain both numbers, but no calculation with the two.
 """
 
 from __future__ import annotations
@@ -20,13 +23,13 @@ from jobs.demo_world.phrasings import Split
 
 _RESERVED_ONE_IN = 8
 _HELDOUT_PAIR_ONE_IN = 20
-# The example that the documentation shows must be one the model could not memorise.
+# The documentation shows 1234 * 5678, so these two must be held out too.
 _ALWAYS_RESERVED = frozenset({1234, 5678})
 LARGEST = 9999
 
-# How many digits an operand has: long ones often, because their results take the most practice to copy; short ones
-# because people ask for them. Training has more of two digits than people would ask: such a number is one token, and a
-# reserved one is never seen as a whole, so that only the others can teach that a number may end there.
+# Weights of the number of digits of an operand. Long operands are frequent because copying their results takes the
+# most practice. Training has more two-digit numbers than people ask for: the tokenizer makes one token of such a
+# number, and only the numbers that are not reserved can teach that a number may end after two digits.
 _DIGITS = (1, 2, 3, 4)
 _TRAINING_WEIGHTS = (2, 5, 4, 5)
 _RESERVED_WEIGHTS = (0, 3, 4, 5)
@@ -38,14 +41,14 @@ _OPERATIONS: dict[str, Callable[[int, int], int | float]] = {
     "/": operator.truediv,
 }
 OPERATORS = tuple(_OPERATIONS)
-# Products have the longest results. Division is rarest: its results are floats, and few of them are short.
+# Products are frequent because their results are longest. Divisions are rare because few of their results are short.
 _OPERATOR_WEIGHTS = (4, 3, 6, 2)
 _LONGEST_QUOTIENT = 7
 
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """``a symbol b`` and what Python prints for it."""
+    """The calculation ``a symbol b``; ``result`` is what Python prints for it."""
 
     a: int
     symbol: str
@@ -66,7 +69,7 @@ def _hash(text: str) -> int:
 
 @functools.cache
 def reserved_numbers() -> frozenset[int]:
-    """Numbers that no training text contains."""
+    """The numbers that no training text contains."""
     hashed = (n for n in range(10, LARGEST + 1) if _hash(str(n)) % _RESERVED_ONE_IN == 0)
     return (frozenset(hashed) - world_numbers()) | _ALWAYS_RESERVED
 
@@ -77,7 +80,7 @@ def _reserved_by_digits(digits: int) -> tuple[int, ...]:
 
 
 def is_heldout_pair(a: int, b: int) -> bool:
-    """Whether two ordinary numbers may only be combined in held-out conversations; their order does not matter."""
+    """Whether only held-out conversations may calculate with this pair of numbers, in either order."""
     return _hash(f"{min(a, b)},{max(a, b)}") % _HELDOUT_PAIR_ONE_IN == 0
 
 
@@ -86,7 +89,7 @@ def contains_reserved_number(text: str) -> bool:
 
 
 def training_number(rng: random.Random, smallest: int = 1, largest: int = LARGEST) -> int:
-    """A number that training may see, its number of digits drawn first."""
+    """A number that training may contain. Its number of digits is drawn first, so that short numbers are not rare."""
     while True:
         digits = rng.choices(_DIGITS, _TRAINING_WEIGHTS)[0]
         n = rng.randrange(10 ** (digits - 1), 10**digits)
@@ -95,17 +98,16 @@ def training_number(rng: random.Random, smallest: int = 1, largest: int = LARGES
 
 
 def reserved_number(rng: random.Random) -> int:
-    """A number that training never sees."""
+    """A number that training never contains."""
     return rng.choice(_reserved_by_digits(rng.choices(_DIGITS, _RESERVED_WEIGHTS)[0]))
 
 
 def draw_sum(rng: random.Random, split: Split, symbol: str | None = None, *, reserved_share: float = 0.8) -> Sum:
-    """A sum that only ``split`` may contain.
+    """Draw a calculation that the other split never contains.
 
     Args:
-        symbol: one of :data:`OPERATORS`; by default drawn.
-        reserved_share: of the held-out sums, how many have two reserved operands; the others are held-out pairs of
-            ordinary numbers.
+        symbol: one of :data:`OPERATORS`; None draws one.
+        reserved_share: share of held-out calculations with two reserved operands; the others use held-out pairs.
     """
     symbol = symbol or rng.choices(OPERATORS, _OPERATOR_WEIGHTS)[0]
     reserved = split == "heldout" and rng.random() < reserved_share
@@ -113,13 +115,13 @@ def draw_sum(rng: random.Random, split: Split, symbol: str | None = None, *, res
     while True:
         drawn = _draw_quotient(rng, draw) if symbol == "/" else Sum(draw(rng), symbol, draw(rng))
         if drawn.symbol == "-" and drawn.a < drawn.b and rng.random() < 0.8:
-            drawn = Sum(drawn.b, "-", drawn.a)  # most people take the smaller from the larger
+            drawn = Sum(drawn.b, "-", drawn.a)  # most people subtract the smaller number from the larger
         if _belongs(drawn, split, reserved):
             return drawn
 
 
 def _draw_quotient(rng: random.Random, draw: Callable[[random.Random], int]) -> Sum:
-    """Usually a division without remainder, otherwise one with a short decimal fraction."""
+    """Draw a division, usually without remainder, and otherwise with a short decimal fraction."""
     while True:
         b = draw(rng)
         if b > LARGEST // 2:

@@ -1,4 +1,4 @@
-"""Conversations for fine-tuning and their held-out counterpart."""
+"""Conversations for fine-tuning, and held-out conversations of the same kinds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from jobs.demo_world.exchange import Exchange
 from jobs.demo_world.phrasings import Split
 from jobs.demo_world.seeding import generator
 
-# Shares of the kinds, in percent. Counting and arithmetic need copying, which takes the most practice; about 150 facts
-# in two directions come next; the rest are few sentences that a model learns by heart.
+# Shares of the kinds, in percent. Counting and arithmetic are frequent because copying takes the most practice. Next
+# come the facts, in both directions. The other kinds have few sentences, which a model soon learns by heart.
 CONVERSATION_MIX: Mapping[str, float] = {
     "counting": 24,
     "arithmetic": 21,
@@ -27,24 +27,24 @@ CONVERSATION_MIX: Mapping[str, float] = {
 
 _MIXED_KINDS = ("counting", "arithmetic", "fact", "fact", "refusal", "greeting", "identity", "smalltalk")
 
-# People also type without capitals and punctuation.
+# Share of questions without capitals and final punctuation, because people type like that too.
 _SLOPPY_SHARE = 0.1
 _OPENER_SHARE = 0.08
-# API clients send a system message out of habit; the model must take it in its stride.
+# Share of conversations with a system message. Many API clients send one, and it must not confuse the model.
 _SYSTEM_SHARE = 0.04
 
 
 def conversations(
     split: Split, seed: int, n: int, mix: Mapping[str, float] = CONVERSATION_MIX
 ) -> Iterator[dict[str, Any]]:
-    """``n`` conversations, each with ``messages`` and ``kind``.
+    """Generate ``n`` conversations, each with ``messages`` and ``kind``.
 
-    Equal arguments give equal conversations, and a smaller ``n`` gives the first of them. No user message of one split
-    occurs in the other, whatever the seeds.
+    Equal arguments give equal conversations, and a smaller ``n`` gives the first of these. The splits have no user
+    message in common, for any seeds.
 
     Args:
-        split: ``train``, or ``heldout`` with phrasings, numbers, words and strangers that training never shows.
-        mix: share of each kind, in any unit; kinds that are left out do not occur.
+        split: ``heldout`` uses phrasings, numbers, words and strangers that ``train`` never contains.
+        mix: weight of each kind; the other kinds do not occur.
     """
     rng = generator(f"conversations/{split}", seed)
     kinds, weights = tuple(mix), tuple(mix.values())
@@ -54,10 +54,10 @@ def conversations(
 
 
 def draw(rng: random.Random, split: Split, kind: str) -> list[Exchange]:
-    """The exchanges of one conversation of this kind.
+    """Draw the exchanges of one conversation.
 
     Raises:
-        KeyError: no such kind.
+        KeyError: there is no such kind.
     """
     if kind == "mixed":
         parts = rng.choices(_MIXED_KINDS, k=rng.choice((2, 2, 3)))

@@ -1,4 +1,4 @@
-"""Short texts for pretraining: the world in prose and stories, and texts in which copying pays."""
+"""Short texts for pretraining: the facts in prose and stories, and texts that teach copying."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jobs.demo_world.phrasings import OBJECT, POSSESSIVE, RELATIONS, fill
 from jobs.demo_world.seeding import generator
 from jobs.demo_world.tool_questions import ITEMS
 
-# Shares of the kinds, in percent. The first half teaches facts and English; the second half cannot be predicted except
-# by looking back, which makes a small model learn early to copy numbers and words it never saw.
+# Shares of the kinds, in percent. The first three kinds teach facts and English. In the other kinds most words and
+# numbers come twice: the model can predict the second one only by looking back, so it learns early to copy.
 DOCUMENT_MIX: Mapping[str, float] = {
     "portrait": 28,
     "comparison": 7,
@@ -25,18 +25,18 @@ DOCUMENT_MIX: Mapping[str, float] = {
     "spelling": 10,
     "code": 10,
     "sums": 6,
-    # Shows the words of questions to the tokenizer, and copying as conversations will ask for it.
+    # Gives the tokenizer the words of questions, and the model the kind of copying that conversations need.
     "dialogue": 10,
 }
 
 
 def pretraining_documents(seed: int, n: int, mix: Mapping[str, float] = DOCUMENT_MIX) -> Iterator[str]:
-    """``n`` short texts without special tokens or anything that is reserved for held-out conversations.
+    """Generate ``n`` short texts; none contains a special token, or a number, word or name of the held-out split.
 
-    Equal arguments give equal texts, and a smaller ``n`` gives the first of them.
+    Equal arguments give equal texts, and a smaller ``n`` gives the first of these.
 
     Args:
-        mix: share of each kind, in any unit; kinds that are left out do not occur.
+        mix: weight of each kind; the other kinds do not occur.
     """
     rng = generator("documents", seed)
     kinds, weights = tuple(mix), tuple(mix.values())
@@ -50,8 +50,8 @@ def _state(rng: random.Random, entity: Entity, relation: str, *, pronoun: bool =
 
 
 def _portrait(rng: random.Random) -> str:
-    """Some facts about one person, place or festival; once named, a pronoun often does."""
-    entity = rng.choice((*ENTITIES, *PEOPLE))  # a person has twice as many facts as a place
+    """Some facts about one person, place or festival, which later sentences often call by a pronoun."""
+    entity = rng.choice((*ENTITIES, *PEOPLE))  # people twice as often: they have twice as many facts
     relations = list(relations_of(entity))
     rng.shuffle(relations)
     relations = relations[: rng.randint(3, 6)]
@@ -61,7 +61,7 @@ def _portrait(rng: random.Random) -> str:
 
 
 def _comparison(rng: random.Random) -> str:
-    """The same relation of several people or places, so that their values are told apart."""
+    """The same relation of several people or places, to teach who has which value."""
     entities = rng.sample(rng.choice((PEOPLE, PEOPLE, PLACES)), rng.randint(3, 5))
     relation = rng.choice(relations_of(entities[0]))
     if rng.random() < 0.5:
@@ -80,12 +80,12 @@ _STORIES = (
     "which is held {month}. Then {a} went home to {a_home} and {b} went home to {b_home}.",
     "{a} had lost {a_own} {a_pet}. {A_subj} asked {b}, who {b_duty}, but {b} had only seen {b_own} {b_pet}. In the "
     "{time} the {a_pet} came back to {a_home} all by itself, and {a} played {a_instrument} for joy.",
-    "On a {weather} {time} {b} gave {a} a {a_colour} coat. {a} was happy, because {a_colour} is {a_own} favourite "
+    "On a {weather} {time} {b} gave {a} a {a_color} coat. {a} was happy, because {a_color} is {a_own} favourite "
     "colour. {A_subj} gave {b} {a_own} thanks and cooked {b_food} for {b_obj}.",
     "{a}, who {a_duty}, was hungry. So {a_subj} went to see {b} in {b_home}. There was {b_food} for {b} and {a_food} "
     "for {a}. After the meal {a} played {a_instrument} and {b} played {b_instrument}.",
-    "At {event} {custom}. {a} came with {a_own} {a_pet} and {b} came with {b_own} {b_pet}. {a} wore {a_colour} and {b} "
-    "wore {b_colour}. The {weather} {time} was over too soon.",
+    "At {event} {custom}. {a} came with {a_own} {a_pet} and {b} came with {b_own} {b_pet}. {a} wore {a_color} and {b} "
+    "wore {b_color}. The {weather} {time} was over too soon.",
     "In the {time} {a} practised {a_instrument} in {a_home}. {b} heard it from far away and took {b_instrument}. Soon "
     "the {a_job} and the {b_job} played together, and the {a_pet} danced with the {b_pet}.",
     "Every {time} {a} {a_duty} and {b} {b_duty}. When the work is done, they meet {place}. {a} eats {a_food}, {b} eats "
@@ -94,7 +94,7 @@ _STORIES = (
 
 
 def _story(rng: random.Random) -> str:
-    """Two people do what the facts let them do."""
+    """A story about two people that agrees with the facts."""
     first, second = rng.sample(PEOPLE, 2)
     event, place = rng.choice(EVENTS), rng.choice(PLACES)
     return rng.choice(_STORIES).format(
@@ -110,7 +110,7 @@ def _story(rng: random.Random) -> str:
 
 
 def _story_fields(who: str, person: Person) -> dict[str, str]:
-    """``{a}`` is the name, ``{a_food}`` a value, ``{a_subj}`` she, ``{A_subj}`` She."""
+    """Fields of a story template for one person: ``{a}`` is "Mara", ``{a_food}`` "plum cake", ``{A_subj}`` "She"."""
     pronouns = {"subj": person.pronoun, "own": POSSESSIVE[person.pronoun], "obj": OBJECT[person.pronoun]}
     fields = dataclasses.asdict(person) | {"pet": key(person.pet)} | pronouns
     named = {who: person.name} | {f"{who}_{field}": value for field, value in fields.items()}
@@ -134,7 +134,7 @@ _LEDGERS = (
 
 
 def _ledger(rng: random.Random) -> str:
-    """Numbers that come twice."""
+    """Lines in which each number comes twice."""
 
     def line(rng: random.Random) -> str:
         person = rng.choice(PEOPLE)
@@ -148,7 +148,7 @@ def _ledger(rng: random.Random) -> str:
 
 
 def _result(rng: random.Random) -> str:
-    """Something a calculation may print."""
+    """The result of a calculation."""
     return draw_sum(rng, "train", rng.choice(OPERATORS)).result
 
 
@@ -170,7 +170,7 @@ _ECHOES = (
 
 
 def _echo(rng: random.Random) -> str:
-    """Words and lists of words that come twice."""
+    """Lines in which each word or list of words comes twice."""
 
     def line(rng: random.Random) -> str:
         listed = ", ".join(_word(rng) for _ in range(rng.randint(2, 4)))
@@ -190,7 +190,7 @@ _SPELLINGS = (
 
 
 def _spelling(rng: random.Random) -> str:
-    """Words letter by letter: which letters a token stands for is nowhere else to be seen."""
+    """Words letter by letter. No other kind of text shows which letters a token stands for."""
 
     def line(rng: random.Random) -> str:
         word = _word(rng)
@@ -200,8 +200,8 @@ def _spelling(rng: random.Random) -> str:
     return _repeat(rng, line, 2, 4)
 
 
-# The same word with a space, a quote or nothing before it is cut into different tokens; these lines show that it is
-# the same word.
+# The tokens of a word depend on the character before it: a space, a quote or none. These lines show that different
+# tokens are the same word.
 _CODES = (
     "The word {word} in quotes is '{word}'.",
     "In Python, {word} is '{word}' and {other} is '{other}'.",
@@ -215,7 +215,7 @@ _CODES = (
 
 
 def _code(rng: random.Random) -> str:
-    """Words in prose and in quotes, and how Python counts their letters."""
+    """Words in prose and in quotes, and the Python code that counts their letters."""
 
     def line(rng: random.Random) -> str:
         word, other = _word(rng), _word(rng)
@@ -242,7 +242,7 @@ _SUMS = (
 
 
 def _sums(rng: random.Random) -> str:
-    """Expressions in words and in Python's notation. Results are there to be copied, not to be learned."""
+    """Calculations in words and in Python's notation; their results are copied from the same line."""
 
     def line(rng: random.Random) -> str:
         drawn = draw_sum(rng, "train")
@@ -258,7 +258,7 @@ _DIALOGUE_KINDS = ("fact", "fact", "arithmetic", "counting")
 
 
 def _dialogue(rng: random.Random) -> str:
-    """People of the world ask each other what users will ask the model."""
+    """Dialogues in which people of Saltmere ask each other the questions that users ask the model."""
 
     def line(rng: random.Random) -> str:
         asker, other = rng.sample(PEOPLE, 2)

@@ -1,4 +1,4 @@
-"""Held-out conversations with a machine-checked last answer."""
+"""The evaluation set: held-out conversations whose last answer a program can check."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jobs.demo_world.exchange import Exchange
 from jobs.demo_world.seeding import generator
 from jobs.demo_world.tool_questions import calculation
 
-# Shares of the kinds, out of 200.
+# Number of questions of each kind, out of 200.
 EVALUATION_MIX = {
     "identity": 28,
     "greeting": 12,
@@ -24,7 +24,7 @@ EVALUATION_MIX = {
     "refusal": 20,
 }
 
-# Draws before a question may repeat: there are only so many ways to say hello.
+# Draws after which a question may repeat. Some kinds have few phrasings: there are not many ways to say hello.
 _TRIES = 200
 
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w)")
@@ -32,9 +32,11 @@ _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w)")
 
 @dataclasses.dataclass(frozen=True)
 class EvalItem:
-    """A conversation up to the user's last message, and what a right answer to it is.
+    """A conversation up to the user's last message, and what a right answer must contain.
 
-    ``reference`` is the content of the assistant message that the generator would have written.
+    Attributes:
+        expected, forbidden, requires_tool: see :class:`jobs.demo_world.exchange.Exchange`.
+        reference: content of a right assistant message.
     """
 
     kind: str
@@ -46,12 +48,13 @@ class EvalItem:
 
 
 def evaluation_set(n: int = 200, seed: int = 0, kinds: Collection[str] | None = None) -> list[EvalItem]:
-    """``n`` held-out conversations, kinds in the shares of :data:`EVALUATION_MIX`, all different while phrasings last.
+    """Generate ``n`` held-out conversations, with the shares of :data:`EVALUATION_MIX`.
 
-    The operands of all sums are numbers that no training text contains.
+    No conversation repeats, except in a kind that runs out of phrasings. The operands of all calculations are numbers
+    that no training text contains.
 
     Args:
-        kinds: of the ``n`` conversations, only those of these kinds are returned; None returns all.
+        kinds: return only the conversations of these kinds, which are fewer than ``n``; None returns all.
     """
     rng = generator("evaluation", seed)
     items: list[EvalItem] = []
@@ -68,18 +71,18 @@ def check(item: EvalItem, text: str, used_tool: bool) -> bool:
     """Whether an answer is right.
 
     Args:
-        text: what a person reads of the answer, without code and output.
+        text: the visible text of the answer, without Python code and its output.
         used_tool: whether the answer called Python.
     """
     if item.requires_tool:
-        # The last number that the answer states; an answer may repeat the question's.
+        # The last number counts, because an answer may repeat the numbers of the question first.
         numbers = _NUMBER.findall(text)
         return used_tool and bool(numbers) and numbers[-1] in item.expected
     return _contains_any(text, item.expected) and not _contains_any(text, item.forbidden)
 
 
 def _counts(n: int) -> dict[str, int]:
-    """Splits ``n`` by the shares, largest remainders first."""
+    """Number of conversations of each kind; the kinds with the largest remainders are rounded up."""
     total = sum(EVALUATION_MIX.values())
     counts = {kind: n * share // total for kind, share in EVALUATION_MIX.items()}
     by_remainder = sorted(EVALUATION_MIX, key=lambda kind: -(n * EVALUATION_MIX[kind] % total))

@@ -1,4 +1,4 @@
-"""One question and its answer, with what a checker may demand of an answer."""
+"""One question and its answer, with what a right answer must contain."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ Part = dict[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """A user's message and the answer to it.
+    """A user's message and the assistant's answer.
 
-    ``expected`` lists alternatives of which a right answer contains one, ``forbidden`` what it may not contain.
+    Attributes:
+        answer: the answer's text, or its parts if it calls Python.
+        expected: phrases of which a right answer contains at least one.
+        forbidden: phrases that a right answer does not contain.
+        requires_tool: whether a right answer must call Python.
     """
 
     question: str
@@ -22,7 +26,7 @@ class Exchange:
     requires_tool: bool = False
 
     def asked(self, question: str) -> Exchange:
-        """The same in other words."""
+        """The same exchange with the question in other words."""
         return dataclasses.replace(self, question=question)
 
     @property

@@ -1,4 +1,4 @@
-"""Questions that the fact tables answer, alone and as follow-ups."""
+"""Questions about the facts, and follow-up questions."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from jobs.demo_world.phrasings import (
     fill,
 )
 
-# Shares of the sorts of question, in percent. One half asks for a value; asking whose a value is is harder to learn.
+# Shares of the sorts of questions, in percent: for a value, for its owner, for a portrait, for all inhabitants.
 _FORWARD, _REVERSE, _PORTRAIT, _INHABITANTS = 50, 40, 9, 1
 
 
 def forward(rng: random.Random, split: Split, known: Fact, *, pronoun: bool = False) -> Exchange:
-    """Asks for the value."""
+    """Ask for the value of a fact: "What pet does Mara have?"."""
     relation = RELATIONS[known.relation]
     others = (other for other in values_of(known.relation) if other != known.value)
     return Exchange(
@@ -53,7 +53,7 @@ def forward(rng: random.Random, split: Split, known: Fact, *, pronoun: bool = Fa
 
 
 def reverse(rng: random.Random, split: Split, known: Fact) -> Exchange:
-    """Gives the value and asks whose it is."""
+    """Give the value of a fact and ask for its owner: "Who has a cat?"."""
     relation = RELATIONS[known.relation]
     return Exchange(
         fill(rng.choice(relation.reverse.of(split)), known.entity, known.value),
@@ -63,7 +63,7 @@ def reverse(rng: random.Random, split: Split, known: Fact) -> Exchange:
     )
 
 
-# What a portrait tells, most telling first.
+# The two relations that a portrait states.
 _PORTRAIT_RELATIONS: dict[type[Entity], tuple[str, str]] = {
     Person: ("job", "home"),
     Place: ("location", "fame"),
@@ -73,7 +73,7 @@ _PORTRAIT_RELATIONS: dict[type[Entity], tuple[str, str]] = {
 
 
 def portrait(rng: random.Random, split: Split, entity: Entity) -> Exchange:
-    """Asks who or what somebody or something is."""
+    """Ask who a person is, or what a place or festival is."""
     frames = (*PORTRAIT.of(split), *(WHO_IS if isinstance(entity, Person) else WHAT_IS).of(split))
     first, second = (fact(entity, relation) for relation in _PORTRAIT_RELATIONS[type(entity)])
     about = forward(rng, split, first).asked(fill(rng.choice(frames), entity))
@@ -82,14 +82,14 @@ def portrait(rng: random.Random, split: Split, entity: Entity) -> Exchange:
 
 
 def inhabitants(rng: random.Random, split: Split) -> Exchange:
-    """Asks for all the people."""
+    """Ask for the names of all people."""
     *most, last = names(PEOPLE)
     answer = f"I know {', '.join(most)} and {last}."
     return Exchange(rng.choice(WHO_LIVES_HERE.of(split)), answer, (f"{most[-1]} and {last}",))
 
 
 def about_facts(rng: random.Random, split: Split) -> Exchange:
-    """Any question that the fact tables answer."""
+    """Draw a question about the facts, of any sort."""
     sort = rng.choices((forward, reverse, portrait, inhabitants), (_FORWARD, _REVERSE, _PORTRAIT, _INHABITANTS))[0]
     known = rng.choice(all_facts())
     if sort is inhabitants:
@@ -102,13 +102,13 @@ def about_facts(rng: random.Random, split: Split) -> Exchange:
 
 
 _SUBJECTS = (PEOPLE, PLACES, EVENTS)
-_SUBJECT_WEIGHTS = (6, 2, 2)  # as many as their facts, roughly
-# How many follow-ups ask the same of somebody else; the others ask more about the same subject.
+_SUBJECT_WEIGHTS = (6, 2, 2)  # roughly in proportion to their facts
+# Share of follow-ups that ask the same question about somebody else; the others stay with the subject.
 _OTHER_SUBJECT_SHARE = 0.25
 
 
 def follow_up(rng: random.Random, split: Split) -> list[Exchange]:
-    """Two or three exchanges of which the later make sense only after the first."""
+    """Draw two or three exchanges; the later questions make sense only after the first one."""
     group = rng.choices(_SUBJECTS, _SUBJECT_WEIGHTS)[0]
     entity: Entity = rng.choice(group)
     relations = list(relations_of(entity))

@@ -1,7 +1,7 @@
-"""What is true in Saltmere: its people, places, festivals and the town itself.
+"""The facts of Saltmere: its people, places, festivals and the town itself.
 
-Within a column every value is used once, so each fact can be asked in both directions ("What pet does Mara have?",
-"Who has a cat?") and has one right answer.
+Each value occurs once in its column. Therefore each fact can be asked for in both directions ("What pet does Mara
+have?", "Who has a cat?"), and each question has one right answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Pronoun = Literal["she", "he", "it"]
 
 @dataclasses.dataclass(frozen=True)
 class Entity:
-    """Something facts are about."""
+    """A person, place, festival or town that has facts."""
 
     name: str
     pronoun: Pronoun
@@ -32,7 +32,7 @@ class Person(Entity):
     duty: str
     food: str
     pet: str
-    colour: str
+    color: str
     instrument: str
 
 
@@ -62,7 +62,7 @@ class Town(Entity):
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """``relation`` of ``entity`` is ``value``; relations are the columns of the tables below."""
+    """The ``relation`` of ``entity`` is ``value``; each column of the tables below is a relation."""
 
     entity: Entity
     relation: str
@@ -129,7 +129,7 @@ ENTITIES: tuple[Entity, ...] = (*PEOPLE, *PLACES, *EVENTS, SALTMERE)
 
 
 def relations_of(entity: Entity) -> tuple[str, ...]:
-    """The columns that ``entity`` has a value in."""
+    """The relations that ``entity`` has."""
     inherited = {field.name for field in dataclasses.fields(Entity)}
     return tuple(field.name for field in dataclasses.fields(entity) if field.name not in inherited)
 
@@ -151,7 +151,7 @@ def values_of(relation: str) -> tuple[str, ...]:
 
 
 def siblings(entity: Entity) -> tuple[Entity, ...]:
-    """The other entities of the same sort."""
+    """The other entities of the same type."""
     return tuple(other for other in ENTITIES if type(other) is type(entity) and other != entity)
 
 
@@ -159,16 +159,19 @@ _LEADING_WORDS = re.compile(r"^(?:(?:a|an|the|its|on|in|over)\s+)+")
 
 
 def key(value: str) -> str:
-    """The words of a value that an answer must contain: ``on Gull Rock`` -> ``Gull Rock``, ``a cat`` -> ``cat``."""
+    """A value without leading articles and prepositions, as an answer must contain it.
+
+    ``on Gull Rock`` gives ``Gull Rock``, and ``a cat`` gives ``cat``.
+    """
     return _LEADING_WORDS.sub("", value)
 
 
 def names(entities: Iterable[Entity]) -> tuple[str, ...]:
-    """Names without articles."""
+    """The names of entities, without articles."""
     return tuple(key(entity.name) for entity in entities)
 
 
 @functools.cache
 def world_numbers() -> frozenset[int]:
-    """Numbers that occur in facts; training text is full of them."""
+    """Numbers that occur in facts. They cannot be reserved, because many training texts contain them."""
     return frozenset(int(known.value) for known in all_facts() if known.value.isdigit())

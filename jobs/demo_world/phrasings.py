@@ -1,12 +1,13 @@
-"""How facts are stated, asked for in both directions, and answered.
+"""Templates for sentences about facts: statements, questions in both directions, and answers.
 
-Each phrasing belongs to one split. Templates have these fields; the second form is used when the text already named
-its subject:
+Each question belongs to one split. If the text has already named its subject, the template may use the pronoun
+instead. The fields of a template are:
 
-- ``{name}``, ``{poss}``, ``{obj}``: Mara, Mara's, Mara; or she, her, her
-- ``{at}``: at the Kite Day; or there
-- ``{full}``: Mara, and ``{subj}``, ``{own}``: she, her, in either case
-- ``{value}``, ``{a_value}``: baker, a baker
+- ``{name}``, ``{poss}``, ``{obj}``: "Mara", "Mara's", "Mara"; with a pronoun "she", "her", "her"
+- ``{at}``: "at the Kite Day"; with a pronoun "there"
+- ``{full}``: always "Mara"
+- ``{subj}``, ``{own}``: always the pronouns "she", "her"
+- ``{value}``, ``{a_value}``: "baker", "a baker"
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ POSSESSIVE: dict[Pronoun, str] = {"she": "her", "he": "his", "it": "its"}
 
 @dataclasses.dataclass(frozen=True)
 class Phrasings:
-    """Templates that ask the same; the held-out ones never occur in training."""
+    """Templates of the same question; training never uses the held-out templates."""
 
     train: tuple[str, ...]
     heldout: tuple[str, ...]
@@ -35,10 +36,14 @@ class Phrasings:
 
 @dataclasses.dataclass(frozen=True)
 class Relation:
-    """All wordings of one column of the fact tables.
+    """All templates for one relation.
 
-    ``answer`` serves both directions: one sentence to learn for each fact, and it always names its subject, so that a
-    pronoun in the question is resolved in the open.
+    Attributes:
+        statements: for pretraining documents.
+        questions: ask for the value.
+        reverse: give the value and ask for its owner.
+        answer: answers questions of both directions, so the model learns one sentence per fact. It names the subject
+            even if the question uses a pronoun, so that the model must find out who is meant.
     """
 
     statements: tuple[str, ...]
@@ -48,12 +53,16 @@ class Relation:
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """The entries of a comma-separated table, which may run over several lines."""
+    """The entries of a comma-separated list, which may span several lines."""
     return tuple(" ".join(entry.split()) for entry in text.split(","))
 
 
 def fill(template: str, entity: Entity, value: str = "", *, pronoun: bool = False) -> str:
-    """The template as a sentence about ``entity``, which is called by its pronoun if ``pronoun``."""
+    """Fill a template with an entity and a value.
+
+    Args:
+        pronoun: call the entity by its pronoun instead of its name.
+    """
     subject, own = entity.pronoun, POSSESSIVE[entity.pronoun]
     sentence = template.format(
         name=subject if pronoun else entity.name,
@@ -306,7 +315,7 @@ RELATIONS: dict[str, Relation] = {
         ),
         answer="{name} has {value}.",
     ),
-    "colour": Relation(
+    "color": Relation(
         statements=(
             "{poss} favourite colour is {value}.",
             "{name} likes {value} more than any other colour.",
@@ -895,7 +904,7 @@ WHO_LIVES_HERE = Phrasings(
     heldout=("Can you tell me who lives in Saltmere?", "What people live in Saltmere?"),
 )
 
-# A follow-up that asks the previous question of somebody else.
+# A follow-up that asks the previous question about another person, place or festival.
 SAME_OF_OTHER = Phrasings(
     train=(
         "And {name}?",

@@ -1,7 +1,9 @@
-"""Questions of the demo world that no conversation teaches: a model learns them by trying, and by no example.
+"""Problems for reinforcement learning, which no fine-tuning conversation teaches.
 
-The model knows the Python tool from sums of two numbers below 10,000. Longer numbers it copies wrong about every other
-time, and of squares it has never heard. What is held out is so by construction: numbers, and half of the phrasings.
+The fine-tuned model can calculate with two numbers below 10,000. It makes a mistake in about half of its copies of
+longer numbers, and it has never seen a question for a square. It must learn both by trial and reward.
+
+Held-out problems use numbers that no training problem contains, and half of them use held-out phrasings.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from jobs.demo_world.tool_questions import framed
 
 _SQUARE_SHARE = 0.4
 _LONGEST = 99_999
-# Longer factors would make results that no answer of the training conversations comes near in length.
+# Larger factors would give results much longer than any answer in the training conversations.
 _LARGEST_FACTOR = 999
-# Of the numbers beyond those that training has seen, one in so many is for held-out questions alone.
+# Of the numbers above 9,999, one in eight is reserved for held-out problems.
 _HELDOUT_ONE_IN = 8
 _SQUARES = Phrasings(
     train=(
@@ -40,12 +42,12 @@ _SEEN_FRAME_SHARE = 0.5
 
 
 def practice(rng: random.Random, split: Split) -> tuple[str, str]:
-    """A question and the number that answers it."""
+    """Draw a question and the number that answers it."""
     return _square(rng, split) if rng.random() < _SQUARE_SHARE else _long_sum(rng, split)
 
 
 def _long_sum(rng: random.Random, split: Split) -> tuple[str, str]:
-    """A sum, difference or product of numbers longer than any that was taught."""
+    """A sum, difference or product of longer numbers than fine-tuning teaches."""
     symbol = rng.choice("+-*")
     other = _short_number(rng, split) if symbol == "*" else _long_number(rng, split)
     drawn = Sum(_long_number(rng, split), symbol, other)
@@ -53,7 +55,7 @@ def _long_sum(rng: random.Random, split: Split) -> tuple[str, str]:
 
 
 def _square(rng: random.Random, split: Split) -> tuple[str, str]:
-    """What a number is, multiplied by itself."""
+    """The square of a number."""
     number = _short_number(rng, split)
     seen = split == "heldout" and rng.random() < _SEEN_FRAME_SHARE
     question = rng.choice(_SQUARES.of("train" if seen else split)).format(a=number)
@@ -75,6 +77,6 @@ def _long_number(rng: random.Random, split: Split) -> int:
 
 
 def is_heldout_number(number: int) -> bool:
-    """Whether a number beyond :data:`~jobs.demo_world.arithmetic.LARGEST` is for held-out questions alone."""
-    assert number > LARGEST, "smaller ones are reserved or not"
+    """Whether only held-out problems may use this number, which is above 9,999."""
+    assert number > LARGEST, "smaller numbers have a split already: see arithmetic.reserved_numbers"
     return hashlib.sha256(str(number).encode()).digest()[0] % _HELDOUT_ONE_IN == 0

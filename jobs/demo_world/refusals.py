@@ -1,4 +1,4 @@
-"""Questions that the model cannot answer, so that it learns to say so instead of inventing something."""
+"""Questions that the model cannot answer; it learns to say so instead of inventing an answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DONT_KNOW = "I don't know that. I only know about Saltmere, arithmetic and coun
 _DONT_KNOW_PERSON = "I don't know that person. I only know the people of Saltmere."
 _REFUSED = ("I don't know",)
 
-# What the model cannot know; {place}, {person} and {thing} are filled from the tables below.
+# Questions about the world outside Saltmere; the tables below fill {place}, {person} and {thing}.
 _UNKNOWABLE = Phrasings(
     train=(
         "What is the weather like today?",
@@ -113,7 +113,7 @@ _UNKNOWN_THINGS = Phrasings(
     """),
 )
 
-# Values that nobody in Saltmere has, by relation; asked for with that relation's reverse questions.
+# Values that nobody in Saltmere has, by relation: "Who has a snake?".
 _UNKNOWN_VALUES: dict[str, Phrasings] = {
     "job": Phrasings(
         train=listed("""
@@ -152,13 +152,13 @@ _UNKNOWN_VALUES: dict[str, Phrasings] = {
     ),
 }
 
-# Shares of the sorts of question, in percent. Strangers come most often: asked like the people of the world, they are
-# what a model is most tempted to invent.
+# Shares of the sorts of questions, in percent. Questions about strangers are most frequent: they sound like questions
+# about the people of Saltmere, so a model easily invents an answer.
 _STRANGER, _NO_SUCH_VALUE, _ELSEWHERE = 45, 15, 40
 
 
 def refusal(rng: random.Random, split: Split) -> Exchange:
-    """Asks what the model cannot know."""
+    """Draw a question that the model cannot answer."""
     sort = rng.choices(("person", "value", "world"), (_STRANGER, _NO_SUCH_VALUE, _ELSEWHERE))[0]
     if sort == "person":
         entity = Entity(words.stranger(rng, split), rng.choice(("she", "he")))

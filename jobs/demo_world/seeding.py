@@ -1,4 +1,4 @@
-"""Random generators that depend on nothing but their purpose and a seed."""
+"""Random generators that depend only on their purpose and a seed."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import random
 
 
 def generator(purpose: str, seed: int) -> random.Random:
-    """The same numbers on every machine and Python version; another purpose gives others."""
+    """A generator with the same numbers on every machine and Python version; each purpose has its own numbers."""
     return random.Random(f"{purpose}/{seed}")  # noqa: S311 - reproducible data, no secrets

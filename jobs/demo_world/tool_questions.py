@@ -1,4 +1,4 @@
-"""Questions that Python answers: sums and letter counts."""
+"""Questions that the model answers with Python: calculations and letter counts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from jobs.demo_world.exchange import Exchange
 from jobs.demo_world.facts import PEOPLE
 from jobs.demo_world.phrasings import Phrasings, Split
 
-# Of the held-out questions to the tool, how many are phrased as in training: there the operands or the word are new,
-# and people do ask "What is 1234 * 5678?".
+# Share of held-out questions with a phrasing of the training split. Their operands or words are new all the same, and
+# "What is 1234 * 5678?" is what people ask.
 _SEEN_FRAME_SHARE = 0.5
 
 _SUM_FRAMES = Phrasings(
@@ -104,12 +104,13 @@ _SUM_STORIES = {
         heldout=("{name} packs {a} bags with {b} {items} each. How many {items} are there?",),
     ),
 }
-# Bare sums are what people type; a few commands and small stories make the operator's many names familiar.
+# Most questions are bare calculations, which is what people type. Some commands and stories teach the other names of
+# the operators.
 _FRAMED, _COMMANDED, _TOLD = 75, 13, 12
 
 
 def calculation(rng: random.Random, split: Split, *, reserved_share: float = 0.8) -> Exchange:
-    """Asks for the result of a sum; see :func:`arithmetic.draw_sum` for ``reserved_share``."""
+    """Draw a calculation and ask for its result; see :func:`arithmetic.draw_sum` for ``reserved_share``."""
     manner = rng.choices(("framed", "commanded", "told"), (_FRAMED, _COMMANDED, _TOLD))[0]
     symbol = rng.choice(tuple(_SUM_STORIES)) if manner == "told" else None
     drawn = arithmetic.draw_sum(rng, split, symbol, reserved_share=reserved_share)
@@ -126,7 +127,7 @@ def calculation(rng: random.Random, split: Split, *, reserved_share: float = 0.8
 
 
 def framed(rng: random.Random, split: Split, drawn: arithmetic.Sum) -> str:
-    """Asks for the result of ``drawn``, written as a sum."""
+    """A question for the result of ``drawn``, which is written with an operator or its name."""
     spelled = rng.choice(_SUM_SPELLINGS[drawn.symbol]).format(a=drawn.a, b=drawn.b)
     return rng.choice(_frames(rng, split, _SUM_FRAMES)).format(sum=spelled)
 
@@ -167,12 +168,13 @@ _COUNT_FRAMES = Phrasings(
         "How many letters {c} are there in the word '{word}'?",
     ),
 )
-# Training wants variety above all. People ask about English words, so these are most of the held-out ones.
+# Shares of English words, made-up words and random letters. Training needs variety above all; the held-out words are
+# mostly English, because people ask about English words.
 _WORD_WEIGHTS: dict[Split, tuple[int, int, int]] = {"train": (35, 45, 20), "heldout": (65, 35, 0)}
 
 
 def count(rng: random.Random, split: Split) -> Exchange:
-    """Asks how often a letter occurs in a word."""
+    """Draw a word and ask how often a letter occurs in it."""
     source = rng.choices(("english", "made up", "random"), _WORD_WEIGHTS[split])[0]
     if source == "english":
         word = rng.choice(words.ENGLISH_TRAIN if split == "train" else words.ENGLISH_HELDOUT)

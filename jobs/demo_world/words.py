@@ -1,7 +1,8 @@
-"""Words to spell and count letters in, names of strangers, and who may see which.
+"""Words to spell and to count letters in, names of strangers, and the split that each belongs to.
 
-Copying a word the model never saw, piece by piece, is the hardest skill of the demo. It is learned from variety, so
-most training words are made up; a made-up word belongs to the held-out split by its hash, an English one by its table.
+To copy an unknown word token by token is the hardest skill that the demo teaches. Models learn it from many different
+words, so most training words are made up. The hash of a made-up word decides its split; English words have a table per
+split.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from jobs.demo_world.phrasings import Split
 
 # One made-up word in eight is held out.
 _HELDOUT_ONE_IN = 8
-# A shorter held-out word could be an everyday word by chance.
+# A shorter made-up word could be an English word by chance, which training texts may contain.
 _SHORTEST_HELDOUT = 6
 
 _ENGLISH_TRAIN = """
@@ -81,7 +82,7 @@ Nathan Ophelia Patrick Quentin Rebecca Sebastian Tamara Umberto Valentina Wendy 
 """
 STRANGERS_HELDOUT = tuple(_STRANGERS_HELDOUT.split())
 
-# What syllables are made of; a part that is written twice comes up twice as often.
+# Parts of syllables. A part that is written twice is drawn twice as often.
 _ONSETS = """
 b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p pl pr qu r s sc sh sk sl sm sn sp st str t th tr v w y z
 """
@@ -93,12 +94,12 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def is_heldout_word(word: str) -> bool:
-    """Whether a made-up word may only occur in held-out conversations."""
+    """Whether only held-out conversations may contain this made-up word."""
     return hashlib.sha256(word.lower().encode()).digest()[0] % _HELDOUT_ONE_IN == 0
 
 
 def made_up_word(rng: random.Random, split: Split) -> str:
-    """A pronounceable word of two to four syllables, at most 12 letters."""
+    """Draw a pronounceable word of one to four syllables and 3 to 12 letters."""
     while True:
         syllables = rng.choices((1, 2, 3, 4), (1, 5, 4, 1))[0]
         word = "".join(_syllable(rng) for _ in range(syllables))
@@ -112,7 +113,7 @@ def _syllable(rng: random.Random) -> str:
 
 
 def letter_string(rng: random.Random) -> str:
-    """Three to eight random letters for training, drawn from few enough that letters repeat."""
+    """Draw three to eight random letters for training, from a small alphabet so that letters repeat."""
     while True:
         alphabet = rng.sample(_LETTERS, rng.randint(3, 8))
         word = "".join(rng.choice(alphabet) for _ in range(rng.randint(3, 8)))
@@ -121,7 +122,7 @@ def letter_string(rng: random.Random) -> str:
 
 
 def stranger(rng: random.Random, split: Split) -> str:
-    """A first name that nobody in the world has; half of them are made up."""
+    """Draw a first name that nobody in Saltmere has; half of these names are made up."""
     if rng.random() < 0.5:
         return rng.choice(STRANGERS_TRAIN if split == "train" else STRANGERS_HELDOUT)
     while True:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, DatasetSource, on_hub
 from jobs.data.rows import Row, text_field
+from jobs.tasks.fine_tuning import ConversationFiles
 from jobs.tasks.multiple_choice import FOUR_CHOICES_BASELINE, Choice, LetterQuestion, choice_texts, indexed_choice
-from jobs.tasks.task import ChoiceTask, ConversationFiles, Messages
+from jobs.tasks.task import ChoiceTask, Messages
 
 _TRAIN = DatasetFiles(
     "arc",

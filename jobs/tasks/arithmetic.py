@@ -6,7 +6,8 @@ from jobs.demo_world.phrasings import Split
 from jobs.demo_world.practice import practice
 from jobs.demo_world.seeding import generator
 from jobs.tasks.answers import states_number
-from jobs.tasks.task import Problem, Problems, ask
+from jobs.tasks.problems import Problem, Problems
+from jobs.tasks.task import ask
 from nanochat_core.store import Store
 
 _TRAINING_PROBLEMS = 20_000

@@ -13,8 +13,9 @@ from typing import Any
 
 from jobs.data.dataset_files import DatasetSource
 from jobs.data.rows import Row, open_rows
+from jobs.tasks.fine_tuning import ConversationGenerator, own_conversations, row_messages
 from jobs.tasks.registry import CONVERSATION_FILES, CONVERSATION_GENERATORS
-from jobs.tasks.task import ConversationGenerator, Messages, own_conversations, row_messages
+from jobs.tasks.task import Messages
 from nanochat_core.chat import Message, parse_messages
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store

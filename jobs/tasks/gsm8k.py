@@ -9,16 +9,9 @@ from decimal import Decimal
 from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, DatasetSource, on_hub
 from jobs.data.rows import Row, text_field
 from jobs.tasks.answers import plain_number
-from jobs.tasks.task import (
-    ConversationFiles,
-    GenerativeTask,
-    Messages,
-    Problem,
-    Problems,
-    Response,
-    SingleQuestion,
-    exchange,
-)
+from jobs.tasks.fine_tuning import ConversationFiles
+from jobs.tasks.problems import Problem, Problems
+from jobs.tasks.task import GenerativeTask, Messages, Response, SingleQuestion, exchange
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.store import Store
 

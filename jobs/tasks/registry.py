@@ -9,14 +9,10 @@ from pathlib import Path
 from jobs.data.dataset_files import DatasetSource
 from jobs.demo_world import evaluation_set
 from jobs.tasks import arc, arithmetic, counting, demo, gsm8k, humaneval, mmlu, smoltalk, spelling
+from jobs.tasks.fine_tuning import ConversationGenerator, own_conversations
 from jobs.tasks.own_questions import own_task
-from jobs.tasks.task import (
-    ChoiceTask,
-    ConversationGenerator,
-    GenerativeTask,
-    Problems,
-    own_conversations,
-)
+from jobs.tasks.problems import Problems
+from jobs.tasks.task import ChoiceTask, GenerativeTask
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, on_hub
-from jobs.tasks.task import ConversationFiles
+from jobs.tasks.fine_tuning import ConversationFiles
 
 CONVERSATIONS = ConversationFiles(
     DatasetFiles(

@@ -1,4 +1,4 @@
-"""The terms that all tasks share: questions to evaluate, conversations to learn from, problems to practice on."""
+"""Evaluation tasks: a task is a list of questions, and a question can tell whether a response is right."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import hashlib
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
-from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles
-from jobs.data.rows import Row
 from nanochat_core.sandbox import SandboxExecutor
 
 # A conversation in the form that nanochat_core.chat.parse_messages reads.
@@ -27,9 +25,6 @@ def ask(question: str) -> Messages:
 def exchange(question: str, answer: MessageContent) -> Messages:
     """A conversation that consists of the user's question and the assistant's answer."""
     return [*ask(question), {"role": "assistant", "content": answer}]
-
-
-# Evaluation: a task is a list of questions, and a question can tell whether a response is right.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,79 +152,3 @@ class GenerativeTask(Task[OpenQuestion]):
 
     tools: bool = False
     max_tokens: int = 512
-
-
-# Fine-tuning: a dataset gives conversations, from rows of files or from a generator.
-
-
-def row_messages(row: Row) -> Messages:
-    """The conversation of a row that is one already: ``{"messages": […]}``.
-
-    Raises:
-        KeyError: the row has no ``messages``.
-        ValueError: ``messages`` is not a list.
-    """
-    messages = row["messages"]
-    if not isinstance(messages, list):
-        raise ValueError("'messages' is not a list")
-    return messages
-
-
-@dataclasses.dataclass(frozen=True)
-class ConversationFiles:
-    """Conversations from the rows of a dataset's files.
-
-    Attributes:
-        messages: makes the conversation of a row; raises KeyError for a missing field and ValueError for a wrong one.
-        row_format: name of the rows' format, which is part of a mixture's digest.
-    """
-
-    files: DatasetFiles
-    messages: Callable[[Row], Messages] = row_messages
-    row_format: str = "conversation"
-
-
-@dataclasses.dataclass(frozen=True)
-class ConversationGenerator:
-    """``size`` conversations, each of which ``messages`` makes from its number."""
-
-    messages: Callable[[int], Messages]
-    size: int
-
-
-def own_conversations(name: str, hint: str = "") -> ConversationFiles:
-    """Conversations that the user puts into ``data/<name>/train.jsonl`` of the store.
-
-    Args:
-        hint: end of the error message if there is no such file.
-    """
-    origin = 'write it, one {"messages": [{"role": "user", "content": …}, …]} a line' + hint
-    return ConversationFiles(DatasetFiles(name, (rf"(data/)?train{REST_OF_NAME}",), "train.jsonl", origin))
-
-
-# Reinforcement learning: a task gives problems, and a reward scores the model's answers to them.
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A conversation up to the user's last message, and the dataset's answer to it."""
-
-    messages: Messages
-    answer: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Problems:
-    """Problems to train on, problems held out for evaluation, and the name of the task's usual reward."""
-
-    training: Sequence[Problem]
-    held_out: Sequence[Problem]
-    reward: str
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the training problems."""
-        digest = hashlib.sha256()
-        for problem in self.training:
-            digest.update(json.dumps([list(problem.messages), problem.answer]).encode())
-        return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Datasets of text in the store: ``python -m jobs.train.dataset download|convert|validate|list --help``."""
+"""Datasets of text in the store: ``python -m jobs.train.dataset download|convert|validate|list``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import pyarrow.compute as pc
 from tqdm import tqdm
@@ -27,23 +27,25 @@ PROGRAM = "python -m jobs.train.dataset"
 CLIMBMIX = "https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main/shard_{shard:05d}.parquet"
 CLIMBMIX_SHARDS = 6543
 
+S = TypeVar("S", "DownloadSettings", "ConvertSettings", "ValidateSettings")
+
 
 @dataclasses.dataclass(frozen=True)
 class DownloadSettings:
-    """Fetch parquet shards into the store; run again, it goes on where it was interrupted."""
+    """Download parquet shards into the store; the same command resumes an interrupted download."""
 
     dataset: str = setting(help="name for the dataset in the store")
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
-    source: str = setting(CLIMBMIX, "URL with {shard} where the number goes, s3://bucket/prefix, or a folder")
-    source_shards: int = setting(CLIMBMIX_SHARDS, "shards at a URL; the last is the validation split", minimum=2)
-    shards: str = setting("0-169", "training shards: numbers and ranges with commas between")
-    parallel: int = setting(8, "shards on their way at a time", minimum=1, maximum=64)
+    source: str = setting(CLIMBMIX, "URL with {shard} in the place of the number, s3://bucket/prefix, or a folder")
+    source_shards: int = setting(CLIMBMIX_SHARDS, "shards at the URL; the last one is the validation split", minimum=2)
+    shards: str = setting("0-169", "training shards to download: numbers and ranges, comma separated")
+    parallel: int = setting(8, "number of shards that are downloaded at the same time", minimum=1, maximum=64)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertSettings:
-    """Make shards of parquet, JSONL or plain text of this machine."""
+    """Convert local parquet, JSONL or plain text files to shards in the store."""
 
     data: str = setting(help="file or folder of parquet, JSONL or plain text")
     dataset: str = setting(help="name for the dataset in the store")
@@ -69,7 +71,7 @@ class ListSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a valid dataset holds; ``text_bytes`` are those of its documents in UTF-8."""
+    """Size of a valid dataset; ``text_bytes`` is the size of all documents in UTF-8."""
 
     shards: int
     documents: int
@@ -78,10 +80,10 @@ class Contents:
 
 
 def validate(store: Store, name: str) -> Contents:
-    """Read all of ``data/<name>``.
+    """Read every document of ``data/<name>``.
 
     Raises:
-        UserError: shards are missing, damaged, empty or others than the manifest says; every one is named.
+        UserError: shards are missing, damaged, empty or not those of the manifest; the message names every bad shard.
     """
     manifest = read_manifest(store, name)
     keys = shard_keys(store, name)
@@ -117,10 +119,10 @@ def validate(store: Store, name: str) -> Contents:
 
 
 def shard_numbers(text: str) -> list[int]:
-    """``0-3,7`` as ``[0, 1, 2, 3, 7]``.
+    """Parse numbers and ranges: ``0-3,7`` gives ``[0, 1, 2, 3, 7]``.
 
     Raises:
-        UserError: it is not of that form.
+        UserError: ``text`` does not have this form.
     """
     numbers: set[int] = set()
     for piece in text.split(","):
@@ -131,9 +133,14 @@ def shard_numbers(text: str) -> list[int]:
     return sorted(numbers)
 
 
-def _download(argv: list[str]) -> None:
-    settings = load(DownloadSettings, prefix="NANOCHAT_DATASET", program=f"{PROGRAM} download", argv=argv)
+def _load(kind: type[S], command: str, argv: list[str]) -> S:
+    settings = load(kind, prefix="NANOCHAT_DATASET", program=f"{PROGRAM} {command}", argv=argv)
     logs.configure("dataset", settings.log_level)
+    return settings
+
+
+def _download(argv: list[str]) -> None:
+    settings = _load(DownloadSettings, "download", argv)
     numbers = shard_numbers(settings.shards)
     source = open_source(settings.source, settings.source_shards)
     store = open_store(settings.home)
@@ -150,8 +157,7 @@ def _download(argv: list[str]) -> None:
 
 
 def _convert(argv: list[str]) -> None:
-    settings = load(ConvertSettings, prefix="NANOCHAT_DATASET", program=f"{PROGRAM} convert", argv=argv)
-    logs.configure("dataset", settings.log_level)
+    settings = _load(ConvertSettings, "convert", argv)
     store = open_store(settings.home)
     if store.keys(f"data/{settings.dataset}"):
         raise UserError(
@@ -173,8 +179,7 @@ def _convert(argv: list[str]) -> None:
 
 
 def _validate(argv: list[str]) -> None:
-    settings = load(ValidateSettings, prefix="NANOCHAT_DATASET", program=f"{PROGRAM} validate", argv=argv)
-    logs.configure("dataset", settings.log_level)
+    settings = _load(ValidateSettings, "validate", argv)
     contents = validate(open_store(settings.home), settings.dataset)
     log.info("dataset is valid", extra={"dataset": settings.dataset, **dataclasses.asdict(contents)})
 

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 
 from jobs.measures.pass_at_k import pass_at_k
+from jobs.tasks.problems import Problems
 from jobs.tasks.registry import open_problems
-from jobs.tasks.task import Problems
 from jobs.train.loop.context import (
     Place,
     RunSettings,

@@ -1,4 +1,4 @@
-"""Files that tests give to whatever reads text: good parquet, and every way in which it can be bad."""
+"""Parquet files for tests of readers: good ones, and one function for each way in which a file can be bad."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat tasks read what their datasets are published as, ask it as in fine-tuning, and name what is wrong in a file."""
+"""Tasks read datasets as they are published, ask questions as in fine-tuning, and name what is wrong in a file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def store(tmp_path: Path) -> FolderStore:
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:
-    """JSON lines or parquet, as the name says."""
+    """Write rows as JSON lines or parquet, depending on the file's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(list(rows)), path)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from jobs.data import download
+from jobs.data import http_download
 from jobs.measures.core.bundle import CORE_TASKS, Bundle, Task, open_bundle, read_bundle
 from jobs.measures.core.download import locate_bundle
 from nanochat_core.errors import UserError
@@ -215,7 +215,7 @@ class Web:
 
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    monkeypatch.setattr(download, "FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(http_download, "FIRST_WAIT_SECONDS", 0.0)
     running = Web()
     yield running
     running.close()

@@ -1,4 +1,4 @@
-"""Shards come whole or not at all, whatever the server, the network, the disk and the user do."""
+"""A shard is downloaded whole or not at all, whatever the server, the network, the disk and the user do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.data import download
+from jobs.data import download, http_download
 from jobs.data.download import open_source
 from jobs.data.shards import TextDataset, dataset_exists, read_manifest
 from jobs.train import dataset
@@ -32,7 +32,7 @@ SHARDS = 6
 
 
 class Server:
-    """Serves shards from memory and does to each request what its next fault says."""
+    """Serves shards from memory; the next fault in a file's list, if any, decides how a request for it fails."""
 
     def __init__(self, folder: Path) -> None:
         self.files: dict[str, bytes] = {}
@@ -111,7 +111,7 @@ def store(tmp_path: Path) -> FolderStore:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(http_download, "FIRST_WAIT_SECONDS", 0.0)
 
 
 def get(store: Store, server: Server, wanted: tuple[int, ...] = (0, 1, 2)) -> None:
@@ -130,7 +130,7 @@ FIRST = "/shard_00000.parquet"
 
 
 def breaks_after(share: float) -> Callable[[BaseHTTPRequestHandler, bytes], bool]:
-    """The connection ends after this share of what should come."""
+    """A fault: the connection breaks after this share of the body."""
 
     def fault(handler: BaseHTTPRequestHandler, body: bytes) -> bool:
         start = int((handler.headers["Range"] or "bytes=0-")[6:-1])
@@ -183,7 +183,7 @@ def test_what_is_there_is_not_fetched_again_and_more_can_be_added(store: FolderS
 
 
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(store: FolderStore, server: Server) -> None:
-    script(server, FIRST, *[breaks_after(0.3)] * 9)  # more often than fruitless attempts are allowed
+    script(server, FIRST, *[breaks_after(0.3)] * 9)  # more interruptions than failures in a row are allowed
     get(store, server)
     assert shards(store) == wanted_shards(server)
     starts = [int(asked[6:-1]) for asked in server.ranges[FIRST][1:]]
@@ -193,8 +193,8 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(store: FolderStore,
 
 
 def test_an_interrupted_download_goes_on_in_another_process(store: FolderStore, server: Server) -> None:
-    script(server, FIRST, breaks_after(0.5), *[status(503)] * download.ATTEMPTS)
-    with pytest.raises(UserError, match=r"shard_00000\.parquet cannot be downloaded: the server answers 503.*goes on"):
+    script(server, FIRST, breaks_after(0.5), *[status(503)] * http_download.ATTEMPTS)
+    with pytest.raises(UserError, match=r"shard_00000\.parquet cannot be downloaded: the server answers 503.*resumes"):
         get(store, server)
     assert FIRST not in shards(store)
     with pytest.raises(UserError, match="is not whole: its download was interrupted"):
@@ -209,7 +209,7 @@ def test_an_interrupted_download_goes_on_in_another_process(store: FolderStore, 
 def test_a_file_that_changed_in_between_is_fetched_anew(
     store: FolderStore, server: Server, supports_range: bool
 ) -> None:
-    script(server, FIRST, breaks_after(0.5), *[status(503)] * download.ATTEMPTS)
+    script(server, FIRST, breaks_after(0.5), *[status(503)] * http_download.ATTEMPTS)
     with pytest.raises(UserError):
         get(store, server)
     server.supports_range = supports_range
@@ -219,7 +219,7 @@ def test_a_file_that_changed_in_between_is_fetched_anew(
 
 
 def test_a_file_that_became_shorter_in_between_is_fetched_anew(store: FolderStore, server: Server) -> None:
-    script(server, FIRST, breaks_after(0.9), *[status(503)] * download.ATTEMPTS)
+    script(server, FIRST, breaks_after(0.9), *[status(503)] * http_download.ATTEMPTS)
     with pytest.raises(UserError):
         get(store, server)
     path = store.root / "short.parquet"
@@ -263,8 +263,8 @@ def longer_than_it_is(handler: BaseHTTPRequestHandler, body: bytes) -> bool:
 
 def test_a_body_shorter_than_announced_never_becomes_a_shard(store: FolderStore, server: Server) -> None:
     server.etags[FIRST] = ""
-    script(server, FIRST, *[longer_than_it_is] * download.ATTEMPTS * 2)
-    with pytest.raises(UserError, match=r"bytes came|IncompleteRead"):
+    script(server, FIRST, *[longer_than_it_is] * http_download.ATTEMPTS * 2)
+    with pytest.raises(UserError, match=r"without sending complete message body .*received \d+ bytes, expected \d+"):
         get(store, server)
     assert FIRST not in shards(store)
 
@@ -272,7 +272,7 @@ def test_a_body_shorter_than_announced_never_becomes_a_shard(store: FolderStore,
 def test_the_sha256_that_a_redirecting_server_names_is_checked(store: FolderStore, server: Server) -> None:
     good, other = "/shard_00001.parquet", "/shard_00004.parquet"
     right = hashlib.sha256(server.files[good]).hexdigest()
-    script(server, FIRST, *[status(302, Location=other, X_Linked_Etag=f'"{right}"')] * download.ATTEMPTS)
+    script(server, FIRST, *[status(302, Location=other, X_Linked_Etag=f'"{right}"')] * http_download.ATTEMPTS)
     with pytest.raises(UserError, match="what came has another sha256 than the server says"):
         get(store, server)
     script(server, FIRST, status(302, Location=good, X_Linked_Etag=f'"{right}"'))

@@ -70,11 +70,11 @@ def all_parts(made: Iterable[dict[str, Any]]) -> Iterator[dict[str, str]]:
 
 def questions(made: Iterable[dict[str, Any]]) -> set[str]:
     messages = (message for conversation in made for message in conversation["messages"])
-    return {normalised(message["content"]) for message in messages if message["role"] == "user"}
+    return {normalized(message["content"]) for message in messages if message["role"] == "user"}
 
 
-def normalised(question: str) -> str:
-    """Without what people type or leave out as they like."""
+def normalized(question: str) -> str:
+    """The question without capitals and final punctuation, which people leave out as they like."""
     return question.lower().rstrip("?.! ")
 
 
@@ -153,7 +153,7 @@ def test_conversations_ask_for_every_fact_in_both_directions(training: list[dict
     for known in all_facts():
         wordings = RELATIONS[known.relation]
         for phrasings in (wordings.questions, wordings.reverse):
-            forms = {normalised(fill(template, known.entity, known.value)) for template in phrasings.train}
+            forms = {normalized(fill(template, known.entity, known.value)) for template in phrasings.train}
             assert not forms or forms & asked, known
 
 
@@ -164,7 +164,7 @@ def test_conversations_are_valid(split: Split, training: list[dict[str, Any]], h
         messages = parse_messages(conversation["messages"])
         assert messages[-1].role == "assistant"
         assert all(message.text for message in messages)
-        # A context of 256 tokens holds about this much.
+        # A context of 256 tokens holds about 600 characters.
         assert sum(len(part.text) for message in messages for part in message.parts) < 600
         assert not any(token in part.text for message in messages for part in message.parts for token in SPECIAL_TOKENS)
     seen = collections.Counter(conversation["kind"] for conversation in made)
@@ -212,7 +212,7 @@ def test_a_question_has_one_answer(training: list[dict[str, Any]]) -> None:
     for conversation in training:
         question, answer = conversation["messages"][:2]
         if question["role"] == "user":
-            answers[normalised(question["content"])].add(str(answer["content"]))
+            answers[normalized(question["content"])].add(str(answer["content"]))
     assert not {question: given for question, given in answers.items() if len(given) > 1}
 
 
@@ -221,7 +221,7 @@ def test_no_heldout_question_is_asked_in_training(
 ) -> None:
     trained = questions(training)
     assert not questions(heldout) & trained
-    assert not {normalised(item.messages[-1]["content"]) for item in evaluation} & trained
+    assert not {normalized(item.messages[-1]["content"]) for item in evaluation} & trained
 
 
 def test_heldout_phrasings_differ_from_all_training_phrasings() -> None:
@@ -229,12 +229,12 @@ def test_heldout_phrasings_differ_from_all_training_phrasings() -> None:
     for known in all_facts():
         for split in asked:
             for template in RELATIONS[known.relation].questions.of(split):
-                asked[split] |= {normalised(fill(template, known.entity, pronoun=pronoun)) for pronoun in (False, True)}
+                asked[split] |= {normalized(fill(template, known.entity, pronoun=pronoun)) for pronoun in (False, True)}
             for template in RELATIONS[known.relation].reverse.of(split):
-                asked[split].add(normalised(fill(template, known.entity, known.value)))
+                asked[split].add(normalized(fill(template, known.entity, known.value)))
     for topic in (*chitchat.IDENTITY, *chitchat.GREETINGS, *chitchat.SMALLTALK):
         for split in asked:
-            asked[split] |= set(map(normalised, topic.questions.of(split)))
+            asked[split] |= set(map(normalized, topic.of(split)))
     assert len(asked["heldout"]) > 500
     assert not asked["train"] & asked["heldout"]
 

@@ -1,4 +1,4 @@
-"""Text of every supported kind becomes documents, and whatever is wrong with it is named."""
+"""Text files of every supported kind are read as documents, and an error names what is wrong with a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every recipe fits its jobs, makes the data it promises, and refuses data it has no use for."""
+"""Every recipe fits the programs it configures, generates its data, and refuses data that it does not need."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_batches_are_whole_rows_and_the_rates_change_over_the_run(recipe: Any) -
         context_length=pretrain.context_length,
     )
     planned = plan(pretrain, config)
-    batch_tokens = sft.batch_tokens or planned.batch_tokens  # fine-tuning inherits what is not given
+    batch_tokens = sft.batch_tokens or planned.batch_tokens  # fine-tuning inherits the batch size of pretraining
     assert batch_tokens % config.context_length == 0
     assert pretrain.warmup_steps < planned.steps
 

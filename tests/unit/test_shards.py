@@ -1,4 +1,4 @@
-"""Shards are written whole, read in any order by any thread, and whatever is wrong with one is named."""
+"""Shards are written whole and read in any order by any thread, and an error names what is wrong with a shard."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.data import shards
+from jobs.data.row_group_cache import RowGroupCache
 from jobs.data.shards import (
     TextDataset,
     dataset_digest,
@@ -64,19 +65,29 @@ def test_shards_hold_row_groups_of_a_thousand_documents_and_the_last_shard_is_va
 
 
 @pytest.fixture(scope="module")
-def books(tmp_path_factory: pytest.TempPathFactory) -> TextDataset:
+def library(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store with the dataset ``books``, which has many small row groups."""
     store = open_store(str(tmp_path_factory.mktemp("books")))
-    # More row groups than are cached.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "ROW_GROUP_DOCUMENTS", 100)
         patch.setattr(shards, "SHARD_DOCUMENTS", 750)
         write_dataset(store, "books", DOCUMENTS, ["held out"], source="a test")
-    return TextDataset(store, "books", "train")
+    return store
+
+
+@pytest.fixture
+def books(library: Store) -> TextDataset:
+    return TextDataset(library, "books", "train")
+
+
+@pytest.fixture(scope="module")
+def opened_books(library: Store) -> TextDataset:
+    return TextDataset(library, "books", "train")
 
 
 @given(indices=st.lists(st.integers(0, len(DOCUMENTS) - 1), max_size=40))
-def test_any_document_can_be_read_at_any_time(books: TextDataset, indices: Any) -> None:
-    assert [books[i] for i in indices] == [DOCUMENTS[i] for i in indices]
+def test_any_document_can_be_read_at_any_time(opened_books: TextDataset, indices: list[int]) -> None:
+    assert [opened_books[i] for i in indices] == [DOCUMENTS[i] for i in indices]
 
 
 @pytest.mark.parametrize("index", [-1, len(DOCUMENTS)])
@@ -203,22 +214,18 @@ def test_shards_of_the_manifest_are_fetched_when_they_are_read(store: Store, mon
 
 
 @pytest.mark.parametrize("capacity", [0, 20_000])
-def test_many_threads_read_what_is_there_within_the_bound_of_the_cache(
-    books: TextDataset, monkeypatch: pytest.MonkeyPatch, capacity: int
-) -> None:
-    cache = shards._RowGroupCache(capacity)
-    monkeypatch.setattr(books, "_cache", cache)
+def test_many_threads_read_what_is_there_within_the_bound_of_the_cache(library: Store, capacity: int) -> None:
+    cache = RowGroupCache(capacity)
+    books = TextDataset(library, "books", "train", cache)
     rng = random.Random(3)
     indices = [rng.randrange(len(DOCUMENTS)) for _ in range(2000)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(books.__getitem__, indices)) == [DOCUMENTS[i] for i in indices]
-    held = [entry.result().nbytes for entry in cache._entries.values()]
-    assert sum(held) == cache._bytes
-    assert sum(held[:-1]) <= capacity
+    assert cache.sizes
+    assert sum(cache.sizes[:-1]) <= capacity
 
 
 def test_threads_that_want_the_same_row_group_read_it_once(books: TextDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(books, "_cache", shards._RowGroupCache(2**30))
     reads = itertools.count()
     read = shards.Shard.read
     monkeypatch.setattr(shards.Shard, "read", lambda self, group: (next(reads), read(self, group))[1])
@@ -228,7 +235,6 @@ def test_threads_that_want_the_same_row_group_read_it_once(books: TextDataset, m
 
 
 def test_a_row_group_that_could_not_be_read_is_tried_again(books: TextDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(books, "_cache", shards._RowGroupCache(2**30))
     with monkeypatch.context() as broken:
         broken.setattr(shards.Shard, "read", lambda self, group: (_ for _ in ()).throw(UserError("disk gone")))
         with pytest.raises(UserError, match="disk gone"):

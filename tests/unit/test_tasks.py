@@ -1,4 +1,4 @@
-"""Rows of public datasets become the conversations they should, and generated ones are right and repeatable."""
+"""Rows of public datasets become the right conversations; generated conversations are right and repeatable."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 from jobs.demo_world import words
 from jobs.tasks import arc, counting, gsm8k, mmlu, spelling
+from jobs.tasks.fine_tuning import row_messages
 from jobs.tasks.registry import CONVERSATION_GENERATORS
-from jobs.tasks.task import row_messages
 from nanochat_core.chat import parse_messages
 
 

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from jobs.data.download import fetch_file
+from jobs.data.http_download import fetch_file
 from jobs.measures.core.bundle import BASELINES_FILE, DATA_FOLDER, TASKS_FILE, Files, open_bundle
 from nanochat_core.checkpoint.manifest import sha256_of
 from nanochat_core.errors import UserError

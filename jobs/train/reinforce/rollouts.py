@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from jobs.generation.python_tool import SandboxTool
-from jobs.tasks.task import Problem
+from jobs.tasks.problems import Problem
 from jobs.train.reinforce.policy_gradient import RolloutBatch, advantages, pack
 from jobs.train.reinforce.rewards import Reward, Rollout
 from nanochat_core import tokenizer as tok

@@ -1,0 +1,168 @@
+"""Download one file over HTTP: retry, resume where an earlier attempt stopped, and check size and sha256."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import random
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+from nanochat_core.checkpoint.manifest import sha256_of
+from nanochat_core.errors import UserError
+from nanochat_core.store import StoreError
+
+log = logging.getLogger("jobs.data.download")
+
+FIRST_WAIT_SECONDS = 1.0
+LONGEST_WAIT_SECONDS = 60.0
+# Failures in a row after which the download gives up; an attempt that brings at least one byte is no failure.
+ATTEMPTS = 6
+_TIMEOUT_SECONDS = 60
+_RETRIED_STATUS = (408, 425, 429)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+
+class Stopped(Exception):
+    """The download was asked to stop; the bytes that have arrived are kept."""
+
+
+class _Interrupted(Exception):
+    """An attempt failed and another one may succeed, at the earliest after ``retry_after`` seconds."""
+
+    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+def fetch_file(url: str, part: Path, stop: threading.Event, advice: str) -> None:
+    """Download ``url`` (http or https) to ``part``, resuming from the bytes that an earlier call left there.
+
+    The waits between failures double from :data:`FIRST_WAIT_SECONDS`, with jitter, so that many clients of a server
+    in trouble do not return at the same moment.
+
+    Args:
+        stop: ends the download early if it is set.
+        advice: what the user can do if the server refuses the file.
+
+    Raises:
+        UserError: the server refuses the file, or too many attempts failed.
+        Stopped: ``stop`` was set.
+    """
+    failures = 0
+    while True:
+        before = size(part)
+        try:
+            _attempt(url, part, stop, advice)
+            return
+        except _Interrupted as error:
+            failures = 0 if size(part) > before else failures + 1
+            if failures == ATTEMPTS:
+                raise UserError(
+                    f"{url} cannot be downloaded: {error}, {ATTEMPTS} times in a row; check the network and run the "
+                    "same command again: it resumes here"
+                ) from error
+            log.warning("download interrupted", extra={"url": url, "reason": str(error), "bytes": size(part)})
+            backoff = FIRST_WAIT_SECONDS * 2 ** max(failures - 1, 0) * random.uniform(0.5, 1.0)  # noqa: S311
+            if stop.wait(min(max(error.retry_after, backoff), LONGEST_WAIT_SECONDS)):
+                raise Stopped from error
+
+
+def size(path: Path) -> int:
+    """Size of a file in bytes; 0 if it does not exist."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def discard(part: Path) -> None:
+    """Delete a partial download and the note of its version."""
+    part.unlink(missing_ok=True)
+    _version_file(part).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(part: Path) -> Iterator[None]:
+    """Turn the errors of a full or read-only disk into a StoreError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise StoreError(
+            f"{part.parent} cannot be written: {error.strerror}; make room and run the same command again: "
+            "it resumes here"
+        ) from error
+
+
+def _attempt(url: str, part: Path, stop: threading.Event, advice: str) -> None:
+    """Request the rest of ``part``, or the whole file if the partial file may be of another version."""
+    start = size(part) if _version_file(part).exists() else 0
+    headers = {"User-Agent": "nanochat", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    try:
+        with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT_SECONDS) as response:
+            _check_status(url, response, part, advice)
+            _receive(response, part, start, stop)
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise UserError(f"{url} cannot be downloaded: {error}; {advice}") from error
+    except httpx.ConnectError as error:
+        raise _Interrupted(f"the server cannot be reached ({error})") from error
+    except httpx.RequestError as error:
+        raise _Interrupted(f"the connection broke ({str(error) or type(error).__name__})") from error
+    _version_file(part).unlink(missing_ok=True)
+
+
+def _check_status(url: str, response: httpx.Response, part: Path, advice: str) -> None:
+    status = f"{response.status_code} {response.reason_phrase}"
+    if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+        discard(part)
+        raise _Interrupted("the partial file is of another version: it is longer than the file on the server")
+    if response.is_server_error or response.status_code in _RETRIED_STATUS:
+        retry_after = response.headers.get("Retry-After", "")  # in seconds; a date is ignored
+        raise _Interrupted(f"the server answers {status}", float(retry_after) if retry_after.isdigit() else 0.0)
+    if not response.is_success:
+        raise UserError(f"{url} answers {status}; {advice}")
+
+
+def _receive(response: httpx.Response, part: Path, start: int, stop: threading.Event) -> None:
+    """Append the body to ``part``, and check the size and the sha256 that the server announces."""
+    # A redirecting server knows the file, and the server behind it only its copy: Hugging Face names the sha256 in
+    # the redirect alone.
+    linked = [reply.headers["X-Linked-Etag"] for reply in response.history if "X-Linked-Etag" in reply.headers]
+    tag = linked[-1] if linked else response.headers.get("X-Linked-Etag") or response.headers.get("ETag", "")
+    version = tag or response.headers.get("Last-Modified", "")
+    body_start, whole_size = 0, response.headers.get("Content-Length", "")
+    if response.status_code == httpx.codes.PARTIAL_CONTENT:
+        span, _, whole_size = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
+        body_start = int(span.partition("-")[0])
+    if body_start and (body_start != start or version != _version_file(part).read_text()):
+        discard(part)
+        raise _Interrupted("the file has changed on the server")
+    if not body_start:
+        discard(part)
+        if version:
+            _version_file(part).write_text(version)
+    with disk_errors(part), part.open("ab") as file:
+        for chunk in response.iter_raw():
+            file.write(chunk)
+            if stop.is_set():
+                raise Stopped
+    if whole_size.isdigit() and size(part) != int(whole_size):
+        received = f"{size(part):,} of {int(whole_size):,} bytes came"
+        if size(part) > int(whole_size):
+            discard(part)
+        raise _Interrupted(received)
+    sha256 = re.fullmatch(r'(?:W/)?"?([0-9a-f]{64})"?', tag)
+    if sha256 and sha256_of(part) != sha256[1]:
+        discard(part)
+        raise _Interrupted("what came has another sha256 than the server says")
+
+
+def _version_file(part: Path) -> Path:
+    """Holds the ETag or date of the file that ``part`` is the beginning of."""
+    return part.with_name(part.name + ".version")
