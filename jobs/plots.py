@@ -9,24 +9,39 @@ from pathlib import Path
 from typing import Any
 
 INK, FAINT, TRAIN, HELD_OUT = "#1f2933", "#d5dbe1", "#2f6fde", "#d9480f"
+_STYLE: dict[Any, Any] = {
+    "axes.titlecolor": INK,
+    "axes.titlesize": 11,
+    "axes.labelcolor": INK,
+    "axes.grid": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
 
 
 @contextlib.contextmanager
 def panels(
     path: Path, count: int, *, columns: int = 0, width: float = 5.2, height: float = 3.6
 ) -> Iterator[Sequence[Any]]:
-    """Axes side by side, which are written to ``path`` at the end.
+    """Axes of a figure, which is written to ``path`` when the context ends.
 
     Args:
-        columns: at most so many in a row; 0 for all.
-        width, height: of each, in inches.
+        count: number of axes.
+        columns: largest number of axes in a row; 0 puts all of them in one row.
+        width: width of each axis in inches.
+        height: height of each axis in inches.
     """
-    # Imported here: matplotlib takes a second that only reports need.
+    # Importing matplotlib takes a second, so programs that draw nothing do not import it.
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams.update(_STYLE)
     across = min(count, columns or count)
     rows = math.ceil(count / across)
     figure, axes = plt.subplots(rows, across, figsize=(width * across, height * rows), squeeze=False)
@@ -40,17 +55,8 @@ def panels(
         plt.close(figure)
 
 
-def label_axis(axis: Any, title: str, x: str, y: str) -> None:
-    """Title, names of the axes, and a faint grid."""
-    axis.set_title(title, color=INK, fontsize=11)
-    axis.set_xlabel(x, color=INK)
-    axis.set_ylabel(y, color=INK)
-    axis.grid(color=FAINT, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
 def log_scale(axis: Any, shown: Callable[[float], str]) -> None:
-    """Make an axis logarithmic, with few numbers that can be read, whether it spans three decades or a tenth of one."""
+    """Make an axis logarithmic, with a few readable tick labels for any range from a tenth of a decade to many."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     if axis.axis_name == "x":
@@ -65,7 +71,7 @@ def log_scale(axis: Any, shown: Callable[[float], str]) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """At most eight round numbers between two positive ones, evenly spread in ratio as far as they can be."""
+    """At most eight round numbers between two positive numbers, with ratios as even as possible."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         ticks = [digit * 10.0**decade for decade in decades for digit in digits if low <= digit * 10.0**decade <= high]
@@ -73,19 +79,19 @@ def log_ticks(low: float, high: float) -> list[float]:
             return ticks
     if len(ticks) > 6:
         return ticks[:: math.ceil(len(ticks) / 6)]
-    # Less than a decade: equal steps of a round number.
+    # For less than a decade the ticks have equal distances, which are a round number.
     unit = 10.0 ** math.floor(math.log10((high - low) / 3))
     step = next(unit * factor for factor in (5, 2, 1) if (high - low) / (unit * factor) >= 3)
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def scientific(value: float) -> str:
-    """FLOPs in three digits: 3e15."""
+    """A number with three digits, such as 3e15 for FLOPs."""
     return f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
 
 
 def short(value: float) -> str:
-    """A count or a loss in four digits: 0.95, 300 M."""
+    """A count or a loss with four digits, such as 0.95 or 300 M."""
     for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if value >= size:
             return f"{value / size:.4g}{letter}"
@@ -93,14 +99,14 @@ def short(value: float) -> str:
 
 
 def shades(count: int) -> list[Any]:
-    """Colors from light to dark, one for each of an ordered series."""
+    """Colors from light to dark for the members of an ordered series."""
     import matplotlib as mpl
 
     return [mpl.colormaps["viridis_r"](0.15 + 0.75 * i / max(count - 1, 1)) for i in range(count)]
 
 
 def running_mean(values: Sequence[float], decay: float = 0.9) -> list[float]:
-    """Exponential running mean, corrected for its start."""
+    """The exponential running mean, corrected for the bias of its start as in Adam (arXiv 1412.6980)."""
     mean, weight, means = 0.0, 0.0, []
     for value in values:
         mean = decay * mean + (1 - decay) * value

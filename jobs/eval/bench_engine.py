@@ -1,4 +1,4 @@
-"""Speed of inference under load: ``python -m jobs.eval.bench_engine --depth 4``."""
+"""Measure the speed of inference under load: ``python -m jobs.eval.bench_engine --depth 4``."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from jobs.eval.bench.endpoints import GrpcTarget, HttpTarget
-from jobs.eval.bench.outcomes import summarize
+from jobs.eval.bench.clients import Client, CoreClient
+from jobs.eval.bench.models import random_model, random_tokenizer
+from jobs.eval.bench.network_clients import GrpcClient, HttpClient
 from jobs.eval.bench.plots import plot_benchmark
+from jobs.eval.bench.request_results import summarize
 from jobs.eval.bench.roofline import Costs, Limits, measure_limits
 from jobs.eval.bench.table import HEADER, Row, table_line
-from jobs.eval.bench.targets import CoreTarget, Target
 from jobs.eval.bench.workload import (
     MIXES,
     BenchRequest,
@@ -36,6 +35,7 @@ from jobs.eval.bench.workload import (
     poisson_arrivals,
 )
 from jobs.eval.checkpoints import pick_checkpoint
+from jobs.eval.output_folder import make_output_folder
 from jobs.measures.machine import describe_machine
 from nanochat_core import logs
 from nanochat_core.config import ModelConfig
@@ -47,13 +47,13 @@ from nanochat_core.model import GPT
 from nanochat_core.precision import choose_dtype
 from nanochat_core.settings import describe, load, setting
 from nanochat_core.store import DEFAULT_HOME, open_store
-from nanochat_core.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger("jobs.eval.bench_engine")
 
-# Unless --requests says otherwise: requests for each slot of a closed loop, and of an open loop.
+# Without --requests: requests for each slot of a closed loop, and requests of an open loop.
 _ROUNDS, _ARRIVALS = 4, 64
-# Before a row is measured each slot gets a request with so few tokens of output.
+# Before each row every slot is warmed up by a request with this number of output tokens.
 _WARM_UP_OUTPUT = 4
 
 
@@ -62,39 +62,38 @@ class BenchEngineSettings:
     """Measure latency and throughput of the inference core, an engine service or any OpenAI-compatible endpoint."""
 
     model: str = setting("", "model of the store to load; with an http endpoint, the model to ask for")
-    revision: str = setting("", "<stage>/step_<n> of the model; its newest SFT checkpoint when not given")
+    revision: str = setting("", "<stage>/step_<n> of the model; empty for its newest SFT checkpoint")
     depth: int = setting(0, "depth of a model with random weights, instead of one of the store", minimum=0)
-    endpoint: str = setting("", "http://host:port/v1 or grpc://host:port to drive, instead of the core in this process")
+    endpoint: str = setting("", "http://host:port/v1 or grpc://host:port to measure instead of the core")
     batch_sizes: tuple[str, ...] = setting(("1", "8", "32", "64"), "sequences at a time, one row of the table for each")
-    rate: tuple[str, ...] = setting((), "requests per second that arrive at random (Poisson) instead, one row for each")
+    rate: tuple[str, ...] = setting((), "rates of a Poisson process, in requests per second, instead of --batch-sizes")
     mixes: tuple[str, ...] = setting(MIXES, "kinds of requests")
     prompt_tokens: int = setting(128, "length of the prompts, except in mixed", minimum=1)
     output_tokens: int = setting(128, "length of the outputs, except in mixed", minimum=1)
-    mixed_prompts: str = setting("10-200", "least and greatest prompt length in mixed")
-    mixed_outputs: str = setting("10-120", "least and greatest output length in mixed")
-    shared_tokens: int = setting(96, "tokens that all prompts of prefix begin with", minimum=1)
-    samples: int = setting(8, "most continuations of one prompt in samples", minimum=1)
-    requests: int = setting(0, "requests per row, at least one a slot; 0 is 4 a slot, and 64 with a rate", minimum=0)
-    seed: int = setting(0, "decides lengths and arrival times", minimum=0)
-    timeout_seconds: float = setting(600.0, "an endpoint's answer that takes longer counts as failed", minimum=0.001)
+    mixed_prompts: str = setting("10-200", "shortest and longest prompt in mixed")
+    mixed_outputs: str = setting("10-120", "shortest and longest output in mixed")
+    shared_tokens: int = setting(96, "number of first tokens that all prompts of prefix share", minimum=1)
+    samples: int = setting(8, "largest number of continuations of a prompt in samples", minimum=1)
+    requests: int = setting(0, "requests per row, at least one per slot; 0 is 4 per slot, or 64 with --rate", minimum=0)
+    seed: int = setting(0, "seed of lengths and arrival times", minimum=0)
+    timeout_seconds: float = setting(600.0, "seconds after which an endpoint's request has failed", minimum=0.001)
     api_key_variable: str = setting("", "environment variable with the endpoint's API key; empty sends none")
     head_dim: int = setting(64, "head dimension with random weights", minimum=2)
     vocab_size: int = setting(4096, "vocabulary with random weights", minimum=265)
     context_length: int = setting(1024, "context with random weights", minimum=1)
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the core computes")
-    dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "what the core computes in; auto is fp32 on CPUs")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "device of the core")
+    dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of the core; auto is fp32 on CPUs")
     threads: int = setting(0, "CPU threads of the core; 0 leaves the choice to torch", minimum=0)
-    kv_cache_mib: int = setting(0, "size of the core's KV cache in MiB; 0 is what the engine chooses", minimum=0)
-    prefix_caching: bool = setting(True, "whether the core reuses blocks that other requests have computed")
+    kv_cache_mib: int = setting(0, "size of the core's KV cache in MiB; 0 lets the engine choose", minimum=0)
+    prefix_caching: bool = setting(True, "reuse KV blocks that other requests have computed")
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     report: str = setting("engine", "name of the folder under the store's reports/ for bench.json and bench.png")
-    output: str = setting("", "folder of this machine to write them to instead")
+    output: str = setting("", "local folder for these files, instead of the store")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
     def __post_init__(self) -> None:
-        core = [flag for flag, given in (("--model", self.model), ("--depth", self.depth)) if given]
-        if not self.endpoint and len(core) != 1:
-            raise UserError("give one of --model, --depth and --endpoint: what is to be measured?")
+        if not self.endpoint and bool(self.model) == bool(self.depth):
+            raise UserError("give one of --model, --depth and --endpoint: the benchmark measures one of them")
         if self.endpoint and self.depth:
             raise UserError("--depth makes a model in this process; leave it out with --endpoint")
         if self.revision and (self.endpoint or self.depth):
@@ -106,21 +105,23 @@ class BenchEngineSettings:
             raise UserError(f"--shared-tokens is {self.shared_tokens}, more than --prompt-tokens {self.prompt_tokens}")
         if not self.rate and not self.batch_sizes:
             raise UserError("--batch-sizes has nothing; give at least one")
-        self.shape, self.slots, self.rates  # noqa: B018 - whether they can be read
+        self.shape, self.slots, self.rates  # noqa: B018 - raises if a number cannot be read
 
     @property
     def slots(self) -> list[int]:
-        """Sequences at a time."""
-        return [_whole(text, "--batch-sizes") for text in self.batch_sizes]
+        """The numbers of concurrent sequences of closed loops."""
+        if wrong := next((text for text in self.batch_sizes if not text.isdecimal() or not int(text)), None):
+            raise UserError(f"--batch-sizes has {wrong!r}; use whole numbers of at least 1, comma separated")
+        return [int(text) for text in self.batch_sizes]
 
     @property
     def rates(self) -> list[float]:
-        """Requests per second; empty for closed loops."""
+        """The requests per second of open loops; empty for closed loops."""
         return [_positive(text, "--rate") for text in self.rate]
 
     @property
     def shape(self) -> Shape:
-        """Lengths of the requests."""
+        """The lengths of the requests."""
         return Shape(
             prompt=self.prompt_tokens,
             output=self.output_tokens,
@@ -132,31 +133,31 @@ class BenchEngineSettings:
 
 
 def run(settings: BenchEngineSettings, show: Callable[[str], None]) -> dict[str, Any]:
-    """Measure every row, show it as soon as it is there, and write ``bench.json`` and ``bench.png``.
+    """Measure every row, show each row as soon as it is measured, and write ``bench.json`` and ``bench.png``.
 
     Returns:
         The content of ``bench.json``.
 
     Raises:
-        UserError: there is nothing to measure, requests do not fit the model, or none was answered.
+        UserError: the model or server is missing, requests do not fit the model, or no request was answered.
     """
-    with opened(settings) as (target, costs, limits), report_folder(settings) as folder:
-        check_lengths(settings, target)
+    with opened(settings) as (client, costs, limits), report_folder(settings) as folder:
+        check_lengths(settings, client)
         if limits is not None:
             show(
                 f"limits: {limits.bytes_per_second / 1e9:,.1f} GB/s, {limits.flops_per_second / 1e9:,.0f} GFLOP/s "
-                f"in {target.description['dtype']}"
+                f"in {client.description['dtype']}"
             )
         show(HEADER)
         rows = []
-        for row in measure(settings, target, costs, limits):
+        for row in measure(settings, client, costs, limits):
             show(table_line(row))
             log.info("measured", extra=row.values())
             rows.append(row)
         if not any(row.summary.answered for row in rows):
             raise UserError(f"no request was answered: {'; '.join(rows[0].summary.errors)}")
         result: dict[str, Any] = {
-            "target": target.description,
+            "target": client.description,
             "settings": describe(settings),
             "machine": describe_machine(),
             "limits": None if limits is None else dataclasses.asdict(limits),
@@ -167,45 +168,46 @@ def run(settings: BenchEngineSettings, show: Callable[[str], None]) -> dict[str,
     return result
 
 
-def measure(settings: BenchEngineSettings, target: Target, costs: Costs | None, limits: Limits | None) -> Iterator[Row]:
-    """Every mix at every batch size or rate, each after requests that warm it up."""
+def measure(settings: BenchEngineSettings, client: Client, costs: Costs | None, limits: Limits | None) -> Iterator[Row]:
+    """Measure every mix under every load. Warm-up requests come before each measurement."""
     loads: list[tuple[int | None, float | None]]
     loads = [(None, rate) for rate in settings.rates] or [(slots, None) for slots in settings.slots]
     for mix in settings.mixes:
         for number, (slots, rate) in enumerate(loads):
             log.info("measuring", extra={"mix": mix, "slots": slots, "rate": rate})
             salt = len(loads) * MIXES.index(mix) + number
-            warm_up, requests, traffic = plan(settings, mix, slots, rate, target.vocabulary, salt)
-            target.run(warm_up, ClosedLoop(len(warm_up)))
-            outcomes = target.run(requests, traffic)
+            warm_up, requests, traffic = plan(settings, mix, slots, rate, client.vocabulary, salt)
+            client.run(warm_up, ClosedLoop(len(warm_up)))
+            results = client.run(requests, traffic)
             bandwidth_share = flops_share = None
-            if isinstance(target, CoreTarget) and costs is not None and limits is not None:
-                counts = [count for outcome in outcomes for count in outcome.counts]
-                read, computed = costs.of_run(counts, target.steps)
-                bandwidth_share = read / target.step_seconds / limits.bytes_per_second
-                flops_share = computed / target.step_seconds / limits.flops_per_second
-            yield Row(mix, slots, rate, summarize(outcomes), bandwidth_share, flops_share)
+            if isinstance(client, CoreClient) and costs is not None and limits is not None:
+                counts = [count for result in results for count in result.counts]
+                read, computed = costs.of_run(counts, client.steps)
+                bandwidth_share = read / client.step_seconds / limits.bytes_per_second
+                flops_share = computed / client.step_seconds / limits.flops_per_second
+            yield Row(mix, slots, rate, summarize(results), bandwidth_share, flops_share)
 
 
 def plan(
     settings: BenchEngineSettings, mix: str, slots: int | None, rate: float | None, vocabulary: int, salt: int
 ) -> tuple[list[BenchRequest], list[BenchRequest], Load]:
-    """Requests to warm up with, requests to measure, and when the latter are sent.
+    """The warm-up requests and the measured requests of a row, and the load that sends the measured ones.
 
-    Lengths and arrivals follow from the seed. The tokens of prompts are others in every run against an endpoint, whose
-    prefix cache may know those of earlier runs.
+    Lengths and arrivals follow from the seed. Prompts for an endpoint have new tokens in every run, because the
+    endpoint's prefix cache can contain the prompts of an earlier run.
 
     Args:
-        salt: of this row; rows must not find each other's prompts in the cache.
+        salt: number of the row. It keeps rows from finding each other's prompts in the prefix cache.
     """
     shape = settings.shape
     choices = choices_per_request(mix, shape, slots or shape.samples)
     at_once = slots // choices if slots else 1
-    # Fewer requests than slots would leave some empty.
+    # With fewer requests than slots some slots would stay empty.
     count = max(settings.requests or (_ARRIVALS if rate else _ROUNDS * at_once), at_once)
     content = secrets.randbits(64) if settings.endpoint else settings.seed
 
     def made(count: int, shape: Shape, part: int) -> list[BenchRequest]:
+        content_seed = (content, salt, part)
         return make_requests(
             mix,
             shape,
@@ -213,7 +215,7 @@ def plan(
             choices=choices,
             vocabulary=vocabulary,
             seed=settings.seed,
-            content_seed=(content, salt, part),
+            content_seed=content_seed,
         )
 
     short = dataclasses.replace(shape, output=_WARM_UP_OUTPUT, mixed_outputs=(_WARM_UP_OUTPUT, _WARM_UP_OUTPUT))
@@ -221,59 +223,57 @@ def plan(
     return made(at_once, short, 0), made(count, shape, 1), traffic
 
 
-def check_lengths(settings: BenchEngineSettings, target: Target) -> None:
+def check_lengths(settings: BenchEngineSettings, client: Client) -> None:
     """
     Raises:
-        UserError: the target cannot take requests of these lengths.
+        UserError: requests of these lengths do not fit the model's context.
     """
     longest = settings.shape.longest(settings.mixes)
-    if target.longest is not None and longest > target.longest:
+    if client.longest is not None and longest > client.longest:
         raise UserError(
-            f"prompts and outputs reach {longest} tokens, but the context length is {target.longest}; "
+            f"prompts and outputs reach {longest} tokens, but the context length is {client.longest}; "
             "lower --prompt-tokens, --output-tokens, --mixed-prompts or --mixed-outputs"
         )
 
 
 @contextlib.contextmanager
-def opened(settings: BenchEngineSettings) -> Iterator[tuple[Target, Costs | None, Limits | None]]:
-    """What the settings name; costs and limits are those of the core.
+def opened(settings: BenchEngineSettings) -> Iterator[tuple[Client, Costs | None, Limits | None]]:
+    """A client of the model or server that the settings name. Costs and limits are None for a server.
 
     Raises:
-        UserError: it is not there.
+        UserError: there is no such model or server.
     """
     costs = limits = None
-    target: Target
+    client: Client
     if settings.endpoint:
-        target = open_endpoint(settings)
+        client = open_endpoint(settings)
     else:
         prepare_cpu(settings.threads)
         model, tokenizer, description = load_model(settings)
         log.info("measuring the machine's limits")
         limits = measure_limits(model.cos.device, model.compute_dtype)
         costs = Costs(model.config, model.compute_dtype.itemsize)
-        most = max([EngineConfig.max_running, *settings.slots])
-        engine = Engine(
-            model,
-            tokenizer,
-            EngineConfig(
-                max_running=most,
-                token_budget=max(EngineConfig.token_budget, most),
-                kv_cache_bytes=settings.kv_cache_mib << 20 or None,
-                prefix_caching=settings.prefix_caching,
-            ),
+        running = max([EngineConfig.max_running, *settings.slots])
+        config = EngineConfig(
+            max_running=running,
+            token_budget=max(EngineConfig.token_budget, running),
+            kv_cache_bytes=settings.kv_cache_mib << 20 or None,
+            prefix_caching=settings.prefix_caching,
         )
+        engine = Engine(model, tokenizer, config)
         engine.warm_up()
-        target = CoreTarget(engine, description)
+        client = CoreClient(engine, description)
     try:
-        yield target, costs, limits
+        yield client, costs, limits
     finally:
-        target.close()
+        client.close()
 
 
-def open_endpoint(settings: BenchEngineSettings) -> Target:
-    """
+def open_endpoint(settings: BenchEngineSettings) -> Client:
+    """A client of ``--endpoint``.
+
     Raises:
-        UserError: the address is none, or nothing answers there.
+        UserError: the address is malformed, or no server answers there.
     """
     variable, url = settings.api_key_variable, urllib.parse.urlsplit(settings.endpoint)
     key = os.environ.get(variable, "") if variable else ""
@@ -282,17 +282,17 @@ def open_endpoint(settings: BenchEngineSettings) -> Target:
     if url.username or url.password:
         raise UserError("--endpoint has a user or password in it; give a key by --api-key-variable")
     if url.scheme == "grpc" and url.netloc and not url.path.strip("/"):
-        return GrpcTarget(url.netloc, settings.timeout_seconds)
+        return GrpcClient(url.netloc, settings.timeout_seconds)
     if url.scheme in ("http", "https") and url.netloc:
-        return HttpTarget(settings.endpoint, settings.model, key, settings.timeout_seconds)
+        return HttpClient(settings.endpoint, settings.model, key, settings.timeout_seconds)
     raise UserError(f"--endpoint is {settings.endpoint!r}; use http://host:port/v1 or grpc://host:port")
 
 
 def load_model(settings: BenchEngineSettings) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """The model on its device with its tokenizer and description.
+    """The model on its device, its tokenizer, and its description as JSON values.
 
     Raises:
-        UserError: there is no such checkpoint or device, or the numbers make no model.
+        UserError: there is no such checkpoint or device, or the settings make no valid model.
     """
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
@@ -309,53 +309,28 @@ def load_model(settings: BenchEngineSettings) -> tuple[GPT, Tokenizer, dict[str,
         checkpoint = pick_checkpoint(open_store(settings.home), settings.model, settings.revision)
         model, tokenizer = checkpoint.build_model(compute_dtype=dtype), checkpoint.tokenizer
         named = {"model": settings.model, "revision": checkpoint.ref.revision}
-    return (
-        model.to(device),
-        tokenizer,
-        {
-            **named,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": str(device),
-            **dataclasses.asdict(model.config),
-        },
-    )
-
-
-def random_model(config: ModelConfig, dtype: torch.dtype, seed: int) -> GPT:
-    """A model in which every weight matters: a new one's output projections would be zero."""
-    model, generator = GPT(config, dtype), torch.Generator().manual_seed(seed)
-    model.init_weights(generator)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if not weight.any():
-                weight.normal_(0, 0.05, generator=generator)
-    return model
-
-
-def random_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer of this size; what its tokens mean is not needed."""
-    ordinary = vocab_size - len(SPECIAL_TOKENS)
-    return Tokenizer([bytes([i % 256]) * (i // 256 + 1) for i in range(ordinary)])
+    description = {
+        **named,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+        **dataclasses.asdict(model.config),
+    }
+    return model.to(device), tokenizer, description
 
 
 @contextlib.contextmanager
 def report_folder(settings: BenchEngineSettings) -> Iterator[Path]:
-    """Where the results are written to.
+    """The folder that the results are written to.
 
     Raises:
         UserError: the folder cannot be made.
     """
-    if not settings.output:
+    if settings.output:
+        yield make_output_folder(settings.output, "--output")
+    else:
         with open_store(settings.home).publish(f"reports/{settings.report}", last="bench.json") as folder:
             yield folder
-        return
-    folder = Path(settings.output).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder} cannot be made: {error.strerror}") from error
-    yield folder
 
 
 def _positive(text: str, flag: str) -> float:
@@ -363,12 +338,6 @@ def _positive(text: str, flag: str) -> float:
         if 0 < (number := float(text)) < math.inf:
             return number
     raise UserError(f"{flag} has {text!r}; use positive numbers, comma separated")
-
-
-def _whole(text: str, flag: str) -> int:
-    if text.isdecimal() and int(text):
-        return int(text)
-    raise UserError(f"{flag} has {text!r}; use whole numbers of at least 1, comma separated")
 
 
 def _range(text: str, flag: str) -> tuple[int, int]:
@@ -381,7 +350,7 @@ def _range(text: str, flag: str) -> tuple[int, int]:
 def main() -> None:
     settings = load(BenchEngineSettings, prefix="NANOCHAT_BENCH_ENGINE", program="python -m jobs.eval.bench_engine")
     logs.configure("bench-engine", settings.log_level)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every request
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # httpx logs every request
     run(settings, lambda line: print(line, file=sys.stdout, flush=True))
 
 

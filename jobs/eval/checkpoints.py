@@ -8,10 +8,13 @@ from nanochat_core.store import Store
 
 
 def pick_checkpoint(store: Store, model: str, revision: str, stage: str = "sft") -> Checkpoint:
-    """The named checkpoint, or the newest of the stage.
+    """The checkpoint of a revision, or the newest checkpoint of a stage.
+
+    Args:
+        revision: ``<stage>/step_<n>``; empty for the newest checkpoint of ``stage``.
 
     Raises:
-        UserError: there is none.
+        UserError: the model has no such checkpoint.
     """
     if revision:
         return load_checkpoint(store, CheckpointRef.parse(model, revision))
@@ -22,10 +25,10 @@ def pick_checkpoint(store: Store, model: str, revision: str, stage: str = "sft")
 
 
 def newest_tuned(store: Store, model: str) -> Checkpoint:
-    """The newest checkpoint of the last stage that there is.
+    """The model's newest checkpoint of reinforcement learning or else of fine-tuning.
 
     Raises:
-        UserError: there is none that chats.
+        UserError: the model has neither.
     """
     for stage in reversed(STAGES[1:]):
         checkpoint = newest_checkpoint(store, model, stage)
@@ -35,13 +38,13 @@ def newest_tuned(store: Store, model: str) -> Checkpoint:
 
 
 def newest_stages(store: Store, model: str, revision: str = "") -> dict[str, Checkpoint]:
-    """The newest whole checkpoint of each stage that the model has.
+    """The newest complete checkpoint of each stage that the model has.
 
     Args:
-        revision: ``<stage>/step_<n>`` to end with instead of the newest of the last stage.
+        revision: ``<stage>/step_<n>`` of the last checkpoint; empty for the newest checkpoint of the last stage.
 
     Raises:
-        UserError: it has none at all, or not this one.
+        UserError: the model has no checkpoint, or not this one.
     """
     last = load_checkpoint(store, CheckpointRef.parse(model, revision)) if revision else None
     before = STAGES[: STAGES.index(last.ref.stage)] if last is not None else STAGES

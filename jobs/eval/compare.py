@@ -1,4 +1,4 @@
-"""Several models beside each other: ``python -m jobs.eval.compare demo mine --out FOLDER``."""
+"""Compare models: ``python -m jobs.eval.compare demo mine --out FOLDER``."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from jobs.eval.checkpoints import newest_stages
+from jobs.eval.output_folder import make_output_folder
 from jobs.eval.report_card.contents import describe_stage
 from jobs.eval.report_card.plots import plot_runs
+from jobs.markdown import code, literal, table
 from jobs.plots import scientific
 from jobs.results.metrics import Metric, metrics_of
-from jobs.results.report_page.markdown import code, literal, table
 from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.errors import UserError, run_main
@@ -27,7 +27,7 @@ log = logging.getLogger("jobs.eval.compare")
 
 _PAGE, _VALUES, _PLOT = "compare.md", "compare.json", "curves.png"
 _STAGES = {"base": "pretrain", "sft": "sft", "rl": "rl"}
-# Of a stage's description: what it costs and ends at.
+# Fields of a stage's description that are compared: its cost, its speed and its final loss.
 _FIGURES = ("steps", "tokens", "flops", "train_seconds", "tokens_per_second", "mfu", "final_loss")
 
 
@@ -36,10 +36,10 @@ class CompareSettings:
     """Show what differs between models: settings, metrics and, with --out, curves."""
 
     models: tuple[str, ...] = setting(
-        help="two or more, comma separated or as arguments before the flags: NAME in this store, or STORE/models/NAME"
+        help="two or more models, comma separated or before the flags: NAME in this store, or STORE/models/NAME"
     )
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
-    out: str = setting("", "folder of this machine to write compare.md, compare.json and curves.png to")
+    out: str = setting("", "local folder for compare.md, compare.json and curves.png")
     log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe level that is logged")
 
     def __post_init__(self) -> None:
@@ -51,13 +51,13 @@ class CompareSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One model with everything that is compared.
+    """One model, with everything that is compared.
 
     Attributes:
-        settings: of its stages, as ``sft --steps``, and its shape.
-        figures: what its stages cost and ended at, as ``base.final_loss``.
-        metrics: what was measured of the last stage and of those it was made from.
-        histories: of its stages, for the plot.
+        settings: the settings of its stages under names such as ``sft --steps``, and its shape.
+        figures: costs and losses of its stages under names such as ``base.final_loss``.
+        metrics: the metrics of its last checkpoint, as the promotion gate sees them.
+        histories: the training history of each stage.
     """
 
     name: str
@@ -68,9 +68,10 @@ class Run:
 
 
 def read_run(home: str, spec: str) -> Run:
-    """
+    """Read a model from its store.
+
     Args:
-        spec: ``NAME`` of the store ``home``, or ``STORE/models/NAME``.
+        spec: ``NAME`` of a model in the store ``home``, or ``STORE/models/NAME``.
 
     Raises:
         UserError: there is no such model.
@@ -95,7 +96,7 @@ def read_run(home: str, spec: str) -> Run:
 
 
 def distinctly_named(runs: Sequence[Run]) -> list[Run]:
-    """Runs by the short names of their models, where these tell them apart."""
+    """The runs with the short names of their models, if these differ; otherwise the runs unchanged."""
     names = [run.name.rstrip("/").rpartition("/")[2] for run in runs]
     if len(set(names)) < len(names):
         return list(runs)
@@ -103,21 +104,21 @@ def distinctly_named(runs: Sequence[Run]) -> list[Run]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Settings that are not the same everywhere, with the value of each run; None where a run has none."""
+    """The settings that differ between runs, with the value of each run, or None if a run lacks the setting."""
     names = dict.fromkeys(itertools.chain.from_iterable(run.settings for run in runs))
     rows = {name: [run.settings.get(name) for run in runs] for name in names}
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
 
 
 def figures(runs: Sequence[Run]) -> dict[str, list[float | None]]:
-    """Everything that is a number of at least one run, with the value of each."""
+    """All figures and metrics, with the value of each run, or None if a run lacks it."""
     every = [{**run.figures, **{name: metric.value for name, metric in run.metrics.items()}} for run in runs]
     names = dict.fromkeys(itertools.chain.from_iterable(every))
     return {name: [values.get(name) for values in every] for name in names}
 
 
 def not_comparable(runs: Sequence[Run]) -> set[str]:
-    """Metrics that were measured on different data or with different settings."""
+    """The metrics that runs measured on different data or with different settings."""
     ways: dict[str, set[str]] = {}
     for run in runs:
         for name, metric in run.metrics.items():
@@ -129,7 +130,7 @@ def render(runs: Sequence[Run], plot: str = "") -> str:
     """The comparison as Markdown.
 
     Args:
-        plot: name of the picture beside it; empty for none.
+        plot: file name of the plot beside the page; empty for none.
     """
     names = [literal(run.name) for run in runs]
     differing = differences(runs)
@@ -170,7 +171,7 @@ def _change(first: float | None, other: float | None) -> str:
 
 
 def run(settings: CompareSettings, show: Callable[[str], None]) -> None:
-    """Show the comparison, and write it where ``--out`` says.
+    """Show the comparison, and write it to the folder ``--out`` if there is one.
 
     Raises:
         UserError: a model does not exist, or the folder cannot be made.
@@ -179,11 +180,7 @@ def run(settings: CompareSettings, show: Callable[[str], None]) -> None:
     show(render(runs))
     if not settings.out:
         return
-    folder = Path(settings.out).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be made: {error.strerror}") from error
+    folder = make_output_folder(settings.out, "--out")
     drawn = plot_runs(folder / _PLOT, [(run.name, run.histories) for run in runs])
     values = {
         "models": [run.name for run in runs],
@@ -196,7 +193,7 @@ def run(settings: CompareSettings, show: Callable[[str], None]) -> None:
 
 
 def with_models(arguments: Sequence[str]) -> list[str]:
-    """Arguments before the first flag, as the flag that they stand for."""
+    """The arguments, with those before the first flag replaced by the flag ``--models``."""
     names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     return [*(["--models", ",".join(names)] if names else []), *arguments[len(names) :]]
 

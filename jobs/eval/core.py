@@ -1,4 +1,4 @@
-"""CORE of a model, 22 in-context tasks of which none was trained on: ``python -m jobs.eval.core --model d12``."""
+"""Evaluate a base model on CORE's 22 in-context tasks: ``python -m jobs.eval.core --model d12``."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Literal
 import torch
 
 from jobs.eval.checkpoints import pick_checkpoint
-from jobs.measures.core.bundle import Bundle, read_bundle
+from jobs.measures.core.bundle import read_bundle
 from jobs.measures.core.download import PUBLIC_BUNDLE, locate_bundle
 from jobs.measures.core.run import CoreResult, evaluate_core
 from jobs.measures.core.scoring import Scorer
 from jobs.results.evaluations import Evaluation
+from jobs.results.metrics import CORE
 from nanochat_core import logs
-from nanochat_core.checkpoint import Checkpoint, check_model_name
+from nanochat_core.checkpoint import check_model_name
 from nanochat_core.cpu_setup import prepare_cpu
-from nanochat_core.device import choose_device
 from nanochat_core.errors import run_main
 from nanochat_core.precision import choose_dtype
 from nanochat_core.settings import load, setting
 from nanochat_core.store import DEFAULT_HOME, Store, open_store
-from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, local_rank
+from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, rank_device
 
 log = logging.getLogger("jobs.eval.core")
 
@@ -38,7 +38,7 @@ class CoreSettings:
     revision: str = setting("", "<stage>/step_<n> instead of the newest of a stage")
     bundle: str = setting(PUBLIC_BUNDLE, "evaluation bundle: a folder, s3://bucket/prefix, or the URL of a zip")
     max_per_task: int = setting(0, "items of each task; 0 for all", minimum=0)
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to compute on")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of activations and matrix products")
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
     rank_timeout: float = setting(
@@ -48,17 +48,22 @@ class CoreSettings:
 
 
 def run(settings: CoreSettings, store: Store, device: torch.device, ranks: Ranks) -> CoreResult:
-    """Evaluate, going on with the parts that an earlier run finished, and keep the result in the store.
+    """Evaluate a checkpoint and store the result. Parts that an earlier run finished are not computed again.
 
     Raises:
-        UserError: there is no such checkpoint, or the bundle is none.
-        RankLost: another rank ended; what was finished is kept.
+        UserError: there is no such checkpoint, or the bundle is malformed.
+        RankLost: another rank ended. Finished parts stay in the store.
     """
     checkpoint = pick_checkpoint(store, settings.model, settings.revision, settings.stage)
     bundle = read_bundle(locate_bundle(settings.bundle, store, ranks), settings.max_per_task)
     dtype = choose_dtype(settings.dtype, device)
-    evaluation = evaluation_of(store, checkpoint, bundle, settings.max_per_task, dtype)
-    # Each rank looks before any of them can have finished.
+    decisive = {
+        "bundle": bundle.digest,
+        "max_per_task": settings.max_per_task,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    evaluation = Evaluation.of(store, checkpoint, CORE, decisive)
+    # All ranks follow the first rank, because a faster rank could finish before a slower one looks.
     finished = ranks.gather(evaluation.result())[0]
     if finished is not None:
         log.info("already evaluated", extra={"checkpoint": checkpoint.ref.prefix})
@@ -72,30 +77,11 @@ def run(settings: CoreSettings, store: Store, device: torch.device, ranks: Ranks
     return result
 
 
-def evaluation_of(
-    store: Store, checkpoint: Checkpoint, bundle: Bundle, max_per_task: int, dtype: torch.dtype
-) -> Evaluation:
-    """Where the result and the parts are kept."""
-    return Evaluation.of(
-        store,
-        checkpoint,
-        "core",
-        {
-            "bundle": bundle.digest,
-            "max_per_task": max_per_task,
-            "dtype": str(dtype).removeprefix("torch."),
-        },
-    )
-
-
 def evaluate(settings: CoreSettings, show: Callable[[str], None]) -> CoreResult:
-    """Meet the other ranks, if there are any, evaluate and show a table of the tasks."""
+    """Join the other ranks, if there are any, evaluate, and show a table of the tasks."""
     check_model_name(settings.model)
     prepare_cpu(settings.threads)
-    store, device = open_store(settings.home), choose_device(settings.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", local_rank())
-        torch.cuda.set_device(device)
+    store, device = open_store(settings.home), rank_device(settings.device)
     with joined(device, settings.rank_timeout) as ranks:
         leads = ranks.leads
         logs.configure("core" if leads else f"core-{ranks.rank}", settings.log_level if leads else "warning")

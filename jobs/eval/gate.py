@@ -1,4 +1,4 @@
-"""Whether a model may be promoted: ``python -m jobs.eval.gate --model demo --require chat.accuracy>=0.9``."""
+"""Decide whether a model may be promoted: ``python -m jobs.eval.gate --model demo --recipe demo``."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class GateSettings:
     """Decide by what was measured whether a checkpoint may be promoted; exit code 3 when it may not."""
 
     model: str = setting(help="name of the model in the store")
-    revision: str = setting("", "<stage>/step_<n>; the newest RL or else SFT checkpoint when not given")
-    recipe: str = setting("", "take the rules of this recipe; --require and --no-worse are added to them")
+    revision: str = setting("", "<stage>/step_<n>; empty for the newest RL or else SFT checkpoint")
+    recipe: str = setting("", "recipe whose rules apply; --require and --no-worse are added to them")
     require: tuple[str, ...] = setting((), "thresholds, comma separated, such as chat.accuracy>=0.9,core.core>=0.2")
     no_worse: tuple[str, ...] = setting(
         (),
-        "metrics that may not fall behind the promoted model's by more than a margin, such as chat.accuracy:0.01; "
-        f"when not given, what was measured of {', '.join(DEFAULT_NO_WORSE)}",
+        "metrics that may be worse than the promoted model's by at most a margin, such as chat.accuracy:0.01; "
+        f"empty applies those of {', '.join(DEFAULT_NO_WORSE)} that were measured",
     )
-    against: str = setting("", "model whose promoted checkpoint to compare with; the model itself when not given")
-    promote: bool = setting(False, "promote the checkpoint if it may be")
+    against: str = setting("", "model with whose promoted checkpoint to compare; empty for the model itself")
+    promote: bool = setting(False, "promote the checkpoint if the rules allow it")
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe level that is logged")
 
@@ -54,7 +54,7 @@ class GateSettings:
 
 
 def run(settings: GateSettings, show: Callable[[str], None]) -> Decision:
-    """Decide and say why."""
+    """Decide, and show the decision with the outcome of each rule."""
     store = open_store(settings.home)
     model = check_model_name(settings.model)
     checkpoint = (

@@ -1,20 +1,24 @@
-"""The report card of a model: ``python -m jobs.eval.report --model demo``."""
+"""Write the report of a model: ``python -m jobs.eval.report --model demo``."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from jobs.eval.checkpoints import newest_stages
-from jobs.eval.report_card.contents import Wanted, gather
-from jobs.eval.report_card.files import write_report
+from jobs.eval.report_card.contents import gather
+from jobs.eval.report_card.plots import draw
+from jobs.promotion.decisions import folder
+from jobs.results.report_page.page import render
+from jobs.results.reports import report_json
 from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.cpu_setup import prepare_cpu
 from nanochat_core.errors import run_main
 from nanochat_core.settings import load, setting
-from nanochat_core.store import DEFAULT_HOME, open_store
+from nanochat_core.store import DEFAULT_HOME, Store, open_store
 
 log = logging.getLogger("jobs.eval.report")
 
@@ -24,32 +28,39 @@ class ReportSettings:
     """Measure what was not measured yet and write reports/<model>/ with report.md, report.json and plots."""
 
     model: str = setting(help="name of the model in the store")
-    revision: str = setting("", "<stage>/step_<n> that the report is about; the newest of the last stage otherwise")
+    revision: str = setting("", "<stage>/step_<n> of the report; empty for the newest checkpoint of the last stage")
     recipe: str = setting(
-        "", "recipe whose kinds of conversations are asked; the one that the pipeline made the model with"
+        "", "recipe whose kinds of conversations are asked; empty for the recipe that trained the model"
     )
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
-    items: int = setting(200, "held-out conversations", minimum=7)
-    text_bytes: int = setting(8_000_000, "bytes of held-out text", minimum=1)
-    samples: int = setting(6, "text samples of the base model", minimum=1)
+    items: int = setting(200, "number of held-out conversations", minimum=7)
+    text_bytes: int = setting(8_000_000, "number of bytes of held-out text", minimum=1)
+    samples: int = setting(6, "number of text samples of the base model", minimum=1)
     price_per_hour: float | None = setting(
-        None, "what an hour of the machine that trained costs; without it no cost is shown", minimum=0.0
+        None, "price of an hour of the training machine; without it the report shows no cost", minimum=0.0
     )
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
 
 def run(settings: ReportSettings) -> dict[str, Any]:
-    """Measure, write the report into the store, and give back ``report.json``'s content.
+    """Make the missing held-out evaluations, write the report to the store, and return the content of ``report.json``.
 
     Raises:
-        UserError: the store has no such model, or there is no such recipe.
+        UserError: the store has no such model, or no recipe has the given name.
     """
     prepare_cpu(settings.threads)
     store = open_store(settings.home)
     stages = newest_stages(store, check_model_name(settings.model), settings.revision)
-    wanted = Wanted(settings.recipe, settings.items, settings.text_bytes, settings.samples, settings.price_per_hour)
-    report = gather(store, settings.model, stages, wanted)
+    report = gather(
+        store,
+        stages,
+        recipe=settings.recipe,
+        items=settings.items,
+        text_bytes=settings.text_bytes,
+        samples=settings.samples,
+    )
+    report["price_per_hour"] = settings.price_per_hour
     write_report(store, report, {stage: checkpoint.meta.get("history", []) for stage, checkpoint in stages.items()})
     bpb = report.get("base", {}).get("held_out_bits_per_byte")
     log.info(
@@ -61,6 +72,24 @@ def run(settings: ReportSettings) -> dict[str, Any]:
         },
     )
     return report
+
+
+def write_report(store: Store, report: Mapping[str, Any], histories: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Replace a model's report. The promotion gate's decisions in the same folder stay.
+
+    Args:
+        histories: the training history of each stage that the model has.
+    """
+    model = report["model"]
+    kept = {key.removeprefix(f"reports/{model}/"): store.read(key) for key in store.keys(folder(model))}
+    with store.publish(f"reports/{model}", last="report.json") as target:
+        for name, content in kept.items():
+            path = target / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        plots = draw(target, report, histories)
+        (target / "report.md").write_text(render(report, plots), encoding="utf-8")
+        (target / "report.json").write_text(report_json({**report, "plots": plots}), encoding="utf-8")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""How well a tokenizer compresses, by domain: ``python -m jobs.eval.tokenizer --tokenizer demo``."""
+"""Measure how well a tokenizer compresses text: ``python -m jobs.eval.tokenizer --tokenizer demo``."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class TokenizerEvalSettings:
 
     tokenizer: str = setting(help="name of the tokenizer in the store")
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
-    dataset: str = setting("", "name of a text dataset to measure on too; the one it was trained on when not given")
+    dataset: str = setting("", "text dataset to measure on as well; empty for the tokenizer's training dataset")
     text_bytes: int = setting(TEXT_BYTES, "bytes of each split of the dataset", minimum=1)
-    gpt2_file: str = setting("", "GPT-2's tokens (r50k_base.tiktoken or vocab.bpe); tiktoken's cache when not given")
-    gpt4_file: str = setting("", "GPT-4's tokens (cl100k_base.tiktoken); tiktoken's cache when not given")
+    gpt2_file: str = setting("", "file of GPT-2's tokens (r50k_base.tiktoken or vocab.bpe); empty for tiktoken's cache")
+    gpt4_file: str = setting("", "file of GPT-4's tokens (cl100k_base.tiktoken); empty for tiktoken's cache")
     log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe level that is logged")
 
 
 def run(settings: TokenizerEvalSettings, show: Callable[[str], None]) -> None:
-    """Show the table and store it beside the tokenizer as ``evaluation.md`` and ``evaluation.json``."""
+    """Show the table, and store it beside the tokenizer as ``evaluation.md`` and ``evaluation.json``."""
     store = open_store(settings.home)
     tokenizer = load_tokenizer(store, settings.tokenizer)
     references = [load_reference(GPT2, settings.gpt2_file), load_reference(GPT4, settings.gpt4_file)]

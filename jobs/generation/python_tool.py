@@ -1,4 +1,4 @@
-"""The model's Python tool in process: the same sandbox that the service runs."""
+"""The model's Python tool in the same process, with the sandbox that the sandbox service runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nanochat_core.sandbox import ExecutionResult, Limits, ResultFormat, Sandbox
 
 
 class SandboxTool:
-    """A :class:`~nanochat_core.engine.ToolRunner` around an executor."""
+    """Runs an engine's tool calls in a sandbox; a :class:`~nanochat_core.engine.ToolRunner`."""
 
     def __init__(self, executor: SandboxExecutor) -> None:
         self._executor = executor

@@ -1,4 +1,4 @@
-"""Bits per byte on held-out text."""
+"""Bits per byte on held-out text, a measure of language models that does not depend on the tokenizer."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ def bits_per_byte(
     max_tokens: int | None = None,
     ranks: Ranks = ALONE,
 ) -> float:
-    """Summed negative log2 likelihood of the text over its UTF-8 bytes; comparable across tokenizers.
+    """The negative log2 likelihood of a text, divided by its number of UTF-8 bytes.
 
-    Each document starts with BOS and is cut into rows of the context length, so every token is predicted exactly
-    once, with at most a context of tokens before it.
+    A loss per token depends on how long the tokenizer's tokens are; a loss per byte does not. Each document begins with
+    BOS and is cut into rows of the context length. The model predicts each token once, from the tokens before it in its
+    row. Special tokens stand for no bytes, and their loss is not counted.
 
     Args:
-        rows: rows per forward pass.
-        max_tokens: stop after about this many tokens.
-        ranks: all of them share the work and get the result.
+        rows: number of rows per forward pass.
+        max_tokens: stop after about this number of tokens; None uses all documents.
+        ranks: all ranks share the work and get the result.
     """
     device = model.smear_scale.device
     bytes_per_token = torch.tensor(tokenizer.bytes_per_token, device=device)
@@ -46,10 +47,10 @@ def bits_per_byte(
         ids, targets = ids.to(device), targets.to(device)
         losses = model.loss(ids, targets, "none").view_as(targets).double()
         lengths = torch.where(targets == IGNORE_INDEX, 0, bytes_per_token[targets.clamp(min=0)])
-        # Special tokens stand for no bytes; what they cost is not counted either.
         sums += torch.stack([(losses * (lengths > 0)).sum(), lengths.sum().double()])
-    nats, total_bytes = ranks.sum(sums).tolist()
-    return float(nats) / math.log(2) / max(float(total_bytes), 1.0)
+    totals: list[float] = ranks.sum(sums).tolist()
+    nats, total_bytes = totals
+    return nats / math.log(2) / max(total_bytes, 1.0)
 
 
 def _rows(tokenizer: Tokenizer, documents: Iterable[str], length: int) -> Iterator[tuple[list[int], list[int]]]:

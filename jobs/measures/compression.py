@@ -1,7 +1,7 @@
-"""How many bytes a token stands for, by domain, beside the encodings of GPT-2 and GPT-4.
+"""Bytes per token of a tokenizer on texts of several domains, compared with the encodings of GPT-2 and GPT-4.
 
-Their files are not part of this project and are never downloaded. They are used where they lie at hand: where a flag
-points, or in the cache that tiktoken fills when somebody uses these encodings.
+The files of these encodings are not part of this project, and are never downloaded. They are read from the file that a
+flag names, or from the cache that tiktoken fills when another program uses the encodings.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import tiktoken
 
 from jobs.data.shards import TextDataset
+from jobs.markdown import table
 from jobs.measures.domain_samples import DOMAIN_SAMPLES
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
@@ -28,13 +29,19 @@ from nanochat_core.tokenizer import Tokenizer
 _PUBLISHED = "https://openaipublic.blob.core.windows.net"
 TRAINING_TEXT, HELD_OUT_TEXT = "training text", "held-out text"
 TEXT_BYTES = 2_000_000
-# Texts are encoded in pieces: a run of a million spaces would stop tiktoken, and a cut costs at most a token.
+# Texts are encoded in pieces, because tiktoken fails on a run of a million spaces. A cut adds at most one token.
 _PIECE_CHARACTERS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """A published encoding: how it splits text, and where its tokens were published."""
+    """A published encoding.
+
+    Attributes:
+        pattern: regular expression that splits text before merging.
+        urls: where the file of tokens was published; tiktoken's cache names its files by these URLs.
+        flag: flag that names the file.
+    """
 
     name: str
     pattern: str
@@ -58,7 +65,12 @@ GPT4 = Encoding(
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """An encoding to compare with: how many tokens it needs for a text, or why it is not there."""
+    """An encoding to compare with.
+
+    Attributes:
+        count: the number of tokens of a text; None if the encoding's file is missing.
+        missing: why the file is missing; empty if it was read.
+    """
 
     encoding: Encoding
     vocab_size: int = 0
@@ -67,10 +79,10 @@ class Reference:
 
 
 def load_reference(encoding: Encoding, file: str = "") -> Reference:
-    """The encoding from ``file``, or from tiktoken's cache (``TIKTOKEN_CACHE_DIR``) when none is given.
+    """Read an encoding from ``file``, or from tiktoken's cache (``TIKTOKEN_CACHE_DIR``) if ``file`` is empty.
 
     Raises:
-        UserError: ``file`` does not exist or holds no tokens. Without a file nothing is raised.
+        UserError: ``file`` does not exist or contains no tokens. A missing or damaged cache raises nothing.
     """
     if file:
         return _reference(encoding, Path(file).expanduser())
@@ -92,7 +104,7 @@ def _reference(encoding: Encoding, path: Path) -> Reference:
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Tokens and their ranks, from lines of a base64 token and its rank or from GPT-2's list of merges."""
+    """Each token's rank, from lines of a base64 token and its rank, or from GPT-2's list of merges."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -114,7 +126,10 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _ranks_of_merges(lines: Sequence[str], path: Path) -> dict[bytes, int]:
-    """``vocab.bpe``: every line joins two tokens, whose bytes are spelled by one printable character each."""
+    """Each token's rank, from the lines of ``vocab.bpe``.
+
+    Every line joins two tokens. One printable character spells each of their bytes.
+    """
     plain = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     others = [byte for byte in range(256) if byte not in plain]
     spelled = {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -129,10 +144,11 @@ def _ranks_of_merges(lines: Sequence[str], path: Path) -> dict[bytes, int]:
 
 
 def texts_to_compare(store: Store, dataset: str, size: int) -> dict[str, str]:
-    """The samples of each domain, and about ``size`` bytes of each split of a dataset, by what the table calls them.
+    """The texts to compare on, by their names in the table: samples of domains, and the start of a dataset's splits.
 
     Args:
         dataset: name of a text dataset in the store; empty for none.
+        size: about this number of bytes is taken from each split.
     """
     texts = dict(DOMAIN_SAMPLES)
     if dataset:
@@ -153,10 +169,10 @@ def _beginning(documents: Iterable[str], size: int) -> str:
 
 
 def compare(tokenizer: Tokenizer, references: Sequence[Reference], texts: Mapping[str, str]) -> dict[str, Any]:
-    """Bytes and tokens of each text, as ``evaluation.json`` stores them.
+    """The numbers of bytes and tokens of each text, which are the content of ``evaluation.json``.
 
     Args:
-        texts: by what the table calls them; none is empty.
+        texts: texts by their names in the table. No text may be empty.
     """
     present = [reference for reference in references if reference.count]
     return {
@@ -185,7 +201,7 @@ def store_evaluation(store: Store, name: str, evaluation: Mapping[str, Any]) -> 
 
 
 def bytes_per_token(evaluation: Mapping[str, Any], text: str) -> float:
-    """Of one of the compared texts."""
+    """Bytes per token of the evaluated tokenizer on one of the texts."""
     counted = evaluation["texts"][text]
     return float(counted["bytes"] / counted["tokens"])
 
@@ -195,24 +211,20 @@ def _pieces(text: str) -> list[str]:
 
 
 def render(name: str, evaluation: Mapping[str, Any]) -> str:
-    """``evaluation.md``: bytes per token, and how much fewer tokens that makes than the references need."""
+    """The page ``evaluation.md``: bytes per token, and the difference in tokens from each reference."""
     references, vocab_size = evaluation["references"], evaluation["tokenizer"]["vocab_size"]
-    columns = [f"{name} ({vocab_size:,} ids)"]
+    header = ["text", "bytes", f"{name} ({vocab_size:,} ids)"]
     for reference, size in references.items():
-        columns += [f"{reference} ({size:,})", f"tokens against {reference}"]
-    lines = [
-        f"# Tokenizer {name}: bytes per token",
-        "",
-        "| text | bytes | " + " | ".join(columns) + " |",
-        "| --- | ---: |" + " ---: |" * len(columns),
-    ]
+        header += [f"{reference} ({size:,})", f"tokens against {reference}"]
+    rows = []
     for text, counted in evaluation["texts"].items():
         size, tokens = counted["bytes"], counted["tokens"]
-        cells = [f"{size:,}", f"{size / tokens:.2f}"]
+        row = [text, f"{size:,}", f"{size / tokens:.2f}"]
         for reference in references:
             needed = counted["reference_tokens"][reference]
-            cells += [f"{size / needed:.2f}", f"{tokens / needed - 1:+.1%}"]
-        lines.append(f"| {text} | " + " | ".join(cells) + " |")
+            row += [f"{size / needed:.2f}", f"{tokens / needed - 1:+.1%}"]
+        rows.append(row)
+    lines = [f"# Tokenizer {name}: bytes per token", "", *table(header, rows)]
     for reference, reason in evaluation["missing"].items():
         lines += ["", f"{reference} is not compared: {reason}"]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Short texts of several domains, written for this project, to see what a tokenizer is good at."""
+"""Short texts of several domains, written for this project, on which tokenizers are compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On which machine something was measured."""
+"""The machine on which a result was measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor or GPU, cores, and version of torch."""
+    """Name of the GPU or else of the processor, number of CPU cores, and version of torch, as JSON values."""
     return {"processor": _processor(), "cores": os.cpu_count(), "torch": torch.__version__}
 
 

@@ -1,4 +1,4 @@
-"""pass@k: how likely at least one of k answers is right."""
+"""pass@k: the probability that at least one of k answers is right (arXiv 2107.03374)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from math import comb
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that k of the samples, drawn without putting back, hold a right one.
+    """The unbiased estimate of pass@k from n samples of which c are right: ``1 - C(n - c, k) / C(n, k)``.
 
-    Over sets of samples its mean is the chance for k fresh ones: the unbiased estimator of arXiv 2107.03374.
+    The fraction is the probability that k of the samples, drawn without replacement, are all wrong.
+
+    Args:
+        samples: the number n of samples.
+        right: the number c of right samples.
 
     Raises:
-        ValueError: k is not from 1 to ``samples``, or ``right`` not from 0 to ``samples``.
+        ValueError: k is not in 1 .. ``samples``, or ``right`` is not in 0 .. ``samples``.
     """
     if not 1 <= k <= samples:
         raise ValueError(f"k is {k}; it must be from 1 to the {samples} samples")
@@ -22,9 +26,9 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def mean_pass_at_k(right: Sequence[int], samples: int) -> list[float]:
-    """pass@1 to pass@``samples`` over several problems.
+    """The mean over several problems of pass@1, pass@2, …, pass@``samples``.
 
     Args:
-        right: of each problem, how many of its samples are right.
+        right: the number of right samples of each problem.
     """
     return [sum(pass_at_k(samples, count, k) for count in right) / len(right) for k in range(1, samples + 1)]

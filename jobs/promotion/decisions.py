@@ -1,4 +1,4 @@
-"""The promotion gate's decisions, kept for good in ``reports/<model>/decisions/<stage>_step_<n>.json``."""
+"""The decisions of the promotion gate, in ``reports/<model>/decisions/<stage>_step_<n>.json`` of the store."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from nanochat_core.store import Store
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """Whether a checkpoint may be promoted, and why.
+    """A decision whether a checkpoint may be promoted, with the reasons.
 
     Attributes:
-        digest: of its weights.
-        against: model and revision that it was compared with; empty where there was nothing else promoted.
-        promoted: whether it was promoted then; one that only was asked about is not.
-        time: when, in UTC (ISO 8601).
+        digest: sha256 of the checkpoint's weights.
+        against: model and revision that the checkpoint was compared with; empty if no other checkpoint was promoted.
+        promoted: whether the checkpoint was promoted then. A decision without ``--promote`` promotes nothing.
+        time: time of the decision in UTC (ISO 8601).
     """
 
     digest: str
@@ -34,11 +34,11 @@ class Decision:
 
     @property
     def refusals(self) -> list[str]:
-        """Why not."""
+        """The reasons of the rules that failed."""
         return [outcome.reason for outcome in self.outcomes if outcome.passed is False]
 
     def summary(self) -> dict[str, Any]:
-        """For the report: what does not depend on when it was made."""
+        """The part of the decision that a report shows, as JSON values."""
         return {
             "accepted": self.accepted,
             "promoted": self.promoted,
@@ -48,12 +48,12 @@ class Decision:
 
 
 def folder(model: str) -> str:
-    """Where the decisions on a model's checkpoints are."""
+    """The folder of the decisions on a model's checkpoints."""
     return f"reports/{model}/decisions"
 
 
 def decisions(store: Store, ref: CheckpointRef) -> list[Decision]:
-    """What was decided on a checkpoint of this name, the newest last."""
+    """The decisions on a checkpoint of this name, the newest last."""
     try:
         stored = json.loads(store.read(_key(ref)))
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def decisions(store: Store, ref: CheckpointRef) -> list[Decision]:
 
 
 def last_promotion(store: Store, model: str) -> tuple[CheckpointRef, Decision] | None:
-    """The newest decision of a model that promoted a checkpoint."""
+    """The newest decision that promoted a checkpoint of the model, and the checkpoint's name."""
     found = []
     for key in store.keys(folder(model)):
         stored = json.loads(store.read(key))
@@ -72,7 +72,7 @@ def last_promotion(store: Store, model: str) -> tuple[CheckpointRef, Decision] |
 
 
 def add_decision(store: Store, ref: CheckpointRef, decision: Decision) -> None:
-    """Keep a decision, unless the last one was the same."""
+    """Store a decision, unless it equals the last one."""
     known = decisions(store, ref)
     if known and dataclasses.replace(known[-1], time=decision.time) == decision:
         return
@@ -82,7 +82,7 @@ def add_decision(store: Store, ref: CheckpointRef, decision: Decision) -> None:
 
 
 def latest_decision(store: Store, ref: CheckpointRef, digest: str) -> Decision | None:
-    """The last decision on these weights."""
+    """The last decision on a checkpoint with these weights."""
     return next((each for each in reversed(decisions(store, ref)) if each.digest == digest), None)
 
 

@@ -33,11 +33,12 @@ EXIT_REFUSED = 3
 
 @dataclasses.dataclass(frozen=True)
 class Incumbent:
-    """What is promoted now, or was until it was taken back.
+    """The checkpoint that is promoted, or was promoted last if the promotion has been withdrawn.
 
     Attributes:
-        metrics: None when it is the checkpoint that is asked about itself.
-        gone: training has replaced or removed its weights; the metrics are those of the decision that promoted it.
+        metrics: metrics of the checkpoint; None if it is the candidate itself.
+        gone: whether training has replaced or removed the checkpoint's weights. The metrics are then those of the
+            decision that promoted it.
     """
 
     ref: CheckpointRef
@@ -46,14 +47,15 @@ class Incumbent:
 
 
 def decide(store: Store, checkpoint: Checkpoint, gate: Gate, *, promoting: bool, against: str = "") -> Decision:
-    """Judge a checkpoint, keep the decision in the store and the report, and promote it if that is asked and allowed.
+    """Judge a checkpoint, and write the decision to the store and the report.
 
-    A refused checkpoint changes nothing about what is promoted, with one exception: where training has replaced the
-    weights of the promoted revision, there is nothing of it left to serve, and the promotion is taken back, so that
-    no engine that starts anew serves refused weights. One that has the old weights in memory goes on with them.
+    A refusal leaves the promoted checkpoint in place, with one exception: if training has replaced the weights of the
+    promoted revision, the old weights are lost, and the promotion is withdrawn. Otherwise an engine that starts later
+    would serve the refused weights. An engine that has the old weights in memory continues to serve them.
 
     Args:
-        against: another model whose promoted checkpoint to compare with.
+        promoting: whether to promote the checkpoint if it is accepted.
+        against: another model, with whose promoted checkpoint to compare; empty compares with the same model's.
 
     Raises:
         UserError: a rule cannot be read, or the model to compare with has no promoted checkpoint.
@@ -89,14 +91,17 @@ def decide(store: Store, checkpoint: Checkpoint, gate: Gate, *, promoting: bool,
 
 
 def incumbent(store: Store, model: str, candidate: str) -> Incumbent | None:
-    """What is or was last promoted of a model, seen from a candidate with these weights; None when nothing was.
+    """The promoted checkpoint of a model, or the one promoted last; None if there is none to compare with.
+
+    Args:
+        candidate: sha256 of the weights that are judged.
 
     Raises:
         StoreError: the store cannot be read.
     """
     ref = promoted(store, model)
     if ref is None:
-        # A promotion that was taken back is still the measure: asking twice must not help.
+        # The candidate is still compared with a withdrawn checkpoint, so that judging it twice does not help.
         last = last_promotion(store, model)
         return None if last is None or last[1].digest == candidate else Incumbent(last[0], last[1].metrics, gone=True)
     try:

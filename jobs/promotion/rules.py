@@ -1,4 +1,4 @@
-"""The rules by which a model is promoted or not."""
+"""The rules by which the promotion gate judges a model."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ _COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": ope
 _IN_WORDS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
 _REQUIREMENT = re.compile(r"\s*([\w.+-]+?)\s*(>=|<=|>|<)\s*(\S+)\s*")
 _LOWER_IS_BETTER = ("bits_per_byte", "loss")
-# Margins are decimal fractions, which binary numbers miss by this much.
+# Tolerance for margins, which are decimal fractions and have no exact binary form.
 _ROUNDING = 1e-9
 
-# Two runs of the same recipe differ by about as much: 200 conversations, or CORE's noise of 0.0165.
+# Two runs of the same recipe differ by about 0.02, both on 200 conversations and in CORE (0.0165).
 DEFAULT_NO_WORSE = ("chat.accuracy:0.02", "chat.chatcore:0.02", "core.core:0.02")
 
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """What a model must show to be promoted.
+    """The rules that a model must meet to be promoted.
 
     Attributes:
-        require: thresholds such as ``chat.accuracy>=0.9``. A metric that was not measured refuses.
-        no_worse: metrics that may fall behind the promoted model's by a margin, such as ``chat.accuracy:0.01``; one
-            that was not measured of both, in the same way, refuses. None: :data:`DEFAULT_NO_WORSE`, as far as they
-            were measured.
+        require: thresholds such as ``chat.accuracy>=0.9``. The rule fails if the metric was not measured.
+        no_worse: metrics with the margin by which they may be worse than the promoted model's, such as
+            ``chat.accuracy:0.01``. The rule fails unless both models were measured in the same way. None means
+            :data:`DEFAULT_NO_WORSE`, whose rules do not apply to models that were not measured in the same way.
     """
 
     require: tuple[str, ...] = ()
     no_worse: tuple[str, ...] | None = None
 
     def rules(self) -> list[Require | NoWorse]:
-        """
+        """The parsed rules.
+
         Raises:
             UserError: a rule cannot be read.
         """
@@ -48,7 +49,7 @@ class Gate:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one rule says; ``passed`` is None where it does not apply."""
+    """The outcome of one rule. ``passed`` is None if the rule does not apply."""
 
     rule: str
     passed: bool | None
@@ -57,7 +58,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Require:
-    """A threshold."""
+    """Requires a metric to reach a threshold."""
 
     metric: str
     comparison: str
@@ -65,10 +66,10 @@ class Require:
 
     @classmethod
     def parse(cls, text: str) -> Require:
-        """``NAME>=NUMBER``, or with ``>``, ``<=`` or ``<``.
+        """Parse ``NAME>=NUMBER``, or a rule with ``>``, ``<=`` or ``<``.
 
         Raises:
-            UserError: it is something else.
+            UserError: the text has another form.
         """
         match = _REQUIREMENT.fullmatch(text)
         bound = _number(match[3]) if match else None
@@ -87,18 +88,22 @@ class Require:
 
 @dataclasses.dataclass(frozen=True)
 class NoWorse:
-    """A metric that may be worse than the promoted model's by ``margin`` at most."""
+    """Requires a metric to be worse than the promoted model's by at most ``margin``.
+
+    Attributes:
+        optional: whether the rule does not apply, instead of failing, if there is nothing to compare.
+    """
 
     metric: str
     margin: float
-    optional: bool = False  # holds where there is nothing to compare
+    optional: bool = False
 
     @classmethod
     def parse(cls, text: str, *, optional: bool = False) -> NoWorse:
-        """``NAME:MARGIN``, or ``NAME`` for a margin of 0.
+        """Parse ``NAME:MARGIN``, or ``NAME`` for a margin of 0.
 
         Raises:
-            UserError: it is something else.
+            UserError: the text has another form.
         """
         name, colon, margin_text = text.strip().partition(":")
         margin = _number(margin_text) if colon else 0.0
@@ -131,10 +136,10 @@ class NoWorse:
 def judge(
     rules: Sequence[Require | NoWorse], metrics: Mapping[str, Metric], promoted: Mapping[str, Metric] | None
 ) -> list[Outcome]:
-    """What every rule says of a model.
+    """The outcome of each rule for a model with these metrics.
 
     Args:
-        promoted: what was measured of the promoted model; None where there is no other.
+        promoted: metrics of the promoted model; None if no other model is promoted.
     """
     return [rule.judge(metrics, promoted) for rule in rules]
 

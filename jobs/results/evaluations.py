@@ -1,7 +1,8 @@
-"""Results of evaluations in the artifact store, and the finished parts of one that was interrupted.
+"""The evaluation store: finished results, and the parts of evaluations that were interrupted.
 
-Everything of one evaluation lies in ``evaluations/<model>/<stage>/step_<n>/<name>/``: ``result.json``, and while it
-runs ``parts-<identity>/<part>.json``, one for each piece of finished work.
+An evaluation has the folder ``evaluations/<model>/<stage>/step_<n>/<name>/`` of the artifact store, or a folder
+``<key>/`` below it if results of the same name stand side by side. The folder holds ``result.json`` and, while the
+evaluation runs, ``parts-<identity>/<part>.json`` for each finished part.
 """
 
 from __future__ import annotations
@@ -9,51 +10,71 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef
 from nanochat_core.store import Store
 
+log = logging.getLogger("jobs.results")
+
 Json = Any
+Result = dict[str, Json]
 _ROOT = "evaluations"
+# Raise this number when the fields of a result change: results with another number are ignored.
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of one checkpoint with one set of settings; with others it is another, and starts over."""
+    """One evaluation of one checkpoint with one set of settings.
+
+    Attributes:
+        digest: sha256 of the checkpoint's weights.
+        name: the kind of evaluation, such as ``core`` or ``chat``.
+        settings: everything that decides the result, digests of the data included, and nothing else. An evaluation
+            with other settings starts over.
+        key: names the folder below ``name``. Evaluations with different keys keep a result each; with the same key,
+            the later result replaces the earlier one.
+    """
 
     store: Store
     ref: CheckpointRef
-    digest: str  # sha256 of the checkpoint's weights
-    name: str  # such as "core" or "chat"
-    settings: Mapping[str, Json]  # what decides the result, digests of the data included; nothing else
+    digest: str
+    name: str
+    settings: Mapping[str, Json]
+    key: str = ""
 
     @classmethod
-    def of(cls, store: Store, checkpoint: Checkpoint, name: str, settings: Mapping[str, Json]) -> Evaluation:
-        """The evaluation ``name`` of a checkpoint."""
-        return cls(store, checkpoint.ref, checkpoint.weights_digest, name, settings)
+    def of(
+        cls, store: Store, checkpoint: Checkpoint, name: str, settings: Mapping[str, Json], key: str = ""
+    ) -> Evaluation:
+        """The evaluation ``name`` of a loaded checkpoint."""
+        return cls(store, checkpoint.ref, checkpoint.weights_digest, name, settings, key)
 
     @property
     def folder(self) -> str:
-        return f"{_ROOT}/{self.ref.model}/{self.ref.revision}/{self.name}"
+        """Where the result and the parts lie in the store."""
+        return "/".join(filter(None, (_ROOT, self.ref.model, self.ref.revision, self.name, self.key)))
 
-    def result(self) -> dict[str, Json] | None:
-        """The finished result, or None where there is none of this checkpoint and these settings."""
-        found = _read(self.store, f"{self.folder}/result.json")
+    def result(self) -> Result | None:
+        """The finished result, or None if there is none of these weights and settings."""
+        found: Result | None = _read(self.store, f"{self.folder}/result.json")
         return found if found is not None and found["identity"] == self._identity() else None
 
     def part(self, name: str) -> Json | None:
-        """What :meth:`save_part` kept under this name, in this run or an earlier one; None where there is none."""
+        """The value that :meth:`save_part` stored under this name, in this run or an earlier one, or None."""
         return _read(self.store, self._part(name))
 
     def save_part(self, name: str, value: Json) -> None:
-        """Keep a finished piece of work; a later run finds it."""
+        """Store a finished part, so that a later run need not compute it again."""
         self.store.write(self._part(name), _json(value))
 
-    def finish(self, result: Mapping[str, Json]) -> dict[str, Json]:
-        """Write ``result.json`` and drop the parts; gives back its content."""
+    def finish(self, result: Mapping[str, Json]) -> Result:
+        """Write ``result.json``, delete the parts and return the content of ``result.json``."""
         whole = {
+            "format": _FORMAT,
             "evaluation": self.name,
             "model": self.ref.model,
             "revision": self.ref.revision,
@@ -63,33 +84,44 @@ class Evaluation:
             **result,
         }
         self.store.write(f"{self.folder}/result.json", _json(whole))
-        for parts in {key.rpartition("/")[0] for key in self.store.keys(self.folder) if "/parts-" in key}:
-            self.store.delete(parts)
+        names = {key.removeprefix(f"{self.folder}/").partition("/")[0] for key in self.store.keys(self.folder)}
+        for name in names:
+            if name.startswith("parts-"):
+                self.store.delete(f"{self.folder}/{name}")
         return whole
 
     def _part(self, name: str) -> str:
         return f"{self.folder}/parts-{self._identity()[:16]}/{name}.json"
 
     def _identity(self) -> str:
-        return hashlib.sha256(_json({"digest": self.digest, "settings": dict(self.settings)})).hexdigest()
+        decisive = {"format": _FORMAT, "digest": self.digest, "settings": dict(self.settings)}
+        return hashlib.sha256(_json(decisive)).hexdigest()
 
 
-def results(store: Store, model: str) -> Iterator[dict[str, Json]]:
-    """The finished evaluations of all checkpoints of a model."""
+def results(store: Store, model: str) -> Iterator[Result]:
+    """The finished evaluations of all checkpoints of a model, in the order of their folders."""
     for key in store.keys(f"{_ROOT}/{model}"):
         if key.endswith("/result.json"):
-            yield json.loads(store.read(key))
+            result: Result = json.loads(store.read(key))
+            if result.get("format") == _FORMAT:
+                yield result
+            else:
+                log.warning("result of another version is ignored; evaluate again", extra={"file": f"{store}/{key}"})
 
 
-def results_of(store: Store, checkpoint: Checkpoint) -> dict[str, dict[str, Json]]:
-    """The finished evaluations of one checkpoint, as it is now, by name."""
-    digest = checkpoint.weights_digest
-    found = results(store, checkpoint.ref.model)
-    return {
-        result["evaluation"]: result
-        for result in found
-        if result["revision"] == checkpoint.ref.revision and result["digest"] == digest
-    }
+def results_of(store: Store, ref: CheckpointRef, digest: str) -> list[Result]:
+    """The finished evaluations of one checkpoint.
+
+    Args:
+        digest: sha256 of the checkpoint's weights; results of weights that it had earlier are left out.
+    """
+    found = results(store, ref.model)
+    return [result for result in found if (result["revision"], result["digest"]) == (ref.revision, digest)]
+
+
+def identities(found: Iterable[Result]) -> list[str]:
+    """The identities of results, sorted; they change when an evaluation is added or repeated with other settings."""
+    return sorted(result["identity"] for result in found)
 
 
 def _read(store: Store, key: str) -> Json | None:

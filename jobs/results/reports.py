@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.results.evaluations import results_of
+from jobs.results.evaluations import identities, results_of
 from jobs.results.report_page.page import render
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef
 from nanochat_core.store import Store
@@ -31,11 +31,15 @@ def report_json(report: Mapping[str, Any]) -> str:
 def is_reported(store: Store, model: str, *checkpoints: Checkpoint) -> bool:
     """Whether the report on ``model`` covers these checkpoints with all evaluations that the store has of them."""
     report = read_report(store, model)
-    return report is not None and all(
-        report.get(checkpoint.ref.stage, {}).get("digest") == checkpoint.weights_digest
-        and report.get("measured", {}).get(checkpoint.ref.stage) == sorted(results_of(store, checkpoint))
-        for checkpoint in checkpoints
-    )
+    if report is None:
+        return False
+    for checkpoint in checkpoints:
+        stage, digest = checkpoint.ref.stage, checkpoint.weights_digest
+        if report.get(stage, {}).get("digest") != digest:
+            return False
+        if report.get("measured", {}).get(stage) != identities(results_of(store, checkpoint.ref, digest)):
+            return False
+    return True
 
 
 def report_promotion(store: Store, ref: CheckpointRef, digest: str, promotion: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanochat_core.device import choose_device
 from nanochat_core.errors import RetryableError, UserError
 
 # The default of NCCL. A rank that is this late has most likely died with its node.
@@ -136,9 +137,20 @@ def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECOND
     dist.destroy_process_group()
 
 
-def local_rank() -> int:
-    """Index of the device of this machine that belongs to this process."""
-    return _number("LOCAL_RANK", 0)
+def rank_device(name: str) -> torch.device:
+    """The device that this process computes on: the CPU, or the CUDA device that the launcher gave to this rank.
+
+    Args:
+        name: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        UserError: CUDA was asked for, but torch sees no CUDA device.
+    """
+    device = choose_device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", _number("LOCAL_RANK", 0))
+        torch.cuda.set_device(device)
+    return device
 
 
 def _number(name: str, default: int | None) -> int:

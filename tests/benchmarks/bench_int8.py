@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from jobs.eval.bench_engine import random_model, random_tokenizer
+from jobs.eval.bench.models import random_model, random_tokenizer
 from nanochat_core.checkpoint import Checkpoint, newest_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.cpu_setup import prepare_cpu

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from jobs.eval.bench_engine import random_model, random_tokenizer
+from jobs.eval.bench.models import random_model, random_tokenizer
 from nanochat_core.config import ModelConfig
 from nanochat_core.cpu_setup import prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig, Request, SamplingParams

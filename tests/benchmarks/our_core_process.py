@@ -32,7 +32,7 @@ def core(task: dict[str, Any]) -> None:
         tasks[each.label] = {
             "accuracy": result.accuracy,
             "seconds": time.perf_counter() - started,
-            "examples": result.examples,
+            "examples": result.answers,
         }
         results.append(result)
     whole = time.perf_counter() - began

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.eval.chat import ChatResult, evaluate
+from jobs.eval.chat_eval.conversations import ChatResult, evaluate
 from jobs.eval.checkpoints import pick_checkpoint
 from jobs.recipes import find_recipe
 from nanochat_core.store import open_store

@@ -1,4 +1,4 @@
-"""The inference benchmark against what it measures: the core, an engine process, a gateway, and servers that fail."""
+"""The inference benchmark with real clients: of the core, an engine process, a gateway, and servers that fail."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def service(home: Path) -> Iterator[EngineProcess]:
 
 @pytest.fixture(autouse=True)
 def limits(monkeypatch: pytest.MonkeyPatch) -> Limits:
-    """Measuring those of this machine takes seconds; one test does."""
+    """Fixed limits, because measuring the limits of this machine takes seconds. One test measures them."""
     made = Limits(bytes_per_second=1e15, flops_per_second=1e15)
     monkeypatch.setattr("jobs.eval.bench_engine.measure_limits", lambda _device, _dtype: made)
     return made
 
 
 def bench(folder: Path, **changes: Any) -> tuple[dict[str, Any], list[str]]:
-    """The result and what was shown."""
+    """Run the benchmark, and return its result and the lines that it shows."""
     lines: list[str] = []
     result = run(BenchEngineSettings(**{**SMALL, "output": str(folder), "threads": 1, **changes}), lines.append)
     return result, lines
@@ -90,7 +90,7 @@ def test_the_core_is_measured_in_every_mix_and_size(tmp_path: Path) -> None:
         assert 0 < row["flops_share"] < 1
     by_mix = {row["mix"]: row for row in result["rows"]}
     assert by_mix["fixed"]["cached_share"] == 0
-    # Of 4 prompts of 40 tokens all but the first share 32, and of 2 choices the second has all but one from the first.
+    # Three of 4 prompts find 32 of their 40 tokens in the cache. The second choice finds all tokens but the last.
     assert by_mix["prefix"]["cached_share"] == pytest.approx(3 * 32 / (4 * 40))
     assert by_mix["samples"]["cached_share"] == pytest.approx(39 / (2 * 40))
     assert len(lines) == 1 + 1 + 8
@@ -116,11 +116,11 @@ def test_shares_are_what_was_read_and_computed_over_what_could_have_been(tmp_pat
     (row,) = result["rows"]
     matrices = 12 * 64 * 64
     head = 64 * 320
-    # One step for the prompt, whose last token sees 40 keys, and one for each of the other tokens.
+    # The prompt takes one step, in which the last token sees 40 keys. Each other token takes one step.
     read = 4 * (6 * (matrices + head) + sum(2 * 64 * keys for keys in range(40, 46)))
     computed = 2 * (45 * matrices + 6 * head) + sum(4 * 64 * keys for keys in range(1, 46))
     assert row["flops_share"] / row["bandwidth_share"] == pytest.approx(computed / read)
-    # The steps take nearly all of the run, but not more.
+    # The time of the steps is nearly the whole run, and never longer.
     assert row["bandwidth_share"] >= read / row["seconds"] / limits.bytes_per_second
 
 
@@ -170,7 +170,7 @@ def test_an_engine_that_has_no_room_refuses_and_that_is_counted(service: EngineP
     changes = {"mixes": ("fixed",), "rate": ("100000",), "requests": 40, "output_tokens": 100}
     result, lines = bench(tmp_path, endpoint=f"grpc://{service.address}", **changes)
     (row,) = result["rows"]
-    assert row["answered"] >= 12  # 4 run and 8 wait
+    assert row["answered"] >= 12  # at least 4 run and 8 wait
     assert row["answered"] + row["refused"] == 40
     assert row["refused"] > 0
     assert row["errors"] == {"RESOURCE_EXHAUSTED": row["refused"]}
@@ -189,7 +189,7 @@ async def test_a_gateway_before_an_engine_process_is_measured(service: EnginePro
         assert (row["answered"], row["errors"]) == (4, {})
         assert row["output_tokens"] <= 8 * 8
         assert row["requests_per_second"] > 0
-    # Single bytes are tokens: words have been counted, not taken for tokens.
+    # The tokenizer's tokens are single bytes, so the client must have measured the tokens per word.
     fixed = result["rows"][0]
     assert 80 <= fixed["prompt_tokens"] / 4 <= 160
     assert {row["mix"]: row for row in result["rows"]}["prefix"]["cached_share"] > 0.2
@@ -212,7 +212,7 @@ async def test_engines_that_fail_are_told_apart(script: Any, errors: Any, refuse
         async def script_or_good(request: Any, context: Any) -> AsyncIterator[pb.GenerateChunk]:
             nonlocal asked
             asked += 1
-            # The requests to warm up with come first, 2 for each row, and the first row is answered.
+            # Two warm-up requests come before each row. The first row is answered.
             async for part in (good if asked <= 2 + 4 + 2 else script)(request, context):
                 yield part
 
@@ -241,7 +241,7 @@ WHOLE = [ROLE, TEXT, TEXT, USAGE, None]
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):
-    """Streams what ``events`` says, ``None`` for the end mark, to those who have the key."""
+    """Streams ``events`` to clients that send the key; ``None`` stands for the end mark."""
 
     events: Callable[[int], list[Any] | int]
     asked: list[dict[str, Any]]
@@ -274,7 +274,7 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def endpoint(events: Callable[[int], list[Any] | int]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """An endpoint's URL, and the list of what it is asked."""
+    """An endpoint's URL, and the list of the requests that it receives."""
     asked: list[dict[str, Any]] = []
     handler = type("Handler", (Endpoint,), {"events": staticmethod(events), "asked": asked})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -320,7 +320,7 @@ def test_endpoints_that_fail_are_told_apart(
     events: Any, error: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOME_KEY", KEY)
-    warm = 2 + 2  # requests to learn how long words are, and those before the row
+    warm = 2 + 2  # two requests that measure tokens per word, and two warm-up requests
     with endpoint(lambda number: WHOLE if number <= warm or number % 2 else events) as (url, _):
         changes = {"model": "m", "mixes": ("fixed",), "batch_sizes": ("2",)}
         result, _ = bench(tmp_path, endpoint=url, api_key_variable="SOME_KEY", **changes)
@@ -367,9 +367,9 @@ def test_if_nothing_is_answered_that_is_an_error(tmp_path: Path, monkeypatch: py
 
 def test_the_limits_of_this_machine_are_those_of_its_best_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr("jobs.eval.bench.roofline._MATRIX_SIDE", {"cpu": 256})
-    monkeypatch.setattr("jobs.eval.bench.roofline._COPIED_BYTES", {"cpu": 1 << 22})
-    monkeypatch.setattr("jobs.eval.bench.roofline._SECONDS", 0.0)
+    monkeypatch.setattr("jobs.eval.bench.roofline.MATRIX_SIDE", {"cpu": 256})
+    monkeypatch.setattr("jobs.eval.bench.roofline.COPIED_BYTES", {"cpu": 1 << 22})
+    monkeypatch.setattr("jobs.eval.bench.roofline.MEASURED_SECONDS", 0.0)
     taken = iter([4.0, 2.0, 3.0, 1.0, 5.0, 6.0, 0.5, 0.25, 0.75])
     clock = [0.0]
 
@@ -383,6 +383,6 @@ def test_the_limits_of_this_machine_are_those_of_its_best_operations(monkeypatch
     from jobs.eval.bench.roofline import measure_limits
 
     limits = measure_limits(torch.device("cpu"), torch.float32)
-    # A copy reads and writes, in 2 seconds at best; a sum reads in 1; a product takes a quarter of one.
+    # The fastest copy, which reads and writes, takes 2 seconds, the fastest sum 1 and the fastest product 0.25.
     assert limits.bytes_per_second == max(2 * 2**22 / 2, 2**22 / 1)
     assert limits.flops_per_second == 2 * 256**3 / 0.25

@@ -1,4 +1,4 @@
-"""The conversation evaluation: real answers through the batched engine and the sandbox, rightly counted."""
+"""The evaluation on conversations counts real answers from the batched engine and the sandbox rightly."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import torch
 
 from jobs.demo_world import EvalItem, evaluation_set, pretraining_documents
 from jobs.eval import chat
-from jobs.eval.chat import Answer, ChatEvalSettings, ChatResult, evaluate
+from jobs.eval.chat import ChatEvalSettings
+from jobs.eval.chat_eval import conversations
+from jobs.eval.chat_eval.conversations import Answer, ChatResult, evaluate
 from jobs.eval.checkpoints import pick_checkpoint
-from jobs.eval.report_card.samples import SAMPLING, continue_text
-from jobs.generation.completions import response
+from jobs.eval.report_card.held_out import SAMPLING, continue_text
+from jobs.generation.completions import read_completion
 from jobs.generation.python_tool import SandboxTool
 from jobs.recipes import find_recipe
 from jobs.train.tokenizer import train_tokenizer
@@ -38,7 +40,7 @@ MODEL = "untrained"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that says anything: special tokens are as likely as others."""
+    """A store with an untrained model, for which special tokens are as likely as others."""
     home = tmp_path_factory.mktemp("home")
     tokenizer = train_tokenizer(pretraining_documents(seed=1, n=200), 400)
     model = GPT(ModelConfig.from_depth(1, vocab_size=400, head_dim=32, context_length=512))
@@ -60,13 +62,13 @@ def test_every_item_is_answered_and_the_answers_are_those_of_the_model(checkpoin
     result = evaluate(checkpoint, items)
     assert [answer.item for answer in result.answers] == items
     assert result.revision == "sft/step_000007"
-    # Greedy answers do not depend on what else is in the batch.
+    # Greedy answers do not depend on the other questions in the batch.
     alone = evaluate(checkpoint, items[:1])
     assert alone.answers[0].text == result.answers[0].text
 
 
 def chain(tokenizer: Tokenizer, tokens: Sequence[str]) -> GPT:
-    """A model for which each token of a chain, all of them different, follows from the one before it."""
+    """A model that continues each token of a chain with the next token. All tokens of the chain differ."""
     special = tokenizer.special_ids
     ids = [special[token] if token in special else token.encode()[0] for token in tokens]
     model = GPT(ModelConfig.from_depth(1, vocab_size=tokenizer.vocab_size, head_dim=32, context_length=128))
@@ -110,8 +112,8 @@ def test_the_command_shows_accuracies_and_the_wrong_answers(home: Path) -> None:
     assert lines[2].split()[:4] == ["demo", str(demo["right"]), "14", f"{demo['accuracy']:.1%}"]
     wrong = [json.loads(line) for line in lines if line.startswith("{")]
     assert len(wrong) == 14 - demo["right"]
-    assert {answer["asked"] for answer in wrong} <= {item.messages[-1]["content"] for item in evaluation_set(14)}
-    # What is finished is not done again, and shown as it is.
+    assert {answer["question"] for answer in wrong} <= {item.messages[-1]["content"] for item in evaluation_set(14)}
+    # A second run shows the finished result without evaluating again.
     again: list[str] = []
     assert chat.run(ChatEvalSettings(model=MODEL, home=str(home), items=14, threads=1), again.append) == result
     assert again == lines
@@ -136,7 +138,7 @@ def test_the_newest_checkpoint_is_taken_or_the_one_that_is_named(home: Path, che
 
 
 def reference_answer(tokenizer: Tokenizer, item: EvalItem) -> Completion:
-    """What the engine gives when the model writes what the generator would have written."""
+    """The completion of a model that writes the reference answer of the generator."""
     prompt = render_prompt(tokenizer, parse_messages(item.messages))
     whole = [*item.messages, {"role": "assistant", "content": item.reference}]
     ids, mask = render_conversation(tokenizer, parse_messages(whole))
@@ -152,13 +154,13 @@ def reference_answer(tokenizer: Tokenizer, item: EvalItem) -> Completion:
 
 
 def scripted_result(monkeypatch: pytest.MonkeyPatch, checkpoint: Any, items: Any, answers: Any) -> ChatResult:
-    """The evaluation of a model that has learnt its lines."""
+    """The evaluation of a model with these scripted answers."""
 
     def generate(engine: Any, tokenizer: Any, task: Any, numbers: Any) -> Any:
         assert len(numbers) == len(answers) == len(task.questions)
-        return ((number, (response(tokenizer, answers[number]),)) for number in numbers)
+        return ((number, (read_completion(tokenizer, answers[number]),)) for number in numbers)
 
-    monkeypatch.setattr(chat, "generate", generate)
+    monkeypatch.setattr(conversations, "generate", generate)
     return evaluate(checkpoint, items)
 
 
@@ -175,7 +177,7 @@ def test_perfect_answers_are_all_right_and_nothing_else_is(
     silent = scripted_result(monkeypatch, checkpoint, items, [Completion([], []) for _ in items])
     assert silent.accuracy() == 0.0
 
-    # Right answers that were not computed are guesses.
+    # Right answers without a tool call count as guesses.
     untooled = [dataclasses.replace(answer, tool_events=[]) for answer in perfect]
     result = scripted_result(monkeypatch, checkpoint, items, untooled)
     assert {answer.item.requires_tool for answer in result.answers if not answer.correct} == {True}

@@ -1,4 +1,4 @@
-"""A chat evaluation that is killed goes on where it was and ends with the same result, on one rank or several."""
+"""A killed chat evaluation resumes at its last chunk and ends with the same result, on one rank or several."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from jobs.data.dataset_files import DatasetSource
 from jobs.demo_world import pretraining_documents
 from jobs.eval import chat
 from jobs.eval.chat import ChatEvalSettings
-from jobs.eval.chat_eval import examination
-from jobs.eval.chat_eval.examination import Sampling, generate
+from jobs.eval.chat_eval import evaluate_tasks
+from jobs.eval.chat_eval.evaluate_tasks import Sampling, generate
+from jobs.results.evaluations import Evaluation, results
+from jobs.results.metrics import metrics_of
 from jobs.tasks.registry import Selection, open_tasks
 from jobs.train.tokenizer import train_tokenizer
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint
@@ -38,7 +40,7 @@ QUESTIONS, CHUNKS = 80, 3
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that says anything, and a file of questions with choices."""
+    """A store with an untrained model and a file of multiple-choice questions."""
     home = tmp_path_factory.mktemp("filled") / "home"
     tokenizer = train_tokenizer(pretraining_documents(seed=1, n=100), 400)
     model = GPT(ModelConfig.from_depth(1, vocab_size=400, head_dim=32, context_length=256))
@@ -60,7 +62,7 @@ def home(filled: Path, tmp_path: Path) -> Path:
 
 
 def settings(home: Path, **changes: Any) -> ChatEvalSettings:
-    """Sampled answers, several to a question: whatever could differ would."""
+    """Settings with several sampled answers per question, so that any difference between runs shows."""
     given: dict[str, Any] = {
         "tasks": ("spelling", str(home / "choices.jsonl")),
         "items": QUESTIONS,
@@ -73,11 +75,12 @@ def settings(home: Path, **changes: Any) -> ChatEvalSettings:
 
 
 def result_of(home: Path) -> bytes:
-    return (home / FOLDER / "result.json").read_bytes()
+    (path,) = (home / FOLDER).glob("*/result.json")
+    return path.read_bytes()
 
 
 def parts(home: Path) -> dict[str, bytes]:
-    return {path.stem: path.read_bytes() for path in (home / FOLDER).glob("parts-*/*.json")}
+    return {path.stem: path.read_bytes() for path in (home / FOLDER).glob("*/parts-*/*.json")}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,7 @@ def uninterrupted(filled: Path, tmp_path_factory: pytest.TempPathFactory) -> byt
     return result_of(home)
 
 
-# A run that kills itself in the middle of a given step of the engine.
+# A run that kills itself in a given step of the engine.
 KILLED = """
 import json, os, signal, sys
 import torch
@@ -120,7 +123,7 @@ def test_a_killed_evaluation_goes_on_without_repeating_what_was_finished(
     spelled = [name for name in finished if name.startswith("spelling")]
     assert 0 < len(spelled) < CHUNKS
     assert "choices-00000" in finished
-    assert not (home / FOLDER / "result.json").exists()
+    assert not list((home / FOLDER).glob("*/result.json"))
 
     asked: list[int] = []
     kept: list[str] = []
@@ -129,14 +132,14 @@ def test_a_killed_evaluation_goes_on_without_repeating_what_was_finished(
         asked.extend(numbers)
         return generate(engine, tokenizer, task, numbers, sampling)
 
-    save_part = examination.Evaluation.save_part
-    monkeypatch.setattr(examination, "generate", watched)
+    save_part = Evaluation.save_part
+    monkeypatch.setattr(evaluate_tasks, "generate", watched)
 
     def keeping(self: Any, name: Any, value: Any) -> None:
         kept.append(name)
         save_part(self, name, value)
 
-    monkeypatch.setattr(examination.Evaluation, "save_part", keeping)
+    monkeypatch.setattr(Evaluation, "save_part", keeping)
     chat.run(settings(home), lambda _: None)
     assert result_of(home) == uninterrupted
     assert not set(kept) & set(finished)
@@ -146,7 +149,7 @@ def test_a_killed_evaluation_goes_on_without_repeating_what_was_finished(
 
 
 def test_what_was_kept_is_what_counts(home: Path, uninterrupted: bytes) -> None:
-    """A part of an interrupted run that says otherwise is seen in the result: it is read, not computed again."""
+    """The result contains a changed part of an interrupted run: the part is read, not computed again."""
     evaluation = None
 
     def stop_after_first(self: Any, name: Any, value: Any) -> Never:
@@ -155,9 +158,9 @@ def test_what_was_kept_is_what_counts(home: Path, uninterrupted: bytes) -> None:
         original(self, name, value)
         raise KeyboardInterrupt
 
-    original = examination.Evaluation.save_part
+    original = Evaluation.save_part
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(examination.Evaluation, "save_part", stop_after_first)
+        patch.setattr(Evaluation, "save_part", stop_after_first)
         with pytest.raises(KeyboardInterrupt):
             chat.run(settings(home, tasks=("spelling",)), lambda _: None)
     (name,) = parts(home)
@@ -195,6 +198,41 @@ def test_other_settings_are_another_evaluation(home: Path) -> None:
         assert other is not None
         assert other["identity"] != first["identity"], changes
     assert chat.run(settings(home, **small, batch=8, threads=1), lambda _: None) == first
+
+
+def test_results_of_different_tasks_and_samplings_stand_side_by_side(home: Path) -> None:
+    few: dict[str, Any] = {"items": 4, "samples": 1, "temperature": 0.0}
+    first = chat.run(settings(home, tasks=("spelling",), **few), lambda _: None)
+    second = chat.run(settings(home, tasks=("counting",), **few), lambda _: None)
+    sampled = chat.run(settings(home, tasks=("spelling",), items=4), lambda _: None)
+    again = chat.run(settings(home, tasks=("spelling",), **few | {"items": 5}), lambda _: None)
+    assert first is not None
+    assert second is not None
+    assert sampled is not None
+    assert again is not None
+    store = open_store(str(home))
+    kept = {result["identity"] for result in results(store, REF.model)}
+    assert kept == {second["identity"], sampled["identity"], again["identity"]}, "the same tasks again replace a result"
+    metrics = metrics_of(store, load_checkpoint(store, REF))
+    assert metrics["chat.spelling.accuracy"].value == again["tasks"]["spelling"]["accuracy"], "greedy answers count"
+    assert metrics["chat.spelling.pass_at_k.2"].value == sampled["tasks"]["spelling"]["pass_at_k"]["2"]
+    assert metrics["chat.counting.accuracy"].value == second["tasks"]["counting"]["accuracy"]
+
+
+def test_an_interrupted_evaluation_keeps_its_parts_while_other_tasks_are_evaluated(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat, "evaluate_generative", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            chat.run(settings(home), lambda _: None)
+    finished = parts(home)
+    assert finished
+    chat.run(settings(home, tasks=("counting",), items=4), lambda _: None)
+    assert parts(home) == finished
 
 
 def test_an_answer_depends_on_neither_the_batch_nor_the_other_questions(home: Path) -> None:

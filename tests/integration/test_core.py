@@ -1,4 +1,4 @@
-"""CORE as a process: its result stays the same however it is interrupted and shared, and says what it is of."""
+"""CORE as a process: interruptions and ranks do not change the result, which names its checkpoint and settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from jobs.measures.core.bundle import CORE_TASKS, open_bundle, read_bundle
-from jobs.measures.core.run import GPT2_XL, CoreResult, TaskResult, evaluate_core
+from jobs.measures.core.run import GPT2_XL_CORE, CoreResult, TaskResult, evaluate_core
 from jobs.measures.core.scoring import Scorer
 from jobs.results.evaluations import Evaluation, results
 from jobs.train.tokenizer import train_tokenizer
@@ -32,7 +32,7 @@ TASKS = random_tasks(15, items=30)
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with a model of random weights beside a bundle; nothing of the two fits the other."""
+    """A folder with a store, which has a model of random weights, and with a bundle."""
     folder = tmp_path_factory.mktemp("prepared")
     tokenizer = train_tokenizer([json.dumps(item) for task in TASKS for item in task.items], 300)
     model = GPT(ModelConfig.from_depth(2, vocab_size=tokenizer.vocab_size, head_dim=32, context_length=32))
@@ -60,7 +60,7 @@ def flags(prepared: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected(prepared: Path) -> CoreResult:
-    """Of one process that nothing happens to, without a store."""
+    """The result of one uninterrupted process without a store."""
     checkpoint = load_checkpoint(open_store(str(prepared / "home")), REF)
     torch.set_num_threads(1)
     bundle = read_bundle(open_bundle(str(prepared / "bundle")))
@@ -107,7 +107,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_result_and_repeats_nothing_t
         job.wait_until(lambda at=finished: len(parts(jobs)) >= at)  # type: ignore[misc]
         job.signal(signal.SIGKILL)
         assert job.wait() == -signal.SIGKILL
-        # Not one was written again.
+        # No part was written again.
         assert before.items() <= (before := {path: path.stat().st_ino for path in parts(jobs)}).items()
     assert len(before) < len(TASKS), "it was killed before its end"
     jobs.run(MODULE, flags)
@@ -174,7 +174,7 @@ def test_a_finished_evaluation_is_not_done_again_but_one_of_other_items_is(
     assert "already evaluated" in {event["event"] for event in job.events}
     assert f"partial CORE {expected.core:.6f}" in job.stderr
     jobs.run(MODULE, flags, max_per_task=10)
-    assert {task["examples"] for task in result(jobs)["tasks"].values()} == {10}
+    assert {task["answers"] for task in result(jobs)["tasks"].values()} == {10}
 
 
 @pytest.mark.parametrize(
@@ -197,11 +197,11 @@ def test_what_cannot_be_evaluated_is_said_in_a_line(
 
 
 def test_a_whole_core_is_compared_with_gpt2() -> None:
-    tasks = tuple(TaskResult(label, "schema", 0, 10, 5, 0.0, 0.5) for label in sorted(CORE_TASKS))
+    tasks = tuple(TaskResult(label, "schema", 0, 10, 5, 0.5, 0.0, 0.5) for label in sorted(CORE_TASKS))
     whole = CoreResult(tasks, ())
-    assert whole.summary()["partial"] == []
+    assert whole.summary()["missing"] == []
     assert whole.core == 0.5
-    assert whole.table()[-1] == f"CORE 0.500000, {0.5 - GPT2_XL:.6f} above GPT-2 XL's {GPT2_XL}"
+    assert whole.table()[-1] == f"CORE 0.500000, {0.5 - GPT2_XL_CORE:.6f} above GPT-2 XL's {GPT2_XL_CORE}"
     assert CoreResult.of_summary(json.loads(json.dumps(whole.summary()))) == whole
 
 
@@ -219,7 +219,7 @@ def test_pretraining_keeps_core_in_its_history(tmp_path: Path, prepared: Path) -
     found = {point["step"]: point["core"] for point in with_core.history if "core" in point}
     assert list(found) == [4, 8, 10]
     assert [point["step"] for point in with_core.history if "val_bpb" in point] == [5, 10]
-    # The finished model has what its last point says.
+    # The CORE of the finished model equals that of the last point of its history.
     jobs.run(MODULE, {"model": "tiny", "bundle": prepared / "bundle", "max-per-task": 6, "threads": 1})
     kept = next(results(jobs.store, "tiny"))
     assert kept["core"] == pytest.approx(found[10])

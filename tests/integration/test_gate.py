@@ -1,4 +1,4 @@
-"""The promotion gate with a real store and a real engine: a worse model is refused, and the old one goes on serving."""
+"""The promotion gate with a real store and engine: a worse model is refused, and the old one is still served."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def store(tmp_path: Path) -> Store:
 
 
 def trained(store: Store, ref: CheckpointRef, accuracy: float | None, depth: int = 2, **meta: Any) -> None:
-    """A checkpoint, and what an evaluation said of it."""
+    """Save a checkpoint, and a result with this accuracy."""
     save_checkpoint(store, ref, model=tiny_model(depth=depth), tokenizer=BYTES, meta=meta)
     if accuracy is not None:
         evaluation = Evaluation.of(store, load_checkpoint(store, ref), "conversations", {"items": 100})
-        evaluation.finish({"accuracy": accuracy})
+        evaluation.finish({"accuracy": accuracy, "kinds": {}})
 
 
 def asked(store: Store, ref: CheckpointRef, gate: Gate = GATE, **options: Any) -> Decision:
@@ -151,7 +151,7 @@ def test_a_refused_model_is_never_served_and_a_better_one_is(store: Store, engin
     said = engine.tokens([1, 2, 3], sampling={"max_tokens": 8})
     trained(store, SECOND, 0.5, depth=3)
     asked(store, SECOND)
-    time.sleep(1.0)  # ten looks at what is promoted
+    time.sleep(1.0)  # the engine checks the promotion ten times
     assert engine.stub.GetModel(pb.GetModelRequest()) == first
     assert engine.tokens([1, 2, 3], sampling={"max_tokens": 8}) == said
     trained(store, SECOND, 0.97, depth=4)

@@ -1,4 +1,4 @@
-"""Reports and comparisons of models in a store, whatever stages they have."""
+"""Reports and comparisons of models in a store, with any stages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jobs.eval import compare
 from jobs.eval.checkpoints import newest_stages
 from jobs.eval.compare import CompareSettings, with_models
 from jobs.eval.report import ReportSettings, run
-from jobs.eval.report_card import measurements
+from jobs.eval.report_card import held_out
 from jobs.promotion.decisions import decisions
 from jobs.promotion.gate import decide
 from jobs.promotion.rules import Gate
@@ -26,6 +26,7 @@ from nanochat_core.model import GPT
 from nanochat_core.store import Store, open_store
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.checkpoint_writer import save_checkpoint
+from tests.support.report_dicts import task
 from tests.support.tiny_training import NAME, fill
 
 LOSSES = [{"step": i, "loss": 3.0 / i, "train_seconds": float(i)} for i in range(1, 5)]
@@ -54,7 +55,7 @@ def store(filled: Path, tmp_path: Path) -> Store:
 
 
 def add(store: Store, stage: str, model: str = NAME, depth: int = 1, **meta: Any) -> Checkpoint:
-    """A checkpoint of random weights that says what a run says."""
+    """Save a checkpoint of random weights with the metadata of a training run."""
     tokenizer = Tokenizer.from_json(store.read(f"tokenizers/{NAME}/tokenizer.json"))
     config = ModelConfig.from_depth(depth, vocab_size=tokenizer.vocab_size, head_dim=16, context_length=256)
     network = GPT(config)
@@ -136,7 +137,7 @@ def test_nothing_is_measured_twice(store: Store, monkeypatch: pytest.MonkeyPatch
         raise AssertionError("measured again")
 
     for name in ("bits_per_byte", "evaluate", "continue_text"):
-        monkeypatch.setattr(measurements, name, again)
+        monkeypatch.setattr(held_out, name, again)
     assert report_on(store, recipe="demo") == first
     with pytest.raises(AssertionError, match="measured again"):
         report_on(store, recipe="demo", items=14)
@@ -145,7 +146,7 @@ def test_nothing_is_measured_twice(store: Store, monkeypatch: pytest.MonkeyPatch
 def test_warnings_name_what_is_wrong_with_a_run(store: Store) -> None:
     add(store, "base", skipped_steps=[2, 3], finished=False)
     tuned = add(store, "sft", inputs={"base": "0" * 64})
-    Evaluation.of(store, tuned, "core", {}).finish({"core": 0.1, "partial": ["squad"], "tasks": {}})
+    Evaluation.of(store, tuned, "core", {}).finish({"core": 0.1, "missing": ["squad"], "tasks": {}})
     report, text = report_on(store)
     assert "2 steps of base/step_000004 had no finite loss or gradient and were left out: 2, 3." in report["warnings"]
     assert "base/step_000004 is not the end of its run." in report["warnings"]
@@ -156,13 +157,25 @@ def test_warnings_name_what_is_wrong_with_a_run(store: Store) -> None:
 
 def test_evaluations_of_these_weights_are_shown_and_no_others(store: Store) -> None:
     base = add(store, "base")
-    task = {"accuracy": 0.5, "baseline": 0.25, "centered": 1 / 3, "examples": 10, "shots": 0, "type": "schema"}
-    Evaluation.of(store, base, "core", {}).finish({"core": 1 / 3, "partial": [], "tasks": {"winograd": task}})
+    winograd = {"accuracy": 0.5, "baseline": 0.25, "centered": 1 / 3, "answers": 10, "shots": 0, "kind": "schema"}
+    Evaluation.of(store, base, "core", {}).finish({"core": 1 / 3, "missing": [], "tasks": {"winograd": winograd}})
     assert "| winograd | schema | 0 | 10 | 50.0% | 25.0% | 0.3333 |" in report_on(store)[1]
     assert store.exists(f"reports/{NAME}/core.png")
     add(store, "base", depth=2)
     assert "winograd" not in report_on(store)[1]
     assert not store.exists(f"reports/{NAME}/core.png")
+
+
+def test_all_chat_evaluations_of_a_checkpoint_are_shown(store: Store) -> None:
+    tuned = add(store, "sft")
+    for name, chatcore in (("gsm8k", 0.25), ("own", None)):
+        evaluation = Evaluation.of(store, tuned, "chat", {"tasks": {name: "x"}}, key=name)
+        evaluation.finish({"chatcore": chatcore, "missing": ["mmlu"] if chatcore else [], "tasks": {name: task(1, 4)}})
+    report, text = report_on(store)
+    assert "| gsm8k | 1 | 4 | 25.0% | 0.0% | 0.2500 | — |" in text
+    assert "| own | 1 | 4 | 25.0% | 0.0% | 0.2500 | — |" in text
+    assert "ChatCORE after fine-tuning: **0.2500** (partial: 1 tasks)." in text
+    assert "ChatCORE of sft is partial: mmlu missing." in report["warnings"]
 
 
 def test_a_benchmark_of_the_model_is_shown(store: Store) -> None:
@@ -185,7 +198,7 @@ def test_a_report_is_out_of_date_when_weights_or_what_was_measured_of_them_are_o
     assert not is_reported(store, NAME, base, tuned)
     report_on(store, recipe="demo")
     assert is_reported(store, NAME, base, tuned)
-    Evaluation.of(store, base, "core", {}).finish({"core": 0.1, "tasks": {}})
+    Evaluation.of(store, base, "core", {}).finish({"core": 0.1, "missing": [], "tasks": {}})
     assert not is_reported(store, NAME, base, tuned)
     report_on(store, recipe="demo")
     assert is_reported(store, NAME, base, tuned)
@@ -222,7 +235,7 @@ def compared(store: Store, out: Path, *models: str) -> tuple[dict[str, Any], str
 def test_two_models_are_compared_by_what_differs(store: Store, tmp_path: Path) -> None:
     for model, depth, seed, accuracy in (("a", 1, 1, 0.5), ("b", 2, 2, 0.75)):
         checkpoint = add(store, "base", model, depth, settings={"dataset": NAME, "seed": seed})
-        Evaluation.of(store, checkpoint, "conversations", {"items": 4}).finish({"accuracy": accuracy})
+        Evaluation.of(store, checkpoint, "conversations", {"items": 4}).finish({"accuracy": accuracy, "kinds": {}})
     values, text = compared(store, tmp_path / "out", "a", "b")
     assert values["settings"]["pretrain --seed"] == [1, 2]
     assert values["settings"]["shape: depth"] == [1, 2]
@@ -240,7 +253,9 @@ def test_models_of_other_stores_and_with_other_stages_can_be_compared(store: Sto
     other.write(f"tokenizers/{NAME}/tokenizer.json", store.read(f"tokenizers/{NAME}/tokenizer.json"))
     for stage in ("sft", "rl"):
         add(other, stage, "b")
-    Evaluation.of(other, add(other, "sft", "c", history=[]), "conversations", {"items": 9}).finish({"accuracy": 1.0})
+    Evaluation.of(other, add(other, "sft", "c", history=[]), "conversations", {"items": 9}).finish(
+        {"accuracy": 1.0, "kinds": {}}
+    )
     values, text = compared(store, tmp_path / "out", NAME, f"{other}/models/b", f"{other}/models/c/")
     assert values["models"] == [NAME, "b", "c"]
     assert values["figures"]["base.final_loss"] == [0.75, None, None]
@@ -249,7 +264,9 @@ def test_models_of_other_stores_and_with_other_stages_can_be_compared(store: Sto
 
 def test_figures_that_were_measured_in_different_ways_are_marked(store: Store, tmp_path: Path) -> None:
     for model, items in (("a", 4), ("b", 5)):
-        Evaluation.of(store, add(store, "sft", model), "conversations", {"items": items}).finish({"accuracy": 0.5})
+        Evaluation.of(store, add(store, "sft", model), "conversations", {"items": items}).finish(
+            {"accuracy": 0.5, "kinds": {}}
+        )
     values, text = compared(store, tmp_path / "out", "a", "b")
     assert values["not_comparable"] == ["chat.accuracy"]
     assert "| `chat.accuracy` \\* | 0.5 | 0.5 | 0 |" in text

@@ -15,7 +15,7 @@ Json = dict[str, Any]
 
 @dataclasses.dataclass
 class TaskFile:
-    """One task as a bundle has it."""
+    """One task of a bundle."""
 
     label: str
     kind: str
@@ -26,7 +26,7 @@ class TaskFile:
 
 
 def write_bundle(folder: Path, tasks: list[TaskFile]) -> Path:
-    """``core.yaml``, the baselines and the items of these tasks; gives back the folder."""
+    """Write a bundle of these tasks, and return its folder."""
     data = folder / "eval_data" / "some"
     data.mkdir(parents=True)
     entries = []

@@ -1,4 +1,4 @@
-"""Reports with everything in them, for tests of what is made of them."""
+"""Reports with any parts, for tests of the page that is rendered from them."""
 
 from __future__ import annotations
 
@@ -36,11 +36,13 @@ def stage(name: str, step: int, **changes: Any) -> dict[str, Any]:
 
 
 def task(right: int, of: int, **changes: Any) -> dict[str, Any]:
-    return {"right": right, "of": of, "accuracy": right / of, "baseline": 0.0, "centered": right / of, **changes}
+    accuracy = right / of
+    figures = {"right": right, "answers": of, "accuracy": accuracy, "baseline": 0.0, "centered": accuracy}
+    return {**figures, "examples": [], **changes}
 
 
 def report(*parts: str) -> dict[str, Any]:
-    """A report with these of :data:`OPTIONAL`; one without any stage is of an imported chat model."""
+    """A report with these parts of :data:`OPTIONAL`. Without any stage it is the report of an imported chat model."""
     stages = {
         "base": stage("base", 300, held_out={"val_bpb": 0.9}, held_out_bits_per_byte=1.2345, xz_9_bits_per_byte=2.3456),
         "sft": stage("sft", 400, made_from="demo base/step_000300"),
@@ -58,17 +60,17 @@ def report(*parts: str) -> dict[str, Any]:
     }
     core = {
         "core": 0.2612,
-        "partial": ["squad"],
+        "missing": ["squad"],
         "tasks": {
             "hellaswag_zeroshot": {
-                "accuracy": 0.45, "baseline": 0.25, "centered": 0.2667, "examples": 10_042, "shots": 0,
-                "type": "multiple_choice",
+                "accuracy": 0.45, "baseline": 0.25, "centered": 0.2667, "answers": 10_042, "shots": 0,
+                "kind": "multiple_choice",
             }
         },
     }  # fmt: skip
     chat_tasks = {
         "chatcore": 0.35,
-        "partial": [],
+        "missing": [],
         "tasks": {
             "gsm8k": task(
                 123,
@@ -112,7 +114,7 @@ def report(*parts: str) -> dict[str, Any]:
         **({"samples": [["Once upon a time", " there was\n\n# a sea"], ["The", "n it rained."]]}
            if "samples" in parts else {}),
         "core_results": {last: core} if "core" in parts else {},
-        "chat_results": {last: chat_tasks} if "chat_tasks" in parts else {},
+        "chat_results": {last: [chat_tasks]} if "chat_tasks" in parts else {},
         "benchmark": {
             "folder": "engine",
             "machine": MACHINE,
@@ -150,7 +152,7 @@ def conversations(count: int = 12) -> dict[str, Any]:
 
 
 def every_combination() -> list[tuple[str, ...]]:
-    """All stages that a model can have, with nothing, with everything, and with everything but one."""
+    """All sets of stages, each with no other part, with all other parts, and with all but one."""
     stages = [("base",), ("base", "sft"), ("base", "sft", "rl"), ("sft",), ("sft", "rl")]
     rest = [part for part in OPTIONAL if part not in ("base", "sft", "rl")]
     extras = [(), tuple(rest), *itertools.combinations(rest, len(rest) - 1)]

@@ -1,4 +1,4 @@
-"""The arithmetic of the inference benchmark: what is asked for, when, and what follows from the answers."""
+"""The arithmetic of the inference benchmark: its requests, their arrival times, and the figures of a run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.eval.bench.outcomes import Outcome, TokenCounts, percentile, summarize
+from jobs.eval.bench.clients import CoreClient
+from jobs.eval.bench.request_results import RequestResult, TokenCounts, percentile, summarize
 from jobs.eval.bench.roofline import Costs
 from jobs.eval.bench.table import HEADER, Row, table_line
-from jobs.eval.bench.targets import CoreTarget
 from jobs.eval.bench.workload import (
     MIXES,
     BenchRequest,
@@ -53,8 +53,8 @@ def test_poisson_arrivals_are_as_dense_and_as_irregular_as_they_should_be() -> N
     gaps = np.diff([0.0, *arrivals])
     assert (gaps > 0).all()
     assert gaps.mean() == pytest.approx(1 / 20, rel=0.02)
-    assert gaps.std() == pytest.approx(1 / 20, rel=0.02)  # of an exponential distribution, mean and deviation are equal
-    # Counts in intervals of a second have a variance equal to their mean.
+    assert gaps.std() == pytest.approx(1 / 20, rel=0.02)  # an exponential distribution has equal mean and deviation
+    # The number of arrivals per second has a variance equal to its mean.
     counts = np.bincount(np.array(arrivals, dtype=int))[:-1]
     assert counts.var() == pytest.approx(20, rel=0.1)
 
@@ -142,37 +142,37 @@ chunks = st.lists(st.tuples(st.floats(0.001, 5), st.integers(0, 2), st.integers(
 
 @given(chunks)
 def test_gaps_of_a_choice_add_up_to_the_time_from_its_first_token_to_its_last(chunks: Any) -> None:
-    outcome, now = Outcome(0.0, 0.0), 0.0
+    result, now = RequestResult(0.0, 0.0), 0.0
     came: dict[int, list[float]] = {}
     for wait, choice, tokens in chunks:
         now += wait
-        outcome.tokens_came(now, choice, tokens)
+        result.tokens_came(now, choice, tokens)
         came.setdefault(choice, []).extend([now] * tokens)
     came = {choice: times for choice, times in came.items() if times}
-    assert outcome.first_tokens == {choice: times[0] for choice, times in came.items()}
-    assert len(outcome.gaps) == sum(len(times) - 1 for times in came.values())
-    assert sum(outcome.gaps) == pytest.approx(sum(times[-1] - times[0] for times in came.values()))
+    assert result.first_tokens == {choice: times[0] for choice, times in came.items()}
+    assert len(result.gaps) == sum(len(times) - 1 for times in came.values())
+    assert sum(result.gaps) == pytest.approx(sum(times[-1] - times[0] for times in came.values()))
 
 
 def test_tokens_that_come_together_share_their_gap() -> None:
-    outcome = Outcome(0.0, 0.0)
+    result = RequestResult(0.0, 0.0)
     for now, tokens in ((1.0, 2), (2.0, 4), (2.5, 1)):
-        outcome.tokens_came(now, 0, tokens)
-    assert outcome.gaps == [0.0, 0.25, 0.25, 0.25, 0.25, 0.5]
+        result.tokens_came(now, 0, tokens)
+    assert result.gaps == [0.0, 0.25, 0.25, 0.25, 0.25, 0.5]
 
 
-def answered(intended: float, sent: float, times: list[float], counts: TokenCounts) -> Outcome:
-    outcome = Outcome(intended, sent, finished=times[-1], counts=[counts])
+def answered(intended: float, sent: float, times: list[float], counts: TokenCounts) -> RequestResult:
+    result = RequestResult(intended, sent, finished=times[-1], counts=[counts])
     for now in times:
-        outcome.tokens_came(now, 0, 1)
-    return outcome
+        result.tokens_came(now, 0, 1)
+    return result
 
 
-def failed(now: float, error: str, *, refused: bool = False) -> Outcome:
-    outcome = Outcome(0.0, 0.0, counts=[TokenCounts(10, 10, 0)])
-    outcome.tokens_came(0.1, 0, 10)
-    outcome.failed(now, error, refused=refused)
-    return outcome
+def failed(now: float, error: str, *, refused: bool = False) -> RequestResult:
+    result = RequestResult(0.0, 0.0, counts=[TokenCounts(10, 10, 0)])
+    result.tokens_came(0.1, 0, 10)
+    result.failed(now, error, refused=refused)
+    return result
 
 
 def test_a_summary_counts_latencies_from_when_requests_should_have_been_sent() -> None:
@@ -252,7 +252,7 @@ def test_bytes_and_flops_are_those_of_counting_every_weight_and_key(
             flops += 2 * sum(matrices) + (2 * head if is_sampled_after else 0)
             for window in config.windows:
                 keys = len(range(max(position - window, 0), position + 1))
-                # For each head and key a product of query and key, and a weighted value to add.
+                # Each head multiplies the query with each key, and adds a weighted value for each key.
                 flops += config.n_head * keys * 2 * (2 * config.head_dim)
                 read += keys * 2 * config.n_kv_head * config.head_dim * item_bytes if is_sampled_after else 0
     assert Costs(config, item_bytes).of_run(counts, steps) == (read, flops)
@@ -273,42 +273,42 @@ def test_a_closed_loop_keeps_as_many_requests_running_as_it_has_clients() -> Non
 
     core.step = watched  # type: ignore[method-assign]
     requests = [BenchRequest(tuple(range(i, i + 5)), 4 + i % 3) for i in range(10)]
-    outcomes = CoreTarget(core, {}).run(requests, ClosedLoop(3))
+    results = CoreClient(core, {}).run(requests, ClosedLoop(3))
     assert max(running) == 3
-    assert [outcome.counts for outcome in outcomes] == [[TokenCounts(5, r.output_tokens, 0)] for r in requests]
-    # Each choice's first token comes before its others, and the next request only after one has ended.
+    assert [result.counts for result in results] == [[TokenCounts(5, r.output_tokens, 0)] for r in requests]
+    # Each choice has one first token and a gap before each other token. A request is sent only after another ended.
     assert all(
-        len(o.first_tokens) == 1 and len(o.gaps) == r.output_tokens - 1 for o, r in zip(outcomes, requests, strict=True)
+        len(o.first_tokens) == 1 and len(o.gaps) == r.output_tokens - 1 for o, r in zip(results, requests, strict=True)
     )
-    ended = sorted(outcome.finished for outcome in outcomes)
-    assert all(outcome.sent >= end for outcome, end in zip(outcomes[3:], ended, strict=False))
+    ended = sorted(result.finished for result in results)
+    assert all(result.sent >= end for result, end in zip(results[3:], ended, strict=False))
 
 
 def test_the_cores_steps_are_counted() -> None:
-    target = CoreTarget(engine(), {})
-    target.run([BenchRequest((1, 2, 3), 7)], ClosedLoop(1))
-    assert target.steps == 7  # one for the prompt, which gives the first token
-    assert target.step_seconds > 0
+    client = CoreClient(engine(), {})
+    client.run([BenchRequest((1, 2, 3), 7)], ClosedLoop(1))
+    assert client.steps == 7  # the step of the prompt gives the first token
+    assert client.step_seconds > 0
 
 
 def test_requests_of_an_open_loop_are_sent_when_they_arrive_whatever_runs() -> None:
     core = engine()
     requests = [BenchRequest(tuple(range(5)), 30)] * 4
     arrivals = (0.0, 0.0, 0.0, 0.05)
-    outcomes = CoreTarget(core, {}).run(requests, OpenLoop(arrivals))
-    assert [outcome.intended for outcome in outcomes] == list(arrivals)
-    assert all(outcome.sent >= outcome.intended for outcome in outcomes)
-    assert not any(outcome.error for outcome in outcomes)
+    results = CoreClient(core, {}).run(requests, OpenLoop(arrivals))
+    assert [result.intended for result in results] == list(arrivals)
+    assert all(result.sent >= result.intended for result in results)
+    assert not any(result.error for result in results)
 
 
 def test_what_the_core_refuses_is_counted() -> None:
-    target = CoreTarget(engine(max_running=1, max_waiting=2), {})
+    client = CoreClient(engine(max_running=1, max_waiting=2), {})
     fits, too_long = BenchRequest((1, 2), 50), BenchRequest(tuple(range(250)) * 2, 5)
-    outcomes = target.run([fits, fits, fits, fits, too_long], OpenLoop((0.0,) * 5))
-    summary = summarize(outcomes)
+    results = client.run([fits, fits, fits, fits, too_long], OpenLoop((0.0,) * 5))
+    summary = summarize(results)
     assert (summary.answered, summary.refused, summary.failed) == (3, 1, 1)
-    assert outcomes[3].error == "queue full"
-    assert "the context length is 256" in outcomes[4].error
+    assert results[3].error == "queue full"
+    assert "the context length is 256" in results[4].error
 
 
 def test_the_core_gives_the_tokens_that_it_gives_without_the_benchmark() -> None:
@@ -322,7 +322,7 @@ def test_the_core_gives_the_tokens_that_it_gives_without_the_benchmark() -> None
         return outputs
 
     core.step = watched  # type: ignore[method-assign]
-    CoreTarget(core, {}).run([BenchRequest((5, 6, 7), 20)], ClosedLoop(1))
+    CoreClient(core, {}).run([BenchRequest((5, 6, 7), 20)], ClosedLoop(1))
     [[expected]] = engine().generate([(5, 6, 7)], SamplingParams(max_tokens=20))
     assert given_out == expected.token_ids
 

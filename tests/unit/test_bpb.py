@@ -27,7 +27,7 @@ DOCUMENTS = [
 
 
 def network(tokenizer: Tokenizer, *, scale: float = 0.3) -> GPT:
-    """Random enough to give every token in every place another probability; uniform with scale 0."""
+    """A model that gives every token at every position another probability; with scale 0 all are equally likely."""
     config = ModelConfig.from_depth(2, vocab_size=tokenizer.vocab_size, head_dim=64, context_length=CONTEXT)
     model = GPT(config)
     generator = torch.Generator().manual_seed(1)
@@ -39,7 +39,7 @@ def network(tokenizer: Tokenizer, *, scale: float = 0.3) -> GPT:
 
 @torch.inference_mode()
 def slow_bits(model: GPT, tokenizer: Tokenizer, documents: list[str]) -> float:
-    """Every token from the ones before it in its row, one forward pass each."""
+    """The reference: predicts every token from the tokens before it in its row, with a forward pass for each."""
     bits = 0.0
     for document in documents:
         ids = [tokenizer.bos_id, *tokenizer.encode(document)]

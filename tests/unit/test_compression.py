@@ -1,4 +1,4 @@
-"""The table of bytes per token says what was counted, and what it could not compare with."""
+"""The table of bytes per token has the right counts, and names references that are missing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKENIZER = Tokenizer([*BYTES, b"th", b"the"])
 
 @pytest.fixture(autouse=True)
 def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no network that could fill it."""
+    """An empty cache of tiktoken, without a network that could fill it."""
     cache = tmp_path / "cache"
     cache.mkdir()
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
@@ -67,7 +67,7 @@ def test_gpt2_splits_numbers_whole_and_gpt4_by_three(tmp_path: Path) -> None:
 
 
 def test_gpt2s_list_of_merges_gives_the_same_tokens(tmp_path: Path) -> None:
-    # A space is spelled Ġ there, and é by the two characters of its bytes.
+    # The file spells a space as Ġ, and é as the two characters of its bytes.
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\nt h\nĠ th\nÃ ©\n", encoding="utf-8")
     merges = load_reference(GPT2, str(tmp_path / "vocab.bpe"))
     plain = load_reference(GPT2, tiktoken_file(tmp_path / "x", [*BYTES, b"th", b" th", "é".encode()]))

@@ -1,4 +1,4 @@
-"""Evaluation bundles: what is read from their files, what is said about broken ones, and how a zip becomes one."""
+"""Evaluation bundles: reading their files, errors about broken files, and unpacking a zip."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
 
 
 class Web:
-    """Serves one zip and counts how often."""
+    """Serves one zip, and counts the requests."""
 
     def __init__(self) -> None:
         self.body = b""

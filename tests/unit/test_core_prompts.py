@@ -1,4 +1,4 @@
-"""Prompts of CORE: what is written, which examples come first, and which tokens are scored."""
+"""Prompts of CORE: their text, their few-shot examples, and the tokens that are scored."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def task_of(folder: Any, task: TaskFile) -> Task:
 
 
 def written(question: Question, tokenizer: Tokenizer = BYTES) -> list[tuple[str, str]]:
-    """Of each option the text before what is scored, and what is scored."""
+    """For each option, the text before the scored tokens and the text of the scored tokens."""
     found = []
     for option in question.options:
         assert option.ids[0] == tokenizer.bos_id
@@ -36,7 +36,7 @@ def written(question: Question, tokenizer: Tokenizer = BYTES) -> list[tuple[str,
 
 
 def numbered(task: Task, text: str) -> int:
-    """The item whose text begins so; items are shuffled when they are read."""
+    """The number of the item whose text begins with these words. Reading a bundle shuffles its items."""
     (number,) = [i for i, item in enumerate(task.items) if item.shown.lstrip().startswith(text)]
     return number
 
@@ -108,7 +108,7 @@ TEXTS = st.text(st.sampled_from(" \n\t\u00a0\u2028\x1cab1.,'é—\r"), max_size=
 def test_tokens_are_those_of_the_whole_text_tokenized_at_once(
     kind: Kind, shown: list[str], asked: list[str], delimiter: str, pattern: str
 ) -> None:
-    """Whatever whitespace stands where examples meet, and also where a token could reach across."""
+    """The tokens equal those of the joined text, also if whitespace lets a token span two examples."""
     tokenizer = Tokenizer(PLAIN.token_bytes, pattern)
     if kind == "language_modeling":
         asked = [asked[0] + delimiter, asked[0] + delimiter + asked[1]]

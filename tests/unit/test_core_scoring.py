@@ -1,4 +1,4 @@
-"""Scores of CORE are those of plain forward passes over each option alone, whatever is computed together."""
+"""Scores of CORE equal those of a plain forward pass over each option alone, for any grouping of questions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VOCAB = BYTES.vocab_size
 
 
 def plain_losses(model: GPT, question: Question) -> list[float]:
-    """Each option alone, all of its logits, as the definition has it."""
+    """The reference: a forward pass over each option alone, with all of its logits."""
     length = max(len(option.ids) for option in question.options)
     model.cos, model.sin = rotary_table(length, model.config.head_dim, torch.float32, torch.device("cpu"))
     found = []
@@ -43,7 +43,7 @@ def ids(rng: random.Random, length: int) -> list[int]:
 
 
 def choice(rng: random.Random, prefix: int, lengths: list[int], number: int = 0) -> Question:
-    """Options that share their beginning, often more of it than their first tokens."""
+    """Options with the same first tokens. The random tokens after them can be equal too."""
     shared = ids(rng, prefix)
     texts = [[*shared, *(rng.randrange(3) for _ in range(length))] for length in lengths]
     start = common_length(texts)
@@ -58,7 +58,7 @@ def schema(rng: random.Random, prefix: int, lengths: list[int], suffix: int) -> 
 
 
 def continuation(model: GPT, rng: random.Random, prefix: int, length: int, *, greedy: bool) -> Question:
-    """The model's own words after a prompt, or others."""
+    """A continuation of a prompt: the model's own greedy tokens, or other tokens."""
     text = ids(rng, prefix)
     for _ in range(length):
         with torch.inference_mode():
@@ -89,7 +89,7 @@ def test_scores_are_those_of_each_option_alone(seed: int, together: int) -> None
 
 def test_windows_and_texts_beyond_the_context_are_seen_as_in_a_plain_pass() -> None:
     rng = random.Random(5)
-    # The short windows of a context of 256 are 128 tokens; texts go beyond both, and beyond the blocks of queries.
+    # A context of 256 has short windows of 128 tokens. The texts are longer than both, and than a block of queries.
     assert tiny_model(depth=4).config.windows == (128, 128, 128, 256)
     questions = [choice(rng, prefix, [3, 9, 200]) for prefix in (1, 100, 129, 300, 700)] + [
         schema(rng, 600, [150, 5], 140)
@@ -137,7 +137,7 @@ def test_an_option_with_nothing_of_its_own_is_chosen_only_where_it_comes_first()
 def test_a_token_that_options_share_is_computed_once() -> None:
     shared, ends = [1] * 50, ([2, 3, 4], [2, 3, 5, 6], [2, 7, 8])
     tree = Tree.of([Option([*shared, *end], 50) for end in ends])
-    # The last token of the prefix predicts, and the last one of an option does not.
+    # The last token of the prefix predicts a target, and the last token of an option does not.
     assert len(tree.prefix) == 49
     assert tree.ids.tolist() == [1, 2, 3, 5, 7]
     assert tree.positions.tolist() == [49, 50, 51, 52, 51]

@@ -1,10 +1,13 @@
-"""Evaluations keep finished work through interruptions and never mix results of different checkpoints or settings."""
+"""Evaluations keep finished parts after an interruption, and never mix results of other checkpoints or settings."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from jobs.results.evaluations import Evaluation, results
+import pytest
+
+from jobs.results.evaluations import Evaluation, results, results_of
 from nanochat_core.checkpoint import CheckpointRef
 from nanochat_core.store import FolderStore
 
@@ -44,3 +47,24 @@ def test_results_lists_what_was_finished(tmp_path: Path) -> None:
     Evaluation(FolderStore(tmp_path), CheckpointRef("m", "base", 5), "c", "unfinished", {}).save_part("a", 1)
     found = {(result["revision"], result["evaluation"]) for result in results(FolderStore(tmp_path), "m")}
     assert found == {("sft/step_000010", "chat"), ("base/step_000005", "core")}
+
+
+def test_results_with_different_keys_stand_side_by_side(tmp_path: Path) -> None:
+    first, second = (Evaluation(FolderStore(tmp_path), REF, "a", "chat", {"task": key}, key) for key in ("x", "y"))
+    second.save_part("y-0", [1])
+    first.finish({"score": 0.5})
+    assert second.part("y-0") == [1], "parts of another key stay"
+    second.finish({"score": 0.75})
+    assert [result["score"] for result in results_of(FolderStore(tmp_path), REF, "a")] == [0.5, 0.75]
+    assert results_of(FolderStore(tmp_path), REF, "b") == [], "results of other weights do not count"
+
+
+def test_a_result_of_another_version_is_ignored_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluation = _evaluation(tmp_path, items=3)
+    old = evaluation.finish({"score": 0.5})
+    del old["format"]
+    evaluation.store.write(f"{evaluation.folder}/result.json", json.dumps(old).encode())
+    assert list(results(evaluation.store, "m")) == []
+    assert "evaluate again" in caplog.text

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.promotion.rules import DEFAULT_NO_WORSE, Gate, NoWorse, Require, judge
-from jobs.results.metrics import Metric, flatten
-from jobs.results.normal_form import normal_form
+from jobs.results.metrics import Metric, metrics_of_result
 from nanochat_core.errors import UserError
 
 NAMES = ("chat.accuracy", "core.core", "bpb.bits_per_byte")
@@ -22,7 +21,7 @@ COMPARED = st.builds(NoWorse, st.sampled_from(NAMES), st.floats(0, 0.2), st.bool
 
 
 def holds(rule: Require | NoWorse, own: dict[str, Metric], other: dict[str, Metric] | None) -> bool:
-    """The slow and obvious reading of a rule."""
+    """The reference: a slow and obvious evaluation of a rule."""
     if isinstance(rule, Require):
         if rule.metric not in own:
             return False
@@ -87,51 +86,55 @@ def test_a_comparison_that_cannot_be_read_is_an_error(text: str) -> None:
         Gate(no_worse=(text,)).rules()
 
 
-def test_results_become_numbers_by_name() -> None:
-    common = {"settings": {"items": 2}, "model": "m", "revision": "sft/step_1", "digest": "d", "identity": "i"}
-    chat = {
-        "evaluation": "chat",
-        "chatcore": None,
-        "partial": ["mmlu"],
-        "tasks": {"gsm8k": {"right": 1, "of": 2, "accuracy": 0.5, "pass_at_k": {"1": 0.5}, "examples": [{"a": 1}]}},
-    }
-    newer = chat | {
-        "chat_core": {"value": 0.25, "tasks": ["gsm8k"], "missing": ["mmlu"]},
-        "tasks": {
-            "gsm8k": {"kind": "generative", "right": 1, "answers": 2, "accuracy": 0.5, "pass_at_k": [0.5, 1.0]},
-            "demo": {"accuracy": 1.0, "groups": {"fact": {"right": 3, "answers": 4}}},
-        },
-    }
-    del newer["chatcore"], newer["partial"]
-    assert {name: metric.value for name, metric in flatten(common | newer).items()} == {
-        "chat.chatcore": 0.25,
-        "chat.gsm8k.accuracy": 0.5,
-        "chat.gsm8k.pass_at_k.1": 0.5,
-        "chat.gsm8k.pass_at_k.2": 1.0,
-        "chat.demo.accuracy": 1.0,
-        "chat.demo.fact": 0.75,
-    }
-    core = {"evaluation": "core", "core": 0.2, "partial": True, "missing": ["squad"], "gpt2_xl": 0.256525, "tasks": {}}
-    assert {name: metric.value for name, metric in flatten(common | core).items()} == {"core.core": 0.2}
-    assert normal_form(core)["partial"] == ["squad"]
-    assert normal_form(newer)["partial"] == ["mmlu"]
-    asked = {"asked": "6*7?", "expected": "42", "said": "42", "calls": [], "right": True}
-    task = normal_form({"tasks": {"x": {"centred": 0.5, "examples": [asked]}, "y": {"examples": 10}}})["tasks"]
-    assert task["x"]["centered"] == 0.5
-    assert task["x"]["examples"] == [{"question": "6*7?", "calls": [], "answer": "42", "right": True}]
-    assert task["y"]["examples"] == 10
-    conversations = {
-        "evaluation": "conversations",
-        "accuracy": 0.75,
-        "seconds": 4.0,
-        "kinds": {"fact": {"right": 3, "items": 4}},
-        "examples": [],
-    }
-    assert {name: metric.value for name, metric in flatten(common | chat).items()} == {
-        "chat.gsm8k.accuracy": 0.5,
-        "chat.gsm8k.pass_at_k.1": 0.5,
-    }
-    found = flatten(common | conversations)
-    assert {name: metric.value for name, metric in found.items()} == {"chat.accuracy": 0.75, "chat.kinds.fact": 0.75}
-    other = flatten(common | conversations | {"settings": {"items": 3}})
-    assert found["chat.accuracy"].how != other["chat.accuracy"].how
+COMMON = {"settings": {"items": 2}, "model": "m", "revision": "sft/step_1", "digest": "d", "identity": "i"}
+GSM8K = {
+    "kind": "generative", "questions": 2, "answers": 4, "right": 2, "accuracy": 0.5, "baseline": 0.0, "centered": 0.5,
+    "too_long": 0, "examples": [], "pass_at_k": {"1": 0.5, "2": 1.0},
+    "groups": {"hard": {"right": 0, "answers": 2}, "easy": {"right": 2, "answers": 2}},
+}  # fmt: skip
+WINOGRAD = {"kind": "schema", "shots": 0, "answers": 4, "right": 3, "accuracy": 0.75, "baseline": 0.5, "centered": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("result", "metrics"),
+    [
+        (
+            {"evaluation": "chat", "chatcore": 0.25, "missing": ["mmlu"], "tasks": {"gsm8k": GSM8K}},
+            {
+                "chat.chatcore": 0.25,
+                "chat.gsm8k.accuracy": 0.5,
+                "chat.gsm8k.centered": 0.5,
+                "chat.gsm8k.pass_at_k.1": 0.5,
+                "chat.gsm8k.pass_at_k.2": 1.0,
+                "chat.gsm8k.hard": 0.0,
+                "chat.gsm8k.easy": 1.0,
+            },
+        ),
+        ({"evaluation": "chat", "chatcore": None, "missing": [], "tasks": {}}, {}),
+        (
+            {"evaluation": "core", "core": 0.2, "missing": [], "gpt2_xl": 0.25, "tasks": {"winograd": WINOGRAD}},
+            {"core.core": 0.2, "core.winograd.accuracy": 0.75, "core.winograd.centered": 0.5},
+        ),
+        (
+            {
+                "evaluation": "conversations",
+                "accuracy": 0.75,
+                "kinds": {"fact": {"right": 3, "items": 4}},
+                "seconds": 4,
+            },
+            {"chat.accuracy": 0.75, "chat.kinds.fact": 0.75},
+        ),
+        (
+            {"evaluation": "bpb", "bits_per_byte": 1.0, "xz_9_bits_per_byte": 2.0, "bytes_per_token": 4.0, "bytes": 9},
+            {"bpb.bits_per_byte": 1.0, "bpb.xz_9_bits_per_byte": 2.0, "bpb.bytes_per_token": 4.0},
+        ),
+        ({"evaluation": "samples", "samples": [["a", "b"]], "temperature": 0.8}, {}),
+    ],
+)
+def test_a_result_has_the_metrics_of_its_evaluation_and_no_others(
+    result: dict[str, Any], metrics: dict[str, float]
+) -> None:
+    found = metrics_of_result(COMMON | result)
+    assert {name: metric.value for name, metric in found.items()} == metrics
+    other = metrics_of_result(COMMON | result | {"settings": {"items": 3}})
+    assert all(found[name].how != other[name].how for name in metrics)

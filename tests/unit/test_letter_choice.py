@@ -1,4 +1,4 @@
-"""Choices scored in padded batches are those of one plain forward pass for each question."""
+"""Padded batches choose the same letters as a plain forward pass for each question."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from jobs.eval.chat_eval.examination import choose
+from jobs.eval.chat_eval.evaluate_tasks import choose
 from jobs.eval.chat_eval.letter_choice import last_logits, letter_tokens
 from jobs.tasks.multiple_choice import Choice, LetterQuestion
 from nanochat_core.chat import parse_messages, render_prompt
@@ -28,7 +28,7 @@ def questions(count: int) -> list[LetterQuestion]:
 
 def test_batches_of_different_lengths_choose_as_one_forward_pass_each() -> None:
     model, asked = tiny_model(context_length=256), questions(60)
-    verdicts = choose(model, BYTES, asked)
+    chosen_answers = choose(model, BYTES, asked)
     chosen = []
     for question in asked:
         prompt = render_prompt(BYTES, parse_messages(question.messages))
@@ -36,12 +36,12 @@ def test_batches_of_different_lengths_choose_as_one_forward_pass_each() -> None:
             logits = model(torch.tensor([prompt]))[0, -1]
         by_letter = {letter: float(logits[BYTES.encode(letter)[0]]) for letter in question.letters}
         chosen.append(max(by_letter, key=by_letter.__getitem__))
-    assert [verdict.responses[0].text for verdict in verdicts] == chosen
-    assert [verdict.right for verdict in verdicts] == [
+    assert [graded.answers[0].text for graded in chosen_answers] == chosen
+    assert [graded.right for graded in chosen_answers] == [
         (letter == question.expected,) for letter, question in zip(chosen, asked, strict=True)
     ]
     assert len(set(chosen)) > 2
-    assert 0 < sum(verdict.right[0] for verdict in verdicts) < 60
+    assert 0 < sum(graded.right[0] for graded in chosen_answers) < 60
 
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 100_000])
@@ -62,8 +62,8 @@ def test_a_pass_is_no_larger_than_it_may_be(monkeypatch: pytest.MonkeyPatch) -> 
     prompts = [rng.choices(range(256), k=rng.randint(1, 100)) for _ in range(50)]
     last_logits(model, prompts, [65], 500)
     assert max(sizes) <= 500
-    assert len(sizes) < 20  # many share one
-    # Prompts of a length share a pass, so little of it is padding.
+    assert len(sizes) < 20  # many prompts share a pass
+    # Prompts of similar length share a pass, so little of it is padding.
     assert sum(sizes) < 1.2 * sum(map(len, prompts))
 
 

@@ -1,4 +1,4 @@
-"""pass@k is what it says: the share of draws of k samples that hold a right one."""
+"""pass@k is the share of draws of k samples that contain a right sample."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_it_is_the_share_of_all_draws(case: tuple[int, int, int]) -> None:
 
 @given(st.lists(st.booleans(), min_size=1, max_size=6), st.data())
 def test_it_is_unbiased(outcomes: list[bool], data: st.DataObject) -> None:
-    """Over all sets of samples drawn from a model, its mean is the model's chance with k fresh samples."""
+    """The mean of the estimate over all sets of samples is the model's probability with k fresh samples."""
     chance = sum(outcomes) / len(outcomes)
     samples = data.draw(st.integers(1, 4))
     k = data.draw(st.integers(1, samples))

@@ -1,4 +1,4 @@
-"""Plots are pictures of a sensible size, whatever the runs looked like."""
+"""Plots are pictures of a sensible size for any course of a run."""
 
 from __future__ import annotations
 

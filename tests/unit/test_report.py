@@ -1,4 +1,4 @@
-"""The report is well-formed markdown whatever was measured, and its yardstick is the real ``xz``."""
+"""The report is well-formed Markdown for any set of known figures, and ``xz`` figures match the real program."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.eval.report_card.measurements import xz_bits_per_byte
-from jobs.eval.report_card.samples import openings
-from jobs.results.report_page.markdown import code, duration, literal
+from jobs.eval.report_card.held_out import openings, xz_bits_per_byte
+from jobs.markdown import code, duration, literal
 from jobs.results.report_page.page import render
 from tests.support.report_dicts import OPTIONAL, every_combination, report
 
@@ -22,7 +21,7 @@ EVERYTHING = report(*OPTIONAL)
 
 
 def tables(markdown: str) -> list[list[list[str]]]:
-    """Rows of cells of each table; an escaped ``|`` parts none."""
+    """The rows of cells of each table. An escaped ``|`` does not separate cells."""
     found = re.findall(r"(?:^\|.*\|$\n?)+", markdown, re.MULTILINE)
     return [[re.split(r"(?<!\\)\|", line[1:-1]) for line in table.strip().splitlines()] for table in found]
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.plots import label_axis, panels, shades, short
+from jobs.plots import panels, shades, short
 
 
 def plot_benchmark(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a PNG with throughput and latencies over the load, one line per mix; p50 drawn through, p95 dashed.
+    """Write a PNG with throughput and latencies over the load. Lines of p50 are solid, lines of p95 dashed.
 
     Args:
-        rows: of one kind of load, as ``bench.json`` has them.
+        rows: rows of ``bench.json``, all with ``slots`` or all with ``rate``.
     """
     load, label = ("rate", "requests per second sent") if rows[0]["slots"] is None else ("slots", "sequences at a time")
     mixes = list(dict.fromkeys(row["mix"] for row in rows))
@@ -28,10 +28,10 @@ def plot_benchmark(path: Path, rows: Sequence[dict[str, Any]]) -> None:
                 for percentile, style in ((0, "o-"), (1, "o--")):
                     times = [1000 * row[name][percentile] for row in told]
                     axis.plot([row[load] for row in told], times, style, color=color, markersize=4)
-        throughput.legend(frameon=False, fontsize=9)
-        label_axis(throughput, "Throughput", label, "output tokens per second")
-        label_axis(first, "Time to first token", label, "milliseconds, p50 and p95")
-        label_axis(between, "Time between tokens", label, "milliseconds, p50 and p95")
+        throughput.legend()
+        throughput.set(title="Throughput", xlabel=label, ylabel="output tokens per second")
+        first.set(title="Time to first token", xlabel=label, ylabel="milliseconds, p50 and p95")
+        between.set(title="Time between tokens", xlabel=label, ylabel="milliseconds, p50 and p95")
         loads = sorted({row[load] for row in rows})
         for axis in (throughput, first, between):
             axis.set_xscale("log")

@@ -1,4 +1,8 @@
-"""What inference cannot do without, and how fast this machine can do it at best."""
+"""The roofline of inference: the least that a model must read and compute, and the highest rates of this machine.
+
+A run's bytes and FLOPs over the time of its steps, divided by the machine's rates, tell how near the run comes to the
+hardware's limits (Williams, Waterman and Patterson, "Roofline", CACM 2009).
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,17 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from jobs.eval.bench.outcomes import TokenCounts
+from jobs.eval.bench.request_results import TokenCounts
 from nanochat_core.config import ModelConfig
 
-# Larger than any cache, and matrices large enough for the full rate.
-_COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
-_MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
-_SECONDS = 1.0
+# The copied tensor is larger than any cache, and the matrices are large enough to reach the full rate.
+COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
+MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
+MEASURED_SECONDS = 1.0
+Array = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +33,10 @@ class Limits:
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """Rates of this device now: memory by copying and by reading a large tensor, FLOP/s by a product in ``dtype``."""
-    source = torch.ones(_COPIED_BYTES[device.type] // 4, device=device)
+    """Measure memory bandwidth by copying and summing a large tensor, and FLOP/s by a matrix product in ``dtype``."""
+    source = torch.ones(COPIED_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    a, b = (torch.randn(2 * (_MATRIX_SIDE[device.type],), device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(2 * (MATRIX_SIDE[device.type],), device=device).to(dtype) for _ in range(2))
     with torch.inference_mode():
         copied = 2 * source.nbytes / _fastest(lambda: target.copy_(source), device)
         read = source.nbytes / _fastest(source.sum, device)
@@ -39,9 +45,9 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
 
 
 def _fastest(operation: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of as many calls as fit into a second, at least three."""
+    """The seconds of the fastest call, of at least three calls and of as many as fit into the measured time."""
     seconds: list[float] = []
-    while len(seconds) < 3 or sum(seconds) < _SECONDS:
+    while len(seconds) < 3 or sum(seconds) < MEASURED_SECONDS:
         started = time.perf_counter()
         operation()
         if device.type == "cuda":
@@ -55,8 +61,7 @@ class Costs:
     """The least that a model's forward passes read and compute.
 
     Attributes:
-        weight_bytes: of the matrices of all blocks and the head, which every step reads once. The few rows of the
-            embedding tables that a step reads are not counted.
+        item_bytes: size of a weight, a key or a value.
     """
 
     config: ModelConfig
@@ -64,29 +69,37 @@ class Costs:
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of the matrices of all blocks and the head, which every step reads once.
+
+        A step reads only a few rows of the embedding tables, so these are not counted.
+        """
         return self.item_bytes * (self.config.block_matrix_parameters + self._head_parameters)
 
-    def kv_bytes(self, contexts: np.ndarray) -> int:
-        """Keys and values read for tokens, each of which attends to so many of (tokens,) ``contexts``, itself included.
+    def kv_bytes(self, contexts: Array) -> int:
+        """Bytes of the keys and values that tokens read in all layers.
 
-        A layer with a window reads at most the window's tokens before itself.
+        Args:
+            contexts: (tokens,) number of tokens that each token attends to, itself included, in a layer without a
+                window. A layer with a window reads at most the window's tokens and the token itself.
         """
         return int(2 * self.config.kv_dim * self.item_bytes * self._attended(contexts).sum())
 
-    def flops(self, contexts: np.ndarray, sampled: int) -> int:
-        """FLOPs of tokens at ``contexts``, of which so many are sampled after: only those need the head.
+    def flops(self, contexts: Array, sampled: int) -> int:
+        """FLOPs of tokens: two for each weight of a matrix, and four for each channel of each key attended to.
 
-        Two for each weight of a matrix and four for each channel of each key that is attended to.
+        Args:
+            contexts: see :meth:`kv_bytes`.
+            sampled: number of tokens after which a token is sampled. Only these need the head.
         """
         matrices = 2 * self.config.block_matrix_parameters * len(contexts) + 2 * self._head_parameters * sampled
         return int(matrices + 4 * self.config.dim * self._attended(contexts).sum())
 
     def of_run(self, counts: Sequence[TokenCounts], steps: int) -> tuple[int, int]:
-        """Bytes and FLOPs of serving choices in ``steps`` forward passes.
+        """Bytes and FLOPs of generating choices in ``steps`` forward passes.
 
-        Each step reads the weights once. Each sampled token reads the keys and values of all tokens before it, so that
-        those of a prompt are read once. Tokens found in the prefix cache are not computed, and neither is the last
-        token of a choice.
+        Each step reads the weights once. Each sampled token reads the keys and values of all tokens before it; the
+        prompt's tokens are computed together and read them once. Tokens in the prefix cache are not computed, and
+        neither is the last token of a choice.
         """
         read, computed = steps * self.weight_bytes, 0
         for count in counts:
@@ -99,8 +112,8 @@ class Costs:
     def _head_parameters(self) -> int:
         return self.config.dim * self.config.padded_vocab_size
 
-    def _attended(self, contexts: np.ndarray) -> np.ndarray:
-        """Keys attended to, over all layers, of each token."""
+    def _attended(self, contexts: Array) -> Array:
+        """(tokens,) number of keys that each token attends to, summed over the layers."""
         windows = np.array(self.config.windows)
-        attended: np.ndarray = np.minimum(contexts[:, None], windows + 1).sum(axis=1)
+        attended: Array = np.minimum(contexts[:, None], windows + 1).sum(axis=1)
         return attended

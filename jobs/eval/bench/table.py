@@ -1,21 +1,23 @@
-"""The rows of an inference benchmark, for people and for programs."""
+"""The rows of an inference benchmark: a Markdown table for people, JSON values for programs."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from jobs.eval.bench.outcomes import Summary
+from jobs.eval.bench.request_results import Summary
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One measurement.
+    """The measurement of one mix under one load.
 
     Attributes:
-        slots: sequences at a time, or None with a rate.
-        rate: requests per second, or None with slots.
-        bandwidth_share, flops_share: of the machine's limits, while the core was computing; None for endpoints.
+        slots: concurrent sequences of a closed loop; None for an open loop.
+        rate: requests per second of an open loop; None for a closed loop.
+        bandwidth_share: share of the machine's memory bandwidth that the core's steps used; None for a server.
+        flops_share: share of the machine's FLOP/s that the core's steps used; None for a server.
     """
 
     mix: str
@@ -26,68 +28,54 @@ class Row:
     flops_share: float | None
 
     def values(self) -> dict[str, Any]:
-        """As JSON values; times in seconds."""
+        """The row as JSON values, with times in seconds."""
         fields = dataclasses.asdict(self)
         return {**fields.pop("summary"), **fields}
 
 
-# Name and width; from the third on, aligned right.
-_COLUMNS = (
-    ("mix", 7),
-    ("load", 11),
-    ("answered", 8),
-    ("refused", 7),
-    ("failed", 6),
-    ("TTFT p50 ms", 11),
-    ("p95", 8),
-    ("ITL p50 ms", 10),
-    ("p95", 8),
-    ("tokens/s", 8),
-    ("requests/s", 10),
-    ("cached", 6),
-    ("bandwidth", 9),
-    ("FLOPs", 6),
+def _milliseconds(times: tuple[float, float] | None, index: int) -> str:
+    return "—" if times is None else f"{1000 * times[index]:,.2f}"
+
+
+def _percent(share: float | None) -> str:
+    return "—" if share is None else f"{share:.1%}"
+
+
+# Name, width and text of each column. Columns from the third on are aligned right.
+_COLUMNS: tuple[tuple[str, int, Callable[[Row, Summary], str]], ...] = (
+    ("mix", 7, lambda row, _: row.mix),
+    ("load", 11, lambda row, _: f"{row.slots} at once" if row.rate is None else f"{row.rate:g}/s"),
+    ("answered", 8, lambda _, summary: str(summary.answered)),
+    ("refused", 7, lambda _, summary: str(summary.refused)),
+    ("failed", 6, lambda _, summary: str(summary.failed)),
+    ("TTFT p50 ms", 11, lambda _, summary: _milliseconds(summary.time_to_first_token, 0)),
+    ("p95", 8, lambda _, summary: _milliseconds(summary.time_to_first_token, 1)),
+    ("ITL p50 ms", 10, lambda _, summary: _milliseconds(summary.inter_token_latency, 0)),
+    ("p95", 8, lambda _, summary: _milliseconds(summary.inter_token_latency, 1)),
+    ("tokens/s", 8, lambda _, summary: f"{summary.tokens_per_second:,.0f}"),
+    ("requests/s", 10, lambda _, summary: f"{summary.requests_per_second:,.2f}"),
+    ("cached", 6, lambda _, summary: _percent(summary.cached_share)),
+    ("bandwidth", 9, lambda row, _: _percent(row.bandwidth_share)),
+    ("FLOPs", 6, lambda row, _: _percent(row.flops_share)),
 )
 
 
-def _line(cells: list[str]) -> str:
+def _line(cells: Iterable[str]) -> str:
     aligned = [
         cell.ljust(width) if i < 2 else cell.rjust(width)
-        for i, (cell, (_, width)) in enumerate(zip(cells, _COLUMNS, strict=True))
+        for i, (cell, (_, width, _)) in enumerate(zip(cells, _COLUMNS, strict=True))
     ]
     return f"| {' | '.join(aligned)} |"
 
 
 HEADER = "\n".join(
     (
-        _line([name for name, _ in _COLUMNS]),
-        _line(["-" * width if i < 2 else "-" * (width - 1) + ":" for i, (_, width) in enumerate(_COLUMNS)]),
+        _line(name for name, _, _ in _COLUMNS),
+        _line("-" * width if i < 2 else "-" * (width - 1) + ":" for i, (_, width, _) in enumerate(_COLUMNS)),
     )
 )
 
 
 def table_line(row: Row) -> str:
     """``row`` as a line of a Markdown table below :data:`HEADER`."""
-    summary = row.summary
-    return _line(
-        [
-            row.mix,
-            f"{row.slots} at once" if row.rate is None else f"{row.rate:g}/s",
-            str(summary.answered),
-            str(summary.refused),
-            str(summary.failed),
-            *_milliseconds(summary.time_to_first_token),
-            *_milliseconds(summary.inter_token_latency),
-            f"{summary.tokens_per_second:,.0f}",
-            f"{summary.requests_per_second:,.2f}",
-            *(_percent(share) for share in (summary.cached_share, row.bandwidth_share, row.flops_share)),
-        ]
-    )
-
-
-def _milliseconds(times: tuple[float, float] | None) -> tuple[str, str]:
-    return ("—", "—") if times is None else (f"{1000 * times[0]:,.2f}", f"{1000 * times[1]:,.2f}")
-
-
-def _percent(share: float | None) -> str:
-    return "—" if share is None else f"{share:.1%}"
+    return _line(text(row, row.summary) for _, _, text in _COLUMNS)

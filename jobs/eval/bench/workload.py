@@ -1,4 +1,4 @@
-"""What a benchmark asks of an engine: requests of a mix, and when they are sent."""
+"""The workload of a benchmark: requests of a mix, and the load that decides when they are sent."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MIXES = ("fixed", "mixed", "samples", "prefix")
 
 @dataclasses.dataclass(frozen=True)
 class BenchRequest:
-    """A prompt to continue ``n`` times by ``output_tokens`` each.
+    """A prompt that is continued ``n`` times by ``output_tokens`` tokens each.
 
     Attributes:
-        prompt: ids between 0 and the target's vocabulary.
+        prompt: token ids below the client's ``vocabulary``.
         temperature: 0 is greedy.
     """
 
@@ -32,10 +32,12 @@ class Shape:
     """Lengths of requests in tokens.
 
     Attributes:
-        prompt, output: of every request, except in ``mixed``.
-        mixed_prompts, mixed_outputs: least and greatest length in ``mixed``, all equally likely.
-        shared: tokens at the beginning of the prompt that are equal in all requests of ``prefix``.
-        samples: most continuations of one prompt in ``samples``.
+        prompt: length of the prompt in all mixes but ``mixed``.
+        output: length of the output in all mixes but ``mixed``.
+        mixed_prompts: shortest and longest prompt in ``mixed``. All lengths between are equally likely.
+        mixed_outputs: shortest and longest output in ``mixed``. All lengths between are equally likely.
+        shared: number of first tokens that all prompts of ``prefix`` have in common.
+        samples: largest number of continuations of one prompt in ``samples``.
     """
 
     prompt: int
@@ -46,13 +48,13 @@ class Shape:
     samples: int
 
     def longest(self, mixes: Sequence[str]) -> int:
-        """The longest prompt of ``mixes`` with its output."""
+        """The largest number of tokens of a prompt with its output in any of the mixes."""
         mixed = self.mixed_prompts[1] + self.mixed_outputs[1] if "mixed" in mixes else 0
         return max(mixed, self.prompt + self.output if set(mixes) - {"mixed"} else 0)
 
 
 def choices_per_request(mix: str, shape: Shape, slots: int) -> int:
-    """Continuations of each request, so that whole requests fill ``slots`` sequences."""
+    """The number of continuations per request with which whole requests fill ``slots`` sequences exactly."""
     return math.gcd(slots, shape.samples) if mix == "samples" else 1
 
 
@@ -62,8 +64,8 @@ def make_requests(
     """``count`` requests of one of :data:`MIXES`.
 
     Args:
-        seed: decides the lengths.
-        content_seed: numbers that decide the tokens of the prompts.
+        seed: seed of the lengths.
+        content_seed: seed of the prompts' tokens.
     """
     lengths, content = np.random.default_rng(seed), np.random.default_rng(content_seed)
     shared = content.integers(vocabulary, size=shape.shared).tolist()
@@ -81,18 +83,23 @@ def make_requests(
 
 
 class Load(Protocol):
-    """When requests are sent."""
+    """Decides when requests are sent."""
 
     def due(self, number: int, now: float, in_flight: int) -> bool:
-        """Whether request ``number`` is to be sent ``now`` (seconds since the start) beside ``in_flight`` others."""
+        """Whether to send request ``number`` now.
+
+        Args:
+            now: seconds since the start of the run.
+            in_flight: number of requests that are not answered yet.
+        """
 
     def intended(self, number: int, now: float) -> float:
-        """When request ``number``, sent ``now``, should have been sent: its latencies count from there."""
+        """When request ``number``, which is sent ``now``, should have been sent. Its latencies count from this time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ClosedLoop:
-    """As many clients as ``concurrency``, each of which sends its next request when its last one is answered."""
+    """A fixed number of users, each of whom sends the next request when the last one is answered."""
 
     concurrency: int
 
@@ -105,10 +112,10 @@ class ClosedLoop:
 
 @dataclasses.dataclass(frozen=True)
 class OpenLoop:
-    """Requests arrive at their own times, whatever has become of those before.
+    """Requests arrive at given times, whether or not earlier requests have been answered.
 
     Attributes:
-        arrivals: of each request, in seconds since the start, rising.
+        arrivals: arrival times of the requests in seconds since the start, in ascending order.
     """
 
     arrivals: Sequence[float]
@@ -121,6 +128,6 @@ class OpenLoop:
 
 
 def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:
-    """Times of the first ``count`` events of a Poisson process of ``rate`` per second, in seconds."""
+    """The times in seconds of the first ``count`` events of a Poisson process with ``rate`` events per second."""
     times: list[float] = np.random.default_rng(seed).exponential(1 / rate, count).cumsum().tolist()
     return times

@@ -1,4 +1,4 @@
-"""Which choice a model takes: the letter with the highest logit where its answer begins."""
+"""Scores the letters of multiple-choice questions: the logits of the token after the prompt."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from nanochat_core.tokenizer import Tokenizer
 
 @torch.inference_mode()
 def last_logits(model: GPT, prompts: Sequence[Sequence[int]], tokens: Sequence[int], max_tokens: int) -> Tensor:
-    """Logits of the next token after each prompt, of some tokens only.
+    """The logits of some tokens as the next token after each prompt.
 
-    Prompts of about the same length share a forward pass. They are padded at the end, which nothing before it sees.
+    Prompts of similar length share a forward pass. They are padded at the end; attention is causal, so the padding
+    changes no logits.
 
     Args:
-        prompts: token ids, each at most as long as the model's context.
-        tokens: whose logits are wanted.
-        max_tokens: most tokens of a forward pass, padding included; a longer prompt has one of its own.
+        prompts: token ids of each prompt, at most as many as the model's context length.
+        tokens: ids of the tokens whose logits are returned.
+        max_tokens: largest number of tokens of a forward pass, padding included. A longer prompt has a pass of its own.
 
     Returns:
-        (prompts, tokens) fp32, on the CPU.
+        fp32 tensor of shape (prompts, tokens) on the CPU.
     """
     device = model.smear_scale.device
     wanted = torch.tensor(tokens, device=device)
@@ -41,10 +42,10 @@ def last_logits(model: GPT, prompts: Sequence[Sequence[int]], tokens: Sequence[i
 
 
 def letter_tokens(tokenizer: Tokenizer, letters: str) -> list[int]:
-    """The token of each letter.
+    """The token id of each letter.
 
     Raises:
-        UserError: a letter is several tokens.
+        UserError: the tokenizer encodes a letter as several tokens.
     """
     encoded = [tokenizer.encode(letter) for letter in letters]
     if any(len(ids) != 1 for ids in encoded):
@@ -53,7 +54,7 @@ def letter_tokens(tokenizer: Tokenizer, letters: str) -> list[int]:
 
 
 def _batches(prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of prompts for each forward pass, longest first: what does not fit in memory shows at once."""
+    """The indices of the prompts of each forward pass, the longest first, so that a lack of memory shows at once."""
     batch: list[int] = []
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
         if batch and (len(batch) + 1) * len(prompts[batch[0]]) > max_tokens:

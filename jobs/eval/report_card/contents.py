@@ -1,74 +1,72 @@
-"""What a report says, gathered from the store: one dictionary, which is ``report.json``."""
+"""Gathers the content of ``report.json`` from the artifact store."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from jobs.data.shards import dataset_exists, has_shards
-from jobs.eval.report_card.measurements import held_out_documents, measure_conversations, measure_samples, measure_text
+from jobs.eval.report_card.held_out import (
+    evaluate_conversations,
+    evaluate_text,
+    held_out_documents,
+    sample_continuations,
+)
 from jobs.measures.machine import describe_machine
 from jobs.promotion.decisions import latest_decision
-from jobs.results.evaluations import results_of
-from jobs.results.normal_form import normal_form, pass_at_k
+from jobs.results.evaluations import Result, identities, results_of
+from jobs.results.metrics import CHAT_TASKS, CORE
 from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.store import Store
 
 Report = dict[str, Any]
-# Evaluations of their own, whose results a report shows.
-_EVALUATIONS = ("core", "chat")
 
 
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """How much a report measures; see the flags of the same names."""
-
-    recipe: str
-    items: int
-    text_bytes: int
-    samples: int
-    price_per_hour: float | None
-
-
-def gather(store: Store, model: str, stages: Mapping[str, Checkpoint], wanted: Wanted) -> Report:
-    """Measure what was not measured yet, and put everything together that is known of a model.
+def gather(
+    store: Store, stages: Mapping[str, Checkpoint], *, recipe: str, items: int, text_bytes: int, samples: int
+) -> Report:
+    """The content of a model's report. Held-out evaluations that the store lacks are made first.
 
     Args:
-        stages: checkpoints by stage; any of them may be missing, but not all.
+        stages: a model's checkpoints by stage. There must be at least one stage.
+        recipe: recipe whose kinds of conversations are asked; empty for the recipe that trained the model.
+        items: number of held-out conversations.
+        text_bytes: number of bytes of held-out text.
+        samples: number of text samples.
 
     Raises:
-        UserError: there is no such recipe.
+        UserError: no recipe has the wanted name.
     """
     final = list(stages.values())[-1]
-    base = stages.get("base")
+    base, model = stages.get("base"), final.ref.model
     report: Report = {
         "model": model,
         "revision": final.ref.revision,
-        "recipe": wanted.recipe or _recipe_of(store, model),
+        "recipe": recipe or _recipe_of(store, model),
         "machine": describe_machine(),
         "shape": _shape(final),
-        "price_per_hour": wanted.price_per_hour,
         **{stage: describe_stage(checkpoint) for stage, checkpoint in stages.items()},
         "tokenizer": {"vocab_size": final.tokenizer.vocab_size},
     }
     dataset = (base or final).meta.get("settings", {}).get("dataset", model)
     if base is not None and (dataset_exists(store, dataset) or has_shards(store, dataset)):
-        documents = held_out_documents(store, dataset, wanted.text_bytes)
-        measured = measure_text(store, base, documents)
+        documents = held_out_documents(store, dataset, text_bytes)
+        measured = evaluate_text(store, base, documents)
         report["base"]["held_out_bits_per_byte"] = measured["bits_per_byte"]
         report["base"]["xz_9_bits_per_byte"] = measured["xz_9_bits_per_byte"]
         report["tokenizer"]["held_out_bytes_per_token"] = measured["bytes_per_token"]
-        report["samples"] = measure_samples(store, base, documents, wanted.samples)
+        report["samples"] = sample_continuations(store, base, documents, samples)
     report["tokenizer"]["domains"] = _domains(store, final)
     if final.ref.stage != "base" and report["recipe"]:
-        chat = measure_conversations(store, final, report["recipe"], wanted.items)
+        chat = evaluate_conversations(store, final, report["recipe"], items)
         report["chat"] = {name: chat[name] for name in ("revision", "accuracy", "kinds", "examples")}
-    for name in _EVALUATIONS:
-        found = [(stage, results_of(store, stages[stage]).get(name)) for stage in stages]
-        report[f"{name}_results"] = {stage: normal_form(result) for stage, result in found if result is not None}
-    report["measured"] = {stage: sorted(results_of(store, checkpoint)) for stage, checkpoint in stages.items()}
+    results = {stage: results_of(store, point.ref, point.weights_digest) for stage, point in stages.items()}
+    core = {stage: _named(CORE, found) for stage, found in results.items()}
+    chat_tasks = {stage: _named(CHAT_TASKS, found) for stage, found in results.items()}
+    report["core_results"] = {stage: found[0] for stage, found in core.items() if found}
+    report["chat_results"] = {stage: found for stage, found in chat_tasks.items() if found}
+    report["measured"] = {stage: identities(found) for stage, found in results.items()}
     report["benchmark"] = _benchmark(store, model)
     report["warnings"] = warnings(report, stages)
     decision = latest_decision(store, final.ref, final.weights_digest)
@@ -77,7 +75,7 @@ def gather(store: Store, model: str, stages: Mapping[str, Checkpoint], wanted: W
 
 
 def describe_stage(checkpoint: Checkpoint) -> Report:
-    """One training stage; what its checkpoint does not tell is None."""
+    """The description of a training stage. A value is None if the checkpoint's metadata does not have it."""
     meta = checkpoint.meta
     plan = meta.get("plan", {})
     steps, batch = plan.get("steps", checkpoint.ref.step), plan.get("batch_tokens")
@@ -111,7 +109,7 @@ def describe_stage(checkpoint: Checkpoint) -> Report:
 
 
 def warnings(report: Report, stages: Mapping[str, Checkpoint]) -> list[str]:
-    """What a reader should know before believing the figures."""
+    """Sentences that warn of unfinished, partial or mismatched figures."""
     found = []
     for stage, checkpoint in stages.items():
         described = report[stage]
@@ -127,17 +125,22 @@ def warnings(report: Report, stages: Mapping[str, Checkpoint]) -> list[str]:
         own_base = "base" in stages and checkpoint.meta.get("base_model") is None and "base" in inputs
         if own_base and inputs["base"] != stages["base"].weights_digest:
             found.append(f"{described['revision']} was not made from the base checkpoint that is shown here.")
-    for name, title in (("core", "CORE"), ("chat", "ChatCORE")):
-        for stage, result in report[f"{name}_results"].items():
-            if missing := result.get("partial"):
-                found.append(f"{title} of {stage} is partial: {', '.join(missing)} missing.")
+    scored = [("CORE", stage, result) for stage, result in report["core_results"].items()]
+    scored += [("ChatCORE", stage, result) for stage, results in report["chat_results"].items() for result in results]
+    for title, stage, result in scored:
+        if missing := result["missing"]:
+            found.append(f"{title} of {stage} is partial: {', '.join(missing)} missing.")
     if "base" in stages and "held_out_bits_per_byte" not in report["base"]:
         found.append("The store no longer has the text that the model was trained on: bits per byte are not measured.")
     return found
 
 
+def _named(name: str, results: list[Result]) -> list[Result]:
+    return [result for result in results if result["evaluation"] == name]
+
+
 def _recipe_of(store: Store, model: str) -> str:
-    """The recipe that the pipeline made the model with; empty for a model that was made by hand."""
+    """The recipe with which the pipeline trained the model; empty if the pipeline did not train it."""
     try:
         return str(json.loads(store.read(f"data/{model}/origin.json"))["recipe"])
     except FileNotFoundError:
@@ -158,16 +161,16 @@ def _shape(checkpoint: Checkpoint) -> Report:
 
 
 def _made_from(checkpoint: Checkpoint) -> str:
-    """Name and revision of the checkpoint that the stage started from; empty where it started from nothing."""
+    """Name and revision of the checkpoint that a stage started from; empty if it started from random weights."""
     meta = checkpoint.meta
     return f"{meta.get('base_model', checkpoint.ref.model)} {meta['base']}" if meta.get("base") else ""
 
 
 def _rl_curve(history: list[dict[str, Any]]) -> Report | None:
-    """First, best and last of what RL measures; the plot has the rest."""
+    """The first, best and last values of reinforcement learning's metrics."""
     rewards = [point["reward"] for point in history if "reward" in point]
     held_out = [point["heldout_reward"] for point in history if "heldout_reward" in point]
-    passes = [pass_at_k(point["pass_at_k"]) for point in history if "pass_at_k" in point]
+    passes = [point["pass_at_k"] for point in history if "pass_at_k" in point]
     if not rewards and not held_out:
         return None
     return {
@@ -178,7 +181,7 @@ def _rl_curve(history: list[dict[str, Any]]) -> Report | None:
 
 
 def _domains(store: Store, checkpoint: Checkpoint) -> Report | None:
-    """Bytes per token by domain, if this tokenizer was measured."""
+    """The evaluation of the checkpoint's tokenizer by domain, or None if the store has none."""
     name = checkpoint.meta.get("settings", {}).get("tokenizer", checkpoint.ref.model)
     try:
         evaluation: Report = json.loads(store.read(f"tokenizers/{name}/evaluation.json"))
@@ -188,7 +191,7 @@ def _domains(store: Store, checkpoint: Checkpoint) -> Report | None:
 
 
 def _benchmark(store: Store, model: str) -> Report | None:
-    """The newest inference benchmark of this model by the name of its folder."""
+    """The inference benchmark of this model whose folder has the last name, or None."""
     for key in reversed(store.keys("reports")):
         if key.endswith("/bench.json"):
             result: Report = json.loads(store.read(key))

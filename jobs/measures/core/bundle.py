@@ -1,6 +1,6 @@
-"""The tasks of CORE as files: ``core.yaml``, ``eval_meta_data.csv`` and ``eval_data/**.jsonl`` of an evaluation bundle.
+"""Reads an evaluation bundle with the tasks of CORE: ``core.yaml``, ``eval_meta_data.csv`` and ``eval_data/**.jsonl``.
 
-The layout is that of llm-foundry, whose in-context learning tasks these are (arXiv 2406.11794).
+The layout and the tasks come from llm-foundry's in-context learning tasks; CORE is defined in arXiv 2406.11794.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nanochat_core.store import Store, open_store
 TASKS_FILE = "core.yaml"
 BASELINES_FILE = "eval_meta_data.csv"
 DATA_FOLDER = "eval_data"
-# What CORE is the mean of; a bundle that lacks one gives only a part of it.
+# CORE is the mean over these tasks. A bundle that lacks some of them gives a partial CORE.
 CORE_TASKS = (
     "hellaswag_zeroshot",
     "jeopardy",
@@ -49,7 +49,7 @@ CORE_TASKS = (
     "boolq",
     "bigbench_language_identification",
 )
-# Every run that is capped takes the same items.
+# The fixed seed makes every run with ``max_per_task`` take the same items.
 _SHUFFLE_SEED = 1337
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -62,10 +62,10 @@ class Item:
     """One item of a task as text.
 
     Attributes:
-        shown: with its right answer, as an example for other items.
-        asked: what the model reads. ``multiple_choice`` and ``schema``: the whole text with each option.
-            ``language_modeling``: the text without and with its continuation.
-        gold: which option is right; of no meaning for ``language_modeling``.
+        shown: the item with its right answer, as few-shot examples show it.
+        asked: the texts that the model reads. Items of ``multiple_choice`` and ``schema`` have a text with each
+            option. Items of ``language_modeling`` have the text without and with its continuation.
+        gold: index of the right option; unused in ``language_modeling``.
     """
 
     shown: str
@@ -75,12 +75,12 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task with its items in the order in which they are numbered.
+    """One task. The number of an item is its index in ``items``.
 
     Attributes:
-        shots: examples before each item.
+        shots: number of examples before each item.
         baseline: accuracy of guessing, from 0 to 1.
-        digest: sha256 of the file of items.
+        digest: sha256 of the file with the items.
     """
 
     label: str
@@ -91,17 +91,17 @@ class Task:
     digest: str
 
     def centered(self, accuracy: float) -> float:
-        """0 for guessing, 1 for all right."""
+        """Accuracy scaled so that guessing is 0 and all answers right is 1."""
         return (accuracy - self.baseline) / (1.0 - self.baseline)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """What there is to evaluate.
+    """The tasks of a bundle.
 
     Attributes:
-        missing: tasks of CORE that are not in the bundle, and tasks that it names without having their file.
-        digest: sha256 over everything that is used.
+        missing: tasks of CORE that the bundle does not name, and named tasks whose file is missing.
+        digest: sha256 of all used content.
     """
 
     tasks: tuple[Task, ...]
@@ -109,27 +109,8 @@ class Bundle:
     digest: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Files:
-    """The files of a bundle below a folder of a store."""
-
-    store: Store
-    prefix: str = ""
-
-    def read(self, name: str) -> bytes:
-        """Contents of one file.
-
-        Raises:
-            FileNotFoundError: there is none of that name.
-        """
-        return self.store.read(f"{self.prefix}/{name}" if self.prefix else name)
-
-    def __str__(self) -> str:
-        return f"{self.store}/{self.prefix}".rstrip("/")
-
-
-def open_bundle(where: str) -> Files:
-    """The bundle's files in a folder or at ``s3://bucket/prefix``.
+def open_bundle(where: str) -> Store:
+    """Open the bundle in a folder or at ``s3://bucket/prefix``.
 
     Raises:
         UserError: there is no such folder.
@@ -138,14 +119,14 @@ def open_bundle(where: str) -> Files:
         raise UserError(
             f"the evaluation bundle {where} is no folder; give a folder, s3://bucket/prefix or the URL of a zip"
         )
-    return Files(open_store(where))
+    return open_store(where)
 
 
-def read_bundle(files: Files, max_per_task: int = 0) -> Bundle:
-    """All tasks whose files are there, each with at most ``max_per_task`` items (0 for all).
+def read_bundle(files: Store, max_per_task: int = 0) -> Bundle:
+    """Read all tasks whose files exist, each with at most ``max_per_task`` items (0 for all).
 
     Raises:
-        UserError: a file does not have the layout of a bundle, which one and where in it; or no task has its file.
+        UserError: a file is malformed, or the files of all tasks are missing. The message names the file and line.
     """
     baselines = _baselines(files)
     tasks, missing, seen = [], [], set()
@@ -210,7 +191,7 @@ class _Spec:
         return cls(name, kind, shots[0], delimiter, file)
 
     def items(self, content: bytes, where: str) -> list[Item]:
-        """The items of a file of JSON lines."""
+        """Parse the items in the content of a file of JSON lines."""
         items = []
         for number, line in enumerate(content.split(b"\n"), 1):
             if not line.strip():
@@ -241,7 +222,7 @@ class _Spec:
         return Item(asked[gold], asked, gold)
 
 
-def _entries(files: Files) -> list[Json]:
+def _entries(files: Store) -> list[Json]:
     content = _read(files, TASKS_FILE)
     try:
         entries = yaml.safe_load(content)["icl_tasks"]
@@ -253,8 +234,8 @@ def _entries(files: Files) -> list[Json]:
     return entries
 
 
-def _baselines(files: Files) -> dict[str, float]:
-    """Accuracy of guessing, from 0 to 1, by task; the file has it in percent."""
+def _baselines(files: Store) -> dict[str, float]:
+    """The accuracy of guessing of each task, from 0 to 1. The file has percentages."""
     baselines = {}
     try:
         for row in csv.DictReader(io.StringIO(_read(files, BASELINES_FILE).decode())):
@@ -268,7 +249,7 @@ def _baselines(files: Files) -> dict[str, float]:
     return baselines
 
 
-def _read(files: Files, key: str) -> bytes:
+def _read(files: Store, key: str) -> bytes:
     try:
         return files.read(key)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Where an evaluation bundle is: a folder, S3, or a zip on the web that is fetched into the store once."""
+"""Locates an evaluation bundle: in a folder, on S3, or in a zip on the web, which is downloaded to the store once."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from jobs.data.http_download import fetch_file
-from jobs.measures.core.bundle import BASELINES_FILE, DATA_FOLDER, TASKS_FILE, Files, open_bundle
+from jobs.measures.core.bundle import BASELINES_FILE, DATA_FOLDER, TASKS_FILE, open_bundle
 from nanochat_core.checkpoint.manifest import sha256_of
 from nanochat_core.errors import UserError
-from nanochat_core.store import Store
+from nanochat_core.store import Store, open_store
 from nanochat_core.training.distributed import Ranks
 
 log = logging.getLogger("jobs.eval.core")
 
 PUBLIC_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-# Written last: where a bundle in the store comes from, and the sha256 of the zip.
+# This file is written last. It has the URL of the bundle and the sha256 of the zip.
 SOURCE_FILE = "source.json"
-# The public bundle unpacks to a tenth of this; what would fill the disk is no bundle.
+# Limit on the unpacked size, which protects the disk. The public bundle has a tenth of this size.
 MOST_BYTES = 4 * 2**30
 _FOLDER = "bundles"
 _DOWNLOAD_SECONDS = 3600.0
 _SHOW_SECONDS = 5.0
 
 
-def locate_bundle(where: str, store: Store, ranks: Ranks) -> Files:
-    """The bundle's files: of a folder or on S3 where they are, of a zip from the web in ``store``.
+def locate_bundle(where: str, store: Store, ranks: Ranks) -> Store:
+    """The bundle's files. The first rank downloads a zip from the web into ``store`` and unpacks it there.
+
+    Args:
+        where: a folder, ``s3://bucket/prefix`` or the URL of a zip.
 
     Raises:
-        UserError: there is no such folder, or the zip cannot be had or is no bundle.
+        UserError: there is no such folder, the download fails, or the zip contains no bundle.
     """
     if not where.startswith(("http://", "https://")):
         return open_bundle(where)
@@ -48,15 +51,15 @@ def locate_bundle(where: str, store: Store, ranks: Ranks) -> Files:
             _bring(where, store, prefix, store.incoming(_FOLDER) / f"{name}.zip")
         except UserError as error:
             problem = error
-    # The others wait for longer than they may wait for each other's steps.
+    # A download takes longer than ranks usually wait for each other, so they wait on a channel with a longer limit.
     (told, *_) = ranks.side_channel(_DOWNLOAD_SECONDS).gather(problem and str(problem))
     if told is not None:
         raise problem or UserError(told)
-    return Files(store, prefix)
+    return open_store(f"{store}/{prefix}")
 
 
 def _bring(url: str, store: Store, prefix: str, part: Path) -> None:
-    """Fetch and unpack the zip at ``url``; readers of ``prefix`` see all of it or nothing."""
+    """Download and unpack the zip at ``url``. Readers of ``prefix`` see the complete bundle or nothing."""
     with _shown(part):
         fetch_file(url, part, threading.Event(), "give --bundle another URL, or a folder that holds the bundle")
     digest = sha256_of(part)
@@ -71,7 +74,7 @@ def _bring(url: str, store: Store, prefix: str, part: Path) -> None:
 
 @contextlib.contextmanager
 def _shown(part: Path) -> Iterator[None]:
-    """Log how much of a file has come, every few seconds."""
+    """Log the size of a file that is being downloaded, every few seconds."""
     ended = threading.Event()
 
     def tell() -> None:
@@ -89,15 +92,15 @@ def _shown(part: Path) -> Iterator[None]:
 
 
 def unpack(archive: Path, folder: Path, name: str) -> None:
-    """Write the files of a bundle from a zip into ``folder``, without the folder that they are in there.
+    """Unpack the files of a bundle from a zip into ``folder``, without their parent folder in the zip.
 
-    Nothing is written outside ``folder``, whatever the members of the zip are called; links are refused.
+    Nothing is written outside ``folder``: links and paths that lead out of it are refused.
 
     Args:
-        name: what errors call the zip.
+        name: name of the zip in error messages.
 
     Raises:
-        UserError: it is no zip, holds no bundle, or what it holds leaves the folder or is too large.
+        UserError: the file is no zip, contains no bundle, is too large, or has a link or a path out of the folder.
     """
     try:
         with zipfile.ZipFile(archive) as zipped:

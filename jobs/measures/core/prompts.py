@@ -1,4 +1,4 @@
-"""Items of CORE as tokens: the examples before each, and which tokens of which option are scored."""
+"""Turns items of CORE into tokens: few-shot examples, the options, and the tokens of each option that are scored."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from jobs.measures.core.bundle import Kind, Task
 from nanochat_core.tokenizer import SPLIT_PATTERN, Tokenizer
 
 BETWEEN = "\n\n"
-# Item ``number`` is shown examples that this plus its number draws.
+# The seed of the examples before an item is this number plus the item's number.
 _EXAMPLES_SEED = 1234
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One text that is scored: its tokens, of which those from ``start`` to the end are to be predicted."""
+    """The tokens of one text. The tokens from index ``start`` to the end are scored."""
 
     ids: list[int]
     start: int
@@ -28,9 +28,9 @@ class Question:
     """One item of a task, ready to be scored.
 
     Attributes:
-        number: which item of the task.
-        options: the texts to choose from; of ``language_modeling`` only one.
-        gold: which is right.
+        number: number of the item in its task.
+        options: the texts to choose from; ``language_modeling`` has one.
+        gold: index of the right option.
     """
 
     number: int
@@ -40,34 +40,34 @@ class Question:
 
     @property
     def size(self) -> int:
-        """Tokens of the longest option, about what it costs to score them all."""
+        """The number of tokens of the longest option, which estimates the cost of scoring all options."""
         return max(len(option.ids) for option in self.options)
 
 
 class Prompts:
-    """Asks the items of a task as ``tokenizer``'s tokens.
+    """Makes the questions of a task's items.
 
-    Examples recur, each before as many items as there are shots, and options share all of theirs. Each is tokenized
-    once where a token cannot reach from one into the next.
+    An example occurs in the prompts of several items. If no token can span two examples, each example is tokenized
+    only once.
     """
 
     def __init__(self, task: Task, tokenizer: Tokenizer, longest: int) -> None:
         """
         Args:
-            longest: tokens that the model can read; of longer texts the last ones are kept.
+            longest: largest number of tokens that the model can read. Of longer texts the last tokens are kept.
         """
         self._task, self._tokenizer, self._longest = task, tokenizer, longest
-        # No match of this pattern goes on behind a line's end, whatever follows that is not whitespace.
+        # No match of this pattern continues past the end of a line unless whitespace follows.
         self._separable = tokenizer.pattern == SPLIT_PATTERN
         self._shown: dict[int, list[int]] = {}
 
     def ask(self, number: int) -> Question:
-        """Item ``number`` behind its examples."""
+        """The question of item ``number``, with its examples in front."""
         item, kind = self._task.items[number], self._task.kind
         examples = draw_examples(number, len(self._task.items), self._task.shots)
         if kind == "language_modeling":
             without, whole = item.asked
-            # A space at the end belongs to the token that comes next.
+            # A space at the end is stripped, because the next token usually begins with a space.
             ids = [self._encode(examples, without, strip=True), self._encode(examples, whole)]
             options = [Option(ids[1], common_length(ids))]
         elif kind == "schema":
@@ -80,7 +80,7 @@ class Prompts:
         return Question(number, kind, tuple(self._cropped(option) for option in options), item.gold)
 
     def _encode(self, examples: Sequence[int], text: str, *, strip: bool = False) -> list[int]:
-        """BOS and the tokens of the examples and the text, as if all of it were tokenized at once."""
+        """BOS and the tokens of the examples and the text, equal to the tokens of the joined text."""
         bos = self._tokenizer.bos_id
         shown = [self._task.items[example].shown + BETWEEN for example in examples]
         if not self._separable or any(not each[:1].strip() for each in (*shown, text)):
@@ -102,14 +102,19 @@ class Prompts:
 
 
 def draw_examples(number: int, items: int, shots: int) -> list[int]:
-    """The items that are shown before item ``number`` of ``items``, in order."""
-    # As drawn from a list of the others, which need not be made for it.
+    """The numbers of the items that are shown before item ``number``.
+
+    Args:
+        items: number of items of the task.
+        shots: number of examples.
+    """
+    # The draw equals one from a list of all other items, without making the list.
     drawn = random.Random(_EXAMPLES_SEED + number).sample(range(items - 1), shots)  # noqa: S311
     return [other if other < number else other + 1 for other in drawn]
 
 
 def common_length(sequences: Sequence[list[int]]) -> int:
-    """How many first elements all sequences have in common."""
-    # What the first and the last in order share, those between share too.
+    """The length of the longest common prefix of all sequences."""
+    # In sorted order, the prefix that the first and the last sequence share is common to all between them.
     first, last = min(sequences), max(sequences)
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))

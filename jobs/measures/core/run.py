@@ -1,119 +1,110 @@
-"""Evaluating the tasks of a bundle: work in parts, shared by ranks, and CORE from what comes out."""
+"""Evaluates the tasks of a bundle, in parts that ranks share, and computes CORE from the results."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from tqdm import tqdm
 
 from jobs.measures.core.bundle import CORE_TASKS, Bundle, Kind, Task
 from jobs.measures.core.prompts import Prompts, Question
 from jobs.measures.core.scoring import Scorer, right
+from jobs.progress import ProgressDisplay
 from nanochat_core.model import GPT
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.distributed import ALONE, Ranks
 
 log = logging.getLogger("jobs.eval.core")
 
-# CORE of GPT-2 XL as published with the metric.
-GPT2_XL = 0.256525
-# Tokens of a part: what a process that is killed computes again. It is the same on every device and number of ranks, so
-# that parts that one finished are parts to another.
+# CORE of GPT-2 XL as published with the metric (arXiv 2406.11794).
+GPT2_XL_CORE = 0.256525
+# Tokens of a part, the amount of work that a killed process repeats. The number is the same on every device and for
+# every number of ranks, so that a later run can use the parts of an earlier run with other ranks.
 PART_TOKENS = 2**17
-_LOG_INTERVAL_SECONDS = 5.0
 
 
 class Parts(Protocol):
-    """Where finished parts are kept, such as an :class:`~jobs.results.evaluations.Evaluation`."""
+    """Where finished parts are stored, such as an :class:`~jobs.results.evaluations.Evaluation`."""
 
     def part(self, name: str) -> Any | None:
-        """What was saved under this name, or None."""
+        """The value stored under this name, or None."""
 
     def save_part(self, name: str, value: Any) -> None:
-        """Keep a finished part."""
+        """Store a finished part."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """How many items of a task were right."""
+    """The number of right answers to a task's items, and the accuracy that follows from it."""
 
     label: str
     kind: Kind
     shots: int
-    examples: int
+    answers: int
     right: int
+    accuracy: float
     baseline: float
     centered: float
 
-    @property
-    def accuracy(self) -> float:
-        return self.right / self.examples
+    @classmethod
+    def of(cls, task: Task, right: int) -> TaskResult:
+        """The result of a task of whose items ``right`` were answered rightly."""
+        items = len(task.items)
+        accuracy = right / items
+        return cls(task.label, task.kind, task.shots, items, right, accuracy, task.baseline, task.centered(accuracy))
 
 
 @dataclasses.dataclass(frozen=True)
 class CoreResult:
-    """All tasks that could be evaluated, by label; ``missing`` are those of CORE that could not."""
+    """The results of all tasks that could be evaluated, by label.
+
+    Attributes:
+        missing: the tasks of CORE that could not be evaluated.
+    """
 
     tasks: tuple[TaskResult, ...]
     missing: tuple[str, ...]
 
     @property
     def core(self) -> float:
-        """Mean of the centered accuracies (arXiv 2406.11794), of the tasks there are."""
+        """CORE (arXiv 2406.11794): the mean of the evaluated tasks' centered accuracies."""
         return sum(task.centered for task in self.tasks) / len(self.tasks)
 
     def summary(self) -> dict[str, Any]:
-        """For ``result.json``; ``partial`` lists the missing tasks."""
-        return {
-            "core": self.core,
-            "partial": list(self.missing),
-            "gpt2_xl": GPT2_XL,
-            "tasks": {
-                task.label: {
-                    "type": task.kind,
-                    "shots": task.shots,
-                    "examples": task.examples,
-                    "right": task.right,
-                    "accuracy": task.accuracy,
-                    "baseline": task.baseline,
-                    "centered": task.centered,
-                }
-                for task in self.tasks
-            },
-        }
+        """The content of ``result.json``."""
+        tasks = {task.label: dataclasses.asdict(task) for task in self.tasks}
+        for figures in tasks.values():
+            del figures["label"]
+        return {"core": self.core, "missing": list(self.missing), "gpt2_xl": GPT2_XL_CORE, "tasks": tasks}
 
     @classmethod
     def of_summary(cls, summary: dict[str, Any]) -> CoreResult:
         """The inverse of :meth:`summary`."""
-        tasks = (
-            TaskResult(label, t["type"], t["shots"], t["examples"], t["right"], t["baseline"], t["centered"])
-            for label, t in summary["tasks"].items()
-        )
-        return cls(tuple(tasks), tuple(summary["partial"]))
+        tasks = (TaskResult(label, **figures) for label, figures in summary["tasks"].items())
+        return cls(tuple(tasks), tuple(summary["missing"]))
 
     def table(self) -> list[str]:
-        """Lines for people: a task each, CORE, and how it compares."""
+        """The lines that the command prints: one for each task, CORE, and a comparison with GPT-2 XL."""
         lines = [
             f"{'task':<32} {'type':<17} {'shots':>5} {'examples':>8} {'accuracy':>8} {'baseline':>8} {'centered':>8}"
         ]
         lines += [
-            f"{task.label:<32} {task.kind:<17} {task.shots:>5} {task.examples:>8} {task.accuracy:>8.4f} "
+            f"{task.label:<32} {task.kind:<17} {task.shots:>5} {task.answers:>8} {task.accuracy:>8.4f} "
             f"{task.baseline:>8.4f} {task.centered:>8.4f}"
             for task in self.tasks
         ]
         if self.missing:
             lines.append(f"partial CORE {self.core:.6f}: the mean of {len(self.tasks)} tasks, without those that are")
             lines.append(f"missing in the bundle: {', '.join(self.missing)}")
-            lines.append(f"GPT-2 XL has {GPT2_XL} over all {len(CORE_TASKS)}, which this cannot be compared with")
+            lines.append(f"GPT-2 XL's {GPT2_XL_CORE} is the mean of all {len(CORE_TASKS)} tasks and not comparable")
         else:
-            way = "above" if self.core >= GPT2_XL else "below"
-            lines.append(f"CORE {self.core:.6f}, {abs(self.core - GPT2_XL):.6f} {way} GPT-2 XL's {GPT2_XL}")
+            side = "above" if self.core >= GPT2_XL_CORE else "below"
+            distance = abs(self.core - GPT2_XL_CORE)
+            lines.append(f"CORE {self.core:.6f}, {distance:.6f} {side} GPT-2 XL's {GPT2_XL_CORE}")
         return lines
 
 
@@ -128,13 +119,13 @@ def evaluate_core(
 ) -> CoreResult:
     """Score every item of every task.
 
-    Parts go to ranks in turn, and each part is computed alike wherever that is: the result depends neither on the
-    number of ranks nor on interruptions.
+    Ranks take parts in turn, and a part gives the same result on every rank: the result depends neither on the number
+    of ranks nor on interruptions.
 
     Args:
-        parts: where finished parts are found and kept; None for nowhere.
+        parts: where finished parts are read and stored; None stores nothing.
         ranks: all of them share the work and get the result.
-        shown: whether progress is told, by the first rank.
+        shown: whether the first rank shows progress.
 
     Raises:
         RankLost: another rank ended.
@@ -145,17 +136,14 @@ def evaluate_core(
         started = time.monotonic()
         found = _right(task, scorer, tokenizer, parts, ranks, shown)
         total = ranks.sum(torch.tensor(found, dtype=torch.int64, device=scorer.device))
-        items, number = len(task.items), int(total)
-        result = TaskResult(
-            task.label, task.kind, task.shots, items, number, task.baseline, task.centered(number / items)
-        )
+        result = TaskResult.of(task, int(total))
         results.append(result)
         if shown:
             log.info(
                 "task evaluated",
                 extra={
                     "task": task.label,
-                    "examples": items,
+                    "examples": result.answers,
                     "accuracy": round(result.accuracy, 4),
                     "centered": round(result.centered, 4),
                     "seconds": round(time.monotonic() - started, 2),
@@ -165,9 +153,9 @@ def evaluate_core(
 
 
 def core_of(model: GPT, tokenizer: Tokenizer, bundle: Bundle, ranks: Ranks) -> float:
-    """CORE of a model that is being trained, which stays as it is."""
-    # The same parameters in modules of the usual kind, whatever those of training were converted to. Nothing is drawn
-    # for them, which would change what training draws.
+    """CORE of a model that is being trained. The model is not changed."""
+    # Training may have converted the model's modules, so an unconverted twin takes over the same parameters. The twin
+    # is made on the meta device, which draws no random numbers that training would then miss.
     with torch.device("meta"):
         twin = GPT(model.config, model.compute_dtype)
     twin.load_state_dict(model.state_dict(), assign=True)
@@ -175,11 +163,11 @@ def core_of(model: GPT, tokenizer: Tokenizer, bundle: Bundle, ranks: Ranks) -> f
 
 
 def _right(task: Task, scorer: Scorer, tokenizer: Tokenizer, parts: Parts | None, ranks: Ranks, shown: bool) -> int:
-    """How many items of this rank's parts are right."""
-    found = 0
+    """The number of right items in this rank's parts of a task."""
+    found = answered = 0
     prompts = Prompts(task, tokenizer, scorer.longest)
     cut = list(_cut([prompts.ask(number) for number in range(len(task.items))]))
-    with _Progress(task.label, len(task.items), shown) as progress:
+    with ProgressDisplay(task.label, len(task.items), log, "evaluating", shown=shown) as progress:
         for number, questions in enumerate(cut):
             if number % ranks.size == ranks.rank:
                 name = f"{task.label}-{number:04d}"
@@ -190,12 +178,14 @@ def _right(task: Task, scorer: Scorer, tokenizer: Tokenizer, parts: Parts | None
                     if parts is not None:
                         parts.save_part(name, done)
                 found += len(done["right"])
-            progress.done(len(questions))
+            # The display assumes that other ranks have scored their parts meanwhile.
+            answered += len(questions)
+            progress.update(answered, {"task": task.label, "examples": answered, "of": len(task.items)})
     return found
 
 
 def _cut(questions: Sequence[Question]) -> Iterator[list[Question]]:
-    """Parts of about :data:`PART_TOKENS` each, the longest questions first: those of one part have similar lengths."""
+    """Parts of about :data:`PART_TOKENS` tokens, the longest questions first, so that lengths in a part are similar."""
     part: list[Question] = []
     tokens = 0
     for question in sorted(questions, key=lambda question: (-question.size, question.number)):
@@ -206,32 +196,3 @@ def _cut(questions: Sequence[Question]) -> Iterator[list[Question]]:
             part, tokens = [], 0
     if part:
         yield part
-
-
-class _Progress:
-    """A bar of a task's items on a terminal, else a log event every few seconds; nothing where it is not shown.
-
-    What other ranks compute meanwhile counts as done.
-    """
-
-    def __init__(self, label: str, items: int, shown: bool) -> None:
-        self._label, self._items, self._shown, self._done = label, items, shown, 0
-        self._logged = time.monotonic()
-        self._bar = (
-            tqdm(total=items, desc=label, unit="item", file=sys.stderr) if shown and sys.stderr.isatty() else None
-        )
-
-    def done(self, items: int) -> None:
-        self._done += items
-        if self._bar is not None:
-            self._bar.update(items)
-        elif self._shown and time.monotonic() - self._logged > _LOG_INTERVAL_SECONDS:
-            self._logged = time.monotonic()
-            log.info("evaluating", extra={"task": self._label, "examples": self._done, "of": self._items})
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -1,8 +1,10 @@
-"""Scoring the options of many questions at once, each token computed once.
+"""Scores the options of many questions at once, and computes each shared token only once.
 
-What the options of a question share is computed once for all of them: their common beginning, and below it a tree whose
-branches are the options. Questions of about the same length are computed together; logits are made only where a token
-is to be predicted, and the last layer is computed only below the common beginning.
+The options of a question often share most of their tokens: the examples and the question itself. A question becomes a
+common prefix and, below it, a tree whose paths are the options. Each token of the prefix and each node of the tree is
+computed once. Attention lets a node see the prefix and its own ancestors, so every option has the same loss as if it
+were computed alone. Questions of similar length form a batch. Logits are computed only at positions that predict a
+scored token, and the last layer only for the tree.
 """
 
 from __future__ import annotations
@@ -22,20 +24,25 @@ from nanochat_core.chunked_loss import CPU_CHUNK, GPU_CHUNK
 from nanochat_core.engine.backends.torch.network import TorchNetwork
 from nanochat_core.model import GPT, QK_SCALE, rotary_table
 
-# The rotary table, of training as long as the context, is made this many times longer here: few-shot prompts can be
-# longer than a context, and attention's windows do not depend on it.
+# Few-shot prompts can be longer than the context of training, so the rotary table is made this many times as long. The
+# windows of attention do not depend on the length of the table.
 CONTEXTS = 10
-# Tokens that are computed together, padding included: enough for matrix products at full speed.
+# Tokens of a batch, padding included. These sizes are large enough for matrix products at full speed.
 CPU_TOKENS, GPU_TOKENS = 2048, 32768
-# Queries of attention in a window that are computed together.
+# Queries that attention with a window computes in one block.
 _BLOCK = 256
 
 
 def right(question: Question, losses: Sequence[float]) -> bool:
-    """Whether the option with the lowest loss is the right one; of language modeling, whether no token was missed.
+    """Whether a question is answered rightly.
 
-    An option that is the whole common beginning of the others has no token of its own and NaN for a mean. Comparisons
-    with it are false, so it is the lowest exactly where it comes first; that is how published results came about.
+    The option with the lowest loss must be the right one. In language modeling the model must predict every token.
+
+    An option that is a prefix of all others has no token of its own, and its mean loss is NaN. Comparisons with NaN are
+    false, so this option has the lowest loss exactly if it comes first. Published results were computed in this way.
+
+    Args:
+        losses: loss of each option, as :meth:`Scorer.score` returns it.
     """
     if question.kind == "language_modeling":
         return losses[0] == 0.0
@@ -43,12 +50,12 @@ def right(question: Question, losses: Sequence[float]) -> bool:
 
 
 class Scorer:
-    """Mean losses of options under a model; the weights are frozen copies."""
+    """Computes the mean losses of options under a model, with frozen copies of its weights."""
 
     def __init__(self, model: GPT) -> None:
         """
         Args:
-            model: on its device; its rotary table is replaced by a longer one.
+            model: the model on its device. A longer rotary table replaces the model's own.
         """
         self.longest = CONTEXTS * model.config.context_length
         model.cos, model.sin = rotary_table(
@@ -61,9 +68,12 @@ class Scorer:
         self._logits = GPU_CHUNK if self.device.type == "cuda" else CPU_CHUNK
 
     def score(self, questions: Sequence[Question]) -> list[list[float]]:
-        """Per question of one task and option, the mean loss in nats of the tokens to be predicted.
+        """The mean loss in nats over the scored tokens of each option of each question.
 
-        The loss of a token of language modeling is 0 where it is the most likely one, and 1 elsewhere.
+        In language modeling the loss of a token is 0 if the token is the most likely one, and 1 otherwise.
+
+        Args:
+            questions: questions of one task.
         """
         trees = [Tree.of(question.options) for question in questions]
         scores = [[math.nan] * len(question.options) for question in questions]
@@ -78,7 +88,7 @@ class Scorer:
 
     @torch.inference_mode()
     def _losses(self, trees: list[Tree], greedy: bool) -> np.ndarray:
-        """Loss of every target of every option, one option after another; float64."""
+        """The float64 losses of all targets, option after option."""
         attend = TreeAttention(trees, self._windows, self.device)
         prefixes, nodes = [tree.prefix for tree in trees], [tree.ids for tree in trees]
         none = [self._network.no_token]
@@ -100,7 +110,7 @@ class Scorer:
         return self._of_pairs(hidden, np.array(pairs, dtype=np.int64).reshape(-1, 2), greedy)
 
     def _of_pairs(self, hidden: Tensor, pairs: np.ndarray, greedy: bool) -> np.ndarray:
-        """Losses of (row, target) pairs; each row's logits are made once."""
+        """The losses of (row, target) pairs. The logits of each row are computed once."""
         rows, place = np.unique(pairs[:, 0], return_inverse=True)
         order = np.argsort(place, kind="stable")
         place, targets = place[order], pairs[order, 1]
@@ -121,13 +131,13 @@ class Scorer:
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """The options of a question without what they have in common twice.
+    """The options of a question as a common prefix and a tree.
 
     Attributes:
-        prefix: (length,) tokens that all options begin with, before any that predicts a target.
-        ids: (nodes,) what follows, a node for each distinct beginning of an option.
-        parents: (nodes,) the node before each, -1 for the end of the prefix.
-        targets: of each option (node, token) pairs: after which node which token is to be predicted.
+        prefix: (length,) tokens at the start of all options, before any token that predicts a target.
+        ids: (nodes,) token of each node. A node stands for one distinct start of an option.
+        parents: (nodes,) parent of each node; -1 is the end of the prefix.
+        targets: for each option its pairs of a node and the token to predict after that node.
     """
 
     prefix: np.ndarray
@@ -137,7 +147,7 @@ class Tree:
 
     @classmethod
     def of(cls, options: Sequence[Option]) -> Tree:
-        """The last token of an option is in no tree: nothing is predicted after it."""
+        """The tree of a question's options. It has no node for an option's last token, which predicts no target."""
         shared = common_length([option.ids for option in options])
         length = max(min(shared, *(option.start for option in options)) - 1, 0)
         children: dict[tuple[int, int], int] = {}
@@ -153,7 +163,7 @@ class Tree:
                     parents.append(node)
                 node = children[node, token]
                 path.append(node)
-            # Without anything before it a token cannot be predicted.
+            # The first token of a text has no token before it and cannot be predicted.
             counted = range(max(option.start, 1), len(option.ids))
             targets.append(tuple((path[at - 1 - length], option.ids[at]) for at in counted))
         prefix = np.array(options[0].ids[:length], dtype=np.int64)
@@ -164,7 +174,7 @@ class Tree:
 
     @functools.cached_property
     def ancestors(self) -> np.ndarray:
-        """(nodes, nodes) boolean: whether the column is the row or above it."""
+        """(nodes, nodes) boolean: whether the column's node is the row's node or one of its ancestors."""
         found = np.eye(len(self.ids), dtype=bool)
         for node, parent in enumerate(self.parents):
             if parent >= 0:
@@ -173,18 +183,19 @@ class Tree:
 
     @property
     def positions(self) -> np.ndarray:
-        """(nodes,) place of each in its option."""
+        """(nodes,) position of each node's token in its option."""
         positions: np.ndarray = len(self.prefix) + self.ancestors.sum(axis=1) - 1
         return positions
 
     @property
     def previous(self) -> np.ndarray:
-        """(nodes,) the token before each, as an index into prefix, nodes and then -1 for none at all."""
-        return np.where(self.parents >= 0, len(self.prefix) + self.parents, len(self.prefix) - 1)
+        """(nodes,) index of the token before each node in the joined prefix and nodes; -1 if there is none."""
+        before: np.ndarray = np.where(self.parents >= 0, len(self.prefix) + self.parents, len(self.prefix) - 1)
+        return before
 
 
 class TreeAttention:
-    """Attention of a batch of trees, whose tokens come prefix after prefix and then tree after tree."""
+    """Attention of a batch of trees. The tokens of all prefixes come first, then the nodes of all trees."""
 
     def __init__(self, trees: Sequence[Tree], windows: Sequence[int], device: torch.device) -> None:
         self._windows, self._device = windows, device
@@ -199,7 +210,7 @@ class TreeAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window, slots = self._windows[layer], self._slots[-len(q) :]
-        # (batch, heads, prefix + nodes, head_dim); what is padding is seen by nobody.
+        # The shape is (batch, heads, prefix + nodes, head_dim). The mask hides padding from all tokens.
         q_all, k_all, v_all = self._padded(q, slots), self._padded(k, self._slots), self._padded(v, self._slots)
         scale = QK_SCALE**2 * math.sqrt(q.size(-1))
         attend = functools.partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=q.size(1) != k.size(1))
@@ -214,7 +225,7 @@ class TreeAttention:
     def _attend_prefix(
         self, attend: Callable[..., Tensor], y: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int
     ) -> None:
-        """Causal attention of the prefixes, each query block with the keys in its window."""
+        """Causal attention of the prefixes. Each block of queries reads only the keys in its window."""
         length = self._prefix
         if window >= length - 1:
             y[:, :, :length] = attend(q[:, :, :length], k[:, :, :length], v[:, :, :length], is_causal=True)
@@ -231,9 +242,9 @@ class TreeAttention:
         return padded.view(self._batch, -1, *x.shape[1:]).transpose(1, 2)
 
     def _mask(self, window: int, dtype: torch.dtype) -> Tensor:
-        """(batch, 1, nodes, prefix + nodes): 0 where a node sees a token, else minus infinity."""
+        """(batch, 1, nodes, prefix + nodes): 0 if the node sees the token, minus infinity otherwise."""
         if window not in self._masks:
-            # A row that sees nothing would be NaN; padding sees the first token.
+            # Softmax over a fully masked row is NaN, so rows of padding see the first token.
             seen = np.zeros((self._batch, self._nodes, self._prefix + self._nodes), dtype=bool)
             seen[:, :, 0] = True
             for own, tree in zip(seen, self._trees, strict=True):
@@ -250,7 +261,7 @@ class TreeAttention:
 
 
 def _batches(trees: Sequence[Tree], tokens: int) -> Iterator[list[int]]:
-    """Which trees are computed together; those without a node are not."""
+    """The indices of the trees of each batch. Trees without nodes are left out."""
     batch: list[int] = []
     prefix = nodes = 0
     for i, tree in enumerate(trees):

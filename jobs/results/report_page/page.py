@@ -1,44 +1,54 @@
-"""``report.md``, made of ``report.json`` alone."""
+"""The page ``report.md``, rendered from the content of ``report.json`` only."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from jobs.markdown import code, duration, literal, one_line, percent, table
 from jobs.plots import scientific
-from jobs.results.report_page.markdown import code, duration, literal, one_line, percent, table
 from jobs.results.report_page.published import CORE_RESULTS
 
 Report = Mapping[str, Any]
 
 TITLES = {"base": "pretraining", "sft": "fine-tuning", "rl": "reinforcement learning"}
 PROGRAMS = {"base": "jobs.train.pretrain", "sft": "jobs.train.sft", "rl": "jobs.train.rl"}
-# Problems of programming tasks are long.
+_UNITS = {"val_bpb": "bpb", "val_loss": "nats"}
+# Caption and file name of the plot of a section.
+_PLOTS = {
+    "Training": ("Loss curves", "loss.png"),
+    "Held-out conversations": ("Held-out conversations by kind", "conversations.png"),
+    "CORE": ("CORE by task", "core.png"),
+    "Reinforcement learning": ("Reward and pass@k", "rl.png"),
+}
+# Longer questions and answers, such as programming problems, are cut.
 _MOST_CHARACTERS = 400
 
 
 def render(report: Report, plots: Iterable[str] = ()) -> str:
-    """The page; a section whose figures are missing is left out.
+    """The page as Markdown. A section without figures is left out.
 
     Args:
-        plots: names of the pictures that lie beside it.
+        plots: file names of the plots beside the page.
     """
     shown = set(plots)
     sections = [_head(report)]
     for title, section in _SECTIONS.items():
-        lines = section(report, shown)
+        lines = section(report)
         if lines:
-            sections.append([f"## {title}", "", *lines])
+            caption, plot = _PLOTS.get(title, ("", ""))
+            image = [f"![{caption}]({plot})", ""] if plot in shown else []
+            sections.append([f"## {title}", "", *image, *lines])
     return "\n".join("\n".join(lines).rstrip() + "\n" for lines in sections)
 
 
-def stages_of(report: Report) -> dict[str, Report]:
-    """The stages that the model has, in their order."""
+def _stages_of(report: Report) -> dict[str, Report]:
+    """The stages that the model has, in the order of training."""
     return {stage: report[stage] for stage in TITLES if stage in report}
 
 
 def _head(report: Report) -> list[str]:
-    shape, stages = report["shape"], stages_of(report)
+    shape, stages = report["shape"], _stages_of(report)
     recipe = f", recipe {code(report['recipe'])}" if report["recipe"] else ""
     lines = [
         f"# {report['model']}: report",
@@ -63,12 +73,13 @@ def _glance(report: Report, stages: Mapping[str, Report]) -> Iterable[tuple[str,
         ours, xz = base["held_out_bits_per_byte"], base["xz_9_bits_per_byte"]
         yield "bits per byte of held-out text", f"**{ours:.3f}** (`xz -9`: {xz:.3f})"
     for stage, result in report["core_results"].items():
-        partial = ", partial" if result.get("partial") else ""
+        partial = ", partial" if result["missing"] else ""
         yield f"CORE after {TITLES[stage]}", f"**{result['core']:.4f}**{partial} (GPT-2 XL: {CORE_RESULTS[0].core:.4f})"
-    for stage, result in report["chat_results"].items():
-        if result.get("chatcore") is not None:
-            partial = ", partial" if result.get("partial") else ""
-            yield f"ChatCORE after {TITLES[stage]}", f"**{result['chatcore']:.4f}**{partial}"
+    for stage, results in report["chat_results"].items():
+        for result in results:
+            if result["chatcore"] is not None:
+                partial = ", partial" if result["missing"] else ""
+                yield f"ChatCORE after {TITLES[stage]}", f"**{result['chatcore']:.4f}**{partial}"
     curve = report.get("rl", {}).get("rl") or {}
     if curve.get("heldout_reward"):
         first, _, last = curve["heldout_reward"]
@@ -91,8 +102,8 @@ def _verdict(promotion: Report) -> str:
     return "may be promoted" if promotion["accepted"] else "**refused**"
 
 
-def _training(report: Report, plots: set[str]) -> list[str]:
-    stages = stages_of(report)
+def _training(report: Report) -> list[str]:
+    stages = _stages_of(report)
     rows = [
         (
             TITLES[name],
@@ -104,7 +115,7 @@ def _training(report: Report, plots: set[str]) -> list[str]:
             percent(stage["mfu"]),
             "—" if stage["flops"] is None else scientific(stage["flops"]),
             _or_dash(stage["final_loss"], "{:.3f}"),
-            ", ".join(f"{value:.3f} {_held_out(name)}" for name, value in stage["held_out"].items()) or "—",
+            ", ".join(f"{value:.3f} {_UNITS.get(name, name)}" for name, value in stage["held_out"].items()) or "—",
         )
         for name, stage in stages.items()
     ]
@@ -112,18 +123,13 @@ def _training(report: Report, plots: set[str]) -> list[str]:
     if len(known) > 1:
         rows.append(("**all**", "", "", "", duration(sum(known)), "", "", "", "", ""))
     header = ("stage", "checkpoint", "steps", "tokens", "time", "tokens/s", "MFU", "FLOPs", "loss", "held out")
-    lines = [*table(header, rows), ""]
-    lines += [f"{line}\n" for line in _hardware(report, stages)]
-    if "loss.png" in plots:
-        lines += ["![Loss curves](loss.png)", ""]
-    return lines
+    return [*table(header, rows), "", *(f"{line}\n" for line in _hardware(report, stages))]
 
 
 def _hardware(report: Report, stages: Mapping[str, Report]) -> Iterable[str]:
     places: dict[str, list[str]] = {}
     for name, stage in stages.items():
-        if stage["hardware"]:
-            hardware = stage["hardware"]
+        if hardware := stage["hardware"]:
             ranks = f" on {hardware['ranks']} ranks" if hardware["ranks"] > 1 else ""
             precision = f", {stage['dtype']}" if stage["dtype"] else ""
             places.setdefault(f"{_machine(hardware)}{ranks}{precision}", []).append(TITLES[name])
@@ -143,13 +149,9 @@ def _machine(machine: Report) -> str:
     return f"{machine['processor']} ({machine['cores']} cores, torch {machine['torch']})"
 
 
-def _held_out(name: str) -> str:
-    return {"val_bpb": "bpb", "val_loss": "nats"}.get(name, name)
-
-
-def _configuration(report: Report, _plots: set[str]) -> list[str]:
+def _configuration(report: Report) -> list[str]:
     lines = ["What repeats each stage; `report.json` beside this page has every setting.", "", "```sh"]
-    for name, stage in stages_of(report).items():
+    for name, stage in _stages_of(report).items():
         if stage["settings"]:
             flags = " ".join(_flag(key, value) for key, value in stage["settings"].items() if value not in (None, ""))
             lines.append(f"python -m {PROGRAMS[name]} --model {report['model']} {flags}")
@@ -165,7 +167,7 @@ def _flag(name: str, value: Any) -> str:
     return f"--{flag} {text}" if plain else f"--{flag} '{text}'"
 
 
-def _tokenizer(report: Report, _plots: set[str]) -> list[str]:
+def _tokenizer(report: Report) -> list[str]:
     tokenizer = report["tokenizer"]
     on_text = tokenizer.get("held_out_bytes_per_token")
     about = f", {on_text:.2f} bytes per token of the held-out text" if on_text else ""
@@ -186,7 +188,7 @@ def _tokenizer(report: Report, _plots: set[str]) -> list[str]:
     return [*lines, *table(header, rows), ""]
 
 
-def _held_out_text(report: Report, _plots: set[str]) -> list[str]:
+def _held_out_text(report: Report) -> list[str]:
     base = report.get("base", {})
     if "held_out_bits_per_byte" not in base:
         return []
@@ -197,7 +199,7 @@ def _held_out_text(report: Report, _plots: set[str]) -> list[str]:
     return [*table(("bits per byte", ""), rows), ""]
 
 
-def _core(report: Report, plots: set[str]) -> list[str]:
+def _core(report: Report) -> list[str]:
     results = report["core_results"]
     if not results:
         return []
@@ -207,53 +209,50 @@ def _core(report: Report, plots: set[str]) -> list[str]:
     ]
     scores += [(literal(other.name), f"{other.core:.4f}", literal(other.note)) for other in CORE_RESULTS]
     lines = [*table(("model", "CORE", ""), scores), ""]
-    if "core.png" in plots:
-        lines += ["![CORE by task](core.png)", ""]
     stage, last = list(results.items())[-1]
     rows = [
         (
             literal(name),
-            literal(str(task["type"]).replace("_", " ")),
+            literal(task["kind"].replace("_", " ")),
             str(task["shots"]),
-            f"{task['examples']:,}",
+            f"{task['answers']:,}",
             f"{task['accuracy']:.1%}",
             f"{task['baseline']:.1%}",
             f"{task['centered']:.4f}",
         )
         for name, task in last["tasks"].items()
     ]
-    header = (f"task, after {TITLES[stage]}", "type", "shots", "examples", "accuracy", "chance", "centered")
+    header = (f"task, after {TITLES[stage]}", "type", "shots", "answers", "accuracy", "chance", "centered")
     return [*lines, *table(header, rows), ""]
 
 
 def _completeness(result: Report) -> str:
-    return f"partial: {len(result['tasks'])} tasks" if result.get("partial") else f"{len(result['tasks'])} tasks"
+    return f"partial: {len(result['tasks'])} tasks" if result["missing"] else f"{len(result['tasks'])} tasks"
 
 
-def _chat_tasks(report: Report, _plots: set[str]) -> list[str]:
+def _chat_tasks(report: Report) -> list[str]:
     lines: list[str] = []
-    for stage, result in report["chat_results"].items():
-        score = result.get("chatcore")
-        if score is not None:
-            partial = f" ({_completeness(result)})" if result.get("partial") else ""
-            lines += [f"ChatCORE after {TITLES[stage]}: **{score:.4f}**{partial}.", ""]
+    for stage, result in [(stage, each) for stage, results in report["chat_results"].items() for each in results]:
+        if result["chatcore"] is not None:
+            partial = f" ({_completeness(result)})" if result["missing"] else ""
+            lines += [f"ChatCORE after {TITLES[stage]}: **{result['chatcore']:.4f}**{partial}.", ""]
         rows = [
             (
                 literal(name),
-                _or_dash(task.get("right"), "{:,}"),
-                _or_dash(task.get("of"), "{:,}"),
+                f"{task['right']:,}",
+                f"{task['answers']:,}",
                 percent(task["accuracy"]),
-                percent(task.get("baseline")),
-                _or_dash(task.get("centered"), "{:.4f}"),
-                ", ".join(f"{k}: {share:.1%}" for k, share in (task.get("pass_at_k") or {}).items()) or "—",
+                percent(task["baseline"]),
+                f"{task['centered']:.4f}",
+                ", ".join(f"{k}: {share:.1%}" for k, share in _by_k(task.get("pass_at_k", {}))) or "—",
             )
             for name, task in result["tasks"].items()
         ]
         header = (f"task, after {TITLES[stage]}", "right", "of", "accuracy", "chance", "centered", "pass@k")
         lines += [*table(header, rows), ""]
         for name, task in result["tasks"].items():
-            answered = [example for example in task.get("examples", []) if example["answer"]]
-            # One that went well and one that did not.
+            answered = [example for example in task["examples"] if example["answer"]]
+            # The page quotes one right and one wrong answer, the first of each.
             shown = {example["right"]: example for example in reversed(answered)}
             if shown:
                 lines += [f"### {literal(name)}", ""]
@@ -262,7 +261,7 @@ def _chat_tasks(report: Report, _plots: set[str]) -> list[str]:
     return lines
 
 
-def _conversations(report: Report, plots: set[str]) -> list[str]:
+def _conversations(report: Report) -> list[str]:
     chat = report.get("chat")
     if not chat:
         return []
@@ -272,8 +271,6 @@ def _conversations(report: Report, plots: set[str]) -> list[str]:
         "training conversations; sums and counts must have been computed by the Python tool.",
         "",
     ]
-    if "conversations.png" in plots:
-        lines += ["![Held-out conversations by kind](conversations.png)", ""]
     rows = [
         (name, str(kind["right"]), str(kind["items"]), f"{kind['right'] / max(kind['items'], 1):.1%}")
         for name, kind in chat["kinds"].items()
@@ -287,9 +284,9 @@ def _conversations(report: Report, plots: set[str]) -> list[str]:
 
 
 def _exchange(example: Report) -> list[str]:
-    """A question and what the model did and said."""
+    """Markdown of a question, the model's tool calls and its answer."""
     lines = [f"> {literal(_cut(example['question']))}", ""]
-    # Two spaces break the line.
+    # Two spaces at the end of a line break it.
     lines += [f"{code(_cut(ran))} gives {code(_cut(output))}  " for ran, output in example["calls"]]
     return [*lines, literal(_cut(example["answer"])) + ("" if example["right"] else "  *(wrong)*"), ""]
 
@@ -299,7 +296,7 @@ def _cut(text: str) -> str:
     return line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]} …"
 
 
-def _reinforcement(report: Report, plots: set[str]) -> list[str]:
+def _reinforcement(report: Report) -> list[str]:
     curve = report.get("rl", {}).get("rl")
     if not curve:
         return []
@@ -314,15 +311,12 @@ def _reinforcement(report: Report, plots: set[str]) -> list[str]:
         before, after = curve["pass_at_k"]
         rows += [
             (f"pass@{k} on held-out problems", _or_dash(before.get(k), "{:.1%}"), f"{share:.1%}")
-            for k, share in after.items()
+            for k, share in _by_k(after)
         ]
-    lines = [*table(("", "first", "last"), rows), ""]
-    if "rl.png" in plots:
-        lines += ["![Reward and pass@k](rl.png)", ""]
-    return lines
+    return [*table(("", "first", "last"), rows), ""]
 
 
-def _samples(report: Report, _plots: set[str]) -> list[str]:
+def _samples(report: Report) -> list[str]:
     lines: list[str] = []
     for prompt, continuation in report.get("samples", []):
         space = " " if continuation[:1].isspace() else ""
@@ -330,7 +324,7 @@ def _samples(report: Report, _plots: set[str]) -> list[str]:
     return lines
 
 
-def _inference(report: Report, _plots: set[str]) -> list[str]:
+def _inference(report: Report) -> list[str]:
     benchmark = report["benchmark"]
     if not benchmark:
         return []
@@ -352,7 +346,7 @@ def _milliseconds(times: list[float] | None) -> str:
     return f"{1000 * times[0]:,.1f}" if times else "—"
 
 
-def _promotion(report: Report, _plots: set[str]) -> list[str]:
+def _promotion(report: Report) -> list[str]:
     promotion = report["promotion"]
     if not promotion:
         return []
@@ -364,11 +358,16 @@ def _promotion(report: Report, _plots: set[str]) -> list[str]:
     return [*lines, *table(("rule", "", "why"), rows), ""] if rows else lines
 
 
+def _by_k(pass_at_k: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Pairs of k, which is text in JSON, and pass@k, in the order of the numbers k."""
+    return sorted(pass_at_k.items(), key=lambda item: int(item[0]))
+
+
 def _or_dash(value: Any, form: str) -> str:
     return "—" if value is None else form.format(value)
 
 
-_SECTIONS: dict[str, Callable[[Report, set[str]], list[str]]] = {
+_SECTIONS: dict[str, Callable[[Report], list[str]]] = {
     "Training": _training,
     "Held-out conversations": _conversations,
     "CORE": _core,

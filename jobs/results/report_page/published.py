@@ -1,20 +1,20 @@
-"""Figures of other models that a report puts beside its own."""
+"""CORE of other models, which a report shows beside its own."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from jobs.measures.core.run import GPT2_XL_CORE
+
 
 class Published(NamedTuple):
-    """A model whose CORE is known; ``note`` says what is published of how it came to be."""
+    """A model with a published CORE. ``note`` quotes what is published about the model's size and training."""
 
     name: str
     core: float
     note: str
 
 
-# CORE after arXiv 2406.11794.
-GPT2_XL_CORE = 0.256525
 CORE_RESULTS = (
     Published("GPT-2 XL", GPT2_XL_CORE, "1.6 G parameters, 2019"),
     Published("karpathy/nanochat, depth 24 (March 2026)", 0.2626, "8 H100, 1.65 h; held-out bits per byte 0.7180"),

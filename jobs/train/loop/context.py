@@ -19,12 +19,11 @@ from nanochat_core.attention import choose_attention
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.cpu_matmul import convert_to_onednn, onednn_is_faster
 from nanochat_core.cpu_setup import prepare_cpu
-from nanochat_core.device import choose_device
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.settings import setting
 from nanochat_core.store import DEFAULT_HOME, Store, open_store
-from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, local_rank
+from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, rank_device
 from nanochat_core.training.fp8 import convert_to_fp8
 from nanochat_core.training.peak_flops import peak_flops
 
@@ -78,10 +77,7 @@ def started(settings: RunSettings, model: str) -> Iterator[Place]:
     check_model_name(model)
     prepare_cpu(settings.threads)
     store = open_store(settings.home)
-    device = choose_device(settings.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", local_rank())
-        torch.cuda.set_device(device)
+    device = rank_device(settings.device)
     with joined(device, settings.rank_timeout) as ranks:
         yield Place(store, device, ranks)
 

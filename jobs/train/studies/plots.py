@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.plots import HELD_OUT, INK, label_axis, log_scale, panels, running_mean, scientific, shades, short
+from jobs.plots import HELD_OUT, INK, log_scale, panels, running_mean, scientific, shades, short
 from jobs.train.studies.power_laws import IsoFlop, PowerLaw, ScalingLaws
 
 
@@ -34,10 +34,10 @@ def plot_miniseries(
             )
         if law is not None:
             _plot_law(held_out, law, [flop for _, flop, _ in ends], f"$C^{{{law.exponent:.3f}}}$")
-            held_out.legend(frameon=False, fontsize=9)
-        training.legend(frameon=False, fontsize=9)
-        label_axis(training, "Training loss", "training FLOPs", "nats per token")
-        label_axis(held_out, "End of each run", "training FLOPs C", "held-out bits per byte")
+            held_out.legend()
+        training.legend()
+        training.set(title="Training loss", xlabel="training FLOPs", ylabel="nats per token")
+        held_out.set(title="End of each run", xlabel="training FLOPs C", ylabel="held-out bits per byte")
         held_out.margins(x=0.15, y=0.15)
         for axis in (training, held_out):
             log_scale(axis.xaxis, scientific)
@@ -63,11 +63,11 @@ def plot_isoflops(path: Path, budgets: Sequence[IsoFlop], laws: ScalingLaws | No
             reach = [budget.flops for budget in budgets]
             for axis, law, letter in ((sizes, laws.sizes, "N"), (tokens, laws.tokens, "D")):
                 _plot_law(axis, law, reach, f"${letter} \\propto C^{{{law.exponent:.3f}}}$")
-                axis.legend(frameon=False, fontsize=9)
-        curves.legend(frameon=False, fontsize=9)
-        label_axis(curves, "Models of one budget", "parameters N", "held-out bits per byte")
-        label_axis(sizes, "Best size", "training FLOPs C", "parameters N")
-        label_axis(tokens, "Best number of tokens", "training FLOPs C", "tokens D")
+                axis.legend()
+        curves.legend()
+        curves.set(title="Models of one budget", xlabel="parameters N", ylabel="held-out bits per byte")
+        sizes.set(title="Best size", xlabel="training FLOPs C", ylabel="parameters N")
+        tokens.set(title="Best number of tokens", xlabel="training FLOPs C", ylabel="tokens D")
         log_scale(curves.xaxis, short)
         for axis in (sizes, tokens):
             if laws is None:

@@ -1,4 +1,4 @@
-"""Pieces of Markdown: tables, text that is shown as it is, and numbers as people read them."""
+"""Pieces of Markdown: tables, literal text, and numbers in a form for people."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ import re
 from collections.abc import Iterable, Sequence
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$])")
-# What begins a list, a heading or a heading's underline.
+# Characters at the start of a line that begin a list, a heading or the underline of a heading.
 _LEADING = re.compile(r"^(\d+)([.)])(?=\s|$)|^([-+=#])")
-# With its unit: "4 min 08 s", "0.55 bits per byte".
+# A cell with a number and its unit, such as "4 min 08 s" or "0.55 bits per byte".
 _NUMBER = re.compile(r"(?!`)\W*\d\S*( \w{1,4}){0,3}|—|")
 
 
 def one_line(text: str) -> str:
-    """The words of ``text`` with single spaces between them."""
+    """The text with every run of whitespace replaced by one space."""
     return " ".join(text.split())
 
 
 def literal(text: str) -> str:
-    """One line that Markdown shows as it is, whatever a model has written."""
+    """The text as one line that Markdown shows literally, even if a model wrote it."""
     escaped = _SPECIAL.sub(r"\\\1", one_line(text))
     return _LEADING.sub(lambda match: f"{match[1]}\\{match[2]}" if match[1] else f"\\{match[3]}", escaped)
 
 
 def code(text: str) -> str:
-    """One line in fixed width, whatever it holds."""
+    """The text as one line of inline code."""
     line = one_line(text)
     longest = max((len(run) for run in re.findall("`+", line)), default=0)
     fence = "`" * (longest + 1)
-    # Spaces keep a backtick of the text apart from the fence; the one who reads does not see them.
+    # Spaces separate a backtick of the text from the fence. Markdown does not show them.
     inner = f" {line} " if line.startswith("`") or line.endswith("`") else line or " "
     return f"{fence}{inner}{fence}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table; columns of numbers are aligned right. ``|`` in a cell must be escaped."""
+    """The lines of a table, in which columns of numbers are aligned right. Cells must escape ``|``."""
     body = list(rows)
     numbers = [all(_NUMBER.fullmatch(row[i]) for row in body) for i in range(len(header))]
     aligned = ["---:" if i and right else "---" for i, right in enumerate(numbers)]
@@ -42,7 +42,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """``45 s``, ``4 min 12 s``, ``3 h 05 min``."""
+    """A duration such as ``45 s``, ``4 min 12 s`` or ``3 h 05 min``."""
     whole = round(seconds)
     if whole < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
@@ -53,5 +53,5 @@ def duration(seconds: float) -> str:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """``98.5%``; a dash where it is not known."""
+    """A share such as ``98.5%``, or a dash if it is unknown."""
     return "—" if share is None else f"{share:.{digits}%}"

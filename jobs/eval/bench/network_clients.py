@@ -1,4 +1,4 @@
-"""Targets of a benchmark over the network: an engine service, and anything that speaks OpenAI's chat completions."""
+"""Clients over the network: of an engine service, and of any server that offers OpenAI's chat completions."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 import grpc
 import httpx
 
-from jobs.eval.bench.outcomes import Outcome, TokenCounts
-from jobs.eval.bench.targets import TOP_K
+from jobs.eval.bench.clients import TOP_K
+from jobs.eval.bench.request_results import RequestResult, TokenCounts
 from jobs.eval.bench.workload import BenchRequest, Load
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2, engine_pb2_grpc
 from nanochat_core.tokenizer import SPECIAL_TOKENS
 
-# Prompts of endpoints that take text are made of these. Common words are one token each to most tokenizers.
+# Prompts for servers that take text consist of these common words, which most tokenizers encode as one token each.
 _TEXT = (
     "time year people way day man thing woman life child world school state family student group country problem "
     "hand part place case week company system program question work government number night point home water room "
@@ -28,13 +28,13 @@ _TEXT = (
     "service friend father power hour game line end member law car city"
 )
 WORDS = tuple(_TEXT.split())
-# Prompts of so many words tell how many tokens a word is and how many the template around them.
+# The token counts of two prompts of these lengths tell how many tokens a word and the chat template have.
 _FEW_WORDS, _MANY_WORDS = 8, 32
 _CONNECT_SECONDS = 10.0
 
 
-class EndpointTarget(ABC):
-    """What targets over the network share: one event loop, in which connections stay open between runs."""
+class NetworkClient(ABC):
+    """The shared part of the network clients: one event loop, in which connections stay open between runs."""
 
     vocabulary: int
     longest: int | None
@@ -44,15 +44,15 @@ class EndpointTarget(ABC):
         self._runner = asyncio.Runner()
         self._timeout_seconds = timeout_seconds
 
-    def run(self, requests: Sequence[BenchRequest], load: Load) -> list[Outcome]:
+    def run(self, requests: Sequence[BenchRequest], load: Load) -> list[RequestResult]:
         return self._runner.run(self._drive(requests, load))
 
     def close(self) -> None:
         self._runner.run(self._disconnect())
         self._runner.close()
 
-    async def _drive(self, requests: Sequence[BenchRequest], load: Load) -> list[Outcome]:
-        outcomes: list[Outcome] = []
+    async def _drive(self, requests: Sequence[BenchRequest], load: Load) -> list[RequestResult]:
+        results: list[RequestResult] = []
         in_flight: set[asyncio.Task[None]] = set()
         started = time.perf_counter()
         async with asyncio.TaskGroup() as group:
@@ -62,40 +62,41 @@ class EndpointTarget(ABC):
                         await asyncio.sleep(wait)
                     else:
                         await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
-                outcomes.append(Outcome(load.intended(number, now), now))
-                task = group.create_task(self._answer(request, outcomes[-1], started))
+                results.append(RequestResult(load.intended(number, now), now))
+                task = group.create_task(self._answer(request, results[-1], started))
                 in_flight.add(task)
                 task.add_done_callback(in_flight.discard)
-        return outcomes
+        return results
 
-    async def _answer(self, request: BenchRequest, outcome: Outcome, started: float) -> None:
-        """Send one request and note what comes of it, failures included."""
+    async def _answer(self, request: BenchRequest, result: RequestResult, started: float) -> None:
+        """Send one request and record its tokens, or its failure."""
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 async for choice, tokens, counts in self._stream(request):
                     now = time.perf_counter() - started
-                    outcome.tokens_came(now, choice, tokens)
-                    outcome.counts += counts
+                    result.tokens_came(now, choice, tokens)
+                    result.counts += counts
         except TimeoutError:
-            outcome.failed(time.perf_counter() - started, f"no end after {self._timeout_seconds:g} seconds")
-        except EndpointError as error:
-            outcome.failed(time.perf_counter() - started, str(error), refused=error.refused)
+            result.failed(time.perf_counter() - started, f"no end after {self._timeout_seconds:g} seconds")
+        except RequestFailed as error:
+            result.failed(time.perf_counter() - started, str(error), refused=error.refused)
         else:
-            outcome.finished = time.perf_counter() - started
+            result.finished = time.perf_counter() - started
 
     @abstractmethod
     def _stream(self, request: BenchRequest) -> AsyncIterator[tuple[int, int, list[TokenCounts]]]:
-        """What comes of a request: choice, number of its new tokens, counts of what has ended.
+        """Send a request and stream its answer: the index of a choice, the number of its new tokens, and the token
+        counts of choices that have ended.
 
         Raises:
-            EndpointError: it was not answered, or not to its end.
+            RequestFailed: the request was not answered completely.
         """
 
     @abstractmethod
     async def _disconnect(self) -> None: ...
 
 
-class EndpointError(Exception):
+class RequestFailed(Exception):
     """A request was not answered. The message is the same for the same cause, so that causes can be counted."""
 
     def __init__(self, message: str, *, refused: bool = False) -> None:
@@ -103,8 +104,8 @@ class EndpointError(Exception):
         self.refused = refused
 
 
-class GrpcTarget(EndpointTarget):
-    """An engine service. Prompts are token ids and outputs have the wanted length."""
+class GrpcClient(NetworkClient):
+    """A client of an engine service. Prompts are token ids, and outputs have exactly the wanted length."""
 
     def __init__(self, address: str, timeout_seconds: float) -> None:
         """
@@ -112,7 +113,7 @@ class GrpcTarget(EndpointTarget):
             address: host:port.
 
         Raises:
-            UserError: no engine with a model is there.
+            UserError: no engine with a model answers there.
         """
         super().__init__(timeout_seconds)
         self._numbers = itertools.count()
@@ -134,7 +135,7 @@ class GrpcTarget(EndpointTarget):
         }
 
     async def _connect(self, address: str) -> engine_pb2.ModelInfo:
-        # The tokenizer that comes with the description of a model may be larger than gRPC's usual limit.
+        # The reply contains the tokenizer, which can be larger than gRPC's default limit.
         self._channel = grpc.aio.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
         self._stub = engine_pb2_grpc.EngineStub(self._channel)
         info: engine_pb2.ModelInfo = await self._stub.GetModel(engine_pb2.GetModelRequest(), timeout=_CONNECT_SECONDS)
@@ -166,29 +167,29 @@ class GrpcTarget(EndpointTarget):
                 yield chunk.index, len(chunk.tokens), counts
         except grpc.aio.AioRpcError as error:
             refused = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            raise EndpointError(error.code().name, refused=refused) from error
+            raise RequestFailed(error.code().name, refused=refused) from error
         finally:
             call.cancel()
         if unfinished:
-            raise EndpointError("the stream ended early")
+            raise RequestFailed("the stream ended early")
 
 
-class HttpTarget(EndpointTarget):
-    """An OpenAI-compatible endpoint's chat completions, streamed.
+class HttpClient(NetworkClient):
+    """A client of an OpenAI-compatible server, which streams chat completions.
 
-    Prompts are words, as many as make about the wanted number of tokens; what they made is in the counts. Outputs have
-    the wanted length unless the model ends its answer before. A chunk with text counts as one token in latencies.
+    Prompts are words that make about the wanted number of tokens; the counts have the true number. An output has the
+    wanted length unless the model ends its answer earlier. Latencies count a chunk with text as one token.
     """
 
     def __init__(self, url: str, model: str, key: str, timeout_seconds: float) -> None:
         """
         Args:
-            url: up to and including ``/v1``.
-            model: name of the model; empty takes the first of the endpoint's list.
-            key: sent as bearer token, if not empty.
+            url: the server's URL up to and including ``/v1``.
+            model: name of the model; empty takes the first model that the server lists.
+            key: bearer token; empty sends none.
 
         Raises:
-            UserError: no such endpoint is there, or it does not count tokens.
+            UserError: no such server answers, or the server does not report token counts.
         """
         super().__init__(timeout_seconds)
         self.vocabulary = len(WORDS)
@@ -201,13 +202,13 @@ class HttpTarget(EndpointTarget):
         )
         try:
             self._runner.run(self._prepare())
-        except (EndpointError, TimeoutError) as error:
+        except (RequestFailed, TimeoutError) as error:
             self.close()
             raise UserError(f"{self._url} cannot be measured: {error or 'it does not answer'}") from error
         self.description = {"model": self._model}
 
     async def _prepare(self) -> None:
-        """Find the model's name, and how many tokens words make: so many each, and some for the template."""
+        """Find the model's name, the number of tokens per word and the number of tokens of the chat template."""
         async with asyncio.timeout(self._timeout_seconds):
             self._model = self._model or await self._first_model()
             self._template_tokens, self._tokens_per_word = 0.0, 1.0
@@ -225,11 +226,11 @@ class HttpTarget(EndpointTarget):
             reply.raise_for_status()
             return str(reply.json()["data"][0]["id"])
         except httpx.HTTPStatusError as error:
-            raise EndpointError(f"GET /models gives HTTP status {error.response.status_code}") from error
+            raise RequestFailed(f"GET /models gives HTTP status {error.response.status_code}") from error
         except httpx.HTTPError as error:
-            raise EndpointError(f"{type(error).__name__}: {error}") from error
+            raise RequestFailed(f"{type(error).__name__}: {error}") from error
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise EndpointError("it lists no model; name one with --model") from error
+            raise RequestFailed("it lists no model; name one with --model") from error
 
     async def _disconnect(self) -> None:
         await self._client.aclose()
@@ -249,20 +250,20 @@ class HttpTarget(EndpointTarget):
             async with self._client.stream("POST", f"{self._url}/chat/completions", json=body) as reply:
                 if reply.status_code != httpx.codes.OK:
                     refused = reply.status_code == httpx.codes.TOO_MANY_REQUESTS
-                    raise EndpointError(f"HTTP status {reply.status_code}", refused=refused)
+                    raise RequestFailed(f"HTTP status {reply.status_code}", refused=refused)
                 async for chunk in _events(reply):
                     usage = chunk.get("usage") or usage
                     for choice in chunk["choices"]:
                         if choice["delta"].get("content"):
                             yield choice["index"], 1, []
             if usage is None:
-                raise EndpointError("the stream has no usage (stream_options.include_usage)")
+                raise RequestFailed("the stream has no usage (stream_options.include_usage)")
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
             counts = [TokenCounts(usage["prompt_tokens"], usage["completion_tokens"], cached)]
         except httpx.HTTPError as error:
-            raise EndpointError(type(error).__name__) from error
+            raise RequestFailed(type(error).__name__) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EndpointError("the answer is not of the form of chat completions") from error
+            raise RequestFailed("the answer is not of the form of chat completions") from error
         yield 0, 0, counts
 
     def _text(self, prompt: Sequence[int]) -> str:
@@ -274,7 +275,7 @@ async def _events(reply: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The JSON values of server-sent events up to ``[DONE]``.
 
     Raises:
-        EndpointError: an event is an error, or the stream ends before.
+        RequestFailed: an event is an error, or the stream ends without ``[DONE]``.
     """
     async for line in reply.aiter_lines():
         field, _, value = line.partition(":")
@@ -284,6 +285,6 @@ async def _events(reply: httpx.Response) -> AsyncIterator[dict[str, Any]]:
             return
         event = json.loads(value)
         if "error" in event:
-            raise EndpointError("an error in mid-stream")
+            raise RequestFailed("an error in mid-stream")
         yield event
-    raise EndpointError("the stream ended early")
+    raise RequestFailed("the stream ended early")

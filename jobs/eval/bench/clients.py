@@ -1,4 +1,4 @@
-"""What a benchmark can drive, and the inference core in this process as such."""
+"""The clients through which a benchmark sends its requests: their interface, and the client of the inference core."""
 
 from __future__ import annotations
 
@@ -7,41 +7,42 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from jobs.eval.bench.outcomes import Outcome, TokenCounts
+from jobs.eval.bench.request_results import RequestResult, TokenCounts
 from jobs.eval.bench.workload import BenchRequest, Load
 from nanochat_core.engine import Engine, Output, QueueFull, Request, SamplingParams
 from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import SPECIAL_TOKENS
 
-# Sampling takes part in the speed of a sampled answer; this is a usual choice.
+# Sampled answers use this common top-k, so that the cost of sampling is part of the measured speed.
 TOP_K = 50
 
 
-class Target(Protocol):
-    """Answers requests.
+class Client(Protocol):
+    """Sends requests to an engine or a server.
 
     Attributes:
-        vocabulary: prompts consist of ids below this.
-        longest: most tokens of a prompt with its output; None where the target does not tell.
-        description: what it is, as JSON values.
+        vocabulary: prompts consist of token ids below this number.
+        longest: the largest number of tokens of a prompt with its output; None if the server does not report it.
+        description: the model and its server, as JSON values.
     """
 
     vocabulary: int
     longest: int | None
     description: dict[str, Any]
 
-    def run(self, requests: Sequence[BenchRequest], load: Load) -> list[Outcome]:
-        """Send all requests when ``load`` says so and wait for their ends; the outcomes are in the same order."""
+    def run(self, requests: Sequence[BenchRequest], load: Load) -> list[RequestResult]:
+        """Send each request when ``load`` says so and wait for all of them. The results keep the requests' order."""
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Close connections, or the engine."""
 
 
-class CoreTarget:
-    """The engine in this process, one step at a time, without streams or threads between.
+class CoreClient:
+    """Drives the inference core in this process step by step, without streams or threads.
 
     Attributes:
-        steps, step_seconds: forward passes of the last run, and the time that they took with all that goes with them.
+        steps: number of forward passes of the last run.
+        step_seconds: time that the steps of the last run took, scheduling and sampling included.
     """
 
     def __init__(self, engine: Engine, description: dict[str, Any]) -> None:
@@ -51,26 +52,28 @@ class CoreTarget:
         self.steps, self.step_seconds = 0, 0.0
         self._engine = engine
 
-    def run(self, requests: Sequence[BenchRequest], load: Load) -> list[Outcome]:
-        engine, outcomes = self._engine, list[Outcome]()
+    def run(self, requests: Sequence[BenchRequest], load: Load) -> list[RequestResult]:
+        engine, results = self._engine, list[RequestResult]()
         waiting = collections.deque(requests)
         unfinished: dict[str, int] = {}
         self.steps, self.step_seconds = 0, 0.0
         started = time.perf_counter()
         while waiting or unfinished:
             now = time.perf_counter() - started
-            while waiting and load.due(len(outcomes), now, len(unfinished)):
-                name, request = str(len(outcomes)), waiting.popleft()
-                outcomes.append(Outcome(load.intended(len(outcomes), now), now))
+            while waiting and load.due(len(results), now, len(unfinished)):
+                name, request = str(len(results)), waiting.popleft()
+                results.append(RequestResult(load.intended(len(results), now), now))
                 try:
                     engine.add(_core_request(name, request))
-                except (QueueFull, UserError) as error:
-                    outcomes[-1].failed(now, _core_error(error), refused=isinstance(error, QueueFull))
+                except QueueFull:
+                    results[-1].failed(now, "queue full", refused=True)
+                except UserError as error:
+                    results[-1].failed(now, str(error))
                 else:
                     unfinished[name] = request.n
             if not unfinished:
                 if waiting:
-                    time.sleep(max(load.intended(len(outcomes), now) - now, 0))
+                    time.sleep(max(load.intended(len(results), now) - now, 0))
                 continue
             before = time.perf_counter()
             outputs = engine.step()
@@ -78,12 +81,11 @@ class CoreTarget:
             self.steps += engine.progressed
             self.step_seconds += after - before
             for output in outputs:
-                outcome = outcomes[int(output.request_id)]
-                if _take(outcome, output, after - started):
+                if _record(results[int(output.request_id)], output, after - started):
                     unfinished[output.request_id] -= 1
                     if not unfinished[output.request_id]:
                         del unfinished[output.request_id]
-        return outcomes
+        return results
 
     def close(self) -> None:
         self._engine.close()
@@ -99,16 +101,12 @@ def _core_request(name: str, request: BenchRequest) -> Request:
     return Request(name, request.prompt, sampling, request.n)
 
 
-def _core_error(error: Exception) -> str:
-    return "queue full" if isinstance(error, QueueFull) else str(error)
-
-
-def _take(outcome: Outcome, output: Output, now: float) -> bool:
-    """Note what the core put out; whether that ended the choice."""
-    outcome.tokens_came(now, output.index, len(output.tokens))
+def _record(result: RequestResult, output: Output, now: float) -> bool:
+    """Record an output of the core, and return whether it ends its choice."""
+    result.tokens_came(now, output.index, len(output.tokens))
     if output.usage is None:
         return False
     usage = output.usage
-    outcome.counts.append(TokenCounts(usage.prompt_tokens, usage.completion_tokens, usage.cached_prompt_tokens))
-    outcome.finished = now
+    result.counts.append(TokenCounts(usage.prompt_tokens, usage.completion_tokens, usage.cached_prompt_tokens))
+    result.finished = now
     return True

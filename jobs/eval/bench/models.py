@@ -1,0 +1,26 @@
+"""Models with random weights, for benchmarks of the inference core."""
+
+from __future__ import annotations
+
+import torch
+
+from nanochat_core.config import ModelConfig
+from nanochat_core.model import GPT
+from nanochat_core.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype, seed: int) -> GPT:
+    """A model with random weights. Output projections, which start at zero in training, are random too."""
+    model, generator = GPT(config, dtype), torch.Generator().manual_seed(seed)
+    model.init_weights(generator)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if not weight.any():
+                weight.normal_(0, 0.05, generator=generator)
+    return model
+
+
+def random_tokenizer(vocab_size: int) -> Tokenizer:
+    """A tokenizer with arbitrary tokens, for models that only need a vocabulary of this size."""
+    ordinary = vocab_size - len(SPECIAL_TOKENS)
+    return Tokenizer([bytes([i % 256]) * (i // 256 + 1) for i in range(ordinary)])

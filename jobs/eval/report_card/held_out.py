@@ -1,0 +1,159 @@
+"""The evaluations that a report makes itself: held-out text, held-out conversations and samples of the base model.
+
+The results stay in the evaluation store. A report that is written again evaluates nothing twice, and the promotion gate
+can compare a model with its predecessors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import lzma
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jobs.data.shards import TextDataset
+from jobs.eval.chat_eval.conversations import Answer, evaluate
+from jobs.measures.bits_per_byte import bits_per_byte
+from jobs.recipes import find_recipe
+from jobs.results.evaluations import Evaluation, Result
+from jobs.results.metrics import CONVERSATIONS, HELD_OUT_TEXT, SAMPLES
+from nanochat_core.checkpoint import Checkpoint
+from nanochat_core.engine import Engine, SamplingParams
+from nanochat_core.store import Store
+
+log = logging.getLogger("jobs.eval.report")
+
+_EXAMPLES = 12
+SAMPLING = SamplingParams(temperature=0.8, top_k=50, max_tokens=120, seed=7)
+
+
+def evaluate_text(store: Store, base: Checkpoint, validation: Sequence[str]) -> Result:
+    """Bits per byte of the model and of ``xz -9`` on held-out documents, and the tokenizer's bytes per token there."""
+    text = "\n".join(validation).encode()
+
+    def compute() -> Mapping[str, Any]:
+        return {
+            "bits_per_byte": bits_per_byte(base.build_model(), base.tokenizer, validation),
+            "xz_9_bits_per_byte": xz_bits_per_byte(text),
+            "bytes_per_token": len(text) / len(base.tokenizer.encode(text.decode())),
+            "bytes": len(text),
+        }
+
+    settings = {"text": hashlib.sha256(text).hexdigest(), "documents": len(validation)}
+    evaluation = Evaluation.of(store, base, HELD_OUT_TEXT, settings)
+    return _once(evaluation, compute, "evaluating held-out text", {"documents": len(validation)})
+
+
+def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: int) -> Result:
+    """The accuracy on held-out conversations of the kinds that ``recipe`` teaches, also by kind, and some answers.
+
+    Raises:
+        UserError: no recipe has this name.
+    """
+    items = find_recipe(recipe).evaluation_items(count)
+    content = json.dumps([dataclasses.asdict(item) for item in items], sort_keys=True).encode()
+
+    def compute() -> Mapping[str, Any]:
+        result = evaluate(tuned, items)
+        # Conversations of one kind stand together, so every n-th conversation gives some of each kind.
+        stride = max(1, len(items) // _EXAMPLES)
+        return {**result.summary(), "examples": list(map(_example, result.answers[::stride][:_EXAMPLES]))}
+
+    settings = {"recipe": recipe, "items": len(items), "digest": hashlib.sha256(content).hexdigest()}
+    evaluation = Evaluation.of(store, tuned, CONVERSATIONS, settings)
+    return _once(evaluation, compute, "evaluating held-out conversations", {"items": len(items)})
+
+
+def sample_continuations(store: Store, base: Checkpoint, validation: Sequence[str], count: int) -> list[list[str]]:
+    """Pairs of the opening of a held-out document and the model's continuation."""
+    prompts = openings(validation, count)
+    settings = {
+        "prompts": prompts,
+        "temperature": SAMPLING.temperature,
+        "top_k": SAMPLING.top_k,
+        "max_tokens": SAMPLING.max_tokens,
+        "seed": SAMPLING.seed,
+    }
+    evaluation = Evaluation.of(store, base, SAMPLES, settings)
+
+    def compute() -> Mapping[str, Any]:
+        return {"samples": [list(pair) for pair in continue_text(base, prompts)]}
+
+    result = _once(evaluation, compute, "sampling continuations", {"samples": count})
+    samples: list[list[str]] = result["samples"]
+    return samples
+
+
+def continue_text(
+    checkpoint: Checkpoint, prompts: Sequence[str], sampling: SamplingParams = SAMPLING
+) -> list[tuple[str, str]]:
+    """Pairs of a prompt and the model's continuation, cut at the end of the document that the model writes."""
+    tokenizer = checkpoint.tokenizer
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    engine = Engine(checkpoint.build_model(), tokenizer)
+    try:
+        completions = engine.generate(ids, sampling)
+    finally:
+        engine.close()
+    samples = []
+    for prompt, (completion,) in zip(prompts, completions, strict=True):
+        tokens = completion.token_ids
+        end = tokens.index(tokenizer.bos_id) if tokenizer.bos_id in tokens else len(tokens)
+        samples.append((prompt, tokenizer.decode(tokens[:end])))
+    return samples
+
+
+def openings(documents: Sequence[str], count: int, words: int = 6) -> list[str]:
+    """The first words of ``count`` documents that are spread evenly over ``documents``."""
+    stride = max(1, len(documents) // count)
+    return [" ".join(document.split()[:words]) for document in documents[::stride][:count]]
+
+
+def held_out_documents(store: Store, dataset: str, size: int) -> list[str]:
+    """The first validation documents of a dataset, until ``size`` bytes are reached.
+
+    Raises:
+        UserError: the store has no such dataset.
+    """
+    return list(_up_to(TextDataset(store, dataset, "val"), size))
+
+
+def xz_bits_per_byte(text: bytes) -> float:
+    """The bits per byte that ``xz -9`` needs for a text: a yardstick that a language model should beat."""
+    return 8 * len(lzma.compress(text, preset=9)) / len(text)
+
+
+def _once(
+    evaluation: Evaluation, compute: Callable[[], Mapping[str, Any]], event: str, facts: Mapping[str, Any]
+) -> Result:
+    """The stored result of an evaluation; without one, logs the event, computes the result and stores it."""
+    found = evaluation.result()
+    if found is not None:
+        return found
+    log.info(event, extra=dict(facts))
+    started = time.monotonic()
+    result = compute()
+    return evaluation.finish({**result, "seconds": round(time.monotonic() - started, 1)})
+
+
+def _example(answer: Answer) -> dict[str, Any]:
+    return {
+        "kind": answer.item.kind,
+        "question": answer.item.messages[-1]["content"],
+        "calls": [list(call) for call in answer.tool_calls],
+        "answer": answer.text,
+        "right": answer.correct,
+    }
+
+
+def _up_to(documents: Iterable[str], size: int) -> Iterator[str]:
+    total = 0
+    for document in documents:
+        if total >= size:
+            return
+        total += len(document.encode())
+        yield document
