@@ -1,4 +1,4 @@
-"""Which checkpoints of a model an evaluation, a report or the promotion gate takes."""
+"""Chooses the checkpoints of a model that an evaluation, a report or the promotion gate uses."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _MARKS = {True: "holds", False: "fails", None: "n/a"}
 
 @dataclasses.dataclass(frozen=True)
 class GateSettings:
-    """Decide by what was measured whether a checkpoint may be promoted; exit code 3 when it may not."""
+    """Decide from its metrics whether a checkpoint may be promoted; the exit code is 3 if it may not."""
 
     model: str = setting(help="name of the model in the store")
     revision: str = setting("", "<stage>/step_<n>; empty for the newest RL or else SFT checkpoint")

@@ -25,7 +25,7 @@ log = logging.getLogger("jobs.eval.report")
 
 @dataclasses.dataclass(frozen=True)
 class ReportSettings:
-    """Measure what was not measured yet and write reports/<model>/ with report.md, report.json and plots."""
+    """Make the missing held-out evaluations, and write reports/<model>/ with report.md, report.json and plots."""
 
     model: str = setting(help="name of the model in the store")
     revision: str = setting("", "<stage>/step_<n> of the report; empty for the newest checkpoint of the last stage")
