@@ -37,5 +37,18 @@ def test_make_targets_exist(page: Path) -> None:
     assert set(named) <= targets
 
 
+@pytest.mark.parametrize("way", ["### A chat request", "### A training batch"])
+def test_ways_through_the_code_lead_through_at_most_eight_files(way: str) -> None:
+    section = (ROOT / "docs/architecture.md").read_text().split(f"\n{way}")[1].split("\n## ")[0].split("\n### ")[0]
+    paths = re.findall(r"^\d\. `([^`]+)`", section, re.MULTILINE)
+    assert 5 <= len(paths) <= 8
+    for path in paths:
+        assert (ROOT / path).is_file(), path
+    drawn = re.findall(r"[\w/]+\.py", section.split("```")[1])
+    assert len(drawn) == len(paths)
+    for label, path in zip(drawn, paths, strict=True):
+        assert path.endswith(label), (label, path)
+
+
 def test_the_page_of_flags_is_made_from_the_programs_settings() -> None:
     assert flag_reference.PAGE.read_text() == flag_reference.page(), "make docs writes the page again"
