@@ -1,1 +1,1 @@
-"""ASGI middleware around every HTTP request. API keys and rate limits will belong here; they do not exist yet."""
+"""ASGI middleware around every HTTP request."""
