@@ -1,4 +1,4 @@
-"""Jobs that a job runs as processes: one after another, each on one rank or several."""
+"""Launches jobs as child processes, one job after another, each on one rank or several ranks of this machine."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-# How long ranks get to notice that one of them is gone, before they are ended.
-_REST_SECONDS = 30.0
+# After one rank has failed, the others get this long to notice it before they are killed.
+_KILL_AFTER_SECONDS = 30.0
 _POLL_SECONDS = 0.1
 
 
-class Children:
-    """Runs jobs to their end and hands on the signals that ask this process to end."""
+class Launcher:
+    """Runs jobs to their end, and forwards the signals that ask this process to end."""
 
     def __init__(self) -> None:
         self._running: list[subprocess.Popen[bytes]] = []
@@ -28,28 +28,31 @@ class Children:
 
     @property
     def stopped(self) -> bool:
-        """Whether this process was asked to end."""
+        """Whether a signal has asked this process to end."""
         return self._signal is not None
 
     def forward_signals(self) -> None:
-        """From now on SIGTERM and SIGINT let the running job save its state; without one, they end this process."""
+        """From now on, send SIGTERM and SIGINT to the running job, which then saves its state and ends.
+
+        If no job is running, such a signal ends this process.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._forward)
 
     def run(self, command: Sequence[str], ranks: int = 1) -> int:
-        """Run one job to its end; its output is ours.
+        """Run one job to its end. Its output goes to the output of this process.
 
         Args:
-            ranks: processes of this machine that it runs on.
+            ranks: number of processes that run the job together.
 
         Returns:
-            the exit code of the rank that ended badly first, 128 + the number of a signal that killed it; never 0 when
-            this process was asked to end.
+            The exit code of the rank that failed first, or 128 + the number of the signal that killed it. It is never
+            0 if this process was asked to end.
         """
         self._starting = True
         self._running = [
-            subprocess.Popen(command, env=os.environ | place)  # noqa: S603
-            for place in local_ranks(ranks)
+            subprocess.Popen(command, env=os.environ | environment)  # noqa: S603
+            for environment in rank_environments(ranks)
         ]
         self._starting = False
         if self._signal is not None:
@@ -59,7 +62,7 @@ class Children:
         return code or (128 + self._signal if self._signal is not None else 0)
 
     def _wait(self) -> int:
-        """The first exit code that is not 0; the other ranks do not outlive it for long."""
+        """Wait for all ranks; returns the first exit code that is not 0. Ranks that outlive it too long are killed."""
         first = 0
         running = list(self._running)
         deadline = math.inf
@@ -70,7 +73,7 @@ class Children:
                     running.remove(child)
                     if code and not first:
                         first = 128 - code if code < 0 else code
-                        deadline = time.monotonic() + _REST_SECONDS
+                        deadline = time.monotonic() + _KILL_AFTER_SECONDS
                     break
             if time.monotonic() > deadline:
                 for child in running:
@@ -80,7 +83,7 @@ class Children:
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number
         if self._running:
-            # A terminal's Ctrl-C has reached the processes already.
+            # On a terminal, Ctrl-C has reached the child processes already.
             if number != signal.SIGINT or not sys.stdin or not sys.stdin.isatty():
                 self._send(number)
         elif not self._starting:
@@ -91,18 +94,18 @@ class Children:
             child.send_signal(number)
 
 
-def local_ranks(count: int) -> list[dict[str, str]]:
-    """What tells each of ``count`` processes of this machine its rank and where to meet the others."""
+def rank_environments(count: int) -> list[dict[str, str]]:
+    """For each of ``count`` processes of this machine, the variables with its rank and where to meet the others."""
     if count == 1:
-        # Whatever this process was told about ranks is not about its children.
+        # The variables of this process itself, if it is a rank, must not reach its children.
         return [{"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    together = {
+    shared = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    return [together | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]

@@ -1,6 +1,6 @@
 """From text to a promoted chat model: ``python -m jobs.train.pipeline --recipe demo``.
 
-Each stage is a process of its own and is skipped when what it makes is in the store already.
+Each stage runs as a separate process. A stage is skipped if the store has its result already.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jobs.tasks.problems import Problems
 from jobs.tasks.registry import open_problems
 from jobs.train import pretrain, rl, sft
 from jobs.train.batches.mixtures import Mixture
-from jobs.train.launcher import Children
+from jobs.train.launcher import Launcher
 from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint, check_model_name, newest_checkpoint, promoted
 from nanochat_core.errors import UserError, run_main
@@ -44,11 +44,11 @@ class PipelineSettings:
     recipe: Literal["demo", "small", "speedrun"] = setting(
         help="; ".join(f"{r.name}: {r.summary}" for r in RECIPES.values())
     )
-    model: str = setting("", "name of the model in the store; the recipe's name when not given")
+    model: str = setting("", "name of the model in the store; the recipe's name by default")
     data: str = setting("", "file or folder of parquet, JSONL or plain text to train on")
-    rl: bool = setting(False, "reinforce the fine-tuned model on the recipe's task, and promote what comes of it")
+    rl: bool = setting(False, "also train the fine-tuned model by reinforcement learning on the recipe's task")
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
-    ranks: int = setting(0, "processes that train together on this machine; 0 for one on each GPU", minimum=0)
+    ranks: int = setting(0, "processes that train together on this machine; 0 starts one for each GPU", minimum=0)
     threads: int = setting(0, "CPU threads of the training stages; 0 leaves the choice to torch", minimum=0)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
@@ -56,8 +56,8 @@ class PipelineSettings:
 class Pipeline:
     """Runs the stages of one recipe for one model.
 
-    A stage is done when the store has what it makes, made from what the store has now: training a stage again makes
-    everything that was made from it stale, unless it comes out the same.
+    A stage is done if the store has its result, made from the current inputs in the store. So if a stage is trained
+    again with another result, all later stages are trained again too.
     """
 
     def __init__(self, settings: PipelineSettings, recipe: Recipe) -> None:
@@ -68,18 +68,19 @@ class Pipeline:
         self.settings, self.recipe = settings, recipe
         self.model = check_model_name(settings.model or recipe.name)
         self.store: Store = open_store(settings.home)
-        self._children = Children()
+        self._launcher = Launcher()
         if settings.rl and recipe.rl is None:
             raise UserError(f"recipe {recipe.name} has nothing to practise; leave --rl out")
 
     def run(self) -> None:
-        """Run what is not done yet.
+        """Run all stages that are not done yet.
 
         Raises:
             UserError: a setting is wrong.
-            SystemExit: a stage failed or was stopped, with its exit code, or the gate refused the model.
+            SystemExit: with the exit code of a stage that failed or was stopped, or with EXIT_REFUSED if the gate
+                refused the model.
         """
-        self._children.forward_signals()
+        self._launcher.forward_signals()
         started = time.monotonic()
         self._prepare()
         base, tuned = self._train()
@@ -109,10 +110,10 @@ class Pipeline:
         )
 
     def _promote(self, tuned: Checkpoint) -> None:
-        """Promote the model if the recipe's gate lets it through.
+        """Promote the model if it passes the recipe's gate.
 
         Raises:
-            SystemExit: it does not; the model that was promoted stays.
+            SystemExit: the model was refused. The model promoted before stays promoted.
         """
         last = latest_decision(self.store, tuned.ref, tuned.weights_digest)
         if last is not None and last.promoted and promoted(self.store, self.model) == tuned.ref:
@@ -126,13 +127,13 @@ class Pipeline:
             raise SystemExit(EXIT_REFUSED)
 
     def _prepare(self) -> None:
-        """Put the recipe's data into the store unless it is there.
+        """Put the recipe's data into the store unless it is there already.
 
         Raises:
-            UserError: the data there is of another recipe or text, or there is nothing to practise on.
+            UserError: the data in the store is from another recipe or text, or the problems for RL are missing.
         """
         if self.settings.rl:
-            self._problems()  # better missed now than after hours of training
+            self._problems()  # Missing problems must be an error now, not after hours of training.
         data = Path(self.settings.data) if self.settings.data else None
         given = {"recipe": self.recipe.name}
         if data is not None and self.recipe.needs_data:
@@ -158,12 +159,12 @@ class Pipeline:
             self.store.write(key, (json.dumps(origin, indent=2) + "\n").encode())
 
     def _lacks_text(self) -> bool:
-        """Whether the store has no shards, or only what an interrupted download has brought."""
+        """Whether the store has no shards, or only the shards of an interrupted download."""
         manifest = read_manifest(self.store, self.model)
         return not has_shards(self.store, self.model) if manifest is None else not manifest.complete
 
     def _train(self) -> tuple[Checkpoint, Checkpoint]:
-        """The final checkpoints of pretraining and fine-tuning, trained where they are missing or stale."""
+        """The final checkpoints of pretraining and fine-tuning, which are trained first if missing or stale."""
         name, conversations = self.model, f"{self.model}-chat"
         if trained_on(self.store, name) != dataset_digest(self.store, name):
             self._stage("jobs.train.tokenizer", {"dataset": name, "name": name, **self.recipe.tokenizer})
@@ -171,31 +172,31 @@ class Pipeline:
             "base",
             "jobs.train.pretrain",
             {"model": name, "dataset": name, "tokenizer": name, **self._threads(), **self.recipe.pretrain},
-            pretrain.inputs(self.store, name, load_tokenizer(self.store, name)),
+            pretrain.input_digests(self.store, name, load_tokenizer(self.store, name)),
         )
         tuned = self._checkpoint(
             "sft",
             "jobs.train.sft",
             {"model": name, "mixture": conversations, **self._threads(), **self.recipe.sft},
-            sft.inputs(base, Mixture(self.store, conversations)),
+            sft.input_digests(base, Mixture(self.store, conversations)),
         )
         return base, tuned
 
     def _reinforce(self, tuned: Checkpoint) -> Checkpoint:
-        """The final checkpoint of reinforcement learning from ``tuned``, trained where it is missing or stale."""
+        """The final checkpoint of reinforcement learning from ``tuned``, which is trained first if missing or stale."""
         flags = {"model": self.model, **self._threads(), **(self.recipe.rl or {})}
-        return self._checkpoint("rl", rl.__name__, flags, rl.inputs(tuned, self._problems()))
+        return self._checkpoint("rl", rl.__name__, flags, rl.input_digests(tuned, self._problems()))
 
     def _problems(self) -> Problems:
-        """What the recipe practises.
+        """The problems of the recipe's RL task.
 
         Raises:
-            UserError: the store lacks it.
+            UserError: the store does not have them.
         """
         return open_problems(self.store, str((self.recipe.rl or {})["task"]), held_out=1)
 
     def _checkpoint(self, stage: str, module: str, flags: Flags, inputs: Mapping[str, str]) -> Checkpoint:
-        """The final checkpoint of a stage that is made from ``inputs``; trained if it is not there."""
+        """The final checkpoint of a stage made from ``inputs``, which is trained first if missing or stale."""
         newest = newest_checkpoint(self.store, self.model, stage)
         stale = newest is not None and newest.meta.get("inputs") != inputs
         if newest is None or stale or not newest.meta["finished"]:
@@ -210,7 +211,7 @@ class Pipeline:
     def _stage(
         self, module: str, flags: Flags, *, subcommand: str = "", start_over: bool = False, ranks: int = 1
     ) -> None:
-        """Run one job to its end; its output is ours."""
+        """Run one stage as a process to its end. Its output goes to the output of this process."""
         command = [sys.executable, "-m", module, *filter(None, [subcommand]), "--home", self.settings.home]
         for name, value in flags.items():
             command += [f"--{name}", str(value)]
@@ -218,7 +219,7 @@ class Pipeline:
             command.append("--no-resume")
         log.info("stage starts", extra={"stage": module})
         started = time.monotonic()
-        code = self._children.run(command, ranks)
+        code = self._launcher.run(command, ranks)
         if code:
             log.error("stage ended early", extra={"stage": module, "exit_code": code})
             raise SystemExit(code)

@@ -1,6 +1,6 @@
 """Scaling studies: ``python -m jobs.train.scaling miniseries --depths 4,6,8 …`` and ``… laws --flops 1e15,3e15 …``.
 
-What follows ``--`` goes to every run of ``jobs.train.pretrain``.
+Arguments after ``--`` are passed to ``jobs.train.pretrain`` in every run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from jobs.data.tokenizers import load_tokenizer
 from jobs.train import pretrain
 from jobs.train.studies.report import Laws, Miniseries, write_report
-from jobs.train.studies.study import Failure, Result, Run, Study, plan_run
+from jobs.train.studies.study import Failure, PlannedRun, Result, Study, plan_run
 from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.errors import UserError, run_main
@@ -30,13 +30,13 @@ log = logging.getLogger("jobs.train.scaling")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudySettings:
-    """What every study is told."""
+    """Settings of every study."""
 
     depths: tuple[str, ...] = setting(help="depths to train, comma separated")
     dataset: str = setting(help="name of the text dataset in the store")
     tokenizer: str = setting(help="name of the tokenizer in the store")
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
-    ranks: int = setting(1, "processes of this machine that share a run, one for each GPU", minimum=1)
+    ranks: int = setting(1, "processes of this machine that train a run together, one for each GPU", minimum=1)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
     def __post_init__(self) -> None:
@@ -45,17 +45,17 @@ class StudySettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MiniseriesSettings(StudySettings):
-    """Train a series of models, everything about each derived from its depth, and report how they compare."""
+    """Train models of several depths, each with settings derived from its depth, and report their losses."""
 
-    study: str = setting("miniseries", "name of the study: of its report, and the start of its models' names")
+    study: str = setting("miniseries", "name of the study's report, and prefix of its models' names")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LawsSettings(StudySettings):
-    """Train several depths on each budget of FLOPs, and fit how the best size grows with the budget."""
+    """Train several depths with each budget of FLOPs, and fit the best model size as a function of the budget."""
 
     flops: tuple[str, ...] = setting(help="budgets of training FLOPs, comma separated")
-    study: str = setting("laws", "name of the study: of its report, and the start of its models' names")
+    study: str = setting("laws", "name of the study's report, and prefix of its models' names")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,10 +67,10 @@ STUDIES: dict[str, type[AnyStudy]] = {"miniseries": MiniseriesSettings, "laws": 
 
 
 def numbers(flag: str, texts: Sequence[str], kind: Callable[[str], Any]) -> list[Any]:
-    """The different positive numbers of a list, in ascending order.
+    """Parse different positive numbers, and sort them in ascending order.
 
     Raises:
-        UserError: one is no such number, one is there twice, or there is none.
+        UserError: the list is empty, or has a duplicate or anything but a positive number.
     """
     try:
         values = sorted(kind(text) for text in texts)
@@ -82,11 +82,14 @@ def numbers(flag: str, texts: Sequence[str], kind: Callable[[str], Any]) -> list
     return values
 
 
-def miniseries_runs(store: Store, settings: MiniseriesSettings, passed_on: Sequence[str]) -> list[Run]:
-    """One run a depth.
+def miniseries_runs(store: Store, settings: MiniseriesSettings, passed_on: Sequence[str]) -> list[PlannedRun]:
+    """Plan one run for each depth.
+
+    Args:
+        passed_on: further flags of pretraining.
 
     Raises:
-        UserError: ``passed_on`` has a flag that the study sets itself, or one that pretraining refuses.
+        UserError: ``passed_on`` has a flag that the study sets itself, or a flag that pretraining refuses.
     """
     return [
         plan_run(store, _flags(settings, f"{settings.study}-d{depth}", depth, passed_on))
@@ -94,13 +97,16 @@ def miniseries_runs(store: Store, settings: MiniseriesSettings, passed_on: Seque
     ]
 
 
-def laws_runs(store: Store, settings: LawsSettings, passed_on: Sequence[str]) -> list[Run]:
-    """One run for each budget and depth, the cheapest budget first.
+def laws_runs(store: Store, settings: LawsSettings, passed_on: Sequence[str]) -> list[PlannedRun]:
+    """Plan one run for each budget and depth, the smallest budget first.
+
+    Args:
+        passed_on: further flags of pretraining.
 
     Raises:
-        UserError: as :func:`miniseries_runs`.
+        UserError: ``passed_on`` has a flag that the study sets itself, or a flag that pretraining refuses.
     """
-    _refuse(passed_on, ["--steps"])  # which would win over the budget
+    _refuse(passed_on, ["--steps"])  # It would replace the budget.
     return [
         plan_run(store, [*_flags(settings, name, depth, passed_on), f"--target-flops={flops!r}"])
         for flops in numbers("--flops", settings.flops, float)
@@ -128,20 +134,20 @@ def _refuse(passed_on: Sequence[str], flags: Sequence[str]) -> None:
 
 
 def _short(flops: float) -> str:
-    """A budget as a part of a model's name: 3e15."""
+    """A budget as a part of a model's name, such as ``3e15``."""
     return f"{flops:.6g}".replace("e+0", "e").replace("e+", "e")
 
 
-def run(settings: AnyStudy, passed_on: Sequence[str], command: str) -> None:
-    """Train what is missing, and write the report anew after every run.
+def run_study(settings: AnyStudy, passed_on: Sequence[str], command: str) -> None:
+    """Train all runs that are not finished, and write the report again after every run.
 
     Args:
         passed_on: further flags of ``jobs.train.pretrain``, the same for every run.
-        command: what the report names as the way to repeat it.
+        command: command line that repeats the study, for the report.
 
     Raises:
         UserError: a setting is wrong, or every run failed.
-        SystemExit: stopped by a signal; with exit code 1 when some runs failed, after all were tried.
+        SystemExit: a signal stopped the study; or with exit code 1, some runs failed after all were tried.
     """
     check_model_name(settings.study)
     store = open_store(settings.home)
@@ -149,13 +155,13 @@ def run(settings: AnyStudy, passed_on: Sequence[str], command: str) -> None:
         runs = laws_runs(store, settings, passed_on)
     else:
         runs = miniseries_runs(store, settings, passed_on)
-    inputs = pretrain.inputs(store, settings.dataset, load_tokenizer(store, settings.tokenizer))
+    inputs = pretrain.input_digests(store, settings.dataset, load_tokenizer(store, settings.tokenizer))
     study = Study(store, inputs, settings.ranks)
     outcomes: dict[str, Result | Failure | None] = {run.model: study.result(run) for run in runs}
     missing = [run for run in runs if outcomes[run.model] is None]
     log.info("study starts", extra={"study": settings.study, "runs": len(runs), "finished": len(runs) - len(missing)})
     for run in missing:
-        # A run that fails says nothing about the others; only a signal to this process ends them all.
+        # The other runs may succeed when one fails, so only a signal to this process ends the study.
         outcomes[run.model] = study.train(run)
         _report(store, settings, command, list(outcomes.values()))
     if not missing:
@@ -169,7 +175,7 @@ def run(settings: AnyStudy, passed_on: Sequence[str], command: str) -> None:
 
 
 def _report(store: Store, settings: AnyStudy, command: str, outcomes: Sequence[Result | Failure | None]) -> None:
-    """Write what is known so far, if anything is."""
+    """Write the report if any run is finished."""
     results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     if results:
@@ -187,7 +193,7 @@ def main() -> None:
         STUDIES[kind], prefix=f"NANOCHAT_{kind.upper()}", program=f"{_PROGRAM} {kind}", argv=arguments[1:end]
     )
     logs.configure("scaling", settings.log_level)
-    run(settings, arguments[end + 1 :], shlex.join([*_PROGRAM.split(), *arguments]))
+    run_study(settings, arguments[end + 1 :], shlex.join([*_PROGRAM.split(), *arguments]))
 
 
 if __name__ == "__main__":

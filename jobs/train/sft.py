@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
 
 import torch
 
-from jobs.train.batches.loader import ConversationSource, PackedLoader, Source
-from jobs.train.batches.mixtures import LengthSource, Mixture
-from jobs.train.loop.context import (
-    Place,
-    RunSettings,
-    comparable,
-    hardware,
-    make_trainable,
-    rows_per_batch,
-    run_config,
-    start_reporting,
-    started,
-)
+from jobs.train.batches.conversations import ConversationSource, LengthSource
+from jobs.train.batches.loader import Batch, PackedLoader
+from jobs.train.batches.mixtures import Mixture
+from jobs.train.loop.run import Evaluation
+from jobs.train.loop.runtime import Runtime
 from jobs.train.loop.schedule import Schedule
-from jobs.train.loop.trainer import Trainer
+from jobs.train.loop.stage import Stage, StageSettings, rows_per_batch, run_stage
 from nanochat_core.checkpoint import (
     STAGES,
     Checkpoint,
@@ -33,13 +25,11 @@ from nanochat_core.checkpoint import (
     load_trainer_state,
     newest_checkpoint,
 )
-from nanochat_core.errors import UserError, run_main
-from nanochat_core.model import IGNORE_INDEX
-from nanochat_core.precision import choose_dtype
-from nanochat_core.settings import load, setting
+from nanochat_core.errors import UserError
+from nanochat_core.model import GPT, IGNORE_INDEX
+from nanochat_core.settings import setting
 from nanochat_core.store import Store
-from nanochat_core.training.distributed import ALONE, Ranks
-from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, muon_dtype, parameter_groups
+from nanochat_core.training.optim import OptimizerConfig, parameter_groups
 
 log = logging.getLogger("jobs.train.sft")
 
@@ -47,36 +37,33 @@ _HELD_OUT_BATCHES = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SftSettings(RunSettings):
+class SftSettings(StageSettings):
     """Fine-tune a model on a mixture of conversations."""
 
-    model: str = setting(help="name of the model in the store; its newest base checkpoint is the start")
     start_from: str | None = setting(
-        None, "another checkpoint to start from: MODEL, MODEL/<stage> or MODEL/<stage>/step_<n>"
+        None,
+        "checkpoint to start from: MODEL, MODEL/<stage> or MODEL/<stage>/step_<n>; by default the model's newest base "
+        "checkpoint",
     )
-    mixture: str = setting(help="what to learn, as NAME[:WEIGHT],…: tasks, names of the store, or conversation files")
-    steps: int | None = setting(None, "optimizer steps; otherwise --epochs passes", minimum=1)
+    mixture: str = setting(help="training data, as NAME[:WEIGHT],…: tasks, datasets of the store, or files")
+    steps: int | None = setting(None, "optimizer steps; replaces --epochs", minimum=1)
     epochs: float = setting(1.0, "passes over the conversations", minimum=0.0, maximum=1e6)
-    batch_tokens: int | None = setting(None, "tokens per optimizer step; pretraining's when not given", minimum=1)
-    context_length: int | None = setting(None, "tokens per row; pretraining's when not given", minimum=16)
+    batch_tokens: int | None = setting(None, "tokens per optimizer step; pretraining's by default", minimum=1)
+    context_length: int | None = setting(None, "tokens per row; pretraining's by default", minimum=16)
     lr_scale: float = setting(0.8, "factor on pretraining's unscaled learning rates", minimum=0.0)
     warmdown_ratio: float = setting(0.5, "share of the run that is linear warmdown to 0", minimum=0.0, maximum=1.0)
-    seed: int = setting(1, "seed of the order of conversations", minimum=0, maximum=2**63 - 1)
-    dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = setting(
-        "auto", "dtype of activations; pretraining's when auto"
-    )
 
 
-def inputs(base: Checkpoint, mixture: Mixture) -> dict[str, str]:
-    """Digests of what a fine-tuned model is made from; when they have changed it must be fine-tuned anew."""
+def input_digests(base: Checkpoint, mixture: Mixture) -> dict[str, str]:
+    """Digests of what a fine-tuned model is made from. If one changes, the model must be fine-tuned again."""
     return {"base": base.weights_digest, "conversations": mixture.digest}
 
 
-def start_of(store: Store, settings: SftSettings) -> Checkpoint:
+def base_checkpoint(store: Store, settings: SftSettings) -> Checkpoint:
     """The checkpoint that fine-tuning starts from.
 
     Raises:
-        UserError: there is none, or it is of the stage that would be trained over.
+        UserError: the store has no such checkpoint, or this run would replace it.
     """
     if not settings.start_from:
         base = newest_checkpoint(store, settings.model, "base")
@@ -102,17 +89,12 @@ def start_of(store: Store, settings: SftSettings) -> Checkpoint:
     return start
 
 
-def run(settings: SftSettings, place: Place) -> CheckpointRef:
-    """Fine-tune, resuming where an earlier run stopped, and save the final checkpoint."""
-    store, device, ranks = place.store, place.device, place.ranks
-    base = start_of(store, settings)
+def fine_tune(settings: SftSettings, runtime: Runtime) -> CheckpointRef:
+    """Fine-tune a model, resuming if an earlier run was interrupted, and return its final checkpoint."""
+    store, ranks = runtime.store, runtime.ranks
+    base = base_checkpoint(store, settings)
     mixture = Mixture(store, settings.mixture)
-    precision = base.meta.get("settings", {}).get("dtype", "auto") if settings.dtype == "auto" else settings.dtype
-    dtype = choose_dtype(precision, device)
-    torch.manual_seed(settings.seed)
     config, tokenizer = base.config, base.tokenizer
-    model = base.build_model(device, dtype)
-    make_trainable(model, settings, device, precision)
     batch_tokens = settings.batch_tokens or base.meta["plan"]["batch_tokens"]
     context_length = settings.context_length or config.context_length
     if context_length > config.context_length:
@@ -120,83 +102,32 @@ def run(settings: SftSettings, place: Place) -> CheckpointRef:
             f"--context-length is {context_length} and the base model's {config.context_length}; choose at most that"
         )
     rows = rows_per_batch(batch_tokens, context_length)
-    optimizer = MuonAdamW(
-        parameter_groups(model, OptimizerConfig(weight_decay=0.0), batch_lr_scale=settings.lr_scale),
-        ranks,
-        muon_dtype(device),
-    )
-
-    def packed(source: Source, rows: int, ranks: Ranks = ALONE, state: dict[str, Any] | None = None) -> PackedLoader:
-        return PackedLoader(
-            source,
-            rows=rows,
-            context_length=context_length,
-            pad_id=tokenizer.bos_id,
-            when_full="pad",
-            rank=ranks.rank,
-            world_size=ranks.size,
-            workers=settings.loader_workers,
-            pin_memory=device.type == "cuda",
-            state=state,
-        )
-
-    def make_loader(state: dict[str, Any] | None) -> PackedLoader:
-        return packed(ConversationSource(mixture.training, tokenizer, settings.seed), rows, ranks, state)
-
+    stage = Stage("sft", settings, runtime, config, tokenizer, base)
+    packed = functools.partial(stage.packed_loader, context_length=context_length, when_full="pad")
     if settings.steps is None:
         lengths = mixture.lengths(tokenizer, settings.threads)
-        steps = _steps_for(packed(LengthSource(lengths, settings.seed), rows), settings.epochs)
+        steps = _count_batches(packed(LengthSource(lengths, settings.seed), rows=rows), settings.epochs)
     else:
         mixture.check()
         steps = settings.steps
-    held_out = _fixed_batches(
-        packed(ConversationSource(mixture.validation, tokenizer, settings.seed), min(settings.device_batch_rows, rows))
-    )
-
-    @torch.inference_mode()
-    def evaluate() -> dict[str, float]:
-        nats, counted = 0.0, 0
-        for ids, targets in held_out[ranks.rank :: ranks.size]:
-            nats += float(model.loss(ids.to(device), targets.to(device), "sum"))
-            counted += int((targets != IGNORE_INDEX).sum())
-        nats, counted = ranks.sum(torch.tensor([nats, counted], dtype=torch.float64, device=device)).tolist()
-        return {"val_loss": nats / counted}
-
-    trainer = Trainer(
-        run_config(
-            settings,
-            model=settings.model,
-            stage="sft",
-            schedule=Schedule(
-                steps,
-                warmup_steps=1,
-                warmdown_ratio=settings.warmdown_ratio,
-                final_lr_fraction=0.0,
-                momentum_peak=0.95,
-                momentum_end=None,
-                momentum_warmup_steps=300,
-            ),
+    training = ConversationSource(mixture.training, tokenizer, settings.seed)
+    validation = ConversationSource(mixture.validation, tokenizer, settings.seed)
+    held_out = _held_out_batches(packed(validation, rows=min(settings.device_batch_rows, rows)))
+    trainer = stage.trainer(
+        parameter_groups(stage.model, OptimizerConfig(weight_decay=0.0), batch_lr_scale=settings.lr_scale),
+        Schedule(
+            steps,
+            warmup_steps=1,
+            warmdown_ratio=settings.warmdown_ratio,
+            final_lr_fraction=0.0,
+            momentum_peak=0.95,
+            momentum_end=None,
+            momentum_warmup_steps=300,
         ),
-        store=store,
-        model=model,
-        tokenizer=tokenizer,
-        optimizer=optimizer,
-        make_loader=make_loader,
-        evaluate=evaluate,
-        meta={
-            "settings": comparable(settings),
-            "inputs": inputs(base, mixture),
-            "plan": {"batch_tokens": batch_tokens, "steps": steps},
-            "base": base.ref.revision,
-            **({} if base.ref.model == settings.model else {"base_model": base.ref.model}),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "flops_per_token": config.flops_per_token,
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": device.type,
-            "hardware": hardware(place),
-        },
-        device=device,
-        ranks=ranks,
+        lambda state: packed(training, rows=rows, rank=ranks.rank, world_size=ranks.size, state=state),
+        [Evaluation(lambda: {"val_loss": _mean_loss(stage.model, held_out, runtime)}, settings.eval_every)],
+        inputs=input_digests(base, mixture),
+        plan={"batch_tokens": batch_tokens, "steps": steps},
     )
     log.info(
         "fine-tuning",
@@ -208,47 +139,52 @@ def run(settings: SftSettings, place: Place) -> CheckpointRef:
             "steps": steps,
         },
     )
-    if not (settings.resume and trainer.resume()):
-        if base.resumable:
-            trainer.warm_start(load_trainer_state(store, base.ref))
-        else:
-            log.info(
-                "the base checkpoint has no optimizer state; its momenta start at zero",
-                extra={"base": base.ref.revision},
-            )
+    if settings.resume and trainer.resume():
+        pass
+    elif base.resumable:
+        # The base run's momenta fit the weights that fine-tuning starts from.
+        trainer.optimizer.load_shards(load_trainer_state(store, base.ref).read)
+    else:
+        log.info(
+            "the base checkpoint has no optimizer state; its momenta start at zero", extra={"base": base.ref.revision}
+        )
     return trainer.run()
 
 
-def _steps_for(loader: PackedLoader, epochs: float) -> int:
-    """Batches until as many conversations are packed as ``epochs`` passes have, found by packing them."""
-    steps = 0
+def _count_batches(loader: PackedLoader, epochs: float) -> int:
+    """The number of batches in ``epochs`` passes over a loader's documents, counted by packing them."""
+    batches = 0
     while loader.epoch < epochs:
         loader.next_batch()
-        steps += 1
-    return max(steps, 1)
+        batches += 1
+    return max(batches, 1)
 
 
-def _fixed_batches(loader: PackedLoader) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
-    """What is evaluated: about one pass, or less of many conversations.
+def _held_out_batches(loader: PackedLoader) -> list[Batch]:
+    """The first batches of the validation conversations, at most about one pass.
 
     Raises:
-        UserError: there is nothing to predict in it.
+        UserError: the batches have no target.
     """
-    batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+    batches: list[Batch] = []
     while loader.epoch < 1.0 and len(batches) < _HELD_OUT_BATCHES:
-        batch = loader.next_batch()
-        batches.append((batch.ids, batch.targets))
-    if not any(bool((targets != IGNORE_INDEX).any()) for _, targets in batches):
+        batches.append(loader.next_batch())
+    if not any(bool((batch.targets != IGNORE_INDEX).any()) for batch in batches):
         raise UserError("the validation conversations hold no assistant text that fits a row")
     return batches
 
 
-def main() -> None:
-    settings = load(SftSettings, prefix="NANOCHAT_SFT", program="python -m jobs.train.sft")
-    with started(settings, settings.model) as place:
-        start_reporting("sft", settings, place.ranks.rank)
-        run(settings, place)
+@torch.inference_mode()
+def _mean_loss(model: GPT, batches: Sequence[Batch], runtime: Runtime) -> float:
+    """Nats per counted target of the batches, which the ranks share."""
+    device, ranks = runtime.device, runtime.ranks
+    nats, counted = 0.0, 0
+    for batch in batches[ranks.rank :: ranks.size]:
+        nats += float(model.loss(batch.ids.to(device), batch.targets.to(device), "sum"))
+        counted += int((batch.targets != IGNORE_INDEX).sum())
+    sums = ranks.sum(torch.tensor([nats, counted], dtype=torch.float64, device=device))
+    return float(sums[0] / sums[1])
 
 
 if __name__ == "__main__":
-    run_main(main, "python -m jobs.train.sft")
+    run_stage("sft", SftSettings, fine_tune)

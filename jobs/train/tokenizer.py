@@ -38,17 +38,17 @@ class TokenizerSettings:
     dataset: str = setting(help="name of the dataset in the store")
     name: str = setting(help="name to save the tokenizer under")
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
-    vocab_size: int = setting(32768, "ids in the vocabulary, the nine special tokens included", minimum=265)
-    document_characters: int = setting(10_000, "characters of each document that are used", minimum=1)
-    total_characters: int = setting(2_000_000_000, "characters used in all", minimum=1)
+    vocab_size: int = setting(32768, "size of the vocabulary, including the nine special tokens", minimum=265)
+    document_characters: int = setting(10_000, "characters used from the start of each document", minimum=1)
+    total_characters: int = setting(2_000_000_000, "characters used in total", minimum=1)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn merges from ``texts``.
+    """Train a byte-level BPE tokenizer on ``texts``.
 
     Raises:
-        UserError: the text is too small for the vocabulary.
+        UserError: the texts are too short for a vocabulary of this size.
     """
     trainer = rustbpe.Tokenizer()
     ordinary = vocab_size - len(SPECIAL_TOKENS)
@@ -62,7 +62,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def limited(texts: Iterable[str], document_characters: int, total_characters: int) -> Iterator[str]:
-    """``texts`` cut to their first characters, until the total is reached."""
+    """The start of each text, until the total number of characters is reached."""
     total = 0
     for text in texts:
         if total >= total_characters:
@@ -72,8 +72,8 @@ def limited(texts: Iterable[str], document_characters: int, total_characters: in
         yield cut
 
 
-def run(settings: TokenizerSettings) -> Tokenizer:
-    """Train, measure the compression of each domain, and save."""
+def train_and_save(settings: TokenizerSettings) -> Tokenizer:
+    """Train a tokenizer, measure its compression of each domain of text, and save both."""
     store = open_store(settings.home)
     started = time.monotonic()
     training = TextDataset(store, settings.dataset, "train")
@@ -102,8 +102,8 @@ def run(settings: TokenizerSettings) -> Tokenizer:
 def main() -> None:
     settings = load(TokenizerSettings, prefix="NANOCHAT_TOKENIZER", program="python -m jobs.train.tokenizer")
     logs.configure("tokenizer", settings.log_level)
-    logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it reports every percent of its merges
-    run(settings)
+    logging.getLogger("rustbpe").setLevel(logging.WARNING)  # It logs every percent of its merges.
+    train_and_save(settings)
 
 
 if __name__ == "__main__":

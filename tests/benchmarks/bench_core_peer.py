@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.measures.core.bundle import open_bundle, read_bundle
-from jobs.train.import_nanochat import ImportSettings
-from jobs.train.import_nanochat import run as import_nanochat
+from jobs.train.import_nanochat import ImportSettings, import_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import run_main
 from tests.benchmarks.peer import peer_config, run_ours, run_peer
@@ -61,7 +60,7 @@ def main() -> int:
         }
         run_peer(options.peer, "core_weights", task, folder)
         weights = folder / "weights"
-        import_nanochat(
+        import_checkpoint(
             ImportSettings(
                 folder=str(weights),
                 tokenizer_folder=str(weights / "tokenizer"),

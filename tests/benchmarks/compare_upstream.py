@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from jobs.train.import_nanochat import ImportSettings
-from jobs.train.import_nanochat import run as import_nanochat
+from jobs.train.import_nanochat import ImportSettings, import_checkpoint
 from nanochat_core.checkpoint import load_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import run_main
@@ -51,7 +50,7 @@ def difference(peer: Path, config: ModelConfig, time: int, folder: Path) -> tupl
     task = {"config": peer_config(config), "time": time, "seed": time, "folder": str(theirs)}
     run_peer(peer, "logits", task, folder)
     home = str(folder / "home")
-    ref = import_nanochat(
+    ref = import_checkpoint(
         ImportSettings(folder=str(theirs), tokenizer_folder=str(theirs / "tokenizer"), model="theirs", home=home)
     )
     saved = np.load(theirs / "logits.npz")

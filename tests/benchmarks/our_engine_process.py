@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from jobs.eval.bench.models import random_model, random_tokenizer
-from jobs.train.import_nanochat import convert, model_config, read_upstream
+from jobs.train.upstream.checkpoint import convert, model_config, read_upstream
 from nanochat_core.config import ModelConfig
 from nanochat_core.cpu_setup import prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams

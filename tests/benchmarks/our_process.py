@@ -14,16 +14,19 @@ import numpy as np
 import torch
 
 from jobs.train.batches.loader import Batch
-from jobs.train.import_nanochat import convert, model_config, read_upstream
-from jobs.train.loop.context import RunSettings, make_trainable
+from jobs.train.loop.run import Evaluation, RunConfig
+from jobs.train.loop.runtime import RunSettings, Runtime
 from jobs.train.loop.schedule import Schedule
-from jobs.train.loop.trainer import RunConfig, Trainer
+from jobs.train.loop.stage import make_trainable
+from jobs.train.loop.trainer import Trainer
+from jobs.train.upstream.checkpoint import convert, model_config, read_upstream
 from nanochat_core.config import ModelConfig
 from nanochat_core.cpu_setup import prepare_cpu
 from nanochat_core.model import GPT
 from nanochat_core.precision import DTYPES
 from nanochat_core.store import open_store
 from nanochat_core.tokenizer import Tokenizer
+from nanochat_core.training.distributed import ALONE
 from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, muon_dtype, parameter_groups
 
 
@@ -79,26 +82,20 @@ def train(task: dict[str, Any], home: str) -> dict[str, Any]:
     validation = torch.from_numpy(np.load(task["validation"]).astype(np.int64))
     token_bytes = torch.tensor(task["token_bytes"])
     batches = np.load(task["batches"])
+    settings = RunSettings(
+        device_batch_rows=batches.shape[1], save_every=0, eval_every=task["evaluate_every"], compile=True
+    )
+    schedule = Schedule(task["steps"], momentum_end=task["momentum_end"])
     trainer = Trainer(
-        RunConfig(
-            model_name="compared",
-            stage="base",
-            schedule=Schedule(task["steps"], momentum_end=task["momentum_end"]),
-            micro_batch_rows=batches.shape[1],
-            save_every=0,
-            eval_every=task["evaluate_every"],
-            compile=True,
-        ),
-        store=open_store(home),
-        model=model,
-        tokenizer=Tokenizer.load(Path(task["tokenizer"])),
-        optimizer=MuonAdamW(
-            parameter_groups(model, config, batch_lr_scale=task["lr_scale"]), muon_dtype=muon_dtype(device)
-        ),
-        make_loader=lambda _state: ArrayBatches(batches),  # type: ignore[arg-type, return-value]
-        evaluate=lambda: {"val_bpb": bits_per_byte(model, validation, token_bytes)},
-        meta={"settings": {}, "inputs": {}},
-        device=device,
+        RunConfig("compared", "base", schedule, settings, meta={"settings": {}, "inputs": {}}),
+        Runtime(open_store(home), device, ALONE),
+        model,
+        Tokenizer.load(Path(task["tokenizer"])),
+        MuonAdamW(parameter_groups(model, config, batch_lr_scale=task["lr_scale"]), muon_dtype=muon_dtype(device)),
+        open_batches=lambda _state: ArrayBatches(batches),
+        evaluations=[
+            Evaluation(lambda: {"val_bpb": bits_per_byte(model, validation, token_bytes)}, settings.eval_every)
+        ],
     )
     trainer.run()
     history = trainer.state.history

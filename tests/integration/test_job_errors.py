@@ -1,4 +1,4 @@
-"""Whatever is wrong with a job's settings or inputs is one line that says so, and leaves nothing behind."""
+"""A wrong setting or input of a job gives one line with the error, and leaves no files behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 from tests.support.tiny_training import NAME, ROOT, fill
 
-# The jobs run in this process, which has imported some of their modules already.
+# The jobs run in this process, which has already imported some of their modules.
 pytestmark = pytest.mark.filterwarnings("ignore:'jobs.* found in sys.modules")
 
 TOKENIZER = ["jobs.train.tokenizer", f"--dataset={NAME}", "--name=new", "--vocab-size=300"]
@@ -59,7 +59,7 @@ def home(filled: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a job changes about the process it runs in."""
+    """Restores the parts of this process that a job changes."""
     root, threads = logging.getLogger(), torch.get_num_threads()
     handlers, level = root.handlers[:], root.level
     for name in [name for name in os.environ if name.startswith(("NANOCHAT_", "AWS_"))]:
@@ -74,7 +74,7 @@ def files(home: Path) -> dict[Path, int]:
 
 
 def error_of(home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
-    """The one line that ``python -m`` with these arguments prints, log events aside; the exit code must be 2."""
+    """The error line of ``python -m`` with these arguments, without log events. The exit code must be 2."""
     module, *arguments = command
     if not any(argument.startswith("--home") for argument in arguments):
         arguments.append(f"--home={home}")

@@ -1,4 +1,4 @@
-"""From a text file to a promoted model: every stage runs, nothing runs twice, and nothing stale is kept."""
+"""The pipeline from a text file to a promoted model: every stage runs once, and stale results are replaced."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jobs.promotion.decisions import latest_decision
 from jobs.promotion.gate import EXIT_REFUSED
 from jobs.promotion.rules import Gate
 from jobs.recipes import RECIPES, Recipe
-from jobs.train import launcher as children
+from jobs.train import launcher
 from jobs.train.pipeline import Pipeline, PipelineSettings
 from nanochat_core.checkpoint import list_checkpoints, newest_checkpoint, promoted
 from nanochat_core.errors import UserError
@@ -66,7 +66,7 @@ def write_text(path: Path, seed: int) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """No compilation, and a report of a few items."""
+    """Train without compilation, and evaluate few examples."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "NANOCHAT_PRETRAIN_COMPILE": "false",
@@ -80,7 +80,7 @@ def quick() -> Iterator[None]:
 
 
 def run_here(recipe: Recipe, chosen: PipelineSettings) -> None:
-    """Run the pipeline, which takes over signals as the program that it is, and give them back."""
+    """Run the pipeline, and restore the signal handlers that it replaces."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         Pipeline(chosen, recipe).run()
@@ -96,7 +96,7 @@ def settings(folder: Path, **changes: Any) -> PipelineSettings:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where the pipeline has run from beginning to end, each stage a fresh Python."""
+    """A folder in which the whole pipeline has run, each stage in a new Python process."""
     folder = tmp_path_factory.mktemp("finished")
     write_text(folder / "book.txt", seed=1)
     run_here(RECIPE, settings(folder))
@@ -105,7 +105,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclasses.dataclass
 class Again:
-    """Runs the pipeline in a copy of what it left, and notes the stages that it starts."""
+    """Runs the pipeline again in a copy of the finished folder, and records the stages that it starts."""
 
     folder: Path
     stages: list[str] = dataclasses.field(default_factory=list)
@@ -122,7 +122,7 @@ class Again:
         return self.folder / "home"
 
     def state(self) -> dict[str, str]:
-        """Digests of what users of the store read."""
+        """Digests of the results in the store."""
         store = open_store(str(self.home))
         models = {stage: newest_checkpoint(store, MODEL, stage) for stage in ("base", "sft")}
         digests = {stage: model.weights_digest for stage, model in models.items()}
@@ -141,7 +141,7 @@ def again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ag
     made = Again(tmp_path / "copy")
 
     class Forked:
-        """A stage's process, forked instead of started afresh."""
+        """A stage's process, which is forked instead of started."""
 
         def __init__(self, command: list[str], env: dict[str, str]) -> None:
             _python, _m, module, *arguments = command
@@ -150,7 +150,7 @@ def again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ag
             made.jobs.append(job)
             self.wait, self.send_signal = job.wait, job.signal
 
-    monkeypatch.setattr(children.subprocess, "Popen", Forked)
+    monkeypatch.setattr(launcher.subprocess, "Popen", Forked)
     return made
 
 
@@ -305,7 +305,7 @@ def test_a_model_that_the_gate_refuses_is_not_promoted(again: Again, caplog: pyt
 
 
 def retrain_base(again: Again) -> None:
-    """As a user does who wants another base model under the same name."""
+    """Pretrain again with other settings under the same name."""
     flags = {"home": again.home, "model": MODEL, "dataset": MODEL, "tokenizer": MODEL, **RECIPE.pretrain}
     arguments = [f"--{name}={value}" for name, value in flags.items()]
     job = Job(PRETRAIN, [*arguments, "--seed=2", "--threads=1", "--no-resume"], again.folder / "retrain.log")
@@ -326,7 +326,7 @@ def test_a_model_tuned_from_an_older_base_is_tuned_again(again: Again) -> None:
 
 def test_starting_a_stage_over_survives_its_interruption(again: Again, monkeypatch: pytest.MonkeyPatch) -> None:
     retrain_base(again)
-    monkeypatch.setenv("NANOCHAT_SFT_DEVICE", "cuda")  # fails before its first step
+    monkeypatch.setenv("NANOCHAT_SFT_DEVICE", "cuda")  # The stage fails before its first step.
     with pytest.raises(SystemExit, match="2"):
         again.run()
     monkeypatch.delenv("NANOCHAT_SFT_DEVICE")
@@ -443,12 +443,12 @@ def test_sigterm_between_stages_ends_the_pipeline(again: Again) -> None:
     assert again.stages == []
 
 
-# Long enough to be interrupted, whatever else the machine is doing.
+# A run that is long enough to be interrupted, also on a busy machine.
 LONG = dataclasses.replace(RECIPE, pretrain={**RECIPE.pretrain, "steps": 150})
 
 
 def run_pipeline(folder: Path) -> None:
-    """In a process of its own; its stages are fresh Pythons."""
+    """Start the pipeline as a process, whose stages are new Python processes."""
     os.environ["NANOCHAT_PRETRAIN_COMPILE"] = "false"
     Pipeline(settings(folder), LONG).run()
 

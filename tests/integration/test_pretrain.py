@@ -1,4 +1,4 @@
-"""Pretraining as a process: it learns, and no interruption changes what comes out."""
+"""Pretraining as a process: the loss falls, and interruptions do not change the result."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def jobs(prepared: Path, tmp_path: Path) -> Jobs:
 
 @pytest.fixture(scope="module")
 def uninterrupted(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """What a run gives that nothing happens to."""
+    """The result of a run without interruptions."""
     home = tmp_path_factory.mktemp("uninterrupted") / "home"
     shutil.copytree(prepared, home)
     command = [sys.executable, "-m", MODULE, "--home", str(home), *argv(PRETRAIN)]
@@ -47,7 +47,7 @@ def uninterrupted(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> R
 def test_the_loss_falls_and_the_held_out_text_is_predicted_better(uninterrupted: Result) -> None:
     losses = [point["loss"] for point in uninterrupted.history]
     assert [point["step"] for point in uninterrupted.history] == list(range(1, STEPS + 1))
-    # Before it has learnt anything every token is as likely as any other.
+    # Before training, the model gives all tokens the same probability.
     assert losses[0] == pytest.approx(math.log(300), rel=0.02)
     assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
     held_out = {point["step"]: point["val_bpb"] for point in uninterrupted.history if "val_bpb" in point}
@@ -69,7 +69,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights_and_losses(jobs:
     for resumed_from in (8, 20, 32):
         job = jobs.start(MODULE, PRETRAIN)
         job.wait_until(lambda at=resumed_from: max(jobs.steps("base"), default=0) >= at)  # type: ignore[misc]
-        time.sleep(rng.uniform(0, 0.05))  # in a step, an evaluation or a checkpoint
+        time.sleep(rng.uniform(0, 0.05))  # so that the signal comes during a step, an evaluation or a checkpoint
         job.signal(signal.SIGKILL)
         assert job.wait() == -signal.SIGKILL
     jobs.run(MODULE, PRETRAIN)
@@ -105,7 +105,7 @@ def test_a_finished_run_is_left_alone(jobs: Jobs) -> None:
 
 
 def stopped_at(jobs: Jobs, step: int) -> None:
-    """A store as a run leaves it that is killed after the checkpoint of this step."""
+    """Kill a run after it has written the checkpoint of this step."""
     job = jobs.start(MODULE, PRETRAIN)
     job.wait_until(lambda: max(jobs.steps("base"), default=0) >= step)
     job.signal(signal.SIGKILL)
@@ -172,7 +172,7 @@ def test_starting_over_replaces_the_checkpoints_of_the_earlier_run(jobs: Jobs, u
     job.wait_until(lambda: max(jobs.steps("base")) < STEPS)
     job.signal(signal.SIGKILL)
     job.wait()
-    # The old checkpoints are of later steps but no run that could go on.
+    # The checkpoints of the earlier run have later steps, but this run must not resume from them.
     jobs.run(MODULE, PRETRAIN)
     assert jobs.steps("base") == [STEPS - 4, STEPS]
     assert jobs.result("base") == uninterrupted
@@ -189,7 +189,7 @@ def test_small_passes_add_up_to_the_same_batch(jobs: Jobs, uninterrupted: Result
     losses = [point["loss"] for point in jobs.result("base").history]
     expected = [point["loss"] for point in uninterrupted.history]
     assert losses[0] == pytest.approx(expected[0], rel=1e-6)
-    # Rounding errors grow with the steps, the faster where Muon computes in bf16.
+    # Rounding errors grow with the steps, faster if Muon computes in bf16.
     assert losses[:5] == pytest.approx(expected[:5], rel=1e-4)
     assert losses == pytest.approx(expected, rel=1e-2)
 

@@ -1,4 +1,4 @@
-"""Reinforcement learning as a process: rewards rise, and no interruption and no number of ranks changes what comes."""
+"""Reinforcement learning as a process: rewards rise, and neither interruptions nor ranks change the result."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def jobs(with_sft: Path, tmp_path: Path) -> Jobs:
 
 @pytest.fixture(scope="module")
 def uninterrupted(with_sft: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """What a run gives that nothing happens to."""
+    """The result of a run without interruptions."""
     jobs = copy(with_sft, tmp_path_factory.mktemp("uninterrupted"))
     jobs.run(MODULE, RL)
     return jobs.result("rl", RL_STEPS)

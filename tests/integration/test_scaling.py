@@ -1,4 +1,4 @@
-"""A study of tiny models: every run is a process, nothing is trained twice, and what fails is named."""
+"""A study of tiny models: each run is a process, no run is trained twice, and failed runs are named."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from jobs.train import launcher as children
-from jobs.train import scaling
+from jobs.train import launcher, scaling
 from nanochat_core.errors import UserError
 from nanochat_core.settings import load
 from nanochat_core.store import Store, open_store
@@ -36,12 +35,12 @@ STEPS = ["--steps=3"]
 
 
 class Studies:
-    """Runs studies in this process, their runs forked instead of started afresh."""
+    """Runs studies in this process, and forks the processes of their runs."""
 
     def __init__(self, home: Path, logs: Path) -> None:
         self.home, self.logs = home, logs
         self.trained: list[str] = []
-        # Instead of training: what the process of a model does and its exit code.
+        # Processes that replace the training of some models, by model name.
         self.instead: dict[str, Any] = {}
 
     @property
@@ -51,7 +50,7 @@ class Studies:
     def run(self, kind: str, passed_on: list[str] = [], **flags: str) -> None:  # noqa: B006
         given = {"home": self.home, "dataset": NAME, "tokenizer": NAME, **flags}
         settings = load(scaling.STUDIES[kind], prefix="TEST", program="test", argv=argv(given))
-        scaling.run(settings, [*PASSED_ON, *passed_on], f"repeat {kind}")
+        scaling.run_study(settings, [*PASSED_ON, *passed_on], f"repeat {kind}")
 
     def popen(self, command: list[str], env: dict[str, str]) -> Any:
         _python, _m, module, *arguments = command
@@ -65,7 +64,7 @@ class Studies:
 
 
 class Ended:
-    """A process that ends with an exit code, after something happened to this one."""
+    """A process that ends with an exit code, after an action in this process."""
 
     def __init__(self, code: int, first: Any = lambda: None) -> None:
         self._code, self._first = code, first
@@ -84,7 +83,7 @@ def studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Studies
     fill(tmp_path / "home")
     (tmp_path / "logs").mkdir()
     made = Studies(tmp_path / "home", tmp_path / "logs")
-    monkeypatch.setattr(children.subprocess, "Popen", made.popen)
+    monkeypatch.setattr(launcher.subprocess, "Popen", made.popen)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield made
     for number, handler in before.items():
@@ -114,7 +113,7 @@ def test_laws_train_each_depth_on_each_budget_and_come_near_to_it(studies: Studi
     runs = studies.report("mine")["runs"]
     assert [run["budget"] for run in runs] == [1.5e9, 1.5e9, 3e9, 3e9]
     for run in runs:
-        # Steps are whole: the budget is met to half a step.
+        # The number of steps is an integer, so the budget is met up to half a step.
         assert abs(run["flops"] / run["budget"] - 1) <= 0.5 / run["steps"] + 1e-9
     assert "fewer than 3 depths" in studies.store.read("reports/mine/report.md").decode()
 
@@ -203,7 +202,7 @@ def test_several_ranks_are_told_where_to_meet(studies: Studies, monkeypatch: pyt
         started.append({name: env[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")})
         return Ended(1)
 
-    monkeypatch.setattr(children.subprocess, "Popen", popen)
+    monkeypatch.setattr(launcher.subprocess, "Popen", popen)
     with pytest.raises(UserError):
         studies.run("miniseries", STEPS, depths="1", ranks="2")
     assert [(env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"]) for env in started] == [

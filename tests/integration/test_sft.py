@@ -1,4 +1,4 @@
-"""Fine-tuning as a process: it teaches the conversations, and no interruption changes what comes out."""
+"""Fine-tuning as a process: the held-out loss falls, and interruptions do not change the result."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def jobs(with_base: Path, tmp_path: Path) -> Jobs:
 
 @pytest.fixture(scope="module")
 def uninterrupted(with_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """What a run gives that nothing happens to."""
+    """The result of a run without interruptions."""
     jobs = copy(with_base, tmp_path_factory.mktemp("uninterrupted"))
     jobs.run(MODULE, SFT)
     return jobs.result("sft")
@@ -117,7 +117,7 @@ def test_other_conversations_and_settings_are_refused_by_name(jobs: Jobs) -> Non
 def test_an_epoch_shows_every_conversation_about_once(jobs: Jobs) -> None:
     jobs.run(MODULE, SFT, steps=None, epochs=1, save_every=0)
     (step,) = jobs.steps("sft")
-    # 300 conversations of about 20 tokens, of which one fits a row of 32, in batches of 8 rows.
+    # A row of 32 tokens fits one of the 300 conversations, which have about 20 tokens; a batch has 8 rows.
     assert 25 <= step <= 45
     jobs.run(MODULE, SFT, steps=None, epochs=2, no_resume=True, save_every=0)
     (twice,) = jobs.steps("sft")

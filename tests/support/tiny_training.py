@@ -1,6 +1,6 @@
-"""A store with text, tokenizer and conversations that a tiny model trains on in a second, and jobs as real processes.
+"""A store with text, tokenizer and conversations on which a tiny model trains in a second, and jobs as processes.
 
-Jobs are forked from a server process that has imported torch: importing it takes longer than all of their steps.
+Jobs are forked from a server process that has imported torch, because the import takes longer than all their steps.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SFT: dict[str, Any] = {
 
 
 def sentences(rng: random.Random) -> str:
-    """Text with enough structure that even a tiny model learns something in a few steps."""
+    """Text with so much structure that even a tiny model learns from it in a few steps."""
     who = ("the gull", "the captain", "a small boat", "the old harbour", "Mira")
     does = ("sees", "waits for", "sings to", "forgets")
     return " ".join(f"{rng.choice(who)} {rng.choice(does)} {rng.choice(who)}." for _ in range(rng.randint(1, 6)))
@@ -110,7 +110,7 @@ class Job:
         self._process.start()
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit code, negative for a signal; as of a process that ``subprocess`` started."""
+        """Wait for the end, and return the exit code, which is negative if a signal ended the job."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired(str(self._log), timeout or 0)
@@ -125,11 +125,11 @@ class Job:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """What it logged."""
+        """All log events of the job so far."""
         return [json.loads(line) for line in self.stderr.splitlines() if line.startswith("{")]
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
-        """Return as soon as something is so; fail when the job ends before."""
+        """Wait until the condition is true. Fail if the job ends before that."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert self._process.is_alive(), f"ended with {self._process.exitcode}: {self.stderr}"
@@ -138,7 +138,7 @@ class Job:
 
 
 def _run(module: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
-    """In the child: what ``python -m`` does, with its output in a file."""
+    """Do in the child process what ``python -m`` does, with the output in a file."""
     os.environ.update(environment)
     with log.open("ab", buffering=0) as output:
         os.dup2(output.fileno(), 1)
@@ -162,14 +162,14 @@ class Jobs:
     def start(
         self, module: str, flags: dict[str, Any], environment: dict[str, str] | None = None, **changes: Any
     ) -> Job:
-        """``changes`` are flags with underscores; None leaves one out."""
+        """Start a job. ``changes`` are flags with underscores in their names; None removes a flag."""
         changed = flags | {name.replace("_", "-"): value for name, value in changes.items()}
         given = {name: value for name, value in changed.items() if value is not None}
         log = self.logs / f"{module}-{len(list(self.logs.iterdir()))}.log"
         return Job(module, ["--home", str(self.home), *argv(given)], log, environment)
 
     def start_ranks(self, size: int, module: str, flags: dict[str, Any], **changes: Any) -> list[Job]:
-        """The same job on several ranks, as torchrun starts it."""
+        """Start a job on several ranks, as torchrun does."""
         meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         return [
             self.start(module, flags, environment=meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **changes)
@@ -195,7 +195,7 @@ class Jobs:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What two runs must agree on to be the same, and everything else that was stored."""
+    """Weights and history, which are equal for equal runs, and the whole meta data."""
 
     weights: str
     history: list[dict[str, float]]
@@ -203,7 +203,7 @@ class Result:
 
 
 def damage(path: Path) -> None:
-    """Turn one bit of the file."""
+    """Flip one bit of the file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

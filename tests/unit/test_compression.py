@@ -13,7 +13,7 @@ from jobs.data.shards import write_dataset
 from jobs.eval import tokenizer as command
 from jobs.measures.compression import GPT2, GPT4, HELD_OUT_TEXT, Reference, compare, load_reference, render
 from jobs.measures.domain_samples import DOMAIN_SAMPLES
-from jobs.train.tokenizer import TokenizerSettings, run
+from jobs.train.tokenizer import TokenizerSettings, train_and_save
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store, open_store
 from nanochat_core.tokenizer import Tokenizer
@@ -103,7 +103,7 @@ def store(tmp_path: Path) -> Store:
     store = open_store(str(tmp_path / "store"))
     text = ["the harbour and the sea and the gulls " * 20] * 30
     write_dataset(store, "text", text, ["the gulls and the sea " * 9], source="a test")
-    run(TokenizerSettings(dataset="text", name="mine", home=str(store), vocab_size=280))
+    train_and_save(TokenizerSettings(dataset="text", name="mine", home=str(store), vocab_size=280))
     return store
 
 

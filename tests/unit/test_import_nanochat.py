@@ -1,4 +1,4 @@
-"""Checkpoints in upstream's layout, against its network written here in float64 with plain loops."""
+"""Imports of upstream's checkpoints, compared with upstream's network written here in float64 with plain loops."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import pytest
 import tiktoken
 import torch
 
-from jobs.train.import_nanochat import ImportSettings, run
+from jobs.train.import_nanochat import ImportSettings, import_checkpoint
 from nanochat_core.checkpoint import CheckpointRef, load_checkpoint
 from nanochat_core.errors import UserError
 from nanochat_core.store import open_store
 from nanochat_core.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN
 
 STEP = 1200
-VOCAB = 300  # no multiple of 64: the tables have 320 rows
+VOCAB = 300  # not a multiple of 64, so that the tables are padded to 320 rows
 Weights = dict[str, torch.Tensor]
 
 
 def model_config(**changes: Any) -> dict[str, Any]:
-    """As upstream's meta file has it. A context of 160 makes short windows of 128."""
+    """Upstream's description of a model. A context of 160 has short windows of 128."""
     return {
         "sequence_len": 160,
         "vocab_size": VOCAB,
@@ -38,7 +38,7 @@ def model_config(**changes: Any) -> dict[str, Any]:
 
 
 def random_weights(config: dict[str, Any], seed: int = 0) -> Weights:
-    """Every parameter under upstream's name, none of them zero."""
+    """Random values for every parameter, by upstream's names; no parameter is zero."""
     generator = torch.Generator().manual_seed(seed)
     dim, kv_dim = config["n_embd"], config["n_embd"] // config["n_head"] * config["n_kv_head"]
     rows, layers = math.ceil(config["vocab_size"] / 64) * 64, config["n_layer"]
@@ -87,17 +87,17 @@ def save(folder: Path, config: dict[str, Any], weights: Weights, step: int = STE
 
 def imported(folder: Path, home: Path, **changes: Any) -> CheckpointRef:
     given = {"folder": str(folder), "tokenizer_folder": str(folder / "tokenizer"), "model": "theirs", "home": str(home)}
-    return run(ImportSettings(**(given | changes)))
+    return import_checkpoint(ImportSettings(**(given | changes)))
 
 
 def logits_after(folder: Path, home: Path, ids: list[int]) -> np.ndarray:
-    """What the imported model says, in fp32."""
+    """The logits of the imported model in fp32."""
     checkpoint = load_checkpoint(open_store(str(home)), imported(folder, home))
     with torch.inference_mode():
         return checkpoint.build_model()(torch.tensor([ids]))[0].double().numpy()
 
 
-# Upstream's network.
+# Upstream's network follows.
 
 
 def norm(x: np.ndarray) -> np.ndarray:
@@ -109,7 +109,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def turned(x: np.ndarray, position: int) -> np.ndarray:
-    """Channel i and i + half are a complex number, turned by minus position * 100000^(-2i / head_dim)."""
+    """Rotate each pair of channels (i, i + half), a complex number, by -position * 100000^(-2i / head_dim)."""
     half = len(x) // 2
     angle = position * 100_000.0 ** (-2 * np.arange(half) / len(x))
     z = (x[:half] + 1j * x[half:]) * np.exp(-1j * angle)
@@ -183,7 +183,7 @@ def test_an_imported_model_has_upstreams_logits(tmp_path: Path, changes: Any, ti
 
 
 def test_every_parameter_reaches_the_logits(tmp_path: Path) -> None:
-    """So that the test above would see any two of them exchanged."""
+    """Otherwise the test above could not detect that two parameters are exchanged."""
     config, ids = model_config(n_layer=2), list(range(30))
     weights = random_weights(config)
     before = reference_logits(config, weights, ids)

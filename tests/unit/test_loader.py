@@ -1,4 +1,4 @@
-"""Batches are the same whether a run was interrupted or not, and count exactly what should be learnt."""
+"""Batches do not depend on interruptions, threads or ranks, and count exactly the targets that should be learned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.data.shards import TextDataset, write_dataset
-from jobs.train.batches.loader import Batch, ConversationSource, PackedLoader, TextSource, merge_states
+from jobs.train.batches.conversations import ConversationSource
+from jobs.train.batches.loader import Batch, PackedLoader, TextSource, merge_states
 from jobs.train.batches.packing import Document
 from nanochat_core.chat import parse_messages, render_conversation
 from nanochat_core.errors import UserError
@@ -109,7 +110,7 @@ def test_states_of_prefetched_batches_say_where_the_consumer_is_not_how_far_the_
     batches = make(None).prefetched()
     next(batches)
     state = next(batches).state
-    time.sleep(0.05)  # the thread goes on
+    time.sleep(0.05)  # the thread prefetches further batches
     batches.close()
     assert same(make(state).next_batch(), take(make(None), 3)[2])
 
@@ -165,7 +166,7 @@ def test_of_conversations_only_the_assistants_own_tokens_are_targets() -> None:
             starts = [i for i, token in enumerate(ids) if token == BYTES.bos_id]
             assert starts[0] == 0
             for start, end in itertools.zip_longest(starts, starts[1:], fillvalue=len(ids) + 1):
-                # The last token of a row is a target only; padding behind the last conversation is no part of it.
+                # The last token of a row is only a target. Padding follows the last conversation.
                 piece = [*ids[start:end], *([targets[-1]] if end > len(ids) and targets[-1] != -1 else [])]
                 (expected,) = [wanted for whole, wanted in allowed.items() if tuple(piece[: len(whole)]) == whole]
                 assert targets[start : start + len(expected)] == expected
@@ -224,7 +225,7 @@ def wide_loader(text: TextDataset, kind: str, **options: Any) -> PackedLoader:
 def global_batches(
     text: TextDataset, kind: str, world_size: int, count: int, state: dict[str, Any] | None
 ) -> list[Batch]:
-    """What all ranks make together, each from the JSON of the merged state."""
+    """The global batches of all ranks, which all start from the JSON of the merged state."""
     stored = json.loads(json.dumps(state))
     ranks = [wide_loader(text, kind, rank=rank, world_size=world_size, state=stored) for rank in range(world_size)]
     batches = []
@@ -313,7 +314,7 @@ def test_what_was_cropped_and_padded_is_counted(text: TextDataset) -> None:
     assert (cropping.stats.packed, cropping.stats.padding) == (positions, 0)
     assert 0 < cropping.stats.cropped_fraction < 0.6
     assert padding.stats.packed + padding.stats.padding == positions
-    # Rows show one token less than they hold; byte 0 is no token of these conversations.
+    # A row has one token more than its inputs. Byte 0 occurs in no conversation, so it marks padding.
     assert packed <= padding.stats.packed <= packed + 80
     assert padding.stats.padding_fraction == pytest.approx(1 - padding.stats.packed / positions)
 

@@ -1,4 +1,4 @@
-"""Mixtures show each conversation as often as its weight says, and name whatever is wrong with one."""
+"""A mixture repeats each conversation by its weight, and its errors name the entry that is wrong."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from jobs.tasks.conversations import write_conversations
 from jobs.tasks.registry import CONVERSATION_GENERATORS
 from jobs.train.batches import mixtures
-from jobs.train.batches.loader import ConversationSource, PackedLoader
-from jobs.train.batches.mixtures import Entry, LengthSource, Mixture, parse_mixture, repeated
+from jobs.train.batches.conversations import ConversationSource, LengthSource
+from jobs.train.batches.loader import PackedLoader
+from jobs.train.batches.mixtures import Entry, Mixture, parse_mixture, repeated
 from nanochat_core.chat import Message, render_conversation
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store, open_store
@@ -91,7 +92,7 @@ def test_sources_are_mixed_by_their_weights(store: Store) -> None:
     shown = questions(mixture.training)
     assert all(shown[f"question {number}"] == 2 for number in range(40))
     of_b = [number for number in range(100, 140) if shown[f"question {number}"]]
-    assert len(of_b) == 19  # half of the 38 that are not held out
+    assert len(of_b) == 19  # half of the 38 conversations that are not held out
     assert len(mixture.training) == 80 + 19
     assert questions(mixture.validation) == Counter(f"question {number}" for number in (1000, 1001, 1002, 100, 120))
 

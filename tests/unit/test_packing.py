@@ -1,4 +1,4 @@
-"""Best-fit packing against a slow reference, and what it promises about every token."""
+"""Best-fit packing, compared with a slow reference, and its guarantees for every token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ modes = st.sampled_from(["crop", "pad"])
 
 
 def document(number: int, length: int) -> Document:
-    """Every token of every document is another number; every third one is not counted."""
+    """A document whose tokens occur in no other document. Every third token is not counted."""
     ids = number * 1000 + np.arange(length, dtype=np.int32)
     return Document(number, ids, ids % 3 != 0)
 
@@ -41,7 +41,7 @@ def rows_of(made: BestFitPacker, count: int = ROWS) -> list[tuple[list[int], lis
 
 
 def reference_rows(lengths: Sequence[int], row_length: int, buffer_size: int, mode: str) -> list[list[int]]:
-    """The rule in its plainest form, over a buffer in order of arrival."""
+    """The best-fit rule without sorting: a buffer in order of arrival, searched from its start."""
     source, rows = endless(lengths), []
     buffer: list[list[int]] = []
     for _ in range(ROWS):
@@ -112,14 +112,14 @@ def test_padding_never_cuts_a_document_that_fits_a_row(lengths: Any, row_length:
 def test_putting_the_buffered_documents_back_restores_the_packer(
     lengths: Any, row_length: Any, buffer_size: Any, mode: Any, before: Any
 ) -> None:
-    source = endless(lengths)
-    first = BestFitPacker(row_length, buffer_size, mode, PAD, source.__next__)
+    streams = [endless(lengths)]
+    first = BestFitPacker(row_length, buffer_size, mode, PAD, lambda: next(streams[0]))
     rows_of(first, before)
-    restored = BestFitPacker(row_length, buffer_size, mode, PAD, None)
+    # From here on both packers read the same documents, each at its own pace.
+    streams = list(itertools.tee(streams[0]))
+    restored = BestFitPacker(row_length, buffer_size, mode, PAD, lambda: next(streams[1]))
     for number in first.buffered:
         restored.put(document(number, lengths[number % len(lengths)]))
-    source, others = itertools.tee(source)
-    first._refill, restored._refill = source.__next__, others.__next__
     assert rows_of(first) == rows_of(restored)
 
 

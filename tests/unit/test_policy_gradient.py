@@ -1,4 +1,4 @@
-"""The objective of reinforcement learning against plain formulas, and what it leaves out."""
+"""The loss of reinforcement learning, compared with the formulas written out token by token."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_some_rows_are_as_long_as_their_last_target() -> None:
 
 
 def slow_logprobs(model: GPT, one: Rollout) -> list[Tensor]:
-    """Of each drawn token, from the logits of the plain model; padding and batches have no part in it."""
+    """Log-probability of each sampled token, from the logits of the model for this rollout alone."""
     everything = [*one.prompt, *one.tokens]
     logits = model(torch.tensor([everything]))[0]
     places = [len(one.prompt) + i for i, drawn in enumerate(one.sampled) if drawn]
@@ -96,7 +96,7 @@ def assert_same_gradients(model: GPT, one: Tensor, other: Tensor) -> None:
     largest = max(float(gradient.abs().max()) for gradient, _ in pairs)
     assert largest > 1e-3
     for gradient, expected in pairs:
-        # A small one may be the difference of large ones, which fp32 rounds.
+        # A small gradient may be the difference of large numbers, which fp32 rounds.
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * max(largest, 1))
 
 
@@ -119,7 +119,7 @@ def test_micro_batches_add_up_to_the_whole() -> None:
 def test_off_policy_tokens_count_by_their_ratio_which_may_be_clipped(clip: float) -> None:
     model = tiny_model()
     now = [[float(p.detach()) for p in slow_logprobs(model, one)] for one in ROLLOUTS]
-    # Drawn with probabilities that make ratios on both sides of the limits, and within.
+    # Sampling probabilities that give ratios below, within and above the clipping range.
     ratios = iter(itertools.cycle([1.5, 0.5, 1.1, 0.95]))
     drawn, expected_ratios = [], []
     for one, logprobs in zip(ROLLOUTS, now, strict=True):
@@ -174,10 +174,10 @@ async def length(code: str, *, request_id: str, timeout_seconds: float) -> ToolO
 
 
 def test_the_engine_and_the_trainer_agree_on_probabilities() -> None:
-    """On policy, what a token's probability was when it was drawn is what training computes, to fp32 rounding."""
+    """On policy, training computes the probability with which the engine sampled a token, up to fp32 rounding."""
     model = tiny_model()
     with torch.no_grad():
-        # Makes short calls likely, whose outputs then have to be left out.
+        # Makes short Python calls likely. Their outputs must not be targets.
         model.head.weight[SPECIAL[PYTHON_START]] *= 3
         model.head.weight[SPECIAL[PYTHON_END]] *= 3
     answerer = Answerer(model, BYTES, length, sequences=32)

@@ -1,4 +1,4 @@
-"""Fits find the laws that made the numbers, say how well they fit, and never guess beyond what was measured."""
+"""Fits recover the laws that generated the data, report their quality, and do not extrapolate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def best_size(flops: float) -> float:
 
 
 def budget(flops: float, around: float, noise: float = 0.0, seed: int = 0) -> IsoFlop:
-    """Seven sizes within a factor of 4 of ``around``, each trained for the whole budget."""
+    """Seven sizes within a factor of 4 of ``around``, each trained with the whole budget."""
     rng = random.Random(seed)
     sizes = [around * 4 ** (i / 3) for i in range(-3, 4)]
     tokens = [flops / 6 / size for size in sizes]

@@ -1,4 +1,4 @@
-"""A run shows a bar on a terminal, log events elsewhere, and always metrics."""
+"""A training run shows a bar on a terminal and log events elsewhere, and always sets its metrics."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def at(step: int, **changes: Any) -> StepReport:
 
 
 class Terminal:
-    """A real terminal of a given width, in place of stderr."""
+    """A real terminal of a given width that replaces stderr."""
 
     def __init__(self, columns: int) -> None:
         self._screen, keyboard = os.openpty()
@@ -48,7 +48,7 @@ class Terminal:
 
     def close(self) -> None:
         self.stream.flush()
-        with contextlib.suppress(OSError):  # there is nothing more
+        with contextlib.suppress(OSError):  # raised when all output has been read
             while chunk := os.read(self._screen, 65536):
                 self._shown += chunk
         self.stream.close()
@@ -56,7 +56,7 @@ class Terminal:
 
     @property
     def lines(self) -> list[str]:
-        """Everything that was drawn until it was closed, in order."""
+        """All lines that were drawn until the terminal was closed, in order."""
         return [line.rstrip() for line in re.split(r"[\r\n]", self._shown.decode()) if line.strip()]
 
 
@@ -68,7 +68,7 @@ def terminal(columns: int = 80) -> Iterator[Terminal]:
 
 
 class Recorder:
-    """A tracker that remembers."""
+    """A tracker that keeps all metrics."""
 
     def __init__(self) -> None:
         self.noted: list[tuple[int, dict[str, float]]] = []
@@ -117,12 +117,12 @@ def test_a_bar_is_never_longer_than_its_terminal_and_drops_the_least_wanted_firs
         return screen.lines
 
     lines = shown_in(columns)
-    # The stage, the share and the count are always there.
+    # Even the narrowest bar shows the stage, the percentage and the count.
     assert max(map(len, lines)) <= max(columns, len(f"base 100% # {total:,}/{total:,}"))
     facts = ("loss", "tok/s", "left", "val_bpb", "skipped", "wait", "GiB", "grad", "lr")
     present = [fact in lines[-1] for fact in facts]
     assert present == sorted(present, reverse=True)
-    # Nothing is dropped where there is room for everything beside a short bar and the cursor.
+    # No fact is dropped if there is room for all facts, a short bar and the cursor.
     everything = shown_in(400)[-1].split(f" 1/{total:,}")[1]
     assert all(present) or columns <= len(f"base 100% ###### 1/{total:,}{everything}")
 

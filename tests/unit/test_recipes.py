@@ -18,11 +18,10 @@ from jobs.data.shards import TextDataset
 from jobs.demo_world import CONVERSATION_MIX, EVALUATION_MIX
 from jobs.recipes import RECIPES, Recipe, cut_documents
 from jobs.train.batches.mixtures import Mixture
-from jobs.train.pretrain import PretrainSettings, plan
+from jobs.train.pretrain import PretrainSettings, plan_run
 from jobs.train.rl import RlSettings
 from jobs.train.sft import SftSettings
 from jobs.train.tokenizer import TokenizerSettings
-from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
 from nanochat_core.settings import load
 from nanochat_core.store import Store, open_store
@@ -56,13 +55,7 @@ def test_the_flags_of_every_stage_are_flags_of_its_job(recipe: Any, stage: Any) 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
 def test_batches_are_whole_rows_and_the_rates_change_over_the_run(recipe: Any) -> None:
     tokenizer, pretrain, sft = (settings(recipe, stage) for stage in ("tokenizer", "pretrain", "sft"))
-    config = ModelConfig.from_depth(
-        pretrain.depth,
-        vocab_size=tokenizer.vocab_size,
-        head_dim=pretrain.head_dim,
-        context_length=pretrain.context_length,
-    )
-    planned = plan(pretrain, config)
+    config, planned = plan_run(pretrain, tokenizer.vocab_size)
     batch_tokens = sft.batch_tokens or planned.batch_tokens  # fine-tuning inherits the batch size of pretraining
     assert batch_tokens % config.context_length == 0
     assert pretrain.warmup_steps < planned.steps

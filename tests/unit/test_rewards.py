@@ -1,4 +1,4 @@
-"""Rewards give what they say for answers right, wrong and strange; problems are what they claim, and held out."""
+"""Rewards of correct, wrong and unusual answers; problems have correct answers, and held-out problems are new."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_every_task_names_a_reward(store: Store) -> None:
 
 
 def answer_of(question: str) -> int:
-    """What the question comes to, by reading it."""
+    """The result of the question's calculation."""
     numbers = [int(digits) for digits in re.findall(r"\d+", question)]
     if len(numbers) == 1:
         assert "squ" in question.lower() or "itself" in question

@@ -1,4 +1,4 @@
-"""Rollouts are reproducible, shared evenly, and drawn with the weights that they should be."""
+"""Rollouts are reproducible, divided evenly among ranks, and sampled with the right version of the weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from jobs.tasks.problems import Problem
 from jobs.train.reinforce.rewards import Rollout
-from jobs.train.reinforce.rollouts import Answerer, RolloutSource, Sampling, SharedCalls, seed_of
+from jobs.train.reinforce.rollouts import Answerer, RolloutSettings, RolloutSource, Sampling, SharedCalls, seed_of
 from nanochat_core.engine import ToolOutput
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
@@ -22,7 +22,7 @@ PROBLEMS = [Problem(({"role": "user", "content": f"question {i}"},), str(i)) for
 
 
 class Recorder:
-    """Stands in for the answerer: notes which version of the weights answers what."""
+    """Replaces the answerer, and records which version of the weights answers which problems."""
 
     def __init__(self) -> None:
         self.version = -1.0
@@ -40,23 +40,14 @@ class Recorder:
 
 
 def source(answerer: Any, model: GPT, **changes: Any) -> RolloutSource:
-    given: dict[str, Any] = {
-        "examples": 4,
-        "samples": 2,
-        "sampling": Sampling(1.0, 50, 8),
-        "normalize": False,
-        "seed": 1,
-        "steps": 8,
-        "save_every": 0,
-        "asynchronous": False,
-        "pad_id": 0,
-        "ranks": ALONE,
-    }
-    return RolloutSource(answerer, model, PROBLEMS, lambda _p, r: float(r.tokens[0] % 2), **(given | changes))
+    given: dict[str, Any] = {"model": "m", "examples": 4, "samples": 2, "max_new_tokens": 8, "seed": 1, "save_every": 0}
+    steps, ranks = changes.pop("steps", 8), changes.pop("ranks", ALONE)
+    settings = RolloutSettings(**(given | changes))
+    return RolloutSource(answerer, model, PROBLEMS, lambda _p, r: float(r.tokens[0] % 2), settings, steps, 0, ranks)
 
 
 def versions(recorder: Recorder, model: GPT, made: RolloutSource) -> list[float]:
-    """The version that drew each step's rollouts, where a training step makes the next version."""
+    """The version of the weights that sampled each step's rollouts, if each training step increases the version."""
     with torch.no_grad():
         for batch in made.prefetched():
             assert batch.ids.size(0) == 8

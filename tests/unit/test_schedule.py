@@ -1,4 +1,4 @@
-"""Horizon, batch and rates that follow from the depth, and how rates move: against the published numbers."""
+"""Scaling rules and schedules, compared with the published numbers and formulas."""
 
 from __future__ import annotations
 

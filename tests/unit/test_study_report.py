@@ -1,4 +1,4 @@
-"""The report of a study: one table of what was measured, the fits with their quality, and what is missing."""
+"""The report of a study: its table of results, the fits with their quality, and the missing runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def result(depth: int, budget: float | None = None, **changes: Any) -> Result:
 
 
 def table(markdown: str) -> list[list[str]]:
-    """Rows of the last table, each as its cells."""
+    """Cells of each row of the last table."""
     found = re.findall(r"(?:^\|.*\|$\n?)+", markdown, re.MULTILINE)[-1]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in found.strip().splitlines()]
 

@@ -1,4 +1,4 @@
-"""Trackers get every number, and whatever they do no run ends on their account and no secret is told."""
+"""Trackers receive every metric; their failures neither end a run nor reveal a secret."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FakeWriter:
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A package ``wandb`` that keeps its runs; ``error`` is what its ``init`` raises."""
+    """A replacement for the package ``wandb`` that keeps its runs; ``init`` raises ``error`` if one is given."""
     module = types.ModuleType("wandb")
     module.runs, module.error = [], None
     module.Settings = dict
@@ -70,7 +70,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 @pytest.fixture
 def tensorboard(monkeypatch: pytest.MonkeyPatch) -> list[FakeWriter]:
-    """The writers that a stand-in of ``torch.utils.tensorboard`` has made."""
+    """The writers that a replacement for ``torch.utils.tensorboard`` has created."""
     writers: list[FakeWriter] = []
 
     def make(folder: str, purge_step: int) -> FakeWriter:
@@ -199,7 +199,7 @@ def test_event_files_of_tensorboard_can_be_read_back(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for start, stop in ((0, 6), (4, 8)):  # stopped after step 6, resumed from a checkpoint of step 4
+    for start, stop in ((0, 6), (4, 8)):  # A run stops after step 6 and resumes from the checkpoint of step 4.
         (tracker,) = opened(tmp_path, "tensorboard", step=start)
         for step in range(start + 1, stop + 1):
             tracker.log(step, {"train/loss": 10.0 * start + step})

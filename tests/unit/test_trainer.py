@@ -1,10 +1,10 @@
-"""What the training loop does about steps that cannot be used, or look strange."""
+"""The training loop: skipped steps, loss spikes, measures, evaluations and checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,26 @@ import torch
 from torch import Tensor
 
 from jobs.train.batches.loader import Batch
+from jobs.train.loop.run import Evaluation, RunConfig, TrainingDiverged, thinned
+from jobs.train.loop.runtime import RunSettings, Runtime
 from jobs.train.loop.schedule import Schedule
-from jobs.train.loop.trainer import RunConfig, Trainer, TrainingDiverged, _thinned
+from jobs.train.loop.step import Objective, cross_entropy
+from jobs.train.loop.trainer import Trainer
 from nanochat_core.checkpoint import CheckpointRef, list_checkpoints, load_checkpoint, promote, promoted
 from nanochat_core.config import ModelConfig
 from nanochat_core.model import GPT
 from nanochat_core.store import FolderStore
 from nanochat_core.tokenizer import Tokenizer
+from nanochat_core.training.distributed import ALONE
 from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
+META: dict[str, Any] = {"settings": {}, "inputs": {}}
 
 
 @dataclasses.dataclass
 class Batches:
-    """Stands in for the loader: random rows that depend on the step alone."""
+    """Replaces the loader by random rows that depend on the step alone."""
 
     step: int
 
@@ -38,55 +43,78 @@ class Batches:
             yield Batch(ids[:, :-1], ids[:, 1:], {"of": 1, "packers": {"0": {"cursor": self.step, "buffered": []}}})
 
 
-def trainer(tmp_path: Path, steps: int, **changes: Any) -> Trainer:
+def trainer(
+    tmp_path: Path,
+    steps: int,
+    evaluations: Sequence[Evaluation] = (),
+    objective: Callable[[Trainer], Objective] | None = None,
+    **settings: Any,
+) -> Trainer:
     model = GPT(ModelConfig.from_depth(1, vocab_size=TOKENIZER.vocab_size, head_dim=32, context_length=16))
     model.init_weights(torch.Generator().manual_seed(1))
-    config = RunConfig("m", "base", Schedule(steps, warmup_steps=1), 4, save_every=0, eval_every=0, compile=False)
-    return Trainer(
-        dataclasses.replace(config, **changes),
-        store=FolderStore(tmp_path),
-        model=model,
-        tokenizer=TOKENIZER,
-        optimizer=MuonAdamW(parameter_groups(model, OptimizerConfig(), batch_lr_scale=0.1)),
-        make_loader=lambda state: Batches(state["packers"]["0"]["cursor"] if state else 0),  # type: ignore[arg-type, return-value]
-        evaluate=lambda: {},
-        meta={"settings": {}, "inputs": {}},
-        device=torch.device("cpu"),
+    given = {"device_batch_rows": 4, "save_every": 0, "eval_every": 0, "compile": False}
+    run: Trainer = Trainer(
+        RunConfig("m", "base", Schedule(steps, warmup_steps=1), RunSettings(**given | settings), META),
+        Runtime(FolderStore(tmp_path), torch.device("cpu"), ALONE),
+        model,
+        TOKENIZER,
+        MuonAdamW(parameter_groups(model, OptimizerConfig(), batch_lr_scale=0.1)),
+        open_batches=lambda state: Batches(state["packers"]["0"]["cursor"] if state else 0),
+        evaluations=evaluations,
+        objective=lambda rows: (objective(run) if objective else plain_loss(run))(rows),
     )
+    return run
 
 
-def spoil(run: Trainer, steps: dict[int, float]) -> None:
-    """Multiply the loss of some steps."""
-    objective = run._objective
+def plain_loss(run: Trainer) -> Objective:
+    return cross_entropy(run.model, compile=False, device=torch.device("cpu"))
 
-    def spoiled(rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, measures = objective(rows)
-        return loss * steps.get(run.state.step + 1, 1.0), measures
 
-    run._objective = spoiled
+def spoiled(steps: dict[int, float]) -> Callable[[Trainer], Objective]:
+    """An objective that multiplies the loss of some steps by a factor."""
+
+    def objective(run: Trainer) -> Objective:
+        def loss_of(rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, measures = plain_loss(run)(rows)
+            return loss * steps.get(run.state.step + 1, 1.0), measures
+
+        return loss_of
+
+    return objective
+
+
+class Weights:
+    """An evaluation after every step that copies the weights."""
+
+    def __init__(self) -> None:
+        self.run: Trainer | None = None
+        self.after: dict[int, list[Tensor]] = {}
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        return [Evaluation(self._copy, every=1)]
+
+    def _copy(self) -> dict[str, float]:
+        assert self.run is not None
+        self.after[self.run.state.step] = [parameter.detach().clone() for parameter in self.run.model.parameters()]
+        return {}
+
+    def changed(self, step: int) -> bool:
+        """Whether a step changed any weight."""
+        return not all(map(torch.equal, self.after[step - 1], self.after[step]))
 
 
 def test_a_step_without_a_finite_loss_changes_nothing_and_is_noted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = trainer(tmp_path, steps=6)
-    spoil(run, {3: float("nan"), 4: float("inf")})
-    weights: dict[int, Tensor] = {}
-    step = run._step
-
-    def noted(batch: Batch) -> Any:
-        result = step(batch)
-        weights[run.state.step] = run.model.head.weight.detach().clone()
-        return result
-
-    run._step = noted  # type: ignore[method-assign]
+    weights = Weights()
+    objective = spoiled({3: float("nan"), 4: float("inf")})
+    weights.run = run = trainer(tmp_path, steps=6, evaluations=weights.evaluations, objective=objective)
     with caplog.at_level(logging.WARNING):
         ref = run.run()
-    assert torch.equal(weights[2], weights[3])
-    assert torch.equal(weights[3], weights[4])
-    assert not torch.equal(weights[4], weights[5])
+    assert [step for step in range(2, 7) if not weights.changed(step)] == [3, 4]
     assert [record.step for record in caplog.records if record.message == "step skipped"] == [3, 4]
-    meta = load_checkpoint(run.store, ref).meta
+    meta = load_checkpoint(run.runtime.store, ref).meta
     assert meta["skipped_steps"] == [3, 4]
     assert [point["step"] for point in meta["history"] if "loss" in point] == [1, 2, 5, 6]
 
@@ -108,8 +136,8 @@ def test_a_gradient_that_is_not_finite_is_seen_though_the_loss_is(tmp_path: Path
 
 
 def test_five_useless_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
-    run = trainer(tmp_path, steps=20, save_every=2)
-    spoil(run, {step: float("nan") for step in (3, 4, 5, 6, 8, 9, 10, 11, 12)})
+    objective = spoiled({step: float("nan") for step in (3, 4, 5, 6, 8, 9, 10, 11, 12)})
+    run = trainer(tmp_path, steps=20, save_every=2, objective=objective)
     with pytest.raises(TrainingDiverged, match=r"at step 12, as in the 4 steps before; lower --lr-scale"):
         run.run()
     resumed = trainer(tmp_path, steps=20)
@@ -121,8 +149,7 @@ def test_five_useless_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
 def test_a_loss_far_above_the_recent_ones_is_reported_and_trained_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = trainer(tmp_path, steps=130)
-    spoil(run, {120: 3.0})
+    run = trainer(tmp_path, steps=130, objective=spoiled({120: 3.0}))
     with caplog.at_level(logging.WARNING):
         run.run()
     assert [record.step for record in caplog.records if record.message == "loss spike"] == [120]
@@ -131,42 +158,30 @@ def test_a_loss_far_above_the_recent_ones_is_reported_and_trained_on(
 
 
 def test_a_step_that_teaches_nothing_leaves_the_weights_to_themselves(tmp_path: Path) -> None:
-    """Muon's momentum alone would make a step of full length."""
-    run = trainer(tmp_path, steps=4)
-    spoil(run, {3: 0.0})
-    weights: dict[int, list[Tensor]] = {}
-    step = run._step
-
-    def noted(batch: Batch) -> Any:
-        result = step(batch)
-        weights[run.state.step] = [parameter.detach().clone() for parameter in run.model.parameters()]
-        return result
-
-    run._step = noted  # type: ignore[method-assign]
+    """Without this rule, Muon would make a full-length step by momentum alone."""
+    weights = Weights()
+    weights.run = run = trainer(tmp_path, steps=4, evaluations=weights.evaluations, objective=spoiled({3: 0.0}))
     run.run()
-    same = {at: all(map(torch.equal, weights[at - 1], weights[at])) for at in (2, 3, 4)}
-    assert same == {2: False, 3: True, 4: False}
+    assert {step: weights.changed(step) for step in (2, 3, 4)} == {2: True, 3: False, 4: True}
     assert run.state.skipped == []
 
 
 def test_what_an_objective_measures_is_noted_per_counted_token_whatever_the_passes(tmp_path: Path) -> None:
+    def measured(run: Trainer) -> Objective:
+        def loss_of(rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            return plain_loss(run)(rows)[0], {"large": (rows.targets >= 100).sum().double()}
+
+        return loss_of
+
     for rows in (4, 1):
-        run = trainer(tmp_path / str(rows), steps=2, micro_batch_rows=rows)
-        objective = run._objective
-
-        def measured(part: Batch, objective: Any = objective) -> tuple[Tensor, dict[str, Tensor]]:
-            loss, _ = objective(part)
-            return loss, {"large": (part.targets >= 100).sum().double()}
-
-        run._objective = measured
+        run = trainer(tmp_path / str(rows), steps=2, device_batch_rows=rows, objective=measured)
         run.run()
         expected = [float((next(Batches(step).prefetched()).targets >= 100).double().mean()) for step in (0, 1)]
         assert [point["large"] for point in run.state.history] == pytest.approx(expected)
 
 
 def test_evaluations_may_come_before_the_first_step_and_have_metrics_of_several_numbers(tmp_path: Path) -> None:
-    run = trainer(tmp_path, steps=3, evaluate_first=True, eval_every=2)
-    run._evaluate = lambda: {"passed": {"1": 0.5, "2": 0.75}}
+    run = trainer(tmp_path, steps=3, evaluations=[Evaluation(lambda: {"passed": {"1": 0.5, "2": 0.75}}, 2, first=True)])
     run.run()
     evaluated = [point["step"] for point in run.state.history if "passed" in point]
     assert evaluated == [0, 2, 3]
@@ -177,16 +192,16 @@ def test_a_long_history_keeps_every_evaluation() -> None:
     history = [{"step": step, "loss": 1.0, "reward": 0.5} for step in range(1, 5001)]
     for point in history[99::100]:
         point["heldout_reward"] = 0.5
-    thin = _thinned(history)
+    thin = thinned(history)
     assert 2000 > len(thin) >= 1667
     assert sum("heldout_reward" in point for point in thin) == 50
     assert thin[-1] == history[-1]
 
 
 def test_the_promoted_checkpoint_is_not_deleted_however_old_it_is(tmp_path: Path) -> None:
-    trainer(tmp_path, steps=3, save_every=1, keep_checkpoints=3).run()
+    trainer(tmp_path, steps=3, save_every=1, keep=3).run()
     promote(FolderStore(tmp_path), CheckpointRef("m", "base", 2))
-    longer = trainer(tmp_path, steps=8, save_every=1, keep_checkpoints=2)
+    longer = trainer(tmp_path, steps=8, save_every=1, keep=2)
     longer.state.step = 3
     longer.run()
     kept = sorted(path.name for path in (tmp_path / "models/m/base").iterdir())
@@ -198,7 +213,7 @@ def test_a_run_that_starts_over_withdraws_the_promotion_of_a_checkpoint_that_it_
     tmp_path: Path, step: int, still_promoted: bool
 ) -> None:
     store, served = FolderStore(tmp_path), CheckpointRef("m", "base", step)
-    trainer(tmp_path, steps=3, save_every=1, keep_checkpoints=3).run()
+    trainer(tmp_path, steps=3, save_every=1, keep=3).run()
     promote(store, served)
     trainer(tmp_path, steps=1).run()
     assert promoted(store, "m") == (served if still_promoted else None)
@@ -209,6 +224,6 @@ def test_checkpoints_to_keep_for_good_are_not_deleted_and_half_written_ones_are(
     torn = tmp_path / "models/m/base/step_000003/optim"
     torn.mkdir(parents=True)
     (torn / "rank_00000_of_00001.safetensors").write_bytes(b"half")
-    trainer(tmp_path, steps=12, save_every=1, keep_checkpoints=2, keep_every=5).run()
+    trainer(tmp_path, steps=12, save_every=1, keep=2, keep_every=5).run()
     kept = sorted(path.name for path in (tmp_path / "models/m/base").iterdir())
     assert kept == ["step_000005", "step_000010", "step_000011", "step_000012"]

@@ -1,4 +1,4 @@
-"""Upstream's tokenizer pickle is read as data: what a tokenizer consists of, and nothing that could run."""
+"""Upstream's tokenizer pickle is read as data, and anything that could execute code is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def encoding(ranks: Any = RANKS, special: Any = SPECIAL, pattern: Any = SPLIT_PA
 
 
 def pickled(state: object, protocol: int = 4) -> bytes:
-    """A pickled Encoding whose state is ``state``, however wrong."""
+    """A pickled Encoding with this state, which may be invalid."""
     body = pickle.dumps(state, protocol=protocol)[2:-1]
     if body[:1] == b"\x95":
         body = body[9:]
@@ -70,7 +70,7 @@ def test_ids_follow_the_ranks_and_not_the_order_in_the_file(read: Any) -> None:
 
 
 class Reduce:
-    """Pickles as a call of ``function``."""
+    """An object that is pickled as a call of ``function``."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -87,7 +87,7 @@ class WithState:
 TOUCH = "touch /tmp/nanochat-upstream-tokenizer-was-executed"
 TOUCHED = Path(TOUCH.split()[1])
 
-# What it is, its pickle, what the error names.
+# Each case: a name, the pickle, and the text that the error must contain.
 ATTACKS = {
     "os.system": (pickle.dumps(Reduce(os.system, TOUCH)), "posix.system"),
     "eval": (pickle.dumps(Reduce(eval, f"__import__('os').system('{TOUCH}')")), "builtins.eval"),
@@ -196,7 +196,7 @@ def test_any_change_of_a_file_gives_a_tokenizer_or_a_user_error(
 ) -> None:
     whole = bytearray(pickle.dumps(encoding()))
     for _ in range(data.draw(st.integers(1, 4))):
-        # The ends hold the structure; the middle is one token like another.
+        # Start and end of the file hold its structure. Its middle is a list of similar tokens.
         place = data.draw(st.one_of(st.integers(0, 120), st.integers(len(whole) - 300, len(whole) - 1)))
         whole[place : place + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
     path = tmp_path_factory.mktemp("fuzz") / "tokenizer.pkl"

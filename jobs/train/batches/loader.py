@@ -1,20 +1,19 @@
-"""Batches for training: tokenized, packed, prefetched, and resumable at exactly the next batch on any world size.
+"""Training batches: tokenized, packed, prefetched, and resumable at exactly the next batch on any number of ranks.
 
-The rows of the global batch are dealt to a fixed number of virtual packers, and so are the documents: packer ``v`` of
-``V`` takes documents ``v``, ``v + V``, … and fills the ``v``-th run of rows. A packer knows nothing of the others, so
-that a rank can run any share of them: which ranks there are changes who makes a row, never what is in it.
+The problem: a resumed run must see the same batches, also on another number of ranks. The idea: the rows of the global
+batch, and likewise the documents, are divided among a fixed number V of virtual packers. Packer v reads the documents
+v, v + V, v + 2V, … and fills the v-th group of rows. No packer depends on another packer, so each rank can run any
+share of them. The number of ranks decides which process packs a row, but not what the row contains.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 import queue
-import random
 import threading
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Protocol, Self
 
@@ -24,14 +23,14 @@ from torch import Tensor
 
 from jobs.data.shards import TextDataset
 from jobs.train.batches.packing import BestFitPacker, Document, PackingStats
-from nanochat_core.chat import Message, render_conversation
 from nanochat_core.errors import UserError
 from nanochat_core.model import IGNORE_INDEX
 from nanochat_core.tokenizer import Tokenizer
 
-# A power of two, as numbers of GPUs are: it bounds the world size, and each packer has a buffer of its own to fill.
+# The largest number of packers, and so of ranks: a power of two, because numbers of GPUs are.
 MAX_PACKERS = 64
-# Documents buffered by all packers together and by each; docs/data.md has what a buffer costs and saves.
+# Largest number of buffered documents: of all packers together, of a cropping packer and of a padding packer.
+# docs/data.md has measurements of what larger buffers cost and save.
 TOTAL_DOCUMENTS = 16_384
 CROPPING_DOCUMENTS = 1000
 PADDING_DOCUMENTS = 64
@@ -40,17 +39,20 @@ _MAX_WORKERS = 8
 
 
 class Source(Protocol):
-    """Documents by running number; numbers go on past the end with the next epoch. Several threads read at once."""
+    """An endless sequence of documents. After the last document of an epoch, the next epoch begins.
+
+    Several threads read from a source at once.
+    """
 
     def __len__(self) -> int:
-        """Documents in one epoch."""
+        """Number of documents in one epoch."""
 
     def document(self, number: int) -> Document:
-        """The ``number``-th document of the endless sequence."""
+        """The document at this position of the endless sequence."""
 
 
 class TextSource:
-    """Documents of a text dataset in stored order, each with BOS in front and every token counted."""
+    """Documents of a text dataset in stored order, each after a BOS token. Every token is counted as a target."""
 
     def __init__(self, dataset: TextDataset, tokenizer: Tokenizer) -> None:
         self._dataset, self._tokenizer = dataset, tokenizer
@@ -66,35 +68,17 @@ class TextSource:
         return Document(number, ids, np.ones(len(ids), dtype=bool))
 
 
-class ConversationSource:
-    """Conversations, shuffled anew (and reproducibly) each epoch, with the assistant's tokens counted."""
-
-    def __init__(self, conversations: Sequence[Sequence[Message]], tokenizer: Tokenizer, seed: int) -> None:
-        self._conversations, self._tokenizer, self._seed = conversations, tokenizer, seed
-        # At the end of an epoch some packers are in the next one already.
-        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
-
-    def __len__(self) -> int:
-        return len(self._conversations)
-
-    def document(self, number: int) -> Document:
-        epoch, position = divmod(number, len(self))
-        ids, mask = render_conversation(self._tokenizer, self._conversations[self._order(epoch)[position]])
-        return Document(number, np.asarray(ids, dtype=np.int32), np.asarray(mask, dtype=bool))
-
-    def _shuffled(self, epoch: int) -> list[int]:
-        order = list(range(len(self)))
-        random.Random(f"{self._seed}/{epoch}").shuffle(order)  # noqa: S311
-        return order
-
-
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A rank's rows of one optimizer step.
+    """The rows of one rank for one optimizer step.
 
-    ``ids`` and ``targets`` are (rows, time) int64, targets ``-1`` where not counted; ``state`` makes a loader that
-    goes on with the batch after this one, see :func:`merge_states`, and is None where the step alone tells. A batch
-    with more tensors, of as many rows, is a subclass.
+    A subclass may have more tensors, whose first dimension is the rows too.
+
+    Attributes:
+        ids: input tokens, (rows, time) int64.
+        targets: next tokens, (rows, time) int64; ``IGNORE_INDEX`` marks positions that the loss does not count.
+        state: position in the data after this batch, from which a loader continues; see :func:`merge_states`. None if
+            the position follows from the step number.
     """
 
     ids: Tensor
@@ -103,32 +87,34 @@ class Batch:
 
     @property
     def measures(self) -> dict[str, float]:
-        """What is to be noted of the batch besides its loss, the same on every rank."""
+        """Further numbers to report for the batch, equal on every rank."""
         return {}
 
-    def rows(self, start: int, stop: int) -> Self:
-        """Some of the rows."""
-        return dataclasses.replace(self, **{name: tensor[start:stop] for name, tensor in self._tensors().items()})
-
-    def to(self, device: torch.device) -> Self:
-        """The same on a device."""
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()}
-        return dataclasses.replace(self, **moved)
-
-    def _tensors(self) -> dict[str, Any]:
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """All tensors by field name."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
+    def rows(self, start: int, stop: int) -> Self:
+        """The batch of the rows from ``start`` to ``stop``."""
+        return dataclasses.replace(self, **{name: tensor[start:stop] for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device) -> Self:
+        """The batch on a device. Copies from page-locked memory do not wait for the device."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        return dataclasses.replace(self, **moved)
+
 
 class BatchSource(Protocol):
-    """Where a run's batches come from."""
+    """Produces the batches of a run."""
 
     def prefetched(self) -> Generator[Batch, None, None]:
-        """One batch after another, made ahead where that is possible. Close the iterator to end what makes them."""
+        """The batches in order, prepared ahead if possible. Closing the generator ends its background threads."""
 
 
 class PackedLoader:
-    """Endless batches of best-fit packed rows from a source."""
+    """Endless batches of rows that are packed from the documents of a source."""
 
     def __init__(
         self,
@@ -146,16 +132,16 @@ class PackedLoader:
     ) -> None:
         """
         Args:
-            rows: rows of the global batch, of which each rank has a run: passes over the same number of rows are then
-                over the same rows on any number of ranks.
-            context_length: tokens per row that are predicted from; a packed row has one more.
-            workers: threads that tokenize and pack while batches are prefetched; 0 for as many as are of use.
-            pin_memory: batches lie in page-locked memory, from which a GPU copies while it computes.
-            state: of the last batch consumed (of all ranks, merged, or of this one), to go on after it; None starts
-                at the first document.
+            rows: rows of the global batch. Each rank has a contiguous group of them.
+            context_length: input tokens per row. A packed row has one token more, the last target.
+            when_full: see :class:`BestFitPacker`.
+            workers: threads that tokenize and pack; 0 chooses by the number of cores.
+            pin_memory: put batches into page-locked memory, from which a GPU copies while it computes.
+            state: :attr:`Batch.state` of the last batch that was trained on, merged over all ranks or of this rank;
+                None starts at the first document.
 
         Raises:
-            UserError: the rows cannot be dealt to so many ranks, or the state is of another loader.
+            UserError: the rows cannot be divided evenly among the ranks, or the state is from a different loader.
         """
         count = math.gcd(rows, MAX_PACKERS)
         if count % world_size:
@@ -169,30 +155,26 @@ class PackedLoader:
             _VirtualPacker(source, number, count, context_length + 1, when_full, pad_id)
             for number in range(rank * count // world_size, (rank + 1) * count // world_size)
         ]
-        self._workers = min(workers or _sensible_workers(), len(self._packers))
+        self._workers = min(workers or _default_workers(), len(self._packers))
         if state is not None:
-            stored = self._checked(state)
+            stored = self._packer_states(state)
             with ThreadPoolExecutor(self._workers, "loader") as pool:
                 list(pool.map(_VirtualPacker.restore, self._packers, stored))
 
     @property
     def epoch(self) -> float:
-        """Passes over this rank's share of the documents that have been packed."""
+        """Number of passes over this rank's share of the documents, counting packed documents alone."""
         return sum(packer.packed_documents for packer in self._packers) / self._share
 
     @property
     def stats(self) -> PackingStats:
-        """Tokens packed and cropped and positions padded by this loader, those of prefetched batches included."""
+        """Packed and cropped tokens and padding of this loader, including batches that are prefetched."""
         return sum((packer.stats for packer in self._packers), PackingStats())
 
-    def next_batch(self) -> Batch:
-        """Pack one batch."""
-        return self._next_batch(None)
-
     def prefetched(self) -> Generator[Batch, None, None]:
-        """Batches made ahead by threads, so that the device does not wait for tokenization.
+        """Batches that background threads pack ahead, so that the device does not wait for tokenization.
 
-        An error in a thread is raised here. Close the iterator to end the threads.
+        An error of a background thread is raised by the generator. Closing the generator ends the threads.
         """
         ready: queue.Queue[Batch | BaseException] = queue.Queue(_PREFETCHED_BATCHES)
         stop = threading.Event()
@@ -209,7 +191,7 @@ class PackedLoader:
             with ThreadPoolExecutor(self._workers, "loader") as pool:
                 while not stop.is_set():
                     try:
-                        batch = self._next_batch(pool)
+                        batch = self.next_batch(pool)
                     except BaseException as error:
                         offer(error)
                         return
@@ -227,25 +209,26 @@ class PackedLoader:
             stop.set()
             thread.join()
 
-    def _next_batch(self, pool: ThreadPoolExecutor | None) -> Batch:
+    def next_batch(self, pool: ThreadPoolExecutor | None = None) -> Batch:
+        """Pack one batch, with the threads of ``pool`` if one is given."""
         shape = (self._rows, self._context_length)
         ids, targets = (torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory) for _ in range(2))
-        # Each packer fills a run of rows.
-        runs = (len(self._packers), -1, self._context_length)
-        id_runs, target_runs = ids.numpy().reshape(runs), targets.numpy().reshape(runs)
+        # Views of shape (packers, rows per packer, time): each packer fills its own rows.
+        groups = (len(self._packers), -1, self._context_length)
+        id_groups, target_groups = ids.numpy().reshape(groups), targets.numpy().reshape(groups)
 
         def fill(number: int) -> None:
-            for i in range(id_runs.shape[1]):
+            for i in range(id_groups.shape[1]):
                 row, counted = self._packers[number].next_row()
-                id_runs[number, i] = row[:-1]
-                target_runs[number, i] = np.where(counted[1:], row[1:], IGNORE_INDEX)
+                id_groups[number, i] = row[:-1]
+                target_groups[number, i] = np.where(counted[1:], row[1:], IGNORE_INDEX)
 
         list((pool.map if pool else map)(fill, range(len(self._packers))))
         state = {"of": self._count, "packers": {str(packer.number): packer.state for packer in self._packers}}
         return Batch(ids, targets, state)
 
-    def _checked(self, state: dict[str, Any]) -> list[dict[str, Any]]:
-        """The stored state of each of this rank's packers."""
+    def _packer_states(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        """The stored states of this rank's packers, verified."""
         if state.get("of") != self._count:
             raise UserError(
                 f"the data position is one of {state.get('of')} packers, not of {self._count}: the batch then had "
@@ -261,10 +244,10 @@ class PackedLoader:
 
 
 def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The state of the global batch from those of all its ranks, from which any number of ranks can go on.
+    """Combine the states of all ranks to the state of the global batch, from which any number of ranks can continue.
 
     Raises:
-        ValueError: the states are not of one loader.
+        ValueError: the states are from loaders with different numbers of packers.
     """
     states = list(states)
     if len({state["of"] for state in states}) != 1:
@@ -274,7 +257,7 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 class _VirtualPacker:
-    """Packs every ``count``-th document of a source, from number ``number`` on."""
+    """Packs the documents ``number``, ``number + count``, ``number + 2 * count``, … of a source."""
 
     def __init__(
         self, source: Source, number: int, count: int, row_length: int, when_full: Literal["crop", "pad"], pad_id: int
@@ -282,20 +265,20 @@ class _VirtualPacker:
         self.number = number
         self._source, self._count = source, count
         self._cursor = number
-        most = min(CROPPING_DOCUMENTS, TOTAL_DOCUMENTS // count) if when_full == "crop" else PADDING_DOCUMENTS
-        # Of documents that are few, none is needed twice at a time.
-        size = min(most, math.ceil(len(source) / count))
+        limit = min(CROPPING_DOCUMENTS, TOTAL_DOCUMENTS // count) if when_full == "crop" else PADDING_DOCUMENTS
+        # A larger buffer than one epoch would hold the same document twice.
+        size = min(limit, math.ceil(len(source) / count))
         self._packer = BestFitPacker(row_length, size, when_full, pad_id, self._next_document)
         self.next_row = self._packer.next_row
 
     @property
     def state(self) -> dict[str, Any]:
-        """The number of the next document to read, and those of the buffered ones."""
+        """The number of the next document to read, and the numbers of the buffered documents."""
         return {"cursor": self._cursor, "buffered": self._packer.buffered}
 
     def restore(self, state: dict[str, Any]) -> None:
-        # Read in stored order, which touches each row group once; the order of putting decides between documents of
-        # equal length.
+        # Reading in stored order opens each row group of the dataset once. Putting in buffer order keeps the order of
+        # documents with equal lengths.
         documents = {number: self._source.document(number) for number in sorted(state["buffered"])}
         for number in state["buffered"]:
             self._packer.put(documents[number])
@@ -315,8 +298,8 @@ class _VirtualPacker:
         return document
 
 
-def _sensible_workers() -> int:
-    """This process's share of the cores; more than a few threads wait for the interpreter's lock."""
+def _default_workers() -> int:
+    """This process's share of the cores, at most 8: more threads would wait for the interpreter's lock."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
     return max(1, min(_MAX_WORKERS, cores // local_processes))

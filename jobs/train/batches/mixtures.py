@@ -1,7 +1,7 @@
-"""Mixtures: conversations of several sources, each shown as often as its weight says.
+"""Mixtures of conversations from several sources, weighted by how often an epoch repeats each source.
 
-``smoltalk,mmlu:3,identity:0.5`` names three sources. In one epoch every conversation of the first is shown once, of
-the second three times, and half of the third's once.
+For example, ``smoltalk,mmlu:3,identity:0.5`` names three sources. One epoch has every conversation of the first source
+once, every conversation of the second source three times, and half of the conversations of the third source once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from jobs.tasks.conversations import Conversations, open_conversations
-from jobs.train.batches.packing import Document
 from nanochat_core.chat import Message, render_conversation
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
@@ -28,25 +27,26 @@ from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger("jobs.train.batches.mixtures")
 
-# Of a source without validation data of its own this share is held out, but no more than a loss needs to be steady.
+# If a source has no validation data of its own, one conversation in 20 is held out, but never more than a steady
+# validation loss needs.
 _HELD_OUT_ONE_IN = 20
-_HELD_OUT_AT_MOST = 256
-_MEASURED_TOGETHER = 256
+_MAX_HELD_OUT = 256
+_CONVERSATIONS_PER_TASK = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One source of a mixture and how often it is shown per epoch."""
+    """One source of a mixture. An epoch repeats it ``weight`` times."""
 
     name: str
     weight: float
 
 
 def parse_mixture(text: str) -> list[Entry]:
-    """``name[:weight]``, comma separated.
+    """Parse comma-separated entries of the form ``name[:weight]``.
 
     Raises:
-        UserError: an entry has no name or a weight that is not a positive number, or a name comes twice.
+        UserError: an entry has no name, a weight is not a positive number, or two entries have the same name.
     """
     entries: list[Entry] = []
     for part in text.split(","):
@@ -68,12 +68,17 @@ def parse_mixture(text: str) -> list[Entry]:
 
 
 class Selection(Sequence[list[Message]]):
-    """Chosen conversations of several sources, read when they are asked for."""
+    """A selection of conversations from several sources, which are read when they are accessed.
+
+    Attributes:
+        rows: number of each selected conversation in its source, (conversations,) int64.
+        source: index of each selected conversation's source, (conversations,) int64.
+    """
 
     def __init__(self, sources: Sequence[Conversations], chosen: Sequence[Sequence[int]]) -> None:
         """
         Args:
-            chosen: of each source the numbers of its conversations, which may repeat.
+            chosen: for each source the numbers of the selected conversations, which may repeat.
         """
         self._sources = sources
         self.rows = np.fromiter(itertools.chain.from_iterable(chosen), dtype=np.int64)
@@ -87,15 +92,15 @@ class Selection(Sequence[list[Message]]):
 
 
 class Mixture:
-    """What a model is fine-tuned on and, apart from it, validated on."""
+    """Conversations for fine-tuning, and other conversations for validation."""
 
     def __init__(self, store: Store, text: str) -> None:
         """
         Args:
-            text: see :func:`parse_mixture`; the names are those of :func:`open_conversations`.
+            text: entries for :func:`parse_mixture`; :func:`open_conversations` opens each name.
 
         Raises:
-            UserError: a source is missing or not what it should be.
+            UserError: a source is missing or has the wrong format.
         """
         self._store = store
         self.entries = parse_mixture(text)
@@ -114,31 +119,31 @@ class Mixture:
 
     @property
     def digest(self) -> str:
-        """sha256 over the training conversations and their weights."""
+        """SHA-256 of the training conversations and their weights."""
         parts = [f"{entry.weight} {source.digest}" for entry, source in zip(self.entries, self._sources, strict=True)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def check(self) -> None:
-        """Read every conversation of a file once.
+        """Verify every conversation.
 
         Raises:
-            UserError: one is wrong.
+            UserError: a conversation has the wrong format.
         """
         for source in self._sources:
             source.check()
         self._check_validation()
 
     def lengths(self, tokenizer: Tokenizer, threads: int = 0) -> np.ndarray:
-        """Tokens of each training conversation (int64), in the order of :attr:`training`.
+        """Tokens of each training conversation, (conversations,) int64, in the order of :attr:`training`.
 
-        Tokenizing everything takes a while, so the lengths of each source are kept in the store, below
+        Tokenizing all conversations takes a while, so the store caches the lengths of each source below
         ``cache/lengths/``.
 
         Args:
-            threads: that tokenize; as many as there are cores when 0.
+            threads: number of threads that tokenize; 0 takes one for each core.
 
         Raises:
-            UserError: a conversation is wrong.
+            UserError: a conversation has the wrong format.
         """
         self._check_validation()
         lengths = np.empty(len(self.training), dtype=np.int64)
@@ -153,8 +158,8 @@ class Mixture:
                 validation.check()
 
     def _lengths_of(self, name: str, source: Conversations, tokenizer: Tokenizer, threads: int) -> np.ndarray:
-        made_from = hashlib.sha256(f"{source.digest}/{tokenizer.digest}".encode()).hexdigest()
-        key = f"cache/lengths/{made_from}.npy"
+        input_digest = hashlib.sha256(f"{source.digest}/{tokenizer.digest}".encode()).hexdigest()
+        key = f"cache/lengths/{input_digest}.npy"
         try:
             known: np.ndarray = np.load(io.BytesIO(self._store.read(key)), allow_pickle=False)
             if known.shape == (len(source),):
@@ -164,11 +169,11 @@ class Mixture:
         log.info("measuring conversations", extra={"source": name, "conversations": len(source)})
 
         def measure(start: int) -> list[int]:
-            numbers = range(start, min(start + _MEASURED_TOGETHER, len(source)))
+            numbers = range(start, min(start + _CONVERSATIONS_PER_TASK, len(source)))
             return [len(render_conversation(tokenizer, source[number])[0]) for number in numbers]
 
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-            measured = pool.map(measure, range(0, len(source), _MEASURED_TOGETHER))
+            measured = pool.map(measure, range(0, len(source), _CONVERSATIONS_PER_TASK))
             lengths = np.fromiter(itertools.chain.from_iterable(measured), dtype=np.int64)
         stored = io.BytesIO()
         np.save(stored, lengths, allow_pickle=False)
@@ -176,32 +181,10 @@ class Mixture:
         return lengths
 
 
-class LengthSource:
-    """The documents of ``ConversationSource`` in its order, but only as long as them: to find out how they pack."""
-
-    def __init__(self, lengths: np.ndarray, seed: int) -> None:
-        self._lengths, self._seed = lengths, seed
-        self._order: tuple[int, list[int]] = (-1, [])
-        self._ids = np.zeros(lengths.max(), dtype=np.int32)
-        self._counted = np.zeros(lengths.max(), dtype=bool)
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def document(self, number: int) -> Document:
-        epoch, position = divmod(number, len(self))
-        if self._order[0] != epoch:
-            order = list(range(len(self)))
-            random.Random(f"{self._seed}/{epoch}").shuffle(order)  # noqa: S311
-            self._order = (epoch, order)
-        length = self._lengths[self._order[1][position]]
-        return Document(number, self._ids[:length], self._counted[:length])
-
-
 def repeated(rows: Sequence[int], weight: float) -> list[int]:
-    """Each of ``rows`` ``weight`` times; for a fraction, once more a part of them, the same in every run.
+    """Repeat the rows ``weight`` times. For the fraction of the weight, a random part of them is added.
 
-    At least one row is given back, however small the weight.
+    The random part is the same in every run. The result has at least one row, however small the weight.
     """
     total = max(1, round(weight * len(rows)))
     times, rest = divmod(total, len(rows))
@@ -209,8 +192,8 @@ def repeated(rows: Sequence[int], weight: float) -> list[int]:
 
 
 def _held_out(name: str, count: int) -> list[int]:
-    """Which of ``count`` conversations are for validation, evenly spread: a file may be ordered by topic."""
+    """Numbers of the conversations for validation, evenly spaced because a file may be ordered by topic."""
     if count < 2:
         raise UserError(f"{name} holds one conversation; at least two are needed, one of them for validation")
-    held_out = min(math.ceil(count / _HELD_OUT_ONE_IN), _HELD_OUT_AT_MOST)
+    held_out = min(math.ceil(count / _HELD_OUT_ONE_IN), _MAX_HELD_OUT)
     return [i * count // held_out for i in range(held_out)]

@@ -1,4 +1,16 @@
-"""Best-fit packing of documents into rows of fixed length."""
+"""Best-fit packing of documents into rows of fixed length.
+
+The problem: documents have all lengths, but a batch needs rows of equal length. Cutting the concatenated text into
+rows would start most rows in the middle of a document, and one document per row would waste most positions on padding.
+
+The idea is the best-fit rule of bin packing, applied to a bounded buffer of documents: fill each row with the longest
+buffered document that still fits, refill the buffer, and repeat until no document fits the rest of the row. The rest is
+then cropped or padded:
+
+- ``crop`` fills it with the start of the shortest document and drops that document's end. No position is wasted, but
+  some text is lost. Pretraining has more text than it can use.
+- ``pad`` leaves it uncounted. Conversations keep their end, unless they are longer than a whole row.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +26,10 @@ import numpy as np
 class Document:
     """One tokenized document.
 
-    ``ids`` is int32 and starts with BOS; ``counted`` (bool, same length) says which tokens the loss counts as targets.
+    Attributes:
+        number: position of the document in its source.
+        ids: tokens, (length,) int32, starting with BOS.
+        counted: (length,) bool, True for tokens that the loss counts as targets.
     """
 
     number: int
@@ -24,7 +39,7 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class PackingStats:
-    """What became of tokens and of positions, in tokens: ``packed + padding`` positions were filled."""
+    """Numbers of packed and cropped tokens and of padded positions; ``packed + padding`` positions were filled."""
 
     packed: int = 0
     cropped: int = 0
@@ -32,12 +47,12 @@ class PackingStats:
 
     @property
     def cropped_fraction(self) -> float:
-        """Share of the documents' tokens that no row holds."""
+        """Share of the documents' tokens that no row contains."""
         return self.cropped / max(self.packed + self.cropped, 1)
 
     @property
     def padding_fraction(self) -> float:
-        """Share of the rows' positions that hold nothing."""
+        """Share of the rows' positions that are padding."""
         return self.padding / max(self.packed + self.padding, 1)
 
     def __add__(self, other: PackingStats) -> PackingStats:
@@ -45,12 +60,7 @@ class PackingStats:
 
 
 class BestFitPacker:
-    """Fills rows from a buffer of documents: always the longest that still fits.
-
-    When none fits, ``crop`` fills the row with the start of the shortest one (no waste of computation, some of text),
-    ``pad`` leaves the rest of the row uncounted (for conversations, which must not lose their end, unless they are
-    longer than a whole row).
-    """
+    """Packs rows from a buffer of documents by the best-fit rule of this module."""
 
     def __init__(
         self,
@@ -63,34 +73,35 @@ class BestFitPacker:
         """
         Args:
             row_length: tokens in a row.
-            buffer_size: documents to choose from.
-            refill: gives the next document; called whenever the buffer has room.
+            buffer_size: number of documents to choose from.
+            when_full: how to fill the rest of a row if no document fits it.
+            refill: reads the next document; called whenever the buffer has room.
         """
         self.row_length, self.buffer_size = row_length, buffer_size
         self.when_full, self.pad_id = when_full, pad_id
         self.stats = PackingStats()
         self._refill = refill
-        # By length, then in order of arrival.
+        # Sorted by length; documents of equal length are in order of arrival.
         self._buffer: list[Document] = []
         self._lengths: list[int] = []
 
     @property
     def buffered(self) -> list[int]:
-        """Numbers of the buffered documents, in an order that :meth:`put` restores exactly."""
+        """Numbers of the buffered documents, in an order from which :meth:`put` restores the buffer exactly."""
         return [document.number for document in self._buffer]
 
     def put(self, document: Document) -> None:
         """Add a document to the buffer."""
         length = len(document.ids)
         if self.when_full == "pad":
-            # Longer than a row it would never fit, and such documents would fill the buffer in the end.
+            # A document longer than a row would never fit, and such documents would fill the buffer in time.
             length = min(length, self.row_length)
         place = bisect.bisect_right(self._lengths, length)
         self._lengths.insert(place, length)
         self._buffer.insert(place, document)
 
     def next_row(self) -> tuple[np.ndarray, np.ndarray]:
-        """``(ids, counted)`` of one row: int32 and bool arrays of ``row_length``."""
+        """Pack one row: ``(ids, counted)``, (row_length,) int32 and bool."""
         ids = np.full(self.row_length, self.pad_id, dtype=np.int32)
         counted = np.zeros(self.row_length, dtype=bool)
         filled = cropped = 0
@@ -100,7 +111,7 @@ class BestFitPacker:
             room = self.row_length - filled
             fitting = bisect.bisect_right(self._lengths, room)
             if fitting:
-                # Of several the one that has waited longest, or some would never leave the buffer.
+                # Of documents with equal length, take the oldest: otherwise some would never leave the buffer.
                 place = bisect.bisect_left(self._lengths, self._lengths[fitting - 1])
             elif self.when_full == "crop":
                 place = 0

@@ -10,33 +10,38 @@ from prometheus_client import Counter, Gauge, Histogram, start_http_server
 
 from nanochat_core.errors import UserError
 
-LOSS = Gauge("nanochat_train_loss", "Training loss of the last step in nats per counted token", ["stage"])
+_STAGE = ["stage"]
+# Gauges of the last step, by the name under which a step's values have it.
+STEP_GAUGES = {
+    name: Gauge(f"nanochat_train_{name}", text, _STAGE)
+    for name, text in {
+        "loss": "Training loss of the last step in nats per counted token",
+        "step": "Optimizer steps done",
+        "steps": "Optimizer steps at the end of the run",
+        "eta_seconds": "Estimated time to the end of the run",
+        "tokens_per_second": "Throughput of the last step",
+        "mfu": "Share of the devices' peak FLOP/s that the last step used",
+        "gradient_norm": "Norm of the last step's gradient",
+        "lr_factor": "The schedule's factor on the learning rates",
+        "memory_bytes": "Peak memory of the first rank: of its GPU, or of its process on a CPU",
+    }.items()
+}
 MEASURE = Gauge("nanochat_train_measure", "Further measures of the last step, by name", ["stage", "measure"])
 HELD_OUT = Gauge("nanochat_train_held_out", "Last value of a held-out metric", ["stage", "metric"])
-STEP = Gauge("nanochat_train_step", "Optimizer steps done", ["stage"])
-STEPS = Gauge("nanochat_train_steps", "Optimizer steps at the end of the run", ["stage"])
-ETA_SECONDS = Gauge("nanochat_train_eta_seconds", "Estimated time to the end of the run", ["stage"])
-TOKENS = Counter("nanochat_train_tokens_total", "Tokens trained on", ["stage"])
-THROUGHPUT = Gauge("nanochat_train_tokens_per_second", "Throughput of the last step", ["stage"])
-MFU = Gauge("nanochat_train_mfu", "Share of the devices' peak FLOP/s that the last step used", ["stage"])
-GRADIENT_NORM = Gauge("nanochat_train_gradient_norm", "Norm of the last step's gradient", ["stage"])
-LR_FACTOR = Gauge("nanochat_train_lr_factor", "The schedule's factor on the learning rates", ["stage"])
-MEMORY_BYTES = Gauge(
-    "nanochat_train_memory_bytes", "Peak memory of the first rank: of its GPU, or of its process on a CPU", ["stage"]
-)
+TOKENS = Counter("nanochat_train_tokens_total", "Tokens trained on", _STAGE)
 STEP_SECONDS = Histogram(
     "nanochat_train_step_seconds",
     "Duration of an optimizer step",
-    ["stage"],
+    _STAGE,
     buckets=(0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50),
 )
-DATA_WAIT_SECONDS = Counter("nanochat_train_data_wait_seconds_total", "Time spent waiting for a batch", ["stage"])
+DATA_WAIT_SECONDS = Counter("nanochat_train_data_wait_seconds_total", "Time spent waiting for a batch", _STAGE)
 SKIPPED_STEPS = Counter(
-    "nanochat_train_skipped_steps_total", "Steps without an update because loss or gradient was not finite", ["stage"]
+    "nanochat_train_skipped_steps_total", "Steps without an update because loss or gradient was not finite", _STAGE
 )
-LOSS_SPIKES = Counter("nanochat_train_loss_spikes_total", "Steps with a loss far above the recent ones", ["stage"])
+LOSS_SPIKES = Counter("nanochat_train_loss_spikes_total", "Steps with a loss far above the recent ones", _STAGE)
 CHECKPOINT_FAILURES = Counter(
-    "nanochat_train_checkpoint_failures_total", "Checkpoints that could not be written after all attempts", ["stage"]
+    "nanochat_train_checkpoint_failures_total", "Checkpoints that could not be written after all attempts", _STAGE
 )
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from jobs.progress import ProgressDisplay
 from jobs.train.loop import metrics
+from jobs.train.loop.step import StepResult
 from jobs.train.loop.trackers import Tracker
 
 log = logging.getLogger("jobs.train")
@@ -21,33 +22,23 @@ log = logging.getLogger("jobs.train")
 _DECAY = 0.9
 
 
-@dataclasses.dataclass(frozen=True)
-class StepReport:
-    """One optimizer step.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepReport(StepResult):
+    """The result and the duration of one optimizer step.
 
     Attributes:
         step: number of steps done, this one included.
-        loss: nats per counted token.
         seconds: duration of the whole step.
         data_wait_seconds: part of ``seconds`` that was spent waiting for the batch.
         tokens: size of the global batch, all ranks together.
-        gradient_norm: Euclidean norm over all parameters.
         lr_factor: the schedule's factor on the learning rates.
-        skipped: True if the weights were not updated, because loss or gradient was not finite.
-        spike: True if the loss is far above the recent ones.
-        measures: further numbers that the stage measures in a step, such as the mean reward.
     """
 
     step: int
-    loss: float
     seconds: float
     data_wait_seconds: float
     tokens: int
-    gradient_norm: float
     lr_factor: float
-    skipped: bool = False
-    spike: bool = False
-    measures: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -110,10 +101,11 @@ class Progress:
         self._throughput.add(report.tokens, report.seconds)
         self._waited.add(report.data_wait_seconds, report.seconds)
         self._display.count(report.step)
-        memory = metrics.peak_memory_bytes(self._device)
-        self._set_metrics(report, memory)
-        self._track(report, memory)
-        self._show(report, memory)
+        values = self._values(report)
+        self._set_metrics(report, values)
+        for tracker in self._trackers:
+            tracker.log(report.step, {f"train/{name}": float(value) for name, value in values.items()})
+        self._show(report, values)
 
     def held_out(self, values: Mapping[str, float]) -> None:
         """Report the metrics of an evaluation after the last reported step."""
@@ -139,25 +131,29 @@ class Progress:
     def __exit__(self, *_exc: object) -> None:
         self._open.close()
 
-    def _mfu(self, tokens_per_second: float) -> dict[str, float]:
-        """The MFU by its name; empty if it is unknown."""
-        return {} if self._mfu_per_throughput is None else {"mfu": self._mfu_per_throughput * tokens_per_second}
-
-    def _set_metrics(self, report: StepReport, memory: int) -> None:
-        values = {
-            metrics.STEP: report.step,
-            metrics.STEPS: self._total,
-            metrics.ETA_SECONDS: self._display.eta_seconds,
-            metrics.THROUGHPUT: report.tokens_per_second,
-            metrics.LR_FACTOR: report.lr_factor,
-            metrics.MEMORY_BYTES: memory,
+    def _values(self, report: StepReport) -> dict[str, float]:
+        """The numbers of a step by name, as the trackers record them."""
+        values: dict[str, float] = {
+            "loss": report.loss,
+            "gradient_norm": report.gradient_norm,
+            "lr_factor": report.lr_factor,
+            "tokens_per_second": report.tokens_per_second,
+            "data_wait_share": report.data_wait_share,
+            "memory_bytes": metrics.peak_memory_bytes(self._device),
+            "skipped_steps": self._skipped,
+            "loss_spikes": self._spikes,
+            **report.measures,
         }
-        if not report.skipped:
-            values |= {metrics.LOSS: report.loss, metrics.GRADIENT_NORM: report.gradient_norm}
-        for mfu in self._mfu(report.tokens_per_second).values():
-            values[metrics.MFU] = mfu
-        for gauge, value in values.items():
-            gauge.labels(self._stage).set(value)
+        if self._mfu_per_throughput is not None:
+            values["mfu"] = self._mfu_per_throughput * report.tokens_per_second
+        return values
+
+    def _set_metrics(self, report: StepReport, values: Mapping[str, float]) -> None:
+        eta = self._display.eta_seconds
+        gauges = {**values, "step": report.step, "steps": self._total, "eta_seconds": eta}
+        for name, gauge in metrics.STEP_GAUGES.items():
+            if name in gauges and not (report.skipped and name in ("loss", "gradient_norm")):
+                gauge.labels(self._stage).set(gauges[name])
         for name, value in report.measures.items():
             metrics.MEASURE.labels(self._stage, name).set(value)
         metrics.TOKENS.labels(self._stage).inc(report.tokens)
@@ -166,24 +162,9 @@ class Progress:
         metrics.SKIPPED_STEPS.labels(self._stage).inc(report.skipped)
         metrics.LOSS_SPIKES.labels(self._stage).inc(report.spike)
 
-    def _track(self, report: StepReport, memory: int) -> None:
-        values = {
-            "loss": report.loss,
-            "gradient_norm": report.gradient_norm,
-            "lr_factor": report.lr_factor,
-            "tokens_per_second": report.tokens_per_second,
-            "data_wait_share": report.data_wait_share,
-            "memory_bytes": memory,
-            "skipped_steps": self._skipped,
-            "loss_spikes": self._spikes,
-            **report.measures,
-        } | self._mfu(report.tokens_per_second)
-        for tracker in self._trackers:
-            tracker.log(report.step, {f"train/{name}": float(value) for name, value in values.items()})
-
-    def _show(self, report: StepReport, memory: int) -> None:
-        throughput = self._throughput.value
-        mfu = self._mfu(throughput)
+    def _show(self, report: StepReport, values: Mapping[str, float]) -> None:
+        throughput, gib = self._throughput.value, values["memory_bytes"] / 2**30
+        mfu = {"mfu": self._mfu_per_throughput * throughput} if self._mfu_per_throughput is not None else {}
         self._facts = [
             # A measure of the stage itself, such as the reward, says more than the loss.
             *([f"{name} {mean.value:.3f}" for name, mean in self._measures.items()][:1]),
@@ -194,7 +175,7 @@ class Progress:
             *([f"spikes {self._spikes}"] if self._spikes else []),
             *(f"mfu {value:.0%}" for value in mfu.values()),
             f"wait {self._waited.value:.0%}",
-            f"{memory / 2**30:.1f} GiB",
+            f"{gib:.1f} GiB",
             f"grad {report.gradient_norm:.2g}",
             f"lr {report.lr_factor:.2f}",
         ]
@@ -209,7 +190,7 @@ class Progress:
             "tokens_per_second": round(throughput),
             **{name: round(value, 4) for name, value in mfu.items()},
             "data_wait_share": round(self._waited.value, 4),
-            "memory_gib": round(memory / 2**30, 2),
+            "memory_gib": round(gib, 2),
             "eta_seconds": round(self._display.eta_seconds),
             "skipped_steps": self._skipped,
             "loss_spikes": self._spikes,

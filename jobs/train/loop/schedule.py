@@ -1,4 +1,19 @@
-"""What follows from the model's size (horizon, batch, rates) and how rates move during a run."""
+"""The size of a training run, which follows from the model's size, and the rates at each of its steps.
+
+The problem: good values for batch size, learning rates and weight decay differ from one model size to another, and a
+search at every size is too expensive. The idea: tune all values once on a small reference model (depth 12), and scale
+them to other sizes by rules. With N scaling parameters (:attr:`ModelConfig.scaling_parameters`), a ratio r of training
+tokens to parameters, and index 12 for the reference model:
+
+1. Horizon: the run trains on ``D = r N`` tokens (a constant ratio is compute-optimal, arXiv 2203.15556).
+2. Batch size: the best batch grows as a power of the horizon, ``B = 2^19 (D / D_12)^0.383`` tokens (arXiv 2505.13738),
+   rounded to a power of two. The number of steps is ``D / B``.
+3. Learning rates: larger batches have less noisy gradients and allow rates larger by ``sqrt(B / 2^19)``
+   (arXiv 2205.10287). The parameter groups of smear and backout are exempt.
+4. Weight decay: the weights are a moving average of updates over about ``1 / (learning rate * weight decay)`` steps,
+   and this time should be a constant share of the run (arXiv 2405.13698). With the learning rates of rule 3 this gives
+   ``weight decay = 0.28 sqrt(B / 2^19) D_12 / D``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +23,7 @@ import math
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
 
-# The method's constants were tuned at depth 12 with this batch and this ratio of tokens to parameters.
+# Batch size, tokens per parameter and weight decay that were tuned together on the reference model.
 REFERENCE_BATCH_TOKENS = 2**19
 DEFAULT_RATIO = 12.0
 REFERENCE_WEIGHT_DECAY = 0.28
@@ -17,7 +32,13 @@ _REFERENCE_CONFIG = ModelConfig.from_depth(12, vocab_size=32768)
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """Horizon and scaling of one pretraining run."""
+    """Size and rates of one pretraining run.
+
+    Attributes:
+        batch_tokens: tokens per optimizer step.
+        lr_scale: factor on the reference model's learning rates.
+        weight_decay: weight decay of the matrices at the first step.
+    """
 
     batch_tokens: int
     steps: int
@@ -35,10 +56,12 @@ def plan_training(
     lr_scale: float | None = None,
     weight_decay: float | None = None,
 ) -> TrainingPlan:
-    """Derive a run from the model's size; whatever is given is kept and the rest derived.
+    """Derive a run from the model's size by the rules of this module. Arguments that are given replace derived values.
 
-    Batch size after arXiv 2505.13738, weight decay after arXiv 2405.13698. The horizon is ``steps``, else
-    ``target_flops``, else ``ratio`` tokens per scaling parameter.
+    Args:
+        ratio: training tokens per scaling parameter.
+        steps: number of optimizer steps; replaces the horizon that follows from ``target_flops`` or ``ratio``.
+        target_flops: FLOPs of the whole run; replaces the horizon that follows from ``ratio``.
 
     Raises:
         UserError: the horizon is shorter than one step.
@@ -62,7 +85,7 @@ def plan_training(
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How learning rate, Muon momentum and weight decay move over a run's steps."""
+    """Learning rate, Muon momentum and weight decay as functions of the step, numbered from 0."""
 
     steps: int
     warmup_steps: int = 40
@@ -78,14 +101,14 @@ class Schedule:
         return self.steps * (1 - self.warmdown_ratio)
 
     def lr(self, step: int) -> float:
-        """Factor on the learning rates at ``step``: linear up, constant, linear down."""
+        """Factor on the learning rates: linear warmup, constant, linear warmdown to ``final_lr_fraction``."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         left = self._warmdown_left(step)
         return left + (1 - left) * self.final_lr_fraction
 
     def momentum(self, step: int) -> float:
-        """Muon's momentum at ``step``; without ``momentum_end`` it stays at its peak."""
+        """Muon's momentum: it rises to the peak, and falls during the warmdown unless ``momentum_end`` is None."""
         rise = min(step / self.momentum_warmup_steps, 1.0)
         momentum = self.momentum_start + rise * (self.momentum_peak - self.momentum_start)
         if self.momentum_end is None:
@@ -93,10 +116,10 @@ class Schedule:
         return momentum + (1 - self._warmdown_left(step)) * (self.momentum_end - momentum)
 
     def weight_decay(self, step: int) -> float:
-        """Factor on the weight decay at ``step``: a cosine to 0."""
+        """Factor on the weight decay: half a cosine from 1 to 0."""
         return 0.5 * (1 + math.cos(math.pi * min(step / self.steps, 1.0)))
 
     def _warmdown_left(self, step: int) -> float:
-        """1 before the warmdown, falling to 0 at the last step."""
+        """Share of the warmdown that is left: 1 before the warmdown, 0 after the last step."""
         length = self.steps - self.warmdown_start
         return 1.0 if length <= 0 else min(1.0, (self.steps - step) / length)

@@ -1,6 +1,6 @@
-"""Where a run's numbers go besides this process: TensorBoard's event files and Weights & Biases.
+"""Experiment trackers: TensorBoard's event files and Weights & Biases.
 
-Neither package is among what the jobs install; who wants one installs it.
+Both packages are optional and not installed with the jobs.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ log = logging.getLogger("jobs.train.loop.trackers")
 
 
 class Tracker(Protocol):
-    """Takes numbers by step; what it does with them never ends a run."""
+    """Records metrics by step. A failing tracker never ends a run."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Note numbers, named like ``train/loss``, after a step."""
+        """Record metrics, named like ``train/loss``, after a step."""
 
     def close(self) -> None:
-        """Send what was not sent yet; nothing may be noted afterwards."""
+        """Send all recorded metrics. No metric may be recorded afterwards."""
 
 
 def open_trackers(
     names: Sequence[str], *, model: str, stage: str, folder: Path, config: Mapping[str, Any], step: int
 ) -> list[Tracker]:
-    """The trackers of these names (``tensorboard``, ``wandb``), each for the run of one stage of a model.
+    """Open the trackers of these names (``tensorboard``, ``wandb``) for one stage of a model.
 
     Args:
-        folder: of this machine, where they may write: event files go to ``<folder>/<model>/<stage>``.
-        config: settings of the run, to be shown with it; a run with the same ones is the same run.
-        step: steps that were done before. A run that is resumed goes on without a tracker that cannot be opened.
+        folder: local folder for the trackers' files; TensorBoard's go to ``<folder>/<model>/<stage>``.
+        config: settings of the run. A resumed run is recognized by equal settings.
+        step: number of steps that earlier processes have done. A resumed run continues without a tracker that cannot
+            be opened.
 
     Raises:
-        UserError: there is no such tracker or its package is not installed; at step 0 also: it cannot be opened.
+        UserError: a name is unknown, its package is not installed, or at step 0 a tracker cannot be opened.
     """
     openers: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: TensorBoard(folder / model / stage, step),
@@ -56,7 +57,7 @@ def open_trackers(
             trackers.append(Guarded(name, openers[name]()))
         except ImportError as error:
             raise UserError(f"--track {name} needs the package {name}; run: pip install {name}") from error
-        except Exception as error:  # these packages raise errors of all kinds
+        except Exception as error:  # These packages raise errors of many types.
             reason = _reason(error)
             if step == 0:
                 raise UserError(f"--track {name} cannot be opened: {reason}") from error
@@ -70,7 +71,8 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int) -> None:
         """
         Args:
-            step: what an earlier process noted after it is of steps that are done again, and hidden.
+            step: last step before this process. TensorBoard hides later steps of earlier processes, because this
+                process repeats them.
         """
         from torch.utils.tensorboard import SummaryWriter
 
@@ -95,15 +97,15 @@ class WeightsAndBiases:
         self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or _WANDB_PROJECT,
             name=f"{model}/{stage}",
-            # A process that goes on where another stopped finds that one's run by its settings.
+            # The id depends on the settings, so that a resumed run continues the same run on the server.
             id=f"{model}-{stage}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}",
             resume="allow",
             config=dict(config),
             dir=str(folder),
-            # The console is the job's: its lines are JSON, and nobody asked to send them anywhere.
+            # The job's log lines stay on this machine.
             settings=wandb.Settings(console="off", silent=True),
         )
-        # Steps that are done again after a restart would be refused as steps of wandb's own count.
+        # W&B's own step counter would refuse steps that a resumed run repeats.
         self._run.define_metric("*", step_metric="step")
         log.info("tracking", extra={"tracker": "wandb", "run": self._run.url})
 
@@ -115,7 +117,7 @@ class WeightsAndBiases:
 
 
 class Guarded:
-    """Another tracker, until it fails: then it is named once and not asked again."""
+    """Forwards to another tracker until it fails. The failure is logged once, and the tracker is not used again."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self._name, self._tracker = name, tracker
@@ -132,14 +134,14 @@ class Guarded:
             return
         try:
             call()
-        except Exception as error:  # whatever it is, a run of days does not end on its account
+        except Exception as error:  # No error of a tracker is worth ending a run of days.
             self._failed = True
             extra = {"tracker": self._name, "reason": _reason(error)}
             log.warning("tracker failed, training goes on without it", extra=extra)
 
 
 def _reason(error: Exception) -> str:
-    """The error in one line, without the key should it be in it."""
+    """The error in one line, with the secret API key masked."""
     text = " ".join(str(error).split()) or type(error).__name__
     secret = os.environ.get(_WANDB_SECRET)
     return text.replace(secret, "***") if secret else text

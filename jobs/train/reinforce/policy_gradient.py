@@ -1,4 +1,23 @@
-"""What reinforcement learning minimizes: REINFORCE with a group's mean as baseline, and what may be added to it."""
+"""The loss of reinforcement learning: REINFORCE with the group's mean as baseline, and its common variants.
+
+The problem: the reward R of an answer is no differentiable function of the weights, because the answer is sampled. The
+policy gradient theorem (REINFORCE, Williams 1992) gives the gradient of its mean nevertheless:
+
+    grad E[R] = E[(R - b) * sum over tokens of grad log p(token)]
+
+The baseline b is any number that does not depend on the answer; it leaves the mean unchanged and lowers the variance.
+Here it is the mean reward of all samples for the same problem, and ``A = R - b`` is the advantage. Options:
+
+- Normalization divides A by the standard deviation of the group's rewards (GRPO, arXiv 2402.03300).
+- Off policy, when older weights sampled the tokens, ``ratio * A`` with ``ratio = p(token) / p_sampled(token)`` replaces
+  ``A * log p(token)`` (importance sampling). On policy the ratio is 1 and both have the same gradient.
+- Clipping uses ``min(ratio * A, clip(ratio, 1 - c, 1 + c) * A)``, so that no token gains from moving its probability
+  further than that (PPO, arXiv 1707.06347).
+- A KL penalty keeps the model near a reference, by the estimator k3 (http://joschu.net/blog/kl-approx.html).
+
+The loss sums over the sampled tokens of all answers; the optimizer step divides it by their number. No answer's length
+enters otherwise, as in DAPO (arXiv 2503.14476).
+"""
 
 from __future__ import annotations
 
@@ -14,15 +33,18 @@ from jobs.train.reinforce.rewards import Rollout
 from nanochat_core.chunked_loss import softcapped_cross_entropy
 from nanochat_core.model import GPT, IGNORE_INDEX
 
-# Rewards that differ by less are equal.
+# Groups whose rewards have a smaller standard deviation count as having equal rewards.
 _SMALLEST_DEVIATION = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutBatch(Batch):
-    """Prompts with their answers; targets are the tokens that the model drew.
+    """Prompts with their answers. The targets are the tokens that the model sampled.
 
-    ``advantages`` is (rows,) fp32, ``logprobs`` (rows, time) fp32: of each target when it was drawn, 0 elsewhere.
+    Attributes:
+        advantages: advantage of each row's answer, (rows,) fp32.
+        logprobs: log-probability of each target when it was sampled, (rows, time) fp32; 0 elsewhere.
+        noted: measures of the global batch, such as the mean reward.
     """
 
     advantages: Tensor
@@ -34,20 +56,20 @@ class RolloutBatch(Batch):
         return self.noted
 
     def rows(self, start: int, stop: int) -> Self:
-        """Some of the rows, as long as the last target among them."""
+        """The batch of some rows, cut after their last target."""
         some = super().rows(start, stop)
         time = int((some.targets != IGNORE_INDEX).any(dim=0).nonzero().max()) + 1
-        cut = {name: tensor[:, :time] for name, tensor in some._tensors().items() if tensor.dim() == 2}
+        cut = {name: tensor[:, :time] for name, tensor in some.tensors.items() if tensor.dim() == 2}
         return dataclasses.replace(some, **cut)
 
 
 def advantages(rewards: Tensor, *, normalize: bool) -> Tensor:
-    """How much better each answer is than the mean of its group.
+    """Each reward minus the mean reward of its group.
 
     Args:
-        rewards: (groups, samples).
-        normalize: divide by the group's standard deviation (GRPO, arXiv 2402.03300), which makes problems that are
-            nearly always or nearly never solved weigh more.
+        rewards: (groups, samples), one group for each problem.
+        normalize: divide by the group's standard deviation. Problems that are nearly always or nearly never solved
+            then weigh more.
 
     Returns:
         (groups, samples); 0 in a group of equal rewards.
@@ -60,10 +82,10 @@ def advantages(rewards: Tensor, *, normalize: bool) -> Tensor:
 
 
 def pack(rollouts: Sequence[Rollout], advantage: Tensor, pad_id: int) -> RolloutBatch:
-    """A row for each rollout, filled up with padding to the longest.
+    """Make a batch of one row per rollout, padded to the longest.
 
     Args:
-        advantage: (rollouts,) fp32.
+        advantage: advantage of each rollout, (rollouts,) fp32.
     """
     time = max(len(rollout.prompt) + len(rollout.tokens) for rollout in rollouts) - 1
     ids = torch.full((len(rollouts), time), pad_id, dtype=torch.int64)
@@ -71,7 +93,7 @@ def pack(rollouts: Sequence[Rollout], advantage: Tensor, pad_id: int) -> Rollout
     logprobs = torch.zeros(ids.shape)
     for row, rollout in enumerate(rollouts):
         everything = torch.tensor([*rollout.prompt, *rollout.tokens])
-        first = len(rollout.prompt) - 1  # the position that predicts the first token of the answer
+        first = len(rollout.prompt) - 1  # position that predicts the first token of the answer
         end = first + len(rollout.tokens)
         ids[row, :end] = everything[:-1]
         sampled = torch.tensor(rollout.sampled)
@@ -81,10 +103,10 @@ def pack(rollouts: Sequence[Rollout], advantage: Tensor, pad_id: int) -> Rollout
 
 
 def target_logprobs(model: GPT, ids: Tensor, targets: Tensor, hidden: Callable[[Tensor], Tensor]) -> Tensor:
-    """Log-probability of every counted target, (counted,) fp32, in the order of rows.
+    """Log-probability of every counted target, (counted,) fp32, row by row.
 
     Args:
-        ids, targets: (rows, time).
+        ids, targets: (rows, time) int64.
         hidden: the model's :meth:`~nanochat_core.model.GPT.hidden`, compiled or not.
     """
     counted = targets != IGNORE_INDEX
@@ -93,14 +115,7 @@ def target_logprobs(model: GPT, ids: Tensor, targets: Tensor, hidden: Callable[[
 
 
 class PolicyGradient:
-    """The negative policy gradient objective, summed over the drawn tokens of some rows.
-
-    A token counts its answer's advantage times the ratio of its probability to that with which it was drawn. On policy
-    the ratio is 1 and its gradient that of the log-probability: REINFORCE. Off policy it corrects for the other
-    weights; with ``clip`` it earns nothing further outside of ``1 ± clip`` (PPO, arXiv 1707.06347). ``kl`` times the
-    divergence from a reference is added, by the estimator k3 (http://joschu.net/blog/kl-approx.html), whose samples are
-    never negative.
-    """
+    """The loss of this module, summed over the sampled tokens of some rows."""
 
     def __init__(
         self,
@@ -114,10 +129,11 @@ class PolicyGradient:
     ) -> None:
         """
         Args:
-            clip: 0 for none.
-            off_policy: take the ratio to the probability with which a token was drawn; otherwise it is 1.
-            reference: what ``kl`` keeps the model near; it is not trained.
-            hidden: the model's hidden states, compiled; None for its own method.
+            clip: the largest deviation c of ratios from 1; 0 does not clip.
+            off_policy: use the ratio to the probability with which a token was sampled; otherwise the ratio is 1.
+            kl: weight of the KL penalty; 0 omits it.
+            reference: model that the KL penalty compares with; it is not trained.
+            hidden: compiled version of the model's ``hidden`` method; None uses the method itself.
         """
         if kl and reference is None:
             raise ValueError("a divergence needs a reference")
@@ -125,7 +141,7 @@ class PolicyGradient:
         self._clip, self._off_policy, self._kl, self._reference = clip, off_policy, kl, reference
 
     def __call__(self, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and sums over tokens: ``kl`` where there is a reference, ``clipped`` where ratios are clipped."""
+        """The loss, and sums over tokens by name: ``kl`` with a KL penalty, ``clipped`` tokens with clipping."""
         assert isinstance(rows, RolloutBatch)
         counted = rows.targets != IGNORE_INDEX
         logprobs = target_logprobs(self._model, rows.ids, rows.targets, self._hidden)
@@ -149,10 +165,13 @@ class PolicyGradient:
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """The divergence of the policy that drew some tokens from a reference, estimated at each token.
+    """Estimate KL(policy || reference) at each sampled token by k3: ``exp(d) - 1 - d`` with ``d = log q - log p``.
+
+    The estimate is unbiased and never negative.
 
     Args:
-        logprobs, reference: log-probabilities of the drawn tokens under either, of one shape.
+        logprobs: log-probabilities of the sampled tokens under the policy, of any shape.
+        reference: log-probabilities of the same tokens under the reference, of the same shape.
     """
     difference = reference - logprobs
     return torch.expm1(difference) - difference

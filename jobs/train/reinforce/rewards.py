@@ -1,8 +1,8 @@
-"""What an answer is worth in reinforcement learning: small functions, by name.
+"""Reward functions of reinforcement learning, by name.
 
-To add one, write a function of a :class:`Problem` and a :class:`Rollout` that gives a number, 1 for an answer that
-could not be better, and put it into :data:`REWARDS`; ``--reward NAME`` then uses it. It must depend on its arguments
-alone: a run that is resumed rewards the same answers again.
+To add a reward, write a function of a :class:`Problem` and a :class:`Rollout` that returns a number, 1 for the best
+answer, and add it to :data:`REWARDS`. The flag ``--reward NAME`` then selects it. The function must depend on its
+arguments alone, because a resumed run rewards the same answers again.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Rollout:
     """One answer of the model.
 
     Attributes:
-        prompt: the token ids that it answers.
-        tokens: ids of the answer, those that tools put there and the end of the message included.
-        sampled: for each of them whether the model drew it.
-        logprobs: for each of them its log-probability when it was drawn, in nats, before temperature and top-k; 0 where
-            it was not drawn.
-        text: what a person reads, without code and output.
-        calls: code and output of each Python call; of one without an answer the output is empty.
-        finished: False when it was cut off at the longest length.
+        prompt: token ids of the prompt.
+        tokens: token ids of the answer, including tool output and the end of the message.
+        sampled: for each token of the answer, True if the model sampled it, False if it is tool output.
+        logprobs: for each token of the answer, its log-probability in nats when it was sampled, before temperature and
+            top-k; 0 for tool output.
+        text: the answer as the user reads it, without code and tool output.
+        calls: code and output of each Python call; the output of an unanswered call is empty.
+        finished: False if the answer was cut off at the token limit.
     """
 
     prompt: tuple[int, ...]
@@ -44,22 +44,22 @@ Reward = Callable[[Problem, Rollout], float]
 
 
 def last_number(problem: Problem, rollout: Rollout) -> float:
-    """1 for an answer whose last number is the right one."""
+    """1 if the last number of the answer is correct."""
     return float(states_number(problem.answer, rollout.text))
 
 
 def computed_number(problem: Problem, rollout: Rollout) -> float:
-    """The same, if Python was called for it."""
+    """1 if the last number of the answer is correct and the answer called Python."""
     return arithmetic.reward(problem, rollout.text, bool(rollout.calls))
 
 
 def gsm8k(problem: Problem, rollout: Rollout) -> float:
-    """1 for the dataset's number after ``####`` (arXiv 2110.14168)."""
+    """1 if the answer ends with the dataset's number after ``####`` (arXiv 2110.14168)."""
     return gsm8k_task.reward(problem, rollout.text)
 
 
 def finished(_problem: Problem, rollout: Rollout) -> float:
-    """1 for an answer that ends by itself, whatever it says: to try a run out, or to cure a model that rambles."""
+    """1 if the answer ends before the token limit, whatever its text: for test runs, or against too long answers."""
     return float(rollout.finished)
 
 

@@ -1,24 +1,29 @@
-"""Answers of the model in training, and the batches that are made of them."""
+"""Rollouts: the answers that the model samples while it is trained, and the batches made from them.
+
+The inference engine samples all answers of a step in one continuous batch, with the current weights and the same Python
+tool as in serving. Seeds depend on the run's seed, the step and the problem alone. So a resumed run samples the same
+answers again, on any number of ranks.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
-import random
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from jobs.generation.completions import stop_tokens
 from jobs.generation.python_tool import SandboxTool
 from jobs.tasks.problems import Problem
+from jobs.train.batches.shuffle import EpochShuffle
+from jobs.train.loop.stage import StageSettings
 from jobs.train.reinforce.policy_gradient import RolloutBatch, advantages, pack
 from jobs.train.reinforce.rewards import Reward, Rollout
-from nanochat_core import tokenizer as tok
 from nanochat_core.chat import AssistantStream, parse_messages, render_prompt
 from nanochat_core.engine import (
     Completion,
@@ -35,20 +40,22 @@ from nanochat_core.engine import (
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.sandbox import SandboxConfig, SandboxExecutor
+from nanochat_core.settings import setting
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.distributed import Ranks
 
-# More sequences at a time make no step of the engine cheaper per token.
-_MOST_RUNNING = 256
-# What a call may take, and what it may with waiting for its turn: a busy machine is to change no answer.
-_CALL_SECONDS, _TURN_SECONDS = 10.0, 300.0
-# Training needs the rest of a GPU's free memory.
+# The engine's steps are not cheaper per token with more running sequences.
+_MAX_RUNNING = 256
+# Time limits of a Python call, without and with its wait for a free sandbox. The second is long, so that a busy machine
+# does not change any answer.
+_CALL_SECONDS, _WAIT_SECONDS = 10.0, 300.0
+# The engine's share of a GPU's free memory; training needs the rest.
 _CUDA_MEMORY_SHARE = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn; a temperature of 0 is greedy."""
+    """How answers are sampled. A temperature of 0 takes the most likely token."""
 
     temperature: float
     top_k: int
@@ -59,39 +66,61 @@ class Sampling:
         return dataclasses.replace(self, temperature=0.0, top_k=0)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutSettings(StageSettings):
+    """Settings of the rollouts in each training step."""
+
+    examples: int = setting(16, "problems per step, all ranks together", minimum=1)
+    samples: int = setting(16, "answers per problem", minimum=2)
+    temperature: float = setting(1.0, "sampling temperature of the answers", minimum=0.01)
+    top_k: int = setting(50, "number of most likely tokens to sample from; 0 samples from all", minimum=0)
+    max_new_tokens: int = setting(256, "longest answer in tokens, tool output included", minimum=1)
+    normalize: bool = setting(False, "divide advantages by the standard deviation of their problem's rewards")
+    asynchronous: bool = setting(
+        False, "sample the next step's answers while a step trains, from weights that are one step older"
+    )
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.max_new_tokens)
+
+
 class Answerer:
-    """Answers problems with the weights that it was given last, all in one continuous batch, with Python calls."""
+    """Answers problems with the engine, with the weights of the last :meth:`update_weights` and with Python calls."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, tool: ToolRunner, sequences: int) -> None:
         """
         Args:
-            tool: runs the model's code.
-            sequences: answers that are wanted at a time.
+            tool: runs the Python code of the answers.
+            sequences: number of answers that are asked for at once.
         """
         self._tokenizer, self._tool = tokenizer, SharedCalls(tool)
-        running = min(sequences, _MOST_RUNNING)
+        running = min(sequences, _MAX_RUNNING)
         self.device = device = model.cos.device
         memory = int(torch.cuda.mem_get_info(device)[0] * _CUDA_MEMORY_SHARE) if device.type == "cuda" else None
         config = EngineConfig(
             kv_cache_bytes=memory,
             max_running=running,
             token_budget=max(EngineConfig.token_budget, 2 * running),
-            tool_timeout_seconds=_TURN_SECONDS,
+            tool_timeout_seconds=_WAIT_SECONDS,
         )
         self._engine = Engine(model, tokenizer, config, tool_runner=self._tool)
-        self._engine.warm_up()  # now, when nothing trains beside it
-        self._stop = frozenset({tokenizer.special_ids[tok.ASSISTANT_END], tokenizer.bos_id})
+        self._engine.warm_up()  # before training uses the device too
+        self._stop = stop_tokens(tokenizer)
 
     def update_weights(self, model: GPT) -> None:
-        """Answer with the weights that ``model`` has now."""
+        """Use the current weights of ``model`` from now on."""
         self._engine.update_weights(model)
 
     def answer(
         self, problems: Sequence[Problem], seeds: Sequence[int], samples: int, sampling: Sampling
     ) -> list[list[Rollout]]:
-        """``samples`` answers to each problem.
+        """Sample ``samples`` answers to each problem.
 
-        What is drawn depends on the problem's seed, the number of the sample and the weights alone.
+        An answer depends on the problem, its seed, the number of the sample and the weights alone.
+
+        Args:
+            seeds: one for each problem.
 
         Raises:
             UserError: a problem does not fit the model's context.
@@ -116,7 +145,7 @@ class Answerer:
         ]
 
     def close(self) -> None:
-        """Stop what the tool still does."""
+        """Stop the calls that the tool still runs."""
         self._engine.close()
 
     def _rollout(self, prompt: tuple[int, ...], completion: Completion) -> Rollout:
@@ -137,8 +166,8 @@ class Answerer:
 
 @contextlib.contextmanager
 def answering(model: GPT, tokenizer: Tokenizer, sequences: int) -> Iterator[Answerer]:
-    """An answerer whose tool is the sandbox, in this process."""
-    with SandboxExecutor(SandboxConfig(queue=_MOST_RUNNING)) as executor:
+    """An answerer whose Python calls run in the sandbox of this process."""
+    with SandboxExecutor(SandboxConfig(queue=_MAX_RUNNING)) as executor:
         answerer = Answerer(model, tokenizer, SandboxTool(executor), sequences)
         try:
             yield answerer
@@ -147,10 +176,10 @@ def answering(model: GPT, tokenizer: Tokenizer, sequences: int) -> Iterator[Answ
 
 
 class SharedCalls:
-    """A tool that runs equal code once.
+    """A tool that runs equal code only once.
 
-    Samples of one problem mostly call the same; a call has a process of its own and no memory of others, so what came
-    out once is what would come out again. Limits and failures of the sandbox are not remembered.
+    Answers to the same problem often run the same code. Each call runs in its own process without any state of earlier
+    calls, so equal code has equal output. Calls that failed or exceeded a limit of the sandbox are not remembered.
     """
 
     def __init__(self, runner: ToolRunner) -> None:
@@ -158,7 +187,7 @@ class SharedCalls:
         self._calls: dict[str, asyncio.Task[ToolOutput]] = {}
 
     def forget(self) -> None:
-        """Run everything again when it is called the next time. No call may be under way."""
+        """Forget all results. No call may be running."""
         self._calls = {}
 
     async def __call__(self, code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
@@ -166,7 +195,7 @@ class SharedCalls:
         if call is None:
             seconds = min(timeout_seconds, _CALL_SECONDS)
             call = self._calls[code] = asyncio.ensure_future(self._run(code, request_id, seconds))
-        # One that gives up does not take the result from the others.
+        # If one caller is cancelled, the others still get the result.
         return await asyncio.shield(call)
 
     async def _run(self, code: str, request_id: str, timeout_seconds: float) -> ToolOutput:
@@ -181,13 +210,11 @@ class SharedCalls:
 
 
 class RolloutSource:
-    """Batches of answers to the training problems: of each step its own problems, drawn with seeds of its own.
+    """Batches of rollouts, one for each step. Each rank samples a contiguous part of the step's problems.
 
-    A step's rollouts depend on (seed, step, problem, sample) and the weights alone, so that a resumed run draws the
-    same again, on any number of ranks: each has a run of the step's problems.
-
-    Asynchronous rollouts of the next step are drawn while a step trains, with the weights from before it. Only the
-    first step after one that saves a checkpoint waits for its weights: a run resumed from there has no older ones.
+    Asynchronous rollouts of the next step are sampled while a step trains, with the weights from before that step. The
+    first step after a checkpoint is an exception: it waits for the new weights, because a run that resumes from the
+    checkpoint does not have the older ones.
     """
 
     def __init__(
@@ -196,52 +223,43 @@ class RolloutSource:
         model: GPT,
         problems: Sequence[Problem],
         reward: Reward,
-        *,
-        examples: int,
-        samples: int,
-        sampling: Sampling,
-        normalize: bool,
-        seed: int,
+        settings: RolloutSettings,
         steps: int,
-        save_every: int,
-        asynchronous: bool,
         pad_id: int,
         ranks: Ranks,
     ) -> None:
         """
         Args:
-            examples, samples: problems of a step, all ranks together, and answers to each.
-            normalize: see :func:`~jobs.train.reinforce.policy_gradient.advantages`.
-            steps: of the whole run.
+            steps: number of steps in the whole run.
 
         Raises:
-            UserError: the problems of a step cannot be shared evenly.
+            UserError: the problems of a step cannot be divided evenly among the ranks.
         """
-        if examples % ranks.size:
-            raise UserError(f"{ranks.size} processes cannot share {examples} examples a step; use a multiple of that")
+        if settings.examples % ranks.size:
+            raise UserError(
+                f"{ranks.size} processes cannot share {settings.examples} examples a step; use a multiple of that"
+            )
         self._answerer, self._model, self._problems, self._reward = answerer, model, problems, reward
-        self._examples, self._samples, self._sampling, self._normalize = examples, samples, sampling, normalize
-        self._seed, self._steps, self._save_every, self._asynchronous = seed, steps, save_every, asynchronous
-        self._pad_id, self._ranks = pad_id, ranks
+        self._settings, self._steps, self._pad_id, self._ranks = settings, steps, pad_id, ranks
         self._first = 0
         self._ahead: Future[list[list[Rollout]]] | None = None
-        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
+        self._shuffle = EpochShuffle(len(problems), settings.seed)
 
     def starting(self, step: int) -> RolloutSource:
-        """The same, from the batch on that comes after ``step`` steps."""
+        """This source, beginning with the batch that follows ``step`` steps."""
         self._first = step
         return self
 
     def settle(self) -> None:
-        """Return when nothing is drawn in the background, and the answerer is free for others.
+        """Wait until no rollouts are sampled in the background, so that the answerer can be used otherwise.
 
-        What went wrong in the background is raised here.
+        An error of the background sampling is raised here.
         """
         if self._ahead is not None:
             self._ahead.result()
 
     def prefetched(self) -> Generator[RolloutBatch, None, None]:
-        """A batch for each step. What is drawn before a batch is asked for is what ``asynchronous`` says."""
+        """One batch per step. Only asynchronous rollouts are sampled before their batch is requested."""
         with ThreadPoolExecutor(1, "rollouts") as pool:
             for step in range(self._first, self._steps):
                 if self._ahead is None:
@@ -251,33 +269,25 @@ class RolloutSource:
                     groups = self._ahead.result()
                 self._ahead = None
                 batch = self._batch(step, groups)
-                if self._asynchronous and step + 1 < self._steps and not self._saves_after(step):
+                if self._settings.asynchronous and step + 1 < self._steps and not self._saves_after(step):
                     self._answerer.update_weights(self._model)
                     self._ahead = pool.submit(self._roll, step + 1)
                 yield batch
 
     def _saves_after(self, step: int) -> bool:
-        return bool(self._save_every) and (step + 1) % self._save_every == 0
+        return bool(self._settings.save_every) and (step + 1) % self._settings.save_every == 0
 
     def _mine(self, step: int) -> list[tuple[int, Problem]]:
-        """This rank's problems of a step, each with its number among those of all ranks."""
-        share = self._examples // self._ranks.size
+        """This rank's problems of a step, each with its number among the step's problems of all ranks."""
+        share = self._settings.examples // self._ranks.size
         first = self._ranks.rank * share
-        return [(number, self._problem(step * self._examples + number)) for number in range(first, first + share)]
-
-    def _problem(self, number: int) -> Problem:
-        epoch, position = divmod(number, len(self._problems))
-        return self._problems[self._order(epoch)[position]]
-
-    def _shuffled(self, epoch: int) -> list[int]:
-        order = list(range(len(self._problems)))
-        random.Random(f"{self._seed}/{epoch}").shuffle(order)  # noqa: S311
-        return order
+        mine = range(first, first + share)
+        return [(number, self._problems[self._shuffle(step * self._settings.examples + number)]) for number in mine]
 
     def _roll(self, step: int) -> list[list[Rollout]]:
-        mine = self._mine(step)
-        seeds = [seed_of(self._seed, step, number) for number, _ in mine]
-        return self._answerer.answer([problem for _, problem in mine], seeds, self._samples, self._sampling)
+        settings, mine = self._settings, self._mine(step)
+        seeds = [seed_of(settings.seed, step, number) for number, _ in mine]
+        return self._answerer.answer([problem for _, problem in mine], seeds, settings.samples, settings.sampling)
 
     def _batch(self, step: int, groups: list[list[Rollout]]) -> RolloutBatch:
         rewards = torch.tensor(
@@ -287,7 +297,7 @@ class RolloutSource:
             ]
         )
         rollouts = [rollout for group in groups for rollout in group]
-        batch = pack(rollouts, advantages(rewards, normalize=self._normalize).flatten(), self._pad_id)
+        batch = pack(rollouts, advantages(rewards, normalize=self._settings.normalize).flatten(), self._pad_id)
         lengths = sum(len(rollout.tokens) for rollout in rollouts)
         informative = int((rewards != rewards[:, :1]).any(dim=1).sum())
         sums = torch.tensor(
@@ -305,5 +315,5 @@ class RolloutSource:
 
 
 def seed_of(*of: int | str) -> int:
-    """64 bits that depend on every number given."""
+    """A 64-bit seed that depends on all arguments."""
     return int.from_bytes(hashlib.blake2b("/".join(map(str, of)).encode(), digest_size=8).digest(), "big")

@@ -16,12 +16,12 @@ def plot_miniseries(
     ends: Sequence[tuple[int, float, float]],
     law: PowerLaw | None,
 ) -> None:
-    """Write a PNG with the loss curves of models of different depths, and where they end.
+    """Write a PNG with the loss curves of models of different depths, and their final held-out losses.
 
     Args:
-        curves: of each model its depth, training FLOPs so far and training loss in nats per token.
-        ends: of each model its depth, training FLOPs and held-out bits per byte.
-        law: bits per byte over FLOPs.
+        curves: for each model its depth, and points of training FLOPs and training loss in nats per token.
+        ends: for each model its depth, training FLOPs and final held-out bits per byte.
+        law: power law of the bits per byte over FLOPs.
     """
     with panels(path, 2) as (training, held_out):
         colors = shades(len(curves))
@@ -45,7 +45,7 @@ def plot_miniseries(
 
 
 def plot_isoflops(path: Path, budgets: Sequence[IsoFlop], laws: ScalingLaws | None) -> None:
-    """Write a PNG with the loss over size of every budget, and the best sizes and tokens over budgets."""
+    """Write a PNG with three panels: loss over size for each budget, best size over budget, best tokens over budget."""
     with panels(path, 3) as (curves, sizes, tokens):
         colors = shades(len(budgets))
         for color, budget in zip(colors, budgets, strict=True):

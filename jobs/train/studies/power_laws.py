@@ -1,4 +1,13 @@
-"""Fits of scaling studies: the best size for a budget and how it grows (arXiv 2203.15556, approach 2)."""
+"""Scaling laws by IsoFLOP curves: the best model size for a compute budget, and how it grows with the budget.
+
+The problem: with C FLOPs, one can train a large model on few tokens or a small model on many. Which size N is best? The
+method is approach 2 of arXiv 2203.15556 (Chinchilla):
+
+1. Train models of several sizes with the same budget C. Their loss over ln N is close to a parabola, whose lowest point
+   is the best size N_opt for this budget (:func:`fit_parabola`).
+2. Repeat for several budgets. Through the best sizes and their training tokens, fit the power laws ``N_opt = a C^b``
+   and ``D_opt = c C^d``, which are straight lines in logarithms (:func:`fit_power_law`).
+"""
 
 from __future__ import annotations
 
@@ -8,10 +17,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# A parabola has three coefficients, a power law two.
+# Number of coefficients of each curve, and so of the points that determine it.
 _PARABOLA_POINTS = 3
 _POWER_LAW_POINTS = 2
-# A bend of less than this share of the loss is rounding.
+# Losses that bend by less than this fraction of their size are straight up to rounding.
 _STRAIGHT = 1e-9
 
 
@@ -20,7 +29,7 @@ class PowerLaw:
     """``y = coefficient * x ** exponent``, a straight line in logarithms.
 
     Attributes:
-        exponent_error: standard error of the exponent; None for two points, through which any line goes.
+        exponent_error: standard error of the exponent; None for two points, which determine the line exactly.
         r2: share of the variance of log y that the line explains.
     """
 
@@ -38,7 +47,8 @@ class Parabola:
     """``loss = lowest + curvature * (ln(size) - log_best_size) ** 2`` for one budget.
 
     Attributes:
-        inside: the best size lies between the smallest and the largest that were measured; elsewhere it is a guess.
+        inside: True if the best size lies between the smallest and the largest measured size. Otherwise it is an
+            extrapolation.
         r2: share of the variance of the loss that the parabola explains; 1 for three points.
     """
 
@@ -53,10 +63,11 @@ class Parabola:
 
 
 def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
-    """The least-squares line through ``(log x, log y)``; None for fewer than two different ``x``.
+    """The least-squares line through the points ``(log x, log y)``; None for fewer than two different ``x``.
 
     Args:
-        x, y: positive numbers, pairwise.
+        x: positive numbers.
+        y: positive numbers, one for each ``x``.
     """
     if len(set(x)) < _POWER_LAW_POINTS:
         return None
@@ -71,17 +82,18 @@ def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
 
 
 def fit_parabola(sizes: Sequence[float], losses: Sequence[float]) -> Parabola | None:
-    """The least-squares parabola through ``(ln size, loss)``.
+    """The least-squares parabola through the points ``(ln size, loss)``.
 
-    None where it has no lowest point: for fewer than three different sizes, or when the loss does not bend upwards.
+    Returns None for fewer than three different sizes, or if the losses do not bend upwards.
 
     Args:
-        sizes: positive numbers, one for each loss.
+        sizes: positive numbers.
+        losses: one loss for each size.
     """
     if len(set(sizes)) < _PARABOLA_POINTS:
         return None
     log_sizes = np.log(sizes)
-    # Around their mean, where squares of logarithms do not cancel each other.
+    # Centered at the mean: otherwise large squares of logarithms would cancel each other and lose precision.
     middle = log_sizes.mean()
     curvature, slope, height = np.polyfit(log_sizes - middle, losses, 2)
     if curvature * np.ptp(log_sizes) ** 2 < _STRAIGHT * np.abs(losses).max():
@@ -102,9 +114,11 @@ class IsoFlop:
     """Models of different sizes that were trained with the same budget.
 
     Attributes:
-        flops: the budget.
-        sizes, tokens, losses: parameters, training tokens and held-out loss of each model.
-        fit: loss over size, where three models or more show where it is lowest.
+        flops: the budget in FLOPs.
+        sizes: scaling parameters of each model.
+        tokens: training tokens of each model.
+        losses: held-out loss of each model.
+        fit: parabola of the loss over the size; None if it cannot be fitted.
     """
 
     flops: float
@@ -119,7 +133,7 @@ class IsoFlop:
 
     @property
     def optimum(self) -> tuple[float, float] | None:
-        """Parameters and tokens of the best model for the budget; None where :attr:`problem` says why not."""
+        """Parameters and tokens of the best model for the budget; None if unknown, see :attr:`problem`."""
         if self.fit is None or not self.fit.inside:
             return None
         best_size = math.exp(self.fit.log_best_size)
@@ -127,7 +141,7 @@ class IsoFlop:
 
     @property
     def problem(self) -> str | None:
-        """Why no best size is known, and what would help."""
+        """Why the best size is unknown and what would help; None if it is known."""
         if len(set(self.sizes)) < _PARABOLA_POINTS:
             return f"fewer than {_PARABOLA_POINTS} depths were trained"
         if self.fit is None:
@@ -140,14 +154,14 @@ class IsoFlop:
 
 @dataclasses.dataclass(frozen=True)
 class ScalingLaws:
-    """How the best model's parameters and tokens grow with the budget."""
+    """Parameters and tokens of the best model as functions of the budget in FLOPs."""
 
     sizes: PowerLaw
     tokens: PowerLaw
 
 
 def fit_laws(budgets: Sequence[IsoFlop]) -> ScalingLaws | None:
-    """Power laws through the optima of the budgets; None when fewer than two have one."""
+    """Power laws through the best models of the budgets; None if fewer than two budgets have a known best model."""
     known = [(budget.flops, *budget.optimum) for budget in budgets if budget.optimum is not None]
     if not known:
         return None
@@ -157,7 +171,7 @@ def fit_laws(budgets: Sequence[IsoFlop]) -> ScalingLaws | None:
 
 
 def interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
-    """``y`` at ``x``, linear between the logarithms of the measured points; ``x`` must lie between them."""
+    """``y`` at ``x`` by linear interpolation of the logarithms; ``x`` must lie within the measured range."""
     order = np.argsort(xs)
     return math.exp(float(np.interp(math.log(x), np.log(xs)[order], np.log(ys)[order])))
 

@@ -1,4 +1,4 @@
-"""What a study found, as ``report.md``, ``report.json``, ``table.csv`` and a plot."""
+"""The report of a scaling study: ``report.md``, ``report.json``, ``table.csv`` and a plot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PLOT = "plot.png"
 
 
 class Miniseries:
-    """Models of different depths, each trained as long as its size asks for."""
+    """Findings of a miniseries: models of different depths, each trained on the tokens that its size needs."""
 
     title = "Miniseries"
 
@@ -28,7 +28,7 @@ class Miniseries:
         self._law = fit_power_law([r.flops for r in results], [r.val_bpb for r in results])
 
     def markdown(self) -> list[str]:
-        """Lines of the report between its plot and its table."""
+        """Lines of ``report.md`` between its plot and its table."""
         if self._law is None:
             return ["One depth shows no trend; give two or more."]
         return [
@@ -37,7 +37,7 @@ class Miniseries:
         ]
 
     def values(self) -> dict[str, Any]:
-        """The same for programs, as JSON values."""
+        """The findings as JSON values for ``report.json``."""
         return {"val_bpb_over_flops": None if self._law is None else dataclasses.asdict(self._law)}
 
     def plot(self, path: Path) -> None:
@@ -55,7 +55,7 @@ class Miniseries:
 
 
 class Laws:
-    """Models of different depths at the same budgets: IsoFLOP curves and the power laws through their lowest points."""
+    """Findings of scaling laws: the IsoFLOP curve of each budget, and the power laws through their minima."""
 
     title = "Scaling laws"
 
@@ -74,7 +74,7 @@ class Laws:
         self._laws = fit_laws(self._budgets)
 
     def markdown(self) -> list[str]:
-        """As in :class:`Miniseries`, and so the others."""
+        """Lines of ``report.md`` between its plot and its table."""
         lines = [
             "| budget C (FLOPs) | depths | best N | best D (tokens) | D / N | val_bpb there | R² of the parabola | |",
             "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
@@ -123,12 +123,12 @@ def write_report(
     failures: Sequence[Failure],
     missing: int,
 ) -> None:
-    """Replace ``reports/<study>/``.
+    """Write the report of a study to ``reports/<study>/``, replacing an earlier one.
 
     Args:
-        command: what repeats the study.
-        results: at least one.
-        missing: runs that were not tried yet.
+        command: command line that repeats the study.
+        results: finished runs, at least one.
+        missing: number of runs that are still to come.
     """
     rows = [result.row() for result in results]
     content = {
@@ -158,7 +158,7 @@ def render(
     failures: Sequence[Failure],
     missing: int,
 ) -> str:
-    """``report.md``."""
+    """The text of ``report.md``; see :func:`write_report`."""
     lines = [f"# {findings.title} `{study}`", "", "```sh", command, "```", ""]
     if missing:
         lines += [f"{missing} runs are still to come.", ""]
@@ -170,7 +170,7 @@ def render(
 
 
 def _table(results: Sequence[Result]) -> list[str]:
-    """One row a model; without a column for CORE where no model was evaluated on it."""
+    """A table with one row per model, and a column for CORE if any model was evaluated on it."""
     with_core = any(result.core is not None for result in results)
     head = ["model", "depth", "dim", "parameters", "N", "tokens", "FLOPs", "val_bpb"]
     head += [*(["CORE"] if with_core else []), "seconds", "tokens/s"]

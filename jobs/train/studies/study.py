@@ -1,4 +1,4 @@
-"""A study: pretraining runs that differ in what is studied, and what each came to."""
+"""Runs of a scaling study: pretraining processes with different flags, and the results in their checkpoints."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from jobs.data.tokenizers import load_tokenizer
 from jobs.train import pretrain
-from jobs.train.launcher import Children
-from jobs.train.loop.context import comparable
+from jobs.train.launcher import Launcher
 from jobs.train.loop.schedule import TrainingPlan
+from jobs.train.loop.stage import comparable
 from jobs.train.pretrain import PretrainSettings
 from nanochat_core.checkpoint import check_model_name, list_checkpoints, load_meta
 from nanochat_core.config import ModelConfig
@@ -27,8 +27,8 @@ log = logging.getLogger("jobs.train.scaling")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """One model of a study and the flags of ``jobs.train.pretrain`` that make it."""
+class PlannedRun:
+    """One planned model of a study, with the flags of ``jobs.train.pretrain`` that train it."""
 
     flags: tuple[str, ...]
     settings: PretrainSettings
@@ -42,14 +42,18 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a finished run came to.
+    """The outcome of a finished run.
 
     Attributes:
-        parameters: all of them; ``scaling_parameters`` are those of the rules (block matrices and head).
-        budget: the FLOPs that were asked for, which ``flops`` is as near to as whole steps can be.
-        core: the CORE metric (arXiv 2406.11794), where it was evaluated.
-        seconds: of training, without evaluation.
-        tokens_per_second: the median of its steps.
+        parameters: number of all parameters.
+        scaling_parameters: number of parameters in block matrices and head, as the scaling rules count them.
+        flops: training FLOPs of all steps.
+        budget: requested training FLOPs, which ``flops`` approximates by whole steps; None if none were requested.
+        val_bpb: held-out bits per byte after the last step.
+        core: CORE metric (arXiv 2406.11794) after the last step; None if it was not evaluated.
+        seconds: duration of training, without evaluation.
+        tokens_per_second: median over the steps.
+        history: history of the run, which the table leaves out.
     """
 
     model: str
@@ -66,56 +70,55 @@ class Result:
     core: float | None
     seconds: float
     tokens_per_second: float
-    # Points of the training loss over tokens, kept out of the table.
     history: list[dict[str, float]] = dataclasses.field(repr=False)
 
     def row(self) -> dict[str, Any]:
-        """Everything but the history."""
+        """The result as a row of the table, without the history."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "history"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A run that ended early."""
+    """A run that ended with an error."""
 
     model: str
     exit_code: int
 
 
-def plan_run(store: Store, flags: Sequence[str]) -> Run:
-    """What ``jobs.train.pretrain`` would make of the flags.
+def plan_run(store: Store, flags: Sequence[str]) -> PlannedRun:
+    """Plan the run that ``jobs.train.pretrain`` would do with these flags.
 
     Raises:
-        UserError: it would refuse them.
+        UserError: ``jobs.train.pretrain`` would refuse the flags.
     """
     settings = load(PretrainSettings, prefix="NANOCHAT_PRETRAIN", program=f"python -m {_PRETRAIN}", argv=flags)
     check_model_name(settings.model)
-    config, plan = pretrain.build(settings, load_tokenizer(store, settings.tokenizer))
-    return Run(tuple(flags), settings, config, plan)
+    config, plan = pretrain.plan_run(settings, load_tokenizer(store, settings.tokenizer).vocab_size)
+    return PlannedRun(tuple(flags), settings, config, plan)
 
 
 class Study:
-    """Trains runs as processes and reads what they came to from the store."""
+    """Trains the runs of a study as processes, and reads their results from the store."""
 
     def __init__(self, store: Store, inputs: Mapping[str, str], ranks: int) -> None:
         """
         Args:
-            inputs: digests of what all runs are made from.
-            ranks: processes that share a run, one for each GPU.
+            inputs: digests of the data that all runs are made from.
+            ranks: number of processes that train a run together, one for each GPU.
         """
         self._store, self._inputs, self._ranks = store, inputs, ranks
-        self._children = Children()
-        self._children.forward_signals()
+        self._launcher = Launcher()
+        self._launcher.forward_signals()
 
-    def train(self, run: Run) -> Result | Failure:
-        """Train a run to its end, from where an earlier process left it.
+    def train(self, run: PlannedRun) -> Result | Failure:
+        """Train a run to its end, resuming if an earlier process was interrupted.
 
         Raises:
-            SystemExit: this process was asked to end; the run has saved its state.
+            SystemExit: a signal asked this process to end. The run has saved its state.
         """
         log.info("run starts", extra={"model": run.model, "depth": run.config.depth, "steps": run.plan.steps})
-        code = self._children.run([sys.executable, "-m", _PRETRAIN, *run.flags], self._ranks)
-        if self._children.stopped:
+        code = self._launcher.run([sys.executable, "-m", _PRETRAIN, *run.flags], self._ranks)
+        if self._launcher.stopped:
             raise SystemExit(code)
         result = None if code else self.result(run)
         if result is None:
@@ -124,11 +127,11 @@ class Study:
         log.info("run done", extra={"model": run.model, "val_bpb": round(result.val_bpb, 4), "seconds": result.seconds})
         return result
 
-    def result(self, run: Run) -> Result | None:
-        """What the run's newest checkpoint says; None unless it is finished.
+    def result(self, run: PlannedRun) -> Result | None:
+        """The result in the run's newest checkpoint; None if the run is not finished.
 
         Raises:
-            UserError: it is of a run with other settings or inputs.
+            UserError: the checkpoint was made with other settings or from other inputs.
         """
         meta = self._meta(run)
         if meta is None:
@@ -147,19 +150,19 @@ class Study:
             )
         return _result(run, meta) if meta["finished"] else None
 
-    def _meta(self, run: Run) -> dict[str, Any] | None:
+    def _meta(self, run: PlannedRun) -> dict[str, Any] | None:
         stored = list_checkpoints(self._store, run.model, "base")
         try:
             return load_meta(self._store, stored[-1]) if stored else None
         except StoreError:
             raise
         except UserError as error:
-            # Training itself passes over a damaged checkpoint to the one before it.
+            # Training will skip the damaged checkpoint and resume from the one before it.
             log.warning("damaged checkpoint", extra={"checkpoint": stored[-1].prefix, "reason": str(error)})
             return None
 
 
-def _result(run: Run, meta: dict[str, Any]) -> Result:
+def _result(run: PlannedRun, meta: dict[str, Any]) -> Result:
     history, plan = meta["history"], meta["plan"]
     tokens = plan["steps"] * plan["batch_tokens"]
     return Result(

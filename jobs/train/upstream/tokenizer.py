@@ -1,9 +1,9 @@
-"""The tokenizer file of karpathy/nanochat, read without running anything in it.
+"""Reads the tokenizer file of karpathy/nanochat without executing anything in it.
 
-``tokenizer.pkl`` is a pickled ``tiktoken.Encoding``. A pickle is a program, and Python's own loader runs it with every
-function of the machine at hand, so it is not used. Here the few instructions that such a file consists of (pickle
-protocol 4 and later) are carried out on plain data; every other one is refused, whatever it would do. The one
-class that may be named stands for a record of its arguments: nothing is looked up, imported or called.
+``tokenizer.pkl`` is a pickled ``tiktoken.Encoding``. A pickle is a program, and Python's own loader would let it call
+any function of this machine. So this module interprets the pickle itself: it carries out the few instructions that such
+a file needs (pickle protocol 4 and later) on plain data, and refuses all others. The file may name one class, which is
+replaced by a record of its arguments. Nothing is looked up, imported or called.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import Tokenizer
 
 ENCODING_CLASS = ("tiktoken.core", "Encoding")
-# Bounds on what a file can make this reader allocate: a vocabulary of 200,000 takes 4 MB and 600,000 instructions.
+# Bounds on the memory that a file can make us allocate. A vocabulary of 200,000 takes 4 MB and 600,000 instructions.
 MAX_BYTES = 64 * 2**20
 MAX_INSTRUCTIONS = 2**21
 _ARGUMENTS = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
@@ -28,16 +28,16 @@ _NAMES_A_GLOBAL = {"GLOBAL", "INST"}
 
 @dataclasses.dataclass(eq=False)
 class _Encoding:
-    """Stands for the pickled ``tiktoken.Encoding``; ``arguments`` is what it would be made from."""
+    """Stands for the pickled ``tiktoken.Encoding``, with the arguments of its constructor."""
 
     arguments: Any = None
 
 
 def read_upstream_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in upstream's ``tokenizer.pkl``.
+    """Read upstream's ``tokenizer.pkl``.
 
     Raises:
-        UserError: the file is missing, damaged, holds anything but a tokenizer, or one with other special tokens.
+        UserError: the file is missing or damaged, or is not a tokenizer with our special tokens.
     """
     try:
         size = path.stat().st_size
@@ -79,7 +79,7 @@ def _maps(value: Any, key_type: type) -> bool:
 
 
 class _Refused(Exception):
-    """The file asks for something that a tokenizer does not consist of."""
+    """The file has an instruction or a name that no tokenizer file needs."""
 
 
 def _construct(data: bytes) -> _Encoding:
@@ -88,8 +88,8 @@ def _construct(data: bytes) -> _Encoding:
     Every value is a str, bytes, int, dict, the empty tuple, the constant ENCODING_CLASS or an :class:`_Encoding`.
 
     Raises:
-        _Refused: an instruction or a name has no place in such a file.
-        ValueError, IndexError, KeyError, TypeError: the instructions do not fit each other, or end too early.
+        _Refused: the file has an instruction or a name that no tokenizer file needs.
+        ValueError, IndexError, KeyError, TypeError: the file is damaged.
     """
     stack: list[Any] = []
     marks: list[int] = []

@@ -1,0 +1,181 @@
+"""The checkpoints of one run: resuming from them, writing them in the background, and deleting superfluous ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from jobs.train.batches.loader import merge_states
+from jobs.train.loop.metrics import CHECKPOINT_FAILURES
+from jobs.train.loop.run import RunConfig, RunState, TrainingDiverged, thinned
+from jobs.train.loop.runtime import Runtime
+from nanochat_core.checkpoint import (
+    Checkpoint,
+    CheckpointRef,
+    TrainerState,
+    incomplete_checkpoints,
+    list_checkpoints,
+    load_checkpoint,
+    load_trainer_state,
+    promoted,
+    withdraw,
+)
+from nanochat_core.errors import RetryableError, UserError
+from nanochat_core.model import GPT
+from nanochat_core.store import StoreError
+from nanochat_core.tokenizer import Tokenizer
+from nanochat_core.training.checkpoint_writer import CheckpointWriter
+from nanochat_core.training.optim import MuonAdamW, Shard
+
+_GENERATOR = "generator"
+
+log = logging.getLogger("jobs.train")
+
+
+class RunCheckpoints:
+    """Loads, saves and deletes the checkpoints of one run.
+
+    Each checkpoint holds weights, optimizer state, random generator and :class:`RunState`. The optimizer state is
+    divided among the ranks and can be loaded on any number of ranks.
+    """
+
+    def __init__(
+        self, config: RunConfig, runtime: Runtime, model: GPT, tokenizer: Tokenizer, optimizer: MuonAdamW
+    ) -> None:
+        self._config, self._store, self._ranks = config, runtime.store, runtime.ranks
+        self._model, self._tokenizer, self._optimizer = model, tokenizer, optimizer
+        self._replaced: set[CheckpointRef] = set()
+
+    def resume(self) -> RunState | None:
+        """Load the newest intact checkpoint into model and optimizer; None if there is none.
+
+        A damaged checkpoint is skipped on every rank if any rank cannot read it.
+
+        Raises:
+            UserError: the checkpoint was made with other settings or from other inputs.
+        """
+        for ref in reversed(self._stored()):
+            loaded, problem = self._try_load(ref)
+            problems = [problem for problem in self._ranks.gather(problem) if problem is not None]
+            if loaded is None or problems:
+                log.warning("checkpoint skipped", extra={"checkpoint": ref.prefix, "reason": problems[0]})
+                continue
+            checkpoint, trainer = loaded
+            self._check_same_run(checkpoint)
+            self._model.load_state_dict(checkpoint.weights)
+            generator = trainer.read(_GENERATOR, 0, torch.get_rng_state().numel())
+            if generator is not None:
+                torch.set_rng_state(generator)
+            self._optimizer.load_shards(trainer.read)
+            log.info("resumed", extra={"checkpoint": ref.prefix})
+            return RunState(**trainer.values["run"])
+        return None
+
+    def replace_after(self, step: int) -> None:
+        """Let the next saved checkpoint replace all stored ones of later steps than ``step``.
+
+        Those are damaged, or belong to an earlier run that is being started over.
+        """
+        self._replaced = {ref for ref in self._stored() if ref.step > step}
+
+    def save(self, writer: CheckpointWriter, state: RunState, *, finished: bool = False) -> None:
+        """Start to write a checkpoint. When it is complete, the writer deletes the checkpoints that it supersedes.
+
+        If the checkpoint before this one could not be written, the failure is reported and training goes on.
+
+        Raises:
+            TrainingDiverged: a weight is not finite, so a checkpoint would be useless.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self._model.parameters()):
+            raise TrainingDiverged(f"the weights are not finite after step {state.step}")
+        try:
+            writer.wait()
+        except StoreError as error:
+            CHECKPOINT_FAILURES.labels(self._config.stage).inc()
+            log.error("a checkpoint could not be written; training goes on", extra={"reason": str(error)})
+        meta = self._config.meta | {
+            "finished": finished,
+            "step": state.step,
+            "train_seconds": round(state.train_seconds, 3),
+            "skipped_steps": state.skipped,
+            "history": thinned(state.history),
+        }
+        positions = [position for position in self._ranks.gather(state.loader) if position is not None]
+        loader = merge_states(positions) if positions else None
+        ref = self._config.checkpoint(state.step)
+        writer.save(
+            ref,
+            model=self._model,
+            tokenizer=self._tokenizer,
+            meta=meta,
+            values={"run": dataclasses.asdict(dataclasses.replace(state, loader=loader))},
+            shards=self._shards(),
+            then=lambda: self._delete_superfluous(ref),
+        )
+
+    def save_last(self, writer: CheckpointWriter, state: RunState, *, finished: bool) -> None:
+        """Write the last checkpoint of this process, and wait until it is complete.
+
+        Raises:
+            RetryableError: it could not be written.
+        """
+        self.save(writer, state, finished=finished)
+        try:
+            writer.wait()
+        except StoreError as error:
+            raise RetryableError(f"the last checkpoint could not be written; run again to go on: {error}") from error
+
+    def _try_load(self, ref: CheckpointRef) -> tuple[tuple[Checkpoint, TrainerState] | None, str | None]:
+        """The verified parts of a checkpoint that this rank needs, or the reason why they cannot be used."""
+        try:
+            checkpoint, trainer = load_checkpoint(self._store, ref), load_trainer_state(self._store, ref)
+            trainer.fetch(shard.name for shard in self._shards())
+        except StoreError:
+            raise  # The store is unavailable, and the checkpoint may be intact: do not skip it and lose its steps.
+        except UserError as error:
+            return None, str(error)
+        return (checkpoint, trainer), None
+
+    def _check_same_run(self, checkpoint: Checkpoint) -> None:
+        """Raise UserError unless ``checkpoint`` was made with the same settings and from the same inputs."""
+
+        def changed(part: str) -> list[tuple[str, Any, Any]]:
+            old, new = checkpoint.meta.get(part, {}), self._config.meta[part]
+            return [(k, old.get(k), new.get(k)) for k in sorted(old | new) if old.get(k) != new.get(k)]
+
+        differences = [f"{name} {old!r} -> {new!r}" for name, old, new in changed("settings")]
+        differences += [f"{name} changed" for name, _, _ in changed("inputs")]
+        if differences:
+            raise UserError(
+                f"{checkpoint.ref.prefix} was trained with other settings ({', '.join(differences)}); "
+                "use the same ones, another --model name, or --no-resume to start over"
+            )
+
+    def _delete_superfluous(self, written: CheckpointRef) -> None:
+        """Keep this run's newest checkpoints, those to keep for good and the promoted one; delete all others."""
+        settings, model, replaced = self._config.settings, self._config.model_name, self._replaced - {written}
+        own = [ref for ref in self._stored() if ref not in replaced]
+        every, served = settings.keep_every, promoted(self._store, model)
+        old = [ref for ref in own[: -settings.keep] if ref != served and not (every and ref.step % every == 0)]
+        incomplete = incomplete_checkpoints(self._store, model, self._config.stage)
+        if served is not None and served in replaced:
+            # Engines that start from now on wait for the next promotion instead of failing at a missing checkpoint.
+            withdraw(self._store, model)
+            log.warning("the promoted revision is gone", extra={"model": model, "revision": served.revision})
+        for ref in (*replaced, *old, *incomplete):
+            self._store.delete(ref.prefix)
+        self._replaced = set()
+
+    def _stored(self) -> list[CheckpointRef]:
+        return list_checkpoints(self._store, self._config.model_name, self._config.stage)
+
+    def _shards(self) -> Iterator[Shard]:
+        """This rank's part of the optimizer state, and on the first rank the state of the random generator."""
+        yield from self._optimizer.shards()
+        if self._ranks.leads:
+            generator = torch.get_rng_state()
+            yield Shard(_GENERATOR, generator, 0, generator.numel())

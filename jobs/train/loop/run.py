@@ -1,0 +1,119 @@
+"""What identifies a training run, and the state that its checkpoints keep."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jobs.train.loop.runtime import RunSettings
+from jobs.train.loop.schedule import Schedule
+from nanochat_core.checkpoint import CheckpointRef
+from nanochat_core.errors import UserError
+
+# A metric of an evaluation is one number, or several numbers by name, such as pass@k by k.
+Metrics = Mapping[str, float | Mapping[str, float]]
+# An entry of the history: ``step``, the step's measures such as ``loss``, and the metrics of an evaluation after it.
+Point = dict[str, Any]
+
+_HISTORY_POINTS = 2000
+
+
+class TrainingDiverged(UserError):
+    """The loss, a gradient or a weight is NaN or infinite. The last checkpoint is from before that."""
+
+    def __init__(self, observation: str) -> None:
+        super().__init__(
+            f"{observation}; lower --lr-scale and start over with --no-resume or under another --model name"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One stage of one model.
+
+    Attributes:
+        meta: stored with each checkpoint. A checkpoint is resumed only if its ``settings`` and ``inputs`` (digests of
+            the data that the stage is made from) are equal to these.
+    """
+
+    model_name: str
+    stage: str
+    schedule: Schedule
+    settings: RunSettings
+    meta: dict[str, Any]
+
+    def checkpoint(self, step: int) -> CheckpointRef:
+        """The place of this run's checkpoint after ``step`` steps."""
+        return CheckpointRef(self.model_name, self.stage, step)
+
+
+@dataclasses.dataclass
+class RunState:
+    """The progress of a run, saved with each checkpoint.
+
+    Attributes:
+        step: number of optimizer steps done.
+        loader: position in the data; None if it follows from ``step``.
+        train_seconds: duration of all steps, without evaluations and checkpoints.
+        history: one entry per step that was not skipped, and one per evaluation.
+        skipped: steps whose loss or gradient was not finite; they did not change the weights.
+        loss_mean, loss_variance: moving statistics of the loss, which loss spikes are detected against.
+        loss_factor, good_steps: state of the loss scaler of an fp16 run.
+    """
+
+    step: int = 0
+    loader: dict[str, Any] | None = None
+    train_seconds: float = 0.0
+    history: list[Point] = dataclasses.field(default_factory=list)
+    skipped: list[int] = dataclasses.field(default_factory=list)
+    loss_mean: float = 0.0
+    loss_variance: float = 0.0
+    loss_factor: float | None = None
+    good_steps: int = 0
+
+    def point(self) -> Point:
+        """The history's entry for the current step, added if it is not there yet."""
+        if not self.history or self.history[-1]["step"] != self.step:
+            self.history.append({"step": self.step})
+        return self.history[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A held-out evaluation, which the training loop runs at regular intervals and after the last step.
+
+    Attributes:
+        metrics: computes the metrics, such as ``{"val_bpb": 0.9}``; every rank calls it at the same time.
+        every: steps between evaluations; 0 evaluates only at the end.
+        first: evaluate before the first step too.
+    """
+
+    metrics: Callable[[], Metrics]
+    every: int
+    first: bool = False
+
+    def is_due(self, step: int, last_step: int) -> bool:
+        """Whether this evaluation follows ``step``, where 0 is the time before the first step."""
+        if step == 0:
+            return self.first
+        return step == last_step or bool(self.every and step % self.every == 0)
+
+
+def flat_metrics(metrics: Metrics) -> dict[str, float]:
+    """Metrics with one number per name: ``{"pass": {"1": 0.5}}`` becomes ``{"pass_1": 0.5}``."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        flat |= {f"{name}_{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def thinned(history: list[Point]) -> list[Point]:
+    """At most about 2,000 evenly spaced entries of the history, and every entry with an evaluation."""
+    stride = math.ceil(len(history) / _HISTORY_POINTS) or 1
+    last = len(history) - 1
+    trained = [set(point) for point in history if "loss" in point]
+    # Names that every trained step has; the metrics of an evaluation are in few entries.
+    usual = set.intersection(*trained) if trained else {"step"}
+    return [p for i, p in enumerate(history) if i % stride == 0 or p.keys() - usual or i == last]

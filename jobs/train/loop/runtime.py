@@ -1,0 +1,103 @@
+"""Where a training process runs: its store, its device, the other ranks, and the settings that all stages share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+
+from jobs.train.loop.metrics import serve_metrics
+from nanochat_core import logs
+from nanochat_core.checkpoint import check_model_name
+from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.settings import setting
+from nanochat_core.store import DEFAULT_HOME, Store, open_store
+from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, rank_device
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Settings that may change when a run is resumed: they change neither the data nor, beyond rounding, the result."""
+
+    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to train on")
+    device_batch_rows: int = setting(32, "rows per forward pass on one device", minimum=1)
+    attention: Literal["auto", "sdpa", "flex", "flash"] = setting("auto", "attention kernels; auto takes the fastest")
+    compile: bool = setting(True, "compile the model with torch.compile")
+    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
+    eval_every: int = setting(250, "steps between evaluations; 0 evaluates only at the end", minimum=0)
+    save_every: int = setting(500, "steps between checkpoints; 0 saves only at the end", minimum=0)
+    keep: int = setting(2, "number of newest checkpoints to keep", minimum=1)
+    keep_every: int = setting(0, "also keep checkpoints of steps that are multiples of this; 0 keeps none", minimum=0)
+    resume: bool = setting(True, "resume from the newest checkpoint of this stage and model")
+    loader_workers: int = setting(0, "threads that tokenize and pack; 0 chooses by the number of cores", minimum=0)
+    track: tuple[str, ...] = setting((), "experiment trackers to report to, comma separated: tensorboard, wandb")
+    track_dir: str = setting("runs", "local folder for the files of trackers")
+    rank_timeout: float = setting(
+        DEFAULT_TIMEOUT_SECONDS, "seconds after which a rank that does not answer ends the job", minimum=1.0
+    )
+    metrics_port: int = setting(0, "port for Prometheus metrics; 0 serves none", minimum=0, maximum=65535)
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """The artifact store, the device of this process, and the ranks that train together."""
+
+    store: Store
+    device: torch.device
+    ranks: Ranks
+
+
+class StopSignal:
+    """Records SIGTERM and SIGINT while it is entered, so that the training loop can stop between two steps.
+
+    Attributes:
+        number: number of the last signal received; 0 if there was none.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        self._handlers = {number: signal.signal(number, self._record) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _record(self, number: int, _frame: FrameType | None) -> None:
+        self.number = number
+
+
+@contextlib.contextmanager
+def open_runtime(program: str, settings: RunSettings, model: str) -> Iterator[Runtime]:
+    """Prepare this process for training: choose the device, join the other ranks, and start logs and metrics.
+
+    Only the first rank serves metrics and logs everything; the others log warnings and errors.
+
+    Args:
+        program: name of the training program in its log lines.
+        model: name of the model, which is checked before anything is computed.
+
+    Raises:
+        UserError: a setting is wrong, or the other ranks did not join in time.
+    """
+    check_model_name(model)
+    prepare_cpu(settings.threads)
+    store = open_store(settings.home)
+    device = rank_device(settings.device)
+    with joined(device, settings.rank_timeout) as ranks:
+        if ranks.leads:
+            logs.configure(program, settings.log_level)
+            serve_metrics(settings.metrics_port)
+        else:
+            logs.configure(f"{program}-{ranks.rank}", "warning")
+        yield Runtime(store, device, ranks)

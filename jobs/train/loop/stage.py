@@ -1,0 +1,194 @@
+"""Assembles a training stage: model, optimizer, batches and trainer, alike for pretraining, fine-tuning and RL."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from jobs.measures.machine import describe_machine
+from jobs.train.batches.loader import BatchSource, PackedLoader
+from jobs.train.loop.run import Evaluation, RunConfig
+from jobs.train.loop.runtime import RunSettings, Runtime, open_runtime
+from jobs.train.loop.schedule import Schedule
+from jobs.train.loop.step import Objective
+from jobs.train.loop.trainer import Trainer
+from nanochat_core.attention import choose_attention
+from nanochat_core.checkpoint import Checkpoint
+from nanochat_core.config import ModelConfig
+from nanochat_core.cpu_matmul import convert_to_onednn, onednn_is_faster
+from nanochat_core.errors import UserError, run_main
+from nanochat_core.model import GPT
+from nanochat_core.precision import choose_dtype
+from nanochat_core.settings import load, setting
+from nanochat_core.tokenizer import Tokenizer
+from nanochat_core.training.fp8 import convert_to_fp8
+from nanochat_core.training.optim import MuonAdamW, muon_dtype
+from nanochat_core.training.peak_flops import peak_flops
+
+# Settings of stages that, like RunSettings, may change when a run is resumed.
+_EVALUATION_SETTINGS = frozenset({"eval_tokens", "core_every", "core_bundle", "core_max_per_task"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageSettings(RunSettings):
+    """Settings that every training stage has."""
+
+    model: str = setting(help="name of the model in the store")
+    seed: int = setting(1, "seed of everything random in the run", minimum=0, maximum=2**63 - 1)
+    dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = setting(
+        "auto", "dtype of activations and matrix products; with auto, fine-tuning and RL take pretraining's"
+    )
+
+
+SettingsT = TypeVar("SettingsT", bound=StageSettings)
+
+
+def run_stage(name: str, settings_class: type[SettingsT], train: Callable[[SettingsT, Runtime], object]) -> None:
+    """Run the training program ``jobs.train.<name>``, with settings from its flags and environment variables."""
+    program = f"python -m jobs.train.{name}"
+
+    def main() -> None:
+        settings = load(settings_class, prefix=f"NANOCHAT_{name.upper()}", program=program)
+        with open_runtime(name, settings, settings.model) as runtime:
+            train(settings, runtime)
+
+    run_main(main, program)
+
+
+class Stage:
+    """One training stage in this process: the model to train, and the assembly of everything around it.
+
+    Attributes:
+        model: on the runtime's device, with the kernels for training chosen.
+        packed_loader: makes a :class:`PackedLoader` for the stage's tokenizer and device.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: StageSettings,
+        runtime: Runtime,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        base: Checkpoint | None = None,
+    ) -> None:
+        """
+        Args:
+            name: name of the stage in the store: ``base``, ``sft`` or ``rl``.
+            base: checkpoint whose weights training starts from; None starts from random weights.
+
+        Raises:
+            UserError: the device does not support the dtype or the attention kernels of the settings.
+        """
+        self._name, self._settings, self._runtime = name, settings, runtime
+        self._tokenizer, self._base = tokenizer, base
+        precision = settings.dtype
+        if base is not None and precision == "auto":
+            precision = base.meta.get("settings", {}).get("dtype", "auto")
+        dtype = choose_dtype(precision, runtime.device)
+        torch.manual_seed(settings.seed)
+        if base is not None:
+            self.model = base.build_model(runtime.device, dtype)
+        else:
+            self.model = GPT(config, dtype)
+            self.model.init_weights()
+            self.model.to(runtime.device)
+        make_trainable(self.model, settings, runtime.device, precision)
+        self.packed_loader = functools.partial(
+            PackedLoader,
+            pad_id=tokenizer.bos_id,
+            workers=settings.loader_workers,
+            pin_memory=runtime.device.type == "cuda",
+        )
+
+    def trainer(
+        self,
+        groups: list[dict[str, Any]],
+        schedule: Schedule,
+        open_batches: Callable[[dict[str, Any] | None], BatchSource],
+        evaluations: Sequence[Evaluation],
+        *,
+        inputs: dict[str, str],
+        plan: dict[str, Any],
+        objective: Objective | None = None,
+    ) -> Trainer:
+        """The trainer of this stage, which has not resumed yet.
+
+        Args:
+            groups: parameter groups of the optimizer.
+            open_batches, evaluations, objective: see :class:`Trainer`.
+            inputs: digests of the data and weights that the stage is made from.
+            plan: size of the run, stored with each checkpoint.
+        """
+        device, ranks, model = self._runtime.device, self._runtime.ranks, self.model
+        meta = {
+            "settings": comparable(self._settings),
+            "inputs": inputs,
+            "plan": plan,
+            **self._lineage(),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "scaling_parameters": model.config.scaling_parameters,
+            "flops_per_token": model.config.flops_per_token,
+            "dtype": str(model.compute_dtype).removeprefix("torch."),
+            "device": device.type,
+            "hardware": describe_machine() | {"ranks": ranks.size, "peak_flops": peak_flops(device)},
+        }
+        return Trainer(
+            RunConfig(self._settings.model, self._name, schedule, self._settings, meta),
+            self._runtime,
+            model,
+            self._tokenizer,
+            MuonAdamW(groups, ranks, muon_dtype(device)),
+            open_batches=open_batches,
+            evaluations=evaluations,
+            objective=objective,
+        )
+
+    def _lineage(self) -> dict[str, str]:
+        """The checkpoint that the stage started from, and its model if that has another name."""
+        if self._base is None:
+            return {}
+        ref = self._base.ref
+        return {"base": ref.revision} | ({} if ref.model == self._settings.model else {"base_model": ref.model})
+
+
+def make_trainable(model: GPT, settings: RunSettings, device: torch.device, precision: str) -> None:
+    """Choose the kernels that train ``model``, which is on ``device`` already.
+
+    Args:
+        precision: the ``dtype`` setting, which may be ``fp8``.
+
+    Raises:
+        UserError: the attention kernels of the settings are not available.
+    """
+    model.train()
+    model.attention = choose_attention(settings.attention, device, model.compute_dtype)
+    if precision == "fp8":
+        convert_to_fp8(model)
+    elif device.type == "cpu" and model.compute_dtype == torch.float32 and onednn_is_faster():
+        convert_to_onednn(model.blocks)
+
+
+def rows_per_batch(batch_tokens: int, context_length: int) -> int:
+    """Number of rows in the global batch.
+
+    Raises:
+        UserError: ``batch_tokens`` is not a multiple of ``context_length``.
+    """
+    rows, rest = divmod(batch_tokens, context_length)
+    if rest:
+        raise UserError(
+            f"a batch of {batch_tokens} tokens is not a whole number of rows of {context_length}; "
+            "choose --batch-tokens as a multiple of the context length"
+        )
+    return rows
+
+
+def comparable(settings: StageSettings) -> dict[str, Any]:
+    """The settings that must be equal for a run to be resumed."""
+    ignored = {field.name for field in dataclasses.fields(RunSettings)} | _EVALUATION_SETTINGS | {"model"}
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in ignored}

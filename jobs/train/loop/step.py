@@ -1,0 +1,239 @@
+"""One optimizer step: forward and backward passes over micro-batches, the checks of their result, and the update.
+
+The step minimizes the mean loss over the counted targets of the global batch. With N counted targets in the batch, all
+ranks together, each micro-batch contributes its summed loss divided by N. So the gradients of micro-batches and ranks
+add up to the gradient of the mean, however the batch is divided.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import shutil
+import signal
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from jobs.train.batches.loader import Batch
+from jobs.train.loop.run import RunState, TrainingDiverged
+from jobs.train.loop.runtime import Runtime, StopSignal
+from jobs.train.loop.schedule import Schedule
+from nanochat_core.errors import UserError
+from nanochat_core.model import GPT, IGNORE_INDEX
+from nanochat_core.training.loss_scaling import LossScaler
+from nanochat_core.training.optim import MuonAdamW
+
+# One bad batch can happen by chance. This many skipped steps in a row mean that the run has diverged.
+_MAX_SKIPPED_IN_A_ROW = 5
+# A loss is a spike if it is this many standard deviations above the moving mean of the recent losses.
+_SPIKE_DEVIATIONS = 6.0
+_SPIKE_DECAY = 0.98
+_SPIKE_AFTER_STEPS = 100
+# Some ranks of a large cluster find compiled code in a cache, while others compile for many minutes.
+_COMPILE_TIMEOUT_SECONDS = 3600.0
+
+# Computes a micro-batch's loss and further measures, both summed over its counted targets.
+Objective = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
+
+log = logging.getLogger("jobs.train")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """The outcome of one optimizer step.
+
+    Attributes:
+        loss: nats per counted token of the global batch.
+        gradient_norm: Euclidean norm over all parameters.
+        measures: further numbers that the stage measures in a step, such as the mean reward.
+        stopped_by: number of the signal that asked any rank to stop; 0 if none did.
+        skipped: True if the weights were not updated, because loss or gradient was not finite.
+        spike: True if the loss is far above the recent ones.
+    """
+
+    loss: float
+    gradient_norm: float
+    measures: dict[str, float] = dataclasses.field(default_factory=dict)
+    stopped_by: int = 0
+    skipped: bool = False
+    spike: bool = False
+
+
+class TrainingStep:
+    """Updates a model from one batch after another, and keeps the run's state up to date.
+
+    A loss or gradient that is not finite skips the update on every rank; five such steps in a row end the run. A loss
+    far above the recent ones is reported and trained on.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: MuonAdamW,
+        objective: Objective,
+        schedule: Schedule,
+        micro_batch_rows: int,
+        runtime: Runtime,
+        state: RunState,
+    ) -> None:
+        self._optimizer, self._objective, self._schedule = optimizer, objective, schedule
+        self._micro_batch_rows, self._state = micro_batch_rows, state
+        self._device, self._ranks = runtime.device, runtime.ranks
+        self._skipped_in_a_row = 0
+        self._scaler: LossScaler | None = None
+        if model.compute_dtype == torch.float16:
+            factor = state.loss_factor
+            self._scaler = LossScaler() if factor is None else LossScaler(factor, state.good_steps)
+
+    def compile(self, batch: Batch) -> None:
+        """Let every rank compile the model before any rank waits for another.
+
+        Otherwise a rank that compiles for a long time would look like a rank that has died.
+        """
+        if self._ranks.size == 1:
+            return
+        loss, _ = self._objective(next(self._micro_batches(batch)))
+        torch.autograd.backward(loss)
+        self._optimizer.zero_grad()
+        self._ranks.side_channel(_COMPILE_TIMEOUT_SECONDS).gather(None)
+
+    def __call__(self, batch: Batch, stop: StopSignal) -> StepResult:
+        """Compute the gradient of a batch and update the weights.
+
+        Args:
+            batch: this rank's rows of the global batch.
+            stop: this rank's stop signal. A signal to any rank is in the result of all ranks, so that they stop after
+                the same step.
+
+        Raises:
+            TrainingDiverged: five steps in a row had a loss or gradient that is not finite.
+            UserError: the batch has no counted target.
+        """
+        result = self._accumulate(batch, stop)
+        loss, norm = result.loss, result.gradient_norm
+        state, step = self._state, self._state.step
+        state.step, state.loader = step + 1, batch.state
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if not finite:
+            self._skip(loss, norm)
+        self._unscale(finite)
+        if not finite:
+            return dataclasses.replace(result, skipped=True)
+        self._skipped_in_a_row = 0
+        if not norm:
+            # There is nothing to learn from this batch. Muon would still make a full-length step, by momentum alone.
+            self._optimizer.zero_grad()
+            return result
+        self._update(step)
+        return dataclasses.replace(result, spike=self._is_spike(loss))
+
+    def _accumulate(self, batch: Batch, stop: StopSignal) -> StepResult:
+        """Sum loss, measures and gradients over all micro-batches and ranks."""
+        # The batch is still in the host's memory: counting there does not wait for the device.
+        count = int((batch.targets != IGNORE_INDEX).sum())
+        if self._ranks.size == 1 and not count:
+            raise UserError("a batch has no counted target; the conversations hold no assistant text that fits a row")
+        counted = self._ranks.sum(torch.full((), count, dtype=torch.int64, device=self._device))
+        # In double precision the sum does not depend on how many ranks add to it.
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        sums: dict[str, Tensor] = {}
+        micro_batches = list(self._micro_batches(batch))
+        for i, rows in enumerate(micro_batches):
+            if i == len(micro_batches) - 1:
+                # From here on each gradient is complete as soon as it is computed, and ranks may start to add it up.
+                self._optimizer.expect_gradients()
+            loss, measures = self._objective(rows)
+            loss = loss / counted
+            torch.autograd.backward(loss * self._scaler.factor if self._scaler else loss)
+            total += loss.detach()
+            for name, value in measures.items():
+                sums[name] = sums.get(name, torch.zeros_like(total)) + value / counted
+        norm = self._optimizer.reduce()
+        # One copy from the device brings everything that the rest of the step depends on, equal on every rank.
+        reduced = self._ranks.sum(torch.stack([total, total.new_tensor(stop.number), *sums.values()]))
+        loss_value, stops, *values = reduced.tolist()
+        return StepResult(
+            loss=loss_value,
+            gradient_norm=float(norm) / (self._scaler.factor if self._scaler else 1.0),
+            measures=batch.measures | dict(zip(sums, values, strict=True)),
+            stopped_by=signal.SIGTERM if stops and self._ranks.size > 1 else int(stops),
+        )
+
+    def _micro_batches(self, batch: Batch) -> Iterator[Batch]:
+        rows = self._micro_batch_rows
+        for start in range(0, batch.ids.size(0), rows):
+            yield batch.rows(start, start + rows).to(self._device)
+
+    def _update(self, step: int) -> None:
+        """Set the rates of this step by the schedule, and update the weights."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self._schedule.lr(step)
+            if group["kind"] == "muon":
+                group["momentum"] = self._schedule.momentum(step)
+                group["weight_decay"] = group["initial_weight_decay"] * self._schedule.weight_decay(step)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def _unscale(self, finite: bool) -> None:
+        """Divide the gradients of an fp16 run by the loss scaler's factor, and adapt the factor for the next step."""
+        if self._scaler is None:
+            return
+        if finite:
+            torch._foreach_mul_(self._optimizer.gradients(), 1 / self._scaler.factor)
+        self._scaler.update(finite=finite)
+        self._state.loss_factor, self._state.good_steps = self._scaler.factor, self._scaler.good_steps
+
+    def _skip(self, loss: float, norm: float) -> None:
+        """Leave the weights unchanged, and note the step as skipped."""
+        self._optimizer.zero_grad()
+        step = self._state.step
+        self._state.skipped.append(step)
+        # A loss scaler lowers its factor by overflows, which do not mean that the run has diverged.
+        self._skipped_in_a_row += 0 if self._scaler and self._scaler.factor > 1 else 1
+        if self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+            raise TrainingDiverged(
+                f"the loss is {loss} and the gradient's norm {norm} at step {step}, as in the "
+                f"{_MAX_SKIPPED_IN_A_ROW - 1} steps before"
+            )
+        log.warning("step skipped", extra={"step": step, "loss": loss, "gradient_norm": norm})
+
+    def _is_spike(self, loss: float) -> bool:
+        """Whether the loss is far above the recent losses. The moving statistics then include it."""
+        state = self._state
+        if not state.loss_mean:
+            state.loss_mean = loss
+        excess = loss - state.loss_mean
+        spike = state.step > _SPIKE_AFTER_STEPS and excess > _SPIKE_DEVIATIONS * math.sqrt(state.loss_variance)
+        state.loss_mean += (1 - _SPIKE_DECAY) * excess
+        state.loss_variance = _SPIKE_DECAY * (state.loss_variance + (1 - _SPIKE_DECAY) * excess**2)
+        if spike:
+            log.warning("loss spike", extra={"step": state.step, "loss": loss, "recent": round(state.loss_mean, 4)})
+        return spike
+
+
+def cross_entropy(model: GPT, *, compile: bool, device: torch.device) -> Objective:
+    """The cross-entropy of the next tokens, compiled if ``compile`` is set and the device allows it."""
+    loss = torch.compile(model.loss, dynamic=False) if can_compile(compile, device) else model.loss
+    return lambda rows: (loss(rows.ids, rows.targets, "sum"), {})
+
+
+def can_compile(wanted: bool, device: torch.device) -> bool:
+    """Whether to compile the model. Compiling for a CPU needs a C++ compiler and Python's headers."""
+    if not wanted or device.type != "cpu":
+        return wanted
+    missing = []
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        missing.append("g++")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing.append("Python.h")
+    if missing:
+        log.warning(
+            "the model is not compiled and trains more slowly; install a C++ compiler and Python's headers",
+            extra={"missing": missing},
+        )
+    return not missing
