@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
+from jobs.progress import ProgressDisplay
 from jobs.train.loop.metrics import peak_memory_bytes, serve_metrics
 from jobs.train.loop.progress import Progress, StepReport
 from nanochat_core import logs
@@ -90,6 +91,26 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def events(caplog: pytest.LogCaptureFixture, name: str = "training") -> list[Any]:
     return [record for record in caplog.records if record.message == name]
+
+
+def test_the_display_of_any_task_logs_an_event_every_few_seconds_and_at_the_end(
+    caplog: pytest.LogCaptureFixture, clock: list[float]
+) -> None:
+    caplog.set_level(logging.INFO)
+    with ProgressDisplay("task", 20, logging.getLogger("jobs.test"), "answering", done=4) as display:
+        for done in range(5, 21):
+            clock[0] += 1.0
+            display.update(done, {"answered": done})
+    assert [event.answered for event in events(caplog, "answering")] == [9, 14, 19, 20]
+
+
+def test_the_display_of_any_task_is_a_bar_with_the_time_left_on_a_terminal(clock: list[float]) -> None:
+    with terminal() as screen, ProgressDisplay("task", 20, logging.getLogger("jobs.test"), "answering") as display:
+        for done in (5, 10, 20):
+            clock[0] += 5.0
+            display.update(done, {"answered": done})
+    assert screen.lines[-1].startswith("task 100% ")
+    assert screen.lines[-1].endswith("20/20  00:00 left")
 
 
 def test_a_terminal_shows_a_bar_with_what_matters_most_in_80_columns(clock: list[float]) -> None:
