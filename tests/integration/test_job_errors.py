@@ -130,7 +130,7 @@ def error_of(home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, ca
         ([*PRETRAIN[:-4], "--ratio=inf"], "--ratio is inf"),
         ([*PRETRAIN[:-4], "--target-flops=1e5"], "the horizon is shorter than one batch of"),
         ([*SFT, "--model=missing"], "model 'missing' has no base checkpoint; run python -m jobs.train.pretrain first"),
-        ([*SFT, "--mixture=missing"], "there are no conversations data/missing/train.jsonl in {home}"),
+        ([*SFT, "--mixture=missing"], "there is no train.jsonl in {home}/data/missing"),
         ([*SFT, "--batch-tokens=100"], "a batch of 100 tokens is not a whole number of rows of 32"),
         ([*SFT, "--epochs=inf"], "--epochs is inf"),
         ([*PIPELINE, "--recipe=huge"], "--recipe is 'huge'; choose one of demo, small"),

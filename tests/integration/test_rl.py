@@ -182,7 +182,7 @@ def test_asynchronous_runs_killed_go_on_alike(jobs: Jobs, with_sft: Path, tmp_pa
     ("changes", "problem"),
     [
         ({"model": "other"}, "model 'other' has no SFT checkpoint; run python -m jobs.train.sft first"),
-        ({"task": "poetry"}, "there is no task 'poetry' to practise; choose one of arithmetic, gsm8k"),
+        ({"task": "poetry"}, "there is no task 'poetry' to practice; choose one of arithmetic, gsm8k"),
         ({"task": "gsm8k"}, "hf download openai/gsm8k"),
         ({"reward": "praise"}, "--reward is 'praise'; choose one of last-number"),
     ],
