@@ -17,14 +17,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from jobs.generation.completions import stop_tokens
 from jobs.generation.python_tool import SandboxTool
 from jobs.tasks.problems import Problem
 from jobs.train.batches.shuffle import EpochShuffle
 from jobs.train.loop.stage import StageSettings
 from jobs.train.reinforce.policy_gradient import RolloutBatch, advantages, pack
 from jobs.train.reinforce.rewards import Reward, Rollout
-from nanochat_core.chat import AssistantStream, parse_messages, render_prompt
+from nanochat_core.chat import AssistantStream, parse_messages, render_prompt, stop_token_ids
 from nanochat_core.engine import (
     Completion,
     Engine,
@@ -106,7 +105,7 @@ class Answerer:
         )
         self._engine = Engine(model, tokenizer, config, tool_runner=self._tool)
         self._engine.warm_up()  # before training uses the device too
-        self._stop = stop_tokens(tokenizer)
+        self._stop = stop_token_ids(tokenizer)
 
     def update_weights(self, model: GPT) -> None:
         """Use the current weights of ``model`` from now on."""
