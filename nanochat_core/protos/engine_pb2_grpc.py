@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class EngineStub(object):
-    """The inference engine. Token ids travel on the wire; text is the gateway's business.
+    """The inference engine. Messages carry token ids; the gateway converts them from and to text.
     """
 
     def __init__(self, channel):
@@ -63,41 +63,46 @@ class EngineStub(object):
 
 
 class EngineServicer(object):
-    """The inference engine. Token ids travel on the wire; text is the gateway's business.
+    """The inference engine. Messages carry token ids; the gateway converts them from and to text.
     """
 
     def Generate(self, request, context):
         """Streams the continuation of a prompt. Cancelling the call frees its sequences at the next step.
-        INVALID_ARGUMENT: the request can never be served (says why). RESOURCE_EXHAUSTED: the waiting queue is full, or the
-        request was given up because the device ran out of memory; send it again later. FAILED_PRECONDITION: the prompt was
-        made with another tokenizer. UNAVAILABLE: the engine is draining or its device loop has died.
+        INVALID_ARGUMENT: the request can never be served; the message says why.
+        RESOURCE_EXHAUSTED: the queue is full, or the device ran out of memory and the engine dropped the request; send it
+        again later.
+        FAILED_PRECONDITION: the prompt was made with another tokenizer.
+        UNAVAILABLE: no model is loaded yet, the engine is draining, or its device loop has died.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """What a gateway needs to serve this model without reading the artifact store.
+        """Describes the current model, so that a gateway needs no access to the artifact store.
+        UNAVAILABLE: no model is loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetLoad(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Reports how busy the engine is. UNAVAILABLE: no model is loaded.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Reload(self, request, context):
-        """Loads the promoted revision of the model (or the one named) for requests that arrive afterwards.
+        """Loads the given or the promoted revision; later requests go to it. FAILED_PRECONDITION: it cannot be loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetReport(self, request, context):
-        """What the store's report on the model says. NOT_FOUND: there is none. FAILED_PRECONDITION: it is too large to send.
+        """Reads the report on the model from the store. NOT_FOUND: it does not exist. FAILED_PRECONDITION: it is too large to
+        send. UNAVAILABLE: the store does not answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,7 +145,7 @@ def add_EngineServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Engine(object):
-    """The inference engine. Token ids travel on the wire; text is the gateway's business.
+    """The inference engine. Messages carry token ids; the gateway converts them from and to text.
     """
 
     @staticmethod

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class SandboxStub(object):
-    """Runs untrusted Python. Every call has a process of its own and leaves nothing behind.
+    """Runs untrusted Python. Each call has a process of its own, and nothing of it remains after its end.
     """
 
     def __init__(self, channel):
@@ -48,11 +48,11 @@ class SandboxStub(object):
 
 
 class SandboxServicer(object):
-    """Runs untrusted Python. Every call has a process of its own and leaves nothing behind.
+    """Runs untrusted Python. Each call has a process of its own, and nothing of it remains after its end.
     """
 
     def Execute(self, request, context):
-        """Always answers with a status; a gRPC error means the service itself failed.
+        """Runs code and always answers with a status. A gRPC error means an invalid request or a failure of the service.
         Cancelling the call kills its process.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -87,7 +87,7 @@ def add_SandboxServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Sandbox(object):
-    """Runs untrusted Python. Every call has a process of its own and leaves nothing behind.
+    """Runs untrusted Python. Each call has a process of its own, and nothing of it remains after its end.
     """
 
     @staticmethod
