@@ -1,8 +1,8 @@
-"""Windowed attention on a CPU: a compiled forward and backward pass of each backend beside that of plain SDPA.
+"""Compare the speed of the backends for windowed attention on a CPU.
 
-Run from the project's root: ``python -m tests.benchmarks.bench_attention``. Backends take turns, and the best of
-several runs counts. With ``--threads 1`` the clock is the process's CPU time, so that other work on the machine matters
-less.
+Run the program from the project's root: ``python -m tests.benchmarks.bench_attention``. It times a compiled forward and
+backward pass of each backend and prints the ratio to plain SDPA. The backends take turns, and the best of several runs
+counts. With ``--threads 1`` the program measures the process's CPU time, which other work on the machine affects less.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ BACKENDS: dict[str, Attention] = {"sdpa": sdpa_attention, "blockwise": blockwise
 
 
 def training_step(attend: Attention, shape: tuple[int, ...], dtype: torch.dtype, window: int) -> Callable[[], None]:
-    """A compiled forward and backward pass on random rows, between the multiplications that surround it in a model."""
+    """Return a function that runs one compiled forward and backward pass on random inputs.
+
+    The pass includes element-wise multiplications before and after the attention, because the compiler can fuse such
+    operations with the attention in a model too.
+
+    Args:
+        shape: (rows, time, heads, head_dim) of queries, keys and values.
+    """
     q, k, v, upstream = (torch.randn(shape).to(dtype) for _ in range(4))
     compiled = torch.compile(lambda q, k, v: attend(1.2 * q, 1.2 * k, v, window) * upstream, dynamic=False)
 
@@ -58,7 +65,7 @@ def main() -> None:
                 for name, step in steps.items():
                     started = clock()
                     step()
-                    if turn >= 2:  # the first compiles, the second warms up
+                    if turn >= 2:  # the first turn compiles and the second warms up
                         best[name] = min(best[name], clock() - started)
             for name, seconds in best.items():
                 kind = str(dtype).removeprefix("torch.")

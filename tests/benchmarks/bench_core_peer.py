@@ -1,9 +1,11 @@
-"""CORE by this project and by karpathy/nanochat: the same accuracies, and how long each takes.
+"""Compare this project's CORE evaluation with that of karpathy/nanochat (the peer): accuracies and duration.
 
-``python -m tests.benchmarks.bench_core_peer --peer PATH --bundle FOLDER --max-per-task 100``, from the project's root.
-The peer makes a tokenizer and a model that has read the bundle's own text for a few steps, and saves them in its
-layout; this project imports them. Then both evaluate the same files in alternating runs, each a process of its own in
-fp32: the peer by ``evaluate_core`` of its ``base_eval.py``, without torch.compile, as that program runs it.
+Run the program from the project's root:
+``python -m tests.benchmarks.bench_core_peer --peer PATH --bundle FOLDER --max-per-task 100``.
+
+The peer trains a tokenizer, trains a model on the bundle's text for a few steps, and saves both in its own layout. This
+project imports them. Then both sides evaluate the same files in alternating runs, each in a new process and in fp32.
+The peer uses ``evaluate_core`` of its ``base_eval.py``, without torch.compile, as that program does.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--context-length", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=60, help="of the model's training")
+    parser.add_argument("--steps", type=int, default=60, help="training steps of the model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=42)
     options = parser.parse_args()
@@ -69,7 +71,7 @@ def main() -> int:
             )
         )
         for number in range(1, options.rounds + 1):
-            # Whoever comes first changes from round to round.
+            # The two sides take turns at running first.
             for side in ("peer", "ours") if number % 2 else ("ours", "peer"):
                 if side == "peer":
                     run_peer(options.peer, "core", task, folder)
@@ -81,7 +83,7 @@ def main() -> int:
 
 
 def show(runs: dict[str, list[dict[str, Any]]], examples: dict[str, int]) -> int:
-    """Print a table; 1 when an accuracy differs."""
+    """Print the table of results and return the exit code, which is 1 if any accuracy differs."""
     different = []
     print("\n| task | examples | accuracy, peer | accuracy, ours | peer, s | ours, s | ratio |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -89,7 +91,7 @@ def show(runs: dict[str, list[dict[str, Any]]], examples: dict[str, int]) -> int
         seconds = {
             side: statistics.median(run["tasks"][label]["seconds"] for run in each) for side, each in runs.items()
         }
-        # The peer's mean is in fp32: numbers of right answers are what can be equal.
+        # The peer computes the mean in fp32, so only the numbers of correct answers can be compared exactly.
         right = {side: {round(run["tasks"][label]["accuracy"] * items) for run in each} for side, each in runs.items()}
         if right["peer"] != right["ours"] or len(right["peer"]) > 1:
             different.append(label)

@@ -1,6 +1,7 @@
-"""What this CPU gives: matrix products by dtype, and one optimizer step of the demo model.
+"""Measure this CPU's speed: matrix products in fp32 and bf16, and one optimizer step of the demo model.
 
-Run from the project's root: ``python -m tests.benchmarks.bench_cpu``. Compare figures of one run only.
+Run the program from the project's root: ``python -m tests.benchmarks.bench_cpu``. Figures of different runs are not
+comparable, because other work on the machine changes them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SIDE = 2048
 
 
 def seconds(work: Callable[[], object], repeats: int = 10) -> float:
-    """Mean duration after two calls to warm up."""
+    """Return the mean duration of a call in seconds. Two calls before the measurement warm up."""
     work()
     work()
     started = time.perf_counter()

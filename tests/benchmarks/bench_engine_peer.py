@@ -1,13 +1,18 @@
-"""The inference core against karpathy/nanochat's engine, same random weights, in alternating runs.
+"""Compare the speed of the inference engine with that of karpathy/nanochat's engine (the peer).
 
-``python -m tests.benchmarks.bench_engine_peer --peer PATH --dtype fp32 --rounds 5``, from the project's root. Every run
-is a process of its own that loads the weights, answers a few other requests of the case untimed, and then the case's.
+Run the program from the project's root:
+``python -m tests.benchmarks.bench_engine_peer --peer PATH --dtype fp32 --rounds 5``.
 
-Both sides get the same prompts and give exactly the same number of tokens; greedy ones must be the same in fp32. The
-peer runs as its ``chat_cli.py`` does: ``Engine.generate``, without torch.compile, read to its end; on a CPU its weights
-are fp32, and cast in every pass where it computes in bf16. It prefills one prompt and decodes samples of that alone, so
-it serves 64 different requests best one after another. To group those whose prompts have the same length would mean to
-write another engine around its network, and would gain little: 64 prompts of 10 to 200 tokens have some 54 lengths.
+Both sides use the same random weights and alternate. Each run is a new process that loads the weights. For each case
+it first answers a few warm-up requests, and then it answers the requests of the case, which are timed.
+
+Both sides receive the same prompts and generate exactly the same number of tokens. In fp32, greedy tokens must be
+equal. The peer runs as in its ``chat_cli.py``: ``Engine.generate`` without torch.compile, read to the end. On a CPU the
+peer stores its weights in fp32; if it computes in bf16, it casts them in every pass.
+
+The peer's engine prefills one prompt and decodes only samples of that prompt, so it answers 64 different requests one
+after another. Grouping prompts of equal length would require another engine around the peer's network and would gain
+little: 64 prompts of 10 to 200 tokens have about 54 different lengths.
 """
 
 from __future__ import annotations
@@ -35,10 +40,10 @@ def request(prompt: np.ndarray, output: int, n: int = 1, *, sampled: bool = Fals
 
 
 def cases(vocab_size: int, seed: int) -> dict[str, dict[str, Any]]:
-    """Requests of each case in batches that come one after another, and those to warm up with.
+    """Return the warm-up requests and the batches of timed requests of each case.
 
-    A side may answer the requests of a batch in any order or at once. No prompt comes twice, so that nothing is in our
-    prefix cache.
+    Batches follow one another. The requests of one batch may be answered in any order or all at once. All prompts
+    differ, so our prefix cache never helps.
     """
     draw = np.random.default_rng(seed)
 
@@ -63,10 +68,10 @@ def cases(vocab_size: int, seed: int) -> dict[str, dict[str, Any]]:
 
 
 def count_tokens(name: str, case: dict[str, Any], result: dict[str, Any]) -> int:
-    """Tokens of a run.
+    """Return the number of tokens that a run generated for the case.
 
     Raises:
-        UserError: an answer is shorter or longer than asked for.
+        UserError: an answer does not have the requested length.
     """
     asked = [[r["output"]] * r["n"] for batch in case["batches"] for r in batch]
     given = [[len(tokens) for tokens in choices] for choices in result["tokens"]]
@@ -76,7 +81,7 @@ def count_tokens(name: str, case: dict[str, Any], result: dict[str, Any]) -> int
 
 
 def arguments(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
-    """The flags that both comparisons of engines have."""
+    """Return a parser with the flags that both engine comparisons share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -91,7 +96,7 @@ def arguments(description: str | None, *, rounds: int) -> argparse.ArgumentParse
 
 
 def show_medians(options: argparse.Namespace, peer: str, rates: dict[str, dict[str, list[float]]]) -> None:
-    """A table of the tokens per second of both sides in each case."""
+    """Print a table with the median tokens per second of both sides in each case."""
     where = f"{options.threads} threads" if options.device == "cpu" else options.device
     print(f"\n{options.dtype}, depth {options.depth}, {where}, medians of {options.rounds} rounds\n")
     print(f"| case | {peer}, tokens/s | ours, tokens/s | ratio |")
@@ -107,13 +112,13 @@ def main() -> int:
     parser.add_argument(
         "--cases",
         default="single,samples-8,samples-32,requests-64",
-        help="comma separated; samples-64 and samples-256 too",
+        help="comma-separated cases; samples-64 and samples-256 are also available",
     )
     options = parser.parse_args()
     everything = cases(options.vocab_size, options.seed)
     chosen = options.cases.split(",")
     if unknown := set(chosen) - everything.keys():
-        raise UserError(f"--cases has {', '.join(sorted(unknown))}; choose of {', '.join(everything)}")
+        raise UserError(f"--cases has {', '.join(sorted(unknown))}; choose from {', '.join(everything)}")
     config = ModelConfig.from_depth(
         options.depth,
         vocab_size=options.vocab_size,
@@ -137,7 +142,7 @@ def main() -> int:
         run_peer(options.peer, "weights", task, folder, options.dtype)
         for number in range(1, options.rounds + 1):
             results = {}
-            # Whoever comes first changes from round to round.
+            # The two sides take turns at running first.
             for side in ("peer", "ours") if number % 2 else ("ours", "peer"):
                 if side == "peer":
                     run_peer(options.peer, "serve", task, folder, options.dtype)

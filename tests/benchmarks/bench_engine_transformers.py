@@ -1,11 +1,13 @@
-"""The inference core against the continuous batching of Hugging Face's transformers, in alternating runs.
+"""Compare the speed of the inference engine with the continuous batching of Hugging Face's transformers.
 
-``python -m tests.benchmarks.bench_engine_transformers --transformers FOLDER``, from the project's root, where ``pip
-install --target FOLDER transformers`` has filled ``FOLDER``; torch is this project's on both sides.
+Run the program from the project's root:
+``python -m tests.benchmarks.bench_engine_transformers --transformers FOLDER``.
+The command ``pip install --target FOLDER transformers`` fills ``FOLDER``. Both sides use this project's torch.
 
-The networks differ (theirs is a Llama), the matrices are as large: the same depth, width, heads and vocabulary, and as
-many weights in the MLP. Both get the same prompts at once, decode greedily and give exactly as many tokens. Every run
-is a process of its own that answers a few requests first; theirs, which keeps no prefixes here, the first batch too.
+The networks differ, because transformers runs a Llama, but they have equal depth, width, heads and vocabulary, and
+equally many weights in the MLP. Both sides receive the same prompts at once, decode greedily and generate equally many
+tokens. The sides alternate. Each run is a new process that first answers a few warm-up requests. The transformers side
+also answers the first batch once as a warm-up, because its prefix cache is off.
 """
 
 from __future__ import annotations
@@ -21,19 +23,23 @@ from nanochat_core.errors import UserError, run_main
 from tests.benchmarks.bench_engine_peer import WARM_UP_TOKENS, arguments, cases, count_tokens, request, show_medians
 from tests.benchmarks.peer import run_ours, run_with
 
-# Requests of each batch size are so many in all, at least a batch.
+# Total number of requests for each batch size. A larger batch size gets one batch.
 _REQUESTS = 16
 
 
 def main() -> int:
     parser = arguments(__doc__, rounds=3)
-    parser.add_argument("--transformers", type=Path, required=True, help="folder that transformers is installed in")
-    parser.add_argument("--batches", default="1,8,64", help="requests at once, comma separated")
+    parser.add_argument(
+        "--transformers", type=Path, required=True, help="folder with the installed package transformers"
+    )
+    parser.add_argument("--batches", default="1,8,64", help="batch sizes, comma-separated")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--output-tokens", type=int, default=128)
     options = parser.parse_args()
     if not (options.transformers / "transformers").is_dir():
-        raise UserError(f"{options.transformers} has no package transformers; fill it with pip install --target")
+        raise UserError(
+            f"{options.transformers} does not contain the package transformers; install it with pip install --target"
+        )
     draw = np.random.default_rng(options.seed)
 
     def batch(size: int, output: int) -> list[dict[str, object]]:
@@ -63,7 +69,7 @@ def main() -> int:
             "result": str(folder / "result.json"),
         }
         for number in range(1, options.rounds + 1):
-            # Whoever comes first changes from round to round.
+            # The two sides take turns at running first.
             for side in ("peer", "ours") if number % 2 else ("ours", "peer"):
                 if side == "peer":
                     run_with(options.transformers, "transformers_process.py", task, folder)

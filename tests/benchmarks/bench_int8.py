@@ -1,7 +1,8 @@
-"""Weights of eight bits beside fp32 and bf16, in alternating rounds: speed, and what the rounding costs.
+"""Compare int8 weights with fp32 and bf16 weights: generation speed and loss of quality.
 
-From the project's root: ``python -m tests.benchmarks.bench_int8`` measures the speed of a model with random weights;
-``--home .nanochat --model demo`` does so for a trained one and compares what the model makes of the validation text.
+Run the program from the project's root. ``python -m tests.benchmarks.bench_int8`` measures the speed of a model with
+random weights. With ``--home .nanochat --model demo`` it measures a trained model and also compares the model's
+predictions on the validation text. The kinds of weights alternate in each round.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ CASES = {"one stream": 1, "4 streams": 4, "16 streams": 16, "64 streams": 64}
 
 
 def decode_speed(engine: Engine, streams: int, prompt: list[int], tokens: int) -> float:
-    """Tokens per second, prompts included."""
+    """Return the generated tokens per second. The duration includes the prefill of the prompt."""
     started = time.perf_counter()
     engine.generate([prompt], SamplingParams(temperature=1.0, seed=0, max_tokens=tokens), n=streams)
     return streams * tokens / (time.perf_counter() - started)
@@ -55,13 +56,13 @@ def compare_speed(engines: dict[str, Engine], options: argparse.Namespace) -> No
             prompt = [source.randrange(256) for _ in range(32)]
             for name, engine in engines.items():
                 speed = decode_speed(engine, streams, prompt, options.tokens)
-                if number:  # the first round warms up
+                if number:  # round 0 warms up
                     speeds[name].append(speed)
         print(f"{case:>12} " + " ".join(f"{statistics.median(values):12.0f}" for values in speeds.values()))
 
 
 def logits_of(engine: Engine, row: list[int]) -> Tensor:
-    """After each token of a row, as serving computes them: (len(row), vocab_size)."""
+    """Return the logits after each token of a row, computed as in serving: shape (len(row), vocab_size)."""
     seq = Sequence(Request("row", tuple(row[:1]), SamplingParams(max_tokens=1)), 0, 0, 0, len(row) + 1)
     blocks = range(engine.blocks.blocks_for(len(row)))
     seq.block_tables = [list(blocks) for _ in engine.blocks.groups]
@@ -70,7 +71,10 @@ def logits_of(engine: Engine, row: list[int]) -> Tensor:
 
 
 def compare_quality(engines: dict[str, Engine], rows: list[list[int]]) -> None:
-    """Loss on the text, and how far the next token's distribution is from that of the first engine."""
+    """Print each engine's loss on the rows and how much its predictions differ from those of the first engine.
+
+    The difference is the Kullback-Leibler divergence in nats, and the share of equal most likely tokens.
+    """
     losses: dict[str, list[float]] = {name: [] for name in engines}
     divergence: dict[str, list[float]] = {name: [] for name in engines}
     same: dict[str, list[float]] = {name: [] for name in engines}
@@ -83,17 +87,19 @@ def compare_quality(engines: dict[str, Engine], rows: list[list[int]]) -> None:
             divergence[name].append(float((expected.exp() * (expected - logs)).sum(-1).mean()))
             same[name].append(float((logs.argmax(-1) == expected.argmax(-1)).double().mean()))
     tokens = sum(len(row) - 1 for row in rows)
-    print(f"\n{tokens} tokens of validation text: loss in nats, divergence from {next(iter(engines))}, same best token")
+    print(
+        f"\n{tokens} tokens of validation text: loss in nats, divergence from {next(iter(engines))}, equal best tokens"
+    )
     for name in engines:
         loss, kl, equal = (statistics.fmean(values[name]) for values in (losses, divergence, same))
         print(f"{name:>12} {loss:9.5f} {kl:10.2e} {equal:8.2%}")
 
 
 def validation_rows(options: argparse.Namespace, checkpoint: Checkpoint) -> list[list[int]]:
-    """The last shard's documents one after another, cut into rows of the context's length."""
+    """Concatenate the documents of the last shard and cut them into rows of the context length."""
     shards = sorted(Path(options.home, "data", options.dataset or options.model).glob("shard_*.parquet"))
     if not shards:
-        raise UserError(f"no shard of text in {options.home}/data/{options.dataset or options.model}; give --dataset")
+        raise UserError(f"{options.home}/data/{options.dataset or options.model} contains no shards; give --dataset")
     tokens: list[int] = []
     length = checkpoint.config.context_length
     for text in pq.read_table(shards[-1], columns=["text"]).column("text").to_pylist():
@@ -113,13 +119,13 @@ def build(options: argparse.Namespace, dtype: torch.dtype, checkpoint: Checkpoin
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--home", default=".nanochat")
-    parser.add_argument("--model", help="of the store; none is one with random weights")
+    parser.add_argument("--model", help="name of a model in the store; without it the weights are random")
     parser.add_argument("--stage", default="base")
-    parser.add_argument("--dataset", help="whose validation text is looked at; otherwise the model's name")
-    parser.add_argument("--rows", type=int, default=60, help="of validation text")
+    parser.add_argument("--dataset", help="dataset with the validation text; the default is the model's name")
+    parser.add_argument("--rows", type=int, default=60, help="number of validation rows")
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--vocab-size", type=int, default=8192)
-    parser.add_argument("--tokens", type=int, default=64, help="of each stream")
+    parser.add_argument("--tokens", type=int, default=64, help="generated tokens per stream")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

@@ -1,7 +1,9 @@
-"""Tokens per second of the loader on 1, 2, … threads, what its parts take, and what packing wastes.
+"""Measure the speed of the data loader and of its parts, and the share of tokens that packing crops.
 
-Run from the project's root: ``python -m tests.benchmarks.bench_loader HOME DATASET TOKENIZER [THREADS]``, where HOME is
-an artifact store. Compare figures of one run only.
+Run the program from the project's root:
+``python -m tests.benchmarks.bench_loader HOME DATASET TOKENIZER [THREADS]``.
+HOME is an artifact store. The program measures 1, 2, 4, … threads up to THREADS (2 by default). Figures of different
+runs are not comparable, because other work on the machine changes them.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from jobs.train.batches.loader import PackedLoader, TextSource
 from nanochat_core.store import open_store
 
 SECONDS = 6.0
-# A batch of depth 12 at one of eight ranks, and of a small model on a CPU.
+# (context length, rows, ranks): a batch of a depth-12 model on one of eight ranks and on one rank, and a batch of a
+# small model on a CPU.
 SHAPES = ((2048, 256, 8), (2048, 256, 1), (256, 32, 1))
 
 
 def rate(work: Callable[[int], int], items: Iterable[int], threads: int) -> float:
-    """Sum of what ``work`` returns per second, with ``threads`` threads."""
+    """Call ``work`` on each item in ``threads`` threads and return the sum of the results per second."""
     with ThreadPoolExecutor(threads) as pool:
         started = time.perf_counter()
         return sum(pool.map(work, items)) / (time.perf_counter() - started)

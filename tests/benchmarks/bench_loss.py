@@ -1,8 +1,9 @@
-"""The chunked loss on a CPU beside the plain formula: a compiled forward and backward pass, its time and its memory.
+"""Compare time and memory of the chunked loss with those of the plain formula on a CPU.
 
-Run from the project's root on Linux: ``python -m tests.benchmarks.bench_loss``. The two take turns, and the best of
-several runs counts. With ``--threads 1`` the clock is the process's CPU time, so that other work on the machine matters
-less. Memory is what a pass holds at its peak beyond what the process held before.
+Run the program from the project's root on Linux: ``python -m tests.benchmarks.bench_loss``. It measures a compiled
+forward and backward pass of each formula. The formulas take turns, and the best of several runs counts. With
+``--threads 1`` the program measures the process's CPU time, which other work on the machine affects less. The printed
+memory is the peak during a pass minus the resident memory before it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def peak_megabytes(step: Callable[[], None]) -> float:
         assert found is not None
         return int(found[1])
 
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (proc(5))
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of the resident memory (proc(5))
     before = held("VmRSS")
     step()
     return (held("VmHWM") - before) / 1024
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--learned", type=float, default=1.0, help="share of targets that count")
+    parser.add_argument("--learned", type=float, default=1.0, help="share of the targets that are not ignored")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=6)
     args = parser.parse_args()
@@ -78,7 +79,7 @@ def main() -> None:
             for name, step in steps.items():
                 started = clock()
                 step()
-                if turn >= 2:  # the first compiles, the second warms up
+                if turn >= 2:  # the first turn compiles and the second warms up
                     best[name] = min(best[name], clock() - started)
         for name, step in steps.items():
             kind, ratio = str(dtype).removeprefix("torch."), best[name] / best["plain"]

@@ -1,7 +1,8 @@
-"""What packing wastes by the size of its buffer, in the long run: on a dataset, and on lengths as web pages have them.
+"""Measure how many tokens packing wastes, for several sizes of its buffer.
 
-Run from the project's root: ``python -m tests.benchmarks.bench_packing HOME DATASET TOKENIZER``, where HOME is an
-artifact store. Takes some minutes.
+Run the program from the project's root: ``python -m tests.benchmarks.bench_packing HOME DATASET TOKENIZER``. HOME is an
+artifact store. The program packs a dataset and also random documents whose lengths follow those of web pages and
+conversations. It takes several minutes.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from jobs.train.batches.packing import BestFitPacker, Document, PackingStats
 from nanochat_core.store import open_store
 
 BUFFERS = (16, 64, 128, 256, 512, 1000)
-# A buffer takes a while to fill with what does not fit: the first half is not counted.
+# Number of tokens to pack. Only the second half counts, because the buffer first fills slowly with documents that do
+# not fit into any row.
 TOKENS = 60_000_000
 LONGEST = 100_000
 
 
 def waste(lengths: Sequence[int], row_length: int, buffer: int, when_full: Literal["crop", "pad"]) -> PackingStats:
-    """Of the second half of TOKENS."""
+    """Pack TOKENS tokens of documents with these lengths and return the statistics of the second half."""
     ids, counted = np.zeros(LONGEST, np.int32), np.ones(LONGEST, bool)
     numbered = enumerate(itertools.cycle(lengths))
 

@@ -1,14 +1,17 @@
-"""Rollouts of reinforcement learning against karpathy/nanochat's, same random weights, in alternating runs.
+"""Compare the speed of reinforcement learning rollouts with that of karpathy/nanochat (the peer).
 
-``python -m tests.benchmarks.bench_rollouts_peer --peer PATH``, from the project's root. Every run is a process of
-its own that loads the weights, answers one prompt untimed, and then draws one step's rollouts: 16 examples with 16
-samples each at temperature 1 and top-k 50, up to 256 tokens, which are the defaults of both sides.
+Run the program from the project's root: ``python -m tests.benchmarks.bench_rollouts_peer --peer PATH``. Both sides use
+the same random weights and alternate. Each run is a new process that loads the weights, answers one prompt as a
+warm-up, and then samples the rollouts of one training step: 16 examples with 16 samples each, temperature 1, top-k 50
+and at most 256 tokens. These values are the defaults of both sides.
 
-The peer runs as its ``chat_rl.py`` does: one prompt after another, ``--device-batch`` samples at a time, with its own
-engine. A batch of it lasts until its longest sample ends. Some ordinary tokens end an answer on both sides, so that
-answers differ in length as real ones do; draws differ, so the tokens that are counted are each side's own. Weights are
-random, so nobody calls a tool. ``--one-at-a-time`` adds our engine with the peer's batches: what is left then is the
-engine's own speed, and what is gained beyond it is the batch.
+The peer runs as in its ``chat_rl.py``: its own engine answers one prompt after another, ``--device-batch`` samples at a
+time. A batch lasts until its longest sample ends. On both sides some ordinary tokens end an answer, so answers differ
+in length like real ones. The two sides sample different tokens, so each side's rate counts its own tokens. The weights
+are random, so no answer calls a tool.
+
+``--one-at-a-time`` adds a run of our engine with the peer's batches. Its ratio to the peer shows the speed of the
+engine alone; the further gain of the normal run comes from larger batches.
 """
 
 from __future__ import annotations
@@ -33,12 +36,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument(
-        "--device-batch", type=int, default=8, help="samples at a time of one prompt; the peer's default"
-    )
+    parser.add_argument("--device-batch", type=int, default=8, help="samples of one prompt per batch of the peer")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--mean-length", type=int, default=100, help="about how many tokens until an answer ends")
-    parser.add_argument("--one-at-a-time", action="store_true", help="also our engine with the peer's batches")
+    parser.add_argument("--mean-length", type=int, default=100, help="approximate mean length of an answer in tokens")
+    parser.add_argument("--one-at-a-time", action="store_true", help="also measure our engine with the peer's batches")
     parser.add_argument("--dtype", choices=PEER_DTYPES, default="fp32")
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--vocab-size", type=int, default=4096)
@@ -77,7 +78,7 @@ def main() -> int:
         }
         run_peer(options.peer, "weights", task, folder, options.dtype)
         for number in range(1, options.rounds + 1):
-            # Whoever comes first changes from round to round.
+            # The order of the sides alternates between rounds.
             for side in sides if number % 2 else sides[::-1]:
                 if side == "peer":
                     run_peer(options.peer, "rollouts", task, folder, options.dtype)

@@ -1,8 +1,9 @@
-"""Latency of sandbox calls beside that of a bare interpreter, and throughput of a burst.
+"""Measure the latency of sandbox calls, compare it with a bare interpreter, and measure the throughput of a burst.
 
     python -m tests.benchmarks.bench_sandbox [--calls 200]
 
-The bare interpreter runs between the calls, so both meet the same disturbances, and the ratio says more than the times.
+Sandbox calls and bare interpreter runs alternate, so other work on the machine affects both. Therefore the ratio of the
+latencies is more reliable than the latencies.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ def bare_interpreter(*flags: str) -> None:
 
 
 def percentiles(samples: list[float]) -> tuple[float, float]:
-    """p50 and p99 in milliseconds."""
+    """Return p50 and p99 in milliseconds of samples in seconds."""
     cuts = statistics.quantiles(samples, n=100, method="inclusive")
     return cuts[49] * 1e3, cuts[98] * 1e3
 
 
 async def burst(executor: SandboxExecutor, calls: int) -> float:
-    """Calls per second when all are asked for at once."""
+    """Start all calls at once and return the completed calls per second."""
     started = time.perf_counter()
     results = await asyncio.gather(*(executor.execute(CODE) for _ in range(calls)))
     assert all(result.stdout == "1\n" for result in results)

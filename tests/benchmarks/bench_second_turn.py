@@ -1,7 +1,8 @@
-"""Time to the first token of a conversation's second turn, with prefix caching and without, in alternating rounds.
+"""Measure the time to the first token of a conversation's second turn, with and without prefix caching.
 
-``python -m tests.benchmarks.bench_second_turn``, from the project's root. The first turn's prompt and answer have 200
-tokens together, the second adds 20. Weights are random; every round has other tokens.
+Run the program from the project's root: ``python -m tests.benchmarks.bench_second_turn``. Prompt and answer of the
+first turn have 200 tokens together, and the second turn adds 20. The weights are random. Both engines answer the same
+conversation in each round, and every round has new tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ANSWER, NEW = 60, 20
 
 
 def first_token_seconds(engine: Engine, prompt: list[int]) -> float:
-    """From a request's arrival to its first token."""
+    """Return the seconds from the arrival of a request to its first token."""
     started = time.perf_counter()
     engine.add(Request("turn", tuple(prompt), SamplingParams(max_tokens=1)))
     while not engine.step():
@@ -34,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--tokens", type=int, default=200, help="of the first turn, its answer included")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens of the first turn, prompt and answer together")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -51,7 +52,7 @@ def main() -> None:
         for name, engine in engines.items():
             [[answer]] = engine.generate([prompt], SamplingParams(max_tokens=ANSWER))
             taken = first_token_seconds(engine, [*prompt, *answer.token_ids, *addition])
-            if number:  # the first round warms up
+            if number:  # round 0 warms up
                 seconds[name].append(taken)
     on, off = (statistics.median(seconds[name]) for name in ("on", "off"))
     print(

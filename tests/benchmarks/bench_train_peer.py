@@ -1,8 +1,11 @@
-"""Training speed against karpathy/nanochat in alternating runs, and the share of the CPU's matrix product rate.
+"""Compare the training speed with that of karpathy/nanochat (the peer) and with the CPU's matrix product rate.
 
-``python -m tests.benchmarks.bench_train_peer --peer PATH --data FOLDER --dtype fp32 --rounds 3 --seconds 30``, from the
-project's root. Every run is a process of its own that compiles for itself; the first steps are not timed. A step is
-32 rows and includes the optimizer. How many steps the peer's first run does in the given time is what all runs do.
+Run the program from the project's root:
+``python -m tests.benchmarks.bench_train_peer --peer PATH --data FOLDER --dtype fp32 --rounds 3 --seconds 30``.
+
+The sides alternate. Each run is a new process that compiles its own model; the first steps are not timed. A step
+processes 32 rows and includes the optimizer step. The peer's first run lasts for the given time, and all later runs
+have as many steps as that run.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from nanochat_core.errors import run_main
 from tests.benchmarks.peer import WARMUP_STEPS, Comparison, arguments
 
 BATCHES = 64
-# Steps to write a schedule for; no run gets there.
+# Length of the schedule while the number of steps is not known yet. No run has this many steps.
 MOST_STEPS = 100_000
 
 MATMUL = """
@@ -36,7 +39,7 @@ print(2 * side**3 / best)
 
 
 def matmul_flops(dtype: str, threads: int) -> float:
-    """FLOP/s of the fastest of many products of 2048 x 2048 matrices."""
+    """Return the FLOP/s of the fastest of many products of 2048 x 2048 matrices."""
     name = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
     command = [sys.executable, "-c", MATMUL, name, str(threads)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -1,9 +1,11 @@
-"""Bits per byte against karpathy/nanochat after the same steps, and after the same time.
+"""Compare bits per byte with karpathy/nanochat (the peer) after equally many steps and after equal time.
 
-``python -m tests.benchmarks.compare_quality_peer --peer PATH --data FOLDER --steps 300``, from the project's root. Both
-train on the same rows with the same rates and schedule and are evaluated on the same held-out rows; with
-``--init shared`` both start from the weights that the peer draws, with ``--init own`` each draws its own with the same
-seed. Time counts optimizer steps after the first ones, in which both compile.
+Run the program from the project's root:
+``python -m tests.benchmarks.compare_quality_peer --peer PATH --data FOLDER --steps 300``.
+
+Both sides train on the same rows with the same learning rates and schedule, and both are evaluated on the same held-out
+rows. With ``--init shared`` both sides start from the peer's initial weights. With ``--init own`` each side draws its
+own initial weights with the same seed. The time excludes the first steps, in which both sides compile.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from tests.benchmarks.peer import WARMUP_STEPS, Comparison, Result, arguments
 
 
 def elapsed(result: Result) -> list[float]:
-    """Training seconds at each evaluation."""
+    """Return the training time in seconds at each evaluation, without the warm-up steps."""
     return [sum(result.seconds[WARMUP_STEPS:step]) for step, _ in result.evaluations]
 
 
@@ -49,7 +51,7 @@ def main() -> None:
     for (step, theirs), (_, own), their_time, our_time in zip(
         peer.evaluations, ours.evaluations, peer_seconds, our_seconds, strict=True
     ):
-        # Before its first evaluation the peer's curve is not known.
+        # The peer's curve is unknown before its first evaluation.
         then = f"{np.interp(our_time, peer_seconds, peer_bpb):.4f}" if our_time >= peer_seconds[0] else "-"
         print(
             f"| {step} | {theirs:.4f} | {own:.4f} | {own / theirs - 1:+.2%} | {their_time:.1f} | {our_time:.1f} "

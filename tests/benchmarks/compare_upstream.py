@@ -1,8 +1,9 @@
-"""Logits of imported models against karpathy/nanochat's own.
+"""Compare the logits of imported models with the logits that karpathy/nanochat (the peer) computes.
 
-``python -m tests.benchmarks.compare_upstream --peer PATH``, from the project's root. The peer makes a model with random
-weights (output projections and scalars included), saves it and a tokenizer in its own layout, and computes logits in
-fp32; this imports the folder and computes them again.
+Run the program from the project's root: ``python -m tests.benchmarks.compare_upstream --peer PATH``. For each shape,
+the peer creates a model with random weights, including output projections and scalars. It saves the model and a
+tokenizer in its own layout and computes logits in fp32. This program imports the saved folder and computes the
+logits again.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from tests.benchmarks.peer import peer_config, run_peer
 
 
 def shape(depth: int, head_dim: int, pattern: str, *, kv: int | None = None, vocab: int = 512) -> ModelConfig:
-    """A context of 512 makes short windows of 128."""
+    """Return a model shape with a context of 512 tokens, whose short windows have 128 tokens."""
     return ModelConfig.from_depth(
         depth, vocab_size=vocab, head_dim=head_dim, context_length=512, n_kv_head=kv, window_pattern=pattern
     )
 
 
-# Shape, tokens per row.
+# Model shape and tokens per row.
 CASES = [
     (shape(4, 64, "SSSL"), 512),
     (shape(4, 64, "L"), 512),
@@ -45,7 +46,12 @@ CASES = [
 
 
 def difference(peer: Path, config: ModelConfig, time: int, folder: Path) -> tuple[float, float, float]:
-    """Largest absolute difference, the same relative to the largest logit, and the logits' standard deviation."""
+    """Import a model of the peer and compare its logits with the peer's.
+
+    Returns:
+        The largest absolute difference, that difference divided by the largest logit, and the standard deviation of
+        the peer's logits.
+    """
     theirs = folder / "theirs"
     task = {"config": peer_config(config), "time": time, "seed": time, "folder": str(theirs)}
     run_peer(peer, "logits", task, folder)

@@ -1,7 +1,7 @@
-"""Kill a training run at random moments, start it again each time, and compare it with one that nothing happened to.
+"""Kill and restart a training run at random moments, and compare its result with that of an uninterrupted run.
 
-``python -m tests.benchmarks.kill_and_resume --kills 20 --steps 200``, from the project's root. For pretraining and
-fine-tuning of a tiny model: the weights' digest and every loss must be equal to the bit.
+Run the program from the project's root: ``python -m tests.benchmarks.kill_and_resume --kills 20 --steps 200``. It tests
+pretraining and fine-tuning of a tiny model. The digest of the weights and every loss must be equal to the bit.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from tests.support.tiny_training import PRETRAIN, SFT, Jobs, Result, fill
 
 
 def killed_run(jobs: Jobs, module: str, flags: dict[str, object], kills: int, rng: random.Random) -> list[str]:
-    """Run to the end with ``kills`` SIGKILLs and SIGTERMs on the way; what each found."""
+    """Interrupt a run up to ``kills`` times with SIGKILL or SIGTERM, then let it finish.
+
+    Returns:
+        For each interruption the signal, the exit code and the step of the newest checkpoint.
+    """
     found = []
     stage = "sft" if module.endswith("sft") else "base"
     for number in range(kills):
         job = jobs.start(module, flags)
-        # From before the first step to several checkpoints further on.
+        # The signal arrives at some moment between the job's first event and several checkpoints later.
         before = len(job.events)
         job.wait_until(lambda job=job, before=before: len(job.events) > before)  # type: ignore[misc]
         time.sleep(rng.uniform(0, 1.2))

@@ -1,4 +1,4 @@
-"""Our side of bench_core_peer.py, in a process of its own; started by it, not by hand."""
+"""Evaluate CORE with this project. ``bench_core_peer.py`` starts this program for its own side of the comparison."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nanochat_core.store import open_store
 
 
 def core(task: dict[str, Any]) -> None:
-    """CORE, task by task, as jobs.eval.core evaluates it; writes seconds and accuracy of each."""
+    """Evaluate CORE task by task, as jobs.eval.core does, and write seconds and accuracy of each task."""
     prepare_cpu(task["threads"])
     checkpoint = load_checkpoint(open_store(task["home"]), CheckpointRef(task["model"], "base", 1))
     model = checkpoint.build_model()

@@ -1,4 +1,4 @@
-"""Our side of a comparison of engines: the inference core on requests given as tokens; started by peer.py."""
+"""Answer requests with this project's inference engine. The engine comparisons start this program."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nanochat_core.precision import DTYPES
 
 
 def load(task: dict[str, Any]) -> GPT:
-    """A random model, or the peer's weights in our network."""
+    """Return a model with random weights, or our network with the peer's weights if the task names its folder."""
     dtype, device = DTYPES[task["dtype"]], torch.device(task["device"])
     if "depth" in task:
         shape = {name: task[name] for name in ("vocab_size", "head_dim", "context_length")}
@@ -33,7 +33,10 @@ def load(task: dict[str, Any]) -> GPT:
 
 
 def answer(engine: Engine, requests: list[dict[str, Any]]) -> list[list[list[int]]]:
-    """Tokens of each choice of each request; all requests at once, and all of them of as many choices."""
+    """Answer all requests at once and return the token ids of each choice of each request.
+
+    All requests must have the same number of choices.
+    """
     samplings = [
         SamplingParams(temperature=r["temperature"], top_k=r["top_k"] or 0, max_tokens=r["output"]) for r in requests
     ]

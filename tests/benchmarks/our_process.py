@@ -1,4 +1,4 @@
-"""Our side of a training comparison: ``jobs.train.loop.trainer`` on batches given as arrays; started by peer.py."""
+"""Train with ``jobs.train.loop.trainer`` on batches from a file. The training comparisons start this program."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, muon_dtype,
 
 
 class ArrayBatches:
-    """Stands in for the loader: rows of (batches, rows, time + 1), over and over."""
+    """Replaces the loader: repeats the batches of an array of token ids, shape (batches, rows, time + 1)."""
 
     def __init__(self, rows: np.ndarray) -> None:
         self._rows = torch.from_numpy(rows.astype(np.int64))
@@ -43,7 +43,7 @@ class ArrayBatches:
 
 
 def shape(config: dict[str, Any]) -> ModelConfig:
-    """The peer's description of a model in ours."""
+    """Convert the peer's model configuration to ours."""
     return ModelConfig(
         depth=config["n_layer"],
         dim=config["n_embd"],

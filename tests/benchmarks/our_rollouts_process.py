@@ -1,4 +1,4 @@
-"""Our side of the comparison of rollouts: the engine as RL sets it up. ``peer.py`` starts this program."""
+"""Sample rollouts with the engine configured as in RL. ``bench_rollouts_peer.py`` starts this program."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main() -> None:
     )
 
     def answer(some: list[list[int]], first: int, count: int) -> list[list[int]]:
-        """Lengths of ``count`` samples of each prompt, all at once, without the token that ends them."""
+        """Generate ``count`` samples of each prompt, all at once, and return their lengths without the stop token."""
         each = [
             SamplingParams(
                 temperature=task["temperature"],

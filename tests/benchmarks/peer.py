@@ -1,4 +1,4 @@
-"""What the comparisons with karpathy/nanochat share: starting both sides, and the data of a training run."""
+"""Start both sides of a comparison with karpathy/nanochat (the peer) and prepare the data of a training run."""
 
 from __future__ import annotations
 
@@ -24,30 +24,36 @@ from nanochat_core.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-# Both sides compile in the first steps; they are not timed.
+# Both sides compile in the first steps, so these steps are not timed.
 WARMUP_STEPS = 3
 PEER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 ROWS = 32
-# Enough text for a vocabulary of 4096; more changes nothing in a comparison and takes longer.
+# This much text is enough for a vocabulary of 4096. More text would only take longer.
 TOKENIZER_CHARACTERS = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Per step: seconds, and loss in nats; and (step, bits per byte) of each evaluation."""
+    """Result of a training run.
+
+    Attributes:
+        seconds: duration of each step.
+        losses: loss of each step in nats.
+        evaluations: (step, bits per byte) of each evaluation.
+    """
 
     seconds: list[float]
     losses: list[float]
     evaluations: list[tuple[int, float]]
 
     def tokens_per_second(self, tokens: int) -> float:
-        """Of the steps after the warmup, with ``tokens`` each."""
+        """Return the speed of the steps after the warm-up, which have ``tokens`` tokens each."""
         timed = self.seconds[WARMUP_STEPS:]
         return tokens * len(timed) / sum(timed)
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """The flags that all training comparisons have."""
+    """Return a parser with the flags that all training comparisons share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--peer", type=Path, required=True, help="checkout of karpathy/nanochat")
     parser.add_argument("--data", type=Path, required=True, help="folder of parquet shards with a text column")
@@ -55,11 +61,11 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--context-length", type=int, default=256)
-    parser.add_argument(
-        "--window-pattern", default="L", help="L is what the peer advises on CPUs, and its runcpu.sh uses"
-    )
+    parser.add_argument("--window-pattern", default="L", help="the peer recommends L on CPUs and uses it in runcpu.sh")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--lr-scale", type=float, default=0.8, help="factor on all rates but smear's and backout's")
+    parser.add_argument(
+        "--lr-scale", type=float, default=0.8, help="factor on all learning rates except those of smear and backout"
+    )
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=42)
     return parser
@@ -67,7 +73,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What both sides train on and with; files lie in ``folder``."""
+    """Settings, model shape and tokenizer that both sides share. ``folder`` holds the files with the data."""
 
     options: argparse.Namespace
     folder: Path
@@ -76,7 +82,7 @@ class Comparison:
 
     @classmethod
     def prepare(cls, options: argparse.Namespace, folder: Path, *, batches: int, validation_rows: int) -> Comparison:
-        """Train the tokenizer and pack the rows once."""
+        """Train the tokenizer and pack the training and validation rows once for all runs."""
         training, validation = (list(texts) for texts in read_local_text(options.data))
         tokenizer = train_tokenizer(limited(training, 10_000, TOKENIZER_CHARACTERS), options.vocab_size)
         config = ModelConfig.from_depth(
@@ -97,10 +103,10 @@ class Comparison:
         return ROWS * self.config.context_length
 
     def train(self, side: Literal["peer", "ours"], steps: int, **changes: Any) -> Result:
-        """One run in a process of its own; ``changes`` are fields of the task that differ from the usual."""
+        """Run one side's training in a new process. ``changes`` replaces fields of the default task."""
         options, scale = self.options, self.options.lr_scale
-        # Both follow this schedule. It is the one of the peer's base_train for runs of up to 400 steps: there the
-        # momentum's warmup goes on to the end.
+        # Both sides follow this schedule. For runs of at most 400 steps it equals the one of the peer's base_train,
+        # whose momentum warm-up then lasts until the end of the run.
         schedule = Schedule(steps, momentum_end=None if steps <= 400 else 0.90)
         task = {
             "config": peer_config(self.config),
@@ -139,7 +145,7 @@ class Comparison:
         return Result(**json.loads((self.folder / "result.json").read_bytes()))
 
     def _packed(self, texts: list[str], batches: int, rows: int) -> np.ndarray:
-        """int32 of shape (batches, rows, context + 1)."""
+        """Pack the texts into token ids: int32, shape (batches, rows, context + 1)."""
         loader = PackedLoader(
             TextSource(texts, self.tokenizer),  # type: ignore[arg-type]
             rows=rows,
@@ -153,7 +159,7 @@ class Comparison:
 
 
 def peer_config(config: ModelConfig) -> dict[str, Any]:
-    """The peer's description of the same model."""
+    """Convert a model configuration to the peer's."""
     return {
         "sequence_len": config.context_length,
         "vocab_size": config.vocab_size,
@@ -166,13 +172,13 @@ def peer_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def run_peer(peer: Path, name: str, task: dict[str, Any], folder: Path, dtype: str = "fp32") -> None:
-    """Run the task ``name`` of peer_process.py inside the checkout ``peer``.
+    """Run the task ``name`` of peer_process.py with the checkout ``peer``.
 
     Raises:
-        UserError: it failed; its output is in the message.
+        UserError: the process failed. The message contains its output.
     """
     if not (peer / "nanochat" / "gpt.py").is_file():
-        raise UserError(f"{peer} is no checkout of karpathy/nanochat")
+        raise UserError(f"{peer} is not a checkout of karpathy/nanochat")
     environment = {
         "PYTHONPATH": str(peer.resolve()),
         "NANOCHAT_BASE_DIR": str(folder),
@@ -182,19 +188,19 @@ def run_peer(peer: Path, name: str, task: dict[str, Any], folder: Path, dtype: s
 
 
 def run_ours(module: str, task: dict[str, Any], folder: Path) -> None:
-    """Run ``module`` of this package on the task.
+    """Run the program ``module`` of this package on the task.
 
     Raises:
-        UserError: it failed; its output is in the message.
+        UserError: the process failed. The message contains its output.
     """
     _run(["-m", f"{__package__}.{module}", str(_written(folder, "ours", task))], ROOT, {})
 
 
 def run_with(packages: Path, script: str, task: dict[str, Any], folder: Path) -> None:
-    """The same with packages of another folder.
+    """Run ``script`` of this folder on the task, with the packages that the folder ``packages`` holds.
 
     Raises:
-        UserError: it failed; its output is in the message.
+        UserError: the process failed. The message contains its output.
     """
     environment = {"PYTHONPATH": str(packages.resolve())}
     _run([str(HERE / script), str(_written(folder, "theirs", task))], folder, environment)

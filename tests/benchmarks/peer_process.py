@@ -1,7 +1,8 @@
-"""What runs inside a checkout of karpathy/nanochat, for the comparisons with it; started by them, not by hand.
+"""Run tasks with the code of karpathy/nanochat (the peer). The comparisons start this program.
 
-``python peer_process.py TASK FILE.json`` with the checkout on PYTHONPATH. The peer's own network, optimizer, compile
-and evaluation are used as its ``scripts/base_train.py`` uses them; what is replaced is its data, which comes as arrays.
+The command is ``python peer_process.py TASK FILE.json``, with the peer's checkout on PYTHONPATH. Training uses the
+peer's own network, optimizer, compilation and evaluation in the same way as its ``scripts/base_train.py``. Only the
+data differs: it comes from arrays instead of the peer's loader.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def build(config: dict[str, Any], device: torch.device = CPU) -> GPT:
-    """As base_train does: shapes first, then memory, then weights."""
+    """Create a model as base_train does: first on the meta device, then with memory, then with initial weights."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**config))
     model.to_empty(device=device)
@@ -37,7 +38,7 @@ def build(config: dict[str, Any], device: torch.device = CPU) -> GPT:
 
 
 def save_random(task: dict[str, Any], generator: torch.Generator) -> GPT:
-    """A model whose every weight matters, which is also saved in upstream's layout."""
+    """Create a model in which every weight affects the logits, and save it in the peer's layout."""
     model = build(task["config"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -52,12 +53,12 @@ def save_random(task: dict[str, Any], generator: torch.Generator) -> GPT:
 
 
 def weights(task: dict[str, Any]) -> None:
-    """Save a random model in upstream's layout."""
+    """Save a random model in the peer's layout."""
     save_random(task, torch.Generator().manual_seed(task["seed"]))
 
 
 def logits(task: dict[str, Any]) -> None:
-    """The same with a tokenizer, and the model's logits of random rows."""
+    """Save a random model, a tokenizer, and random token ids with the model's logits."""
     generator = torch.Generator().manual_seed(task["seed"])
     model = save_random(task, generator)
     folder = Path(task["folder"])
@@ -70,7 +71,7 @@ def logits(task: dict[str, Any]) -> None:
 
 
 def train(task: dict[str, Any]) -> None:
-    """Optimizer steps as in base_train's loop; writes seconds, losses and evaluations of each."""
+    """Train as in base_train's loop and write the seconds and the loss of each step, and the evaluations."""
     torch.set_num_threads(task["threads"])
     compute_init("cpu")
     torch.manual_seed(task["seed"])
@@ -114,9 +115,10 @@ def train(task: dict[str, Any]) -> None:
 
 
 def core_weights(task: dict[str, Any]) -> None:
-    """A tokenizer, and a model that has read the same text for a few steps, in upstream's layout.
+    """Save a tokenizer, and a model trained for a few steps on the same text, in the peer's layout.
 
-    A model that has learnt nothing would find no continuation, and there would be little to compare.
+    The training matters: an untrained model would predict no continuation correctly, and there would be little to
+    compare.
     """
     torch.set_num_threads(task["threads"])
     torch.manual_seed(task["seed"])
@@ -142,7 +144,10 @@ def core_weights(task: dict[str, Any]) -> None:
 
 
 def core(task: dict[str, Any]) -> None:
-    """base_eval's own CORE, which finds the bundle in its base folder; writes seconds and accuracy of each task."""
+    """Evaluate CORE with base_eval and write seconds and accuracy of each task.
+
+    base_eval looks for the bundle in NANOCHAT_BASE_DIR.
+    """
     from scripts import base_eval
 
     torch.set_num_threads(task["threads"])
@@ -176,7 +181,7 @@ def core(task: dict[str, Any]) -> None:
 
 
 class NoTokens:
-    """Stands in for the tokenizer: its special tokens are none of the model's, so nothing ends before its length."""
+    """Replaces the tokenizer. The model never generates its special tokens, so every answer has the full length."""
 
     def encode_special(self, _name: str) -> int:
         return -1
@@ -186,7 +191,7 @@ class NoTokens:
 
 
 class AnyOf:
-    """Equal to each of some token ids."""
+    """Value that compares equal to each of several token ids."""
 
     def __init__(self, ids: list[int]) -> None:
         self._ids = frozenset(ids)
@@ -198,7 +203,7 @@ class AnyOf:
 
 
 class StopTokens(NoTokens):
-    """The same, but that an answer ends with any of some ordinary tokens, so that answers differ in length."""
+    """Replaces the tokenizer. Several ordinary tokens end an answer, so answers differ in length."""
 
     def __init__(self, ids: list[int]) -> None:
         self._stop = AnyOf(ids)
@@ -208,7 +213,10 @@ class StopTokens(NoTokens):
 
 
 def load(task: dict[str, Any]) -> GPT:
-    """What its build_model does, but for the tokenizer: on a CPU weights are fp32, whatever is computed in."""
+    """Load the model as the peer's build_model does, but without a tokenizer.
+
+    On a CPU the weights are fp32, even if the peer computes in bf16.
+    """
     device = torch.device(task.get("device", "cpu"))
     saved, _, _ = load_checkpoint(task["folder"], 1, device)
     model = build(task["config"], device)
@@ -219,7 +227,10 @@ def load(task: dict[str, Any]) -> GPT:
 
 
 def rollouts(task: dict[str, Any]) -> None:
-    """Sample answers as chat_rl does, one prompt after another, some samples at a time; writes seconds and lengths."""
+    """Sample answers as chat_rl does and write the seconds and the lengths.
+
+    One prompt follows another, and each batch holds ``device_batch`` samples of one prompt.
+    """
     torch.set_num_threads(task["threads"])
     compute_init("cpu")
     engine = Engine(load(task), StopTokens(task["stop"]))
@@ -246,7 +257,7 @@ def rollouts(task: dict[str, Any]) -> None:
 
 
 def serve(task: dict[str, Any]) -> None:
-    """Answer requests one after another, as chat_cli does; writes seconds and tokens of each case."""
+    """Answer requests one after another, as chat_cli does, and write the seconds and tokens of each case."""
     torch.set_num_threads(task["threads"])
     compute_init(task["device"])
     engine = Engine(load(task), NoTokens())

@@ -1,14 +1,17 @@
-"""Thousands of requests of mixed load against a real engine and sandbox, and what must hold afterwards.
+"""Send thousands of mixed requests to a real engine and sandbox, and check the answers and the resources.
 
-``python -m tests.benchmarks.soak_engine --requests 10000``, from the project's root. A small random model makes the
-requests cheap; they come over gRPC with random lengths, priorities, seeds, common prefixes and numbers of choices. One
-in five is cancelled at a random moment, one in five runs Python, some have a deadline, some are wrong, and now and then
-more come at once than the queue takes. Exits with 1 unless
+Run the program from the project's root: ``python -m tests.benchmarks.soak_engine --requests 10000``. A small random
+model makes the requests cheap. They arrive over gRPC with random lengths, priorities, seeds, common prefixes and
+numbers of choices. The program cancels one request in five at a random moment. One in five runs Python, some have a
+deadline, some are invalid, and from time to time more requests arrive at once than the queue can hold.
 
-- each is answered completely, cancelled by this program, ended by its own deadline, or refused in words;
-- equal requests get equal answers, and Python's results are right;
-- nothing runs, waits or holds a cache block at the end;
-- memory, threads, files and processes of engine and sandbox are what they were after the first 2,000 requests.
+The exit code is 0 if all of these claims hold, otherwise 1:
+
+- Each request is answered completely, cancelled by this program, ended by its own deadline, or refused with a reason.
+- Equal requests get equal answers, and the results of Python calls are correct.
+- At the end no request runs, waits or holds a cache block.
+- Engine and sandbox hold no more memory than after the first 2,000 requests, and no more threads, files and processes
+  than at the first measurement, within small tolerances.
 """
 
 from __future__ import annotations
@@ -38,17 +41,17 @@ from tests.support.processes import descendants
 from tests.support.service_process import EngineProcess, ServiceProcess
 
 CONTEXT = 512
-# Small enough for a full queue and for preemptions.
+# Small limits, so that the queue fills up and preemptions happen.
 FLAGS = ("--max-running", "16", "--max-waiting", "32", "--token-budget", "128", "--kv-cache-mib", "2")
 CONCURRENCY = 16
-# Of so many requests the last ones come at once.
+# Of every BURST_EVERY requests the last BURST arrive at once.
 BURST_EVERY, BURST = 300, 40
-# By then every block of the cache has been touched and most shapes have been met, for which oneDNN keeps code.
+# After this many requests every cache block has been used and oneDNN has cached its code for most shapes.
 WARM_UP = 2000
-# How far the resident memory at the end may be above that after the warm-up, whichever is more. Over 8,000 requests the
-# latter is 1 KiB each.
+# Permitted growth of the resident memory after the warm-up: the larger of these two values. Over 8,000 requests, the
+# second one is 1 KiB per request.
 MEMORY_TOLERANCE_RATIO, MEMORY_TOLERANCE_BYTES = 0.05, 8 << 20
-# gRPC and asyncio start threads and open event descriptors as they find use for them.
+# gRPC and asyncio start threads and open event descriptors when they first need them.
 COUNT_TOLERANCE = 4
 FILES_PER_CHILD = 4
 VARIANTS = 40
@@ -56,12 +59,16 @@ VARIANTS = 40
 
 @dataclasses.dataclass
 class Job:
-    """A request and what is going to happen to it.
+    """A request and the behavior of its client.
 
     Attributes:
-        variant: requests with the same number must get the same answer; None for those that are like no other.
-        product: result of the call that the prompt ends with.
-        cancel_after: chunks or seconds after which the client goes away.
+        request: the message to send.
+        variant: requests with the same number must get the same answer. None if the request is unique.
+        product: expected result of the Python call at the end of the prompt. None if the prompt has no such call.
+        cancel_after_chunks: number of received messages after which the client cancels. None means never.
+        cancel_after_seconds: time after which the client cancels. None means never.
+        deadline: timeout of the call in seconds. None means the default.
+        wrong: whether the engine must refuse the request as invalid.
     """
 
     request: pb.GenerateRequest
@@ -79,7 +86,14 @@ class Job:
 
 @dataclasses.dataclass
 class Answer:
-    """What came of a request, by choice: token ids, the last message and tool events; and the number of messages."""
+    """The received answer.
+
+    Attributes:
+        tokens: token ids by choice.
+        ends: last message by choice.
+        events: tool events by choice.
+        chunks: number of received messages.
+    """
 
     tokens: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     ends: dict[int, pb.GenerateChunk] = dataclasses.field(default_factory=dict)
@@ -89,7 +103,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What the two processes hold when nothing is going on."""
+    """Resources of both processes after ``requests`` requests, measured while no request runs."""
 
     requests: int
     engine: Usage
@@ -98,7 +112,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Resident memory in bytes; threads, open files and child processes."""
+    """Resources of a process: resident memory in bytes, and numbers of threads, open files and child processes."""
 
     rss: int
     threads: int
@@ -118,7 +132,7 @@ class Usage:
 
 @dataclasses.dataclass
 class Report:
-    """What a soak has found; ``failures`` says in words what did not hold."""
+    """Results of a run. ``failures`` describes each violated claim."""
 
     outcomes: Counter[str] = dataclasses.field(default_factory=Counter)
     tool_calls: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -131,7 +145,7 @@ class Report:
 
 
 def make_job(rng: random.Random) -> Job:
-    """A request as the mix has it."""
+    """Draw a random request and the behavior of its client."""
     request = pb.GenerateRequest(priority=rng.choice([0, 0, 0, 1, -1]), n=rng.choice([0, 1, 1, 1, 2, 4]))
     sampling = request.sampling
     sampling.max_tokens = rng.randint(1, 60)
@@ -140,7 +154,7 @@ def make_job(rng: random.Random) -> Job:
         sampling.seed = rng.getrandbits(32)
     if rng.random() < 0.2:
         sampling.logprobs = 3
-    # One of a few beginnings, long enough to be found in the cache, and something of its own.
+    # The prompt begins with one of a few common prefixes, long enough for the prefix cache. The rest is random.
     prompt = [rng.randrange(4)] * rng.choice([0, 0, 40, 150]) + _random_tokens(rng, rng.choice([1, 5, 20, 100, 250]))
     job = Job(request)
     if rng.random() < 0.2:
@@ -166,7 +180,7 @@ def make_job(rng: random.Random) -> Job:
 
 
 def _call_python(job: Job, prompt: list[int], rng: random.Random) -> None:
-    """Tools on: the prompt ends with a sum that has not been computed yet, or the model is made to write calls."""
+    """Enable tools. Either the prompt ends with a Python call, or a logit bias makes the model write calls."""
     job.request.tools.enabled = True
     job.request.tools.max_calls = 3
     job.request.sampling.max_tokens = rng.randint(30, 80)
@@ -183,7 +197,7 @@ def _random_tokens(rng: random.Random, count: int) -> list[int]:
 
 
 async def run_job(stub: engine_pb2_grpc.EngineStub, job: Job, report: Report) -> None:
-    """Send a request and judge what comes of it."""
+    """Send a request, check its answer and count its outcome."""
     answer = Answer()
     call = stub.Generate(job.request, timeout=job.deadline or 120)
     if job.cancel_after_seconds is not None:
@@ -204,7 +218,7 @@ async def run_job(stub: engine_pb2_grpc.EngineStub, job: Job, report: Report) ->
         if outcome == "failed":
             report.failures.append(f"a request ended with {error.code().name}: {error.details()}")
     if job.wrong and outcome not in ("refused as wrong", "cancelled"):
-        report.failures.append(f"a wrong request was {outcome}")
+        report.failures.append(f"an invalid request was {outcome}")
     report.outcomes[outcome] += 1
 
 
@@ -225,7 +239,7 @@ def _take(answer: Answer, chunk: pb.GenerateChunk, report: Report) -> None:
     answer.chunks += 1
     index = chunk.index
     if index in answer.ends:
-        report.failures.append("a choice went on after its end")
+        report.failures.append("a choice continued after its end")
     answer.tokens.setdefault(index, []).extend(token.id for token in chunk.tokens)
     answer.events.setdefault(index, []).extend(chunk.tool_events)
     report.tokens += len(chunk.tokens)
@@ -234,42 +248,42 @@ def _take(answer: Answer, chunk: pb.GenerateChunk, report: Report) -> None:
 
 
 def _check_answer(job: Job, answer: Answer, report: Report) -> None:
-    """Completeness of the answer, its tool events, and that it is the same as the last time."""
+    """Check that the answer is complete, that its tool events are right, and that equal requests got equal answers."""
     request = job.request
     problems = []
     if sorted(answer.ends) != list(range(request.n or 1)):
         problems.append(f"of {request.n or 1} choices {sorted(answer.ends)} ended")
     if answer.chunks > sum(map(len, [*answer.tokens.values(), *answer.events.values()])) + len(answer.ends):
-        problems.append("there were messages with nothing in them")
+        problems.append("the engine sent empty messages")
     for index, end in answer.ends.items():
         tokens = len(answer.tokens[index])
         if tokens != end.usage.completion_tokens or tokens > request.sampling.max_tokens:
-            problems.append(f"{tokens} tokens came, {end.usage.completion_tokens} were counted")
+            problems.append(f"the client received {tokens} tokens, the engine counted {end.usage.completion_tokens}")
         results = _results(answer.events[index], problems)
         for result in results:
             report.tool_calls[result.status] += 1
             if result.status == "unavailable":
-                problems.append(f"a call was not served: {result.output}")
+                problems.append(f"a Python call was not executed: {result.output}")
         if job.product and results and results[0].status == "ok" and results[0].output != job.product:
             problems.append(f"Python gave {results[0].output} instead of {job.product}")
         if job.product and not results:
-            problems.append("the prompt's call was not made")
+            problems.append("the Python call of the prompt was not executed")
     if job.variant is not None and report.variants.setdefault(job.variant, answer.tokens) != answer.tokens:
-        problems.append(f"variant {job.variant} was answered in two ways")
+        problems.append(f"equal requests of variant {job.variant} got different answers")
     report.failures += problems
 
 
 def _results(events: list[pb.ToolEvent], problems: list[str]) -> list[pb.ToolResult]:
-    """The results among a choice's events, after a look at their order."""
+    """Check the order of a choice's tool events and return the results among them."""
     expected = [(kind, i // 2) for i, kind in enumerate(["call", "result"] * (len(events) // 2 + 1))][: len(events)]
     found = [(kind, getattr(event, kind).call_index) for event in events for kind in [event.WhichOneof("event")]]
     if found != expected:
-        problems.append(f"tool events came in the order {found}")
+        problems.append(f"tool events arrived in the wrong order {found}")
     return [event.result for event in events if event.HasField("result")]
 
 
 async def _slice(stub: engine_pb2_grpc.EngineStub, jobs: dict[int, Job], report: Report) -> None:
-    """Send these requests by their number, ``CONCURRENCY`` at a time but for the bursts."""
+    """Send the numbered requests, at most ``CONCURRENCY`` at a time except in the bursts."""
     slots = asyncio.Semaphore(CONCURRENCY)
 
     async def run(job: Job, polite: bool) -> None:
@@ -306,9 +320,9 @@ async def _send(service: EngineProcess, sandbox: ServiceProcess, report: Report,
 
 
 def _check_end(report: Report, count: int) -> None:
-    """What must hold when everything is over."""
+    """Check that all requests ended and that the processes released their resources."""
     if sum(report.outcomes.values()) != count:
-        report.failures.append(f"{count} requests were sent, {sum(report.outcomes.values())} came to an end")
+        report.failures.append(f"{count} requests were sent, but {sum(report.outcomes.values())} ended")
     for gauge in ("requests_running", "requests_waiting", "requests_parked", "kv_cache_usage_ratio"):
         if report.metrics[f"nanochat_engine_{gauge}"]:
             report.failures.append(f"at the end {gauge} is {report.metrics[f'nanochat_engine_{gauge}']}")
@@ -316,14 +330,16 @@ def _check_end(report: Report, count: int) -> None:
     for name in ("engine", "sandbox"):
         before, after = getattr(warm, name).rss, getattr(report.samples[-1], name).rss
         if after > before + max(before * MEMORY_TOLERANCE_RATIO, MEMORY_TOLERANCE_BYTES):
-            report.failures.append(f"the {name} holds {_mib(after)} MiB, after {warm.requests} requests {_mib(before)}")
+            report.failures.append(
+                f"the {name} holds {_mib(after)} MiB, but held {_mib(before)} MiB after {warm.requests} requests"
+            )
         start, end = getattr(report.samples[0], name), getattr(report.samples[-1], name)
         for field in ("threads", "files", "children"):
             first, last = getattr(start, field), getattr(end, field)
-            # Processes that wait for calls are started as calls come, and each is held by a few files.
+            # The sandbox starts processes when calls arrive, and holds a few open files for each of them.
             held = FILES_PER_CHILD * max(end.children - start.children, 0) if field == "files" else 0
             if last > first + held + COUNT_TOLERANCE:
-                report.failures.append(f"the {name} has {last} {field}, at first it had {first}")
+                report.failures.append(f"the {name} has {last} {field}, but had {first} at first")
 
 
 @contextlib.contextmanager
@@ -340,7 +356,7 @@ def _services(home: Path) -> Iterator[tuple[EngineProcess, ServiceProcess]]:
 
 
 def soak(count: int, seed: int = 1) -> Report:
-    """Send ``count`` requests to an engine and a sandbox of its own; prints what the processes hold on the way."""
+    """Start an engine and a sandbox, send ``count`` requests, and print the resources of both from time to time."""
     report = Report()
     with tempfile.TemporaryDirectory() as home, _services(Path(home)) as (service, sandbox):
         print(HEADER)
@@ -376,9 +392,9 @@ def _print(report: Report, count: int) -> None:
         print(f"{title}: " + ", ".join(f"{number} {name}" for name, number in counts.most_common()))
     print(
         f"preemptions: {metrics['preemptions_total']:.0f}; prompt tokens found in the cache: {hits:.0%}; "
-        f"{len(report.variants)} requests repeated"
+        f"{len(report.variants)} different requests repeated"
     )
-    judged = f"from request {WARM_UP} on" if count > WARM_UP else "and was not judged: the warm-up is longer"
+    judged = f"after request {WARM_UP}" if count > WARM_UP else "(not checked: all requests belong to the warm-up)"
     print(f"memory may grow by {MEMORY_TOLERANCE_RATIO:.0%} or {_mib(MEMORY_TOLERANCE_BYTES)} MiB {judged}")
     for failure, times in Counter(report.failures).most_common(20):
         print(f"FAILED ({times} times): {failure}")

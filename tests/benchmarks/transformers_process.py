@@ -1,4 +1,7 @@
-"""What runs with Hugging Face's transformers, for the comparison with its continuous batching; started by that."""
+"""Answer requests with the continuous batching of Hugging Face's transformers.
+
+``bench_engine_transformers.py`` starts this program.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,15 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-# A request that takes longer than this has been lost.
+# A request without a result after this time counts as lost.
 _PATIENCE_SECONDS = 300.0
 
 
 def build(task: dict[str, Any]) -> LlamaForCausalLM:
-    """A Llama with random weights and the same matrices, but that three make its MLP where ours has two.
+    """Create a Llama with random weights whose matrices have the same shapes as ours, except in the MLP.
 
-    An inner width of 8/3 makes both as large.
+    Llama's MLP has three matrices and ours has two. With an inner width of 8/3 of the model's width, both MLPs have
+    equally many weights.
     """
     torch.manual_seed(task["seed"])
     config = LlamaConfig(
@@ -30,20 +34,20 @@ def build(task: dict[str, Any]) -> LlamaForCausalLM:
         intermediate_size=round(8 * task["dim"] / 3),
         vocab_size=task["vocab_size"],
         max_position_embeddings=task["context_length"],
-        attn_implementation="sdpa",  # which it replaces by flash-attn where that is installed
+        attn_implementation="sdpa",  # transformers uses flash-attn instead if it is installed
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[task["dtype"]]
     return LlamaForCausalLM(config).eval().to(task["device"], dtype)
 
 
 def answer(manager: Any, requests: list[dict[str, Any]]) -> list[list[list[int]]]:
-    """Tokens of each request, all of which are added at once."""
+    """Add all requests at once and return the generated token ids of the only choice of each request."""
     ids = [manager.add_request(request["prompt"], max_new_tokens=request["output"]) for request in requests]
     tokens: dict[str, list[int]] = {}
     while len(tokens) < len(ids):
         output = manager.get_result(timeout=_PATIENCE_SECONDS)
         if output is None or output.error:
-            raise SystemExit(f"no answer: {output and output.error}")
+            raise SystemExit(f"a request got no answer: {output and output.error}")
         if output.is_finished():
             tokens[output.request_id] = list(output.generated_tokens)
     return [[tokens[request_id]] for request_id in ids]
@@ -53,9 +57,9 @@ def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(task["threads"])
     model = build(task)
-    # On a CPU it does not find them out by itself: room for more than any case has.
+    # On a CPU transformers cannot determine these limits itself. They exceed the needs of every case.
     limits = {"num_blocks": 4096, "page_size": 32, "max_batch_tokens": 512} if task["device"] == "cpu" else {}
-    # No two prompts have anything in common.
+    # No two prompts share a prefix, so sharing cache blocks would not help.
     batching = ContinuousBatchingConfig(allow_block_sharing=False, **limits)
     greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
     result = {}
