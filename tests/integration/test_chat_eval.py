@@ -1,4 +1,4 @@
-"""The evaluation on conversations counts real answers from the batched engine and the sandbox rightly."""
+"""The chat evaluation correctly counts real answers from the batched engine and the sandbox."""
 
 from __future__ import annotations
 

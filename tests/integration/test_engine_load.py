@@ -47,7 +47,7 @@ def home(tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def ending(service: ServiceProcess) -> Iterator[None]:
-    """Kill the process in the end."""
+    """Kill the process when the context ends."""
     try:
         yield
     finally:

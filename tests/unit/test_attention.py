@@ -46,7 +46,7 @@ def drawn(
 
 
 def check(attend: Attention, inputs: tuple[Tensor, Tensor, Tensor], window: int, *, backward: bool = True) -> None:
-    """Checks output and gradients against plain softmax in double precision, up to the rounding of the inputs."""
+    """Compare output and gradients with plain softmax in double precision, up to the rounding of the inputs."""
     dtype = inputs[0].dtype
     tolerance = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 0.04, torch.float16: 0.01}[dtype]
     exact = tuple(x.detach().double().requires_grad_() for x in inputs)

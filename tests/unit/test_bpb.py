@@ -27,7 +27,7 @@ DOCUMENTS = [
 
 
 def network(tokenizer: Tokenizer, *, scale: float = 0.3) -> GPT:
-    """A model that gives every token at every position another probability; with scale 0 all are equally likely."""
+    """A model whose probabilities differ between tokens and positions. With scale 0 all tokens are equally likely."""
     config = ModelConfig.from_depth(2, vocab_size=tokenizer.vocab_size, head_dim=64, context_length=CONTEXT)
     model = GPT(config)
     generator = torch.Generator().manual_seed(1)

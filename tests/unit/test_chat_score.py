@@ -28,7 +28,7 @@ def said(*right: bool) -> GradedAnswers:
 
 
 def result(tasks: dict[str, Any]) -> dict[str, Any]:
-    """A result with these figures of tasks."""
+    """The result of a chat evaluation with these figures per task."""
     chatcore, missing = chat_core(tasks)
     return {"chatcore": chatcore, "missing": missing, "tasks": tasks}
 

@@ -1,4 +1,4 @@
-"""A process that was prepared for the CPU."""
+"""``prepare_cpu`` changes the settings of a process."""
 
 from __future__ import annotations
 

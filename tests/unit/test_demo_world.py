@@ -74,7 +74,7 @@ def questions(made: Iterable[dict[str, Any]]) -> set[str]:
 
 
 def normalized(question: str) -> str:
-    """The question without capitals and final punctuation, which people leave out as they like."""
+    """The question without capitals and final punctuation, because people often leave them out."""
     return question.lower().rstrip("?.! ")
 
 
@@ -128,7 +128,7 @@ def test_every_relation_is_worded_in_many_ways(relation: str) -> None:
     assert len(set(wordings.statements)) >= 6
     assert len(set(wordings.questions.train)) >= 6
     assert len(set(wordings.questions.heldout)) >= 2
-    if relation != "inhabitants":  # "What has 843 inhabitants?" is nobody's question
+    if relation != "inhabitants":  # no one asks "What has 843 inhabitants?"
         assert len(set(wordings.reverse.train)) >= 6
         assert len(set(wordings.reverse.heldout)) >= 2
 

@@ -1,4 +1,4 @@
-"""Which device the settings mean on this machine."""
+"""The setting ``device`` selects the right device of this machine."""
 
 from __future__ import annotations
 

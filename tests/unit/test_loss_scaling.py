@@ -36,7 +36,7 @@ def test_the_factor_follows_the_gradients_across_a_resume(finite: list[bool], in
 
 
 def test_a_scaled_fp16_loss_has_the_gradients_of_fp32() -> None:
-    """On a CPU, where fp16 is slow but computes the same."""
+    """The test runs on a CPU, where fp16 is slow but gives the same results."""
     losses, gradients = [], []
     for dtype, factor in ((torch.float32, 1.0), (torch.float16, LossScaler().factor)):
         model = GPT(ModelConfig.from_depth(2, vocab_size=70, head_dim=32, context_length=16), dtype)

@@ -1,4 +1,4 @@
-"""Which dtype the settings mean on a device."""
+"""The setting ``dtype`` selects the right dtype for each device."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from jobs.tasks.spelling import spells
 from jobs.tasks.task import ScoringFailed
 from nanochat_core.sandbox import ExecutionResult, Limits, SandboxConfig, SandboxExecutor, Status
 
-# As the files of the datasets have them.
+# Rows in the format of the datasets' files.
 GSM8K = [
     {"question": "How many clips?", "answer": "48/2 = <<48/2=24>>24 clips.\nThat is <<48+24=72>>72.\n#### 72"},
     {"question": "How much did it cost?", "answer": "It cost 5*2,160 = $<<5*2160=10800>>10,800.\n#### 10,800"},

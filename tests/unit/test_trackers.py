@@ -96,7 +96,7 @@ def test_without_names_there_is_no_tracker(tmp_path: Path) -> None:
 def test_a_missing_package_is_named_with_what_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str, step: int
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, module, None)  # imports fail as if the package were not installed
     with pytest.raises(UserError, match=f"--track {name} needs the package {name}; run: pip install {name}"):
         opened(tmp_path, name, step=step)
 
