@@ -1,4 +1,4 @@
-"""The inference benchmark with real clients: of the core, an engine process, a gateway, and servers that fail."""
+"""The inference benchmark measures the core, an engine process and a gateway, and reports servers that fail."""
 
 from __future__ import annotations
 

@@ -642,7 +642,7 @@ async def test_a_reload_that_nobody_waits_for_any_more_is_finished_before_the_ne
 
 @pytest.fixture
 def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slow steps, so that a stream takes longer than the loading of another model."""
+    """Slow down the engine's steps, so that a stream takes longer than the loading of another model."""
     run = EagerRunner.run
 
     def run_slowly(runner: EagerRunner, chunks: list[Chunk], pending: PendingTokens | None) -> object:

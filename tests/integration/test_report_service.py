@@ -1,4 +1,4 @@
-"""The report's way to a browser: from the store through the engine and the gateway."""
+"""A browser gets the report from the store through the engine and the gateway."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Every attention backend against plain softmax over a full matrix of scores, and plain softmax against a loop.
+"""Every attention backend agrees with plain softmax over a full matrix of scores, and plain softmax with a loop.
 
-Some tests only trace the code on a CPU (``aot_eager``), which takes seconds less than generating machine code.
+Some tests only trace the code on a CPU (``aot_eager``), which is seconds faster than generating machine code.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def test_a_cpu_has_torch_s_own_attention_only() -> None:
 
 @pytest.fixture
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both flash-attn packages, with a function that returns its package and options."""
+    """Install replacements for both flash-attn packages. Their function returns the package's name and the options."""
     for module in ("flash_attn_interface", "flash_attn"):
         package = types.ModuleType(module)
         package.flash_attn_func = lambda q, k, v, *, _name=module, **options: (_name, options)  # type: ignore[attr-defined]

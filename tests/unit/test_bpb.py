@@ -1,4 +1,4 @@
-"""Bits per byte against a reference that predicts one token at a time."""
+"""Bits per byte agree with a reference that predicts one token at a time."""
 
 from __future__ import annotations
 

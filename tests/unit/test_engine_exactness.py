@@ -68,7 +68,7 @@ def make_jobs() -> list[Job]:
     """Greedy and seeded requests, short and long, some with a common beginning, some that call the tool."""
     source = random.Random(7)
     stem = tuple(source.randrange(256) for _ in range(150))
-    # Equal blocks follow different first blocks. A cache that looked at their own tokens alone would confuse them.
+    # Equal blocks follow different first blocks. A cache that compared only a block's own tokens would confuse them.
     jobs = [Job((first,) * 16 + stem[:33], SamplingParams(max_tokens=10)) for first in (1, 2)]
     for i in range(24):
         own = tuple(source.randrange(256) for _ in range(source.choice([1, 2, 5, 15, 16, 17, 40])))

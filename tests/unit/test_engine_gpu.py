@@ -97,7 +97,7 @@ def flash_attn_with_kvcache(
     causal: bool,
     window_size: tuple[int, int],
 ) -> Tensor:
-    """The part of FlashAttention 3's function that the engine uses, as documented, but for one query at a time."""
+    """Slow reference for FlashAttention 3's function. It supports only the engine's arguments, one query at a time."""
     assert causal
     assert window_size[1] == 0
     assert {t.dtype for t in (cache_seqlens, page_table, cu_seqlens_q)} == {torch.int32}
@@ -160,7 +160,7 @@ def test_flash_attention_is_for_hopper_and_bf16(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_bf16_is_as_near_to_the_model_as_pytorchs_operators_are() -> None:
-    """This computes token by token only, because the interpreter cannot multiply bf16 matrices."""
+    """The test computes only one token at a time, because the interpreter cannot multiply bf16 matrices."""
     shape = shape_of(2, 32, 2)
     here, model, rows = place(shape, 12, dtype=torch.bfloat16)
     logits = here.logits((0, 0, 12))[0]
@@ -236,7 +236,7 @@ def test_an_engine_says_the_same_as_on_pytorchs_operators(overlap: bool) -> None
 
 @pytest.mark.usefixtures("on_kernels")
 def test_new_weights_are_taken_up() -> None:
-    """Graphs that were recorded before use the new weights too."""
+    """CUDA graphs that were recorded earlier also use the new weights."""
     model = tiny_model(depth=1).to(DEVICE)
     engine = Engine(model, BYTES, EngineConfig(kv_cache_bytes=1 << 20, max_running=2))
     engine.warm_up()

@@ -67,7 +67,7 @@ def test_one_token_at_a_time_gives_what_the_row_gives() -> None:
 
 @pytest.mark.parametrize("residual_scale", [1.0, 0.02])
 def test_bf16_computes_in_bf16_and_gives_what_training_in_bf16_gives(residual_scale: float) -> None:
-    """A wrong epsilon of a norm would show with small residual streams."""
+    """With small residual streams, a wrong epsilon of a norm would change the result."""
     shape, row = config(4), random_ids(1, 30)
     model = random_model(shape, dtype=torch.bfloat16)
     with torch.no_grad():

@@ -91,7 +91,7 @@ def test_what_needs_the_last_tokens_waits_for_them(order: list[str], sampling: S
 
 
 def test_drafts_are_made_of_known_tokens_and_until_there_is_one_batches_overlap(order: list[str]) -> None:
-    """One model never repeats itself, the other one does so all the time."""
+    """One model never repeats itself, and the other one repeats itself all the time."""
     config = EngineConfig(overlap=True, kv_cache_bytes=1 << 26)
     request = Request("r", tuple(script_tokens("a")), SamplingParams(max_tokens=24))
     outputs = answer(Engine(scripted_model("abcdefghijklmnopqrstuvwxyz"), BYTES, config), request)

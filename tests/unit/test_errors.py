@@ -1,4 +1,4 @@
-"""How programs end: one line for a user's error, a traceback for an error of the program."""
+"""Programs end with one line for a user's error, and with a traceback for an error of the program."""
 
 from __future__ import annotations
 

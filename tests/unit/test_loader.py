@@ -29,7 +29,7 @@ from nanochat_core.tokenizer import Tokenizer
 BYTES = Tokenizer([bytes([byte]) for byte in range(256)])
 CONTEXT = 32
 ROWS = 3
-# Enough batches for every source to begin its third epoch.
+# With this many batches every source begins its third epoch.
 BATCHES = 60
 
 

@@ -1,4 +1,4 @@
-"""The loss in chunks against the plain formula over all logits."""
+"""The chunked loss agrees with the plain formula over all logits."""
 
 from __future__ import annotations
 

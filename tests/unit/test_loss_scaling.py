@@ -1,4 +1,4 @@
-"""Dynamic loss scaling against its rule, and gradients of a scaled fp16 loss against those of fp32."""
+"""Dynamic loss scaling follows its rule, and gradients of a scaled fp16 loss agree with those of fp32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model against a reference, written here from the model's definition in float64 with plain loops."""
+"""The model agrees with a reference, written here from the model's definition in float64 with plain loops."""
 
 from __future__ import annotations
 

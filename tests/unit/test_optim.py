@@ -1,4 +1,4 @@
-"""The optimizer's updates against their formulas, written here as loops over single numbers."""
+"""The optimizer's updates agree with their formulas, written here as loops over single numbers."""
 
 from __future__ import annotations
 

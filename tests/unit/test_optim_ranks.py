@@ -99,7 +99,7 @@ def assert_same_state(state: dict[str, np.ndarray], expected: dict[str, np.ndarr
 def test_two_ranks_make_exactly_the_steps_of_one(one_rank: dict[str, Any]) -> None:
     results = run_ranks(2, train, range(STEPS))
     assert_same(results, one_rank)
-    # The gradients are equal to the bit. The norms differ, because the squares are summed over other pieces in fp32.
+    # The gradients are equal to the bit. The norms differ, because the ranks sum the squares in another order in fp32.
     assert results[0]["norms"] == results[1]["norms"] == pytest.approx(one_rank["norms"], rel=1e-4)
 
 

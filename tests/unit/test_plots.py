@@ -1,4 +1,4 @@
-"""Plots are pictures of a sensible size for any course of a run."""
+"""Plots are images of a sensible size for any history of a run."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def spoiled(steps: dict[int, float]) -> Callable[[Trainer], Objective]:
 
 
 class Weights:
-    """An evaluation after every step that copies the weights."""
+    """Copies the weights in an evaluation after every step."""
 
     def __init__(self) -> None:
         self.run: Trainer | None = None
