@@ -1,4 +1,4 @@
-"""A shard is downloaded whole or not at all, whatever the server, the network, the disk and the user do."""
+"""A shard is downloaded whole or not at all, even if the server, the network or the disk fails or the user stops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request gets the same tokens alone and in any batch, however the scheduler divides the work."""
+"""A request gets the same tokens alone and in any batch, for any division of the work by the scheduler."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_what_top_p_keeps_is_the_same_beside_a_row_of_which_it_keeps_many() -> N
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 def test_what_top_p_keeps_of_a_top_k_is_the_same_beside_a_row_without(temperature: float) -> None:
-    """Beside such a row, tokens outside the top-k are present as zeros, which must not change a bit of the sums."""
+    """With such a row in the batch, tokens outside the top-k are present as zeros, which must not change the sums."""
     logits = torch.randn(400, VOCAB) / temperature
     for k in (2, 5, 20):
         best = logits.topk(k).values

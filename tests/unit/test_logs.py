@@ -1,4 +1,4 @@
-"""Logs: every record becomes one line of JSON, whatever it contains."""
+"""Logs: every record becomes one line of JSON, for any content."""
 
 from __future__ import annotations
 
