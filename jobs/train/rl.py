@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from jobs.measures.pass_at_k import pass_at_k
+from jobs.measures.pass_at_k import mean_pass_at_k
 from jobs.tasks.problems import Problems
 from jobs.tasks.registry import open_problems
 from jobs.train.loop.run import Evaluation, Metrics
@@ -153,20 +153,14 @@ def held_out_metrics(
     seeds = [seed_of(settings.seed, "held out", number) for number in numbers]
     greedy = [rollouts[0] for rollouts in answerer.answer(mine, seeds, 1, settings.sampling.greedy)]
     drawn = answerer.answer(mine, seeds, samples, settings.sampling)
-    right = [
-        sum(reward(problem, rollout) >= 1 for rollout in rollouts)
-        for problem, rollouts in zip(mine, drawn, strict=True)
-    ]
-    sums = torch.tensor(
-        [
-            sum(reward(problem, rollout) for problem, rollout in zip(mine, greedy, strict=True)),
-            sum(len(rollout.tokens) for rollout in greedy),
-            *(sum(pass_at_k(samples, count, k) for count in right) for k in range(1, samples + 1)),
-        ],
-        dtype=torch.float64,
-        device=answerer.device,
-    )
-    mean_reward, mean_length, *passed = (ranks.sum(sums) / len(problems.held_out)).tolist()
+    # Each rank fills the columns of its own problems, so that the sums below do not depend on the number of ranks.
+    figures = torch.zeros(3, len(problems.held_out), dtype=torch.float64, device=answerer.device)
+    for number, problem, answer, rollouts in zip(numbers, mine, greedy, drawn, strict=True):
+        right = sum(reward(problem, rollout) >= 1 for rollout in rollouts)
+        figures[:, number] = figures.new_tensor([reward(problem, answer), len(answer.tokens), right])
+    rewards, lengths, counts = ranks.sum(figures).tolist()
+    mean_reward, mean_length = (sum(values) / len(values) for values in (rewards, lengths))
+    passed = mean_pass_at_k([round(count) for count in counts], samples)
     at_k = {str(k): value for k, value in enumerate(passed, 1)}
     return {"heldout_reward": mean_reward, "heldout_length": mean_length, "pass_at_k": at_k}
 
