@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Settings and fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from xdist.scheduler import LoadScopeScheduling
 
 pytest.register_assert_rewrite("tests.support.store_contract")
 
-# Without a GPU, Triton's kernels are interpreted. It decides when it is first imported, by whatever test that is.
+# Without a GPU, Triton must interpret its kernels. It reads this variable when a test first imports it.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Test processes run side by side, and whatever they start shares the cores with them: threads that wait for each other
-# while one is off its core take several times as long as one thread.
+# Test processes and the programs that they start share the cores. Threads that wait for a thread without a core take
+# several times as long as a single thread.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _WORKERS > 1:
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // _WORKERS, 1))
@@ -26,7 +26,7 @@ _THREADS = int(os.environ.get("NANOCHAT_TEST_THREADS", "1"))
 if _THREADS > 1:
     os.environ["OMP_NUM_THREADS"] = str(_THREADS)
 
-# Examples are timed by nobody: on a shared machine a slow one says nothing about the code.
+# Examples have no deadline, because a slow example on a shared machine says nothing about the code.
 hypothesis.settings.register_profile("nanochat", deadline=None)
 hypothesis.settings.load_profile("nanochat")
 
@@ -37,7 +37,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
 
 class _SideBySide(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
-    """A file's tests stay together, for what they share; so do all that need the trained demo model."""
+    """Keeps the tests of a file together, because they share fixtures, and all tests of the trained demo model."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -46,7 +46,7 @@ class _SideBySide(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no ty
 
 
 def pytest_collection_finish() -> None:
-    """Fixtures of a module come before those of its tests."""
+    """Runs before the fixtures of modules, which run before the fixture below."""
     _settle_cpu()
 
 
@@ -56,9 +56,9 @@ def _cpu_of_tests() -> None:
 
 
 def _settle_cpu() -> None:
-    """One thread and subnormal numbers, whatever a job that ran in this process has set.
+    """Undoes the settings of jobs that ran in this process: one thread, and subnormal numbers are kept.
 
-    Tensors in tests are small: threads that wait for each other on a busy machine cost more than they give.
+    Tensors in tests are small, so on a busy machine several threads cost more time than they save.
     """
     torch = sys.modules.get("torch")  # only tests that use it pay for its import
     if torch is not None:

@@ -61,7 +61,7 @@ def _portrait(rng: random.Random) -> str:
 
 
 def _comparison(rng: random.Random) -> str:
-    """The same relation of several people or places, to teach who has which value."""
+    """A text that states one relation of several people or places, to teach who has which value."""
     entities = rng.sample(rng.choice((PEOPLE, PEOPLE, PLACES)), rng.randint(3, 5))
     relation = rng.choice(relations_of(entities[0]))
     if rng.random() < 0.5:

@@ -26,7 +26,7 @@ class Exchange:
     requires_tool: bool = False
 
     def asked(self, question: str) -> Exchange:
-        """The same exchange with the question in other words."""
+        """This exchange with the question in other words."""
         return dataclasses.replace(self, question=question)
 
     @property

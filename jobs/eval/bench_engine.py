@@ -100,7 +100,7 @@ class BenchEngineSettings:
             raise UserError("--revision is of a --model of the store; leave it out with --depth and --endpoint")
         unknown = sorted(set(self.mixes) - set(MIXES))
         if unknown or not self.mixes:
-            raise UserError(f"--mixes has {', '.join(unknown) or 'nothing'}; choose of {', '.join(MIXES)}")
+            raise UserError(f"--mixes has {', '.join(unknown) or 'nothing'}; choose from {', '.join(MIXES)}")
         if self.shared_tokens > self.prompt_tokens:
             raise UserError(f"--shared-tokens is {self.shared_tokens}, more than --prompt-tokens {self.prompt_tokens}")
         if not self.rate and not self.batch_sizes:

@@ -72,7 +72,7 @@ def open_tasks(names: Sequence[str], source: DatasetSource, selection: Selection
     """
     tasks = [_open(name, source, selection) for name in names]
     if not tasks:
-        raise UserError(f"there is no task to evaluate; choose of {', '.join(TASKS)}, or a .jsonl file")
+        raise UserError(f"there is no task to evaluate; choose from {', '.join(TASKS)}, or a .jsonl file")
     for task in tasks:
         if sum(other.name == task.name for other in tasks) > 1:
             raise UserError(f"two of the tasks are called {task.name}; each is evaluated once")
@@ -92,7 +92,7 @@ def _open(name: str, source: DatasetSource, selection: Selection) -> AnyTask:
     elif name in _FROM_FILES:
         task = _FROM_FILES[name](source)
     else:
-        raise UserError(f"there is no task {name!r}; choose of {', '.join(TASKS)}, or a .jsonl file")
+        raise UserError(f"there is no task {name!r}; choose from {', '.join(TASKS)}, or a .jsonl file")
     return task.sample(selection.items, selection.seed) if selection.items else task
 
 

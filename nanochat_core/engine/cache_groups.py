@@ -34,7 +34,7 @@ class CacheGroup:
 
 @dataclasses.dataclass(frozen=True)
 class CacheLayout:
-    """What a backend needs to know to allocate the KV cache.
+    """The sizes that a backend needs to allocate the KV cache.
 
     Attributes:
         config: the model's configuration.

@@ -1,4 +1,4 @@
-"""What the engine reports about its work: its load, and events for metrics."""
+"""The engine's reports about its work: its load, and events for metrics."""
 
 from __future__ import annotations
 

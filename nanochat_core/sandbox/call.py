@@ -30,7 +30,7 @@ class StopReason(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class CompletedCall:
-    """What is known of a call after its process has ended, before it is classified.
+    """The facts about a call after its process has ended, before it is classified.
 
     Attributes:
         exit_code: of the process; 128 + number for a signal. Meaningful only for the reason EXITED.

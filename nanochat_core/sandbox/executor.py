@@ -82,7 +82,7 @@ class SandboxExecutor:
 
     @property
     def stats(self) -> ExecutorStats:
-        """What the executor is doing at this moment."""
+        """The executor's current load."""
         return ExecutorStats(self._running, self._queued, len(self._pool) if self._pool else 0)
 
     def start(self) -> SandboxExecutor:

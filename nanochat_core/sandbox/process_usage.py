@@ -1,4 +1,4 @@
-"""What the kernel says about the CPU time and the memory of one process."""
+"""CPU time and memory of one process, as the kernel reports them."""
 
 from __future__ import annotations
 

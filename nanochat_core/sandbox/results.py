@@ -28,7 +28,7 @@ class ResultFormat(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one call may use. In a request, zero means the configured default.
+    """The resources that one call may use. In a request, zero means the configured default.
 
     Attributes:
         wall_seconds: time from the sending of the code to its end.
@@ -58,7 +58,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What one call used. ``peak_memory_bytes`` is resident memory with the interpreter; 0 if unknown."""
+    """The resources that one call used. ``peak_memory_bytes`` is resident memory with the interpreter; 0 if unknown."""
 
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0

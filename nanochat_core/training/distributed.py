@@ -68,7 +68,7 @@ class Ranks:
         ]
 
     def side_channel(self, seconds: float) -> Ranks:
-        """The same ranks with a new CPU group and timeout, for a background thread. All ranks must call this."""
+        """These ranks with a new CPU group and timeout, for a background thread. All ranks must call this."""
         if self.group is None:
             return self
         timeout = datetime.timedelta(seconds=seconds)

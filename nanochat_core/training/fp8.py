@@ -124,7 +124,7 @@ def _product(
 
 
 def _columns(x: Tensor) -> Tensor:
-    """The same matrix, stored by columns."""
+    """The matrix, stored by columns."""
     return x.t().contiguous().t()
 
 

@@ -1,1 +1,1 @@
-"""What several test modules share: small models, scripted services, processes and data."""
+"""Helpers that several test modules share: small models, scripted services, processes and data."""

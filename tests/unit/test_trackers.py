@@ -102,7 +102,7 @@ def test_a_missing_package_is_named_with_what_installs_it(
 
 
 def test_an_unknown_tracker_is_refused_with_the_choices(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--track has no 'mlflow'; choose of tensorboard, wandb"):
+    with pytest.raises(UserError, match="--track has no 'mlflow'; choose from tensorboard, wandb"):
         opened(tmp_path, "mlflow")
 
 

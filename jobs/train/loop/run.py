@@ -1,4 +1,4 @@
-"""What identifies a training run, and the state that its checkpoints keep."""
+"""The identity of a training run, and the state that its checkpoints keep."""
 
 from __future__ import annotations
 

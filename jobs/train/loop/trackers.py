@@ -52,7 +52,7 @@ def open_trackers(
     trackers: list[Tracker] = []
     for name in names:
         if name not in openers:
-            raise UserError(f"--track has no {name!r}; choose of {', '.join(openers)}")
+            raise UserError(f"--track has no {name!r}; choose from {', '.join(openers)}")
         try:
             trackers.append(Guarded(name, openers[name]()))
         except ImportError as error:
