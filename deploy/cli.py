@@ -59,7 +59,7 @@ def help_text() -> str:
 
 
 def find_program(arguments: Sequence[str]) -> tuple[str, Sequence[str]] | None:
-    """The module of the program that ``arguments`` start with and the remaining arguments, or None."""
+    """The module of the named program and the arguments after its name; None if ``arguments`` name no program."""
     for length in (1, 2):
         if (name := " ".join(arguments[:length])) in PROGRAMS:
             return PROGRAMS[name][0], arguments[length:]

@@ -61,11 +61,11 @@ class Service:
             if len(self._starts) > RESTARTS_PER_MINUTE:
                 raise UserError(f"the {self.name} keeps ending; its last log lines above say why")
             self._starts.append(time.monotonic())
-            # With a pipe of its own, asyncio would not report the process as ended while a child of it holds the pipe.
+            # A pipe made by asyncio would delay the report that the process ended until its child processes end too.
             output, its_output = os.pipe()
             log = asyncio.create_task(self._pass_on_log(output))
             try:
-                # In a session of its own, the service gets no Ctrl-C. The manager stops the services in order.
+                # A new session keeps Ctrl-C away from the service, because the manager stops the services in order.
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable,
                     "-m",
@@ -157,7 +157,7 @@ async def run(settings: LocalSettings) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     if settings.port:
         check_port(settings.port)
-    # This process looks for the model by itself, because reading a checkpoint would load torch.
+    # is_promoted() reads one small file, because reading a checkpoint would import torch.
     if not is_promoted(settings):
         code = await train(settings, stop)
         if code or stop.is_set():
@@ -204,7 +204,7 @@ async def run(settings: LocalSettings) -> int:
 
 
 def is_promoted(settings: LocalSettings) -> bool:
-    """Whether a revision of the model is promoted. A withdrawn promotion leaves the word ``none``."""
+    """Whether a revision of the model is promoted. A withdrawn promotion leaves the word ``none`` in the file."""
     try:
         return open_store(settings.home).read(f"models/{settings.model}/PROMOTED").strip() != b"none"
     except FileNotFoundError:

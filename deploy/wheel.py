@@ -1,7 +1,7 @@
 """Keep the ``nanochat`` command out of wheels.
 
 The command starts programs of ``services``, ``jobs`` and ``deploy``. Those names are too general for somebody else's
-environment, so a wheel holds ``nanochat_core`` alone. An editable install of the repository has all of them.
+environment, so a wheel contains ``nanochat_core`` alone. An editable install of the repository has all packages.
 """
 
 from typing import Any

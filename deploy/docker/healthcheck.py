@@ -24,7 +24,7 @@ def http_is_healthy(address: str, path: str) -> bool:
 
 def grpc_is_serving(address: str) -> bool:
     """Whether the standard gRPC health service reports SERVING for the whole server."""
-    import grpc  # loads slowly, and HTTP does not need it
+    import grpc  # this import is slow, and HTTP does not need it
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     with grpc.insecure_channel(address) as channel:

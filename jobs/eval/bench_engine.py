@@ -51,7 +51,7 @@ from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger("jobs.eval.bench_engine")
 
-# Without --requests: requests for each slot of a closed loop, and requests of an open loop.
+# Default numbers of requests: for each slot of a closed loop, and for a whole open loop.
 _ROUNDS, _ARRIVALS = 4, 64
 # Before each row every slot is warmed up by a request with this number of output tokens.
 _WARM_UP_OUTPUT = 4
@@ -197,7 +197,7 @@ def plan(
     endpoint's prefix cache can contain the prompts of an earlier run.
 
     Args:
-        salt: number of the row. It keeps rows from finding each other's prompts in the prefix cache.
+        salt: number of the row. Each row gets different prompts, so that the prefix cache has none of them yet.
     """
     shape = settings.shape
     choices = choices_per_request(mix, shape, slots or shape.samples)
@@ -292,7 +292,7 @@ def load_model(settings: BenchEngineSettings) -> tuple[GPT, Tokenizer, dict[str,
     """The model on its device, its tokenizer, and its description as JSON values.
 
     Raises:
-        UserError: there is no such checkpoint or device, or the settings make no valid model.
+        UserError: there is no such checkpoint or device, or the settings do not describe a valid model.
     """
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)

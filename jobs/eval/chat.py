@@ -38,7 +38,7 @@ from nanochat_core.training.distributed import ALONE, Ranks, joined, rank_device
 
 log = logging.getLogger("jobs.eval.chat")
 
-# A rank that generates long answers ends long after a rank that generates short ones.
+# A rank with long answers can finish much later than a rank with short answers.
 _RANK_TIMEOUT_SECONDS = 3600.0
 # Prompt tokens that a step of the engine may compute for each running sequence.
 _BUDGET_PER_SEQUENCE = 8
@@ -127,8 +127,8 @@ def evaluation_of(
 ) -> Evaluation:
     """The evaluation of a checkpoint on these tasks.
 
-    Its key names the tasks and the sampling, so that results on different tasks, or of greedy and of sampled answers,
-    stand side by side in the store.
+    Its key names the tasks and the sampling, so that the store keeps results on different tasks, and results of greedy
+    and of sampled answers, in separate folders.
     """
     sampling = {"samples": settings.samples, "temperature": settings.temperature, "top_k": settings.top_k}
     decisive = {
@@ -180,7 +180,7 @@ def _show(result: Mapping[str, Any], names: Sequence[str], show: Callable[[str],
     for line in table({**result, "tasks": tasks}):
         show(line)
     for name, task in tasks.items():
-        # The wrong letter of a multiple-choice question tells nothing.
+        # A wrong letter of a multiple-choice question is not shown, because it explains nothing.
         for example in task["examples"] if task["kind"] == "generative" else ():
             if not example["right"]:
                 quoted = {key: example[key] for key in ("question", "expected", "answer", "calls")}

@@ -25,7 +25,7 @@ def pick_checkpoint(store: Store, model: str, revision: str, stage: str = "sft")
 
 
 def newest_tuned(store: Store, model: str) -> Checkpoint:
-    """The model's newest checkpoint of reinforcement learning or else of fine-tuning.
+    """The model's newest checkpoint of reinforcement learning; if there is none, the newest checkpoint of fine-tuning.
 
     Raises:
         UserError: the model has neither.
@@ -44,7 +44,7 @@ def newest_stages(store: Store, model: str, revision: str = "") -> dict[str, Che
         revision: ``<stage>/step_<n>`` of the last checkpoint; empty for the newest checkpoint of the last stage.
 
     Raises:
-        UserError: the model has no checkpoint, or not this one.
+        UserError: the model has no checkpoint, or no checkpoint of this revision.
     """
     last = load_checkpoint(store, CheckpointRef.parse(model, revision)) if revision else None
     before = STAGES[: STAGES.index(last.ref.stage)] if last is not None else STAGES

@@ -118,7 +118,7 @@ def figures(runs: Sequence[Run]) -> dict[str, list[float | None]]:
 
 
 def not_comparable(runs: Sequence[Run]) -> set[str]:
-    """The metrics that runs measured on different data or with different settings."""
+    """Names of the metrics that the runs measured on different data or with different settings."""
     ways: dict[str, set[str]] = {}
     for run in runs:
         for name, metric in run.metrics.items():
@@ -193,7 +193,7 @@ def run(settings: CompareSettings, show: Callable[[str], None]) -> None:
 
 
 def with_models(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with those before the first flag replaced by the flag ``--models``."""
+    """Pass the names before the first flag as the flag ``--models``, and keep the other arguments."""
     names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     return [*(["--models", ",".join(names)] if names else []), *arguments[len(names) :]]
 

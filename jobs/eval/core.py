@@ -63,7 +63,7 @@ def run(settings: CoreSettings, store: Store, device: torch.device, ranks: Ranks
         "dtype": str(dtype).removeprefix("torch."),
     }
     evaluation = Evaluation.of(store, checkpoint, CORE, decisive)
-    # All ranks follow the first rank, because a faster rank could finish before a slower one looks.
+    # All ranks use the first rank's answer: a fast rank could store the result before a slow rank looks for it.
     finished = ranks.gather(evaluation.result())[0]
     if finished is not None:
         log.info("already evaluated", extra={"checkpoint": checkpoint.ref.prefix})

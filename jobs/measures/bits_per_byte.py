@@ -27,7 +27,7 @@ def bits_per_byte(
 
     A loss per token depends on how long the tokenizer's tokens are; a loss per byte does not. Each document begins with
     BOS and is cut into rows of the context length. The model predicts each token once, from the tokens before it in its
-    row. Special tokens stand for no bytes, and their loss is not counted.
+    row. Special tokens represent no bytes, so their loss is not counted.
 
     Args:
         rows: number of rows per forward pass.

@@ -128,7 +128,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 def _ranks_of_merges(lines: Sequence[str], path: Path) -> dict[bytes, int]:
     """Each token's rank, from the lines of ``vocab.bpe``.
 
-    Every line joins two tokens. One printable character spells each of their bytes.
+    Every line names two tokens that are merged into one. A printable character represents each byte of a token.
     """
     plain = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     others = [byte for byte in range(256) if byte not in plain]

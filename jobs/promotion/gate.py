@@ -1,4 +1,4 @@
-"""The promotion gate: judges a checkpoint, keeps the decision and promotes the checkpoint if it may be."""
+"""The promotion gate: judges a checkpoint, stores the decision and promotes the checkpoint if no rule fails."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def incumbent(store: Store, model: str, candidate: str) -> Incumbent | None:
     """
     ref = promoted(store, model)
     if ref is None:
-        # The candidate is still compared with a withdrawn checkpoint, so that judging it twice does not help.
+        # A withdrawn checkpoint is still compared, so that a refused candidate cannot pass at a second attempt.
         last = last_promotion(store, model)
         return None if last is None or last[1].digest == candidate else Incumbent(last[0], last[1].metrics, gone=True)
     try:

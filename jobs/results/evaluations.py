@@ -1,7 +1,7 @@
 """The evaluation store: finished results, and the parts of evaluations that were interrupted.
 
 An evaluation has the folder ``evaluations/<model>/<stage>/step_<n>/<name>/`` of the artifact store, or a folder
-``<key>/`` below it if results of the same name stand side by side. The folder holds ``result.json`` and, while the
+``<key>/`` below it if several results of the same name are kept. The folder contains ``result.json`` and, while the
 evaluation runs, ``parts-<identity>/<part>.json`` for each finished part.
 """
 
@@ -33,7 +33,7 @@ class Evaluation:
     Attributes:
         digest: sha256 of the checkpoint's weights.
         name: the kind of evaluation, such as ``core`` or ``chat``.
-        settings: everything that decides the result, digests of the data included, and nothing else. An evaluation
+        settings: all values that determine the result, such as digests of the data, and no others. An evaluation
             with other settings starts over.
         key: names the folder below ``name``. Evaluations with different keys keep a result each; with the same key,
             the later result replaces the earlier one.
@@ -55,11 +55,11 @@ class Evaluation:
 
     @property
     def folder(self) -> str:
-        """Where the result and the parts lie in the store."""
+        """The folder of the result and the parts in the store."""
         return "/".join(filter(None, (_ROOT, self.ref.model, self.ref.revision, self.name, self.key)))
 
     def result(self) -> Result | None:
-        """The finished result, or None if there is none of these weights and settings."""
+        """The finished result for these weights and settings, or None if the store has none."""
         found: Result | None = _read(self.store, f"{self.folder}/result.json")
         return found if found is not None and found["identity"] == self._identity() else None
 
@@ -113,7 +113,7 @@ def results_of(store: Store, ref: CheckpointRef, digest: str) -> list[Result]:
     """The finished evaluations of one checkpoint.
 
     Args:
-        digest: sha256 of the checkpoint's weights; results of weights that it had earlier are left out.
+        digest: sha256 of the checkpoint's weights; results of its earlier weights are left out.
     """
     found = results(store, ref.model)
     return [result for result in found if (result["revision"], result["digest"]) == (ref.revision, digest)]

@@ -1,6 +1,6 @@
 """Blocking work on daemon threads, which do not delay the end of the process.
 
-Loading a model, or waiting for a store that does not answer, can take longer than a service may take to end.
+Loading a model, or waiting for a store that does not answer, can take longer than the time that a service has to end.
 asyncio.to_thread is no alternative: Python joins the threads of its executor before the process ends.
 """
 

@@ -1,4 +1,4 @@
-"""The models that serve: follows promotions and replaces a model without dropping an answer."""
+"""Keeps the served models in memory: follows promotions, and replaces a model without interrupting an answer."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class ModelHost:
         are logged and the current model keeps serving.
 
         Args:
-            poll_seconds: time between two looks at the promotion.
+            poll_seconds: time between two reads of the promotion.
 
         Raises:
             UserError: the first model cannot be loaded.
@@ -93,7 +93,7 @@ class ModelHost:
             ref: CheckpointRef | None = None
             try:
                 ref = await run_in_daemon_thread(self._loader.wanted_ref)
-                # A configured revision is known without asking the store.
+                # With a configured revision, wanted_ref() has not read the store.
                 store_answered = store_answered or not self._loader.revision
                 if ref is None:
                     fields = {"model": self._loader.model, "store": str(self._loader.store)}
@@ -131,7 +131,7 @@ class ModelHost:
         """Load a checkpoint beside the current model, then send new requests to it.
 
         Memory holds at most two models: if a replaced model still has answers to finish, loading waits for them. If the
-        caller is cancelled, loading continues and an error of it is logged.
+        caller is cancelled, loading continues, and its error, if any, is logged.
 
         Raises:
             UserError: the checkpoint cannot be loaded, or does not fit into memory beside the current model.

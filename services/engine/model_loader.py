@@ -30,7 +30,7 @@ class ModelLoader:
         Args:
             settings: store, model, device and sizes.
             tool_runner: runs the model's Python calls, on the event loop that runs now.
-            observer: is told of everything that the engines do.
+            observer: receives the events of all engines.
 
         Raises:
             UserError: the store or the device does not exist, or no engine can have these settings.

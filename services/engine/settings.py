@@ -82,7 +82,7 @@ class EngineSettings(ListenSettings):
     )
 
     def engine_config(self) -> EngineConfig:
-        """The settings of the inference core: every field of EngineConfig that is a setting too."""
+        """The settings of the inference core: every field of EngineConfig that is also a setting here."""
         names = {field.name for field in dataclasses.fields(EngineConfig)}
         shared = {name: value for name, value in vars(self).items() if name in names}
         return EngineConfig(**shared, kv_cache_bytes=self.kv_cache_mib << 20 or None)

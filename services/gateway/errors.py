@@ -17,7 +17,7 @@ RETRY_AFTER_SECONDS = 2
 # OpenAI's error types. Other statuses are an invalid_request_error below 500 and a server_error from 500 on.
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
-# The engine names a wrong constraint in its trailing metadata; this is the request's parameter for each name.
+# The engine names a wrong constraint in its trailing metadata. This maps each name to the request's parameter.
 _CONSTRAINT_PARAMETERS = {"json_schema": "response_format.json_schema.schema", "regex": "regex"}
 
 
@@ -181,5 +181,5 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
 
 
 async def on_client_gone(_request: Request, _error: Exception) -> Response:
-    """Gives the request log its status; the client does not read the response."""
+    """Sets the status for the request log; the client does not read the response."""
     return Response(status_code=499)

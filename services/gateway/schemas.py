@@ -291,7 +291,7 @@ def refuse_unsupported(request: SamplingRequest) -> None:
 
 
 def refuse_unsupported_messages(messages: list[ChatMessage]) -> None:
-    """Refuses fields of messages in the same way.
+    """Refuses fields of messages that the server would have to ignore although they change the answer.
 
     Raises:
         ApiError: 400 with the field's name.

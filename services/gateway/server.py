@@ -24,7 +24,7 @@ _CLOSE_SECONDS = 5
 
 
 class Server(uvicorn.Server):
-    """Logs when it listens, and drains before it stops."""
+    """A uvicorn server that logs when it is ready, and lets running answers finish before it stops."""
 
     def __init__(self, app: FastAPI, settings: GatewaySettings) -> None:
         super().__init__(

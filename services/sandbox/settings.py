@@ -68,7 +68,7 @@ class SandboxSettings(ListenSettings):
         self.executor_config()
 
     def executor_config(self) -> SandboxConfig:
-        """The settings of the executor: every field of SandboxConfig that is a setting too, and the limits.
+        """The settings of the executor: every field of SandboxConfig that is also a setting here, and the limits.
 
         Raises:
             ValueError: a default limit is above its maximum.

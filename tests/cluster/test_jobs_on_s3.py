@@ -1,7 +1,7 @@
 """Reinforcement learning and evaluation as PyTorchJobs with an S3 server as their store.
 
 The tests run the server as a process on this machine, so the nodes of the cluster must be able to reach this machine.
-At the start the server holds the trained store that the tests of Kubernetes have left in NANOCHAT_TEST_STORE.
+The server starts with the trained store that the tests of Kubernetes have copied to NANOCHAT_TEST_STORE.
 """
 
 from __future__ import annotations

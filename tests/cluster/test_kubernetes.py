@@ -151,7 +151,7 @@ def test_server_accepts_job_manifest(namespace: str, path: str) -> None:
 @pytest.mark.parametrize("values", ["", EVERY_OPTION, OWN_CLAIM], ids=["defaults", "every option", "own claim"])
 def test_server_accepts_chart(namespace: str, values: str) -> None:
     run("helm", "lint", CHART, "--strict", "--values=-", stdin=values)
-    # The test pod needs the service accounts of the release. Another test runs it for real.
+    # The chart's test pod is skipped: it needs the release's service accounts, and another test runs it.
     rendered = run("helm", "-n", namespace, "template", "nanochat", CHART, "--skip-tests", "--values=-", stdin=values)
     dry_run(namespace, rendered.stdout)
 

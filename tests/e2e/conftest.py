@@ -26,7 +26,7 @@ CHROMIUM_FLAGS = [
 ]
 
 
-# The first test waits for the training.
+# Time limit of each test, because the first one waits for the training.
 TRAINING_SECONDS = 1500
 
 

@@ -15,7 +15,7 @@ from nanochat_core.store import open_store
 
 @pytest.fixture(scope="module")
 def answered(demo_home: Path) -> ChatResult:
-    """Answers to 1,000 held-out conversations. The 200 of the report hold only 50 sums, too few for a stable share."""
+    """Answers to 1,000 held-out conversations. The report's 200 include only 50 sums, too few for a stable share."""
     return evaluate(pick_checkpoint(open_store(str(demo_home)), "demo", ""), find_recipe("demo").evaluation_items(1000))
 
 

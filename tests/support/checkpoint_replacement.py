@@ -20,12 +20,12 @@ from nanochat_core.training.optim import Shard
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
 REF = CheckpointRef("m", "sft", 40)
-# More writes than the replacement of a checkpoint makes.
+# Replacing a checkpoint takes fewer writes than this.
 MANY = 100
 
 
 class Killed(BaseException):
-    """Ends the writer as a signal would: nothing after the write in question happens."""
+    """Ends the writer as SIGKILL would: the writer makes no further change."""
 
 
 class Killer:
@@ -72,7 +72,7 @@ def save(store: Store, value: float) -> None:
 
 
 def value_of(store: Store) -> float:
-    """The value that every part of the checkpoint agrees on; the checkpoint is verified as it is read."""
+    """The one value that all parts of the checkpoint contain. Reading verifies the checkpoint."""
     checkpoint, trainer = load_checkpoint(store, REF), load_trainer_state(store, REF)
     state = trainer.read("state", 0, 4)
     assert state is not None

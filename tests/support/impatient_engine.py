@@ -1,4 +1,4 @@
-"""The engine service, which at its end waits only a tenth of a second for a running step."""
+"""The engine service, except that its shutdown waits only 0.1 seconds for a running step."""
 
 from __future__ import annotations
 

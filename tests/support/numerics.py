@@ -29,7 +29,7 @@ def variant(seed: int, cpu: str, *, bf16: bool, threads: int, **variables: str) 
     Args:
         seed: seed of pretraining, fine-tuning and reinforcement learning.
         cpu: name that torch reports; oneDNN multiplies on AMD's processors and MKL elsewhere.
-        bf16: whether the CPU multiplies in bf16, and Muon with it.
+        bf16: whether the CPU, and therefore Muon, multiplies in bf16.
         threads: threads of each process.
         variables: further environment variables.
     """

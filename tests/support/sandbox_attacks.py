@@ -53,7 +53,7 @@ def denied(name: str, code: str) -> Attack:
 
 
 def hidden(name: str, code: str) -> Attack:
-    """An attack on a file that the profile forbids or that does not exist in it."""
+    """An attack on a file that the profile forbids or hides."""
     return Attack(name, code, ("denied", "error"), _UNREACHABLE)
 
 

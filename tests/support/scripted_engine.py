@@ -119,7 +119,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     """An engine that runs a test's script.
 
     Attributes:
-        script: answers the requests to come.
+        script: answers the next requests.
         requests, metadata: the requests so far and their gRPC metadata.
         cancelled: released once for each call that the gateway cancelled.
         looks: number of times that a gateway has asked for the load.
@@ -147,7 +147,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         self.health = health.aio.HealthServicer()
 
     async def start(self) -> None:
-        """Listens, at the same address as before after a restart."""
+        """Starts to listen. After a restart the address is the same as before."""
         self._server = grpc.aio.server()
         engine_pb2_grpc.add_EngineServicer_to_server(self, self._server)
         self.health = health.aio.HealthServicer()
@@ -183,7 +183,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         return self.load
 
     async def looked_at(self) -> None:
-        """Waits until a gateway has seen the engine's present health, load and model."""
+        """Waits until a gateway has read the engine's current health, load and model."""
         seen = self.looks
         async with asyncio.timeout(10):
             while self.looks < seen + 3:

@@ -195,7 +195,7 @@ class Jobs:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Weights and history, which are equal for equal runs, and the whole meta data."""
+    """The weights and history, which are equal for equal runs, and the metadata, which is not compared."""
 
     weights: str
     history: list[dict[str, float]]

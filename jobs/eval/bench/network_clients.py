@@ -28,7 +28,7 @@ _TEXT = (
     "service friend father power hour game line end member law car city"
 )
 WORDS = tuple(_TEXT.split())
-# The token counts of two prompts of these lengths tell how many tokens a word and the chat template have.
+# Lengths in words of two trial prompts. Their token counts give the tokens per word and of the chat template.
 _FEW_WORDS, _MANY_WORDS = 8, 32
 _CONNECT_SECONDS = 10.0
 
@@ -85,8 +85,10 @@ class NetworkClient(ABC):
 
     @abstractmethod
     def _stream(self, request: BenchRequest) -> AsyncIterator[tuple[int, int, list[TokenCounts]]]:
-        """Send a request and stream its answer: the index of a choice, the number of its new tokens, and the token
-        counts of choices that have ended.
+        """Send a request and stream its answer.
+
+        Yields:
+            the index of a choice, the number of its new tokens, and the token counts of choices that have ended.
 
         Raises:
             RequestFailed: the request was not answered completely.
@@ -97,7 +99,7 @@ class NetworkClient(ABC):
 
 
 class RequestFailed(Exception):
-    """A request was not answered. The message is the same for the same cause, so that causes can be counted."""
+    """A request was not answered. Failures with the same cause have the same message, so that they can be counted."""
 
     def __init__(self, message: str, *, refused: bool = False) -> None:
         super().__init__(message)
@@ -177,8 +179,9 @@ class GrpcClient(NetworkClient):
 class HttpClient(NetworkClient):
     """A client of an OpenAI-compatible server, which streams chat completions.
 
-    Prompts are words that make about the wanted number of tokens; the counts have the true number. An output has the
-    wanted length unless the model ends its answer earlier. Latencies count a chunk with text as one token.
+    A prompt consists of words that make about the wanted number of tokens; the server reports the exact number. An
+    output has the wanted length unless the model ends its answer earlier. Latencies count a chunk with text as one
+    token.
     """
 
     def __init__(self, url: str, model: str, key: str, timeout_seconds: float) -> None:

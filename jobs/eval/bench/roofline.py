@@ -45,7 +45,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
 
 
 def _fastest(operation: Callable[[], object], device: torch.device) -> float:
-    """The seconds of the fastest call, of at least three calls and of as many as fit into the measured time."""
+    """Call ``operation`` for the measured time, at least three times, and return the seconds of the fastest call."""
     seconds: list[float] = []
     while len(seconds) < 3 or sum(seconds) < MEASURED_SECONDS:
         started = time.perf_counter()
@@ -85,7 +85,7 @@ class Costs:
         return int(2 * self.config.kv_dim * self.item_bytes * self._attended(contexts).sum())
 
     def flops(self, contexts: Array, sampled: int) -> int:
-        """FLOPs of tokens: two for each weight of a matrix, and four for each channel of each key attended to.
+        """FLOPs of tokens. Each token takes two per matrix weight, and four per channel of each key that it attends to.
 
         Args:
             contexts: see :meth:`kv_bytes`.
@@ -97,9 +97,9 @@ class Costs:
     def of_run(self, counts: Sequence[TokenCounts], steps: int) -> tuple[int, int]:
         """Bytes and FLOPs of generating choices in ``steps`` forward passes.
 
-        Each step reads the weights once. Each sampled token reads the keys and values of all tokens before it; the
-        prompt's tokens are computed together and read them once. Tokens in the prefix cache are not computed, and
-        neither is the last token of a choice.
+        Each step reads the weights once. Each sampled token reads the keys and values of all tokens before it. The
+        tokens of a prompt are computed together and read the prompt's keys and values once. Tokens in the prefix
+        cache are not computed, and neither is the last token of a choice.
         """
         read, computed = steps * self.weight_bytes, 0
         for count in counts:

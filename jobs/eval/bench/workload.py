@@ -54,7 +54,7 @@ class Shape:
 
 
 def choices_per_request(mix: str, shape: Shape, slots: int) -> int:
-    """The number of continuations per request with which whole requests fill ``slots`` sequences exactly."""
+    """The number of continuations of each request. It divides ``slots``, so that whole requests fill all slots."""
     return math.gcd(slots, shape.samples) if mix == "samples" else 1
 
 

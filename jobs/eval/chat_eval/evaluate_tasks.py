@@ -25,9 +25,9 @@ from nanochat_core.training.distributed import ALONE, Ranks
 
 log = logging.getLogger("jobs.eval.chat")
 
-# Questions of a chunk. An interrupted run loses at most one chunk of multiple-choice questions.
+# Number of questions in a chunk. An interrupted run loses at most one chunk of multiple-choice questions.
 _CHUNK = {"choice": 256, "generative": 32}
-# Tokens of one forward pass over multiple-choice questions, padding included.
+# Number of tokens in one forward pass over multiple-choice questions, padding included.
 _FORWARD_TOKENS = 8192
 
 
@@ -45,7 +45,7 @@ GREEDY = Sampling()
 
 
 class Chunks:
-    """The chunks of a task's questions, and those of them that this rank still has to evaluate.
+    """The chunks of a task's questions, and the names of the chunks that this rank must still evaluate.
 
     Attributes:
         numbers: the numbers of the questions of each chunk, by the chunk's name.

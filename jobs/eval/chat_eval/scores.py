@@ -14,7 +14,7 @@ Json = Any
 
 # ChatCORE is the mean over these tasks; without some of them it is partial.
 CHAT_CORE_TASKS = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval", "spelling")
-# Numbers of wrong and right answers that a result quotes of each task. Wrong answers tell more about the model.
+# A result quotes at most this many wrong and right answers per task. Wrong answers tell more about the model.
 _WRONG_EXAMPLES, _RIGHT_EXAMPLES = 20, 5
 
 
@@ -24,7 +24,7 @@ def centered(accuracy: float, baseline: float) -> float:
 
 
 def score(task: ChoiceTask | GenerativeTask, graded: Sequence[GradedAnswers], samples: int) -> dict[str, Json]:
-    """The figures of one task, as a result has them under ``tasks``.
+    """The figures of one task, which a result stores under ``tasks``.
 
     Args:
         graded: the answers to each question of the task, in the order of the questions.
@@ -60,7 +60,7 @@ def score(task: ChoiceTask | GenerativeTask, graded: Sequence[GradedAnswers], sa
 
 
 def chat_core(tasks: Mapping[str, Mapping[str, Json]]) -> tuple[float | None, list[str]]:
-    """ChatCORE, the mean centered accuracy of the ChatCORE tasks, and the names of those that were not evaluated.
+    """ChatCORE, which is the mean centered accuracy of its tasks, and the names of its tasks that were not evaluated.
 
     Args:
         tasks: the figures of each evaluated task by its name, as :func:`score` returns them.

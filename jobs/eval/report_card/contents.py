@@ -30,7 +30,7 @@ def gather(
 
     Args:
         stages: a model's checkpoints by stage. There must be at least one stage.
-        recipe: recipe whose kinds of conversations are asked; empty for the recipe that trained the model.
+        recipe: recipe that names the kinds of held-out conversations; empty for the recipe that trained the model.
         items: number of held-out conversations.
         text_bytes: number of bytes of held-out text.
         samples: number of text samples.
@@ -191,7 +191,7 @@ def _domains(store: Store, checkpoint: Checkpoint) -> Report | None:
 
 
 def _benchmark(store: Store, model: str) -> Report | None:
-    """The inference benchmark of this model whose folder has the last name, or None."""
+    """This model's inference benchmark, or None. Of several benchmarks the last one in alphabetical order counts."""
     for key in reversed(store.keys("reports")):
         if key.endswith("/bench.json"):
             result: Report = json.loads(store.read(key))

@@ -32,7 +32,7 @@ SAMPLING = SamplingParams(temperature=0.8, top_k=50, max_tokens=120, seed=7)
 
 
 def evaluate_text(store: Store, base: Checkpoint, validation: Sequence[str]) -> Result:
-    """Bits per byte of the model and of ``xz -9`` on held-out documents, and the tokenizer's bytes per token there."""
+    """On held-out documents: bits per byte of the model and of ``xz -9``, and bytes per token of the tokenizer."""
     text = "\n".join(validation).encode()
 
     def compute() -> Mapping[str, Any]:
@@ -59,7 +59,7 @@ def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: 
 
     def compute() -> Mapping[str, Any]:
         result = evaluate(tuned, items)
-        # Conversations of one kind stand together, so every n-th conversation gives some of each kind.
+        # Conversations are grouped by kind, so every n-th conversation gives examples of all kinds.
         stride = max(1, len(items) // _EXAMPLES)
         return {**result.summary(), "examples": list(map(_example, result.answers[::stride][:_EXAMPLES]))}
 

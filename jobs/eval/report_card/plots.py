@@ -16,7 +16,7 @@ History = list[dict[str, Any]]
 
 
 def draw(folder: Path, report: Mapping[str, Any], histories: Mapping[str, History]) -> list[str]:
-    """Write each plot whose figures are known into ``folder``, and return the file names of the plots."""
+    """Write each plot for which there are figures into ``folder``, and return the file names of the plots."""
     names = []
     stages = [(TITLES[stage], history) for stage, history in histories.items() if any("loss" in p for p in history)]
     if stages:

@@ -235,7 +235,7 @@ def _entries(files: Store) -> list[Json]:
 
 
 def _baselines(files: Store) -> dict[str, float]:
-    """The accuracy of guessing of each task, from 0 to 1. The file has percentages."""
+    """The accuracy that guessing reaches on each task, from 0 to 1. The file gives percentages."""
     baselines = {}
     try:
         for row in csv.DictReader(io.StringIO(_read(files, BASELINES_FILE).decode())):

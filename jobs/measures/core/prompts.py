@@ -54,7 +54,7 @@ class Prompts:
     def __init__(self, task: Task, tokenizer: Tokenizer, longest: int) -> None:
         """
         Args:
-            longest: largest number of tokens that the model can read. Of longer texts the last tokens are kept.
+            longest: largest number of tokens that the model can read. A longer text is cut at its start.
         """
         self._task, self._tokenizer, self._longest = task, tokenizer, longest
         # No match of this pattern continues past the end of a line unless whitespace follows.
@@ -108,7 +108,7 @@ def draw_examples(number: int, items: int, shots: int) -> list[int]:
         items: number of items of the task.
         shots: number of examples.
     """
-    # The draw equals one from a list of all other items, without making the list.
+    # This draws the same examples as a draw from a list of all other items, but does not build the list.
     drawn = random.Random(_EXAMPLES_SEED + number).sample(range(items - 1), shots)  # noqa: S311
     return [other if other < number else other + 1 for other in drawn]
 

@@ -22,8 +22,8 @@ log = logging.getLogger("jobs.eval.core")
 
 # CORE of GPT-2 XL as published with the metric (arXiv 2406.11794).
 GPT2_XL_CORE = 0.256525
-# Tokens of a part, the amount of work that a killed process repeats. The number is the same on every device and for
-# every number of ranks, so that a later run can use the parts of an earlier run with other ranks.
+# Number of tokens in a part. A killed process repeats at most the work of one part. The number is the same on every
+# device and for every number of ranks, so that a later run can use the parts of an earlier run with other ranks.
 PART_TOKENS = 2**17
 
 
@@ -52,7 +52,7 @@ class TaskResult:
 
     @classmethod
     def of(cls, task: Task, right: int) -> TaskResult:
-        """The result of a task of whose items ``right`` were answered rightly."""
+        """The result of a task from its number of right answers."""
         items = len(task.items)
         accuracy = right / items
         return cls(task.label, task.kind, task.shots, items, right, accuracy, task.baseline, task.centered(accuracy))
@@ -178,7 +178,7 @@ def _right(task: Task, scorer: Scorer, tokenizer: Tokenizer, parts: Parts | None
                     if parts is not None:
                         parts.save_part(name, done)
                 found += len(done["right"])
-            # The display assumes that other ranks have scored their parts meanwhile.
+            # The displayed number assumes that the other ranks have scored their parts in the same time.
             answered += len(questions)
             progress.update(answered, {"task": task.label, "examples": answered, "of": len(task.items)})
     return found

@@ -27,7 +27,7 @@ from nanochat_core.model import GPT, QK_SCALE, rotary_table
 # Few-shot prompts can be longer than the context of training, so the rotary table is made this many times as long. The
 # windows of attention do not depend on the length of the table.
 CONTEXTS = 10
-# Tokens of a batch, padding included. These sizes are large enough for matrix products at full speed.
+# Number of tokens in a batch, padding included. These sizes are large enough for matrix products at full speed.
 CPU_TOKENS, GPU_TOKENS = 2048, 32768
 # Queries that attention with a window computes in one block.
 _BLOCK = 256
@@ -39,7 +39,8 @@ def right(question: Question, losses: Sequence[float]) -> bool:
     The option with the lowest loss must be the right one. In language modeling the model must predict every token.
 
     An option that is a prefix of all others has no token of its own, and its mean loss is NaN. Comparisons with NaN are
-    false, so this option has the lowest loss exactly if it comes first. Published results were computed in this way.
+    false, so this option has the lowest loss if and only if it comes first. Published results were computed in this
+    way.
 
     Args:
         losses: loss of each option, as :meth:`Scorer.score` returns it.
@@ -135,7 +136,7 @@ class Tree:
 
     Attributes:
         prefix: (length,) tokens at the start of all options, before any token that predicts a target.
-        ids: (nodes,) token of each node. A node stands for one distinct start of an option.
+        ids: (nodes,) token of each node. Options that begin with the same tokens share nodes.
         parents: (nodes,) parent of each node; -1 is the end of the prefix.
         targets: for each option its pairs of a node and the token to predict after that node.
     """

@@ -8,7 +8,7 @@ from jobs.measures.core.run import GPT2_XL_CORE
 
 
 class Published(NamedTuple):
-    """A model with a published CORE. ``note`` quotes what is published about the model's size and training."""
+    """A model with a published CORE. ``note`` quotes published facts about its size and training."""
 
     name: str
     core: float

@@ -1,1 +1,1 @@
-"""From the chunks of an engine to the response that the client sees."""
+"""Turns an engine's chunks into the response that the client sees."""

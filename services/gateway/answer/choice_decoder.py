@@ -1,4 +1,4 @@
-"""From an engine's tokens to the text and tool events of one choice that the client sees."""
+"""Turns an engine's tokens into the text and the tool events of one choice."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """A response of server-sent events, each sent as soon as it is there.
+    """A response of server-sent events. Each event is sent as soon as it is ready.
 
     The response begins with the first event, or with the first heartbeat if that is earlier. A failure before that is
     an ordinary error response with its own status. A later failure is an event ``{"error": ...}`` that ends the stream.

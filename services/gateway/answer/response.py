@@ -70,7 +70,7 @@ class Answer(abc.ABC):
 
     @abc.abstractmethod
     def whole(self, index: int, delta: Delta) -> dict[str, Any]:
-        """Returns a finished choice; ``delta`` holds its whole content."""
+        """Returns a finished choice; ``delta`` has its whole content."""
 
     @abc.abstractmethod
     def pieces(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
@@ -84,7 +84,7 @@ class Answer(abc.ABC):
         """Returns the response, streamed if the request asks for that.
 
         Raises:
-            ClientGone: the client left before a whole response was there.
+            ClientGone: the client left before a whole response was ready.
             ApiError: the request doesn't fit the model, the engine failed, or the gateway is shutting down.
         """
         if self.body.stream:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 class StopFilter:
     """Lets text through until a stop string is complete, and lets no character of that stop string through.
 
-    The stop string that is complete first ends the text; of several that are complete at the same character, the
-    longest one counts. So the result depends on the text alone and not on its pieces. The filter holds back text that
-    may still become a stop string.
+    The stop string that is complete first ends the text. If several are complete at the same character,
+    the longest one counts. So the result depends on the text alone and not on its pieces. The filter holds back text
+    that may still become a stop string.
 
     Attributes:
         stopped: whether a stop string has ended the text.

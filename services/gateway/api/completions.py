@@ -25,7 +25,7 @@ async def create_completion(
 ) -> Response:
     """Write the continuation of a text.
 
-    A prompt of token ids is used as it is. A text gets the token in front that begins documents.
+    A prompt of token ids is used unchanged. A text prompt gets the token that begins documents in front.
     """
     refuse_unsupported(body)
     check_choices((body.n or 1) * len(body.prompt), pool.settings)

@@ -1,4 +1,4 @@
-"""All engines that this gateway knows."""
+"""The engines to which this gateway can send requests."""
 
 from __future__ import annotations
 

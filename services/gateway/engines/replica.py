@@ -27,12 +27,13 @@ _DOWN_POLL_SECONDS = 0.5
 
 
 class Replica:
-    """One engine. :meth:`watch` keeps its state current, and so do the failures of requests.
+    """One engine. Regular checks by :meth:`watch` and failed requests update its state.
 
     Attributes:
         address: ``host:port`` of the engine.
         model: the model that the engine served at the last check; None before the first one.
-        last_picked: number of the latest request that was sent here; the smallest number waited longest.
+        last_picked: number of the latest request that was sent here; the replica with the smallest number has waited
+            longest.
         stub: gRPC stub of the engine's service.
     """
 

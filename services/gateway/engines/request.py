@@ -1,4 +1,4 @@
-"""From a client's request to the engine's: the prompt's token ids and the sampling parameters."""
+"""Turns a client's request into the engine's request: the prompt's token ids and the sampling parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from services.gateway.settings import GatewaySettings
 # Encoding this many characters takes about as long as handing the work to a thread and back.
 _INLINE_CHARACTERS = 16_384
 _SEEDS = 2**64
-# Stands for a top_p of 0: the client means the narrowest choice, but the engine reads 0 as "off".
+# The engine gets this value for a top_p of 0: the client means the narrowest choice, but the engine reads 0 as "off".
 _SMALLEST_TOP_P = 1e-6
 _BIAS_LIMIT = 100
 

@@ -38,7 +38,7 @@ class Loaded(Protocol):
 
     @property
     def last_picked(self) -> int:
-        """Number of the latest request that was sent to the replica; the smallest number waited longest."""
+        """Number of the latest request sent to the replica. The replica with the smallest number has waited longest."""
 
 
 R = TypeVar("R", bound=Loaded)

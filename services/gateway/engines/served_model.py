@@ -15,7 +15,7 @@ class ServedModel:
     """One revision of a model with its tokenizer.
 
     Attributes:
-        context_length: most tokens of prompt and answer together.
+        context_length: largest number of tokens of prompt and answer together.
         parameters: number of weights.
         created: time when this gateway first saw the revision, in seconds since the epoch.
         fingerprint: identifies name, revision and files; OpenAI's ``system_fingerprint``.
@@ -50,5 +50,5 @@ class ServedModel:
 
     @functools.cached_property
     def longest_token_bytes(self) -> int:
-        """Most bytes that one token stands for."""
+        """The largest number of bytes of a token."""
         return max(map(len, self.tokenizer.token_bytes))

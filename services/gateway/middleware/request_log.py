@@ -22,7 +22,7 @@ _QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 
 @dataclasses.dataclass(slots=True)
 class RequestRecord:
-    """Facts about one request, which the request's handler fills in. It never holds content of a conversation.
+    """Facts about one request, which the request's handler fills in. It never contains text of a conversation.
 
     Attributes:
         started: arrival time, by ``time.perf_counter``, in seconds.
