@@ -1,4 +1,4 @@
-"""The promotion gate: judges a checkpoint, stores the decision and promotes the checkpoint if no rule fails."""
+"""The promotion gate: judges a checkpoint, stores the decision and, on request, promotes an accepted checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nanochat_core.store import Store, StoreError
 
 log = logging.getLogger("jobs.eval.gate")
 
-# Exit code of the gate, and of a pipeline whose model the gate refused. A setting's error is 2, and codes from 128 on
+# Exit code of the gate, and of a pipeline whose model the gate refused. A wrong setting gives 2, and codes from 128 on
 # make Kubernetes restart the job.
 EXIT_REFUSED = 3
 

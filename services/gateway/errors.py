@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 RETRY_AFTER_SECONDS = 2
 
-# OpenAI's error types. Other statuses are an invalid_request_error below 500 and a server_error from 500 on.
+# OpenAI's error types by status. Below 500 all others are invalid_request_error, from 500 on they are server_error.
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 # The engine names a wrong constraint in its trailing metadata. This maps each name to the request's parameter.

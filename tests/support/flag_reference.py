@@ -1,6 +1,7 @@
 """``docs/flags.md``: every flag of every program, made from the programs' own settings.
 
-``make docs`` (``python -m tests.support.flag_reference``) writes the page; ``tests/unit/test_docs.py`` compares it.
+``make docs`` (``python -m tests.support.flag_reference``) writes the page. ``tests/unit/test_docs.py`` checks
+that the page is current.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from services.sandbox.settings import SandboxSettings
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "flags.md"
 
-# Program, prefix of its environment variables, settings.
+# The program, the prefix of its environment variables, and its settings class.
 PROGRAMS: list[tuple[str, str, type[Any]]] = [
     ("deploy.local", "NANOCHAT_LOCAL", LocalSettings),
     ("services.gateway", "NANOCHAT_GATEWAY", GatewaySettings),
@@ -94,7 +95,7 @@ def row(field: dataclasses.Field[Any], hint: Any) -> str:
 
 
 def shown(default: Any) -> str:
-    """A default as the tables write it."""
+    """The text of a default value in the tables."""
     if default is dataclasses.MISSING:
         return "required"
     if default in (None, "", ()):

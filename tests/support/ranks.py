@@ -17,7 +17,7 @@ from tests.support.processes import FORKSERVER
 def run_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """Calls ``work(ranks, *args)`` on ``size`` ranks (gloo) and returns their results in order of rank.
 
-    ``work`` is a function of a module; its result is plain data.
+    ``work`` must be defined at the top level of a module and return plain data.
     """
     results: Any = FORKSERVER.Queue()
     port = free_port()

@@ -63,7 +63,7 @@ SFT: dict[str, Any] = {
 
 
 def sentences(rng: random.Random) -> str:
-    """Text with so much structure that even a tiny model learns from it in a few steps."""
+    """Text that is so regular that even a tiny model learns from it in a few steps."""
     who = ("the gull", "the captain", "a small boat", "the old harbour", "Mira")
     does = ("sees", "waits for", "sings to", "forgets")
     return " ".join(f"{rng.choice(who)} {rng.choice(does)} {rng.choice(who)}." for _ in range(rng.randint(1, 6)))

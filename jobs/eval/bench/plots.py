@@ -10,7 +10,7 @@ from jobs.plots import panels, shades, short
 
 
 def plot_benchmark(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a PNG with throughput and latencies over the load. Lines of p50 are solid, lines of p95 dashed.
+    """Write a PNG that shows throughput and latencies against the load. Lines of p50 are solid, lines of p95 dashed.
 
     Args:
         rows: rows of ``bench.json``, all with ``slots`` or all with ``rate``.

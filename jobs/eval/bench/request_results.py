@@ -96,7 +96,7 @@ class Summary:
 
 
 def summarize(results: Sequence[RequestResult]) -> Summary:
-    """The figures of a finished run from the results of all its requests, which must be at least one."""
+    """The figures of a finished run. ``results`` has one result for each request and is not empty."""
     answered = [result for result in results if not result.error]
     refused = sum(result.refused for result in results)
     seconds = max(result.finished for result in results)

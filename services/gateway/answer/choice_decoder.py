@@ -50,8 +50,8 @@ class ChoiceDecoder:
     """Turns an engine's chunks of one choice into deltas.
 
     The concatenation of all deltas does not depend on how the engine groups its tokens. The decoder holds back an
-    incomplete character and the possible beginning of a stop string. Held text also holds back the tool calls after
-    it, so the client never sees a call before the text that precedes it.
+    incomplete character and the possible beginning of a stop string. Tool calls that follow held-back text wait
+    for it, so the client never sees a call before the text that precedes it.
 
     Attributes:
         token_count: number of tokens decoded so far.

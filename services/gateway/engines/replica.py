@@ -83,7 +83,7 @@ class Replica:
             except UserError as error:
                 self.mark_down(str(error))
             except Exception:
-                # The failure concerns one engine only, so the watch goes on.
+                # The failure concerns one engine only, so the checks continue.
                 logger.exception("engine check failed", extra={"address": self.address})
                 self.mark_down("the check failed")
             poll = self._settings.poll_seconds

@@ -1,6 +1,6 @@
 """Lets torch describe another CPU in every Python process whose ``PYTHONPATH`` names this folder.
 
-The project decides by that description which library multiplies matrices and in which dtype Muon computes.
+The project uses that description to choose the library that multiplies matrices and the dtype of Muon.
 ``NANOCHAT_TEST_CPU`` holds the description as JSON; ``tests/support/numerics.py`` sets both variables.
 """
 
