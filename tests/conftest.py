@@ -17,8 +17,8 @@ pytest.register_assert_rewrite("tests.support.store_contract")
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Test processes and the programs that they start share the cores. Threads that wait for a thread without a core take
-# several times as long as a single thread.
+# Test processes and the programs that they start share the cores. With more threads than cores, a
+# program takes several times as long as with one thread.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _WORKERS > 1:
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // _WORKERS, 1))
@@ -37,7 +37,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
 
 class _SideBySide(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
-    """Keeps the tests of a file together, because they share fixtures, and all tests of the trained demo model."""
+    """Runs tests that share fixtures in one process: the tests of each file, and all tests in tests/e2e."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -46,7 +46,7 @@ class _SideBySide(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no ty
 
 
 def pytest_collection_finish() -> None:
-    """Runs before the fixtures of modules, which run before the fixture below."""
+    """Settle the CPU for the fixtures of modules, which run before the fixture below."""
     _settle_cpu()
 
 
@@ -56,7 +56,7 @@ def _cpu_of_tests() -> None:
 
 
 def _settle_cpu() -> None:
-    """Undoes the settings of jobs that ran in this process: one thread, and subnormal numbers are kept.
+    """Use few threads and keep subnormal numbers, even if a job in this process has changed these settings.
 
     Tensors in tests are small, so on a busy machine several threads cost more time than they save.
     """

@@ -1,4 +1,4 @@
-"""Compare this project's CORE evaluation with that of karpathy/nanochat (the peer): accuracies and duration.
+"""Compare accuracies and duration of the CORE evaluations of this project and of karpathy/nanochat (the peer).
 
 Run the program from the project's root:
 ``python -m tests.benchmarks.bench_core_peer --peer PATH --bundle FOLDER --max-per-task 100``.

@@ -1,4 +1,4 @@
-"""Compare the speed of the inference engine with that of karpathy/nanochat's engine (the peer).
+"""Compare the speed of this project's inference engine and of karpathy/nanochat's engine (the peer).
 
 Run the program from the project's root:
 ``python -m tests.benchmarks.bench_engine_peer --peer PATH --dtype fp32 --rounds 5``.
@@ -42,8 +42,8 @@ def request(prompt: np.ndarray, output: int, n: int = 1, *, sampled: bool = Fals
 def cases(vocab_size: int, seed: int) -> dict[str, dict[str, Any]]:
     """Return the warm-up requests and the batches of timed requests of each case.
 
-    Batches follow one another. The requests of one batch may be answered in any order or all at once. All prompts
-    differ, so our prefix cache never helps.
+    The batches run one after another. The requests of one batch may be answered in any order or all at once. All
+    prompts differ, so our prefix cache never helps.
     """
     draw = np.random.default_rng(seed)
 

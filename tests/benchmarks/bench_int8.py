@@ -71,9 +71,10 @@ def logits_of(engine: Engine, row: list[int]) -> Tensor:
 
 
 def compare_quality(engines: dict[str, Engine], rows: list[list[int]]) -> None:
-    """Print each engine's loss on the rows and how much its predictions differ from those of the first engine.
+    """Print each engine's loss on the rows and how much its predictions differ from the first engine.
 
-    The difference is the Kullback-Leibler divergence in nats, and the share of equal most likely tokens.
+    Two numbers show the difference: the Kullback-Leibler divergence in nats, and the share of positions at which both
+    engines find the same token most likely.
     """
     losses: dict[str, list[float]] = {name: [] for name in engines}
     divergence: dict[str, list[float]] = {name: [] for name in engines}

@@ -1,4 +1,4 @@
-"""Compare time and memory of the chunked loss with those of the plain formula on a CPU.
+"""Compare the time and the memory of the chunked loss and of the plain formula on a CPU.
 
 Run the program from the project's root on Linux: ``python -m tests.benchmarks.bench_loss``. It measures a compiled
 forward and backward pass of each formula. The formulas take turns, and the best of several runs counts. With

@@ -1,4 +1,4 @@
-"""Compare the speed of reinforcement learning rollouts with that of karpathy/nanochat (the peer).
+"""Compare the speed of reinforcement learning rollouts in this project and in karpathy/nanochat (the peer).
 
 Run the program from the project's root: ``python -m tests.benchmarks.bench_rollouts_peer --peer PATH``. Both sides use
 the same random weights and alternate. Each run is a new process that loads the weights, answers one prompt as a

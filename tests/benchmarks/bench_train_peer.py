@@ -1,4 +1,4 @@
-"""Compare the training speed with that of karpathy/nanochat (the peer) and with the CPU's matrix product rate.
+"""Compare the training speed with karpathy/nanochat (the peer) and with the CPU's matrix product rate.
 
 Run the program from the project's root:
 ``python -m tests.benchmarks.bench_train_peer --peer PATH --data FOLDER --dtype fp32 --rounds 3 --seconds 30``.

@@ -24,7 +24,7 @@ from tests.benchmarks.peer import peer_config, run_peer
 
 
 def shape(depth: int, head_dim: int, pattern: str, *, kv: int | None = None, vocab: int = 512) -> ModelConfig:
-    """Return a model shape with a context of 512 tokens, whose short windows have 128 tokens."""
+    """Return a model shape with a context of 512 tokens and short windows of 128 tokens."""
     return ModelConfig.from_depth(
         depth, vocab_size=vocab, head_dim=head_dim, context_length=512, n_kv_head=kv, window_pattern=pattern
     )

@@ -1,4 +1,4 @@
-"""Kill and restart a training run at random moments, and compare its result with that of an uninterrupted run.
+"""Kill and restart a training run at random moments, and compare its result with an uninterrupted run.
 
 Run the program from the project's root: ``python -m tests.benchmarks.kill_and_resume --kills 20 --steps 200``. It tests
 pretraining and fine-tuning of a tiny model. The digest of the weights and every loss must be equal to the bit.

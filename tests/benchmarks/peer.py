@@ -73,7 +73,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Settings, model shape and tokenizer that both sides share. ``folder`` holds the files with the data."""
+    """Settings, model shape and tokenizer that both sides share. The data files are in ``folder``."""
 
     options: argparse.Namespace
     folder: Path
@@ -105,8 +105,8 @@ class Comparison:
     def train(self, side: Literal["peer", "ours"], steps: int, **changes: Any) -> Result:
         """Run one side's training in a new process. ``changes`` replaces fields of the default task."""
         options, scale = self.options, self.options.lr_scale
-        # Both sides follow this schedule. For runs of at most 400 steps it equals the one of the peer's base_train,
-        # whose momentum warm-up then lasts until the end of the run.
+        # Both sides follow this schedule. It equals the peer's schedule for runs of at most 400 steps, because their
+        # momentum rises until the end.
         schedule = Schedule(steps, momentum_end=None if steps <= 400 else 0.90)
         task = {
             "config": peer_config(self.config),
@@ -197,7 +197,7 @@ def run_ours(module: str, task: dict[str, Any], folder: Path) -> None:
 
 
 def run_with(packages: Path, script: str, task: dict[str, Any], folder: Path) -> None:
-    """Run ``script`` of this folder on the task, with the packages that the folder ``packages`` holds.
+    """Run ``script`` of this folder on the task, with the packages in the folder ``packages``.
 
     Raises:
         UserError: the process failed. The message contains its output.

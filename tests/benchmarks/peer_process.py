@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def build(config: dict[str, Any], device: torch.device = CPU) -> GPT:
-    """Create a model as base_train does: first on the meta device, then with memory, then with initial weights."""
+    """Create a model as base_train does: on the meta device, then with allocated memory, then with initial weights."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**config))
     model.to_empty(device=device)
@@ -229,7 +229,7 @@ def load(task: dict[str, Any]) -> GPT:
 def rollouts(task: dict[str, Any]) -> None:
     """Sample answers as chat_rl does and write the seconds and the lengths.
 
-    One prompt follows another, and each batch holds ``device_batch`` samples of one prompt.
+    The prompts are answered one after another. Each batch has ``device_batch`` samples of one prompt.
     """
     torch.set_num_threads(task["threads"])
     compute_init("cpu")

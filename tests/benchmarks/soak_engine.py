@@ -7,7 +7,7 @@ deadline, some are invalid, and from time to time more requests arrive at once t
 
 The exit code is 0 if all of these claims hold, otherwise 1:
 
-- Each request is answered completely, cancelled by this program, ended by its own deadline, or refused with a reason.
+- Each request is answered completely, canceled by this program, ended by its own deadline, or refused with a reason.
 - Equal requests get equal answers, and the results of Python calls are correct.
 - At the end no request runs, waits or holds a cache block.
 - Engine and sandbox hold no more memory than after the first 2,000 requests, and no more threads, files and processes
@@ -48,8 +48,8 @@ CONCURRENCY = 16
 BURST_EVERY, BURST = 300, 40
 # After this many requests every cache block has been used and oneDNN has cached its code for most shapes.
 WARM_UP = 2000
-# Permitted growth of the resident memory after the warm-up: the larger of these two values. Over 8,000 requests, the
-# second one is 1 KiB per request.
+# After the warm-up, the resident memory may grow by this share or by this number of bytes, whichever is larger. Over
+# 8,000 requests, 8 MiB are 1 KiB per request.
 MEMORY_TOLERANCE_RATIO, MEMORY_TOLERANCE_BYTES = 0.05, 8 << 20
 # gRPC and asyncio start threads and open event descriptors when they first need them.
 COUNT_TOLERANCE = 4
@@ -336,7 +336,7 @@ def _check_end(report: Report, count: int) -> None:
         start, end = getattr(report.samples[0], name), getattr(report.samples[-1], name)
         for field in ("threads", "files", "children"):
             first, last = getattr(start, field), getattr(end, field)
-            # The sandbox starts processes when calls arrive, and holds a few open files for each of them.
+            # The sandbox starts processes when calls arrive, and keeps a few files open for each process.
             held = FILES_PER_CHILD * max(end.children - start.children, 0) if field == "files" else 0
             if last > first + held + COUNT_TOLERANCE:
                 report.failures.append(f"the {name} has {last} {field}, but had {first} at first")

@@ -57,7 +57,7 @@ def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(task["threads"])
     model = build(task)
-    # On a CPU transformers cannot determine these limits itself. They exceed the needs of every case.
+    # On a CPU transformers cannot determine its limits itself. These limits exceed the needs of every case.
     limits = {"num_blocks": 4096, "page_size": 32, "max_batch_tokens": 512} if task["device"] == "cpu" else {}
     # No two prompts share a prefix, so sharing cache blocks would not help.
     batching = ContinuousBatchingConfig(allow_block_sharing=False, **limits)

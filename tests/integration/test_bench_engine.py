@@ -116,11 +116,11 @@ def test_shares_are_what_was_read_and_computed_over_what_could_have_been(tmp_pat
     (row,) = result["rows"]
     matrices = 12 * 64 * 64
     head = 64 * 320
-    # The prompt takes one step, in which the last token sees 40 keys. Each other token takes one step.
+    # The first step computes the prompt, whose last token sees 40 keys. Each later step computes one token.
     read = 4 * (6 * (matrices + head) + sum(2 * 64 * keys for keys in range(40, 46)))
     computed = 2 * (45 * matrices + 6 * head) + sum(4 * 64 * keys for keys in range(1, 46))
     assert row["flops_share"] / row["bandwidth_share"] == pytest.approx(computed / read)
-    # The time of the steps is nearly the whole run, and never longer.
+    # The steps together take at most as long as the whole run.
     assert row["bandwidth_share"] >= read / row["seconds"] / limits.bytes_per_second
 
 
@@ -170,7 +170,7 @@ def test_an_engine_that_has_no_room_refuses_and_that_is_counted(service: EngineP
     changes = {"mixes": ("fixed",), "rate": ("100000",), "requests": 40, "output_tokens": 100}
     result, lines = bench(tmp_path, endpoint=f"grpc://{service.address}", **changes)
     (row,) = result["rows"]
-    assert row["answered"] >= 12  # at least 4 run and 8 wait
+    assert row["answered"] >= 12  # at least 4 requests run and 8 wait
     assert row["answered"] + row["refused"] == 40
     assert row["refused"] > 0
     assert row["errors"] == {"RESOURCE_EXHAUSTED": row["refused"]}
@@ -241,7 +241,7 @@ WHOLE = [ROLE, TEXT, TEXT, USAGE, None]
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):
-    """Streams ``events`` to clients that send the key; ``None`` stands for the end mark."""
+    """Streams ``events`` to clients that send the key, with ``None`` as the end mark. An integer is an HTTP status."""
 
     events: Callable[[int], list[Any] | int]
     asked: list[dict[str, Any]]
@@ -383,6 +383,7 @@ def test_the_limits_of_this_machine_are_those_of_its_best_operations(monkeypatch
     from jobs.eval.bench.roofline import measure_limits
 
     limits = measure_limits(torch.device("cpu"), torch.float32)
-    # The fastest copy, which reads and writes, takes 2 seconds, the fastest sum 1 and the fastest product 0.25.
+    # The fastest copy takes 2 seconds and counts twice, because it reads and writes. The fastest sum takes 1 second,
+    # and the fastest product takes 0.25 seconds.
     assert limits.bytes_per_second == max(2 * 2**22 / 2, 2**22 / 1)
     assert limits.flops_per_second == 2 * 256**3 / 0.25

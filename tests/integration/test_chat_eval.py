@@ -138,7 +138,7 @@ def test_the_newest_checkpoint_is_taken_or_the_one_that_is_named(home: Path, che
 
 
 def reference_answer(tokenizer: Tokenizer, item: EvalItem) -> Completion:
-    """The completion of a model that writes the reference answer of the generator."""
+    """The completion of a model that answers exactly with the question's reference answer."""
     prompt = render_prompt(tokenizer, parse_messages(item.messages))
     whole = [*item.messages, {"role": "assistant", "content": item.reference}]
     ids, mask = render_conversation(tokenizer, parse_messages(whole))

@@ -149,7 +149,7 @@ def test_a_killed_evaluation_goes_on_without_repeating_what_was_finished(
 
 
 def test_what_was_kept_is_what_counts(home: Path, uninterrupted: bytes) -> None:
-    """The result contains a changed part of an interrupted run: the part is read, not computed again."""
+    """The test changes a stored part of an interrupted run. The result has this change, so the part was reused."""
     evaluation = None
 
     def stop_after_first(self: Any, name: Any, value: Any) -> Never:

@@ -32,7 +32,7 @@ TASKS = random_tasks(15, items=30)
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a store, which has a model of random weights, and with a bundle."""
+    """A folder with an evaluation bundle and a store that has a model with random weights."""
     folder = tmp_path_factory.mktemp("prepared")
     tokenizer = train_tokenizer([json.dumps(item) for task in TASKS for item in task.items], 300)
     model = GPT(ModelConfig.from_depth(2, vocab_size=tokenizer.vocab_size, head_dim=32, context_length=32))

@@ -32,7 +32,7 @@ PROMPTS = [list(range(10 * i, 11 * i + 3)) for i in range(10)]
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A store with two revisions of a random model, the first promoted, and a model that calls Python."""
+    """A store with two revisions of a random model and a model that calls Python. Revision FIRST is promoted."""
     store = open_store(str(tmp_path))
     for ref, model in (
         (FIRST, tiny_model(context_length=CONTEXT)),
@@ -68,7 +68,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 class Stream:
-    """One call, which a task reads."""
+    """Reads one call in a task, and collects its tokens and tool results."""
 
     def __init__(self, stub: engine_pb2_grpc.EngineStub, request: pb.GenerateRequest) -> None:
         self.tokens: list[int] = []
@@ -84,7 +84,7 @@ class Stream:
 
 
 def job(i: int, max_tokens: int) -> pb.GenerateRequest:
-    """A request with one of ten prompts; half of them are greedy, half sampled with a seed."""
+    """A request with one of ten prompts. Every other prompt is greedy, and the rest are sampled with a seed."""
     i %= len(PROMPTS)
     sampling = pb.SamplingParams(max_tokens=max_tokens, temperature=i % 2, seed=i)
     return pb.GenerateRequest(prompt_token_ids=PROMPTS[i], sampling=sampling)

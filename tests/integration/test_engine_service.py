@@ -49,7 +49,7 @@ CALL = "<|assistant_start|>Is <|python_start|>6*7<|python_end|><|output_end|>ok<
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with two revisions of a random model, the first promoted, and a model that calls Python."""
+    """A store with the models ``tiny``, ``calls`` and ``long``. Of the two revisions of ``tiny``, FIRST is promoted."""
     path = tmp_path_factory.mktemp("home")
     store = open_store(str(path))
     save_checkpoint(store, FIRST, model=tiny_model(context_length=CONTEXT), tokenizer=BYTES, meta={})
@@ -202,7 +202,7 @@ def test_deadlines_end_what_runs_and_what_waits(service: EngineProcess) -> None:
         code, _ = error_of(call)
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED
     service.wait_idle()
-    # The engine computes nothing more for the cancelled requests.
+    # The engine computes nothing more for the canceled requests.
     generated = service.metrics()["nanochat_engine_generation_tokens_total"]
     service.tokens([1], sampling={"max_tokens": 5})
     after = service.metrics()
@@ -265,7 +265,7 @@ def test_metrics_and_logs_tell_what_happened(service: EngineProcess) -> None:
         return after[f"nanochat_engine_{name}"] - before.get(f"nanochat_engine_{name}", 0)
 
     assert grown("prompt_tokens_total") == grown("prefix_cache_queries_total") == 200
-    assert grown("prefix_cache_hits_total") == 96  # three more tokens would not be worth a copy
+    assert grown("prefix_cache_hits_total") == 96  # copying a block for three more tokens is not worthwhile
     assert grown("generation_tokens_total") == 10
     assert grown("requests_finished_total[length]") == 2
     for histogram in ("time_to_first_token_seconds", "queue_time_seconds", "request_duration_seconds"):
@@ -334,7 +334,8 @@ def test_calls_go_to_the_sandbox_and_its_loss_is_something_the_model_reads(start
 def test_a_reload_sends_new_requests_to_the_new_model_and_drops_no_stream(started: Any, home: Path) -> None:
     service = started()
     prompt = list(range(30))
-    # The answer is sampled, because greedy text repeats itself: drafts would finish it before the next model is loaded.
+    # Greedy text repeats itself, so drafts would finish the answer before the next model is loaded. A sampled answer
+    # takes longer.
     long = {"max_tokens": 900, "temperature": 2.0, "seed": 1}
     [[expected]] = Engine(tiny_model(context_length=CONTEXT), BYTES).generate([prompt], SamplingParams(**long))
     [[after]] = Engine(tiny_model(depth=3, context_length=CONTEXT), BYTES).generate(
@@ -468,7 +469,7 @@ def test_the_drain_is_bounded(started: Any) -> None:
 async def serving(
     home: Path, caplog: pytest.LogCaptureFixture, **settings: Any
 ) -> AsyncIterator[tuple[asyncio.Task[int], engine_pb2_grpc.EngineStub]]:
-    """The service inside this process, where tests can replace its parts: its task and a stub."""
+    """Run the service in this process, so that tests can replace its parts. Yields its task and a stub."""
     caplog.set_level("INFO")
     running = asyncio.create_task(
         serve(EngineSettings(port=0, metrics_port=0, home=str(home), model="tiny", threads=1, **settings))

@@ -1,4 +1,4 @@
-"""Text completions, tokens and models: the parts of the API around the chat."""
+"""Text completions, tokens and models: the parts of the API besides chat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines start, stop, change their model and share the load, and each request finds one that can answer."""
+"""Engines start, stop, change their model and share the load. Each request reaches an engine that can answer."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ async def test_during_a_rolling_update_each_engine_is_spoken_to_in_its_own_token
 
 
 def refusing_other_tokenizers(engine: ScriptedEngine, then: Script) -> Script:
-    """A script that refuses a prompt of another tokenizer than the model's, as a real engine does."""
+    """A script that refuses prompts of a wrong tokenizer, as a real engine does."""
 
     async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
         if request.tokenizer_digest != engine.info.digests["tokenizer.json"]:
@@ -183,7 +183,7 @@ async def test_a_promotion_that_the_gateway_has_not_seen_yet_gets_a_prompt_in_it
     async with running_engine() as engine:
         engine.info.digests["tokenizer.json"] = "before"
         engine.script = refusing_other_tokenizers(engine, saying(b"hello", finish=pb.FINISH_REASON_LENGTH))
-        # The gateway polls so rarely that it can notice the new model only by the refusal.
+        # The gateway polls so rarely that it can notice the new model only when the engine refuses a prompt.
         async with running_gateway(engine.address, poll_seconds=60, model_poll_seconds=60) as url:
             await until_ready(url)
             assert await ask(url) == "hello"

@@ -1,4 +1,4 @@
-"""The local process manager: it starts, restarts and stops small programs that stand in for the services."""
+"""The local process manager starts, restarts and stops small programs that replace the services."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def write_module(folder: Path, path: str, program: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with stand-ins for the three services and a promoted model."""
+    """The working directory, with replacements for the three services and a promoted model."""
     for name in ("sandbox", "engine", "gateway"):
         write_service(tmp_path, name)
     (tmp_path / "home" / "models" / "demo").mkdir(parents=True)
     (tmp_path / "home" / "models" / "demo" / "PROMOTED").write_text("sft/step_000001\n")
     monkeypatch.chdir(tmp_path)
-    # Python finds the stand-ins before the checkout, even if PYTHONSAFEPATH or PYTHONPATH is set.
+    # Python finds the replacements before the checkout, even if PYTHONSAFEPATH or PYTHONPATH is set.
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     for name in ("PORT", "MODEL", "NANOCHAT_HOME"):
         monkeypatch.delenv(name, raising=False)

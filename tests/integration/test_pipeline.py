@@ -141,7 +141,7 @@ def again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ag
     made = Again(tmp_path / "copy")
 
     class Forked:
-        """A stage's process, which is forked instead of started."""
+        """Runs a stage in a forked process instead of a new Python process."""
 
         def __init__(self, command: list[str], env: dict[str, str]) -> None:
             _python, _m, module, *arguments = command

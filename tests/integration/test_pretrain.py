@@ -69,7 +69,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights_and_losses(jobs:
     for resumed_from in (8, 20, 32):
         job = jobs.start(MODULE, PRETRAIN)
         job.wait_until(lambda at=resumed_from: max(jobs.steps("base"), default=0) >= at)  # type: ignore[misc]
-        time.sleep(rng.uniform(0, 0.05))  # so that the signal comes during a step, an evaluation or a checkpoint
+        time.sleep(rng.uniform(0, 0.05))  # the signal arrives during a step, an evaluation or a checkpoint
         job.signal(signal.SIGKILL)
         assert job.wait() == -signal.SIGKILL
     jobs.run(MODULE, PRETRAIN)

@@ -1,4 +1,4 @@
-"""Training on several ranks gives the same result as on one rank, and a lost rank does not let the others hang."""
+"""Training on several ranks gives the same result as on one rank, and a lost rank does not make the others hang."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nanochat_core.training.distributed import RankLost, joined
 from tests.support.tiny_training import NAME, PRETRAIN, SFT, STEPS, Job, Jobs, Result, fill
 
 PRETRAIN_MODULE, SFT_MODULE = "jobs.train.pretrain", "jobs.train.sft"
-# One rank computes two micro-batches, each of two ranks computes one of them: their sums are rounded equally.
+# One rank computes two micro-batches, and two ranks compute one each. Therefore the sums are rounded equally.
 FLAGS = PRETRAIN | {"device-batch-rows": 4}
 SFT_FLAGS = SFT | {"device-batch-rows": 4}
 
@@ -139,7 +139,7 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(jobs: Jobs) -> None:
 
 
 def test_a_rank_that_meets_nobody_may_be_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rank may have connected to an earlier run that was ending, which is not an error of the settings."""
+    """The settings may be right: the rank may have connected to an earlier run that was just ending."""
     with socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))
         port = unheard.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Reports and comparisons of models in a store, with any stages."""
+"""Reports and comparisons work for models in a store, whatever stages have run."""
 
 from __future__ import annotations
 

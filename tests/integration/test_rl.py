@@ -115,7 +115,7 @@ def test_the_history_has_rewards_and_what_is_held_out(uninterrupted: Result) -> 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_rewarded_answers_become_more_likely(jobs: Jobs, seed: int) -> None:
-    """Only an answer that ends is rewarded: at first 1 - 0.98**24 = 0.38 of the answers of at most 24 tokens.
+    """Only an answer that ends is rewarded. At first, 1 - 0.98**24 = 0.38 of the answers end within 24 tokens.
 
     The mean reward of the first step's 64 answers has a standard deviation of sqrt(0.38 * 0.62 / 64) = 0.06.
     """

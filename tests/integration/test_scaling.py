@@ -64,7 +64,7 @@ class Studies:
 
 
 class Ended:
-    """A process that ends with an exit code, after an action in this process."""
+    """Replaces a process: it runs an action in this process and then ends with an exit code."""
 
     def __init__(self, code: int, first: Any = lambda: None) -> None:
         self._code, self._first = code, first

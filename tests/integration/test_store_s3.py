@@ -53,7 +53,7 @@ def find_server() -> str:
 
 
 def start_server(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """Starts a server whose buckets are the folders of ``folder``; returns it and its URL once it answers."""
+    """Start a server whose buckets are the folders in ``folder``, wait until it answers, and return it and its URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -71,7 +71,7 @@ def start_server(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
         try:
             urllib.request.urlopen(f"http://{address}/", timeout=5)
         except urllib.error.HTTPError:
-            return process, f"http://{address}"  # any answer shows that it runs
+            return process, f"http://{address}"  # any answer shows that the server runs
         except OSError:
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
@@ -115,7 +115,7 @@ def url() -> str:
 
 @pytest.fixture
 def store(connected: S3Store, url: str, tmp_path: Path) -> Store:
-    """The store at ``url`` with a cache of its own. It shares one client, which takes a quarter of a second to make."""
+    """The store at ``url`` with its own cache. All stores share one client, because creating one takes 0.25 seconds."""
     store = copy.copy(connected)
     store.prefix, store.cache = url.removeprefix(f"s3://{BUCKET}/"), DownloadCache(tmp_path / "cache")
     return store

@@ -1,4 +1,4 @@
-"""Every attention backend agrees with plain softmax over a full matrix of scores, and plain softmax with a loop.
+"""Every attention backend agrees with plain softmax over all scores, and plain softmax agrees with a loop.
 
 Some tests only trace the code on a CPU (``aot_eager``), which is seconds faster than generating machine code.
 """
@@ -109,7 +109,7 @@ def test_attention_compiled_for_a_cpu_is_the_same(dtype: torch.dtype, window: in
 
 @pytest.mark.parametrize("window", [0, 1, 37, 129, 300])
 def test_flex_attention_traced_on_a_cpu_computes_the_same_forward(window: int) -> None:
-    """FlexAttention's backward pass needs a GPU."""
+    """Only the forward pass is tested, because FlexAttention's backward pass needs a GPU."""
     inputs = tuple(x.detach() for x in drawn(200, 4, 2, head_dim=16, dtype=torch.float32))
     with torch.no_grad():
         traced = torch.compile(flex_attention, fullgraph=True, backend="aot_eager")

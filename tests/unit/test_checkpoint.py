@@ -166,7 +166,7 @@ def test_files_are_in_formats_that_cannot_execute(store: FolderStore) -> None:
 
 
 def test_a_checkpoint_exists_only_once_it_is_complete(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The manifest is written last, and no reader sees the checkpoint before."""
+    """The manifest is written last, and no reader sees the checkpoint before that."""
     written: list[str] = []
     create = FolderStore.create
 
@@ -275,7 +275,7 @@ def test_a_file_of_another_size_is_told_with_both_sizes(store: FolderStore) -> N
 
 
 def test_no_flipped_bit_of_the_manifest_goes_unnoticed_or_crashes(store: FolderStore) -> None:
-    """A flipped bit is refused, or it changed only whitespace or the entry of a file that is not loaded."""
+    """Loading fails unless the flipped bit is in whitespace or in the entry of a file that is not loaded."""
     save(store, resumable=False)
     manifest = folder(store) / MANIFEST
     original, weights = manifest.read_bytes(), load_checkpoint(store, REF).weights
@@ -383,7 +383,7 @@ def test_without_a_whole_checkpoint_there_is_no_newest(store: FolderStore) -> No
 
 
 def test_a_store_that_fails_is_not_taken_for_damage(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise a short network failure would make a run start over."""
+    """If a failing store counted as damage, a short network failure would make a run start over."""
     save(store)
 
     def unreachable(self: FolderStore, key: str) -> Path:

@@ -142,7 +142,7 @@ class FullDisk(FolderStore):
 
 
 def write_share(ranks: Ranks, root: str, fails: int) -> str:
-    """Writes a checkpoint of a model and its optimizer from every rank; returns the error, if there was one."""
+    """Write a checkpoint of a model and its optimizer from every rank, and return the error if there was one."""
     store = (FullDisk if ranks.rank == fails else FolderStore)(Path(root))
     model = gpt()
     optimizer = MuonAdamW(parameter_groups(model, OptimizerConfig()), ranks)

@@ -102,7 +102,7 @@ def entries(wheel: Path) -> dict[str, str]:
 
 
 def test_a_wheel_holds_the_core_alone_and_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``services``, ``jobs`` and ``deploy`` would be too general as names in somebody else's environment."""
+    """The wheel omits ``services``, ``jobs`` and ``deploy``, because these names are too general for other projects."""
     monkeypatch.chdir(ROOT)
     files = entries(tmp_path / build_wheel(str(tmp_path)))
     metadata = f"nanochat-{tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['version']}.dist-info"

@@ -108,7 +108,7 @@ TEXTS = st.text(st.sampled_from(" \n\t\u00a0\u2028\x1cab1.,'é—\r"), max_size=
 def test_tokens_are_those_of_the_whole_text_tokenized_at_once(
     kind: Kind, shown: list[str], asked: list[str], delimiter: str, pattern: str
 ) -> None:
-    """The tokens equal those of the joined text, also if whitespace lets a token span two examples."""
+    """The tokens equal the tokens of the joined text, even if whitespace lets a token span two examples."""
     tokenizer = Tokenizer(PLAIN.token_bytes, pattern)
     if kind == "language_modeling":
         asked = [asked[0] + delimiter, asked[0] + delimiter + asked[1]]

@@ -32,7 +32,7 @@ SHARDS = 6
 
 
 class Server:
-    """Serves shards from memory; the next fault in a file's list, if any, decides how a request for it fails."""
+    """Serves shards from memory. Each request for a file runs the next fault in the file's list, if there is one."""
 
     def __init__(self, folder: Path) -> None:
         self.files: dict[str, bytes] = {}

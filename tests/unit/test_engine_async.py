@@ -106,7 +106,7 @@ async def test_drained_waits_for_open_streams(engine: AsyncEngine) -> None:
 
 
 class Panic(BaseException):
-    """An exception like those that Rust libraries raise."""
+    """Imitates an exception of a Rust library."""
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, Panic])

@@ -21,7 +21,7 @@ def sequence(tokens: list[int], arrival: int = 0) -> Sequence:
 
 
 def compute(blocks: BlockManager, seq: Sequence) -> None:
-    """Admit ``seq`` and compute all its known tokens."""
+    """Admit ``seq`` and compute all its tokens."""
     prefix = blocks.find_prefix(seq)
     assert prefix is not None
     blocks.admit(seq, prefix)
@@ -122,9 +122,8 @@ def test_released_blocks_stay_findable_until_they_are_needed_oldest_first() -> N
     assert blocks.num_used == 0
     assert blocks.find_prefix(sequence([1] * 9)) == 8
     filler = sequence([3] * 16)
-    compute(
-        blocks, filler
-    )  # takes the two blocks that were never used, then those of the older sequence, its last one first
+    # The filler takes the two unused blocks first, and then the blocks of the older sequence from last to first.
+    compute(blocks, filler)
     assert blocks.find_prefix(sequence([1] * 9)) == 0
     assert blocks.find_prefix(sequence([2] * 9)) == 8
     blocks.check_integrity([filler])
@@ -196,7 +195,7 @@ def test_a_prefix_is_found_where_every_group_still_has_what_its_window_shows() -
         blocks.seal(first)
     blocks.release(first)
     assert blocks.find_prefix(sequence(list(range(41)))) == 40
-    # The windowed group used its 12 blocks in turn, so it has lost the first tokens. Only short prefixes need those.
+    # The windowed group has reused the blocks of the first tokens, because it has only 12. A short prefix needs them.
     assert blocks.find_prefix(sequence(list(range(9)))) == 0
     again = sequence([*list(range(30)), 99, 98, 97])
     prefix = blocks.find_prefix(again)
@@ -215,7 +214,7 @@ class Memory:
         self.tokens = [[[-1] * blocks.block_size for _ in range(group.num_blocks)] for group in blocks.groups]
 
     def compute(self, seq: Sequence, start: int, copied: list[int]) -> None:
-        """Compute the known tokens of ``seq`` from ``start`` on."""
+        """Compute the tokens of ``seq`` from index ``start`` on."""
         size = self.blocks.block_size
         for tokens, table, source in zip(self.tokens, seq.block_tables, copied, strict=False):
             tokens[table[start // size]] = list(tokens[source])

@@ -197,7 +197,7 @@ def test_any_object_is_any_object_and_answers_do_finish() -> None:
 
 
 def test_every_allowed_token_leads_to_a_match_and_every_match_can_be_written() -> None:
-    """The reference is a finite language, of which every string is listed."""
+    """The reference lists every string of a finite language."""
     space = ["", " "]
     language = {f'{{"a":{s}{value}{end}' for s in space for value in ("12", "true", '"éa"') for end in ("}", "}]")}
     language = {f"[{match}" for match in language if match.endswith("]")}
@@ -274,7 +274,7 @@ def test_a_constrained_request_gets_the_same_tokens_alone_in_a_batch_and_after_p
     tight = Engine(model, BYTES, config_with_blocks(16, model, token_budget=80))
     for engine in (make_engine(), tight):
         together = [c for [c] in engine.generate(prompts, sampling)]
-        # The comparison includes log probabilities: requests without a constraint are equal to the bit.
+        # The tokens include their log probabilities, which are equal to the bit.
         assert [c.tokens for c in together] == [c.tokens for c in alone]
         assert [c.finish_reason for c in together] == [c.finish_reason for c in alone]
     assert tight.scheduler.preemptions > 0
@@ -372,7 +372,7 @@ def test_a_constraint_turns_the_tools_off() -> None:
     completion = one(sampling, tools=ToolPolicy(enabled=True))
     assert re.fullmatch("[0-9]{6}", text(completion))
     assert completion.tool_events == []
-    # A call that the prompt ends with is not run either.
+    # The engine does not run a call at the end of the prompt either.
     prompt = (SPECIAL[PYTHON_START], *b"1+1", SPECIAL[PYTHON_END])
     assert re.fullmatch("[0-9]{6}", text(one(sampling, prompt, tools=ToolPolicy(enabled=True))))
 

@@ -42,7 +42,7 @@ def place(
     rows = [random_ids(1, length)[0] for length in lengths]
 
     def make(model: GPT, groups: list[CacheGroup]) -> Runner:
-        """A runner on the kernels, with a cache full of NaN."""
+        """A runner that uses the CPU kernels, with a cache full of NaN."""
         cache = CpuCache(CacheLayout(model.config, groups, BLOCK, model.compute_dtype, torch.device("cpu")))
         for tensor in cache.blocks:
             tensor.fill_(float("nan"))
@@ -78,7 +78,7 @@ def test_bf16_is_as_near_to_the_model_as_the_other_path_is(shape: ModelConfig) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_token_has_the_same_bits_however_it_is_computed(shape: ModelConfig, dtype: torch.dtype, int8: bool) -> None:
-    """A token is computed alone and with others, decoded, and prefilled in pieces and at once."""
+    """The test computes tokens alone and with others, by decoding, and by prefilling in pieces and at once."""
     if not packs(dtype) and not int8:
         pytest.skip("on this CPU oneDNN has no products of bf16 weights, and PyTorch's depend on the number of rows")
     here, _, rows = place(shape, 190, 33, 150, dtype=dtype, int8=int8)
@@ -143,7 +143,7 @@ def test_what_the_kernels_are_not_made_for_runs_on_pytorch(
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """An empty cache folder, with no library loaded or built. Gives the parent of the folder."""
+    """The parent of an empty cache folder. No library is loaded or built."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(library, "PREBUILT", tmp_path / "prebuilt")
     library.load_kernels.cache_clear()

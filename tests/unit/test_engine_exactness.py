@@ -136,7 +136,7 @@ def schedules(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, int, int
         "kernels": kernels,
         "quantization": draw(st.sampled_from(["none", "int8"])) if kernels else "none",
         "block_size": block_size,
-        # From just enough blocks for one sequence to enough for a few.
+        # The cache has room for at least one of the longest sequences, and for at most a few.
         "num_blocks": -(-longest // block_size) + draw(st.integers(0, 160 // block_size)),
         "max_running": max_running,
         "token_budget": max_running + draw(st.integers(0, 60)),

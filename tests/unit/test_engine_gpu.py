@@ -42,13 +42,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def _small_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of more than 12 tokens use tiles, and tokens that see more than 64 keys use several splits."""
+    """Use tiles in steps of more than 12 tokens, and several splits for tokens that see more than 64 keys."""
     monkeypatch.setattr(gpu_runner, "GRAPH_SIZES", (1, 2, 4, 12))
     monkeypatch.setattr(gpu_network, "SPLIT", 64)
 
 
 def make_runner(model: GPT, groups: list[CacheGroup], flash: FlashKernel | None = None) -> GpuRunner:
-    """A runner on the kernels, with a cache full of NaN."""
+    """A runner that uses the GPU kernels, with a cache full of NaN."""
     cache = GpuCache(CacheLayout(model.config, groups, BLOCK, model.compute_dtype, DEVICE))
     for tensor in cache.blocks:
         tensor.fill_(float("nan"))
@@ -160,7 +160,7 @@ def test_flash_attention_is_for_hopper_and_bf16(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_bf16_is_as_near_to_the_model_as_pytorchs_operators_are() -> None:
-    """The test computes only one token at a time, because the interpreter cannot multiply bf16 matrices."""
+    """The step is too small for tiles, because the interpreter cannot multiply bf16 matrices."""
     shape = shape_of(2, 32, 2)
     here, model, rows = place(shape, 12, dtype=torch.bfloat16)
     logits = here.logits((0, 0, 12))[0]
@@ -307,7 +307,7 @@ print(max(metadata.shared for metadata in compiled.values()))
 def test_every_kernel_compiles_for_gpus_and_fits_their_shared_memory(
     capability: int, head_dim: int, dtype: str, shared_memory: int, tmp_path: Path
 ) -> None:
-    """The limits, in KiB, are those of H100, A100 and the RTX 30 series (CUDA C++ Programming Guide)."""
+    """The limits in KiB apply to H100, A100 and the RTX 30 series (CUDA C++ Programming Guide)."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(

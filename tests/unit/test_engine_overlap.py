@@ -1,4 +1,4 @@
-"""The device gets its next batch before the tokens of the last one are read, if that changes no token.
+"""The device gets its next batch before the engine reads the last batch's tokens, if that changes no token.
 
 ``test_engine_exactness.py`` tests that tokens are the same with and without overlap.
 """
@@ -113,7 +113,7 @@ def test_nothing_that_was_computed_beyond_a_stop_token_is_told(order: list[str])
     )
     assert [token.id for output in outputs for token in output.tokens] == script_tokens("bcd")
     assert [output.finish_reason for output in outputs if output.finish_reason] == [FinishReason.STOP]
-    assert order.count("begin") == 4  # the tokens of the last one are dropped
+    assert order.count("begin") == 4  # the tokens of the last batch are dropped
 
 
 def test_a_call_in_flight_drops_what_was_computed_beyond_it(order: list[str]) -> None:

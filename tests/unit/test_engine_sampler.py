@@ -65,7 +65,8 @@ def test_the_noise_is_independent_between_positions_choices_and_seeds() -> None:
             sequences.append(seq)
         return [s.token for s in sample(uniform.repeat(count, 1), sequences)]
 
-    # Every pair of successive tokens is equally likely; 99.9 % quantile of chi-square with 63 degrees of freedom.
+    # All pairs of successive tokens are equally likely. The limit is the 99.9 % quantile of chi-square with 63 degrees
+    # of freedom.
     for steps in ((1, 0, 1), (1, 1, 0), (3, 1, 1)):
         tokens = stream(*steps)
         pairs = [a * 8 + b for a, b in zip(tokens[::2], tokens[1::2], strict=True)]
@@ -100,7 +101,7 @@ def test_what_top_p_keeps_is_the_same_beside_a_row_of_which_it_keeps_many() -> N
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 def test_what_top_p_keeps_of_a_top_k_is_the_same_beside_a_row_without(temperature: float) -> None:
-    """With such a row in the batch, tokens outside the top-k are present as zeros, which must not change the sums."""
+    """If another row has no top-k, tokens outside this row's top-k are present as zeros. The sums must not change."""
     logits = torch.randn(400, VOCAB) / temperature
     for k in (2, 5, 20):
         best = logits.topk(k).values
@@ -138,7 +139,7 @@ def test_temperature_zero_takes_the_most_likely_token_beside_random_rows() -> No
 
 
 def allowed_slowly(logits: list[float], p: SamplingParams) -> set[int]:
-    """Tokens that top-k, then top-p, then min-p keep, one at a time."""
+    """Slow reference: the tokens that remain after top-k, then top-p, then min-p."""
     order = sorted(range(len(logits)), key=lambda i: -logits[i])
     scaled = [x / p.temperature for x in logits]
     kept = order[: p.top_k] if p.top_k else order

@@ -129,7 +129,7 @@ def test_a_sequence_can_leave_from_any_state(state: str) -> None:
 
 
 def planned(context: int, budget: int, sequences: float) -> Bench:
-    """A scheduler whose cache holds this many sequences of full length."""
+    """A scheduler whose cache has room for this many sequences of full length."""
     model = ModelConfig.from_depth(4, vocab_size=64, head_dim=16, context_length=context)
     one = plan_groups(model, 16, torch.float32, memory=1 << 40, sequences=1, token_budget=budget)
     size = sum(bytes_per_block(model, len(group.layers), 16, torch.float32) * group.num_blocks for group in one)
@@ -157,7 +157,7 @@ def test_a_prompt_behind_a_short_window_is_admitted_only_with_room_for_its_first
 
 @pytest.mark.parametrize(("context", "budget"), [(2048, 256), (4096, 512)])
 def test_a_sequence_alone_always_runs_whatever_it_finds_in_the_cache(context: int, budget: int) -> None:
-    """The cache holds one sequence, and windows are longer than a step."""
+    """The cache has room for one sequence, and windows are longer than a step."""
     bench = planned(context, budget, 1)
     first = bench.add(context // 2)
     while first.remaining > 0 and first.computed < context // 2:

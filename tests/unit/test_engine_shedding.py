@@ -71,7 +71,7 @@ def alone() -> list[Completion]:
 
 
 def run(engine: Engine, most_steps: int = 3000) -> tuple[dict[str, Completion], dict[str, Exception]]:
-    """Send all prompts at once; returns the answers, and the errors of requests without an answer."""
+    """Send all prompts at once, and return the answers, and the errors of requests without an answer."""
     for i, (prompt, sampling) in enumerate(zip(PROMPTS, SAMPLINGS, strict=True)):
         engine.add(Request(str(i), prompt, sampling, tools=TOOLS))
     answers = {str(i): Completion() for i in range(len(PROMPTS))}
@@ -260,7 +260,7 @@ async def test_a_stream_that_is_given_up_raises_and_the_others_go_on() -> None:
     full = asyncio.Event()
 
     def fails(chunks: list[Chunk]) -> bool:
-        """Once ``full`` is set, no step with the request "young", which has the lower priority, fits."""
+        """Once ``full`` is set, every step with the low-priority request "young" runs out of memory."""
         return full.is_set() and any(chunk.seq.request.id == "young" for chunk in chunks)
 
     core = engine_with(fails)

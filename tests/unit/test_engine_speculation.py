@@ -54,7 +54,7 @@ def test_a_draft_is_what_followed_the_latest_equal_ending(tokens: list[int], mos
     lookup, known = PromptLookup(), 0
     while known < len(tokens):
         known = data.draw(st.integers(known + 1, len(tokens)))
-        lookup.right_share = 1.0  # as if every guess had been right
+        lookup.right_share = 1.0  # the test pretends that every guess was right
         assert lookup.draft(tokens[:known], most) == looked_up(tokens[:known], most)
 
 
@@ -116,7 +116,7 @@ def test_a_stop_token_within_a_draft_ends_the_answer_there() -> None:
     sampling = SamplingParams(max_tokens=50, stop_token_ids=frozenset(script_tokens("d")))
     [completion], steps = completed(Engine(model, BYTES), Request("r", prompt, sampling))
     assert BYTES.decode(completion.token_ids) == "bcd"
-    assert steps == 2  # one for the prompt, one for the rest
+    assert steps == 2  # one step for the prompt, one for the rest
 
 
 def test_an_answer_never_exceeds_its_length_by_a_draft() -> None:
@@ -167,7 +167,7 @@ def test_penalties_are_applied_without_drafts() -> None:
 
 
 def test_a_draft_takes_no_block_that_another_sequence_is_about_to_need() -> None:
-    """A cache that exactly fits two answers: drafts must not cause a preemption."""
+    """The cache has just enough blocks for two answers, so a block for a draft could cause a preemption."""
     prompts = [tuple(script_tokens("abcdabcda")), tuple(script_tokens("cdabcdabc"))]
     model = scripted_model("abcd", loop=True)
     engine = Engine(model, BYTES, config_with_blocks(2 * 4, model))

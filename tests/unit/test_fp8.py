@@ -73,7 +73,7 @@ def test_zeros_stay_zeros_and_nan_is_not_hidden(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_products_and_gradients_are_those_of_the_quantized_tensors(device: str) -> None:
-    """They agree up to the rounding of bf16, the dtype of the products."""
+    """Products and gradients agree up to the rounding of bf16, the dtype of the products."""
     x = random(2, 16, 128).to(device, torch.bfloat16).requires_grad_()
     weight = random(256, 128, scale=0.05, seed=1).to(device).requires_grad_()
     upstream = random(2, 16, 256, scale=1e-4, seed=2).to(device, torch.bfloat16)
@@ -130,7 +130,7 @@ def test_matrices_whose_sides_are_no_multiple_of_16_stay() -> None:
 
 
 def traced(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
-    """The traced loss. On a CPU no code is generated for it, which would take long and change nothing here."""
+    """The compiled loss. On a CPU it is only traced, because generating code takes long and changes nothing here."""
     return torch.compile(model.loss, dynamic=False, backend="inductor" if model.cos.is_cuda else "aot_eager")
 
 
@@ -152,7 +152,7 @@ def test_evaluation_and_uncompiled_training_do_not_round_to_fp8() -> None:
 @pytest.mark.parametrize(("time", "in_fp8"), [(32, True), (31, False)])
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_compiled_training_is_close_to_bf16(device: str, time: int, in_fp8: bool) -> None:
-    """Two rows of 31 are 62 tokens, which is no multiple of 16."""
+    """Two rows of 31 tokens have 62 tokens, which is not a multiple of 16, so the layers compute in bf16."""
     plain, converted = small_model().to(device), small_model().to(device)
     converted.load_state_dict(plain.state_dict())
     convert_to_fp8(converted)

@@ -1,4 +1,4 @@
-"""A request goes to the replica with the least to do."""
+"""A request goes to the replica with the least work."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def turned(x: np.ndarray, position: int) -> np.ndarray:
-    """Rotate each pair of channels (i, i + half), a complex number, by -position * 100000^(-2i / head_dim)."""
+    """Rotate channel pairs (i, i + half) as complex numbers, by the angle -position * 100000^(-2i / head_dim)."""
     half = len(x) // 2
     angle = position * 100_000.0 ** (-2 * np.arange(half) / len(x))
     z = (x[:half] + 1j * x[half:]) * np.exp(-1j * angle)
@@ -183,7 +183,7 @@ def test_an_imported_model_has_upstreams_logits(tmp_path: Path, changes: Any, ti
 
 
 def test_every_parameter_reaches_the_logits(tmp_path: Path) -> None:
-    """Otherwise the test above could not detect that two parameters are exchanged."""
+    """If a parameter had no effect, the test above could not detect that it was exchanged with another one."""
     config, ids = model_config(n_layer=2), list(range(30))
     weights = random_weights(config)
     before = reference_logits(config, weights, ids)

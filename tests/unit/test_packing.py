@@ -23,7 +23,7 @@ modes = st.sampled_from(["crop", "pad"])
 
 
 def document(number: int, length: int) -> Document:
-    """A document whose tokens occur in no other document. Every third token is not counted."""
+    """A document whose tokens occur in no other document. Every third token does not count in the loss."""
     ids = number * 1000 + np.arange(length, dtype=np.int32)
     return Document(number, ids, ids % 3 != 0)
 

@@ -119,7 +119,7 @@ def test_micro_batches_add_up_to_the_whole() -> None:
 def test_off_policy_tokens_count_by_their_ratio_which_may_be_clipped(clip: float) -> None:
     model = tiny_model()
     now = [[float(p.detach()) for p in slow_logprobs(model, one)] for one in ROLLOUTS]
-    # Sampling probabilities that give ratios below, within and above the clipping range.
+    # The sampling probabilities are chosen to give these ratios below, within and above the clipping range.
     ratios = iter(itertools.cycle([1.5, 0.5, 1.1, 0.95]))
     drawn, expected_ratios = [], []
     for one, logprobs in zip(ROLLOUTS, now, strict=True):
@@ -174,10 +174,10 @@ async def length(code: str, *, request_id: str, timeout_seconds: float) -> ToolO
 
 
 def test_the_engine_and_the_trainer_agree_on_probabilities() -> None:
-    """On policy, training computes the probability with which the engine sampled a token, up to fp32 rounding."""
+    """With equal weights, the trainer and the engine compute the same probabilities, up to fp32 rounding."""
     model = tiny_model()
     with torch.no_grad():
-        # Makes short Python calls likely. Their outputs must not be targets.
+        # These weights make short Python calls likely. The outputs of calls must not be targets.
         model.head.weight[SPECIAL[PYTHON_START]] *= 3
         model.head.weight[SPECIAL[PYTHON_END]] *= 3
     answerer = Answerer(model, BYTES, length, sequences=32)

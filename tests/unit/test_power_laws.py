@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jobs.train.studies.power_laws import IsoFlop, fit_laws, fit_parabola, fit_power_law, interpolate
 
-# The parametric loss of arXiv 2203.15556, whose optimum is known: N_opt ~ C^(b/(a+b)), D_opt ~ C^(a/(a+b)).
+# The parametric loss of arXiv 2203.15556 has the optimum N_opt ~ C^(b/(a+b)), D_opt ~ C^(a/(a+b)).
 A, B, ALPHA, BETA, IRREDUCIBLE = 406.4, 410.7, 0.34, 0.28, 1.69
 
 

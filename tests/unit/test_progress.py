@@ -218,7 +218,8 @@ def test_losses_and_throughput_that_are_shown_are_moving_means(
     shown.report(at(2, loss=0.0, seconds=3.0, data_wait_seconds=3.0))
     first, second = events(caplog)
     assert (first.loss, first.tokens_per_second, first.data_wait_share) == (10.0, 500, 0.0)
-    # The newest step weighs 1, the one before it 0.9; throughput is tokens over seconds, not a mean of quotients.
+    # The newest step has weight 1, and the step before it has weight 0.9. The throughput is the weighted sum of tokens
+    # divided by the weighted sum of seconds.
     assert second.loss == pytest.approx(9.0 / 1.9, abs=1e-4)
     assert second.tokens_per_second == round(950 / 3.9)
     assert second.data_wait_share == pytest.approx(3.0 / 3.9, abs=1e-4)

@@ -1,4 +1,4 @@
-"""The executor: calls are bounded, can be cancelled, leak nothing, and never run without isolation."""
+"""The executor: calls are bounded, can be canceled, leak nothing, and never run without isolation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _others: set[int] = set()
 
 @pytest.fixture(autouse=True)
 def _note_others() -> None:
-    """Note the processes of earlier tests that still run, such as the servers of multiprocessing."""
+    """Remember the processes of earlier tests that still run, such as the servers of multiprocessing."""
     _others.clear()
     _others.update(descendants(os.getpid()))
 
@@ -58,7 +58,7 @@ def eventually(claim: Callable[[], bool], seconds: float = 10) -> None:
 
 @pytest.fixture(params=["bwrap", "pod"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., SandboxExecutor]]:
-    """Starts executors of one profile with their scratch folders in ``tmp_path``; closes them."""
+    """Starts executors of one profile with their scratch folders in ``tmp_path``, and closes them after the test."""
     started: list[SandboxExecutor] = []
 
     def start(**options: Any) -> SandboxExecutor:

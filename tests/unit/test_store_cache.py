@@ -1,4 +1,4 @@
-"""The cache of downloads keeps to its limit and keeps the files that are in use."""
+"""The cache of downloads stays within its limit and keeps the files that are in use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nanochat_core.store.cache import DownloadCache
 
 
 def fetch(cache: DownloadCache, key: str, size: int = 100, version: str = "v1") -> Path:
-    """Fetch a file of ``size`` bytes; each fetch is later than all earlier ones."""
+    """Fetch a file of ``size`` bytes, and make it newer than all other files in the cache."""
     path = cache.fetch(PurePosixPath(key), version, size, lambda path: path.write_bytes(bytes(size)) and None)
     times = [other.stat().st_mtime_ns for other in cache.folder.rglob("*") if other.is_file()]
     os.utime(path, ns=(0, max([*times, 10**18]) + 10**9))

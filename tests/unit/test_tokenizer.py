@@ -182,7 +182,7 @@ def test_runs_up_to_the_limit_are_encoded_as_ever(before: str) -> None:
 
 
 def test_a_longer_run_is_encoded_the_same_wherever_it_stands() -> None:
-    # With tokens of up to 64 spaces, the ids show where the run is cut: 64 does not divide the length of a piece.
+    # Tokens have up to 64 spaces. 64 does not divide the length of a piece, so the ids show where the run is cut.
     tokenizer = Tokenizer([*BYTES, *(b" " * 2**n for n in range(1, 7))])
     for run in (" " * (MAX_WHITESPACE_RUN + 1), " " * (3 * MAX_WHITESPACE_RUN // 2)):
         alone = tokenizer.encode(run)

@@ -32,7 +32,7 @@ META: dict[str, Any] = {"settings": {}, "inputs": {}}
 
 @dataclasses.dataclass
 class Batches:
-    """Replaces the loader by random rows that depend on the step alone."""
+    """Replaces the loader. Its random rows depend only on the step."""
 
     step: int
 
@@ -158,7 +158,7 @@ def test_a_loss_far_above_the_recent_ones_is_reported_and_trained_on(
 
 
 def test_a_step_that_teaches_nothing_leaves_the_weights_to_themselves(tmp_path: Path) -> None:
-    """Without this rule, Muon would make a full-length step by momentum alone."""
+    """The gradient of step 3 is zero. Without this rule, Muon would make a full-length step by momentum alone."""
     weights = Weights()
     weights.run = run = trainer(tmp_path, steps=4, evaluations=weights.evaluations, objective=spoiled({3: 0.0}))
     run.run()

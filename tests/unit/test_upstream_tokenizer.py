@@ -196,7 +196,7 @@ def test_any_change_of_a_file_gives_a_tokenizer_or_a_user_error(
 ) -> None:
     whole = bytearray(pickle.dumps(encoding()))
     for _ in range(data.draw(st.integers(1, 4))):
-        # Start and end of the file hold its structure. Its middle is a list of similar tokens.
+        # The structure of the file is at its start and end. Its middle is a list of similar tokens.
         place = data.draw(st.one_of(st.integers(0, 120), st.integers(len(whole) - 300, len(whole) - 1)))
         whole[place : place + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
     path = tmp_path_factory.mktemp("fuzz") / "tokenizer.pkl"
