@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 if TYPE_CHECKING:
-    _Tqdm = tqdm[Any]  # generic in its type stubs alone
+    _Tqdm = tqdm[Any]  # tqdm is generic only in its type stubs.
 else:
     _Tqdm = tqdm
 
@@ -74,7 +74,7 @@ class ProgressDisplay:
         return f"{tqdm.format_interval(self.eta_seconds)} left"
 
     def update(self, done: int, fields: Mapping[str, Any]) -> None:
-        """Count units as done, and show it.
+        """Set the number of units that are done, and show it.
 
         Args:
             done: number of units that are done now.
@@ -84,7 +84,7 @@ class ProgressDisplay:
         self.show([self.time_left], fields)
 
     def count(self, done: int) -> None:
-        """Count units as done without showing it, to update :attr:`eta_seconds`."""
+        """Set the number of units that are done and update :attr:`eta_seconds`, without showing it."""
         now = time.monotonic()
         if self._first is None:
             # The first unit often includes a warm-up such as compilation, but there is no better estimate yet.
@@ -122,10 +122,10 @@ class ProgressDisplay:
 
 
 class _Bar(_Tqdm):
-    """A bar that shows as many facts as the terminal is wide."""
+    """A bar that shows as many facts as the terminal has room for."""
 
     def __init__(self, label: str, total: int, done: int) -> None:
-        self.facts: Sequence[str] = []  # before tqdm's constructor, which draws
+        self.facts: Sequence[str] = []  # This comes first, because tqdm's constructor draws the bar.
         super().__init__(
             total=total,
             initial=done,

@@ -33,8 +33,8 @@ class Recipe:
         rl: flags of reinforcement learning, which the pipeline's ``--rl`` adds; None if the recipe has no task for it.
         needs_data: whether the user gives the text; otherwise the demo world generates it.
         web_shards: shards of the public web text to download if neither ``--data`` nor the store has text.
-        document_characters: longest training document, in characters; longer documents are cut into pieces, because
-            the loader drops the part of a document that exceeds a row of the batch. None cuts nothing.
+        document_characters: maximum length of a training document, in characters; None sets no limit. Longer documents
+            are cut into pieces, because the loader drops the part of a document that exceeds a row of the batch.
         gate: rules that a model must pass to be promoted.
     """
 
@@ -163,7 +163,8 @@ RECIPES = {
                     "chat.kinds.arithmetic>=0.8",
                 )
             ),
-            # Takes about two and a half minutes. docs/rl.md shows the curve, and what the model forgets in more steps.
+            # The 40 steps take about two and a half minutes. docs/rl.md shows the curve, and the skills that the model
+            # forgets in further steps.
             rl={
                 "task": "arithmetic",
                 "steps": 40,

@@ -1,4 +1,4 @@
-"""The files of a public dataset: what they are called, where they are looked for, and how to download them."""
+"""The files of public datasets: their names, their location, and the command that downloads them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def on_hub(dataset: str, include: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetSource:
-    """Where dataset files are looked for: first ``<folder>/<dataset>/``, then ``data/<dataset>/`` in the store."""
+    """Finds dataset files, first in ``<folder>/<dataset>/`` and then in ``data/<dataset>/`` of the store."""
 
     store: Store
     folder: Path | None = None

@@ -40,7 +40,7 @@ def open_source(url: str, shards: int) -> Source:
     """The source at ``url``: a template such as ``https://host/shard_{shard:05d}.parquet``, ``s3://…``, or a folder.
 
     Args:
-        shards: number of shards at a template; the other sources are listed.
+        shards: number of shards of a template; ignored for a bucket or folder, whose files are listed.
 
     Raises:
         UserError: ``url`` is none of these, or the source has fewer than two shards.
@@ -132,7 +132,7 @@ def download(store: Store, name: str, source: Source, shown: str, wanted: Sequen
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-    with contextlib.suppress(OSError):  # the folder is not empty if another run downloads at the same time
+    with contextlib.suppress(OSError):  # The folder is not empty if another run downloads at the same time.
         store.incoming(f"data/{name}").rmdir()
     manifest = dataclasses.replace(manifest, complete=True)
     write_manifest(store, name, manifest)

@@ -21,7 +21,7 @@ log = logging.getLogger("jobs.data.download")
 
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
-# Failures in a row after which the download gives up; an attempt that brings at least one byte is no failure.
+# The download gives up after this many failures in a row. An attempt that receives a byte does not count as a failure.
 ATTEMPTS = 6
 _TIMEOUT_SECONDS = 60
 _RETRIED_STATUS = (408, 425, 429)
@@ -33,7 +33,7 @@ class Stopped(Exception):
 
 
 class _Interrupted(Exception):
-    """An attempt failed and another one may succeed, at the earliest after ``retry_after`` seconds."""
+    """An attempt failed, and another one may succeed. The next one waits at least ``retry_after`` seconds."""
 
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
@@ -99,7 +99,7 @@ def disk_errors(part: Path) -> Iterator[None]:
 
 
 def _attempt(url: str, part: Path, stop: threading.Event, advice: str) -> None:
-    """Request the rest of ``part``, or the whole file if the partial file may be of another version."""
+    """Request the rest of the file, or the whole file if the version of the partial file is unknown."""
     start = size(part) if _version_file(part).exists() else 0
     headers = {"User-Agent": "nanochat", "Accept-Encoding": "identity"}
     if start:
@@ -123,7 +123,7 @@ def _check_status(url: str, response: httpx.Response, part: Path, advice: str) -
         discard(part)
         raise _Interrupted("the partial file is of another version: it is longer than the file on the server")
     if response.is_server_error or response.status_code in _RETRIED_STATUS:
-        retry_after = response.headers.get("Retry-After", "")  # in seconds; a date is ignored
+        retry_after = response.headers.get("Retry-After", "")  # A number is seconds. A date is ignored.
         raise _Interrupted(f"the server answers {status}", float(retry_after) if retry_after.isdigit() else 0.0)
     if not response.is_success:
         raise UserError(f"{url} answers {status}; {advice}")
@@ -131,8 +131,7 @@ def _check_status(url: str, response: httpx.Response, part: Path, advice: str) -
 
 def _receive(response: httpx.Response, part: Path, start: int, stop: threading.Event) -> None:
     """Append the body to ``part``, and check the size and the sha256 that the server announces."""
-    # A redirecting server knows the file, and the server behind it only its copy: Hugging Face names the sha256 in
-    # the redirect alone.
+    # Hugging Face redirects to another server, and sends the file's sha256 only in the header of the redirect.
     linked = [reply.headers["X-Linked-Etag"] for reply in response.history if "X-Linked-Etag" in reply.headers]
     tag = linked[-1] if linked else response.headers.get("X-Linked-Etag") or response.headers.get("ETag", "")
     version = tag or response.headers.get("Last-Modified", "")
@@ -164,5 +163,5 @@ def _receive(response: httpx.Response, part: Path, start: int, stop: threading.E
 
 
 def _version_file(part: Path) -> Path:
-    """Holds the ETag or date of the file that ``part`` is the beginning of."""
+    """Path of a note with the ETag or date of the file on the server, written when ``part`` was started."""
     return part.with_name(part.name + ".version")

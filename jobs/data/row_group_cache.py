@@ -11,7 +11,9 @@ import pyarrow as pa
 
 
 class RowGroupCache:
-    """Keeps the most recently used row groups in memory, up to ``capacity`` bytes, and always the last one.
+    """Keeps the most recently used row groups in memory, up to ``capacity`` bytes.
+
+    The most recently used row group stays in memory even if it alone exceeds ``capacity``.
 
     If several threads want the same row group, one of them reads it and the others wait for it. Threads that want
     other row groups do not wait.
@@ -28,7 +30,7 @@ class RowGroupCache:
         return [entry.result().nbytes for entry in self._entries.values() if entry.done()]
 
     def get(self, number: int, read: Callable[[], pa.ChunkedArray]) -> pa.ChunkedArray:
-        """Row group ``number``, which ``read`` reads unless it is in memory; an error of ``read`` is not kept."""
+        """Row group ``number``, from memory or else from ``read``. An error of ``read`` is raised, but not cached."""
         with self._lock:
             entry = self._entries.get(number)
             if entry is None:

@@ -95,7 +95,7 @@ class JsonLines(Rows):
 
 
 class ParquetRows(Rows):
-    """The rows of a parquet file, which is held in memory column by column."""
+    """The rows of a parquet file. The whole file is in memory, column by column."""
 
     def __init__(self, path: Path, shown: str) -> None:
         """

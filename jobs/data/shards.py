@@ -105,15 +105,15 @@ def dataset_exists(store: Store, name: str) -> bool:
 
 
 def has_shards(store: Store, name: str) -> bool:
-    """Whether ``data/<name>`` holds parquet shards, with or without a manifest."""
+    """Whether ``data/<name>`` has parquet shards, with or without a manifest."""
     return bool(shard_keys(store, name))
 
 
 def dataset_digest(store: Store, name: str) -> str:
-    """Digest of ``data/<name>``, which tells whether a model must be trained again.
+    """Digest of ``data/<name>``. If it changes, models must be trained again.
 
-    It comes from the manifest. Without a manifest it covers only the shards' names, because reading all shards would
-    take too long.
+    The digest comes from the manifest. Without a manifest it covers only the shards' names, because reading all shards
+    would take too long.
     """
     manifest = read_manifest(store, name)
     if manifest is not None:
@@ -158,7 +158,7 @@ class TextDataset:
         """
         Args:
             split: ``train`` or ``val``.
-            cache: keeps row groups in memory; the default holds 512 MiB.
+            cache: keeps row groups in memory; by default up to 512 MiB.
 
         Raises:
             UserError: there are too few shards, a shard is not parquet with a text column, or the download of the
@@ -179,7 +179,8 @@ class TextDataset:
         self.name, self.split = name, split
         self._store = store
         known = manifest.shards if manifest else {}
-        self._groups: list[tuple[str, int, int]] = []  # key of the shard, row group, first document
+        # Key of the shard, number of the row group in it, and number of the row group's first document.
+        self._groups: list[tuple[str, int, int]] = []
         self._length = 0
         for key in keys[:-1] if split == "train" else keys[-1:]:
             info = known.get(key.rsplit("/", 1)[-1])
@@ -270,7 +271,7 @@ def describe_shard(path: Path, shown: str) -> ShardInfo:
         shown: name of the file in error messages.
 
     Raises:
-        UserError: the file is not parquet with a text column, or holds no document.
+        UserError: the file is not parquet with a text column, or contains no document.
     """
     row_groups = Shard(path, shown).row_groups
     if not sum(row_groups):

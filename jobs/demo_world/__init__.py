@@ -1,19 +1,19 @@
 """The demo world: a generator of training and test data about Saltmere, an invented harbor town.
 
-Purpose: a fresh clone can train a chat model in minutes on a CPU and measure what it learned, without downloading
-anything. The world is small enough that a model of a few million parameters can learn all of it: about 150 facts,
-arithmetic, counting letters, small talk, and saying "I don't know". All data follow from explicit seeds.
+Purpose: a fresh clone can train a chat model in minutes on a CPU and measure its skills, without downloading anything.
+The world is small enough that a model of a few million parameters can learn all of it: about 150 facts, arithmetic,
+counting letters, small talk, and saying "I don't know". All data are reproducible from a seed.
 
 Held-out data show whether the model has learned a skill or only memorized its training data. The two splits share the
-facts and differ in everything else, and each difference is guaranteed by how data are generated, not by comparing them
-afterwards:
+facts and differ in everything else. The generators guarantee each difference, so the splits need not be compared:
 
 - phrasings: each table of questions has a ``train`` and a ``heldout`` column (:class:`phrasings.Phrasings`);
 - numbers: one number in eight is reserved by its hash, and no training text contains it (:mod:`arithmetic`);
 - words: the hash of a made-up word decides its split, and English words have a table per split (:mod:`words`);
 - strangers: names of people who are not in the world have a table per split (:mod:`words`).
 
-A split that follows from a hash needs no list of what training has used: each generator decides alone, for any seed.
+The hash of a number or word decides its split. So no generator needs a list of the numbers and words that training has
+used, whatever the seed.
 """
 
 from jobs.demo_world.conversations import CONVERSATION_MIX, conversations

@@ -28,8 +28,8 @@ _ALWAYS_RESERVED = frozenset({1234, 5678})
 LARGEST = 9999
 
 # Weights of the number of digits of an operand. Long operands are frequent because copying their results takes the
-# most practice. Training has more two-digit numbers than people ask for: the tokenizer makes one token of such a
-# number, and only the numbers that are not reserved can teach that a number may end after two digits.
+# most practice. Two-digit operands are frequent in training because each is a single token: the model must learn from
+# the unreserved ones that a number can end after two digits.
 _DIGITS = (1, 2, 3, 4)
 _TRAINING_WEIGHTS = (2, 5, 4, 5)
 _RESERVED_WEIGHTS = (0, 3, 4, 5)
@@ -115,7 +115,7 @@ def draw_sum(rng: random.Random, split: Split, symbol: str | None = None, *, res
     while True:
         drawn = _draw_quotient(rng, draw) if symbol == "/" else Sum(draw(rng), symbol, draw(rng))
         if drawn.symbol == "-" and drawn.a < drawn.b and rng.random() < 0.8:
-            drawn = Sum(drawn.b, "-", drawn.a)  # most people subtract the smaller number from the larger
+            drawn = Sum(drawn.b, "-", drawn.a)  # Most people subtract the smaller number from the larger one.
         if _belongs(drawn, split, reserved):
             return drawn
 

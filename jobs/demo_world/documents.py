@@ -15,7 +15,7 @@ from jobs.demo_world.seeding import generator
 from jobs.demo_world.tool_questions import ITEMS
 
 # Shares of the kinds, in percent. The first three kinds teach facts and English. In the other kinds most words and
-# numbers come twice: the model can predict the second one only by looking back, so it learns early to copy.
+# numbers occur twice. The model can predict the second one only by looking back, so it learns early to copy.
 DOCUMENT_MIX: Mapping[str, float] = {
     "portrait": 28,
     "comparison": 7,
@@ -25,7 +25,7 @@ DOCUMENT_MIX: Mapping[str, float] = {
     "spelling": 10,
     "code": 10,
     "sums": 6,
-    # Gives the tokenizer the words of questions, and the model the kind of copying that conversations need.
+    # Dialogues contain the words of questions for the tokenizer, and teach the copying that conversations need.
     "dialogue": 10,
 }
 
@@ -50,8 +50,8 @@ def _state(rng: random.Random, entity: Entity, relation: str, *, pronoun: bool =
 
 
 def _portrait(rng: random.Random) -> str:
-    """Some facts about one person, place or festival, which later sentences often call by a pronoun."""
-    entity = rng.choice((*ENTITIES, *PEOPLE))  # people twice as often: they have twice as many facts
+    """Some facts about one person, place or festival. Sentences after the first one often use a pronoun."""
+    entity = rng.choice((*ENTITIES, *PEOPLE))  # People are drawn twice as often because they have twice as many facts.
     relations = list(relations_of(entity))
     rng.shuffle(relations)
     relations = relations[: rng.randint(3, 6)]
@@ -61,7 +61,7 @@ def _portrait(rng: random.Random) -> str:
 
 
 def _comparison(rng: random.Random) -> str:
-    """A text that states one relation of several people or places, to teach who has which value."""
+    """A text that states the same relation for several people or places, to teach which value belongs to whom."""
     entities = rng.sample(rng.choice((PEOPLE, PEOPLE, PLACES)), rng.randint(3, 5))
     relation = rng.choice(relations_of(entities[0]))
     if rng.random() < 0.5:
@@ -134,7 +134,7 @@ _LEDGERS = (
 
 
 def _ledger(rng: random.Random) -> str:
-    """Lines in which each number comes twice."""
+    """Lines in which each number occurs twice."""
 
     def line(rng: random.Random) -> str:
         person = rng.choice(PEOPLE)
@@ -148,7 +148,6 @@ def _ledger(rng: random.Random) -> str:
 
 
 def _result(rng: random.Random) -> str:
-    """The result of a calculation."""
     return draw_sum(rng, "train", rng.choice(OPERATORS)).result
 
 
@@ -170,7 +169,7 @@ _ECHOES = (
 
 
 def _echo(rng: random.Random) -> str:
-    """Lines in which each word or list of words comes twice."""
+    """Lines in which each word or list of words occurs twice."""
 
     def line(rng: random.Random) -> str:
         listed = ", ".join(_word(rng) for _ in range(rng.randint(2, 4)))

@@ -24,7 +24,7 @@ EVALUATION_MIX = {
     "refusal": 20,
 }
 
-# Draws after which a question may repeat. Some kinds have few phrasings: there are not many ways to say hello.
+# A question may repeat after this many draws. Some kinds have few phrasings: there are not many ways to say hello.
 _TRIES = 200
 
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w)")
@@ -75,7 +75,7 @@ def check(item: EvalItem, text: str, used_tool: bool) -> bool:
         used_tool: whether the answer called Python.
     """
     if item.requires_tool:
-        # The last number counts, because an answer may repeat the numbers of the question first.
+        # Only the last number is compared, because an answer may first repeat the numbers of the question.
         numbers = _NUMBER.findall(text)
         return used_tool and bool(numbers) and numbers[-1] in item.expected
     return _contains_any(text, item.expected) and not _contains_any(text, item.forbidden)

@@ -26,7 +26,7 @@ class Exchange:
     requires_tool: bool = False
 
     def asked(self, question: str) -> Exchange:
-        """This exchange with the question in other words."""
+        """A copy of this exchange with another question text."""
         return dataclasses.replace(self, question=question)
 
     @property

@@ -36,7 +36,7 @@ from jobs.demo_world.phrasings import (
     fill,
 )
 
-# Shares of the sorts of questions, in percent: for a value, for its owner, for a portrait, for all inhabitants.
+# Shares, in percent, of questions that ask for a value, for its owner, for a portrait, and for all inhabitants.
 _FORWARD, _REVERSE, _PORTRAIT, _INHABITANTS = 50, 40, 9, 1
 
 
@@ -89,7 +89,7 @@ def inhabitants(rng: random.Random, split: Split) -> Exchange:
 
 
 def about_facts(rng: random.Random, split: Split) -> Exchange:
-    """Draw a question about the facts, of any sort."""
+    """Draw a question that asks for a value, an owner, a portrait or all inhabitants."""
     sort = rng.choices((forward, reverse, portrait, inhabitants), (_FORWARD, _REVERSE, _PORTRAIT, _INHABITANTS))[0]
     known = rng.choice(all_facts())
     if sort is inhabitants:
@@ -102,7 +102,7 @@ def about_facts(rng: random.Random, split: Split) -> Exchange:
 
 
 _SUBJECTS = (PEOPLE, PLACES, EVENTS)
-_SUBJECT_WEIGHTS = (6, 2, 2)  # roughly in proportion to their facts
+_SUBJECT_WEIGHTS = (6, 2, 2)  # Roughly in proportion to the number of facts.
 # Share of follow-ups that ask the same question about somebody else; the others stay with the subject.
 _OTHER_SUBJECT_SHARE = 0.25
 

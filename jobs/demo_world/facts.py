@@ -159,7 +159,7 @@ _LEADING_WORDS = re.compile(r"^(?:(?:a|an|the|its|on|in|over)\s+)+")
 
 
 def key(value: str) -> str:
-    """A value without leading articles and prepositions, as an answer must contain it.
+    """A value without leading articles and prepositions. A right answer must contain this text.
 
     ``on Gull Rock`` gives ``Gull Rock``, and ``a cat`` gives ``cat``.
     """

@@ -1,7 +1,7 @@
-"""Problems for reinforcement learning, which no fine-tuning conversation teaches.
+"""Problems for reinforcement learning. No fine-tuning conversation teaches how to solve them.
 
 The fine-tuned model can calculate with two numbers below 10,000. It makes a mistake in about half of its copies of
-longer numbers, and it has never seen a question for a square. It must learn both by trial and reward.
+longer numbers, and it has never seen a question about a square. It must learn both skills by trial and reward.
 
 Held-out problems use numbers that no training problem contains, and half of them use held-out phrasings.
 """
@@ -77,6 +77,6 @@ def _long_number(rng: random.Random, split: Split) -> int:
 
 
 def is_heldout_number(number: int) -> bool:
-    """Whether only held-out problems may use this number, which is above 9,999."""
+    """Whether only held-out problems may use ``number``, a number above 9,999."""
     assert number > LARGEST, "smaller numbers have a split already: see arithmetic.reserved_numbers"
     return hashlib.sha256(str(number).encode()).digest()[0] % _HELDOUT_ONE_IN == 0

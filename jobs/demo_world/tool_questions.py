@@ -9,8 +9,8 @@ from jobs.demo_world.exchange import Exchange
 from jobs.demo_world.facts import PEOPLE
 from jobs.demo_world.phrasings import Phrasings, Split
 
-# Share of held-out questions with a phrasing of the training split. Their operands or words are new all the same, and
-# "What is 1234 * 5678?" is what people ask.
+# Share of held-out questions with a phrasing of the training split, because people mostly use common phrasings such as
+# "What is 1234 * 5678?". The operands or words of these questions are still new to the model.
 _SEEN_FRAME_SHARE = 0.5
 
 _SUM_FRAMES = Phrasings(
@@ -104,8 +104,8 @@ _SUM_STORIES = {
         heldout=("{name} packs {a} bags with {b} {items} each. How many {items} are there?",),
     ),
 }
-# Most questions are bare calculations, which is what people type. Some commands and stories teach the other names of
-# the operators.
+# Most questions are bare calculations, because people type those. Commands and stories teach other words for the
+# operators.
 _FRAMED, _COMMANDED, _TOLD = 75, 13, 12
 
 
@@ -127,7 +127,7 @@ def calculation(rng: random.Random, split: Split, *, reserved_share: float = 0.8
 
 
 def framed(rng: random.Random, split: Split, drawn: arithmetic.Sum) -> str:
-    """A question for the result of ``drawn``, which is written with an operator or its name."""
+    """A question for the result of ``drawn``, such as "What is 3 + 4?" or "What is 3 plus 4?"."""
     spelled = rng.choice(_SUM_SPELLINGS[drawn.symbol]).format(a=drawn.a, b=drawn.b)
     return rng.choice(_frames(rng, split, _SUM_FRAMES)).format(sum=spelled)
 

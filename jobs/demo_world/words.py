@@ -15,7 +15,7 @@ from jobs.demo_world.phrasings import Split
 
 # One made-up word in eight is held out.
 _HELDOUT_ONE_IN = 8
-# A shorter made-up word could be an English word by chance, which training texts may contain.
+# A shorter made-up word could by chance be an English word, and training texts may contain that word.
 _SHORTEST_HELDOUT = 6
 
 _ENGLISH_TRAIN = """

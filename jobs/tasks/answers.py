@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-# The sign may stand before or after the dollar: -$5, $-5. A dot that no digit follows ends a sentence.
+# The sign may be before or after the dollar: -$5, $-5. A dot without a digit after it is a full stop.
 _NUMBER = re.compile(r"(?<![\w.])(-?)\$?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)(?!\w)")
 
 
 def plain_number(match: re.Match[str]) -> str:
-    """The number of a match whose groups are a sign, another sign and digits; thousands lose their commas."""
+    """The number of a match without commas. The groups of the match are a sign, another sign and the digits."""
     before, after, digits = match.groups()
     return ("-" if before or after else "") + digits.replace(",", "")
 
@@ -27,7 +27,7 @@ def states_number(expected: str, answer_text: str) -> bool:
     """Whether the last number of the answer equals the expected number; 18 equals 18.00.
 
     Raises:
-        ValueError: ``expected`` holds no number.
+        ValueError: ``expected`` contains no number.
     """
     number, given = last_number(expected), last_number(answer_text)
     if number is None:

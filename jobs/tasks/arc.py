@@ -48,7 +48,7 @@ def _question(row: Row) -> LetterQuestion:
 
 
 def _choice(row: Row) -> Choice:
-    """The question of a row in ARC's format; a few rows label their choices with digits, and all get letters here."""
+    """The question of a row in ARC's format. A few rows label their choices with digits; letters replace them."""
     choices, labels = choice_texts(row["choices"], "text"), choice_texts(row["choices"], "label")
     answer = row["answerKey"]
     if answer not in labels or len(labels) != len(choices):

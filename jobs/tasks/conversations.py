@@ -1,4 +1,4 @@
-"""Conversations to fine-tune on, from files or a generator; each is read or generated when it is asked for."""
+"""Conversations to fine-tune on, from files or a generator. Each is read or generated only when it is accessed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nanochat_core.chat import Message, parse_messages
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
 
-# Generated conversations that enter a digest: a changed generator hardly ever repeats all of them.
+# A digest covers this many generated conversations. A changed generator is very unlikely to repeat all of them.
 _DIGESTED = 100
 
 
@@ -50,7 +50,7 @@ class Conversations(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Read everything that can be wrong.
+        """Read and verify every conversation.
 
         Raises:
             UserError: a conversation is wrong; the message names the file and the line.
@@ -124,7 +124,7 @@ class GeneratedConversations(Conversations):
         return hashlib.sha256(json.dumps([len(self), made]).encode()).hexdigest()
 
     def check(self) -> None:
-        """Does nothing: generators are tested."""
+        """Do nothing, because unit tests verify the generators."""
 
 
 def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversations | None]:

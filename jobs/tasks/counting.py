@@ -1,4 +1,4 @@
-"""Counting: generated questions how often a letter occurs in a word, answered with the Python tool."""
+"""Counting: generated questions about how often a letter occurs in a word, answered with the Python tool."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from jobs.tasks.task import Messages
 
 
 def row_messages(row: Row) -> Messages:
-    """The conversation of a row that is one already: ``{"messages": […]}``.
+    """The conversation of a row that has the form ``{"messages": […]}``.
 
     Raises:
         KeyError: the row has no ``messages``.

@@ -27,7 +27,7 @@ _TEST = DatasetFiles(
     expected="main/test-00000-of-00001.parquet or test.jsonl",
     origin=on_hub("openai/gsm8k", "main/test*"),
 )
-# The sign may stand before or after the dollar: -$5, $-5. A dot that no digit follows ends a sentence.
+# The sign may be before or after the dollar: -$5, $-5. A dot without a digit after it is a full stop.
 _FINAL_NUMBER = re.compile(r"####[ \t]*(-?)[ \t]*\$?[ \t]*(-?)((?:[0-9][0-9,]*)?(?:\.[0-9]+)|[0-9][0-9,]*)")
 _CALCULATION = re.compile(r"<<(.*?)>>", re.DOTALL)
 
@@ -53,7 +53,7 @@ def final_number(text: str) -> str | None:
 
 
 def same_final_number(reference: str, answer_text: str) -> bool:
-    """Whether an answer ends on the same number as the dataset's answer; 18 and 18.00 are the same number.
+    """Whether an answer ends with the same number as the dataset's answer; 18 and 18.00 are the same number.
 
     Args:
         reference: the ``answer`` of the dataset's row, with its ``####``.
@@ -68,13 +68,13 @@ def same_final_number(reference: str, answer_text: str) -> bool:
 
 
 def reward(problem: Problem, answer_text: str) -> float:
-    """Reward for reinforcement learning: 1 if the answer ends on the right number after ``####``, else 0."""
+    """Reward for reinforcement learning: 1 if the answer ends with the right number after ``####``, else 0."""
     return float(same_final_number(problem.answer, answer_text))
 
 
 def conversation(row: Row) -> Messages:
     """A row to fine-tune on. Each calculation ``<<6*7=42>>`` of the answer becomes a call of the Python tool."""
-    # Splitting by a pattern with one group gives the text between the calculations and the calculations in turn.
+    # The pattern has one group, so split() returns text and calculations in turn: text at even indices.
     pieces = _CALCULATION.split(text_field(row, "answer"))
     parts = []
     for i, piece in enumerate(pieces):

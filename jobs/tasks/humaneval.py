@@ -56,11 +56,11 @@ def passes_tests(
     A program that ends before the end of its tests, by an error, a limit or an exit, is wrong.
 
     Raises:
-        ScoringFailed: the sandbox had no room for the call.
+        ScoringFailed: the sandbox is overloaded.
         WorkerFailed: the sandbox itself failed.
     """
-    # The prompt is valid Python by itself: a function whose body is the docstring. The answer may be the rest of the
-    # body, or the whole function again, which then replaces the first one. Imports of the prompt work in both cases.
+    # The prompt is valid Python by itself: a function whose body is the docstring. The answer may continue the body, or
+    # repeat the whole function, which then replaces the first one. The prompt's imports work in both cases.
     program = f"{problem.prompt.rstrip()}\n{code_in(answer_text)}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
     return runs_to_its_end(executor, program, limits)
 
@@ -75,11 +75,11 @@ def runs_to_its_end(executor: SandboxExecutor, program: str, limits: Limits = TE
     """Whether a program runs to its last line in the sandbox without an error; blocks.
 
     Raises:
-        ScoringFailed: the sandbox had no room for the call.
+        ScoringFailed: the sandbox is overloaded.
         WorkerFailed: the sandbox itself failed.
     """
-    # A program that exits early can look like one that has passed. Only a program that reaches its last line has
-    # this random word as its result.
+    # A program that exits early may seem to pass. Only a program that reaches its last line has this random word as its
+    # result.
     word = secrets.token_hex(16)
     result = executor.execute_sync(f"{program}\n{word!r}\n", limits, ResultFormat.STR)
     if result.status is Status.OVERLOADED:

@@ -100,7 +100,7 @@ Q = TypeVar("Q", bound=Question)
 
 @dataclasses.dataclass(frozen=True)
 class Task(Generic[Q]):
-    """Questions under a name.
+    """A list of questions with a name.
 
     Attributes:
         baseline: accuracy of guessing.

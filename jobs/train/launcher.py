@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-# After one rank has failed, the others get this long to notice it before they are killed.
+# After one rank has failed, the others have this much time to end by themselves before they are killed.
 _KILL_AFTER_SECONDS = 30.0
 _POLL_SECONDS = 0.1
 
@@ -62,7 +62,10 @@ class Launcher:
         return code or (128 + self._signal if self._signal is not None else 0)
 
     def _wait(self) -> int:
-        """Wait for all ranks; returns the first exit code that is not 0. Ranks that outlive it too long are killed."""
+        """Wait for all ranks, and return the first exit code that is not 0.
+
+        If a rank has failed and other ranks do not end by themselves, the other ranks are killed.
+        """
         first = 0
         running = list(self._running)
         deadline = math.inf
@@ -95,9 +98,9 @@ class Launcher:
 
 
 def rank_environments(count: int) -> list[dict[str, str]]:
-    """For each of ``count`` processes of this machine, the variables with its rank and where to meet the others."""
+    """Environment variables for each of ``count`` ranks on this machine: its number, and the ranks' common address."""
     if count == 1:
-        # The variables of this process itself, if it is a rank, must not reach its children.
+        # This process may be a rank itself. Its own variables must not reach its child.
         return [{"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""From text to a promoted chat model: ``python -m jobs.train.pipeline --recipe demo``.
+"""Train a chat model from text and promote it: ``python -m jobs.train.pipeline --recipe demo``.
 
 Each stage runs as a separate process. A stage is skipped if the store has its result already.
 """
@@ -56,8 +56,8 @@ class PipelineSettings:
 class Pipeline:
     """Runs the stages of one recipe for one model.
 
-    A stage is done if the store has its result, made from the current inputs in the store. So if a stage is trained
-    again with another result, all later stages are trained again too.
+    A stage is done if the store has a result that was made from the current inputs. So if a stage is trained again with
+    another result, all later stages are trained again too.
     """
 
     def __init__(self, settings: PipelineSettings, recipe: Recipe) -> None:
@@ -164,7 +164,7 @@ class Pipeline:
         return not has_shards(self.store, self.model) if manifest is None else not manifest.complete
 
     def _train(self) -> tuple[Checkpoint, Checkpoint]:
-        """The final checkpoints of pretraining and fine-tuning, which are trained first if missing or stale."""
+        """Pretrain and fine-tune unless the final checkpoints are current; returns these checkpoints."""
         name, conversations = self.model, f"{self.model}-chat"
         if trained_on(self.store, name) != dataset_digest(self.store, name):
             self._stage("jobs.train.tokenizer", {"dataset": name, "name": name, **self.recipe.tokenizer})
@@ -183,7 +183,7 @@ class Pipeline:
         return base, tuned
 
     def _reinforce(self, tuned: Checkpoint) -> Checkpoint:
-        """The final checkpoint of reinforcement learning from ``tuned``, which is trained first if missing or stale."""
+        """Train ``tuned`` by reinforcement learning unless its final checkpoint is current; returns this checkpoint."""
         flags = {"model": self.model, **self._threads(), **(self.recipe.rl or {})}
         return self._checkpoint("rl", rl.__name__, flags, rl.input_digests(tuned, self._problems()))
 
@@ -196,7 +196,7 @@ class Pipeline:
         return open_problems(self.store, str((self.recipe.rl or {})["task"]), held_out=1)
 
     def _checkpoint(self, stage: str, module: str, flags: Flags, inputs: Mapping[str, str]) -> Checkpoint:
-        """The final checkpoint of a stage made from ``inputs``, which is trained first if missing or stale."""
+        """Train a stage from ``inputs`` unless its final checkpoint is current; returns this checkpoint."""
         newest = newest_checkpoint(self.store, self.model, stage)
         stale = newest is not None and newest.meta.get("inputs") != inputs
         if newest is None or stale or not newest.meta["finished"]:

@@ -57,7 +57,7 @@ class RlSettings(RolloutSettings):
 
 
 def input_digests(tuned: Checkpoint, problems: Problems) -> dict[str, str]:
-    """Digests of what the model is made from. If one changes, the model must be trained again."""
+    """Digests of the fine-tuned weights and the problems. If one changes, the model must be trained again."""
     return {"sft": tuned.weights_digest, "problems": problems.digest}
 
 
@@ -115,7 +115,7 @@ def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
             objective=PolicyGradient(
                 model,
                 clip=settings.clip,
-                # On policy both probabilities come from the same weights, and their ratio is 1 but for rounding.
+                # On policy, the same weights give both probabilities, and the ratio differs from 1 only by rounding.
                 off_policy=settings.asynchronous or settings.clip > 0,
                 kl=settings.kl,
                 reference=_frozen(tuned, model) if settings.kl else None,
@@ -166,7 +166,7 @@ def held_out_metrics(
 
 
 def _groups(model: GPT, lr_scale: float) -> list[dict[str, Any]]:
-    """Parameter groups with every learning rate scaled, also those that the batch size does not scale."""
+    """Parameter groups with every learning rate scaled, including the rates that the batch size does not scale."""
     groups = parameter_groups(model, OptimizerConfig(weight_decay=0.0))
     for group in groups:
         group["lr"] *= lr_scale

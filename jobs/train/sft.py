@@ -55,7 +55,7 @@ class SftSettings(StageSettings):
 
 
 def input_digests(base: Checkpoint, mixture: Mixture) -> dict[str, str]:
-    """Digests of what a fine-tuned model is made from. If one changes, the model must be fine-tuned again."""
+    """Digests of the base weights and the conversations. If one changes, the model must be fine-tuned again."""
     return {"base": base.weights_digest, "conversations": mixture.digest}
 
 
@@ -142,7 +142,7 @@ def fine_tune(settings: SftSettings, runtime: Runtime) -> CheckpointRef:
     if settings.resume and trainer.resume():
         pass
     elif base.resumable:
-        # The base run's momenta fit the weights that fine-tuning starts from.
+        # Fine-tuning starts from the weights of the base run, so the momenta of that run fit.
         trainer.optimizer.load_shards(load_trainer_state(store, base.ref).read)
     else:
         log.info(

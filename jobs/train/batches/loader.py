@@ -27,7 +27,7 @@ from nanochat_core.errors import UserError
 from nanochat_core.model import IGNORE_INDEX
 from nanochat_core.tokenizer import Tokenizer
 
-# The largest number of packers, and so of ranks: a power of two, because numbers of GPUs are.
+# The largest number of packers, and therefore of ranks. It is a power of two, as the number of GPUs usually is.
 MAX_PACKERS = 64
 # Largest number of buffered documents: of all packers together, of a cropping packer and of a padding packer.
 # docs/data.md has measurements of what larger buffers cost and save.
@@ -137,8 +137,8 @@ class PackedLoader:
             when_full: see :class:`BestFitPacker`.
             workers: threads that tokenize and pack; 0 chooses by the number of cores.
             pin_memory: put batches into page-locked memory, from which a GPU copies while it computes.
-            state: :attr:`Batch.state` of the last batch that was trained on, merged over all ranks or of this rank;
-                None starts at the first document.
+            state: :attr:`Batch.state` of the last batch that was trained on, either of this rank or merged over all
+                ranks. None starts at the first document.
 
         Raises:
             UserError: the rows cannot be divided evenly among the ranks, or the state is from a different loader.
@@ -163,7 +163,7 @@ class PackedLoader:
 
     @property
     def epoch(self) -> float:
-        """Number of passes over this rank's share of the documents, counting packed documents alone."""
+        """Number of passes over this rank's share of the documents, counting only packed documents."""
         return sum(packer.packed_documents for packer in self._packers) / self._share
 
     @property
@@ -244,7 +244,7 @@ class PackedLoader:
 
 
 def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Combine the states of all ranks to the state of the global batch, from which any number of ranks can continue.
+    """Combine the states of all ranks into one state, from which any number of ranks can continue.
 
     Raises:
         ValueError: the states are from loaders with different numbers of packers.
@@ -266,7 +266,7 @@ class _VirtualPacker:
         self._source, self._count = source, count
         self._cursor = number
         limit = min(CROPPING_DOCUMENTS, TOTAL_DOCUMENTS // count) if when_full == "crop" else PADDING_DOCUMENTS
-        # A larger buffer than one epoch would hold the same document twice.
+        # A buffer larger than one epoch would contain the same document twice.
         size = min(limit, math.ceil(len(source) / count))
         self._packer = BestFitPacker(row_length, size, when_full, pad_id, self._next_document)
         self.next_row = self._packer.next_row
@@ -277,8 +277,8 @@ class _VirtualPacker:
         return {"cursor": self._cursor, "buffered": self._packer.buffered}
 
     def restore(self, state: dict[str, Any]) -> None:
-        # Reading in stored order opens each row group of the dataset once. Putting in buffer order keeps the order of
-        # documents with equal lengths.
+        # Documents are read in stored order, so that each row group of the dataset is opened once. They are put in the
+        # order of the buffer, so that documents of equal length keep their order.
         documents = {number: self._source.document(number) for number in sorted(state["buffered"])}
         for number in state["buffered"]:
             self._packer.put(documents[number])

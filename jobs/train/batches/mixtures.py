@@ -182,9 +182,9 @@ class Mixture:
 
 
 def repeated(rows: Sequence[int], weight: float) -> list[int]:
-    """Repeat the rows ``weight`` times. For the fraction of the weight, a random part of them is added.
+    """Repeat the rows ``weight`` times. The fractional part of ``weight`` adds this share of the rows at random.
 
-    The random part is the same in every run. The result has at least one row, however small the weight.
+    The random rows are the same in every run. The result has at least one row, however small the weight.
     """
     total = max(1, round(weight * len(rows)))
     times, rest = divmod(total, len(rows))

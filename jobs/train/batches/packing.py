@@ -7,9 +7,10 @@ The idea is the best-fit rule of bin packing, applied to a bounded buffer of doc
 buffered document that still fits, refill the buffer, and repeat until no document fits the rest of the row. The rest is
 then cropped or padded:
 
-- ``crop`` fills it with the start of the shortest document and drops that document's end. No position is wasted, but
-  some text is lost. Pretraining has more text than it can use.
-- ``pad`` leaves it uncounted. Conversations keep their end, unless they are longer than a whole row.
+- ``crop`` fills the rest with the start of the shortest document and drops that document's end. No position is wasted,
+  but some text is lost. This suits pretraining, which has more text than it can use.
+- ``pad`` fills the rest with padding, which the loss does not count. This suits conversations: they keep their end,
+  unless they are longer than a whole row.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class BestFitPacker:
         """Add a document to the buffer."""
         length = len(document.ids)
         if self.when_full == "pad":
-            # A document longer than a row would never fit, and such documents would fill the buffer in time.
+            # A document longer than a row never fits. Without the cut, such documents would gradually fill the buffer.
             length = min(length, self.row_length)
         place = bisect.bisect_right(self._lengths, length)
         self._lengths.insert(place, length)

@@ -39,7 +39,7 @@ log = logging.getLogger("jobs.train")
 class RunCheckpoints:
     """Loads, saves and deletes the checkpoints of one run.
 
-    Each checkpoint holds weights, optimizer state, random generator and :class:`RunState`. The optimizer state is
+    Each checkpoint contains weights, optimizer state, random generator and :class:`RunState`. The optimizer state is
     divided among the ranks and can be loaded on any number of ranks.
     """
 
@@ -76,9 +76,9 @@ class RunCheckpoints:
         return None
 
     def replace_after(self, step: int) -> None:
-        """Let the next saved checkpoint replace all stored ones of later steps than ``step``.
+        """Delete all checkpoints of steps after ``step`` as soon as the next checkpoint has been saved.
 
-        Those are damaged, or belong to an earlier run that is being started over.
+        These later checkpoints are damaged, or belong to an earlier run that is being started over.
         """
         self._replaced = {ref for ref in self._stored() if ref.step > step}
 
@@ -135,7 +135,7 @@ class RunCheckpoints:
             checkpoint, trainer = load_checkpoint(self._store, ref), load_trainer_state(self._store, ref)
             trainer.fetch(shard.name for shard in self._shards())
         except StoreError:
-            raise  # The store is unavailable, and the checkpoint may be intact: do not skip it and lose its steps.
+            raise  # The store is unavailable, but the checkpoint may be intact and must not be skipped.
         except UserError as error:
             return None, str(error)
         return (checkpoint, trainer), None
@@ -156,14 +156,14 @@ class RunCheckpoints:
             )
 
     def _delete_superfluous(self, written: CheckpointRef) -> None:
-        """Keep this run's newest checkpoints, those to keep for good and the promoted one; delete all others."""
+        """Delete checkpoints, except the newest, the promoted one, and steps that are multiples of ``keep_every``."""
         settings, model, replaced = self._config.settings, self._config.model_name, self._replaced - {written}
         own = [ref for ref in self._stored() if ref not in replaced]
         every, served = settings.keep_every, promoted(self._store, model)
         old = [ref for ref in own[: -settings.keep] if ref != served and not (every and ref.step % every == 0)]
         incomplete = incomplete_checkpoints(self._store, model, self._config.stage)
         if served is not None and served in replaced:
-            # Engines that start from now on wait for the next promotion instead of failing at a missing checkpoint.
+            # Engines that start after this wait for the next promotion, instead of failing without the checkpoint.
             withdraw(self._store, model)
             log.warning("the promoted revision is gone", extra={"model": model, "revision": served.revision})
         for ref in (*replaced, *old, *incomplete):

@@ -11,7 +11,7 @@ from prometheus_client import Counter, Gauge, Histogram, start_http_server
 from nanochat_core.errors import UserError
 
 _STAGE = ["stage"]
-# Gauges of the last step, by the name under which a step's values have it.
+# One gauge for each value that a step reports, by the value's name.
 STEP_GAUGES = {
     name: Gauge(f"nanochat_train_{name}", text, _STAGE)
     for name, text in {

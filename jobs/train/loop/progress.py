@@ -68,7 +68,7 @@ class Progress:
         Args:
             total: steps at the end of the run.
             initial: steps that earlier processes have done.
-            device: device whose peak memory is reported; None reports that of the process.
+            device: device whose peak memory is reported; None reports the memory of this process.
             flops_per_token: FLOPs of training on one token.
             peak_flops: FLOP/s of all devices together. If both FLOP counts are known, the model FLOPs utilization
                 (MFU, arXiv 2204.02311) is reported.
@@ -204,7 +204,7 @@ class Progress:
 
 
 class _MovingMean:
-    """The quotient of two moving sums, so that longer steps can weigh more."""
+    """A weighted moving mean: the moving sum of the values, divided by the moving sum of their weights."""
 
     def __init__(self) -> None:
         self._sum = self._weight = 0.0

@@ -12,7 +12,7 @@ from jobs.train.loop.schedule import Schedule
 from nanochat_core.checkpoint import CheckpointRef
 from nanochat_core.errors import UserError
 
-# A metric of an evaluation is one number, or several numbers by name, such as pass@k by k.
+# The metrics of an evaluation by name. A metric is one number, or several numbers by name, such as pass@k by k.
 Metrics = Mapping[str, float | Mapping[str, float]]
 # An entry of the history: ``step``, the step's measures such as ``loss``, and the metrics of an evaluation after it.
 Point = dict[str, Any]
@@ -21,7 +21,7 @@ _HISTORY_POINTS = 2000
 
 
 class TrainingDiverged(UserError):
-    """The loss, a gradient or a weight is NaN or infinite. The last checkpoint is from before that."""
+    """The loss, a gradient or a weight is NaN or infinite. The last checkpoint was written before this happened."""
 
     def __init__(self, observation: str) -> None:
         super().__init__(
@@ -34,8 +34,8 @@ class RunConfig:
     """One stage of one model.
 
     Attributes:
-        meta: stored with each checkpoint. A checkpoint is resumed only if its ``settings`` and ``inputs`` (digests of
-            the data that the stage is made from) are equal to these.
+        meta: description of the run, stored with each checkpoint. The run resumes from a checkpoint only if both have
+            equal ``settings`` and equal ``inputs``. The inputs are digests of the stage's data and initial weights.
     """
 
     model_name: str
@@ -45,7 +45,7 @@ class RunConfig:
     meta: dict[str, Any]
 
     def checkpoint(self, step: int) -> CheckpointRef:
-        """The place of this run's checkpoint after ``step`` steps."""
+        """Reference to this run's checkpoint after ``step`` steps."""
         return CheckpointRef(self.model_name, self.stage, step)
 
 
@@ -95,7 +95,7 @@ class Evaluation:
     first: bool = False
 
     def is_due(self, step: int, last_step: int) -> bool:
-        """Whether this evaluation follows ``step``, where 0 is the time before the first step."""
+        """Whether to evaluate after ``step``. Step 0 means before the first step."""
         if step == 0:
             return self.first
         return step == last_step or bool(self.every and step % self.every == 0)
@@ -114,6 +114,6 @@ def thinned(history: list[Point]) -> list[Point]:
     stride = math.ceil(len(history) / _HISTORY_POINTS) or 1
     last = len(history) - 1
     trained = [set(point) for point in history if "loss" in point]
-    # Names that every trained step has; the metrics of an evaluation are in few entries.
+    # Names in the entry of every step. Any other name is a metric of an evaluation, which few entries have.
     usual = set.intersection(*trained) if trained else {"step"}
     return [p for i, p in enumerate(history) if i % stride == 0 or p.keys() - usual or i == last]

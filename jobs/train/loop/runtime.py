@@ -1,4 +1,4 @@
-"""Where a training process runs: its store, its device, the other ranks, and the settings that all stages share."""
+"""The environment of a training process: the store, the device, the other ranks, and the settings of every run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, j
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Settings that may change when a run is resumed: they change neither the data nor, beyond rounding, the result."""
+    """Settings that may change when a run is resumed, because they do not change its result, apart from rounding."""
 
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to train on")
@@ -55,7 +55,7 @@ class Runtime:
 
 
 class StopSignal:
-    """Records SIGTERM and SIGINT while it is entered, so that the training loop can stop between two steps.
+    """Records SIGTERM and SIGINT inside its ``with`` block, so that the training loop can stop between two steps.
 
     Attributes:
         number: number of the last signal received; 0 if there was none.

@@ -1,4 +1,4 @@
-"""The size of a training run, which follows from the model's size, and the rates at each of its steps.
+"""Derives the size of a training run from the model's size, and gives the learning rate and weight decay of each step.
 
 The problem: good values for batch size, learning rates and weight decay differ from one model size to another, and a
 search at every size is too expensive. The idea: tune all values once on a small reference model (depth 12), and scale

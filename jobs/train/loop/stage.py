@@ -1,4 +1,4 @@
-"""Assembles a training stage: model, optimizer, batches and trainer, alike for pretraining, fine-tuning and RL."""
+"""Builds the model, the optimizer and the trainer of a stage, in the same way for pretraining, fine-tuning and RL."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from nanochat_core.training.fp8 import convert_to_fp8
 from nanochat_core.training.optim import MuonAdamW, muon_dtype
 from nanochat_core.training.peak_flops import peak_flops
 
-# Settings of stages that, like RunSettings, may change when a run is resumed.
+# Like RunSettings, these settings of some stages may change when a run is resumed.
 _EVALUATION_SETTINGS = frozenset({"eval_tokens", "core_every", "core_bundle", "core_max_per_task"})
 
 
@@ -60,7 +60,7 @@ def run_stage(name: str, settings_class: type[SettingsT], train: Callable[[Setti
 
 
 class Stage:
-    """One training stage in this process: the model to train, and the assembly of everything around it.
+    """One training stage in this process. It builds the model to train, and then the trainer.
 
     Attributes:
         model: on the runtime's device, with the kernels for training chosen.
@@ -116,7 +116,7 @@ class Stage:
         plan: dict[str, Any],
         objective: Objective | None = None,
     ) -> Trainer:
-        """The trainer of this stage, which has not resumed yet.
+        """Build the trainer of this stage. It has not resumed from a checkpoint yet.
 
         Args:
             groups: parameter groups of the optimizer.
@@ -149,7 +149,7 @@ class Stage:
         )
 
     def _lineage(self) -> dict[str, str]:
-        """The checkpoint that the stage started from, and its model if that has another name."""
+        """The checkpoint that the stage starts from, and that checkpoint's model if it is another model."""
         if self._base is None:
             return {}
         ref = self._base.ref

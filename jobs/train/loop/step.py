@@ -107,8 +107,8 @@ class TrainingStep:
 
         Args:
             batch: this rank's rows of the global batch.
-            stop: this rank's stop signal. A signal to any rank is in the result of all ranks, so that they stop after
-                the same step.
+            stop: this rank's stop signal. If any rank has received a signal, the results of all ranks say so, and all
+                ranks stop after the same step.
 
         Raises:
             TrainingDiverged: five steps in a row had a loss or gradient that is not finite.
@@ -126,7 +126,7 @@ class TrainingStep:
             return dataclasses.replace(result, skipped=True)
         self._skipped_in_a_row = 0
         if not norm:
-            # There is nothing to learn from this batch. Muon would still make a full-length step, by momentum alone.
+            # All gradients are zero: the batch teaches nothing. Muon would still make a full step, from momentum alone.
             self._optimizer.zero_grad()
             return result
         self._update(step)
@@ -134,18 +134,18 @@ class TrainingStep:
 
     def _accumulate(self, batch: Batch, stop: StopSignal) -> StepResult:
         """Sum loss, measures and gradients over all micro-batches and ranks."""
-        # The batch is still in the host's memory: counting there does not wait for the device.
+        # The batch is still in the host's memory, so counting does not wait for the device.
         count = int((batch.targets != IGNORE_INDEX).sum())
         if self._ranks.size == 1 and not count:
             raise UserError("a batch has no counted target; the conversations hold no assistant text that fits a row")
         counted = self._ranks.sum(torch.full((), count, dtype=torch.int64, device=self._device))
-        # In double precision the sum does not depend on how many ranks add to it.
+        # Double precision makes the sum independent of the number of ranks.
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         sums: dict[str, Tensor] = {}
         micro_batches = list(self._micro_batches(batch))
         for i, rows in enumerate(micro_batches):
             if i == len(micro_batches) - 1:
-                # From here on each gradient is complete as soon as it is computed, and ranks may start to add it up.
+                # In the last micro-batch, ranks can sum each gradient as soon as the backward pass has computed it.
                 self._optimizer.expect_gradients()
             loss, measures = self._objective(rows)
             loss = loss / counted
@@ -154,7 +154,7 @@ class TrainingStep:
             for name, value in measures.items():
                 sums[name] = sums.get(name, torch.zeros_like(total)) + value / counted
         norm = self._optimizer.reduce()
-        # One copy from the device brings everything that the rest of the step depends on, equal on every rank.
+        # One copy from the device transfers all sums that the rest of the step needs. They are equal on every rank.
         reduced = self._ranks.sum(torch.stack([total, total.new_tensor(stop.number), *sums.values()]))
         loss_value, stops, *values = reduced.tolist()
         return StepResult(
@@ -193,7 +193,7 @@ class TrainingStep:
         self._optimizer.zero_grad()
         step = self._state.step
         self._state.skipped.append(step)
-        # A loss scaler lowers its factor by overflows, which do not mean that the run has diverged.
+        # With a loss scaler, an overflow only lowers the scaler's factor. It does not mean that the run has diverged.
         self._skipped_in_a_row += 0 if self._scaler and self._scaler.factor > 1 else 1
         if self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
             raise TrainingDiverged(
@@ -203,7 +203,7 @@ class TrainingStep:
         log.warning("step skipped", extra={"step": step, "loss": loss, "gradient_norm": norm})
 
     def _is_spike(self, loss: float) -> bool:
-        """Whether the loss is far above the recent losses. The moving statistics then include it."""
+        """Whether the loss is far above the recent losses. Afterwards, the moving statistics include this loss."""
         state = self._state
         if not state.loss_mean:
             state.loss_mean = loss

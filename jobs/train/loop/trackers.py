@@ -39,8 +39,8 @@ def open_trackers(
     Args:
         folder: local folder for the trackers' files; TensorBoard's go to ``<folder>/<model>/<stage>``.
         config: settings of the run. A resumed run is recognized by equal settings.
-        step: number of steps that earlier processes have done. A resumed run continues without a tracker that cannot
-            be opened.
+        step: number of steps that earlier processes have done. If it is not 0, a tracker that cannot be opened is left
+            out instead of raising an error.
 
     Raises:
         UserError: a name is unknown, its package is not installed, or at step 0 a tracker cannot be opened.
@@ -134,7 +134,7 @@ class Guarded:
             return
         try:
             call()
-        except Exception as error:  # No error of a tracker is worth ending a run of days.
+        except Exception as error:  # A failing tracker must not end a run of many days.
             self._failed = True
             extra = {"tracker": self._name, "reason": _reason(error)}
             log.warning("tracker failed, training goes on without it", extra=extra)

@@ -1,7 +1,7 @@
 """The loss of reinforcement learning: REINFORCE with the group's mean as baseline, and its common variants.
 
-The problem: the reward R of an answer is no differentiable function of the weights, because the answer is sampled. The
-policy gradient theorem (REINFORCE, Williams 1992) gives the gradient of its mean nevertheless:
+The problem: the reward R of an answer is not differentiable in the weights, because the answer is sampled. The
+policy gradient theorem (REINFORCE, Williams 1992) still gives the gradient of the mean reward:
 
     grad E[R] = E[(R - b) * sum over tokens of grad log p(token)]
 
@@ -11,12 +11,13 @@ Here it is the mean reward of all samples for the same problem, and ``A = R - b`
 - Normalization divides A by the standard deviation of the group's rewards (GRPO, arXiv 2402.03300).
 - Off policy, when older weights sampled the tokens, ``ratio * A`` with ``ratio = p(token) / p_sampled(token)`` replaces
   ``A * log p(token)`` (importance sampling). On policy the ratio is 1 and both have the same gradient.
-- Clipping uses ``min(ratio * A, clip(ratio, 1 - c, 1 + c) * A)``, so that no token gains from moving its probability
-  further than that (PPO, arXiv 1707.06347).
-- A KL penalty keeps the model near a reference, by the estimator k3 (http://joschu.net/blog/kl-approx.html).
+- Clipping uses ``min(ratio * A, clip(ratio, 1 - c, 1 + c) * A)``, so that moving the ratio outside this range gains
+  nothing (PPO, arXiv 1707.06347).
+- A KL penalty keeps the model near a reference model. It uses the estimator k3
+  (http://joschu.net/blog/kl-approx.html).
 
-The loss sums over the sampled tokens of all answers; the optimizer step divides it by their number. No answer's length
-enters otherwise, as in DAPO (arXiv 2503.14476).
+The loss sums over the sampled tokens of all answers, and the optimizer step divides it by their number. Every token has
+the same weight, whatever the length of its answer, as in DAPO (arXiv 2503.14476).
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ class PolicyGradient:
         self._clip, self._off_policy, self._kl, self._reference = clip, off_policy, kl, reference
 
     def __call__(self, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and sums over tokens by name: ``kl`` with a KL penalty, ``clipped`` tokens with clipping."""
+        """The loss, and sums over tokens: ``kl`` if there is a KL penalty, and ``clipped`` if ratios are clipped."""
         assert isinstance(rows, RolloutBatch)
         counted = rows.targets != IGNORE_INDEX
         logprobs = target_logprobs(self._model, rows.ids, rows.targets, self._hidden)

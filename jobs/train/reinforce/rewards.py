@@ -59,7 +59,7 @@ def gsm8k(problem: Problem, rollout: Rollout) -> float:
 
 
 def finished(_problem: Problem, rollout: Rollout) -> float:
-    """1 if the answer ends before the token limit, whatever its text: for test runs, or against too long answers."""
+    """1 if the answer ends before the token limit, whatever its text. For test runs, or to discourage long answers."""
     return float(rollout.finished)
 
 

@@ -43,10 +43,10 @@ from nanochat_core.settings import setting
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.distributed import Ranks
 
-# The engine's steps are not cheaper per token with more running sequences.
+# More running sequences than this do not make the engine's steps cheaper per token.
 _MAX_RUNNING = 256
-# Time limits of a Python call, without and with its wait for a free sandbox. The second is long, so that a busy machine
-# does not change any answer.
+# Time limits of a Python call. The first is for the run itself, the second includes the wait for a free sandbox. The
+# second is long, so that a busy machine does not change any answer.
 _CALL_SECONDS, _WAIT_SECONDS = 10.0, 300.0
 # The engine's share of a GPU's free memory; training needs the rest.
 _CUDA_MEMORY_SHARE = 0.4
@@ -85,7 +85,7 @@ class RolloutSettings(StageSettings):
 
 
 class Answerer:
-    """Answers problems with the engine, with the weights of the last :meth:`update_weights` and with Python calls."""
+    """Answers problems with the engine and the Python tool, using the weights of the last :meth:`update_weights`."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, tool: ToolRunner, sequences: int) -> None:
         """
@@ -104,7 +104,7 @@ class Answerer:
             tool_timeout_seconds=_WAIT_SECONDS,
         )
         self._engine = Engine(model, tokenizer, config, tool_runner=self._tool)
-        self._engine.warm_up()  # before training uses the device too
+        self._engine.warm_up()  # Training does not use the device yet.
         self._stop = stop_token_ids(tokenizer)
 
     def update_weights(self, model: GPT) -> None:
@@ -245,12 +245,12 @@ class RolloutSource:
         self._shuffle = EpochShuffle(len(problems), settings.seed)
 
     def starting(self, step: int) -> RolloutSource:
-        """This source, beginning with the batch that follows ``step`` steps."""
+        """Begin with the batch that follows ``step`` steps; returns this source."""
         self._first = step
         return self
 
     def settle(self) -> None:
-        """Wait until no rollouts are sampled in the background, so that the answerer can be used otherwise.
+        """Wait until no rollouts are sampled in the background, so that the answerer is free for other work.
 
         An error of the background sampling is raised here.
         """

@@ -1,4 +1,4 @@
-"""Plots of scaling studies: loss curves of a miniseries, and the models of each budget with the laws that follow."""
+"""Plots of scaling studies: the loss curves of a miniseries, or the models of each budget and the fitted laws."""
 
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Number of coefficients of each curve, and so of the points that determine it.
+# The curve has this many coefficients, and needs at least as many points.
 _PARABOLA_POINTS = 3
 _POWER_LAW_POINTS = 2
-# Losses that bend by less than this fraction of their size are straight up to rounding.
+# If losses bend by less than this fraction of their size, they are a straight line with rounding errors.
 _STRAIGHT = 1e-9
 
 
@@ -93,7 +93,7 @@ def fit_parabola(sizes: Sequence[float], losses: Sequence[float]) -> Parabola | 
     if len(set(sizes)) < _PARABOLA_POINTS:
         return None
     log_sizes = np.log(sizes)
-    # Centered at the mean: otherwise large squares of logarithms would cancel each other and lose precision.
+    # The logarithms are centered at their mean. Otherwise their large squares would cancel and lose precision.
     middle = log_sizes.mean()
     curvature, slope, height = np.polyfit(log_sizes - middle, losses, 2)
     if curvature * np.ptp(log_sizes) ** 2 < _STRAIGHT * np.abs(losses).max():

@@ -128,7 +128,7 @@ def write_report(
     Args:
         command: command line that repeats the study.
         results: finished runs, at least one.
-        missing: number of runs that are still to come.
+        missing: number of runs that have not been tried yet.
     """
     rows = [result.row() for result in results]
     content = {

@@ -1,4 +1,4 @@
-"""A model checkpoint of karpathy/nanochat: found, verified and converted to our network."""
+"""Finds a model checkpoint of karpathy/nanochat, verifies it, and converts it to our network."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def read_upstream(folder: Path, step: int) -> UpstreamCheckpoint:
     nothing that the file contains.
 
     Raises:
-        UserError: a file is missing or damaged, or holds anything but tensors.
+        UserError: a file is missing or damaged, or contains anything but tensors.
     """
     path = folder / f"model_{step:06d}.pt"
     meta_path = folder / f"meta_{step:06d}.json"
@@ -100,7 +100,7 @@ def read_upstream(folder: Path, step: int) -> UpstreamCheckpoint:
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except Exception as error:  # a damaged file makes torch raise nearly anything
+    except Exception as error:  # A damaged file makes torch raise errors of many types.
         reason = str(error).strip().partition("\n")[0][:200]
         raise UserError(f"{path} holds no plain tensors, or is damaged: {reason}") from error
     return UpstreamCheckpoint(path, meta, _plain_tensors(path, stored))
@@ -148,7 +148,7 @@ def convert(source: UpstreamCheckpoint, config: ModelConfig) -> GPT:
         model = GPT(config, torch.bfloat16 if in_bf16 else torch.float32)
     parameters = model.state_dict()
     _check_fit(source, {upstream_name(name): parameter for name, parameter in parameters.items()})
-    # A copy, because the file could change while it is mapped, and two names could share one tensor.
+    # The weights are copied, because the mapped file could change, and two names could share one tensor.
     weights = {
         name: source.weights[upstream_name(name)].to(parameter.dtype, copy=True)
         for name, parameter in parameters.items()
@@ -180,11 +180,11 @@ def _plain_tensors(path: Path, stored: Any) -> dict[str, Tensor]:
 
 
 def _check_version(source: UpstreamCheckpoint) -> None:
-    """Refuse weights of upstream versions whose network differs in more than its parameters.
+    """Refuse weights of early upstream versions, whose network computes other logits than ours.
 
-    Upstream added the smear in one commit (a825e63, 14 March 2026) together with another scale of queries and keys and
-    other short windows. Earlier versions also had another rotary base, softcap and value gate. No checkpoint records
-    these differences, so our network would compute other logits with such weights than upstream did.
+    Upstream's commit a825e63 (14 March 2026) added the smear, and also changed the scale of queries and keys and the
+    short windows. Earlier versions also had another rotary base, softcap and value gate. No checkpoint records these
+    differences, but weights without a smear must be from an earlier version.
     """
     if _NETWORK["smear_scale"] not in source.weights:
         raise UserError(

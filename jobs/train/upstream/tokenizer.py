@@ -2,8 +2,8 @@
 
 ``tokenizer.pkl`` is a pickled ``tiktoken.Encoding``. A pickle is a program, and Python's own loader would let it call
 any function of this machine. So this module interprets the pickle itself: it carries out the few instructions that such
-a file needs (pickle protocol 4 and later) on plain data, and refuses all others. The file may name one class, which is
-replaced by a record of its arguments. Nothing is looked up, imported or called.
+a file needs (pickle protocol 4 and later) on plain data, and refuses all others. The file may name one class. A
+record of the arguments replaces an instance of this class, and nothing is imported or called.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NAMES_A_GLOBAL = {"GLOBAL", "INST"}
 
 @dataclasses.dataclass(eq=False)
 class _Encoding:
-    """Stands for the pickled ``tiktoken.Encoding``, with the arguments of its constructor."""
+    """Takes the place of the pickled ``tiktoken.Encoding``, and stores the arguments of its constructor."""
 
     arguments: Any = None
 
