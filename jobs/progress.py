@@ -1,4 +1,4 @@
-"""The one display of progress for long tasks: a bar on a terminal, log events every few seconds elsewhere."""
+"""The progress display of all long tasks: a bar on a terminal, or else a log event every few seconds."""
 
 from __future__ import annotations
 

@@ -24,13 +24,13 @@ _WORLDLESS_KINDS = frozenset({"greeting", "identity", "arithmetic", "counting", 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One way from text to a chat model.
+    """The data and the settings to train one kind of chat model.
 
     Attributes:
         tokenizer, pretrain, sft: flags of each stage's program.
         conversation_kinds: kinds of demo conversations to fine-tune on and to evaluate; None means all kinds.
         train_conversations: number of conversations to fine-tune on.
-        rl: flags of reinforcement learning, which the pipeline's ``--rl`` adds; None if the recipe has no task for it.
+        rl: flags of reinforcement learning, for the pipeline's ``--rl``; None if the recipe has no task for it.
         needs_data: whether the user gives the text; otherwise the demo world generates it.
         web_shards: shards of the public web text to download if neither ``--data`` nor the store has text.
         document_characters: maximum length of a training document, in characters; None sets no limit. Longer documents

@@ -28,7 +28,7 @@ def read_local_text(path: Path) -> tuple[Iterator[str], Iterator[str]]:
     Files are read while the caller takes documents from the iterators.
 
     Raises:
-        UserError: there is no readable file. The iterators raise UserError if a file is not what its name says.
+        UserError: there is no readable file. The iterators raise UserError if a file's content does not fit its suffix.
     """
     files = _text_files(path)
     if len(files) > 1:

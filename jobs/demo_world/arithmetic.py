@@ -48,7 +48,7 @@ _LONGEST_QUOTIENT = 7
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """The calculation ``a symbol b``; ``result`` is what Python prints for it."""
+    """The calculation ``a symbol b``; ``result`` is Python's output for it."""
 
     a: int
     symbol: str

@@ -11,8 +11,9 @@ from jobs.demo_world.exchange import Exchange
 from jobs.demo_world.phrasings import Split
 from jobs.demo_world.seeding import generator
 
-# Shares of the kinds, in percent. Counting and arithmetic are frequent because copying takes the most practice. Next
-# come the facts, in both directions. The other kinds have few sentences, which a model soon learns by heart.
+# Shares of the kinds, in percent. Counting and arithmetic are frequent because copying takes the most practice.
+# Questions about facts in both directions are the next most frequent. The other kinds have few different sentences,
+# which a model soon learns by heart.
 CONVERSATION_MIX: Mapping[str, float] = {
     "counting": 24,
     "arithmetic": 21,
@@ -40,7 +41,7 @@ def conversations(
     """Generate ``n`` conversations, each with ``messages`` and ``kind``.
 
     Equal arguments give equal conversations, and a smaller ``n`` gives the first of these. The splits have no user
-    message in common, for any seeds.
+    message in common, whatever the seeds.
 
     Args:
         split: ``heldout`` uses phrasings, numbers, words and strangers that ``train`` never contains.

@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w)")
 
 @dataclasses.dataclass(frozen=True)
 class EvalItem:
-    """A conversation up to the user's last message, and what a right answer must contain.
+    """A conversation up to the user's last message, and the conditions for a right answer.
 
     Attributes:
         expected, forbidden, requires_tool: see :class:`jobs.demo_world.exchange.Exchange`.

@@ -1,4 +1,4 @@
-"""One question and its answer, with what a right answer must contain."""
+"""One question with its answer, and the conditions for a right answer."""
 
 from __future__ import annotations
 

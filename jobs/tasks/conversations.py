@@ -128,7 +128,7 @@ class GeneratedConversations(Conversations):
 
 
 def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversations | None]:
-    """Find the conversations that a mixture calls ``name``: a known dataset, a local file, or a folder of the store.
+    """Open the conversations with this name in a mixture: a built-in dataset, a local file, or a folder of the store.
 
     Returns:
         The training conversations, and the validation conversations if the store has ``data/<name>/val.jsonl``.

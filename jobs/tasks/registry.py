@@ -1,4 +1,4 @@
-"""Tasks by name: what can be evaluated, fine-tuned on and practiced with reinforcement learning."""
+"""Finds tasks by name: to evaluate, to fine-tune on, or to practice on with reinforcement learning."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ PROBLEMS: Mapping[str, Callable[[Store, int], Problems]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Which questions of each task an evaluation asks.
+    """Selects the questions of each task that an evaluation asks.
 
     Attributes:
         items: questions of each task; 0 asks all questions of a dataset and 200 of a generated task.

@@ -113,7 +113,7 @@ class Task(Generic[Q]):
     baseline: float = 0.0
 
     def sample(self, count: int, seed: int) -> Self:
-        """The task with ``count`` of its questions, in their order; equal seeds choose the same questions."""
+        """The task with ``count`` of its questions, in their original order; equal seeds choose the same questions."""
         if count >= len(self.questions):
             return self
         chosen = random.Random(f"{seed}/{self.name}").sample(range(len(self.questions)), count)  # noqa: S311

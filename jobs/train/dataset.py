@@ -83,7 +83,7 @@ def validate(store: Store, name: str) -> Contents:
     """Read every document of ``data/<name>``.
 
     Raises:
-        UserError: shards are missing, damaged, empty or not those of the manifest; the message names every bad shard.
+        UserError: shards are missing, damaged or empty, or do not match the manifest; the message names each bad one.
     """
     manifest = read_manifest(store, name)
     keys = shard_keys(store, name)

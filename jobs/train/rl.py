@@ -141,7 +141,7 @@ def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
 def held_out_metrics(
     answerer: Answerer, problems: Problems, reward: Reward, settings: RlSettings, ranks: Ranks
 ) -> Metrics:
-    """Evaluate the model on the held-out problems, which the ranks share.
+    """Evaluate the model on the held-out problems, which are divided among the ranks.
 
     Returns:
         ``heldout_reward`` and ``heldout_length`` (tokens), means over greedy answers; and ``pass_at_k``, for each k up

@@ -176,7 +176,7 @@ def _held_out_batches(loader: PackedLoader) -> list[Batch]:
 
 @torch.inference_mode()
 def _mean_loss(model: GPT, batches: Sequence[Batch], runtime: Runtime) -> float:
-    """Nats per counted target of the batches, which the ranks share."""
+    """Mean loss in nats per counted target. The batches are divided among the ranks."""
     device, ranks = runtime.device, runtime.ranks
     nats, counted = 0.0, 0
     for batch in batches[ranks.rank :: ranks.size]:

@@ -1,4 +1,4 @@
-"""Conversations as documents for the packer: their tokens, or their lengths alone."""
+"""Conversations as documents for the packer: their tokens, or only their lengths."""
 
 from __future__ import annotations
 

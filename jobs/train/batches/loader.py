@@ -30,7 +30,7 @@ from nanochat_core.tokenizer import Tokenizer
 # The largest number of packers, and therefore of ranks. It is a power of two, as the number of GPUs usually is.
 MAX_PACKERS = 64
 # Largest number of buffered documents: of all packers together, of a cropping packer and of a padding packer.
-# docs/data.md has measurements of what larger buffers cost and save.
+# docs/data.md has measurements of the costs and savings of larger buffers.
 TOTAL_DOCUMENTS = 16_384
 CROPPING_DOCUMENTS = 1000
 PADDING_DOCUMENTS = 64

@@ -68,7 +68,7 @@ def parse_mixture(text: str) -> list[Entry]:
 
 
 class Selection(Sequence[list[Message]]):
-    """A selection of conversations from several sources, which are read when they are accessed.
+    """A selection of conversations from several sources. Each conversation is read when it is accessed.
 
     Attributes:
         rows: number of each selected conversation in its source, (conversations,) int64.

@@ -7,7 +7,7 @@ import random
 
 
 class EpochShuffle:
-    """Permutes ``count`` examples anew in each epoch, depending on the seed and the number of the epoch alone.
+    """Permutes ``count`` examples anew in each epoch. The order depends only on the seed and the number of the epoch.
 
     Calling it with a running number gives the index of that example: the first ``count`` numbers are the first epoch,
     the next ``count`` numbers the second. Several threads may call it at once.

@@ -85,7 +85,7 @@ class RunCheckpoints:
     def save(self, writer: CheckpointWriter, state: RunState, *, finished: bool = False) -> None:
         """Start to write a checkpoint. When it is complete, the writer deletes the checkpoints that it supersedes.
 
-        If the checkpoint before this one could not be written, the failure is reported and training goes on.
+        If the checkpoint before this one could not be written, the failure is reported and training continues.
 
         Raises:
             TrainingDiverged: a weight is not finite, so a checkpoint would be useless.

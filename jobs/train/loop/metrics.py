@@ -60,7 +60,7 @@ def serve_metrics(port: int) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: what torch allocated on a GPU, or the resident set of this process on a CPU."""
+    """Peak memory so far: the memory that torch allocated on a GPU, or the resident set of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

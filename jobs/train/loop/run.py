@@ -59,7 +59,7 @@ class RunState:
         train_seconds: duration of all steps, without evaluations and checkpoints.
         history: one entry per step that was not skipped, and one per evaluation.
         skipped: steps whose loss or gradient was not finite; they did not change the weights.
-        loss_mean, loss_variance: moving statistics of the loss, which loss spikes are detected against.
+        loss_mean, loss_variance: moving statistics of the loss, to detect loss spikes.
         loss_factor, good_steps: state of the loss scaler of an fp16 run.
     """
 

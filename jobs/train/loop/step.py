@@ -68,7 +68,7 @@ class TrainingStep:
     """Updates a model from one batch after another, and keeps the run's state up to date.
 
     A loss or gradient that is not finite skips the update on every rank; five such steps in a row end the run. A loss
-    far above the recent ones is reported and trained on.
+    far above the recent ones is reported, but its step is done as usual.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ class Trainer:
     """Runs optimizer steps to the end of the schedule, with evaluations, checkpoints and a clean stop on a signal.
 
     Checkpoints are written in the background. If one cannot be written after several attempts, the failure is reported
-    and training goes on; only the last one must succeed.
+    and training continues. Only the last one must succeed.
 
     Attributes:
         state: progress of the run, from the start or from the checkpoint that :meth:`resume` loaded.

@@ -1,7 +1,7 @@
 """Rollouts: the answers that the model samples while it is trained, and the batches made from them.
 
 The inference engine samples all answers of a step in one continuous batch, with the current weights and the same Python
-tool as in serving. Seeds depend on the run's seed, the step and the problem alone. So a resumed run samples the same
+tool as in serving. Seeds depend only on the run's seed, the step and the problem. So a resumed run samples the same
 answers again, on any number of ranks.
 """
 
@@ -91,7 +91,7 @@ class Answerer:
         """
         Args:
             tool: runs the Python code of the answers.
-            sequences: number of answers that are asked for at once.
+            sequences: number of answers that are requested at once.
         """
         self._tokenizer, self._tool = tokenizer, SharedCalls(tool)
         running = min(sequences, _MAX_RUNNING)
@@ -116,7 +116,7 @@ class Answerer:
     ) -> list[list[Rollout]]:
         """Sample ``samples`` answers to each problem.
 
-        An answer depends on the problem, its seed, the number of the sample and the weights alone.
+        An answer depends only on the problem, its seed, the number of the sample and the weights.
 
         Args:
             seeds: one for each problem.
@@ -211,9 +211,9 @@ class SharedCalls:
 class RolloutSource:
     """Batches of rollouts, one for each step. Each rank samples a contiguous part of the step's problems.
 
-    Asynchronous rollouts of the next step are sampled while a step trains, with the weights from before that step. The
-    first step after a checkpoint is an exception: it waits for the new weights, because a run that resumes from the
-    checkpoint does not have the older ones.
+    While a step trains, asynchronous rollouts of the next step are sampled with the weights from before the update. The
+    rollouts of the first step after a checkpoint are an exception: they wait for the new weights, because a run that
+    resumes from the checkpoint does not have the older weights.
     """
 
     def __init__(

@@ -141,7 +141,7 @@ class IsoFlop:
 
     @property
     def problem(self) -> str | None:
-        """Why the best size is unknown and what would help; None if it is known."""
+        """The reason why the best size is unknown, and a remedy; None if the best size is known."""
         if len(set(self.sizes)) < _PARABOLA_POINTS:
             return f"fewer than {_PARABOLA_POINTS} depths were trained"
         if self.fit is None:
