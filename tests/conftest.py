@@ -17,8 +17,8 @@ pytest.register_assert_rewrite("tests.support.store_contract")
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Test processes and the programs that they start share the cores. With more threads than cores, a
-# program takes several times as long as with one thread.
+# Test processes and the programs that they start share the cores. With more threads than cores, a program takes
+# several times as long as with one thread.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _WORKERS > 1:
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // _WORKERS, 1))
@@ -46,7 +46,7 @@ class _SideBySide(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no ty
 
 
 def pytest_collection_finish() -> None:
-    """Settle the CPU for the fixtures of modules, which run before the fixture below."""
+    """Apply the CPU settings before the fixtures of modules, which run earlier than the fixture below."""
     _settle_cpu()
 
 

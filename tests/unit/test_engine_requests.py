@@ -106,7 +106,7 @@ def test_a_prompt_is_found_to_the_token_while_it_is_being_answered_however_it_wa
 
 
 def test_a_copied_beginning_fits_beside_a_window_in_blocks_that_no_window_is_a_multiple_of() -> None:
-    """The second request begins inside a block, so its first step needs more blocks than from a block's start."""
+    """The second request begins inside a block, so its first step needs more blocks than at a block boundary."""
     model = tiny_model(context_length=1536)
     assert min(model.config.windows) == 384
     config = config_with_blocks(6, model, block_size=256, token_budget=300, max_running=1)

@@ -32,7 +32,7 @@ META: dict[str, Any] = {"settings": {}, "inputs": {}}
 
 @dataclasses.dataclass
 class Batches:
-    """Replaces the loader. Its random rows depend only on the step."""
+    """Replaces the loader with random rows that depend only on the step."""
 
     step: int
 
