@@ -1,7 +1,7 @@
-"""Inference: continuous batching over a paged KV cache, with Python calls in the middle of a sentence.
+"""Inference engine: continuous batching over a paged KV cache. The model can call Python while it writes.
 
-:class:`Engine` computes one step at a time; evaluation and RL use it in process. :class:`AsyncEngine` runs an engine on
-a thread and streams its outputs to asyncio; the service uses it.
+Evaluation and RL call :class:`Engine` directly, one step at a time. The service uses :class:`AsyncEngine`, which runs
+an engine on a thread and streams its outputs to asyncio.
 """
 
 from nanochat_core.engine.admission import QueueFull

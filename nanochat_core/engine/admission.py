@@ -1,4 +1,4 @@
-"""Decides which requests the engine accepts, and makes sequences of them."""
+"""Decides which requests the engine accepts, and creates their sequences."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Admission:
             self._grammars.compile(request.sampling.constraint)
 
     def check_without_constraint(self, request: Request) -> None:
-        """Like :meth:`check`, but do not compile the constraint, which may take long. Any thread may call this.
+        """Check everything except the constraint, because compiling it may take long. Any thread may call this.
 
         Raises:
             UserError: the request is invalid; the message says why.
@@ -65,7 +65,7 @@ class Admission:
         if not 1 <= request.n <= self._config.max_running:
             raise UserError(f"n is {request.n}; it must be between 1 and {self._config.max_running}")
         length = self._max_length(request)
-        if not self._blocks.holds(length - 1):  # keys and values of the last token are never computed
+        if not self._blocks.holds(length - 1):  # the cache never contains the last token
             needed, available = self._blocks.blocks_for(length - 1), self._blocks.groups[0].num_blocks
             raise UserError(
                 f"prompt and completion may reach {length} tokens, which need {needed} cache blocks, but the engine "
@@ -73,26 +73,27 @@ class Admission:
             )
 
     def check_room(self, sequences: int) -> None:
-        """Refuse this many more sequences if the queue has no room for them now. Any thread may call this.
+        """Raise an error if the queue has no room for this many more sequences. Any thread may call this.
 
         Raises:
-            QueueFull: the sequences may be accepted later.
+            QueueFull: the queue has no room now; the caller may try again later.
         """
         if sequences > self.room():
             raise QueueFull(f"{len(self._scheduler.waiting)} sequences are waiting already; try again later")
 
     def room(self) -> int:
-        """How many more sequences the engine accepts now: as many as may run plus as many as may wait.
+        """Number of further sequences that the engine accepts now.
 
-        After the device ran out of memory fewer sequences may run. An idle engine still accepts as many as at first,
-        so that a request with many choices can be served.
+        Together with the present sequences, these are as many as may run plus as many as may wait. After the device has
+        run out of memory, fewer sequences may run. An idle engine always uses the configured limit, so that it can
+        serve a request with many choices.
         """
         present = sum(map(len, self._scheduler.by_state.values()))
         may_run = self._scheduler.max_running if present else self._config.max_running
         return self._config.max_waiting + may_run - present
 
     def sequences_of(self, request: Request) -> list[Sequence]:
-        """One new sequence for each choice of an accepted request."""
+        """Create one sequence for each choice of an accepted request."""
         sampling = request.sampling
         if sampling.constraint is not None:
             request = dataclasses.replace(request, tools=NO_TOOLS)

@@ -20,21 +20,21 @@ log = logging.getLogger(__name__)
 
 # Name of the threads that run engines.
 DEVICE_LOOP = "engine"
-# Stopping gives up after this many seconds, because a step hangs.
+# If the current step takes longer than this many seconds, ``AsyncEngine.stop`` abandons the thread.
 STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.01
 
 
 class EngineDead(Exception):
-    """The device loop has ended, so no request can be served any more."""
+    """The engine's thread has ended, so the engine serves no more requests."""
 
 
 class Stream:
     """Iterates over the outputs of one request until every choice has finished.
 
-    Outputs that arrive faster than they are read are joined, so a slow reader takes little memory. The iteration raises
-    :class:`EngineDead` if the device loop ends before the request, and :class:`~nanochat_core.engine.shedding.Shed` if
-    the request was dropped for lack of memory.
+    Outputs that wait to be read are merged, so a slow reader takes little memory. The iteration raises
+    :class:`EngineDead` if the engine's thread ends before the request. It raises
+    :class:`~nanochat_core.engine.shedding.Shed` if the request was dropped for lack of memory.
     """
 
     def __init__(self, choices: int) -> None:
@@ -49,7 +49,7 @@ class Stream:
 
     async def __anext__(self) -> Output:
         while not self._pending:
-            if self.finished:  # even if the engine has died since
+            if self.finished:  # a complete stream ends normally, even if the engine has died since
                 raise StopAsyncIteration
             if self._error:
                 raise self._error
@@ -74,7 +74,7 @@ class Stream:
         self._news.set()
 
     def fail(self, error: Exception) -> None:
-        """End the stream, or the wait for the request's acceptance, with an error."""
+        """End the stream with an error. If :meth:`AsyncEngine.submit` still waits, it raises this error."""
         self._error = error
         self._news.set()
         if not self.accepted.done():
@@ -87,7 +87,10 @@ class Stream:
 
 
 class AsyncEngine:
-    """Runs an :class:`Engine` on a thread. All methods must be called on the event loop that called :meth:`start`."""
+    """Runs an :class:`Engine` in a loop on its own thread, which is called the device loop.
+
+    All methods must be called on the event loop that called :meth:`start`.
+    """
 
     def __init__(self, engine: Engine, on_death: Callable[[], None] = lambda: None) -> None:
         """
@@ -113,11 +116,11 @@ class AsyncEngine:
         self._thread.start()
 
     async def submit(self, request: Request) -> Stream:
-        """Queue a request. The caller must call :meth:`close_stream` in the end.
+        """Queue a request. The caller must call :meth:`close_stream` when it no longer needs the stream.
 
         Raises:
             UserError: the request can never be served.
-            QueueFull: the request may be accepted later.
+            QueueFull: the queue is full; the caller may try again later.
             EngineDead: the device loop has ended.
         """
         engine = self._engine
@@ -158,11 +161,11 @@ class AsyncEngine:
             self._idle.set()
 
     def load(self) -> Load:
-        """The present load of the engine."""
+        """The current load of the engine."""
         return self._engine.load() if self._engine is not None else Load(0, 0, 0, 0, 0)
 
     def step_seconds(self) -> float:
-        """Seconds that the present step has taken so far; 0 between steps."""
+        """Seconds that the current step has taken so far; 0 between steps."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
 
@@ -174,10 +177,10 @@ class AsyncEngine:
         """End the device loop after the current step. Streams that are still open fail.
 
         Args:
-            seconds: time that the step may still take, by default :data:`STOP_SECONDS`.
+            seconds: time that the current step may still take, by default :data:`STOP_SECONDS`.
 
         Returns:
-            Whether the loop has ended. A thread whose step hangs is abandoned.
+            Whether the loop has ended. If the step hangs, its thread is abandoned and the result is False.
         """
         self._inbox.put(self._stop)
         deadline = time.monotonic() + (STOP_SECONDS if seconds is None else seconds)
@@ -189,13 +192,13 @@ class AsyncEngine:
             return False
         if engine is not None:
             engine.close()
-            engine.tools.on_completed = lambda: None  # the engine no longer refers to this object
-        # Commands that were not carried out refer to the engine and would keep the model in memory.
+            engine.tools.on_completed = lambda: None  # removes the reference to this object
+        # The remaining commands refer to the engine and would keep the model in memory.
         self._inbox = queue.SimpleQueue()
         return True
 
     async def _compile(self, engine: Engine, constraint: Constraint, sequences: int) -> None:
-        """Compile a constraint outside the device loop, if there will be room for the request.
+        """Compile a constraint on another thread, if the queue has room for the request.
 
         Raises:
             UserError: the constraint cannot be used.
@@ -219,16 +222,16 @@ class AsyncEngine:
                 if outputs:
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
             error = EngineDead("the engine has been stopped")
-        except BaseException as cause:  # a panic in a Rust library is no Exception
+        except BaseException as cause:  # a panic in a Rust library is not an Exception
             self._step_began = None
             log.exception("engine_died")
             error = EngineDead(f"the engine's device loop died: {cause!r}")
-            if self._engine is not None:  # stop() has not abandoned this thread
+            if self._engine is not None:  # false if stop() has abandoned this thread
                 self._loop.call_soon_threadsafe(self._on_death)
         self._loop.call_soon_threadsafe(self._fail, error)
 
     def _receive(self, *, wait: bool) -> None:
-        """Carry out the queued commands; ``wait`` blocks until there is one."""
+        """Run the queued commands. If ``wait`` is set, first block until there is a command."""
         if wait:
             self._inbox.get()()
         while True:
@@ -244,7 +247,8 @@ class AsyncEngine:
     def _deliver(self, outputs: list[Output]) -> None:
         for output in outputs:
             stream = self._streams.get(output.request_id)
-            # Outputs of a canceled request may arrive after its id was used again.
+            # Outputs of a canceled request may arrive after a new request has taken its id. The new request is not
+            # accepted yet then, so these outputs are ignored.
             if stream and stream.accepted.done():
                 if output.error:
                     stream.fail(output.error)
@@ -263,4 +267,4 @@ def _accept(stream: Stream) -> None:
 
 
 def _wake() -> None:
-    """A command that does nothing but end the wait for commands."""
+    """Do nothing. Queuing this command wakes the device loop while it waits for commands."""

@@ -1,6 +1,6 @@
-"""The interface that every backend implements: a runner computes one ragged batch at a time.
+"""The interface of a backend: a runner, which computes one ragged batch at a time.
 
-A ragged batch holds chunks of different lengths, one after another, without padding.
+A ragged batch consists of chunks of different lengths, one after another, without padding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class PendingTokens:
 
     Attributes:
         tokens: (rows,) int64 on the device.
-        rows: for each sequence the row of its next token.
+        rows: for each sequence, the row of its next token in ``tokens``.
     """
 
     tokens: Tensor
@@ -33,10 +33,10 @@ class Runner(Protocol):
     """A network together with its KV cache."""
 
     def load(self, model: GPT) -> None:
-        """Replace the weights. Keys and values in the cache are still those of the old weights."""
+        """Replace the weights. The cache still contains keys and values that the old weights computed."""
 
     def warm_up(self) -> None:
-        """Prepare everything that the first steps would otherwise have to prepare."""
+        """Do one-time work, such as recording CUDA graphs, that would slow down the first steps."""
 
     def run(self, chunks: Iterable[Chunk], pending: PendingTokens | None = None) -> tuple[list[Chunk], Tensor]:
         """Compute keys and values of every chunk, and the logits that the next tokens are sampled from.
@@ -44,9 +44,9 @@ class Runner(Protocol):
         The method does not wait for the device.
 
         Args:
-            pending: the tokens of those chunks whose token the previous step is still sampling.
+            pending: the tokens that the previous step is still sampling, if a chunk needs them.
 
         Returns:
-            The chunks that sample, and (rows, vocab_size) fp32 logits with ``chunk.samples`` rows for each of them. The
-            next run may overwrite the logits.
+            The chunks after which tokens are sampled, and fp32 logits (rows, vocab_size) with ``chunk.samples`` rows
+            for each of these chunks. The next run may overwrite the logits.
         """

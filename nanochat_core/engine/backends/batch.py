@@ -17,14 +17,14 @@ class TokenBatch:
     """The tokens of all chunks, one after another.
 
     Attributes:
-        rows: (3, tokens) int64: token ids, ids of the tokens before them, and positions in the sequence.
-        unknown: index and sequence of each token whose id the previous step is still sampling.
+        rows: (3, tokens) int64: the ids of the tokens, the ids of the tokens before them, and their positions.
+        unknown: (index in the batch, sequence) of each token that the previous step is still sampling.
     """
 
     def __init__(self, chunks: Items[Chunk], no_token: int) -> None:
         """
         Args:
-            no_token: the id that stands for the token before a sequence's first one.
+            no_token: id that represents the missing token before a sequence's first token.
         """
         ids: list[int] = []
         previous: list[int] = []
@@ -46,7 +46,7 @@ class TokenBatch:
         self.rows = np.array([ids, previous, positions], dtype=np.int64)
 
     def fill_in(self, ids: Tensor, pending: PendingTokens | None) -> None:
-        """Copy the tokens that are not known yet into ``ids`` (tokens,), on the device."""
+        """Write the tokens that the previous step sampled into ``ids`` (tokens,), on the device."""
         if self.unknown and pending is not None:
             pairs = [[place for place, _ in self.unknown], [pending.rows[seq] for _, seq in self.unknown]]
             places, rows = to_device(np.array(pairs, dtype=np.int64), ids.device)
@@ -54,7 +54,7 @@ class TokenBatch:
 
     @staticmethod
     def sampled_rows(chunks: Items[Chunk]) -> list[int]:
-        """Indices in the batch of the tokens whose successor is sampled."""
+        """Batch indices of the tokens after which a token is sampled."""
         rows: list[int] = []
         end = 0
         for chunk in chunks:

@@ -1,4 +1,4 @@
-"""A runner that starts the operations of a network one by one, for PyTorch's operators and for the CPU kernels."""
+"""Runs a network operation by operation. The CPU kernels and PyTorch's operators use this runner."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nanochat_core.model import GPT
 
 
 class Network(Protocol):
-    """A network whose attention reads one kind of cache."""
+    """A network that reads keys and values from one kind of cache."""
 
     no_token: int
     device: torch.device
@@ -28,16 +28,16 @@ class Network(Protocol):
 
 
 class Cache(Protocol):
-    """The cache for such a network."""
+    """The KV cache that a :class:`Network` reads."""
 
     def copy(self, chunks: Iterable[Chunk]) -> None: ...
 
     def attention(self, chunks: Iterable[Chunk]) -> Any:
-        """Attention of one batch. Its attribute ``chunks`` gives the order in which the batch must list the chunks."""
+        """Prepare attention for one batch. The batch must have the chunks in the order of the result's ``chunks``."""
 
 
 class EagerRunner:
-    """The :class:`~nanochat_core.engine.backends.base.Runner` of a network and a cache that fit together."""
+    """The :class:`~nanochat_core.engine.backends.base.Runner` for a network and the kind of cache that it reads."""
 
     def __init__(self, network: Network, cache: Cache) -> None:
         self.network = network
@@ -47,7 +47,7 @@ class EagerRunner:
         self.network.load(model)
 
     def warm_up(self) -> None:
-        pass  # the engine's first steps already prepare everything
+        pass  # Engine.warm_up then runs two steps, which prepare everything
 
     @torch.inference_mode()
     def run(self, chunks: Iterable[Chunk], pending: PendingTokens | None = None) -> tuple[list[Chunk], Tensor]:

@@ -1,4 +1,4 @@
-"""Weights in the layout that oneDNN multiplies with on CPUs."""
+"""Weights in oneDNN's layout for matrix products on CPUs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from torch import Tensor
 
 from nanochat_core.precision import cpu_multiplies_bf16
 
-# With this many rows, a difference in the last bit of fp32 shows in at least one number that is rounded to bf16.
+# Number of random rows that :func:`_single_rows_differ` tries. With this many rows, a difference in the last bit of
+# fp32 shows in at least one number that is rounded to bf16.
 _PROBE_ROWS = 16
 
 
 class PackedWeight:
-    """A :class:`~nanochat_core.engine.backends.weights.Weight` that oneDNN multiplies with on CPUs.
+    """A :class:`~nanochat_core.engine.backends.weights.Weight` that uses oneDNN for products on CPUs.
 
     oneDNN is faster for batches than PyTorch's default kernels. It also adds the products of a row in the same order
-    for every number of rows, so a token's result has the same bits alone and in a batch. The exception is a single row
-    with long sums, which some CPUs add in another order. On these CPUs a second row is computed along with it.
+    for every number of rows, so a token's result has the same bits alone and in a batch. Only if there is a single row,
+    some CPUs add long sums in another order. On these CPUs a single row is therefore computed twice, as a batch of two
+    rows.
 
     Attributes:
-        weight: the matrix, in oneDNN's layout if oneDNN multiplies with it.
+        weight: the matrix, in oneDNN's layout if oneDNN computes the product.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -68,9 +70,9 @@ def packs(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _single_rows_differ(out_features: int, in_features: int, dtype: torch.dtype) -> bool:
-    """Whether, on this CPU, a row's product with such a weight has other bits alone than among many rows."""
+    """Whether this CPU computes other bits for a single row than for the same row among many rows."""
     if dtype == torch.bfloat16 and not cpu_multiplies_bf16():
-        return True  # results are rounded to bf16, so differences are too rare to be found by trying
+        return True  # rounding to bf16 hides most differences, so trying may not find them
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=draw).to(dtype)
     rows = torch.randn(_PROBE_ROWS, in_features, generator=draw).to(dtype)

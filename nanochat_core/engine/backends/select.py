@@ -16,7 +16,7 @@ from nanochat_core.model import GPT
 
 
 def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, list[CacheGroup]]:
-    """The runner for ``model`` on its device, and the groups of its KV cache.
+    """Build the runner for ``model`` on its device; returns it with the groups of its KV cache.
 
     Raises:
         UserError: the KV cache is too small for one block, or there are no kernels for the quantization.
@@ -30,11 +30,11 @@ def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, list[CacheGr
         )
 
     def layout() -> CacheLayout:
-        """The cache takes a share of the memory that is free, so this is called after the network was built."""
+        """Lay out the cache after the network is built, because the cache takes a share of the free memory."""
         return CacheLayout(model.config, config.cache_groups(model), size, dtype, device)
 
     if config.kernels and gpu.usable(model.config, dtype, device):
-        # These modules import Triton, which CPUs do without.
+        # These modules import Triton, which only GPUs need.
         from nanochat_core.engine.backends.gpu.flash import flash_kernel
         from nanochat_core.engine.backends.gpu.network import GpuCache, GpuNetwork
         from nanochat_core.engine.backends.gpu.runner import GpuRunner

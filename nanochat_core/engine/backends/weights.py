@@ -1,8 +1,8 @@
-"""A copy of a model's weights, laid out for serving. Every backend's network is built on it.
+"""A copy of a model's weights in the form that is used for serving. Every backend's network uses it.
 
-A step of a small batch is bound by reading weights and by starting operations. Everything that does not depend on the
-input is therefore computed once, when the model is loaded: normalized embeddings, the smear gate of every token id, and
-weights that are cast, scaled and merged into fewer matrices.
+Reading weights and starting operations take most of the time of a step with a small batch. Everything that does not
+depend on the input is therefore computed once, when the model is loaded: normalized embeddings, the smear gate of every
+token id, and weights that are cast, scaled and merged into fewer matrices.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nanochat_core.model import GPT, SMEAR_CHANNELS, VALUE_GATE_CHANNELS, Block,
 
 
 class Weight(Protocol):
-    """A matrix that inputs are multiplied with."""
+    """A weight matrix that can multiply inputs."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """The product with ``x`` (tokens, in_features), of shape (tokens, out_features)."""
@@ -37,7 +37,7 @@ class LayerWeights:
 
     Attributes:
         qkv: the projections of queries, keys, values and value gates as one matrix.
-        sizes: number of its outputs that belong to queries and keys, to values and to value gates.
+        sizes: numbers of outputs of ``qkv``: for queries and keys together, for values, and for value gates.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class LayerWeights:
         attention, mlp = block.attention, block.mlp
         self.residual_scale, self.skip_scale = residual_scale, skip_scale
         self.head_dim, self.n_head, self.n_kv_head = attention.head_dim, attention.n_head, attention.n_kv_head
-        # The input's norm leaves out the factor sqrt(dim). Queries and keys are normalized again later, so only values
-        # and gates get the factor back, in their weights. The size is read from a weight, because training may have
-        # replaced the layers.
+        # The networks normalize the input without the factor sqrt(dim). Queries and keys are normalized again later, so
+        # only the weights of values and gates include this factor. The dimension is read from a weight, because
+        # training may have replaced the layers.
         dim = attention.q.weight.size(1)
         projections = [
             _pair_channels(attention.q.weight, self.head_dim),
@@ -57,7 +57,8 @@ class LayerWeights:
         ]
         gate = attention.value_gate
         if gate is not None:
-            # The gate reads only the first channels. Each row of the product must begin at an even index.
+            # The gate reads only the first channels, so the other weights are zero. A zero output is added if the
+            # number of kv heads is odd, because each row of the product must begin at an even index.
             projections.append(dim**0.5 * F.pad(gate.weight, (0, dim - VALUE_GATE_CHANNELS, 0, self.n_kv_head % 2)))
         self.sizes = [weight.size(0) for weight in projections]
         self.sizes[:2] = [sum(self.sizes[:2])]
@@ -71,14 +72,15 @@ class ServingWeights:
     """The weights of a whole model. They stay the same until the next :meth:`load`.
 
     Attributes:
-        no_token: the id that stands for the token before a sequence's first one.
+        no_token: id that represents the missing token before a sequence's first token.
     """
 
     def __init__(self, model: GPT, pack: Callable[[Tensor], Weight] | None = None) -> None:
         """
         Args:
-            model: on its device; it is not changed.
-            pack: makes a :class:`Weight` of an fp32 matrix; None casts the matrix to the model's compute dtype.
+            model: the model on its device; it is not changed.
+            pack: makes a :class:`Weight` from an fp32 matrix; None uses :class:`PackedWeight` in the model's compute
+                dtype.
         """
         self.config = model.config
         self.dtype = model.compute_dtype
@@ -89,7 +91,7 @@ class ServingWeights:
         self.load(model)
 
     def load(self, model: GPT) -> None:
-        """Copy the present weights of ``model``, which has the same shape, dtype and device as before."""
+        """Copy the current weights of ``model``, which has the same shape, dtype and device as before."""
         dtype = self.dtype
         self._layers = []  # frees the old weights before the new ones take memory
         with torch.no_grad():
@@ -100,7 +102,7 @@ class ServingWeights:
             self._value_layers = sorted(model.value_tables)
             tables = [model.value_tables[layer].weight.to(dtype) for layer in self._value_layers]
             self._value_table = torch.cat(tables, dim=1)
-            # Rotating a pair of channels is multiplying it, as a complex number, by a complex number of modulus 1.
+            # A pair of channels is rotated as a complex number: it is multiplied by a complex number of modulus 1.
             self._turns = torch.complex(model.cos.float(), -model.sin.float()).unsqueeze(1)
             scales = zip(model.layers, model.residual_scales.tolist(), model.skip_scales.tolist(), strict=True)
             self._layers = [LayerWeights(block, self._pack, residual, skip) for block, residual, skip in scales]
@@ -108,7 +110,7 @@ class ServingWeights:
             self._head = self._pack(model.head.weight / LOGIT_SOFTCAP)
 
     def embed(self, ids: Tensor, previous_ids: Tensor) -> Tensor:
-        """Embeddings after the smear, the first block's input, of shape (tokens, dim)."""
+        """Embeddings (tokens, dim) after the smear, which are the first block's input."""
         previous = self._smear.index_select(0, ids) * self._embedding.index_select(0, previous_ids)
         return self._embedding.index_select(0, ids) + previous
 
@@ -119,8 +121,8 @@ class ServingWeights:
 
 
 def _pair_channels(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder the outputs of each head so that channels i and i + head_dim / 2, which are rotated together, adjoin.
+    """Reorder the outputs of each head so that the channels of a rotated pair, i and i + head_dim / 2, are adjacent.
 
-    Queries and keys are reordered alike, so their products do not change.
+    Queries and keys are reordered in the same way, so their products do not change.
     """
     return weight.view(-1, 2, head_dim // 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)

@@ -1,6 +1,6 @@
 """The engine's own kernels for CPUs: paged attention and everything else between matrix products.
 
-PyTorch's operators need some forty calls per layer, and in each step a copy of the keys and values of every sequence.
+With PyTorch's operators, a layer takes about forty calls, and each step copies the keys and values of every sequence.
 These kernels make five passes per layer and read keys and values directly from the cache. Without a compiler, or with
 an unusual head size, the engine uses PyTorch's operators.
 """
@@ -12,13 +12,13 @@ import torch
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine.backends.cpu.library import load_kernels
 
-# Sizes that kernels.cpp is compiled for.
+# Head sizes for which kernels.cpp has code. The block size must be a multiple of _LANES.
 _HEAD_DIMS = frozenset({16, 32, 64, 128})
 _LANES = 16
 
 
 def usable(config: ModelConfig, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels can run such a model on this machine. Builds the kernels if necessary."""
+    """Whether the kernels can run a model of this configuration. Builds the kernels if necessary."""
     return (
         device.type == "cpu"
         and dtype in (torch.float32, torch.bfloat16)

@@ -20,7 +20,7 @@ class CpuCache(BlockMemory):
     """
 
     def attention(self, chunks: Iterable[Chunk]) -> CpuAttention:
-        """Attention of a batch of these chunks."""
+        """Prepare attention for a batch of these chunks."""
         return CpuAttention(self, chunks)
 
 
@@ -28,7 +28,7 @@ class CpuAttention:
     """Tells the kernels where the tokens of one ragged batch are in the cache.
 
     Attributes:
-        chunks: the chunks in the order in which the batch must list them.
+        chunks: the chunks in the order that the batch must have.
     """
 
     def __init__(self, cache: CpuCache, chunks: Iterable[Chunk]) -> None:
@@ -67,7 +67,8 @@ class CpuAttention:
 
         Args:
             qkv_columns: number of columns of the product with the q, k, v and value gate weights.
-            value_table: address of the layer's value embeddings, if it has any, in rows of ``value_columns`` numbers.
+            value_table: address of the layer's value embeddings; None if it has none.
+            value_columns: number of columns of the value embeddings.
         """
         cache, group = self._cache, self._cache.group_of[index]
         slots, tables, first_entry = self._places[group]

@@ -1,4 +1,7 @@
-"""Weights of eight bits. They take a quarter of fp32's memory traffic, which bounds a step of few sequences."""
+"""Weights of eight bits, which have a quarter of the size of fp32 weights.
+
+In a step of few sequences, reading the weights from memory takes most of the time.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from torch import Tensor
 
 from nanochat_core.engine.backends.cpu.library import load_kernels
 
-# A tile holds this many outputs; of each output, this many successive inputs are adjacent. As in ``kernels.cpp``.
+# Layout of the weights, the same as in ``kernels.cpp``: a tile contains _TILE outputs, and in a tile _LANE successive
+# inputs of each output are adjacent.
 _TILE = 32
 _LANE = 4
 
@@ -16,8 +20,8 @@ _LANE = 4
 class Int8Weight:
     """A :class:`~nanochat_core.engine.backends.weights.Weight` rounded to 255 steps, with one scale per output.
 
-    Activations keep their dtype and sums are fp32, so only the rounding of the weights loses precision. A row's product
-    has the same bits for every number of rows.
+    Activations keep their dtype and sums are fp32, so only the rounding of the weights loses precision. The product of
+    a row has the same bits, no matter how many rows are computed together.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -62,7 +66,7 @@ class Int8Weight:
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round to the nearest of 255 symmetric steps.
+    """Round each weight to an integer from -127 to 127, times a scale for each output.
 
     Returns:
         int8 numbers of the weight's shape and fp32 scales (out_features,); their product approximates the weight.

@@ -1,4 +1,4 @@
-"""Builds and loads ``kernels.cpp``. Loading gives ``None`` if there is neither a built library nor a compiler."""
+"""Builds and loads the library of the C++ kernels in ``kernels.cpp``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LEVELS = {
 
 
 class Shape(ctypes.Structure):
-    """The model's sizes. The fields are those of ``Shape`` in ``kernels.cpp``."""
+    """The model's sizes. The fields must match ``Shape`` in ``kernels.cpp``."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("dim", "heads", "kv_heads", "head_dim", "block_size", "bf16_storage")),
@@ -38,7 +38,7 @@ class Shape(ctypes.Structure):
 
 
 class Batch(ctypes.Structure):
-    """The batch of a step. The fields are those of ``Batch`` in ``kernels.cpp``."""
+    """The batch of a step. The fields must match ``Batch`` in ``kernels.cpp``."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("tokens", "chunks", "threads")),
@@ -50,7 +50,7 @@ class Batch(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """The cache of a layer. The fields are those of ``Layer`` in ``kernels.cpp``."""
+    """The cache of a layer. The fields must match ``Layer`` in ``kernels.cpp``."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("keys", "values", "slots", "tables", "first_entry", "value_table")),
@@ -60,7 +60,7 @@ class Layer(ctypes.Structure):
 
 @functools.cache
 def load_kernels() -> ctypes.CDLL | None:
-    """The kernels for this processor, which are built if necessary; None if they cannot be built or loaded."""
+    """Load the kernels for this processor, and build them if necessary; None if either fails."""
     path = find_prebuilt() or find_cached()
     if path is None:
         return None
@@ -112,7 +112,7 @@ def find_cached() -> Path | None:
 
 
 def _build(compiler: str, flags: tuple[str, ...], path: Path) -> None:
-    """Compile to ``path``. The file appears only once it is complete."""
+    """Compile the kernels to ``path``. The file appears only when it is complete."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         built = Path(folder, path.name)
         command = [compiler, *flags, str(SOURCE), "-o", str(built)]

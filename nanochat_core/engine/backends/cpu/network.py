@@ -43,20 +43,20 @@ class CpuNetwork(ServingWeights):
 
     def load(self, model: GPT) -> None:
         super().load(model)
-        # For each position and pair of channels, a cosine and a negative sine.
+        # The rotation of each pair of channels at each position: a cosine and a negative sine.
         self._turn_pairs = torch.view_as_real(self._turns).contiguous()
         columns, table = self.config.kv_dim, self._value_table
         self._value_tables = {layer: table[:, i * columns :].data_ptr() for i, layer in enumerate(self._value_layers)}
 
     @torch.inference_mode()
     def hidden(self, ids: Tensor, previous_ids: Tensor, positions: Tensor, attend: CpuAttention) -> Tensor:
-        """The normalized last hidden states.
+        """Compute the normalized hidden states after the last layer.
 
         Args:
             ids: (tokens,) int64.
-            previous_ids: (tokens,) id of the token before each one; :attr:`no_token` if there is none.
+            previous_ids: (tokens,) id of the token before each token; :attr:`no_token` if there is none.
             positions: (tokens,) position of each token in its sequence.
-            attend: the place of these tokens' keys and values in the cache.
+            attend: tells where the keys and values of these tokens are in the cache.
 
         Returns:
             (tokens, dim) in the compute dtype.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# This package runs on Hopper GPUs. It is the only FlashAttention package that takes cache blocks of any size.
+# This package runs on Hopper GPUs. No other FlashAttention package supports cache blocks of any size.
 _MODULE, _CAPABILITY = "flash_attn_interface", 9
 
 FlashKernel = Callable[..., Any]

@@ -1,8 +1,8 @@
 """Everything that a step computes between matrix products on a GPU: paged attention and elementwise operations.
 
-The kernels are written in Triton. Importing this module needs the package but no GPU. Arithmetic is fp32 for every
-dtype of weights, activations and cache. Every token is computed by itself, and the order in which its sums are added
-depends on its position alone.
+The kernels are written in Triton. Importing this module needs Triton but no GPU. All arithmetic is fp32, whatever the
+dtype of weights, activations and cache. Every token is computed independently of the other tokens, and the order in
+which its sums are added depends only on its position.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def enter(x0, x, scale, embedding, smear, ids, previous_ids, scales, epsilon, di
         x0: (tokens, dim) receives the embedding.
         x: (tokens, dim) receives the first block's input.
         scale: (tokens,) fp32 receives 1 / sqrt(sum of squares of ``x``).
-        embedding: (rows, dim), normalized; the row behind the last token id is zero.
+        embedding: (rows, dim), normalized; the row after the last token id is zero.
         smear: (vocabulary, 1) factor of the previous token's embedding.
         scales: (4,) fp32 residual scale and skip scale of the first block.
     """
@@ -37,7 +37,7 @@ def enter(x0, x, scale, embedding, smear, ids, previous_ids, scales, epsilon, di
 
 @triton.jit
 def _mix(x, scale, row, first, scales, epsilon, dim, token, WIDTH: tl.constexpr):
-    """Store a block's input and the scale of its norm."""
+    """Compute and store a block's input, and the scale that normalizes it."""
     columns = tl.arange(0, WIDTH)
     mixed = (row * tl.load(scales) + first * tl.load(scales + 1)).to(x.dtype.element_ty)
     tl.store(x + token * dim + columns, mixed, columns < dim)
@@ -69,12 +69,12 @@ def prepare(
     """Rotate and normalize queries and keys, and write keys and values to the cache; one program per token and head.
 
     Args:
-        qkv: (tokens, columns) product with the q, k and v weights: queries and keys, in which the two channels of a
-            rotated pair are adjacent, then values, then value gates.
+        qkv: (tokens, columns) product with the weights of queries, keys, values and value gates, in this order. In
+            queries and keys, the two channels of a rotated pair are adjacent.
         queries: (tokens, HEADS, HEAD_DIM) receives the queries.
-        keys, values: (slots, KV_HEADS, HEAD_DIM), the cache.
-        value_table: (vocabulary, value_columns) value embeddings of this layer, if it is GATED.
-        turns: (context, HEAD_DIM / 2, 2) fp32 cosines and negative sines.
+        keys, values: (slots, KV_HEADS, HEAD_DIM), the cache, receive the new keys and values.
+        value_table: (vocabulary, value_columns) value embeddings of this layer; unused unless GATED.
+        turns: (context, HEAD_DIM / 2, 2) fp32 cosines and negative sines of the rotations.
     """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -127,19 +127,22 @@ def attend_tokens(
     SPLIT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Attention of single tokens over the keys ``[split * SPLIT, (split + 1) * SPLIT)`` of their sequences.
+    """Compute attention of single tokens over one split of their keys: ``[split * SPLIT, (split + 1) * SPLIT)``.
 
-    There is one program per token, head and split, so that a few long sequences keep the whole device busy (flash
-    decoding, Dao et al. 2023). :func:`combine` adds the splits. Nothing is stored for splits that a token does not see.
+    There is one program per token, head and split, so a few long sequences keep the whole device busy (flash decoding,
+    Dao et al. 2023). :func:`combine` combines the splits of a token. A program stores nothing if its token does not see
+    the split.
 
     Args:
-        sums: (tokens, HEADS, splits, HEAD_DIM) fp32 receives the weighted sum of values, not divided by ``total``.
+        sums: (tokens, HEADS, splits, HEAD_DIM) fp32 receives the weighted sum of values, before the division by
+            ``total``.
         highest: (tokens, HEADS, splits) fp32 receives the largest score.
         total: (tokens, HEADS, splits) fp32 receives the sum of the weights.
         queries: (tokens, HEADS, HEAD_DIM).
         keys, values: (blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM).
-        rows: (tokens,) row of the token's sequence in ``tables``, the block ids.
-        window: number of tokens before itself that a token sees.
+        rows: (tokens,) row of each token's sequence in ``tables``.
+        tables: block ids, one row per sequence.
+        window: number of earlier tokens that a token sees.
     """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -196,7 +199,7 @@ def combine(
 
     Args:
         out: (tokens, HEADS, HEAD_DIM) receives the attention.
-        splits: number of splits; MOST_SPLITS is the next power of two.
+        splits: number of splits; MOST_SPLITS is this number rounded up to a power of two.
     """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -231,16 +234,16 @@ def attend_tiles(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Attention of a tile, that is, up to ROWS successive tokens of one sequence; one program per tile and head.
+    """Compute attention of a tile: up to ROWS successive tokens of one sequence; one program per tile and head.
 
-    The kernel uses the running softmax of FlashAttention (arXiv 2205.14135) over keys that are gathered block by block.
+    The kernel uses the running softmax of FlashAttention (arXiv 2205.14135) over keys that are read block by block.
 
     Args:
         out, queries: (tokens, HEADS, HEAD_DIM).
         keys, values: (blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM).
-        tiles: (tiles, 4) for each tile the index of its first token in the step, its number of tokens, the first
+        tiles: (tiles, 4) for each tile: the index of its first token in the step, its number of tokens, the first
             token's position in the sequence, and the sequence's row in ``tables``.
-        window: number of tokens before itself that a token sees.
+        window: number of earlier tokens that a token sees.
     """
     tile = tiles + tl.program_id(0) * 4
     head = tl.program_id(1)
@@ -263,7 +266,7 @@ def attend_tiles(
         block = tl.load(table + key // BLOCK_SIZE, key < last, 0).to(tl.int64)
         slot = block * BLOCK_SIZE + key % BLOCK_SIZE
         cell = ((slot * KV_HEADS + kv_head) * HEAD_DIM)[:, None] + channel[None, :]
-        # Blocks that the window has passed may belong to another sequence by now. They are not read.
+        # Blocks before the window may belong to another sequence by now, so they are not read.
         held = (key < last) & (key >= start - window)
         k = tl.load(keys + cell, held[:, None], 0.0)
         v = tl.load(values + cell, held[:, None], 0.0)
@@ -271,7 +274,7 @@ def attend_tiles(
         distance = position[:, None] - key[None, :]
         score = tl.where((distance >= 0) & (distance <= window), score, -float("inf"))
         higher = tl.maximum(top, tl.max(score, 1))
-        steady = tl.where(higher == -float("inf"), 0.0, higher)  # -inf: the row has not seen a key yet
+        steady = tl.where(higher == -float("inf"), 0.0, higher)  # -inf if the row has not seen a key yet
         fade = tl.exp(top - steady)
         share = tl.exp(score - steady[:, None])
         weight = weight * fade + tl.sum(share, 1)
@@ -303,12 +306,12 @@ def finish(
     KEEP: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """Finish a block and compute the next block's input; one program per token.
+    """Add the MLP's result to ``x``, and compute the next block's input; one program per token.
 
-    The MLP's input was not normalized, so its result is scaled here.
+    The MLP's input was not normalized, so this kernel scales the MLP's result instead.
 
     Args:
-        x: (tokens, dim) is replaced by the next block's input, or by this block's output if it is the LAST one.
+        x: (tokens, dim) receives the next block's input, or this block's output if this block is the LAST.
         y: (tokens, dim) result of the MLP.
         kept: (tokens, dim) receives this block's output if KEEP is set.
         scale: (tokens,) as in :func:`enter`; unchanged in the LAST block.

@@ -16,19 +16,19 @@ from nanochat_core.engine.kv_cache import BlockMemory
 from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE
 
 _EPSILON = torch.finfo(torch.float32).eps
-# When tokens are attended one by one, a program reads this many keys (a split), a tile at a time. Splits begin at
-# multiples of their size, so the order of additions depends on a token's position alone.
+# When attention is computed token by token, a program reads SPLIT keys, in tiles of _SPLIT_TILE. Splits begin at
+# multiples of SPLIT, so the order of additions depends only on a token's position.
 SPLIT = 256
 _SPLIT_TILE = 32
-# Numbers that one program of an elementwise kernel processes.
+# Number of values that one program of an elementwise kernel processes.
 _CHUNK = 1024
 
 
 class GpuCache(BlockMemory):
-    """The cache for the GPU kernels. Each group has one more block, which padding tokens write to.
+    """The cache for the GPU kernels. Each group has one extra block, to which padding tokens write.
 
     Attributes:
-        keys, values: for each layer (num_blocks + 1, block_size, n_kv_head, head_dim).
+        keys, values: one tensor (num_blocks + 1, block_size, n_kv_head, head_dim) per layer.
     """
 
     def __init__(self, layout: CacheLayout) -> None:
@@ -41,32 +41,32 @@ class GpuNetwork(ServingWeights):
     """Computes hidden states and logits of the tokens of a step.
 
     Attributes:
-        tile_rows: most tokens of a tile, and number of keys that a tile reads at a time.
+        tile_rows: maximum number of tokens in a tile, and number of keys that a tile reads at a time.
     """
 
     def __init__(self, model: GPT, flash: FlashKernel | None = None) -> None:
         """
         Args:
             model: in fp32 or bf16; it is not changed.
-            flash: attention for steps of many tokens; None uses the engine's own kernel.
+            flash: FlashAttention's function for steps of many tokens; None uses the engine's own kernel.
         """
         super().__init__(model)
         self._flash = flash
         self._score_scale = QK_SCALE**2 * self.config.head_dim**0.5
-        # As many as fit into shared memory.
+        # A tile has as many tokens as fit into shared memory.
         self.tile_rows = max(16, min(64, 16384 // (self.config.head_dim * self.dtype.itemsize)))
         self._width = triton.next_power_of_2(self.config.dim)
         self._row_warps = 4 if self._width <= 2048 else 8
 
     def load(self, model: GPT) -> None:
-        """Copy the present weights of ``model``, which has the same shape, dtype and device as before.
+        """Copy the current weights of ``model``, which has the same shape, dtype and device as before.
 
-        CUDA graphs read weights at fixed addresses, so the new weights are copied over the old ones. Both are in memory
-        until the copy is done.
+        CUDA graphs read weights at fixed addresses, so the new weights are copied over the old ones. Until then, old
+        and new weights are both in memory.
         """
         earlier = [getattr(*place) for place in self._places()] if self._layers else []
         super().load(model)
-        # For each position and pair of channels, a cosine and a negative sine.
+        # The rotation of each pair of channels at each position: a cosine and a negative sine.
         self._turn_pairs = torch.view_as_real(self._turns).contiguous()
         # The fourth number pads each row to 16 bytes, because the kernels are compiled for aligned addresses.
         scales = [[layer.residual_scale, layer.skip_scale, self._backout, 0.0] for layer in self._layers]
@@ -169,7 +169,7 @@ class GpuNetwork(ServingWeights):
         return queries
 
     def _attend(self, index: int, queries: Tensor, step: Step, cache: GpuCache) -> Tensor:
-        """Attention over the cache, of shape (tokens, dim)."""
+        """Compute attention over the cache; returns (tokens, dim)."""
         if step.pieces is None:
             mixed = self._attend_tokens(index, queries, step, cache)
         elif self._flash is None:
@@ -179,7 +179,7 @@ class GpuNetwork(ServingWeights):
         return mixed.flatten(1)
 
     def _attend_tokens(self, index: int, queries: Tensor, step: Step, cache: GpuCache) -> Tensor:
-        """Attend every token by itself, with its keys divided into splits."""
+        """Compute attention token by token, with each token's keys divided into splits."""
         heads, head_dim, group = self.config.n_head, self.config.head_dim, cache.group_of[index]
         table, window = step.tables[group], cache.windows[group]
         splits = triton.cdiv(self.config.context_length, SPLIT)
@@ -220,7 +220,7 @@ class GpuNetwork(ServingWeights):
         return out
 
     def _attend_tiles(self, index: int, queries: Tensor, step: Step, pieces: Pieces, cache: GpuCache) -> Tensor:
-        """Attend successive tokens of a sequence together."""
+        """Compute attention tile by tile."""
         group = cache.group_of[index]
         table = step.tables[group]
         out = torch.empty_like(queries)
@@ -244,7 +244,7 @@ class GpuNetwork(ServingWeights):
     def _attend_by_flash(
         self, flash: FlashKernel, index: int, queries: Tensor, step: Step, pieces: Pieces, cache: GpuCache
     ) -> Tensor:
-        """Attend successive tokens of a sequence together, by FlashAttention."""
+        """Compute attention with FlashAttention."""
         group = cache.group_of[index]
         y = flash(
             queries,
@@ -258,12 +258,12 @@ class GpuNetwork(ServingWeights):
             causal=True,
             window_size=(cache.windows[group], 0),
         )
-        # Early versions return a tuple of the result and the logarithms of the sums.
+        # Early versions return a tuple of the result and the log-sum-exp of the scores.
         mixed: Tensor = y[0] if isinstance(y, tuple) else y
         return mixed
 
     def _sizes(self, cache: GpuCache) -> dict[str, int]:
-        """Constants that both attention kernels are compiled for."""
+        """Compile-time constants of both attention kernels."""
         config = self.config
         return {
             "HEADS": config.n_head,

@@ -1,4 +1,4 @@
-"""Runs steps on a GPU. Steps of few tokens are CUDA graphs."""
+"""Runs steps on a GPU. Steps of few tokens run as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from nanochat_core.model import GPT
 
 log = logging.getLogger(__name__)
 
-# There is one graph for each of these numbers of tokens; a step is padded to the next number. In larger steps the
-# kernels run for longer than it takes to start them one by one.
+# Numbers of tokens for which there is a CUDA graph. A step is padded to the next of these sizes. Larger steps need no
+# graph, because their kernels take longer to run than to start one by one.
 GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 Compute = Callable[[], Tensor]
 
 
 class GpuRunner:
-    """:class:`~nanochat_core.engine.backends.base.Runner` on the GPU kernels."""
+    """The :class:`~nanochat_core.engine.backends.base.Runner` that uses the GPU kernels."""
 
     def __init__(self, network: GpuNetwork, cache: GpuCache, token_budget: int, max_running: int) -> None:
         """
         Args:
-            token_budget: most tokens of a step.
-            max_running: most sequences of a step.
+            token_budget: maximum number of tokens in a step.
+            max_running: maximum number of sequences in a step.
         """
         self._network, self.cache, self._device = network, cache, network.device
-        # A step of the whole budget is padded to the next size, so that size is included.
+        # Include the first size that is at least the token budget, because a full step is padded to that size.
         self.sizes = GRAPH_SIZES[: 1 + sum(size < token_budget for size in GRAPH_SIZES)]
         self.inputs = StepInputs(
             cache,
@@ -48,7 +48,8 @@ class GpuRunner:
             tile_rows=network.tile_rows,
             no_token=network.no_token,
         )
-        # All graphs write their logits here, so each run overwrites the last one's. They share their other memory too.
+        # All graphs write their logits to this tensor, so each run overwrites the previous logits. The graphs share
+        # their other memory in ``_pool``.
         self._logits = torch.empty(self.sizes[-1], network.config.vocab_size, device=self._device)
         self._graphs: dict[int, Compute] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
@@ -85,7 +86,7 @@ class GpuRunner:
         return x if len(rows) == len(x) else x.index_select(0, to_device(np.array(rows, np.int64), self._device))
 
     def _graph(self, size: int) -> Compute:
-        """A function that computes the logits of the ``size`` tokens that are in the inputs."""
+        """A function that computes the logits of the first ``size`` tokens in ``inputs``."""
         if size not in self._graphs:
             step = self.inputs.fill([], TokenBatch([], self._network.no_token), size, in_pieces=False)
 
@@ -98,9 +99,9 @@ class GpuRunner:
     def _record(self, compute: Compute, stream: torch.cuda.Stream) -> Compute:
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            compute()  # compiles kernels and initializes libraries, which cannot be recorded
+            compute()  # compiles kernels and initializes libraries, which a graph cannot record
         graph = torch.cuda.CUDAGraph()
-        # Another thread may be serving the previous model. In this mode its allocations are no error.
+        # Another thread may be serving the previous model. In this mode, its allocations do not stop the recording.
         with (
             RECORDING,
             torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),

@@ -1,4 +1,4 @@
-"""The inputs of one step as the GPU kernels read them: tokens, and where their keys and values are in the cache."""
+"""The inputs of one step for the GPU kernels: the tokens, and the places of their keys and values in the cache."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.engine.kv_cache import BlockMemory
 from nanochat_core.engine.scheduler import Chunk
 
-# Kernels load this many numbers at once, so each array begins at a multiple of it.
+# Kernels load this many numbers at once, so each array begins at an index that is a multiple of it.
 _ALIGNMENT = 4
-# Row of the block tables for padding tokens. It names the spare block of each group.
+# Padding tokens use this row of the block tables, which contains the extra block of each group.
 _PADDING_ROW = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """Describes the sequences of a step of many tokens. Tensors are int32.
+    """Divides the tokens of a large step into sequences and tiles. Tensors are int32.
 
     Attributes:
         tiles: (tiles, 4), see :func:`~nanochat_core.engine.backends.gpu.kernels.attend_tiles`.
-        first_tokens: (sequences + 1,) index of each sequence's first token in the step, then the number of tokens.
-        ends: (sequences,) number of known tokens of each sequence after the step.
-        longest: most tokens of one sequence in the step.
+        first_tokens: (sequences + 1,) index of each sequence's first token in the step, followed by the number of
+            tokens.
+        ends: (sequences,) number of tokens of each sequence that are in the cache after the step.
+        longest: largest number of tokens that one sequence has in the step.
     """
 
     tiles: Tensor
@@ -43,14 +44,14 @@ class Pieces:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Inputs of a step: int32 tensors on the device, at the same address in every step of the same size.
+    """Inputs of a step: int32 tensors on the device. Steps of the same size use the same addresses.
 
     Attributes:
         ids, previous_ids, positions: (tokens,).
         rows: (tokens,) row of each token's sequence in ``tables``.
-        slots: for each cache group (tokens,) block * block_size + offset.
-        tables: for each cache group (sequences + 1, blocks) block ids.
-        pieces: the sequences of a large step; None attends token by token.
+        slots: for each cache group, (tokens,) block * block_size + offset.
+        tables: for each cache group, (sequences + 1, blocks) block ids.
+        pieces: sequences and tiles of a large step; None computes attention token by token.
     """
 
     ids: Tensor
@@ -72,9 +73,9 @@ class StepInputs:
     def __init__(self, cache: BlockMemory, *, tokens: int, sequences: int, tile_rows: int, no_token: int) -> None:
         """
         Args:
-            tokens: most tokens of a step.
-            sequences: most sequences of a step.
-            tile_rows: most tokens of a tile.
+            tokens: maximum number of tokens in a step.
+            sequences: maximum number of sequences in a step.
+            tile_rows: maximum number of tokens in a tile.
         """
         self._groups, self._block_size, self._tile_rows = cache.groups, cache.block_size, tile_rows
         self._no_token = no_token
@@ -95,7 +96,7 @@ class StepInputs:
         """Copy this batch to the device, padded to ``tokens`` tokens.
 
         Args:
-            in_pieces: describe the sequences too, so that successive tokens are attended together.
+            in_pieces: also fill ``Step.pieces``, so that attention processes successive tokens together.
         """
         self._host.reverse()
         host, count = self._host[0], batch.rows.shape[1]
@@ -154,8 +155,8 @@ class StepInputs:
 class _Layout:
     """Sizes of the arrays in the packed step buffer.
 
-    The arrays are: per token ids, previous ids, positions, rows and the slots of each group; the tiles; first tokens
-    and ends of the sequences; and the block tables.
+    The buffer has four parts: the arrays with one number per token (ids, previous ids, positions, rows, and slots of
+    each group), the tiles, the arrays with one number per sequence (first tokens and ends), and the block tables.
     """
 
     def __init__(self, groups: int, *, tokens: int, tiles: int, rows: int, blocks: int) -> None:
@@ -167,27 +168,27 @@ class _Layout:
         self.rows = rows
 
     def split(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Views of shape (4 + groups, tokens), (tiles, 4), (2, rows rounded up) and (rows, groups, blocks)."""
+        """Views of the four parts: (4 + groups, tokens), (tiles, 4), (2, rows rounded up), (rows, groups, blocks)."""
         by_token, tiles, sequences, tables = buffer.split(self._sizes)
         shape = (-1, self.groups, self.blocks)
         return by_token.view(-1, self.tokens), tiles.view(-1, 4), sequences.view(2, -1), tables.view(shape)
 
 
 class _HostBuffer:
-    """A step buffer in host memory that is copied to the device, and views of its arrays."""
+    """A step buffer in host memory, which is copied to the device, and views of its arrays."""
 
     def __init__(self, layout: _Layout, groups: Items[CacheGroup], *, pinned: bool) -> None:
         self.buffer = torch.zeros(layout.size, dtype=torch.int32, pin_memory=pinned)
         parts = layout.split(self.buffer)
         self.by_token, self.tiles, self.sequences, self.tables = (part.numpy() for part in parts)
         self.tables[_PADDING_ROW] = np.array([[group.num_blocks] for group in groups])
-        # For each row and group, the table that was last written there and the number of its written entries. A table
-        # only grows; a sequence that starts again has a new list.
+        # For each row and group: the block table that was last written there, and how many of its entries were written.
+        # A table only grows; a sequence that is admitted again has a new list.
         self._written: list[list[tuple[list[int], int]]] = [[([], 0)] * layout.groups for _ in range(layout.rows)]
         self._copied = torch.cuda.Event() if pinned else None
 
     def wait(self) -> None:
-        """Wait until the device has copied this buffer, which it does after the steps before."""
+        """Wait until the device has copied this buffer. The device first finishes earlier steps."""
         if self._copied is not None:
             self._copied.synchronize()
 

@@ -1,13 +1,13 @@
 """The paged KV cache for PyTorch's operators, and attention of a ragged batch over it.
 
 On a CPU, a token's attention must have the same bits whether the token is decoded, prefilled or recomputed, alone or in
-a batch. PyTorch adds in the same order only for some shapes, which were found by trying all of them with MKL on
-AVX-512. Attention therefore keeps to these shapes:
+a batch. PyTorch adds in the same order only for some shapes. These were found by trying all shapes with MKL on AVX-512.
+Attention therefore uses only shapes with these properties:
 
-- The number of query rows is a multiple of a number that depends on the CPU (:func:`row_multiple`), because fewer rows
-  run other matrix kernels.
-- Keys come in tiles of ``KEY_TILE``, after each of which the kernel rescales its running softmax. Tiles are counted
-  from the start of the sequence, also in layers with a window.
+- The number of query rows is a multiple of a number that depends on the CPU (:func:`row_multiple`), because PyTorch
+  uses other matrix kernels for fewer rows.
+- Keys are processed in tiles of ``KEY_TILE``. After each tile, the kernel rescales its running softmax. Tiles are
+  counted from the start of the sequence, also in layers with a window.
 - The last tile is either full or at most half full, because longer sums are split in two. Its number of keys is a
   multiple of :data:`KEY_MULTIPLE`.
 """
@@ -32,7 +32,8 @@ from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.model import QK_SCALE
 
 KEY_MULTIPLE = 16
-# Chunks share a padded batch if their contexts round up to the same power of two, which is at least this many tokens.
+# Chunks share a padded batch if their contexts round up to the same power of two. Every context counts as at least this
+# many tokens.
 SMALLEST_BUCKET = 256
 
 
@@ -49,7 +50,8 @@ class TorchCache(BlockMemory):
         config, dtype, device = layout.config, layout.dtype, layout.device
         self.score_scale = QK_SCALE**2 * config.head_dim**0.5
         self.row_multiple = row_multiple(config.head_dim, dtype) if device.type == "cpu" else 1
-        # For each group the mask by distance: entry ``reach + d`` is for a key ``d`` positions after the query.
+        # For each group, the mask by distance: entry ``_reach + d`` is for a key that is ``d`` positions after the
+        # query.
         self._reach = config.context_length + 2 * KEY_TILE
         distance = torch.arange(-self._reach, self._reach, device=device)
         self._visible = [
@@ -58,11 +60,11 @@ class TorchCache(BlockMemory):
             )
             for window in self.windows
         ]
-        # For each layer keys and values, (2, num_blocks, block_size, n_kv_head, head_dim).
+        # Keys and values of each layer: (2, num_blocks, block_size, n_kv_head, head_dim).
         self._layers = [each.view(2, -1, layout.block_size, config.n_kv_head, config.head_dim) for each in self.blocks]
 
     def attention(self, chunks: Iterable[Chunk]) -> PagedAttention:
-        """Attention of a batch of these chunks."""
+        """Prepare attention for a batch of these chunks."""
         return PagedAttention(self, chunks)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -72,10 +74,11 @@ class TorchCache(BlockMemory):
         values.index_copy_(0, slots, v)
 
     def mask(self, group: int, first: np.ndarray, keys: int) -> Tensor:
-        """The mask added to the scores of ``keys`` successive keys: 0 for visible keys, -inf for the others.
+        """The mask that is added to the scores: 0 for visible keys, -inf for the others.
 
         Args:
             first: (chunks, rows) position of the first key minus position of the query.
+            keys: number of successive keys.
 
         Returns:
             (chunks, 1, rows * query heads per kv head, keys).
@@ -85,7 +88,7 @@ class TorchCache(BlockMemory):
         return self._visible[group].unfold(0, keys, 1)[places].unsqueeze(1)
 
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the block ids (rows, n), each of shape (rows, n * block_size, n_kv_head, head_dim)."""
+        """Read the keys and the values of ``blocks`` (rows, n): each (rows, n * block_size, n_kv_head, head_dim)."""
         rows, flat = blocks.size(0), blocks.flatten()
         shape = (rows, -1, self.config.n_kv_head, self.config.head_dim)
         keys, values = self._layers[layer]
@@ -93,10 +96,10 @@ class TorchCache(BlockMemory):
 
 
 class PagedAttention:
-    """:class:`~nanochat_core.engine.backends.torch.network.Attend` for one ragged batch.
+    """Attention for one ragged batch, see :class:`~nanochat_core.engine.backends.torch.network.Attend`.
 
     Attributes:
-        chunks: the given chunks in the order in which the batch must list them.
+        chunks: the given chunks in the order that the batch must have.
     """
 
     def __init__(self, cache: TorchCache, chunks: Iterable[Chunk]) -> None:
@@ -117,7 +120,7 @@ class PagedAttention:
 
 
 class _PaddedBatch:
-    """Chunks attended together: queries are padded to (chunks, rows), keys to the longest context."""
+    """Chunks that are attended together. Queries are padded to (chunks, rows), keys to the longest context."""
 
     def __init__(self, cache: TorchCache, chunks: Items[Chunk]) -> None:
         self._cache = cache
@@ -129,7 +132,8 @@ class _PaddedBatch:
         row = np.arange(self._rows)
         # The position of every row; padding rows repeat the position of the chunk's last row.
         self._positions = starts[:, None] + np.minimum(row, lengths[:, None] - 1)
-        # Rows of the padded batch that hold the queries. None if every row does, or (decoding) each chunk's first row.
+        # Rows of the padded batch that contain queries. None if all rows do, or if only the first row of each chunk
+        # does (decoding).
         self._decodes = self.tokens == len(chunks)
         is_token = row < lengths[:, None]
         self._places = None if self._decodes or is_token.all() else to_device(np.flatnonzero(is_token), cache.device)
@@ -137,11 +141,11 @@ class _PaddedBatch:
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Attention of the chunks' queries (tokens, n_head, head_dim); the result has the same shape."""
+        """Compute attention for the queries (tokens, n_head, head_dim); the result has the same shape."""
         config, count, rows = self._cache.config, len(self._chunks), self._rows
         blocks, mask = self._view(self._cache.group_of[layer])
         keys, values = self._cache.gather(layer, blocks)
-        # Query heads that share a kv head become rows of one matrix product with it.
+        # The query heads that share a kv head become rows of one matrix product with that kv head.
         heads, shared = config.n_kv_head, config.n_head // config.n_kv_head
         q = self._pad(q).view(count, rows, heads, shared, -1).permute(0, 2, 1, 3, 4)
         y = F.scaled_dot_product_attention(
@@ -158,7 +162,7 @@ class _PaddedBatch:
         return y if self._places is None else y.index_select(0, self._places)
 
     def _pad(self, q: Tensor) -> Tensor:
-        """The queries padded to (chunks * rows, n_head, head_dim); the padding rows may hold any numbers."""
+        """The queries padded to (chunks * rows, n_head, head_dim); the padding rows may contain any numbers."""
         if self._rows == 1 or (self._places is None and not self._decodes):
             return q
         if self._padded is None:
@@ -190,7 +194,7 @@ class _PaddedBatch:
 
 @functools.cache
 def row_multiple(head_dim: int, dtype: torch.dtype) -> int:
-    """The fewest query rows whose attention on this CPU has the same bits as the attention of many rows."""
+    """Smallest number of query rows for which attention on this CPU has the same bits as for many rows."""
     draw = torch.Generator().manual_seed(0)
     for rows in (1, 2, 4):
         if all(_same_bits(rows, keys, head_dim, dtype, draw) for keys in (KEY_MULTIPLE, 3 * KEY_MULTIPLE, KEY_TILE)):
@@ -207,7 +211,7 @@ def _same_bits(rows: int, keys: int, head_dim: int, dtype: torch.dtype, draw: to
 
 
 def _group(chunks: Iterable[Chunk]) -> list[list[Chunk]]:
-    """Group short chunks, of at most MOST_ROWS tokens, by the size of their context; each longer chunk stays alone."""
+    """Group chunks of at most MOST_ROWS tokens by the size of their context. Each longer chunk is a group by itself."""
     short: dict[int, list[Chunk]] = {}
     long: list[list[Chunk]] = []
     for chunk in chunks:
@@ -219,7 +223,7 @@ def _group(chunks: Iterable[Chunk]) -> list[list[Chunk]]:
 
 
 def _padded_keys(length: int) -> int:
-    """Round up to a number of keys whose sums PyTorch adds in the same order as those of a longer context."""
+    """Round up to a number of keys for which PyTorch adds in the same order as for a longer context."""
     whole, rest = length // KEY_TILE * KEY_TILE, length % KEY_TILE
     return whole + (_round_up(rest, KEY_MULTIPLE) if rest <= KEY_TILE // 2 else KEY_TILE)
 

@@ -1,4 +1,4 @@
-"""The network on PyTorch's operators: the function of :class:`~nanochat_core.model.GPT`, for ragged batches."""
+"""The network with PyTorch's operators. It computes :class:`~nanochat_core.model.GPT` for ragged batches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from nanochat_core.model import VALUE_GATE_SCALE, rms_norm
 
 
 class Attend(Protocol):
-    """Causal attention of one layer over the earlier tokens, whose keys and values the implementation keeps.
+    """Causal attention of one layer. The implementation stores the keys and values of earlier tokens.
 
     ``q`` has shape (tokens, n_head, head_dim); ``k`` and ``v`` have shape (tokens, n_kv_head, head_dim) and belong to
-    the tokens of this batch. In the last layer ``q`` has only the tokens whose hidden states are wanted. The result has
-    the shape of ``q``. ``q`` and ``k`` are unit vectors; a score is ``QK_SCALE ** 2 * sqrt(head_dim)`` times their
-    product.
+    the tokens of this batch. In the last layer, ``q`` contains only the tokens whose hidden states are requested. The
+    result has the shape of ``q``. ``q`` and ``k`` are unit vectors; a score is their product times
+    ``QK_SCALE ** 2 * sqrt(head_dim)``.
     """
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
@@ -30,15 +30,15 @@ class TorchNetwork(ServingWeights):
     def hidden(
         self, ids: Tensor, previous_ids: Tensor, positions: Tensor, attend: Attend, wanted: int | None = None
     ) -> Tensor:
-        """The normalized last hidden states.
+        """Compute the normalized hidden states after the last layer.
 
         Args:
             ids: (tokens,) int64.
-            previous_ids: (tokens,) id of the token before each one; :attr:`no_token` if there is none.
+            previous_ids: (tokens,) id of the token before each token; :attr:`no_token` if there is none.
             positions: (tokens,) position of each token in its sequence.
             attend: causal attention for these tokens.
-            wanted: return hidden states of this many last tokens only; None returns all. The last layer computes only
-                keys and values for the other tokens.
+            wanted: number of last tokens whose hidden states are returned; None returns all. For the other tokens, the
+                last layer computes only keys and values.
 
         Returns:
             (tokens, dim) or (wanted, dim), in the compute dtype.
@@ -67,7 +67,7 @@ class TorchNetwork(ServingWeights):
         attend: Attend,
         last: int,
     ) -> Tensor:
-        """Normalize ``x``, attend, and add the result to ``x``; returns the ``last`` rows of the sum."""
+        """Normalize ``x``, compute attention, and add the result to ``x``; returns the last ``last`` rows."""
         tokens = x.size(0)
         scale = _square_sum(x).rsqrt_()
         qk, v, *gate = layer.qkv(x).split(layer.sizes, dim=1)
@@ -86,8 +86,9 @@ class TorchNetwork(ServingWeights):
     def _value_share(self, gate: Tensor, scale: Tensor) -> Tensor:
         """Factors of the value embeddings, (tokens, n_kv_head, 1), from gates that are not normalized yet.
 
-        PyTorch computes the remainder of an elementwise loop by scalar code, whose exponential rounds differently. A
-        gap between the rows makes each row a loop of its own, so a token's bits do not depend on the number of tokens.
+        PyTorch processes a contiguous tensor in vectors and the remaining numbers with scalar code, whose exponential
+        rounds differently. A gap between the rows makes PyTorch process each row separately, so a token's bits do not
+        depend on the number of tokens.
         """
         rows = gate.new_empty(gate.size(0), gate.size(1) + 1)[:, :-1]
         rows.copy_(gate * scale)
@@ -96,17 +97,18 @@ class TorchNetwork(ServingWeights):
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
         """Normalize ``x``, apply the MLP, and add the result to ``x``.
 
-        The square of ReLU turns the norm's factor into its square, dim / square sum, which is applied at the end.
+        The norm's factor is applied after the MLP. The MLP squares its activations, so the factor becomes its own
+        square, which is dim / square sum.
         """
         y = layer.down(layer.up.relu(x).square_())
         return torch.addcdiv(x, y, _square_sum(x), value=x.size(-1)).to(self.dtype)
 
 
 def _square_sum(x: Tensor) -> Tensor:
-    """Sum of squares over the last dimension, which becomes 1, in fp32, plus dim times the epsilon of RMSNorm.
+    """Sum of squares over the last dimension, plus dim * epsilon, in fp32. The last dimension becomes 1.
 
-    RMSNorm divides by the root of (this sum / dim). PyTorch's RMSNorm runs eight kernels on a CPU; here the division is
-    applied later, to a tensor that is small or is scaled anyway.
+    RMSNorm divides by sqrt(this sum / dim). PyTorch's RMSNorm runs eight kernels on a CPU. This network instead applies
+    the division later, to a tensor that is small or must be scaled anyway.
     """
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return norm.square_().add_(x.size(-1) * torch.finfo(torch.float32).eps)
