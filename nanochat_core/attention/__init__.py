@@ -1,4 +1,6 @@
-"""Causal attention over whole rows with a sliding window, as training computes it: one interface, one file a backend.
+"""The attention of training: causal, over whole rows of tokens, with a sliding window.
+
+Every backend implements the same interface and has its own file.
 
 =================  ==================================================================
 ``sdpa``           torch's scaled dot product attention; runs on every device

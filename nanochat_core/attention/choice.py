@@ -1,4 +1,4 @@
-"""Choosing the attention backend of a training run."""
+"""Chooses the attention backend of a training run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from nanochat_core.errors import UserError
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    """The attention backend that training uses.
+    """Returns the attention backend for training.
 
     Args:
         name: ``sdpa`` (torch's own, on any device), ``flex`` (FlexAttention, on GPUs), ``flash`` (the flash-attn
-            package, on GPUs), or ``auto``: on a GPU flash if it is available and flex otherwise, on a CPU the fastest.
+            package, on GPUs) or ``auto``. On a GPU, ``auto`` means flash if it is available and flex otherwise. On a
+            CPU, it means the fastest implementation.
         dtype: dtype of queries, keys and values.
 
     Raises:
@@ -28,7 +29,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Att
         if name == "auto":
             return cpu_attention
         raise UserError(f"attention {name} needs a GPU; use auto or sdpa on a CPU")
-    # FlexAttention imports torch's compiler, which takes as long as the rest of torch. Serving never needs it.
+    # This import loads torch's compiler, which takes as long as the rest of torch. Serving does not need it.
     from nanochat_core.attention.flex import flex_attention
 
     if name == "auto":

@@ -1,4 +1,4 @@
-"""Attention on a CPU: in blocks of queries if that is faster, otherwise by torch."""
+"""Attention on a CPU, computed in blocks of queries if that is faster, otherwise by torch's SDPA."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch import Tensor
 from nanochat_core.attention.interface import window_mask
 from nanochat_core.attention.sdpa import sdpa_attention
 
-# Queries of one block. Smaller blocks compute fewer scores that the mask hides; larger blocks make larger, faster
-# matrix products. A long row has at most BLOCKS larger blocks, which keeps the compiled code small.
+# Smallest number of queries in a block. Smaller blocks compute fewer scores that the mask hides; larger blocks have
+# larger and faster matrix products.
 BLOCK_ROWS = 64
+# Largest number of blocks in a row, which keeps the compiled code small. A longer row has larger blocks.
 BLOCKS = 8
-# Longest row, in tokens, for which blocks are used: their weights are kept for the backward pass and grow with the
-# square of the row.
+# Longest row, in tokens, that is computed in blocks. The backward pass needs the attention weights of all blocks, and
+# their memory grows with the square of the row's length.
 BLOCKWISE_TIME = 512
 
 
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """:class:`~nanochat_core.attention.Attention` by the faster of blockwise attention and SDPA.
+    """Computes :class:`~nanochat_core.attention.Attention` by blockwise attention or SDPA, whichever is faster.
 
-    Blockwise attention is faster for short rows, and only in compiled code: uncompiled, its many small operations cost
+    Blockwise attention is faster for short rows in compiled code. In uncompiled code, its many small operations cost
     more time than they save.
     """
     if torch.compiler.is_compiling() and q.size(1) <= BLOCKWISE_TIME:
@@ -31,16 +32,17 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """:class:`~nanochat_core.attention.Attention` that multiplies a block of queries only with the keys in its reach.
+    """Computes :class:`~nanochat_core.attention.Attention` in blocks of queries.
 
-    The queries ``start`` to ``stop - 1`` together attend to the keys from ``start - window`` to ``stop - 1``.
+    A block of queries is multiplied only with the keys in the windows of its queries. For the queries ``start`` to
+    ``stop - 1``, these are the keys ``start - window`` to ``stop - 1``.
     """
     time = q.size(1)
     share = q.size(2) // k.size(2)
     if share > 1:
         k, v = k.repeat_interleave(share, dim=2), v.repeat_interleave(share, dim=2)
     q, k, v = (q * q.size(-1) ** -0.5).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    # The softmax is computed in fp32 or better, whatever the inputs are.
+    # The softmax is computed in at least fp32, even if the inputs have fewer bits.
     precise = torch.promote_types(q.dtype, torch.float32)
     block = max(BLOCK_ROWS, math.ceil(time / BLOCKS))
     mixed = []

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from nanochat_core.attention.interface import Attention
 
-# Modules of the packages with the lowest and highest compute capability that each supports, fastest first.
-# FlashAttention 3 runs on Hopper only.
+# For each package, fastest first: its module, and the lowest and the highest compute capability that it supports.
+# FlashAttention 3 runs only on Hopper.
 FLASH_PACKAGES = (("flash_attn_interface", (9, 0), (9, 9)), ("flash_attn", (8, 0), (99, 9)))
 
 
 def flash_attention(device: torch.device, dtype: torch.dtype) -> Attention | None:
-    """The fastest installed flash-attn package that supports the CUDA device and the dtype; None if there is none."""
+    """Attention by the fastest installed flash-attn package that supports the device and dtype; None without one."""
     if dtype not in (torch.bfloat16, torch.float16):
         return None
     capability = torch.cuda.get_device_capability(device)

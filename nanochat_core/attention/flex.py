@@ -10,10 +10,10 @@ from nanochat_core.attention.sdpa import sdpa_attention
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """:class:`~nanochat_core.attention.Attention` by FlexAttention, compiled for each window.
+    """Computes :class:`~nanochat_core.attention.Attention` by FlexAttention, which is compiled for each window length.
 
-    FlexAttention has no backward pass on a CPU. SDPA computes two cases instead: a window over the whole row, which
-    needs no mask, and uncompiled code, in which FlexAttention would hold the whole matrix of scores.
+    SDPA computes two cases instead: windows that cover the whole row, because they need no mask, and uncompiled code,
+    because FlexAttention would store the whole matrix of scores there. FlexAttention has no backward pass on a CPU.
     """
     time = q.size(1)
     if window >= time - 1 or not torch.compiler.is_compiling():
@@ -22,10 +22,10 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     def visible(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return (column <= row) & (row - column <= window)
 
-    # The mask is part of the compiled graph, so the layers with the same window share a few small kernels a step.
+    # The compiled graph builds the mask in a few small kernels, once for all layers with the same window.
     mask = flex.create_block_mask(visible, None, None, time, time, device=q.device)
     grouped = q.size(2) != k.size(2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     y = flex.flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
-    assert isinstance(y, Tensor)  # FlexAttention returns a tuple only if asked for auxiliary outputs
+    assert isinstance(y, Tensor)  # only a call with return_aux or return_lse returns a tuple
     return y.transpose(1, 2)

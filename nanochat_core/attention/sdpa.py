@@ -10,9 +10,9 @@ from nanochat_core.attention.interface import window_mask
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """:class:`~nanochat_core.attention.Attention` by SDPA.
+    """Computes :class:`~nanochat_core.attention.Attention` by SDPA.
 
-    A window shorter than the row becomes a mask. A mask saves no work: SDPA still computes the hidden scores.
+    A mask implements a window that is shorter than the row. It saves no work: SDPA also computes the hidden scores.
     """
     time = q.size(1)
     grouped = q.size(2) != k.size(2)

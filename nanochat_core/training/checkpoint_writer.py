@@ -1,18 +1,18 @@
 """Writes checkpoints in the background, from one or several ranks.
 
 Training waits only while tensors are copied to main memory; hashing and transfer happen in a thread. Every rank writes
-one file with its share of the optimizer state. The first rank also writes the files that exist once, and, when all
-ranks are done, the manifest. The manifest makes the checkpoint exist.
+one file with its share of the optimizer state. The first rank also writes all other files. The manifest is the last of
+them; without a manifest, a checkpoint does not exist.
 
-A checkpoint may replace a whole one of the same name, for example after ``--no-resume``, and that one may be promoted.
-The store must hold a whole checkpoint at every moment, although S3 can neither rename nor replace several files at
-once. The new files therefore go to a subfolder of their own, which the new manifest names:
+A checkpoint may replace a complete checkpoint of the same name, for example after ``--no-resume``. An engine may be
+serving the old checkpoint, so the store must have a complete checkpoint at every moment. S3 can neither rename files
+nor replace several files at once. The new files therefore get a new subfolder, which the new manifest names:
 
 1.  Write all files to ``replacement_<id>/``. The old manifest still lists the old files.
 2.  Replace the manifest, which every store does atomically. It now lists the new files.
 3.  Remove the old files.
 
-A writer that is killed leaves files that no manifest lists. The next writer of the checkpoint removes them.
+A writer that is killed leaves files that no manifest lists. The next writer of the same checkpoint removes them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from nanochat_core.training.optim import Shard
 
 log = logging.getLogger(__name__)
 
-# Waits between attempts to write a checkpoint. A store that fails for longer is reported as an error.
+# Seconds to wait before each further attempt to write a checkpoint. An error of the last attempt is reported.
 RETRY_SECONDS = (1.0, 5.0, 20.0)
 # How long the ranks wait in the background for the slowest rank's transfer.
 _TRANSFER_SECONDS = 3600.0
@@ -61,11 +61,13 @@ _TRANSFER_SECONDS = 3600.0
 
 @dataclasses.dataclass(frozen=True)
 class _Contents:
-    """A copy of everything to write, which training no longer changes.
+    """A copy of a checkpoint's content. Training may change the originals while the copy is written.
 
     Attributes:
+        texts: content of each text file, by its name.
         values: the trainer's values as JSON.
-        rows: first row and number of rows of each of ``tensors``.
+        tensors: this rank's share of the optimizer state.
+        rows: first row and number of rows of each tensor in ``tensors``.
     """
 
     weights: dict[str, Tensor]
@@ -95,16 +97,16 @@ class CheckpointWriter:
         shards: Iterable[Shard] = (),
         then: Callable[[], None] = lambda: None,
     ) -> None:
-        """Waits for an unfinished earlier checkpoint, copies everything and starts to write it.
+        """Waits until the previous checkpoint is written, copies this one's content and starts to write the copy.
 
         Args:
-            model, tokenizer, meta, values: content that exists once; the first rank's is written.
-            values: plain data needed to resume training. Without it training cannot resume from the checkpoint.
-            shards: this rank's share of the tensors needed to resume training.
+            model, tokenizer, meta: the first rank writes its own; the arguments of other ranks are ignored.
+            values: JSON data of the first rank that training needs to resume; None makes resuming impossible.
+            shards: this rank's share of the tensors that training needs to resume.
             then: called by the first rank, in the background, when the checkpoint is complete.
 
         Raises:
-            StoreError: the earlier checkpoint could not be written.
+            StoreError: the previous checkpoint could not be written.
         """
         self.wait()
         shards = list(shards)
@@ -128,15 +130,15 @@ class CheckpointWriter:
             except BaseException as error:
                 self._error = error  # the next call of wait raises it
 
-        # The thread waits for other ranks. As a daemon it does not keep a process alive whose other ranks are lost.
+        # The thread may wait for ranks that are lost. A daemon thread does not keep the process alive meanwhile.
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Waits until nothing is being written.
+        """Waits until the last checkpoint is written.
 
         Raises:
-            StoreError: the last checkpoint could not be written. Earlier checkpoints are whole.
+            StoreError: the last checkpoint could not be written. Earlier checkpoints stay complete.
         """
         if self._thread is not None:
             self._thread.join()
@@ -149,11 +151,11 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
-        """Waits for the checkpoint that is being written, unless a lost rank keeps it from being finished."""
+        """Waits until the last checkpoint is written, unless a lost rank makes that impossible."""
         if kind is None:
             self.wait()
         elif not issubclass(kind, RankLost):
-            with contextlib.suppress(StoreError):  # the error that ends the block is the one to report
+            with contextlib.suppress(StoreError):  # the error that ended the block is reported instead
                 self.wait()
 
     def _write(self, ref: CheckpointRef, contents: _Contents) -> None:
@@ -171,7 +173,7 @@ class CheckpointWriter:
                 time.sleep(wait)
 
     def _write_once(self, ref: CheckpointRef, contents: _Contents) -> None:
-        """Makes one attempt. An error on one rank is raised on every rank."""
+        """Makes one attempt to write the checkpoint. An error on one rank is raised on every rank."""
         try:
             folder = self._on_every_rank(lambda: self._make_room(ref) if self._ranks.leads else None)[0]
             attempt = Manifest(ref, {}, folder)
@@ -184,7 +186,7 @@ class CheckpointWriter:
             raise
 
     def _on_every_rank(self, work: Callable[[], Any]) -> list[Any]:
-        """Calls ``work`` on every rank; returns the results of all, or raises a rank's error on all."""
+        """Calls ``work`` on every rank and returns all results. An error on one rank is raised on every rank."""
         try:
             outcome = {"result": work()}
         except StoreError as error:
@@ -197,12 +199,12 @@ class CheckpointWriter:
         return [outcome["result"] for outcome in outcomes]
 
     def _make_room(self, ref: CheckpointRef) -> str:
-        """Removes the files that no manifest lists; returns the subfolder for the files of the next attempt."""
+        """Removes files that the manifest does not list; returns the subfolder for the files of the next attempt."""
         try:
             manifest = load_manifest(self._store, ref)
         except StoreError:
             raise
-        except UserError:  # there is no whole checkpoint
+        except UserError:  # there is no complete checkpoint
             self._store.delete(ref.prefix)
             return ""
         listed = {f"{ref.prefix}/{MANIFEST}", *map(manifest.key, manifest.files)}
@@ -237,7 +239,7 @@ class CheckpointWriter:
 
     @contextlib.contextmanager
     def _file(self, attempt: Manifest, name: str) -> Iterator[Path]:
-        """A path to write one file to. On exit the manifest of the attempt gets its entry."""
+        """Yields a path to write one file to. On exit, the file is added to the manifest of the attempt."""
         with self._store.create(attempt.key(name)) as path:
             yield path
             attempt.files[name] = FileEntry.of(path)

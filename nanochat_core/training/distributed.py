@@ -1,7 +1,7 @@
-"""The ranks: the processes that train together, and their communication.
+"""Communication of the ranks, the processes that train together.
 
-``torchrun`` starts the ranks and sets ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` of
-each; so does a PyTorchJob in a cluster. Without these variables a process trains alone and communicates with no other.
+``torchrun``, or a PyTorchJob in a cluster, starts the ranks. It sets the environment variables ``RANK``,
+``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` of each. Without them, a process trains alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from nanochat_core.device import choose_device
 from nanochat_core.errors import RetryableError, UserError
 
-# The default of NCCL. A rank that is this late has most likely died with its node.
+# NCCL's default. A rank that does not answer for this long has most likely died with its node.
 DEFAULT_TIMEOUT_SECONDS = 600.0
 
 
@@ -39,7 +39,7 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the first rank, which reports progress and writes the files that exist once."""
+        """Whether this process is the first rank, which reports progress and writes the common files."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Ranks:
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Gives every rank the values of all ranks, in order of rank. Each value must be JSON-serializable."""
+        """Returns the values of all ranks, in order of rank, on every rank. Each value must be JSON-serializable."""
         if self.group is None:
             return [value]
         device = torch.device("cuda") if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
@@ -68,7 +68,11 @@ class Ranks:
         ]
 
     def side_channel(self, seconds: float) -> Ranks:
-        """These ranks with a new CPU group and timeout, for a background thread. All ranks must call this."""
+        """The same ranks with a new process group on the CPU, for a background thread. All ranks must call this.
+
+        Args:
+            seconds: longest wait for another rank in the new group.
+        """
         if self.group is None:
             return self
         timeout = datetime.timedelta(seconds=seconds)
@@ -110,7 +114,7 @@ def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECOND
 
     Raises:
         UserError: the environment is incomplete.
-        RankLost: the other ranks did not join in time, or were leaving.
+        RankLost: the other ranks did not join in time, or were already leaving.
     """
     size = _number("WORLD_SIZE", 1)
     if size == 1:
@@ -129,11 +133,11 @@ def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECOND
     except ValueError as error:
         raise UserError(f"rank {rank} of {size} cannot join the other ranks: {_line(error)}") from error
     except (dist.DistError, RuntimeError) as error:
-        # Another attempt may succeed: a restarted rank may have reached the first rank of the run that is ending.
+        # Another attempt may succeed: perhaps this rank restarted early and reached the old run, which is ending.
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RankLost(f"rank {rank} of {size} did not join the other ranks at {where}: {_line(error)}") from error
     yield Ranks(rank, size, dist.group.WORLD)
-    # Skipped after an error, because leaving the group waits for all ranks.
+    # After an error this call is skipped, because it waits for all ranks.
     dist.destroy_process_group()
 
 

@@ -3,8 +3,8 @@
 Problem: GPUs multiply fp8 numbers twice as fast as bf16 numbers, but fp8 has only 256 values.
 
 Idea: dynamic tensorwise scaling. Each tensor is divided by its own scale, so that its largest magnitude becomes the
-largest fp8 number, and the product is multiplied by the scales. Inputs and weights are quantized to e4m3; gradients of
-outputs need more range than precision and are quantized to e5m2. Sums are made in fp32, and master weights stay fp32.
+largest fp8 number. The product is then multiplied by both scales. Inputs and weights are quantized to e4m3. Gradients
+of outputs need more range than precision and are quantized to e5m2. Sums are made in fp32; master weights stay fp32.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor, nn
 
 from nanochat_core.model import GPT, Linear
 
-# With a smaller side, quantizing a matrix costs more time than the faster product saves.
+# Smallest side of a matrix that trains in fp8. Quantizing a smaller one costs more time than the faster product saves.
 LEAST_SIDE = 128
 # The fp8 kernels need every dimension of a product to be a multiple of this.
 ALIGNMENT = 16
-# Smallest scale, which a tensor of zeros gets instead of 0.
+# Smallest scale. A tensor of zeros gets it, because dividing by the scale 0 would give NaN.
 LEAST_SCALE = 1e-30
 
 
 class Fp8Linear(nn.Module):
     """A :class:`~nanochat_core.model.Linear` that trains in fp8.
 
-    It multiplies in the dtype of its input in three cases: without gradients (evaluation), without torch.compile, whose
-    fused kernels make quantizing cheap, and if the number of tokens is no multiple of 16.
+    It multiplies in the dtype of its input instead if no gradients are needed (evaluation), if the code is not compiled
+    (quantizing is fast only in fused kernels), or if the number of tokens is not a multiple of 16.
     """
 
     weight: nn.Parameter
@@ -46,9 +46,9 @@ class Fp8Linear(nn.Module):
 
 
 def convert_to_fp8(model: GPT) -> list[str]:
-    """Lets the large matrices of the blocks train in fp8. Parameters stay the same objects under the same names.
+    """Lets the large matrices of the blocks train in fp8. The parameters stay the same objects and keep their names.
 
-    The head is not converted, because the chunked loss computes its product.
+    The head is not converted, because the chunked loss multiplies by the head's weight itself.
 
     Returns:
         The names of the converted layers.
@@ -63,10 +63,10 @@ def convert_to_fp8(model: GPT) -> list[str]:
 
 
 def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` with all three products of training in fp8.
+    """``x @ weight.T`` in fp8. The two matrix products of the backward pass are also in fp8.
 
     Args:
-        x: (..., in_features) bf16; the number of tokens and both features are multiples of 16.
+        x: (..., in_features) bf16; the number of tokens, in_features and out_features are multiples of 16.
         weight: (out_features, in_features) fp32.
 
     Returns:
@@ -115,7 +115,7 @@ def _product(
 ) -> Tensor:
     """``(a * a_scale) @ (b * b_scale)`` for ``a`` stored by rows and ``b`` stored by columns, as the kernels require.
 
-    Fast accumulation keeps fewer bits of the sums. Outputs tolerate that; gradients do not.
+    Fast accumulation makes less precise sums. They are precise enough for outputs, but not for gradients.
     """
     product: Tensor = torch._scaled_mm(
         a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast_accumulation
@@ -124,7 +124,7 @@ def _product(
 
 
 def _columns(x: Tensor) -> Tensor:
-    """The matrix, stored by columns."""
+    """The same matrix, stored by columns."""
     return x.t().contiguous().t()
 
 

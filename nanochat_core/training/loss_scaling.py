@@ -4,15 +4,17 @@ from __future__ import annotations
 
 
 class LossScaler:
-    """The factor of the loss in each step of fp16 training.
+    """The factor by which fp16 training multiplies the loss, adapted in each step.
 
-    fp16 rounds gradients below about 6e-8 to zero. Multiplying the loss by ``factor`` before the backward pass scales
-    all gradients up, out of that range; dividing the gradients by ``factor`` afterwards restores their size. The factor
-    should be as large as possible without an overflow, so it is searched for during training: after an overflow it
-    halves and the step is skipped, and after ``growth_interval`` steps without one it doubles.
+    Problem: fp16 rounds gradients below about 6e-8 to zero.
 
-    The factor depends only on which steps overflowed, so a resumed run continues exactly from ``factor`` and
-    ``good_steps``, the number of steps since the factor last changed or a gradient last overflowed.
+    Idea: multiplying the loss by ``factor`` before the backward pass makes all gradients larger. Dividing the gradients
+    by ``factor`` afterwards restores their size. The factor should be as large as possible without an overflow, and
+    training searches for it: after an overflow, the step is skipped and the factor is halved. After ``growth_interval``
+    steps without an overflow, the factor is doubled.
+
+    ``good_steps`` counts the steps since the factor last changed or a gradient last overflowed. A run that is resumed
+    with the stored ``factor`` and ``good_steps`` continues exactly.
     """
 
     def __init__(self, factor: float = 2.0**16, good_steps: int = 0, growth_interval: int = 2000) -> None:

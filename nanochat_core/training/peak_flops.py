@@ -1,4 +1,4 @@
-"""The peak speed of GPUs, the reference of model FLOPs utilization (MFU, arXiv 2204.02311)."""
+"""Peak speeds of GPUs, of which a run reaches a fraction, its model FLOPs utilization (MFU, arXiv 2204.02311)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 
 import torch
 
-# Dense bf16 TFLOP/s with fp32 sums, from NVIDIA's data sheet of each card (half of the printed value if it is "with
-# sparsity") and, for GeForce cards, from the white papers of Ampere (GA102) and Ada. A card matches if its name has all
-# words of an entry; the first match counts.
+# Dense bf16 TFLOP/s with fp32 sums. The source is NVIDIA's data sheet of each card (half of the value that is printed
+# "with sparsity"); for GeForce cards, it is the white papers of Ampere (GA102) and Ada. A card matches an entry if its
+# name has all words of the entry. The first entry that matches counts.
 PEAK_TFLOPS = (
     ("B200", 2250.0),
     ("GH200", 989.4),
@@ -23,7 +23,7 @@ PEAK_TFLOPS = (
     ("RTX 4090", 165.2),
     ("RTX 3090", 71.0),
 )
-# Words in the names of slower variants that share a card's name: GPU slices, laptop chips and the RTX 4090 D.
+# Words in the names of slower variants of a card: GPU slices (MIG), laptop chips and the RTX 4090 D.
 SLOWER_VARIANTS = {"MIG", "Laptop", "D"}
 
 

@@ -1,7 +1,7 @@
 """The optimizer of every training stage: Muon for the matrices inside the blocks, AdamW for all other parameters.
 
-``groups`` assigns the parameters and their learning rates. ``shards`` explains how work and state are divided over
-ranks, ``adamw``, ``muon`` and ``muon_shards`` have the two rules, and ``optimizer`` puts them together.
+``groups`` assigns a rule and a learning rate to each parameter. ``shards`` explains how work and state are divided over
+the ranks. ``adamw``, ``muon`` and ``muon_shards`` contain the two rules, and ``optimizer`` combines them.
 """
 
 from nanochat_core.training.optim.groups import OptimizerConfig, parameter_groups

@@ -9,8 +9,8 @@ of step ``t`` and the learning rate ``lr``:
     weight <- weight - lr * weight_decay * weight
     weight <- weight - lr * (mean / (1 - beta1^t)) / (sqrt(square / (1 - beta2^t)) + eps)
 
-``1 - beta^t`` corrects the running averages for their start at zero. Weight decay acts on the weight directly rather
-than through the gradient, which would divide it by the gradient's magnitude too.
+``1 - beta^t`` corrects the running averages for their start at zero. Weight decay acts directly on the weight. If it
+were added to the gradient, AdamW would divide it by the gradient's magnitude too.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from nanochat_core.training.distributed import Ranks
 from nanochat_core.training.optim.shards import ParameterShards, Shard, gradient_of
 
 ADAM_EPS = 1e-10
-# A parameter with fewer elements is not divided: the messages would cost more time than the division saves memory.
+# A parameter with fewer elements is not divided: the little memory saved is not worth the time of the messages.
 SMALLEST_DIVIDED = 1024
 
 
 class AdamWShards(ParameterShards):
     """One parameter under AdamW.
 
-    A large table is divided by rows. A small parameter is not divided: each rank holds all of its state and makes the
-    same update.
+    A large parameter is divided by rows. A small parameter is not divided: every rank keeps its whole optimizer state
+    and makes the same update.
     """
 
     def __init__(self, name: str, parameter: Tensor, ranks: Ranks) -> None:

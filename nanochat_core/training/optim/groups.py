@@ -9,8 +9,8 @@ from torch import Tensor
 
 from nanochat_core.model import GPT
 
-# Width at which the learning rates of the embeddings and the head were tuned. Other widths multiply these rates by
-# ``(dim / REFERENCE_DIM) ** -0.5``.
+# Width at which the learning rates of the embeddings and the head were tuned. For another width, these rates are
+# multiplied by ``(dim / REFERENCE_DIM) ** -0.5``.
 REFERENCE_DIM = 768
 
 
@@ -29,10 +29,11 @@ class OptimizerConfig:
 
 
 def parameter_groups(model: GPT, config: OptimizerConfig, *, batch_lr_scale: float = 1.0) -> list[dict[str, Any]]:
-    """The groups of :class:`~nanochat_core.training.optim.optimizer.MuonAdamW` for a model.
+    """Returns a model's parameter groups for :class:`~nanochat_core.training.optim.optimizer.MuonAdamW`.
 
-    Each shape of the matrices inside the blocks is one Muon group. A tall matrix multiplies its learning rate by
-    ``sqrt(rows / columns)``, so that its step changes the layer's outputs as much as a square matrix's step does.
+    All matrices inside the blocks that have the same shape form one Muon group. The learning rate of a tall matrix is
+    multiplied by ``sqrt(rows / columns)``. Its step then changes the layer's outputs as much as the step of a square
+    matrix does.
 
     Args:
         config: learning rates before scaling.

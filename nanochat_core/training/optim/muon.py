@@ -59,7 +59,7 @@ def muon_update(
     weight_decay: float,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Updates a stack of ``n`` matrices and the optimizer's state in place by Muon.
+    """Updates ``n`` matrices and their optimizer state in place by Muon.
 
     Args:
         weights, gradients, momentum_buffer: (n, rows, columns).
@@ -78,7 +78,7 @@ def muon_update(
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Approximately the nearest (semi-)orthogonal matrices, by five Polar Express steps (arXiv 2505.16932).
+    """Approximates the nearest (semi-)orthogonal matrices by five Polar Express steps (arXiv 2505.16932).
 
     Each matrix is first divided by slightly more than its Frobenius norm, which bounds its singular values by 1. The
     result is rescaled to the Frobenius norm of an orthogonal matrix, ``sqrt(min(rows, columns))`` (arXiv 2602.21545).
@@ -93,7 +93,7 @@ def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     rows, columns = x.shape[-2:]
     tall = rows > columns
     y = (x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)).to(dtype)
-    if tall:  # then the transposed matrix has the smaller Gram matrix
+    if tall:  # the Gram matrix of the transposed matrix is smaller
         y = y.mT
     for a, b, c in POLAR_EXPRESS:
         gram = y @ y.mT
@@ -108,8 +108,8 @@ def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def reduce_variance(update: Tensor, second_moment: Tensor) -> Tensor:
     """NorMuon (arXiv 2510.05491): scales rows, or columns of wide matrices, to equal root mean squares.
 
-    A running average of each row's mean square, ``v <- beta2 * v + (1 - beta2) * mean(u^2)``, divides the row by
-    ``sqrt(v)``. Then the whole update is rescaled to its former Frobenius norm.
+    Each row ``u`` is divided by ``sqrt(v)``. Here ``v <- beta2 * v + (1 - beta2) * mean(u^2)`` is a running average of
+    the row's mean square. Then the whole update is rescaled to its former Frobenius norm.
 
     Args:
         update: (n, rows, columns).

@@ -1,7 +1,7 @@
 """Muon divided over ranks: rank ``r`` of ``size`` owns the matrices ``r``, ``r + size``, ``r + 2 * size``, and so on.
 
-Orthogonalization needs a whole matrix, so the matrices of one shape are divided one by one rather than by rows. A
-round-robin division lets each run of ``size`` matrices be reduced as soon as its gradients are complete.
+Orthogonalization needs a whole matrix, so each rank owns whole matrices rather than rows of every matrix. Because the
+matrices are dealt out in turn, ``size`` consecutive matrices can be reduced as soon as their gradients are complete.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class MuonShards(ParameterShards):
         self._momentum = torch.zeros(self._own.shape, dtype=torch.float32, device=first.device)
         self._second_moment = torch.zeros((count // size, *line), dtype=torch.float32, device=first.device)
         self._run_of = {id(parameter): i // size for i, parameter in enumerate(parameters)}
-        self._missing: list[int] = []  # of each run, the number of gradients that the backward pass has yet to complete
+        self._missing: list[int] = []  # number of incomplete gradients in each run of matrices
 
     def expect_gradients(self) -> None:
         super().expect_gradients()

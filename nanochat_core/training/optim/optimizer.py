@@ -28,8 +28,8 @@ class MuonAdamW:
     ) -> None:
         """
         Args:
-            groups: result of :func:`~nanochat_core.training.optim.groups.parameter_groups`. ``names`` in a group,
-                parallel to its ``params``, name the optimizer state in checkpoints.
+            groups: result of :func:`~nanochat_core.training.optim.groups.parameter_groups`. A group's ``names`` are
+                the names of its ``params``, under which checkpoints store the optimizer state.
             muon_dtype: dtype of the matrix products in Muon's orthogonalization.
         """
         self.param_groups = groups
@@ -46,7 +46,7 @@ class MuonAdamW:
         self._reduced = False
 
     def expect_gradients(self) -> None:
-        """Announces that the next backward pass completes the gradients, so that each can be reduced at once."""
+        """Announces that the next backward pass is the last of the step, so it can reduce each gradient at once."""
         for _, unit in self._units:
             unit.expect_gradients()
 
@@ -69,11 +69,12 @@ class MuonAdamW:
     def step(self) -> None:
         """Updates all parameters from their gradients.
 
-        On a single rank, a parameter without a gradient is left as it is. Either all matrices of a Muon group have a
-        gradient or none. With several ranks every parameter has one.
+        On a single rank, a parameter without a gradient stays unchanged. A Muon group stays unchanged if none of its
+        matrices has a gradient.
 
         Raises:
-            ValueError: a gradient is missing.
+            ValueError: some but not all matrices of a Muon group have a gradient, or there are several ranks and a
+                parameter has no gradient.
         """
         if not self._reduced:
             self.reduce()
@@ -84,7 +85,7 @@ class MuonAdamW:
             unit.finish()
 
     def zero_grad(self) -> None:
-        """Drops all gradients, also those that were reduced for a step that is skipped."""
+        """Drops all gradients, including reduced gradients that no step has used."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
@@ -99,13 +100,13 @@ class MuonAdamW:
     def shards(self) -> Iterator[Shard]:
         """The optimizer state that this rank stores, as references to the live tensors.
 
-        The first rank stores the state that all ranks hold.
+        If all ranks have the same state of a parameter, the first rank stores it.
         """
         for _, unit in self._units:
             yield from unit.shards()
 
     def load_shards(self, read: ReadRows) -> None:
-        """Takes over stored optimizer state, which any number of ranks may have written.
+        """Loads stored optimizer state. It may have been written by any number of ranks.
 
         Args:
             read: reads rows ``start`` to ``stop`` of a named tensor; returns None if it was not stored.

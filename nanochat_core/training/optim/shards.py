@@ -1,10 +1,10 @@
-"""Dividing the optimizer over ranks: the memory and the work of ZeRO stage 2 (arXiv 1910.02054).
+"""Divides the memory and the work of the optimizer over the ranks, as ZeRO stage 2 does (arXiv 1910.02054).
 
 Problem: if every rank keeps the whole optimizer state and makes every update, more ranks save neither memory nor the
 time of the updates.
 
-Idea: each rank owns a part of every unit of parameters. It keeps the optimizer state of its part only, and updates
-only its part. A step has three stages:
+Idea: the parameters form units, and each rank owns a part of every unit. It keeps only the optimizer state of its part
+and updates only its part. A step has three stages:
 
 1.  Reduce: the gradients of all ranks are summed, and each rank receives the sum for its own part. This starts for each
     unit as soon as the backward pass has completed its gradients, and overlaps with the rest of the backward pass.
@@ -44,8 +44,9 @@ class ParameterShards(ABC):
     """A unit of parameters that are reduced, updated and gathered together, and this rank's part of it.
 
     Attributes:
-        gradient: this rank's part of the summed gradient, None outside of a step.
-        owned: whether this rank's part belongs to no other rank, or to the first rank if all ranks hold it.
+        gradient: this rank's part of the summed gradient, None before the reduction and after the update.
+        owned: whether this rank's part counts in sums over ranks. If all ranks have the same part, only the first
+            rank's counts.
     """
 
     gradient: Tensor | None = None
@@ -60,7 +61,7 @@ class ParameterShards(ABC):
                 parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
     def expect_gradients(self) -> None:
-        """Announces that the next backward pass completes the gradients, so that each can be reduced at once."""
+        """Announces that the next backward pass is the last of the step, so it can reduce each gradient at once."""
         self._expecting = self._ranks.group is not None
 
     def _on_gradient(self, parameter: Tensor) -> None:
@@ -141,6 +142,6 @@ class ParameterShards(ABC):
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """The gradient of a parameter that is known to have one."""
+    """The gradient of a parameter, which must have one."""
     assert parameter.grad is not None
     return parameter.grad
