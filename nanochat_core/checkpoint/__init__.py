@@ -1,8 +1,8 @@
 """Checkpoints: safetensors and JSON files below ``models/<name>/<stage>/step_<n>/`` of the store.
 
-``names`` says which checkpoint is meant and lists those that exist, ``manifest`` what a whole checkpoint consists of,
-``loading`` and ``trainer_state`` read one, and ``promotion`` keeps which one is served. No file format that is read
-here can execute code.
+``names`` defines the names of checkpoints and lists the checkpoints in a store. ``manifest`` lists and verifies the
+files of a checkpoint. ``loading`` and ``trainer_state`` read a checkpoint. ``promotion`` stores which checkpoint is
+served. None of these file formats can execute code when a file is read.
 """
 
 from nanochat_core.checkpoint.loading import Checkpoint, load_checkpoint, load_meta, newest_checkpoint

@@ -1,4 +1,4 @@
-"""Loading the model of a checkpoint."""
+"""Loads the model of a checkpoint."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Checkpoint:
 
     @property
     def resumable(self) -> bool:
-        """Whether the checkpoint also holds the trainer state that training resumes from."""
+        """Whether the checkpoint contains the trainer state, which training needs to resume."""
         return TRAINER_STATE in self.manifest.files
 
     def build_model(self, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32) -> GPT:
-        """The model with these weights, in evaluation mode.
+        """Builds the model with these weights, in evaluation mode.
 
         Raises:
             UserError: the weights do not fit the configuration.
@@ -111,10 +111,10 @@ def load_meta(store: Store, ref: CheckpointRef) -> dict[str, Any]:
 
 
 def newest_checkpoint(store: Store, model: str, stage: str) -> Checkpoint | None:
-    """The newest whole checkpoint of a stage; damaged ones are skipped and logged by name.
+    """Loads the newest undamaged checkpoint of a stage; None if there is none. It logs each damaged one that it skips.
 
     Raises:
-        StoreError: the store cannot be read. That does not make a checkpoint a damaged one.
+        StoreError: the store cannot be read, so the newest checkpoint may be undamaged.
     """
     for ref in reversed(list_checkpoints(store, model, stage)):
         try:

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: every file with its size and digest.
 
-The manifest is written last, in one atomic step. A folder without a manifest is no checkpoint, and a file that differs
-from its entry is damaged.
+The manifest is written last, in one atomic step. A folder without a manifest is not a complete checkpoint. A file that
+differs from its entry is damaged.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Manifest:
 
     Attributes:
         files: entry of each file by its name, such as ``model.safetensors``.
-        folder: subfolder of the checkpoint that holds the files. It is empty, unless the checkpoint replaced an earlier
-            one of the same name.
+        folder: subfolder with the checkpoint's files. It is empty unless the checkpoint replaced an earlier one of the
+            same name.
     """
 
     ref: CheckpointRef
@@ -62,7 +62,7 @@ class Manifest:
         return "/".join(filter(None, (self.ref.prefix, self.folder, name)))
 
     def fetch(self, store: Store, name: str) -> Path:
-        """A local path to a file, whose size and digest were verified.
+        """Verifies the size and the digest of a file and returns a local path to it.
 
         Raises:
             UserError: the file is missing or damaged.

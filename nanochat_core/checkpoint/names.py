@@ -1,4 +1,4 @@
-"""Names of checkpoints in the store, and which checkpoints a stage has."""
+"""The names of checkpoints in the store, and lists of the checkpoints of a stage."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class CheckpointRef:
 
 
 def check_model_name(name: str) -> str:
-    """Returns ``name`` if it can name a model, which becomes a folder.
+    """Returns ``name`` if it is a valid name of a model. The name is also the name of the model's folder.
 
     Raises:
-        UserError: it cannot.
+        UserError: the name is not valid.
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r} cannot name a model; use letters, digits, '.', '_' and '-'")

@@ -1,4 +1,4 @@
-"""Which checkpoint of a model is served: the file ``models/<name>/PROMOTED``."""
+"""The file ``models/<name>/PROMOTED``, which names the checkpoint of a model that engines serve."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def promoted(store: Store, model: str) -> CheckpointRef | None:
     """The promoted checkpoint; None if none was promoted yet or the promotion was withdrawn.
 
     Raises:
-        UserError: the file names no checkpoint.
+        UserError: the file does not name a checkpoint.
     """
     try:
         revision = store.read(_key(model)).decode(errors="replace").strip()

@@ -22,9 +22,9 @@ from nanochat_core.store import Store
 class TrainerState:
     """Everything except the weights that a run needs to continue exactly where it stopped.
 
-    ``values`` is plain JSON (step, data position, …). The tensors lie in one safetensors file for each rank that wrote
-    them. A file is fetched and verified when one of its tensors is first read, so each rank transfers only the files
-    that it needs.
+    ``values`` is JSON data (step, data position, …). The tensors are in safetensors files, one from each rank that
+    wrote the checkpoint. A file is fetched and verified when one of its tensors is first read, so each rank transfers
+    only the files that it needs.
     """
 
     manifest: Manifest
@@ -35,7 +35,7 @@ class TrainerState:
     _opened: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def read(self, name: str, start: int, stop: int) -> Tensor | None:
-        """Rows ``start`` to ``stop`` of a tensor, put together from the files; None if the tensor was not stored.
+        """Rows ``start`` to ``stop`` of a tensor, combined from the files; None if the tensor was not stored.
 
         Raises:
             UserError: a file is missing or damaged, or some of these rows were not stored.

@@ -1,4 +1,4 @@
-"""The artifact store: files by key below one URL, a folder or an S3 prefix, shared by the jobs and the engine.
+"""The artifact store, through which the jobs and the engine share files. It is a folder or a prefix of an S3 bucket.
 
 ``base`` is the interface, ``folder`` and ``s3`` are the two kinds of store, and ``cache`` keeps downloads from S3.
 """
@@ -21,16 +21,16 @@ DEFAULT_HOME = "~/.cache/nanochat"
 
 
 def open_store(url: str, *, cache_dir: str | Path | None = None, cache_bytes: int | None = None) -> Store:
-    """The store at ``url``.
+    """Opens the store at ``url``.
 
     Args:
         url: a folder, which is created if it is missing, or ``s3://bucket/prefix``. The S3 credentials, the region and
             a custom endpoint come from the usual ``AWS_*`` variables, such as ``AWS_ENDPOINT_URL``.
         cache_dir: folder that keeps files downloaded from S3; by default a folder for temporary files.
-        cache_bytes: size above which the least recently used downloads are deleted; None keeps all.
+        cache_bytes: size above which the least recently used downloads are deleted; None means no limit.
 
     Raises:
-        UserError: the URL is of another kind, or the ``AWS_*`` variables describe no S3 server.
+        UserError: the URL has another form, or the ``AWS_*`` variables do not describe an S3 server.
         StoreError: the folder cannot be made.
     """
     parsed = urlparse(url)

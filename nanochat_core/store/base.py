@@ -13,11 +13,11 @@ from nanochat_core.errors import UserError
 
 
 class StoreError(UserError):
-    """The store itself failed: it is unreachable, refuses access or is full. Its files may be whole."""
+    """The store itself failed: it is unreachable, refuses access or is full. Its files may be intact."""
 
 
 class Store(ABC):
-    """Files by key below one root. A key is a relative path with ``/`` between its parts.
+    """Stores files below one root. A file's key is its path relative to the root, with ``/`` between the parts.
 
     Every method raises UserError if a key leaves the root or has a hidden part (``.name``), and StoreError if the store
     fails.
@@ -41,18 +41,18 @@ class Store(ABC):
 
     @abstractmethod
     def create(self, key: str) -> contextlib.AbstractContextManager[Path]:
-        """A local path to write a file to. On a clean exit the file becomes ``key`` and replaces the former one."""
+        """Yields a local path to write to. If the ``with`` block ends without an error, the file replaces ``key``."""
 
     @abstractmethod
     def incoming(self, prefix: str) -> Path:
-        """A local folder for partial downloads on their way into ``prefix``; it outlives the process and is not listed.
+        """A local folder for incomplete downloads that will be stored below ``prefix``. It outlives the process.
 
-        A program that is started again finds its partial files there.
+        A program that is started again continues its downloads there. :meth:`keys` does not list these files.
         """
 
     @abstractmethod
     def put(self, key: str, path: Path) -> None:
-        """Moves the local file ``path`` of :meth:`incoming` to ``key``, replacing the former file atomically."""
+        """Moves the file ``path`` from the folder of :meth:`incoming` to ``key``, replacing the old file atomically."""
 
     @abstractmethod
     def keys(self, prefix: str) -> list[str]:
@@ -60,13 +60,13 @@ class Store(ABC):
 
     @abstractmethod
     def publish(self, prefix: str, *, last: str) -> contextlib.AbstractContextManager[Path]:
-        """A local folder to write into. On a clean exit its files become ``prefix`` and replace the former folder.
+        """Yields a local folder to write to. If the ``with`` block ends without an error, it replaces ``prefix``.
 
-        A reader sees either no file ``last`` or the whole folder: on a file system the finished folder is renamed into
-        place, and on S3, which cannot rename, the file ``last`` is uploaded after all others.
+        A reader that finds the file ``last`` finds the whole folder. A store on a file system renames the finished
+        folder. S3 cannot rename, so a store on S3 uploads the file ``last`` after all others.
 
         Args:
-            last: a file that the caller writes, whose presence means that the folder is complete.
+            last: a file that the caller must write; its presence means that the folder is complete.
 
         Raises:
             FileNotFoundError: the caller did not write ``last``.
@@ -89,12 +89,12 @@ class Store(ABC):
         """Removes a folder and everything in it, if it exists."""
 
     def keeping(self, prefix: str) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
-        """Keeps the local copies of all files below ``prefix`` for the length of a ``with`` block."""
+        """Protects the local copies of all files below ``prefix`` from deletion during a ``with`` block."""
         return contextlib.nullcontext()
 
 
 def checked(key: str) -> PurePosixPath:
-    """The path of a key.
+    """Returns the key as a path.
 
     Raises:
         UserError: the key leaves the store's root or has a hidden part.
@@ -123,7 +123,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def require(folder: Path, last: str) -> None:
-    """Checks that a publisher wrote the file that completes its folder.
+    """Checks that the caller of :meth:`Store.publish` wrote the file ``last``.
 
     Raises:
         FileNotFoundError: the file is missing.

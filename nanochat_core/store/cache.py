@@ -1,8 +1,8 @@
-"""A folder of downloaded files, bounded in size.
+"""A cache of downloaded files in a folder of limited size.
 
-An engine that follows promotions downloads one checkpoint after another. Without a bound its cache would grow until the
-pod exceeds its disk limit and is evicted. The cache deletes the least recently used files (LRU) before it grows beyond
-its limit, except files that are being read.
+An engine that follows promotions downloads one checkpoint after another. Without a limit, its cache would grow until
+the pod exceeds its disk limit and is evicted. The cache therefore deletes the least recently used files (LRU) before it
+grows beyond its limit. It never deletes files that are being read.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ INCOMING = "incoming"
 
 
 class DownloadCache:
-    """Files at ``folder/<version>/<key>``.
+    """Keeps each file at ``folder/<version>/<key>``.
 
-    The version in the path keeps a replaced object from being taken for its predecessor.
+    When an object is replaced, its version changes. The new object then has another path, so the cache cannot return
+    the old content.
     """
 
     def __init__(self, folder: Path, limit_bytes: int | None = None) -> None:
         """
         Args:
-            limit_bytes: largest total size of the files; None sets no limit. Files below a prefix of :meth:`keeping`
-                may exceed it until the end of that block.
+            limit_bytes: largest total size of the files; None means no limit. Files that :meth:`keeping` protects may
+                exceed it until the end of the ``with`` block.
         """
         self.folder, self.limit_bytes = folder, limit_bytes
         self._kept: Counter[PurePosixPath] = Counter()
@@ -39,7 +40,7 @@ class DownloadCache:
         """The cached file of one version of a key, downloaded if it is missing.
 
         Args:
-            size: bytes of the file.
+            size: size of the file in bytes.
             download: writes the file to the given path.
 
         Raises:
@@ -61,7 +62,7 @@ class DownloadCache:
 
     @contextlib.contextmanager
     def keeping(self, prefix: PurePosixPath) -> Iterator[None]:
-        """Keeps all files whose keys are below ``prefix`` for the length of a ``with`` block."""
+        """Protects all files whose keys are below ``prefix`` from deletion during a ``with`` block."""
         with self._lock:
             self._kept[prefix] += 1
         try:
@@ -86,7 +87,7 @@ class DownloadCache:
                     excess -= stat.st_size
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """All complete downloads; hidden files are on their way."""
+        """All complete downloads. A hidden file is an unfinished download."""
         for version in self.folder.glob("*"):
             for folder, _, names in os.walk(version) if version.name != INCOMING else ():
                 for name in names:

@@ -14,7 +14,7 @@ from nanochat_core.store.base import Store, StoreError, checked, disk_errors, hi
 
 @dataclasses.dataclass(frozen=True)
 class FolderStore(Store):
-    """A store below the folder ``root``. Names that start with a dot are files that are being written or removed."""
+    """A store below the folder ``root``. Files that are being written or removed have names with a dot."""
 
     root: Path
 
@@ -116,7 +116,7 @@ class FolderStore(Store):
     def delete(self, prefix: str) -> None:
         path = self._path(prefix)
         if path.is_dir():
-            # Renaming the folder first takes all of its files from readers at once.
+            # Renaming the folder first hides all of its files from readers at once.
             removed = hidden_path(path)
             with self._writing(prefix):
                 path.replace(removed)
@@ -151,7 +151,7 @@ def _raise_unless_gone(error: OSError) -> None:
 
 
 def _make_readable(path: Path, folder: Path) -> None:
-    """Gives ``path`` the read permissions of its folder: some libraries make files that only their owner may read."""
+    """Gives ``path`` the permissions of its folder. Some libraries create files that only the owner may read."""
     path.chmod(folder.stat().st_mode & 0o666)
 
 

@@ -14,7 +14,7 @@ from nanochat_core.store.cache import INCOMING, DownloadCache
 
 
 class S3Store(Store):
-    """A store of the objects ``<prefix>/<key>`` of a bucket."""
+    """A store whose files are the objects ``<prefix>/<key>`` of a bucket."""
 
     def __init__(self, bucket: str, prefix: str, cache: DownloadCache) -> None:
         """
@@ -22,7 +22,7 @@ class S3Store(Store):
             cache: keeps the files that :meth:`fetch` downloads.
 
         Raises:
-            UserError: the ``AWS_*`` variables describe no S3 server.
+            UserError: the ``AWS_*`` variables do not describe an S3 server.
         """
         import boto3  # only the jobs and the engine install it
         from botocore.config import Config
@@ -87,7 +87,7 @@ class S3Store(Store):
             with disk_errors(staging):
                 yield staging
             require(staging, last)
-            # Without the file `last` the folder counts as absent, so nobody reads a mix of old and new files.
+            # Without the file `last`, readers ignore the folder, so nobody reads a mix of old and new files.
             self.remove(f"{prefix}/{last}")
             names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
             for stale in {key.removeprefix(f"{prefix}/") for key in self.keys(prefix)} - set(names):
@@ -137,7 +137,7 @@ class S3Store(Store):
 
     @contextlib.contextmanager
     def _errors(self, key: str) -> Iterator[None]:
-        from boto3.exceptions import Boto3Error  # raised by transfers of whole files
+        from boto3.exceptions import Boto3Error  # uploads and downloads of whole files raise it
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
