@@ -1,6 +1,6 @@
-"""Runs untrusted Python. Each call has a process of its own that can only compute, print and use a scratch folder.
+"""Runs untrusted Python. Each call gets its own process, which can only compute, print and use a scratch folder.
 
-The package needs only the standard library, so training, evaluation and the service can share one isolation.
+The package needs only the standard library, so training, evaluation and the service can all use it.
 """
 
 from nanochat_core.sandbox.config import SandboxConfig

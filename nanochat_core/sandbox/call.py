@@ -1,4 +1,4 @@
-"""One call: sends the code to a worker, watches it within its limits, and collects what it left behind."""
+"""Runs one call: sends the code to a worker, enforces the limits, and collects the output and the usage."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ class CompletedCall:
     """The facts about a call after its process has ended, before it is classified.
 
     Attributes:
-        exit_code: of the process; 128 + number for a signal. Meaningful only for the reason EXITED.
-        claim: how the code claims to have ended (kind, error, result); ``None`` without a valid claim.
-        claim_stream: what the pipe of the claim brought.
+        exit_code: exit code of the process, or 128 + the number of the signal that ended it. It is meaningful only if
+            ``reason`` is EXITED.
+        claim: the kind, error and result of the code's claim about how it ended; ``None`` without a valid claim.
+        claim_stream: the bytes received through the pipe for the claim.
     """
 
     reason: StopReason
@@ -48,7 +49,7 @@ class CompletedCall:
 
 
 async def run_call(worker: WorkerProcess, code: bytes, limits: Limits, result_format: ResultFormat) -> CompletedCall:
-    """Run ``code`` in a fresh worker and end the worker. The caller disposes of the worker.
+    """Run ``code`` in a fresh worker, then kill the worker. The caller must call its ``dispose``.
 
     Raises:
         WorkerFailed: the worker ended before the code began.
@@ -59,7 +60,7 @@ async def run_call(worker: WorkerProcess, code: bytes, limits: Limits, result_fo
     streams = (stdout, stderr, claim_stream)
     usage = worker.usage
     try:
-        # The memory for receiving the request does not count as the code's memory.
+        # The worker gets extra memory to receive the request, because this must not reduce the code's memory.
         worker.set_limits(limits, 8 * len(code) + _RECEIVING_BYTES)
         async with asyncio.timeout(START_SECONDS):
             fields = [result_format.value.encode(), b"%d" % limits.output_bytes, code]
@@ -91,7 +92,7 @@ async def run_call(worker: WorkerProcess, code: bytes, limits: Limits, result_fo
 
 
 async def _watch(worker: WorkerProcess, streams: tuple[Capture, ...], limits: Limits, cpu_before: float) -> StopReason:
-    """Read the pipes until the call ends or exceeds a limit. The last of ``streams`` carries the claim."""
+    """Read the pipes until the call ends or exceeds a limit. The last of ``streams`` is for the claim."""
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[StopReason] = loop.create_future()
     claim_stream = streams[-1]

@@ -42,7 +42,7 @@ class Capture:
             self.overflow = len(self._data) > self.limit
 
     def text(self) -> str:
-        """The collected bytes as text, with a mark at the end if bytes are missing."""
+        """The collected bytes as text, with a note at the end if bytes are missing."""
         text = decode(self.data, cut=self.overflow)
         return mark_truncated(text, self.name, self.limit) if self.overflow else text
 
@@ -53,7 +53,7 @@ def decode(data: bytes, cut: bool = False) -> str:
 
 
 def last_line(data: bytes) -> str:
-    """The last line that is not blank; empty without one."""
+    """The last line that is not blank; empty if there is none."""
     return next((line.strip() for line in reversed(decode(data).splitlines()) if line.strip()), "")
 
 

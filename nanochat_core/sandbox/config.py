@@ -16,20 +16,20 @@ MAXIMUM_LIMITS = Limits(wall_seconds=30.0, cpu_seconds=30.0, memory_bytes=1 << 3
 
 @dataclasses.dataclass(frozen=True)
 class SandboxConfig:
-    """How an executor isolates and how much it runs at once.
+    """How an executor isolates the code, and how many calls it runs at once.
 
     Attributes:
         profile: ``auto`` takes the strongest profile whose self-test passes.
-        interpreter: Python that runs the code; empty means the one running now.
+        interpreter: path of the Python that runs the code; empty means the Python of this process.
         bwrap: name or path of bubblewrap.
         scratch_dir: existing writable folder in which the ``pod`` profile creates a folder for each call.
         concurrency: largest number of calls that run at once.
         queue: calls that may wait for a slot; further calls get the status OVERLOADED.
         warm: idle interpreters that are kept ready; 0 starts an interpreter for each call.
-        default_limits: limits of calls that ask for none.
+        default_limits: limits of a call that does not ask for any.
         maximum_limits: upper bounds of the limits that a call can ask for.
-        scratch_bytes: bytes that a call may store in its scratch folder, and in any one file.
-        scratch_files: files that a call may store; only the ``pod`` profile counts files.
+        scratch_bytes: largest total size of a call's scratch folder, and of each file in it.
+        scratch_files: number of files that a call may store; only the ``pod`` profile checks it.
         preload: standard-library modules that a worker imports before the code arrives.
     """
 

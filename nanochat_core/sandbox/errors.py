@@ -14,7 +14,7 @@ class ProfileUnavailable(Exception):
 
     Attributes:
         layer: the layer that is missing or leaks, such as ``landlock``.
-        reason: what is missing, or what code could do; one line.
+        reason: one line that says what is missing, or what the code was able to do.
     """
 
     def __init__(self, layer: str, reason: str) -> None:

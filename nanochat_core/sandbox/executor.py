@@ -1,4 +1,4 @@
-"""Runs code under the strongest isolation that works on this machine, a bounded number of calls at once."""
+"""Runs code under the strongest isolation that works on this machine, and limits how many calls run at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NO_LIMITS = Limits()
 
 @dataclasses.dataclass(frozen=True)
 class ExecutorStats:
-    """Number of running calls, of calls that wait for a slot, and of idle interpreters."""
+    """Numbers of running calls, of calls that wait for a slot, and of idle interpreters."""
 
     running: int
     queued: int
@@ -127,10 +127,10 @@ class SandboxExecutor:
         Args:
             code: a program. If its last statement is an expression, the expression's value is the result.
             limits: a zero means the configured default; a value above the configured maximum is lowered to it.
-            result_format: how the value becomes text.
+            result_format: how the value is converted to text.
 
         Returns:
-            The answer, whatever the code did. Its status is OVERLOADED if all slots and the queue are full.
+            The result, also if the code failed. Its status is OVERLOADED if all slots and the queue are full.
 
         Raises:
             WorkerFailed: the sandbox itself failed, or was closed during the call.
@@ -145,7 +145,7 @@ class SandboxExecutor:
         try:
             return future.result()
         finally:
-            future.cancel()  # has an effect only if the wait was interrupted
+            future.cancel()  # stops the call if the wait was interrupted; otherwise it has no effect
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         if self._loop.is_closed():

@@ -20,7 +20,7 @@ USE_SCRATCH = READ_TREE | WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | 
 MINIMUM_ABI = 3
 """The first version of Landlock that controls truncation of files."""
 
-# Number of rights of each kind, by the version of Landlock that added rights.
+# Total number of rights of each kind, for each version of Landlock that added rights.
 _FS_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}
 _NET_RIGHTS = {4: 2}
 _SCOPES = {6: 2}
@@ -42,7 +42,7 @@ def kernel_abi() -> int:
 
 
 def ruleset_attribute(abi: int) -> bytes:
-    """A ``struct landlock_ruleset_attr`` that denies every right of version ``abi`` for which there is no rule."""
+    """A ``struct landlock_ruleset_attr`` that denies every right of version ``abi`` unless a rule allows it."""
 
     def mask(table: dict[int, int]) -> int:
         return (1 << max((count for version, count in table.items() if version <= abi), default=0)) - 1

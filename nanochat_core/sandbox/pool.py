@@ -1,4 +1,4 @@
-"""Workers that are started before the calls that use them."""
+"""Starts workers before calls need them, so that a call does not wait for a worker to start."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from nanochat_core.sandbox.worker_process import WorkerProcess
 log = logging.getLogger("nanochat.sandbox")
 
 _RETRY_SECONDS = 1.0
-# Starting a process blocks the executor's thread for a moment. The pause lets a call that has just taken a worker
-# begin first.
+# Starting a process blocks the executor's thread for a moment. A call that has just taken a worker begins during this
+# pause, before the next worker is started.
 _PAUSE_SECONDS = 0.005
 
 
@@ -31,7 +31,7 @@ class WorkerPool:
         return len(self._ready)
 
     async def take(self) -> WorkerProcess:
-        """Hand out a fresh worker. The caller disposes of it.
+        """Return a fresh worker. The caller must call its ``dispose``.
 
         Raises:
             WorkerFailed: no worker was ready and a new one could not be started.

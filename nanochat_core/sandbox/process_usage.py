@@ -14,7 +14,7 @@ class ProcessUsage:
     """Reads the usage of a process from outside, without its help.
 
     Attributes:
-        peak_memory_bytes: largest resident memory seen by :meth:`sample_memory`; 0 if none was seen.
+        peak_memory_bytes: largest resident memory that :meth:`sample_memory` measured; 0 if it measured none.
     """
 
     def __init__(self, pid: int) -> None:
@@ -32,7 +32,7 @@ class ProcessUsage:
     def cpu_seconds(self) -> float:
         """CPU time so far; 0 if the process has ended.
 
-        The clock's id is that of Linux's ``clock_getcpuclockid(3)``.
+        The formula of the clock's id is the one that ``clock_getcpuclockid(3)`` uses on Linux.
         """
         cpu_clock = (~self._pid << 3) | 2
         try:

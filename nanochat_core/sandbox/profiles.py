@@ -1,7 +1,7 @@
 """The isolation profiles: how a worker is started and which rights it gives up.
 
-In the profile ``pod``, a worker applies Landlock, a system-call filter and resource limits to itself. This needs
-nothing but the kernel. The profile ``bwrap`` does the same inside the namespaces of bubblewrap.
+In the profile ``pod``, a worker applies Landlock, a system-call filter and resource limits to itself. This needs no
+other program. In the profile ``bwrap``, a worker does the same inside namespaces that bubblewrap creates.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Profile(abc.ABC):
         """
 
     def _python(self, worker_dir: str, result_fd: int) -> list[str]:
-        # -I and -S offer nothing but the standard library. -u keeps no output in a buffer, because a killed worker
-        # would lose it.
+        # -I and -S leave only the standard library to import. -u writes output at once, because a killed worker loses
+        # the output in its buffers.
         flags = ["-I", "-S", "-B", "-u", "-X", "utf8"]
         return [self.interpreter.executable, *flags, os.path.join(worker_dir, "main.py"), str(result_fd)]
 
@@ -108,7 +108,7 @@ class BwrapProfile(Profile):
         self._prefix = [program, *namespace_options(program), *_filesystem_options(interpreter, config.scratch_bytes)]
 
     def _require_landlock(self, kernel_abi: int) -> int:
-        # The mount namespace holds nothing but the interpreter, so the profile works on older kernels too.
+        # The mount namespace has no files except the interpreter's, so the profile is safe without Landlock too.
         return kernel_abi if kernel_abi >= landlock.MINIMUM_ABI else 0
 
     def command(self, result_fd: int, status_fd: int) -> list[str]:
@@ -123,7 +123,7 @@ def resource_limits(config: SandboxConfig) -> bytes:
     """The ``(resource, limit)`` pairs that are the same for every call, packed for the worker."""
     limits = {
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NPROC: 0,  # this counts all processes of the user, so the seccomp filter is the real limit
+        resource.RLIMIT_NPROC: 0,  # counts all processes of the user, so the seccomp filter is the real limit
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
         resource.RLIMIT_NOFILE: 64,
@@ -136,7 +136,7 @@ def resource_limits(config: SandboxConfig) -> bytes:
 def file_rules(interpreter: Interpreter) -> list[PathRule]:
     """The Landlock rules. Paths are the same with and without bubblewrap, and ``.`` is the scratch folder."""
     rules = [PathRule(path, landlock.READ_TREE) for path in interpreter.readable()]
-    # An import lists this folder. The package folders in it stay unreadable.
+    # An import lists the folders of the standard library. The files of the packages in them stay unreadable.
     rules += [PathRule(folder, landlock.READ_DIR) for folder in interpreter.stdlib]
     rules += [PathRule(path, landlock.READ_FILE | landlock.WRITE_FILE) for path in _DEVICES]
     if os.path.isdir(_ZONEINFO):

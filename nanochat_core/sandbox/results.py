@@ -20,7 +20,7 @@ class Status(enum.Enum):
 
 
 class ResultFormat(enum.Enum):
-    """How the value of a trailing expression becomes text."""
+    """How the value of the expression at the end of the code is converted to text."""
 
     REPR = "repr"
     STR = "str"
@@ -31,10 +31,10 @@ class Limits:
     """The resources that one call may use. In a request, zero means the configured default.
 
     Attributes:
-        wall_seconds: time from the sending of the code to its end.
+        wall_seconds: time from when the code is sent until it ends.
         cpu_seconds: CPU time of the code.
         memory_bytes: address space that the code may use in addition to the interpreter's own.
-        output_bytes: size of stdout, of stderr and of the result.
+        output_bytes: largest size of each of stdout, stderr and the result.
     """
 
     wall_seconds: float = 0.0
@@ -58,7 +58,11 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """The resources that one call used. ``peak_memory_bytes`` is resident memory with the interpreter; 0 if unknown."""
+    """The resources that one call used.
+
+    Attributes:
+        peak_memory_bytes: largest resident memory, including the interpreter's; 0 if unknown.
+    """
 
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -71,11 +75,11 @@ class ExecutionResult:
 
     Attributes:
         status: how the call ended.
-        stdout, stderr: the output, at most as long as the limit; truncated text ends with a mark.
-        result: value of the expression at the end of the code; ``None`` without one.
-        error: one line that says what went wrong and which limit was exceeded; empty if the status is OK.
+        stdout, stderr: the output, at most as long as the limit; truncated text ends with a note.
+        result: text of the value of the expression at the end of the code; ``None`` if there is no value.
+        error: one line that says what went wrong or which limit was exceeded; empty if the status is OK.
         truncated: whether stdout, stderr or the result was truncated.
-        usage: what the call used.
+        usage: the resources that the call used.
         profile: name of the active isolation profile.
     """
 

@@ -12,10 +12,10 @@ _LOCK = ".lock"
 
 
 class ScratchRoot:
-    """A private folder that holds one scratch folder for each worker of an executor.
+    """A private folder that contains one scratch folder for each worker of an executor.
 
-    The executor locks the folder as long as it lives. A later executor removes every folder that is no longer locked,
-    because a killed executor has left it behind.
+    The executor keeps the folder locked while it runs. A folder that is no longer locked belongs to a killed executor,
+    and the next executor removes it.
 
     Attributes:
         path: path of the private folder.
@@ -42,7 +42,7 @@ class ScratchRoot:
 
 
 def exceeds(folder: str, max_bytes: int, max_files: int) -> bool:
-    """Whether ``folder`` holds more than the code may store, or has content that cannot be counted.
+    """Whether ``folder`` contains more than the code may store, or anything that cannot be counted.
 
     Counting stops at the limit, so the cost is bounded.
     """
@@ -69,10 +69,10 @@ def exceeds(folder: str, max_bytes: int, max_files: int) -> bool:
 
 
 def remove(folder: str) -> None:
-    """Remove ``folder``, even if it holds unreadable folders, names that are not text, or very deep folders.
+    """Remove ``folder``, even if it contains unreadable folders, names that are not text, or very deep folders.
 
-    No process may still write to the folder. Nested folders are first moved to the top, so that the limits of path
-    length and of recursion do not matter. Links are removed and never followed.
+    The caller must make sure that no process writes to the folder any more. Nested folders are first moved to the top,
+    so that neither the length of a path nor the depth of recursion can exceed a limit. Links are never followed.
     """
     try:
         os.rmdir(folder)

@@ -35,8 +35,8 @@ OWN_PROCESS = """
 """
 ALLOWED = frozenset(" ".join((FILES, WAITING, MEMORY, TIME, OWN_PROCESS)).split())
 
-# From this number on, a new system call has the same number on all machines. For these calls the filter answers "not
-# implemented", because libc then falls back to an older call: for example from clone3 to clone, which is refused.
+# System calls with this number or a higher one have the same number on all machines. For these calls, the filter
+# returns "not implemented". libc then makes an older call instead: for example clone, which is refused, for clone3.
 FIRST_UNIFIED_NUMBER = 424
 
 
@@ -56,7 +56,7 @@ class Condition:
 _F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC = 0, 1, 2, 3, 4, 1030
 _TCGETS, _TIOCGWINSZ, _FIONREAD, _FIONBIO, _FIONCLEX, _FIOCLEX = 0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451
 
-# Calls that are allowed if all their conditions hold.
+# Calls that are allowed if all their conditions are true.
 CONDITIONAL: dict[str, tuple[Condition, ...]] = {
     # Excluded: F_SETOWN and F_SETSIG, which send signals to other processes, and locks, which could block other calls.
     "fcntl": (Condition(1, (_F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC)),),
@@ -87,16 +87,16 @@ _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16
 
 
 def instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
-    """One ``struct sock_filter`` of 8 bytes; jumps count from the next instruction."""
+    """One ``struct sock_filter`` of 8 bytes. A jump distance of 0 means the next instruction."""
     return struct.pack("=HBBI", code, if_true, if_false, value)
 
 
 def build_filter(machine: Machine) -> bytes:
     """Build the filter for ``machine``: an array of ``struct sock_filter``.
 
-    A call through a foreign ABI (32-bit entry, x32) kills the process: its numbers mean other calls, and no library
-    uses it by accident. Every other call that is not allowed fails. The error is ENOSYS for the calls that libc
-    replaces by an older call, otherwise EPERM.
+    A call through a foreign ABI (32-bit entry, x32) kills the process. The numbers of such an ABI mean other calls, and
+    no library uses it by accident. Every other call that is not allowed fails. The error is ENOSYS for the calls that
+    libc replaces by an older call, otherwise EPERM.
     """
     program = [
         instruction(_LOAD_WORD, _ARCH),
@@ -126,7 +126,7 @@ def build_filter(machine: Machine) -> bytes:
 
 
 def _check(condition: Condition) -> bytes:
-    """Instructions that refuse the call unless ``condition`` holds, and otherwise continue after their end."""
+    """Instructions that refuse the call if ``condition`` is false, and continue after the last of them otherwise."""
     low = _ARGUMENTS + 8 * condition.argument  # both machines are little-endian
     code = []
     if condition.wide:

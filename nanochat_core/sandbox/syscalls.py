@@ -1,7 +1,7 @@
 """System call numbers of the two supported machine types, x86_64 and aarch64.
 
-The table lists the calls that the policy names. Source: the kernel's ``arch/x86/entry/syscalls/syscall_64.tbl`` and
-``include/uapi/asm-generic/unistd.h`` (aarch64). ``None`` means that the machine has no such call.
+The table lists the calls that the seccomp filter names. Source: ``arch/x86/entry/syscalls/syscall_64.tbl`` and
+``include/uapi/asm-generic/unistd.h`` (for aarch64) of the kernel. ``None`` means that the machine has no such call.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ class Machine:
     """A machine type, described for a seccomp filter.
 
     Attributes:
-        name: as in ``uname -m``.
+        name: name of the machine type, as ``uname -m`` prints it.
         audit_arch: ``AUDIT_ARCH_*`` value of a native call.
-        numbers: call name to number.
-        foreign_bit: bit of the numbers of another ABI (x32) on this machine; 0 without such an ABI.
+        numbers: number of each system call, by its name.
+        foreign_bit: bit that is set in the call numbers of the ABI x32; 0 if the machine has no such ABI.
     """
 
     name: str

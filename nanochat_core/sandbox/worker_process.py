@@ -1,4 +1,4 @@
-"""The life of one worker process: it is started ahead, used for one call, killed and reaped."""
+"""The life of one worker process, which is started, used for one call, killed and reaped."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _FORCED_EXIT_SECONDS = 10.0
 class WorkerProcess:
     """An interpreter that has isolated itself and waits for the code of its only call.
 
-    A worker belongs to the event loop and to the thread that started it: the kernel kills the worker when that thread
-    ends. Some profiles start the worker through a launcher such as bubblewrap; otherwise the worker is its own
-    launcher.
+    A worker may be used only in the event loop and the thread that started it. The kernel kills the worker when that
+    thread ends. Some profiles start the worker through a launcher such as bubblewrap. Without one, "launcher" means the
+    worker itself.
 
     Attributes:
         stdout, stderr, result: descriptors of the pipes that the worker writes to.
@@ -90,17 +90,17 @@ class WorkerProcess:
 
     @property
     def scratch_exceeded(self) -> bool:
-        """Whether the scratch folder on the host, if there is one, holds more than the call may store."""
+        """Whether the scratch folder on the host, if there is one, contains more than the call may store."""
         config = self._profile.config
         return self._scratch is not None and scratch.exceeds(self._scratch, config.scratch_bytes, config.scratch_files)
 
     def set_limits(self, limits: Limits, receiving: int) -> None:
         """Set the kernel's limits for the worker's memory and CPU time.
 
-        The CPU limit is a second line of defense, in whole seconds; the executor's own clock is finer.
+        The executor measures CPU time itself. The kernel's limit, in whole seconds, is a second line of defense.
 
         Args:
-            limits: what the call may use.
+            limits: the limits of the call.
             receiving: bytes of memory that the worker needs to receive the request.
         """
         for number, value in (
@@ -128,8 +128,8 @@ class WorkerProcess:
     def kill(self) -> None:
         """Send SIGKILL to the worker.
 
-        The worker is the only process of its session, and in bubblewrap the first of its process namespace, so no
-        process can outlive it. A launcher reaps the worker and then ends by itself.
+        No process of the call can outlive the worker: it is the only process of its session, and in bubblewrap it is
+        the first process of its namespace. A launcher reaps the worker and then ends by itself.
         """
         if self._exit is None:
             try:
@@ -174,8 +174,8 @@ class WorkerProcess:
             if self._worker_handle >= 0:
                 self.kill()
             elif self._stdin in self._fds:
-                # The worker is not ready. Killing a launcher during its set-up would leave a child that waits for ever.
-                # A worker whose stdin is closed ends by itself, so close it and wait longer.
+                # The worker is not ready yet. A launcher that is killed during its setup would leave a child that waits
+                # forever. A worker ends by itself when its stdin is closed, so close it and wait longer.
                 self.close_stdin()
                 patience = START_SECONDS
             try:
@@ -236,12 +236,12 @@ class WorkerProcess:
             status = b""
         if status:
             self._pid = int(json.loads(status.splitlines()[0])["child-pid"])
-        # No code runs yet that could end the worker, so the process id cannot belong to another process.
+        # The worker runs no untrusted code yet that could end it, so the id cannot belong to another process by now.
         self._worker_handle = self._own(os.pidfd_open(self._pid))
         self.usage = ProcessUsage(self._pid)
 
     def _last_words(self) -> str:
-        """The last line on stderr of a worker that failed to start; empty without one."""
+        """The last line on stderr of a worker that failed to start; empty if there is none."""
         if self._launcher is None:
             return ""
         stderr = Capture("stderr", self.stderr, 1 << 16)

@@ -1,5 +1,5 @@
 """The program that runs inside the isolated interpreter.
 
-A worker executes ``main.py`` by its path and cannot import the rest of the project. Therefore these modules import each
-other by bare name, and otherwise only the standard library.
+A worker executes ``main.py`` by its path and cannot import the rest of the project. Therefore these modules import only
+the standard library and each other, without a package name.
 """

@@ -57,7 +57,7 @@ def drop_privileges() -> None:
     _prctl("no_new_privs", _PR_SET_NO_NEW_PRIVS, 1)
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
-            break  # no further capability exists, or this process is unprivileged and cannot gain one
+            break  # there are no more capabilities, or this process is unprivileged and cannot gain one
     _libc.prctl(
         _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0
     )  # fails only on kernels without ambient capabilities

@@ -18,7 +18,7 @@ import protocol
 _REQUESTS, _RESULT = 0, 3
 _PyCF_ONLY_AST = 0x400
 _Module = type(sys)
-_reserve = [bytearray(1 << 20)]  # freed when memory runs out, so that the report has room
+_reserve = [bytearray(1 << 20)]  # freed when memory runs out, so that the report can be made
 
 
 def serve(result_fd: int) -> None:
@@ -26,7 +26,7 @@ def serve(result_fd: int) -> None:
     if result_fd != _RESULT:
         os.dup2(result_fd, _RESULT)
         os.close(result_fd)
-    # The executor passes no further descriptors. A launcher may have left some open, all with low numbers.
+    # The executor passes no other descriptors. A launcher may have left some open, all with numbers below 1024.
     os.closerange(_RESULT + 1, 1024)
     _isolate(protocol.unpack(_read_frame()))
     os.write(_RESULT, protocol.READY)
@@ -45,7 +45,7 @@ def _isolate(setup: list[bytes]) -> None:
     for name in preload.decode().split():
         __import__(name)
     kernel.drop_privileges()
-    kernel.die_with_parent()  # a change of credentials may clear this setting, so it comes second
+    kernel.die_with_parent()  # must follow drop_privileges, because a change of credentials may clear this setting
     for number, value in struct.iter_unpack("=IQ", limits):
         inherited = resource.getrlimit(number)[1]
         allowed = value if inherited == resource.RLIM_INFINITY else min(value, inherited)
@@ -74,8 +74,8 @@ def _read_exactly(count: int) -> bytes:
 def _run_and_report(code: bytes, to_text: Callable[[object], str], output_bytes: int) -> None:
     """Run ``code`` and write the claim about its end.
 
-    Local variables keep the functions that are needed after the code has run, so the report is right even if the code
-    overwrites, for example, ``os.write``. Code that tampers with more than that can only falsify its own report.
+    Local variables keep the functions that are needed after the code has run. The report is therefore right even if the
+    code overwrites, for example, ``os.write``. Code that manipulates more than that can only falsify its own report.
     """
     write, close, wait, pack_claim = os.write, os.close, _signal.pause, protocol.pack_claim
     describe, show, errors = _describe, sys.__excepthook__, sys.stderr
@@ -88,7 +88,8 @@ def _run_and_report(code: bytes, to_text: Callable[[object], str], output_bytes:
         if value is None:
             claim = pack_claim(protocol.NOTHING)
         else:
-            # One byte above the limit tells the executor that the text is longer. A character has at least one byte.
+            # One byte above the limit tells the executor that the text is longer. The first cut counts characters, of
+            # which each has at least one byte.
             text = to_text(value)[: output_bytes + 1].encode("utf-8", "replace")[: output_bytes + 1]
             claim = pack_claim(protocol.VALUE, result=text)
     except BaseException as error:
@@ -111,7 +112,7 @@ def _run_and_report(code: bytes, to_text: Callable[[object], str], output_bytes:
 
 
 def _evaluate(code: str, namespace: dict[str, object]) -> object:
-    """Execute ``code`` and return the value of the expression at its end; ``None`` without one."""
+    """Execute ``code`` and return the value of the expression at its end; ``None`` if there is none."""
     tree = compile(code, "<code>", "exec", _PyCF_ONLY_AST, dont_inherit=True)
     last = None
     if tree.body and type(tree.body[-1]).__name__ == "Expr":
