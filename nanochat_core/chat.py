@@ -1,4 +1,4 @@
-"""The conversation format: from messages to token ids with a loss mask, and from token ids back to parts."""
+"""The conversation format: converts messages to token ids with a loss mask, and token ids back to parts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Message:
 
     @property
     def text(self) -> str:
-        """The text parts joined, which a person reads."""
+        """The joined text parts, which are all that a person reads of the message."""
         return "".join(part.text for part in self.parts if part.type == "text")
 
 
@@ -44,7 +44,7 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Checks plain dictionaries, as read from JSON, and turns them into messages.
 
     Raises:
-        UserError: a message is wrong; the error names the message and the problem.
+        UserError: a message is not valid; the error names the message and the problem.
     """
     parsed: list[Message] = []
     if not messages:
@@ -136,7 +136,7 @@ def stop_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def _join_system(messages: Sequence[Message]) -> list[Message]:
-    """Puts the system message, which has no tokens of its own, in front of the first user message."""
+    """Joins the system message, which has no special tokens of its own, to the start of the first user message."""
     if not messages or messages[0].role != "system":
         return list(messages)
     if len(messages) < 2:
@@ -165,7 +165,7 @@ class AssistantStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> list[Part]:
-        """The parts that this token completes.
+        """Takes the next token and returns the parts that it completes.
 
         Raises:
             UserError: the id is outside the vocabulary.
@@ -180,14 +180,14 @@ class AssistantStream:
         return rest
 
     def finish(self) -> list[Part]:
-        """The part that is still held back after the last token, if any."""
+        """Returns the part whose bytes are still held back after the last token, if there are any."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return [Part(self._type, text)] if text else []
 
 
 def tool_output_text(result: str | None, stdout: str, error: str) -> str:
-    """The output of a Python call that the model reads: its value, otherwise the printed text, otherwise its error."""
+    """The output that the model reads: the call's value if it has one, else the printed text if any, else the error."""
     if result is not None:
         return result
     return stdout.strip() or error

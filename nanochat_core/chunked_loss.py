@@ -1,11 +1,12 @@
-"""Cross-entropy from hidden states in chunks of tokens, without holding the logits of all tokens.
+"""Cross-entropy of hidden states, computed in chunks of tokens so that the logits of all tokens are never stored.
 
 Problem: for 32 rows of 2,048 tokens and 32,768 ids, the fp32 logits take 8.6 GB, and so does their gradient.
 
-Idea: the loss is the last operation of the forward pass, so the backward pass can change the gradient of the logits
-only by a constant factor. The forward pass therefore computes this gradient too. For each chunk of tokens it makes the
-logits, their loss and their gradient, adds the gradient's share to the gradients of the hidden states and of the
-weight, and drops the logits. The backward pass multiplies the two gradients by the factor.
+Idea: the loss is the last operation of the forward pass, so the backward pass can only multiply the gradient of the
+logits by a constant factor. The forward pass therefore computes the gradients too. For each chunk of tokens, it
+computes the logits, their loss and their gradient. From these it computes the gradient of the chunk's hidden states and
+adds to the gradient of the weight, and then it drops the logits. The backward pass multiplies both gradients by the
+factor.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ IGNORE_INDEX = -1
 # at full speed.
 CPU_CHUNK = 2**22
 GPU_CHUNK = 2**27
-# The number of counted rows is rounded up to this multiple: matrix products are set up again for each new length.
+# The number of computed rows is rounded up to a multiple of this, because each new number of rows has a setup cost.
 ROWS_MULTIPLE = 128
 
 LossAndGradient = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -58,7 +59,7 @@ def softcapped_cross_entropy(
 
 
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, reduction: str) -> Tensor:
-    """The loss without the gradients. Autograd keeps all logits if it differentiates this function, for ``none``."""
+    """The loss without its gradients. If autograd differentiates it (only for ``none``), it keeps all logits."""
     head = weight[:vocab_size].to(hidden.dtype)
     size = chunk_tokens(hidden, weight)
     losses = torch.cat(
@@ -77,7 +78,7 @@ def chunk_tokens(hidden: Tensor, weight: Tensor) -> int:
     return max(1, (GPU_CHUNK if hidden.is_cuda else CPU_CHUNK) // weight.size(0))
 
 
-# A custom operator, because torch.compile would otherwise look into it and keep the logits of every chunk.
+# This is a custom operator so that torch.compile does not trace it; a traced loop would keep the logits of all chunks.
 @torch.library.custom_op(
     "nanochat::loss_and_gradients",
     mutates_args=(),
@@ -90,7 +91,7 @@ def loss_and_gradients(
 
     Args:
         hidden, weight, targets, vocab_size: see :func:`softcapped_cross_entropy`.
-        compile: compile the operations on the logits between the two matrix products.
+        compile: whether to compile the operations on the logits between the matrix products.
 
     Returns:
         The loss, an fp32 scalar; the gradient of ``hidden``, (tokens, dim) in its dtype; the gradient of ``weight``,
@@ -116,11 +117,11 @@ def loss_and_gradients(
 
 
 def _learned_rows(targets: Tensor, size: int) -> Iterator[Tensor | slice]:
-    """Chunks of at most ``size`` rows that together contain every counted target."""
+    """Indices of rows in chunks of at most ``size``. Together, the chunks contain every counted target."""
     count = targets.numel()
     rows = None
-    # In fine-tuning, half of the targets are not counted, and a CPU skips their rows. On a GPU, reading the number of
-    # counted targets would wait for the queued work, so all rows are computed.
+    # In fine-tuning, half of the targets are not counted, and a CPU skips their rows. A GPU computes all rows, because
+    # reading the number of counted targets would have to wait for the GPU's queued work.
     if not targets.is_cuda:
         ignored = targets == IGNORE_INDEX
         learned = -(-(count - int(ignored.sum())) // ROWS_MULTIPLE) * ROWS_MULTIPLE
@@ -163,9 +164,9 @@ def loss_and_logit_gradient(raw: Tensor, targets: Tensor, vocab_size: int) -> tu
     """
     ids = torch.arange(raw.size(1), device=raw.device)
     hot = ids == targets.unsqueeze(1)
-    # This is tanh(raw / 15): torch computes a sigmoid faster than a tanh.
+    # This equals tanh(raw / 15). torch computes a sigmoid faster than a tanh.
     tanh = 2 * torch.sigmoid(raw.float() * (2 / LOGIT_SOFTCAP)) - 1
-    # Softcapped logits are at most 15. Their exponentials fit fp32 without subtracting the largest logit first.
+    # Softcapped logits are at most 15, so their exponentials fit into fp32 without subtracting the largest logit.
     powers = torch.where(ids < vocab_size, torch.exp(LOGIT_SOFTCAP * tanh), 0.0)
     sums = powers.sum(1, keepdim=True)
     target_logits = torch.where(hot, LOGIT_SOFTCAP * tanh, 0.0).sum(1)

@@ -9,9 +9,9 @@ from typing import Any
 
 from nanochat_core.errors import UserError
 
-# The rows of the embedding tables and of the head are padded to this multiple, which suits tensor cores.
+# The rows of the embedding tables and of the head are padded to a multiple of this, as tensor cores prefer.
 VOCAB_MULTIPLE = 64
-# Window lengths are rounded up to this multiple, the tile size of attention kernels.
+# Window lengths are rounded up to a multiple of this, the tile size of attention kernels.
 WINDOW_MULTIPLE = 128
 
 
@@ -20,7 +20,8 @@ class ModelConfig:
     """Shape of a GPT. :meth:`from_depth` derives it from the depth.
 
     Attributes:
-        window_pattern: attention window of the layers in turn, ``S`` for a short one and ``L`` for the whole context.
+        window_pattern: attention windows of consecutive layers, ``S`` for a short window and ``L`` for the whole
+            context. The pattern repeats over the layers.
     """
 
     depth: int
@@ -60,7 +61,7 @@ class ModelConfig:
         """The shape of a model of ``depth`` layers: its width is 64 times the depth, rounded up to whole heads.
 
         Raises:
-            UserError: the values describe no model.
+            UserError: the values do not describe a model.
         """
         if depth < 1 or head_dim < 2:
             raise UserError(f"depth {depth} and head_dim {head_dim} make no model; use depth >= 1 and head_dim >= 2")
@@ -114,7 +115,7 @@ class ModelConfig:
     def flops_per_token(self) -> float:
         """FLOPs of the forward and the backward pass per token (arXiv 2204.02311, appendix B).
 
-        Each parameter takes 6, and each pair of a query and a key in an attention window takes 12 per channel.
+        Each parameter takes 6 FLOPs. Each pair of a query and a key in its window takes 12 FLOPs per channel.
         """
         attention = sum(12 * self.dim * min(window, self.context_length) for window in self.windows)
         return 6 * self.scaling_parameters + attention
@@ -127,7 +128,7 @@ class ModelConfig:
         """Reads ``config.json``.
 
         Raises:
-            UserError: the text is no model config.
+            UserError: the text is not a model config.
         """
         try:
             stored: dict[str, Any] = json.loads(text)

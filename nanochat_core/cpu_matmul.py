@@ -1,4 +1,4 @@
-"""Matrix products of fp32 training by oneDNN, on CPUs on which it is faster than torch's default library.
+"""Matrix products of fp32 training by oneDNN, for CPUs on which oneDNN is faster than torch's default library.
 
 On x86 torch multiplies fp32 matrices with MKL, which leaves a tenth to a fifth of an AMD core's speed unused.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nanochat_core.precision import cpu_capabilities
 
-# With a smaller side, the operator's own overhead outweighs the faster product.
+# Smallest side of a matrix that oneDNN multiplies. For a smaller one, the operator's overhead outweighs the gain.
 LEAST_SIDE = 64
 
 
@@ -22,7 +22,7 @@ LEAST_SIDE = 64
 def onednn_is_faster() -> bool:
     """Whether oneDNN multiplies fp32 matrices faster on this CPU.
 
-    The answer follows from the CPU's maker rather than from a measurement, so that every run decides alike.
+    The answer depends on the CPU's maker and not on a measurement, so that all runs on one machine choose the same.
     """
     return "AMD" in cpu_capabilities().get("cpu_name", "") and torch.backends.mkldnn.is_available()
 
@@ -40,7 +40,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-# A custom operator, because torch.compile would otherwise look into it and choose a library itself.
+# This is a custom operator so that torch.compile does not trace it and choose a library itself.
 @torch.library.custom_op("nanochat::linear", mutates_args=(), schema="(Tensor x, Tensor weight) -> Tensor")
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """:func:`product` with gradients, for ``x`` of shape (..., in_features)."""
@@ -59,8 +59,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
     x, weight = ctx.saved_tensors
     rows, columns = gradient.reshape(-1, gradient.size(-1)), x.reshape(-1, x.size(-1))
-    # The gradient of the weight is a sum over tokens. oneDNN would copy both factors first, so the default library
-    # computes it, which is a tenth faster if the longer side comes first.
+    # torch's default library computes the gradient of the weight, because oneDNN would copy both factors first. It is a
+    # tenth faster if the longer side comes first.
     of_weight = rows.T @ columns if rows.size(-1) >= columns.size(-1) else (columns.T @ rows).T
     return linear(gradient.contiguous(), weight.T.contiguous()), of_weight
 
@@ -83,7 +83,7 @@ class OneDnnLinear(nn.Module):
 
 
 def convert_to_onednn(module: nn.Module) -> None:
-    """Lets oneDNN multiply the large matrices of a module. Parameters stay the same objects under the same names."""
+    """Lets oneDNN multiply a module's large matrices. The parameters stay the same objects and keep their names."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and min(child.weight.shape) >= LEAST_SIDE:

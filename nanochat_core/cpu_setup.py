@@ -14,15 +14,15 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 def prepare_cpu(threads: int) -> None:
     """Sets this process up for computing on the CPU; call it before the first tensor is made.
 
-    Denormal numbers are flushed to zero. Decayed optimizer state is full of them, and x86 cores process each one a
-    hundred times slower than a normal number.
+    Denormal numbers are flushed to zero. Decayed optimizer state has many of them, and x86 cores process a denormal
+    number a hundred times slower than a normal one.
 
     Args:
-        threads: threads of one operation; 0 leaves the choice to torch.
+        threads: number of threads for one operation; 0 leaves the choice to torch.
     """
     if threads:
         torch.set_num_threads(threads)
-    # A thread inherits this setting when it starts, so it precedes the first parallel operation.
+    # A thread inherits this setting when it starts, so it must be made before the first parallel operation.
     torch.set_flush_denormal(True)
     _keep_freed_memory()
 
@@ -30,9 +30,9 @@ def prepare_cpu(threads: int) -> None:
 def _keep_freed_memory() -> None:
     """Lets this process keep freed memory for its next allocations instead of returning it to the system.
 
-    Every training step allocates the same tensors again. By default, glibc maps each large tensor from the system and
-    unmaps it afterwards, so that the first touch of each page is a page fault; the faults take 5 to 10 % of a step.
-    Without glibc this function does nothing.
+    Every training step allocates the same tensors again. By default, glibc requests the memory of each large tensor
+    from the system and returns it afterwards. The first access to each page is then a page fault, and these faults take
+    5 to 10 % of a step. Without glibc, this function does nothing.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""The device to compute on, and copies to it."""
+"""Chooses the device to compute on, and copies arrays to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from nanochat_core.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that ``name`` means: ``cpu``, ``cuda``, or ``auto`` for CUDA if torch sees it and the CPU otherwise.
+    """Returns the device with this name.
+
+    Args:
+        name: ``cpu``, ``cuda``, or ``auto``, which means CUDA if torch sees a CUDA device and the CPU otherwise.
 
     Raises:
         UserError: ``name`` is ``cuda`` and torch sees no CUDA device.
@@ -25,9 +28,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def to_device(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    """Copies an array to the device without waiting for the work that the device has queued."""
+    """Copies an array to the device without waiting for work that is queued on the device."""
     host = torch.from_numpy(values)
     if device.type != "cuda":
         return host.to(device)
-    # CUDA copies from pageable memory only after the queued work; pinned memory avoids that wait.
+    # A copy from pageable memory waits until CUDA has done its queued work. A copy from pinned memory does not.
     return host.pin_memory().to(device, non_blocking=True)

@@ -25,7 +25,7 @@ class RetryableError(UserError):
 
 
 def run_main(main: Callable[[], int | None], program: str) -> None:
-    """Runs ``main`` as a program and exits with its code; a :class:`UserError` becomes one line on stderr."""
+    """Runs ``main`` and exits with the code that it returns. A :class:`UserError` becomes one line on stderr."""
     try:
         code = main()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The life cycle that every gRPC service shares: listen, report health, publish metrics, wait for a signal, close.
+"""The life cycle of every gRPC service: listen, report health, publish metrics, wait for a signal, close.
 
 Needs grpcio-health-checking and grpcio-reflection, which only the services with a gRPC server install.
 """
@@ -20,7 +20,7 @@ from nanochat_core.errors import UserError
 from nanochat_core.settings import setting
 
 LIVE = "live"
-"""Name in the health service that reports SERVING as long as the process works, with or without a model."""
+"""The health service reports SERVING under this name while the process works, with or without a model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ListenSettings:
 
 
 class GrpcService:
-    """A gRPC server with health checks, reflection, a port for Prometheus and a reaction to signals.
+    """A gRPC server with health checks, reflection, a port for Prometheus and signal handlers.
 
     Create it inside a running event loop, add the servicers to :attr:`server`, then call :meth:`start`,
     :meth:`announce_ready`, and :meth:`close` at the end.
@@ -52,7 +52,7 @@ class GrpcService:
             name: full name of the service in its proto file.
             max_receive_bytes: size of the largest request.
             max_send_bytes: size of the largest reply.
-            min_ping_seconds: how often an idle client may check its connection with a ping; 300 is gRPC's default.
+            min_ping_seconds: shortest time between two pings of an idle client; the default is gRPC's.
         """
         self._name = name
         self.stop_requested = asyncio.Event()
@@ -74,7 +74,7 @@ class GrpcService:
         """Open both ports and publish the metrics of ``registry``. Health reports NOT_SERVING at first.
 
         Raises:
-            UserError: an address cannot be served on.
+            UserError: the service cannot listen on an address.
         """
         host, metrics_host = settings.host, settings.metrics_host or settings.host
         await self._health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
@@ -94,7 +94,7 @@ class GrpcService:
         await self.server.start()
 
     async def set_serving(self, serving: bool) -> None:
-        """Report through the health service whether requests are welcome."""
+        """Report through the health service whether this service accepts requests."""
         states = health_pb2.HealthCheckResponse
         for name in ("", self._name):
             await self._health.set(name, states.SERVING if serving else states.NOT_SERVING)

@@ -33,7 +33,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def _finite(value: Any) -> Any:
-    """``value`` with strings in place of NaN and infinities, which JSON numbers cannot express."""
+    """``value`` with NaN and infinities replaced by strings, because JSON has no such numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):

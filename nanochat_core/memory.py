@@ -1,4 +1,4 @@
-"""Memory of the device: recognizing that none is left, and giving it back."""
+"""Recognizes out-of-memory errors, and returns unused memory to the device."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import threading
 
 import torch
 
-# Texts in out-of-memory errors that have no type of their own: from the CPU's allocator, CUDA, cuBLAS and cuDNN.
+# Texts in out-of-memory errors that are plain RuntimeErrors: from the CPU's allocator, CUDA, cuBLAS and cuDNN.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
-# Held while a CUDA graph is recorded: meanwhile no thread may return memory to the device.
+# A thread that records a CUDA graph holds this lock, because no thread may return memory to the device meanwhile.
 RECORDING = threading.Lock()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device or the machine had too little free memory.
 
-    Such an error damages nothing: a smaller request may succeed, and so may the same request later.
+    After such an error the program can continue. A smaller request may succeed, and so may the same request later.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -26,8 +26,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory(device: torch.device) -> None:
     """Returns unreferenced memory to the device, for other allocations and other processes.
 
-    Call it outside of ``except`` blocks: an exception that is being handled refers to everything in the frames that
-    it passed through.
+    Call it outside of ``except`` blocks. While an exception is handled, it refers to all local variables of the
+    functions that it passed through, and their memory is not free.
     """
     gc.collect()
     if device.type == "cuda":

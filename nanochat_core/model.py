@@ -1,6 +1,6 @@
 """The GPT: pre-norm decoder with rotary attention, value embeddings, smear, backout and a softcapped head.
 
-This is the model over whole rows, as training uses it. Serving computes the same function in another layout: see
+Training applies this model to whole rows of tokens. Serving computes the same function in another memory layout; see
 :mod:`nanochat_core.engine.backends.torch.network`.
 """
 
@@ -19,9 +19,9 @@ from nanochat_core.chunked_loss import softcap, softcapped_cross_entropy
 from nanochat_core.config import ModelConfig
 
 ROTARY_BASE = 100_000.0
-# Queries and keys are multiplied by this after their norm, which allows a sharper softmax than vectors of norm 1.
+# Queries and keys are multiplied by this after RMSNorm. Longer vectors allow a sharper softmax.
 QK_SCALE = 1.2
-# Number of leading channels that each of the two small gates reads.
+# Each of the two small gates reads only this number of leading channels.
 SMEAR_CHANNELS = 24
 VALUE_GATE_CHANNELS = 12
 VALUE_GATE_SCALE = 3.0
@@ -43,7 +43,7 @@ class Linear(nn.Linear):
 
 
 class SelfAttention(nn.Module):
-    """The layer around an :class:`Attention`: projections, rotary positions, and norms of queries and keys."""
+    """An attention layer: projections, rotary positions and norms of queries and keys around an :class:`Attention`."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -100,8 +100,10 @@ class GPT(nn.Module):
 
     Activations and matrix products have the dtype ``compute_dtype``. Parameters are fp32, except the embedding tables,
     which are stored in ``compute_dtype``. With fp16 the tables are fp32 too, because the optimizer's squared gradients
-    would be too small for fp16. ``attention`` may be set to a result of
-    :func:`~nanochat_core.attention.choose_attention`.
+    would be too small for fp16.
+
+    Attributes:
+        attention: the attention backend, a result of :func:`~nanochat_core.attention.choose_attention`.
     """
 
     cos: Tensor
@@ -187,7 +189,7 @@ class GPT(nn.Module):
         gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         x = x + (self.smear_scale * gate).to(x.dtype) * F.pad(x[:, :-1], (0, 0, 1, 0))
         x0, middle = x, x
-        # Scalars stay fp32: near 1, neighboring bf16 numbers lie further apart than one training step moves them.
+        # These scales stay fp32. Near 1, the gap between two bf16 numbers is larger than one training step.
         residual_scales, skip_scales = self.residual_scales, self.skip_scales
         value_tables = self.value_tables
         for layer, block in enumerate(self.layers):
@@ -241,7 +243,7 @@ def rotary_table(length: int, head_dim: int, dtype: torch.dtype, device: torch.d
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (x[i], x[i + head_dim/2]) of (..., heads, head_dim) by the angles of each position."""
+    """Rotates each pair (x[..., i], x[..., i + head_dim/2]) by its position's angle; ``x``: (..., heads, head_dim)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
 

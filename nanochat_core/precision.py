@@ -8,7 +8,7 @@ import torch
 
 from nanochat_core.errors import UserError
 
-# With fp8, only the matrix products of training are in fp8 (nanochat_core/training/fp8.py); everything else is bf16.
+# fp8 is used only for the matrix products of training (nanochat_core/training/fp8.py); everything else is then bf16.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 FP8_CAPABILITY = (9, 0)
 
@@ -16,8 +16,8 @@ FP8_CAPABILITY = (9, 0)
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of activations for a name in :data:`DTYPES` or ``auto``.
 
-    ``auto`` is bf16 on GPUs that compute in bf16 and fp32 elsewhere, because some CPUs compute faster in fp32.
-    Training in fp16 also needs a :class:`~nanochat_core.training.loss_scaling.LossScaler`, training in fp8 also
+    ``auto`` is bf16 on GPUs that compute in bf16, and fp32 elsewhere, because some CPUs compute faster in fp32.
+    Training in fp16 also needs a :class:`~nanochat_core.training.loss_scaling.LossScaler`. Training in fp8 also needs
     :func:`~nanochat_core.training.fp8.convert_to_fp8`.
 
     Raises:
@@ -33,7 +33,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_capabilities() -> dict[str, Any]:
-    """Torch's description of the CPU (``cpu_name``, instruction sets); empty with torch 2.9, which cannot tell."""
+    """Torch's description of the CPU (``cpu_name``, instruction sets); empty with torch 2.9, which has none."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return capabilities
 

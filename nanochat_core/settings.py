@@ -1,7 +1,8 @@
 """Typed settings: every field of a frozen dataclass is one flag and one environment variable.
 
 A flag takes precedence over the environment variable, which takes precedence over the default. Values are converted and
-checked when the program starts. A wrong value raises a :class:`~nanochat_core.errors.UserError` that names its source.
+checked when the program starts. An invalid value raises a :class:`~nanochat_core.errors.UserError` that says where the
+value came from.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def load(
 
     Raises:
         UserError: a value is missing, has the wrong type or is out of bounds, or the ``__post_init__`` of ``cls``
-            refuses the combination.
+            raises ValueError for their combination.
     """
     environ = os.environ if environ is None else environ
     hints = typing.get_type_hints(cls)

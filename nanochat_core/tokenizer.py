@@ -28,7 +28,7 @@ PYTHON_END = "<|python_end|>"
 OUTPUT_START = "<|output_start|>"
 OUTPUT_END = "<|output_end|>"
 
-# In the order of their ids, which follow the id of the last merge.
+# The order is that of their ids, which follow the id of the last merge.
 SPECIAL_TOKENS = (
     BOS,
     USER_START,
@@ -59,8 +59,8 @@ _LONG_RUN = re.compile(rf"(?<!\s)\s{{{MAX_WHITESPACE_RUN + 1},}}")
 class Tokenizer:
     """Turns text into token ids and back.
 
-    Ids ``0 .. len(token_bytes)-1`` are byte sequences in the order of their merges, and the special tokens follow. Text
-    never yields a special token: ``<|user_end|>`` in a user's message is encoded as the characters that it consists of.
+    Ids ``0 .. len(token_bytes)-1`` are byte sequences in the order of their merges. The special tokens follow. Text is
+    never encoded as a special token: ``<|user_end|>`` in a user's message becomes ordinary tokens of its characters.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], pattern: str = SPLIT_PATTERN) -> None:
@@ -96,7 +96,7 @@ class Tokenizer:
 
     @property
     def bytes_per_token(self) -> list[int]:
-        """Number of UTF-8 bytes of each id, 0 for special tokens. Bits per byte divides by it."""
+        """Number of UTF-8 bytes of each id, 0 for special tokens. The metric bits per byte uses it."""
         return [len(token) for token in self.token_bytes] + [0] * len(SPECIAL_TOKENS)
 
     def encode(self, text: str) -> list[int]:
@@ -109,7 +109,7 @@ class Tokenizer:
         return [token_id for piece in _pieces(text) for token_id in self._encoding.encode_ordinary(piece)]
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
-        """:meth:`encode` as an array, without a Python number for each token."""
+        """:meth:`encode` as an array, without creating a Python integer for each token."""
         if _may_have_long_run(text):
             return np.asarray(self.encode(text), dtype=np.uint32)
         try:
@@ -162,7 +162,7 @@ class Tokenizer:
         """Reads ``tokenizer.json``.
 
         Raises:
-            UserError: the text is no tokenizer, or has another format.
+            UserError: the text is not a tokenizer, or has another format.
         """
         try:
             stored = json.loads(text)
@@ -185,14 +185,14 @@ class Tokenizer:
 def _may_have_long_run(text: str) -> bool:
     """Whether ``text`` may have a run of more than MAX_WHITESPACE_RUN whitespace characters; fast for any text.
 
-    Such a run fills at least one of the blocks into which the text is cut here.
+    The text is cut into blocks of half this length, so such a run fills at least one block.
     """
     block = MAX_WHITESPACE_RUN // 2
     return any(text[start : start + block].isspace() for start in range(0, len(text) - block, block))
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """``text`` in pieces that end after every MAX_WHITESPACE_RUN characters of a longer run of whitespace."""
+    """Cuts ``text`` after every MAX_WHITESPACE_RUN characters of a longer run of whitespace."""
     start = 0
     for run in _LONG_RUN.finditer(text):
         for cut in range(run.start() + MAX_WHITESPACE_RUN, run.end(), MAX_WHITESPACE_RUN):
