@@ -9,7 +9,7 @@ from typing import Any
 
 from nanochat_core.errors import UserError
 
-# The rows of the embedding tables and of the head are padded to a multiple of this, as tensor cores prefer.
+# The rows of the embedding tables and of the head are padded to a multiple of this, for the sake of tensor cores.
 VOCAB_MULTIPLE = 64
 # Window lengths are rounded up to a multiple of this, the tile size of attention kernels.
 WINDOW_MULTIPLE = 128
@@ -108,7 +108,7 @@ class ModelConfig:
 
     @property
     def scaling_parameters(self) -> int:
-        """The ``N`` of the scaling rules: parameters of the block matrices and the head, without its padding rows."""
+        """The ``N`` of the scaling rules: parameters of the block matrices and of the head without padding rows."""
         return self.block_matrix_parameters + self.dim * self.vocab_size
 
     @property

@@ -28,7 +28,7 @@ PYTHON_END = "<|python_end|>"
 OUTPUT_START = "<|output_start|>"
 OUTPUT_END = "<|output_end|>"
 
-# The order is that of their ids, which follow the id of the last merge.
+# The special tokens in the order of their ids, which follow the id of the last merge.
 SPECIAL_TOKENS = (
     BOS,
     USER_START,
@@ -178,7 +178,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """:meth:`from_json` of a file."""
+        """Reads the ``tokenizer.json`` at ``path``; see :meth:`from_json`."""
         return cls.from_json(path.read_bytes())
 
 

@@ -29,7 +29,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Att
         if name == "auto":
             return cpu_attention
         raise UserError(f"attention {name} needs a GPU; use auto or sdpa on a CPU")
-    # This import loads torch's compiler, which takes as long as the rest of torch. Serving does not need it.
+    # This import loads torch's compiler, which takes as long as importing the rest of torch. Serving does not need it.
     from nanochat_core.attention.flex import flex_attention
 
     if name == "auto":

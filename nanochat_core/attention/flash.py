@@ -17,7 +17,7 @@ FLASH_PACKAGES = (("flash_attn_interface", (9, 0), (9, 9)), ("flash_attn", (8, 0
 
 
 def flash_attention(device: torch.device, dtype: torch.dtype) -> Attention | None:
-    """Attention by the fastest installed flash-attn package that supports the device and dtype; None without one."""
+    """The function of the fastest installed flash-attn package that supports the device and dtype; None without one."""
     if dtype not in (torch.bfloat16, torch.float16):
         return None
     capability = torch.cuda.get_device_capability(device)

@@ -114,7 +114,7 @@ def newest_checkpoint(store: Store, model: str, stage: str) -> Checkpoint | None
     """Loads the newest undamaged checkpoint of a stage; None if there is none. It logs each damaged one that it skips.
 
     Raises:
-        StoreError: the store cannot be read, so the newest checkpoint may be undamaged.
+        StoreError: the store cannot be read. No checkpoint is skipped for this reason, because it may be undamaged.
     """
     for ref in reversed(list_checkpoints(store, model, stage)):
         try:

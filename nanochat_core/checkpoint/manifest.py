@@ -58,7 +58,7 @@ class Manifest:
         return self._entry(WEIGHTS).sha256
 
     def key(self, name: str) -> str:
-        """The store's key of a file."""
+        """The key of a file in the store."""
         return "/".join(filter(None, (self.ref.prefix, self.folder, name)))
 
     def fetch(self, store: Store, name: str) -> Path:

@@ -49,7 +49,7 @@ class CompletedCall:
 
 
 async def run_call(worker: WorkerProcess, code: bytes, limits: Limits, result_format: ResultFormat) -> CompletedCall:
-    """Run ``code`` in a fresh worker, then kill the worker. The caller must call its ``dispose``.
+    """Run ``code`` in a fresh worker, then kill the worker. The caller must dispose of the worker.
 
     Raises:
         WorkerFailed: the worker ended before the code began.

@@ -11,7 +11,7 @@ from nanochat_core.sandbox.worker import protocol
 
 
 def classify(call: CompletedCall, limits: Limits, scratch_bytes: int, profile: str) -> ExecutionResult:
-    """Build the answer to a call.
+    """Build the result of a call.
 
     The executor's observations decide: an exceeded limit, or the end of the process. The code's own claim counts only
     if the code ended by itself and within its limits.

@@ -130,7 +130,7 @@ class SandboxExecutor:
             result_format: how the value is converted to text.
 
         Returns:
-            The result, also if the code failed. Its status is OVERLOADED if all slots and the queue are full.
+            The result, even if the code failed. Its status is OVERLOADED if all slots and the queue are full.
 
         Raises:
             WorkerFailed: the sandbox itself failed, or was closed during the call.

@@ -31,7 +31,7 @@ class WorkerPool:
         return len(self._ready)
 
     async def take(self) -> WorkerProcess:
-        """Return a fresh worker. The caller must call its ``dispose``.
+        """Return a fresh worker, of which the caller must dispose.
 
         Raises:
             WorkerFailed: no worker was ready and a new one could not be started.

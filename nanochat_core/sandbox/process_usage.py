@@ -32,7 +32,7 @@ class ProcessUsage:
     def cpu_seconds(self) -> float:
         """CPU time so far; 0 if the process has ended.
 
-        The formula of the clock's id is the one that ``clock_getcpuclockid(3)`` uses on Linux.
+        The id of the process's CPU clock is computed as Linux's ``clock_getcpuclockid(3)`` computes it.
         """
         cpu_clock = (~self._pid << 3) | 2
         try:

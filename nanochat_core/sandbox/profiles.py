@@ -31,7 +31,7 @@ class Profile(abc.ABC):
     """One way to isolate a worker.
 
     Attributes:
-        name: name in settings, answers and metrics.
+        name: name in settings, results and metrics.
         host_scratch: whether the executor creates the scratch folder, on the host.
         landlock_abi: Landlock version in use; 0 if the profile works without Landlock.
         setup: the first frame for every worker; see :mod:`~nanochat_core.sandbox.worker.protocol`.
@@ -95,7 +95,7 @@ class PodProfile(Profile):
 
 
 class BwrapProfile(Profile):
-    """For machines with user namespaces: the worker sees no other files, processes or network interfaces."""
+    """For machines with user namespaces: the worker cannot see the machine's other files, processes or networks."""
 
     name = "bwrap"
     host_scratch = False
@@ -123,7 +123,7 @@ def resource_limits(config: SandboxConfig) -> bytes:
     """The ``(resource, limit)`` pairs that are the same for every call, packed for the worker."""
     limits = {
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NPROC: 0,  # counts all processes of the user, so the seccomp filter is the real limit
+        resource.RLIMIT_NPROC: 0,  # this limit counts all processes of the user; the seccomp filter is the real limit
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
         resource.RLIMIT_NOFILE: 64,

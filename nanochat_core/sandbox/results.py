@@ -71,7 +71,7 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class ExecutionResult:
-    """The answer to one call.
+    """The result of one call.
 
     Attributes:
         status: how the call ended.

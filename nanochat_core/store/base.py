@@ -13,7 +13,7 @@ from nanochat_core.errors import UserError
 
 
 class StoreError(UserError):
-    """The store itself failed: it is unreachable, refuses access or is full. Its files may be intact."""
+    """The store itself failed: it is unreachable, refuses access or is full. The stored files may still be intact."""
 
 
 class Store(ABC):
@@ -41,7 +41,7 @@ class Store(ABC):
 
     @abstractmethod
     def create(self, key: str) -> contextlib.AbstractContextManager[Path]:
-        """Yields a local path to write to. If the ``with`` block ends without an error, the file replaces ``key``."""
+        """Yields a local path to write to. The file becomes ``key`` if the ``with`` block ends without an error."""
 
     @abstractmethod
     def incoming(self, prefix: str) -> Path:
@@ -60,7 +60,7 @@ class Store(ABC):
 
     @abstractmethod
     def publish(self, prefix: str, *, last: str) -> contextlib.AbstractContextManager[Path]:
-        """Yields a local folder to write to. If the ``with`` block ends without an error, it replaces ``prefix``.
+        """Yields a local folder to write to. Its files replace ``prefix`` if the ``with`` block ends without an error.
 
         A reader that finds the file ``last`` finds the whole folder. A store on a file system renames the finished
         folder. S3 cannot rename, so a store on S3 uploads the file ``last`` after all others.

@@ -14,7 +14,7 @@ from nanochat_core.store.base import Store, StoreError, checked, disk_errors, hi
 
 @dataclasses.dataclass(frozen=True)
 class FolderStore(Store):
-    """A store below the folder ``root``. Files that are being written or removed have names with a dot."""
+    """A store below the folder ``root``. A dot at the start of a name marks a file that is being written or removed."""
 
     root: Path
 
@@ -151,7 +151,7 @@ def _raise_unless_gone(error: OSError) -> None:
 
 
 def _make_readable(path: Path, folder: Path) -> None:
-    """Gives ``path`` the permissions of its folder. Some libraries create files that only the owner may read."""
+    """Gives ``path`` its folder's read and write permissions. Some libraries let only the owner read a new file."""
     path.chmod(folder.stat().st_mode & 0o666)
 
 

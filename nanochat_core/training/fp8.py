@@ -28,8 +28,8 @@ LEAST_SCALE = 1e-30
 class Fp8Linear(nn.Module):
     """A :class:`~nanochat_core.model.Linear` that trains in fp8.
 
-    It multiplies in the dtype of its input instead if no gradients are needed (evaluation), if the code is not compiled
-    (quantizing is fast only in fused kernels), or if the number of tokens is not a multiple of 16.
+    It multiplies in the dtype of its input, and not in fp8, if no gradients are needed (evaluation), if the code is not
+    compiled (quantizing is fast only in fused kernels), or if the number of tokens is not a multiple of 16.
     """
 
     weight: nn.Parameter

@@ -1,4 +1,4 @@
-"""Peak speeds of GPUs, of which a run reaches a fraction, its model FLOPs utilization (MFU, arXiv 2204.02311)."""
+"""Peak speeds of GPUs. Model FLOPs utilization (MFU, arXiv 2204.02311) compares the speed of a run with them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import protocol
 _REQUESTS, _RESULT = 0, 3
 _PyCF_ONLY_AST = 0x400
 _Module = type(sys)
-_reserve = [bytearray(1 << 20)]  # freed when memory runs out, so that the report can be made
+_reserve = [bytearray(1 << 20)]  # this memory is freed when memory runs out, so that the report can be made
 
 
 def serve(result_fd: int) -> None:
@@ -45,7 +45,7 @@ def _isolate(setup: list[bytes]) -> None:
     for name in preload.decode().split():
         __import__(name)
     kernel.drop_privileges()
-    kernel.die_with_parent()  # must follow drop_privileges, because a change of credentials may clear this setting
+    kernel.die_with_parent()  # this follows drop_privileges, because a change of credentials may clear the setting
     for number, value in struct.iter_unpack("=IQ", limits):
         inherited = resource.getrlimit(number)[1]
         allowed = value if inherited == resource.RLIM_INFINITY else min(value, inherited)

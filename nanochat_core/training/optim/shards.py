@@ -95,7 +95,7 @@ class ParameterShards(ABC):
         return self.gradient
 
     def finish(self) -> None:
-        """Waits for the communication that is under way."""
+        """Waits until all communication that this unit has started is finished."""
         with meeting():
             for work in self._work:
                 work.wait()
