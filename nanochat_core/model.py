@@ -1,4 +1,11 @@
-"""The GPT: pre-norm decoder with rotary attention, value embeddings, smear, backout and a softcapped head.
+"""The GPT: a pre-norm decoder with rotary attention and a softcapped head, in the style of karpathy/nanochat.
+
+Four parts differ from a plain GPT:
+
+- Smear: a gated share of the previous token's embedding is added to each token's embedding.
+- Value embeddings: in some layers, a second embedding of the token is added to the attention values, scaled by a gate.
+- Skip: each block's input is a weighted sum of the previous block's output and the token's embedding.
+- Backout: a share of the output of the middle block is subtracted from the last block's output.
 
 Training applies this model to whole rows of tokens. Serving computes the same function in another memory layout; see
 :mod:`nanochat_core.engine.backends.torch.network`.

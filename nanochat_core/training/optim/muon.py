@@ -17,9 +17,9 @@ The Polar Express (arXiv 2505.16932) gives the best coefficients of each step.
 
 :func:`muon_update` computes, for the gradient ``G`` and the weights ``W`` of one matrix:
 
-1.  ``M <- momentum * M + (1 - momentum) * G``, then Nesterov's look ahead ``U = momentum * M + (1 - momentum) * G``.
-2.  Row equilibration (arXiv 2603.28254): each row of ``U`` is scaled to the mean of the rows' norms.
-3.  Orthogonalization of ``U`` by the Polar Express.
+1.  ``M <- momentum * M + (1 - momentum) * G``, then Nesterov's look ahead ``N = momentum * M + (1 - momentum) * G``.
+2.  Row equilibration (arXiv 2603.28254): each row of ``N`` is scaled to the mean of the rows' norms.
+3.  The Polar Express orthogonalizes ``N``. The result is the step ``U``.
 4.  NorMuon's variance reduction (arXiv 2510.05491): rows or columns of ``U`` with large steps are scaled down.
 5.  Cautious weight decay (arXiv 2510.12402): ``W <- W - lr * U - lr * weight_decay * W``, where the decay applies only
     to the numbers of ``W`` that have the same sign as their step in ``U``.
