@@ -1,4 +1,4 @@
-"""Hands out the blocks of the paged KV cache and counts who holds them."""
+"""Gives the blocks of the paged KV cache to sequences, and counts the sequences that use each block."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nanochat_core.engine.sequence import Sequence
 class BlockManager:
     """Gives blocks of ``block_size`` tokens to sequences and shares blocks that were already computed.
 
-    Every cache group has blocks of its own. In a group with a window, a sequence gives a block back as soon as no later
-    token can see it, so it holds the window and the tokens of one step, however long it is.
+    Every cache group has blocks of its own. In a group with a window, a sequence returns a block as soon as no later
+    token can see it. Even a long sequence therefore needs only the blocks of its window and of the tokens of one step.
 
-    Blocks that nobody holds stay findable (:mod:`~nanochat_core.engine.prefix_cache`) until they are needed for other
-    tokens; the least recently used block is reused first.
+    A block that no sequence uses keeps its contents until the block is needed for other tokens. Until then, new
+    sequences can find it (:mod:`~nanochat_core.engine.prefix_cache`). The least recently used block is reused first.
     """
 
     def __init__(self, groups: Items[CacheGroup], block_size: int, prefix_caching: bool = True) -> None:
@@ -30,34 +30,34 @@ class BlockManager:
 
     @property
     def num_used(self) -> int:
-        """Number of blocks that sequences hold. Blocks that are only kept to be found again count as free."""
+        """Number of blocks that sequences use. Blocks that only cache prefixes count as free."""
         return sum(pool.num_used for pool in self._pools)
 
     @property
     def usage(self) -> tuple[int, int]:
-        """Held blocks and all blocks of the group that is fullest, because that group runs out first."""
+        """(used blocks, all blocks) of the fullest group, because that group runs out of blocks first."""
         fullest = max(self._pools, key=lambda pool: pool.num_used / pool.num_blocks)
         return fullest.num_used, fullest.num_blocks
 
     def blocks_for(self, tokens: int) -> int:
-        """Number of blocks that hold this many tokens."""
+        """Number of blocks that this many tokens need."""
         return -(-tokens // self.block_size)
 
     def holds(self, tokens: int) -> bool:
-        """Whether the cache can hold a sequence of this many tokens if it is the only one."""
+        """Whether the cache has room for a sequence of this many tokens if it is the only sequence."""
         return all(group.window is not None or self.blocks_for(tokens) <= group.num_blocks for group in self.groups)
 
     def find_prefix(self, seq: Sequence) -> int | None:
-        """How many tokens at the start of ``seq`` need not be computed.
+        """Number of tokens at the start of ``seq`` that are already in the cache.
 
         Returns:
-            A number of tokens. If it is not a multiple of the block size, the last block must be copied.
-            None if another sequence is computing the next block: waiting for it saves work.
+            The number. If it is not a multiple of the block size, the last block must be copied. None if another
+            sequence is computing the next block, because waiting for that block saves work.
         """
         return self.prefixes.find(seq) if self.prefix_caching else 0
 
     def can_admit(self, seq: Sequence, prefix: int, spare: int) -> bool:
-        """Whether the cache can hold ``seq``, which found ``prefix`` tokens, and keep ``spare`` blocks free."""
+        """Whether at least ``spare`` blocks stay free if ``seq`` is admitted with ``prefix`` cached tokens."""
         last, shared = self.blocks_for(len(seq.tokens)), prefix // self.block_size
         for group, pool in zip(self.groups, self._pools, strict=True):
             first = group.first_visible_block(shared * self.block_size, self.block_size)
@@ -68,14 +68,14 @@ class BlockManager:
         return True
 
     def admit(self, seq: Sequence, prefix: int) -> list[int]:
-        """Start ``seq``, which holds no blocks, behind the ``prefix`` tokens that :meth:`find_prefix` returned.
+        """Give ``seq``, which has no blocks, the blocks of the ``prefix`` tokens that :meth:`find_prefix` returned.
 
-        Tokens in a block that must be copied count as computed only after the copy. The next step must copy before it
-        writes anything, in the order of admission: nobody holds the source of the copy, so the source may already
-        belong to another sequence, or be the target itself.
+        If the prefix ends inside a block, that block must be copied. Its tokens count as computed only after the copy.
+        The next step must make all copies before it writes anything, in the order of admission. Nothing reserves the
+        source of a copy, so the source may already belong to another sequence, or be the target itself.
 
         Returns:
-            For each group the block to copy; empty if shared blocks hold every token of the prefix.
+            For each group, the block to copy; empty if no block must be copied.
         """
         shared = prefix // self.block_size
         hashes = self.prefixes.hashes_of(seq) if self.prefix_caching else []
@@ -95,10 +95,11 @@ class BlockManager:
         return [pool.source_of_copy(parent_hash(hashes, shared)) for pool in self._pools]
 
     def grow(self, seq: Sequence, tokens: int, spare: int = 0) -> bool:
-        """Give ``seq`` room for ``tokens`` tokens.
+        """Give ``seq`` enough blocks for ``tokens`` tokens.
 
         Returns:
-            False, with nothing changed, if fewer than ``spare`` blocks would stay free.
+            Whether ``seq`` has enough blocks now. If fewer than ``spare`` blocks would stay free, nothing changes and
+            the result is False.
         """
         missing = self.blocks_for(tokens) - len(seq.block_tables[0])
         if missing <= 0:
@@ -110,9 +111,9 @@ class BlockManager:
         return True
 
     def seal(self, seq: Sequence) -> None:
-        """Make the computed blocks of ``seq`` findable, and give back the blocks that its windows have passed.
+        """Let other sequences find the computed blocks of ``seq``, and free its blocks that are before the windows.
 
-        The method returns at once if no block was filled or passed since the last call.
+        The method returns at once if no block was filled and none left a window since the last call.
         """
         if seq.computed < seq.seal_at:
             return
@@ -127,13 +128,13 @@ class BlockManager:
                 seq.seal_at = min(seq.seal_at, (seq.first_blocks[g] + 1) * self.block_size + group.window)
 
     def release(self, seq: Sequence) -> None:
-        """Take all blocks from ``seq`` and keep them findable. Afterwards none of its tokens counts as computed."""
+        """Free all blocks of ``seq``, and forget its computed tokens. Other sequences can still find the blocks."""
         if seq.block_tables:
             self._publish(seq)
         self.prefixes.revoke(seq)
-        # A sequence that holds nothing has no tables, so there may be fewer tables than pools.
+        # A sequence without blocks has no tables, so there may be fewer tables than pools.
         for table, first, pool in zip(seq.block_tables, seq.first_blocks, self._pools, strict=False):
-            # The last block is given back first, so that the end of a prefix is reused before its beginning.
+            # Free the last block first, so that the end of a prefix is reused before its beginning.
             for block in reversed(table[first:]):
                 pool.give_back(block)
         seq.block_tables = []
@@ -141,15 +142,15 @@ class BlockManager:
         seq.computed = seq.sealed = seq.seal_at = 0
 
     def forget(self) -> None:
-        """Make every block unfindable, because the model's weights changed. No sequence may hold blocks."""
+        """Forget all cached prefixes, because the model's weights changed. No sequence may have blocks."""
         assert not self.num_used, "a sequence holds blocks"
         self.prefixes.clear()
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        """Compare the counts with the sequences that exist.
+        """Check that the counts match the blocks of ``sequences``, which must be all sequences.
 
         Raises:
-            AssertionError: a block is leaked, held twice by mistake or findable under a wrong hash.
+            AssertionError: a reference count, the list of free blocks or an index is wrong.
         """
         sequences = list(sequences)
         for g, pool in enumerate(self._pools):
@@ -169,8 +170,8 @@ class _BlockPool:
     """The blocks of one cache group.
 
     Attributes:
-        references: number of sequences that hold each block.
-        free: blocks that nobody holds, in the order in which they are reused.
+        references: number of sequences that use each block.
+        free: blocks that no sequence uses, in the order in which they are reused.
     """
 
     def __init__(self, index: PrefixIndex) -> None:
@@ -184,14 +185,14 @@ class _BlockPool:
         return self.num_blocks - len(self.free)
 
     def take(self) -> int:
-        """Hand out a free block for new tokens."""
+        """Take a free block for new tokens."""
         block, _nothing = self.free.popitem(last=False)
         self.index.remove(block)
         self.references[block] = 1
         return block
 
     def share(self, digest: bytes) -> int:
-        """Add a holder to the block with this hash."""
+        """Count one more sequence that uses the block with this hash."""
         block = self.index.by_hash[digest]
         if not self.references[block]:
             del self.free[block]
@@ -199,21 +200,21 @@ class _BlockPool:
         return block
 
     def source_of_copy(self, parent: bytes) -> int:
-        """The block that is offered after ``parent``, which counts as used now."""
+        """The block that is offered for copying after ``parent``. It counts as recently used from now on."""
         block, _tokens = self.index.offers[parent]
         if not self.references[block]:
             self.free.move_to_end(block)
         return block
 
     def give_back(self, block: int) -> None:
-        """Remove a holder. A free block that cannot be found again is reused first."""
+        """Count one sequence less that uses the block. A free block that no sequence can find is reused first."""
         self.references[block] -= 1
         if not self.references[block]:
             self.free[block] = None
             self.free.move_to_end(block, last=self.index.finds(block))
 
     def reuse_soon(self, block: int) -> None:
-        """Move a block to the front of the free blocks if nobody holds it and no hash finds it."""
+        """Move a block to the front of the free blocks if no sequence uses it and it has no hash."""
         if not self.references[block] and self.index.hashes[block] is None:
             self.free.move_to_end(block, last=False)
 

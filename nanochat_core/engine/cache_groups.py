@@ -1,4 +1,4 @@
-"""Divides the memory of the KV cache among layers that see equally far."""
+"""Divides the memory of the KV cache among groups of layers with the same attention window."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from nanochat_core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class CacheGroup:
-    """Layers that see equally far and therefore need the same blocks.
+    """Layers with the same attention window. They need the same blocks of a sequence.
 
     Attributes:
         layers: indices of the layers.
-        window: number of tokens before itself that a token sees; None if it sees all of them.
-        num_blocks: number of blocks; each holds ``block_size`` tokens of every layer in the group.
-        most_held: most blocks that one sequence holds at a time, that is, its window and the tokens of one step.
+        window: number of earlier tokens that a token sees; None if it sees all of them.
+        num_blocks: number of blocks; each stores ``block_size`` tokens for every layer in the group.
+        most_held: maximum number of blocks that one sequence needs at a time, for its window and the tokens of one
+            step.
     """
 
     layers: tuple[int, ...]
@@ -50,25 +51,28 @@ class CacheLayout:
 
 
 def bytes_per_block(config: ModelConfig, layers: int, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block (keys and values) of a group with this many layers."""
+    """Size in bytes of one block (keys and values) of a group with this many layers."""
     return 2 * layers * block_size * config.kv_dim * dtype.itemsize
 
 
 def plan_groups(
     config: ModelConfig, block_size: int, dtype: torch.dtype, *, memory: int, sequences: int, token_budget: int
 ) -> list[CacheGroup]:
-    """Divide the cache's memory among the cache groups. The group that sees everything comes first.
+    """Divide the cache's memory among the cache groups. The group without a window comes first.
 
-    Each group gets blocks in proportion to the most that one sequence of full length holds there. A group with a window
-    gets at least that many blocks, so that any sequence can be computed when it is alone.
+    For each group, the plan takes the maximum number of blocks that one sequence of full length needs there. The groups
+    get blocks in proportion to these numbers. A group with a window gets at least its number, so that any sequence can
+    be computed when it is alone.
 
     Args:
         memory: bytes to divide.
-        sequences: the plan uses at most the memory of this many sequences of full length.
-        token_budget: most tokens computed in one step; a windowed group holds them in addition to its window.
+        sequences: the plan uses no more memory than this many sequences of full length need.
+        token_budget: maximum number of tokens in one step; a group with a window needs room for them and for its
+            window.
 
     Raises:
-        UserError: the memory does not hold one block of the layers that see everything.
+        UserError: the memory does not suffice for one block of the first group and the blocks that the other groups
+            need.
     """
     last = config.context_length - 1
     reaches = sorted({min(window, last) for window in config.windows}, reverse=True)
@@ -91,9 +95,9 @@ def plan_groups(
 
 
 def _most_held(window: int, token_budget: int, block_size: int) -> int:
-    """Most blocks of a windowed group that one sequence holds during a step."""
+    """Maximum number of blocks that one sequence needs in a group with a window during a step."""
     continuing = -(-(window + token_budget) // block_size) + 1
-    # A sequence that starts behind a shared prefix holds whole blocks of its window. Its first chunk may begin anywhere
-    # in a block, because the tokens before it in that block are copied.
+    # A sequence that starts after a shared prefix gets the whole blocks of its window. Its first chunk may begin
+    # anywhere in a block, because the earlier tokens of that block are copied.
     starting = -(-window // block_size) - (-(token_budget + block_size - 1) // block_size)
     return max(continuing, starting)

@@ -14,12 +14,12 @@ from nanochat_core.engine.tools import ToolLimits
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 
-# If no size is given, the cache takes at most this share of a GPU's free memory, or this much host memory.
+# If no size is given, the cache takes at most this share of a GPU's free memory, or this many bytes of host memory.
 CUDA_MEMORY_SHARE = 0.8
 CPU_CACHE_BYTES = 1 << 30
 # PyTorch's attention on a CPU reads keys in tiles of this size.
 KEY_TILE = 512
-# PyTorch's attention computes chunks of at most this many tokens together. A token and its draft are such a chunk.
+# PyTorch's attention batches chunks of at most this many tokens. A token and its draft must fit into such a chunk.
 MOST_ROWS = 8
 
 
@@ -30,20 +30,20 @@ class EngineConfig:
     Attributes:
         block_size: tokens per block of the KV cache, a power of two up to 512.
         kv_cache_bytes: size of the KV cache; None takes the memory that ``max_running`` sequences of full context need,
-            but at most 1 GiB on a CPU and most of the free memory on a GPU.
-        token_budget: most tokens computed in one step.
-        max_running: most sequences that are in the batch or wait for a tool.
-        max_waiting: most sequences that are queued beyond those that may run.
+            but at most 1 GiB on a CPU and 80 % of the free memory on a GPU.
+        token_budget: maximum number of tokens computed in one step.
+        max_running: maximum number of sequences that are in the batch or wait for a tool.
+        max_waiting: maximum number of sequences in the queue, in addition to those that may run.
         prefix_caching: whether requests reuse blocks that other requests have computed.
-        speculative_tokens: longest draft of tokens, which are looked up in the sequence itself; 0 drafts nothing.
-        speculative_batch: most tokens of all running sequences and their drafts together.
-        overlap: give the device its next batch before the tokens of the last one are read, so that neither waits for
-            the other; None overlaps on a GPU only.
+        speculative_tokens: maximum length of a draft, which is looked up in the sequence itself; 0 turns drafts off.
+        speculative_batch: maximum number of tokens of all running sequences and their drafts together.
+        overlap: give the device its next batch before the tokens of the previous batch are read, so that host and
+            device work at the same time; None does this on a GPU only.
         kernels: use the engine's own kernels instead of PyTorch's operators, if they can run on the device.
         quantization: ``int8`` rounds the matrices to eight bits (CPUs only); ``none`` keeps the model's compute dtype.
-        tool_timeout_seconds: a tool call without a result is given up after this time.
-        tool_max_calls: tool calls per sequence, if the request does not say.
-        tool_max_output_tokens: tokens of output per tool call, if the request does not say.
+        tool_timeout_seconds: a tool call without a result ends with an error after this time.
+        tool_max_calls: maximum number of tool calls per sequence, unless the request sets another number.
+        tool_max_output_tokens: maximum number of output tokens per tool call, unless the request sets another number.
 
     Raises:
         UserError: a value, or a combination of values, is invalid.
@@ -90,7 +90,7 @@ class EngineConfig:
         """The groups of the KV cache for ``model`` on its device.
 
         Raises:
-            UserError: the given size does not hold a single block.
+            UserError: the configured size is too small.
         """
         device, dtype = model.cos.device, model.compute_dtype
         memory = self.kv_cache_bytes
@@ -103,7 +103,7 @@ class EngineConfig:
             self.block_size,
             dtype,
             memory=memory,
-            # A given size is used in full: memory beyond the running sequences keeps more prefixes findable.
+            # A configured size is used in full. Memory that the running sequences do not need caches more prefixes.
             sequences=self.max_running if self.kv_cache_bytes is None else sys.maxsize,
             token_budget=self.token_budget,
         )

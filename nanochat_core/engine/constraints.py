@@ -1,10 +1,10 @@
 """Constrained decoding: completions that match a JSON schema or a regular expression.
 
-The library llguidance compiles the constraint to a grammar over the model's tokens. Each completion has a matcher that
-follows its tokens through the grammar and says which tokens may come next. The result depends on the constraint and the
-completion's tokens alone, so preemption, recomputation and the rest of the batch do not change it.
+The library llguidance compiles the constraint to a grammar over the model's tokens. Each completion has a matcher,
+which follows the completion's tokens through the grammar and says which tokens may come next. The result depends only
+on the constraint and the completion's tokens, so preemption, recomputation and the rest of the batch do not change it.
 
-The library is loaded with the first constrained request.
+The first constrained request loads the library.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ log = logging.getLogger(__name__)
 # Number of compiled grammars kept for later requests with the same constraint.
 CACHED_GRAMMARS = 64
 MAX_SOURCE_CHARACTERS = 65_536
-# The library expands counted repetitions before the first token. This many characters take some 20 ms.
+# The library expands counted repetitions before the first token. Expanding this many characters takes about 20 ms.
 MAX_REPEATED_CHARACTERS = 20_000
 
-# JSON has at most one space between its parts, as json.dumps writes it. A weak model that may write any whitespace may
-# never stop writing it.
+# Generated JSON has at most one space between its parts, like the output of json.dumps. A weak model that may write any
+# white space may never stop writing it.
 _JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-# The defaults of llguidance allow each sequence 250,000 states of about 2 kB, and 14 ms per step.
+# These limits are lower than the defaults of llguidance, which allow each sequence 250,000 states of about 2 kB, and 14
+# ms per step.
 _LIMITS: Mapping[str, Any] = {
     "initial_lexer_fuel": 50_000,
     "step_lexer_fuel": 50_000,
     "max_lexer_states": 20_000,
     "max_grammar_size": 20_000,
-    "max_items_in_row": 20_000,  # an object needs four for each optional property
-    "precompute_large_lexemes": False,  # it slows compilation down and does not speed steps up
+    "max_items_in_row": 20_000,  # an object needs four items for each optional property
+    "precompute_large_lexemes": False,  # True slows compilation down and does not speed steps up
     "verbose_errors": False,  # verbose errors quote the schema and the answer
 }
 
@@ -62,14 +63,14 @@ class Matcher:
     """Follows one completion and says which tokens may come next.
 
     Attributes:
-        stuck: :meth:`fill` found that no token may follow, so the token sampled next is void.
+        stuck: whether :meth:`fill` found that no token may follow. The engine then ignores the next sampled token.
     """
 
     def __init__(self, matcher: LLMatcher, end: int, stops: Iterable[int]) -> None:
         """
         Args:
-            matcher: at the beginning of the grammar; no other object uses it.
-            end: the token that stands for the end of the text in ``matcher``'s tokenizer.
+            matcher: a matcher at the beginning of the grammar; no other object may use it.
+            end: the token that represents the end of the text in ``matcher``'s tokenizer.
             stops: the tokens that end the completion.
         """
         self._matcher = matcher
@@ -86,7 +87,7 @@ class Matcher:
         """Follow the next token, which is not a stop token.
 
         Returns:
-            Whether the text matches now and no longer text can match.
+            Whether the text matches and every longer text fails to match.
         """
         self._matcher.consume_token(token)
         return self._matcher.is_stopped() and self.complete
@@ -94,11 +95,11 @@ class Matcher:
     def fill(self, mask: npt.NDArray[np.int32]) -> None:
         """Find the tokens that may follow: those that continue a match, and the stop tokens if the text matches.
 
-        If only one text can follow, the only token is the one that the tokenizer encodes that text to.
+        If only one text can follow, only the first token of its encoding is allowed.
 
         Args:
-            mask: (ceil(vocab_size / 32),) contiguous; receives one bit per token, the lowest bit first. If no token may
-                follow, every bit and :attr:`stuck` are set.
+            mask: contiguous (ceil(vocab_size / 32),); receives one bit per token, the lowest bit first. If no token may
+                follow, all bits are set and :attr:`stuck` becomes True.
         """
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         # After an error the matcher allows only the end of the text, even if the text does not match.
@@ -119,7 +120,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """
         Args:
-            vocab_size: number of the model's logits, which may exceed the number of the tokenizer's ids.
+            vocab_size: number of the model's logits, which may be larger than the tokenizer's vocabulary.
         """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
@@ -130,7 +131,7 @@ class Grammars:
         self._limits: LLParserLimits | None = None
 
     def compile(self, constraint: Constraint) -> LLMatcher:
-        """A matcher at the beginning of the constraint's grammar. Copy it before use.
+        """Return a matcher at the beginning of the constraint's grammar. It is shared, so copy it before use.
 
         Raises:
             ConstraintError: the constraint is malformed, unsupported or too large, or no text matches it.
@@ -140,7 +141,7 @@ class Grammars:
                 self._compiled.move_to_end(constraint)
                 return known
             vocabulary, limits = self._load()
-        # The lock is free here, because the device loop may want another grammar that is already compiled.
+        # The lock is free during the compilation, because the device loop may need a grammar that is already compiled.
         matcher = compile_constraint(constraint, vocabulary, limits)
         with self._lock:
             self._compiled[constraint] = matcher
@@ -204,7 +205,7 @@ def compile_constraint(constraint: Constraint, vocabulary: LLTokenizer, limits: 
             raise ConstraintError(kind, _reason(str(error))) from error
     matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
     if not matcher.is_error():
-        # The first mask builds much of the grammar. It also finds out that no text matches.
+        # Computing the first mask builds much of the grammar, and fails if no text matches.
         matcher.compute_bitmask()
     if matcher.is_error():
         reason = _reason(matcher.get_error())
@@ -221,12 +222,12 @@ def _read_schema(constraint: Constraint) -> dict[str, Any]:
         raise ConstraintError(constraint.kind, f"it is not valid JSON ({error})") from error
     if not isinstance(schema, dict):
         raise ConstraintError(constraint.kind, "a schema is a JSON object")
-    schema.pop("x-guidance", None)  # options of llguidance, with which a schema could switch checks off
+    schema.pop("x-guidance", None)  # llguidance's options, with which a schema could switch checks off
     return schema
 
 
 def _patterns(schema: Any) -> Iterator[str]:
-    """Every regular expression of a schema, and perhaps strings that only look like one."""
+    """Yield every regular expression of a schema, and possibly other strings under the same keys."""
     unread = [schema]
     while unread:
         node = unread.pop()
@@ -241,7 +242,7 @@ def _patterns(schema: Any) -> Iterator[str]:
 
 
 def _check_patterns(kind: ConstraintKind, patterns: Iterable[str]) -> None:
-    """Refuse patterns that take seconds and gigabytes to expand. The library has no limit for this."""
+    """Refuse patterns whose expansion takes seconds and gigabytes. The library has no limit for this."""
     total = 0
     for pattern in patterns:
         total += expanded_length(kind, pattern)
@@ -258,15 +259,16 @@ _PIECE = re.compile(r"\\[pPxuU]\{[^}]*\}|\\.|\{(?P<least>\d*)(?:,(?P<most>\d*))?
 
 
 def expanded_length(kind: ConstraintKind, pattern: str) -> int:
-    """Number of characters and classes of ``pattern`` with every ``{m,n}`` expanded, or slightly more.
+    """Number of characters and classes of ``pattern`` after every ``{m,n}`` is expanded, or slightly more.
 
-    The library refuses patterns that are no regular expressions; this function does not.
+    The function also accepts invalid patterns, which the library refuses later.
 
     Raises:
-        ConstraintError: the pattern uses the verbose flag, whose white space and comments hide the structure.
+        ConstraintError: the pattern uses the verbose flag, which allows white space and comments that are not supported
+            here.
     """
-    groups = [0]  # for each open group its size so far
-    last = 0  # size of the last item, which a repetition would repeat
+    groups = [0]  # the size of each open group so far
+    last = 0  # size of the last item, to which a repetition applies
     position = 0
     while position < len(pattern):
         if pattern[position] == "[":
@@ -277,7 +279,7 @@ def expanded_length(kind: ConstraintKind, pattern: str) -> int:
         assert match is not None, "a piece is at least one character"
         position, piece = match.end(), match[0]
         if piece.startswith("{") and len(piece) > 1:
-            # Nine digits are enough for a number that is too large.
+            # Nine digits are enough to see that a number is too large.
             most = max(int((match[name] or "").lstrip("0")[:9] or 1) for name in ("least", "most"))
             groups[-1] += last * (most - 1)
             last *= most
@@ -305,7 +307,7 @@ def _class_end(pattern: str, start: int) -> int:
         elif character == "[":
             depth += 1
             position += pattern.startswith("^", position)
-            position += pattern.startswith("]", position)  # a bracket in the first place is literal
+            position += pattern.startswith("]", position)  # a closing bracket in the first place is literal
         elif character == "]":
             depth -= 1
             if depth == 0:
@@ -314,7 +316,7 @@ def _class_end(pattern: str, start: int) -> int:
 
 
 def _reason(message: str) -> str:
-    """Shorten an error message: positions in the generated grammar mean nothing to the user."""
+    """Remove positions in the generated grammar from an error message, because they mean nothing to the user."""
     message = re.sub(r"^at \d+\(\d+\): .*?\(in regex\): ", "", message, flags=re.DOTALL)
     message = re.split(r"\n\s*\d+ \| |\n<", message)[0]
     return " ".join(message.split())[:500]

@@ -42,7 +42,9 @@ from nanochat_core.tokenizer import Tokenizer
 
 
 class Engine:
-    """Schedules, runs and samples, one :meth:`step` at a time. It is not thread-safe: one thread makes all calls.
+    """Schedules, computes and samples tokens, one :meth:`step` at a time.
+
+    The engine is not thread-safe: one thread makes all calls, except where a method allows any thread.
 
     Attributes:
         progressed: whether the last step computed anything; if not, every sequence waits for a tool.
@@ -60,7 +62,7 @@ class Engine:
     ) -> None:
         """
         Args:
-            model: on its device; it is not changed.
+            model: the model on its device; it is not changed.
             tool_runner: runs the model's Python calls; None answers every call with an error.
             tool_loop: event loop for the calls; None starts a thread with an event loop.
 
@@ -90,7 +92,7 @@ class Engine:
 
         Raises:
             UserError: the request can never be served.
-            QueueFull: the request may be accepted later.
+            QueueFull: the queue is full; the caller may try again later.
         """
         self.admission.check(request)
         if request.id in self._requests:
@@ -107,12 +109,13 @@ class Engine:
         self._end(request_id, "cancelled")
 
     def step(self) -> list[Output]:
-        """Let the device compute one batch, and return what is new.
+        """Let the device compute one batch, and return the new outputs.
 
-        Without overlap these are the tokens of this batch. With overlap they are the tokens of the previous batch,
-        which are read after the device has received this one: meanwhile each sequence continues with a token that only
-        the device knows. If that token ends the sequence or calls a tool, the token computed after it is dropped.
-        Sequences with penalties, a constraint or a draft need the previous token first, so nothing overlaps then.
+        Without overlap, the outputs contain the tokens of this batch. With overlap, they contain the tokens of the
+        previous batch, which the host reads only after the device has received this batch. Each sequence then continues
+        with a token that only the device knows. If that token ends the sequence or calls a tool, the token computed
+        after it is dropped. There is no overlap if a sequence has penalties, a constraint or a draft, because it needs
+        the previous token first.
         """
         started, preemptions, generated = time.perf_counter(), self.scheduler.preemptions, 0
         for seq, result in self.tools.collect():
@@ -151,11 +154,11 @@ class Engine:
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
         """Answer requests in one continuous batch, and yield each request's id and choices when its last choice ends.
 
-        The engine must not have other requests. Requests wait here while the queue is full. If the caller stops
-        iterating, requests that are still in flight are canceled.
+        The engine must not have other requests. While the queue is full, requests wait in this method. If the caller
+        stops iterating, requests that are still in flight are canceled.
 
         Raises:
-            UserError: a request can never be served; no request has been started then.
+            UserError: a request can never be served; in this case no request has been started.
             Shed: the device has too little memory for a request.
         """
         waiting = collections.deque(requests)
@@ -192,7 +195,7 @@ class Engine:
         """Continue every prompt ``n`` times with :meth:`complete`.
 
         Args:
-            sampling: one for all prompts, or one for each.
+            sampling: one for all prompts, or one for each prompt.
 
         Returns:
             The ``n`` completions of each prompt, in the order of the prompts.
@@ -210,29 +213,29 @@ class Engine:
         return [results[request.id] for request in requests]
 
     def load(self) -> Load:
-        """The present load. Any thread may call this."""
+        """The current load. Any thread may call this."""
         scheduler = self.scheduler
         used, total = self.blocks.usage
         return Load(len(scheduler.running), len(scheduler.waiting), len(scheduler.parked), total, used)
 
     def update_weights(self, model: GPT) -> None:
-        """Replace the weights by the present ones of ``model``, and forget prefixes computed with the old weights.
+        """Replace the weights by the current ones of ``model``, and forget prefixes computed with the old weights.
 
-        On a CPU the old weights are freed before the new ones are laid out. On a GPU both are in memory for a moment,
-        because the new weights are copied to the addresses that CUDA graphs read.
+        On a CPU, the old weights are freed before the new ones are laid out. On a GPU, old and new weights are both in
+        memory for a moment, because the new weights are copied to the addresses that CUDA graphs read.
 
         Args:
-            model: has the configuration, dtype and device of the engine's model. It is copied, not kept.
+            model: a model with the configuration, dtype and device of the engine's model. Its weights are copied.
 
         Raises:
-            RuntimeError: requests are in flight; their keys and values belong to the old weights.
+            RuntimeError: requests are in flight; their keys and values were computed with the old weights.
             ValueError: the model has another configuration or dtype.
         """
         if self._requests:
             raise RuntimeError(f"{len(self._requests)} requests are in flight; weights change between requests")
         if (model.config, model.compute_dtype) != (self.model_config, self._dtype):
             raise ValueError("the new weights are of a model with another configuration or dtype")
-        self._launched = None  # its tokens belong to requests that have ended
+        self._launched = None  # all its requests have ended
         self.runner.load(model)
         self.blocks.forget()
 
@@ -266,7 +269,7 @@ class Engine:
         self.tools.close()
 
     def _launch(self, chunks: list[Chunk], previous: LaunchedStep | None) -> tuple[LaunchedStep | None, bool]:
-        """Give the device a batch; returns the step, if any chunk samples, and whether memory was too small for it.
+        """Give the device a batch; returns the step (None if no chunk samples), and whether memory was too small.
 
         Args:
             previous: the step whose tokens have not been read.
@@ -290,7 +293,7 @@ class Engine:
             return LaunchedStep(sampling, drawn)
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
-        """Kernels start on the thread's current GPU, which may differ from the model's."""
+        """A context in which the model's GPU is current, because kernels start on the thread's current GPU."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
     def _append_tokens(self, step: LaunchedStep) -> int:
@@ -298,9 +301,9 @@ class Engine:
         return sum(self._extend(chunk, samples) for chunk, samples in step.read())
 
     def _extend(self, chunk: Chunk, samples: list[Sample]) -> int:
-        """Append a chunk's next token, and the tokens after it as far as the draft was right; returns their number.
+        """Append a chunk's samples up to the first one that differs from the draft; returns their number.
 
-        A sequence that ended or called a tool since the step was launched drops its samples.
+        If the sequence has ended or called a tool since the step was launched, its samples are dropped.
         """
         seq, before = chunk.seq, len(chunk.seq.tokens)
         if not seq.in_flight:
@@ -317,7 +320,7 @@ class Engine:
         return generated
 
     def _append(self, seq: Sequence, sample: Sample) -> None:
-        if seq.matcher is not None and seq.matcher.stuck:  # the constraint allows no token, so the sample is void
+        if seq.matcher is not None and seq.matcher.stuck:  # the constraint allows no token, so the sample is ignored
             self._finish(seq, FinishReason.STOP if seq.matcher.complete else FinishReason.LENGTH)
             return
         seq.tokens.append(sample.token)

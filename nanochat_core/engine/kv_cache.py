@@ -1,9 +1,9 @@
 """Memory of the paged KV cache, shared by all backends.
 
-A sequence's length is not known in advance, so one contiguous region per sequence would waste memory or have to move.
-The cache is therefore divided into blocks of equal size, like an operating system's pages, and each sequence has a
-table of its blocks (PagedAttention, Kwon et al. 2023, arXiv 2309.06180). Token ``i`` is in block
-``table[i // block_size]`` at offset ``i % block_size``. Sequences with a common beginning can share blocks.
+A sequence's length is not known in advance. One contiguous region per sequence would therefore waste memory, or have to
+move when the sequence grows. The cache is instead divided into blocks of equal size, like an operating system's pages,
+and each sequence has a table of its blocks (PagedAttention, Kwon et al. 2023, arXiv 2309.06180). Token ``i`` is in
+block ``table[i // block_size]`` at offset ``i % block_size``. Sequences with a common beginning can share blocks.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ class BlockMemory:
     Attributes:
         groups: the cache groups; each has blocks of its own.
         group_of: index of each layer's group.
-        windows: for each group, how many tokens before itself a token sees.
-        blocks: for each layer a tensor (2, num_blocks, block_size * kv_dim) of its keys and its values.
+        windows: for each group, the number of earlier tokens that a token sees.
+        blocks: for each layer, a tensor (2, num_blocks, block_size * kv_dim) of its keys and its values.
     """
 
     def __init__(self, layout: CacheLayout, spare: int = 0) -> None:
         """
         Args:
-            spare: additional blocks of each group, behind those that the block manager hands out.
+            spare: number of extra blocks in each group, after the blocks of the block manager.
         """
         self.config, self.groups, self.block_size = layout.config, layout.groups, layout.block_size
         self.dtype, self.device = layout.dtype, layout.device
         config, groups = self.config, self.groups
         self.group_of = [next(g for g, group in enumerate(groups) if i in group.layers) for i in range(config.depth)]
         self.windows = [config.context_length if group.window is None else group.window for group in groups]
-        # One tensor holds all layers of a group, so that one operation copies a block of all of them.
+        # One tensor contains all layers of a group, so that one operation copies a block of all these layers.
         self._memory = [
             _zeros((len(group.layers), 2, group.num_blocks + spare, layout.block_size * config.kv_dim), layout)
             for group in groups
@@ -71,9 +71,9 @@ def slots_of(chunks: Items[Chunk], group: int, size: int) -> np.ndarray:
 
 
 def _zeros(shape: tuple[int, ...], layout: CacheLayout) -> Tensor:
-    """Zeroed memory: a masked key that is NaN would still spoil the sum over the values.
+    """Allocate zeroed memory, because a NaN would spoil the result even in keys and values that are masked.
 
-    Host memory comes from numpy, which, unlike torch, asks the system for zeroed pages that take no space until they
+    Host memory comes from numpy. Unlike torch, numpy asks the system for zeroed pages, which take no space until they
     are written.
     """
     if layout.device.type != "cpu":

@@ -11,7 +11,7 @@ from nanochat_core.engine.scheduler import Chunk
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Load:
-    """Number of sequences by state, and of blocks in the KV cache."""
+    """Numbers of sequences in each state, and of blocks in the KV cache."""
 
     running: int
     waiting: int
@@ -47,7 +47,7 @@ def note_admissions(observer: Observer, chunks: Iterable[Chunk]) -> None:
 
 
 def note_tokens(observer: Observer, chunk: Chunk, count: int) -> None:
-    """Report ``count`` sampled tokens of a chunk, which share the time since the token before them."""
+    """Report ``count`` sampled tokens of a chunk. They share the time since the previous token equally."""
     seq, now = chunk.seq, time.monotonic()
     if seq.last_token_at is None:
         observer.first_token(now - seq.arrived_at)

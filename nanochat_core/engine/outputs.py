@@ -15,7 +15,7 @@ class StepOutputs:
         self._latest: dict[Sequence, Output] = {}
 
     def take(self) -> list[Output]:
-        """The outputs since the last call."""
+        """Return the outputs since the last call, and start anew."""
         outputs, self._outputs = self._outputs, []
         self._latest.clear()
         return outputs
@@ -45,7 +45,7 @@ class StepOutputs:
         return self._latest.get(seq) or self._begin(seq)
 
     def _for_tokens(self, seq: Sequence) -> Output:
-        """The latest output of ``seq``, or a new one if that has tool events, which come after an output's tokens."""
+        """The output that receives the next tokens of ``seq``. Tokens never follow tool events in the same output."""
         output = self._of(seq)
         return self._begin(seq) if output.tool_events else output
 
@@ -56,11 +56,11 @@ class StepOutputs:
 
 
 def finish_reason(seq: Sequence) -> FinishReason | None:
-    """Why ``seq`` ends with its last, sampled token; None if it continues. Its matcher follows the token."""
+    """Why ``seq`` ends after its last token, or None if it continues. Also advances its matcher, if any."""
     matcher, stops = seq.matcher, seq.request.sampling.stop_token_ids
     token, full = seq.tokens[-1], len(seq.tokens) >= seq.max_length
     if token in stops:
         return FinishReason.STOP
     if matcher is not None and matcher.advance(token) and (full or not stops):
-        return FinishReason.STOP  # no stop token follows, but the text matches and cannot become longer
+        return FinishReason.STOP  # no stop token will follow, but the text matches and cannot become longer
     return FinishReason.LENGTH if full else None

@@ -1,12 +1,12 @@
-"""Prefix caching: finds the blocks of the KV cache that already hold the beginning of a sequence.
+"""Prefix caching: finds the blocks of the KV cache that already contain the beginning of a sequence.
 
 The keys and values of a token depend on that token and on all tokens before it. A full block is therefore identified by
 a hash chain: the hash of its tokens together with the hash of its parent, the block before it. Two sequences that begin
 with the same tokens compute the same hashes and share the blocks. A full block never changes.
 
-The block after the shared ones may agree with a computed block in its first tokens only. A sequence then copies that
-block and continues to write behind the tokens they have in common. One block is offered for copying after each parent:
-the latest one that offers something new.
+After the shared blocks, the sequence may have only the first tokens of its next block in common with a computed block.
+The sequence then copies that block and replaces the tokens that differ. After each parent, one block is offered for
+copying: the latest one, unless the block that is offered already begins with the same tokens.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from collections.abc import Sequence as Items
 from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.engine.sequence import Sequence
 
-# Copying a block for fewer common tokens is not worth it: every conversation begins with the same two tokens.
+# Minimum number of common tokens for which a block is copied. A copy for fewer tokens is not worthwhile: every
+# conversation begins with the same two tokens.
 LEAST_COPIED = 4
 
 
 class PrefixIndex:
-    """Finds the blocks of one cache group by the tokens that lead to them.
+    """Finds the blocks of one cache group by their tokens and the tokens before them.
 
     Attributes:
-        hashes: hash of each full block that can be found, by block id.
+        hashes: for each block id, the hash of the full block; None if the block cannot be found by a hash.
         by_hash: block id of each hash; the inverse of ``hashes``.
-        parents: for each block that is offered for copying, the hash of the block before it.
-        offers: block id and tokens of the block offered after each parent; the inverse of ``parents``.
+        parents: for each block id, the hash of the block before it if the block is offered for copying, else None.
+        offers: for each parent's hash, the id and the tokens of the block offered after it; the inverse of ``parents``.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -42,13 +43,13 @@ class PrefixIndex:
         return self.hashes[block] is not None or self.parents[block] is not None
 
     def add_full(self, block: int, digest: bytes) -> None:
-        """Make a full block findable, unless another block with the same tokens is findable already."""
+        """Record the hash of a full block, unless it already belongs to another block with the same tokens."""
         if digest not in self.by_hash:
             self.by_hash[digest] = block
             self.hashes[block] = digest
 
     def offer(self, block: int, parent: bytes, tokens: list[int]) -> int | None:
-        """Offer the tokens of a block for copying, unless the present offer after ``parent`` begins with them.
+        """Offer a block for copying, unless the current offer after ``parent`` begins with the same tokens.
 
         Returns:
             The block whose offer was replaced, if any.
@@ -67,7 +68,7 @@ class PrefixIndex:
         return self.offers[parent][1] if parent in self.offers else []
 
     def remove(self, block: int) -> None:
-        """Make a block unfindable, because it is about to be overwritten."""
+        """Remove a block from the index, because it is about to be overwritten."""
         digest = self.hashes[block]
         if digest is not None:
             del self.by_hash[digest]
@@ -92,8 +93,8 @@ class PrefixCache:
 
     Attributes:
         indexes: one index for each group.
-        pending: hash of each block that an admitted sequence is about to compute. Other sequences that need the same
-            block wait for that sequence instead of computing the block again.
+        pending: for the hash of each block that will be computed soon, the admitted sequence that computes it. Other
+            sequences that need this block wait instead of computing it again.
     """
 
     def __init__(self, groups: Items[CacheGroup], block_size: int) -> None:
@@ -107,12 +108,12 @@ class PrefixCache:
         if seq.awaited in self.pending:
             return None
         size = self._block_size
-        # At least one known token stays to be computed, because the next token is sampled from its logits.
+        # At least one known token must be computed, because the next token is sampled from its logits.
         hashes = self.hashes_of(seq)[: (len(seq.tokens) - 1) // size]
         found = [[digest in index.by_hash for digest in hashes] for index in self.indexes]
         # A group with a window needs only the end of the prefix, so an earlier block may be missing there.
         longest = 0
-        consecutive = [0] * len(self._groups)  # number of blocks found in a row, ending at block i
+        consecutive = [0] * len(self._groups)  # number of successive blocks that were found, up to block i
         for i in range(len(hashes)):
             consecutive = [run + 1 if hits[i] else 0 for run, hits in zip(consecutive, found, strict=True)]
             if all(
@@ -129,7 +130,7 @@ class PrefixCache:
         return start + common if common >= LEAST_COPIED else start
 
     def hashes_of(self, seq: Sequence) -> list[bytes]:
-        """Hashes of the full blocks of known tokens. Each hash is computed once and kept in the sequence."""
+        """Hashes of the full blocks of ``seq``. Each hash is computed once and stored in the sequence."""
         hashes, size = seq.block_hashes, self._block_size
         for i in range(len(hashes), len(seq.tokens) // size):
             tokens = array.array("I", seq.tokens[i * size : (i + 1) * size]).tobytes()
@@ -137,17 +138,17 @@ class PrefixCache:
         return hashes
 
     def announce(self, seq: Sequence) -> None:
-        """Note that ``seq`` computes its blocks behind the sealed ones, unless another sequence already does."""
+        """Record that ``seq`` will compute its unsealed blocks, except those that another sequence already computes."""
         for digest in self.hashes_of(seq)[seq.sealed :]:
             self.pending.setdefault(digest, seq)
 
     def revoke(self, seq: Sequence) -> None:
-        """Note that ``seq`` does not compute further blocks."""
+        """Record that ``seq`` computes no further blocks."""
         for digest in seq.block_hashes[seq.sealed :]:
             self._settle(digest, seq)
 
     def publish(self, seq: Sequence) -> list[tuple[int, int]]:
-        """Make the newly filled blocks of ``seq`` findable; offer them and the block after them for copying.
+        """Let other sequences find the filled blocks of ``seq``. Offer them and the block after them for copying.
 
         Returns:
             (group, block) for each block whose offer was replaced.
