@@ -1,4 +1,4 @@
-"""The engine's input and output: requests with sampling parameters and tool policy, and outputs."""
+"""The engine's input (requests with sampling parameters and a tool policy) and its output."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ class ConstraintKind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Constraint:
-    """A pattern that a completion's text must match. A constrained completion has no special tokens.
+    """A pattern that a completion's text must match. A constrained completion contains no special tokens.
 
     Attributes:
-        source: a JSON schema as JSON, or a regular expression for the whole text; empty for any JSON object.
+        source: the text of a JSON schema, or a regular expression for the whole text; empty if any JSON object is
+            allowed.
     """
 
     kind: ConstraintKind
@@ -59,18 +60,20 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_k: keep the k most likely tokens, and tokens that tie with the last of them; 0 disables.
         top_p: keep the smallest set of most likely tokens whose probability reaches p; 1 disables.
-        min_p: keep tokens at least this fraction as likely as the most likely one; 0 disables.
+        min_p: keep tokens whose probability is at least this fraction of the highest probability; 0 disables.
         repetition_penalty: for tokens that occur in the prompt or the completion, divide positive logits by this and
             multiply negative ones; 1 disables.
         presence_penalty: subtracted once from the logits of tokens that occur in the completion.
-        frequency_penalty: subtracted from these logits once per occurrence.
-        seed: samples depend on (seed, choice, position) and the logits alone; None lets the engine choose a seed.
-        max_tokens: most sampled and tool tokens together; 0 means up to the context length.
+        frequency_penalty: subtracted from the logits of tokens that occur in the completion, once per occurrence.
+        seed: samples depend only on the seed, the choice, the position and the logits; None lets the engine choose a
+            seed.
+        max_tokens: maximum number of sampled tokens and tool tokens together; 0 means up to the context length.
         stop_token_ids: each of these tokens ends the sequence and is reported as its last token.
-        logprobs: number of most likely alternatives reported with each sampled token; None reports nothing.
+        logprobs: number of most likely alternatives reported with each sampled token; None reports no log
+            probabilities.
         logit_bias: added to the logits, by token id.
-        constraint: pattern that the text must match, or None. With a constraint, a stop token can come only after a
-            text that matches.
+        constraint: pattern that the text must match, or None. With a constraint, a stop token is possible only after a
+            matching text.
 
     Raises:
         UserError: a value is out of range.
@@ -92,7 +95,7 @@ class SamplingParams:
 
     @property
     def looks_back(self) -> bool:
-        """Whether a penalty lets earlier tokens change the logits of later ones."""
+        """Whether earlier tokens change the logits of later tokens through a penalty."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def __post_init__(self) -> None:
@@ -124,8 +127,9 @@ class ToolPolicy:
 
     Attributes:
         enabled: if False, the Python tokens have no special meaning.
-        max_calls: calls per sequence; 0 means the engine's default. The model reads an error for further calls.
-        max_output_tokens: most tokens of output per call; 0 means the engine's default.
+        max_calls: maximum number of calls per sequence; 0 means the engine's default. For each further call, the model
+            reads an error.
+        max_output_tokens: maximum number of output tokens per call; 0 means the engine's default.
     """
 
     enabled: bool = False
@@ -160,7 +164,7 @@ class Token:
     """One token of a completion.
 
     Attributes:
-        logprob: natural logarithm of the probability under the unmodified distribution, if requested.
+        logprob: natural logarithm of the token's probability before penalties, temperature and filters, if requested.
         top_logprobs: (token id, logprob) of the most likely alternatives, best first.
         forced: whether the token is part of a tool's output.
     """
@@ -214,7 +218,7 @@ class Output:
     error: Exception | None = None
 
     def can_absorb(self, later: Output) -> bool:
-        """Whether :meth:`absorb` of a later output of the same choice would keep the order of tokens and events."""
+        """Whether this output can :meth:`absorb` ``later`` and still keep the order of tokens and events."""
         return not self.tool_events or not later.tokens
 
     def absorb(self, later: Output) -> None:

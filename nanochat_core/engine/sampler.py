@@ -1,12 +1,13 @@
 """Samples the next token of each sequence from its logits, for all sequences at once.
 
-A sample must depend on the request alone, so that the same seed gives the same text in any batch, after a preemption
-and on another replica. The sampler therefore uses the Gumbel-max trick: ``argmax(z + g)`` over the adjusted logits
-``z`` with Gumbel noise ``g`` is exactly a sample from ``softmax(z)``. The noise of each token id is a hash of (seed,
-choice, position, token id), that is, a counter-based random number (Salmon et al. 2011).
+A sample must depend only on the request, so that the same seed gives the same text in any batch, after a preemption and
+on another replica. The sampler therefore uses the Gumbel-max trick: ``argmax(z + g)`` over the adjusted logits ``z``
+with Gumbel noise ``g`` is exactly a sample from ``softmax(z)``. The noise of each token id is a hash of (seed, choice,
+position, token id), that is, a counter-based random number (Salmon et al. 2011).
 
-The usual method, inverting the cumulative distribution, is less stable: a rounding difference anywhere in the
-vocabulary can change the token. With Gumbel noise it changes the token only if the two best candidates almost tie.
+The usual method inverts the cumulative distribution. It is less stable: a rounding difference anywhere in the
+vocabulary can change the token. With Gumbel noise, a rounding difference changes the token only if the two best
+candidates almost tie.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from nanochat_core.device import to_device
 from nanochat_core.engine.request import SamplingParams
 from nanochat_core.engine.sequence import Sequence
 
-# Temperatures below this are greedy, because the division would leave the range of float32.
+# Lower temperatures are greedy, because a division by them would leave the range of float32.
 LOWEST_TEMPERATURE = 1e-4
-# If top-k leaves at most this many candidates in every row, only these are processed.
+# If top-k leaves at most this many candidates in every row, the sampler processes only these candidates.
 MOST_CANDIDATES = 256
-# Top-p first looks at this many candidates. Only a flat distribution needs the whole vocabulary sorted.
+# Top-p first looks at this many candidates. It sorts the whole vocabulary only if the distribution is flat.
 TOP_P_CANDIDATES = 256
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -38,7 +39,7 @@ _U64 = (1 << 64) - 1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """A sampled token and, if the request wants them, its logprob and (token id, logprob) of the best alternatives."""
+    """A sampled token. ``logprob`` and ``top_logprobs`` (token id, logprob) are set if the request asks for them."""
 
     token: int
     logprob: float | None = None
@@ -46,7 +47,7 @@ class Sample:
 
 
 def sample_key(seed: int, choice: int) -> int:
-    """Start of a choice's stream of random numbers, a 64-bit number."""
+    """A 64-bit number from which all random numbers of a choice are computed."""
     return int(_mix(_mix(np.array([seed & _U64], np.uint64)) + np.uint64(choice))[0])
 
 
@@ -60,7 +61,7 @@ class Drawn:
     def __init__(self, tokens: Tensor, report: _Report | None) -> None:
         self.tokens = tokens
         self._report = report
-        # The copy is queued now. A later copy would wait for the steps that are queued until then.
+        # Queue the copy now. A copy that is queued later would wait for the steps queued before it.
         self._host = _to_host(tokens)
         self._copied = torch.cuda.Event() if tokens.is_cuda else None
         if self._copied is not None:
@@ -101,13 +102,13 @@ class _Report:
 class Sampler:
     """Samples for all sequences at once. It keeps no state between steps.
 
-    On a GPU no method waits for the device, so that the host can prepare the next step meanwhile.
+    On a GPU, no method waits for the device, so the host can prepare the next step while the device works.
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        # A well mixed number for each token id. With it, two cheap rounds of mixing per step and row suffice.
+        # A hash of each token id. With this table, two cheap rounds of mixing per step and row are enough.
         table = _mix(np.arange(vocab_size, dtype=np.uint64)).astype(np.uint32).view(np.int32)
         self._table = torch.from_numpy(table).to(device)
         self._bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
@@ -119,7 +120,7 @@ class Sampler:
         Args:
             logits: (rows, vocab_size) fp32; they may be changed in place.
             sequences: the sequence of each row.
-            positions: position in its sequence of the token that each row predicts; the prompt starts at 0.
+            positions: for each row, the position in its sequence of the token to sample; the prompt starts at 0.
         """
         params = [seq.request.sampling for seq in sequences]
         report = _rows(params, lambda p: p.logprobs is not None)
@@ -138,7 +139,7 @@ class Sampler:
         return Drawn(tokens, _Report(report, wanted, log_probabilities, self._take(tokens, report)))
 
     def _constrain(self, z: Tensor, sequences: Items[Sequence], rows: Items[int]) -> None:
-        """Set the logits of tokens that the constraints of these rows forbid to -inf, in place."""
+        """Set the logits of all tokens that the constraints of these rows forbid to -inf, in place."""
         packed = np.empty((len(rows), -(-self._vocab_size // 32)), np.int32)
         for mask, row in zip(packed, rows, strict=True):
             matcher = sequences[row].matcher
@@ -191,11 +192,11 @@ class Sampler:
         return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
 
     def _candidates(self, z: Tensor, params: Items[SamplingParams]) -> Tensor | None:
-        """Ids (rows, n) of the only tokens that can be sampled, if every row has a small top-k; otherwise None.
+        """Ids (rows, n) of the tokens that top-k keeps, if every row has a small top-k; otherwise None.
 
-        Noise for the whole vocabulary takes several times as long as finding a few candidates. Tokens that tie with a
-        row's last candidate are candidates too, and there may be many of them; then the result is None. The test for
-        ties reads numbers from the device. On a GPU, waiting for them takes longer than the noise.
+        Noise for the whole vocabulary takes several times as long as finding a few candidates. A token that ties with a
+        row's last candidate is a candidate too; if there are such ties, the result is None. The test for ties reads
+        numbers from the device. On a GPU this takes longer than the noise, so the result is always None there.
         """
         if z.is_cuda or not all(p.temperature >= LOWEST_TEMPERATURE and 0 < p.top_k <= MOST_CANDIDATES for p in params):
             return None
@@ -205,7 +206,11 @@ class Sampler:
         return best.indices if bool((candidates - 1 == place).all()) else None
 
     def filter(self, z: Tensor, params: Items[SamplingParams]) -> Tensor:
-        """Apply top-k, then top-p to the rest, then min-p, as thresholds on the logits of all or some tokens."""
+        """Set the logits of tokens that top-k, top-p or min-p excludes to -inf.
+
+        The filters apply in this order, each to the tokens that are left. ``z`` has the logits of all tokens or of
+        some.
+        """
         top_k = [p.top_k or self._vocab_size for p in params]
         limited = _rows(params, lambda p: 0 < p.top_k < self._vocab_size)
         if limited:
@@ -222,18 +227,19 @@ class Sampler:
         return z
 
     def _gumbel(self, sequences: Items[Sequence], positions: Items[int], table: Tensor) -> Tensor:
-        """Gumbel noise (rows, n) fp32 at each row's position; ``table`` has the numbers of the token ids."""
+        """Gumbel noise (rows, n) fp32 for each row's position. ``table`` has a hash of each of the n token ids."""
         start = np.array([seq.sample_key for seq in sequences], np.uint64)
         position = np.array(positions, np.uint64)
         halves = to_device(_mix(start + position * np.uint64(_GOLDEN)).view(np.int32), self._device)
         low, high = halves[0::2].unsqueeze(1), halves[1::2].unsqueeze(1)
-        # Two rounds of multiply and shift, with the constants of the lowbias32 hash. The int32 arithmetic must wrap.
+        # Two rounds of multiply and shift, with the constants of the lowbias32 hash. The int32 arithmetic must wrap
+        # around.
         x = (table ^ low).mul_(0x7FEB352D)
         x ^= (x >> 15).bitwise_and_(0x1FFFF)
         x = x.add_(high).mul_(-2073254261)
         x ^= (x >> 16).bitwise_and_(0xFFFF)
         # A uniform number u in (0, 1) from 31 random bits; float32 is finest near 0. Gumbel noise is -log(-log(1 - u)).
-        # The clamp keeps the noise finite at the other end, where float32 rounds u to 1.
+        # At the other end float32 rounds u to 1, so the clamp keeps the noise finite.
         uniform = x.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
         return uniform.neg_().log1p_().neg_().log_().neg_()
 
@@ -254,7 +260,7 @@ class Sampler:
         return to_device(np.array(counts, np.int64) - 1, self._device).unsqueeze(1)
 
     def _take(self, x: Tensor, rows: Items[int]) -> Tensor:
-        """These rows of ``x``: a copy, or ``x`` itself if they are all rows."""
+        """The given rows of ``x``: ``x`` itself if these are all rows, otherwise a copy."""
         return x if len(rows) == len(x) else x.index_select(0, to_device(np.array(rows, np.int64), self._device))
 
     def _put(self, x: Tensor, rows: Items[int], values: Tensor) -> None:
@@ -266,7 +272,7 @@ class Sampler:
 
 
 def _to_host(x: Tensor) -> Tensor:
-    """Queue a copy to host memory. On a GPU the numbers are valid only after the device has done it."""
+    """Queue a copy to host memory. On a GPU, the numbers are valid only after the device has made the copy."""
     if not x.is_cuda:
         return x
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
@@ -285,18 +291,18 @@ def _drop_below(z: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _top_p_threshold(z: Tensor, top_p: Tensor) -> Tensor:
-    """Logit (rows, 1) of the last token that ``top_p`` (rows, 1) keeps."""
+    """For each row, the lowest logit (rows, 1) that ``top_p`` (rows, 1) keeps."""
     highest = z.amax(dim=-1, keepdim=True)
     whole = (z.logsumexp(dim=-1, keepdim=True) - highest).double().exp()
     left = (z > float("-inf")).sum(dim=-1, keepdim=True)
-    # A GPU sorts the whole vocabulary faster than the host could learn whether a few candidates suffice.
+    # A GPU sorts the whole vocabulary faster than the host can test whether a few candidates are enough.
     candidates = z.size(1) if z.is_cuda else min(TOP_P_CANDIDATES, z.size(1))
     while True:
         best = z.topk(candidates).values
         weights = (best - highest).double().exp()
         sums = weights.cumsum(dim=-1)
-        # If a top-k has left a few tokens, their weights are added in order. So the sum is the same whether or not the
-        # other tokens are present, as zeros, for the sake of other rows.
+        # If top-k has left only a few tokens, their weights are added in order. The sum is then the same whether the
+        # other tokens are absent or have the weight 0, which depends on the other rows.
         total = torch.where(left <= TOP_P_CANDIDATES, sums[:, -1:], whole)
         kept = (sums - weights < top_p * total).sum(dim=-1, keepdim=True).clamp_(min=1)
         if candidates == z.size(1) or bool((kept < candidates).all()):

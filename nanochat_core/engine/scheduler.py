@@ -5,8 +5,8 @@ so a step with many tokens delays every sequence. The scheduler therefore limits
 shares them among sequences. Long prompts are computed in chunks over several steps (chunked prefill, Agrawal et al.
 2023, arXiv 2308.16369).
 
-Prefill and decoding are the same case: a sequence has known tokens and computed tokens, and the difference is still to
-be computed. It may be a prompt, one sampled token, the output of a tool, or all tokens after a preemption.
+Prefill and decoding are the same case: some known tokens of a sequence are computed already, and the others must still
+be computed. The others may be a prompt, one sampled token, the output of a tool, or all tokens after a preemption.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from nanochat_core.engine.speculation import NO_SPECULATION, Speculation
 
 @dataclasses.dataclass(slots=True)
 class Chunk:
-    """Tokens of one sequence that are computed together in one step: ``known`` ones from ``start`` on, then a draft.
+    """Tokens of one sequence that one step computes: ``known`` tokens from position ``start``, then a draft.
 
     Attributes:
-        known: number of the sequence's own tokens. A token in flight is a chunk by itself.
+        known: number of tokens that are not a draft. A token in flight, that is, still being sampled, is a chunk by
+            itself.
         draft: guesses of the tokens after the last known token.
-        copied: for each cache group the block to copy before the step, which holds the tokens before ``start`` in the
-            same block; empty if the sequence's block already holds those tokens.
+        copied: for each cache group, the block to copy before the step. It contains the tokens before ``start`` in the
+            same block. Empty if the sequence's block already contains these tokens.
         length: number of known and drafted tokens.
         samples: number of tokens to sample: one after the sequence's last token, and one after each drafted token; 0
             if the chunk does not reach the last token.
@@ -65,8 +66,9 @@ class Chunk:
 class Scheduler:
     """Shares the token budget of each step among sequences.
 
-    Running sequences come first, then waiting ones while budget, sequences and cache blocks allow. Both are taken in
-    the order of (priority, arrival). If the blocks run out, the youngest sequence loses its blocks (preemption).
+    Running sequences come first. Waiting sequences follow while there is token budget, ``max_running`` is not reached
+    and cache blocks are free. Both are taken in the order of (priority, arrival). If the blocks run out, the youngest
+    sequence loses its blocks (preemption).
     """
 
     def __init__(
@@ -74,9 +76,9 @@ class Scheduler:
     ) -> None:
         """
         Args:
-            token_budget: most tokens computed in one step; at least ``max_running``, so that each running sequence
-                gets one.
-            max_running: most sequences that are running or parked at a time.
+            token_budget: maximum number of tokens computed in one step; at least ``max_running``, so that each running
+                sequence gets one.
+            max_running: maximum number of sequences that are running or parked at a time.
         """
         assert token_budget >= max_running
         self.blocks = blocks
@@ -91,7 +93,7 @@ class Scheduler:
         self.preemptions = 0
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence that holds no blocks."""
+        """Queue a sequence that has no blocks."""
         seq.state = State.WAITING
         bisect.insort(self.waiting, seq, key=_order)
 
@@ -102,7 +104,7 @@ class Scheduler:
         self.parked.append(seq)
 
     def resume(self, seq: Sequence) -> None:
-        """Return a parked sequence to the batch, or to the queue if it has lost its blocks meanwhile."""
+        """Return a parked sequence to the batch, or to the queue if it has lost its blocks."""
         self.parked.remove(seq)
         if seq.block_tables:
             seq.state = State.RUNNING
@@ -117,22 +119,22 @@ class Scheduler:
         seq.state = State.FINISHED
 
     def schedule(self) -> list[Chunk]:
-        """Reserve blocks for the next step and return its chunks, which are empty if nothing can run."""
+        """Reserve blocks for the next step and return its chunks; the list is empty if nothing can run."""
         chunks, budget = self._continue_running()
         return chunks + self._admit_waiting(budget)
 
     def _continue_running(self) -> tuple[list[Chunk], int]:
-        """Chunks of the running sequences, and the rest of the budget."""
+        """Return the chunks of the running sequences, and the rest of the budget."""
         budget = self.token_budget
         chunks: list[Chunk] = []
         position = 0
         most_drafted = self.speculation.draft_length(len(self.running))
-        while position < len(self.running):  # preemptions shorten the list meanwhile
+        while position < len(self.running):  # preemptions may shorten the list
             seq = self.running[position]
-            if seq.length == seq.max_length:  # the token in flight completes the sequence
+            if seq.length == seq.max_length:  # the token in flight is the last one
                 position += 1
                 continue
-            # A long prompt leaves one token to each sequence behind it.
+            # A long prompt leaves one token of the budget to each later sequence.
             behind = len(self.running) - position - 1
             length = min(seq.remaining, budget - behind)
             if not self._make_room(seq, seq.computed + length):
@@ -148,7 +150,7 @@ class Scheduler:
     def _admit_waiting(self, budget: int) -> list[Chunk]:
         """Admit waiting sequences while there is room for them; returns their first chunks."""
         chunks: list[Chunk] = []
-        # A sequence that was preempted with a token in flight waits until that token is known.
+        # If a sequence was preempted with a token in flight, it waits until that token is known.
         for seq in [seq for seq in self.waiting[: 2 * self.max_running] if not seq.in_flight]:
             if budget == 0 or len(self.running) + len(self.parked) >= self.max_running:
                 break
@@ -169,26 +171,27 @@ class Scheduler:
     def computed(self, chunks: list[Chunk]) -> None:
         """Record that the keys and values of these chunks are in the cache, or will be after the step.
 
-        Drafted tokens do not count, because it is not known yet whether they are right. Sequences that finished
-        meanwhile are ignored.
+        Drafted tokens do not count, because it is not known yet whether they are right. Sequences that have finished
+        since are ignored.
         """
         for chunk in chunks:
             if chunk.seq.state is not State.FINISHED:
                 chunk.seq.computed = chunk.start + chunk.known
                 if chunk.known > 1:
-                    chunk.seq.seal_at = 0  # publishes the end of a prompt, which other sequences may share
+                    chunk.seq.seal_at = 0  # publish the end of a prompt at once, because other sequences may share it
                 self.blocks.seal(chunk.seq)
 
     @property
     def drafts(self) -> bool:
-        """Whether drafts pay: few sequences run, and at least one of them had something to draft."""
+        """Whether drafting is worthwhile: few sequences run, and the last lookup of one of them found a draft."""
         few = self.speculation.draft_length(len(self.running)) > 0
         return few and any(seq.is_memoryless and seq.lookup.is_promising for seq in self.running)
 
     def _draft(self, seq: Sequence, length: int, most: int) -> list[int]:
-        """Guess up to ``most`` tokens after the next ``length`` ones, while each running sequence keeps a spare block.
+        """Guess up to ``most`` tokens after the next ``length`` tokens. Each running sequence keeps a spare block.
 
-        Nothing can be drafted behind a token in flight. The lookup still makes a guess there, to measure its success.
+        If a token is in flight, nothing is drafted, but the lookup still makes a guess to measure how often it is
+        right.
         """
         if length < seq.remaining:
             return []
@@ -199,7 +202,7 @@ class Scheduler:
         return draft
 
     def _admit(self, seq: Sequence, prefix: int) -> list[int]:
-        """Start a sequence behind ``prefix`` cached tokens; returns the blocks to copy for that."""
+        """Start a sequence after its ``prefix`` cached tokens; returns the blocks to copy (see :class:`Chunk`)."""
         self.waiting.remove(seq)
         copied = self.blocks.admit(seq, prefix)
         if seq.admitted_at is None:
@@ -209,7 +212,7 @@ class Scheduler:
         return copied
 
     def _make_room(self, seq: Sequence, tokens: int) -> bool:
-        """Reserve blocks, preempting the youngest sequences if necessary; False if ``seq`` itself was preempted."""
+        """Reserve blocks, and preempt the youngest sequences if necessary; False if ``seq`` itself was preempted."""
         while not self.blocks.grow(seq, tokens):
             victim = max((s for s in itertools.chain(self.running, self.parked) if s.block_tables), key=_order)
             self._preempt(victim)

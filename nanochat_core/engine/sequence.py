@@ -1,4 +1,4 @@
-"""The state of one sequence: which tokens are known, and for how many of them keys and values are computed."""
+"""The state of one sequence: its known tokens, and the number of tokens that are computed."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ class State(enum.Enum):
 
 
 class Sequence:
-    """One choice of a request. Prefill, decoding, tool output and resumption all are the case ``remaining > 0``.
+    """One choice of a request. Prefill, decoding, tool output and recomputation all mean that ``remaining > 0``.
 
     Attributes:
         tokens: all known token ids, the prompt first. The list only grows, at its end.
-        in_flight: whether the device is sampling the token after them, in a step whose result was not read yet.
-        computed: number of tokens whose keys and values are in the cache, or will be when the device has run the steps
-            that it was given.
-        block_tables: for each cache group the blocks in order; token ``i`` is in
-            ``block_tables[group][i // block_size]``. Empty if the sequence holds no blocks.
-        first_blocks: for each cache group the index of the first block that the sequence still holds. Its window has
-            passed the blocks before that.
+        in_flight: whether the device is sampling the next token, in a step whose result has not been read.
+        computed: number of tokens whose keys and values are in the cache, or will be after the steps that are queued on
+            the device.
+        block_tables: for each cache group, the blocks in order; token ``i`` is in
+            ``block_tables[group][i // block_size]``. Empty if the sequence has no blocks.
+        first_blocks: for each cache group, the index of the first block that the sequence still uses. The earlier
+            blocks are before its window.
         block_hashes: hash of each full block of known tokens; the prefix cache computes them when it needs them.
         awaited: hash of the first block that the last search for a prefix did not find.
         sealed: number of leading blocks that other sequences can find.
-        seal_at: number of computed tokens at which a block can be published or given back next.
-        sample_key: start of this choice's stream of random numbers.
+        seal_at: number of computed tokens at which the next block can be published or freed.
+        sample_key: number from which this choice's random numbers are computed.
         cached_prompt_tokens: number of prompt tokens found in the cache at the first admission.
         code_start: index of the first token of the code that the model is writing; None outside code.
         tool_calls: number of calls made so far.
         lookup: makes drafts of the next tokens.
         matcher: follows the sampled tokens through the request's constraint; None without a constraint.
-        arrived_at, admitted_at, last_token_at: monotonic times in seconds; None if it has not happened yet.
+        arrived_at, admitted_at, last_token_at: monotonic times in seconds; None before the event.
     """
 
     def __init__(self, request: Request, choice: int, arrival: int, sample_key: int, max_length: int) -> None:
         """
         Args:
-            arrival: a number that grows with every sequence and decides between equal priorities.
+            arrival: a number that grows with every sequence; with equal priority, the lower number goes first.
             max_length: number of tokens, prompt included, at which the sequence ends.
         """
         self.request = request
@@ -88,7 +88,7 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Number of tokens that are not computed yet. The next token can be sampled once they are."""
+        """Number of tokens that are not computed yet. When it is 0, the next token can be sampled."""
         return self.length - self.computed
 
     @property

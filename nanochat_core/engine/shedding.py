@@ -13,10 +13,10 @@ from nanochat_core.memory import free_memory, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
-# After this many smallest possible steps in a row that did not fit, the engine gives up: no step will fit.
+# The engine gives up after the smallest possible step has failed this many times in a row, because no step will fit.
 MOST_FAILURES = 3
-# After this many steps that fitted, the limits double. Another failure costs one step and the recomputation of half a
-# batch, which is little compared to this many steps.
+# The limits double after this many successful steps. If the larger step fails, the engine loses one step and computes
+# half a batch again, which is little compared to this many steps.
 STEPS_UNTIL_MORE = 500
 
 
@@ -25,12 +25,12 @@ class Shed(Exception):
 
 
 class Shedding:
-    """Halves the scheduler's limits when a step does not fit the device's memory, and doubles them after many that fit.
+    """Halves the scheduler's limits when a step does not fit into memory, and doubles them after many steps that fit.
 
-    A step's memory grows with its sequences (logits, gathered keys) and its tokens (activations). The KV cache is
-    allocated once, so taking blocks from a sequence would free no memory; only a smaller batch helps. The youngest half
-    of the batch returns to the queue and loses nothing, and the queue accepts fewer new requests. A sequence is dropped
-    only if it does not even fit alone.
+    A step's memory grows with its number of sequences (logits, gathered keys) and of tokens (activations). The KV cache
+    is allocated once, so taking blocks from a sequence would free no memory; only a smaller batch helps. The youngest
+    half of the batch returns to the queue and keeps its tokens, and the queue accepts fewer new requests. A sequence is
+    dropped only if it does not even fit alone.
     """
 
     def __init__(self, scheduler: Scheduler, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class Shedding:
         self._failures = 0
 
     def can_go_on(self, error: Exception, chunks: Items[Chunk]) -> bool:
-        """Note that a step failed with ``error``; returns whether to continue with :meth:`shrink`."""
+        """Record that a step failed with ``error``; returns whether to continue with :meth:`shrink`."""
         if not is_out_of_memory(error):
             return False
         self._failures += self._is_smallest(chunks)
@@ -56,9 +56,10 @@ class Shedding:
         return self._failures < MOST_FAILURES
 
     def shrink(self, chunks: Items[Chunk]) -> Sequence | None:
-        """Make the next step smaller than this failed one.
+        """Make the next step smaller than the failed step of these chunks.
 
-        Call this after the exception was handled: while it is raised, its traceback holds memory of the step.
+        Call this only after the exception was handled, because until then its traceback keeps the step's tensors in
+        memory.
 
         Returns:
             The sequence to drop, if the step cannot become smaller.
@@ -72,14 +73,14 @@ class Shedding:
         for seq in scheduler.running[keep:]:
             scheduler.blocks.release(seq)
             scheduler.park(seq)
-            scheduler.resume(seq)  # queues the sequence, because it holds no blocks
+            scheduler.resume(seq)  # queues the sequence, because it has no blocks
             scheduler.preemptions += 1
         scheduler.max_running = keep
         scheduler.token_budget = max(sum(chunk.length for chunk in chunks) // 2, self._least_budget(keep))
         return None
 
     def fitted(self) -> None:
-        """Note that a step had enough memory."""
+        """Record that a step had enough memory."""
         self._failures = 0
         scheduler, (most_running, most_tokens) = self._scheduler, self._most
         if (scheduler.max_running, scheduler.token_budget) == self._most:
@@ -94,8 +95,9 @@ class Shedding:
         return len(chunks) == 1 and chunks[0].length <= self._least_budget(1)
 
     def _least_budget(self, running: int) -> int:
-        """One token for each sequence that runs, and for each parked sequence that holds blocks.
+        """Smallest possible token budget: one token for each running sequence and each parked sequence with blocks.
 
-        Such a parked sequence returns to the batch when its tool returns, even if more than ``max_running`` run then.
+        Such a parked sequence returns to the batch after its tool call, even if more than ``max_running`` sequences run
+        then.
         """
         return running + sum(bool(seq.block_tables) for seq in self._scheduler.parked)

@@ -11,32 +11,33 @@ from __future__ import annotations
 
 import dataclasses
 
-# A draft continues the latest earlier occurrence of this many last tokens. Longer matches are tried first, because they
-# are right more often.
+# A draft copies the tokens that followed the latest earlier occurrence of the last n tokens. The larger n is tried
+# first, because its drafts are right more often.
 NGRAMS = (4, 2)
-# The share of right guesses is an exponential moving average with this decay. Drafting pauses while the share is lower
-# than the least one. Guesses are still made and checked then, so the pause ends when the text begins to repeat itself.
+# ``right_share`` is the share of right guesses, an exponential moving average with this decay. Drafting pauses while it
+# is below _LEAST_RIGHT. Guesses are still made and checked, so drafting continues when the text begins to repeat
+# itself.
 _DECAY = 0.85
 _LEAST_RIGHT = 0.35
-# The share that a new sequence starts with, so that its first few guesses are drafted.
+# ``right_share`` of a new sequence. It is high enough to draft the first few guesses.
 _FIRST_SHARE = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-    """How much to draft.
+    """Limits of the drafts.
 
     Attributes:
-        most: longest draft of one sequence; 0 drafts nothing.
-        batch: most tokens of all running sequences and their drafts together. A larger batch is bound by arithmetic,
-            so that each drafted token costs as much as any other token.
+        most: maximum length of the draft of one sequence; 0 turns drafts off.
+        batch: maximum number of tokens of all running sequences and their drafts together. In a larger batch,
+            arithmetic takes most of the time, so each drafted token costs as much as any other token.
     """
 
     most: int
     batch: int
 
     def draft_length(self, running: int) -> int:
-        """Longest draft for each of ``running`` sequences."""
+        """Maximum length of each draft if ``running`` sequences run."""
         return min(self.most, self.batch // max(running, 1) - 1)
 
 
@@ -48,28 +49,28 @@ class PromptLookup:
 
     def __init__(self) -> None:
         self._seen = 0
-        # For each n-gram the position after its latest occurrence.
+        # For each n-gram, the position after its latest occurrence.
         self._after: dict[tuple[int, ...], int] = {}
         self._guess: int | None = None
         self.right_share = _FIRST_SHARE
 
     def draft(self, tokens: list[int], most: int) -> list[int]:
-        """At most ``most`` tokens that may follow ``tokens``; empty while too few guesses are right."""
+        """Guess up to ``most`` tokens that follow ``tokens``. The draft is empty while too few guesses are right."""
         place = self._look_up(tokens)
         self._guess = None if place is None else tokens[place]
         if place is None or self.right_share < _LEAST_RIGHT:
             return []
-        # The text since that place is assumed to repeat itself.
+        # The draft assumes that the text from ``place`` on repeats itself.
         period = len(tokens) - place
         return [tokens[place + i % period] for i in range(most)]
 
     @property
     def is_promising(self) -> bool:
-        """Whether the last lookup found something to draft."""
+        """Whether the last lookup found a draft, and enough guesses are right."""
         return self._guess is not None and self.right_share >= _LEAST_RIGHT
 
     def _look_up(self, tokens: list[int]) -> int | None:
-        """Record the new tokens; returns the position in ``tokens`` at which a draft begins, if any."""
+        """Record the new tokens; returns the position in ``tokens`` from which a draft is copied, or None."""
         new = tokens[self._seen :]
         if self._guess is not None and new:
             self.right_share = _DECAY * self.right_share + (1 - _DECAY) * (new[0] == self._guess)

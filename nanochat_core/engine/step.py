@@ -11,10 +11,10 @@ from nanochat_core.engine.scheduler import Chunk
 
 
 class LaunchedStep:
-    """The chunks of a step that sample, and their tokens, which the device may still be computing.
+    """The chunks of a step after which tokens are sampled, and these tokens, which the device may still be computing.
 
     Attributes:
-        pending: the tokens as input of the next step.
+        pending: the sampled tokens as input of the next step.
     """
 
     def __init__(self, chunks: Items[Chunk], drawn: Drawn) -> None:
@@ -27,7 +27,7 @@ class LaunchedStep:
 
     @property
     def can_be_overtaken(self) -> bool:
-        """Whether the next step can be launched before the tokens are read: each sequence gets exactly one token."""
+        """Whether the next step can start before these tokens are read: no draft, no penalty and no constraint."""
         return all(chunk.seq.is_memoryless and not chunk.draft for chunk in self.chunks)
 
     def read(self) -> list[tuple[Chunk, list[Sample]]]:

@@ -1,4 +1,4 @@
-"""Python calls in the middle of a sentence: when a sequence makes a call, and what it reads afterwards."""
+"""Python calls by the model: recognizes a call, runs it, and turns its output into tokens."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class ToolLimits:
     """Limits of tool calls.
 
     Attributes:
-        timeout_seconds: a call without a result is given up after this time.
-        max_calls: calls per sequence, if the request does not say.
-        max_output_tokens: tokens of output per call, if the request does not say.
+        timeout_seconds: a call without a result ends with an error after this time.
+        max_calls: maximum number of calls per sequence, unless the request sets another number.
+        max_output_tokens: maximum number of output tokens per call, unless the request sets another number.
     """
 
     timeout_seconds: float
@@ -82,14 +82,15 @@ class ToolLoop:
         self._first_special = min(special.values())
         self._python_start, self._python_end = special[tok.PYTHON_START], special[tok.PYTHON_END]
         self._output_start, self._output_end = special[tok.OUTPUT_START], special[tok.OUTPUT_END]
-        # For each running call its task, once the loop has begun it.
+        # For each sequence with a running call, a list with the call's task. The list is empty until the loop starts
+        # the task.
         self._calls: dict[Sequence, list[asyncio.Task[None]]] = {}
         self._completed: collections.deque[tuple[Sequence, ToolResult]] = collections.deque()
         self._arrived = threading.Event()
         self.on_completed: Callable[[], None] = lambda: None
 
     def scan_prompt(self, seq: Sequence) -> bool:
-        """Continue a prompt that stops inside code, as a prompt resumed from another engine may.
+        """Find code that the end of the prompt leaves open. A prompt resumed from another engine may end like this.
 
         Returns:
             Whether the prompt ends with a complete call that has no output yet.
@@ -107,7 +108,7 @@ class ToolLoop:
         return False
 
     def observe(self, seq: Sequence) -> bool:
-        """Note the last, sampled token of ``seq``; returns whether that token completes a call."""
+        """Process the last token of ``seq``, which was sampled; returns whether it completes a call."""
         if not seq.request.tools.enabled:
             return False
         token = seq.tokens[-1]
@@ -135,11 +136,11 @@ class ToolLoop:
         """Cancel the call that ``seq`` waits for, if there is one."""
         tasks = self._calls.pop(seq, None)
         if tasks is not None and self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # a closed loop runs nothing
+            with contextlib.suppress(RuntimeError):  # raised if the loop is closed, so that no call runs
                 self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
 
     def collect(self) -> list[tuple[Sequence, ToolResult]]:
-        """Results that arrived since the last call of this method, and the sequences that wait for them."""
+        """Results that arrived since the last call of this method, each with the sequence that waits for it."""
         self._arrived.clear()
         completed = []
         while self._completed:
@@ -153,7 +154,7 @@ class ToolLoop:
             self._arrived.wait()
 
     def output_tokens(self, result: ToolResult) -> list[int]:
-        """The forced tokens that show ``result`` to the model."""
+        """The tokens that are appended to a sequence to show ``result`` to the model."""
         return [self._output_start, *self._tokenizer.encode(result.output), self._output_end]
 
     def close(self) -> None:
@@ -168,9 +169,9 @@ class ToolLoop:
             self._thread = self._loop = None
 
     def _begin(self, seq: Sequence, call: ToolCall, runner: ToolRunner, tasks: list[asyncio.Task[None]]) -> None:
-        """Begin a call, on the loop's thread, unless it was canceled before.
+        """Start a call, on the loop's thread, unless it has been canceled.
 
-        The coroutine is made here and not earlier, because Python warns of a coroutine that its loop never begins.
+        The coroutine is created only here, because Python warns about a coroutine that never starts.
         """
         if self._calls.get(seq) is tasks:
             tasks.append(asyncio.get_running_loop().create_task(self._run(seq, call, runner)))
@@ -184,7 +185,7 @@ class ToolLoop:
         except TimeoutError:
             status, text = "timeout", self._shorten(seq, f"error: no result within {timeout:g} s")
         except Exception:
-            # The conversation continues after any error; the log has the cause.
+            # The conversation continues after any error. The log contains the cause.
             log.exception("tool call failed", extra={"request_id": request_id, "call_index": call.call_index})
             status, text = "unavailable", self._shorten(seq, "error: tools are unavailable")
         self._complete(seq, call, status, text, time.monotonic() - started)
@@ -214,9 +215,10 @@ async def _cancel_all() -> None:
 
 
 def truncate(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
-    """Shorten ``text`` to a beginning that encodes to at most ``max_tokens`` tokens, in whole characters.
+    """Cut ``text`` after a whole character so that it encodes to at most ``max_tokens`` tokens.
 
-    The result is text, so that a conversation that is rendered again from its text gives the tokens that the model saw.
+    The text is cut, not its tokens. When a conversation is encoded again from its text, it therefore has the same
+    tokens that the model saw.
     """
     ids = tokenizer.encode(text)
     keep = max_tokens
