@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class State(enum.Enum):
     """The state of a sequence.
 
-    A WAITING sequence is queued and holds no blocks. A RUNNING sequence is in the batch. A PARKED sequence waits for a
+    A WAITING sequence is queued and has no blocks. A RUNNING sequence is in the batch. A PARKED sequence waits for a
     tool; it keeps its blocks unless another sequence needs them. A FINISHED sequence has left the engine.
     """
 

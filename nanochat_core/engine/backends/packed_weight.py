@@ -19,9 +19,8 @@ class PackedWeight:
     """A :class:`~nanochat_core.engine.backends.weights.Weight` that uses oneDNN for products on CPUs.
 
     oneDNN is faster for batches than PyTorch's default kernels. It also adds the products of a row in the same order
-    for every number of rows, so a token's result has the same bits alone and in a batch. Only if there is a single row,
-    some CPUs add long sums in another order. On these CPUs a single row is therefore computed twice, as a batch of two
-    rows.
+    for every number of rows, so a token's result has the same bits alone and in a batch. If there is only one row, some
+    CPUs add long sums in another order. On these CPUs a single row is therefore computed twice, as a batch of two rows.
 
     Attributes:
         weight: the matrix, in oneDNN's layout if oneDNN computes the product.
