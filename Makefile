@@ -25,9 +25,8 @@ test: setup $(STATIC)/index.html ## Lint, type checks and every test that needs 
 	@tests/install-servers
 	@$(MAKE) --no-print-directory lint
 	@npm --prefix $(WEB) run --silent check && npm --prefix $(WEB) test --silent
-	@$(PYTHON) -m pytest tests/unit $(SIDE_BY_SIDE) --cov --cov-report=
-	@echo "The unit tests run $$(coverage report --format=total) % of the lines; coverage html shows which"
-	@$(PYTHON) -m pytest tests --ignore tests/unit -m "not cluster" $(SIDE_BY_SIDE)
+	@$(PYTHON) -m pytest -m "not cluster" $(SIDE_BY_SIDE) --cov --cov-report=
+	@echo "The test processes themselves run $$(coverage report --format=total) % of the lines; coverage html shows which"
 
 test-unit: setup ## The unit tests that start no server and train nothing: the loop while you edit
 	@$(PYTHON) -m pytest tests/unit -m "not slow" $(SIDE_BY_SIDE)
