@@ -52,6 +52,6 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def percent(share: float | None, digits: int = 1) -> str:
+def percent(share: float | None) -> str:
     """A share such as ``98.5%``, or a dash if it is unknown."""
-    return "—" if share is None else f"{share:.{digits}%}"
+    return "—" if share is None else f"{share:.1%}"

@@ -350,7 +350,6 @@ def _range(text: str, flag: str) -> tuple[int, int]:
 def main() -> None:
     settings = load(BenchEngineSettings, prefix="NANOCHAT_BENCH_ENGINE", program="python -m jobs.eval.bench_engine")
     logs.configure("bench-engine", settings.log_level)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # httpx logs every request
     run(settings, lambda line: print(line, file=sys.stdout, flush=True))
 
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,8 +34,6 @@ from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.settings import load, setting
 from nanochat_core.store import DEFAULT_HOME, Store, open_store
 from nanochat_core.training.distributed import ALONE, Ranks, joined, rank_device
-
-log = logging.getLogger("jobs.eval.chat")
 
 # A rank with long answers can finish much later than a rank with short answers.
 _RANK_TIMEOUT_SECONDS = 3600.0

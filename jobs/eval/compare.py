@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -22,8 +21,6 @@ from nanochat_core.checkpoint import check_model_name
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.settings import load, setting
 from nanochat_core.store import DEFAULT_HOME, open_store
-
-log = logging.getLogger("jobs.eval.compare")
 
 _PAGE, _VALUES, _PLOT = "compare.md", "compare.json", "curves.png"
 _STAGES = {"base": "pretrain", "sft": "sft", "rl": "rl"}

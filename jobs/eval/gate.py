@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import sys
 from collections.abc import Callable
 from typing import Literal
@@ -18,8 +17,6 @@ from nanochat_core.checkpoint import CheckpointRef, check_model_name, load_check
 from nanochat_core.errors import run_main
 from nanochat_core.settings import load, setting
 from nanochat_core.store import DEFAULT_HOME, open_store
-
-log = logging.getLogger("jobs.eval.gate")
 
 _MARKS = {True: "holds", False: "fails", None: "n/a"}
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from jobs.eval.bench.request_results import Summary
+from jobs.markdown import percent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +38,6 @@ def _milliseconds(times: tuple[float, float] | None, index: int) -> str:
     return "—" if times is None else f"{1000 * times[index]:,.2f}"
 
 
-def _percent(share: float | None) -> str:
-    return "—" if share is None else f"{share:.1%}"
-
-
 # Name, width and text of each column. Columns from the third on are aligned right.
 _COLUMNS: tuple[tuple[str, int, Callable[[Row, Summary], str]], ...] = (
     ("mix", 7, lambda row, _: row.mix),
@@ -54,9 +51,9 @@ _COLUMNS: tuple[tuple[str, int, Callable[[Row, Summary], str]], ...] = (
     ("p95", 8, lambda _, summary: _milliseconds(summary.inter_token_latency, 1)),
     ("tokens/s", 8, lambda _, summary: f"{summary.tokens_per_second:,.0f}"),
     ("requests/s", 10, lambda _, summary: f"{summary.requests_per_second:,.2f}"),
-    ("cached", 6, lambda _, summary: _percent(summary.cached_share)),
-    ("bandwidth", 9, lambda row, _: _percent(row.bandwidth_share)),
-    ("FLOPs", 6, lambda row, _: _percent(row.flops_share)),
+    ("cached", 6, lambda _, summary: percent(summary.cached_share)),
+    ("bandwidth", 9, lambda row, _: percent(row.bandwidth_share)),
+    ("FLOPs", 6, lambda row, _: percent(row.flops_share)),
 )
 
 
