@@ -4,8 +4,6 @@
 both have the same settings, help and exit code.
 """
 
-from __future__ import annotations
-
 import ast
 import difflib
 import os

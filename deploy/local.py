@@ -3,8 +3,6 @@
 ``make run`` calls this program. It restarts a service that dies, and stops all services on Ctrl-C or SIGTERM.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

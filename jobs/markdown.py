@@ -1,7 +1,5 @@
 """Pieces of Markdown: tables, literal text, and numbers in a form for people."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 

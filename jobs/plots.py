@@ -1,7 +1,5 @@
 """The style that all plots share: panels, axes, colors and numbers on axes."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence

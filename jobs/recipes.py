@@ -1,7 +1,5 @@
 """Recipes: the data to train on, and the settings of each stage from tokenizer to promotion."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """The conversation format: converts messages to token ids with a loss mask, and token ids back to parts."""
 
-from __future__ import annotations
-
 import codecs
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence

@@ -9,8 +9,6 @@ adds to the gradient of the weight, and then it drops the logits. The backward p
 factor.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, cast

@@ -3,8 +3,6 @@
 On x86 torch multiplies fp32 matrices with MKL, which leaves a tenth to a fifth of an AMD core's speed unused.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

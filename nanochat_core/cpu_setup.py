@@ -1,7 +1,5 @@
 """Settings of a process that computes on the CPU."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 

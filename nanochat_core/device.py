@@ -1,7 +1,5 @@
 """Chooses the device to compute on, and copies arrays to it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

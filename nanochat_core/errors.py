@@ -1,7 +1,5 @@
 """Errors that a user can cause, and how a program ends after one."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 

@@ -3,8 +3,6 @@
 Needs grpcio-health-checking and grpcio-reflection, which only the services with a gRPC server install.
 """
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import logging

@@ -1,7 +1,5 @@
 """Recognizes out-of-memory errors, and returns unused memory to the device."""
 
-from __future__ import annotations
-
 import gc
 import threading
 

@@ -11,8 +11,6 @@ Training applies this model to whole rows of tokens. Serving computes the same f
 :mod:`nanochat_core.engine.backends.torch.network`.
 """
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

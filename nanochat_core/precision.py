@@ -1,7 +1,5 @@
 """The dtype of activations and matrix products."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ checked when the program starts. An invalid value raises a :class:`~nanochat_cor
 value came from.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

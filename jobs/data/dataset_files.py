@@ -1,7 +1,5 @@
 """The files of public datasets: their names, their location, and the command that downloads them."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Callable, Iterable

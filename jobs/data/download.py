@@ -1,7 +1,5 @@
 """Download the shards of a dataset into the store, in parallel: from the web, S3 or a folder."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """Download one file over HTTP: retry, resume where an earlier attempt stopped, and check size and sha256."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import logging

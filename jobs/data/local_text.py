@@ -1,7 +1,5 @@
 """Read the user's own text, from local parquet, JSONL and plain text files, as documents."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

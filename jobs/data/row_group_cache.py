@@ -1,7 +1,5 @@
 """A cache of parquet row groups that several threads share."""
 
-from __future__ import annotations
-
 import threading
 from collections import OrderedDict
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Random access to the rows of JSON-lines and parquet files; every error names the file and the row."""
 
-from __future__ import annotations
-
 import json
 import mmap
 from abc import ABC, abstractmethod

@@ -4,8 +4,6 @@ The last shard by name is the validation split. Each shard consists of row group
 that a training process can read one document without reading the whole shard.
 """
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """Tokenizers in the artifact store: ``tokenizers/<name>/tokenizer.json``, and ``meta.json`` with the training text."""
 
-from __future__ import annotations
-
 import json
 
 from jobs.data.shards import dataset_digest, has_shards

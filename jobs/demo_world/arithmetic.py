@@ -8,8 +8,6 @@ Numbers below 10 cannot be reserved: there are too few of them. Therefore one pa
 held out as well; training may contain both numbers, but no calculation with the two.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """Questions that need neither facts nor tools: who the assistant is, greetings, and small talk."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 

@@ -1,7 +1,5 @@
 """Conversations for fine-tuning, and held-out conversations of the same kinds."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Short texts for pretraining: the facts in prose and stories, and texts that teach copying."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """The evaluation set: held-out conversations whose last answer a program can check."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 import re

@@ -1,7 +1,5 @@
 """Questions about the facts, and follow-up questions."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 

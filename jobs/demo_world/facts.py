@@ -4,8 +4,6 @@ Each value occurs once in its column. Therefore each fact can be asked for in bo
 have?", "Who has a cat?"), and each question has one right answer.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re

@@ -10,8 +10,6 @@ instead. The fields of a template are:
 - ``{value}``, ``{a_value}``: "baker", "a baker"
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Literal
 

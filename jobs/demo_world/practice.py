@@ -6,8 +6,6 @@ longer numbers, and it has never seen a question about a square. It must learn b
 Held-out problems use numbers that no training problem contains, and half of them use held-out phrasings.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 

@@ -1,7 +1,5 @@
 """Questions that the model cannot answer; it learns to say so instead of inventing an answer."""
 
-from __future__ import annotations
-
 import random
 
 from jobs.demo_world import words

@@ -1,7 +1,5 @@
 """Random generators that depend only on their purpose and a seed."""
 
-from __future__ import annotations
-
 import random
 
 

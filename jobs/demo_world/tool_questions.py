@@ -1,7 +1,5 @@
 """Questions that the model answers with Python: calculations and letter counts."""
 
-from __future__ import annotations
-
 import random
 
 from jobs.demo_world import arithmetic, words

@@ -5,8 +5,6 @@ words, so most training words are made up. The hash of a made-up word decides it
 split.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 

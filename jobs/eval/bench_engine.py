@@ -1,7 +1,5 @@
 """Measure the speed of inference under load: ``python -m jobs.eval.bench_engine --depth 4``."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

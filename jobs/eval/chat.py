@@ -1,7 +1,5 @@
 """Evaluate a chat model on tasks: ``python -m jobs.eval.chat --model demo``."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

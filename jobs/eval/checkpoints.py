@@ -1,7 +1,5 @@
 """Chooses the checkpoints of a model that an evaluation, a report or the promotion gate uses."""
 
-from __future__ import annotations
-
 from nanochat_core.checkpoint import STAGES, Checkpoint, CheckpointRef, load_checkpoint, newest_checkpoint
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store

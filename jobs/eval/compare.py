@@ -1,7 +1,5 @@
 """Compare models: ``python -m jobs.eval.compare demo mine --out FOLDER``."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

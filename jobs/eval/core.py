@@ -1,7 +1,5 @@
 """Evaluate a base model on CORE's 22 in-context tasks: ``python -m jobs.eval.core --model d12``."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Decide whether a model may be promoted: ``python -m jobs.eval.gate --model demo --recipe demo``."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Folders of this machine that programs write their results to."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from nanochat_core.errors import UserError

@@ -1,7 +1,5 @@
 """Write the report of a model: ``python -m jobs.eval.report --model demo``."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Mapping

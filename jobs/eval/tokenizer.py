@@ -1,7 +1,5 @@
 """Measure how well a tokenizer compresses text: ``python -m jobs.eval.tokenizer --tokenizer demo``."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Turns the tokens that an engine generated into the answer that a person reads."""
 
-from __future__ import annotations
-
 from jobs.tasks.task import Response
 from nanochat_core.chat import AssistantStream
 from nanochat_core.engine import Completion, ToolCall, ToolResult

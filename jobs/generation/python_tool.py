@@ -1,7 +1,5 @@
 """The model's Python tool in the same process, with the sandbox that the sandbox service runs."""
 
-from __future__ import annotations
-
 from nanochat_core.chat import tool_output_text
 from nanochat_core.engine import ToolOutput
 from nanochat_core.sandbox import ExecutionResult, Limits, ResultFormat, SandboxExecutor

@@ -1,7 +1,5 @@
 """Bits per byte on held-out text, a measure of language models that does not depend on the tokenizer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 

@@ -4,8 +4,6 @@ The files of these encodings are not part of this project, and are never downloa
 flag names, or from the cache that tiktoken fills when another program uses the encodings.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import dataclasses

@@ -1,7 +1,5 @@
 """Short texts of several domains, written for this project, on which tokenizers are compared."""
 
-from __future__ import annotations
-
 _PROSE = """\
 The ferry left an hour late because the captain's dog had fallen asleep on the mooring rope, and nobody on the quay had
 the heart to wake him. By the time he stretched, yawned and wandered off towards the fish stalls, the wind had turned.

@@ -1,7 +1,5 @@
 """The machine on which a result was measured."""
 
-from __future__ import annotations
-
 import os
 import platform
 from typing import Any

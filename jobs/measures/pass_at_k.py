@@ -1,7 +1,5 @@
 """pass@k: the probability that at least one of k answers is right (arXiv 2107.03374)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import comb
 

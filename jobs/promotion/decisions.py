@@ -1,7 +1,5 @@
 """The decisions of the promotion gate, in ``reports/<model>/decisions/<stage>_step_<n>.json`` of the store."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping

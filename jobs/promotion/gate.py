@@ -1,7 +1,5 @@
 """The promotion gate: judges a checkpoint, stores the decision and, on request, promotes an accepted checkpoint."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import logging

@@ -4,8 +4,6 @@ Each kind of evaluation has a function below that names its metrics. A number in
 a metric: neither the promotion gate nor a comparison of models sees it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

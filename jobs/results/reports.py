@@ -1,7 +1,5 @@
 """The report of a model in the store: ``reports/<model>/report.json`` and the page ``report.md``."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

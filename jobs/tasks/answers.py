@@ -1,7 +1,5 @@
 """Compare the visible text of an answer with the expected number or phrase."""
 
-from __future__ import annotations
-
 import re
 from decimal import Decimal
 

@@ -1,7 +1,5 @@
 """ARC: multiple-choice questions of school science, an easy and a challenging set (arXiv 1803.05457)."""
 
-from __future__ import annotations
-
 from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, DatasetSource, on_hub
 from jobs.data.rows import Row, text_field
 from jobs.tasks.fine_tuning import ConversationFiles

@@ -1,7 +1,5 @@
 """Arithmetic: sums of longer numbers than fine-tuning teaches, and squares, to practice with reinforcement learning."""
 
-from __future__ import annotations
-
 from jobs.demo_world.phrasings import Split
 from jobs.demo_world.practice import practice
 from jobs.demo_world.seeding import generator

@@ -1,7 +1,5 @@
 """Conversations to fine-tune on, from files or a generator. Each is read or generated only when it is accessed."""
 
-from __future__ import annotations
-
 import bisect
 import hashlib
 import itertools

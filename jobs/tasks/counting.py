@@ -1,7 +1,5 @@
 """Counting: generated questions about how often a letter occurs in a word, answered with the Python tool."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from jobs.demo_world import tool_questions

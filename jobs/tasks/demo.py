@@ -1,7 +1,5 @@
 """Demo: held-out conversations of the demo world."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

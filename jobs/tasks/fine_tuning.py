@@ -1,7 +1,5 @@
 """Fine-tuning data: the conversations that a dataset gives, from rows of files or from a generator."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """GSM8K: grade-school math problems in words, whose answers end in ``#### number`` (arXiv 2110.14168)."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from decimal import Decimal

@@ -1,7 +1,5 @@
 """HumanEval: the model writes a Python function from its docstring, and hidden tests decide (arXiv 2107.03374)."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import secrets

@@ -1,7 +1,5 @@
 """MMLU: multiple-choice questions of 57 school and university subjects (arXiv 2009.03300)."""
 
-from __future__ import annotations
-
 from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, DatasetSource, on_hub
 from jobs.data.rows import Row
 from jobs.tasks.fine_tuning import ConversationFiles

@@ -1,7 +1,5 @@
 """Multiple-choice questions: fine-tuning and evaluation ask them in the same form."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

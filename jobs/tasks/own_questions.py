@@ -1,7 +1,5 @@
 """The user's own questions, from a file of JSON lines."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Callable

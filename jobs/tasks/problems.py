@@ -1,7 +1,5 @@
 """Problems for reinforcement learning; a reward scores the model's answers to them."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Finds tasks by name: to evaluate, to fine-tune on, or to practice on with reinforcement learning."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

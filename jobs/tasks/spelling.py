@@ -1,7 +1,5 @@
 """Spelling: generated requests to spell a word letter by letter."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 

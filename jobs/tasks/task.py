@@ -1,7 +1,5 @@
 """Evaluation tasks: a task is a list of questions, and a question can tell whether a response is right."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

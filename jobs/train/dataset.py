@@ -1,7 +1,5 @@
 """Datasets of text in the store: ``python -m jobs.train.dataset download|convert|validate|list``."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import re

@@ -1,7 +1,5 @@
 """Import a checkpoint of karpathy/nanochat: ``python -m jobs.train.import_nanochat --folder DIR --model NAME …``."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from pathlib import Path

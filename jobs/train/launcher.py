@@ -1,7 +1,5 @@
 """Launches jobs as child processes, one job after another, each on one rank or several ranks of this machine."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

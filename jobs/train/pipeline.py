@@ -3,8 +3,6 @@
 Each stage runs as a separate process. A stage is skipped if the store has its result already.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

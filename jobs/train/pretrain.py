@@ -1,7 +1,5 @@
 """Pretrain a base model: ``python -m jobs.train.pretrain --depth 12 --dataset climbmix --tokenizer climbmix``."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 

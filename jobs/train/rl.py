@@ -4,8 +4,6 @@ In each step the model answers some problems several times, a reward function sc
 gradient makes answers with a higher reward than the others to the same problem more likely.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math

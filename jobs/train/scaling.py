@@ -3,8 +3,6 @@
 Arguments after ``--`` are passed to ``jobs.train.pretrain`` in every run.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import shlex

@@ -1,7 +1,5 @@
 """Fine-tune a base model on conversations: ``python -m jobs.train.sft --model demo --mixture demo-chat``."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import logging

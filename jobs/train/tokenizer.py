@@ -1,7 +1,5 @@
 """Train a tokenizer: ``python -m jobs.train.tokenizer``."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import time

@@ -1,7 +1,5 @@
 """Chooses the attention backend of a training run."""
 
-from __future__ import annotations
-
 import torch
 
 from nanochat_core.attention.cpu import cpu_attention

@@ -1,7 +1,5 @@
 """Attention on a CPU, computed in blocks of queries if that is faster, otherwise by torch's SDPA."""
 
-from __future__ import annotations
-
 import math
 
 import torch

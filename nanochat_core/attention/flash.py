@@ -1,7 +1,5 @@
 """Attention by the ``flash-attn`` packages (FlashAttention 2, arXiv 2307.08691, and 3, arXiv 2407.08608)."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from typing import Any

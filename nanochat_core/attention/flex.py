@@ -1,7 +1,5 @@
 """Attention by FlexAttention (arXiv 2412.05496), which skips the blocks of keys that a window hides."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex

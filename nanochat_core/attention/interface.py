@@ -1,7 +1,5 @@
 """The interface of every attention backend, and the mask that defines a window."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Attention by torch's scaled dot product attention (SDPA), which runs on every device."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Loads the model of a checkpoint."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

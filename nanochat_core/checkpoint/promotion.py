@@ -1,7 +1,5 @@
 """The file ``models/<name>/PROMOTED``, which names the checkpoint of a model that engines serve."""
 
-from __future__ import annotations
-
 from nanochat_core.checkpoint.names import CheckpointRef
 from nanochat_core.store import Store
 

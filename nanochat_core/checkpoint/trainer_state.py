@@ -1,7 +1,5 @@
 """The part of a checkpoint from which training resumes."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterable

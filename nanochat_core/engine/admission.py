@@ -1,7 +1,5 @@
 """Decides which requests the engine accepts, and creates their sequences."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import secrets

@@ -1,7 +1,5 @@
 """Gives the blocks of the paged KV cache to sequences, and counts the sequences that use each block."""
 
-from __future__ import annotations
-
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from collections.abc import Sequence as Items

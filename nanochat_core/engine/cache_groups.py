@@ -1,7 +1,5 @@
 """Divides the memory of the KV cache among groups of layers with the same attention window."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 

@@ -1,7 +1,5 @@
 """Settings of an engine: how much it computes at a time, and how large its KV cache is."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from typing import Literal

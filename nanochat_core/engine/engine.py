@@ -1,7 +1,5 @@
 """The inference engine of one model: requests go in, tokens come out, many sequences at a time."""
 
-from __future__ import annotations
-
 import asyncio
 import collections
 import contextlib

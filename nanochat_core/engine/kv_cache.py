@@ -6,8 +6,6 @@ and each sequence has a table of its blocks (PagedAttention, Kwon et al. 2023, a
 block ``table[i // block_size]`` at offset ``i % block_size``. Sequences with a common beginning can share blocks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from collections.abc import Sequence as Items

@@ -1,7 +1,5 @@
 """The engine's reports about its work: its load, and events for metrics."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Iterable

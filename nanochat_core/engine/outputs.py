@@ -1,7 +1,5 @@
 """Turns sampled tokens and tool events into outputs, and decides when a choice ends."""
 
-from __future__ import annotations
-
 from nanochat_core.engine.request import FinishReason, Output, Token, ToolCall, ToolResult, Usage
 from nanochat_core.engine.sampler import Sample
 from nanochat_core.engine.sequence import Sequence

@@ -9,8 +9,6 @@ The sequence then copies that block and replaces the tokens that differ. After e
 copying: the latest one, unless the block that is offered already begins with the same tokens.
 """
 
-from __future__ import annotations
-
 import array
 import hashlib
 from collections.abc import Sequence as Items

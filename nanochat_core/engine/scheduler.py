@@ -9,8 +9,6 @@ Prefill and decoding are the same case: some known tokens of a sequence are comp
 be computed. The others may be a prompt, one sampled token, the output of a tool, or all tokens after a preemption.
 """
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import itertools

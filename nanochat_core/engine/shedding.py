@@ -1,7 +1,5 @@
 """Continues after the device ran out of memory: with a smaller batch and, if necessary, with fewer requests."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence as Items
 

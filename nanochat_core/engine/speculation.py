@@ -7,8 +7,6 @@ equals the samples. A sample depends on its position and logits alone, so the re
 have been sampled one by one.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 # A draft copies the tokens that followed the latest earlier occurrence of the last n tokens. The larger n is tried

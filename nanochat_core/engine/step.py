@@ -1,7 +1,5 @@
 """A step that the device is computing, or has computed."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence as Items
 

@@ -1,7 +1,5 @@
 """Python calls by the model: recognizes a call, runs it, and turns its output into tokens."""
 
-from __future__ import annotations
-
 import asyncio
 import collections
 import contextlib

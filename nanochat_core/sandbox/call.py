@@ -1,7 +1,5 @@
 """Runs one call: sends the code to a worker, enforces the limits, and collects the output and the usage."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import enum

@@ -1,7 +1,5 @@
 """Bounded reading from a pipe that hostile code writes to."""
 
-from __future__ import annotations
-
 import codecs
 import os
 

@@ -1,7 +1,5 @@
 """Classifies a completed call: which status it gets, and the text of its result and error."""
 
-from __future__ import annotations
-
 import signal
 
 from nanochat_core.sandbox.call import CompletedCall, StopReason

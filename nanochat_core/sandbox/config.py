@@ -1,7 +1,5 @@
 """Configuration of an executor."""
 
-from __future__ import annotations
-
 import dataclasses
 import tempfile
 from typing import Literal

@@ -1,7 +1,5 @@
 """Failures of the sandbox itself, as opposed to failures of the code that runs in it."""
 
-from __future__ import annotations
-
 from nanochat_core.errors import UserError
 
 

@@ -1,7 +1,5 @@
 """Finds the files that a Python interpreter needs, so that the isolation can allow these files and no others."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

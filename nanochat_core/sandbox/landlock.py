@@ -4,8 +4,6 @@ The executor builds the rules and each worker applies them to itself. Source: th
 ``Documentation/userspace-api/landlock.rst``.
 """
 
-from __future__ import annotations
-
 import ctypes
 import dataclasses
 import struct

@@ -1,7 +1,5 @@
 """Starts workers before calls need them, so that a call does not wait for a worker to start."""
 
-from __future__ import annotations
-
 import asyncio
 import collections
 import logging

@@ -1,7 +1,5 @@
 """CPU time and memory of one process, as the kernel reports them."""
 
-from __future__ import annotations
-
 import resource
 import time
 

@@ -4,8 +4,6 @@ In the profile ``pod``, a worker applies Landlock, a system-call filter and reso
 other program. In the profile ``bwrap``, a worker does the same inside namespaces that bubblewrap creates.
 """
 
-from __future__ import annotations
-
 import abc
 import functools
 import os

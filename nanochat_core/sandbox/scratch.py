@@ -1,7 +1,5 @@
 """Scratch folders on the host, for the isolation profile that has no file system of its own."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import stat

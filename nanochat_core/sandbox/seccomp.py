@@ -6,8 +6,6 @@ because Landlock does not control their other uses. Source: ``seccomp(2)`` and t
 ``Documentation/userspace-api/seccomp_filter.rst``.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import socket

@@ -4,8 +4,6 @@ The kernel may report a feature that has no effect, for example inside another s
 a real attempt.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 

@@ -4,8 +4,6 @@ The table lists the calls that the seccomp filter names. Source: ``arch/x86/entr
 ``include/uapi/asm-generic/unistd.h`` (for aarch64) of the kernel. ``None`` means that the machine has no such call.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import platform
 

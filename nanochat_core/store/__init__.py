@@ -3,8 +3,6 @@
 ``base`` is the interface, ``folder`` and ``s3`` are the two kinds of store, and ``cache`` keeps downloads from S3.
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from urllib.parse import urlparse

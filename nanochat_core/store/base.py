@@ -1,7 +1,5 @@
 """The interface of every artifact store."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import uuid

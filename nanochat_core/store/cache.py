@@ -5,8 +5,6 @@ the pod exceeds its disk limit and is evicted. The cache therefore deletes the l
 grows beyond its limit. It never deletes files that are being read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import threading

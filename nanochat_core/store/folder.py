@@ -1,7 +1,5 @@
 """A store in a folder of this machine or of a mounted volume."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

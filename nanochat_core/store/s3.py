@@ -1,7 +1,5 @@
 """A store below a prefix of an S3 bucket; uploads and downloads are multipart and parallel."""
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 from collections.abc import Iterator

@@ -7,8 +7,6 @@ largest fp8 number. The product is then multiplied by both scales. Inputs and we
 of outputs need more range than precision and are quantized to e5m2. Sums are made in fp32; master weights stay fp32.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

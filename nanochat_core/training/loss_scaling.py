@@ -1,7 +1,5 @@
 """Dynamic loss scaling, which keeps small gradients representable in fp16 (arXiv 1710.03740)."""
 
-from __future__ import annotations
-
 
 class LossScaler:
     """The factor by which fp16 training multiplies the loss, adapted in each step.

@@ -1,7 +1,5 @@
 """Peak speeds of GPUs. Model FLOPs utilization (MFU, arXiv 2204.02311) compares the speed of a run with them."""
 
-from __future__ import annotations
-
 import re
 
 import torch

@@ -1,7 +1,5 @@
 """``python -m services.engine``"""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

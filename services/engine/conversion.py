@@ -1,7 +1,5 @@
 """Converts between the messages of ``engine.proto`` and the types of the inference core."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from nanochat_core.engine import (

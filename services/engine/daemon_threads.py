@@ -4,8 +4,6 @@ Loading a model, or waiting for a store that does not answer, can take longer th
 asyncio.to_thread is no alternative: Python joins the threads of its executor before the process ends.
 """
 
-from __future__ import annotations
-
 import asyncio
 import concurrent.futures
 import threading

@@ -1,7 +1,5 @@
 """Keeps the served models in memory: follows promotions, and replaces a model without interrupting an answer."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import logging

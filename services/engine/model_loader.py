@@ -1,7 +1,5 @@
 """Turns a checkpoint of the artifact store into an engine that is ready to serve."""
 
-from __future__ import annotations
-
 import asyncio
 
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, promoted

@@ -1,7 +1,5 @@
 """Reads the report on a model from the artifact store, for the gateway's report page."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,7 +1,5 @@
 """Sends the model's Python calls to the sandbox service."""
 
-from __future__ import annotations
-
 import logging
 
 import grpc

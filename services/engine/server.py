@@ -1,7 +1,5 @@
 """The process of the engine service: the model, the gRPC server around it, and their orderly end."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import faulthandler

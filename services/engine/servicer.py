@@ -1,7 +1,5 @@
 """The methods of the Engine service in ``engine.proto``."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import threading

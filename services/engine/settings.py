@@ -1,7 +1,5 @@
 """Settings of the engine service."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """``python -m services.gateway``: serves the REST API and the chat page."""
 
-from __future__ import annotations
-
 import logging
 
 from nanochat_core import logs, settings

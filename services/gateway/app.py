@@ -1,7 +1,5 @@
 """The gateway as an ASGI application: middleware, endpoints and error handlers."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import AsyncIterator
 

@@ -1,7 +1,5 @@
 """Errors as clients see them: OpenAI's JSON object, with one HTTP status for each cause."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Sequence
 from typing import Any

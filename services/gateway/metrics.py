@@ -1,7 +1,5 @@
 """The gateway's Prometheus metrics."""
 
-from __future__ import annotations
-
 import functools
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector

@@ -1,7 +1,5 @@
 """The gateway as a process: its listening socket, its signals and its shutdown."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

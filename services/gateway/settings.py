@@ -1,7 +1,5 @@
 """The gateway's settings."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Literal

@@ -1,7 +1,5 @@
 """Prometheus metrics of the sandbox service."""
 
-from __future__ import annotations
-
 import functools
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector

@@ -1,7 +1,5 @@
 """The process of the sandbox service: the gRPC server around an executor, and its orderly end."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 

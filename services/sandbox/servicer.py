@@ -1,7 +1,5 @@
 """The methods of the Sandbox service in ``sandbox.proto``."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import time

@@ -1,7 +1,5 @@
 """Settings of the sandbox service."""
 
-from __future__ import annotations
-
 import dataclasses
 import tempfile
 from typing import Literal

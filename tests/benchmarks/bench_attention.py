@@ -5,8 +5,6 @@ backward pass of each backend and prints the ratio to plain SDPA. The backends t
 counts. With ``--threads 1`` the program measures the process's CPU time, which other work on the machine affects less.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable

@@ -8,8 +8,6 @@ project imports them. Then both sides evaluate the same files in alternating run
 The peer uses ``evaluate_core`` of its ``base_eval.py``, without torch.compile, as that program does.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -4,8 +4,6 @@ Run the program from the project's root: ``python -m tests.benchmarks.bench_cpu`
 comparable, because other work on the machine changes them.
 """
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable

@@ -15,8 +15,6 @@ after another. Grouping prompts of equal length would require another engine aro
 little: 64 prompts of 10 to 200 tokens have about 54 different lengths.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

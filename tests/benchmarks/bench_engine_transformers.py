@@ -10,8 +10,6 @@ tokens. The sides alternate. Each run is a new process that first answers a few 
 also answers the first batch once as a warm-up, because its prefix cache is off.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path

@@ -5,8 +5,6 @@ random weights. With ``--home .nanochat --model demo`` it measures a trained mod
 predictions on the validation text. The kinds of weights alternate in each round.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import statistics

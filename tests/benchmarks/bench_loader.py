@@ -6,8 +6,6 @@ HOME is an artifact store. The program measures 1, 2, 4, … threads up to THREA
 runs are not comparable, because other work on the machine changes them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import time

@@ -6,8 +6,6 @@ forward and backward pass of each formula. The formulas take turns, and the best
 memory is the peak during a pass minus the resident memory before it.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import time

@@ -5,8 +5,6 @@ artifact store. The program packs a dataset and also random documents whose leng
 conversations. It takes several minutes.
 """
 
-from __future__ import annotations
-
 import itertools
 import sys
 from collections.abc import Sequence

@@ -14,8 +14,6 @@ are random, so no answer calls a tool.
 engine alone; the further gain of the normal run comes from larger batches.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

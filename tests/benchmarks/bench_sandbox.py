@@ -6,8 +6,6 @@ Sandbox calls and bare interpreter runs alternate, so other work on the machine 
 latencies is more reliable than the latencies.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import statistics

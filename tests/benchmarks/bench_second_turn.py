@@ -5,8 +5,6 @@ first turn have 200 tokens together, and the second turn adds 20. The weights ar
 conversation in each round, and every round has new tokens.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import statistics

@@ -8,8 +8,6 @@ processes 32 rows and includes the optimizer step. The peer's first run lasts fo
 have as many steps as that run.
 """
 
-from __future__ import annotations
-
 import statistics
 import subprocess
 import sys

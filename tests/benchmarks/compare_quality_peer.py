@@ -8,8 +8,6 @@ rows. With ``--init shared`` both sides start from the peer's initial weights. W
 own initial weights with the same seed. The time excludes the first steps, in which both sides compile.
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 

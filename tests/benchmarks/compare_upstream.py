@@ -6,8 +6,6 @@ tokenizer in its own layout and computes logits in fp32. This program imports th
 logits again.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from pathlib import Path

@@ -4,8 +4,6 @@ Run the program from the project's root: ``python -m tests.benchmarks.kill_and_r
 pretraining and fine-tuning of a tiny model. The digest of the weights and every loss must be equal to the bit.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import shutil

@@ -1,7 +1,5 @@
 """Evaluate CORE with this project. ``bench_core_peer.py`` starts this program for its own side of the comparison."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

@@ -1,7 +1,5 @@
 """Answer requests with this project's inference engine. The engine comparisons start this program."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -1,7 +1,5 @@
 """Train with ``jobs.train.loop.trainer`` on batches from a file. The training comparisons start this program."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

@@ -1,7 +1,5 @@
 """Sample rollouts with the engine configured as in RL. ``bench_rollouts_peer.py`` starts this program."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -5,8 +5,6 @@ peer's own network, optimizer, compilation and evaluation in the same way as its
 data differs: it comes from arrays instead of the peer's loader.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import json

@@ -3,8 +3,6 @@
 ``bench_engine_transformers.py`` starts this program.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

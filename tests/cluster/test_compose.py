@@ -3,8 +3,6 @@
 The model comes from the folder NANOCHAT_TEST_STORE; without it, a container trains the demo model first.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -4,8 +4,6 @@ The tests run the server as a process on this machine, so the nodes of the clust
 The server starts with the trained store that the tests of Kubernetes have copied to NANOCHAT_TEST_STORE.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

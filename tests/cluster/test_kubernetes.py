@@ -4,8 +4,6 @@ The nodes must have the images nanochat-{gateway,engine,sandbox,jobs}:dev, and t
 run. With NANOCHAT_TEST_STORE set, the trained store is copied into that folder for other tests.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tarfile

@@ -1,7 +1,5 @@
 """A trained demo model and running services for the end-to-end tests."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """The abilities that the demo model must have after a few minutes of training on a CPU."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Services that die while they are in use."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """OpenAI's unchanged client talks to the running services."""
 
-from __future__ import annotations
-
 import concurrent.futures
 
 import httpx

@@ -1,7 +1,5 @@
 """The report of the demo model in a real browser."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

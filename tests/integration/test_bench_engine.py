@@ -1,7 +1,5 @@
 """The inference benchmark measures the core, an engine process and a gateway, and reports servers that fail."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import http.server

@@ -1,7 +1,5 @@
 """The chat evaluation correctly counts real answers from the batched engine and the sandbox."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

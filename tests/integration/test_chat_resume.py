@@ -1,7 +1,5 @@
 """A killed chat evaluation resumes at its last chunk and ends with the same result, on one rank or several."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """CORE as a process: interruptions and ranks do not change the result, which names its checkpoint and settings."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """The engine service with many streams at once, while models are replaced, the sandbox dies or the service ends."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import signal

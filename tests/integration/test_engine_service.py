@@ -1,7 +1,5 @@
 """The engine service as a process, called over gRPC and HTTP."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import gc

@@ -1,7 +1,5 @@
 """The promotion gate with a real store and engine: a worse model is refused, and the old one is still served."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 import time

@@ -1,7 +1,5 @@
 """Chat completions as OpenAI's own client sees them, with a scripted engine behind the real gateway."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """Text completions, tokens and models: the parts of the API besides chat."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any

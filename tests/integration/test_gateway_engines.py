@@ -1,7 +1,5 @@
 """Engines start, stop, change their model and share the load. Each request reaches an engine that can answer."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Every error of a request tells the client what is wrong and where, in OpenAI's JSON form."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from typing import Any
 

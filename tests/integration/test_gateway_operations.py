@@ -1,7 +1,5 @@
 """The gateway for operators and browsers: pages, API documentation, metrics, logs and shutdown."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

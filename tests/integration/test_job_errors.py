@@ -1,7 +1,5 @@
 """A wrong setting or input of a job gives one line with the error, and leaves no files behind."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

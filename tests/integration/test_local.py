@@ -1,7 +1,5 @@
 """The local process manager starts, restarts and stops small programs that replace the services."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import http.server

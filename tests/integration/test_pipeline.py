@@ -1,7 +1,5 @@
 """The pipeline from a text file to a promoted model: every stage runs once, and stale results are replaced."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """Pretraining as a process: the loss falls, and interruptions do not change the result."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

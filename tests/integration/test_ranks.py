@@ -1,7 +1,5 @@
 """Training on several ranks gives the same result as on one rank, and a lost rank does not make the others hang."""
 
-from __future__ import annotations
-
 import shutil
 import signal
 import socket

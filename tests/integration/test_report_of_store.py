@@ -1,7 +1,5 @@
 """Reports and comparisons work for models in a store, whatever stages have run."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A browser gets the report from the store through the engine and the gateway."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reinforcement learning as a process: rewards rise, and neither interruptions nor ranks change the result."""
 
-from __future__ import annotations
-
 import math
 import random
 import shutil

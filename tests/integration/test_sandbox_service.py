@@ -1,7 +1,5 @@
 """The sandbox service as a process, called over gRPC and HTTP."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

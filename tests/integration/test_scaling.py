@@ -1,7 +1,5 @@
 """A study of tiny models: each run is a process, no run is trained twice, and failed runs are named."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

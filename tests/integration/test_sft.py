@@ -1,7 +1,5 @@
 """Fine-tuning as a process: the held-out loss falls, and interruptions do not change the result."""
 
-from __future__ import annotations
-
 import random
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """The artifact store on S3, against a real server: the contract of every store, transfers, and clear errors."""
 
-from __future__ import annotations
-
 import copy
 import os
 import shutil

@@ -1,7 +1,5 @@
 """`response_format` and `regex` through OpenAI's client, the gateway and the engine service with a random model."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import AsyncIterator, Iterator

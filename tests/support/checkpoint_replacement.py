@@ -1,7 +1,5 @@
 """Tests that kill the writer of a checkpoint at each of its writes, for every kind of store."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs command-line programs in tests, and checks an answer that used the Python tool."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Mapping

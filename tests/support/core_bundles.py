@@ -1,7 +1,5 @@
 """Small evaluation bundles for tests of CORE."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import random

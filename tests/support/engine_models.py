@@ -1,7 +1,5 @@
 """Small models with random weights for the engine's tests."""
 
-from __future__ import annotations
-
 import bisect
 import copy
 import functools

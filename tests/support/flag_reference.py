@@ -4,8 +4,6 @@
 that the page is current.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from pathlib import Path

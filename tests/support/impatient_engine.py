@@ -1,7 +1,5 @@
 """The engine service, except that its shutdown waits only 0.1 seconds for a running step."""
 
-from __future__ import annotations
-
 import runpy
 
 from nanochat_core.engine import async_engine

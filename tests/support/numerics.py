@@ -5,8 +5,6 @@ of Muon's products, instruction sets and threads as they occur on users' machine
 train a model.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

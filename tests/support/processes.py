@@ -1,7 +1,5 @@
 """Helpers of tests that start and kill processes (Linux): starting processes fast and listing them."""
 
-from __future__ import annotations
-
 import multiprocessing
 from pathlib import Path
 

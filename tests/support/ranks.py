@@ -1,7 +1,5 @@
 """Several ranks as processes of this machine, for tests of training on many ranks."""
 
-from __future__ import annotations
-
 import os
 import queue
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Reports with any parts, for tests of the page that is rendered from them."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

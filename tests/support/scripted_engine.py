@@ -1,7 +1,5 @@
 """A gRPC server with the engine's protocol whose answers a test writes as scripts, and a gateway in front of it."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable

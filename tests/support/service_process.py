@@ -1,7 +1,5 @@
 """Runs services as processes on free ports, for tests and benchmarks: their log, metrics and calls."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Starts and stops all services for tests, in the same way as ``make run``."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

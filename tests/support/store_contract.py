@@ -1,7 +1,5 @@
 """The contract of every artifact store. The test file of each kind of store provides the fixture ``store``."""
 
-from __future__ import annotations
-
 import re
 import threading
 from pathlib import Path

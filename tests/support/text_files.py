@@ -1,7 +1,5 @@
 """Parquet files for tests of readers: good ones, and one function for each way in which a file can be bad."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pyarrow as pa

@@ -3,8 +3,6 @@
 Some tests only trace the code on a CPU (``aot_eager``), which is seconds faster than generating machine code.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import types

@@ -1,7 +1,5 @@
 """The arithmetic of the inference benchmark: its requests, their arrival times, and the figures of a run."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Bits per byte agree with a reference that predicts one token at a time."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

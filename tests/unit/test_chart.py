@@ -1,7 +1,5 @@
 """The files of the chart agree with each other. Tests with helm or a cluster are in tests/cluster."""
 
-from __future__ import annotations
-
 import json
 import re
 import tomllib

@@ -1,7 +1,5 @@
 """The conversation format: rendering, the loss mask, and reading an answer token by token."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterable

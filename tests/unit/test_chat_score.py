@@ -1,7 +1,5 @@
 """The figures of the chat evaluation: counts, centered accuracies, and the tasks of ChatCORE."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

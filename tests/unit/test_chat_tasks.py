@@ -1,7 +1,5 @@
 """Tasks read datasets as they are published, ask questions as in fine-tuning, and name what is wrong in a file."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

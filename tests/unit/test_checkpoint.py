@@ -1,7 +1,5 @@
 """Checkpoints: loading returns what was saved bit for bit, and refuses damaged files by name."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Checkpoints written in the background: training waits only for a copy, and earlier checkpoints survive failures."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

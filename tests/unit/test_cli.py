@@ -1,7 +1,5 @@
 """The ``nanochat`` command starts the programs of the repository and helps to find them."""
 
-from __future__ import annotations
-
 import importlib.util
 import subprocess
 import sys

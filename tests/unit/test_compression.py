@@ -1,7 +1,5 @@
 """The table of bytes per token has the right counts, and names references that are missing."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The model's shape: the values that follow from the depth, and the shapes that are refused."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from typing import Any

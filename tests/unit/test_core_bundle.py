@@ -1,7 +1,5 @@
 """Evaluation bundles: reading their files, errors about broken files, and unpacking a zip."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Prompts of CORE: their text, their few-shot examples, and the tokens that are scored."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

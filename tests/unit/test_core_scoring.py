@@ -1,7 +1,5 @@
 """Scores of CORE equal those of a plain forward pass over each option alone, for any grouping of questions."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

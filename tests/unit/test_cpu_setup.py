@@ -1,7 +1,5 @@
 """``prepare_cpu`` changes the settings of a process."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """A shard is downloaded whole or not at all, even if the server, the network or the disk fails or the user stops."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The demo world is deterministic, consistent, and keeps its two splits apart."""
 
-from __future__ import annotations
-
 import collections
 import os
 import re

@@ -1,7 +1,5 @@
 """The import rules of pyproject.toml find violations, and programs without a model never load torch."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The setting ``device`` selects the right device of this machine."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The documentation names what exists: files, links, make targets, and every flag of the jobs with its default."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The engine on a thread: streams, cancellation, stopping and failing."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

@@ -1,7 +1,5 @@
 """Constrained completions match their pattern, and other requests in the batch do not change."""
 
-from __future__ import annotations
-
 import asyncio
 import collections
 import json

@@ -1,7 +1,5 @@
 """The CPU kernels agree with the trained model, and a token's bits do not depend on the rest of the batch."""
 
-from __future__ import annotations
-
 import random
 import subprocess
 from collections.abc import Iterator

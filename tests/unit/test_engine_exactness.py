@@ -1,7 +1,5 @@
 """A request gets the same tokens alone and in any batch, for any division of the work by the scheduler."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import functools

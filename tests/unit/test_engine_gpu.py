@@ -4,8 +4,6 @@ The interpreter is slow, so all sizes here are small. It cannot show whether the
 Therefore one test compiles every launch of a step for several devices, which needs no GPU.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import os

@@ -1,7 +1,5 @@
 """Weights of eight bits lose precision by rounding, and in no other way."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from test_engine_cpu import place

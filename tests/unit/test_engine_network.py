@@ -1,7 +1,5 @@
 """The serving network agrees with the trained model, which other tests compare with a reference."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -3,8 +3,6 @@
 ``test_engine_exactness.py`` tests that tokens are the same with and without overlap.
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The engine accepts or refuses requests, and requests with a common beginning share cache blocks."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

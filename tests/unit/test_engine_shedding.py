@@ -1,7 +1,5 @@
 """When the device runs out of memory, the batch shrinks, no token is lost, and dropped requests get an error."""
 
-from __future__ import annotations
-
 import asyncio
 import functools
 from collections.abc import Callable, Iterable

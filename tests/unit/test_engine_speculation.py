@@ -1,7 +1,5 @@
 """Drafts change the number of steps, but never the text."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 

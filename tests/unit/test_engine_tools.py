@@ -1,7 +1,5 @@
 """The model calls Python in the middle of an answer and reads the output."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import gc

@@ -1,7 +1,5 @@
 """An engine with replaced weights answers like a new engine, and keeps nothing of the old weights."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

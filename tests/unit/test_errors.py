@@ -1,7 +1,5 @@
 """Programs end with one line for a user's error, and with a traceback for an error of the program."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

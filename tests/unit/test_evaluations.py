@@ -1,7 +1,5 @@
 """Evaluations keep finished parts after an interruption, and never mix results of other checkpoints or settings."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The layers that train in fp8, and the size of their rounding errors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

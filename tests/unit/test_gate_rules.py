@@ -1,7 +1,5 @@
 """A model is refused exactly when a rule fails, and every refusal says why."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

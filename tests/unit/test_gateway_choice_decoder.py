@@ -1,7 +1,5 @@
 """The decoder's text, tool events and log probabilities don't depend on how the engine groups its tokens."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

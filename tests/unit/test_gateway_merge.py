@@ -1,7 +1,5 @@
 """A merged stream keeps the order and the errors of its sources and closes all of them."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator

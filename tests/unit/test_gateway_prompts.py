@@ -1,7 +1,5 @@
 """A request's messages become the turns that the model knows, and the turns become token ids."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A request goes to the replica with the least work."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from services.gateway.engines.routing import least_loaded

@@ -1,7 +1,5 @@
 """A stop string ends the text where it begins, and the pieces of the text don't matter."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Imports of upstream's checkpoints, compared with upstream's network written here in float64 with plain loops."""
 
-from __future__ import annotations
-
 import json
 import math
 import pickle

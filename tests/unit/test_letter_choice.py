@@ -1,7 +1,5 @@
 """Padded batches choose the same letters as a plain forward pass for each question."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """Batches do not depend on interruptions, threads or ranks, and count exactly the targets that should be learned."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import random

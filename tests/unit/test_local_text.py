@@ -1,7 +1,5 @@
 """Text files of every supported kind are read as documents, and an error names what is wrong with a file."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

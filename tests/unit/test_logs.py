@@ -1,7 +1,5 @@
 """Logs: every record becomes one line of JSON, for any content."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

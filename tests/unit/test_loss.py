@@ -1,7 +1,5 @@
 """The chunked loss agrees with the plain formula over all logits."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Dynamic loss scaling follows its rule, and gradients of a scaled fp16 loss agree with those of fp32."""
 
-from __future__ import annotations
-
 import hypothesis
 import hypothesis.strategies as st
 import pytest

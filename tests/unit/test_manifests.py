@@ -1,7 +1,5 @@
 """Manifests, Dockerfile, compose file and lock give no unneeded privileges and pin every dependency."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.metadata
 import re

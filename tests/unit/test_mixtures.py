@@ -1,7 +1,5 @@
 """A mixture repeats each conversation by its weight, and its errors name the entry that is wrong."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """The model agrees with a reference, written here from the model's definition in float64 with plain loops."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

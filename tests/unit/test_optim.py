@@ -1,7 +1,5 @@
 """The optimizer's updates agree with their formulas, written here as loops over single numbers."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The optimizer divided over ranks makes the same steps as one rank, with a share of the memory on each."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Best-fit packing, compared with a slow reference, and its guarantees for every token."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """pass@k is the share of draws of k samples that contain a right sample."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """The peak speed of a GPU is found by the name of its card."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

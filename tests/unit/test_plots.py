@@ -1,7 +1,5 @@
 """Plots are images of a sensible size for any history of a run."""
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 from typing import Any

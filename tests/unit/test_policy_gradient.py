@@ -1,7 +1,5 @@
 """The loss of reinforcement learning, compared with the formulas written out token by token."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Fits recover the laws that generated the data, report their quality, and do not extrapolate."""
 
-from __future__ import annotations
-
 import math
 import random
 from typing import Any

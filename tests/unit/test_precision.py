@@ -1,7 +1,5 @@
 """The setting ``dtype`` selects the right dtype for each device."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """A training run shows a bar on a terminal and log events elsewhere, and always sets its metrics."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import fcntl

@@ -1,7 +1,5 @@
 """The committed gRPC stubs match the .proto files."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

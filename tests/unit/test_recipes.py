@@ -1,7 +1,5 @@
 """Every recipe fits the programs it configures, generates its data, and refuses data that it does not need."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -1,7 +1,5 @@
 """The report is well-formed Markdown for any set of available figures, and ``xz`` figures match the real program."""
 
-from __future__ import annotations
-
 import random
 import re
 import shutil

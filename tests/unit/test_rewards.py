@@ -1,7 +1,5 @@
 """Rewards of correct, wrong and unusual answers; problems have correct answers, and held-out problems are new."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """Rollouts are reproducible, divided evenly among ranks, and sampled with the right version of the weights."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Makes every attack under every profile that works on this machine, with and without privileges."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The executor: calls are bounded, can be canceled, leak nothing, and never run without isolation."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import os

@@ -1,7 +1,5 @@
 """The sandbox's policy: the decisions of the system-call filter, the limits and the file rules."""
 
-from __future__ import annotations
-
 import errno
 import re
 import socket

@@ -1,7 +1,5 @@
 """Scratch folders on the host: their size is measured, and they are removed with any content."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The answers to calls, under every isolation profile that works on this machine."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """Scaling rules and schedules, compared with the published numbers and formulas."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

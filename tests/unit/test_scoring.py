@@ -1,7 +1,5 @@
 """Scorers accept every reference answer and reject every answer that was tampered with."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Settings: sources of values, errors for wrong values, and their descriptions."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Shards are written whole and read in any order by any thread, and an error names what is wrong with a shard."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import itertools

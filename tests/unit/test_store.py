@@ -1,7 +1,5 @@
 """The artifact store in a folder: the contract of every store, and writes that fail or are killed."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import resource

@@ -1,7 +1,5 @@
 """The cache of downloads stays within its limit and keeps the files that are in use."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path, PurePosixPath
 

@@ -1,7 +1,5 @@
 """The report of a study: its table of results, the fits with their quality, and the missing runs."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import io

@@ -1,7 +1,5 @@
 """Rows of public datasets become the right conversations; generated conversations are right and repeatable."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

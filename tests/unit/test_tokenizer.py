@@ -1,7 +1,5 @@
 """The tokenizer: round trips, special tokens in user text, the stored form, and text made to break it."""
 
-from __future__ import annotations
-
 import base64
 import json
 import time

@@ -1,7 +1,5 @@
 """Trackers receive every metric; their failures neither end a run nor reveal a secret."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import types

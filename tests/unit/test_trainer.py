@@ -1,7 +1,5 @@
 """The training loop: skipped steps, loss spikes, measures, evaluations and checkpoints."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Callable, Generator, Sequence

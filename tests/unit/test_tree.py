@@ -1,7 +1,5 @@
 """The trees in README.md and docs/architecture.md show the folders that exist."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 from pathlib import Path, PurePosixPath

@@ -1,7 +1,5 @@
 """Upstream's tokenizer pickle is read as data, and anything that could execute code is refused."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

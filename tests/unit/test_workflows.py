@@ -1,7 +1,5 @@
 """The workflows pin what they run, have few rights, and call make targets that exist."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

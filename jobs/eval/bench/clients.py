@@ -1,7 +1,5 @@
 """The clients through which a benchmark sends its requests: their interface, and the client of the inference core."""
 
-from __future__ import annotations
-
 import collections
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Models with random weights, for benchmarks of the inference core."""
 
-from __future__ import annotations
-
 import torch
 
 from nanochat_core.config import ModelConfig

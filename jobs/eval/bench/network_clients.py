@@ -1,7 +1,5 @@
 """Clients over the network: of an engine service, and of any server that offers OpenAI's chat completions."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import json

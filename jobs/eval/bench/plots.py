@@ -1,7 +1,5 @@
 """The plot of an inference benchmark."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The results of a benchmark's requests, and the figures of a run that follow from them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A run's bytes and FLOPs over the time of its steps, divided by the machine's rat
 hardware's limits (Williams, Waterman and Patterson, "Roofline", CACM 2009).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The rows of an inference benchmark: a Markdown table for people, JSON values for programs."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any

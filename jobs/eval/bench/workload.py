@@ -1,7 +1,5 @@
 """The workload of a benchmark: requests of a mix, and the load that decides when they are sent."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Evaluates a model on held-out conversations of the demo world."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Evaluates a model on chat tasks, in chunks that ranks share and that the evaluation store keeps when finished."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

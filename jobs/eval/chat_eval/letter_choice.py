@@ -1,7 +1,5 @@
 """Scores the letters of multiple-choice questions: the logits of the token after the prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

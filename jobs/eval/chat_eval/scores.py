@@ -1,7 +1,5 @@
 """The figures of a chat evaluation: accuracies, pass@k and ChatCORE."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any

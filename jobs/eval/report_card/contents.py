@@ -1,7 +1,5 @@
 """Gathers the content of ``report.json`` from the artifact store."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

@@ -4,8 +4,6 @@ The results stay in the evaluation store. A report that is written again evaluat
 can compare a model with its predecessors.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The plots of a model's report, and the plot that compares several models."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

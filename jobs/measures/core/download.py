@@ -1,7 +1,5 @@
 """Locates an evaluation bundle: in a folder, on S3, or in a zip on the web, which is downloaded to the store once."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Turns items of CORE into tokens: few-shot examples, the options, and the tokens of each option that are scored."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import random

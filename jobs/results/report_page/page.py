@@ -1,7 +1,5 @@
 """The page ``report.md``, rendered from the content of ``report.json`` only."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """CORE of other models, which a report shows beside its own."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from jobs.measures.core.run import GPT2_XL_CORE

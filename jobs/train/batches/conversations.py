@@ -1,7 +1,5 @@
 """Conversations as documents for the packer: their tokens, or only their lengths."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -6,8 +6,6 @@ v, v + V, v + 2V, … and fills the v-th group of rows. No packer depends on ano
 share of them. The number of ranks decides which process packs a row, but not what the row contains.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

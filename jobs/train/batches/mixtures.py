@@ -4,8 +4,6 @@ For example, ``smoltalk,mmlu:3,identity:0.5`` names three sources. One epoch has
 once, every conversation of the second source three times, and half of the conversations of the third source once.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """The order of training examples in each epoch."""
 
-from __future__ import annotations
-
 import functools
 import random
 

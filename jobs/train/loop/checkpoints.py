@@ -1,7 +1,5 @@
 """The checkpoints of one run: resuming from them, writing them in the background, and deleting superfluous ones."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Prometheus metrics of a training run."""
 
-from __future__ import annotations
-
 import resource
 import sys
 

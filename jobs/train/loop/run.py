@@ -1,7 +1,5 @@
 """The identity of a training run, and the state that its checkpoints keep."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Mapping

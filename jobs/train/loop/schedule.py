@@ -15,8 +15,6 @@ tokens to parameters, and index 12 for the reference model:
    ``weight decay = 0.28 sqrt(B / 2^19) D_12 / D``.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """Builds the model, the optimizer and the trainer of a stage, in the same way for pretraining, fine-tuning and RL."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence

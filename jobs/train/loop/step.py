@@ -5,8 +5,6 @@ ranks together, each micro-batch contributes its summed loss divided by N. So th
 add up to the gradient of the mean, however the batch is divided.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math

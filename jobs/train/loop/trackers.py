@@ -3,8 +3,6 @@
 Both packages are optional and not installed with the jobs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """The training loop that pretraining, fine-tuning and reinforcement learning share."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import itertools

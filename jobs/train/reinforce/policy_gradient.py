@@ -20,8 +20,6 @@ The loss sums over the sampled tokens of all answers, and the optimizer step div
 the same weight, whatever the length of its answer, as in DAPO (arXiv 2503.14476).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Self

@@ -5,8 +5,6 @@ answer, and add it to :data:`REWARDS`. The flag ``--reward NAME`` then selects i
 arguments alone, because a resumed run rewards the same answers again.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Plots of scaling studies: the loss curves of a miniseries, or the models of each budget and the fitted laws."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

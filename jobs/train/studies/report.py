@@ -1,7 +1,5 @@
 """The report of a scaling study: ``report.md``, ``report.json``, ``table.csv`` and a plot."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """Runs of a scaling study: pretraining processes with different flags, and the results in their checkpoints."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import statistics

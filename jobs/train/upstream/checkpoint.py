@@ -1,7 +1,5 @@
 """Finds a model checkpoint of karpathy/nanochat, verifies it, and converts it to our network."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

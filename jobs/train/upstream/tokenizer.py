@@ -6,8 +6,6 @@ a file needs (pickle protocol 4 and later) on plain data, and refuses all others
 record of the arguments replaces an instance of this class, and nothing is imported or called.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import pickletools
 from pathlib import Path

@@ -3,8 +3,6 @@
 A ragged batch consists of chunks of different lengths, one after another, without padding.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Protocol

@@ -1,7 +1,5 @@
 """The tokens of a ragged batch as arrays that a network reads."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence as Items
 
 import numpy as np

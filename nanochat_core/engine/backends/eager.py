@@ -1,7 +1,5 @@
 """Runs a network operation by operation. The CPU kernels and PyTorch's operators use this runner."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, Protocol
 

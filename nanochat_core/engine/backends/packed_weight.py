@@ -1,7 +1,5 @@
 """Weights in oneDNN's layout for matrix products on CPUs."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -1,7 +1,5 @@
 """Selects the backend that runs a model."""
 
-from __future__ import annotations
-
 from nanochat_core.engine.backends import cpu, gpu
 from nanochat_core.engine.backends.base import Runner
 from nanochat_core.engine.backends.cpu.attention import CpuCache

@@ -5,8 +5,6 @@ depend on the input is therefore computed once, when the model is loaded: normal
 token id, and weights that are cast, scaled and merged into fewer matrices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Protocol
 

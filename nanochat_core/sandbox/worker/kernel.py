@@ -1,7 +1,5 @@
 """The kernel calls by which a worker gives up its rights. Each raises OSError if the kernel refuses."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 

@@ -6,8 +6,6 @@ list of byte fields. The worker writes to the result pipe: ``READY`` once every 
 Therefore the executor bounds its size, never trusts it, and uses it only for the answer to this one call.
 """
 
-from __future__ import annotations
-
 import struct
 
 READY = b"+"

@@ -1,7 +1,5 @@
 """Runs one call: gives up rights, waits for the request, runs the code, reports, and waits to be killed."""
 
-from __future__ import annotations
-
 import _ast
 import _signal
 import builtins

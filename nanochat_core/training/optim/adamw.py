@@ -13,8 +13,6 @@ of step ``t`` and the learning rate ``lr``:
 were added to the gradient, AdamW would divide it by the gradient's magnitude too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

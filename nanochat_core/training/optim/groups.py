@@ -1,7 +1,5 @@
 """The optimizer's parameter groups: which rule and which learning rate each parameter of the model gets."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -25,8 +25,6 @@ The Polar Express (arXiv 2505.16932) gives the best coefficients of each step.
     to the numbers of ``W`` that have the same sign as their step in ``U``.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

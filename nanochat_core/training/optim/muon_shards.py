@@ -4,8 +4,6 @@ Orthogonalization needs a whole matrix, so each rank owns whole matrices rather 
 matrices are dealt out in turn, ``size`` consecutive matrices can be reduced as soon as their gradients are complete.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

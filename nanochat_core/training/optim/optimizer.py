@@ -1,7 +1,5 @@
 """Muon and AdamW as one optimizer, divided over the ranks that train together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -14,8 +14,6 @@ and updates only its part. A step has three stages:
 A single rank owns everything and runs the same code without the communication.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The choices of one prompt while an engine generates them: decoded, counted and measured."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import AsyncIterator, Sequence
 

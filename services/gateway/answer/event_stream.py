@@ -1,7 +1,5 @@
 """Answers that take time: server-sent events, heartbeats, and clients that leave before the end."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -1,7 +1,5 @@
 """Several asynchronous streams read as one."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence

@@ -1,7 +1,5 @@
 """The answer to one request: its prompts at the engines, and the JSON of the response, whole or streamed."""
 
-from __future__ import annotations
-
 import abc
 import contextlib
 import time

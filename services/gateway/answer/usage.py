@@ -1,7 +1,5 @@
 """Token counts of a request."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

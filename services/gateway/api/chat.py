@@ -1,7 +1,5 @@
 """`POST /v1/chat/completions`: converts the messages into the model's turns and answers with the next turn."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any

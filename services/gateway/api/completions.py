@@ -1,7 +1,5 @@
 """`POST /v1/completions`: the model continues texts, without turns and without tools."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from typing import Any

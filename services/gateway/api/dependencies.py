@@ -1,7 +1,5 @@
 """The long-lived objects that FastAPI hands to the endpoints."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from fastapi import Depends, Request

@@ -1,7 +1,5 @@
 """`/docs`: the OpenAPI document as a page that loads nothing from other servers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from html import escape

@@ -1,7 +1,5 @@
 """Example answers for the OpenAPI document."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

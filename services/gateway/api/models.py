@@ -1,7 +1,5 @@
 """`GET /v1/models`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fastapi import APIRouter

@@ -1,7 +1,5 @@
 """Endpoints for Kubernetes and Prometheus."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fastapi import APIRouter, Response

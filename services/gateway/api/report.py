@@ -1,7 +1,5 @@
 """`/report`: the served model's report, which the engine reads from the artifact store."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import grpc

@@ -1,7 +1,5 @@
 """`POST /tokenize` and `POST /detokenize`: the served model's tokenizer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fastapi import APIRouter

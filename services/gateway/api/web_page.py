@@ -1,7 +1,5 @@
 """The chat page: the files that the front-end build has written into a folder."""
 
-from __future__ import annotations
-
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles

@@ -1,7 +1,5 @@
 """The engines to which this gateway can send requests."""
 
-from __future__ import annotations
-
 import asyncio
 
 from services.gateway.engines.replica import Replica

@@ -1,7 +1,5 @@
 """One engine as the gateway sees it: its connection, its health, its load and its model."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

@@ -1,7 +1,5 @@
 """Turns a client's request into the engine's request: the prompt's token ids and the sampling parameters."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import secrets

@@ -1,7 +1,5 @@
 """Sends a prompt to an engine: chooses a replica, fails over to another one, and reads the chunks."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence

@@ -1,7 +1,5 @@
 """A limit on the size of request bodies."""
 
-from __future__ import annotations
-
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 

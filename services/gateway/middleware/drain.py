@@ -1,7 +1,5 @@
 """Graceful shutdown: running answers get time to finish before the gateway ends."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import Iterator

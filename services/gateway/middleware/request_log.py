@@ -1,7 +1,5 @@
 """One log event and a few metrics for each HTTP request."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import time

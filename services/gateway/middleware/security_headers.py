@@ -1,7 +1,5 @@
 """Response headers that restrict what a browser may do with a page of this server."""
 
-from __future__ import annotations
-
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 

@@ -4,8 +4,6 @@ The project uses that description to choose the library that multiplies matrices
 ``NANOCHAT_TEST_CPU`` holds the description as JSON; ``tests/support/numerics.py`` sets both variables.
 """
 
-from __future__ import annotations
-
 import importlib.abc
 import importlib.machinery
 import importlib.util

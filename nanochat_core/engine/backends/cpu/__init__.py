@@ -5,8 +5,6 @@ These kernels make five passes per layer and read keys and values directly from 
 an unusual head size, the engine uses PyTorch's operators.
 """
 
-from __future__ import annotations
-
 import torch
 
 from nanochat_core.config import ModelConfig

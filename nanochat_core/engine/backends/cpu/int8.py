@@ -3,8 +3,6 @@
 In a step of few sequences, reading the weights from memory takes most of the time.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Builds and loads the library of the C++ kernels in ``kernels.cpp``."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib

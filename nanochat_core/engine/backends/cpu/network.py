@@ -1,7 +1,5 @@
 """The network on a CPU: oneDNN multiplies matrices, and the engine's kernels do everything between the products."""
 
-from __future__ import annotations
-
 from ctypes import byref
 
 import torch

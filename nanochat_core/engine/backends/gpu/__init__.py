@@ -6,8 +6,6 @@ kernels, and attention reads keys and values directly from the cache. A step of 
 starts all kernels at once. Without Triton, or with an unusual head size, the engine uses PyTorch's operators.
 """
 
-from __future__ import annotations
-
 import importlib.util
 
 import torch

@@ -1,7 +1,5 @@
 """FlashAttention 3 over the paged cache, if its package is installed."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from typing import Any

@@ -5,8 +5,6 @@ dtype of weights, activations and cache. Every token is computed independently o
 which its sums are added depends only on its position.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -1,7 +1,5 @@
 """The network on a GPU: cuBLAS multiplies matrices, and the engine's kernels do everything between the products."""
 
-from __future__ import annotations
-
 import torch
 import triton
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Runs steps on a GPU. Steps of few tokens run as CUDA graphs."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """The inputs of one step for the GPU kernels: the tokens, and the places of their keys and values in the cache."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence as Items
 

@@ -1,7 +1,5 @@
 """The network with PyTorch's operators. It computes :class:`~nanochat_core.model.GPT` for ragged batches."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import torch
