@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
 import os
 import re
 import secrets
-import sys
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,16 +35,16 @@ from jobs.eval.bench.workload import (
 from jobs.eval.checkpoints import pick_checkpoint
 from jobs.eval.output_folder import make_output_folder
 from jobs.measures.machine import describe_machine
-from nanochat_core import logs
+from jobs.program import JobSettings, run_program
 from nanochat_core.config import ModelConfig
 from nanochat_core.cpu_setup import prepare_cpu
 from nanochat_core.device import choose_device
 from nanochat_core.engine import Engine, EngineConfig
-from nanochat_core.errors import UserError, run_main
+from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.precision import choose_dtype
-from nanochat_core.settings import describe, load, setting
-from nanochat_core.store import DEFAULT_HOME, open_store
+from nanochat_core.settings import describe, setting
+from nanochat_core.store import open_store
 from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger("jobs.eval.bench_engine")
@@ -55,8 +55,8 @@ _ROUNDS, _ARRIVALS = 4, 64
 _WARM_UP_OUTPUT = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class BenchEngineSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchEngineSettings(JobSettings):
     """Measure latency and throughput of the inference core, an engine service or any OpenAI-compatible endpoint."""
 
     model: str = setting("", "model of the store to load; with an http endpoint, the model to ask for")
@@ -84,10 +84,8 @@ class BenchEngineSettings:
     threads: int = setting(0, "CPU threads of the core; 0 leaves the choice to torch", minimum=0)
     kv_cache_mib: int = setting(0, "size of the core's KV cache in MiB; 0 lets the engine choose", minimum=0)
     prefix_caching: bool = setting(True, "reuse KV blocks that other requests have computed")
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     report: str = setting("engine", "name of the folder under the store's reports/ for bench.json and bench.png")
     output: str = setting("", "local folder for these files, instead of the store")
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
     def __post_init__(self) -> None:
         if not self.endpoint and bool(self.model) == bool(self.depth):
@@ -345,11 +343,10 @@ def _range(text: str, flag: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def main() -> None:
-    settings = load(BenchEngineSettings, prefix="NANOCHAT_BENCH_ENGINE", program="python -m jobs.eval.bench_engine")
-    logs.configure("bench-engine", settings.log_level)
-    run(settings, lambda line: print(line, file=sys.stdout, flush=True))
-
-
 if __name__ == "__main__":
-    run_main(main, "python -m jobs.eval.bench_engine")
+    run_program(
+        "jobs.eval.bench_engine",
+        "bench-engine",
+        BenchEngineSettings,
+        lambda s: run(s, functools.partial(print, flush=True)),
+    )

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from jobs.eval.chat_eval.evaluate_tasks import Sampling, evaluate_choices, evalu
 from jobs.eval.chat_eval.scores import chat_core, score, table
 from jobs.eval.checkpoints import pick_checkpoint
 from jobs.generation.python_tool import SandboxTool
+from jobs.program import JobSettings, run_program
 from jobs.recipes import find_recipe
 from jobs.results.evaluations import Evaluation
 from jobs.results.metrics import CHAT_TASKS
@@ -25,12 +25,12 @@ from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.cpu_setup import prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig
-from nanochat_core.errors import UserError, run_main
+from nanochat_core.errors import UserError
 from nanochat_core.memory import free_memory
 from nanochat_core.precision import choose_dtype
 from nanochat_core.sandbox import SandboxExecutor
-from nanochat_core.settings import load, setting
-from nanochat_core.store import DEFAULT_HOME, Store, open_store
+from nanochat_core.settings import setting
+from nanochat_core.store import Store, open_store
 from nanochat_core.training.distributed import ALONE, Ranks, joined, rank_device
 
 # A rank with long answers can finish much later than a rank with short answers.
@@ -41,14 +41,13 @@ _BUDGET_PER_SEQUENCE = 8
 _VERSION = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class ChatEvalSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatEvalSettings(JobSettings):
     """Measure how many questions of each task a chat model answers correctly."""
 
     model: str = setting(help="name of the model in the store")
     tasks: tuple[str, ...] = setting(("demo",), "names of tasks and .jsonl files with questions, comma separated")
     data: str = setting("", "folder with the tasks' data in <dataset>/; empty reads data/<dataset>/ of the store")
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     stage: Literal["base", "sft", "rl"] = setting("sft", "stage whose newest checkpoint is evaluated")
     revision: str = setting("", "<stage>/step_<n> instead of the newest checkpoint of a stage")
     items: int = setting(
@@ -63,7 +62,6 @@ class ChatEvalSettings:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to compute on")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype to compute in; auto is fp32 on CPUs")
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
     def __post_init__(self) -> None:
         if self.samples > 1 and self.temperature == 0:
@@ -182,14 +180,13 @@ def _show(result: Mapping[str, Any], names: Sequence[str], show: Callable[[str],
                 show(json.dumps({"wrong": name, **quoted}, ensure_ascii=False))
 
 
-def main() -> None:
-    settings = load(ChatEvalSettings, prefix="NANOCHAT_CHAT_EVAL", program="python -m jobs.eval.chat")
+def main(settings: ChatEvalSettings) -> None:
     prepare_cpu(settings.threads)
     device = rank_device(settings.device)
     with joined(device, _RANK_TIMEOUT_SECONDS) as ranks:
         logs.configure("chat-eval", settings.log_level if ranks.leads else "warning")
-        run(settings, lambda line: print(line, file=sys.stdout), device, ranks)
+        run(settings, print, device, ranks)
 
 
 if __name__ == "__main__":
-    run_main(main, "python -m jobs.eval.chat")
+    run_program("jobs.eval.chat", "chat-eval", ChatEvalSettings, main)

@@ -13,12 +13,12 @@ from jobs.eval.report_card.contents import describe_stage
 from jobs.eval.report_card.plots import plot_runs
 from jobs.markdown import code, literal, table
 from jobs.plots import scientific
+from jobs.program import JobSettings, run_program
 from jobs.results.metrics import Metric, metrics_of
-from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
-from nanochat_core.errors import UserError, run_main
-from nanochat_core.settings import load, setting
-from nanochat_core.store import DEFAULT_HOME, open_store
+from nanochat_core.errors import UserError
+from nanochat_core.settings import setting
+from nanochat_core.store import open_store
 
 _PAGE, _VALUES, _PLOT = "compare.md", "compare.json", "curves.png"
 _STAGES = {"base": "pretrain", "sft": "sft", "rl": "rl"}
@@ -26,14 +26,13 @@ _STAGES = {"base": "pretrain", "sft": "sft", "rl": "rl"}
 _FIGURES = ("steps", "tokens", "flops", "train_seconds", "tokens_per_second", "mfu", "final_loss")
 
 
-@dataclasses.dataclass(frozen=True)
-class CompareSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareSettings(JobSettings):
     """Show what differs between models: settings, metrics and, with --out, curves."""
 
     models: tuple[str, ...] = setting(
         help="two or more models, comma separated or before the flags: NAME in this store, or STORE/models/NAME"
     )
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     out: str = setting("", "local folder for compare.md, compare.json and curves.png")
     log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe level that is logged")
 
@@ -193,16 +192,5 @@ def with_models(arguments: Sequence[str]) -> list[str]:
     return [*(["--models", ",".join(names)] if names else []), *arguments[len(names) :]]
 
 
-def main() -> None:
-    settings = load(
-        CompareSettings,
-        prefix="NANOCHAT_COMPARE",
-        program="python -m jobs.eval.compare",
-        argv=with_models(sys.argv[1:]),
-    )
-    logs.configure("compare", settings.log_level)
-    run(settings, lambda text: print(text, file=sys.stdout))
-
-
 if __name__ == "__main__":
-    run_main(main, "python -m jobs.eval.compare")
+    run_program("jobs.eval.compare", "compare", CompareSettings, lambda s: run(s, print), with_models(sys.argv[1:]))

@@ -12,26 +12,25 @@ from jobs.measures.core.bundle import read_bundle
 from jobs.measures.core.download import PUBLIC_BUNDLE, locate_bundle
 from jobs.measures.core.run import CoreResult, evaluate_core
 from jobs.measures.core.scoring import Scorer
+from jobs.program import JobSettings, run_program
 from jobs.results.evaluations import Evaluation
 from jobs.results.metrics import CORE
 from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.cpu_setup import prepare_cpu
-from nanochat_core.errors import run_main
 from nanochat_core.precision import choose_dtype
-from nanochat_core.settings import load, setting
-from nanochat_core.store import DEFAULT_HOME, Store, open_store
+from nanochat_core.settings import setting
+from nanochat_core.store import Store, open_store
 from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, rank_device
 
 log = logging.getLogger("jobs.eval.core")
 
 
-@dataclasses.dataclass(frozen=True)
-class CoreSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CoreSettings(JobSettings):
     """Measure CORE (arXiv 2406.11794): the mean centered accuracy over 22 in-context tasks."""
 
     model: str = setting(help="name of the model in the store")
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     stage: Literal["base", "sft", "rl"] = setting("base", "stage whose newest checkpoint is evaluated")
     revision: str = setting("", "<stage>/step_<n> instead of the newest of a stage")
     bundle: str = setting(PUBLIC_BUNDLE, "evaluation bundle: a folder, s3://bucket/prefix, or the URL of a zip")
@@ -42,7 +41,6 @@ class CoreSettings:
     rank_timeout: float = setting(
         DEFAULT_TIMEOUT_SECONDS, "seconds after which a rank that does not answer ends the job", minimum=1.0
     )
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
 
 def run(settings: CoreSettings, store: Store, device: torch.device, ranks: Ranks) -> CoreResult:
@@ -90,10 +88,5 @@ def evaluate(settings: CoreSettings, show: Callable[[str], None]) -> CoreResult:
     return result
 
 
-def main() -> None:
-    settings = load(CoreSettings, prefix="NANOCHAT_CORE", program="python -m jobs.eval.core")
-    evaluate(settings, print)
-
-
 if __name__ == "__main__":
-    run_main(main, "python -m jobs.eval.core")
+    run_program("jobs.eval.core", "core", CoreSettings, lambda settings: evaluate(settings, print))

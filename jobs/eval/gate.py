@@ -1,26 +1,24 @@
 """Decide whether a model may be promoted: ``python -m jobs.eval.gate --model demo --recipe demo``."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Literal
 
 from jobs.eval.checkpoints import newest_tuned
+from jobs.program import JobSettings, run_program
 from jobs.promotion.decisions import Decision
 from jobs.promotion.gate import EXIT_REFUSED, decide
 from jobs.promotion.rules import DEFAULT_NO_WORSE, Gate
 from jobs.recipes import find_recipe
-from nanochat_core import logs
 from nanochat_core.checkpoint import CheckpointRef, check_model_name, load_checkpoint
-from nanochat_core.errors import run_main
-from nanochat_core.settings import load, setting
-from nanochat_core.store import DEFAULT_HOME, open_store
+from nanochat_core.settings import setting
+from nanochat_core.store import open_store
 
 _MARKS = {True: "holds", False: "fails", None: "n/a"}
 
 
-@dataclasses.dataclass(frozen=True)
-class GateSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GateSettings(JobSettings):
     """Decide from its metrics whether a checkpoint may be promoted; the exit code is 3 if it may not."""
 
     model: str = setting(help="name of the model in the store")
@@ -34,7 +32,6 @@ class GateSettings:
     )
     against: str = setting("", "model with whose promoted checkpoint to compare; empty for the model itself")
     promote: bool = setting(False, "promote the checkpoint if the rules allow it")
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe level that is logged")
 
     def gate(self) -> Gate:
@@ -65,12 +62,10 @@ def run(settings: GateSettings, show: Callable[[str], None]) -> Decision:
     return decision
 
 
-def main() -> int:
-    settings = load(GateSettings, prefix="NANOCHAT_GATE", program="python -m jobs.eval.gate")
-    logs.configure("gate", settings.log_level)
-    decision = run(settings, lambda line: print(line, file=sys.stdout))
-    return 0 if decision.accepted else EXIT_REFUSED
+def main(settings: GateSettings) -> None:
+    if not run(settings, print).accepted:
+        raise SystemExit(EXIT_REFUSED)
 
 
 if __name__ == "__main__":
-    run_main(main, "python -m jobs.eval.gate")
+    run_program("jobs.eval.gate", "gate", GateSettings, main)

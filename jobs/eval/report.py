@@ -3,26 +3,25 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from jobs.eval.checkpoints import newest_stages
 from jobs.eval.report_card.contents import gather
 from jobs.eval.report_card.plots import draw
+from jobs.program import JobSettings, run_program
 from jobs.promotion.decisions import folder
 from jobs.results.report_page.page import render
 from jobs.results.reports import report_json
-from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.cpu_setup import prepare_cpu
-from nanochat_core.errors import run_main
-from nanochat_core.settings import load, setting
-from nanochat_core.store import DEFAULT_HOME, Store, open_store
+from nanochat_core.settings import setting
+from nanochat_core.store import Store, open_store
 
 log = logging.getLogger("jobs.eval.report")
 
 
-@dataclasses.dataclass(frozen=True)
-class ReportSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportSettings(JobSettings):
     """Make the missing held-out evaluations, and write reports/<model>/ with report.md, report.json and plots."""
 
     model: str = setting(help="name of the model in the store")
@@ -30,7 +29,6 @@ class ReportSettings:
     recipe: str = setting(
         "", "recipe whose kinds of conversations are asked; empty for the recipe that trained the model"
     )
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     items: int = setting(200, "number of held-out conversations", minimum=7)
     text_bytes: int = setting(8_000_000, "number of bytes of held-out text", minimum=1)
     samples: int = setting(6, "number of text samples of the base model", minimum=1)
@@ -38,7 +36,6 @@ class ReportSettings:
         None, "price of an hour of the training machine; without it the report shows no cost", minimum=0.0
     )
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
 
 def run(settings: ReportSettings) -> dict[str, Any]:
@@ -90,11 +87,5 @@ def write_report(store: Store, report: Mapping[str, Any], histories: Mapping[str
         (target / "report.json").write_text(report_json({**report, "plots": plots}), encoding="utf-8")
 
 
-def main() -> None:
-    settings = load(ReportSettings, prefix="NANOCHAT_REPORT", program="python -m jobs.eval.report")
-    logs.configure("report", settings.log_level)
-    run(settings)
-
-
 if __name__ == "__main__":
-    run_main(main, "python -m jobs.eval.report")
+    run_program("jobs.eval.report", "report", ReportSettings, run)

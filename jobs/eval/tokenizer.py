@@ -1,7 +1,6 @@
 """Measure how well a tokenizer compresses text: ``python -m jobs.eval.tokenizer --tokenizer demo``."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,18 +15,16 @@ from jobs.measures.compression import (
     store_evaluation,
     texts_to_compare,
 )
-from nanochat_core import logs
-from nanochat_core.errors import run_main
-from nanochat_core.settings import load, setting
-from nanochat_core.store import DEFAULT_HOME, open_store
+from jobs.program import JobSettings, run_program
+from nanochat_core.settings import setting
+from nanochat_core.store import open_store
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizerEvalSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerEvalSettings(JobSettings):
     """Measure the bytes per token of a tokenizer of the store beside GPT-2's and GPT-4's."""
 
     tokenizer: str = setting(help="name of the tokenizer in the store")
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     dataset: str = setting("", "text dataset to measure on as well; empty for the tokenizer's training dataset")
     text_bytes: int = setting(TEXT_BYTES, "bytes of each split of the dataset", minimum=1)
     gpt2_file: str = setting("", "file of GPT-2's tokens (r50k_base.tiktoken or vocab.bpe); empty for tiktoken's cache")
@@ -46,11 +43,10 @@ def run(settings: TokenizerEvalSettings, show: Callable[[str], None]) -> None:
     show(render(settings.tokenizer, evaluation))
 
 
-def main() -> None:
-    settings = load(TokenizerEvalSettings, prefix="NANOCHAT_TOKENIZER_EVAL", program="python -m jobs.eval.tokenizer")
-    logs.configure("tokenizer-eval", settings.log_level)
-    run(settings, lambda line: print(line, end="", file=sys.stdout))
-
-
 if __name__ == "__main__":
-    run_main(main, "python -m jobs.eval.tokenizer")
+    run_program(
+        "jobs.eval.tokenizer",
+        "tokenizer-eval",
+        TokenizerEvalSettings,
+        lambda settings: run(settings, lambda line: print(line, end="")),
+    )

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any
 
 import pyarrow.compute as pc
 from tqdm import tqdm
@@ -14,10 +14,10 @@ from tqdm import tqdm
 from jobs.data.download import download, open_source
 from jobs.data.local_text import read_local_text
 from jobs.data.shards import MANIFEST, Shard, describe_shard, read_manifest, shard_keys, write_dataset
-from nanochat_core import logs
+from jobs.program import JobSettings, run_command
 from nanochat_core.errors import UserError, run_main
-from nanochat_core.settings import load, setting
-from nanochat_core.store import DEFAULT_HOME, Store, open_store
+from nanochat_core.settings import setting
+from nanochat_core.store import Store, open_store
 
 log = logging.getLogger("jobs.train.dataset")
 
@@ -25,46 +25,36 @@ PROGRAM = "python -m jobs.train.dataset"
 CLIMBMIX = "https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main/shard_{shard:05d}.parquet"
 CLIMBMIX_SHARDS = 6543
 
-S = TypeVar("S", "DownloadSettings", "ConvertSettings", "ValidateSettings")
 
-
-@dataclasses.dataclass(frozen=True)
-class DownloadSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DownloadSettings(JobSettings):
     """Download parquet shards into the store; the same command resumes an interrupted download."""
 
     dataset: str = setting(help="name for the dataset in the store")
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     source: str = setting(CLIMBMIX, "URL with {shard} in the place of the number, s3://bucket/prefix, or a folder")
     source_shards: int = setting(CLIMBMIX_SHARDS, "shards at the URL; the last one is the validation split", minimum=2)
     shards: str = setting("0-169", "training shards to download: numbers and ranges, comma separated")
     parallel: int = setting(8, "number of shards that are downloaded at the same time", minimum=1, maximum=64)
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
 
-@dataclasses.dataclass(frozen=True)
-class ConvertSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertSettings(JobSettings):
     """Convert local parquet, JSONL or plain text files to shards in the store."""
 
     data: str = setting(help="file or folder of parquet, JSONL or plain text")
     dataset: str = setting(help="name for the dataset in the store")
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
 
-@dataclasses.dataclass(frozen=True)
-class ValidateSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidateSettings(JobSettings):
     """Read every document of a dataset and compare its shards with the manifest."""
 
     dataset: str = setting(help="name of the dataset in the store")
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
 
-@dataclasses.dataclass(frozen=True)
-class ListSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ListSettings(JobSettings):
     """List the datasets of the store."""
-
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,14 +121,7 @@ def shard_numbers(text: str) -> list[int]:
     return sorted(numbers)
 
 
-def _load(kind: type[S], command: str, argv: list[str]) -> S:
-    settings = load(kind, prefix="NANOCHAT_DATASET", program=f"{PROGRAM} {command}", argv=argv)
-    logs.configure("dataset", settings.log_level)
-    return settings
-
-
-def _download(argv: list[str]) -> None:
-    settings = _load(DownloadSettings, "download", argv)
+def _download(settings: DownloadSettings) -> None:
     numbers = shard_numbers(settings.shards)
     source = open_source(settings.source, settings.source_shards)
     store = open_store(settings.home)
@@ -154,8 +137,7 @@ def _download(argv: list[str]) -> None:
     )
 
 
-def _convert(argv: list[str]) -> None:
-    settings = _load(ConvertSettings, "convert", argv)
+def _convert(settings: ConvertSettings) -> None:
     store = open_store(settings.home)
     if store.keys(f"data/{settings.dataset}"):
         raise UserError(
@@ -176,14 +158,12 @@ def _convert(argv: list[str]) -> None:
     )
 
 
-def _validate(argv: list[str]) -> None:
-    settings = _load(ValidateSettings, "validate", argv)
+def _validate(settings: ValidateSettings) -> None:
     contents = validate(open_store(settings.home), settings.dataset)
     log.info("dataset is valid", extra={"dataset": settings.dataset, **dataclasses.asdict(contents)})
 
 
-def _list(argv: list[str]) -> None:
-    settings = load(ListSettings, prefix="NANOCHAT_DATASET", program=f"{PROGRAM} list", argv=argv)
+def _list(settings: ListSettings) -> None:
     store = open_store(settings.home)
     names = sorted({key.split("/")[1] for key in store.keys("data") if key.endswith(".parquet")})
     print(f"{'dataset':<24}{'shards':>8}{'documents':>14}{'MB':>10}  source")
@@ -198,11 +178,11 @@ def _list(argv: list[str]) -> None:
         print(f"{name:<24}{len(shards):>8}{documents:>14,}{size:>10,.1f}  {manifest.source}{note}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "download": _download,
-    "convert": _convert,
-    "validate": _validate,
-    "list": _list,
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
+    "download": (DownloadSettings, _download),
+    "convert": (ConvertSettings, _convert),
+    "validate": (ValidateSettings, _validate),
+    "list": (ListSettings, _list),
 }
 
 
@@ -210,7 +190,7 @@ def main() -> None:
     command, *argv = sys.argv[1:] or [""]
     if command not in COMMANDS:
         raise UserError(f"give one of the commands {', '.join(COMMANDS)}; {PROGRAM} download --help lists its flags")
-    COMMANDS[command](argv)
+    run_command(f"jobs.train.dataset {command}", "dataset", *COMMANDS[command], argv)
 
 
 if __name__ == "__main__":

@@ -5,22 +5,22 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
+from jobs.program import JobSettings, run_program
 from jobs.train.upstream.checkpoint import UpstreamCheckpoint, convert, find_step, model_config, read_upstream
 from jobs.train.upstream.tokenizer import read_upstream_tokenizer
-from nanochat_core import logs
 from nanochat_core.checkpoint import CheckpointRef, check_model_name, list_checkpoints
-from nanochat_core.errors import UserError, run_main
+from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
-from nanochat_core.settings import load, setting
-from nanochat_core.store import DEFAULT_HOME, open_store
+from nanochat_core.settings import setting
+from nanochat_core.store import open_store
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 
 log = logging.getLogger("jobs.train.import_nanochat")
 
 
-@dataclasses.dataclass(frozen=True)
-class ImportSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportSettings(JobSettings):
     """Import a checkpoint of karpathy/nanochat into the store."""
 
     folder: str = setting(help="upstream's checkpoint folder, such as ~/.cache/nanochat/base_checkpoints/d20")
@@ -28,8 +28,6 @@ class ImportSettings:
     model: str = setting(help="name of the model in the store")
     step: int | None = setting(None, "step of the checkpoint in the folder; the last one by default", minimum=0)
     stage: Literal["base", "sft", "rl"] = setting("base", "training stage that the checkpoint is from")
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
 
 def import_checkpoint(settings: ImportSettings) -> CheckpointRef:
@@ -73,11 +71,5 @@ def _meta(source: UpstreamCheckpoint, model: GPT, tokenizer: Tokenizer, step: in
     }
 
 
-def main() -> None:
-    settings = load(ImportSettings, prefix="NANOCHAT_IMPORT", program="python -m jobs.train.import_nanochat")
-    logs.configure("import", settings.log_level)
-    import_checkpoint(settings)
-
-
 if __name__ == "__main__":
-    run_main(main, "python -m jobs.train.import_nanochat")
+    run_program("jobs.train.import_nanochat", "import", ImportSettings, import_checkpoint)

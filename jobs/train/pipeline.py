@@ -17,6 +17,7 @@ import torch
 from jobs.data.local_text import local_text_digest
 from jobs.data.shards import dataset_digest, has_shards, read_manifest
 from jobs.data.tokenizers import load_tokenizer, trained_on
+from jobs.program import JobSettings, run_program
 from jobs.promotion.decisions import latest_decision
 from jobs.promotion.gate import EXIT_REFUSED, decide
 from jobs.recipes import RECIPES, Flags, Recipe
@@ -26,17 +27,16 @@ from jobs.tasks.registry import open_problems
 from jobs.train import pretrain, rl, sft
 from jobs.train.batches.mixtures import Mixture
 from jobs.train.launcher import Launcher
-from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint, check_model_name, newest_checkpoint, promoted
-from nanochat_core.errors import UserError, run_main
-from nanochat_core.settings import load, setting
-from nanochat_core.store import DEFAULT_HOME, Store, open_store
+from nanochat_core.errors import UserError
+from nanochat_core.settings import setting
+from nanochat_core.store import Store, open_store
 
 log = logging.getLogger("jobs.train.pipeline")
 
 
-@dataclasses.dataclass(frozen=True)
-class PipelineSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineSettings(JobSettings):
     """Run every stage of a recipe: data, tokenizer, training, evaluation, report, promotion."""
 
     recipe: Literal["demo", "small", "speedrun"] = setting(
@@ -45,10 +45,8 @@ class PipelineSettings:
     model: str = setting("", "name of the model in the store; the recipe's name by default")
     data: str = setting("", "file or folder of parquet, JSONL or plain text to train on")
     rl: bool = setting(False, "also train the fine-tuned model by reinforcement learning on the recipe's task")
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     ranks: int = setting(0, "processes that train together on this machine; 0 starts one for each GPU", minimum=0)
     threads: int = setting(0, "CPU threads of the training stages; 0 leaves the choice to torch", minimum=0)
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
 
 class Pipeline:
@@ -227,11 +225,5 @@ class Pipeline:
         return {"threads": self.settings.threads} if self.settings.threads else {}
 
 
-def main() -> None:
-    settings = load(PipelineSettings, prefix="NANOCHAT_PIPELINE", program="python -m jobs.train.pipeline")
-    logs.configure("pipeline", settings.log_level)
-    Pipeline(settings, RECIPES[settings.recipe]).run()
-
-
 if __name__ == "__main__":
-    run_main(main, "python -m jobs.train.pipeline")
+    run_program("jobs.train.pipeline", "pipeline", PipelineSettings, lambda s: Pipeline(s, RECIPES[s.recipe]).run())

@@ -8,9 +8,10 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from jobs.data.tokenizers import load_tokenizer
+from jobs.program import JobSettings
 from jobs.train import pretrain
 from jobs.train.studies.report import Laws, Miniseries, write_report
 from jobs.train.studies.study import Failure, PlannedRun, Result, Study, plan_run
@@ -18,7 +19,7 @@ from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.settings import load, setting
-from nanochat_core.store import DEFAULT_HOME, Store, open_store
+from nanochat_core.store import Store, open_store
 
 _PROGRAM = "python -m jobs.train.scaling"
 _OWN_FLAGS = ("--home", "--model", "--dataset", "--tokenizer", "--depth", "--target-flops")
@@ -27,15 +28,13 @@ log = logging.getLogger("jobs.train.scaling")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StudySettings:
+class StudySettings(JobSettings):
     """Settings of every study."""
 
     depths: tuple[str, ...] = setting(help="depths to train, comma separated")
     dataset: str = setting(help="name of the text dataset in the store")
     tokenizer: str = setting(help="name of the tokenizer in the store")
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     ranks: int = setting(1, "processes of this machine that train a run together, one for each GPU", minimum=1)
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
     def __post_init__(self) -> None:
         numbers("--depths", self.depths, int)

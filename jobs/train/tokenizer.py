@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from typing import Literal
 
 import rustbpe
 
@@ -20,26 +19,24 @@ from jobs.measures.compression import (
     store_evaluation,
     texts_to_compare,
 )
-from nanochat_core import logs
-from nanochat_core.errors import UserError, run_main
-from nanochat_core.settings import load, setting
-from nanochat_core.store import DEFAULT_HOME, open_store
+from jobs.program import JobSettings, run_program
+from nanochat_core.errors import UserError
+from nanochat_core.settings import setting
+from nanochat_core.store import open_store
 from nanochat_core.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 log = logging.getLogger("jobs.train.tokenizer")
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizerSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerSettings(JobSettings):
     """Train a byte-level BPE tokenizer on a text dataset of the store."""
 
     dataset: str = setting(help="name of the dataset in the store")
     name: str = setting(help="name to save the tokenizer under")
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     vocab_size: int = setting(32768, "size of the vocabulary, including the nine special tokens", minimum=265)
     document_characters: int = setting(10_000, "characters used from the start of each document", minimum=1)
     total_characters: int = setting(2_000_000_000, "characters used in total", minimum=1)
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -72,6 +69,7 @@ def limited(texts: Iterable[str], document_characters: int, total_characters: in
 
 def train_and_save(settings: TokenizerSettings) -> Tokenizer:
     """Train a tokenizer, measure its compression of each domain of text, and save both."""
+    logging.getLogger("rustbpe").setLevel(logging.WARNING)  # It logs every percent of its merges.
     store = open_store(settings.home)
     started = time.monotonic()
     training = TextDataset(store, settings.dataset, "train")
@@ -97,12 +95,5 @@ def train_and_save(settings: TokenizerSettings) -> Tokenizer:
     return tokenizer
 
 
-def main() -> None:
-    settings = load(TokenizerSettings, prefix="NANOCHAT_TOKENIZER", program="python -m jobs.train.tokenizer")
-    logs.configure("tokenizer", settings.log_level)
-    logging.getLogger("rustbpe").setLevel(logging.WARNING)  # It logs every percent of its merges.
-    train_and_save(settings)
-
-
 if __name__ == "__main__":
-    run_main(main, "python -m jobs.train.tokenizer")
+    run_program("jobs.train.tokenizer", "tokenizer", TokenizerSettings, train_and_save)

@@ -11,20 +11,20 @@ from typing import Any, Literal
 
 import torch
 
+from jobs.program import JobSettings
 from jobs.train.loop.metrics import serve_metrics
 from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.cpu_setup import prepare_cpu
 from nanochat_core.settings import setting
-from nanochat_core.store import DEFAULT_HOME, Store, open_store
+from nanochat_core.store import Store, open_store
 from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, rank_device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class RunSettings(JobSettings):
     """Settings that may change when a run is resumed, because they do not change its result, apart from rounding."""
 
-    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to train on")
     device_batch_rows: int = setting(32, "rows per forward pass on one device", minimum=1)
     attention: Literal["auto", "sdpa", "flex", "flash"] = setting("auto", "attention kernels; auto takes the fastest")
@@ -42,7 +42,6 @@ class RunSettings:
         DEFAULT_TIMEOUT_SECONDS, "seconds after which a rank that does not answer ends the job", minimum=1.0
     )
     metrics_port: int = setting(0, "port for Prometheus metrics; 0 serves none", minimum=0, maximum=65535)
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from jobs.measures.machine import describe_machine
+from jobs.program import run_program
 from jobs.train.batches.loader import BatchSource, PackedLoader
 from jobs.train.loop.run import Evaluation, RunConfig
 from jobs.train.loop.runtime import RunSettings, Runtime, open_runtime
@@ -18,10 +19,10 @@ from nanochat_core.attention import choose_attention
 from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.cpu_matmul import convert_to_onednn, onednn_is_faster
-from nanochat_core.errors import UserError, run_main
+from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.precision import choose_dtype
-from nanochat_core.settings import load, setting
+from nanochat_core.settings import setting
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.fp8 import convert_to_fp8
 from nanochat_core.training.optim import MuonAdamW, muon_dtype
@@ -47,14 +48,12 @@ SettingsT = TypeVar("SettingsT", bound=StageSettings)
 
 def run_stage(name: str, settings_class: type[SettingsT], train: Callable[[SettingsT, Runtime], object]) -> None:
     """Run the training program ``jobs.train.<name>``, with settings from its flags and environment variables."""
-    program = f"python -m jobs.train.{name}"
 
-    def main() -> None:
-        settings = load(settings_class, prefix=f"NANOCHAT_{name.upper()}", program=program)
+    def main(settings: SettingsT) -> None:
         with open_runtime(name, settings, settings.model) as runtime:
             train(settings, runtime)
 
-    run_main(main, program)
+    run_program(f"jobs.train.{name}", name, settings_class, main)
 
 
 class Stage:

@@ -1,0 +1,53 @@
+"""What the programs of the jobs share: two settings, and how a program starts and ends."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
+
+from nanochat_core import logs
+from nanochat_core.errors import run_main
+from nanochat_core.settings import load, setting
+from nanochat_core.store import DEFAULT_HOME
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """Settings that every job has."""
+
+    home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
+
+
+SettingsT = TypeVar("SettingsT", bound=JobSettings)
+
+
+def run_program(
+    module: str,
+    name: str,
+    settings_class: type[SettingsT],
+    run: Callable[[SettingsT], object],
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Run the program ``python -m <module>`` to its end: :func:`run_command` within :func:`run_main`."""
+    run_main(lambda: run_command(module, name, settings_class, run, argv), f"python -m {module}")
+
+
+def run_command(
+    command: str,
+    name: str,
+    settings_class: type[SettingsT],
+    run: Callable[[SettingsT], object],
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Read the settings from flags and environment variables, start the logs, and call ``run``.
+
+    Args:
+        command: module and subcommand for the usage text, such as ``jobs.train.dataset list``.
+        name: name of the program in its log lines, such as ``chat-eval``. Its environment variables then begin with
+            ``NANOCHAT_CHAT_EVAL``.
+        argv: arguments instead of those of the command line.
+    """
+    prefix = f"NANOCHAT_{name.upper().replace('-', '_')}"
+    settings = load(settings_class, prefix=prefix, program=f"python -m {command}", argv=argv)
+    logs.configure(name, settings.log_level)
+    run(settings)
