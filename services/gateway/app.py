@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 
 from services.gateway.api import chat, completions, docs, models, probes, report, tokens
 from services.gateway.api.web_page import WebPage
-from services.gateway.engines.pool import EnginePool
+from services.gateway.engines.routing import EnginePool
 from services.gateway.errors import ClientGone, on_client_gone, on_http_error, on_validation_error
 from services.gateway.metrics import Metrics
 from services.gateway.middleware.body_limit import BodyLimit

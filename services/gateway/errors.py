@@ -145,13 +145,13 @@ def from_validation(error: RequestValidationError, content_type: str) -> ApiErro
         if "json" not in content_type:
             return bad_request("Send the request body as JSON, with the header Content-Type: application/json.", None)
         return bad_request("The request body must be a JSON object.", None)
-    param = parameter_name(location)
+    param = _parameter_name(location)
     if first["type"] == "missing":
         return bad_request(f"Missing required parameter: {param}.", param, "missing_required_parameter")
     return invalid_value(f"Invalid {param}: {first['msg']}.", param)
 
 
-def parameter_name(location: Sequence[str | int]) -> str:
+def _parameter_name(location: Sequence[str | int]) -> str:
     """Writes ``("messages", 0, "content")`` as ``messages[0].content``."""
     name = ""
     for step in location:

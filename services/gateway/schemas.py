@@ -1,14 +1,12 @@
 """Request bodies of the API, with all checks that don't depend on the model."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NoReturn, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from services.gateway.errors import bad_request, invalid_value, parameter_name
+from services.gateway.errors import bad_request, invalid_value
 
 MAX_STOP_STRINGS = 4
 # The gateway compares each new piece of text with the stop strings, so their length must have a bound.
@@ -86,6 +84,14 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
+def _refuse(model: _Model, unsupported: Mapping[str, tuple[Any, ...]], prefix: str = "") -> None:
+    """Refuses fields that the server would have to ignore although they change the answer."""
+    for name, value in (model.model_extra or {}).items():
+        if name in unsupported and value is not None and value not in unsupported[name]:
+            param = f"{prefix}{name}"
+            raise bad_request(f"{param} is not supported by this server.", param, "unsupported_parameter")
+
+
 class TextPart(_Model):
     """A part of a message's content."""
 
@@ -116,7 +122,7 @@ class ToolEvent(_Model):
     duration_seconds: float | None = Field(None, description="result: how long the code ran")
 
     @model_validator(mode="after")
-    def _complete(self) -> ToolEvent:
+    def _complete(self) -> Self:
         if self.type == "call" and (self.code is None or self.offset is None):
             _reject("a call needs code and offset")
         if self.type == "result" and self.output is None:
@@ -140,7 +146,7 @@ class ChatMessage(_Model):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> ChatMessage:
+    def _consistent(self) -> Self:
         if self.role != "assistant":
             if self.content is None:
                 _reject(f"a {self.role} message needs content")
@@ -149,6 +155,12 @@ class ChatMessage(_Model):
         elif self.content is None and self.nanochat is None and not self.model_extra:
             _reject("an assistant message needs content")
         return self
+
+
+def refuse_unsupported_messages(messages: Sequence[ChatMessage]) -> None:
+    """Raises an :class:`ApiError` with status 400 for a message's field that this server doesn't support."""
+    for i, message in enumerate(messages):
+        _refuse(message, _UNSUPPORTED_IN_MESSAGE, f"messages[{i}].")
 
 
 class StreamOptions(_Model):
@@ -173,7 +185,7 @@ class ResponseFormat(_Model):
     json_schema: JsonSchemaFormat | None = None
 
     @model_validator(mode="after")
-    def _complete(self) -> ResponseFormat:
+    def _complete(self) -> Self:
         if self.type == "json_schema" and self.json_schema is None:
             param = "response_format.json_schema"
             raise bad_request(f"Missing required parameter: {param}.", param, "missing_required_parameter")
@@ -231,11 +243,13 @@ class ChatRequest(SamplingRequest):
     top_logprobs: int | None = Field(None, ge=0, le=20, description="likeliest alternatives to report for each token")
 
     @model_validator(mode="after")
-    def _consistent(self) -> ChatRequest:
+    def _consistent(self) -> Self:
         if self.regex is not None and self.response_format is not None and self.response_format.type != "text":
             raise invalid_value("Give either response_format or regex.", "regex")
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid_value("top_logprobs needs logprobs to be true.", "top_logprobs")
+        _refuse(self, _UNSUPPORTED)
+        refuse_unsupported_messages(self.messages)
         return self
 
 
@@ -251,6 +265,11 @@ class CompletionRequest(SamplingRequest):
         None, ge=0, le=20, description="report log probabilities, with this many alternatives for each token"
     )
 
+    @model_validator(mode="after")
+    def _supported(self) -> Self:
+        _refuse(self, _UNSUPPORTED)
+        return self
+
 
 class TokenizeRequest(_Model):
     """Body of `POST /tokenize`."""
@@ -264,7 +283,7 @@ class TokenizeRequest(_Model):
     return_token_strs: bool | None = Field(None, description="also give the text of each token")
 
     @model_validator(mode="after")
-    def _one_of(self) -> TokenizeRequest:
+    def _one_of(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise invalid_value("Give either prompt or messages.", "prompt")
         return self
@@ -277,33 +296,3 @@ class DetokenizeRequest(_Model):
 
     model: str | None = None
     tokens: list[Annotated[int, Field(ge=0)]]
-
-
-def refuse_unsupported(request: SamplingRequest) -> None:
-    """Refuses parameters that the server would have to ignore although they change the answer.
-
-    Raises:
-        ApiError: 400 with the parameter's name.
-    """
-    _refuse_extra(request.model_extra, _UNSUPPORTED, ())
-    if isinstance(request, ChatRequest):
-        refuse_unsupported_messages(request.messages)
-
-
-def refuse_unsupported_messages(messages: list[ChatMessage]) -> None:
-    """Refuses fields of messages that the server would have to ignore although they change the answer.
-
-    Raises:
-        ApiError: 400 with the field's name.
-    """
-    for i, message in enumerate(messages):
-        _refuse_extra(message.model_extra, _UNSUPPORTED_IN_MESSAGE, ("messages", i))
-
-
-def _refuse_extra(
-    extra: Mapping[str, Any] | None, unsupported: Mapping[str, tuple[Any, ...]], location: tuple[str | int, ...]
-) -> None:
-    for name, value in (extra or {}).items():
-        if name in unsupported and value is not None and value not in unsupported[name]:
-            param = parameter_name((*location, name))
-            raise bad_request(f"{param} is not supported by this server.", param, "unsupported_parameter")

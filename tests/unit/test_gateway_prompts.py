@@ -5,16 +5,17 @@ from typing import Any
 import pytest
 
 from nanochat_core.chat import AssistantStream, render_prompt
+from nanochat_core.protos import engine_pb2
 from nanochat_core.tokenizer import Tokenizer
 from services.gateway.api.chat import conversation
+from services.gateway.engines.replica import ServedModel
 from services.gateway.engines.request import encode_chat, encode_text
-from services.gateway.engines.served_model import ServedModel
 from services.gateway.errors import ApiError
 from services.gateway.schemas import ChatMessage
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell", b"hello"])
 SPECIAL = TOKENIZER.special_ids
-MODEL = ServedModel("nano", "sft/step_1", 64, 1000, "float32", 0, "fp_0", TOKENIZER)
+MODEL = ServedModel(engine_pb2.ModelInfo(name="nano", context_length=64), TOKENIZER)
 
 
 def messages(*pairs: tuple[str, object]) -> list[ChatMessage]:

@@ -10,88 +10,60 @@ from services.gateway.metrics import Metrics
 from services.gateway.middleware.request_log import RequestRecord
 
 
-class Choices:
-    """``n`` continuations of a prompt.
+async def decode_choices(
+    generation: Generation, metrics: Metrics, record: RequestRecord, *, n: int, stops: Sequence[str], raw: bool
+) -> AsyncIterator[tuple[int, Delta]]:
+    """Yields ``(choice index, delta)`` until each of the prompt's ``n`` choices is finished.
 
-    Attributes:
-        model: the model that answers.
-        prompt_tokens: number of tokens of the prompt.
-        cached_prompt_tokens: number of the prompt's tokens that the engine found in its prefix cache.
+    Args:
+        record: gets the model and the token counts.
+        stops, raw: see :class:`~services.gateway.answer.choice_decoder.ChoiceDecoder`.
+
+    Raises:
+        ApiError: the engine failed.
     """
-
-    def __init__(
-        self,
-        generation: Generation,
-        metrics: Metrics,
-        record: RequestRecord,
-        *,
-        n: int,
-        stops: Sequence[str],
-        raw: bool = False,
-    ) -> None:
-        """
-        Args:
-            record: gets the model and the token counts, for the request log.
-            n: number of choices.
-            stops, raw: see :class:`~services.gateway.answer.choice_decoder.ChoiceDecoder`.
-        """
-        self.model = generation.model
-        self.prompt_tokens = generation.prompt_tokens
-        self.cached_prompt_tokens = 0
-        self._generation = generation
-        self._metrics = metrics
-        self._record = record
-        self._decoders = [ChoiceDecoder(generation.model.tokenizer, stops, raw=raw) for _ in range(n)]
-        self._completion_tokens = [0] * n
-        self._last_seen: list[float | None] = [None] * n
-        record.model = generation.model.name
-        record.prompt_tokens += generation.prompt_tokens
-
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens of all choices so far."""
-        return sum(self._completion_tokens)
-
-    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """Yields ``(choice index, delta)`` until every choice is finished.
-
-        Raises:
-            ApiError: the engine failed.
-        """
-        unfinished = len(self._decoders)
-        while (chunk := await self._generation.read()) is not None:
-            index = chunk.index
-            decoder = self._decoders[index]
-            if chunk.tokens:
-                self._measure(len(chunk.tokens), index)
-            if decoder.finish_reason is not None:
-                continue
-            delta = decoder.feed(chunk)
-            # A stop string ends a choice before the engine has counted its tokens.
-            counted = chunk.usage.completion_tokens if chunk.HasField("usage") else decoder.token_count
-            self._record.completion_tokens += counted - self._completion_tokens[index]
-            self._completion_tokens[index] = counted
-            if chunk.HasField("usage"):
-                self.cached_prompt_tokens = max(self.cached_prompt_tokens, chunk.usage.cached_prompt_tokens)
-            if delta.finish_reason is not None:
-                unfinished -= 1
-                self._metrics.finished.labels(delta.finish_reason).inc()
-            yield index, delta
-            if not unfinished:
-                return
-        if unfinished:
+    record.model = generation.model.info.name
+    record.prompt_tokens += generation.prompt_tokens
+    decoders = [ChoiceDecoder(generation.model.tokenizer, stops, raw=raw) for _ in range(n)]
+    completion_tokens = [0] * n
+    cached_prompt_tokens = 0
+    last_seen: list[float | None] = [None] * n
+    unfinished = n
+    while unfinished:
+        chunk = await generation.read()
+        if chunk is None:
             raise ApiError(500, "The engine ended the answer without finishing it.", code="engine_error")
+        index = chunk.index
+        decoder = decoders[index]
+        if chunk.tokens:
+            now = time.perf_counter()
+            _measure(len(chunk.tokens), now, last_seen[index], metrics, record)
+            last_seen[index] = now
+        if decoder.finish_reason is not None:
+            continue
+        delta = decoder.feed(chunk)
+        # A stop string ends a choice before the engine has counted its tokens.
+        counted = decoder.token_count
+        if chunk.HasField("usage"):
+            counted = chunk.usage.completion_tokens
+            # The cached tokens of a prompt count once, however many choices it has.
+            record.cached_prompt_tokens += max(0, chunk.usage.cached_prompt_tokens - cached_prompt_tokens)
+            cached_prompt_tokens = max(cached_prompt_tokens, chunk.usage.cached_prompt_tokens)
+        record.completion_tokens += counted - completion_tokens[index]
+        completion_tokens[index] = counted
+        if delta.finish_reason is not None:
+            unfinished -= 1
+            metrics.finished.labels(delta.finish_reason).inc()
+        yield index, delta
 
-    def _measure(self, tokens: int, index: int) -> None:
-        """Observes the latency of ``tokens`` tokens that have just arrived."""
-        now = time.perf_counter()
-        before = self._last_seen[index]
-        if before is not None:
-            # Tokens that arrive together share the wait.
-            for _ in range(tokens):
-                self._metrics.inter_token_seconds.observe((now - before) / tokens)
-        elif not self._record.first_token_seen:
-            self._record.first_token_seen = True
-            self._metrics.first_token_seconds.observe(now - self._record.started)
-        self._last_seen[index] = now
-        self._metrics.generation_tokens.inc(tokens)
+
+def _measure(tokens: int, now: float, before: float | None, metrics: Metrics, record: RequestRecord) -> None:
+    """Observes the latency of ``tokens`` tokens of a choice that have just arrived."""
+    if before is not None:
+        # Tokens that arrive together share the wait.
+        for _ in range(tokens):
+            metrics.inter_token_seconds.observe((now - before) / tokens)
+    elif not record.first_token_seen:
+        record.first_token_seen = True
+        metrics.first_token_seconds.observe(now - record.started)
+    metrics.generation_tokens.inc(tokens)

@@ -1,6 +1,7 @@
 """Answers that take time: server-sent events, heartbeats, and clients that leave before the end."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine
@@ -28,7 +29,7 @@ async def supervise(work: Coroutine[Any, Any, T], receive: Receive, drain: Drain
 
     Raises:
         ClientGone: the client left first.
-        ApiError: 503 if the gateway is shutting down; otherwise the error of ``work``.
+        ApiError: 503 if the gateway is shutting down.
     """
     if drain.draining:
         work.close()
@@ -68,12 +69,7 @@ class EventStream(Response):
     """
 
     def __init__(
-        self,
-        events: AsyncGenerator[bytes, None],
-        *,
-        drain: Drain,
-        record: RequestRecord,
-        heartbeat_seconds: float,
+        self, events: AsyncGenerator[bytes, None], drain: Drain, record: RequestRecord, heartbeat_seconds: float
     ) -> None:
         """
         Args:
@@ -93,24 +89,23 @@ class EventStream(Response):
         self._sending = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        heartbeat = asyncio.ensure_future(self._beat(send))
         try:
             await supervise(self._write(send), receive, self._drain, self._record)
         except ClientGone:
             return
         except Exception as error:
-            await _cancel(heartbeat)
             await self._fail(error, scope, receive, send)
         else:
-            await _cancel(heartbeat)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            await _cancel(heartbeat)
-            await self._events.aclose()
 
     async def _write(self, send: Send) -> None:
-        async for data in self._events:
-            await self._send(send, data)
+        heartbeat = asyncio.ensure_future(self._beat(send))
+        try:
+            async with contextlib.aclosing(self._events) as events:
+                async for data in events:
+                    await self._send(send, data)
+        finally:
+            await _cancel(heartbeat)
 
     async def _beat(self, send: Send) -> None:
         self._last_sent = time.monotonic()

@@ -11,36 +11,30 @@ T = TypeVar("T")
 _AHEAD = 16
 
 
-class _End:
-    pass
-
-
 async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
     """Yields the items of all sources as they arrive; the items of one source keep their order.
 
     The first error of a source closes the other sources and is raised. Closing the merged stream closes the sources.
     """
-    queue: asyncio.Queue[T | Exception | _End] = asyncio.Queue(_AHEAD)
+    queue: asyncio.Queue[T | Exception] = asyncio.Queue(_AHEAD)
 
     async def pump(source: AsyncGenerator[T, None]) -> None:
         async with contextlib.aclosing(source):
             try:
-                async for item in source:
-                    await queue.put(item)
-            except Exception as error:
+                while True:
+                    await queue.put(await anext(source))
+            except Exception as error:  # StopAsyncIteration at the end of the source
                 await queue.put(error)
-            else:
-                await queue.put(_End())
 
     pumps = [asyncio.create_task(pump(source)) for source in sources]
     try:
         running = len(pumps)
         while running:
             got = await queue.get()
-            if isinstance(got, Exception):
-                raise got
-            if isinstance(got, _End):
+            if isinstance(got, StopAsyncIteration):
                 running -= 1
+            elif isinstance(got, Exception):
+                raise got
             else:
                 yield got
     finally:

@@ -2,6 +2,7 @@
 
 import abc
 import contextlib
+import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
@@ -13,14 +14,11 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from services.gateway.answer.choice_decoder import Delta
-from services.gateway.answer.choices import Choices
+from services.gateway.answer.choices import decode_choices
 from services.gateway.answer.event_stream import EventStream, supervise
 from services.gateway.answer.merge import merge
-from services.gateway.answer.usage import usage
-from services.gateway.engines.pool import EnginePool
-from services.gateway.engines.request import choose_seed
-from services.gateway.engines.routing import generate
-from services.gateway.engines.served_model import ServedModel
+from services.gateway.engines.replica import ServedModel
+from services.gateway.engines.routing import EnginePool, generate
 from services.gateway.middleware.drain import Drain
 from services.gateway.middleware.request_log import RequestRecord
 from services.gateway.schemas import ChatRequest, CompletionRequest
@@ -54,15 +52,16 @@ class Answer(abc.ABC):
         """
         Args:
             prompts: for each prompt, a function that returns the prompt's token ids for a model.
-            record: gets the model and the token counts, for the request log.
+            record: gets the model and the token counts.
         """
         self._pool = pool
         self.body = body
         self._prompts = prompts
         self._record = record
         self._n = body.n or 1
-        self._seed = choose_seed(body)
-        self._choices: dict[int, Choices] = {}
+        # The engine gets a seed in any case, because only a known seed lets another replica continue a stream.
+        self._seed = secrets.randbits(64) if body.seed is None else body.seed
+        self._models: dict[int, ServedModel] = {}
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
@@ -86,8 +85,7 @@ class Answer(abc.ABC):
             ApiError: the request doesn't fit the model, the engine failed, or the gateway is shutting down.
         """
         if self.body.stream:
-            seconds = self._pool.settings.heartbeat_seconds
-            return EventStream(self._stream(), drain=drain, record=self._record, heartbeat_seconds=seconds)
+            return EventStream(self._stream(), drain, self._record, self._pool.settings.heartbeat_seconds)
         return JSONResponse(await supervise(self._collect(), receive, drain, self._record))
 
     async def _stream(self) -> AsyncGenerator[bytes, None]:
@@ -123,17 +121,23 @@ class Answer(abc.ABC):
         # Each prompt has a seed of its own, so that equal prompts get different answers.
         seed = self._seed + k
         async with generate(self._pool, body, self._prompts[k], request_id=record.request_id, seed=seed) as generation:
-            metrics, stops, raw = self._pool.metrics, body.stop or (), self.raw
-            self._choices[k] = choices = Choices(generation, metrics, record, n=n, stops=stops, raw=raw)
-            async for index, delta in choices.deltas():
+            self._models[k] = generation.model
+            deltas = decode_choices(generation, self._pool.metrics, record, n=n, stops=body.stop or (), raw=self.raw)
+            async for index, delta in deltas:
                 yield k * n + index, delta
 
     def model(self, index: int) -> ServedModel:
         """Returns the model that writes the choice."""
-        return self._choices[index // self._n].model
+        return self._models[index // self._n]
 
     def _usage(self) -> dict[str, Any]:
-        return usage(list(self._choices.values()))
+        record = self._record
+        return {
+            "prompt_tokens": record.prompt_tokens,
+            "completion_tokens": record.completion_tokens,
+            "total_tokens": record.prompt_tokens + record.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": record.cached_prompt_tokens},
+        }
 
     def _response(self, kind: str, index: int, choices: list[dict[str, Any]]) -> dict[str, Any]:
         model = self.model(index)
@@ -141,7 +145,7 @@ class Answer(abc.ABC):
             "id": self._id,
             "object": kind,
             "created": self._created,
-            "model": model.name,
+            "model": model.info.name,
             "system_fingerprint": model.fingerprint,
             "choices": choices,
         }

@@ -14,7 +14,7 @@ from services.gateway.api.dependencies import DrainDep, PoolDep, RecordDep
 from services.gateway.api.examples import CHAT_RESPONSES
 from services.gateway.engines.request import check_choices, encode_chat
 from services.gateway.errors import invalid_value
-from services.gateway.schemas import ChatMessage, ChatRequest, ToolEvent, refuse_unsupported
+from services.gateway.schemas import ChatMessage, ChatRequest, ToolEvent
 
 router = APIRouter(tags=["OpenAI API"])
 
@@ -27,7 +27,6 @@ async def create_chat_completion(
 
     The model may run Python while it answers. `nanochat.tool_events` has the code that ran and its output.
     """
-    refuse_unsupported(body)
     check_choices(body.n or 1, pool.settings)
     prompt = functools.partial(encode_chat, turns=conversation(body.messages))
     return await _ChatAnswer(pool, body, [prompt], record).respond(request.receive, drain)

@@ -12,7 +12,7 @@ from services.gateway.answer.response import Answer
 from services.gateway.api.dependencies import DrainDep, PoolDep, RecordDep
 from services.gateway.api.examples import COMPLETION_RESPONSES
 from services.gateway.engines.request import check_choices, encode_prompt
-from services.gateway.schemas import CompletionRequest, refuse_unsupported
+from services.gateway.schemas import CompletionRequest
 
 router = APIRouter(tags=["OpenAI API"])
 
@@ -25,7 +25,6 @@ async def create_completion(
 
     A prompt of token ids is used unchanged. A text prompt gets the token that begins documents in front.
     """
-    refuse_unsupported(body)
     check_choices((body.n or 1) * len(body.prompt), pool.settings)
     prompts = [functools.partial(encode_prompt, prompt=prompt) for prompt in body.prompt]
     return await _CompletionAnswer(pool, body, prompts, record).respond(request.receive, drain)

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from services.gateway.api.dependencies import PoolDep
-from services.gateway.engines.served_model import ServedModel
+from services.gateway.engines.replica import ServedModel
 from services.gateway.errors import ERROR_RESPONSES, model_not_found, no_engine
 
 router = APIRouter(tags=["OpenAI API"], responses=ERROR_RESPONSES)
@@ -31,16 +31,17 @@ async def retrieve_model(model: str, pool: PoolDep) -> dict[str, Any]:
 
 
 def _describe(model: ServedModel) -> dict[str, Any]:
+    info = model.info
     return {
-        "id": model.name,
+        "id": info.name,
         "object": "model",
         "created": model.created,
         "owned_by": "nanochat",
         "nanochat": {
-            "revision": model.revision,
-            "context_length": model.context_length,
+            "revision": info.revision,
+            "context_length": info.context_length,
             "vocab_size": model.tokenizer.vocab_size,
-            "parameters": model.parameters,
-            "compute_dtype": model.compute_dtype,
+            "parameters": info.parameters,
+            "compute_dtype": info.compute_dtype,
         },
     }

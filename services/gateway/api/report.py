@@ -8,7 +8,6 @@ from fastapi.responses import FileResponse
 
 from nanochat_core.protos import engine_pb2
 from services.gateway.api.dependencies import PoolDep
-from services.gateway.engines.routing import select_replica
 from services.gateway.errors import ERROR_RESPONSES, ApiError, from_rpc
 
 router = APIRouter(tags=["Operations"], responses=ERROR_RESPONSES)
@@ -33,7 +32,7 @@ async def page(pool: PoolDep) -> Response:
 async def report_file(file: str, pool: PoolDep, model: str = "") -> Response:
     """`report.md` (Markdown) or one of its pictures. The headers `nanochat-model` and `nanochat-report-revision` name
     the model and the revision that the report describes; `nanochat-served-revision` names the one that serves now."""
-    replica, served = select_replica(pool, model)
+    replica, served = pool.select(model)
     try:
         report = await replica.stub.GetReport(engine_pb2.GetReportRequest(file=file), timeout=_TIMEOUT_SECONDS)
     except grpc.aio.AioRpcError as error:
@@ -47,7 +46,7 @@ async def report_file(file: str, pool: PoolDep, model: str = "") -> Response:
                     "Cache-Control": "no-cache",
                     "nanochat-model": report.model,
                     "nanochat-report-revision": report.revision,
-                    "nanochat-served-revision": served.revision,
+                    "nanochat-served-revision": served.info.revision,
                 },
             )
     raise _no_report(f"The report has no file {file!r}.")

@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
+import hashlib
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -14,7 +15,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2, engine_pb2_grpc
 from nanochat_core.tokenizer import Tokenizer
-from services.gateway.engines.served_model import ServedModel
 from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
 
@@ -22,6 +22,32 @@ logger = logging.getLogger(__name__)
 
 # People wait while an engine is down, so its return should be noticed soon.
 _DOWN_POLL_SECONDS = 0.5
+# Equal JSON gives the same object, so replicas of one model share a tokenizer.
+_load_tokenizer = functools.lru_cache(maxsize=4)(Tokenizer.from_json)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """One revision of a model as its engine describes it, with its tokenizer.
+
+    Attributes:
+        created: time when this gateway first saw the revision, in seconds since the epoch.
+    """
+
+    info: engine_pb2.ModelInfo
+    tokenizer: Tokenizer
+    created: int = 0
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identifies name, revision and files; OpenAI's ``system_fingerprint``."""
+        identity = repr((self.info.name, self.info.revision, sorted(self.info.digests.items())))
+        return "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+    @functools.cached_property
+    def longest_token_bytes(self) -> int:
+        """The largest number of bytes of a token."""
+        return max(map(len, self.tokenizer.token_bytes))
 
 
 class Replica:
@@ -42,12 +68,24 @@ class Replica:
         self._settings = settings
         self._up = metrics.engine_up.labels(address)
         self._up.set(0)
-        self._channel = grpc.aio.insecure_channel(address, options=_channel_options(settings))
+        self._channel = grpc.aio.insecure_channel(
+            address,
+            options=[
+                # Keepalive pings find out that a machine is gone while the gateway waits for an answer from it.
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                # gRPC waits up to two minutes between attempts by default; an engine that is back should serve at once.
+                ("grpc.initial_reconnect_backoff_ms", 200),
+                ("grpc.max_reconnect_backoff_ms", 2_000),
+                ("grpc.min_reconnect_backoff_ms", int(settings.connect_timeout_seconds * 1000)),
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", settings.max_message_bytes),
+            ],
+        )
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self.stub = engine_pb2_grpc.EngineStub(self._channel)
         self._healthy = False
         self._why_down = ""
-        self._info = engine_pb2.ModelInfo()
         self._next_model_check = 0.0
         self._own = 0  # sequences of this gateway that run or wait here
         self._others = 0  # sequences of other gateways, as of the last check
@@ -95,11 +133,7 @@ class Replica:
         self._up.set(0)
 
     async def _check(self) -> None:
-        """Reads the engine's health and load, and its model if it may have changed.
-
-        Raises:
-            grpc.aio.AioRpcError, UserError: see :meth:`refresh_model`.
-        """
+        """Reads the engine's health and load, and its model if it may have changed."""
         timeout = self._settings.connect_timeout_seconds
         status = (await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout)).status
         if status != health_pb2.HealthCheckResponse.SERVING:
@@ -107,7 +141,8 @@ class Replica:
             return
         load = await self.stub.GetLoad(engine_pb2.GetLoadRequest(), timeout=timeout)
         self._others = max(0, load.running + load.waiting + load.parked - self._own)
-        changed = load.revision not in ("", self._info.revision)  # older engines leave the field empty
+        revision = self.model.info.revision if self.model else ""
+        changed = load.revision not in ("", revision)  # older engines leave the field empty
         if not self.available or changed or time.monotonic() >= self._next_model_check:
             await self.refresh_model()
         if not self._healthy:
@@ -124,35 +159,13 @@ class Replica:
         """
         timeout = self._settings.connect_timeout_seconds
         info = await self.stub.GetModel(engine_pb2.GetModelRequest(), timeout=timeout)
-        if self.model is None or info != self._info:
+        if self.model is None or info != self.model.info:
             # Indexing a large vocabulary takes a while, and streams must not wait for it.
             tokenizer = await asyncio.to_thread(_load_tokenizer, info.tokenizer_json)
-            self.model = ServedModel.from_info(info, tokenizer, int(time.time()))
-            self._info = info
+            self.model = ServedModel(info, tokenizer, int(time.time()))
             logger.info("model", extra={"address": self.address, "model": info.name, "revision": info.revision})
         self._next_model_check = time.monotonic() + self._settings.model_poll_seconds
 
     async def close(self) -> None:
         """Closes the connection and cancels the calls that still run."""
         await self._channel.close()
-
-
-@functools.lru_cache(maxsize=4)
-def _load_tokenizer(stored: bytes) -> Tokenizer:
-    """Returns the same object for equal JSON, so that replicas of one model share a tokenizer."""
-    return Tokenizer.from_json(stored)
-
-
-def _channel_options(settings: GatewaySettings) -> list[tuple[str, Any]]:
-    connect_ms = int(settings.connect_timeout_seconds * 1000)
-    return [
-        # Keepalive pings find out that a machine is gone while the gateway waits for an answer from it.
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-        # gRPC's default waits up to two minutes between attempts; an engine that is back should be used at once.
-        ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.max_reconnect_backoff_ms", 2_000),
-        ("grpc.min_reconnect_backoff_ms", connect_ms),
-        ("grpc.max_receive_message_length", settings.max_message_bytes),
-        ("grpc.max_send_message_length", settings.max_message_bytes),
-    ]

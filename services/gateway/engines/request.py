@@ -2,31 +2,25 @@
 
 import asyncio
 import json
-import secrets
 from collections.abc import Callable, Sequence
 
 from nanochat_core.chat import Message, render_prompt, stop_token_ids
 from nanochat_core.protos import engine_pb2
 from nanochat_core.tokenizer import Tokenizer
-from services.gateway.engines.served_model import ServedModel
+from services.gateway.engines.replica import ServedModel
 from services.gateway.errors import ApiError, bad_request, invalid_value
-from services.gateway.schemas import ChatRequest, CompletionRequest, SamplingRequest
+from services.gateway.schemas import ChatRequest, CompletionRequest
 from services.gateway.settings import GatewaySettings
 
 # Encoding this many characters takes about as long as handing the work to a thread and back.
 _INLINE_CHARACTERS = 16_384
-_SEEDS = 2**64
 # The engine gets this value for a top_p of 0: the client means the narrowest choice, but the engine reads 0 as "off".
 _SMALLEST_TOP_P = 1e-6
 _BIAS_LIMIT = 100
 
 
 async def encode_chat(model: ServedModel, turns: Sequence[Message]) -> list[int]:
-    """Returns the token ids of the prompt that asks for the next assistant message.
-
-    Raises:
-        ApiError: 400 ``context_length_exceeded``.
-    """
+    """Returns the token ids of the prompt that asks for the next assistant message."""
     characters = sum(len(part.text) for turn in turns for part in turn.parts)
     ids = await _encode(model, characters, lambda tokenizer: render_prompt(tokenizer, turns), "messages")
     return check_length(model, ids, "messages")
@@ -36,15 +30,14 @@ async def encode_prompt(model: ServedModel, prompt: str | list[int]) -> list[int
     """Returns the token ids of a text that begins a document, or checks token ids that the client sent.
 
     Raises:
-        ApiError: 400 ``context_length_exceeded``, or 400 for an id that is no token of the model.
+        ApiError: 400 for an id that is no token of the model.
     """
     if isinstance(prompt, str):
         return check_length(model, await encode_text(model, prompt, bos=True), "prompt")
     size = model.tokenizer.vocab_size
     if max(prompt) >= size:
-        raise invalid_value(
-            f"prompt has the token id {max(prompt)}; {model.name} has ids from 0 to {size - 1}.", "prompt"
-        )
+        message = f"prompt has the token id {max(prompt)}; {model.info.name} has ids from 0 to {size - 1}."
+        raise invalid_value(message, "prompt")
     return check_length(model, prompt, "prompt")
 
 
@@ -64,7 +57,7 @@ async def _encode(
 ) -> list[int]:
     # Every character has at least one byte, which gives a lower bound of the token count without encoding.
     at_least = characters // model.longest_token_bytes
-    if at_least > model.context_length:
+    if at_least > model.info.context_length:
         raise _too_long(model, f"at least {at_least}", param)
     if characters <= _INLINE_CHARACTERS:
         return encode(model.tokenizer)
@@ -77,38 +70,25 @@ def check_length(model: ServedModel, ids: list[int], param: str) -> list[int]:
     Raises:
         ApiError: 400 ``context_length_exceeded`` with both numbers.
     """
-    if len(ids) >= model.context_length:
+    if len(ids) >= model.info.context_length:
         raise _too_long(model, str(len(ids)), param)
     return ids
 
 
 def _too_long(model: ServedModel, tokens: str, param: str) -> ApiError:
-    return bad_request(
-        f"The context of {model.name} is {model.context_length} tokens, answer included, and this request has "
-        f"{tokens} tokens. Shorten it.",
-        param,
-        "context_length_exceeded",
+    info = model.info
+    message = (
+        f"The context of {info.name} is {info.context_length} tokens, answer included, and this request has "
+        f"{tokens} tokens. Shorten it."
     )
+    return bad_request(message, param, "context_length_exceeded")
 
 
 def check_choices(choices: int, settings: GatewaySettings) -> None:
-    """Checks the number of continuations that one request asks for.
-
-    Raises:
-        ApiError: 400 if there are more than the settings allow.
-    """
+    """Raises an :class:`ApiError` with status 400 if a request asks for more continuations than the settings allow."""
     if choices > settings.max_choices:
-        raise invalid_value(
-            f"The request asks for {choices} answers; this server gives at most {settings.max_choices}.", "n"
-        )
-
-
-def choose_seed(request: SamplingRequest) -> int:
-    """Returns the request's seed, or a random one.
-
-    The engine gets a seed in any case, because only a known seed lets another replica continue a stream.
-    """
-    return request.seed % _SEEDS if request.seed is not None else secrets.randbits(64)
+        message = f"The request asks for {choices} answers; this server gives at most {settings.max_choices}."
+        raise invalid_value(message, "n")
 
 
 def engine_request(
@@ -124,7 +104,7 @@ def engine_request(
 
     Args:
         prompt: token ids, fewer than the context length.
-        seed: seed of this prompt's sampling.
+        seed: seed of this prompt's sampling; it counts modulo 2 to the power of 64.
 
     Raises:
         ApiError: 400 for a logit bias on an id that is no token of the model.
@@ -133,7 +113,7 @@ def engine_request(
     if isinstance(request, ChatRequest):
         limit = request.max_completion_tokens or limit
         alternatives = (request.top_logprobs or 0) if request.logprobs else None
-    room = model.context_length - len(prompt)
+    room = model.info.context_length - len(prompt)
     sampling = engine_pb2.SamplingParams(
         temperature=settings.default_temperature if request.temperature is None else request.temperature,
         top_k=max(request.top_k or 0, 0),
@@ -142,7 +122,7 @@ def engine_request(
         repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
-        seed=seed % _SEEDS,
+        seed=seed % 2**64,
         max_tokens=min(limit or settings.default_max_tokens or room, room),
         stop_token_ids=stop_token_ids(model.tokenizer),
         logprobs=alternatives,
@@ -155,7 +135,7 @@ def engine_request(
         n=request.n or 1,
         sampling=sampling,
         tools=engine_pb2.ToolPolicy(enabled=isinstance(request, ChatRequest)),
-        tokenizer_digest=model.tokenizer_digest,
+        tokenizer_digest=model.info.digests.get("tokenizer.json", ""),  # empty if the engine does not report it
     )
 
 

@@ -1,20 +1,21 @@
 """Sends a prompt to an engine: chooses a replica, fails over to another one, and reads the chunks."""
 
+import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from typing import Any
 
 import grpc
 
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2
-from services.gateway.engines.pool import EnginePool
-from services.gateway.engines.replica import Replica
+from services.gateway.engines.replica import Replica, ServedModel
 from services.gateway.engines.request import engine_request
-from services.gateway.engines.served_model import ServedModel
 from services.gateway.errors import ApiError, bad_request, from_rpc, model_not_found, no_engine
+from services.gateway.metrics import Metrics
 from services.gateway.schemas import ChatRequest, CompletionRequest
+from services.gateway.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
 
@@ -27,61 +28,62 @@ _FAILOVER_CODES = (
 )
 
 
-class Loaded(Protocol):
-    """The attributes by which :func:`least_loaded` compares replicas."""
-
-    @property
-    def load(self) -> int:
-        """Sequences that run or wait at the replica."""
-
-    @property
-    def last_picked(self) -> int:
-        """Number of the latest request sent to the replica. The replica with the smallest number has waited longest."""
-
-
-R = TypeVar("R", bound=Loaded)
-
-
-def least_loaded(replicas: Sequence[R]) -> R:
-    """Returns the replica with the fewest sequences; among equals, the one that waited longest for a request.
-
-    Args:
-        replicas: at least one.
-    """
+def least_loaded(replicas: Iterable[Replica]) -> Replica:
+    """Returns the replica with the fewest sequences; among equals, the one that waited longest for a request."""
     return min(replicas, key=lambda replica: (replica.load, replica.last_picked))
 
 
-def select_replica(
-    pool: EnginePool, name: str | None, exclude: Collection[Replica] = ()
-) -> tuple[Replica, ServedModel]:
-    """Chooses the replica for a request's next attempt.
+class EnginePool:
+    """The replicas and the tasks that watch them, with the gateway's settings and metrics."""
 
-    Args:
-        name: the model that the request asks for; None or an empty name selects the only model that is served.
-        exclude: replicas that have failed on this request.
+    def __init__(self, settings: GatewaySettings, metrics: Metrics) -> None:
+        """The caller must run inside the event loop that will use the pool."""
+        self.settings = settings
+        self.metrics = metrics
+        self._replicas = [Replica(address, settings, metrics) for address in settings.engine_addresses]
+        self._watches = [asyncio.create_task(replica.watch()) for replica in self._replicas]
 
-    Returns:
-        the replica and the model that it serves.
+    async def close(self) -> None:
+        """Stops watching and closes all connections."""
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+        for replica in self._replicas:
+            await replica.close()
 
-    Raises:
-        ApiError: 404 if no engine has the model, 400 if the request must name one of several models, 503 if no
-            replica is left.
-    """
-    any_model = not name or name in pool.settings.model_aliases
-    fitting = [replica for replica in pool.replicas if any_model or (replica.model and replica.model.name == name)]
-    ready = [replica for replica in fitting if replica.available and replica not in exclude]
-    if not ready:
-        known = {replica.model.name for replica in pool.replicas if replica.model}
-        if not fitting and known:
-            raise model_not_found(name or "", known)
-        raise no_engine()
-    names = {replica.model.name for replica in ready if replica.model}
-    if not name and len(names) > 1:
-        raise bad_request(f"Name the model to use: {', '.join(sorted(names))}.", "model", "model_required")
-    replica = least_loaded(ready)
-    replica.last_picked = 1 + max(other.last_picked for other in pool.replicas)
-    assert replica.model is not None, "an available replica has a model"
-    return replica, replica.model
+    def models(self) -> dict[str, ServedModel]:
+        """Returns the models that requests can use now, by name.
+
+        If the engines serve several revisions of a model, the result has the one that this gateway saw last.
+        """
+        served = [replica.model for replica in self._replicas if replica.available and replica.model]
+        return {model.info.name: model for model in sorted(served, key=lambda model: model.created)}
+
+    def select(self, name: str | None, exclude: Collection[Replica] = ()) -> tuple[Replica, ServedModel]:
+        """Chooses the replica for a request's next attempt, and returns it with the model that it serves.
+
+        Args:
+            name: the model that the request asks for; None or an empty name selects the only model that is served.
+            exclude: replicas that have failed on this request.
+
+        Raises:
+            ApiError: 404 if no engine has the model, 400 if the request must name one of several models, 503 if no
+                replica is left.
+        """
+        known = {replica: replica.model for replica in self._replicas if replica.model}
+        any_model = not name or name in self.settings.model_aliases
+        fitting = {replica: model for replica, model in known.items() if any_model or model.info.name == name}
+        if known and not fitting:
+            raise model_not_found(name or "", {model.info.name for model in known.values()})
+        ready = {replica: model for replica, model in fitting.items() if replica.available and replica not in exclude}
+        if not ready:
+            raise no_engine()
+        names = {model.info.name for model in ready.values()}
+        if not name and len(names) > 1:
+            raise bad_request(f"Name the model to use: {', '.join(sorted(names))}.", "model", "model_required")
+        replica = least_loaded(ready)
+        replica.last_picked = 1 + max(other.last_picked for other in self._replicas)
+        return replica, ready[replica]
 
 
 class Generation:
@@ -132,7 +134,6 @@ async def generate(
     Args:
         encode: makes the prompt's token ids for a model; replicas may serve different revisions.
         request_id: sent along as gRPC metadata ``x-request-id``.
-        seed: seed of the sampling.
 
     Raises:
         ApiError: the request doesn't fit the model, or no replica could start on it.
@@ -143,34 +144,32 @@ async def generate(
     failure: ApiError | None = None
     while True:
         try:
-            replica, model = select_replica(pool, body.model, failed)
+            replica, model = pool.select(body.model, failed)
         except ApiError as error:
             raise failure or error from None
         if failed:
             pool.metrics.failovers.inc()
         prompt = await encode(model)
         request = engine_request(body, model, prompt, pool.settings, request_id=request_id, seed=seed)
-        with replica.busy(request.n):
+        with replica.busy(request.n), contextlib.ExitStack() as stack:
             call = replica.stub.Generate(request, timeout=pool.settings.request_timeout_seconds, metadata=metadata)
+            stack.callback(call.cancel)
             try:
-                try:
-                    first = await call.read()
-                except grpc.aio.AioRpcError as error:
-                    if error.code() is grpc.StatusCode.FAILED_PRECONDITION and replica not in refreshed:
-                        refreshed.add(replica)
-                        if await _refresh_model(replica):
-                            continue
-                    _note_failure(replica, error)
-                    failure = from_rpc(error, started=False)
-                    if error.code() not in _FAILOVER_CODES:
-                        raise failure from error
-                    failed.append(replica)
-                    continue
-                pool.metrics.prompt_tokens.inc(len(prompt))
-                yield Generation(replica, model, call, first, len(prompt))
-                return
-            finally:
-                call.cancel()
+                first = await call.read()
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.FAILED_PRECONDITION and replica not in refreshed:
+                    refreshed.add(replica)
+                    if await _refresh_model(replica):
+                        continue
+                _note_failure(replica, error)
+                failure = from_rpc(error, started=False)
+                if error.code() not in _FAILOVER_CODES:
+                    raise failure from error
+                failed.append(replica)
+                continue
+            pool.metrics.prompt_tokens.inc(len(prompt))
+            yield Generation(replica, model, call, first, len(prompt))
+            return
 
 
 async def _refresh_model(replica: Replica) -> bool:

@@ -33,6 +33,7 @@ class RequestRecord:
     status: int = 0
     model: str | None = None
     prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
     completion_tokens: int = 0
     first_token_seen: bool = False
     error: str | None = None
