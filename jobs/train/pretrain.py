@@ -9,7 +9,7 @@ from jobs.measures.bits_per_byte import bits_per_byte
 from jobs.measures.core.bundle import read_bundle
 from jobs.measures.core.download import PUBLIC_BUNDLE, locate_bundle
 from jobs.measures.core.run import core_of
-from jobs.train.batches.loader import TextSource
+from jobs.train.batches.sources import TextSource
 from jobs.train.loop.run import Evaluation, Metrics
 from jobs.train.loop.runtime import Runtime
 from jobs.train.loop.schedule import DEFAULT_RATIO, Schedule, TrainingPlan, plan_training
@@ -123,8 +123,7 @@ def pretrain(settings: PretrainSettings, runtime: Runtime) -> CheckpointRef:
         "pretraining",
         extra={"model": settings.model, "depth": config.depth, "dim": config.dim, **dataclasses.asdict(plan)},
     )
-    if settings.resume:
-        trainer.resume()
+    trainer.resume()
     return trainer.run()
 
 

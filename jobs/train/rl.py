@@ -131,8 +131,7 @@ def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
                 "steps": steps,
             },
         )
-        if settings.resume:
-            trainer.resume()
+        trainer.resume()
         return trainer.run()
 
 

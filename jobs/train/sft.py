@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from jobs.train.batches.conversations import ConversationSource, LengthSource
 from jobs.train.batches.loader import Batch, PackedLoader
 from jobs.train.batches.mixtures import Mixture
+from jobs.train.batches.sources import ConversationSource, LengthSource
 from jobs.train.loop.run import Evaluation
 from jobs.train.loop.runtime import Runtime
 from jobs.train.loop.schedule import Schedule
@@ -137,15 +137,13 @@ def fine_tune(settings: SftSettings, runtime: Runtime) -> CheckpointRef:
             "steps": steps,
         },
     )
-    if settings.resume and trainer.resume():
-        pass
-    elif base.resumable:
-        # Fine-tuning starts from the weights of the base run, so the momenta of that run fit.
-        trainer.optimizer.load_shards(load_trainer_state(store, base.ref).read)
-    else:
-        log.info(
-            "the base checkpoint has no optimizer state; its momenta start at zero", extra={"base": base.ref.revision}
-        )
+    if not trainer.resume():
+        if base.resumable:
+            # Fine-tuning starts from the weights of the base run, so the momenta of that run fit.
+            trainer.optimizer.load_shards(load_trainer_state(store, base.ref).read)
+        else:
+            revision = base.ref.revision
+            log.info("the base checkpoint has no optimizer state; its momenta start at zero", extra={"base": revision})
     return trainer.run()
 
 

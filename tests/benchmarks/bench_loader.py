@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from jobs.data.shards import TextDataset
 from jobs.data.tokenizers import load_tokenizer
-from jobs.train.batches.loader import PackedLoader, TextSource
+from jobs.train.batches.loader import PackedLoader
+from jobs.train.batches.sources import TextSource
 from nanochat_core.store import open_store
 
 SECONDS = 6.0

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from jobs.data.local_text import read_local_text
-from jobs.train.batches.loader import PackedLoader, TextSource
+from jobs.train.batches.loader import PackedLoader
+from jobs.train.batches.sources import TextSource
 from jobs.train.loop.schedule import Schedule
 from jobs.train.tokenizer import limited, train_tokenizer
 from nanochat_core.config import ModelConfig

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.data.shards import TextDataset, write_dataset
-from jobs.train.batches.conversations import ConversationSource
-from jobs.train.batches.loader import Batch, PackedLoader, TextSource, merge_states
+from jobs.train.batches.loader import Batch, PackedLoader, merge_states
 from jobs.train.batches.packing import Document
+from jobs.train.batches.sources import ConversationSource, TextSource
 from nanochat_core.chat import parse_messages, render_conversation
 from nanochat_core.errors import UserError
 from nanochat_core.model import IGNORE_INDEX

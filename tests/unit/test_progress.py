@@ -13,7 +13,7 @@ import sys
 import termios
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,7 +24,9 @@ from prometheus_client import REGISTRY
 
 from jobs.progress import ProgressDisplay
 from jobs.train.loop.metrics import peak_memory_bytes, serve_metrics
-from jobs.train.loop.progress import Progress, StepReport
+from jobs.train.loop.progress import Progress
+from jobs.train.loop.step import StepReport
+from jobs.train.loop.trackers import Tracker
 from nanochat_core import logs
 from nanochat_core.errors import UserError
 
@@ -66,17 +68,15 @@ def terminal(columns: int = 80) -> Iterator[Terminal]:
         yield screen
 
 
-class Recorder:
+class Recorder(Tracker):
     """A tracker that keeps all metrics."""
 
     def __init__(self) -> None:
+        super().__init__("recorder", lambda step, metrics: self.noted.append((step, dict(metrics))), self.end)
         self.noted: list[tuple[int, dict[str, float]]] = []
         self.closed = False
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.noted.append((step, dict(metrics)))
-
-    def close(self) -> None:
+    def end(self) -> None:
         self.closed = True
 
 

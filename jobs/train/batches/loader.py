@@ -6,11 +6,10 @@ v, v + V, v + 2V, … and fills the v-th group of rows. No packer depends on ano
 share of them. The number of ranks decides which process packs a row, but not what the row contains.
 """
 
+import collections
 import dataclasses
 import math
 import os
-import queue
-import threading
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Protocol, Self
@@ -19,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.data.shards import TextDataset
 from jobs.train.batches.packing import BestFitPacker, Document, PackingStats
+from jobs.train.batches.sources import Source
 from nanochat_core.errors import UserError
 from nanochat_core.model import IGNORE_INDEX
-from nanochat_core.tokenizer import Tokenizer
 
 # The largest number of packers, and therefore of ranks. It is a power of two, as the number of GPUs usually is.
 MAX_PACKERS = 64
@@ -34,36 +32,6 @@ CROPPING_DOCUMENTS = 1000
 PADDING_DOCUMENTS = 64
 _PREFETCHED_BATCHES = 4
 _MAX_WORKERS = 8
-
-
-class Source(Protocol):
-    """An endless sequence of documents. After the last document of an epoch, the next epoch begins.
-
-    Several threads read from a source at once.
-    """
-
-    def __len__(self) -> int:
-        """Number of documents in one epoch."""
-
-    def document(self, number: int) -> Document:
-        """The document at this position of the endless sequence."""
-
-
-class TextSource:
-    """Documents of a text dataset in stored order, each after a BOS token. Every token is counted as a target."""
-
-    def __init__(self, dataset: TextDataset, tokenizer: Tokenizer) -> None:
-        self._dataset, self._tokenizer = dataset, tokenizer
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def document(self, number: int) -> Document:
-        tokens = self._tokenizer.encode_array(self._dataset[number % len(self._dataset)])
-        ids = np.empty(len(tokens) + 1, dtype=np.int32)
-        ids[0] = self._tokenizer.bos_id
-        ids[1:] = tokens
-        return Document(number, ids, np.ones(len(ids), dtype=bool))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,38 +142,16 @@ class PackedLoader:
 
         An error of a background thread is raised by the generator. Closing the generator ends the threads.
         """
-        ready: queue.Queue[Batch | BaseException] = queue.Queue(_PREFETCHED_BATCHES)
-        stop = threading.Event()
-
-        def offer(item: Batch | BaseException) -> None:
-            while not stop.is_set():
-                try:
-                    ready.put(item, timeout=0.2)
-                    return
-                except queue.Full:
-                    continue
-
-        def work() -> None:
-            with ThreadPoolExecutor(self._workers, "loader") as pool:
-                while not stop.is_set():
-                    try:
-                        batch = self.next_batch(pool)
-                    except BaseException as error:
-                        offer(error)
-                        return
-                    offer(batch)
-
-        thread = threading.Thread(target=work, name="loader", daemon=True)
-        thread.start()
-        try:
-            while True:
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            thread.join()
+        # One thread makes the batches in order. It divides the rows of each among the threads of ``pool``.
+        with ThreadPoolExecutor(self._workers, "loader") as pool, ThreadPoolExecutor(1, "loader") as batches:
+            ahead = collections.deque(batches.submit(self.next_batch, pool) for _ in range(_PREFETCHED_BATCHES))
+            try:
+                while True:
+                    batch = ahead.popleft().result()
+                    ahead.append(batches.submit(self.next_batch, pool))
+                    yield batch
+            finally:
+                batches.shutdown(cancel_futures=True)
 
     def next_batch(self, pool: ThreadPoolExecutor | None = None) -> Batch:
         """Pack one batch, with the threads of ``pool`` if one is given."""

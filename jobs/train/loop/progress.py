@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -13,40 +13,13 @@ from tqdm import tqdm
 
 from jobs.progress import ProgressDisplay
 from jobs.train.loop import metrics
-from jobs.train.loop.step import StepResult
+from jobs.train.loop.step import StepReport
 from jobs.train.loop.trackers import Tracker
 
 log = logging.getLogger("jobs.train")
 
 # Losses and durations vary from step to step, so the display shows moving means with this decay.
 _DECAY = 0.9
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepReport(StepResult):
-    """The result and the duration of one optimizer step.
-
-    Attributes:
-        step: number of steps done, this one included.
-        seconds: duration of the whole step.
-        data_wait_seconds: part of ``seconds`` that was spent waiting for the batch.
-        tokens: size of the global batch, all ranks together.
-        lr_factor: the schedule's factor on the learning rates.
-    """
-
-    step: int
-    seconds: float
-    data_wait_seconds: float
-    tokens: int
-    lr_factor: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
-
-    @property
-    def data_wait_share(self) -> float:
-        return self.data_wait_seconds / self.seconds
 
 
 class Progress:
@@ -80,8 +53,7 @@ class Progress:
         self._mfu_per_throughput = flops_per_token / peak_flops if flops_per_token and peak_flops else None
         self._trackers = trackers if shown else ()
         self._display = ProgressDisplay(stage, total, log, "training", done=initial, shown=shown, log_first=True)
-        self._loss, self._throughput, self._waited = _MovingMean(), _MovingMean(), _MovingMean()
-        self._measures: dict[str, _MovingMean] = {}
+        self._means: dict[str, _MovingMean] = collections.defaultdict(_MovingMean)
         self._step, self._skipped, self._spikes = initial, 0, 0
         self._facts: list[str] = []
         self._held_out_facts: list[str] = []
@@ -94,12 +66,6 @@ class Progress:
             return
         self._skipped += report.skipped
         self._spikes += report.spike
-        if math.isfinite(report.loss):
-            self._loss.add(report.loss)
-        for name, value in report.measures.items():
-            self._measures.setdefault(name, _MovingMean()).add(value)
-        self._throughput.add(report.tokens, report.seconds)
-        self._waited.add(report.data_wait_seconds, report.seconds)
         self._display.count(report.step)
         values = self._values(report)
         self._set_metrics(report, values)
@@ -138,7 +104,7 @@ class Progress:
             "gradient_norm": report.gradient_norm,
             "lr_factor": report.lr_factor,
             "tokens_per_second": report.tokens_per_second,
-            "data_wait_share": report.data_wait_share,
+            "data_wait_share": report.data_wait_seconds / report.seconds,
             "memory_bytes": metrics.peak_memory_bytes(self._device),
             "skipped_steps": self._skipped,
             "loss_spikes": self._spikes,
@@ -163,18 +129,29 @@ class Progress:
         metrics.LOSS_SPIKES.labels(self._stage).inc(report.spike)
 
     def _show(self, report: StepReport, values: Mapping[str, float]) -> None:
-        throughput, gib = self._throughput.value, values["memory_bytes"] / 2**30
-        mfu = {"mfu": self._mfu_per_throughput * throughput} if self._mfu_per_throughput is not None else {}
+        """Show the numbers of a step, with moving means in place of those that vary from step to step."""
+        means = self._means
+        loss = means["loss"]
+        if math.isfinite(report.loss):
+            loss.add(report.loss)
+        means["tokens_per_second"].add(report.tokens, report.seconds)
+        means["data_wait_share"].add(report.data_wait_seconds, report.seconds)
+        for name, value in report.measures.items():
+            means[name].add(value)
+        smooth = {**values, **{name: mean.value for name, mean in means.items()}}
+        throughput, gib = smooth["tokens_per_second"], smooth.pop("memory_bytes") / 2**30
+        if self._mfu_per_throughput is not None:
+            smooth["mfu"] = self._mfu_per_throughput * throughput
         self._facts = [
             # A measure of the stage itself, such as the reward, says more than the loss.
-            *([f"{name} {mean.value:.3f}" for name, mean in self._measures.items()][:1]),
-            f"loss {self._loss.value:.3f}",
+            *(f"{name} {smooth[name]:.3f}" for name in list(report.measures)[:1]),
+            f"loss {smooth['loss']:.3f}",
             f"{tqdm.format_sizeof(throughput)} tok/s",
             self._display.time_left,
             *([f"skipped {self._skipped}"] if self._skipped else []),
             *([f"spikes {self._spikes}"] if self._spikes else []),
-            *(f"mfu {value:.0%}" for value in mfu.values()),
-            f"wait {self._waited.value:.0%}",
+            *([f"mfu {smooth['mfu']:.0%}"] if "mfu" in smooth else []),
+            f"wait {smooth['data_wait_share']:.0%}",
             f"{gib:.1f} GiB",
             f"grad {report.gradient_norm:.2g}",
             f"lr {report.lr_factor:.2f}",
@@ -183,17 +160,10 @@ class Progress:
             "stage": self._stage,
             "step": report.step,
             "steps": self._total,
-            "loss": round(self._loss.value, 4),
-            **{name: round(mean.value, 4) for name, mean in self._measures.items()},
-            "gradient_norm": round(report.gradient_norm, 4),
-            "lr_factor": round(report.lr_factor, 4),
+            **{name: round(value, 4) for name, value in smooth.items()},
             "tokens_per_second": round(throughput),
-            **{name: round(value, 4) for name, value in mfu.items()},
-            "data_wait_share": round(self._waited.value, 4),
             "memory_gib": round(gib, 2),
             "eta_seconds": round(self._display.eta_seconds),
-            "skipped_steps": self._skipped,
-            "loss_spikes": self._spikes,
         }
         self._display.show(self._all_facts, fields)
 

@@ -41,25 +41,39 @@ Objective = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 log = logging.getLogger("jobs.train")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepResult:
+@dataclasses.dataclass(kw_only=True)
+class StepReport:
     """The outcome of one optimizer step.
 
     Attributes:
+        step: number of steps done, this one included.
+        tokens: size of the global batch, all ranks together.
         loss: nats per counted token of the global batch.
         gradient_norm: Euclidean norm over all parameters.
+        lr_factor: the schedule's factor on the learning rates.
         measures: further numbers that the stage measures in a step, such as the mean reward.
         stopped_by: number of the signal that asked any rank to stop; 0 if none did.
         skipped: True if the weights were not updated, because loss or gradient was not finite.
         spike: True if the loss is far above the recent ones.
+        seconds: duration of the whole step, which the caller measures.
+        data_wait_seconds: part of ``seconds`` that was spent waiting for the batch.
     """
 
+    step: int
+    tokens: int
     loss: float
     gradient_norm: float
+    lr_factor: float
     measures: dict[str, float] = dataclasses.field(default_factory=dict)
     stopped_by: int = 0
     skipped: bool = False
     spike: bool = False
+    seconds: float = 0.0
+    data_wait_seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
 
 
 class TrainingStep:
@@ -100,7 +114,7 @@ class TrainingStep:
         self._optimizer.zero_grad()
         self._ranks.side_channel(_COMPILE_TIMEOUT_SECONDS).gather(None)
 
-    def __call__(self, batch: Batch, stop: StopSignal) -> StepResult:
+    def __call__(self, batch: Batch, stop: StopSignal) -> StepReport:
         """Compute the gradient of a batch and update the weights.
 
         Args:
@@ -112,25 +126,24 @@ class TrainingStep:
             TrainingDiverged: five steps in a row had a loss or gradient that is not finite.
             UserError: the batch has no counted target.
         """
-        result = self._accumulate(batch, stop)
-        loss, norm = result.loss, result.gradient_norm
-        state, step = self._state, self._state.step
-        state.step, state.loader = step + 1, batch.state
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if not finite:
-            self._skip(loss, norm)
-        self._unscale(finite)
-        if not finite:
-            return dataclasses.replace(result, skipped=True)
+        report = self._accumulate(batch, stop)
+        self._state.step, self._state.loader = report.step, batch.state
+        report.skipped = not (math.isfinite(report.loss) and math.isfinite(report.gradient_norm))
+        if report.skipped:
+            self._skip(report.loss, report.gradient_norm)
+        self._unscale(not report.skipped)
+        if report.skipped:
+            return report
         self._skipped_in_a_row = 0
-        if not norm:
+        if not report.gradient_norm:
             # All gradients are zero: the batch teaches nothing. Muon would still make a full step, from momentum alone.
             self._optimizer.zero_grad()
-            return result
-        self._update(step)
-        return dataclasses.replace(result, spike=self._is_spike(loss))
+            return report
+        self._update(report.step - 1, report.lr_factor)
+        report.spike = self._is_spike(report.loss)
+        return report
 
-    def _accumulate(self, batch: Batch, stop: StopSignal) -> StepResult:
+    def _accumulate(self, batch: Batch, stop: StopSignal) -> StepReport:
         """Sum loss, measures and gradients over all micro-batches and ranks."""
         # The batch is still in the host's memory, so counting does not wait for the device.
         count = int((batch.targets != IGNORE_INDEX).sum())
@@ -155,9 +168,12 @@ class TrainingStep:
         # One copy from the device transfers all sums that the rest of the step needs. They are equal on every rank.
         reduced = self._ranks.sum(torch.stack([total, total.new_tensor(stop.number), *sums.values()]))
         loss_value, stops, *values = reduced.tolist()
-        return StepResult(
+        return StepReport(
+            step=self._state.step + 1,
+            tokens=batch.ids.numel() * self._ranks.size,
             loss=loss_value,
             gradient_norm=float(norm) / (self._scaler.factor if self._scaler else 1.0),
+            lr_factor=self._schedule.lr(self._state.step),
             measures=batch.measures | dict(zip(sums, values, strict=True)),
             stopped_by=signal.SIGTERM if stops and self._ranks.size > 1 else int(stops),
         )
@@ -167,10 +183,10 @@ class TrainingStep:
         for start in range(0, batch.ids.size(0), rows):
             yield batch.rows(start, start + rows).to(self._device)
 
-    def _update(self, step: int) -> None:
+    def _update(self, step: int, lr_factor: float) -> None:
         """Set the rates of this step by the schedule, and update the weights."""
         for group in self._optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self._schedule.lr(step)
+            group["lr"] = group["initial_lr"] * lr_factor
             if group["kind"] == "muon":
                 group["momentum"] = self._schedule.momentum(step)
                 group["weight_decay"] = group["initial_weight_decay"] * self._schedule.weight_decay(step)

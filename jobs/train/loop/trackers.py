@@ -9,24 +9,41 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from nanochat_core.errors import UserError
 
 _WANDB_SECRET = "WANDB_API_KEY"  # noqa: S105
-_WANDB_PROJECT = "nanochat"
 
 log = logging.getLogger("jobs.train.loop.trackers")
 
 
-class Tracker(Protocol):
-    """Records metrics by step. A failing tracker never ends a run."""
+class Tracker:
+    """Records metrics by step until it fails. The failure is logged once, and never ends a run of many days."""
+
+    def __init__(
+        self, name: str, record: Callable[[int, Mapping[str, float]], None], close: Callable[[], None]
+    ) -> None:
+        self._name, self._record, self._close = name, record, close
+        self._failed = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics, named like ``train/loss``, after a step."""
+        self._try(lambda: self._record(step, metrics))
 
     def close(self) -> None:
         """Send all recorded metrics. No metric may be recorded afterwards."""
+        self._try(self._close)
+
+    def _try(self, call: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            call()
+        except Exception as error:  # These packages raise errors of many types.
+            self._failed = True
+            extra = {"tracker": self._name, "reason": _reason(error)}
+            log.warning("tracker failed, training goes on without it", extra=extra)
 
 
 def open_trackers(
@@ -44,15 +61,15 @@ def open_trackers(
         UserError: a name is unknown, its package is not installed, or at step 0 a tracker cannot be opened.
     """
     openers: dict[str, Callable[[], Tracker]] = {
-        "tensorboard": lambda: TensorBoard(folder / model / stage, step),
-        "wandb": lambda: WeightsAndBiases(model, stage, folder, config),
+        "tensorboard": lambda: _tensorboard(folder / model / stage, step),
+        "wandb": lambda: _wandb(model, stage, folder, config),
     }
     trackers: list[Tracker] = []
     for name in names:
         if name not in openers:
             raise UserError(f"--track has no {name!r}; choose from {', '.join(openers)}")
         try:
-            trackers.append(Guarded(name, openers[name]()))
+            trackers.append(openers[name]())
         except ImportError as error:
             raise UserError(f"--track {name} needs the package {name}; run: pip install {name}") from error
         except Exception as error:  # These packages raise errors of many types.
@@ -63,79 +80,41 @@ def open_trackers(
     return trackers
 
 
-class TensorBoard:
+def _tensorboard(folder: Path, step: int) -> Tracker:
     """Event files for ``tensorboard --logdir``."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, folder: Path, step: int) -> None:
-        """
-        Args:
-            step: last step before this process. TensorBoard hides later steps of earlier processes, because this
-                process repeats them.
-        """
-        from torch.utils.tensorboard import SummaryWriter
+    # TensorBoard hides later steps of earlier processes, because this process repeats them.
+    writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def record(step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
+    return Tracker("tensorboard", record, writer.close)
 
 
-class WeightsAndBiases:
+def _wandb(model: str, stage: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
     """A run on Weights & Biases, in the project ``WANDB_PROJECT`` or ``nanochat``."""
+    import wandb
 
-    def __init__(self, model: str, stage: str, folder: Path, config: Mapping[str, Any]) -> None:
-        import wandb
-
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = json.dumps(dict(config), sort_keys=True, default=str)
-        self._run: Any = wandb.init(
-            project=os.environ.get("WANDB_PROJECT") or _WANDB_PROJECT,
-            name=f"{model}/{stage}",
-            # The id depends on the settings, so that a resumed run continues the same run on the server.
-            id=f"{model}-{stage}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}",
-            resume="allow",
-            config=dict(config),
-            dir=str(folder),
-            # The job's log lines stay on this machine.
-            settings=wandb.Settings(console="off", silent=True),
-        )
-        # W&B's own step counter would refuse steps that a resumed run repeats.
-        self._run.define_metric("*", step_metric="step")
-        log.info("tracking", extra={"tracker": "wandb", "run": self._run.url})
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **metrics})
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class Guarded:
-    """Forwards to another tracker until it fails. The failure is logged once, and the tracker is not used again."""
-
-    def __init__(self, name: str, tracker: Tracker) -> None:
-        self._name, self._tracker = name, tracker
-        self._failed = False
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._try(lambda: self._tracker.log(step, metrics))
-
-    def close(self) -> None:
-        self._try(self._tracker.close)
-
-    def _try(self, call: Callable[[], None]) -> None:
-        if self._failed:
-            return
-        try:
-            call()
-        except Exception as error:  # A failing tracker must not end a run of many days.
-            self._failed = True
-            extra = {"tracker": self._name, "reason": _reason(error)}
-            log.warning("tracker failed, training goes on without it", extra=extra)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps(dict(config), sort_keys=True, default=str)
+    run: Any = wandb.init(
+        project=os.environ.get("WANDB_PROJECT") or "nanochat",
+        name=f"{model}/{stage}",
+        # The id depends on the settings, so that a resumed run continues the same run on the server.
+        id=f"{model}-{stage}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}",
+        resume="allow",
+        config=dict(config),
+        dir=str(folder),
+        # The job's log lines stay on this machine.
+        settings=wandb.Settings(console="off", silent=True),
+    )
+    # W&B's own step counter would refuse steps that a resumed run repeats.
+    run.define_metric("*", step_metric="step")
+    log.info("tracking", extra={"tracker": "wandb", "run": run.url})
+    return Tracker("wandb", lambda step, metrics: run.log({"step": step, **metrics}), run.finish)
 
 
 def _reason(error: Exception) -> str:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.train.batches.loader import Batch, BatchSource
+from jobs.train.batches.loader import BatchSource
 from jobs.train.loop.checkpoints import RunCheckpoints
-from jobs.train.loop.progress import Progress, StepReport
+from jobs.train.loop.progress import Progress
 from jobs.train.loop.run import Evaluation, RunConfig, RunState, flat_metrics
 from jobs.train.loop.runtime import Runtime, StopSignal
-from jobs.train.loop.step import Objective, StepResult, TrainingStep, cross_entropy
+from jobs.train.loop.step import Objective, StepReport, TrainingStep, cross_entropy
 from jobs.train.loop.trackers import open_trackers
 from nanochat_core.checkpoint import CheckpointRef
 from nanochat_core.model import GPT
@@ -62,14 +62,13 @@ class Trainer:
         self._checkpoints = RunCheckpoints(config, runtime, model, tokenizer, optimizer)
 
     def resume(self) -> bool:
-        """Continue from the stage's newest intact checkpoint; False if there is none.
+        """Continue from the stage's newest intact checkpoint; False if there is none or the settings forbid it.
 
         Raises:
             UserError: the checkpoint was made with other settings or from other inputs.
         """
-        state = self._checkpoints.resume()
-        if state is not None:
-            self.state = state
+        state = self._checkpoints.resume() if self.config.settings.resume else None
+        self.state = state or self.state
         return state is not None
 
     def run(self) -> CheckpointRef:
@@ -110,15 +109,16 @@ class Trainer:
                 started = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - started
-                result = train_on(batch, stop)
-                seconds = time.perf_counter() - started
-                self._report(batch, result, seconds, waited, progress)
+                report = train_on(batch, stop)
+                report.seconds, report.data_wait_seconds = time.perf_counter() - started, waited
+                self._note(report)
+                progress.report(report)
                 self._evaluate(progress)
                 finished = state.step == last_step
-                if result.stopped_by and not finished:
+                if report.stopped_by and not finished:
                     self._checkpoints.save_last(writer, state, finished=False)
                     log.info("stopped by a signal after a checkpoint", extra={"step": state.step})
-                    raise SystemExit(128 + result.stopped_by)  # Job controllers restart on exit codes from 128 on.
+                    raise SystemExit(128 + report.stopped_by)  # Job controllers restart on exit codes from 128 on.
                 if save_every and state.step % save_every == 0 and not finished:
                     self._checkpoints.save(writer, state)
                 if state.step == first_step:
@@ -138,17 +138,9 @@ class Trainer:
             self.state.point().update(metrics)
             progress.held_out(flat_metrics(metrics))
 
-    def _report(self, batch: Batch, result: StepResult, seconds: float, waited: float, progress: Progress) -> None:
-        """Add the step to the history, unless it was skipped, and to the progress reports."""
-        report = StepReport(
-            **vars(result),
-            step=self.state.step,
-            seconds=seconds,
-            data_wait_seconds=waited,
-            tokens=batch.ids.numel() * self.runtime.ranks.size,
-            lr_factor=self.config.schedule.lr(self.state.step - 1),
-        )
-        self.state.train_seconds += seconds
+    def _note(self, report: StepReport) -> None:
+        """Add the step to the history unless it was skipped."""
+        self.state.train_seconds += report.seconds
         if not report.skipped:
             self.state.point().update(
                 loss=report.loss,
@@ -157,22 +149,17 @@ class Trainer:
                 train_seconds=self.state.train_seconds,
                 **report.measures,
             )
-        progress.report(report)
 
     def _open_progress(self) -> Progress:
         config, device, ranks = self.config, self.runtime.device, self.runtime.ranks
         device_flops = peak_flops(device)
-        trackers = (
-            open_trackers(
-                config.settings.track,
-                model=config.model_name,
-                stage=config.stage,
-                folder=Path(config.settings.track_dir),
-                config=config.meta["settings"],
-                step=self.state.step,
-            )
-            if ranks.leads
-            else []
+        trackers = open_trackers(
+            config.settings.track if ranks.leads else (),
+            model=config.model_name,
+            stage=config.stage,
+            folder=Path(config.settings.track_dir),
+            config=config.meta["settings"],
+            step=self.state.step,
         )
         return Progress(
             config.stage,

@@ -19,7 +19,7 @@ import torch
 
 from jobs.generation.python_tool import SandboxTool
 from jobs.tasks.problems import Problem
-from jobs.train.batches.shuffle import EpochShuffle
+from jobs.train.batches.sources import EpochShuffle
 from jobs.train.loop.stage import StageSettings
 from jobs.train.reinforce.policy_gradient import RolloutBatch, advantages, pack
 from jobs.train.reinforce.rewards import Reward, Rollout
