@@ -14,26 +14,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.eval.bench.clients import Client, CoreClient
+from jobs.eval.bench.clients import CoreClient
 from jobs.eval.bench.models import random_model, random_tokenizer
-from jobs.eval.bench.network_clients import GrpcClient, HttpClient
-from jobs.eval.bench.plots import plot_benchmark
+from jobs.eval.bench.network_clients import GrpcClient, HttpClient, NetworkClient
 from jobs.eval.bench.request_results import summarize
-from jobs.eval.bench.roofline import Costs, Limits, measure_limits
-from jobs.eval.bench.table import HEADER, Row, table_line
+from jobs.eval.bench.roofline import Limits, least_costs, measure_limits
+from jobs.eval.bench.rows import HEADER, Row, plot_benchmark, table_line
 from jobs.eval.bench.workload import (
     MIXES,
     BenchRequest,
-    ClosedLoop,
     Load,
-    OpenLoop,
     Shape,
     choices_per_request,
     make_requests,
     poisson_arrivals,
 )
-from jobs.eval.checkpoints import pick_checkpoint
-from jobs.eval.output_folder import make_output_folder
+from jobs.eval.checkpoints import make_output_folder, pick_checkpoint
 from jobs.measures.machine import describe_machine
 from jobs.program import JobSettings, run_program
 from nanochat_core.config import ModelConfig
@@ -53,6 +49,8 @@ log = logging.getLogger("jobs.eval.bench_engine")
 _ROUNDS, _ARRIVALS = 4, 64
 # Before each row every slot is warmed up by a request with this number of output tokens.
 _WARM_UP_OUTPUT = 4
+
+Client = CoreClient | NetworkClient
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,8 +135,13 @@ def run(settings: BenchEngineSettings, show: Callable[[str], None]) -> dict[str,
     Raises:
         UserError: the model or server is missing, requests do not fit the model, or no request was answered.
     """
-    with opened(settings) as (client, costs, limits), report_folder(settings) as folder:
-        check_lengths(settings, client)
+    with opened(settings) as (client, model, limits), report_folder(settings) as folder:
+        longest = settings.shape.longest(settings.mixes)
+        if client.longest is not None and longest > client.longest:
+            raise UserError(
+                f"prompts and outputs reach {longest} tokens, but the context length is {client.longest}; "
+                "lower --prompt-tokens, --output-tokens, --mixed-prompts or --mixed-outputs"
+            )
         if limits is not None:
             show(
                 f"limits: {limits.bytes_per_second / 1e9:,.1f} GB/s, {limits.flops_per_second / 1e9:,.0f} GFLOP/s "
@@ -146,26 +149,31 @@ def run(settings: BenchEngineSettings, show: Callable[[str], None]) -> dict[str,
             )
         show(HEADER)
         rows = []
-        for row in measure(settings, client, costs, limits):
+        for row in measure(settings, client, model, limits):
             show(table_line(row))
-            log.info("measured", extra=row.values())
+            log.info("measured", extra=row)
             rows.append(row)
-        if not any(row.summary.answered for row in rows):
-            raise UserError(f"no request was answered: {'; '.join(rows[0].summary.errors)}")
+        if not any(row["answered"] for row in rows):
+            raise UserError(f"no request was answered: {'; '.join(rows[0]['errors'])}")
         result: dict[str, Any] = {
             "target": client.description,
             "settings": describe(settings),
             "machine": describe_machine(),
             "limits": None if limits is None else dataclasses.asdict(limits),
-            "rows": [row.values() for row in rows],
+            "rows": rows,
         }
-        plot_benchmark(folder / "bench.png", result["rows"])
+        plot_benchmark(folder / "bench.png", rows)
         (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 
-def measure(settings: BenchEngineSettings, client: Client, costs: Costs | None, limits: Limits | None) -> Iterator[Row]:
-    """Measure every mix under every load. Warm-up requests come before each measurement."""
+def measure(settings: BenchEngineSettings, client: Client, model: GPT | None, limits: Limits | None) -> Iterator[Row]:
+    """Measure every mix under every load. Warm-up requests come before each measurement.
+
+    A row has the figures of its :class:`~jobs.eval.bench.request_results.Summary`, the mix and the load: ``slots``
+    concurrent sequences of a closed loop, or the ``rate`` of an open loop in requests per second. ``bandwidth_share``
+    and ``flops_share`` are the shares of the machine's limits that the core's steps used; None for a server.
+    """
     loads: list[tuple[int | None, float | None]]
     loads = [(None, rate) for rate in settings.rates] or [(slots, None) for slots in settings.slots]
     for mix in settings.mixes:
@@ -173,15 +181,16 @@ def measure(settings: BenchEngineSettings, client: Client, costs: Costs | None, 
             log.info("measuring", extra={"mix": mix, "slots": slots, "rate": rate})
             salt = len(loads) * MIXES.index(mix) + number
             warm_up, requests, traffic = plan(settings, mix, slots, rate, client.vocabulary, salt)
-            client.run(warm_up, ClosedLoop(len(warm_up)))
+            client.run(warm_up, Load(len(warm_up)))
             results = client.run(requests, traffic)
-            bandwidth_share = flops_share = None
-            if isinstance(client, CoreClient) and costs is not None and limits is not None:
+            row = {**dataclasses.asdict(summarize(results)), "mix": mix, "slots": slots, "rate": rate}
+            row |= {"bandwidth_share": None, "flops_share": None}
+            if isinstance(client, CoreClient) and model is not None and limits is not None:
                 counts = [count for result in results for count in result.counts]
-                read, computed = costs.of_run(counts, client.steps)
-                bandwidth_share = read / client.step_seconds / limits.bytes_per_second
-                flops_share = computed / client.step_seconds / limits.flops_per_second
-            yield Row(mix, slots, rate, summarize(results), bandwidth_share, flops_share)
+                read, computed = least_costs(model.config, model.compute_dtype.itemsize, counts, client.steps)
+                row["bandwidth_share"] = read / client.step_seconds / limits.bytes_per_second
+                row["flops_share"] = computed / client.step_seconds / limits.flops_per_second
+            yield row
 
 
 def plan(
@@ -190,10 +199,8 @@ def plan(
     """The warm-up requests and the measured requests of a row, and the load that sends the measured ones.
 
     Lengths and arrivals follow from the seed. Prompts for an endpoint have new tokens in every run, because the
-    endpoint's prefix cache can contain the prompts of an earlier run.
-
-    Args:
-        salt: number of the row. Each row gets different prompts, so that the prefix cache has none of them yet.
+    endpoint's prefix cache can contain the prompts of an earlier run. ``salt`` is the number of the row: each row gets
+    different prompts, so that the prefix cache has none of them yet.
     """
     shape = settings.shape
     choices = choices_per_request(mix, shape, slots or shape.samples)
@@ -203,7 +210,6 @@ def plan(
     content = secrets.randbits(64) if settings.endpoint else settings.seed
 
     def made(count: int, shape: Shape, part: int) -> list[BenchRequest]:
-        content_seed = (content, salt, part)
         return make_requests(
             mix,
             shape,
@@ -211,66 +217,40 @@ def plan(
             choices=choices,
             vocabulary=vocabulary,
             seed=settings.seed,
-            content_seed=content_seed,
+            content_seed=(content, salt, part),
         )
 
     short = dataclasses.replace(shape, output=_WARM_UP_OUTPUT, mixed_outputs=(_WARM_UP_OUTPUT, _WARM_UP_OUTPUT))
-    traffic: Load = ClosedLoop(at_once) if rate is None else OpenLoop(poisson_arrivals(rate, count, settings.seed))
+    traffic = Load(at_once) if rate is None else Load(arrivals=poisson_arrivals(rate, count, settings.seed))
     return made(at_once, short, 0), made(count, shape, 1), traffic
 
 
-def check_lengths(settings: BenchEngineSettings, client: Client) -> None:
-    """
-    Raises:
-        UserError: requests of these lengths do not fit the model's context.
-    """
-    longest = settings.shape.longest(settings.mixes)
-    if client.longest is not None and longest > client.longest:
-        raise UserError(
-            f"prompts and outputs reach {longest} tokens, but the context length is {client.longest}; "
-            "lower --prompt-tokens, --output-tokens, --mixed-prompts or --mixed-outputs"
-        )
-
-
 @contextlib.contextmanager
-def opened(settings: BenchEngineSettings) -> Iterator[tuple[Client, Costs | None, Limits | None]]:
-    """A client of the model or server that the settings name. Costs and limits are None for a server.
-
-    Raises:
-        UserError: there is no such model or server.
-    """
-    costs = limits = None
-    client: Client
+def opened(settings: BenchEngineSettings) -> Iterator[tuple[Client, GPT | None, Limits | None]]:
+    """A client of the model or server that the settings name. The model and the limits are None for a server."""
     if settings.endpoint:
-        client = open_endpoint(settings)
-    else:
-        prepare_cpu(settings.threads)
-        model, tokenizer, description = load_model(settings)
-        log.info("measuring the machine's limits")
-        limits = measure_limits(model.cos.device, model.compute_dtype)
-        costs = Costs(model.config, model.compute_dtype.itemsize)
-        running = max([EngineConfig.max_running, *settings.slots])
-        config = EngineConfig(
-            max_running=running,
-            token_budget=max(EngineConfig.token_budget, running),
-            kv_cache_bytes=settings.kv_cache_mib << 20 or None,
-            prefix_caching=settings.prefix_caching,
-        )
-        engine = Engine(model, tokenizer, config)
-        engine.warm_up()
-        client = CoreClient(engine, description)
-    try:
-        yield client, costs, limits
-    finally:
-        client.close()
+        with contextlib.closing(open_endpoint(settings)) as server:
+            yield server, None, None
+        return
+    prepare_cpu(settings.threads)
+    model, tokenizer, description = load_model(settings)
+    log.info("measuring the machine's limits")
+    limits = measure_limits(model.cos.device, model.compute_dtype)
+    running = max([EngineConfig.max_running, *settings.slots])
+    config = EngineConfig(
+        max_running=running,
+        token_budget=max(EngineConfig.token_budget, running),
+        kv_cache_bytes=settings.kv_cache_mib << 20 or None,
+        prefix_caching=settings.prefix_caching,
+    )
+    engine = Engine(model, tokenizer, config)
+    engine.warm_up()
+    with contextlib.closing(CoreClient(engine, description)) as core:
+        yield core, model, limits
 
 
-def open_endpoint(settings: BenchEngineSettings) -> Client:
-    """A client of ``--endpoint``.
-
-    Raises:
-        UserError: the address is malformed, or no server answers there.
-    """
+def open_endpoint(settings: BenchEngineSettings) -> NetworkClient:
+    """A client of ``--endpoint``. Raises a :class:`UserError` if the address is malformed or no server answers."""
     variable, url = settings.api_key_variable, urllib.parse.urlsplit(settings.endpoint)
     key = os.environ.get(variable, "") if variable else ""
     if variable and not key:
@@ -285,11 +265,7 @@ def open_endpoint(settings: BenchEngineSettings) -> Client:
 
 
 def load_model(settings: BenchEngineSettings) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """The model on its device, its tokenizer, and its description as JSON values.
-
-    Raises:
-        UserError: there is no such checkpoint or device, or the settings do not describe a valid model.
-    """
+    """The model on its device, its tokenizer, and its description as JSON values."""
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     if settings.depth:
@@ -302,7 +278,7 @@ def load_model(settings: BenchEngineSettings) -> tuple[GPT, Tokenizer, dict[str,
         model, tokenizer = random_model(config, dtype, settings.seed), random_tokenizer(settings.vocab_size)
         named = {"model": f"random weights, depth {settings.depth}"}
     else:
-        checkpoint = pick_checkpoint(open_store(settings.home), settings.model, settings.revision)
+        checkpoint = pick_checkpoint(open_store(settings.home), settings.model, settings.revision, "sft")
         model, tokenizer = checkpoint.build_model(compute_dtype=dtype), checkpoint.tokenizer
         named = {"model": settings.model, "revision": checkpoint.ref.revision}
     description = {
@@ -317,11 +293,7 @@ def load_model(settings: BenchEngineSettings) -> tuple[GPT, Tokenizer, dict[str,
 
 @contextlib.contextmanager
 def report_folder(settings: BenchEngineSettings) -> Iterator[Path]:
-    """The folder that the results are written to.
-
-    Raises:
-        UserError: the folder cannot be made.
-    """
+    """The folder that the results are written to."""
     if settings.output:
         yield make_output_folder(settings.output, "--output")
     else:

@@ -71,24 +71,12 @@ class ChatEvalSettings(JobSettings):
 
 
 def run(
-    settings: ChatEvalSettings,
-    show: Callable[[str], None],
-    device: torch.device | None = None,
-    ranks: Ranks = ALONE,
+    settings: ChatEvalSettings, show: Callable[[str], None], device: torch.device | None = None, ranks: Ranks = ALONE
 ) -> dict[str, Any] | None:
     """Evaluate, store the result, and show a table and some wrong answers.
 
-    Chunks that an interrupted run has finished are not evaluated again, and a finished result is shown as it is.
-
-    Args:
-        show: prints a line.
-        device: None for the CPU.
-
-    Returns:
-        The content of ``result.json`` on the first rank, None on the others.
-
-    Raises:
-        UserError: a setting is wrong, or a task's data are missing or wrong.
+    Chunks that an interrupted run has finished are not evaluated again, and a finished result is shown as it is. The
+    first rank returns the content of ``result.json``, the other ranks None.
     """
     device = device or torch.device("cpu")
     store = open_store(settings.home)
@@ -112,11 +100,7 @@ def run(
 
 
 def evaluation_of(
-    settings: ChatEvalSettings,
-    store: Store,
-    checkpoint: Checkpoint,
-    tasks: Sequence[AnyTask],
-    device: torch.device,
+    settings: ChatEvalSettings, store: Store, checkpoint: Checkpoint, tasks: Sequence[AnyTask], device: torch.device
 ) -> Evaluation:
     """The evaluation of a checkpoint on these tasks.
 
@@ -159,10 +143,10 @@ def _evaluate(
         token_budget=max(EngineConfig.token_budget, _BUDGET_PER_SEQUENCE * settings.batch),
     )
     sampling = Sampling(settings.samples, settings.temperature, settings.top_k, settings.seed)
-    with contextlib.ExitStack() as stack:
-        sandbox = stack.enter_context(SandboxExecutor())
-        engine = Engine(model, tokenizer, config, tool_runner=SandboxTool(sandbox))
-        stack.callback(engine.close)
+    with (
+        SandboxExecutor() as sandbox,
+        contextlib.closing(Engine(model, tokenizer, config, tool_runner=SandboxTool(sandbox))) as engine,
+    ):
         for task in generative:
             evaluate_generative(engine, tokenizer, sandbox, task, evaluation, sampling, ranks)
 

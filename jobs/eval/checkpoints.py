@@ -1,42 +1,31 @@
-"""Chooses the checkpoints of a model that an evaluation, a report or the promotion gate uses."""
+"""The inputs and outputs that evaluation programs name by flags: checkpoints of a model, and folders for results."""
+
+from pathlib import Path
 
 from nanochat_core.checkpoint import STAGES, Checkpoint, CheckpointRef, load_checkpoint, newest_checkpoint
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
 
 
-def pick_checkpoint(store: Store, model: str, revision: str, stage: str = "sft") -> Checkpoint:
-    """The checkpoint of a revision, or the newest checkpoint of a stage.
+def pick_checkpoint(store: Store, model: str, revision: str, *stages: str) -> Checkpoint:
+    """The checkpoint ``revision``, which is ``<stage>/step_<n>``; empty for the newest one of the last of ``stages``.
 
-    Args:
-        revision: ``<stage>/step_<n>``; empty for the newest checkpoint of ``stage``.
+    Stages of which the model has no checkpoint are skipped.
 
     Raises:
         UserError: the model has no such checkpoint.
     """
     if revision:
         return load_checkpoint(store, CheckpointRef.parse(model, revision))
-    checkpoint = newest_checkpoint(store, model, stage)
-    if checkpoint is None:
-        raise UserError(f"model {model!r} has no {stage} checkpoint in {store}; train it first")
-    return checkpoint
-
-
-def newest_tuned(store: Store, model: str) -> Checkpoint:
-    """The model's newest checkpoint of reinforcement learning; if there is none, the newest checkpoint of fine-tuning.
-
-    Raises:
-        UserError: the model has neither.
-    """
-    for stage in reversed(STAGES[1:]):
+    for stage in reversed(stages):
         checkpoint = newest_checkpoint(store, model, stage)
         if checkpoint is not None:
             return checkpoint
-    raise UserError(f"model {model!r} has no {' or '.join(STAGES[1:])} checkpoint in {store}; train it first")
+    raise UserError(f"model {model!r} has no {' or '.join(stages)} checkpoint in {store}; train it first")
 
 
 def newest_stages(store: Store, model: str, revision: str = "") -> dict[str, Checkpoint]:
-    """The newest complete checkpoint of each stage that the model has.
+    """The newest complete checkpoint of each stage that the model has, up to the stage of ``revision``.
 
     Args:
         revision: ``<stage>/step_<n>`` of the last checkpoint; empty for the newest checkpoint of the last stage.
@@ -53,3 +42,13 @@ def newest_stages(store: Store, model: str, revision: str = "") -> dict[str, Che
     if not stages:
         raise UserError(f"model {model!r} has no base checkpoint in {store}; train it first")
     return stages
+
+
+def make_output_folder(path: str, flag: str) -> Path:
+    """Make the folder that ``flag`` names, unless it exists. Raises a :class:`UserError` if it cannot be made."""
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be made: {error.strerror}") from error
+    return folder

@@ -7,21 +7,20 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from jobs.eval.checkpoints import newest_stages
-from jobs.eval.output_folder import make_output_folder
+from jobs.eval.checkpoints import make_output_folder, newest_stages
 from jobs.eval.report_card.contents import describe_stage
 from jobs.eval.report_card.plots import plot_runs
 from jobs.markdown import code, literal, table
 from jobs.plots import scientific
 from jobs.program import JobSettings, run_program
 from jobs.results.metrics import Metric, metrics_of
+from jobs.results.report_page import PROGRAMS
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.errors import UserError
 from nanochat_core.settings import setting
 from nanochat_core.store import open_store
 
 _PAGE, _VALUES, _PLOT = "compare.md", "compare.json", "curves.png"
-_STAGES = {"base": "pretrain", "sft": "sft", "rl": "rl"}
 # Fields of a stage's description that are compared: its cost, its speed and its final loss.
 _FIGURES = ("steps", "tokens", "flops", "train_seconds", "tokens_per_second", "mfu", "final_loss")
 
@@ -49,7 +48,7 @@ class Run:
 
     Attributes:
         settings: the settings of its stages under names such as ``sft --steps``, and its shape.
-        figures: costs and losses of its stages under names such as ``base.final_loss``.
+        figures: costs and losses of its stages under names such as ``base.final_loss``, and the values of ``metrics``.
         metrics: the metrics of its last checkpoint, as the promotion gate sees them.
         histories: the training history of each stage.
     """
@@ -62,14 +61,7 @@ class Run:
 
 
 def read_run(home: str, spec: str) -> Run:
-    """Read a model from its store.
-
-    Args:
-        spec: ``NAME`` of a model in the store ``home``, or ``STORE/models/NAME``.
-
-    Raises:
-        UserError: there is no such model.
-    """
+    """Read a model, which is ``NAME`` of the store ``home``, or ``STORE/models/NAME``."""
     url, found, name = spec.rpartition("/models/")
     store = open_store(url if found else home)
     stages = newest_stages(store, check_model_name(name.rstrip("/")))
@@ -77,16 +69,17 @@ def read_run(home: str, spec: str) -> Run:
     figures: dict[str, float] = {}
     for stage, checkpoint in stages.items():
         described = describe_stage(checkpoint)
-        settings |= {
-            f"{_STAGES[stage]} --{key.replace('_', '-')}": value for key, value in described["settings"].items()
-        }
-        settings[f"{_STAGES[stage]} on"] = (described["hardware"] or {}).get("processor")
+        program = PROGRAMS[stage].rpartition(".")[2]
+        settings |= {f"{program} --{key.replace('_', '-')}": value for key, value in described["settings"].items()}
+        settings[f"{program} on"] = (described["hardware"] or {}).get("processor")
         values = {key: described[key] for key in _FIGURES} | described["held_out"]
         figures |= {f"{stage}.{key}": value for key, value in values.items() if value is not None}
     final = list(stages.values())[-1]
     settings |= {f"shape: {key}": value for key, value in dataclasses.asdict(final.config).items()}
+    metrics = metrics_of(store, final)
+    figures |= {name: metric.value for name, metric in metrics.items()}
     histories = {stage: checkpoint.meta.get("history", []) for stage, checkpoint in stages.items()}
-    return Run(spec, settings, figures, metrics_of(store, final), histories)
+    return Run(spec, settings, figures, metrics, histories)
 
 
 def distinctly_named(runs: Sequence[Run]) -> list[Run]:
@@ -97,18 +90,16 @@ def distinctly_named(runs: Sequence[Run]) -> list[Run]:
     return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
+def side_by_side(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Each name that a run has, with the value of each run, or None if a run lacks the name."""
+    names = dict.fromkeys(itertools.chain.from_iterable(columns))
+    return {name: [column.get(name) for column in columns] for name in names}
+
+
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """The settings that differ between runs, with the value of each run, or None if a run lacks the setting."""
-    names = dict.fromkeys(itertools.chain.from_iterable(run.settings for run in runs))
-    rows = {name: [run.settings.get(name) for run in runs] for name in names}
+    """The settings that differ between runs."""
+    rows = side_by_side([run.settings for run in runs])
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
-
-
-def figures(runs: Sequence[Run]) -> dict[str, list[float | None]]:
-    """All figures and metrics, with the value of each run, or None if a run lacks it."""
-    every = [{**run.figures, **{name: metric.value for name, metric in run.metrics.items()}} for run in runs]
-    names = dict.fromkeys(itertools.chain.from_iterable(every))
-    return {name: [values.get(name) for values in every] for name in names}
 
 
 def not_comparable(runs: Sequence[Run]) -> set[str]:
@@ -121,11 +112,7 @@ def not_comparable(runs: Sequence[Run]) -> set[str]:
 
 
 def render(runs: Sequence[Run], plot: str = "") -> str:
-    """The comparison as Markdown.
-
-    Args:
-        plot: file name of the plot beside the page; empty for none.
-    """
+    """The comparison as Markdown, with the file ``plot`` beside the page unless it is empty."""
     names = [literal(run.name) for run in runs]
     differing = differences(runs)
     lines = [f"# {' · '.join(names)}", "", "## Settings that differ", ""]
@@ -136,7 +123,7 @@ def render(runs: Sequence[Run], plot: str = "") -> str:
         lines += ["None.", ""]
     header = ["", names[0], *itertools.chain.from_iterable((name, f"against {names[0]}") for name in names[1:])]
     marked, rows = not_comparable(runs), []
-    for name, (first, *others) in figures(runs).items():
+    for name, (first, *others) in side_by_side([run.figures for run in runs]).items():
         row = [code(name) + (" \\*" if name in marked else ""), _number(first)]
         for other in others:
             row += [_number(other), _change(first, other)]
@@ -158,18 +145,12 @@ def _number(value: float | None) -> str:
 
 
 def _change(first: float | None, other: float | None) -> str:
-    if first is None or other is None:
-        return "—"
-    difference = other - first
-    return f"{'+' if difference > 0 else ''}{_number(difference)}"
+    difference = None if first is None or other is None else other - first
+    return f"{'+' if difference and difference > 0 else ''}{_number(difference)}"
 
 
 def run(settings: CompareSettings, show: Callable[[str], None]) -> None:
-    """Show the comparison, and write it to the folder ``--out`` if there is one.
-
-    Raises:
-        UserError: a model does not exist, or the folder cannot be made.
-    """
+    """Show the comparison, and write it to the folder ``--out`` if there is one."""
     runs = distinctly_named([read_run(settings.home, spec) for spec in settings.models])
     show(render(runs))
     if not settings.out:
@@ -179,7 +160,7 @@ def run(settings: CompareSettings, show: Callable[[str], None]) -> None:
     values = {
         "models": [run.name for run in runs],
         "settings": differences(runs),
-        "figures": figures(runs),
+        "figures": side_by_side([run.figures for run in runs]),
         "not_comparable": sorted(not_comparable(runs)),
     }
     (folder / _PAGE).write_text(render(runs, _PLOT if drawn else ""), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from jobs.eval.checkpoints import pick_checkpoint
 from jobs.measures.core.bundle import read_bundle
 from jobs.measures.core.download import PUBLIC_BUNDLE, locate_bundle
-from jobs.measures.core.run import CoreResult, evaluate_core
+from jobs.measures.core.run import Result, evaluate_core, table
 from jobs.measures.core.scoring import Scorer
 from jobs.program import JobSettings, run_program
 from jobs.results.evaluations import Evaluation
@@ -43,12 +42,10 @@ class CoreSettings(JobSettings):
     )
 
 
-def run(settings: CoreSettings, store: Store, device: torch.device, ranks: Ranks) -> CoreResult:
-    """Evaluate a checkpoint and store the result. Parts that an earlier run finished are not computed again.
+def run(settings: CoreSettings, store: Store, device: torch.device, ranks: Ranks) -> Result:
+    """Evaluate a checkpoint, store the result, and return the content of ``result.json``.
 
-    Raises:
-        UserError: there is no such checkpoint, or the bundle is malformed.
-        RankLost: another rank ended. Finished parts stay in the store.
+    Parts that an earlier run finished are not computed again. If another rank ends, finished parts stay in the store.
     """
     checkpoint = pick_checkpoint(store, settings.model, settings.revision, settings.stage)
     bundle = read_bundle(locate_bundle(settings.bundle, store, ranks), settings.max_per_task)
@@ -60,21 +57,19 @@ def run(settings: CoreSettings, store: Store, device: torch.device, ranks: Ranks
     }
     evaluation = Evaluation.of(store, checkpoint, CORE, decisive)
     # All ranks use the first rank's answer: a fast rank could store the result before a slow rank looks for it.
-    finished = ranks.gather(evaluation.result())[0]
+    finished: Result | None = ranks.gather(evaluation.result())[0]
     if finished is not None:
         log.info("already evaluated", extra={"checkpoint": checkpoint.ref.prefix})
-        return CoreResult.of_summary(finished)
+        return finished
     if bundle.missing and ranks.leads:
         log.warning("tasks are missing in the bundle", extra={"missing": list(bundle.missing)})
     scorer = Scorer(checkpoint.build_model(device, dtype))
     result = evaluate_core(scorer, checkpoint.tokenizer, bundle, parts=evaluation, ranks=ranks)
-    if ranks.leads:
-        evaluation.finish(result.summary())
-    return result
+    return evaluation.finish(result) if ranks.leads else result
 
 
-def evaluate(settings: CoreSettings, show: Callable[[str], None]) -> CoreResult:
-    """Join the other ranks, if there are any, evaluate, and show a table of the tasks."""
+def main(settings: CoreSettings) -> None:
+    """Join the other ranks, if there are any, evaluate, and print a table of the tasks."""
     check_model_name(settings.model)
     prepare_cpu(settings.threads)
     store, device = open_store(settings.home), rank_device(settings.device)
@@ -83,10 +78,8 @@ def evaluate(settings: CoreSettings, show: Callable[[str], None]) -> CoreResult:
         logs.configure("core" if leads else f"core-{ranks.rank}", settings.log_level if leads else "warning")
         result = run(settings, store, device, ranks)
         if leads:
-            for line in result.table():
-                show(line)
-    return result
+            print("\n".join(table(result)))
 
 
 if __name__ == "__main__":
-    run_program("jobs.eval.core", "core", CoreSettings, lambda settings: evaluate(settings, print))
+    run_program("jobs.eval.core", "core", CoreSettings, main)

@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
-from jobs.eval.checkpoints import newest_tuned
+from jobs.eval.checkpoints import pick_checkpoint
 from jobs.program import JobSettings, run_program
 from jobs.promotion.decisions import Decision
 from jobs.promotion.gate import EXIT_REFUSED, decide
 from jobs.promotion.rules import DEFAULT_NO_WORSE, Gate
 from jobs.recipes import find_recipe
-from nanochat_core.checkpoint import CheckpointRef, check_model_name, load_checkpoint
+from nanochat_core.checkpoint import check_model_name
 from nanochat_core.settings import setting
 from nanochat_core.store import open_store
 
@@ -35,11 +35,7 @@ class GateSettings(JobSettings):
     log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe level that is logged")
 
     def gate(self) -> Gate:
-        """The rules.
-
-        Raises:
-            UserError: there is no such recipe.
-        """
+        """The rules of the recipe and of the flags."""
         given = find_recipe(self.recipe).gate if self.recipe else Gate()
         no_worse = (*(given.no_worse or ()), *self.no_worse) if self.no_worse else given.no_worse
         return Gate((*given.require, *self.require), no_worse)
@@ -49,11 +45,7 @@ def run(settings: GateSettings, show: Callable[[str], None]) -> Decision:
     """Decide, and show the decision with the outcome of each rule."""
     store = open_store(settings.home)
     model = check_model_name(settings.model)
-    checkpoint = (
-        load_checkpoint(store, CheckpointRef.parse(model, settings.revision))
-        if settings.revision
-        else newest_tuned(store, model)
-    )
+    checkpoint = pick_checkpoint(store, model, settings.revision, "sft", "rl")
     decision = decide(store, checkpoint, settings.gate(), promoting=settings.promote, against=settings.against)
     verdict = "promoted" if decision.promoted else "may be promoted" if decision.accepted else "refused"
     show(f"{model} {checkpoint.ref.revision}: {verdict}")

@@ -10,7 +10,7 @@ from jobs.eval.report_card.contents import gather
 from jobs.eval.report_card.plots import draw
 from jobs.program import JobSettings, run_program
 from jobs.promotion.decisions import folder
-from jobs.results.report_page.page import render
+from jobs.results.report_page import render
 from jobs.results.reports import report_json
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.cpu_setup import prepare_cpu
@@ -39,11 +39,7 @@ class ReportSettings(JobSettings):
 
 
 def run(settings: ReportSettings) -> dict[str, Any]:
-    """Make the missing held-out evaluations, write the report to the store, and return the content of ``report.json``.
-
-    Raises:
-        UserError: the store has no such model, or no recipe has the given name.
-    """
+    """Make the missing held-out evaluations, write the report, and return the content of ``report.json``."""
     prepare_cpu(settings.threads)
     store = open_store(settings.home)
     stages = newest_stages(store, check_model_name(settings.model), settings.revision)
@@ -70,10 +66,9 @@ def run(settings: ReportSettings) -> dict[str, Any]:
 
 
 def write_report(store: Store, report: Mapping[str, Any], histories: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Replace a model's report. The promotion gate's decisions in the same folder stay.
+    """Replace a model's report, with plots of the ``histories`` of its stages.
 
-    Args:
-        histories: the training history of each stage that the model has.
+    The promotion gate's decisions in the same folder stay.
     """
     model = report["model"]
     kept = {key.removeprefix(f"reports/{model}/"): store.read(key) for key in store.keys(folder(model))}

@@ -1,5 +1,6 @@
 """Bits per byte on held-out text, a measure of language models that does not depend on the tokenizer."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 
@@ -46,8 +47,7 @@ def bits_per_byte(
         losses = model.loss(ids, targets, "none").view_as(targets).double()
         lengths = torch.where(targets == IGNORE_INDEX, 0, bytes_per_token[targets.clamp(min=0)])
         sums += torch.stack([(losses * (lengths > 0)).sum(), lengths.sum().double()])
-    totals: list[float] = ranks.sum(sums).tolist()
-    nats, total_bytes = totals
+    nats, total_bytes = map(float, ranks.sum(sums).tolist())
     return nats / math.log(2) / max(total_bytes, 1.0)
 
 
@@ -61,15 +61,5 @@ def _rows(tokenizer: Tokenizer, documents: Iterable[str], length: int) -> Iterat
 
 
 def _batches(rows: Iterator[tuple[list[int], list[int]]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    pending: list[tuple[list[int], list[int]]] = []
-    for row in rows:
-        pending.append(row)
-        if len(pending) == size:
-            yield _stack(pending)
-            pending = []
-    if pending:
-        yield _stack(pending)
-
-
-def _stack(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-    return torch.tensor([ids for ids, _ in rows]), torch.tensor([targets for _, targets in rows])
+    while batch := list(itertools.islice(rows, size)):
+        yield torch.tensor([ids for ids, _ in batch]), torch.tensor([targets for _, targets in batch])

@@ -83,34 +83,33 @@ def load_reference(encoding: Encoding, file: str = "") -> Reference:
         UserError: ``file`` does not exist or contains no tokens. A missing or damaged cache raises nothing.
     """
     if file:
-        return _reference(encoding, Path(file).expanduser())
+        return _read_reference(encoding, Path(file).expanduser())
     cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache"))
     for url in encoding.urls:
         cached = cache / hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest()
         if cached.is_file():
             try:
-                return _reference(encoding, cached)
+                return _read_reference(encoding, cached)
             except UserError as error:
                 return Reference(encoding, missing=str(error))
     return Reference(encoding, missing=f"its file is not here; {encoding.flag} takes that of {encoding.urls[0]}")
 
 
-def _reference(encoding: Encoding, path: Path) -> Reference:
-    ranks = _read_ranks(path)
-    tokens = tiktoken.Encoding(encoding.name, pat_str=encoding.pattern, mergeable_ranks=ranks, special_tokens={})
-    return Reference(encoding, len(ranks), lambda text: len(tokens.encode_ordinary(text)))
-
-
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Each token's rank, from lines of a base64 token and its rank, or from GPT-2's list of merges."""
+def _read_reference(encoding: Encoding, path: Path) -> Reference:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no encoding: {error}") from error
-    if lines and lines[0].startswith("#version"):
-        return _ranks_of_merges(lines[1:], path)
+    has_merges = bool(lines) and lines[0].startswith("#version")
+    ranks = _ranks_of_merges(lines[1:], path) if has_merges else _ranks_of_lines(lines, path)
+    tokens = tiktoken.Encoding(encoding.name, pat_str=encoding.pattern, mergeable_ranks=ranks, special_tokens={})
+    return Reference(encoding, len(ranks), lambda text: len(tokens.encode_ordinary(text)))
+
+
+def _ranks_of_lines(lines: Sequence[str], path: Path) -> dict[bytes, int]:
+    """Each token's rank, from lines that consist of a token in base64 and its rank."""
     ranks = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -144,9 +143,7 @@ def _ranks_of_merges(lines: Sequence[str], path: Path) -> dict[bytes, int]:
 def texts_to_compare(store: Store, dataset: str, size: int) -> dict[str, str]:
     """The texts to compare on, by their names in the table: samples of domains, and the start of a dataset's splits.
 
-    Args:
-        dataset: name of a text dataset in the store; empty for none.
-        size: about this number of bytes is taken from each split.
+    About ``size`` bytes are taken from each split. An empty ``dataset`` adds no text to the samples.
     """
     texts = dict(DOMAIN_SAMPLES)
     if dataset:
@@ -167,27 +164,19 @@ def _beginning(documents: Iterable[str], size: int) -> str:
 
 
 def compare(tokenizer: Tokenizer, references: Sequence[Reference], texts: Mapping[str, str]) -> dict[str, Any]:
-    """The numbers of bytes and tokens of each text, which are the content of ``evaluation.json``.
-
-    Args:
-        texts: texts by their names in the table. No text may be empty.
-    """
-    present = [reference for reference in references if reference.count]
+    """The content of ``evaluation.json``: the numbers of bytes and tokens of each text. No text may be empty."""
+    counters = {reference.encoding.name: reference.count for reference in references if reference.count}
     return {
         "tokenizer": {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size},
-        "references": {reference.encoding.name: reference.vocab_size for reference in present},
+        "references": {reference.encoding.name: reference.vocab_size for reference in references if reference.count},
         "missing": {reference.encoding.name: reference.missing for reference in references if not reference.count},
         "texts": {
-            name: {
+            shown: {
                 "bytes": len(text.encode(errors="replace")),
                 "tokens": sum(len(tokenizer.encode(piece)) for piece in _pieces(text)),
-                "reference_tokens": {
-                    reference.encoding.name: sum(map(reference.count, _pieces(text)))
-                    for reference in present
-                    if reference.count
-                },
+                "reference_tokens": {name: sum(map(count, _pieces(text))) for name, count in counters.items()},
             }
-            for name, text in texts.items()
+            for shown, text in texts.items()
         },
     }
 

@@ -7,11 +7,8 @@ from math import comb
 def pass_at_k(samples: int, right: int, k: int) -> float:
     """The unbiased estimate of pass@k from n samples of which c are right: ``1 - C(n - c, k) / C(n, k)``.
 
-    The fraction is the probability that k of the samples, drawn without replacement, are all wrong.
-
-    Args:
-        samples: the number n of samples.
-        right: the number c of right samples.
+    The fraction is the probability that k of the samples, drawn without replacement, are all wrong. ``samples`` is n
+    and ``right`` is c.
 
     Raises:
         ValueError: k is not in 1 .. ``samples``, or ``right`` is not in 0 .. ``samples``.
@@ -24,9 +21,5 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def mean_pass_at_k(right: Sequence[int], samples: int) -> list[float]:
-    """The mean over several problems of pass@1, pass@2, …, pass@``samples``.
-
-    Args:
-        right: the number of right samples of each problem.
-    """
+    """The mean of pass@1, pass@2, …, pass@``samples`` over problems, each with its number of right samples."""
     return [sum(pass_at_k(samples, count, k) for count in right) / len(right) for k in range(1, samples + 1)]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.promotion.rules import Outcome
+from jobs.results.evaluations import read_json
 from jobs.results.metrics import Metric
 from nanochat_core.checkpoint import CheckpointRef
 from nanochat_core.store import Store
@@ -52,10 +53,7 @@ def folder(model: str) -> str:
 
 def decisions(store: Store, ref: CheckpointRef) -> list[Decision]:
     """The decisions on a checkpoint of this name, the newest last."""
-    try:
-        stored = json.loads(store.read(_key(ref)))
-    except FileNotFoundError:
-        return []
+    stored = read_json(store, _key(ref)) or {"decisions": []}
     return [_decision(entry) for entry in stored["decisions"]]
 
 
@@ -89,10 +87,6 @@ def _key(ref: CheckpointRef) -> str:
 
 
 def _decision(entry: dict[str, Any]) -> Decision:
-    return Decision(
-        **{
-            **entry,
-            "outcomes": tuple(Outcome(**outcome) for outcome in entry["outcomes"]),
-            "metrics": {name: Metric(**metric) for name, metric in entry["metrics"].items()},
-        }
-    )
+    outcomes = tuple(Outcome(**outcome) for outcome in entry["outcomes"])
+    metrics = {name: Metric(**metric) for name, metric in entry["metrics"].items()}
+    return Decision(**{**entry, "outcomes": outcomes, "metrics": metrics})

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 
 from jobs.promotion.decisions import Decision, add_decision, decisions, last_promotion
-from jobs.promotion.rules import Gate, judge
+from jobs.promotion.rules import Gate
 from jobs.results.metrics import Metric, metrics_of
 from jobs.results.reports import report_promotion
 from nanochat_core.checkpoint import (
@@ -59,15 +59,14 @@ def decide(store: Store, checkpoint: Checkpoint, gate: Gate, *, promoting: bool,
         UserError: a rule cannot be read, or the model to compare with has no promoted checkpoint.
     """
     rules, ref, digest = gate.rules(), checkpoint.ref, checkpoint.weights_digest
-    current = incumbent(store, ref.model, digest)
-    compared = current
+    current = compared = incumbent(store, ref.model, digest)
     if against and against != ref.model:
         compared = incumbent(store, check_model_name(against), digest)
         if compared is None:
             raise UserError(f"--against names {against!r}, of which nothing is promoted in {store}")
     metrics = metrics_of(store, checkpoint)
     other = compared.metrics if compared else None
-    outcomes = tuple(judge(rules, metrics, other))
+    outcomes = tuple(rule.judge(metrics, other) for rule in rules)
     accepted = all(outcome.passed is not False for outcome in outcomes)
     decision = Decision(
         digest=digest,
@@ -91,11 +90,7 @@ def decide(store: Store, checkpoint: Checkpoint, gate: Gate, *, promoting: bool,
 def incumbent(store: Store, model: str, candidate: str) -> Incumbent | None:
     """The promoted checkpoint of a model, or the one promoted last; None if there is none to compare with.
 
-    Args:
-        candidate: sha256 of the weights that are judged.
-
-    Raises:
-        StoreError: the store cannot be read.
+    ``candidate`` is the sha256 of the weights that are judged.
     """
     ref = promoted(store, model)
     if ref is None:

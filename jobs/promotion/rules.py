@@ -6,7 +6,7 @@ import dataclasses
 import math
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from jobs.results.metrics import Metric
 from nanochat_core.errors import UserError
@@ -37,11 +37,7 @@ class Gate:
     no_worse: tuple[str, ...] | None = None
 
     def rules(self) -> list[Require | NoWorse]:
-        """The parsed rules.
-
-        Raises:
-            UserError: a rule cannot be read.
-        """
+        """The parsed rules. Raises a :class:`UserError` if a rule cannot be read."""
         optional = self.no_worse is None
         chosen = DEFAULT_NO_WORSE if self.no_worse is None else self.no_worse
         return [*map(Require.parse, self.require), *(NoWorse.parse(text, optional=optional) for text in chosen)]
@@ -66,11 +62,7 @@ class Require:
 
     @classmethod
     def parse(cls, text: str) -> Require:
-        """Parse ``NAME>=NUMBER``, or a rule with ``>``, ``<=`` or ``<``.
-
-        Raises:
-            UserError: the text has another form.
-        """
+        """Parse ``NAME>=NUMBER``, or a rule with ``>``, ``<=`` or ``<``."""
         match = _REQUIREMENT.fullmatch(text)
         bound = _number(match[3]) if match else None
         if match is None or bound is None:
@@ -78,6 +70,7 @@ class Require:
         return cls(match[1], match[2], bound)
 
     def judge(self, metrics: Mapping[str, Metric], _promoted: Mapping[str, Metric] | None) -> Outcome:
+        """The outcome for a model with these metrics."""
         rule, wanted = f"{self.metric}{self.comparison}{self.bound:g}", f"{_IN_WORDS[self.comparison]} {self.bound:g}"
         if self.metric not in metrics:
             return Outcome(rule, False, f"{self.metric} was not measured; {wanted} is required")
@@ -100,11 +93,7 @@ class NoWorse:
 
     @classmethod
     def parse(cls, text: str, *, optional: bool = False) -> NoWorse:
-        """Parse ``NAME:MARGIN``, or ``NAME`` for a margin of 0.
-
-        Raises:
-            UserError: the text has another form.
-        """
+        """Parse ``NAME:MARGIN``, or ``NAME`` for a margin of 0."""
         name, colon, margin_text = text.strip().partition(":")
         margin = _number(margin_text) if colon else 0.0
         if not name or margin is None or margin < 0:
@@ -112,6 +101,7 @@ class NoWorse:
         return cls(name, margin, optional)
 
     def judge(self, metrics: Mapping[str, Metric], promoted: Mapping[str, Metric] | None) -> Outcome:
+        """The outcome for a model, compared with the promoted model; None if no other model is promoted."""
         rule = f"{self.metric} no worse by {self.margin:g}"
         if promoted is None:
             return Outcome(rule, None, "nothing else is promoted")
@@ -125,23 +115,11 @@ class NoWorse:
         worse_by = own.value - other.value if lower else other.value - own.value
         passed = worse_by <= self.margin + _ROUNDING
         allowed = f"{self.margin:g} worse is allowed" if self.margin else "it may not be worse"
-        return Outcome(
-            rule, passed, f"{self.metric} is {own.value:.4g}, the promoted model's {other.value:.4g}; {allowed}"
-        )
+        values = f"{self.metric} is {own.value:.4g}, the promoted model's {other.value:.4g}"
+        return Outcome(rule, passed, f"{values}; {allowed}")
 
     def _not_comparable(self, rule: str, reason: str) -> Outcome:
         return Outcome(rule, None if self.optional else False, reason)
-
-
-def judge(
-    rules: Sequence[Require | NoWorse], metrics: Mapping[str, Metric], promoted: Mapping[str, Metric] | None
-) -> list[Outcome]:
-    """The outcome of each rule for a model with these metrics.
-
-    Args:
-        promoted: metrics of the promoted model; None if no other model is promoted.
-    """
-    return [rule.judge(metrics, promoted) for rule in rules]
 
 
 def _number(text: str) -> float | None:

@@ -60,12 +60,12 @@ class Evaluation:
 
     def result(self) -> Result | None:
         """The finished result for these weights and settings, or None if the store has none."""
-        found: Result | None = _read(self.store, f"{self.folder}/result.json")
+        found: Result | None = read_json(self.store, f"{self.folder}/result.json")
         return found if found is not None and found["identity"] == self._identity() else None
 
     def part(self, name: str) -> Json | None:
         """The value that :meth:`save_part` stored under this name, in this run or an earlier one, or None."""
-        return _read(self.store, self._part(name))
+        return read_json(self.store, self._part(name))
 
     def save_part(self, name: str, value: Json) -> None:
         """Store a finished part, so that a later run need not compute it again."""
@@ -84,8 +84,7 @@ class Evaluation:
             **result,
         }
         self.store.write(f"{self.folder}/result.json", _json(whole))
-        names = {key.removeprefix(f"{self.folder}/").partition("/")[0] for key in self.store.keys(self.folder)}
-        for name in names:
+        for name in {key.removeprefix(f"{self.folder}/").partition("/")[0] for key in self.store.keys(self.folder)}:
             if name.startswith("parts-"):
                 self.store.delete(f"{self.folder}/{name}")
         return whole
@@ -110,11 +109,7 @@ def results(store: Store, model: str) -> Iterator[Result]:
 
 
 def results_of(store: Store, ref: CheckpointRef, digest: str) -> list[Result]:
-    """The finished evaluations of one checkpoint.
-
-    Args:
-        digest: sha256 of the checkpoint's weights; results of its earlier weights are left out.
-    """
+    """The finished evaluations of a checkpoint with the sha256 ``digest``. Results of earlier weights are left out."""
     found = results(store, ref.model)
     return [result for result in found if (result["revision"], result["digest"]) == (ref.revision, digest)]
 
@@ -124,7 +119,8 @@ def identities(found: Iterable[Result]) -> list[str]:
     return sorted(result["identity"] for result in found)
 
 
-def _read(store: Store, key: str) -> Json | None:
+def read_json(store: Store, key: str) -> Json | None:
+    """The content of a JSON file, or None if the store does not have the file."""
     try:
         return json.loads(store.read(key))
     except FileNotFoundError:

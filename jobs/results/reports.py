@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.results.evaluations import identities, results_of
-from jobs.results.report_page.page import render
+from jobs.results.evaluations import identities, read_json, results_of
+from jobs.results.report_page import render
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef
 from nanochat_core.store import Store
 
@@ -14,10 +14,7 @@ Report = dict[str, Any]
 
 def read_report(store: Store, model: str) -> Report | None:
     """``report.json`` of a model, or None if the model has no report."""
-    try:
-        report: Report = json.loads(store.read(f"reports/{model}/report.json"))
-    except FileNotFoundError:
-        return None
+    report: Report | None = read_json(store, f"reports/{model}/report.json")
     return report
 
 
@@ -33,19 +30,16 @@ def is_reported(store: Store, model: str, *checkpoints: Checkpoint) -> bool:
         return False
     for checkpoint in checkpoints:
         stage, digest = checkpoint.ref.stage, checkpoint.weights_digest
-        if report.get(stage, {}).get("digest") != digest:
-            return False
-        if report.get("measured", {}).get(stage) != identities(results_of(store, checkpoint.ref, digest)):
+        measured = identities(results_of(store, checkpoint.ref, digest))
+        if report.get(stage, {}).get("digest") != digest or report.get("measured", {}).get(stage) != measured:
             return False
     return True
 
 
 def report_promotion(store: Store, ref: CheckpointRef, digest: str, promotion: Mapping[str, Any]) -> None:
-    """Write the gate's decision into the report of a model.
+    """Write the gate's decision as ``promotion`` into the report of a model.
 
-    Args:
-        digest: sha256 of the weights that the gate judged. A report on other weights stays as it is.
-        promotion: the decision, as the report's ``promotion``.
+    A report stays as it is unless it is on weights with the sha256 ``digest``, which the gate judged.
     """
     report = read_report(store, ref.model)
     # Scaling studies and benchmarks write a report.json of another form into folders of the same kind.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.measures.core.bundle import open_bundle, read_bundle
-from jobs.measures.core.run import CoreResult, evaluate_core
+from jobs.measures.core.run import core_result, evaluate_core
 from jobs.measures.core.scoring import Scorer
 from nanochat_core.checkpoint import CheckpointRef, load_checkpoint
 from nanochat_core.cpu_setup import prepare_cpu
@@ -23,18 +23,18 @@ def core(task: dict[str, Any]) -> None:
     began = time.perf_counter()
     bundle = read_bundle(open_bundle(task["bundle"]), task["max_per_task"])
     scorer = Scorer(model)
-    tasks, results = {}, []
+    tasks, results = {}, dict[str, Any]()
     for each in bundle.tasks:
         started = time.perf_counter()
-        (result,) = evaluate_core(scorer, checkpoint.tokenizer, dataclasses.replace(bundle, tasks=(each,))).tasks
+        result = evaluate_core(scorer, checkpoint.tokenizer, dataclasses.replace(bundle, tasks=(each,)))["tasks"]
         tasks[each.label] = {
-            "accuracy": result.accuracy,
+            "accuracy": result[each.label]["accuracy"],
             "seconds": time.perf_counter() - started,
-            "examples": result.answers,
+            "examples": result[each.label]["answers"],
         }
-        results.append(result)
+        results |= result
     whole = time.perf_counter() - began
-    summary = {"core": CoreResult(tuple(results), bundle.missing).core, "seconds": whole, "tasks": tasks}
+    summary = {"core": core_result(results, bundle.missing)["core"], "seconds": whole, "tasks": tasks}
     Path(task["result"]).write_text(json.dumps(summary))
 
 

@@ -13,13 +13,17 @@ import torch
 from jobs.demo_world import EvalItem, evaluation_set, pretraining_documents
 from jobs.eval import chat
 from jobs.eval.chat import ChatEvalSettings
-from jobs.eval.chat_eval import conversations
-from jobs.eval.chat_eval.conversations import Answer, ChatResult, evaluate
+from jobs.eval.chat_eval import evaluate_tasks
+from jobs.eval.chat_eval.evaluate_tasks import answer_greedily
+from jobs.eval.chat_eval.scores import GradedAnswers, right_by_group
 from jobs.eval.checkpoints import pick_checkpoint
-from jobs.eval.report_card.held_out import SAMPLING, continue_text
+from jobs.eval.report_card import held_out
+from jobs.eval.report_card.held_out import SAMPLING, continue_text, evaluate_conversations
 from jobs.generation.completions import read_completion
 from jobs.generation.python_tool import SandboxTool
 from jobs.recipes import find_recipe
+from jobs.tasks import demo
+from jobs.tasks.task import Response
 from jobs.train.tokenizer import train_tokenizer
 from nanochat_core import tokenizer as tok
 from nanochat_core.chat import parse_messages, render_conversation, render_prompt
@@ -55,14 +59,19 @@ def checkpoint(home: Path) -> Checkpoint:
     return load_checkpoint(open_store(str(home)), CheckpointRef(MODEL, "sft", 7))
 
 
+def graded(checkpoint: Checkpoint, items: Sequence[EvalItem]) -> list[tuple[EvalItem, Response, bool]]:
+    """Each item with the model's answer, and whether the answer is right."""
+    found = answer_greedily(checkpoint, demo.task(items))
+    assert {(len(each.answers), len(each.right)) for each in found} == {(1, 1)}
+    return [(item, each.answers[0], each.right[0]) for item, each in zip(items, found, strict=True)]
+
+
 def test_every_item_is_answered_and_the_answers_are_those_of_the_model(checkpoint: Checkpoint) -> None:
     items = evaluation_set(20)
-    result = evaluate(checkpoint, items)
-    assert [answer.item for answer in result.answers] == items
-    assert result.revision == "sft/step_000007"
+    answers = graded(checkpoint, items)
     # Greedy answers do not depend on the other questions in the batch.
-    alone = evaluate(checkpoint, items[:1])
-    assert alone.answers[0].text == result.answers[0].text
+    for number in (0, 19):
+        assert graded(checkpoint, [items[number]]) == [answers[number]]
 
 
 def chain(tokenizer: Tokenizer, tokens: Sequence[str]) -> GPT:
@@ -93,10 +102,10 @@ def test_the_model_computes_in_the_sandbox_and_goes_on_with_what_came_of_it(home
         EvalItem("arithmetic", question, expected, (), requires_tool=True, reference="")
         for expected in (("7",), ("8",), ("7", "seven"))
     ]
-    result = evaluate(load_checkpoint(store, ref), items)
-    for answer in result.answers:
-        assert (answer.text, answer.tool_calls) == ("Is: 7", (("3+4", "7"),))
-    assert [answer.correct for answer in result.answers] == [True, False, True]
+    answers = graded(load_checkpoint(store, ref), items)
+    for _, answer, _ in answers:
+        assert answer == Response("Is: 7", (("3+4", "7"),))
+    assert [right for _, _, right in answers] == [True, False, True]
 
 
 def test_the_command_shows_accuracies_and_the_wrong_answers(home: Path) -> None:
@@ -129,7 +138,8 @@ def test_recipes_are_asked_what_they_teach() -> None:
 
 def test_the_newest_checkpoint_is_taken_or_the_one_that_is_named(home: Path, checkpoint: Checkpoint) -> None:
     store = open_store(str(home))
-    assert pick_checkpoint(store, MODEL, "").ref.step == 7
+    assert pick_checkpoint(store, MODEL, "", "sft").ref.step == 7
+    assert pick_checkpoint(store, MODEL, "", "sft", "rl").ref.step == 7
     assert pick_checkpoint(store, MODEL, "sft/step_000007").ref.step == 7
     with pytest.raises(UserError, match="has no base checkpoint"):
         pick_checkpoint(store, MODEL, "", "base")
@@ -151,15 +161,17 @@ def reference_answer(tokenizer: Tokenizer, item: EvalItem) -> Completion:
     return Completion(tokens, events)
 
 
-def scripted_result(monkeypatch: pytest.MonkeyPatch, checkpoint: Any, items: Any, answers: Any) -> ChatResult:
-    """The evaluation of a model with these scripted answers."""
+def scripted(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Any, items: Any, answers: Any
+) -> list[tuple[EvalItem, Response, bool]]:
+    """The graded answers of a model with these scripted answers."""
 
     def generate(engine: Any, tokenizer: Any, task: Any, numbers: Any) -> Any:
         assert len(numbers) == len(answers) == len(task.questions)
         return ((number, (read_completion(tokenizer, answers[number]),)) for number in numbers)
 
-    monkeypatch.setattr(conversations, "generate", generate)
-    return evaluate(checkpoint, items)
+    monkeypatch.setattr(evaluate_tasks, "generate", generate)
+    return graded(checkpoint, items)
 
 
 def test_perfect_answers_are_all_right_and_nothing_else_is(
@@ -167,29 +179,26 @@ def test_perfect_answers_are_all_right_and_nothing_else_is(
 ) -> None:
     items = evaluation_set(100, seed=5)
     perfect = [reference_answer(checkpoint.tokenizer, item) for item in items]
-    result = scripted_result(monkeypatch, checkpoint, items, perfect)
-    assert [answer.item for answer in result.answers if not answer.correct] == []
-    assert result.accuracy() == 1.0
-    assert all(right == asked for right, asked in result.by_kind().values())
+    assert [item for item, _, right in scripted(monkeypatch, checkpoint, items, perfect) if not right] == []
 
-    silent = scripted_result(monkeypatch, checkpoint, items, [Completion([], []) for _ in items])
-    assert silent.accuracy() == 0.0
+    silent = scripted(monkeypatch, checkpoint, items, [Completion([], []) for _ in items])
+    assert not any(right for _, _, right in silent)
 
     # Right answers without a tool call count as guesses.
     untooled = [dataclasses.replace(answer, tool_events=[]) for answer in perfect]
-    result = scripted_result(monkeypatch, checkpoint, items, untooled)
-    assert {answer.item.requires_tool for answer in result.answers if not answer.correct} == {True}
-    assert result.accuracy() == sum(not item.requires_tool for item in items) / 100
+    answers = scripted(monkeypatch, checkpoint, items, untooled)
+    assert [right for _, _, right in answers] == [not item.requires_tool for item in items]
+    assert any(item.requires_tool for item in items)
 
 
 def test_code_and_its_output_are_no_part_of_the_text(monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint) -> None:
     items = [item for item in evaluation_set(40) if item.requires_tool]
     perfect = [reference_answer(checkpoint.tokenizer, item) for item in items]
-    for answer in scripted_result(monkeypatch, checkpoint, items, perfect).answers:
-        written = [part["text"] for part in answer.item.reference if part["type"] == "text"]
-        assert answer.text == "".join(written).strip()
+    for item, answer, _ in scripted(monkeypatch, checkpoint, items, perfect):
+        written = [part["text"] for part in item.reference if part["type"] == "text"]
+        assert answer.text.strip() == "".join(written).strip()
         ((code, output),) = answer.tool_calls
-        parts = [part["text"] for part in answer.item.reference if part["type"] != "text"]
+        parts = [part["text"] for part in item.reference if part["type"] != "text"]
         assert [code, output] == parts
 
 
@@ -200,21 +209,29 @@ def test_a_call_that_the_end_of_the_answer_cut_off_has_no_output(
     whole = reference_answer(checkpoint.tokenizer, item)
     end = [token.id for token in whole.tokens].index(checkpoint.tokenizer.special_ids[tok.PYTHON_END])
     cut = Completion(whole.tokens[: end + 1], whole.tool_events[:1])
-    (answer,) = scripted_result(monkeypatch, checkpoint, [item], [cut]).answers
+    ((_, answer, right),) = scripted(monkeypatch, checkpoint, [item], [cut])
     assert answer.tool_calls == ()
-    assert not answer.correct
+    assert not right
 
 
-def test_accuracies_count_the_right_answers_of_each_kind() -> None:
-    items = evaluation_set(40)
-    answers = tuple(Answer(item, "", (), correct=i % 4 == 0) for i, item in enumerate(items))
-    result = ChatResult("sft/step_000001", answers)
-    assert result.accuracy() == 0.25
-    for kind, (right, asked) in result.by_kind().items():
-        of_kind = [answer.correct for answer in answers if answer.item.kind == kind]
+def test_accuracies_count_the_right_answers_of_each_kind(
+    monkeypatch: pytest.MonkeyPatch, home: Path, checkpoint: Checkpoint
+) -> None:
+    items = find_recipe("demo").evaluation_items(40)
+    answers = [GradedAnswers((Response(" said "),), (i % 4 == 0,)) for i in range(40)]
+    monkeypatch.setattr(held_out, "answer_greedily", lambda _checkpoint, _task: answers)
+    result = evaluate_conversations(open_store(str(home)), checkpoint, "demo", 40)
+    assert result["accuracy"] == 0.25
+    assert result["revision"] == "sft/step_000007"
+    groups = right_by_group(demo.task(items).questions, answers)
+    assert set(groups) == {item.kind for item in items} == set(result["kinds"])
+    for kind, (right, asked) in groups.items():
+        of_kind = [i % 4 == 0 for i, item in enumerate(items) if item.kind == kind]
         assert (right, asked) == (sum(of_kind), len(of_kind))
-        assert result.accuracy([kind]) == right / asked
-    assert result.summary()["accuracy"] == 0.25
+        assert result["kinds"][kind] == {"right": right, "items": asked}
+    examples = [(i, items[i]) for i in range(0, 40, 3)][:12]
+    assert [(each["kind"], each["right"]) for each in result["examples"]] == [(e.kind, i % 4 == 0) for i, e in examples]
+    assert {each["answer"] for each in result["examples"]} == {"said"}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from jobs.measures.core.bundle import CORE_TASKS, open_bundle, read_bundle
-from jobs.measures.core.run import GPT2_XL_CORE, CoreResult, TaskResult, evaluate_core
+from jobs.measures.core.run import GPT2_XL_CORE, core_result, evaluate_core, table
 from jobs.measures.core.scoring import Scorer
 from jobs.results.evaluations import Evaluation, results
 from jobs.train.tokenizer import train_tokenizer
@@ -57,7 +57,7 @@ def flags(prepared: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def expected(prepared: Path) -> CoreResult:
+def expected(prepared: Path) -> dict[str, Any]:
     """The result of one uninterrupted process without a store."""
     checkpoint = load_checkpoint(open_store(str(prepared / "home")), REF)
     torch.set_num_threads(1)
@@ -74,14 +74,16 @@ def parts(jobs: Jobs) -> list[Path]:
     return sorted(jobs.home.glob("evaluations/**/parts-*/*.json"))
 
 
-def test_the_result_is_kept_and_shown(jobs: Jobs, prepared: Path, flags: dict[str, Any], expected: CoreResult) -> None:
+def test_the_result_is_kept_and_shown(
+    jobs: Jobs, prepared: Path, flags: dict[str, Any], expected: dict[str, Any]
+) -> None:
     command = [sys.executable, "-m", MODULE, "--home", str(jobs.home), *(f"--{k}={v}" for k, v in flags.items())]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     kept = result(jobs)
     assert kept["evaluation"] == "core"
     assert kept["revision"] == REF.revision
     assert kept["settings"]["bundle"] == read_bundle(open_bundle(str(prepared / "bundle"))).digest
-    assert CoreResult.of_summary(kept) == expected
+    assert kept.items() >= expected.items()
     assert kept["core"] == sum(task["centered"] for task in kept["tasks"].values()) / len(TASKS)
     assert 0 < sum(task["right"] for task in kept["tasks"].values()) < 15 * 30
     header, *rows = done.stdout.splitlines()
@@ -97,7 +99,7 @@ def test_the_result_is_kept_and_shown(jobs: Jobs, prepared: Path, flags: dict[st
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_result_and_repeats_nothing_that_was_finished(
-    jobs: Jobs, flags: dict[str, Any], expected: CoreResult
+    jobs: Jobs, flags: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     before: dict[Path, int] = {}
     for finished in (2, 7):
@@ -109,11 +111,11 @@ def test_killed_at_any_moment_it_ends_with_the_same_result_and_repeats_nothing_t
         assert before.items() <= (before := {path: path.stat().st_ino for path in parts(jobs)}).items()
     assert len(before) < len(TASKS), "it was killed before its end"
     jobs.run(MODULE, flags)
-    assert CoreResult.of_summary(result(jobs)) == expected
+    assert result(jobs).items() >= expected.items()
 
 
 def test_what_a_finished_part_says_is_taken_for_it(
-    jobs: Jobs, flags: dict[str, Any], prepared: Path, expected: CoreResult
+    jobs: Jobs, flags: dict[str, Any], prepared: Path, expected: dict[str, Any]
 ) -> None:
     checkpoint = load_checkpoint(jobs.store, REF)
     bundle = read_bundle(open_bundle(str(prepared / "bundle")))
@@ -127,17 +129,16 @@ def test_what_a_finished_part_says_is_taken_for_it(
 
     marked = Marked.of(jobs.store, checkpoint, "core", {})
     found = evaluate_core(Scorer(checkpoint.build_model()), checkpoint.tokenizer, bundle, parts=marked)
-    assert [task.right for task in found.tasks if task.label == "task_3"] == [0]
-    others = [task for task in found.tasks if task.label != "task_3"]
-    assert others == [task for task in expected.tasks if task.label != "task_3"]
+    assert found["tasks"].pop("task_3")["right"] == 0
+    assert found["tasks"] == {label: task for label, task in expected["tasks"].items() if label != "task_3"}
 
 
 def test_two_ranks_come_to_the_result_of_one_also_where_one_of_them_dies(
-    jobs: Jobs, flags: dict[str, Any], expected: CoreResult
+    jobs: Jobs, flags: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     pair = jobs.start_ranks(2, MODULE, flags)
     assert [rank.wait() for rank in pair] == [0, 0], [rank.stderr for rank in pair]
-    assert CoreResult.of_summary(result(jobs)) == expected
+    assert result(jobs).items() >= expected.items()
     shutil.rmtree(jobs.home / "evaluations")
     pair = jobs.start_ranks(2, MODULE, flags, rank_timeout=20)
     pair[0].wait_until(lambda: len(parts(jobs)) >= 3)
@@ -146,11 +147,11 @@ def test_two_ranks_come_to_the_result_of_one_also_where_one_of_them_dies(
     left = {path: path.stat().st_ino for path in parts(jobs)}
     assert 3 <= len(left) < len(TASKS)
     jobs.run(MODULE, flags)
-    assert CoreResult.of_summary(result(jobs)) == expected
+    assert result(jobs).items() >= expected.items()
 
 
 def test_parts_are_shared_by_ranks_and_cut_alike_for_each(
-    jobs: Jobs, flags: dict[str, Any], expected: CoreResult, monkeypatch: pytest.MonkeyPatch, prepared: Path
+    jobs: Jobs, flags: dict[str, Any], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, prepared: Path
 ) -> None:
     monkeypatch.setattr("jobs.measures.core.run.PART_TOKENS", 100)
     checkpoint = load_checkpoint(jobs.store, REF)
@@ -162,7 +163,7 @@ def test_parts_are_shared_by_ranks_and_cut_alike_for_each(
 
 
 def test_a_finished_evaluation_is_not_done_again_but_one_of_other_items_is(
-    jobs: Jobs, flags: dict[str, Any], expected: CoreResult
+    jobs: Jobs, flags: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     jobs.run(MODULE, flags)
     path = next(jobs.home.glob("evaluations/**/result.json"))
@@ -170,7 +171,7 @@ def test_a_finished_evaluation_is_not_done_again_but_one_of_other_items_is(
     job = jobs.run(MODULE, flags)
     assert path.stat().st_mtime_ns == written
     assert "already evaluated" in {event["event"] for event in job.events}
-    assert f"partial CORE {expected.core:.6f}" in job.stderr
+    assert f"partial CORE {expected['core']:.6f}" in job.stderr
     jobs.run(MODULE, flags, max_per_task=10)
     assert {task["answers"] for task in result(jobs)["tasks"].values()} == {10}
 
@@ -195,12 +196,12 @@ def test_what_cannot_be_evaluated_is_said_in_a_line(
 
 
 def test_a_whole_core_is_compared_with_gpt2() -> None:
-    tasks = tuple(TaskResult(label, "schema", 0, 10, 5, 0.5, 0.0, 0.5) for label in sorted(CORE_TASKS))
-    whole = CoreResult(tasks, ())
-    assert whole.summary()["missing"] == []
-    assert whole.core == 0.5
-    assert whole.table()[-1] == f"CORE 0.500000, {0.5 - GPT2_XL_CORE:.6f} above GPT-2 XL's {GPT2_XL_CORE}"
-    assert CoreResult.of_summary(json.loads(json.dumps(whole.summary()))) == whole
+    figures = {"kind": "schema", "shots": 0, "answers": 10, "right": 5, "accuracy": 0.5, "baseline": 0.0}
+    whole = core_result({label: {**figures, "centered": 0.5} for label in CORE_TASKS}, ())
+    assert whole["missing"] == []
+    assert whole["core"] == 0.5
+    assert table(whole)[-1] == f"CORE 0.500000, {0.5 - GPT2_XL_CORE:.6f} above GPT-2 XL's {GPT2_XL_CORE}"
+    assert json.loads(json.dumps(whole)) == whole
 
 
 def test_pretraining_keeps_core_in_its_history(tmp_path: Path, prepared: Path) -> None:

@@ -134,7 +134,7 @@ def test_nothing_is_measured_twice(store: Store, monkeypatch: pytest.MonkeyPatch
     def again(*_args: Any, **_options: Any) -> None:
         raise AssertionError("measured again")
 
-    for name in ("bits_per_byte", "evaluate", "continue_text"):
+    for name in ("bits_per_byte", "answer_greedily", "continue_text"):
         monkeypatch.setattr(held_out, name, again)
     assert report_on(store, recipe="demo") == first
     with pytest.raises(AssertionError, match="measured again"):

@@ -1,5 +1,6 @@
 """The arithmetic of the inference benchmark: its requests, their arrival times, and the figures of a run."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,13 +12,12 @@ from hypothesis import strategies as st
 
 from jobs.eval.bench.clients import CoreClient
 from jobs.eval.bench.request_results import RequestResult, TokenCounts, percentile, summarize
-from jobs.eval.bench.roofline import Costs
-from jobs.eval.bench.table import HEADER, Row, table_line
+from jobs.eval.bench.roofline import least_costs
+from jobs.eval.bench.rows import HEADER, table_line
 from jobs.eval.bench.workload import (
     MIXES,
     BenchRequest,
-    ClosedLoop,
-    OpenLoop,
+    Load,
     Shape,
     choices_per_request,
     make_requests,
@@ -124,10 +124,10 @@ def test_what_a_row_sends_by_default(rate: float | None, count: int) -> None:
     assert len(requests) == count
     assert all(request.output_tokens < 10 for request in warm_up)
     if rate is None:
-        assert load == ClosedLoop(8)
+        assert load == Load(8)
         assert len(warm_up) == 8
     else:
-        assert load == OpenLoop(poisson_arrivals(rate, count, 0))
+        assert load == Load(arrivals=poisson_arrivals(rate, count, 0))
 
 
 def test_no_slot_stays_empty_however_few_requests_are_asked_for() -> None:
@@ -253,7 +253,7 @@ def test_bytes_and_flops_are_those_of_counting_every_weight_and_key(
                 # Each head multiplies the query with each key, and adds a weighted value for each key.
                 flops += config.n_head * keys * 2 * (2 * config.head_dim)
                 read += keys * 2 * config.n_kv_head * config.head_dim * item_bytes if is_sampled_after else 0
-    assert Costs(config, item_bytes).of_run(counts, steps) == (read, flops)
+    assert least_costs(config, item_bytes, counts, steps) == (read, flops)
 
 
 def engine(**config: int) -> Engine:
@@ -271,7 +271,7 @@ def test_a_closed_loop_keeps_as_many_requests_running_as_it_has_clients() -> Non
 
     core.step = watched  # type: ignore[method-assign]
     requests = [BenchRequest(tuple(range(i, i + 5)), 4 + i % 3) for i in range(10)]
-    results = CoreClient(core, {}).run(requests, ClosedLoop(3))
+    results = CoreClient(core, {}).run(requests, Load(3))
     assert max(running) == 3
     assert [result.counts for result in results] == [[TokenCounts(5, r.output_tokens, 0)] for r in requests]
     # Each choice has one first token and a gap before each other token. A request is sent only after another ended.
@@ -284,7 +284,7 @@ def test_a_closed_loop_keeps_as_many_requests_running_as_it_has_clients() -> Non
 
 def test_the_cores_steps_are_counted() -> None:
     client = CoreClient(engine(), {})
-    client.run([BenchRequest((1, 2, 3), 7)], ClosedLoop(1))
+    client.run([BenchRequest((1, 2, 3), 7)], Load(1))
     assert client.steps == 7  # the step of the prompt gives the first token
     assert client.step_seconds > 0
 
@@ -293,7 +293,7 @@ def test_requests_of_an_open_loop_are_sent_when_they_arrive_whatever_runs() -> N
     core = engine()
     requests = [BenchRequest(tuple(range(5)), 30)] * 4
     arrivals = (0.0, 0.0, 0.0, 0.05)
-    results = CoreClient(core, {}).run(requests, OpenLoop(arrivals))
+    results = CoreClient(core, {}).run(requests, Load(arrivals=arrivals))
     assert [result.intended for result in results] == list(arrivals)
     assert all(result.sent >= result.intended for result in results)
     assert not any(result.error for result in results)
@@ -302,7 +302,7 @@ def test_requests_of_an_open_loop_are_sent_when_they_arrive_whatever_runs() -> N
 def test_what_the_core_refuses_is_counted() -> None:
     client = CoreClient(engine(max_running=1, max_waiting=2), {})
     fits, too_long = BenchRequest((1, 2), 50), BenchRequest(tuple(range(250)) * 2, 5)
-    results = client.run([fits, fits, fits, fits, too_long], OpenLoop((0.0,) * 5))
+    results = client.run([fits, fits, fits, fits, too_long], Load(arrivals=(0.0,) * 5))
     summary = summarize(results)
     assert (summary.answered, summary.refused, summary.failed) == (3, 1, 1)
     assert results[3].error == "queue full"
@@ -320,7 +320,7 @@ def test_the_core_gives_the_tokens_that_it_gives_without_the_benchmark() -> None
         return outputs
 
     core.step = watched  # type: ignore[method-assign]
-    CoreClient(core, {}).run([BenchRequest((5, 6, 7), 20)], ClosedLoop(1))
+    CoreClient(core, {}).run([BenchRequest((5, 6, 7), 20)], Load(1))
     [[expected]] = engine().generate([(5, 6, 7)], SamplingParams(max_tokens=20))
     assert given_out == expected.token_ids
 
@@ -354,9 +354,11 @@ def test_flags_that_make_no_benchmark_are_refused(flags: Any, complaint: str) ->
 
 def test_the_lines_of_the_table_are_as_wide_as_its_head() -> None:
     full = summarize([answered(0.0, 0.0, [1.0, 2.0], TokenCounts(100, 2, 30))])
+    none = summarize([failed(1.0, "x")])
+    shares: dict[str, Any] = {"bandwidth_share": 0.7, "flops_share": 0.12}
     rows = [
-        Row("samples", 64, None, full, 0.7, 0.12),
-        Row("mixed", None, 2.5, summarize([failed(1.0, "x")]), None, None),
+        {**dataclasses.asdict(full), "mix": "samples", "slots": 64, "rate": None, **shares},
+        {**dataclasses.asdict(none), "mix": "mixed", "slots": None, "rate": 2.5, **dict.fromkeys(shares)},
     ]
     lines = [*HEADER.splitlines(), *map(table_line, rows)]
     assert len({len(line) for line in lines}) == 1

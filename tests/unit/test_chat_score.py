@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from jobs.eval.chat_eval.graded_answers import GradedAnswers
-from jobs.eval.chat_eval.scores import CHAT_CORE_TASKS, centered, chat_core, score, table
+from jobs.eval.chat_eval.scores import CHAT_CORE_TASKS, GradedAnswers, centered, chat_core, score, table
 from jobs.tasks.multiple_choice import Choice, LetterQuestion
 from jobs.tasks.own_questions import OwnQuestion
 from jobs.tasks.task import ChoiceTask, GenerativeTask, Response

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.promotion.rules import DEFAULT_NO_WORSE, Gate, NoWorse, Require, judge
+from jobs.promotion.rules import DEFAULT_NO_WORSE, Gate, NoWorse, Require
 from jobs.results.metrics import Metric, metrics_of_result
 from nanochat_core.errors import UserError
 
@@ -37,37 +37,36 @@ def holds(rule: Require | NoWorse, own: dict[str, Metric], other: dict[str, Metr
 
 @given(st.lists(st.one_of(REQUIRED, COMPARED)), MEASURED, st.one_of(st.none(), MEASURED))
 def test_a_model_is_refused_exactly_when_a_rule_fails(rules: Any, own: Any, other: Any) -> None:
-    outcomes = judge(rules, own, other)
+    outcomes = [rule.judge(own, other) for rule in rules]
     assert [outcome.passed is not False for outcome in outcomes] == [holds(rule, own, other) for rule in rules]
     assert all(outcome.reason and outcome.rule for outcome in outcomes)
 
 
 def test_a_metric_that_was_not_measured_refuses_where_it_is_required() -> None:
-    (outcome,) = judge([Require.parse("core.core>=0.2")], {}, None)
+    outcome = Require.parse("core.core>=0.2").judge({}, None)
     assert (outcome.passed, outcome.reason) == (False, "core.core was not measured; at least 0.2 is required")
 
 
 def test_a_worse_model_is_refused_with_both_figures() -> None:
     own, other = {"chat.accuracy": Metric(0.9, "x")}, {"chat.accuracy": Metric(0.95, "x")}
-    (outcome,) = judge([NoWorse.parse("chat.accuracy:0.01")], own, other)
+    outcome = NoWorse.parse("chat.accuracy:0.01").judge(own, other)
     assert outcome.passed is False
     assert outcome.reason == "chat.accuracy is 0.9, the promoted model's 0.95; 0.01 worse is allowed"
 
 
 def test_exactly_the_margin_is_allowed() -> None:
     own, other = {"chat.accuracy": Metric(0.89, "x")}, {"chat.accuracy": Metric(0.9, "x")}
-    assert judge([NoWorse.parse("chat.accuracy:0.01")], own, other)[0].passed
+    assert NoWorse.parse("chat.accuracy:0.01").judge(own, other).passed
 
 
 def test_what_was_measured_in_another_way_is_not_compared() -> None:
     own, other = {"chat.accuracy": Metric(0.5, "x")}, {"chat.accuracy": Metric(0.9, "y")}
-    assert judge(Gate().rules(), own, other)[0].passed is None
-    assert judge(Gate(no_worse=("chat.accuracy",)).rules(), own, other)[0].passed is False
+    assert Gate().rules()[0].judge(own, other).passed is None
+    assert Gate(no_worse=("chat.accuracy",)).rules()[0].judge(own, other).passed is False
 
 
 def test_the_default_rules_hold_where_nothing_was_measured() -> None:
-    outcomes = judge(Gate().rules(), {}, {})
-    assert [outcome.passed for outcome in outcomes] == [None] * len(DEFAULT_NO_WORSE)
+    assert [rule.judge({}, {}).passed for rule in Gate().rules()] == [None] * len(DEFAULT_NO_WORSE)
 
 
 @pytest.mark.parametrize(

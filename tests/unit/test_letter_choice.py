@@ -71,8 +71,8 @@ def test_a_question_that_does_not_fit_is_wrong_and_the_others_are_answered() -> 
     long = LetterQuestion(Choice("?" * 200, ("a", "b"), 0))
     alone, (first, second, third) = choose(model, BYTES, [short]), choose(model, BYTES, [short, long, short])
     assert [first, third] == alone * 2
-    assert first.fits
-    assert not second.fits
+    assert first.answers
+    assert second.answers == ()
     assert second.right == ()
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.eval.bench.plots import plot_benchmark
+from jobs.eval.bench.rows import plot_benchmark
 from jobs.eval.report_card.plots import plot_losses
 from jobs.plots import log_ticks, running_mean, scientific, short
 from jobs.train.studies.plots import plot_isoflops, plot_miniseries

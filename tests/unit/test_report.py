@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jobs.eval.report_card.held_out import openings, xz_bits_per_byte
 from jobs.markdown import code, duration, literal
-from jobs.results.report_page.page import render
+from jobs.results.report_page import render
 from tests.support.report_dicts import OPTIONAL, every_combination, report
 
 EVERYTHING = report(*OPTIONAL)

@@ -32,7 +32,13 @@ _CONNECT_SECONDS = 10.0
 
 
 class NetworkClient(ABC):
-    """The shared part of the network clients: one event loop, in which connections stay open between runs."""
+    """The shared part of the network clients: one event loop, in which connections stay open between runs.
+
+    Attributes:
+        vocabulary: prompts consist of token ids below this number.
+        longest: the largest number of tokens of a prompt with its output; None if the server does not report it.
+        description: the model and its server, as JSON values.
+    """
 
     vocabulary: int
     longest: int | None
@@ -43,6 +49,7 @@ class NetworkClient(ABC):
         self._timeout_seconds = timeout_seconds
 
     def run(self, requests: Sequence[BenchRequest], load: Load) -> list[RequestResult]:
+        """Send each request when ``load`` says so and wait for all of them. The results keep the requests' order."""
         return self._runner.run(self._drive(requests, load))
 
     def close(self) -> None:
@@ -83,13 +90,9 @@ class NetworkClient(ABC):
 
     @abstractmethod
     def _stream(self, request: BenchRequest) -> AsyncIterator[tuple[int, int, list[TokenCounts]]]:
-        """Send a request and stream its answer.
+        """Send a request and stream its answer. Raises :class:`RequestFailed` unless it is answered completely.
 
-        Yields:
-            the index of a choice, the number of its new tokens, and the token counts of choices that have ended.
-
-        Raises:
-            RequestFailed: the request was not answered completely.
+        Each item has the index of a choice, the number of its new tokens, and the token counts of choices that ended.
         """
 
     @abstractmethod
@@ -108,13 +111,7 @@ class GrpcClient(NetworkClient):
     """A client of an engine service. Prompts are token ids, and outputs have exactly the wanted length."""
 
     def __init__(self, address: str, timeout_seconds: float) -> None:
-        """
-        Args:
-            address: host:port.
-
-        Raises:
-            UserError: no engine with a model answers there.
-        """
+        """Connect to ``host:port``. Raises a :class:`UserError` if no engine with a model answers there."""
         super().__init__(timeout_seconds)
         self._numbers = itertools.count()
         try:
@@ -183,14 +180,12 @@ class HttpClient(NetworkClient):
     """
 
     def __init__(self, url: str, model: str, key: str, timeout_seconds: float) -> None:
-        """
+        """Connect to a server. Raises a :class:`UserError` if none answers, or if it does not report token counts.
+
         Args:
             url: the server's URL up to and including ``/v1``.
             model: name of the model; empty takes the first model that the server lists.
             key: bearer token; empty sends none.
-
-        Raises:
-            UserError: no such server answers, or the server does not report token counts.
         """
         super().__init__(timeout_seconds)
         self.vocabulary = len(WORDS)
@@ -273,11 +268,7 @@ class HttpClient(NetworkClient):
 
 
 async def _events(reply: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    """The JSON values of server-sent events up to ``[DONE]``.
-
-    Raises:
-        RequestFailed: an event is an error, or the stream ends without ``[DONE]``.
-    """
+    """The JSON values of server-sent events up to ``[DONE]``."""
     async for line in reply.aiter_lines():
         field, _, value = line.partition(":")
         if field != "data":

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from jobs.eval.bench.request_results import TokenCounts
@@ -19,7 +18,6 @@ from nanochat_core.config import ModelConfig
 COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 MEASURED_SECONDS = 1.0
-Array = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,64 +52,31 @@ def _fastest(operation: Callable[[], object], device: torch.device) -> float:
     return min(seconds)
 
 
-@dataclasses.dataclass(frozen=True)
-class Costs:
-    """The least that a model's forward passes read and compute.
+def least_costs(config: ModelConfig, item_bytes: int, counts: Sequence[TokenCounts], steps: int) -> tuple[int, int]:
+    """The least bytes that are read and the least FLOPs that are computed to generate choices in ``steps`` passes.
 
-    Attributes:
+    Each step reads the matrices of all blocks and the head once; it reads only a few rows of the embedding tables, so
+    these are not counted. Each sampled token reads the keys and values of all tokens before it. The tokens of a prompt
+    are computed together and read the prompt's keys and values once. Tokens in the prefix cache are not computed, and
+    neither is the last token of a choice.
+
+    A token takes two FLOPs per weight of the blocks, and four per channel of each key that it attends to. A token after
+    which a token is sampled also takes two per weight of the head.
+
+    Args:
         item_bytes: size of a weight, a key or a value.
     """
+    blocks, head = config.block_matrix_parameters, config.dim * config.padded_vocab_size
+    windows = np.array(config.windows)
 
-    config: ModelConfig
-    item_bytes: int
+    def attended(start: int, stop: int) -> int:
+        """Number of keys in all layers that tokens attend to which have ``start``, ..., ``stop`` - 1 keys to see."""
+        # A layer with a window reads at most the window's tokens and the token itself.
+        return int(np.minimum(np.arange(start, stop)[:, None], windows + 1).sum())
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the matrices of all blocks and the head, which every step reads once.
-
-        A step reads only a few rows of the embedding tables, so these are not counted.
-        """
-        return self.item_bytes * (self.config.block_matrix_parameters + self._head_parameters)
-
-    def kv_bytes(self, contexts: Array) -> int:
-        """Bytes of the keys and values that tokens read in all layers.
-
-        Args:
-            contexts: (tokens,) number of tokens that each token attends to, itself included, in a layer without a
-                window. A layer with a window reads at most the window's tokens and the token itself.
-        """
-        return int(2 * self.config.kv_dim * self.item_bytes * self._attended(contexts).sum())
-
-    def flops(self, contexts: Array, sampled: int) -> int:
-        """FLOPs of tokens. Each token takes two per matrix weight, and four per channel of each key that it attends to.
-
-        Args:
-            contexts: see :meth:`kv_bytes`.
-            sampled: number of tokens after which a token is sampled. Only these need the head.
-        """
-        matrices = 2 * self.config.block_matrix_parameters * len(contexts) + 2 * self._head_parameters * sampled
-        return int(matrices + 4 * self.config.dim * self._attended(contexts).sum())
-
-    def of_run(self, counts: Sequence[TokenCounts], steps: int) -> tuple[int, int]:
-        """Bytes and FLOPs of generating choices in ``steps`` forward passes.
-
-        Each step reads the weights once. Each sampled token reads the keys and values of all tokens before it. The
-        tokens of a prompt are computed together and read the prompt's keys and values once. Tokens in the prefix
-        cache are not computed, and neither is the last token of a choice.
-        """
-        read, computed = steps * self.weight_bytes, 0
-        for count in counts:
-            end = count.prompt + count.output
-            read += self.kv_bytes(np.arange(count.prompt, end))
-            computed += self.flops(np.arange((count.cached or 0) + 1, end), count.output)
-        return read, computed
-
-    @property
-    def _head_parameters(self) -> int:
-        return self.config.dim * self.config.padded_vocab_size
-
-    def _attended(self, contexts: Array) -> Array:
-        """(tokens,) number of keys that each token attends to, summed over the layers."""
-        windows = np.array(self.config.windows)
-        attended: Array = np.minimum(contexts[:, None], windows + 1).sum(axis=1)
-        return attended
+    read, computed = steps * item_bytes * (blocks + head), 0
+    for count in counts:
+        first, end = (count.cached or 0) + 1, count.prompt + count.output
+        read += 2 * config.kv_dim * item_bytes * attended(count.prompt, end)
+        computed += 2 * blocks * (end - first) + 2 * head * count.output + 4 * config.dim * attended(first, end)
+    return read, computed

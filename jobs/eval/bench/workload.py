@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -12,12 +11,7 @@ MIXES = ("fixed", "mixed", "samples", "prefix")
 
 @dataclasses.dataclass(frozen=True)
 class BenchRequest:
-    """A prompt that is continued ``n`` times by ``output_tokens`` tokens each.
-
-    Attributes:
-        prompt: token ids below the client's ``vocabulary``.
-        temperature: 0 is greedy.
-    """
+    """A prompt of token ids that is continued ``n`` times by ``output_tokens`` tokens each. Temperature 0 is greedy."""
 
     prompt: tuple[int, ...]
     output_tokens: int
@@ -30,10 +24,8 @@ class Shape:
     """Lengths of requests in tokens.
 
     Attributes:
-        prompt: length of the prompt in all mixes but ``mixed``.
-        output: length of the output in all mixes but ``mixed``.
-        mixed_prompts: shortest and longest prompt in ``mixed``. All lengths between are equally likely.
-        mixed_outputs: shortest and longest output in ``mixed``. All lengths between are equally likely.
+        prompt, output: lengths of prompt and output in all mixes but ``mixed``.
+        mixed_prompts, mixed_outputs: shortest and longest length in ``mixed``. All lengths between are equally likely.
         shared: number of first tokens that all prompts of ``prefix`` have in common.
         samples: largest number of continuations of one prompt in ``samples``.
     """
@@ -59,12 +51,7 @@ def choices_per_request(mix: str, shape: Shape, slots: int) -> int:
 def make_requests(
     mix: str, shape: Shape, *, count: int, choices: int, vocabulary: int, seed: int, content_seed: Sequence[int]
 ) -> list[BenchRequest]:
-    """``count`` requests of one of :data:`MIXES`.
-
-    Args:
-        seed: seed of the lengths.
-        content_seed: seed of the prompts' tokens.
-    """
+    """``count`` requests of one of :data:`MIXES`. ``seed`` draws the lengths, ``content_seed`` the prompts' tokens."""
     lengths, content = np.random.default_rng(seed), np.random.default_rng(content_seed)
     shared = content.integers(vocabulary, size=shape.shared).tolist()
     requests = []
@@ -80,49 +67,28 @@ def make_requests(
     return requests
 
 
-class Load(Protocol):
-    """Decides when requests are sent."""
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """Decides when requests are sent. Times are in seconds since the start of the run.
+
+    In a closed loop each of ``concurrency`` users sends the next request when the last one is answered. In an open loop
+    requests arrive at given times, whether or not earlier requests have been answered.
+
+    Attributes:
+        concurrency: number of users of a closed loop.
+        arrivals: arrival times of the requests of an open loop, in ascending order; empty in a closed loop.
+    """
+
+    concurrency: int = 0
+    arrivals: Sequence[float] = ()
 
     def due(self, number: int, now: float, in_flight: int) -> bool:
-        """Whether to send request ``number`` now.
-
-        Args:
-            now: seconds since the start of the run.
-            in_flight: number of requests that are not answered yet.
-        """
+        """Whether to send request ``number`` now, while ``in_flight`` requests are not answered yet."""
+        return self.arrivals[number] <= now if self.arrivals else in_flight < self.concurrency
 
     def intended(self, number: int, now: float) -> float:
         """When request ``number``, which is sent ``now``, should have been sent. Its latencies count from this time."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ClosedLoop:
-    """A fixed number of users, each of whom sends the next request when the last one is answered."""
-
-    concurrency: int
-
-    def due(self, number: int, now: float, in_flight: int) -> bool:  # noqa: ARG002
-        return in_flight < self.concurrency
-
-    def intended(self, number: int, now: float) -> float:  # noqa: ARG002
-        return now
-
-
-@dataclasses.dataclass(frozen=True)
-class OpenLoop:
-    """Requests arrive at given times, whether or not earlier requests have been answered.
-
-    Attributes:
-        arrivals: arrival times of the requests in seconds since the start, in ascending order.
-    """
-
-    arrivals: Sequence[float]
-
-    def due(self, number: int, now: float, in_flight: int) -> bool:  # noqa: ARG002
-        return self.arrivals[number] <= now
-
-    def intended(self, number: int, now: float) -> float:  # noqa: ARG002
-        return self.arrivals[number]
+        return self.arrivals[number] if self.arrivals else now
 
 
 def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:

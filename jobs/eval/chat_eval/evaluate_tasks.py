@@ -1,5 +1,6 @@
 """Evaluates a model on chat tasks, in chunks that ranks share and that the evaluation store keeps when finished."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -7,13 +8,15 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from jobs.eval.chat_eval.graded_answers import GradedAnswers
 from jobs.eval.chat_eval.letter_choice import last_logits, letter_tokens
+from jobs.eval.chat_eval.scores import GradedAnswers
 from jobs.generation.completions import read_completion
+from jobs.generation.python_tool import SandboxTool
 from jobs.progress import ProgressDisplay
 from jobs.results.evaluations import Evaluation
 from jobs.tasks.task import ChoiceQuestion, ChoiceTask, GenerativeTask, OpenQuestion, Question, Response
 from nanochat_core.chat import parse_messages, render_prompt, stop_token_ids
+from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.engine import Engine, Request, SamplingParams, ToolPolicy
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
@@ -78,11 +81,7 @@ class Chunks:
 
 
 def graded_answers_of(evaluation: Evaluation, task: ChoiceTask | GenerativeTask) -> list[GradedAnswers]:
-    """The graded answers to all questions of a task, after every rank has stored its chunks.
-
-    Raises:
-        UserError: the store lacks a chunk of another rank.
-    """
+    """The graded answers to all questions of a task, after every rank has stored its chunks in the same store."""
     graded = []
     for name in Chunks(task, evaluation).numbers:
         stored = evaluation.part(name)
@@ -129,6 +128,20 @@ def evaluate_generative(
                 futures = graded.pop(name)
                 evaluation.save_part(name, [futures[number].result().to_json() for number in chunks.numbers[name]])
             chunks.count(progress, 1)
+
+
+def answer_greedily(checkpoint: Checkpoint, task: GenerativeTask) -> list[GradedAnswers]:
+    """Answer a task greedily on the CPU, in one continuous batch, and grade the answers. Stores nothing."""
+    model, tokenizer = checkpoint.build_model(), checkpoint.tokenizer
+    with (
+        SandboxExecutor() as sandbox,
+        contextlib.closing(Engine(model, tokenizer, tool_runner=SandboxTool(sandbox))) as engine,
+    ):
+        graded = {
+            number: _grade(task.questions[number], answers, sandbox)
+            for number, answers in generate(engine, tokenizer, task, range(len(task.questions)))
+        }
+    return [graded[number] for number in range(len(task.questions))]
 
 
 def choose(model: GPT, tokenizer: Tokenizer, questions: Sequence[ChoiceQuestion]) -> list[GradedAnswers]:

@@ -12,18 +12,10 @@ from nanochat_core.tokenizer import Tokenizer
 
 @torch.inference_mode()
 def last_logits(model: GPT, prompts: Sequence[Sequence[int]], tokens: Sequence[int], max_tokens: int) -> Tensor:
-    """The logits of some tokens as the next token after each prompt.
+    """The logits of some tokens as the next token after each prompt: fp32 of shape (prompts, tokens) on the CPU.
 
     Prompts of similar length share a forward pass. They are padded at the end; attention is causal, so the padding
-    changes no logits.
-
-    Args:
-        prompts: token ids of each prompt, at most as many as the model's context length.
-        tokens: ids of the tokens whose logits are returned.
-        max_tokens: largest number of tokens of a forward pass, padding included. A longer prompt has a pass of its own.
-
-    Returns:
-        fp32 tensor of shape (prompts, tokens) on the CPU.
+    changes no logits. A pass has at most ``max_tokens`` tokens with its padding; a longer prompt has a pass of its own.
     """
     device = model.smear_scale.device
     wanted = torch.tensor(tokens, device=device)
@@ -40,11 +32,7 @@ def last_logits(model: GPT, prompts: Sequence[Sequence[int]], tokens: Sequence[i
 
 
 def letter_tokens(tokenizer: Tokenizer, letters: str) -> list[int]:
-    """The token id of each letter.
-
-    Raises:
-        UserError: the tokenizer encodes a letter as several tokens.
-    """
+    """The token id of each letter. Raises a :class:`UserError` if the tokenizer encodes a letter as several tokens."""
     encoded = [tokenizer.encode(letter) for letter in letters]
     if any(len(ids) != 1 for ids in encoded):
         raise UserError("the tokenizer has no tokens for single letters, so multiple-choice tasks cannot be evaluated")

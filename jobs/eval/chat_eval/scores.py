@@ -1,12 +1,14 @@
-"""The figures of a chat evaluation: accuracies, pass@k and ChatCORE."""
+"""Graded answers, and the figures of a chat evaluation that follow from them: accuracies, pass@k and ChatCORE."""
 
+from __future__ import annotations
+
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jobs.eval.chat_eval.graded_answers import GradedAnswers
 from jobs.measures.pass_at_k import mean_pass_at_k
-from jobs.tasks.task import ChoiceTask, GenerativeTask, Question
+from jobs.tasks.task import ChoiceTask, GenerativeTask, Question, Response
 
 Json = Any
 
@@ -14,6 +16,31 @@ Json = Any
 CHAT_CORE_TASKS = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval", "spelling")
 # A result quotes at most this many wrong and right answers per task. Wrong answers tell more about the model.
 _WRONG_EXAMPLES, _RIGHT_EXAMPLES = 20, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class GradedAnswers:
+    """All answers to one question.
+
+    Attributes:
+        answers: one for each sample; empty if the question did not fit the model's context, which counts as wrong.
+        right: whether each answer is right.
+    """
+
+    answers: tuple[Response, ...] = ()
+    right: tuple[bool, ...] = ()
+
+    def to_json(self) -> Json:
+        return [
+            {"text": answer.text, "calls": [list(call) for call in answer.tool_calls], "right": right}
+            for answer, right in zip(self.answers, self.right, strict=True)
+        ]
+
+    @classmethod
+    def from_json(cls, stored: Json) -> GradedAnswers:
+        """The inverse of :meth:`to_json`."""
+        answers = (Response(each["text"], tuple((code, out) for code, out in each["calls"])) for each in stored)
+        return cls(tuple(answers), tuple(each["right"] for each in stored))
 
 
 def centered(accuracy: float, baseline: float) -> float:
@@ -24,9 +51,8 @@ def centered(accuracy: float, baseline: float) -> float:
 def score(task: ChoiceTask | GenerativeTask, graded: Sequence[GradedAnswers], samples: int) -> dict[str, Json]:
     """The figures of one task, which a result stores under ``tasks``.
 
-    Args:
-        graded: the answers to each question of the task, in the order of the questions.
-        samples: answers to each question. A multiple-choice question has one answer anyway.
+    ``graded`` has the answers to the task's questions in their order: ``samples`` answers to each question, or one to
+    each multiple-choice question.
     """
     samples = 1 if task.kind == "choice" else samples
     right = [sum(answers.right) for answers in graded]
@@ -40,31 +66,33 @@ def score(task: ChoiceTask | GenerativeTask, graded: Sequence[GradedAnswers], sa
         "accuracy": accuracy,
         "baseline": task.baseline,
         "centered": centered(accuracy, task.baseline),
-        "too_long": sum(not answers.fits for answers in graded),
+        "too_long": sum(not answers.answers for answers in graded),
         "examples": _examples(task.questions, graded),
     }
     if samples > 1:
         figures["pass_at_k"] = {str(k): share for k, share in enumerate(mean_pass_at_k(right, samples), 1)}
-    questions_of = Counter(question.group for question in task.questions)
-    if len(questions_of) > 1:
-        right_of: Counter[str] = Counter()
-        for question, right_answers in zip(task.questions, right, strict=True):
-            right_of[question.group] += right_answers
+    groups = right_by_group(task.questions, graded)
+    if len(groups) > 1:
         figures["groups"] = {
-            group: {"right": right_of[group], "answers": samples * questions}
-            for group, questions in sorted(questions_of.items())
+            group: {"right": count, "answers": samples * questions} for group, (count, questions) in groups.items()
         }
     return figures
+
+
+def right_by_group(questions: Sequence[Question], graded: Sequence[GradedAnswers]) -> dict[str, tuple[int, int]]:
+    """The number of right answers and the number of questions of each group of questions, sorted by group."""
+    count, right = Counter[str](), Counter[str]()
+    for question, answers in zip(questions, graded, strict=True):
+        count[question.group] += 1
+        right[question.group] += sum(answers.right)
+    return {group: (right[group], count[group]) for group in sorted(count)}
 
 
 def chat_core(tasks: Mapping[str, Mapping[str, Json]]) -> tuple[float | None, list[str]]:
     """ChatCORE, which is the mean centered accuracy of its tasks, and the names of its tasks that were not evaluated.
 
-    Args:
-        tasks: the figures of each evaluated task by its name, as :func:`score` returns them.
-
-    Returns:
-        ChatCORE is None, and no task counts as missing, if no ChatCORE task was evaluated.
+    ``tasks`` has the figures of each evaluated task by its name. If none of them belongs to ChatCORE, ChatCORE is None
+    and no task counts as missing.
     """
     present = [name for name in CHAT_CORE_TASKS if name in tasks]
     if not present:
@@ -74,11 +102,7 @@ def chat_core(tasks: Mapping[str, Mapping[str, Json]]) -> tuple[float | None, li
 
 
 def table(result: Mapping[str, Json]) -> list[str]:
-    """The lines of the table that the command prints.
-
-    Args:
-        result: has ``tasks``, ``chatcore`` and ``missing``.
-    """
+    """The lines of the table that the command prints. ``result`` has ``tasks``, ``chatcore`` and ``missing``."""
     tasks = result["tasks"]
     width = max(12, *map(len, tasks))
     lines = [f"{'task':<{width}} {'right':>6} {'of':>6} {'accuracy':>9} {'baseline':>9} {'centered':>9}"]
@@ -109,21 +133,23 @@ def table(result: Mapping[str, Json]) -> list[str]:
     return lines
 
 
+def quote(question: Question, graded: GradedAnswers) -> dict[str, Json]:
+    """A question and its first answer, as reports quote them. The answer is empty if the question did not fit."""
+    answer = graded.answers[0] if graded.answers else Response("")
+    return {
+        "question": question.messages[-1]["content"],
+        "calls": [list(call) for call in answer.tool_calls],
+        "answer": answer.text.strip(),
+        "right": any(graded.right[:1]),
+    }
+
+
 def _examples(questions: Sequence[Question], graded: Sequence[GradedAnswers]) -> list[Json]:
     """The first answer to some of the questions, wrong answers before right ones."""
-    found: dict[bool, list[Json]] = {False: [], True: []}
-    for question, answers in zip(questions, graded, strict=True):
-        if not answers.fits:
-            continue
-        answer, right = answers.answers[0], answers.right[0]
-        if len(found[right]) < (_RIGHT_EXAMPLES if right else _WRONG_EXAMPLES):
-            found[right].append(
-                {
-                    "question": question.messages[-1]["content"],
-                    "expected": question.expected,
-                    "calls": [list(call) for call in answer.tool_calls],
-                    "answer": answer.text.strip(),
-                    "right": right,
-                }
-            )
-    return found[False] + found[True]
+    quotes = [
+        {**quote(question, answers), "expected": question.expected}
+        for question, answers in zip(questions, graded, strict=True)
+        if answers.answers
+    ]
+    wrong = [each for each in quotes if not each["right"]]
+    return wrong[:_WRONG_EXAMPLES] + [each for each in quotes if each["right"]][:_RIGHT_EXAMPLES]

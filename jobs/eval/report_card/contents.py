@@ -13,7 +13,7 @@ from jobs.eval.report_card.held_out import (
 )
 from jobs.measures.machine import describe_machine
 from jobs.promotion.decisions import latest_decision
-from jobs.results.evaluations import Result, identities, results_of
+from jobs.results.evaluations import identities, read_json, results_of
 from jobs.results.metrics import CHAT_TASKS, CORE
 from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.store import Store
@@ -29,19 +29,16 @@ def gather(
     Args:
         stages: a model's checkpoints by stage. There must be at least one stage.
         recipe: recipe that names the kinds of held-out conversations; empty for the recipe that trained the model.
-        items: number of held-out conversations.
-        text_bytes: number of bytes of held-out text.
-        samples: number of text samples.
-
-    Raises:
-        UserError: no recipe has the wanted name.
+        items, text_bytes, samples: numbers of held-out conversations, of bytes of held-out text and of text samples.
     """
     final = list(stages.values())[-1]
     base, model = stages.get("base"), final.ref.model
+    # The pipeline stores the recipe with which it trains a model.
+    origin = read_json(store, f"data/{model}/origin.json") or {"recipe": ""}
     report: Report = {
         "model": model,
         "revision": final.ref.revision,
-        "recipe": recipe or _recipe_of(store, model),
+        "recipe": recipe or str(origin["recipe"]),
         "machine": describe_machine(),
         "shape": _shape(final),
         **{stage: describe_stage(checkpoint) for stage, checkpoint in stages.items()},
@@ -60,10 +57,12 @@ def gather(
         chat = evaluate_conversations(store, final, report["recipe"], items)
         report["chat"] = {name: chat[name] for name in ("revision", "accuracy", "kinds", "examples")}
     results = {stage: results_of(store, point.ref, point.weights_digest) for stage, point in stages.items()}
-    core = {stage: _named(CORE, found) for stage, found in results.items()}
-    chat_tasks = {stage: _named(CHAT_TASKS, found) for stage, found in results.items()}
-    report["core_results"] = {stage: found[0] for stage, found in core.items() if found}
-    report["chat_results"] = {stage: found for stage, found in chat_tasks.items() if found}
+    named = {
+        name: {stage: [each for each in found if each["evaluation"] == name] for stage, found in results.items()}
+        for name in (CORE, CHAT_TASKS)
+    }
+    report["core_results"] = {stage: found[0] for stage, found in named[CORE].items() if found}
+    report["chat_results"] = {stage: found for stage, found in named[CHAT_TASKS].items() if found}
     report["measured"] = {stage: identities(found) for stage, found in results.items()}
     report["benchmark"] = _benchmark(store, model)
     report["warnings"] = warnings(report, stages)
@@ -75,14 +74,11 @@ def gather(
 def describe_stage(checkpoint: Checkpoint) -> Report:
     """The description of a training stage. A value is None if the checkpoint's metadata does not have it."""
     meta = checkpoint.meta
-    plan = meta.get("plan", {})
-    steps, batch = plan.get("steps", checkpoint.ref.step), plan.get("batch_tokens")
+    plan, hardware, history = meta.get("plan", {}), meta.get("hardware", {}), meta.get("history", [])
+    steps, batch, seconds = plan.get("steps", checkpoint.ref.step), plan.get("batch_tokens"), meta.get("train_seconds")
     tokens = steps * batch if steps is not None and batch else None
-    seconds = meta.get("train_seconds")
-    hardware = meta.get("hardware", {})
     speed = tokens / seconds if tokens and seconds else None
     flops, peak = meta.get("flops_per_token"), hardware.get("peak_flops")
-    history = meta.get("history", [])
     losses = [point["loss"] for point in history if "loss" in point]
     return {
         "revision": checkpoint.ref.revision,
@@ -133,18 +129,6 @@ def warnings(report: Report, stages: Mapping[str, Checkpoint]) -> list[str]:
     return found
 
 
-def _named(name: str, results: list[Result]) -> list[Result]:
-    return [result for result in results if result["evaluation"] == name]
-
-
-def _recipe_of(store: Store, model: str) -> str:
-    """The recipe with which the pipeline trained the model; empty if the pipeline did not train it."""
-    try:
-        return str(json.loads(store.read(f"data/{model}/origin.json"))["recipe"])
-    except FileNotFoundError:
-        return ""
-
-
 def _shape(checkpoint: Checkpoint) -> Report:
     config = checkpoint.config
     return {
@@ -166,9 +150,9 @@ def _made_from(checkpoint: Checkpoint) -> str:
 
 def _rl_curve(history: list[dict[str, Any]]) -> Report | None:
     """The first, best and last values of reinforcement learning's metrics."""
-    rewards = [point["reward"] for point in history if "reward" in point]
-    held_out = [point["heldout_reward"] for point in history if "heldout_reward" in point]
-    passes = [point["pass_at_k"] for point in history if "pass_at_k" in point]
+    rewards, held_out, passes = (
+        [point[name] for point in history if name in point] for name in ("reward", "heldout_reward", "pass_at_k")
+    )
     if not rewards and not held_out:
         return None
     return {
@@ -181,11 +165,8 @@ def _rl_curve(history: list[dict[str, Any]]) -> Report | None:
 def _domains(store: Store, checkpoint: Checkpoint) -> Report | None:
     """The evaluation of the checkpoint's tokenizer by domain, or None if the store has none."""
     name = checkpoint.meta.get("settings", {}).get("tokenizer", checkpoint.ref.model)
-    try:
-        evaluation: Report = json.loads(store.read(f"tokenizers/{name}/evaluation.json"))
-    except FileNotFoundError:
-        return None
-    return evaluation if evaluation["tokenizer"]["digest"] == checkpoint.tokenizer.digest else None
+    evaluation: Report | None = read_json(store, f"tokenizers/{name}/evaluation.json")
+    return evaluation if evaluation and evaluation["tokenizer"]["digest"] == checkpoint.tokenizer.digest else None
 
 
 def _benchmark(store: Store, model: str) -> Report | None:
@@ -194,10 +175,5 @@ def _benchmark(store: Store, model: str) -> Report | None:
         if key.endswith("/bench.json"):
             result: Report = json.loads(store.read(key))
             if result["target"].get("model") == model:
-                return {
-                    "folder": key.split("/")[1],
-                    "target": result["target"],
-                    "machine": result["machine"],
-                    "rows": result["rows"],
-                }
+                return {"folder": key.split("/")[1], **{name: result[name] for name in ("target", "machine", "rows")}}
     return None

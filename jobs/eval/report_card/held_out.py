@@ -4,21 +4,24 @@ The results stay in the evaluation store. A report that is written again evaluat
 can compare a model with its predecessors.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import lzma
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jobs.data.shards import TextDataset
-from jobs.eval.chat_eval.conversations import Answer, evaluate
+from jobs.eval.chat_eval.evaluate_tasks import answer_greedily
+from jobs.eval.chat_eval.scores import quote, right_by_group
 from jobs.measures.bits_per_byte import bits_per_byte
 from jobs.recipes import find_recipe
 from jobs.results.evaluations import Evaluation, Result
 from jobs.results.metrics import CONVERSATIONS, HELD_OUT_TEXT, SAMPLES
+from jobs.tasks import demo
 from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.engine import Engine, SamplingParams
 from nanochat_core.store import Store
@@ -47,19 +50,22 @@ def evaluate_text(store: Store, base: Checkpoint, validation: Sequence[str]) -> 
 
 
 def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: int) -> Result:
-    """The accuracy on held-out conversations of the kinds that ``recipe`` teaches, also by kind, and some answers.
-
-    Raises:
-        UserError: no recipe has this name.
-    """
+    """The accuracy on held-out conversations of the kinds that ``recipe`` teaches, also by kind, and some answers."""
     items = find_recipe(recipe).evaluation_items(count)
     content = json.dumps([dataclasses.asdict(item) for item in items], sort_keys=True).encode()
 
     def compute() -> Mapping[str, Any]:
-        result = evaluate(tuned, items)
+        questions = demo.task(items).questions
+        graded = answer_greedily(tuned, demo.task(items))
+        kinds = right_by_group(questions, graded)
         # Conversations are grouped by kind, so every n-th conversation gives examples of all kinds.
-        stride = max(1, len(items) // _EXAMPLES)
-        return {**result.summary(), "examples": list(map(_example, result.answers[::stride][:_EXAMPLES]))}
+        shown = slice(None, None, max(1, len(items) // _EXAMPLES))
+        examples = zip(questions[shown][:_EXAMPLES], graded[shown], strict=False)
+        return {
+            "accuracy": sum(right for right, _ in kinds.values()) / len(items),
+            "kinds": {kind: {"right": right, "items": asked} for kind, (right, asked) in kinds.items()},
+            "examples": [{"kind": question.group, **quote(question, answers)} for question, answers in examples],
+        }
 
     settings = {"recipe": recipe, "items": len(items), "digest": hashlib.sha256(content).hexdigest()}
     evaluation = Evaluation.of(store, tuned, CONVERSATIONS, settings)
@@ -69,13 +75,8 @@ def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: 
 def sample_continuations(store: Store, base: Checkpoint, validation: Sequence[str], count: int) -> list[list[str]]:
     """Pairs of the opening of a held-out document and the model's continuation."""
     prompts = openings(validation, count)
-    settings = {
-        "prompts": prompts,
-        "temperature": SAMPLING.temperature,
-        "top_k": SAMPLING.top_k,
-        "max_tokens": SAMPLING.max_tokens,
-        "seed": SAMPLING.seed,
-    }
+    settings = {name: getattr(SAMPLING, name) for name in ("temperature", "top_k", "max_tokens", "seed")}
+    settings["prompts"] = prompts
     evaluation = Evaluation.of(store, base, SAMPLES, settings)
 
     def compute() -> Mapping[str, Any]:
@@ -92,11 +93,8 @@ def continue_text(
     """Pairs of a prompt and the model's continuation, cut at the end of the document that the model writes."""
     tokenizer = checkpoint.tokenizer
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    engine = Engine(checkpoint.build_model(), tokenizer)
-    try:
+    with contextlib.closing(Engine(checkpoint.build_model(), tokenizer)) as engine:
         completions = engine.generate(ids, sampling)
-    finally:
-        engine.close()
     samples = []
     for prompt, (completion,) in zip(prompts, completions, strict=True):
         tokens = completion.token_ids
@@ -112,12 +110,14 @@ def openings(documents: Sequence[str], count: int, words: int = 6) -> list[str]:
 
 
 def held_out_documents(store: Store, dataset: str, size: int) -> list[str]:
-    """The first validation documents of a dataset, until ``size`` bytes are reached.
-
-    Raises:
-        UserError: the store has no such dataset.
-    """
-    return list(_up_to(TextDataset(store, dataset, "val"), size))
+    """The first validation documents of a dataset, until ``size`` bytes are reached."""
+    taken, total = [], 0
+    for document in TextDataset(store, dataset, "val"):
+        if total >= size:
+            break
+        total += len(document.encode())
+        taken.append(document)
+    return taken
 
 
 def xz_bits_per_byte(text: bytes) -> float:
@@ -136,22 +136,3 @@ def _once(
     started = time.monotonic()
     result = compute()
     return evaluation.finish({**result, "seconds": round(time.monotonic() - started, 1)})
-
-
-def _example(answer: Answer) -> dict[str, Any]:
-    return {
-        "kind": answer.item.kind,
-        "question": answer.item.messages[-1]["content"],
-        "calls": [list(call) for call in answer.tool_calls],
-        "answer": answer.text,
-        "right": answer.correct,
-    }
-
-
-def _up_to(documents: Iterable[str], size: int) -> Iterator[str]:
-    total = 0
-    for document in documents:
-        if total >= size:
-            return
-        total += len(document.encode())
-        yield document

@@ -28,12 +28,8 @@ def draw(folder: Path, report: Mapping[str, Any], histories: Mapping[str, Histor
     result = next(reversed(report["core_results"].values()), None)
     if result is not None and result["tasks"]:
         scores = {name: task["centered"] for name, task in result["tasks"].items()}
-        plot_bars(
-            folder / "core.png",
-            f"CORE {result['core']:.4f} (GPT-2 XL {GPT2_XL_CORE:.4f}): centered accuracy by task",
-            scores,
-            percent=False,
-        )
+        title = f"CORE {result['core']:.4f} (GPT-2 XL {GPT2_XL_CORE:.4f}): centered accuracy by task"
+        plot_bars(folder / "core.png", title, scores, percent=False)
         names.append("core.png")
     rewards = [point for point in histories.get("rl", []) if "reward" in point or "heldout_reward" in point]
     if rewards:
@@ -45,23 +41,16 @@ def draw(folder: Path, report: Mapping[str, Any], histories: Mapping[str, Histor
 def plot_losses(path: Path, stages: Sequence[tuple[str, History]]) -> None:
     """Write a PNG with one panel per stage: training loss, its running mean and the held-out metric.
 
-    Args:
-        stages: title and history of each stage. A point of a history has ``step``, and possibly ``loss`` and a
-            metric whose name begins with ``val_``. A skipped step has no loss.
+    ``stages`` are pairs of title and history. A point of a history has ``step``, and possibly ``loss`` and a metric
+    whose name begins with ``val_``. A skipped step has no loss.
     """
     labels = {"val_bpb": "held-out bits per byte", "val_loss": "held-out loss"}
     with panels(path, len(stages)) as axes:
         for axis, (title, history) in zip(axes, stages, strict=True):
             _plot_smoothed(axis, history, "loss", "training loss")
             for name in sorted({name for point in history for name in point if name.startswith("val_")}):
-                axis.plot(
-                    *_curve(history, name),
-                    "o-",
-                    color=HELD_OUT,
-                    markersize=4,
-                    linewidth=1.2,
-                    label=labels.get(name, name),
-                )
+                style: dict[str, Any] = {"color": HELD_OUT, "markersize": 4, "linewidth": 1.2}
+                axis.plot(*_curve(history, name), "o-", **style, label=labels.get(name, name))
             _, losses = _curve(history, "loss")
             if losses and min(losses) > 0 and max(losses) / min(losses) > 20:
                 axis.set_yscale("log")
@@ -84,8 +73,8 @@ def _plot_smoothed(axis: Any, history: History, name: str, label: str) -> None:
 def plot_bars(path: Path, title: str, shares: Mapping[str, float], *, percent: bool) -> None:
     """Write a PNG with a horizontal bar for each share, the first on top."""
     with panels(path, 1, width=7.6, height=1.1 + _BAR_INCHES * len(shares)) as (axis,):
-        names, values = list(shares), list(shares.values())
-        axis.barh(names, values, color=TRAIN, height=0.62)
+        values = list(shares.values())
+        axis.barh(list(shares), values, color=TRAIN, height=0.62)
         axis.invert_yaxis()
         low, high = min(0.0, *values), max(1.0 if percent else 0.1, *values)
         for row, value in enumerate(values):
@@ -123,11 +112,8 @@ def plot_rewards(path: Path, history: History) -> None:
 def plot_runs(path: Path, runs: Sequence[tuple[str, Mapping[str, History]]]) -> bool:
     """Write a PNG that overlays the curves of several models, with a panel for each stage and quantity.
 
-    Args:
-        runs: the name of each model, and its training history by stage.
-
-    Returns:
-        Whether the PNG was written; False if no model has a curve.
+    ``runs`` are pairs of a model's name and its training history by stage. Without any curve no PNG is written, and the
+    function returns False.
     """
     quantities = [
         ("base", "loss", "Pretraining", "nats per token"),
@@ -136,9 +122,7 @@ def plot_runs(path: Path, runs: Sequence[tuple[str, Mapping[str, History]]]) -> 
         ("sft", "val_loss", "Fine-tuning, held out", "nats per token"),
         ("rl", "heldout_reward", "Reinforcement learning, held out", "mean reward"),
     ]
-    drawn = [
-        quantity for quantity in quantities if any(_curve(of.get(quantity[0], []), quantity[1])[0] for _, of in runs)
-    ]
+    drawn = [each for each in quantities if any(_curve(of.get(each[0], []), each[1])[0] for _, of in runs)]
     if not drawn:
         return False
     with panels(path, len(drawn), columns=2) as axes:

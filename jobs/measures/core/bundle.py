@@ -3,8 +3,6 @@
 The layout and the tasks come from llm-foundry's in-context learning tasks; CORE is defined in arXiv 2406.11794.
 """
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import hashlib
@@ -12,7 +10,7 @@ import io
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -55,6 +53,17 @@ _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Kind = Literal["multiple_choice", "schema", "language_modeling"]
 Json = Any
+
+# Fields of a task in ``core.yaml``: whether a value is valid, and what it must be.
+_FIELDS: dict[str, tuple[Callable[[Json], object], str]] = {
+    "icl_task_type": (lambda value: value in get_args(Kind), f"one of {', '.join(get_args(Kind))}"),
+    "num_fewshot": (
+        lambda value: isinstance(value, list) and value and type(value[0]) is int and value[0] >= 0,
+        "a list that begins with a number of examples",
+    ),
+    "continuation_delimiter": (lambda value: isinstance(value, str), "text"),
+    "dataset_uri": (lambda value: isinstance(value, str) and value, f"a file below {DATA_FOLDER}"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +119,7 @@ class Bundle:
 
 
 def open_bundle(where: str) -> Store:
-    """Open the bundle in a folder or at ``s3://bucket/prefix``.
-
-    Raises:
-        UserError: there is no such folder.
-    """
+    """Open the bundle in a folder or at ``s3://bucket/prefix``. Raises a :class:`UserError` if it is no folder."""
     if not where.startswith("s3://") and not Path(where).expanduser().is_dir():
         raise UserError(
             f"the evaluation bundle {where} is no folder; give a folder, s3://bucket/prefix or the URL of a zip"
@@ -128,98 +133,36 @@ def read_bundle(files: Store, max_per_task: int = 0) -> Bundle:
     Raises:
         UserError: a file is malformed, or the files of all tasks are missing. The message names the file and line.
     """
-    baselines = _baselines(files)
+    baselines, entries = _baselines(files), _entries(files)
     tasks, missing, seen = [], [], set()
-    for entry in _entries(files):
-        spec = _Spec.of(entry, f"{TASKS_FILE} in {files}")
-        if spec.label in seen:
-            raise UserError(f"{TASKS_FILE} in {files} has the task {spec.label} twice")
-        seen.add(spec.label)
-        if spec.label not in baselines:
-            raise UserError(f"{BASELINES_FILE} in {files} has no random baseline of the task {spec.label}")
+    for entry in entries:
+        spec = _checked(entry, f"{TASKS_FILE} in {files}")
+        label, kind, shots, file = spec["label"], spec["icl_task_type"], spec["num_fewshot"][0], spec["dataset_uri"]
+        if label in seen:
+            raise UserError(f"{TASKS_FILE} in {files} has the task {label} twice")
+        seen.add(label)
+        if label not in baselines:
+            raise UserError(f"{BASELINES_FILE} in {files} has no random baseline of the task {label}")
         try:
-            content = files.read(f"{DATA_FOLDER}/{spec.file}")
+            content = files.read(f"{DATA_FOLDER}/{file}")
         except FileNotFoundError:
-            missing.append(spec.label)
+            missing.append(label)
             continue
-        items = _shuffled(spec.items(content, f"{DATA_FOLDER}/{spec.file} in {files}"), max_per_task)
-        if len(items) <= spec.shots:
+        items = _items(content, kind, spec["continuation_delimiter"], f"{DATA_FOLDER}/{file} in {files}")
+        random.Random(_SHUFFLE_SEED).shuffle(items)  # noqa: S311
+        items = items[: max_per_task or None]
+        if len(items) <= shots:
             raise UserError(
-                f"{spec.label} shows {spec.shots} examples before each item, of which there are {len(items)} in all; "
-                f"take at least {spec.shots + 1} per task"
+                f"{label} shows {shots} examples before each item, of which there are {len(items)} in all; "
+                f"take at least {shots + 1} per task"
             )
-        digest = hashlib.sha256(content).hexdigest()
-        tasks.append(Task(spec.label, spec.kind, spec.shots, baselines[spec.label], tuple(items), digest))
+        tasks.append(Task(label, kind, shots, baselines[label], tuple(items), hashlib.sha256(content).hexdigest()))
     if not tasks:
         raise UserError(f"{files} has no file of any of the tasks that its {TASKS_FILE} names")
     missing += [label for label in CORE_TASKS if label not in seen]
-    return Bundle(tuple(tasks), tuple(missing), _digest(_entries(files), tasks))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Spec:
-    """One task as ``core.yaml`` describes it."""
-
-    label: str
-    kind: Kind
-    shots: int
-    delimiter: str
-    file: str
-
-    @classmethod
-    def of(cls, entry: Json, where: str) -> _Spec:
-        if not isinstance(entry, dict):
-            raise UserError(f"{where}: {entry!r} under icl_tasks is no task")
-        name = entry.get("label")
-        if not isinstance(name, str) or not _LABEL.fullmatch(name):
-            raise UserError(f"{where}: {name!r} is no task's label; use letters, digits, '.', '_' and '-'")
-
-        def wrong(field: str, wanted: str) -> UserError:
-            return UserError(f"{where}: {field} of {name} is {entry.get(field)!r}; it must be {wanted}")
-
-        kind: Kind | None = entry.get("icl_task_type")
-        shots = entry.get("num_fewshot")
-        if kind is None or kind not in get_args(Kind):
-            raise wrong("icl_task_type", f"one of {', '.join(get_args(Kind))}")
-        if not isinstance(shots, list) or not shots or type(shots[0]) is not int or shots[0] < 0:
-            raise wrong("num_fewshot", "a list that begins with a number of examples")
-        delimiter, file = entry.get("continuation_delimiter", " "), entry.get("dataset_uri")
-        if not isinstance(delimiter, str):
-            raise wrong("continuation_delimiter", "text")
-        if not isinstance(file, str) or not file:
-            raise wrong("dataset_uri", f"a file below {DATA_FOLDER}")
-        return cls(name, kind, shots[0], delimiter, file)
-
-    def items(self, content: bytes, where: str) -> list[Item]:
-        """Parse the items in the content of a file of JSON lines."""
-        items = []
-        for number, line in enumerate(content.split(b"\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                items.append(self._item(json.loads(line)))
-            except (ValueError, TypeError, KeyError, IndexError) as error:
-                reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-                raise UserError(f"{where}, line {number}: no item of a {self.kind} task: {reason}") from error
-        return items
-
-    def _item(self, entry: Json) -> Item:
-        if not isinstance(entry, dict):
-            raise TypeError("it is no JSON object")
-        if self.kind == "language_modeling":
-            without = f"{_text(entry, 'context').strip()}{self.delimiter}"
-            whole = f"{without}{_text(entry, 'continuation')}"
-            return Item(whole, (without, whole), 0)
-        if self.kind == "multiple_choice":
-            query = _text(entry, "query")
-            asked = tuple(f"{query}{self.delimiter}{choice}" for choice in _texts(entry, "choices"))
-        else:
-            continuation = _text(entry, "continuation")
-            asked = tuple(f"{context}{self.delimiter}{continuation}" for context in _texts(entry, "context_options"))
-        gold = entry["gold"]
-        if type(gold) is not int or not 0 <= gold < len(asked):
-            raise ValueError(f"gold is {gold!r}, which is none of its {len(asked)} options")
-        return Item(asked[gold], asked, gold)
+    used = [[task.label, task.baseline, task.digest] for task in tasks]
+    digest = hashlib.sha256(json.dumps([entries, used], sort_keys=True, default=str).encode()).hexdigest()
+    return Bundle(tuple(tasks), tuple(missing), digest)
 
 
 def _entries(files: Store) -> list[Json]:
@@ -232,6 +175,53 @@ def _entries(files: Store) -> list[Json]:
     if not isinstance(entries, list):
         raise UserError(f"{TASKS_FILE} in {files} is no list of icl_tasks")
     return entries
+
+
+def _checked(entry: Json, where: str) -> dict[str, Json]:
+    """The fields of one task in ``core.yaml``."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: {entry!r} under icl_tasks is no task")
+    name = entry.get("label")
+    if not isinstance(name, str) or not _LABEL.fullmatch(name):
+        raise UserError(f"{where}: {name!r} is no task's label; use letters, digits, '.', '_' and '-'")
+    fields = {"continuation_delimiter": " ", **entry}
+    for field, (is_valid, wanted) in _FIELDS.items():
+        if not is_valid(fields.get(field)):
+            raise UserError(f"{where}: {field} of {name} is {fields.get(field)!r}; it must be {wanted}")
+    return fields
+
+
+def _items(content: bytes, kind: Kind, delimiter: str, where: str) -> list[Item]:
+    """Parse the items in the content of a file of JSON lines."""
+    items = []
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            items.append(_item(json.loads(line), kind, delimiter))
+        except (ValueError, TypeError, KeyError) as error:
+            reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{where}, line {number}: no item of a {kind} task: {reason}") from error
+    return items
+
+
+def _item(entry: Json, kind: Kind, delimiter: str) -> Item:
+    if not isinstance(entry, dict):
+        raise TypeError("it is no JSON object")
+    if kind == "language_modeling":
+        without = f"{_text(entry, 'context').strip()}{delimiter}"
+        whole = f"{without}{_text(entry, 'continuation')}"
+        return Item(whole, (without, whole), 0)
+    if kind == "multiple_choice":
+        query = _text(entry, "query")
+        asked = tuple(f"{query}{delimiter}{choice}" for choice in _texts(entry, "choices"))
+    else:
+        continuation = _text(entry, "continuation")
+        asked = tuple(f"{context}{delimiter}{continuation}" for context in _texts(entry, "context_options"))
+    gold = entry["gold"]
+    if type(gold) is not int or not 0 <= gold < len(asked):
+        raise ValueError(f"gold is {gold!r}, which is none of its {len(asked)} options")
+    return Item(asked[gold], asked, gold)
 
 
 def _baselines(files: Store) -> dict[str, float]:
@@ -256,16 +246,6 @@ def _read(files: Store, key: str) -> bytes:
         raise UserError(
             f"{files} is no evaluation bundle: it has no {key}; give --bundle the folder that holds {TASKS_FILE}"
         ) from None
-
-
-def _shuffled(items: list[Item], most: int) -> list[Item]:
-    random.Random(_SHUFFLE_SEED).shuffle(items)  # noqa: S311
-    return items[:most] if most else items
-
-
-def _digest(entries: list[Json], tasks: Sequence[Task]) -> str:
-    used = [[task.label, task.baseline, task.digest] for task in tasks]
-    return hashlib.sha256(json.dumps([entries, used], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _text(entry: dict[str, Json], field: str) -> str:

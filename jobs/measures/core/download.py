@@ -33,20 +33,16 @@ _SHOW_SECONDS = 5.0
 def locate_bundle(where: str, store: Store, ranks: Ranks) -> Store:
     """The bundle's files. The first rank downloads a zip from the web into ``store`` and unpacks it there.
 
-    Args:
-        where: a folder, ``s3://bucket/prefix`` or the URL of a zip.
-
-    Raises:
-        UserError: there is no such folder, the download fails, or the zip contains no bundle.
+    ``where`` is a folder, ``s3://bucket/prefix`` or the URL of a zip. If the download fails, all ranks raise a
+    :class:`UserError`.
     """
     if not where.startswith(("http://", "https://")):
         return open_bundle(where)
-    name = hashlib.sha256(where.encode()).hexdigest()[:16]
-    prefix = f"{_FOLDER}/{name}"
+    prefix = f"{_FOLDER}/{hashlib.sha256(where.encode()).hexdigest()[:16]}"
     problem: UserError | None = None
     if ranks.leads and not store.exists(f"{prefix}/{SOURCE_FILE}"):
         try:
-            _bring(where, store, prefix, store.incoming(_FOLDER) / f"{name}.zip")
+            _bring(where, store, prefix, store.incoming(_FOLDER) / f"{Path(prefix).name}.zip")
         except UserError as error:
             problem = error
     # A download takes longer than ranks usually wait for each other, so they wait on a channel with a longer limit.
@@ -90,12 +86,9 @@ def _shown(part: Path) -> Iterator[None]:
 
 
 def unpack(archive: Path, folder: Path, name: str) -> None:
-    """Unpack the files of a bundle from a zip into ``folder``, without their parent folder in the zip.
+    """Unpack the files of a bundle from the zip ``name`` into ``folder``, without their parent folder in the zip.
 
-    Nothing is written outside ``folder``: links and paths that lead out of it are refused.
-
-    Args:
-        name: name of the zip in error messages.
+    Nothing is written outside ``folder``.
 
     Raises:
         UserError: the file is no zip, contains no bundle, is too large, or has a link or a path out of the folder.
@@ -121,7 +114,7 @@ def unpack(archive: Path, folder: Path, name: str) -> None:
                 hidden = any(part.startswith(".") for part in inner.parts)
                 if hidden or not (str(inner) in (TASKS_FILE, BASELINES_FILE) or inner.parts[0] == DATA_FOLDER):
                     continue
-                target = folder.joinpath(*inner.parts)
+                target = folder / inner
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with zipped.open(member) as source, target.open("wb") as file:
                     shutil.copyfileobj(source, file, 2**20)

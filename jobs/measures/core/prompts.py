@@ -1,6 +1,7 @@
 """Turns items of CORE into tokens: few-shot examples, the options, and the tokens of each option that are scored."""
 
 import dataclasses
+import functools
 import itertools
 import random
 from collections.abc import Sequence
@@ -43,21 +44,17 @@ class Question:
 
 
 class Prompts:
-    """Makes the questions of a task's items.
+    """Makes the questions of a task's items. A text of more than ``longest`` tokens is cut at its start.
 
     An example occurs in the prompts of several items. If no token can span two examples, each example is tokenized
     only once.
     """
 
     def __init__(self, task: Task, tokenizer: Tokenizer, longest: int) -> None:
-        """
-        Args:
-            longest: largest number of tokens that the model can read. A longer text is cut at its start.
-        """
         self._task, self._tokenizer, self._longest = task, tokenizer, longest
         # No match of this pattern continues past the end of a line unless whitespace follows.
         self._separable = tokenizer.pattern == SPLIT_PATTERN
-        self._shown: dict[int, list[int]] = {}
+        self._example = functools.cache(lambda number: tokenizer.encode(task.items[number].shown + BETWEEN))
 
     def ask(self, number: int) -> Question:
         """The question of item ``number``, with its examples in front."""
@@ -84,28 +81,16 @@ class Prompts:
         if not self._separable or any(not each[:1].strip() for each in (*shown, text)):
             whole = "".join((*shown, text))
             return [bos, *self._tokenizer.encode(whole.strip() if strip else whole)]
-        known = (self._example(example, each) for example, each in zip(examples, shown, strict=True))
-        return [bos, *itertools.chain.from_iterable(known), *self._tokenizer.encode(text.rstrip() if strip else text)]
-
-    def _example(self, number: int, text: str) -> list[int]:
-        if number not in self._shown:
-            self._shown[number] = self._tokenizer.encode(text)
-        return self._shown[number]
+        known = itertools.chain.from_iterable(map(self._example, examples))
+        return [bos, *known, *self._tokenizer.encode(text.rstrip() if strip else text)]
 
     def _cropped(self, option: Option) -> Option:
-        surplus = len(option.ids) - self._longest
-        if surplus <= 0:
-            return option
+        surplus = max(len(option.ids) - self._longest, 0)
         return Option(option.ids[surplus:], max(option.start - surplus, 0))
 
 
 def draw_examples(number: int, items: int, shots: int) -> list[int]:
-    """The numbers of the items that are shown before item ``number``.
-
-    Args:
-        items: number of items of the task.
-        shots: number of examples.
-    """
+    """The numbers of the ``shots`` examples before item ``number`` of a task that has ``items`` items."""
     # This draws the same examples as a draw from a list of all other items, but does not build the list.
     drawn = random.Random(_EXAMPLES_SEED + number).sample(range(items - 1), shots)  # noqa: S311
     return [other if other < number else other + 1 for other in drawn]

@@ -1,16 +1,13 @@
 """Evaluates the tasks of a bundle, in parts that ranks share, and computes CORE from the results."""
 
-from __future__ import annotations
-
-import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from jobs.measures.core.bundle import CORE_TASKS, Bundle, Kind, Task
+from jobs.measures.core.bundle import CORE_TASKS, Bundle, Task
 from jobs.measures.core.prompts import Prompts, Question
 from jobs.measures.core.scoring import Scorer, right
 from jobs.progress import ProgressDisplay
@@ -26,6 +23,8 @@ GPT2_XL_CORE = 0.256525
 # device and for every number of ranks, so that a later run can use the parts of an earlier run with other ranks.
 PART_TOKENS = 2**17
 
+Result = dict[str, Any]
+
 
 class Parts(Protocol):
     """Where finished parts are stored, such as an :class:`~jobs.results.evaluations.Evaluation`."""
@@ -37,75 +36,34 @@ class Parts(Protocol):
         """Store a finished part."""
 
 
-@dataclasses.dataclass(frozen=True)
-class TaskResult:
-    """The number of right answers to a task's items, and the accuracy that follows from it."""
+def core_result(tasks: Mapping[str, Result], missing: Sequence[str]) -> Result:
+    """The content of ``result.json``, with CORE: the mean of the tasks' centered accuracies (arXiv 2406.11794).
 
-    label: str
-    kind: Kind
-    shots: int
-    answers: int
-    right: int
-    accuracy: float
-    baseline: float
-    centered: float
-
-    @classmethod
-    def of(cls, task: Task, right: int) -> TaskResult:
-        """The result of a task from its number of right answers."""
-        items = len(task.items)
-        accuracy = right / items
-        return cls(task.label, task.kind, task.shots, items, right, accuracy, task.baseline, task.centered(accuracy))
-
-
-@dataclasses.dataclass(frozen=True)
-class CoreResult:
-    """The results of all tasks that could be evaluated, by label.
-
-    Attributes:
+    Args:
+        tasks: the figures of each evaluated task by its label.
         missing: the tasks of CORE that could not be evaluated.
     """
+    core = sum(task["centered"] for task in tasks.values()) / len(tasks)
+    return {"core": core, "missing": list(missing), "gpt2_xl": GPT2_XL_CORE, "tasks": dict(tasks)}
 
-    tasks: tuple[TaskResult, ...]
-    missing: tuple[str, ...]
 
-    @property
-    def core(self) -> float:
-        """CORE (arXiv 2406.11794): the mean of the evaluated tasks' centered accuracies."""
-        return sum(task.centered for task in self.tasks) / len(self.tasks)
-
-    def summary(self) -> dict[str, Any]:
-        """The content of ``result.json``."""
-        tasks = {task.label: dataclasses.asdict(task) for task in self.tasks}
-        for figures in tasks.values():
-            del figures["label"]
-        return {"core": self.core, "missing": list(self.missing), "gpt2_xl": GPT2_XL_CORE, "tasks": tasks}
-
-    @classmethod
-    def of_summary(cls, summary: dict[str, Any]) -> CoreResult:
-        """The inverse of :meth:`summary`."""
-        tasks = (TaskResult(label, **figures) for label, figures in summary["tasks"].items())
-        return cls(tuple(tasks), tuple(summary["missing"]))
-
-    def table(self) -> list[str]:
-        """The lines that the command prints: one for each task, CORE, and a comparison with GPT-2 XL."""
-        lines = [
-            f"{'task':<32} {'type':<17} {'shots':>5} {'examples':>8} {'accuracy':>8} {'baseline':>8} {'centered':>8}"
-        ]
-        lines += [
-            f"{task.label:<32} {task.kind:<17} {task.shots:>5} {task.answers:>8} {task.accuracy:>8.4f} "
-            f"{task.baseline:>8.4f} {task.centered:>8.4f}"
-            for task in self.tasks
-        ]
-        if self.missing:
-            lines.append(f"partial CORE {self.core:.6f}: the mean of {len(self.tasks)} tasks, without those that are")
-            lines.append(f"missing in the bundle: {', '.join(self.missing)}")
-            lines.append(f"GPT-2 XL's {GPT2_XL_CORE} is the mean of all {len(CORE_TASKS)} tasks and not comparable")
-        else:
-            side = "above" if self.core >= GPT2_XL_CORE else "below"
-            distance = abs(self.core - GPT2_XL_CORE)
-            lines.append(f"CORE {self.core:.6f}, {distance:.6f} {side} GPT-2 XL's {GPT2_XL_CORE}")
-        return lines
+def table(result: Result) -> list[str]:
+    """The lines that the command prints: one for each task, CORE, and a comparison with GPT-2 XL."""
+    core, tasks = result["core"], result["tasks"]
+    lines = [f"{'task':<32} {'type':<17} {'shots':>5} {'examples':>8} {'accuracy':>8} {'baseline':>8} {'centered':>8}"]
+    lines += [
+        f"{label:<32} {task['kind']:<17} {task['shots']:>5} {task['answers']:>8} {task['accuracy']:>8.4f} "
+        f"{task['baseline']:>8.4f} {task['centered']:>8.4f}"
+        for label, task in tasks.items()
+    ]
+    if result["missing"]:
+        lines.append(f"partial CORE {core:.6f}: the mean of {len(tasks)} tasks, without those that are")
+        lines.append(f"missing in the bundle: {', '.join(result['missing'])}")
+        lines.append(f"GPT-2 XL's {GPT2_XL_CORE} is the mean of all {len(CORE_TASKS)} tasks and not comparable")
+    else:
+        side = "above" if core >= GPT2_XL_CORE else "below"
+        lines.append(f"CORE {core:.6f}, {abs(core - GPT2_XL_CORE):.6f} {side} GPT-2 XL's {GPT2_XL_CORE}")
+    return lines
 
 
 def evaluate_core(
@@ -116,8 +74,8 @@ def evaluate_core(
     parts: Parts | None = None,
     ranks: Ranks = ALONE,
     shown: bool = True,
-) -> CoreResult:
-    """Score every item of every task.
+) -> Result:
+    """Score every item of every task, and return the content of ``result.json``.
 
     Ranks take parts in turn, and a part gives the same result on every rank: the result depends neither on the number
     of ranks nor on interruptions.
@@ -126,30 +84,35 @@ def evaluate_core(
         parts: where finished parts are read and stored; None stores nothing.
         ranks: all of them share the work and get the result.
         shown: whether the first rank shows progress.
-
-    Raises:
-        RankLost: another rank ended.
     """
     shown = shown and ranks.leads
-    results = []
+    results = {}
     for task in bundle.tasks:
         started = time.monotonic()
         found = _right(task, scorer, tokenizer, parts, ranks, shown)
-        total = ranks.sum(torch.tensor(found, dtype=torch.int64, device=scorer.device))
-        result = TaskResult.of(task, int(total))
-        results.append(result)
+        total = int(ranks.sum(torch.tensor(found, dtype=torch.int64, device=scorer.device)))
+        accuracy = total / len(task.items)
+        results[task.label] = {
+            "kind": task.kind,
+            "shots": task.shots,
+            "answers": len(task.items),
+            "right": total,
+            "accuracy": accuracy,
+            "baseline": task.baseline,
+            "centered": task.centered(accuracy),
+        }
         if shown:
             log.info(
                 "task evaluated",
                 extra={
                     "task": task.label,
-                    "examples": result.answers,
-                    "accuracy": round(result.accuracy, 4),
-                    "centered": round(result.centered, 4),
+                    "examples": len(task.items),
+                    "accuracy": round(accuracy, 4),
+                    "centered": round(task.centered(accuracy), 4),
                     "seconds": round(time.monotonic() - started, 2),
                 },
             )
-    return CoreResult(tuple(sorted(results, key=lambda result: result.label)), bundle.missing)
+    return core_result(dict(sorted(results.items())), bundle.missing)
 
 
 def core_of(model: GPT, tokenizer: Tokenizer, bundle: Bundle, ranks: Ranks) -> float:
@@ -159,7 +122,7 @@ def core_of(model: GPT, tokenizer: Tokenizer, bundle: Bundle, ranks: Ranks) -> f
     with torch.device("meta"):
         twin = GPT(model.config, model.compute_dtype)
     twin.load_state_dict(model.state_dict(), assign=True)
-    return evaluate_core(Scorer(twin.eval()), tokenizer, bundle, ranks=ranks, shown=False).core
+    return float(evaluate_core(Scorer(twin.eval()), tokenizer, bundle, ranks=ranks, shown=False)["core"])
 
 
 def _right(task: Task, scorer: Scorer, tokenizer: Tokenizer, parts: Parts | None, ranks: Ranks, shown: bool) -> int:

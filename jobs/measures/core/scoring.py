@@ -41,9 +41,6 @@ def right(question: Question, losses: Sequence[float]) -> bool:
     An option that is a prefix of all others has no token of its own, and its mean loss is NaN. Comparisons with NaN are
     false, so this option has the lowest loss if and only if it comes first. Published results were computed in this
     way.
-
-    Args:
-        losses: loss of each option, as :meth:`Scorer.score` returns it.
     """
     if question.kind == "language_modeling":
         return losses[0] == 0.0
@@ -51,13 +48,12 @@ def right(question: Question, losses: Sequence[float]) -> bool:
 
 
 class Scorer:
-    """Computes the mean losses of options under a model, with frozen copies of its weights."""
+    """Computes the mean losses of options under a model, with frozen copies of its weights.
+
+    A longer rotary table replaces the model's own.
+    """
 
     def __init__(self, model: GPT) -> None:
-        """
-        Args:
-            model: the model on its device. A longer rotary table replaces the model's own.
-        """
         self.longest = CONTEXTS * model.config.context_length
         model.cos, model.sin = rotary_table(
             self.longest, model.config.head_dim, model.compute_dtype, model.smear_scale.device
@@ -69,12 +65,9 @@ class Scorer:
         self._logits = GPU_CHUNK if self.device.type == "cuda" else CPU_CHUNK
 
     def score(self, questions: Sequence[Question]) -> list[list[float]]:
-        """The mean loss in nats over the scored tokens of each option of each question.
+        """The mean loss in nats over the scored tokens of each option of each question of a task.
 
         In language modeling the loss of a token is 0 if the token is the most likely one, and 1 otherwise.
-
-        Args:
-            questions: questions of one task.
         """
         trees = [Tree.of(question.options) for question in questions]
         scores = [[math.nan] * len(question.options) for question in questions]
@@ -216,9 +209,8 @@ class TreeAttention:
         scale = QK_SCALE**2 * math.sqrt(q.size(-1))
         attend = functools.partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=q.size(1) != k.size(1))
         y = torch.empty_like(q_all)
-        y[:, :, self._prefix :] = attend(
-            q_all[:, :, self._prefix :], k_all, v_all, attn_mask=self._mask(window, q.dtype)
-        )
+        nodes = attend(q_all[:, :, self._prefix :], k_all, v_all, attn_mask=self._mask(window, q.dtype))
+        y[:, :, self._prefix :] = nodes
         if len(q) == len(k) and self._prefix:
             self._attend_prefix(attend, y, q_all, k_all, v_all, window)
         return y.transpose(1, 2).reshape(-1, *q.shape[1:]).index_select(0, slots)
@@ -233,8 +225,8 @@ class TreeAttention:
             return
         for start in range(0, length, _BLOCK):
             first, stop = max(start - window, 0), min(start + _BLOCK, length)
-            distance = torch.arange(start, stop, device=self._device).unsqueeze(1)
-            distance = distance - torch.arange(first, stop, device=self._device)
+            queries = torch.arange(start, stop, device=self._device).unsqueeze(1)
+            distance = queries - torch.arange(first, stop, device=self._device)
             seen = (distance >= 0) & (distance <= window)
             y[:, :, start:stop] = attend(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], attn_mask=seen)
 

@@ -1,13 +1,28 @@
 """The page ``report.md``, rendered from the content of ``report.json`` only."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jobs.markdown import code, duration, literal, one_line, percent, table
+from jobs.measures.core.run import GPT2_XL_CORE
 from jobs.plots import scientific
-from jobs.results.report_page.published import CORE_RESULTS
 
 Report = Mapping[str, Any]
+
+
+class Published(NamedTuple):
+    """A model with a published CORE. ``note`` quotes published facts about its size and training."""
+
+    name: str
+    core: float
+    note: str
+
+
+PUBLISHED = (
+    Published("GPT-2 XL", GPT2_XL_CORE, "1.6 G parameters, 2019"),
+    Published("karpathy/nanochat, depth 24 (March 2026)", 0.2626, "8 H100, 1.65 h; held-out bits per byte 0.7180"),
+    Published("karpathy/nanochat, depth 20 (first articles)", 0.22, "4e19 FLOPs, 4 h"),
+)
 
 TITLES = {"base": "pretraining", "sft": "fine-tuning", "rl": "reinforcement learning"}
 PROGRAMS = {"base": "jobs.train.pretrain", "sft": "jobs.train.sft", "rl": "jobs.train.rl"}
@@ -23,19 +38,13 @@ _PLOTS = {
 _MOST_CHARACTERS = 400
 
 
-def render(report: Report, plots: Iterable[str] = ()) -> str:
-    """The page as Markdown. A section without figures is left out.
-
-    Args:
-        plots: file names of the plots beside the page.
-    """
-    shown = set(plots)
+def render(report: Report, plots: Sequence[str] = ()) -> str:
+    """The page as Markdown, with those of ``plots`` beside it. A section without figures is left out."""
     sections = [_head(report)]
     for title, section in _SECTIONS.items():
-        lines = section(report)
-        if lines:
+        if lines := section(report):
             caption, plot = _PLOTS.get(title, ("", ""))
-            image = [f"![{caption}]({plot})", ""] if plot in shown else []
+            image = [f"![{caption}]({plot})", ""] if plot in plots else []
             sections.append([f"## {title}", "", *image, *lines])
     return "\n".join("\n".join(lines).rstrip() + "\n" for lines in sections)
 
@@ -45,24 +54,28 @@ def _stages_of(report: Report) -> dict[str, Report]:
     return {stage: report[stage] for stage in TITLES if stage in report}
 
 
+def _chat_results(report: Report) -> list[tuple[str, Report]]:
+    """Each evaluation on chat tasks, with its stage."""
+    return [(stage, result) for stage, results in report["chat_results"].items() for result in results]
+
+
 def _head(report: Report) -> list[str]:
-    shape, stages = report["shape"], _stages_of(report)
+    shape = report["shape"]
     recipe = f", recipe {code(report['recipe'])}" if report["recipe"] else ""
-    lines = [
+    return [
         f"# {report['model']}: report",
         "",
         f"A model of {shape['parameters']:,} parameters: {shape['layers']} layers of width {shape['width']}, "
         f"{shape['vocab_size']:,} token ids, a context of {shape['context_length']:,} tokens{recipe}. "
         f"This is {code(report['revision'])}.",
         "",
+        *table(("at a glance", ""), _glance(report)),
+        "",
+        *(f"> **Note:** {literal(warning)}\n" for warning in report["warnings"]),
     ]
-    rows = [row for row in _glance(report, stages) if row[1]]
-    lines += [*table(("at a glance", ""), rows), ""]
-    lines += [f"> **Note:** {literal(warning)}\n" for warning in report["warnings"]]
-    return lines
 
 
-def _glance(report: Report, stages: Mapping[str, Report]) -> Iterable[tuple[str, str]]:
+def _glance(report: Report) -> Iterable[tuple[str, str]]:
     chat, base = report.get("chat"), report.get("base", {})
     if chat:
         items = sum(kind["items"] for kind in chat["kinds"].values())
@@ -72,24 +85,21 @@ def _glance(report: Report, stages: Mapping[str, Report]) -> Iterable[tuple[str,
         yield "bits per byte of held-out text", f"**{ours:.3f}** (`xz -9`: {xz:.3f})"
     for stage, result in report["core_results"].items():
         partial = ", partial" if result["missing"] else ""
-        yield f"CORE after {TITLES[stage]}", f"**{result['core']:.4f}**{partial} (GPT-2 XL: {CORE_RESULTS[0].core:.4f})"
-    for stage, results in report["chat_results"].items():
-        for result in results:
-            if result["chatcore"] is not None:
-                partial = ", partial" if result["missing"] else ""
-                yield f"ChatCORE after {TITLES[stage]}", f"**{result['chatcore']:.4f}**{partial}"
+        yield f"CORE after {TITLES[stage]}", f"**{result['core']:.4f}**{partial} (GPT-2 XL: {GPT2_XL_CORE:.4f})"
+    for stage, result in _chat_results(report):
+        if result["chatcore"] is not None:
+            partial = ", partial" if result["missing"] else ""
+            yield f"ChatCORE after {TITLES[stage]}", f"**{result['chatcore']:.4f}**{partial}"
     curve = report.get("rl", {}).get("rl") or {}
     if curve.get("heldout_reward"):
         first, _, last = curve["heldout_reward"]
         yield "held-out reward, before and after RL", f"{first:.3f} → **{last:.3f}**"
-    seconds = [stage["train_seconds"] for stage in stages.values()]
+    seconds = [stage["train_seconds"] for stage in _stages_of(report).values()]
     if seconds and all(seconds):
         yield "training", duration(sum(seconds))
-        if report["price_per_hour"] is not None:
-            price = report["price_per_hour"]
+        if (price := report["price_per_hour"]) is not None:
             yield "cost of that", f"{sum(seconds) / 3600 * price:.2f} at {price:g} an hour"
-    promotion = report["promotion"]
-    if promotion:
+    if promotion := report["promotion"]:
         why = next((f": {literal(rule['reason'])}" for rule in promotion["rules"] if rule["passed"] is False), "")
         yield "promotion", _verdict(promotion) + why
 
@@ -121,26 +131,23 @@ def _training(report: Report) -> list[str]:
     if len(known) > 1:
         rows.append(("**all**", "", "", "", duration(sum(known)), "", "", "", "", ""))
     header = ("stage", "checkpoint", "steps", "tokens", "time", "tokens/s", "MFU", "FLOPs", "loss", "held out")
-    return [*table(header, rows), "", *(f"{line}\n" for line in _hardware(report, stages))]
+    return [*table(header, rows), "", *(f"{line}\n" for line in _hardware(report))]
 
 
-def _hardware(report: Report, stages: Mapping[str, Report]) -> Iterable[str]:
-    places: dict[str, list[str]] = {}
+def _hardware(report: Report) -> Iterable[str]:
+    stages, places = _stages_of(report), dict[str, list[str]]()
     for name, stage in stages.items():
         if hardware := stage["hardware"]:
             ranks = f" on {hardware['ranks']} ranks" if hardware["ranks"] > 1 else ""
             precision = f", {stage['dtype']}" if stage["dtype"] else ""
             places.setdefault(f"{_machine(hardware)}{ranks}{precision}", []).append(TITLES[name])
     for place, names in places.items():
-        yield f"{_listed(names).capitalize()}: {literal(place)}."
+        listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+        yield f"{listed.capitalize()}: {literal(place)}."
     yield f"Evaluated on {literal(_machine(report['machine']))}."
     for stage in stages.values():
         if stage["made_from"]:
             yield f"{code(stage['revision'])} was trained from {code(stage['made_from'])}."
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _machine(machine: Report) -> str:
@@ -170,8 +177,7 @@ def _tokenizer(report: Report) -> list[str]:
     on_text = tokenizer.get("held_out_bytes_per_token")
     about = f", {on_text:.2f} bytes per token of the held-out text" if on_text else ""
     lines = [f"{tokenizer['vocab_size']:,} ids{about}.", ""]
-    domains = tokenizer.get("domains")
-    if not domains:
+    if not (domains := tokenizer.get("domains")):
         return lines
     references = domains["references"]
     header = ["bytes per token", "this tokenizer", *(f"{name} ({size:,} ids)" for name, size in references.items())]
@@ -198,14 +204,13 @@ def _held_out_text(report: Report) -> list[str]:
 
 
 def _core(report: Report) -> list[str]:
-    results = report["core_results"]
-    if not results:
+    if not (results := report["core_results"]):
         return []
     scores: list[tuple[str, ...]] = [
         (f"**{report['model']}** after {TITLES[stage]}", f"**{result['core']:.4f}**", _completeness(result))
         for stage, result in results.items()
     ]
-    scores += [(literal(other.name), f"{other.core:.4f}", literal(other.note)) for other in CORE_RESULTS]
+    scores += [(literal(other.name), f"{other.core:.4f}", literal(other.note)) for other in PUBLISHED]
     lines = [*table(("model", "CORE", ""), scores), ""]
     stage, last = list(results.items())[-1]
     rows = [
@@ -230,7 +235,7 @@ def _completeness(result: Report) -> str:
 
 def _chat_tasks(report: Report) -> list[str]:
     lines: list[str] = []
-    for stage, result in [(stage, each) for stage, results in report["chat_results"].items() for each in results]:
+    for stage, result in _chat_results(report):
         if result["chatcore"] is not None:
             partial = f" ({_completeness(result)})" if result["missing"] else ""
             lines += [f"ChatCORE after {TITLES[stage]}: **{result['chatcore']:.4f}**{partial}.", ""]
@@ -260,8 +265,7 @@ def _chat_tasks(report: Report) -> list[str]:
 
 
 def _conversations(report: Report) -> list[str]:
-    chat = report.get("chat")
-    if not chat:
+    if not (chat := report.get("chat")):
         return []
     items = sum(kind["items"] for kind in chat["kinds"].values())
     lines = [
@@ -295,16 +299,10 @@ def _cut(text: str) -> str:
 
 
 def _reinforcement(report: Report) -> list[str]:
-    curve = report.get("rl", {}).get("rl")
-    if not curve:
+    if not (curve := report.get("rl", {}).get("rl")):
         return []
-    rows = []
-    if curve["reward"]:
-        first, last = curve["reward"]
-        rows.append(("reward of the rollouts", f"{first:.3f}", f"{last:.3f}"))
-    if curve["heldout_reward"]:
-        first, _, last = curve["heldout_reward"]
-        rows.append(("reward on held-out problems", f"{first:.3f}", f"{last:.3f}"))
+    rewards = {"reward of the rollouts": curve["reward"], "reward on held-out problems": curve["heldout_reward"]}
+    rows = [(name, f"{values[0]:.3f}", f"{values[-1]:.3f}") for name, values in rewards.items() if values]
     if curve["pass_at_k"]:
         before, after = curve["pass_at_k"]
         rows += [
@@ -323,8 +321,7 @@ def _samples(report: Report) -> list[str]:
 
 
 def _inference(report: Report) -> list[str]:
-    benchmark = report["benchmark"]
-    if not benchmark:
+    if not (benchmark := report["benchmark"]):
         return []
     rows = [
         (
@@ -345,14 +342,12 @@ def _milliseconds(times: list[float] | None) -> str:
 
 
 def _promotion(report: Report) -> list[str]:
-    promotion = report["promotion"]
-    if not promotion:
+    if not (promotion := report["promotion"]):
         return []
-    verdict = f"This model: {_verdict(promotion)}."
     against = f" Compared with {code(promotion['against'])}." if promotion["against"] else ""
     marks = {True: "holds", False: "**fails**", None: "does not apply"}
     rows = [(literal(rule["rule"]), marks[rule["passed"]], literal(rule["reason"])) for rule in promotion["rules"]]
-    lines = [verdict + against, ""]
+    lines = [f"This model: {_verdict(promotion)}.{against}", ""]
     return [*lines, *table(("rule", "", "why"), rows), ""] if rows else lines
 
 
