@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat_core.precision import cpu_capabilities
+from nanochat_core.device import cpu_capabilities
 
 # Smallest side of a matrix that oneDNN multiplies. For a smaller one, the operator's overhead outweighs the gain.
 LEAST_SIDE = 64

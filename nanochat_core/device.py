@@ -1,5 +1,9 @@
-"""Chooses the device to compute on, and copies arrays to it."""
+"""The device to compute on: its choice, the dtype of activations, its memory, and the settings of a CPU process."""
 
+import ctypes
+import gc
+import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -8,21 +12,45 @@ from torch import Tensor
 
 from nanochat_core.errors import UserError
 
+# fp8 is used only for the matrix products of training (nanochat_core/training/fp8.py); everything else is then bf16.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+FP8_CAPABILITY = (9, 0)
+# Texts in out-of-memory errors that are plain RuntimeErrors: from the CPU's allocator, CUDA, cuBLAS and cuDNN.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+# A thread that records a CUDA graph holds this lock, because no thread may return memory to the device meanwhile.
+RECORDING = threading.Lock()
+# Parameters of mallopt, from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
 
 def choose_device(name: str) -> torch.device:
-    """Returns the device with this name.
+    """The device ``cpu``, ``cuda``, or ``auto``, which means CUDA if torch sees a CUDA device and the CPU otherwise.
 
-    Args:
-        name: ``cpu``, ``cuda``, or ``auto``, which means CUDA if torch sees a CUDA device and the CPU otherwise.
-
-    Raises:
-        UserError: ``name`` is ``cuda`` and torch sees no CUDA device.
+    Raises UserError if ``name`` is ``cuda`` and torch sees no CUDA device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but torch sees no CUDA device; use auto or cpu")
     return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of activations and matrix products for a name in :data:`DTYPES` or ``auto``.
+
+    ``auto`` is bf16 on GPUs that compute in bf16, and fp32 elsewhere, because some CPUs compute faster in fp32.
+    Training in fp16 also needs a :class:`~nanochat_core.training.loss_scaling.LossScaler`. Training in fp8 also needs
+    :func:`~nanochat_core.training.fp8.convert_to_fp8`.
+
+    Raises UserError for ``fp16`` without a GPU, and for ``fp8`` without a GPU that multiplies fp8 numbers.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if name == "fp16" and device.type != "cuda":
+        raise UserError("dtype fp16 needs a GPU; use fp32 or bf16 on a CPU")
+    if name == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY):
+        raise UserError("dtype fp8 needs a GPU of compute capability 9.0 (H100) or later; use bf16 or auto")
+    return DTYPES[name]
 
 
 def to_device(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
@@ -32,3 +60,61 @@ def to_device(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
         return host.to(device)
     # A copy from pageable memory waits until CUDA has done its queued work. A copy from pinned memory does not.
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device or the machine had too little free memory.
+
+    After such an error the program can continue. A smaller request may succeed, and so may the same request later.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def free_memory(device: torch.device) -> None:
+    """Returns unreferenced memory to the device, for other allocations and other processes.
+
+    Call it outside of ``except`` blocks. While an exception is handled, it refers to all local variables of the
+    functions that it passed through, and their memory is not free.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        with RECORDING:
+            torch.cuda.empty_cache()
+
+
+def cpu_capabilities() -> dict[str, Any]:
+    """Torch's description of the CPU (``cpu_name``, instruction sets); empty with torch 2.9, which has none."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether the CPU has instructions for products of bf16 numbers."""
+    capabilities = cpu_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def prepare_cpu(threads: int) -> None:
+    """Sets this process up for computing on the CPU; call it before the first tensor is made.
+
+    Denormal numbers are flushed to zero. Decayed optimizer state has many of them, and x86 cores process a denormal
+    number a hundred times slower than a normal one.
+
+    The process keeps freed memory for its next allocations. Every training step allocates the same tensors again. By
+    default, glibc requests the memory of each large tensor from the system and returns it afterwards. The first access
+    to each page is then a page fault, and these faults take 5 to 10 % of a step.
+
+    Args:
+        threads: number of threads for one operation; 0 leaves the choice to torch.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    # A thread inherits this setting when it starts, so it must be made before the first parallel operation.
+    torch.set_flush_denormal(True)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:  # only glibc has it
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TOP_PAD, 2**26)

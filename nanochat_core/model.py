@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat_core.attention import Attention
-from nanochat_core.attention.sdpa import sdpa_attention
+from nanochat_core.attention import Attention, sdpa_attention
 from nanochat_core.chunked_loss import IGNORE_INDEX as IGNORE_INDEX
 from nanochat_core.chunked_loss import softcap, softcapped_cross_entropy
 from nanochat_core.config import ModelConfig

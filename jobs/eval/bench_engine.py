@@ -33,12 +33,10 @@ from jobs.eval.checkpoints import make_output_folder, pick_checkpoint
 from jobs.measures.machine import describe_machine
 from jobs.program import JobSettings, run_program
 from nanochat_core.config import ModelConfig
-from nanochat_core.cpu_setup import prepare_cpu
-from nanochat_core.device import choose_device
+from nanochat_core.device import choose_device, choose_dtype, prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
-from nanochat_core.precision import choose_dtype
 from nanochat_core.settings import describe, setting
 from nanochat_core.store import open_store
 from nanochat_core.tokenizer import Tokenizer

@@ -23,11 +23,9 @@ from jobs.tasks.registry import AnyTask, Selection, open_tasks
 from jobs.tasks.task import ChoiceTask, GenerativeTask
 from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint
-from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.device import choose_dtype, free_memory, prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig
 from nanochat_core.errors import UserError
-from nanochat_core.memory import free_memory
-from nanochat_core.precision import choose_dtype
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.settings import setting
 from nanochat_core.store import Store, open_store

@@ -16,8 +16,7 @@ from jobs.results.evaluations import Evaluation
 from jobs.results.metrics import CORE
 from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
-from nanochat_core.cpu_setup import prepare_cpu
-from nanochat_core.precision import choose_dtype
+from nanochat_core.device import choose_dtype, prepare_cpu
 from nanochat_core.settings import setting
 from nanochat_core.store import Store, open_store
 from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, rank_device

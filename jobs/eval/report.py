@@ -13,7 +13,7 @@ from jobs.promotion.decisions import folder
 from jobs.results.report_page import render
 from jobs.results.reports import report_json
 from nanochat_core.checkpoint import check_model_name
-from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.device import prepare_cpu
 from nanochat_core.settings import setting
 from nanochat_core.store import Store, open_store
 

@@ -5,7 +5,7 @@ import logging
 import os
 
 from nanochat_core import logs, settings
-from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.device import prepare_cpu
 from nanochat_core.errors import run_main
 from services.engine.daemon_threads import any_working
 from services.engine.server import serve

@@ -11,10 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from nanochat_core.attention import Attention, cpu
-from nanochat_core.attention.cpu import blockwise_attention
-from nanochat_core.attention.sdpa import sdpa_attention
-from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core import attention
+from nanochat_core.attention import Attention, blockwise_attention, sdpa_attention
+from nanochat_core.device import prepare_cpu
 
 BACKENDS: dict[str, Attention] = {"sdpa": sdpa_attention, "blockwise": blockwise_attention}
 
@@ -45,12 +44,12 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--windows", type=int, nargs="+", default=[128, 256])
-    parser.add_argument("--block-rows", type=int, default=cpu.BLOCK_ROWS)
+    parser.add_argument("--block-rows", type=int, default=attention.BLOCK_ROWS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=10)
     args = parser.parse_args()
     prepare_cpu(args.threads)
-    cpu.BLOCK_ROWS = args.block_rows
+    attention.BLOCK_ROWS = args.block_rows
     torch._dynamo.config.recompile_limit = 64
     clock = time.process_time if args.threads == 1 else time.perf_counter
     shape = (args.rows, args.time, args.heads, args.head_dim)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from nanochat_core.config import ModelConfig
-from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.device import prepare_cpu
 from nanochat_core.model import GPT
 from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from jobs.eval.bench.models import random_model, random_tokenizer
 from nanochat_core.checkpoint import Checkpoint, newest_checkpoint
 from nanochat_core.config import ModelConfig
-from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.device import prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams
 from nanochat_core.engine.request import Request
 from nanochat_core.engine.scheduler import Chunk

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_core.chunked_loss import IGNORE_INDEX, softcap, softcapped_cross_entropy
-from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.device import prepare_cpu
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from jobs.eval.bench.models import random_model, random_tokenizer
 from nanochat_core.config import ModelConfig
-from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.device import prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig, Request, SamplingParams
 
 ANSWER, NEW = 60, 20

@@ -11,7 +11,7 @@ from jobs.measures.core.bundle import open_bundle, read_bundle
 from jobs.measures.core.run import core_result, evaluate_core
 from jobs.measures.core.scoring import Scorer
 from nanochat_core.checkpoint import CheckpointRef, load_checkpoint
-from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.device import prepare_cpu
 from nanochat_core.store import open_store
 
 

@@ -11,10 +11,9 @@ import torch
 from jobs.eval.bench.models import random_model, random_tokenizer
 from jobs.train.upstream.checkpoint import convert, model_config, read_upstream
 from nanochat_core.config import ModelConfig
-from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.device import DTYPES, prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams
 from nanochat_core.model import GPT
-from nanochat_core.precision import DTYPES
 
 
 def load(task: dict[str, Any]) -> GPT:

@@ -19,9 +19,8 @@ from jobs.train.loop.stage import make_trainable
 from jobs.train.loop.trainer import Trainer
 from jobs.train.upstream.checkpoint import convert, model_config, read_upstream
 from nanochat_core.config import ModelConfig
-from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.device import DTYPES, prepare_cpu
 from nanochat_core.model import GPT
-from nanochat_core.precision import DTYPES
 from nanochat_core.store import open_store
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.distributed import ALONE

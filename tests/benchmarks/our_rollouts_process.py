@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from jobs.eval.bench.models import random_tokenizer
-from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.device import prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams
 from tests.benchmarks.our_engine_process import load
 

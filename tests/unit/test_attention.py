@@ -11,11 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanochat_core.attention import Attention, choose_attention
-from nanochat_core.attention.cpu import blockwise_attention, cpu_attention
-from nanochat_core.attention.flex import flex_attention
-from nanochat_core.attention.interface import window_mask
-from nanochat_core.attention.sdpa import sdpa_attention
+from nanochat_core.attention import (
+    Attention,
+    blockwise_attention,
+    choose_attention,
+    cpu_attention,
+    flex_attention,
+    sdpa_attention,
+    window_mask,
+)
 from nanochat_core.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

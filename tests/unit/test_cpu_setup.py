@@ -7,7 +7,7 @@ import sys
 def test_a_prepared_process_has_its_threads_and_flushes_denormals() -> None:
     code = """
 import torch
-from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.device import prepare_cpu
 default = torch.get_num_threads()
 prepare_cpu(0)
 assert torch.get_num_threads() == default

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from nanochat_core.device import choose_dtype
 from nanochat_core.errors import UserError
-from nanochat_core.precision import choose_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -15,7 +15,7 @@ from jobs.program import JobSettings
 from jobs.train.loop.metrics import serve_metrics
 from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
-from nanochat_core.cpu_setup import prepare_cpu
+from nanochat_core.device import prepare_cpu
 from nanochat_core.settings import setting
 from nanochat_core.store import Store, open_store
 from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, rank_device

@@ -19,9 +19,9 @@ from nanochat_core.attention import choose_attention
 from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.cpu_matmul import convert_to_onednn, onednn_is_faster
+from nanochat_core.device import choose_dtype
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
-from nanochat_core.precision import choose_dtype
 from nanochat_core.settings import setting
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.fp8 import convert_to_fp8

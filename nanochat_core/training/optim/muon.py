@@ -28,7 +28,7 @@ The Polar Express (arXiv 2505.16932) gives the best coefficients of each step.
 import torch
 from torch import Tensor
 
-from nanochat_core.precision import cpu_multiplies_bf16
+from nanochat_core.device import cpu_multiplies_bf16
 
 MUON_BETA2 = 0.9
 # Coefficients (a, b, c) of the five Polar Express steps.

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat_core.device import to_device
+from nanochat_core.device import RECORDING, to_device
 from nanochat_core.engine.backends.base import PendingTokens
 from nanochat_core.engine.backends.batch import TokenBatch
 from nanochat_core.engine.backends.gpu.network import GpuCache, GpuNetwork
 from nanochat_core.engine.backends.gpu.step import StepInputs
 from nanochat_core.engine.scheduler import Chunk
-from nanochat_core.memory import RECORDING
 from nanochat_core.model import GPT
 
 log = logging.getLogger(__name__)

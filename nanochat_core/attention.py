@@ -1,0 +1,189 @@
+"""The attention of training: causal, over whole rows of tokens, with a sliding window.
+
+Every backend implements :class:`Attention`.
+
+=======================  =================================================================
+:func:`sdpa_attention`   torch's scaled dot product attention; runs on every device
+:func:`cpu_attention`    attention in blocks of queries, faster for short rows on a CPU
+:func:`flex_attention`   FlexAttention, compiled for a GPU
+:func:`flash_attention`  the ``flash-attn`` packages for NVIDIA GPUs
+=======================  =================================================================
+"""
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat_core.errors import UserError
+
+# Smallest number of queries in a block. Smaller blocks compute fewer scores that the mask hides; larger blocks have
+# larger and faster matrix products.
+BLOCK_ROWS = 64
+# Largest number of blocks in a row, which keeps the compiled code small. A longer row has larger blocks.
+BLOCKS = 8
+# Longest row, in tokens, that is computed in blocks. The backward pass needs the attention weights of all blocks, and
+# their memory grows with the square of the row's length.
+BLOCKWISE_TIME = 512
+# For each flash-attn package, fastest first: its module, and the lowest and the highest compute capability that it
+# supports. FlashAttention 3 runs only on Hopper.
+FLASH_PACKAGES = (("flash_attn_interface", (9, 0), (9, 9)), ("flash_attn", (8, 0), (99, 9)))
+
+
+class Attention(Protocol):
+    """Softmax attention in which a token attends to itself and to the ``window`` tokens before it.
+
+    Args:
+        q: queries, (batch, time, n_head, head_dim).
+        k, v: keys and values, (batch, time, n_kv_head, head_dim); n_kv_head divides n_head.
+        window: number of earlier tokens that a token attends to; ``time - 1`` or more is plain causal attention.
+
+    Returns:
+        (batch, time, n_head, head_dim) in the dtype of the inputs.
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor: ...
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
+    """Returns the attention backend for training.
+
+    Args:
+        name: ``sdpa`` (torch's own, on any device), ``flex`` (FlexAttention, on GPUs), ``flash`` (the flash-attn
+            package, on GPUs) or ``auto``. On a GPU, ``auto`` means flash if it is available and flex otherwise. On a
+            CPU, it means the fastest implementation.
+        dtype: dtype of queries, keys and values.
+
+    Raises:
+        UserError: the backend is not available on this machine.
+    """
+    if name == "sdpa":
+        return sdpa_attention
+    if device.type != "cuda":
+        if name == "auto":
+            return cpu_attention
+        raise UserError(f"attention {name} needs a GPU; use auto or sdpa on a CPU")
+    flash = None if name == "flex" else flash_attention(device, dtype)
+    if flash is None and name == "flash":
+        raise UserError(
+            "attention flash needs the package flash-attn, a GPU of compute capability 8.0 or later and bf16 or fp16; "
+            "install it with `pip install flash-attn`, or use auto"
+        )
+    return flash or flex_attention
+
+
+def window_mask(rows: Tensor, columns: Tensor, window: int) -> Tensor:
+    """Boolean mask of shape (rows, columns), True if ``row - window <= column <= row``.
+
+    Args:
+        rows, columns: token positions of the queries and of the keys, int64.
+    """
+    distance = rows.unsqueeze(1) - columns
+    return (distance >= 0) & (distance <= window)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Computes :class:`Attention` by torch's scaled dot product attention (SDPA).
+
+    A mask implements a window that is shorter than the row. It saves no work: SDPA also computes the hidden scores.
+    """
+    time = q.size(1)
+    grouped = q.size(2) != k.size(2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if window >= time - 1:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    else:
+        rows = torch.arange(time, device=q.device)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=window_mask(rows, rows, window), enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Computes :class:`Attention` by blockwise attention or SDPA, whichever is faster.
+
+    Blockwise attention is faster for short rows in compiled code. In uncompiled code, its many small operations cost
+    more time than they save.
+    """
+    if torch.compiler.is_compiling() and q.size(1) <= BLOCKWISE_TIME:
+        return blockwise_attention(q, k, v, window)
+    return sdpa_attention(q, k, v, window)
+
+
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Computes :class:`Attention` in blocks of queries.
+
+    A block of queries is multiplied only with the keys in the windows of its queries. For the queries ``start`` to
+    ``stop - 1``, these are the keys ``start - window`` to ``stop - 1``.
+    """
+    time = q.size(1)
+    share = q.size(2) // k.size(2)
+    if share > 1:
+        k, v = k.repeat_interleave(share, dim=2), v.repeat_interleave(share, dim=2)
+    q, k, v = (q * q.size(-1) ** -0.5).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    # The softmax is computed in at least fp32, even if the inputs have fewer bits.
+    precise = torch.promote_types(q.dtype, torch.float32)
+    block = max(BLOCK_ROWS, math.ceil(time / BLOCKS))
+    mixed = []
+    for start in range(0, time, block):
+        first, stop = max(0, start - window), min(start + block, time)
+        rows = torch.arange(start, stop, device=q.device)
+        hidden = ~window_mask(rows, torch.arange(first, stop, device=q.device), window)
+        scores = q[:, :, start:stop] @ k[:, :, first:stop].mT
+        weights = scores.to(precise).masked_fill(hidden, -math.inf).softmax(-1).to(v.dtype)
+        mixed.append(weights @ v[:, :, first:stop])
+    return torch.cat(mixed, dim=2).transpose(1, 2)
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Computes :class:`Attention` by FlexAttention (arXiv 2412.05496), which skips the blocks that a window hides.
+
+    SDPA computes two cases instead: windows that cover the whole row, because they need no mask, and uncompiled code,
+    because FlexAttention would store the whole matrix of scores there. FlexAttention has no backward pass on a CPU.
+    """
+    time = q.size(1)
+    if window >= time - 1 or not torch.compiler.is_compiling():
+        return sdpa_attention(q, k, v, window)
+    # This import loads torch's compiler, which takes as long as importing the rest of torch. Serving does not need it.
+    from torch.nn.attention import flex_attention as flex
+
+    def visible(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return (column <= row) & (row - column <= window)
+
+    # The compiled graph builds the mask in a few small kernels, once for all layers with the same window.
+    mask = flex.create_block_mask(visible, None, None, time, time, device=q.device)
+    grouped = q.size(2) != k.size(2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    y = flex.flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
+    assert isinstance(y, Tensor)  # only a call with return_aux or return_lse returns a tuple
+    return y.transpose(1, 2)
+
+
+def flash_attention(device: torch.device, dtype: torch.dtype) -> Attention | None:
+    """:class:`Attention` by FlashAttention 2 (arXiv 2307.08691) or 3 (arXiv 2407.08608).
+
+    The result is the fastest installed flash-attn package that supports the device and the dtype; None without one.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    for module, least, most in FLASH_PACKAGES:
+        if least <= capability <= most:
+            try:
+                return _attention_of(importlib.import_module(module).flash_attn_func)
+            except ImportError:
+                continue
+    return None
+
+
+def _attention_of(kernel: Callable[..., Any]) -> Attention:
+    def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        y = kernel(q, k, v, causal=True, window_size=(window, 0))
+        # Early versions of FlashAttention 3 also return the logarithms of the softmax's sums.
+        output: Tensor = y[0] if isinstance(y, tuple) else y
+        return output
+
+    return attend
