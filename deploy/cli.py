@@ -97,11 +97,7 @@ def flags(module: str) -> Iterator[str]:
 
 
 def main() -> None:
-    """Replace this process by the program that the command line names.
-
-    Raises:
-        UserError: There is no such program.
-    """
+    """Replace this process by the program that the command line names, or raise a UserError if there is none."""
     arguments = sys.argv[1:] or ["--help"]
     if program := find_program(arguments):
         module, rest = program

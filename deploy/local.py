@@ -49,11 +49,7 @@ class Service:
         self._stopping = False
 
     async def run(self) -> None:
-        """Keep the service running until :meth:`stop`.
-
-        Raises:
-            UserError: the service keeps dying.
-        """
+        """Keep the service running until :meth:`stop`, or raise a UserError if it keeps dying."""
         while not self._stopping:
             self._starts = [start for start in self._starts if start > time.monotonic() - 60]
             if len(self._starts) > RESTARTS_PER_MINUTE:
@@ -126,26 +122,15 @@ def readable(line: str) -> str:
     return f"{level} {what} {rest}".rstrip() + ("\n" + event["exception"] if "exception" in event else "")
 
 
-def check_port(port: int) -> None:
-    """Check that a TCP port is free.
-
-    Raises:
-        UserError: another program uses the port.
-    """
+def free_port(wanted: int = 0) -> int:
+    """Return the TCP port, or any free one for 0, or raise a UserError if another program uses the port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((HOST, wanted))
         except OSError as error:
-            raise UserError(f"port {port} cannot be used ({error.strerror}); choose another with PORT=") from error
-
-
-def free_port() -> int:
-    """A TCP port that no program uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+            raise UserError(f"port {wanted} cannot be used ({error.strerror}); choose another with PORT=") from error
+        return int(probe.getsockname()[1])
 
 
 async def run(settings: LocalSettings) -> int:
@@ -154,7 +139,7 @@ async def run(settings: LocalSettings) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     if settings.port:
-        check_port(settings.port)
+        free_port(settings.port)
     # is_promoted() reads one small file, because reading a checkpoint would import torch.
     if not is_promoted(settings):
         code = await train(settings, stop)
@@ -210,11 +195,7 @@ def is_promoted(settings: LocalSettings) -> bool:
 
 
 async def train(settings: LocalSettings, stop: asyncio.Event) -> int:
-    """Run the demo recipe in the foreground. Returns its exit code.
-
-    Raises:
-        UserError: the missing model is not the demo model.
-    """
+    """Run the demo recipe in the foreground, and return its exit code."""
     if settings.model != "demo":
         raise UserError(
             f"there is no promoted model {settings.model!r} in {settings.home}; train it with "
@@ -236,11 +217,7 @@ async def train(settings: LocalSettings, stop: asyncio.Event) -> int:
 
 
 async def wait_until_ready(url: str, seconds: float) -> None:
-    """Wait until a chat is possible.
-
-    Raises:
-        UserError: the gateway is not ready after ``seconds``.
-    """
+    """Wait until a chat is possible, or raise a UserError after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not await asyncio.to_thread(answers, f"{url}/readyz"):
         if time.monotonic() > deadline:

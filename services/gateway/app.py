@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from services.gateway.api import chat, completions, docs, models, probes, report, tokens
 from services.gateway.api.web_page import WebPage
 from services.gateway.engines.routing import EnginePool
-from services.gateway.errors import ClientGone, on_client_gone, on_http_error, on_validation_error
+from services.gateway.errors import on_http_error, on_validation_error
 from services.gateway.metrics import Metrics
 from services.gateway.middleware.body_limit import BodyLimit
 from services.gateway.middleware.drain import Drain
@@ -26,8 +26,7 @@ base URL. Answers in which the model ran Python carry `nanochat.tool_events`."""
 def create_app(settings: GatewaySettings) -> FastAPI:
     """Builds the application, which is connected to the engines from its startup to its shutdown.
 
-    Returns:
-        the application; ``app.state.drain`` exists at once, and ``app.state.pool`` exists after the startup.
+    Its ``state.drain`` exists at once, and its ``state.pool`` exists after the startup.
     """
     metrics = Metrics()
 
@@ -46,11 +45,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        exception_handlers={
-            HTTPException: on_http_error,
-            RequestValidationError: on_validation_error,
-            ClientGone: on_client_gone,
-        },
+        exception_handlers={HTTPException: on_http_error, RequestValidationError: on_validation_error},
     )
     app.state.drain = Drain()
     for endpoints in (chat, completions, models, tokens, probes, report, docs):

@@ -25,7 +25,6 @@ class ApiError(HTTPException):
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         """
         Args:
-            status: HTTP status.
             message: tells a person what was wrong and what to do.
             param: the request's wrong parameter, such as ``messages[2].content``.
             code: names the error for programs.
@@ -53,8 +52,11 @@ class ApiError(HTTPException):
         return Response(self.body, self.status_code, headers=self.headers, media_type="application/json")
 
 
-class ClientGone(Exception):
-    """The client closed the connection before its answer was complete."""
+class ClientGone(HTTPException):
+    """The client closed the connection before its answer was complete. Only the request log sees the status 499."""
+
+    def __init__(self) -> None:
+        super().__init__(499, detail="The client closed the connection.")
 
 
 def bad_request(message: str, param: str | None, code: str | None = None) -> ApiError:
@@ -90,12 +92,8 @@ def no_engine() -> ApiError:
 
 def model_not_found(name: str, known: Collection[str]) -> ApiError:
     """Status 404: the engines serve the ``known`` models only."""
-    return ApiError(
-        404,
-        f"The model {name!r} does not exist here; this server has {', '.join(sorted(known))}.",
-        param="model",
-        code="model_not_found",
-    )
+    message = f"The model {name!r} does not exist here; this server has {', '.join(sorted(known))}."
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def internal_error(request_id: str) -> ApiError:
@@ -105,11 +103,7 @@ def internal_error(request_id: str) -> ApiError:
 
 
 def from_rpc(error: grpc.aio.AioRpcError, *, started: bool) -> ApiError:
-    """Translates an engine's gRPC error.
-
-    Args:
-        started: whether the engine had already sent a part of the answer.
-    """
+    """Translates an engine's gRPC error; ``started`` says whether the engine had already sent a part of the answer."""
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         param = _CONSTRAINT_PARAMETERS.get(dict(error.trailing_metadata() or ()).get("invalid-field", ""))
@@ -121,10 +115,9 @@ def from_rpc(error: grpc.aio.AioRpcError, *, started: bool) -> ApiError:
         return ApiError(429, message, code="engine_overloaded")
     # An engine cancels its calls only when it shuts down.
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-        message = "The engine can't be reached at the moment; try again shortly."
-        if started:
-            message = "The engine stopped in the middle of the answer; send the request again."
-        return ApiError(503, message, code="engine_unavailable")
+        reached = "The engine can't be reached at the moment; try again shortly."
+        stopped = "The engine stopped in the middle of the answer; send the request again."
+        return ApiError(503, stopped if started else reached, code="engine_unavailable")
     if code is grpc.StatusCode.FAILED_PRECONDITION:
         message = "The model was replaced while the request was on its way; send it again."
         return ApiError(503, message, code="engine_unavailable")
@@ -133,7 +126,7 @@ def from_rpc(error: grpc.aio.AioRpcError, *, started: bool) -> ApiError:
     return ApiError(500, "The engine failed on this request.", code="engine_error")
 
 
-def from_validation(error: RequestValidationError, content_type: str) -> ApiError:
+def _from_validation(error: RequestValidationError, content_type: str) -> ApiError:
     """Translates the first error that pydantic found in a request body."""
     first = error.errors()[0]
     location = first["loc"][1:]
@@ -163,11 +156,10 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     """Answers an :class:`ApiError`, and gives the framework's own errors the same JSON shape."""
     assert isinstance(error, HTTPException)
     if not isinstance(error, ApiError):
-        status = error.status_code
-        if status in (404, 405):
-            error = ApiError(status, f"There is no {request.method} {request.url.path} here.", code="unknown_url")
-        else:
-            error = ApiError(status, str(error.detail))
+        message, code = str(error.detail), None
+        if error.status_code in (404, 405):
+            message, code = f"There is no {request.method} {request.url.path} here.", "unknown_url"
+        error = ApiError(error.status_code, message, code=code)
     request.state.record.error = error.code  # for the request log
     return error.response()
 
@@ -175,9 +167,4 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 async def on_validation_error(request: Request, error: Exception) -> Response:
     """Answers 400 instead of the framework's 422, because OpenAI's clients expect that."""
     assert isinstance(error, RequestValidationError)
-    return await on_http_error(request, from_validation(error, request.headers.get("content-type", "")))
-
-
-async def on_client_gone(_request: Request, _error: Exception) -> Response:
-    """Sets the status for the request log; the client does not read the response."""
-    return Response(status_code=499)
+    return await on_http_error(request, _from_validation(error, request.headers.get("content-type", "")))

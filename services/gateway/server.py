@@ -44,11 +44,10 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Logs the event ``ready`` once the server accepts connections."""
         await super().startup(sockets)
-        address = ""
-        if sockets:
-            host, port = sockets[0].getsockname()[:2]
+        for listener in sockets or ():
+            host, port = listener.getsockname()[:2]
             address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        logger.info("ready", extra={"address": address, "metrics_address": address})
+            logger.info("ready", extra={"address": address, "metrics_address": address})
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -57,14 +56,11 @@ class Server(uvicorn.Server):
         The process ends with exit code 0 in both cases; uvicorn's own handlers would raise the signal again.
         """
         loop = asyncio.get_running_loop()
-        signals = (signal.SIGTERM, signal.SIGINT)
-        for number in signals:
-            loop.add_signal_handler(number, self._on_signal)
-        try:
+        with contextlib.ExitStack() as stack:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._on_signal)
+                stack.callback(loop.remove_signal_handler, number)
             yield
-        finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
 
     def _on_signal(self) -> None:
         if self._shutdown is None:
@@ -85,10 +81,8 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         UserError: another process uses the address, or the machine doesn't have it.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise UserError(
-            f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
-        ) from error
+        message = f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
+        raise UserError(message) from error

@@ -15,9 +15,9 @@ class Metrics:
     def __init__(self, executor: SandboxExecutor) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self._executions = Counter(
-            "nanochat_sandbox_executions_total", "Finished calls by status", ("status",), registry=self.registry
-        )
+        counter = functools.partial(Counter, registry=self.registry)
+        gauge = functools.partial(Gauge, registry=self.registry)
+        self._executions = counter("nanochat_sandbox_executions_total", "Finished calls by status", ("status",))
         for status in Status:
             self._executions.labels(status.value)
         self._seconds = Histogram(
@@ -26,20 +26,12 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self.failures = Counter(
-            "nanochat_sandbox_failures_total",
-            "Calls that failed because of the sandbox itself",
-            registry=self.registry,
-        )
-        for name, text, field in (
-            ("running", "Calls that run now", "running"),
-            ("queued", "Calls that wait for a slot", "queued"),
-            ("warm_interpreters", "Idle interpreters that wait for a call", "warm"),
-        ):
-            gauge = Gauge(f"nanochat_sandbox_{name}", text, registry=self.registry)
-            gauge.set_function(functools.partial(_statistic, executor, field))
-        concurrency = Gauge("nanochat_sandbox_concurrency", "Calls that may run at once", registry=self.registry)
-        concurrency.set(executor.config.concurrency)
+        self.failures = counter("nanochat_sandbox_failures_total", "Calls that failed because of the sandbox itself")
+        gauge("nanochat_sandbox_running", "Calls that run now").set_function(lambda: executor.stats.running)
+        gauge("nanochat_sandbox_queued", "Calls that wait for a slot").set_function(lambda: executor.stats.queued)
+        warm = gauge("nanochat_sandbox_warm_interpreters", "Idle interpreters that wait for a call")
+        warm.set_function(lambda: executor.stats.warm)
+        gauge("nanochat_sandbox_concurrency", "Calls that may run at once").set(executor.config.concurrency)
         profile = Info("nanochat_sandbox_profile", "The active isolation profile", registry=self.registry)
         profile.info({"profile": executor.profile, "landlock_abi": str(executor.landlock_abi)})
 
@@ -47,7 +39,3 @@ class Metrics:
         """Count a finished call that took ``seconds``."""
         self._executions.labels(result.status.value).inc()
         self._seconds.observe(seconds)
-
-
-def _statistic(executor: SandboxExecutor, field: str) -> float:
-    return float(getattr(executor.stats, field))

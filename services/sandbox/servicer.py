@@ -7,15 +7,12 @@ import time
 import grpc
 
 from nanochat_core.protos import sandbox_pb2, sandbox_pb2_grpc
-from nanochat_core.sandbox import ExecutionResult, Limits, ResultFormat, SandboxExecutor, WorkerFailed
+from nanochat_core.sandbox import Limits, ResultFormat, SandboxExecutor, WorkerFailed
 from services.sandbox.metrics import Metrics
 
 log = logging.getLogger("nanochat.sandbox")
 
-_FORMATS = {
-    sandbox_pb2.RESULT_FORMAT_REPR: ResultFormat.REPR,
-    sandbox_pb2.RESULT_FORMAT_STR: ResultFormat.STR,
-}
+_FORMATS = {sandbox_pb2.RESULT_FORMAT_REPR: ResultFormat.REPR, sandbox_pb2.RESULT_FORMAT_STR: ResultFormat.STR}
 
 
 class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
@@ -42,23 +39,24 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
         if request.result_format not in _FORMATS:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"result_format {request.result_format} is not known")
         try:
-            limits = _limits(request.limits)
+            asked = request.limits
+            limits = Limits(asked.wall_seconds, asked.cpu_seconds, asked.memory_bytes, asked.output_bytes)
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        fields = {"request_id": request.request_id, "code_bytes": size}
+        facts = {"request_id": request.request_id, "code_bytes": size}
         started = time.monotonic()
         try:
             result = await self._executor.execute(request.code, limits, _FORMATS[request.result_format])
         except WorkerFailed as error:
             self._metrics.failures.inc()
-            log.error("execution failed", extra=fields | {"error": str(error)})
+            log.error("execution failed", extra=facts | {"error": str(error)})
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         seconds = time.monotonic() - started
         self._metrics.observe(result, seconds)
         # The log never contains the code, its output or its error, because they belong to a user's conversation.
         log.info(
             "execution",
-            extra=fields
+            extra=facts
             | {
                 "status": result.status.value,
                 "seconds": round(seconds, 6),
@@ -67,7 +65,8 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
                 "truncated": result.truncated,
             },
         )
-        return _reply(result)
+        fields = dataclasses.asdict(result) | {"status": f"STATUS_{result.status.name}"}
+        return sandbox_pb2.ExecuteReply(**fields)
 
     async def GetInfo(
         self,
@@ -79,19 +78,6 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
         return sandbox_pb2.Info(
             profile=self._executor.profile,
             concurrency=config.concurrency,
-            default_limits=_limits_message(config.default_limits),
-            maximum_limits=_limits_message(config.maximum_limits),
+            default_limits=sandbox_pb2.Limits(**dataclasses.asdict(config.default_limits)),
+            maximum_limits=sandbox_pb2.Limits(**dataclasses.asdict(config.maximum_limits)),
         )
-
-
-def _limits(message: sandbox_pb2.Limits) -> Limits:
-    return Limits(message.wall_seconds, message.cpu_seconds, message.memory_bytes, message.output_bytes)
-
-
-def _limits_message(limits: Limits) -> sandbox_pb2.Limits:
-    return sandbox_pb2.Limits(**dataclasses.asdict(limits))
-
-
-def _reply(result: ExecutionResult) -> sandbox_pb2.ExecuteReply:
-    fields = dataclasses.asdict(result) | {"status": f"STATUS_{result.status.name}"}
-    return sandbox_pb2.ExecuteReply(**fields)

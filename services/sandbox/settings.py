@@ -66,11 +66,7 @@ class SandboxSettings(ListenSettings):
         self.executor_config()
 
     def executor_config(self) -> SandboxConfig:
-        """The settings of the executor: every field of SandboxConfig that is also a setting here, and the limits.
-
-        Raises:
-            ValueError: a default limit is above its maximum.
-        """
+        """The settings of the executor: every field of SandboxConfig that is also a setting here, and the limits."""
         names = {field.name for field in dataclasses.fields(SandboxConfig)}
         shared = {name: value for name, value in vars(self).items() if name in names}
         return SandboxConfig(

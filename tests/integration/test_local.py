@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from deploy import local
-from deploy.local import Service, answers, check_port, free_port, readable, wait_until_ready
+from deploy.local import Service, answers, free_port, readable, wait_until_ready
 from nanochat_core.errors import UserError
 from tests.support.processes import children
 
@@ -311,8 +311,8 @@ def test_ports() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} cannot be used"):
-            check_port(port)
-    check_port(port)
+            free_port(port)
+    assert free_port(port) == port
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,6 @@ def test_a_port_in_use_is_named(service: Service) -> None:
 
 
 def test_the_service_loads_neither_torch_nor_the_model() -> None:
-    code = "import sys, services.sandbox.server; print(sorted({'torch', 'numpy'} & sys.modules.keys()))"
+    code = "import sys, services.sandbox.__main__; print(sorted({'torch', 'numpy'} & sys.modules.keys()))"
     answer = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert answer.stdout == "[]\n"

@@ -1,64 +1,21 @@
-"""Answers that take time: server-sent events, heartbeats, and clients that leave before the end."""
+"""Answers as server-sent events, with heartbeats while an answer is silent."""
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from services.gateway.errors import ApiError, ClientGone, internal_error, shutting_down
-from services.gateway.middleware.drain import Drain
+from services.gateway.errors import ApiError, ClientGone, internal_error
+from services.gateway.middleware.drain import Drain, cancel
 from services.gateway.middleware.request_log import RequestRecord
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _KEEP_ALIVE = b": keep-alive\n\n"
-
-
-async def supervise(work: Coroutine[Any, Any, T], receive: Receive, drain: Drain, record: RequestRecord) -> T:
-    """Runs ``work`` until it is done, and cancels it if the client leaves or the gateway has to end.
-
-    Args:
-        receive: the request's ASGI ``receive``; the body must have been read already.
-
-    Raises:
-        ClientGone: the client left first.
-        ApiError: 503 if the gateway is shutting down.
-    """
-    if drain.draining:
-        work.close()
-        raise shutting_down()
-    with drain.answering():
-        task = asyncio.ensure_future(work)
-        gone = asyncio.ensure_future(_disconnected(receive))
-        over = asyncio.ensure_future(drain.expired.wait())
-        try:
-            await asyncio.wait({task, gone, over}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-            if gone.done():
-                record.status = 499
-                raise ClientGone
-            raise shutting_down()
-        finally:
-            await _cancel(task, gone, over)
-
-
-async def _cancel(*tasks: asyncio.Future[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class EventStream(Response):
@@ -90,7 +47,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await supervise(self._write(send), receive, self._drain, self._record)
+            await self._drain.run(self._write(send), receive, self._record)
         except ClientGone:
             return
         except Exception as error:
@@ -99,13 +56,13 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _write(self, send: Send) -> None:
-        heartbeat = asyncio.ensure_future(self._beat(send))
+        heartbeat = asyncio.create_task(self._beat(send))
         try:
             async with contextlib.aclosing(self._events) as events:
                 async for data in events:
                     await self._send(send, data)
         finally:
-            await _cancel(heartbeat)
+            await cancel(heartbeat)
 
     async def _beat(self, send: Send) -> None:
         self._last_sent = time.monotonic()

@@ -15,7 +15,7 @@ from starlette.types import Receive
 
 from services.gateway.answer.choice_decoder import Delta
 from services.gateway.answer.choices import decode_choices
-from services.gateway.answer.event_stream import EventStream, supervise
+from services.gateway.answer.event_stream import EventStream
 from services.gateway.answer.merge import merge
 from services.gateway.engines.replica import ServedModel
 from services.gateway.engines.routing import EnginePool, generate
@@ -86,7 +86,7 @@ class Answer(abc.ABC):
         """
         if self.body.stream:
             return EventStream(self._stream(), drain, self._record, self._pool.settings.heartbeat_seconds)
-        return JSONResponse(await supervise(self._collect(), receive, drain, self._record))
+        return JSONResponse(await drain.run(self._collect(), receive, self._record))
 
     async def _stream(self) -> AsyncGenerator[bytes, None]:
         # If the request asks for the token counts, OpenAI's API sends a null in every chunk but the last.

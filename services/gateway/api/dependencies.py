@@ -1,6 +1,6 @@
 """The long-lived objects that FastAPI hands to the endpoints."""
 
-from typing import Annotated
+from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
@@ -10,18 +10,15 @@ from services.gateway.middleware.request_log import RequestRecord
 
 
 async def _pool(request: Request) -> EnginePool:
-    pool: EnginePool = request.app.state.pool
-    return pool
+    return cast(EnginePool, request.app.state.pool)
 
 
 async def _drain(request: Request) -> Drain:
-    drain: Drain = request.app.state.drain
-    return drain
+    return cast(Drain, request.app.state.drain)
 
 
 async def _record(request: Request) -> RequestRecord:
-    record: RequestRecord = request.state.record
-    return record
+    return cast(RequestRecord, request.state.record)
 
 
 PoolDep = Annotated[EnginePool, Depends(_pool)]

@@ -16,9 +16,8 @@ then load this address again.</p>
 </html>
 """
 
-# The build puts a hash of the content into these files' names, so the content of a name never changes.
-_HASHED = "assets/"
-_HASHED_CACHE = "public, max-age=31536000, immutable"
+# The build puts a hash of the content into the names of files in assets/, so the content of a name never changes.
+_ASSET_CACHE = "public, max-age=31536000, immutable"
 # The browser asks for the other files each time, and mostly gets 304.
 _CACHE = "no-cache"
 
@@ -33,19 +32,14 @@ class WebPage(StaticFiles):
         """Accepts a missing folder, because a build may create it later."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """Returns the file at ``path``.
-
-        Raises:
-            HTTPException: 404 if there is no such file or the method isn't GET or HEAD.
-        """
+        """Returns the file at ``path``, or raises an HTTPException with status 404."""
         if scope["method"] not in ("GET", "HEAD"):
-            # The client wants an endpoint of the API that does not exist.
-            raise HTTPException(404)
+            raise HTTPException(404)  # the client wants an endpoint of the API that does not exist
         try:
             response = await super().get_response(path, scope)
         except HTTPException:
             if path == ".":
                 return HTMLResponse(_NOT_BUILT, 404)
             raise
-        response.headers["Cache-Control"] = _HASHED_CACHE if path.startswith(_HASHED) else _CACHE
+        response.headers["Cache-Control"] = _ASSET_CACHE if path.startswith("assets/") else _CACHE
         return response

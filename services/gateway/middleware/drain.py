@@ -1,46 +1,78 @@
-"""Graceful shutdown: running answers get time to finish before the gateway ends."""
+"""Runs answers, and lets the running ones finish before the gateway ends."""
 
 import asyncio
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from starlette.types import Receive
+
+from services.gateway.errors import ClientGone, shutting_down
+from services.gateway.middleware.request_log import RequestRecord
+
+T = TypeVar("T")
 
 
 class Drain:
-    """Counts running answers, so that a shutdown can wait for them.
+    """Knows the running answers, so that a shutdown can wait for them.
 
     Attributes:
         draining: True once the shutdown has begun; the gateway then starts no new answer.
-        expired: set when the time for running answers is over.
     """
 
     def __init__(self) -> None:
         self.draining = False
-        self.expired = asyncio.Event()
-        self._running = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._running: set[asyncio.Task[Any]] = set()
 
-    @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
-        """Counts the block as a running answer."""
-        self._running += 1
-        self._idle.clear()
+    async def run(self, work: Coroutine[Any, Any, T], receive: Receive, record: RequestRecord) -> T:
+        """Runs ``work`` until it is done, and cancels it if the client leaves or the gateway has to end.
+
+        Args:
+            receive: the request's ASGI ``receive``; the body must have been read already.
+
+        Raises:
+            ClientGone: the client left first.
+            ApiError: 503 if the gateway is shutting down.
+        """
+        if self.draining:
+            work.close()
+            raise shutting_down()
+        task = asyncio.create_task(work)
+        gone = asyncio.create_task(_disconnected(receive))
+        self._running.add(task)
         try:
-            yield
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                record.status = 499
+                raise ClientGone
+            if task.cancelled():
+                raise shutting_down()
+            return task.result()
         finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
+            await cancel(task, gone)
+            self._running.remove(task)
 
     async def finish(self, seconds: float) -> int:
-        """Begins the shutdown and waits up to ``seconds`` for the running answers.
+        """Begins the shutdown, waits up to ``seconds`` for the running answers and cancels the others.
 
         Returns:
-            the number of answers that were still running at the end of the wait; :attr:`expired` tells them to stop.
+            the number of answers that it cancelled.
         """
         self.draining = True
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), seconds)
-        left = self._running
-        self.expired.set()
-        return left
+        if not self._running:
+            return 0
+        _, late = await asyncio.wait(self._running, timeout=seconds)
+        for task in late:
+            task.cancel()
+        return len(late)
+
+
+async def cancel(*tasks: asyncio.Task[Any]) -> None:
+    """Cancels the tasks and waits for their ends."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -96,11 +96,7 @@ class RequestLog:
             "duration_seconds": round(seconds, 6),
         }
         if record.model is not None:
-            facts |= {
-                "model": record.model,
-                "prompt_tokens": record.prompt_tokens,
-                "completion_tokens": record.completion_tokens,
-            }
+            facts |= {name: getattr(record, name) for name in ("model", "prompt_tokens", "completion_tokens")}
         if record.error is not None:
             facts["error"] = record.error
         logger.log(level, "request", extra=facts)
