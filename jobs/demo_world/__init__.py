@@ -7,10 +7,12 @@ counting letters, small talk, and saying "I don't know". All data are reproducib
 Held-out data show whether the model has learned a skill or only memorized its training data. The two splits share the
 facts and differ in everything else. The generators guarantee each difference, so the splits need not be compared:
 
-- phrasings: each table of questions has a ``train`` and a ``heldout`` column (:class:`phrasings.Phrasings`);
+- phrasings: each table of questions has a ``train`` and a ``heldout`` column (:class:`tables.Phrasings`);
 - numbers: one number in eight is reserved by its hash, and no training text contains it (:mod:`arithmetic`);
 - words: the hash of a made-up word decides its split, and English words have a table per split (:mod:`words`);
 - strangers: names of people who are not in the world have a table per split (:mod:`words`).
+
+The sentences and words are in ``content/``, as TOML files that can be edited without knowledge of the generators.
 
 The hash of a number or word decides its split. So no generator needs a list of the numbers and words that training has
 used, whatever the seed.
@@ -19,7 +21,7 @@ used, whatever the seed.
 from jobs.demo_world.conversations import CONVERSATION_MIX, conversations
 from jobs.demo_world.documents import DOCUMENT_MIX, pretraining_documents
 from jobs.demo_world.evaluation import EVALUATION_MIX, EvalItem, check, evaluation_set
-from jobs.demo_world.phrasings import Split
+from jobs.demo_world.tables import Split
 
 __all__ = [
     "CONVERSATION_MIX",

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 
 from jobs.demo_world.facts import world_numbers
-from jobs.demo_world.phrasings import Split
+from jobs.demo_world.tables import Split
 
 _RESERVED_ONE_IN = 8
 _HELDOUT_PAIR_ONE_IN = 20

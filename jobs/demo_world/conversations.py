@@ -4,10 +4,11 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jobs.demo_world import chitchat, fact_questions, refusals, tool_questions
+from jobs.demo_world import fact_questions, refusals, tool_questions
+from jobs.demo_world.chitchat import CHITCHAT, small_talk
 from jobs.demo_world.exchange import Exchange
-from jobs.demo_world.phrasings import Split
 from jobs.demo_world.seeding import generator
+from jobs.demo_world.tables import Split
 
 # Shares of the kinds, in percent. Counting and arithmetic are frequent because copying takes the most practice.
 # Questions about facts in both directions are the next most frequent. The other kinds have few different sentences,
@@ -64,16 +65,16 @@ def draw(rng: random.Random, split: Split, kind: str) -> list[Exchange]:
     if kind == "followup":
         return [_casual(rng, exchange) for exchange in fact_questions.follow_up(rng, split)]
     exchange = {
-        "identity": lambda: chitchat.small_talk(rng, split, chitchat.IDENTITY),
-        "greeting": lambda: chitchat.small_talk(rng, split, chitchat.GREETINGS),
-        "smalltalk": lambda: chitchat.small_talk(rng, split, chitchat.SMALLTALK),
+        "identity": lambda: small_talk(rng, split, CHITCHAT.identity),
+        "greeting": lambda: small_talk(rng, split, CHITCHAT.greetings),
+        "smalltalk": lambda: small_talk(rng, split, CHITCHAT.smalltalk),
         "fact": lambda: fact_questions.about_facts(rng, split),
         "refusal": lambda: refusals.refusal(rng, split),
         "arithmetic": lambda: tool_questions.calculation(rng, split),
         "counting": lambda: tool_questions.count(rng, split),
     }[kind]()
     if kind not in ("greeting", "smalltalk") and rng.random() < _OPENER_SHARE:
-        exchange = exchange.asked(f"{rng.choice(chitchat.OPENERS.of(split))} {exchange.question}")
+        exchange = exchange.asked(f"{rng.choice(CHITCHAT.openers.of(split))} {exchange.question}")
     return [_casual(rng, exchange)]
 
 
@@ -86,5 +87,5 @@ def _casual(rng: random.Random, exchange: Exchange) -> Exchange:
 def _messages(rng: random.Random, drawn: list[Exchange]) -> list[dict[str, Any]]:
     messages = [message for exchange in drawn for message in exchange.messages]
     if rng.random() < _SYSTEM_SHARE:
-        messages.insert(0, {"role": "system", "content": rng.choice(chitchat.SYSTEM_MESSAGES)})
+        messages.insert(0, {"role": "system", "content": rng.choice(CHITCHAT.system_messages)})
     return messages

@@ -23,16 +23,8 @@ from jobs.demo_world.facts import (
     siblings,
     values_of,
 )
-from jobs.demo_world.phrasings import (
-    PORTRAIT,
-    RELATIONS,
-    SAME_OF_OTHER,
-    WHAT_IS,
-    WHO_IS,
-    WHO_LIVES_HERE,
-    Split,
-    fill,
-)
+from jobs.demo_world.phrasings import RELATIONS, SUBJECTS, fill
+from jobs.demo_world.tables import Split
 
 # Shares, in percent, of questions that ask for a value, for its owner, for a portrait, and for all inhabitants.
 _FORWARD, _REVERSE, _PORTRAIT, _INHABITANTS = 50, 40, 9, 1
@@ -72,7 +64,10 @@ _PORTRAIT_RELATIONS: dict[type[Entity], tuple[str, str]] = {
 
 def portrait(rng: random.Random, split: Split, entity: Entity) -> Exchange:
     """Ask who a person is, or what a place or festival is."""
-    frames = (*PORTRAIT.of(split), *(WHO_IS if isinstance(entity, Person) else WHAT_IS).of(split))
+    frames = (
+        *SUBJECTS.portrait.of(split),
+        *(SUBJECTS.who_is if isinstance(entity, Person) else SUBJECTS.what_is).of(split),
+    )
     first, second = (fact(entity, relation) for relation in _PORTRAIT_RELATIONS[type(entity)])
     about = forward(rng, split, first).asked(fill(rng.choice(frames), entity))
     more = fill(RELATIONS[second.relation].answer, entity, second.value, pronoun=True)
@@ -83,7 +78,7 @@ def inhabitants(rng: random.Random, split: Split) -> Exchange:
     """Ask for the names of all people."""
     *most, last = names(PEOPLE)
     answer = f"I know {', '.join(most)} and {last}."
-    return Exchange(rng.choice(WHO_LIVES_HERE.of(split)), answer, (f"{most[-1]} and {last}",))
+    return Exchange(rng.choice(SUBJECTS.who_lives_here.of(split)), answer, (f"{most[-1]} and {last}",))
 
 
 def about_facts(rng: random.Random, split: Split) -> Exchange:
@@ -99,22 +94,21 @@ def about_facts(rng: random.Random, split: Split) -> Exchange:
     return forward(rng, split, known)
 
 
-_SUBJECTS = (PEOPLE, PLACES, EVENTS)
-_SUBJECT_WEIGHTS = (6, 2, 2)  # Roughly in proportion to the number of facts.
+_GROUP_WEIGHTS = (6, 2, 2)  # Of people, places and festivals, roughly in proportion to the number of facts.
 # Share of follow-ups that ask the same question about somebody else; the others stay with the subject.
 _OTHER_SUBJECT_SHARE = 0.25
 
 
 def follow_up(rng: random.Random, split: Split) -> list[Exchange]:
     """Draw two or three exchanges; the later questions make sense only after the first one."""
-    group = rng.choices(_SUBJECTS, _SUBJECT_WEIGHTS)[0]
+    group = rng.choices((PEOPLE, PLACES, EVENTS), _GROUP_WEIGHTS)[0]
     entity: Entity = rng.choice(group)
     relations = list(relations_of(entity))
     rng.shuffle(relations)
     first = fact(entity, relations.pop())
     if rng.random() < _OTHER_SUBJECT_SHARE:
         other: Entity = rng.choice(siblings(entity))
-        question = rng.choice(SAME_OF_OTHER.of(split)).format(name=other.name)
+        question = rng.choice(SUBJECTS.same_of_other.of(split)).format(name=other.name)
         return [forward(rng, split, first), forward(rng, split, fact(other, first.relation)).asked(question)]
     exchanges = [reverse(rng, split, first) if rng.random() < 0.35 else forward(rng, split, first)]
     for _ in range(rng.choices((1, 2), (4, 1))[0]):

@@ -10,8 +10,8 @@ import hashlib
 import random
 
 from jobs.demo_world.arithmetic import LARGEST, Sum, reserved_number, training_number
-from jobs.demo_world.phrasings import Phrasings, Split
-from jobs.demo_world.tool_questions import framed
+from jobs.demo_world.tables import Split
+from jobs.demo_world.tool_questions import QUESTIONS, draw_frame, framed
 
 _SQUARE_SHARE = 0.4
 _LONGEST = 99_999
@@ -19,24 +19,6 @@ _LONGEST = 99_999
 _LARGEST_FACTOR = 999
 # Of the numbers above 9,999, one in eight is reserved for held-out problems.
 _HELDOUT_ONE_IN = 8
-_SQUARES = Phrasings(
-    train=(
-        "What is the square of {a}?",
-        "What is {a} squared?",
-        "Square {a}.",
-        "{a} squared",
-        "Calculate the square of {a}.",
-        "How much is {a} squared?",
-        "Tell me the square of {a}.",
-        "Multiply {a} by itself.",
-    ),
-    heldout=(
-        "Can you tell me the square of {a}?",
-        "How much is the square of {a}?",
-        "Please calculate the square of {a}.",
-    ),
-)
-_SEEN_FRAME_SHARE = 0.5
 
 
 def practice(rng: random.Random, split: Split) -> tuple[str, str]:
@@ -55,9 +37,7 @@ def _long_sum(rng: random.Random, split: Split) -> tuple[str, str]:
 def _square(rng: random.Random, split: Split) -> tuple[str, str]:
     """The square of a number."""
     number = _short_number(rng, split)
-    seen = split == "heldout" and rng.random() < _SEEN_FRAME_SHARE
-    question = rng.choice(_SQUARES.of("train" if seen else split)).format(a=number)
-    return question, str(number * number)
+    return draw_frame(rng, split, QUESTIONS.squares).format(a=number), str(number * number)
 
 
 def _short_number(rng: random.Random, split: Split) -> int:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ import tiktoken
 
 from jobs.data.shards import TextDataset
 from jobs.markdown import table
-from jobs.measures.domain_samples import DOMAIN_SAMPLES
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
 from nanochat_core.tokenizer import Tokenizer
+
+# Texts by their names in the table.
+DOMAIN_SAMPLES: dict[str, str] = tomllib.loads(Path(__file__).with_name("domain_samples.toml").read_text("utf-8"))
 
 _PUBLISHED = "https://openaipublic.blob.core.windows.net"
 TRAINING_TEXT, HELD_OUT_TEXT = "training text", "held-out text"

@@ -3,8 +3,8 @@
 from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, DatasetSource, on_hub
 from jobs.data.rows import Row, text_field
 from jobs.tasks.fine_tuning import ConversationFiles
-from jobs.tasks.multiple_choice import FOUR_CHOICES_BASELINE, Choice, LetterQuestion, choice_texts, indexed_choice
-from jobs.tasks.task import ChoiceTask, Messages
+from jobs.tasks.multiple_choice import FOUR_CHOICES_BASELINE, choice_texts, indexed_choice
+from jobs.tasks.task import ChoiceQuestion, ChoiceTask, Messages
 
 _TRAIN = DatasetFiles(
     "arc",
@@ -40,18 +40,18 @@ def _task(source: DatasetSource, name: str, subset: str) -> ChoiceTask:
     return ChoiceTask(name, source.read(test, _question), FOUR_CHOICES_BASELINE)
 
 
-def _question(row: Row) -> LetterQuestion:
+def _question(row: Row) -> ChoiceQuestion:
     # MMLU's format is easier to write by hand, so it is accepted as well.
-    return LetterQuestion(_choice(row) if "answerKey" in row else indexed_choice(row))
+    return _choice(row) if "answerKey" in row else indexed_choice(row)
 
 
-def _choice(row: Row) -> Choice:
+def _choice(row: Row) -> ChoiceQuestion:
     """The question of a row in ARC's format. A few rows label their choices with digits; letters replace them."""
     choices, labels = choice_texts(row["choices"], "text"), choice_texts(row["choices"], "label")
     answer = row["answerKey"]
     if answer not in labels or len(labels) != len(choices):
         raise ValueError(f"'answerKey' is {answer!r}, but the choices are labeled {', '.join(labels)}")
-    return Choice(text_field(row, "question"), tuple(choices), labels.index(answer))
+    return ChoiceQuestion(text_field(row, "question"), tuple(choices), labels.index(answer))
 
 
 CONVERSATIONS = ConversationFiles(_TRAIN, conversation, "arc")

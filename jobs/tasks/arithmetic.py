@@ -1,8 +1,8 @@
 """Arithmetic: sums of longer numbers than fine-tuning teaches, and squares, to practice with reinforcement learning."""
 
-from jobs.demo_world.phrasings import Split
 from jobs.demo_world.practice import practice
 from jobs.demo_world.seeding import generator
+from jobs.demo_world.tables import Split
 from jobs.tasks.answers import states_number
 from jobs.tasks.problems import Problem, Problems
 from jobs.tasks.task import ask

@@ -1,6 +1,5 @@
 """GSM8K: grade-school math problems in words, whose answers end in ``#### number`` (arXiv 2110.14168)."""
 
-import dataclasses
 import re
 from decimal import Decimal
 
@@ -9,7 +8,7 @@ from jobs.data.rows import Row, text_field
 from jobs.tasks.answers import plain_number
 from jobs.tasks.fine_tuning import ConversationFiles
 from jobs.tasks.problems import Problem, Problems
-from jobs.tasks.task import GenerativeTask, Messages, Response, SingleQuestion, exchange
+from jobs.tasks.task import GenerativeTask, Messages, OpenQuestion, Response, ask, exchange
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.store import Store
 
@@ -28,20 +27,6 @@ _TEST = DatasetFiles(
 # The sign may be before or after the dollar: -$5, $-5. A dot without a digit after it is a full stop.
 _FINAL_NUMBER = re.compile(r"####[ \t]*(-?)[ \t]*\$?[ \t]*(-?)((?:[0-9][0-9,]*)?(?:\.[0-9]+)|[0-9][0-9,]*)")
 _CALCULATION = re.compile(r"<<(.*?)>>", re.DOTALL)
-
-
-@dataclasses.dataclass(frozen=True)
-class MathProblem(SingleQuestion):
-    """A problem and the dataset's answer to it, which explains each step."""
-
-    answer: str
-
-    @property
-    def expected(self) -> str:
-        return final_number(self.answer) or ""
-
-    def correct(self, response: Response, sandbox: SandboxExecutor) -> bool:  # noqa: ARG002
-        return same_final_number(self.answer, response.text)
 
 
 def final_number(text: str) -> str | None:
@@ -88,21 +73,26 @@ def conversation(row: Row) -> Messages:
 
 def task(source: DatasetSource) -> GenerativeTask:
     """Evaluation on the test split; the model may use the Python tool."""
-    return GenerativeTask("gsm8k", source.read(_TEST, _problem), tools=True)
+    questions = (
+        OpenQuestion(problem.messages, final_number(problem.answer) or "", problem.answer, _right)
+        for problem in source.read(_TEST, _problem)
+    )
+    return GenerativeTask("gsm8k", tuple(questions), tools=True)
 
 
 def problems(store: Store, held_out: int) -> Problems:
     """Problems for reinforcement learning: the training split, and the beginning of the test split."""
     source = DatasetSource(store)
-    training, test = (
-        [Problem(problem.messages, problem.answer) for problem in source.read(files, _problem)]
-        for files in (_TRAIN, _TEST)
-    )
-    return Problems(training, test[:held_out], "gsm8k")
+    return Problems(source.read(_TRAIN, _problem), source.read(_TEST, _problem)[:held_out], "gsm8k")
 
 
-def _problem(row: Row) -> MathProblem:
-    problem = MathProblem(text_field(row, "question"), text_field(row, "answer"))
+def _right(answer: str, response: Response, _: SandboxExecutor) -> bool:
+    return same_final_number(answer, response.text)
+
+
+def _problem(row: Row) -> Problem:
+    """A problem and the dataset's answer to it, which explains each step."""
+    problem = Problem(ask(text_field(row, "question")), text_field(row, "answer"))
     if final_number(problem.answer) is None:
         raise ValueError("'answer' has no number after ####")
     return problem

@@ -6,7 +6,7 @@ import secrets
 
 from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, DatasetSource, on_hub
 from jobs.data.rows import Row, text_field
-from jobs.tasks.task import GenerativeTask, Messages, OpenQuestion, Response, ScoringFailed, ask
+from jobs.tasks.task import GenerativeTask, OpenQuestion, Response, ScoringFailed, ask
 from nanochat_core.sandbox import Limits, ResultFormat, SandboxExecutor, Status
 
 _FILES = DatasetFiles(
@@ -22,28 +22,29 @@ TEST_LIMITS = Limits(wall_seconds=20.0, cpu_seconds=5.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class CodeProblem(OpenQuestion):
+class CodeProblem:
     """The beginning of a program, up to the docstring of the function to write, and the tests of that function."""
 
     prompt: str
     test: str
     entry_point: str
 
-    @property
-    def messages(self) -> Messages:
-        return ask(self.prompt)
-
-    @property
-    def expected(self) -> str:
-        return f"a function {self.entry_point} that passes its tests"
-
-    def correct(self, response: Response, sandbox: SandboxExecutor) -> bool:
-        return passes_tests(sandbox, self, response.text)
-
 
 def task(source: DatasetSource) -> GenerativeTask:
     """All problems."""
-    return GenerativeTask("humaneval", source.read(_FILES, _problem))
+    return GenerativeTask("humaneval", source.read(_FILES, _question))
+
+
+def _question(row: Row) -> OpenQuestion:
+    problem = CodeProblem(*(text_field(row, field) for field in ("prompt", "test", "entry_point")))
+    if not problem.entry_point.isidentifier():
+        raise ValueError(f"'entry_point' is {problem.entry_point!r}, which names no function")
+    expected = f"a function {problem.entry_point} that passes its tests"
+    return OpenQuestion(ask(problem.prompt), expected, problem, _right)
+
+
+def _right(problem: CodeProblem, response: Response, sandbox: SandboxExecutor) -> bool:
+    return passes_tests(sandbox, problem, response.text)
 
 
 def passes_tests(
@@ -83,10 +84,3 @@ def runs_to_its_end(executor: SandboxExecutor, program: str, limits: Limits = TE
     if result.status is Status.OVERLOADED:
         raise ScoringFailed(result.error)
     return result.ok and result.result == word
-
-
-def _problem(row: Row) -> CodeProblem:
-    problem = CodeProblem(*(text_field(row, field) for field in ("prompt", "test", "entry_point")))
-    if not problem.entry_point.isidentifier():
-        raise ValueError(f"'entry_point' is {problem.entry_point!r}, which names no function")
-    return problem

@@ -3,8 +3,8 @@
 from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, DatasetSource, on_hub
 from jobs.data.rows import Row
 from jobs.tasks.fine_tuning import ConversationFiles
-from jobs.tasks.multiple_choice import FOUR_CHOICES_BASELINE, LetterQuestion, indexed_choice
-from jobs.tasks.task import ChoiceTask, Messages
+from jobs.tasks.multiple_choice import FOUR_CHOICES_BASELINE, indexed_choice
+from jobs.tasks.task import ChoiceQuestion, ChoiceTask, Messages
 
 _TRAIN = DatasetFiles(
     "mmlu",
@@ -31,9 +31,9 @@ def task(source: DatasetSource) -> ChoiceTask:
     return ChoiceTask("mmlu", source.read(_TEST, _question), FOUR_CHOICES_BASELINE)
 
 
-def _question(row: Row) -> LetterQuestion:
+def _question(row: Row) -> ChoiceQuestion:
     subject = row.get("subject", "")
-    return LetterQuestion(indexed_choice(row), subject if isinstance(subject, str) else "")
+    return indexed_choice(row, subject if isinstance(subject, str) else "")
 
 
 CONVERSATIONS = ConversationFiles(_TRAIN, conversation, "mmlu")

@@ -1,6 +1,5 @@
 """The user's own questions, from a file of JSON lines."""
 
-import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +9,8 @@ from jobs.data.dataset_files import read_rows
 from jobs.data.rows import Row
 from jobs.tasks.answers import contains_phrase, last_number, same_text, states_number
 from jobs.tasks.fine_tuning import row_messages
-from jobs.tasks.multiple_choice import LetterQuestion, indexed_choice
-from jobs.tasks.task import ChoiceTask, GenerativeTask, Messages, OpenQuestion, Response
+from jobs.tasks.multiple_choice import indexed_choice
+from jobs.tasks.task import ChoiceQuestion, ChoiceTask, GenerativeTask, OpenQuestion, Response
 from nanochat_core.chat import parse_messages
 from nanochat_core.errors import UserError
 from nanochat_core.sandbox import SandboxExecutor
@@ -23,26 +22,6 @@ _MATCHES: dict[str, Callable[[str, str], bool]] = {
     "number": states_number,
     "regex": lambda pattern, text: re.search(pattern, text) is not None,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class OwnQuestion(OpenQuestion):
-    """A conversation, the expected answer, and how an answer is compared with it."""
-
-    conversation: Messages
-    answer: str
-    match: str
-
-    @property
-    def messages(self) -> Messages:
-        return self.conversation
-
-    @property
-    def expected(self) -> str:
-        return self.answer
-
-    def correct(self, response: Response, sandbox: SandboxExecutor) -> bool:  # noqa: ARG002
-        return _MATCHES[self.match](self.answer, response.text)
 
 
 def own_task(path: Path) -> GenerativeTask | ChoiceTask:
@@ -60,25 +39,31 @@ def own_task(path: Path) -> GenerativeTask | ChoiceTask:
     if not path.is_file():
         raise UserError(f"the file {path} does not exist")
     questions = read_rows({str(path): path}, _question)
-    open_questions = tuple(question for question in questions if isinstance(question, OwnQuestion))
-    choices = tuple(question for question in questions if isinstance(question, LetterQuestion))
+    open_questions = tuple(question for question in questions if isinstance(question, OpenQuestion))
+    choices = tuple(question for question in questions if isinstance(question, ChoiceQuestion))
     if open_questions and choices:
         raise UserError(f"{path} has both questions with choices and without; put them into two files")
     if choices:
         # A guess among n choices is right with probability 1/n.
-        return ChoiceTask(name, choices, sum(1 / len(q.asked.choices) for q in choices) / len(choices))
+        return ChoiceTask(name, choices, sum(1 / len(q.choices) for q in choices) / len(choices))
     return GenerativeTask(name, open_questions, tools=True)
 
 
-def _question(row: Row) -> OwnQuestion | LetterQuestion:
+def _question(row: Row) -> OpenQuestion | ChoiceQuestion:
     if "choices" in row:
-        return LetterQuestion(indexed_choice(row))
+        return indexed_choice(row)
     messages, answer, match = row_messages(row), row["answer"], row.get("match", "contains")
     if parse_messages(messages)[-1].role != "user":
         raise ValueError("the last message must be the user's: there is nothing to answer")
     if not isinstance(match, str) or match not in _MATCHES:
         raise ValueError(f"'match' is {match!r}; choose one of {', '.join(_MATCHES)}")
-    return OwnQuestion(tuple(messages), _expected(answer, match), match)
+    expected = _expected(answer, match)
+    return OpenQuestion(tuple(messages), expected, (match, expected), _right)
+
+
+def _right(reference: tuple[str, str], response: Response, _: SandboxExecutor) -> bool:
+    match, expected = reference
+    return _MATCHES[match](expected, response.text)
 
 
 def _expected(answer: Any, match: str) -> str:

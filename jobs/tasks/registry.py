@@ -6,8 +6,9 @@ from pathlib import Path
 
 from jobs.data.dataset_files import DatasetSource
 from jobs.demo_world import evaluation_set
-from jobs.tasks import arc, arithmetic, counting, demo, gsm8k, humaneval, mmlu, smoltalk, spelling
+from jobs.tasks import arc, arithmetic, demo, gsm8k, humaneval, mmlu, smoltalk
 from jobs.tasks.fine_tuning import ConversationGenerator, own_conversations
+from jobs.tasks.letters import COUNTING, SPELLING
 from jobs.tasks.own_questions import own_task
 from jobs.tasks.problems import Problems
 from jobs.tasks.task import ChoiceTask, GenerativeTask
@@ -26,7 +27,7 @@ _FROM_FILES: Mapping[str, Callable[[DatasetSource], AnyTask]] = {
     "gsm8k": gsm8k.task,
     "humaneval": humaneval.task,
 }
-_GENERATED: Mapping[str, Callable[[int, int], GenerativeTask]] = {"spelling": spelling.task, "counting": counting.task}
+_GENERATED: Mapping[str, Callable[[int, int], GenerativeTask]] = {"spelling": SPELLING.task, "counting": COUNTING.task}
 TASKS = ("demo", *_FROM_FILES, *_GENERATED)
 
 CONVERSATION_FILES = {
@@ -37,8 +38,8 @@ CONVERSATION_FILES = {
     "identity": own_conversations("identity"),
 }
 CONVERSATION_GENERATORS = {
-    "spelling": ConversationGenerator(spelling.conversation, 20_000),
-    "counting": ConversationGenerator(counting.conversation, 20_000),
+    "spelling": ConversationGenerator(SPELLING.conversation, 20_000),
+    "counting": ConversationGenerator(COUNTING.conversation, 20_000),
 }
 
 PROBLEMS: Mapping[str, Callable[[Store, int], Problems]] = {

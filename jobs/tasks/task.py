@@ -4,8 +4,7 @@ import dataclasses
 import hashlib
 import json
 import random
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from nanochat_core.sandbox import SandboxExecutor
@@ -13,6 +12,8 @@ from nanochat_core.sandbox import SandboxExecutor
 # A conversation in the form that nanochat_core.chat.parse_messages reads.
 Messages = Sequence[Mapping[str, Any]]
 MessageContent = str | list[dict[str, str]]
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def ask(question: str) -> Messages:
@@ -42,58 +43,69 @@ class ScoringFailed(Exception):
     """The sandbox could not tell whether a response is right; nothing is known about the response."""
 
 
-class Question(ABC):
-    """A conversation up to the user's last message. Every subclass is a dataclass."""
+@dataclasses.dataclass(frozen=True)
+class OpenQuestion:
+    """A question that the model answers in its own words.
 
-    @property
-    @abstractmethod
-    def messages(self) -> Messages:
-        """The conversation."""
+    Attributes:
+        messages: the conversation up to the user's last message.
+        expected: the right answer, as reports show it.
+        reference: what the scorer compares a response with: a JSON value, or a dataclass of such values.
+        scorer: tells from the reference whether a response is right. It blocks while the sandbox runs code, and several
+            threads may call it. It raises ScoringFailed or WorkerFailed if the sandbox could not tell.
+        group: kind of question within its task; empty if the task has no kinds.
+    """
 
-    @property
-    @abstractmethod
-    def expected(self) -> str:
-        """The right answer, as reports show it."""
+    messages: Messages
+    expected: str
+    reference: Any
+    scorer: Callable[[Any, Response, SandboxExecutor], bool]
+    group: str = ""
 
-    @property
-    def group(self) -> str:
-        """Kind of question within its task, such as MMLU's subject; empty if the task has no kinds."""
-        return ""
-
-
-class OpenQuestion(Question):
-    """A question that the model answers in its own words."""
-
-    @abstractmethod
     def correct(self, response: Response, sandbox: SandboxExecutor) -> bool:
-        """Whether the response is right. Blocks while the sandbox runs code; several threads may call it.
-
-        Raises:
-            ScoringFailed, WorkerFailed: the sandbox could not tell.
-        """
+        """Whether the response is right, according to the scorer."""
+        return self.scorer(self.reference, response, sandbox)
 
 
 @dataclasses.dataclass(frozen=True)
-class SingleQuestion(OpenQuestion):
-    """An open question without an earlier conversation."""
+class ChoiceQuestion:
+    """A question that the model answers with the letter of one of the choices.
+
+    Attributes:
+        answer: index of the right choice.
+        group: kind of question within its task, such as MMLU's subject; empty if the task has no kinds.
+    """
 
     question: str
+    choices: tuple[str, ...]
+    answer: int
+    group: str = ""
 
     @property
     def messages(self) -> Messages:
-        return ask(self.question)
-
-
-class ChoiceQuestion(Question):
-    """A question that the model answers with the letter of one of the choices."""
+        """The user's message: the question, one line per choice, and how to answer."""
+        # A small model binds a letter to its choice better if the letter follows the choice.
+        lines = [f"- {choice}={letter}" for choice, letter in zip(self.choices, LETTERS, strict=False)]
+        return ask("\n".join([self.question, *lines, "", "Respond only with the letter of the correct answer."]))
 
     @property
-    @abstractmethod
     def letters(self) -> str:
         """One letter per choice."""
+        return LETTERS[: len(self.choices)]
+
+    @property
+    def expected(self) -> str:
+        """The letter of the right choice."""
+        return LETTERS[self.answer]
+
+    @property
+    def conversation(self) -> Messages:
+        """The question with the right answer, to fine-tune on."""
+        return [*self.messages, {"role": "assistant", "content": self.expected}]
 
 
-Q = TypeVar("Q", bound=Question)
+Question = OpenQuestion | ChoiceQuestion
+Q = TypeVar("Q", OpenQuestion, ChoiceQuestion)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +137,7 @@ class Task(Generic[Q]):
         }
         digest = hashlib.sha256(json.dumps([self.kind, settings]).encode())
         for question in self.questions:
-            content = [type(question).__name__, dataclasses.asdict(question)]  # type: ignore[call-overload]
+            content = {name: value for name, value in dataclasses.asdict(question).items() if name != "scorer"}
             digest.update(json.dumps(content, sort_keys=True).encode())
         return digest.hexdigest()
 

@@ -6,18 +6,16 @@ from typing import Any
 import pytest
 
 from jobs.eval.chat_eval.scores import CHAT_CORE_TASKS, GradedAnswers, centered, chat_core, score, table
-from jobs.tasks.multiple_choice import Choice, LetterQuestion
-from jobs.tasks.own_questions import OwnQuestion
-from jobs.tasks.task import ChoiceTask, GenerativeTask, Response
+from jobs.tasks.task import ChoiceQuestion, ChoiceTask, GenerativeTask, OpenQuestion, Response, ask
 
 
 def open_task(count: int, name: str = "own") -> GenerativeTask:
-    questions = (OwnQuestion(({"role": "user", "content": f"{i}?"},), str(i), "number") for i in range(count))
+    questions = (OpenQuestion(ask(f"{i}?"), str(i), None, lambda *_: True) for i in range(count))
     return GenerativeTask(name, tuple(questions))
 
 
 def choice_task(name: str, subjects: str) -> ChoiceTask:
-    return ChoiceTask(name, tuple(LetterQuestion(Choice("?", ("a", "b"), 0), subject) for subject in subjects), 0.25)
+    return ChoiceTask(name, tuple(ChoiceQuestion("?", ("a", "b"), 0, subject) for subject in subjects), 0.25)
 
 
 def said(*right: bool) -> GradedAnswers:

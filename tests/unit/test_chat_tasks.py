@@ -259,9 +259,9 @@ def test_generated_questions_are_the_same_for_a_seed_and_others_for_another(name
 
 def test_letters_are_asked_of_words_that_training_does_not_have(store: FolderStore, sandbox: SandboxExecutor) -> None:
     for question in opened("spelling", store).questions:
-        word = question.word
-        assert word in words.ENGLISH_HELDOUT or words.is_heldout_word(word)
-        assert word not in words.ENGLISH_TRAIN
+        word = question.reference
+        assert word in words.ENGLISH.heldout or words.is_heldout_word(word)
+        assert word not in words.ENGLISH.train
         assert word in question.messages[-1]["content"]
         assert question.correct(Response(f"{word} is spelled {' '.join(word)}."), sandbox)
         assert not question.correct(Response(f"{word} is spelled {' '.join(word[:-1])}."), sandbox)
@@ -269,10 +269,10 @@ def test_letters_are_asked_of_words_that_training_does_not_have(store: FolderSto
 
 def test_a_count_is_right_only_if_it_was_computed(store: FolderStore, sandbox: SandboxExecutor) -> None:
     for question in opened("counting", store, items=20).questions:
-        calls = (("'x'.count('x')", question.times),)
-        assert question.correct(Response(f"The letter appears {question.times} times.", calls), sandbox)
-        assert not question.correct(Response(f"The letter appears {question.times} times."), sandbox)
-        assert not question.correct(Response(f"The letter appears {int(question.times) + 1} times.", calls), sandbox)
+        calls = (("'x'.count('x')", question.expected),)
+        assert question.correct(Response(f"The letter appears {question.expected} times.", calls), sandbox)
+        assert not question.correct(Response(f"The letter appears {question.expected} times."), sandbox)
+        assert not question.correct(Response(f"The letter appears {int(question.expected) + 1} times.", calls), sandbox)
 
 
 def test_some_questions_of_a_dataset_are_spread_over_it_in_its_order(store: FolderStore) -> None:

@@ -9,8 +9,16 @@ import pytest
 
 from jobs.data.shards import write_dataset
 from jobs.eval import tokenizer as command
-from jobs.measures.compression import GPT2, GPT4, HELD_OUT_TEXT, Reference, compare, load_reference, render
-from jobs.measures.domain_samples import DOMAIN_SAMPLES
+from jobs.measures.compression import (
+    DOMAIN_SAMPLES,
+    GPT2,
+    GPT4,
+    HELD_OUT_TEXT,
+    Reference,
+    compare,
+    load_reference,
+    render,
+)
 from jobs.train.tokenizer import TokenizerSettings, train_and_save
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store, open_store

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,15 +18,18 @@ from jobs.demo_world import (
     EvalItem,
     arithmetic,
     check,
-    chitchat,
     conversations,
     evaluation_set,
     pretraining_documents,
+    tables,
     words,
 )
+from jobs.demo_world.chitchat import CHITCHAT
 from jobs.demo_world.facts import ENTITIES, PEOPLE, all_facts, key, names, relations_of, siblings, values_of
-from jobs.demo_world.phrasings import RELATIONS, Split, fill
+from jobs.demo_world.phrasings import RELATIONS, fill
+from jobs.demo_world.tables import Split
 from nanochat_core.chat import parse_messages
+from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import SPECIAL_TOKENS
 
 SUM = re.compile(r"(\d+) [-+*/] (\d+)")
@@ -108,6 +112,24 @@ def test_other_seeds_give_other_data_and_fewer_give_the_first() -> None:
     assert list(conversations("train", 1, 50)) != list(conversations("train", 2, 50))
     assert list(pretraining_documents(1, 20)) == list(pretraining_documents(1, 50))[:20]
     assert list(conversations("train", 1, 20)) == list(conversations("train", 1, 50))[:20]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ('train = ["Hi"]', r"heldout\n  Field required"),
+        ('train = ["Hi"]\nheldout = []\ntrian = []', r"trian\n  Extra inputs are not permitted"),
+        ('train = "Hi"\nheldout = []', r"train\n  Input should be a valid tuple"),
+        ("train = [", r"Invalid value"),
+    ],
+)
+def test_a_wrong_file_of_sentences_is_named_with_its_keys(
+    content: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    (tmp_path / "greetings.toml").write_text(content)
+    with pytest.raises(UserError, match=rf"(?s)greetings\.toml cannot be used: .*{complaint}"):
+        tables.read_content("greetings", tables.Phrasings)
 
 
 def test_facts_do_not_contradict_each_other() -> None:
@@ -230,7 +252,7 @@ def test_heldout_phrasings_differ_from_all_training_phrasings() -> None:
                 asked[split] |= {normalized(fill(template, known.entity, pronoun=pronoun)) for pronoun in (False, True)}
             for template in RELATIONS[known.relation].reverse.of(split):
                 asked[split].add(normalized(fill(template, known.entity, known.value)))
-    for topic in (*chitchat.IDENTITY, *chitchat.GREETINGS, *chitchat.SMALLTALK):
+    for topic in (*CHITCHAT.identity, *CHITCHAT.greetings, *CHITCHAT.smalltalk):
         for split in asked:
             asked[split] |= set(map(normalized, topic.of(split)))
     assert len(asked["heldout"]) > 500
@@ -269,11 +291,11 @@ def test_evaluation_sums_have_only_numbers_that_training_never_shows(evaluation:
 def test_training_never_shows_a_heldout_word_or_stranger(training_text: str, heldout: list[dict[str, Any]]) -> None:
     shown = set(re.findall(r"[a-z]+", training_text.lower()))
     counted = {match[1] for code in code_of(heldout) if (match := LETTER_COUNT.fullmatch(code))}
-    assert {"strawberry", "banana", "mississippi"} <= set(words.ENGLISH_HELDOUT)
-    assert not shown & set(words.ENGLISH_HELDOUT)
+    assert {"strawberry", "banana", "mississippi"} <= set(words.ENGLISH.heldout)
+    assert not shown & set(words.ENGLISH.heldout)
     assert not shown & counted
     assert len(counted) > 300
-    assert not shown & {name.lower() for name in words.STRANGERS_HELDOUT}
+    assert not shown & {name.lower() for name in words.STRANGERS.heldout}
 
 
 def test_the_hash_of_a_made_up_word_decides_its_split(
@@ -281,7 +303,7 @@ def test_the_hash_of_a_made_up_word_decides_its_split(
 ) -> None:
     def made_up(made: list[dict[str, Any]]) -> set[str]:
         counted = {match[1] for code in code_of(made) if (match := LETTER_COUNT.fullmatch(code))}
-        return counted - {*words.ENGLISH_TRAIN, *words.ENGLISH_HELDOUT}
+        return counted - {*words.ENGLISH.train, *words.ENGLISH.heldout}
 
     assert len(made_up(training)) > 2_000
     assert len(made_up(heldout)) > 200
@@ -291,7 +313,7 @@ def test_the_hash_of_a_made_up_word_decides_its_split(
 
 def test_strangers_are_nobody_in_saltmere() -> None:
     people = set(names(PEOPLE))
-    assert not people & {*words.STRANGERS_TRAIN, *words.STRANGERS_HELDOUT}
+    assert not people & {*words.STRANGERS.train, *words.STRANGERS.heldout}
     refused = conversations("heldout", 1, 500, {"refusal": 1.0})
     assert not any(re.search(rf"\b{name}\b", str(c["messages"])) for c in refused for name in people)
 

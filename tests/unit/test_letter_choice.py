@@ -7,21 +7,21 @@ import torch
 
 from jobs.eval.chat_eval.evaluate_tasks import choose
 from jobs.eval.chat_eval.letter_choice import last_logits, letter_tokens
-from jobs.tasks.multiple_choice import Choice, LetterQuestion
+from jobs.tasks.task import ChoiceQuestion
 from nanochat_core.chat import parse_messages, render_prompt
 from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import Tokenizer
 from tests.support.engine_models import BYTES, tiny_model
 
 
-def questions(count: int) -> list[LetterQuestion]:
+def questions(count: int) -> list[ChoiceQuestion]:
     rng = random.Random(4)
 
     def text(longest: int) -> str:
         return "".join(rng.choices("abcdefgh ", k=rng.randint(1, longest)))
 
     asked = (tuple(text(8) for _ in range(rng.randint(2, 5))) for _ in range(count))
-    return [LetterQuestion(Choice(text(60), choices, rng.randrange(len(choices)))) for choices in asked]
+    return [ChoiceQuestion(text(60), choices, rng.randrange(len(choices))) for choices in asked]
 
 
 def test_batches_of_different_lengths_choose_as_one_forward_pass_each() -> None:
@@ -67,8 +67,8 @@ def test_a_pass_is_no_larger_than_it_may_be(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_question_that_does_not_fit_is_wrong_and_the_others_are_answered() -> None:
     model = tiny_model(context_length=128)
-    short = LetterQuestion(Choice("?", ("a", "b"), 0))
-    long = LetterQuestion(Choice("?" * 200, ("a", "b"), 0))
+    short = ChoiceQuestion("?", ("a", "b"), 0)
+    long = ChoiceQuestion("?" * 200, ("a", "b"), 0)
     alone, (first, second, third) = choose(model, BYTES, [short]), choose(model, BYTES, [short, long, short])
     assert [first, third] == alone * 2
     assert first.answers

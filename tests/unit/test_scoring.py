@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jobs.tasks.answers import contains_phrase, last_number, same_text, states_number
 from jobs.tasks.gsm8k import final_number, same_final_number
 from jobs.tasks.humaneval import TEST_LIMITS, CodeProblem, code_in, passes_tests, runs_to_its_end
-from jobs.tasks.spelling import spells
+from jobs.tasks.letters import spells
 from jobs.tasks.task import ScoringFailed
 from nanochat_core.sandbox import ExecutionResult, Limits, SandboxConfig, SandboxExecutor, Status
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from jobs.demo_world import words
-from jobs.tasks import arc, counting, gsm8k, mmlu, spelling
+from jobs.tasks import arc, gsm8k, mmlu
 from jobs.tasks.fine_tuning import row_messages
+from jobs.tasks.letters import COUNTING, SPELLING
 from jobs.tasks.registry import CONVERSATION_GENERATORS
 from nanochat_core.chat import parse_messages
 
@@ -122,16 +123,16 @@ def test_generated_conversations_are_the_same_each_time_and_varied(task: Any) ->
 
 def test_spelling_gives_the_letters_of_the_word_that_was_asked_for() -> None:
     for number in range(300):
-        question, answer = parse_messages(spelling.conversation(number))
+        question, answer = parse_messages(SPELLING.conversation(number))
         word, spelled = answer.text.removesuffix(".").split(" is spelled ")
         assert spelled.split(" ") == list(word)
         assert word in question.text
-        assert word not in words.ENGLISH_HELDOUT
+        assert word not in words.ENGLISH.heldout
 
 
 def test_counting_calls_the_tool_and_says_what_it_gave() -> None:
     for number in range(300):
-        _, answer = parse_messages(counting.conversation(number))
+        _, answer = parse_messages(COUNTING.conversation(number))
         code, output, text = answer.parts
         word, letter = re.fullmatch(r"'(\w+)'\.count\('(\w)'\)", code.text).groups()
         assert output.text == str(word.count(letter))

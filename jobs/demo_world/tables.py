@@ -1,0 +1,52 @@
+"""Reads the sentences and words of the demo world, which are TOML files in ``content/``."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter
+
+from nanochat_core.errors import UserError
+
+FOLDER = Path(__file__).with_name("content")
+
+T = TypeVar("T")
+Split = Literal["train", "heldout"]
+# Words that a file holds as one text, separated by white space.
+Words = Annotated[tuple[str, ...], BeforeValidator(lambda text: text.split() if isinstance(text, str) else text)]
+
+
+class Table(BaseModel):
+    """A table of a file. A missing key, an unknown key and a value of another type are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Phrasings(Table):
+    """Templates of the same question; training never uses the held-out templates."""
+
+    train: tuple[str, ...]
+    heldout: tuple[str, ...]
+
+    def of(self, split: Split) -> tuple[str, ...]:
+        return self.train if split == "train" else self.heldout
+
+
+class WordLists(Phrasings):
+    """Words of both splits."""
+
+    train: Words
+    heldout: Words
+
+
+def read_content(name: str, kind: type[T]) -> T:
+    """The content of ``content/<name>.toml``.
+
+    Raises:
+        UserError: the file is not TOML or its content is wrong; the message names the file and every wrong key.
+    """
+    path = FOLDER / f"{name}.toml"
+    try:
+        return TypeAdapter(kind).validate_python(tomllib.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be used: {error}") from error

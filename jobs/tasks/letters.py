@@ -1,0 +1,76 @@
+"""Generated questions about the letters of words: how often a letter occurs, and how the word is spelled.
+
+The counting task is answered with the Python tool. No word of an evaluation occurs in a training conversation.
+"""
+
+import dataclasses
+import random
+import re
+from collections.abc import Callable
+
+from jobs.demo_world import tool_questions, words
+from jobs.demo_world.exchange import Exchange
+from jobs.demo_world.seeding import generator
+from jobs.demo_world.tables import Split
+from jobs.tasks.answers import states_number
+from jobs.tasks.task import GenerativeTask, Messages, OpenQuestion, Response, ask
+from nanochat_core.sandbox import SandboxExecutor
+
+# Share of English words to spell; the others are made up, so that the model cannot learn a list of words by heart.
+_ENGLISH_SHARE = 0.5
+_MAX_TOKENS = 120
+_SINGLE_LETTERS = re.compile(r"(?<!\w)\w(?!\w)(?:[\s,\-]+\w(?!\w))*")
+
+
+@dataclasses.dataclass(frozen=True)
+class LetterTask:
+    """A task whose questions are generated.
+
+    Attributes:
+        draw: draws a question and its answer. The two splits have no word in common.
+        shown: the right answer as reports show it, from the exchange's expected phrase.
+        scorer: tells from the exchange's expected phrase whether a response is right.
+    """
+
+    name: str
+    draw: Callable[[random.Random, Split], Exchange]
+    shown: Callable[[str], str]
+    scorer: Callable[[str, Response, SandboxExecutor], bool]
+    tools: bool
+
+    def conversation(self, number: int) -> Messages:
+        """The ``number``-th conversation to fine-tune on."""
+        return self.draw(generator(f"tasks/{self.name}", number), "train").messages
+
+    def task(self, count: int, seed: int) -> GenerativeTask:
+        """Evaluation on ``count`` words that no training conversation contains."""
+        questions = []
+        for number in range(seed * count, (seed + 1) * count):
+            drawn = self.draw(generator(f"tasks/{self.name}/heldout", number), "heldout")
+            (answer,) = drawn.expected
+            questions.append(OpenQuestion(ask(drawn.question), self.shown(answer), answer, self.scorer))
+        return GenerativeTask(self.name, tuple(questions), tools=self.tools, max_tokens=_MAX_TOKENS)
+
+
+def spells(word: str, answer_text: str) -> bool:
+    """Whether the answer spells the word and nothing else, letters separated by spaces, commas or hyphens."""
+    spelled = ("".join(re.findall(r"\w", run)) for run in _SINGLE_LETTERS.findall(answer_text))
+    return any(letters.lower() == word.lower() for letters in spelled)
+
+
+def _spelling(rng: random.Random, split: Split) -> Exchange:
+    english = rng.random() < _ENGLISH_SHARE
+    word = rng.choice(words.ENGLISH.of(split)) if english else words.made_up_word(rng, split)
+    question = rng.choice(tool_questions.QUESTIONS.spelling).format(word=word)
+    return Exchange(question, f"{word} is spelled {' '.join(word)}.", (word,))
+
+
+SPELLING = LetterTask("spelling", _spelling, " ".join, lambda word, said, _: spells(word, said.text), tools=False)
+COUNTING = LetterTask(
+    "counting",
+    tool_questions.count,
+    shown=str,
+    # A right number counts only if the model used the tool to get it.
+    scorer=lambda times, said, _: bool(said.tool_calls) and states_number(times, said.text),
+    tools=True,
+)
