@@ -138,30 +138,25 @@ async def run(settings: LocalSettings) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    if settings.port:
-        free_port(settings.port)
+    free_port(settings.port)  # a taken port is an error now and not after the training
     # is_promoted() reads one small file, because reading a checkpoint would import torch.
     if not is_promoted(settings):
         code = await train(settings, stop)
         if code or stop.is_set():
             return code
     sandbox, engine, gateway = free_port(), free_port(), settings.port or free_port()
-    services = [
-        Service("sandbox", {"NANOCHAT_SANDBOX_PORT": str(sandbox), "NANOCHAT_SANDBOX_METRICS_PORT": "0"}),
-        Service(
-            "engine",
-            {
-                "NANOCHAT_HOME": settings.home,
-                "NANOCHAT_ENGINE_MODEL": settings.model,
-                "NANOCHAT_ENGINE_PORT": str(engine),
-                "NANOCHAT_ENGINE_METRICS_PORT": "0",
-                "NANOCHAT_ENGINE_SANDBOX_ADDRESS": f"{HOST}:{sandbox}",
-            },
-        ),
-        Service(
-            "gateway", {"NANOCHAT_GATEWAY_PORT": str(gateway), "NANOCHAT_GATEWAY_ENGINE_ADDRESSES": f"{HOST}:{engine}"}
-        ),
-    ]
+    environment = {
+        "NANOCHAT_HOME": settings.home,
+        "NANOCHAT_SANDBOX_PORT": str(sandbox),
+        "NANOCHAT_SANDBOX_METRICS_PORT": "0",
+        "NANOCHAT_ENGINE_MODEL": settings.model,
+        "NANOCHAT_ENGINE_PORT": str(engine),
+        "NANOCHAT_ENGINE_METRICS_PORT": "0",
+        "NANOCHAT_ENGINE_SANDBOX_ADDRESS": f"{HOST}:{sandbox}",
+        "NANOCHAT_GATEWAY_PORT": str(gateway),
+        "NANOCHAT_GATEWAY_ENGINE_ADDRESSES": f"{HOST}:{engine}",
+    }
+    services = [Service(name, environment) for name in ("sandbox", "engine", "gateway")]
     running = [asyncio.create_task(service.run()) for service in services]
 
     async def announce_ready() -> None:

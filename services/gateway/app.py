@@ -32,11 +32,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.pool = EnginePool(settings, metrics)
-        try:
+        async with contextlib.aclosing(EnginePool(settings, metrics)) as app.state.pool:
             yield
-        finally:
-            await app.state.pool.close()
 
     app = FastAPI(
         title="nanochat",
@@ -50,7 +47,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.state.drain = Drain()
     for endpoints in (chat, completions, models, tokens, probes, report, docs):
         app.include_router(endpoints.router)
-    app.mount("/", WebPage(settings.static_dir))
+    app.mount("/", WebPage(directory=settings.static_dir, html=True, check_dir=False))
     # A request passes the middleware from the last one added to the first.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     if settings.cors_origins:

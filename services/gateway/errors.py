@@ -23,12 +23,7 @@ class ApiError(HTTPException):
     """A failure with the HTTP status and the message that the client gets."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        """
-        Args:
-            message: tells a person what was wrong and what to do.
-            param: the request's wrong parameter, such as ``messages[2].content``.
-            code: names the error for programs.
-        """
+        """``param`` is the request's wrong parameter, such as ``messages[2].content``; ``code`` is for programs."""
         # After these two statuses another attempt may succeed, but the gateway can't know when.
         headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else None
         super().__init__(status, detail=message, headers=headers)
@@ -72,10 +67,7 @@ def invalid_value(message: str, param: str) -> ApiError:
 _EXAMPLE = bad_request("Missing required parameter: messages.", "messages", "missing_required_parameter")
 # Describes the errors of an endpoint in the OpenAPI document.
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    "default": {
-        "description": "An error.",
-        "content": {"application/json": {"example": json.loads(_EXAMPLE.body)}},
-    }
+    "default": {"description": "An error.", "content": {"application/json": {"example": json.loads(_EXAMPLE.body)}}}
 }
 
 

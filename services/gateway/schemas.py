@@ -217,11 +217,6 @@ class SamplingRequest(_Model):
     regex: str | None = Field(None, min_length=1, description="a regular expression that the whole answer matches")
     user: str | None = Field(None, description="accepted and not used")
 
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with a usage chunk."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
 
 class ChatRequest(SamplingRequest):
     """Body of `POST /v1/chat/completions`."""
@@ -269,6 +264,9 @@ class CompletionRequest(SamplingRequest):
     def _supported(self) -> Self:
         _refuse(self, _UNSUPPORTED)
         return self
+
+
+Body = ChatRequest | CompletionRequest
 
 
 class TokenizeRequest(_Model):

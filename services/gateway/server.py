@@ -76,11 +76,7 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Returns a bound socket that doesn't accept connections yet.
-
-    Raises:
-        UserError: another process uses the address, or the machine doesn't have it.
-    """
+    """Returns a bound socket that doesn't accept connections yet, or raises a UserError if the address is unusable."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:

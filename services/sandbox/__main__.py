@@ -43,14 +43,7 @@ def main() -> None:
 
 
 async def serve(config: SandboxSettings, executor: SandboxExecutor) -> None:
-    """Serves until SIGTERM or SIGINT, then refuses new calls and lets running calls finish.
-
-    Args:
-        executor: a started executor; it is closed when this function returns.
-
-    Raises:
-        UserError: an address cannot be served on.
-    """
+    """Serves until SIGTERM or SIGINT, then refuses new calls, lets running calls finish and closes ``executor``."""
     service = GrpcService(
         SERVICE,
         max_receive_bytes=config.max_code_bytes + _MESSAGE_OVERHEAD,

@@ -16,10 +16,7 @@ _FORMATS = {sandbox_pb2.RESULT_FORMAT_REPR: ResultFormat.REPR, sandbox_pb2.RESUL
 
 
 class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
-    """Runs calls in an executor.
-
-    Every valid call is answered with a status. A gRPC error means an invalid request or a failure of the sandbox.
-    """
+    """Answers every valid call with a status; a gRPC error means an invalid request or a failure of the sandbox."""
 
     def __init__(self, executor: SandboxExecutor, metrics: Metrics, max_code_bytes: int) -> None:
         self._executor = executor
@@ -69,9 +66,7 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
         return sandbox_pb2.ExecuteReply(**fields)
 
     async def GetInfo(
-        self,
-        request: sandbox_pb2.GetInfoRequest,  # noqa: ARG002
-        context: grpc.aio.ServicerContext,  # noqa: ARG002
+        self, _request: sandbox_pb2.GetInfoRequest, _context: grpc.aio.ServicerContext
     ) -> sandbox_pb2.Info:
         """Describe the isolation profile, the concurrency and the limits."""
         config = self._executor.config

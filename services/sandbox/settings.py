@@ -35,8 +35,7 @@ class SandboxSettings(ListenSettings):
     )
     warm: int = setting(SandboxConfig.warm, "idle interpreters that are kept ready for the next calls", minimum=0)
     preload: tuple[str, ...] = setting(
-        SandboxConfig.preload,
-        "standard-library modules that are imported before the code arrives, separated by commas",
+        SandboxConfig.preload, "standard-library modules that are imported before the code arrives, separated by commas"
     )
     wall_seconds: float = setting(
         DEFAULT_LIMITS.wall_seconds, "default limit of a call's time in seconds", minimum=0.01

@@ -10,28 +10,21 @@ from typing import Any
 from nanochat_core.chat import AssistantStream, Part
 from nanochat_core.protos import engine_pb2
 from nanochat_core.tokenizer import OUTPUT_START, PYTHON_END, PYTHON_START, Tokenizer
-from services.gateway.answer.stop_strings import StopFilter
 
 _FINISH_REASONS = {engine_pb2.FINISH_REASON_STOP: "stop", engine_pb2.FINISH_REASON_LENGTH: "length"}
 
 
 @dataclasses.dataclass(slots=True)
 class Delta:
-    """The part of a choice that a chunk makes visible.
-
-    Attributes:
-        text: new text.
-        tokens: the tokens of the new text with their log probabilities, if the request asked for these.
-        offsets: for each of ``tokens``, the number of characters of the choice's text that precede it.
-        tool_events: new tool events, in the API's JSON form.
-        finish_reason: set in the last delta of the choice.
-    """
+    """The part of a choice that a chunk makes visible."""
 
     text: str = ""
+    # The tokens of the new text, if the request asked for log probabilities.
     tokens: list[engine_pb2.Token] = dataclasses.field(default_factory=list)
+    # For each of these tokens, the number of characters of the choice's text that precede it.
     offsets: list[int] = dataclasses.field(default_factory=list)
-    tool_events: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    finish_reason: str | None = None
+    tool_events: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # in the API's JSON form
+    finish_reason: str | None = None  # set in the last delta of the choice
 
     def __bool__(self) -> bool:
         """Whether the delta has text, tokens or tool events."""
@@ -44,6 +37,48 @@ class Delta:
         self.offsets += later.offsets
         self.tool_events += later.tool_events
         self.finish_reason = later.finish_reason or self.finish_reason
+
+
+class StopFilter:
+    """Lets text through until a stop string is complete, and lets no character of that stop string through.
+
+    The stop string that is complete first ends the text, and sets ``stopped``. If several are complete at the same
+    character, the longest one counts. So the result depends on the text alone and not on its pieces. The filter holds
+    back text that may still become a stop string.
+    """
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        """Takes the stop strings, which must not be empty; without any, all text passes at once."""
+        self._stops = tuple(stops)
+        self._longest = max(map(len, self._stops), default=0)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """Takes the next piece and returns the text that may be shown; it is empty after a stop string."""
+        if self.stopped:
+            return ""
+        seen = self._held + text
+        ends = [(start + len(stop), start) for stop in self._stops if (start := seen.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            self._held = ""
+            return seen[: min(ends)[1]]
+        passed = len(seen) - self._possible_beginning(seen)
+        self._held = seen[passed:]
+        return seen[:passed]
+
+    def finish(self) -> str:
+        """Returns the text that was held back; call it when no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+    def _possible_beginning(self, text: str) -> int:
+        """Returns the length of the longest suffix of ``text`` that is a prefix of a stop string."""
+        for length in range(min(self._longest - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stops):
+                return length
+        return 0
 
 
 class ChoiceDecoder:
@@ -59,11 +94,7 @@ class ChoiceDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, raw: bool = False) -> None:
-        """
-        Args:
-            stops: stop strings.
-            raw: whether Python code and its output are shown as text. Text completions do that: they have no tools.
-        """
+        """With ``raw``, Python code and its output are shown as text, as in text completions, which have no tools."""
         special = tokenizer.special_ids
         self._python_start, self._python_end = special[PYTHON_START], special[PYTHON_END]
         self._hidden_starts = () if raw else (special[PYTHON_START], special[OUTPUT_START])

@@ -13,14 +13,9 @@ from services.gateway.middleware.request_log import RequestRecord
 async def decode_choices(
     generation: Generation, metrics: Metrics, record: RequestRecord, *, n: int, stops: Sequence[str], raw: bool
 ) -> AsyncIterator[tuple[int, Delta]]:
-    """Yields ``(choice index, delta)`` until each of the prompt's ``n`` choices is finished.
+    """Yields ``(choice index, delta)`` until each of the prompt's ``n`` choices is finished, and fills in ``record``.
 
-    Args:
-        record: gets the model and the token counts.
-        stops, raw: see :class:`~services.gateway.answer.choice_decoder.ChoiceDecoder`.
-
-    Raises:
-        ApiError: the engine failed.
+    An engine that ends its answer too early causes an :class:`ApiError`.
     """
     record.model = generation.model.info.name
     record.prompt_tokens += generation.prompt_tokens

@@ -28,11 +28,7 @@ class EventStream(Response):
     def __init__(
         self, events: AsyncGenerator[bytes, None], drain: Drain, record: RequestRecord, heartbeat_seconds: float
     ) -> None:
-        """
-        Args:
-            events: complete, encoded events; the stream closes the generator when the client leaves.
-            heartbeat_seconds: longest silence; after that the stream sends a comment line.
-        """
+        """The events are complete and encoded. After ``heartbeat_seconds`` of silence, a comment line is sent."""
         super().__init__(
             media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )

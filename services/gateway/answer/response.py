@@ -5,59 +5,43 @@ import contextlib
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, ClassVar
 
 import orjson
 from fastapi.responses import JSONResponse
+from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive
 
 from services.gateway.answer.choice_decoder import Delta
 from services.gateway.answer.choices import decode_choices
 from services.gateway.answer.event_stream import EventStream
 from services.gateway.answer.merge import merge
 from services.gateway.engines.replica import ServedModel
+from services.gateway.engines.request import PromptEncoder
 from services.gateway.engines.routing import EnginePool, generate
 from services.gateway.middleware.drain import Drain
 from services.gateway.middleware.request_log import RequestRecord
-from services.gateway.schemas import ChatRequest, CompletionRequest
+from services.gateway.schemas import Body
 
 
 class Answer(abc.ABC):
     """The answer to one request. All its prompts go to the engines at the same time, each with ``n`` choices.
 
     Choice ``j`` of prompt ``k`` has the index ``k * n + j``. A subclass for each endpoint writes the choices as JSON.
-
-    Attributes:
-        id_prefix: first part of a response's id.
-        kind: field ``object`` of a whole response.
-        chunk_kind: field ``object`` of a streamed chunk.
-        raw: see :class:`~services.gateway.answer.choice_decoder.ChoiceDecoder`.
-        body: the request's body.
     """
 
-    id_prefix: ClassVar[str]
-    kind: ClassVar[str]
-    chunk_kind: ClassVar[str]
-    raw: ClassVar[bool] = False
+    id_prefix: ClassVar[str]  # first part of a response's id
+    kind: ClassVar[str]  # field "object" of a whole response
+    chunk_kind: ClassVar[str]  # field "object" of a streamed chunk
+    raw: ClassVar[bool] = False  # whether Python code and its output are shown as text
 
-    def __init__(
-        self,
-        pool: EnginePool,
-        body: ChatRequest | CompletionRequest,
-        prompts: Sequence[Callable[[ServedModel], Awaitable[list[int]]]],
-        record: RequestRecord,
-    ) -> None:
-        """
-        Args:
-            prompts: for each prompt, a function that returns the prompt's token ids for a model.
-            record: gets the model and the token counts.
-        """
-        self._pool = pool
+    def __init__(self, request: Request, pool: EnginePool, body: Body, prompts: Sequence[PromptEncoder]) -> None:
         self.body = body
+        self._request = request
+        self._record: RequestRecord = request.state.record
+        self._pool = pool
         self._prompts = prompts
-        self._record = record
         self._n = body.n or 1
         # The engine gets a seed in any case, because only a known seed lets another replica continue a stream.
         self._seed = secrets.randbits(64) if body.seed is None else body.seed
@@ -77,20 +61,17 @@ class Answer(abc.ABC):
         """Yields the choice objects that a stream begins with."""
         return iter(())
 
-    async def respond(self, receive: Receive, drain: Drain) -> Response:
-        """Returns the response, streamed if the request asks for that.
-
-        Raises:
-            ClientGone: the client left before a whole response was ready.
-            ApiError: the request doesn't fit the model, the engine failed, or the gateway is shutting down.
-        """
+    async def respond(self) -> Response:
+        """Returns the response, streamed if the request asks for that."""
+        drain: Drain = self._request.app.state.drain
         if self.body.stream:
             return EventStream(self._stream(), drain, self._record, self._pool.settings.heartbeat_seconds)
-        return JSONResponse(await drain.run(self._collect(), receive, self._record))
+        return JSONResponse(await drain.run(self._collect(), self._request.receive, self._record))
 
     async def _stream(self) -> AsyncGenerator[bytes, None]:
+        with_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
         # If the request asks for the token counts, OpenAI's API sends a null in every chunk but the last.
-        tail = {"usage": None} if self.body.include_usage else {}
+        tail = {"usage": None} if with_usage else {}
         opened = False
         async with self._deltas() as deltas:
             async for index, delta in deltas:
@@ -100,7 +81,7 @@ class Answer(abc.ABC):
                         yield _event(self._response(self.chunk_kind, index, [choice]) | tail)
                 for choice in self.pieces(index, delta):
                     yield _event(self._response(self.chunk_kind, index, [choice]) | tail)
-        if self.body.include_usage:
+        if with_usage:
             yield _event(self._response(self.chunk_kind, 0, []) | {"usage": self._usage()})
         yield b"data: [DONE]\n\n"
 

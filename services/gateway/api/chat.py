@@ -10,26 +10,24 @@ from nanochat_core.chat import Message, Part
 from services.gateway.answer.choice_decoder import Delta
 from services.gateway.answer.logprobs import chat_logprobs
 from services.gateway.answer.response import Answer
-from services.gateway.api.dependencies import DrainDep, PoolDep, RecordDep
+from services.gateway.api.dependencies import PoolDep
 from services.gateway.api.examples import CHAT_RESPONSES
 from services.gateway.engines.request import check_choices, encode_chat
-from services.gateway.errors import invalid_value
+from services.gateway.errors import ERROR_RESPONSES, invalid_value
 from services.gateway.schemas import ChatMessage, ChatRequest, ToolEvent
 
-router = APIRouter(tags=["OpenAI API"])
+router = APIRouter(tags=["OpenAI API"], responses=ERROR_RESPONSES)
 
 
 @router.post("/v1/chat/completions", summary="Answer a conversation", responses=CHAT_RESPONSES)
-async def create_chat_completion(
-    body: ChatRequest, request: Request, pool: PoolDep, drain: DrainDep, record: RecordDep
-) -> Response:
+async def create_chat_completion(body: ChatRequest, request: Request, pool: PoolDep) -> Response:
     """Write the assistant's next message.
 
     The model may run Python while it answers. `nanochat.tool_events` has the code that ran and its output.
     """
     check_choices(body.n or 1, pool.settings)
     prompt = functools.partial(encode_chat, turns=conversation(body.messages))
-    return await _ChatAnswer(pool, body, [prompt], record).respond(request.receive, drain)
+    return await _ChatAnswer(request, pool, body, [prompt]).respond()
 
 
 class _ChatAnswer(Answer):
@@ -105,11 +103,7 @@ def _user_turn(texts: Sequence[str]) -> Message:
 
 
 def _assistant_parts(content: str, events: Sequence[ToolEvent], message_index: int) -> tuple[Part, ...]:
-    """Puts an answer's tool calls and their output back to the places where the model wrote them.
-
-    Raises:
-        ApiError: 400 if the events don't fit the content or each other.
-    """
+    """Puts an answer's tool calls and their output back to the places where the model wrote them."""
     parts: list[Part] = []
     position, open_call = 0, None
     for k, event in enumerate(events):

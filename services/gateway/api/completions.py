@@ -9,25 +9,24 @@ from fastapi import APIRouter, Request, Response
 from services.gateway.answer.choice_decoder import Delta
 from services.gateway.answer.logprobs import completion_logprobs
 from services.gateway.answer.response import Answer
-from services.gateway.api.dependencies import DrainDep, PoolDep, RecordDep
+from services.gateway.api.dependencies import PoolDep
 from services.gateway.api.examples import COMPLETION_RESPONSES
 from services.gateway.engines.request import check_choices, encode_prompt
+from services.gateway.errors import ERROR_RESPONSES
 from services.gateway.schemas import CompletionRequest
 
-router = APIRouter(tags=["OpenAI API"])
+router = APIRouter(tags=["OpenAI API"], responses=ERROR_RESPONSES)
 
 
 @router.post("/v1/completions", summary="Continue a text", responses=COMPLETION_RESPONSES)
-async def create_completion(
-    body: CompletionRequest, request: Request, pool: PoolDep, drain: DrainDep, record: RecordDep
-) -> Response:
+async def create_completion(body: CompletionRequest, request: Request, pool: PoolDep) -> Response:
     """Write the continuation of a text.
 
     A prompt of token ids is used unchanged. A text prompt gets the token that begins documents in front.
     """
     check_choices((body.n or 1) * len(body.prompt), pool.settings)
     prompts = [functools.partial(encode_prompt, prompt=prompt) for prompt in body.prompt]
-    return await _CompletionAnswer(pool, body, prompts, record).respond(request.receive, drain)
+    return await _CompletionAnswer(request, pool, body, prompts).respond()
 
 
 class _CompletionAnswer(Answer):

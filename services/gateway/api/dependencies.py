@@ -6,7 +6,6 @@ from fastapi import Depends, Request
 
 from services.gateway.engines.routing import EnginePool
 from services.gateway.middleware.drain import Drain
-from services.gateway.middleware.request_log import RequestRecord
 
 
 async def _pool(request: Request) -> EnginePool:
@@ -17,10 +16,5 @@ async def _drain(request: Request) -> Drain:
     return cast(Drain, request.app.state.drain)
 
 
-async def _record(request: Request) -> RequestRecord:
-    return cast(RequestRecord, request.state.record)
-
-
 PoolDep = Annotated[EnginePool, Depends(_pool)]
 DrainDep = Annotated[Drain, Depends(_drain)]
-RecordDep = Annotated[RequestRecord, Depends(_record)]

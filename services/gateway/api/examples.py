@@ -3,8 +3,6 @@
 import json
 from typing import Any
 
-from services.gateway.errors import ERROR_RESPONSES
-
 _COMMON = {"created": 1760000000, "model": "nanochat", "system_fingerprint": "fp_4f1c09d27a3e"}
 _USAGE = {
     "prompt_tokens": 19,
@@ -64,13 +62,11 @@ CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with `stream` as server-sent events that end with `[DONE]`.",
         "content": {"application/json": {"example": _CHAT}, "text/event-stream": {"example": _CHAT_STREAM}},
-    },
-    **ERROR_RESPONSES,
+    }
 }
 COMPLETION_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The continuation; with `stream` as server-sent events that end with `[DONE]`.",
         "content": {"application/json": {"example": _COMPLETION}},
-    },
-    **ERROR_RESPONSES,
+    }
 }

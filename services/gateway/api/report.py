@@ -12,7 +12,6 @@ from services.gateway.errors import ERROR_RESPONSES, ApiError, from_rpc
 
 router = APIRouter(tags=["Operations"], responses=ERROR_RESPONSES)
 
-_PAGE = "report.html"
 # The engine's artifact store may be far away.
 _TIMEOUT_SECONDS = 20.0
 # The gateway hands no other media types to a browser, whatever an engine sends.
@@ -22,7 +21,7 @@ _MEDIA_TYPES = {"text/markdown": "text/markdown; charset=utf-8", "image/png": "i
 @router.get("/report", include_in_schema=False)
 async def page(pool: PoolDep) -> Response:
     """The page that shows the report; it loads the files below `/report/`."""
-    path = Path(pool.settings.static_dir, _PAGE)
+    path = Path(pool.settings.static_dir, "report.html")
     if not path.is_file():
         raise ApiError(404, "The web page is not built; the report itself is at /report/report.md.", code="not_built")
     return FileResponse(path, media_type="text/html", headers={"Cache-Control": "no-cache"})

@@ -25,9 +25,6 @@ _CACHE = "no-cache"
 class WebPage(StaticFiles):
     """Serves the folder, and a page with build instructions while the folder has no ``index.html``."""
 
-    def __init__(self, directory: str) -> None:
-        super().__init__(directory=directory, html=True, check_dir=False)
-
     async def check_config(self) -> None:
         """Accepts a missing folder, because a build may create it later."""
 

@@ -28,11 +28,7 @@ _load_tokenizer = functools.lru_cache(maxsize=4)(Tokenizer.from_json)
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-    """One revision of a model as its engine describes it, with its tokenizer.
-
-    Attributes:
-        created: time when this gateway first saw the revision, in seconds since the epoch.
-    """
+    """One revision of a model. This gateway first saw it ``created`` seconds after the epoch."""
 
     info: engine_pb2.ModelInfo
     tokenizer: Tokenizer
@@ -51,19 +47,12 @@ class ServedModel:
 
 
 class Replica:
-    """One engine. Regular checks by :meth:`watch` and failed requests update its state.
-
-    Attributes:
-        address: ``host:port`` of the engine.
-        model: the model that the engine served at the last check; None before the first one.
-        last_picked: number of the latest request that was sent here; the replica with the smallest number has waited
-            longest.
-        stub: gRPC stub of the engine's service.
-    """
+    """One engine at ``host:port``. Regular checks by :meth:`watch` and failed requests update its state."""
 
     def __init__(self, address: str, settings: GatewaySettings, metrics: Metrics) -> None:
         self.address = address
-        self.model: ServedModel | None = None
+        self.model: ServedModel | None = None  # as of the last check
+        # Number of the latest request sent here; the replica with the smallest number has waited longest.
         self.last_picked = 0
         self._settings = settings
         self._up = metrics.engine_up.labels(address)
@@ -84,8 +73,7 @@ class Replica:
         )
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self.stub = engine_pb2_grpc.EngineStub(self._channel)
-        self._healthy = False
-        self._why_down = ""
+        self._why_down: str | None = ""  # None while the engine is healthy
         self._next_model_check = 0.0
         self._own = 0  # sequences of this gateway that run or wait here
         self._others = 0  # sequences of other gateways, as of the last check
@@ -93,7 +81,7 @@ class Replica:
     @property
     def available(self) -> bool:
         """Whether the gateway can send requests to this engine."""
-        return self._healthy and self.model is not None
+        return self._why_down is None and self.model is not None
 
     @property
     def load(self) -> int:
@@ -123,13 +111,13 @@ class Replica:
                 logger.exception("engine check failed", extra={"address": self.address})
                 self.mark_down("the check failed")
             poll = self._settings.poll_seconds
-            await asyncio.sleep(poll if self._healthy else min(poll, _DOWN_POLL_SECONDS))
+            await asyncio.sleep(poll if self._why_down is None else min(poll, _DOWN_POLL_SECONDS))
 
     def mark_down(self, why: str) -> None:
         """Keeps requests away from this engine until the next successful check."""
-        if self._healthy or why != self._why_down:
+        if why != self._why_down:
             logger.warning("engine down", extra={"address": self.address, "reason": why})
-        self._healthy, self._why_down = False, why
+        self._why_down = why
         self._up.set(0)
 
     async def _check(self) -> None:
@@ -145,9 +133,9 @@ class Replica:
         changed = load.revision not in ("", revision)  # older engines leave the field empty
         if not self.available or changed or time.monotonic() >= self._next_model_check:
             await self.refresh_model()
-        if not self._healthy:
+        if self._why_down is not None:
             logger.info("engine up", extra={"address": self.address})
-        self._healthy, self._why_down = True, ""
+        self._why_down = None
         self._up.set(1)
 
     async def refresh_model(self) -> None:

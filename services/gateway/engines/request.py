@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from nanochat_core.chat import Message, render_prompt, stop_token_ids
 from nanochat_core.protos import engine_pb2
-from nanochat_core.tokenizer import Tokenizer
 from services.gateway.engines.replica import ServedModel
 from services.gateway.errors import ApiError, bad_request, invalid_value
-from services.gateway.schemas import ChatRequest, CompletionRequest
+from services.gateway.schemas import Body, ChatRequest
 from services.gateway.settings import GatewaySettings
 
 # Encoding this many characters takes about as long as handing the work to a thread and back.
@@ -18,20 +17,19 @@ _INLINE_CHARACTERS = 16_384
 _SMALLEST_TOP_P = 1e-6
 _BIAS_LIMIT = 100
 
+# Makes a prompt's token ids for a model.
+PromptEncoder = Callable[[ServedModel], Awaitable[list[int]]]
+
 
 async def encode_chat(model: ServedModel, turns: Sequence[Message]) -> list[int]:
     """Returns the token ids of the prompt that asks for the next assistant message."""
     characters = sum(len(part.text) for turn in turns for part in turn.parts)
-    ids = await _encode(model, characters, lambda tokenizer: render_prompt(tokenizer, turns), "messages")
+    ids = await _encode(model, characters, lambda: render_prompt(model.tokenizer, turns), "messages")
     return check_length(model, ids, "messages")
 
 
 async def encode_prompt(model: ServedModel, prompt: str | list[int]) -> list[int]:
-    """Returns the token ids of a text that begins a document, or checks token ids that the client sent.
-
-    Raises:
-        ApiError: 400 for an id that is no token of the model.
-    """
+    """Returns the token ids of a text that begins a document, or checks token ids that the client sent."""
     if isinstance(prompt, str):
         return check_length(model, await encode_text(model, prompt, bos=True), "prompt")
     size = model.tokenizer.vocab_size
@@ -42,34 +40,26 @@ async def encode_prompt(model: ServedModel, prompt: str | list[int]) -> list[int
 
 
 async def encode_text(model: ServedModel, text: str, *, bos: bool) -> list[int]:
-    """Returns the token ids of a text prompt, with the token that begins documents in front if ``bos`` is true.
+    """Returns the token ids of a text, with the token that begins documents in front if ``bos`` is true.
 
-    Raises:
-        ApiError: 400 ``context_length_exceeded``, but only for a text that is far too long. :func:`check_length` makes
-            the exact check.
+    It refuses only a text that is far too long for the context. :func:`check_length` makes the exact check.
     """
-    ids = await _encode(model, len(text), lambda tokenizer: tokenizer.encode(text), "prompt")
+    ids = await _encode(model, len(text), lambda: model.tokenizer.encode(text), "prompt")
     return [model.tokenizer.bos_id, *ids] if bos else ids
 
 
-async def _encode(
-    model: ServedModel, characters: int, encode: Callable[[Tokenizer], list[int]], param: str
-) -> list[int]:
+async def _encode(model: ServedModel, characters: int, encode: Callable[[], list[int]], param: str) -> list[int]:
     # Every character has at least one byte, which gives a lower bound of the token count without encoding.
     at_least = characters // model.longest_token_bytes
     if at_least > model.info.context_length:
         raise _too_long(model, f"at least {at_least}", param)
     if characters <= _INLINE_CHARACTERS:
-        return encode(model.tokenizer)
-    return await asyncio.to_thread(encode, model.tokenizer)
+        return encode()
+    return await asyncio.to_thread(encode)
 
 
 def check_length(model: ServedModel, ids: list[int], param: str) -> list[int]:
-    """Returns ``ids`` if the context has room for them and at least one token of an answer.
-
-    Raises:
-        ApiError: 400 ``context_length_exceeded`` with both numbers.
-    """
+    """Returns ``ids`` if the context has room for them and one more token, and raises an :class:`ApiError` if not."""
     if len(ids) >= model.info.context_length:
         raise _too_long(model, str(len(ids)), param)
     return ids
@@ -92,22 +82,12 @@ def check_choices(choices: int, settings: GatewaySettings) -> None:
 
 
 def engine_request(
-    request: ChatRequest | CompletionRequest,
-    model: ServedModel,
-    prompt: Sequence[int],
-    settings: GatewaySettings,
-    *,
-    request_id: str,
-    seed: int,
+    request: Body, model: ServedModel, prompt: Sequence[int], settings: GatewaySettings, *, request_id: str, seed: int
 ) -> engine_pb2.GenerateRequest:
-    """Builds the engine's request.
+    """Builds the engine's request for a prompt with fewer tokens than the context length.
 
-    Args:
-        prompt: token ids, fewer than the context length.
-        seed: seed of this prompt's sampling; it counts modulo 2 to the power of 64.
-
-    Raises:
-        ApiError: 400 for a logit bias on an id that is no token of the model.
+    The engine gets the lowest 64 bits of ``seed``. A logit bias on an id that is no token of the model causes an
+    :class:`ApiError` with status 400.
     """
     limit, alternatives = request.max_tokens, request.logprobs
     if isinstance(request, ChatRequest):
@@ -139,7 +119,7 @@ def engine_request(
     )
 
 
-def _constrain(sampling: engine_pb2.SamplingParams, request: ChatRequest | CompletionRequest) -> None:
+def _constrain(sampling: engine_pb2.SamplingParams, request: Body) -> None:
     """Sets the regular expression or the JSON schema that the answer must match, if the request has one."""
     wanted = request.response_format if isinstance(request, ChatRequest) else None
     if request.regex is not None:

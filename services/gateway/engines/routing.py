@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from typing import Any
 
 import grpc
@@ -11,10 +12,10 @@ import grpc
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2
 from services.gateway.engines.replica import Replica, ServedModel
-from services.gateway.engines.request import engine_request
+from services.gateway.engines.request import PromptEncoder, engine_request
 from services.gateway.errors import ApiError, bad_request, from_rpc, model_not_found, no_engine
 from services.gateway.metrics import Metrics
-from services.gateway.schemas import ChatRequest, CompletionRequest
+from services.gateway.schemas import Body
 from services.gateway.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class EnginePool:
         self._replicas = [Replica(address, settings, metrics) for address in settings.engine_addresses]
         self._watches = [asyncio.create_task(replica.watch()) for replica in self._replicas]
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Stops watching and closes all connections."""
         for watch in self._watches:
             watch.cancel()
@@ -86,54 +87,37 @@ class EnginePool:
         return replica, ready[replica]
 
 
+@dataclasses.dataclass
 class Generation:
-    """A running call of an engine.
+    """A running call of an engine; ``first`` is its first chunk until :meth:`read` has returned it."""
 
-    Attributes:
-        model: the model that answers; its tokenizer decodes the chunks.
-        prompt_tokens: number of tokens of the prompt.
-    """
-
-    def __init__(self, replica: Replica, model: ServedModel, call: Any, first: Any, prompt_tokens: int) -> None:
-        self.model = model
-        self.prompt_tokens = prompt_tokens
-        self._replica = replica
-        self._call = call
-        self._first = first
+    replica: Replica
+    model: ServedModel
+    prompt_tokens: int
+    call: Any
+    first: Any
 
     async def read(self) -> engine_pb2.GenerateChunk | None:
-        """Returns the engine's next chunk, and None after the last one.
-
-        Raises:
-            ApiError: the engine failed.
-        """
-        chunk, self._first = self._first, None
+        """Returns the engine's next chunk, and None after the last one. An engine's failure is an ApiError."""
+        chunk, self.first = self.first, None
         if chunk is None:
             try:
-                chunk = await self._call.read()
+                chunk = await self.call.read()
             except grpc.aio.AioRpcError as error:
-                _note_failure(self._replica, error)
+                _note_failure(self.replica, error)
                 raise from_rpc(error, started=True) from error
         return None if chunk is grpc.aio.EOF else chunk
 
 
 @contextlib.asynccontextmanager
 async def generate(
-    pool: EnginePool,
-    body: ChatRequest | CompletionRequest,
-    encode: Callable[[ServedModel], Awaitable[list[int]]],
-    *,
-    request_id: str,
-    seed: int,
+    pool: EnginePool, body: Body, encode: PromptEncoder, *, request_id: str, seed: int
 ) -> AsyncIterator[Generation]:
     """Starts to generate and waits for the first chunk; leaving the block cancels the call.
 
     Before the first chunk, another replica takes the request over if the chosen one can't be reached or has no room.
     If the chosen one refuses the prompt because it has a new model with another tokenizer, the prompt is encoded again.
-
-    Args:
-        encode: makes the prompt's token ids for a model; replicas may serve different revisions.
-        request_id: sent along as gRPC metadata ``x-request-id``.
+    The engine also gets ``request_id`` as gRPC metadata ``x-request-id``.
 
     Raises:
         ApiError: the request doesn't fit the model, or no replica could start on it.
@@ -168,7 +152,7 @@ async def generate(
                 failed.append(replica)
                 continue
             pool.metrics.prompt_tokens.inc(len(prompt))
-            yield Generation(replica, model, call, first, len(prompt))
+            yield Generation(replica, model, len(prompt), call, first)
             return
 
 

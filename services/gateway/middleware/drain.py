@@ -13,11 +13,7 @@ T = TypeVar("T")
 
 
 class Drain:
-    """Knows the running answers, so that a shutdown can wait for them.
-
-    Attributes:
-        draining: True once the shutdown has begun; the gateway then starts no new answer.
-    """
+    """Knows the running answers, so that a shutdown can wait for them. It starts no answer while ``draining``."""
 
     def __init__(self) -> None:
         self.draining = False
@@ -52,11 +48,7 @@ class Drain:
             self._running.remove(task)
 
     async def finish(self, seconds: float) -> int:
-        """Begins the shutdown, waits up to ``seconds`` for the running answers and cancels the others.
-
-        Returns:
-            the number of answers that it cancelled.
-        """
+        """Begins the shutdown, waits up to ``seconds`` for the running answers, cancels the others and counts these."""
         self.draining = True
         if not self._running:
             return 0

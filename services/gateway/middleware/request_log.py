@@ -20,30 +20,23 @@ _QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 
 @dataclasses.dataclass(slots=True)
 class RequestRecord:
-    """Facts about one request, which the request's handler fills in. It never contains text of a conversation.
-
-    Attributes:
-        started: arrival time, by ``time.perf_counter``, in seconds.
-        status: HTTP status; 499 if the client left before the end, 0 until there is a status.
-        error: code of the error that the client got, in the response or at the end of a stream.
-    """
+    """Facts about one request, which the request's handler fills in. It never contains text of a conversation."""
 
     request_id: str
-    started: float = dataclasses.field(default_factory=time.perf_counter)
-    status: int = 0
+    started: float = dataclasses.field(default_factory=time.perf_counter)  # in seconds
+    status: int = 0  # 499 if the client left before the end, 0 until there is a status
     model: str | None = None
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     completion_tokens: int = 0
     first_token_seen: bool = False
-    error: str | None = None
+    error: str | None = None  # code of the error that the client got, in the response or at the end of a stream
 
 
 class RequestLog:
-    """ASGI middleware that logs and counts each request.
+    """ASGI middleware that logs and counts each request, and answers 500 if nothing else has handled an error.
 
-    It puts a :class:`RequestRecord` into ``scope["state"]["record"]``, returns the request's id to the client, and
-    answers 500 if nothing else has handled an error.
+    It puts a :class:`RequestRecord` into ``scope["state"]["record"]`` and returns the request's id to the client.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
