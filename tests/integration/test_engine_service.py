@@ -527,14 +527,14 @@ async def test_a_device_that_hangs_ends_the_process_and_fails_its_streams(
 
 
 def test_a_step_that_outlasts_the_end_is_left_to_itself(tmp_path: Path) -> None:
-    """One step computes a prompt of 8,000 tokens. Ending Python during the step would abort the process."""
+    """One step computes a prompt of 3,000 tokens. Ending Python during the step would abort the process."""
     store = open_store(str(tmp_path))
-    save_checkpoint(store, FIRST, model=tiny_model(6, 64, 8192), tokenizer=BYTES, meta={})
+    save_checkpoint(store, FIRST, model=tiny_model(6, 64, 3072), tokenizer=BYTES, meta={})
     promote(store, FIRST)
-    flags = ("--threads", "1", "--drain-seconds", "0.1", "--token-budget", "8192", "--model", "tiny")
+    flags = ("--threads", "1", "--drain-seconds", "0.1", "--token-budget", "3072", "--model", "tiny")
     service = ServiceProcess("tests.support.impatient_engine", "--home", str(tmp_path), *flags)
     stub = engine_pb2_grpc.EngineStub(service.channel)
-    call = stub.Generate(pb.GenerateRequest(prompt_token_ids=[1] * 8000))
+    call = stub.Generate(pb.GenerateRequest(prompt_token_ids=[1] * 3000))
     while stub.GetLoad(pb.GetLoadRequest()).running == 0:
         time.sleep(0.01)
     assert service.stop() == 0

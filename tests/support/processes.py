@@ -1,13 +1,60 @@
 """Helpers of tests that start and kill processes (Linux): starting processes fast and listing them."""
 
 import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 # Forks processes from one that has already imported the slow modules, which saves seconds for each process.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
-    ["jobs.train.pipeline", "nanochat_core.training.optim", "torch._dynamo", "matplotlib.pyplot"]
+    [
+        *("jobs.train.pipeline", "nanochat_core.training.optim", "torch._dynamo", "matplotlib.pyplot"),
+        "services.engine.server",
+    ]
 )
+
+
+class ForkedProgram:
+    """``python -m <module> <arguments>`` in a process of :data:`FORKSERVER`, with what tests use of ``Popen``."""
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        reader, writer = FORKSERVER.Pipe(duplex=False)
+        with reader, writer:
+            self._process = FORKSERVER.Process(target=_run_program, args=(module, arguments, dict(os.environ), writer))
+            self._process.start()
+            self.stderr = os.fdopen(os.dup(reader.fileno()))
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _run_program(module: str, arguments: tuple[str, ...], environ: dict[str, str], stderr: Connection) -> None:
+    with stderr:
+        os.dup2(stderr.fileno(), sys.stderr.fileno())
+    os.environ.clear()
+    os.environ.update(environ)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def children(pid: int) -> set[int]:

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.protos import engine_pb2_grpc
+from tests.support.processes import ForkedProgram
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -27,16 +28,15 @@ class ServiceProcess:
     def __init__(self, module: str, *flags: str, port: int = 0, ready: bool = True) -> None:
         self.events: list[dict[str, Any]] = []
         self.started = time.monotonic()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, "--port", str(port), "--metrics-port", "0", *flags],
-            cwd=REPOSITORY,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self.process = self._start(module, "--port", str(port), "--metrics-port", "0", *flags)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if ready:
             self.connect()
+
+    def _start(self, module: str, *arguments: str) -> subprocess.Popen[str] | ForkedProgram:
+        command = [sys.executable, "-m", module, *arguments]
+        return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
 
     def connect(self) -> None:
         """Wait until the service is ready, then open a channel."""
@@ -90,6 +90,10 @@ class EngineProcess(ServiceProcess):
     def __init__(self, home: Path, *flags: str, model: str = "tiny", ready: bool = True) -> None:
         store = ("--home", str(home), "--model", model, "--poll-seconds", "0.1")
         super().__init__("services.engine", "--threads", "1", *store, *flags, ready=ready)
+
+    def _start(self, module: str, *arguments: str) -> ForkedProgram:
+        # Importing torch takes most of an engine's start. The end-to-end tests start engines as users do.
+        return ForkedProgram(module, *arguments)
 
     def connect(self) -> None:
         super().connect()
