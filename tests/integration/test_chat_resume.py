@@ -41,7 +41,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with an untrained model and a file of multiple-choice questions."""
     home = tmp_path_factory.mktemp("filled") / "home"
     tokenizer = train_tokenizer(pretraining_documents(seed=1, n=100), 400)
-    model = GPT(ModelConfig.from_depth(1, vocab_size=400, head_dim=32, context_length=256))
+    model = GPT(ModelConfig.from_depth(1, vocab_size=400, head_dim=32, context_length=160))
     generator = torch.Generator().manual_seed(3)
     model.init_weights(generator)
     with torch.no_grad():

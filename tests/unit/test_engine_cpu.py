@@ -139,6 +139,14 @@ def test_what_the_kernels_are_not_made_for_runs_on_pytorch(
     engine.close()
 
 
+@pytest.fixture(scope="module")
+def file_name() -> str:
+    """Name of the library's file in a cache folder."""
+    path = library.find_cached()
+    assert path is not None
+    return path.name
+
+
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """The parent of an empty cache folder. No library is loaded or built."""
@@ -178,11 +186,12 @@ def test_a_compiler_that_fails_is_reported_and_leaves_nothing(
     assert not [path for path in fresh.rglob("*") if path.is_file() and path != source]
 
 
-@pytest.mark.usefixtures("fresh")
-def test_a_library_that_cannot_be_loaded_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    built = library.find_cached()
-    assert built is not None
-    built.write_bytes(b"damaged")
+def test_a_library_that_cannot_be_loaded_is_reported(
+    file_name: str, fresh: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = fresh / "cache" / "nanochat" / "kernels" / file_name
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"damaged")
     assert library.load_kernels() is None
     assert "cannot be loaded" in caplog.text
 
