@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat_core.device import cpu_multiplies_bf16
 from nanochat_core.tokenizer import Tokenizer
 from tests.support.tiny_training import NAME, PRETRAIN, ROOT, STEPS, Jobs, Result, argv, damage, fill
 
@@ -131,12 +132,13 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_resumed(
 
 def test_other_settings_are_refused_by_name(jobs: Jobs) -> None:
     jobs.run(MODULE, PRETRAIN, steps=3)
-    job = jobs.start(MODULE, PRETRAIN, steps=3, seed=2, lr_scale=0.5)
+    seed = jobs.result("base", 3).meta["settings"]["seed"]
+    job = jobs.start(MODULE, PRETRAIN, steps=3, seed=99, lr_scale=0.5)
     assert job.wait() == 2
     (line,) = [line for line in job.stderr.splitlines() if not line.startswith("{")]
-    assert "step_000003 was trained with other settings (lr_scale 1.0 -> 0.5, seed 1 -> 2)" in line
+    assert f"step_000003 was trained with other settings (lr_scale 1.0 -> 0.5, seed {seed} -> 99)" in line
     assert "--no-resume" in line
-    assert jobs.result("base", 3).meta["settings"]["seed"] == 1
+    assert jobs.result("base", 3).meta["settings"]["seed"] == seed
 
 
 def test_another_text_or_tokenizer_under_the_same_name_is_refused(jobs: Jobs) -> None:
@@ -165,7 +167,7 @@ def test_settings_that_only_say_where_it_runs_may_change(jobs: Jobs, uninterrupt
 
 
 def test_starting_over_replaces_the_checkpoints_of_the_earlier_run(jobs: Jobs, uninterrupted: Result) -> None:
-    jobs.run(MODULE, PRETRAIN, seed=2, steps=72)
+    jobs.run(MODULE, PRETRAIN, seed=99, steps=72)
     job = jobs.start(MODULE, PRETRAIN, no_resume=True)
     job.wait_until(lambda: max(jobs.steps("base")) < STEPS)
     job.signal(signal.SIGKILL)
@@ -187,8 +189,8 @@ def test_small_passes_add_up_to_the_same_batch(jobs: Jobs, uninterrupted: Result
     losses = [point["loss"] for point in jobs.result("base").history]
     expected = [point["loss"] for point in uninterrupted.history]
     assert losses[0] == pytest.approx(expected[0], rel=1e-6)
-    # Rounding errors grow with the steps, faster if Muon computes in bf16.
-    assert losses[:5] == pytest.approx(expected[:5], rel=1e-4)
+    # Rounding errors grow with the steps, and where Muon multiplies in bf16 they begin with that type's 8 bits.
+    assert losses[:5] == pytest.approx(expected[:5], rel=2**-8 if cpu_multiplies_bf16() else 1e-4)
     assert losses == pytest.approx(expected, rel=1e-2)
 
 
