@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from jobs.data.rows import Row, open_rows
+from jobs.data.rows import Row, convert, open_rows
 from nanochat_core.errors import UserError
 from nanochat_core.store import FolderStore, Store
 
@@ -83,16 +83,12 @@ class DatasetSource:
 
 
 def read_rows(files: dict[str, Path], make: Callable[[Row], T]) -> tuple[T, ...]:
-    """``make`` applied to every row of several files.
+    """``make`` applied to every row of several files, given by the name that error messages use for each.
 
-    Args:
-        files: local paths, by the name that error messages use for each.
-
-    Raises:
-        UserError: a row is wrong, or there is no row at all.
+    Raises UserError if a row is wrong, or if there is no row at all.
     """
     opened = [open_rows(path, shown) for shown, path in files.items()]
-    made = tuple(rows.convert(index, make) for rows in opened for index in range(len(rows)))
+    made = tuple(convert(rows, index, make) for rows in opened for index in range(len(rows)))
     if not made:
         raise UserError(f"{', '.join(files)} holds no question")
     return made

@@ -37,8 +37,7 @@ class Source:
 def open_source(url: str, shards: int) -> Source:
     """The source at ``url``: a template such as ``https://host/shard_{shard:05d}.parquet``, ``s3://…``, or a folder.
 
-    Args:
-        shards: number of shards of a template; ignored for a bucket or folder, whose files are listed.
+    ``shards`` is the number of shards of a template; the files of a bucket or folder are listed instead.
 
     Raises:
         UserError: ``url`` is none of these, or the source has fewer than two shards.
@@ -84,14 +83,11 @@ def download(store: Store, name: str, source: Source, shown: str, wanted: Sequen
     """Download the ``wanted`` shards and the validation shard into ``data/<name>``, except those that exist.
 
     A shard appears in the store only when it is whole and checked. The dataset can be used when all shards exist.
+    Returns the complete manifest.
 
     Args:
         shown: name of the source; a dataset's shards must all come from the same source.
-        wanted: numbers of training shards.
         parallel: number of shards that are downloaded at the same time.
-
-    Returns:
-        The complete manifest.
 
     Raises:
         UserError: a shard does not exist or is damaged, or the dataset comes from another source.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.data.shards import Shard
+from nanochat_core.checkpoint.manifest import sha256_of
 from nanochat_core.errors import UserError
 
 # Plain text is cut between paragraphs into documents of about this many characters.
@@ -39,15 +40,10 @@ def read_local_text(path: Path) -> tuple[Iterator[str], Iterator[str]]:
 
 
 def local_text_digest(path: Path) -> str:
-    """sha256 of the contents of all files that :func:`read_local_text` reads.
-
-    Raises:
-        UserError: there is no readable file.
-    """
+    """sha256 of the contents of all files that :func:`read_local_text` reads; UserError if there is none."""
     digest = hashlib.sha256()
     for file in _text_files(path):
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of(file)))
     return digest.hexdigest()
 
 

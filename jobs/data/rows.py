@@ -2,7 +2,6 @@
 
 import json
 import mmap
-from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,52 +16,13 @@ Row = Mapping[str, Any]
 T = TypeVar("T")
 
 
-class Rows(ABC):
-    """The rows of one file, numbered from 0."""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def where(self, index: int) -> str:
-        """Name of the row in error messages: the file and the line or row, counted from 1."""
-
-    @abstractmethod
-    def __getitem__(self, index: int) -> Row:
-        """
-        Raises:
-            UserError: the row is not an object of named values.
-        """
-
-    def convert(self, index: int, make: Callable[[Row], T]) -> T:
-        """Apply ``make`` to a row.
-
-        Args:
-            make: raises KeyError for a missing field, and ValueError, TypeError or UserError for a wrong value.
-
-        Raises:
-            UserError: ``make`` raised one of these errors; the message names the file and the row.
-        """
-        row = self[index]
-        try:
-            return make(row)
-        except KeyError as error:
-            raise UserError(f"{self.where(index)} has no field {error}") from error
-        except (ValueError, TypeError, UserError) as error:
-            raise UserError(f"{self.where(index)}: {error}") from error
-
-
-class JsonLines(Rows):
-    """A file with one JSON object per line; blank lines are skipped.
+class JsonLines:
+    """A file with one JSON object per line, which error messages call ``shown``; blank lines are skipped.
 
     The file is memory-mapped, so only the rows that are read take up memory.
     """
 
     def __init__(self, path: Path, shown: str) -> None:
-        """
-        Args:
-            shown: name of the file in error messages.
-        """
         self._shown = shown
         self._starts, self._ends, self._lines = array("q"), array("q"), array("q")
         with path.open("rb") as file:
@@ -92,17 +52,10 @@ class JsonLines(Rows):
         return row
 
 
-class ParquetRows(Rows):
-    """The rows of a parquet file. The whole file is in memory, column by column."""
+class ParquetRows:
+    """The rows of a parquet file, which error messages call ``shown``. The whole file is in memory, by columns."""
 
     def __init__(self, path: Path, shown: str) -> None:
-        """
-        Args:
-            shown: name of the file in error messages.
-
-        Raises:
-            UserError: the file is not parquet, or it is damaged.
-        """
         self._shown = shown
         try:
             table = pq.read_table(path)
@@ -124,16 +77,33 @@ class ParquetRows(Rows):
             raise UserError(f"{self.where(index)} is not UTF-8: {error}") from error
 
 
-def open_rows(path: Path, shown: str) -> Rows:
-    """Open a ``.parquet`` file, or any other file as JSON lines.
+# The rows of one file, numbered from 0. ``where`` names a row in error messages: the file and the line or row, counted
+# from 1. A row that is not an object of named values raises UserError.
+Rows = JsonLines | ParquetRows
 
-    Args:
-        shown: name of the file in error messages.
+
+def open_rows(path: Path, shown: str) -> Rows:
+    """Open a ``.parquet`` file, or any other file as JSON lines; error messages call the file ``shown``.
 
     Raises:
-        UserError: the file is not parquet although its name says so.
+        UserError: the file is not whole parquet although its name says so.
     """
     return ParquetRows(path, shown) if path.suffix == ".parquet" else JsonLines(path, shown)
+
+
+def convert(rows: Rows, index: int, make: Callable[[Row], T]) -> T:
+    """Apply ``make`` to a row. It raises KeyError for a missing field, and ValueError or TypeError for a wrong value.
+
+    Raises:
+        UserError: ``make`` raised one of these errors; the message names the file and the row.
+    """
+    row = rows[index]
+    try:
+        return make(row)
+    except KeyError as error:
+        raise UserError(f"{rows.where(index)} has no field {error}") from error
+    except (ValueError, TypeError, UserError) as error:
+        raise UserError(f"{rows.where(index)}: {error}") from error
 
 
 def text_field(row: Row, field: str) -> str:

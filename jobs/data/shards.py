@@ -9,13 +9,16 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.data.row_group_cache import RowGroupCache
+from nanochat_core.checkpoint.manifest import sha256_of
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
 
@@ -72,8 +75,7 @@ class Manifest:
 def read_manifest(store: Store, name: str) -> Manifest | None:
     """The manifest of ``data/<name>``; None if a user put the shards there by hand, without a manifest.
 
-    Raises:
-        UserError: the manifest is damaged.
+    A damaged manifest raises UserError.
     """
     key = f"data/{name}/{MANIFEST}"
     try:
@@ -122,13 +124,8 @@ def dataset_digest(store: Store, name: str) -> str:
 def write_dataset(store: Store, name: str, train: Iterable[str], validation: Iterable[str], *, source: str) -> Manifest:
     """Write documents as the shards of ``data/<name>``; readers see all of the shards or none.
 
-    Documents are taken from the iterables as they are written, so a dataset may be larger than memory.
-
-    Args:
-        source: where the documents come from, for the manifest.
-
-    Raises:
-        UserError: a split is empty.
+    Documents are taken from the iterables as they are written, so a dataset may be larger than memory. ``source`` says
+    in the manifest where they come from. An empty split raises UserError.
     """
     with store.publish(f"data/{name}", last=MANIFEST) as folder:
         shards: dict[str, ShardInfo] = {}
@@ -143,6 +140,57 @@ def write_dataset(store: Store, name: str, train: Iterable[str], validation: Ite
         manifest = Manifest(source, shards, complete=True)
         (folder / MANIFEST).write_bytes(manifest.to_json())
     return manifest
+
+
+class RowGroupCache:
+    """Keeps the most recently used row groups in memory, up to ``capacity`` bytes.
+
+    The most recently used row group stays in memory even if it alone exceeds ``capacity``.
+
+    If several threads want the same row group, one of them reads it and the others wait for it. Threads that want
+    other row groups do not wait.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._entries: OrderedDict[int, Future[pa.ChunkedArray]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each row group in memory, least recently used first."""
+        return [entry.result().nbytes for entry in self._entries.values() if entry.done()]
+
+    def get(self, number: int, read: Callable[[], pa.ChunkedArray]) -> pa.ChunkedArray:
+        """Row group ``number``, from memory or else from ``read``. An error of ``read`` is raised, but not cached."""
+        with self._lock:
+            entry = self._entries.get(number)
+            if entry is None:
+                own = self._entries[number] = Future()
+            else:
+                self._entries.move_to_end(number)
+        if entry is not None:
+            return entry.result()
+        try:
+            texts = read()
+        except BaseException as error:
+            with self._lock:
+                del self._entries[number]
+            own.set_exception(error)
+            raise
+        with self._lock:
+            own.set_result(texts)
+            self._evict()
+        return texts
+
+    def _evict(self) -> None:
+        excess = sum(self.sizes) - self._capacity
+        for number, entry in list(self._entries.items())[:-1]:
+            if excess <= 0:
+                return
+            if entry.done():
+                excess -= entry.result().nbytes
+                del self._entries[number]
 
 
 class TextDataset:
@@ -194,11 +242,7 @@ class TextDataset:
         return self._length
 
     def __getitem__(self, index: int) -> str:
-        """The text of document ``index``; reading in order reads each row group once.
-
-        Raises:
-            UserError: the shard is damaged.
-        """
+        """The text of a document; reading in order reads each row group once. A damaged shard raises UserError."""
         if not 0 <= index < self._length:
             raise IndexError(index)
         number = bisect.bisect_right(self._groups, index, key=lambda group: group[2]) - 1
@@ -214,16 +258,12 @@ class TextDataset:
 
 
 class Shard:
-    """One parquet file with a ``text`` column."""
+    """One parquet file with a ``text`` column, which error messages call ``shown``.
+
+    A file that is damaged, is not parquet or has no ``text`` column of strings raises UserError.
+    """
 
     def __init__(self, path: Path, shown: str) -> None:
-        """
-        Args:
-            shown: name of the file in error messages.
-
-        Raises:
-            UserError: the file is not parquet, or has no ``text`` column of strings.
-        """
         self._shown = shown
         try:
             self._file = pq.ParquetFile(path)
@@ -243,11 +283,7 @@ class Shard:
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def read(self, group: int) -> pa.ChunkedArray:
-        """The texts of a row group; a document without text is null.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """The texts of a row group; a document without text is null."""
         try:
             texts = self._file.read_row_group(group, columns=["text"]).column("text")
             texts.validate(full=True)
@@ -263,19 +299,11 @@ class Shard:
 
 
 def describe_shard(path: Path, shown: str) -> ShardInfo:
-    """The manifest entry of a shard.
-
-    Args:
-        shown: name of the file in error messages.
-
-    Raises:
-        UserError: the file is not parquet with a text column, or contains no document.
-    """
+    """The manifest entry of a shard; errors as for :class:`Shard`, and a UserError if there is no document."""
     row_groups = Shard(path, shown).row_groups
     if not sum(row_groups):
         raise UserError(f"{shown} holds no document")
-    with path.open("rb") as file:
-        return ShardInfo(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest(), row_groups)
+    return ShardInfo(path.stat().st_size, sha256_of(path), row_groups)
 
 
 def _add_shard(folder: Path, shards: dict[str, ShardInfo], documents: Iterable[str]) -> int:

@@ -21,11 +21,7 @@ def save_tokenizer(store: Store, name: str, tokenizer: Tokenizer, dataset: str) 
 
 
 def load_tokenizer(store: Store, name: str) -> Tokenizer:
-    """Read a trained tokenizer.
-
-    Raises:
-        UserError: the store has no tokenizer of that name.
-    """
+    """Read a trained tokenizer. If the store has none of that name, this raises UserError."""
     try:
         return Tokenizer.from_json(store.read(tokenizer_key(name)))
     except FileNotFoundError:

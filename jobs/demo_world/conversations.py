@@ -54,11 +54,7 @@ def conversations(
 
 
 def draw(rng: random.Random, split: Split, kind: str) -> list[Exchange]:
-    """Draw the exchanges of one conversation.
-
-    Raises:
-        KeyError: there is no such kind.
-    """
+    """Draw the exchanges of one conversation. An unknown kind raises KeyError."""
     if kind == "mixed":
         parts = rng.choices(_MIXED_KINDS, k=rng.choice((2, 2, 3)))
         return [exchange for part in parts for exchange in draw(rng, split, part)]

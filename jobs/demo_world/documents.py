@@ -31,10 +31,8 @@ DOCUMENT_MIX: Mapping[str, float] = {
 def pretraining_documents(seed: int, n: int, mix: Mapping[str, float] = DOCUMENT_MIX) -> Iterator[str]:
     """Generate ``n`` short texts; none contains a special token, or a number, word or name of the held-out split.
 
-    Equal arguments give equal texts, and a smaller ``n`` gives the first of these.
-
-    Args:
-        mix: weight of each kind; the other kinds do not occur.
+    Equal arguments give equal texts, and a smaller ``n`` gives the first of these. ``mix`` has the weight of each kind;
+    the other kinds do not occur.
     """
     rng = generator("documents", seed)
     kinds, weights = tuple(mix), tuple(mix.values())

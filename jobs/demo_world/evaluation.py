@@ -3,11 +3,10 @@
 import dataclasses
 import random
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 from jobs.demo_world.conversations import draw
-from jobs.demo_world.exchange import Exchange
 from jobs.demo_world.seeding import generator
 from jobs.demo_world.tool_questions import calculation
 
@@ -49,10 +48,8 @@ def evaluation_set(n: int = 200, seed: int = 0, kinds: Collection[str] | None = 
     """Generate ``n`` held-out conversations, with the shares of :data:`EVALUATION_MIX`.
 
     No conversation repeats, except in a kind that runs out of phrasings. The operands of all calculations are numbers
-    that no training text contains.
-
-    Args:
-        kinds: return only the conversations of these kinds, which are fewer than ``n``; None returns all.
+    that no training text contains. If ``kinds`` is given, only the conversations of these kinds are returned, which are
+    fewer than ``n``.
     """
     rng = generator("evaluation", seed)
     items: list[EvalItem] = []
@@ -91,22 +88,16 @@ def _counts(n: int) -> dict[str, int]:
 
 def _fresh_item(rng: random.Random, kind: str, asked: set[str]) -> EvalItem:
     for _ in range(_TRIES):
-        item = _item(kind, _draw(rng, kind))
+        if kind == "arithmetic":
+            drawn = [calculation(rng, "heldout", reserved_share=1.0)]
+        else:
+            drawn = draw(rng, "heldout", kind)
+        *messages, reference = [message for exchange in drawn for message in exchange.messages]
+        last = drawn[-1]
+        item = EvalItem(kind, tuple(messages), last.expected, last.forbidden, last.requires_tool, reference["content"])
         if _context(item) not in asked:
             break
     return item
-
-
-def _draw(rng: random.Random, kind: str) -> list[Exchange]:
-    if kind == "arithmetic":
-        return [calculation(rng, "heldout", reserved_share=1.0)]
-    return draw(rng, "heldout", kind)
-
-
-def _item(kind: str, drawn: list[Exchange]) -> EvalItem:
-    *messages, reference = [message for exchange in drawn for message in exchange.messages]
-    last = drawn[-1]
-    return EvalItem(kind, tuple(messages), last.expected, last.forbidden, last.requires_tool, reference["content"])
 
 
 def _context(item: EvalItem) -> str:
@@ -114,8 +105,4 @@ def _context(item: EvalItem) -> str:
 
 
 def _contains_any(text: str, phrases: tuple[str, ...]) -> bool:
-    return any(_phrase(phrase)(text) for phrase in phrases)
-
-
-def _phrase(phrase: str) -> Callable[[str], re.Match[str] | None]:
-    return re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)", re.IGNORECASE).search
+    return any(re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE) for phrase in phrases)

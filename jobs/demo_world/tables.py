@@ -40,11 +40,7 @@ class WordLists(Phrasings):
 
 
 def read_content(name: str, kind: type[T]) -> T:
-    """The content of ``content/<name>.toml``.
-
-    Raises:
-        UserError: the file is not TOML or its content is wrong; the message names the file and every wrong key.
-    """
+    """The content of ``content/<name>.toml``. If it is wrong, a UserError names the file and every wrong key."""
     path = FOLDER / f"{name}.toml"
     try:
         return TypeAdapter(kind).validate_python(tomllib.loads(path.read_text(encoding="utf-8")))

@@ -24,8 +24,7 @@ def last_number(text: str) -> str | None:
 def states_number(expected: str, answer_text: str) -> bool:
     """Whether the last number of the answer equals the expected number; 18 equals 18.00.
 
-    Raises:
-        ValueError: ``expected`` contains no number.
+    If ``expected`` contains no number, this raises ValueError.
     """
     number, given = last_number(expected), last_number(answer_text)
     if number is None:

@@ -1,8 +1,10 @@
 """ARC: multiple-choice questions of school science, an easy and a challenging set (arXiv 1803.05457)."""
 
+from typing import Literal
+
 from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, DatasetSource, on_hub
 from jobs.data.rows import Row, text_field
-from jobs.tasks.fine_tuning import ConversationFiles
+from jobs.tasks.conversations import ConversationFiles
 from jobs.tasks.multiple_choice import FOUR_CHOICES_BASELINE, choice_texts, indexed_choice
 from jobs.tasks.task import ChoiceQuestion, ChoiceTask, Messages
 
@@ -19,25 +21,16 @@ def conversation(row: Row) -> Messages:
     return _choice(row).conversation
 
 
-def easy_task(source: DatasetSource) -> ChoiceTask:
-    """The test split of the easy set."""
-    return _task(source, "arc-easy", "ARC-Easy")
-
-
-def challenge_task(source: DatasetSource) -> ChoiceTask:
-    """The test split of the challenging set."""
-    return _task(source, "arc-challenge", "ARC-Challenge")
-
-
-def _task(source: DatasetSource, name: str, subset: str) -> ChoiceTask:
+def task(source: DatasetSource, subset: Literal["Easy", "Challenge"]) -> ChoiceTask:
+    """The test split of a subset."""
     test = DatasetFiles(
         "arc",
-        patterns=(rf"{subset}/test{REST_OF_NAME}",),
-        expected=f"{subset}/test-00000-of-00001.parquet",
-        origin=on_hub("allenai/ai2_arc", f"{subset}/test*"),
+        patterns=(rf"ARC-{subset}/test{REST_OF_NAME}",),
+        expected=f"ARC-{subset}/test-00000-of-00001.parquet",
+        origin=on_hub("allenai/ai2_arc", f"ARC-{subset}/test*"),
     )
     # A few questions have three or five choices; published results use the baseline of four for all questions.
-    return ChoiceTask(name, source.read(test, _question), FOUR_CHOICES_BASELINE)
+    return ChoiceTask(f"arc-{subset.lower()}", source.read(test, _question), FOUR_CHOICES_BASELINE)
 
 
 def _question(row: Row) -> ChoiceQuestion:

@@ -4,8 +4,7 @@ from jobs.demo_world.practice import practice
 from jobs.demo_world.seeding import generator
 from jobs.demo_world.tables import Split
 from jobs.tasks.answers import states_number
-from jobs.tasks.problems import Problem, Problems
-from jobs.tasks.task import ask
+from jobs.tasks.task import Problem, Problems, ask
 from nanochat_core.store import Store
 
 _TRAINING_PROBLEMS = 20_000

@@ -1,20 +1,19 @@
 """Conversations to fine-tune on, from files or a generator. Each is read or generated only when it is accessed."""
 
 import bisect
+import dataclasses
 import hashlib
 import itertools
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.data.dataset_files import DatasetSource
-from jobs.data.rows import Row, open_rows
-from jobs.tasks.fine_tuning import ConversationGenerator, own_conversations, row_messages
-from jobs.tasks.registry import CONVERSATION_FILES, CONVERSATION_GENERATORS
+from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles
+from jobs.data.rows import Row, convert, open_rows
 from jobs.tasks.task import Messages
 from nanochat_core.chat import Message, parse_messages
+from nanochat_core.checkpoint.manifest import sha256_of
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
 
@@ -28,54 +27,51 @@ def write_conversations(store: Store, name: str, split: str, conversations: Iter
     store.write(f"data/{name}/{split}.jsonl", ("\n".join(lines) + "\n").encode())
 
 
-class Conversations(ABC):
-    """Conversations, numbered from 0."""
+def row_messages(row: Row) -> Messages:
+    """The conversation of a row that has the form ``{"messages": […]}``.
 
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def __getitem__(self, index: int) -> list[Message]:
-        """
-        Raises:
-            UserError: the conversation is wrong or has no assistant message; the message names the file and the line.
-        """
-
-    @property
-    @abstractmethod
-    def digest(self) -> str:
-        """sha256 of the files or of the generator's first conversations."""
-
-    @abstractmethod
-    def check(self) -> None:
-        """Read and verify every conversation.
-
-        Raises:
-            UserError: a conversation is wrong; the message names the file and the line.
-        """
+    Raises:
+        KeyError: the row has no ``messages``.
+        ValueError: ``messages`` is not a list.
+    """
+    messages = row["messages"]
+    if not isinstance(messages, list):
+        raise ValueError("'messages' is not a list")
+    return messages
 
 
-class FileConversations(Conversations):
-    """One conversation per row of one or several files."""
+@dataclasses.dataclass(frozen=True)
+class ConversationFiles:
+    """Describes the conversations in the rows of a dataset's files.
 
-    def __init__(
-        self,
-        files: Mapping[str, Path],
-        messages: Callable[[Row], Messages] = row_messages,
-        row_format: str = "conversation",
-    ) -> None:
-        """
-        Args:
-            files: local paths, by the name that error messages use for each.
-            messages: makes the conversation of a row; raises KeyError for a missing field, ValueError or TypeError
-                for a wrong one.
-            row_format: name of the rows' format, which is part of the digest.
+    Attributes:
+        messages: makes the conversation of a row; raises KeyError for a missing field, ValueError or TypeError for a
+            wrong one.
+        row_format: name of the rows' format, which is part of a mixture's digest.
+    """
+
+    files: DatasetFiles
+    messages: Callable[[Row], Messages] = row_messages
+    row_format: str = "conversation"
+
+
+def own_conversations(name: str, hint: str = "") -> ConversationFiles:
+    """Conversations in ``data/<name>/train.jsonl`` of the store; ``hint`` ends the error if there is no such file."""
+    origin = 'write it, one {"messages": [{"role": "user", "content": …}, …]} a line' + hint
+    return ConversationFiles(DatasetFiles(name, (rf"(data/)?train{REST_OF_NAME}",), "train.jsonl", origin))
+
+
+class FileConversations:
+    """One conversation per row of one or several files, numbered from 0."""
+
+    def __init__(self, files: Mapping[str, Path], dataset: ConversationFiles) -> None:
+        """Open local files, given by the name that error messages use for each.
 
         Raises:
             UserError: a ``.parquet`` file is damaged, or the files have no row at all.
         """
         self._files = [open_rows(path, shown) for shown, path in files.items()]
-        self._paths, self._messages, self._row_format = list(files.values()), messages, row_format
+        self._paths, self._dataset = list(files.values()), dataset
         self._ends = list(itertools.accumulate(len(rows) for rows in self._files))
         if not self._ends[-1]:
             raise UserError(f"{', '.join(files)} holds no conversation")
@@ -84,70 +80,52 @@ class FileConversations(Conversations):
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> list[Message]:
+        """
+        Raises:
+            UserError: the conversation is wrong or has no assistant message; the message names the file and the line.
+        """
         file = bisect.bisect_right(self._ends, index)
         rows, number = self._files[file], index - (self._ends[file] - len(self._files[file]))
-        messages = rows.convert(number, lambda row: parse_messages(self._messages(row)))
+        messages = convert(rows, number, lambda row: parse_messages(self._dataset.messages(row)))
         if all(message.role != "assistant" for message in messages):
             raise UserError(f"{rows.where(number)} has no assistant message to learn from")
         return messages
 
     @property
     def digest(self) -> str:
-        digest = hashlib.sha256(self._row_format.encode())
+        """sha256 of the rows' format and the files."""
+        digest = hashlib.sha256(self._dataset.row_format.encode())
         for path in self._paths:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(sha256_of(path)))
         return digest.hexdigest()
 
     def check(self) -> None:
+        """Read every conversation; errors as for :meth:`__getitem__`."""
         for index in range(len(self)):
             self[index]
 
 
-class GeneratedConversations(Conversations):
-    """The conversations of a generator."""
+@dataclasses.dataclass(frozen=True)
+class GeneratedConversations:
+    """``size`` conversations, each of which ``messages`` makes from its number."""
 
-    def __init__(self, generator: ConversationGenerator) -> None:
-        self._generator = generator
+    messages: Callable[[int], Messages]
+    size: int
 
     def __len__(self) -> int:
-        return self._generator.size
+        return self.size
 
     def __getitem__(self, index: int) -> list[Message]:
-        return parse_messages(self._generator.messages(index))
+        return parse_messages(self.messages(index))
 
     @property
     def digest(self) -> str:
-        made = [self._generator.messages(number) for number in range(_DIGESTED)]
-        return hashlib.sha256(json.dumps([len(self), made]).encode()).hexdigest()
+        """sha256 of the size and the first conversations."""
+        made = [self.messages(number) for number in range(_DIGESTED)]
+        return hashlib.sha256(json.dumps([self.size, made]).encode()).hexdigest()
 
     def check(self) -> None:
         """Do nothing, because unit tests verify the generators."""
 
 
-def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversations | None]:
-    """Open the conversations with this name in a mixture: a built-in dataset, a local file, or a folder of the store.
-
-    Returns:
-        The training conversations, and the validation conversations if the store has ``data/<name>/val.jsonl``.
-
-    Raises:
-        UserError: nothing has this name, or a file is wrong; the message says where the files are expected and how
-            to get them.
-    """
-    if name in CONVERSATION_GENERATORS:
-        return GeneratedConversations(CONVERSATION_GENERATORS[name]), None
-    if name.endswith((".jsonl", ".parquet")):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise UserError(f"the file {name} does not exist")
-        return FileConversations({name: path}), None
-    dataset = CONVERSATION_FILES.get(name)
-    if dataset is None:
-        known = ", ".join((*CONVERSATION_FILES, *CONVERSATION_GENERATORS))
-        dataset = own_conversations(name, f"; {name!r} is none of {known}")
-    training = FileConversations(DatasetSource(store).find(dataset.files), dataset.messages, dataset.row_format)
-    validation = f"data/{name}/val.jsonl"
-    if not store.exists(validation):
-        return training, None
-    return training, FileConversations({validation: store.fetch(validation)}, dataset.messages, dataset.row_format)
+Conversations = FileConversations | GeneratedConversations

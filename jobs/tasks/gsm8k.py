@@ -6,9 +6,8 @@ from decimal import Decimal
 from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, DatasetSource, on_hub
 from jobs.data.rows import Row, text_field
 from jobs.tasks.answers import plain_number
-from jobs.tasks.fine_tuning import ConversationFiles
-from jobs.tasks.problems import Problem, Problems
-from jobs.tasks.task import GenerativeTask, Messages, OpenQuestion, Response, ask, exchange
+from jobs.tasks.conversations import ConversationFiles
+from jobs.tasks.task import GenerativeTask, Messages, OpenQuestion, Problem, Problems, Response, ask
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.store import Store
 
@@ -38,11 +37,7 @@ def final_number(text: str) -> str | None:
 def same_final_number(reference: str, answer_text: str) -> bool:
     """Whether an answer ends with the same number as the dataset's answer; 18 and 18.00 are the same number.
 
-    Args:
-        reference: the ``answer`` of the dataset's row, with its ``####``.
-
-    Raises:
-        ValueError: the reference has no final number.
+    If the reference, which is the ``answer`` of the dataset's row, has no number after ``####``, it raises ValueError.
     """
     expected, given = final_number(reference), final_number(answer_text)
     if expected is None:
@@ -68,7 +63,7 @@ def conversation(row: Row) -> Messages:
         if not equals:
             raise ValueError(f"'answer' has the annotation <<{piece}>>, which gives no result")
         parts += [{"type": "python", "text": code}, {"type": "python_output", "text": output}]
-    return exchange(text_field(row, "question"), parts)
+    return [*ask(text_field(row, "question")), {"role": "assistant", "content": parts}]
 
 
 def task(source: DatasetSource) -> GenerativeTask:

@@ -52,11 +52,8 @@ def passes_tests(
 ) -> bool:
     """Whether an answer passes the problem's tests in the sandbox; blocks.
 
-    A program that ends before the end of its tests, by an error, a limit or an exit, is wrong.
-
-    Raises:
-        ScoringFailed: the sandbox is overloaded.
-        WorkerFailed: the sandbox itself failed.
+    A program that ends before the end of its tests, by an error, a limit or an exit, is wrong. Errors are those of
+    :func:`runs_to_its_end`.
     """
     # The prompt is valid Python by itself: a function whose body is the docstring. The answer may continue the body, or
     # repeat the whole function, which then replaces the first one. The prompt's imports work in both cases.

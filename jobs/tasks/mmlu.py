@@ -2,7 +2,7 @@
 
 from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, DatasetSource, on_hub
 from jobs.data.rows import Row
-from jobs.tasks.fine_tuning import ConversationFiles
+from jobs.tasks.conversations import ConversationFiles
 from jobs.tasks.multiple_choice import FOUR_CHOICES_BASELINE, indexed_choice
 from jobs.tasks.task import ChoiceQuestion, ChoiceTask, Messages
 

@@ -1,17 +1,17 @@
 """Finds tasks by name: to evaluate, to fine-tune on, or to practice on with reinforcement learning."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jobs.data.dataset_files import DatasetSource
 from jobs.demo_world import evaluation_set
 from jobs.tasks import arc, arithmetic, demo, gsm8k, humaneval, mmlu, smoltalk
-from jobs.tasks.fine_tuning import ConversationGenerator, own_conversations
+from jobs.tasks.conversations import Conversations, FileConversations, GeneratedConversations, own_conversations
 from jobs.tasks.letters import COUNTING, SPELLING
 from jobs.tasks.own_questions import own_task
-from jobs.tasks.problems import Problems
-from jobs.tasks.task import ChoiceTask, GenerativeTask
+from jobs.tasks.task import ChoiceTask, GenerativeTask, Problems
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
 
@@ -22,8 +22,8 @@ GENERATED_QUESTIONS = 200
 
 _FROM_FILES: Mapping[str, Callable[[DatasetSource], AnyTask]] = {
     "mmlu": mmlu.task,
-    "arc-easy": arc.easy_task,
-    "arc-challenge": arc.challenge_task,
+    "arc-easy": functools.partial(arc.task, subset="Easy"),
+    "arc-challenge": functools.partial(arc.task, subset="Challenge"),
     "gsm8k": gsm8k.task,
     "humaneval": humaneval.task,
 }
@@ -38,8 +38,8 @@ CONVERSATION_FILES = {
     "identity": own_conversations("identity"),
 }
 CONVERSATION_GENERATORS = {
-    "spelling": ConversationGenerator(SPELLING.conversation, 20_000),
-    "counting": ConversationGenerator(COUNTING.conversation, 20_000),
+    "spelling": GeneratedConversations(SPELLING.conversation, 20_000),
+    "counting": GeneratedConversations(COUNTING.conversation, 20_000),
 }
 
 PROBLEMS: Mapping[str, Callable[[Store, int], Problems]] = {
@@ -95,11 +95,34 @@ def _open(name: str, source: DatasetSource, selection: Selection) -> AnyTask:
     return task.sample(selection.items, selection.seed) if selection.items else task
 
 
-def open_problems(store: Store, name: str, held_out: int) -> Problems:
-    """The problems that reinforcement learning practices on.
+def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversations | None]:
+    """Open the conversations with this name in a mixture: a built-in dataset, a local file, or a folder of the store.
 
-    Args:
-        held_out: largest number of problems to hold out for evaluation.
+    Returns:
+        The training conversations, and the validation conversations if the store has ``data/<name>/val.jsonl``.
+
+    Raises:
+        UserError: nothing has this name, or a file is wrong; the message says where the files are expected and how
+            to get them.
+    """
+    if name in CONVERSATION_GENERATORS:
+        return CONVERSATION_GENERATORS[name], None
+    if name.endswith((".jsonl", ".parquet")):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(f"the file {name} does not exist")
+        return FileConversations({name: path}, own_conversations(name)), None
+    known = ", ".join((*CONVERSATION_FILES, *CONVERSATION_GENERATORS))
+    dataset = CONVERSATION_FILES.get(name) or own_conversations(name, f"; {name!r} is none of {known}")
+    training = FileConversations(DatasetSource(store).find(dataset.files), dataset)
+    validation = f"data/{name}/val.jsonl"
+    if not store.exists(validation):
+        return training, None
+    return training, FileConversations({validation: store.fetch(validation)}, dataset)
+
+
+def open_problems(store: Store, name: str, held_out: int) -> Problems:
+    """The problems that reinforcement learning practices on; at most ``held_out`` of them are for evaluation.
 
     Raises:
         UserError: the name is unknown, or the store lacks the task's files; the message says how to get them.

@@ -1,7 +1,7 @@
 """SmolTalk: 460,000 general conversations to fine-tune small models on (arXiv 2502.02737)."""
 
 from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, on_hub
-from jobs.tasks.fine_tuning import ConversationFiles
+from jobs.tasks.conversations import ConversationFiles
 
 CONVERSATIONS = ConversationFiles(
     DatasetFiles(

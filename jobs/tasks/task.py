@@ -1,4 +1,7 @@
-"""Evaluation tasks: a task is a list of questions, and a question can tell whether a response is right."""
+"""What tasks consist of: the questions of an evaluation, and the problems of reinforcement learning.
+
+An evaluation task is a list of questions, and a question can tell whether a response is right.
+"""
 
 import dataclasses
 import hashlib
@@ -11,7 +14,6 @@ from nanochat_core.sandbox import SandboxExecutor
 
 # A conversation in the form that nanochat_core.chat.parse_messages reads.
 Messages = Sequence[Mapping[str, Any]]
-MessageContent = str | list[dict[str, str]]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -21,9 +23,29 @@ def ask(question: str) -> Messages:
     return ({"role": "user", "content": question},)
 
 
-def exchange(question: str, answer: MessageContent) -> Messages:
-    """A conversation that consists of the user's question and the assistant's answer."""
-    return [*ask(question), {"role": "assistant", "content": answer}]
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A conversation up to the user's last message, and the dataset's answer to it, for reinforcement learning."""
+
+    messages: Messages
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Problems:
+    """Problems to train on, problems held out for evaluation, and the name of the task's usual reward."""
+
+    training: Sequence[Problem]
+    held_out: Sequence[Problem]
+    reward: str
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the training problems."""
+        digest = hashlib.sha256()
+        for problem in self.training:
+            digest.update(json.dumps([list(problem.messages), problem.answer]).encode())
+        return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

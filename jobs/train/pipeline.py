@@ -22,8 +22,8 @@ from jobs.promotion.decisions import latest_decision
 from jobs.promotion.gate import EXIT_REFUSED, decide
 from jobs.recipes import RECIPES, Flags, Recipe
 from jobs.results.reports import is_reported
-from jobs.tasks.problems import Problems
 from jobs.tasks.registry import open_problems
+from jobs.tasks.task import Problems
 from jobs.train import pretrain, rl, sft
 from jobs.train.batches.mixtures import Mixture
 from jobs.train.launcher import Launcher

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from jobs.measures.pass_at_k import mean_pass_at_k
-from jobs.tasks.problems import Problems
 from jobs.tasks.registry import open_problems
+from jobs.tasks.task import Problems
 from jobs.train.loop.run import Evaluation, Metrics
 from jobs.train.loop.runtime import Runtime
 from jobs.train.loop.schedule import Schedule

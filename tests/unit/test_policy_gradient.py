@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jobs.tasks.problems import Problem
+from jobs.tasks.task import Problem
 from jobs.train.reinforce.policy_gradient import PolicyGradient, RolloutBatch, advantages, kl_k3, pack, target_logprobs
 from jobs.train.reinforce.rewards import Rollout
 from jobs.train.reinforce.rollouts import Answerer, Sampling

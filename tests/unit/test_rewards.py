@@ -11,8 +11,8 @@ import pytest
 
 from jobs.demo_world.arithmetic import contains_reserved_number, reserved_numbers
 from jobs.demo_world.practice import is_heldout_number, practice
-from jobs.tasks.problems import Problem
 from jobs.tasks.registry import PROBLEMS, open_problems
+from jobs.tasks.task import Problem
 from jobs.train.reinforce.rewards import REWARDS, Rollout
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store, open_store

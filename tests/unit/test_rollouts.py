@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.tasks.problems import Problem
+from jobs.tasks.task import Problem
 from jobs.train.reinforce.rewards import Rollout
 from jobs.train.reinforce.rollouts import Answerer, RolloutSettings, RolloutSource, Sampling, SharedCalls, seed_of
 from nanochat_core.engine import ToolOutput

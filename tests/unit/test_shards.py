@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.data import shards
-from jobs.data.row_group_cache import RowGroupCache
 from jobs.data.shards import (
+    RowGroupCache,
     TextDataset,
     dataset_digest,
     dataset_exists,

@@ -10,7 +10,7 @@ import pytest
 
 from jobs.demo_world import words
 from jobs.tasks import arc, gsm8k, mmlu
-from jobs.tasks.fine_tuning import row_messages
+from jobs.tasks.conversations import row_messages
 from jobs.tasks.letters import COUNTING, SPELLING
 from jobs.tasks.registry import CONVERSATION_GENERATORS
 from nanochat_core.chat import parse_messages

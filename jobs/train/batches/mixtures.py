@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from jobs.tasks.conversations import Conversations, open_conversations
+from jobs.tasks.conversations import Conversations
+from jobs.tasks.registry import open_conversations
 from nanochat_core.chat import Message, render_conversation
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from jobs.tasks import arithmetic
 from jobs.tasks import gsm8k as gsm8k_task
 from jobs.tasks.answers import states_number
-from jobs.tasks.problems import Problem
+from jobs.tasks.task import Problem
 
 
 @dataclasses.dataclass(frozen=True)

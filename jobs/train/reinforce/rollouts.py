@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from jobs.generation.python_tool import SandboxTool
-from jobs.tasks.problems import Problem
+from jobs.tasks.task import Problem
 from jobs.train.batches.sources import EpochShuffle
 from jobs.train.loop.stage import StageSettings
 from jobs.train.reinforce.policy_gradient import RolloutBatch, advantages, pack
