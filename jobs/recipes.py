@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs import demo_world
 from jobs.data.local_text import read_local_text
 from jobs.data.shards import dataset_exists, has_shards, write_dataset
+from jobs.demo_world.conversations import CONVERSATION_MIX, conversations
+from jobs.demo_world.documents import pretraining_documents
+from jobs.demo_world.evaluation import EvalItem, evaluation_set
 from jobs.promotion.rules import Gate
 from jobs.tasks.conversations import write_conversations
 from nanochat_core.errors import UserError
@@ -49,13 +51,13 @@ class Recipe:
     document_characters: int | None = None
     gate: Gate = dataclasses.field(default_factory=Gate)
 
-    def evaluation_items(self, count: int, seed: int = 0) -> list[demo_world.EvalItem]:
+    def evaluation_items(self, count: int, seed: int = 0) -> list[EvalItem]:
         """Held-out questions of the demo world, reduced to the kinds that the recipe teaches.
 
         Args:
             count: number of questions before questions of other kinds are removed.
         """
-        return demo_world.evaluation_set(count, seed, self.conversation_kinds)
+        return evaluation_set(count, seed, self.conversation_kinds)
 
     def prepare(self, store: Store, name: str, data: Path | None) -> None:
         """Write text to ``data/<name>`` and conversations to ``data/<name>-chat`` unless the store has them.
@@ -83,8 +85,8 @@ class Recipe:
             training, validation = read_local_text(data)
             source = str(data)
         else:
-            training = demo_world.pretraining_documents(seed=1, n=DEMO_DOCUMENTS)
-            validation = demo_world.pretraining_documents(seed=2, n=DEMO_VALIDATION_DOCUMENTS)
+            training = pretraining_documents(seed=1, n=DEMO_DOCUMENTS)
+            validation = pretraining_documents(seed=2, n=DEMO_VALIDATION_DOCUMENTS)
             source = "the demo world"
         if self.document_characters:
             training = cut_documents(training, self.document_characters)
@@ -94,10 +96,10 @@ class Recipe:
         # Validation uses the demo world's training split too, because the held-out split is reserved for evaluation.
         mix = {
             kind: share
-            for kind, share in demo_world.CONVERSATION_MIX.items()
+            for kind, share in CONVERSATION_MIX.items()
             if self.conversation_kinds is None or kind in self.conversation_kinds
         }
-        return demo_world.conversations("train", seed=1 if split == "train" else 2, n=count, mix=mix)
+        return conversations("train", seed=1 if split == "train" else 2, n=count, mix=mix)
 
 
 def cut_documents(documents: Iterable[str], characters: int) -> Iterator[str]:

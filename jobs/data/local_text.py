@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.data.shards import Shard
-from nanochat_core.checkpoint.manifest import sha256_of
 from nanochat_core.errors import UserError
 
 # Plain text is cut between paragraphs into documents of about this many characters.
@@ -43,7 +42,8 @@ def local_text_digest(path: Path) -> str:
     """sha256 of the contents of all files that :func:`read_local_text` reads; UserError if there is none."""
     digest = hashlib.sha256()
     for file in _text_files(path):
-        digest.update(bytes.fromhex(sha256_of(file)))
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat_core.checkpoint.manifest import sha256_of
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
 
@@ -303,7 +302,8 @@ def describe_shard(path: Path, shown: str) -> ShardInfo:
     row_groups = Shard(path, shown).row_groups
     if not sum(row_groups):
         raise UserError(f"{shown} holds no document")
-    return ShardInfo(path.stat().st_size, sha256_of(path), row_groups)
+    with path.open("rb") as file:
+        return ShardInfo(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest(), row_groups)
 
 
 def _add_shard(folder: Path, shards: dict[str, ShardInfo], documents: Iterable[str]) -> int:

@@ -17,20 +17,3 @@ The sentences and words are in ``content/``, as TOML files that can be edited wi
 The hash of a number or word decides its split. So no generator needs a list of the numbers and words that training has
 used, whatever the seed.
 """
-
-from jobs.demo_world.conversations import CONVERSATION_MIX, conversations
-from jobs.demo_world.documents import DOCUMENT_MIX, pretraining_documents
-from jobs.demo_world.evaluation import EVALUATION_MIX, EvalItem, check, evaluation_set
-from jobs.demo_world.tables import Split
-
-__all__ = [
-    "CONVERSATION_MIX",
-    "DOCUMENT_MIX",
-    "EVALUATION_MIX",
-    "EvalItem",
-    "Split",
-    "check",
-    "conversations",
-    "evaluation_set",
-    "pretraining_documents",
-]

@@ -12,33 +12,6 @@ from jobs.demo_world.seeding import generator
 from jobs.demo_world.tables import Table, read_content
 from jobs.demo_world.tool_questions import QUESTIONS
 
-# Shares of the kinds, in percent. The first three kinds teach facts and English. In the other kinds most words and
-# numbers occur twice. The model can predict the second one only by looking back, so it learns early to copy.
-DOCUMENT_MIX: Mapping[str, float] = {
-    "portrait": 28,
-    "comparison": 7,
-    "story": 13,
-    "ledger": 9,
-    "echo": 7,
-    "spelling": 10,
-    "code": 10,
-    "sums": 6,
-    # Dialogues contain the words of questions for the tokenizer, and teach the copying that conversations need.
-    "dialogue": 10,
-}
-
-
-def pretraining_documents(seed: int, n: int, mix: Mapping[str, float] = DOCUMENT_MIX) -> Iterator[str]:
-    """Generate ``n`` short texts; none contains a special token, or a number, word or name of the held-out split.
-
-    Equal arguments give equal texts, and a smaller ``n`` gives the first of these. ``mix`` has the weight of each kind;
-    the other kinds do not occur.
-    """
-    rng = generator("documents", seed)
-    kinds, weights = tuple(mix), tuple(mix.values())
-    for _ in range(n):
-        yield _WRITERS[rng.choices(kinds, weights)[0]](rng)
-
 
 class Documents(Table):
     """The content of ``content/documents.toml``, which explains it; the keys of ``operators`` are operators."""
@@ -183,14 +156,31 @@ def _dialogue(rng: random.Random) -> str:
     return template.format(asker=asker.name, other=other.name, question=exchange.question, said=said)
 
 
-_WRITERS: dict[str, Writer] = {
-    "portrait": _portrait,
-    "comparison": _comparison,
-    "story": _story,
-    "ledger": _ledger,
-    "echo": _echo,
-    "spelling": _spelling,
-    "code": _code,
-    "sums": _sums,
-    "dialogue": _dialogue,
+# The share of each kind, in percent, and its writer. The first three kinds teach facts and English. In the other kinds
+# most words and numbers occur twice. The model can predict the second one only by looking back, so it learns early to
+# copy.
+_KINDS: Mapping[str, tuple[float, Writer]] = {
+    "portrait": (28, _portrait),
+    "comparison": (7, _comparison),
+    "story": (13, _story),
+    "ledger": (9, _ledger),
+    "echo": (7, _echo),
+    "spelling": (10, _spelling),
+    "code": (10, _code),
+    "sums": (6, _sums),
+    # Dialogues contain the words of questions for the tokenizer, and teach the copying that conversations need.
+    "dialogue": (10, _dialogue),
 }
+DOCUMENT_MIX = {kind: share for kind, (share, _) in _KINDS.items()}
+
+
+def pretraining_documents(seed: int, n: int, mix: Mapping[str, float] = DOCUMENT_MIX) -> Iterator[str]:
+    """Generate ``n`` short texts; none contains a special token, or a number, word or name of the held-out split.
+
+    Equal arguments give equal texts, and a smaller ``n`` gives the first of these. ``mix`` has the weight of each kind;
+    the other kinds do not occur.
+    """
+    rng = generator("documents", seed)
+    kinds, weights = tuple(mix), tuple(mix.values())
+    for _ in range(n):
+        yield _KINDS[rng.choices(kinds, weights)[0]][1](rng)

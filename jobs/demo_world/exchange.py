@@ -1,9 +1,7 @@
 """One question with its answer, and the conditions for a right answer."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 Part = dict[str, str]
 
@@ -25,7 +23,7 @@ class Exchange:
     forbidden: tuple[str, ...] = ()
     requires_tool: bool = False
 
-    def asked(self, question: str) -> Exchange:
+    def asked(self, question: str) -> Self:
         """A copy of this exchange with another question text."""
         return dataclasses.replace(self, question=question)
 

@@ -5,16 +5,13 @@ import random
 
 from jobs.demo_world.exchange import Exchange
 from jobs.demo_world.facts import (
+    ENTITIES,
     EVENTS,
     PEOPLE,
     PLACES,
-    SALTMERE,
     Entity,
-    Event,
     Fact,
     Person,
-    Place,
-    Town,
     all_facts,
     fact,
     key,
@@ -53,22 +50,13 @@ def reverse(rng: random.Random, split: Split, known: Fact) -> Exchange:
     )
 
 
-# The two relations that a portrait states.
-_PORTRAIT_RELATIONS: dict[type[Entity], tuple[str, str]] = {
-    Person: ("job", "home"),
-    Place: ("location", "fame"),
-    Event: ("month", "custom"),
-    Town: ("island", "flag"),
-}
-
-
 def portrait(rng: random.Random, split: Split, entity: Entity) -> Exchange:
     """Ask who a person is, or what a place or festival is."""
     frames = (
         *SUBJECTS.portrait.of(split),
         *(SUBJECTS.who_is if isinstance(entity, Person) else SUBJECTS.what_is).of(split),
     )
-    first, second = (fact(entity, relation) for relation in _PORTRAIT_RELATIONS[type(entity)])
+    first, second = (fact(entity, relation) for relation in entity.portrait)
     about = forward(rng, split, first).asked(fill(rng.choice(frames), entity))
     more = fill(RELATIONS[second.relation].answer, entity, second.value, pronoun=True)
     return dataclasses.replace(about, answer=f"{about.answer} {more}")
@@ -88,7 +76,7 @@ def about_facts(rng: random.Random, split: Split) -> Exchange:
     if sort is inhabitants:
         return inhabitants(rng, split)
     if sort is portrait:
-        return portrait(rng, split, rng.choice((*PEOPLE, *PEOPLE, *PLACES, *EVENTS, SALTMERE)))
+        return portrait(rng, split, rng.choice((*PEOPLE, *ENTITIES)))
     if sort is reverse and RELATIONS[known.relation].reverse.train:
         return reverse(rng, split, known)
     return forward(rng, split, known)

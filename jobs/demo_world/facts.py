@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jobs.demo_world.tables import Table, read_content
 
@@ -16,13 +16,17 @@ Pronoun = Literal["she", "he", "it"]
 
 
 class Entity(Table):
-    """A person, place, festival or town that has facts."""
+    """A person, place, festival or town that has facts; its portrait states two relations."""
+
+    portrait: ClassVar[tuple[str, str]]
 
     name: str
     pronoun: Pronoun
 
 
 class Person(Entity):
+    portrait = ("job", "home")
+
     home: str
     job: str
     duty: str
@@ -33,18 +37,24 @@ class Person(Entity):
 
 
 class Place(Entity):
+    portrait = ("location", "fame")
+
     location: str
     built: str
     fame: str
 
 
 class Event(Entity):
+    portrait = ("month", "custom")
+
     month: str
     first_held: str
     custom: str
 
 
 class Town(Entity):
+    portrait = ("island", "flag")
+
     island: str
     sea: str
     river: str

@@ -22,22 +22,17 @@ _HELDOUT_ONE_IN = 8
 
 
 def practice(rng: random.Random, split: Split) -> tuple[str, str]:
-    """Draw a question and the number that answers it."""
-    return _square(rng, split) if rng.random() < _SQUARE_SHARE else _long_sum(rng, split)
+    """Draw a question and the number that answers it.
 
-
-def _long_sum(rng: random.Random, split: Split) -> tuple[str, str]:
-    """A sum, difference or product of longer numbers than fine-tuning teaches."""
+    It asks for a square, or for a sum, difference or product of longer numbers than fine-tuning teaches.
+    """
+    if rng.random() < _SQUARE_SHARE:
+        number = _short_number(rng, split)
+        return draw_frame(rng, split, QUESTIONS.squares).format(a=number), str(number * number)
     symbol = rng.choice("+-*")
     other = _short_number(rng, split) if symbol == "*" else _long_number(rng, split)
     drawn = Sum(_long_number(rng, split), symbol, other)
     return framed(rng, split, drawn), drawn.result
-
-
-def _square(rng: random.Random, split: Split) -> tuple[str, str]:
-    """The square of a number."""
-    number = _short_number(rng, split)
-    return draw_frame(rng, split, QUESTIONS.squares).format(a=number), str(number * number)
 
 
 def _short_number(rng: random.Random, split: Split) -> int:

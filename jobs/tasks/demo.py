@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jobs.demo_world import EvalItem, check
+from jobs.demo_world.evaluation import EvalItem, check
 from jobs.tasks.task import GenerativeTask, OpenQuestion, Response
 from nanochat_core.sandbox import SandboxExecutor
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jobs.data.dataset_files import DatasetSource
-from jobs.demo_world import evaluation_set
+from jobs.demo_world.evaluation import evaluation_set
 from jobs.tasks import arc, arithmetic, demo, gsm8k, humaneval, mmlu, smoltalk
 from jobs.tasks.conversations import Conversations, FileConversations, GeneratedConversations, own_conversations
 from jobs.tasks.letters import COUNTING, SPELLING
@@ -27,7 +27,7 @@ _FROM_FILES: Mapping[str, Callable[[DatasetSource], AnyTask]] = {
     "gsm8k": gsm8k.task,
     "humaneval": humaneval.task,
 }
-_GENERATED: Mapping[str, Callable[[int, int], GenerativeTask]] = {"spelling": SPELLING.task, "counting": COUNTING.task}
+_GENERATED = {task.name: task for task in (SPELLING, COUNTING)}
 TASKS = ("demo", *_FROM_FILES, *_GENERATED)
 
 CONVERSATION_FILES = {
@@ -37,10 +37,7 @@ CONVERSATION_FILES = {
     "gsm8k": gsm8k.CONVERSATIONS,
     "identity": own_conversations("identity"),
 }
-CONVERSATION_GENERATORS = {
-    "spelling": GeneratedConversations(SPELLING.conversation, 20_000),
-    "counting": GeneratedConversations(COUNTING.conversation, 20_000),
-}
+CONVERSATION_GENERATORS = {name: GeneratedConversations(task.conversation, 20_000) for name, task in _GENERATED.items()}
 
 PROBLEMS: Mapping[str, Callable[[Store, int], Problems]] = {
     "arithmetic": arithmetic.problems,
@@ -83,7 +80,7 @@ def _open(name: str, source: DatasetSource, selection: Selection) -> AnyTask:
     if name == "demo":
         return demo.task(evaluation_set(generated, selection.seed, selection.kinds))
     if name in _GENERATED:
-        return _GENERATED[name](generated, selection.seed)
+        return _GENERATED[name].task(generated, selection.seed)
     if name.endswith(".jsonl"):
         task = own_task(Path(name).expanduser())
         if task.name in TASKS:

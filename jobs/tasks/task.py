@@ -132,11 +132,7 @@ Q = TypeVar("Q", OpenQuestion, ChoiceQuestion)
 
 @dataclasses.dataclass(frozen=True)
 class Task(Generic[Q]):
-    """A list of questions with a name.
-
-    Attributes:
-        baseline: accuracy of guessing.
-    """
+    """A list of questions with a name; ``baseline`` is the accuracy of guessing."""
 
     kind: ClassVar[Literal["choice", "generative"]]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.demo_world import EvalItem
+from jobs.demo_world.evaluation import EvalItem
 from jobs.eval.chat_eval.evaluate_tasks import answer_greedily
 from jobs.eval.chat_eval.scores import GradedAnswers
 from jobs.eval.checkpoints import pick_checkpoint

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.demo_world import EvalItem, evaluation_set, pretraining_documents
+from jobs.demo_world.documents import pretraining_documents
+from jobs.demo_world.evaluation import EvalItem, evaluation_set
 from jobs.eval import chat
 from jobs.eval.chat import ChatEvalSettings
 from jobs.eval.chat_eval import evaluate_tasks

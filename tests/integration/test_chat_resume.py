@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from jobs.data.dataset_files import DatasetSource
-from jobs.demo_world import pretraining_documents
+from jobs.demo_world.documents import pretraining_documents
 from jobs.eval import chat
 from jobs.eval.chat import ChatEvalSettings
 from jobs.eval.chat_eval import evaluate_tasks

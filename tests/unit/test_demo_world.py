@@ -11,20 +11,11 @@ from typing import Any
 
 import pytest
 
-from jobs.demo_world import (
-    CONVERSATION_MIX,
-    DOCUMENT_MIX,
-    EVALUATION_MIX,
-    EvalItem,
-    arithmetic,
-    check,
-    conversations,
-    evaluation_set,
-    pretraining_documents,
-    tables,
-    words,
-)
+from jobs.demo_world import arithmetic, tables, words
 from jobs.demo_world.chitchat import CHITCHAT
+from jobs.demo_world.conversations import CONVERSATION_MIX, conversations
+from jobs.demo_world.documents import DOCUMENT_MIX, pretraining_documents
+from jobs.demo_world.evaluation import EVALUATION_MIX, EvalItem, check, evaluation_set
 from jobs.demo_world.facts import ENTITIES, PEOPLE, all_facts, key, names, relations_of, siblings, values_of
 from jobs.demo_world.phrasings import RELATIONS, fill
 from jobs.demo_world.tables import Split
@@ -90,7 +81,9 @@ def code_of(made: Iterable[dict[str, Any]]) -> list[str]:
 
 def test_equal_seeds_give_equal_data_in_another_process() -> None:
     program = (
-        "import hashlib; from jobs.demo_world import *; "
+        "import hashlib; from jobs.demo_world.conversations import conversations; "
+        "from jobs.demo_world.documents import pretraining_documents; "
+        "from jobs.demo_world.evaluation import evaluation_set; "
         "made = [*pretraining_documents(5, 300), *conversations('train', 5, 300), *conversations('heldout', 5, 300)]; "
         "print(hashlib.sha256(repr([made, evaluation_set(50, 5)]).encode()).hexdigest())"
     )

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from jobs import recipes
 from jobs.data.shards import TextDataset
-from jobs.demo_world import CONVERSATION_MIX, EVALUATION_MIX
+from jobs.demo_world.conversations import CONVERSATION_MIX
+from jobs.demo_world.evaluation import EVALUATION_MIX
 from jobs.recipes import RECIPES, Recipe, cut_documents
 from jobs.train.batches.mixtures import Mixture
 from jobs.train.pretrain import PretrainSettings, plan_run
