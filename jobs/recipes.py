@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.data.local_text import read_local_text
-from jobs.data.shards import dataset_exists, has_shards, write_dataset
+from jobs.data.shards import dataset_exists, shard_keys, write_dataset
 from jobs.demo_world.conversations import CONVERSATION_MIX, conversations
 from jobs.demo_world.documents import pretraining_documents
 from jobs.demo_world.evaluation import EvalItem, evaluation_set
@@ -67,7 +67,7 @@ class Recipe:
         """
         if data is not None and not self.needs_data:
             raise UserError(f"recipe {self.name} makes its own data; leave --data out or use --recipe small")
-        if not (dataset_exists(store, name) or (self.needs_data and data is None and has_shards(store, name))):
+        if not (dataset_exists(store, name) or (self.needs_data and data is None and shard_keys(store, name))):
             self._write_text(store, name, data)
         if not store.exists(f"data/{name}-chat/val.jsonl"):
             for split, count in (("train", self.train_conversations), ("val", 256)):

@@ -54,8 +54,7 @@ class DatasetSource:
     def find(self, files: DatasetFiles) -> dict[str, Path]:
         """Local paths of the files, by the name that error messages use for each.
 
-        Raises:
-            UserError: the folder does not exist, or neither place has the files; the message says how to get them.
+        If the folder does not exist or neither place has the files, a UserError says how to get them.
         """
         if self.folder is not None:
             if not self.folder.is_dir():
@@ -83,10 +82,7 @@ class DatasetSource:
 
 
 def read_rows(files: dict[str, Path], make: Callable[[Row], T]) -> tuple[T, ...]:
-    """``make`` applied to every row of several files, given by the name that error messages use for each.
-
-    Raises UserError if a row is wrong, or if there is no row at all.
-    """
+    """``make`` applied to every row of files, given by the name that error messages use; UserError without a row."""
     opened = [open_rows(path, shown) for shown, path in files.items()]
     made = tuple(convert(rows, index, make) for rows in opened for index in range(len(rows)))
     if not made:

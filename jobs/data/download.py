@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from jobs.data.http_download import Stopped, discard, disk_errors, fetch_file
-from jobs.data.shards import Manifest, ShardInfo, describe_shard, has_shards, read_manifest, write_manifest
+from jobs.data.shards import Manifest, ShardInfo, describe_shard, read_manifest, shard_keys, write_manifest
 from jobs.progress import ProgressDisplay
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store, open_store
@@ -151,7 +151,7 @@ def _manifest(store: Store, name: str, shown: str) -> Manifest:
     """The manifest of an earlier download from the same source, or an empty one."""
     manifest = read_manifest(store, name)
     if manifest is None:
-        if has_shards(store, name):
+        if shard_keys(store, name):
             raise UserError(f"data/{name} in {store} holds shards that were not downloaded; use another --dataset name")
         return Manifest(shown)
     if manifest.source != shown:

@@ -83,11 +83,7 @@ Rows = JsonLines | ParquetRows
 
 
 def open_rows(path: Path, shown: str) -> Rows:
-    """Open a ``.parquet`` file, or any other file as JSON lines; error messages call the file ``shown``.
-
-    Raises:
-        UserError: the file is not whole parquet although its name says so.
-    """
+    """Open a ``.parquet`` file, which raises UserError if it is not whole, or any other file as JSON lines."""
     return ParquetRows(path, shown) if path.suffix == ".parquet" else JsonLines(path, shown)
 
 
@@ -107,12 +103,7 @@ def convert(rows: Rows, index: int, make: Callable[[Row], T]) -> T:
 
 
 def text_field(row: Row, field: str) -> str:
-    """A field of a row that must be a string.
-
-    Raises:
-        KeyError: the row has no such field.
-        ValueError: the field is not a string.
-    """
+    """A field of a row; KeyError if the row does not have it, ValueError if it is not a string."""
     text = row[field]
     if not isinstance(text, str):
         raise ValueError(f"'{field}' is not a text")

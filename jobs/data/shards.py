@@ -30,13 +30,7 @@ _CACHED_BYTES = 512 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class ShardInfo:
-    """A shard's entry in the manifest.
-
-    Attributes:
-        bytes: size of the file.
-        sha256: digest of the file, in hexadecimal.
-        row_groups: number of documents in each row group.
-    """
+    """A shard's entry in the manifest: the file's size, its digest in hexadecimal, and each row group's documents."""
 
     bytes: int
     sha256: str
@@ -49,12 +43,9 @@ class ShardInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Content of ``data/<name>/dataset.json``.
+    """Content of ``data/<name>/dataset.json``: where the dataset comes from, and its shards by file name.
 
-    Attributes:
-        source: where the dataset comes from.
-        shards: the shards by file name.
-        complete: False during a download, while shards are still being added.
+    It is not complete during a download, while shards are still being added.
     """
 
     source: str
@@ -72,10 +63,7 @@ class Manifest:
 
 
 def read_manifest(store: Store, name: str) -> Manifest | None:
-    """The manifest of ``data/<name>``; None if a user put the shards there by hand, without a manifest.
-
-    A damaged manifest raises UserError.
-    """
+    """The manifest of ``data/<name>``, or None if a user put the shards there by hand; UserError if it is damaged."""
     key = f"data/{name}/{MANIFEST}"
     try:
         stored = json.loads(store.read(key))
@@ -101,11 +89,6 @@ def dataset_exists(store: Store, name: str) -> bool:
     """Whether ``data/<name>`` has a manifest and is complete."""
     manifest = read_manifest(store, name)
     return manifest is not None and manifest.complete
-
-
-def has_shards(store: Store, name: str) -> bool:
-    """Whether ``data/<name>`` has parquet shards, with or without a manifest."""
-    return bool(shard_keys(store, name))
 
 
 def dataset_digest(store: Store, name: str) -> str:
@@ -144,10 +127,8 @@ def write_dataset(store: Store, name: str, train: Iterable[str], validation: Ite
 class RowGroupCache:
     """Keeps the most recently used row groups in memory, up to ``capacity`` bytes.
 
-    The most recently used row group stays in memory even if it alone exceeds ``capacity``.
-
-    If several threads want the same row group, one of them reads it and the others wait for it. Threads that want
-    other row groups do not wait.
+    The most recently used row group stays in memory even if it alone exceeds ``capacity``. If several threads want the
+    same row group, one of them reads it and the others wait for it. Threads that want other row groups do not wait.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -196,19 +177,12 @@ class TextDataset:
     """The documents of one split of ``data/<name>``, numbered from 0.
 
     A shard is fetched from the store when one of its documents is first read; a shard without an entry in the manifest
-    is fetched by the constructor. Several threads may read at the same time.
+    is fetched by the constructor. Several threads may read at the same time. The default cache keeps up to 512 MiB of
+    row groups in memory.
     """
 
     def __init__(self, store: Store, name: str, split: str, cache: RowGroupCache | None = None) -> None:
-        """
-        Args:
-            split: ``train`` or ``val``.
-            cache: keeps row groups in memory; by default up to 512 MiB.
-
-        Raises:
-            UserError: there are too few shards, a shard is not parquet with a text column, or the download of the
-                dataset is not finished.
-        """
+        """Open the split ``train`` or ``val``; UserError if shards are missing or a shard is damaged."""
         keys = shard_keys(store, name)
         manifest = read_manifest(store, name)
         if manifest is not None and not manifest.complete:

@@ -2,7 +2,7 @@
 
 import json
 
-from jobs.data.shards import dataset_digest, has_shards
+from jobs.data.shards import dataset_digest, shard_keys
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
 from nanochat_core.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ def trained_on(store: Store, name: str) -> str | None:
 def dataset_of(store: Store, name: str) -> str:
     """The name of the dataset that a tokenizer was trained on; empty if it is unknown or no longer in the store."""
     dataset = _meta(store, name).get("dataset_name", "")
-    return dataset if dataset and has_shards(store, dataset) else ""
+    return dataset if dataset and shard_keys(store, dataset) else ""
 
 
 def _meta(store: Store, name: str) -> dict[str, str]:

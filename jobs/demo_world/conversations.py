@@ -39,12 +39,9 @@ def conversations(
 ) -> Iterator[dict[str, Any]]:
     """Generate ``n`` conversations, each with ``messages`` and ``kind``.
 
-    Equal arguments give equal conversations, and a smaller ``n`` gives the first of these. The splits have no user
-    message in common, whatever the seeds.
-
-    Args:
-        split: ``heldout`` uses phrasings, numbers, words and strangers that ``train`` never contains.
-        mix: weight of each kind; the other kinds do not occur.
+    Equal arguments give equal conversations, and a smaller ``n`` gives the first of these. ``mix`` has the weight of
+    each kind; the other kinds do not occur. The split ``heldout`` uses phrasings, numbers, words and strangers that
+    ``train`` never contains. The splits have no user message in common, whatever the seeds.
     """
     rng = generator(f"conversations/{split}", seed)
     kinds, weights = tuple(mix), tuple(mix.values())

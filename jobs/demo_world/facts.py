@@ -26,7 +26,6 @@ class Entity(Table):
 
 class Person(Entity):
     portrait = ("job", "home")
-
     home: str
     job: str
     duty: str
@@ -38,7 +37,6 @@ class Person(Entity):
 
 class Place(Entity):
     portrait = ("location", "fame")
-
     location: str
     built: str
     fame: str
@@ -46,7 +44,6 @@ class Place(Entity):
 
 class Event(Entity):
     portrait = ("month", "custom")
-
     month: str
     first_held: str
     custom: str
@@ -54,7 +51,6 @@ class Event(Entity):
 
 class Town(Entity):
     portrait = ("island", "flag")
-
     island: str
     sea: str
     river: str

@@ -22,10 +22,7 @@ def last_number(text: str) -> str | None:
 
 
 def states_number(expected: str, answer_text: str) -> bool:
-    """Whether the last number of the answer equals the expected number; 18 equals 18.00.
-
-    If ``expected`` contains no number, this raises ValueError.
-    """
+    """Whether the last number of an answer equals the expected one (18 is 18.00); ValueError if that has no number."""
     number, given = last_number(expected), last_number(answer_text)
     if number is None:
         raise ValueError(f"{expected!r} is no number")

@@ -28,12 +28,7 @@ def write_conversations(store: Store, name: str, split: str, conversations: Iter
 
 
 def row_messages(row: Row) -> Messages:
-    """The conversation of a row that has the form ``{"messages": […]}``.
-
-    Raises:
-        KeyError: the row has no ``messages``.
-        ValueError: ``messages`` is not a list.
-    """
+    """The conversation of a row ``{"messages": […]}``; KeyError or ValueError if it has not this form."""
     messages = row["messages"]
     if not isinstance(messages, list):
         raise ValueError("'messages' is not a list")
@@ -65,11 +60,7 @@ class FileConversations:
     """One conversation per row of one or several files, numbered from 0."""
 
     def __init__(self, files: Mapping[str, Path], dataset: ConversationFiles) -> None:
-        """Open local files, given by the name that error messages use for each.
-
-        Raises:
-            UserError: a ``.parquet`` file is damaged, or the files have no row at all.
-        """
+        """Open local files, given by the name that error messages use for each; UserError if they have no row."""
         self._files = [open_rows(path, shown) for shown, path in files.items()]
         self._paths, self._dataset = list(files.values()), dataset
         self._ends = list(itertools.accumulate(len(rows) for rows in self._files))
@@ -80,10 +71,7 @@ class FileConversations:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> list[Message]:
-        """
-        Raises:
-            UserError: the conversation is wrong or has no assistant message; the message names the file and the line.
-        """
+        """A conversation. If it is wrong or has no assistant message, a UserError names the file and the line."""
         file = bisect.bisect_right(self._ends, index)
         rows, number = self._files[file], index - (self._ends[file] - len(self._files[file]))
         messages = convert(rows, number, lambda row: parse_messages(self._dataset.messages(row)))

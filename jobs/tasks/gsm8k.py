@@ -37,7 +37,7 @@ def final_number(text: str) -> str | None:
 def same_final_number(reference: str, answer_text: str) -> bool:
     """Whether an answer ends with the same number as the dataset's answer; 18 and 18.00 are the same number.
 
-    If the reference, which is the ``answer`` of the dataset's row, has no number after ``####``, it raises ValueError.
+    A reference without a number after ``####`` raises ValueError.
     """
     expected, given = final_number(reference), final_number(answer_text)
     if expected is None:

@@ -10,12 +10,7 @@ FOUR_CHOICES_BASELINE = 0.25
 
 
 def indexed_choice(row: Row, group: str = "") -> ChoiceQuestion:
-    """The question of a row with ``question``, ``choices`` and the index ``answer``.
-
-    Raises:
-        KeyError: a field is missing.
-        ValueError: a field is wrong.
-    """
+    """The question of a row with ``question``, ``choices`` and the index ``answer``; ValueError if a field is wrong."""
     choices, answer = choice_texts(row, "choices"), row["answer"]
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise ValueError(f"'answer' is {answer!r}, which is no index of the {len(choices)} choices")
@@ -23,12 +18,7 @@ def indexed_choice(row: Row, group: str = "") -> ChoiceQuestion:
 
 
 def choice_texts(row: Row, field: str) -> Sequence[str]:
-    """A field that must be a list of at least two strings.
-
-    Raises:
-        KeyError: the field is missing.
-        ValueError: the field is something else, or there are more strings than letters.
-    """
+    """A field that must be a list of strings, at least two and no more than letters; otherwise ValueError."""
     texts = row[field]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"'{field}' is not a list of texts")

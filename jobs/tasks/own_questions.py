@@ -29,9 +29,7 @@ def own_task(path: Path) -> GenerativeTask | ChoiceTask:
 
     A row has ``messages``, ``answer`` and optionally ``match`` (exact, contains, number or regex), or it has
     ``question``, ``choices`` and the index ``answer``.
-
-    Raises:
-        UserError: the file does not exist or a row is wrong; the message names the file and the line.
+    If the file does not exist or a row is wrong, a UserError names the file and the line.
     """
     name = path.stem
     if not _NAME.fullmatch(name):

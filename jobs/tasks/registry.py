@@ -95,8 +95,7 @@ def _open(name: str, source: DatasetSource, selection: Selection) -> AnyTask:
 def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversations | None]:
     """Open the conversations with this name in a mixture: a built-in dataset, a local file, or a folder of the store.
 
-    Returns:
-        The training conversations, and the validation conversations if the store has ``data/<name>/val.jsonl``.
+    Returns the training conversations, and the validation conversations if the store has ``data/<name>/val.jsonl``.
 
     Raises:
         UserError: nothing has this name, or a file is wrong; the message says where the files are expected and how

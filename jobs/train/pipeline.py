@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from jobs.data.local_text import local_text_digest
-from jobs.data.shards import dataset_digest, has_shards, read_manifest
+from jobs.data.shards import dataset_digest, read_manifest, shard_keys
 from jobs.data.tokenizers import load_tokenizer, trained_on
 from jobs.program import JobSettings, run_program
 from jobs.promotion.decisions import latest_decision
@@ -157,7 +157,7 @@ class Pipeline:
     def _lacks_text(self) -> bool:
         """Whether the store has no shards, or only the shards of an interrupted download."""
         manifest = read_manifest(self.store, self.model)
-        return not has_shards(self.store, self.model) if manifest is None else not manifest.complete
+        return not shard_keys(self.store, self.model) if manifest is None else not manifest.complete
 
     def _train(self) -> tuple[Checkpoint, Checkpoint]:
         """Pretrain and fine-tune unless the final checkpoints are current; returns these checkpoints."""

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.data.shards import dataset_exists, has_shards
+from jobs.data.shards import dataset_exists, shard_keys
 from jobs.eval.report_card.held_out import (
     evaluate_conversations,
     evaluate_text,
@@ -45,7 +45,7 @@ def gather(
         "tokenizer": {"vocab_size": final.tokenizer.vocab_size},
     }
     dataset = (base or final).meta.get("settings", {}).get("dataset", model)
-    if base is not None and (dataset_exists(store, dataset) or has_shards(store, dataset)):
+    if base is not None and (dataset_exists(store, dataset) or shard_keys(store, dataset)):
         documents = held_out_documents(store, dataset, text_bytes)
         measured = evaluate_text(store, base, documents)
         report["base"]["held_out_bits_per_byte"] = measured["bits_per_byte"]
