@@ -344,7 +344,7 @@ def test_a_dataset_keeps_to_its_source(store: FolderStore, server: Server, tmp_p
 
 def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> None:
     monkeypatch.setattr(sys, "argv", ["dataset", *argv])
-    monkeypatch.setattr(dataset.logs, "configure", lambda *_: None)
+    monkeypatch.setattr("jobs.program.logs.configure", lambda *_: None)
     dataset.main()
 
 
