@@ -77,8 +77,8 @@ class ParquetRows:
             raise UserError(f"{self.where(index)} is not UTF-8: {error}") from error
 
 
-# The rows of one file, numbered from 0. ``where`` names a row in error messages: the file and the line or row, counted
-# from 1. A row that is not an object of named values raises UserError.
+# The rows of one file, numbered from 0. The method ``where`` names a row in error messages: the file and the line or
+# row, counted from 1. To read a row that is not an object of named values raises UserError.
 Rows = JsonLines | ParquetRows
 
 
@@ -88,7 +88,7 @@ def open_rows(path: Path, shown: str) -> Rows:
 
 
 def convert(rows: Rows, index: int, make: Callable[[Row], T]) -> T:
-    """Apply ``make`` to a row. It raises KeyError for a missing field, and ValueError or TypeError for a wrong value.
+    """Apply ``make``, which raises KeyError for a missing field and ValueError or TypeError for a wrong value, to a row.
 
     Raises:
         UserError: ``make`` raised one of these errors; the message names the file and the row.
