@@ -88,7 +88,7 @@ def open_rows(path: Path, shown: str) -> Rows:
 
 
 def convert(rows: Rows, index: int, make: Callable[[Row], T]) -> T:
-    """Apply ``make``, which raises KeyError for a missing field and ValueError or TypeError for a wrong value, to a row.
+    """Apply ``make`` to a row; ``make`` raises KeyError for a missing field, ValueError or TypeError for a wrong value.
 
     Raises:
         UserError: ``make`` raised one of these errors; the message names the file and the row.
