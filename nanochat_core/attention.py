@@ -50,16 +50,13 @@ class Attention(Protocol):
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    """Returns the attention backend for training.
+    """Returns the attention backend for training. Raises UserError if it is not available on this machine.
 
     Args:
         name: ``sdpa`` (torch's own, on any device), ``flex`` (FlexAttention, on GPUs), ``flash`` (the flash-attn
             package, on GPUs) or ``auto``. On a GPU, ``auto`` means flash if it is available and flex otherwise. On a
             CPU, it means the fastest implementation.
         dtype: dtype of queries, keys and values.
-
-    Raises:
-        UserError: the backend is not available on this machine.
     """
     if name == "sdpa":
         return sdpa_attention
@@ -79,8 +76,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Att
 def window_mask(rows: Tensor, columns: Tensor, window: int) -> Tensor:
     """Boolean mask of shape (rows, columns), True if ``row - window <= column <= row``.
 
-    Args:
-        rows, columns: token positions of the queries and of the keys, int64.
+    ``rows`` and ``columns`` are the positions of queries and keys, int64.
     """
     distance = rows.unsqueeze(1) - columns
     return (distance >= 0) & (distance <= window)

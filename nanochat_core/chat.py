@@ -41,8 +41,7 @@ class Message:
 def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Checks plain dictionaries, as read from JSON, and turns them into messages.
 
-    Raises:
-        UserError: a message is not valid; the error names the message and the problem.
+    Raises UserError that names an invalid message and its problem.
     """
     parsed: list[Message] = []
     if not messages:
@@ -84,9 +83,8 @@ def _parse_content(content: Any, role: str, i: int) -> tuple[Part, ...]:
 def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Token ids of a whole conversation and its loss mask.
 
-    Returns:
-        ``(ids, mask)`` of equal length. The mask is 1 for tokens that the assistant produces: its text, its code, the
-        tokens around the code and the end of its message. It is 0 for all other tokens, including tool output.
+    The result is ``(ids, mask)`` of equal length. The mask is 1 for tokens that the assistant produces: its text, its
+    code, the tokens around the code and the end of its message. It is 0 for all other tokens, including tool output.
     """
     special = tokenizer.special_ids
     ids, mask = [special[tok.BOS]], [0]
@@ -119,8 +117,7 @@ def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> tu
 def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation that ends with the start of an assistant message, which the model continues.
 
-    Raises:
-        UserError: the last message is not the user's.
+    Raises UserError if the last message is not the user's.
     """
     if not messages or messages[-1].role != "user":
         raise UserError("the last message must be the user's: there is nothing to answer")
@@ -165,8 +162,7 @@ class AssistantStream:
     def push(self, token_id: int) -> list[Part]:
         """Takes the next token and returns the parts that it completes.
 
-        Raises:
-            UserError: the id is outside the vocabulary.
+        Raises UserError if the id is outside the vocabulary.
         """
         if token_id < self._first_special:
             text = self._decoder.decode(self._tokenizer.decode_bytes([token_id]))

@@ -151,14 +151,9 @@ def loss_and_logit_gradient(raw: Tensor, targets: Tensor, vocab_size: int) -> tu
     """Summed cross-entropy of softcapped logits, and its gradient with respect to the raw logits.
 
     With ``p = softmax(z)`` of the softcapped logits ``z = 15 tanh(raw / 15)``, the gradient with respect to ``z`` is
-    ``p - onehot(target)``, and the softcap multiplies it by ``dz/draw = 1 - tanh(raw / 15)^2``.
-
-    Args:
-        raw: (tokens, rows) in the compute dtype.
-        targets: (tokens,).
-
-    Returns:
-        The loss, an fp32 scalar; the gradient, (tokens, rows) in ``raw``'s dtype.
+    ``p - onehot(target)``, and the softcap multiplies it by ``dz/draw = 1 - tanh(raw / 15)^2``. ``raw`` is (tokens,
+    rows) in the compute dtype and ``targets`` is (tokens,). The loss is an fp32 scalar, and the gradient is (tokens,
+    rows) in ``raw``'s dtype.
     """
     ids = torch.arange(raw.size(1), device=raw.device)
     hot = ids == targets.unsqueeze(1)

@@ -58,11 +58,7 @@ class ModelConfig:
         n_kv_head: int | None = None,
         window_pattern: str = "SSSL",
     ) -> ModelConfig:
-        """The shape of a model of ``depth`` layers: its width is 64 times the depth, rounded up to whole heads.
-
-        Raises:
-            UserError: the values do not describe a model.
-        """
+        """The shape of a model of ``depth`` layers: its width is 64 times the depth, rounded up to whole heads."""
         if depth < 1 or head_dim < 2:
             raise UserError(f"depth {depth} and head_dim {head_dim} make no model; use depth >= 1 and head_dim >= 2")
         n_head = math.ceil(depth * 64 / head_dim)
@@ -125,11 +121,7 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ModelConfig:
-        """Reads ``config.json``.
-
-        Raises:
-            UserError: the text is not a model config.
-        """
+        """Reads ``config.json``. Raises UserError if the text is not a model config."""
         try:
             stored: dict[str, Any] = json.loads(text)
             return cls(**stored)

@@ -28,9 +28,7 @@ def onednn_is_faster() -> bool:
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` without gradients, by the faster library.
 
-    Args:
-        x: (rows, in_features).
-        weight: (out_features, in_features) of the same dtype.
+    ``x`` is (rows, in_features) and ``weight`` is (out_features, in_features) of the same dtype.
     """
     if x.dtype == torch.float32 and not x.is_cuda and onednn_is_faster():
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

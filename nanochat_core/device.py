@@ -99,15 +99,14 @@ def cpu_multiplies_bf16() -> bool:
 def prepare_cpu(threads: int) -> None:
     """Sets this process up for computing on the CPU; call it before the first tensor is made.
 
+    An operation uses this number of threads; 0 leaves the choice to torch.
+
     Denormal numbers are flushed to zero. Decayed optimizer state has many of them, and x86 cores process a denormal
     number a hundred times slower than a normal one.
 
     The process keeps freed memory for its next allocations. Every training step allocates the same tensors again. By
     default, glibc requests the memory of each large tensor from the system and returns it afterwards. The first access
     to each page is then a page fault, and these faults take 5 to 10 % of a step.
-
-    Args:
-        threads: number of threads for one operation; 0 leaves the choice to torch.
     """
     if threads:
         torch.set_num_threads(threads)

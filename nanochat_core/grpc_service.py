@@ -71,8 +71,7 @@ class GrpcService:
     async def start(self, settings: ListenSettings, registry: CollectorRegistry) -> None:
         """Open both ports and publish the metrics of ``registry``. Health reports NOT_SERVING at first.
 
-        Raises:
-            UserError: the service cannot listen on an address.
+        Raises UserError if the service cannot listen on an address.
         """
         host, metrics_host = settings.host, settings.metrics_host or settings.host
         await self._health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)

@@ -150,11 +150,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draws the initial weights.
-
-        Args:
-            generator: source of random numbers on the parameters' device; None means torch's global one.
-        """
+        """Draws the initial weights with a generator on the parameters' device; None means torch's global one."""
         dim, depth = self.config.dim, self.config.depth
         # A uniform distribution on [-bound, bound] has standard deviation bound / sqrt(3).
         bound = (3 / dim) ** 0.5
@@ -179,14 +175,7 @@ class GPT(nn.Module):
         self.skip_scales.copy_(0.20 - 0.15 * fraction)
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """The normalized hidden states of the last layer.
-
-        Args:
-            ids: (batch, time) token ids, int64.
-
-        Returns:
-            (batch, time, dim) in the compute dtype.
-        """
+        """The normalized hidden states of the last layer, (batch, time, dim), for int64 token ids, (batch, time)."""
         cos, sin = self.cos[: ids.size(-1)].unsqueeze(-2), self.sin[: ids.size(-1)].unsqueeze(-2)
         x = rms_norm(self.embedding(ids).to(self.compute_dtype))
         # Smear: each token adds a gated share of the previous token's embedding.
@@ -210,26 +199,16 @@ class GPT(nn.Module):
         return softcap(self.head(hidden)[..., : self.config.vocab_size])
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The logits of whole rows.
-
-        Args:
-            ids: (batch, time) token ids.
-
-        Returns:
-            (batch, time, vocab_size) fp32.
-        """
+        """The fp32 logits, (batch, time, vocab_size), of whole rows of token ids, (batch, time)."""
         return self.logits(self.hidden(ids))
 
     def loss(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """The cross-entropy of whole rows, in nats.
+        """The cross-entropy of whole rows, in nats: an fp32 scalar, or (batch * time,) for the reduction ``none``.
 
         Args:
             ids: (batch, time) token ids.
             targets: (batch, time) next tokens; a target of ``-1`` is not counted.
             reduction: ``mean`` over counted targets, ``sum``, or ``none``.
-
-        Returns:
-            fp32 scalar, or (batch * time,) for ``none``.
         """
         hidden = self.hidden(ids).flatten(0, 1)
         return softcapped_cross_entropy(

@@ -53,15 +53,14 @@ def load(
 ) -> T:
     """Builds ``cls`` from flags and environment variables.
 
+    Raises UserError if a value is missing, has the wrong type or is out of bounds, or if the ``__post_init__`` of
+    ``cls`` raises ValueError for their combination.
+
     Args:
         cls: a dataclass whose fields were declared with :func:`setting`. Supported types: ``str``, ``int``,
             ``float``, ``bool``, ``tuple[str, ...]`` (comma separated), ``Literal[...]`` and ``X | None``.
         prefix: beginning of the environment variables' names, such as ``NANOCHAT_ENGINE``.
         program: program name in the usage text, such as ``python -m services.engine``.
-
-    Raises:
-        UserError: a value is missing, has the wrong type or is out of bounds, or the ``__post_init__`` of ``cls``
-            raises ValueError for their combination.
     """
     environ = os.environ if environ is None else environ
     hints = typing.get_type_hints(cls)

@@ -64,13 +64,11 @@ class Tokenizer:
     """
 
     def __init__(self, token_bytes: Sequence[bytes], pattern: str = SPLIT_PATTERN) -> None:
-        """
+        """Raises UserError if a byte has no token, or two tokens are the same.
+
         Args:
             token_bytes: the bytes of each ordinary token, indexed by id; the first 256 cover every single byte.
             pattern: regular expression that splits text before merging.
-
-        Raises:
-            UserError: a byte has no token, or two tokens are the same.
         """
         ranks = {token: rank for rank, token in enumerate(token_bytes)}
         if len(ranks) != len(token_bytes):
@@ -123,11 +121,7 @@ class Tokenizer:
             return list(pool.map(self.encode, texts))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ``ids``; special tokens appear by name.
-
-        Raises:
-            UserError: an id is outside the vocabulary.
-        """
+        """The bytes of ``ids``; special tokens appear by name. Raises UserError if an id is outside the vocabulary."""
         ids = list(ids)
         for i in ids:
             if not 0 <= i < self.vocab_size:
@@ -159,11 +153,7 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Tokenizer:
-        """Reads ``tokenizer.json``.
-
-        Raises:
-            UserError: the text is not a tokenizer, or has another format.
-        """
+        """Reads ``tokenizer.json``. Raises UserError if the text is not a tokenizer of this format."""
         try:
             stored = json.loads(text)
             if stored.get("format") != FORMAT:

@@ -50,11 +50,7 @@ class Manifest:
 
     @property
     def weights_digest(self) -> str:
-        """The SHA-256 of the weights.
-
-        Raises:
-            UserError: the manifest lists no weights.
-        """
+        """The SHA-256 of the weights. Raises UserError if the manifest lists none."""
         return self._entry(WEIGHTS).sha256
 
     def key(self, name: str) -> str:
@@ -64,9 +60,7 @@ class Manifest:
     def fetch(self, store: Store, name: str) -> Path:
         """Verifies the size and the digest of a file and returns a local path to it.
 
-        Raises:
-            UserError: the file is missing or damaged.
-            StoreError: the file cannot be read.
+        Raises UserError if the file is missing or damaged, and StoreError if it cannot be read.
         """
         entry, key = self._entry(name), self.key(name)
         try:
@@ -95,11 +89,7 @@ class Manifest:
 
 
 def load_manifest(store: Store, ref: CheckpointRef) -> Manifest:
-    """Reads the manifest of a checkpoint.
-
-    Raises:
-        UserError: there is no such checkpoint, or its manifest is damaged.
-    """
+    """Reads the manifest of a checkpoint. Raises UserError if there is none or it is damaged."""
     try:
         stored = json.loads(store.read(f"{ref.prefix}/{MANIFEST}"))
         files = {name: FileEntry(entry["size"], entry["sha256"]) for name, entry in stored["files"].items()}
@@ -111,11 +101,7 @@ def load_manifest(store: Store, ref: CheckpointRef) -> Manifest:
 
 
 def weights_digest(store: Store, ref: CheckpointRef) -> str:
-    """The SHA-256 of a checkpoint's weights according to its manifest; the weights are not read.
-
-    Raises:
-        UserError: there is no such checkpoint, or its manifest is damaged.
-    """
+    """The SHA-256 of a checkpoint's weights according to its manifest; the weights are not read."""
     return load_manifest(store, ref).weights_digest
 
 

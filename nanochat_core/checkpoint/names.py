@@ -1,4 +1,7 @@
-"""The names of checkpoints in the store, and lists of the checkpoints of a stage."""
+"""The names of checkpoints in the store, lists of the checkpoints of a stage, and the promotion of a checkpoint.
+
+The file ``models/<name>/PROMOTED`` names the checkpoint of a model that engines serve.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from nanochat_core.store import Store
 # A checkpoint is complete once this file exists; it is written last.
 MANIFEST = "MANIFEST.json"
 STAGES = ("base", "sft", "rl")
+# Content of the file ``PROMOTED`` after a promotion was withdrawn.
+_WITHDRAWN = "none"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -34,11 +39,7 @@ class CheckpointRef:
 
     @classmethod
     def parse(cls, model: str, revision: str) -> CheckpointRef:
-        """The inverse of :attr:`revision`.
-
-        Raises:
-            UserError: ``revision`` does not have the form ``<stage>/step_<n>``.
-        """
+        """The inverse of :attr:`revision`. Raises UserError if ``revision`` is not ``<stage>/step_<n>``."""
         match = re.fullmatch(rf"({'|'.join(STAGES)})/step_(\d+)", revision)
         if not match:
             raise UserError(f"{revision!r} names no checkpoint; use <stage>/step_<n>, such as sft/step_000400")
@@ -48,8 +49,7 @@ class CheckpointRef:
 def check_model_name(name: str) -> str:
     """Returns ``name`` if it is a valid name of a model. The name is also the name of the model's folder.
 
-    Raises:
-        UserError: the name is not valid.
+    Raises UserError for any other name.
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r} cannot name a model; use letters, digits, '.', '_' and '-'")
@@ -74,3 +74,29 @@ def _step_folders(store: Store, model: str, stage: str) -> dict[CheckpointRef, s
         if match:
             found.setdefault(CheckpointRef(model, stage, int(match[1])), set()).add(match[2])
     return found
+
+
+def promote(store: Store, ref: CheckpointRef) -> None:
+    """Makes ``ref`` the checkpoint that engines serve."""
+    store.write(_promoted_key(ref.model), f"{ref.revision}\n".encode())
+
+
+def withdraw(store: Store, model: str) -> None:
+    """Withdraws a promotion because the promoted checkpoint no longer exists.
+
+    An engine that already serves the checkpoint continues to serve it.
+    """
+    store.write(_promoted_key(model), f"{_WITHDRAWN}\n".encode())
+
+
+def promoted(store: Store, model: str) -> CheckpointRef | None:
+    """The promoted checkpoint; None if none was promoted yet or the promotion was withdrawn."""
+    try:
+        revision = store.read(_promoted_key(model)).decode(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    return None if revision == _WITHDRAWN else CheckpointRef.parse(model, revision)
+
+
+def _promoted_key(model: str) -> str:
+    return f"models/{model}/PROMOTED"

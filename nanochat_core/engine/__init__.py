@@ -26,30 +26,3 @@ from nanochat_core.engine.request import (
 )
 from nanochat_core.engine.shedding import Shed
 from nanochat_core.engine.tools import ToolOutput, ToolRunner
-
-__all__ = [
-    "AsyncEngine",
-    "Completion",
-    "Constraint",
-    "ConstraintError",
-    "ConstraintKind",
-    "Engine",
-    "EngineConfig",
-    "EngineDead",
-    "FinishReason",
-    "Load",
-    "Observer",
-    "Output",
-    "QueueFull",
-    "Request",
-    "SamplingParams",
-    "Shed",
-    "Stream",
-    "Token",
-    "ToolCall",
-    "ToolOutput",
-    "ToolPolicy",
-    "ToolResult",
-    "ToolRunner",
-    "Usage",
-]

@@ -1,13 +1,12 @@
-"""Runs one call: sends the code to a worker, enforces the limits, and collects the output and the usage."""
+"""Runs one call: sends the code to a worker, enforces the limits, and derives the result from what was observed."""
 
 import asyncio
-import dataclasses
 import enum
+import signal
 import time
 
-from nanochat_core.sandbox.capture import Capture, last_line
-from nanochat_core.sandbox.errors import WorkerFailed
-from nanochat_core.sandbox.results import Limits, ResultFormat, Usage
+from nanochat_core.sandbox.capture import Capture, decode, last_line, mark_truncated
+from nanochat_core.sandbox.interface import ExecutionResult, Limits, ResultFormat, Status, Usage, WorkerFailed
 from nanochat_core.sandbox.worker import protocol
 from nanochat_core.sandbox.worker_process import START_SECONDS, WorkerProcess
 
@@ -15,7 +14,7 @@ _USAGE_CHECK_SECONDS = 0.05
 _RECEIVING_BYTES = 4 << 20
 
 
-class StopReason(enum.Enum):
+class _StopReason(enum.Enum):
     """Why the executor stopped watching a call. The code cannot forge any of these."""
 
     CLAIMED = enum.auto()
@@ -26,31 +25,13 @@ class StopReason(enum.Enum):
     SCRATCH = enum.auto()
 
 
-@dataclasses.dataclass(frozen=True)
-class CompletedCall:
-    """The facts about a call after its process has ended, before it is classified.
-
-    Attributes:
-        exit_code: exit code of the process, or 128 + the number of the signal that ended it. It is meaningful only if
-            ``reason`` is EXITED.
-        claim: the kind, error and result of the code's claim about how it ended; ``None`` without a valid claim.
-        claim_stream: the bytes received through the pipe for the claim.
-    """
-
-    reason: StopReason
-    exit_code: int
-    claim: tuple[bytes, bytes, bytes] | None
-    claim_stream: Capture
-    stdout: Capture
-    stderr: Capture
-    usage: Usage
-
-
-async def run_call(worker: WorkerProcess, code: bytes, limits: Limits, result_format: ResultFormat) -> CompletedCall:
+async def run_call(worker: WorkerProcess, code: bytes, limits: Limits, result_format: ResultFormat) -> ExecutionResult:
     """Run ``code`` in a fresh worker, then kill the worker. The caller must dispose of the worker.
 
-    Raises:
-        WorkerFailed: the worker ended before the code began.
+    The executor's observations decide the status: an exceeded limit, or the end of the process. The code's own claim
+    counts only if the code ended by itself and within its limits.
+
+    Raises WorkerFailed if the worker ended before the code began.
     """
     stdout = Capture("stdout", worker.stdout, limits.output_bytes)
     stderr = Capture("stderr", worker.stderr, limits.output_bytes)
@@ -78,33 +59,59 @@ async def run_call(worker: WorkerProcess, code: bytes, limits: Limits, result_fo
     if not claim_stream.data.startswith(protocol.BEGUN):
         detail = last_line(stderr.data) or f"exit code {exit_code}"
         raise WorkerFailed(f"a sandbox worker ended before the code began: {detail}")
-    return CompletedCall(
-        reason=reason,
-        exit_code=exit_code,
-        claim=_claim(claim_stream),
-        claim_stream=claim_stream,
-        stdout=stdout,
-        stderr=stderr,
-        usage=Usage(wall, max(0.0, (cpu_after or cpu_total) - cpu_before), usage.peak_memory_bytes),
+
+    used = Usage(wall, max(0.0, (cpu_after or cpu_total) - cpu_before), usage.peak_memory_bytes)
+    claim = _claim(claim_stream)
+    kind, error, result = claim or (b"", b"", b"")
+    result_cut = claim_stream.overflow or len(result) > limits.output_bytes
+    cut = [stream.name for stream in (stdout, stderr) if stream.overflow] + ["result"] * result_cut
+    text = None
+    if kind == protocol.VALUE:
+        text = decode(result[: limits.output_bytes], cut=result_cut)
+        if result_cut:
+            text = mark_truncated(text, "result", limits.output_bytes)
+    scratch_bytes = worker.profile.config.scratch_bytes
+    if reason is _StopReason.WALL:
+        status, line = Status.TIMEOUT, f"wall time limit of {limits.wall_seconds:g} s exceeded"
+    elif reason is _StopReason.CPU:
+        status, line = Status.TIMEOUT, f"CPU time limit of {limits.cpu_seconds:g} s exceeded"
+    elif reason is _StopReason.SCRATCH:
+        line = f"scratch folder limit of {scratch_bytes} bytes or its number of files exceeded"
+        status = Status.OUTPUT_LIMIT
+    elif cut:
+        status, line = Status.OUTPUT_LIMIT, f"{' and '.join(cut)} limit of {limits.output_bytes} bytes exceeded"
+    elif claim is not None:
+        status, line = _classify_claim(kind, decode(error), limits, scratch_bytes)
+    else:
+        status, line = _classify_exit(exit_code, used, limits)
+    return ExecutionResult(
+        status=status,
+        stdout=stdout.text(),
+        stderr=stderr.text(),
+        result=text,
+        error=" ".join(line.split()),
+        truncated=bool(cut),
+        usage=used,
+        profile=worker.profile.name,
     )
 
 
-async def _watch(worker: WorkerProcess, streams: tuple[Capture, ...], limits: Limits, cpu_before: float) -> StopReason:
+async def _watch(worker: WorkerProcess, streams: tuple[Capture, ...], limits: Limits, cpu_before: float) -> _StopReason:
     """Read the pipes until the call ends or exceeds a limit. The last of ``streams`` is for the claim."""
     loop = asyncio.get_running_loop()
-    stopped: asyncio.Future[StopReason] = loop.create_future()
+    stopped: asyncio.Future[_StopReason] = loop.create_future()
     claim_stream = streams[-1]
 
-    def stop(reason: StopReason) -> None:
+    def stop(reason: _StopReason) -> None:
         if not stopped.done():
             stopped.set_result(reason)
 
     def drain(stream: Capture) -> None:
         stream.read_available()
         if stream.overflow:
-            stop(StopReason.OUTPUT)
+            stop(_StopReason.OUTPUT)
         elif stream.closed and stream is claim_stream and _claim(stream):
-            stop(StopReason.CLAIMED)
+            stop(_StopReason.CLAIMED)
         if stream.overflow or stream.closed:
             loop.remove_reader(stream.fd)
 
@@ -114,13 +121,13 @@ async def _watch(worker: WorkerProcess, streams: tuple[Capture, ...], limits: Li
             await asyncio.sleep(interval)
             worker.usage.sample_memory()
             if worker.usage.cpu_seconds() - cpu_before >= limits.cpu_seconds:
-                stop(StopReason.CPU)
+                stop(_StopReason.CPU)
             elif worker.scratch_exceeded:
-                stop(StopReason.SCRATCH)
+                stop(_StopReason.SCRATCH)
 
-    deadline = loop.call_later(limits.wall_seconds, stop, StopReason.WALL)
+    deadline = loop.call_later(limits.wall_seconds, stop, _StopReason.WALL)
     checking = loop.create_task(check_usage())
-    loop.add_reader(worker.handle, stop, StopReason.EXITED)
+    loop.add_reader(worker.handle, stop, _StopReason.EXITED)
     for stream in streams:
         loop.add_reader(stream.fd, drain, stream)
     try:
@@ -134,3 +141,28 @@ async def _watch(worker: WorkerProcess, streams: tuple[Capture, ...], limits: Li
 
 def _claim(stream: Capture) -> tuple[bytes, bytes, bytes] | None:
     return protocol.unpack_claim(stream.data[len(protocol.BEGUN) :])
+
+
+def _classify_claim(kind: bytes, error: str, limits: Limits, scratch_bytes: int) -> tuple[Status, str]:
+    if kind == protocol.MEMORY:
+        return Status.MEMORY, f"memory limit of {limits.memory_bytes} bytes exceeded: {error}"
+    if kind == protocol.SCRATCH:
+        return Status.OUTPUT_LIMIT, f"scratch folder limit of {scratch_bytes} bytes exceeded: {error}"
+    if kind == protocol.DENIED:
+        return Status.DENIED, f"not allowed in the sandbox: {error}"
+    return (Status.ERROR, error) if kind == protocol.ERROR else (Status.OK, "")
+
+
+def _classify_exit(exit_code: int, usage: Usage, limits: Limits) -> tuple[Status, str]:
+    """Classify a call whose process ended without a claim."""
+    number = exit_code - 128
+    if number == signal.SIGKILL and usage.cpu_seconds >= limits.cpu_seconds:
+        return Status.TIMEOUT, f"CPU time limit of {limits.cpu_seconds:g} s exceeded"
+    if number == signal.SIGKILL:
+        # Only the kernel can have sent this signal: the executor has not sent it, and code in the sandbox cannot.
+        return Status.MEMORY, "killed by the kernel, most likely because the machine or container ran out of memory"
+    if number == signal.SIGSYS:
+        return Status.DENIED, "killed for entering the kernel through a foreign system call interface"
+    if number in set(signal.Signals):
+        return Status.ERROR, f"killed by signal {number} ({signal.Signals(number).name})"
+    return Status.ERROR, f"exited with code {exit_code} before the code ended"

@@ -13,12 +13,18 @@ from typing import Any, TypeVar
 
 from nanochat_core.sandbox import interpreter
 from nanochat_core.sandbox.call import run_call
-from nanochat_core.sandbox.classify import classify
-from nanochat_core.sandbox.config import SandboxConfig
-from nanochat_core.sandbox.errors import ProfileUnavailable, SandboxUnavailable, WorkerFailed
+from nanochat_core.sandbox.interface import (
+    ExecutionResult,
+    Limits,
+    ProfileUnavailable,
+    ResultFormat,
+    SandboxConfig,
+    SandboxUnavailable,
+    Status,
+    WorkerFailed,
+)
 from nanochat_core.sandbox.pool import WorkerPool
 from nanochat_core.sandbox.profiles import PROFILES, Profile
-from nanochat_core.sandbox.results import ExecutionResult, Limits, ResultFormat, Status
 from nanochat_core.sandbox.scratch import ScratchRoot
 from nanochat_core.sandbox.selftest import self_test
 from nanochat_core.sandbox.worker_process import WorkerProcess
@@ -88,8 +94,7 @@ class SandboxExecutor:
     def start(self) -> SandboxExecutor:
         """Choose and test the isolation profile, then begin to start workers. Blocks for about 100 ms.
 
-        Raises:
-            SandboxUnavailable: the configured profile fails its self-test; with ``auto``, every profile fails.
+        Raises SandboxUnavailable if the configured profile fails its self-test; with ``auto``, if every profile fails.
         """
         self._thread.start()
         atexit.register(self.close)
@@ -124,16 +129,13 @@ class SandboxExecutor:
     ) -> ExecutionResult:
         """Run ``code``. Cancelling the call kills its process.
 
+        The result is returned even if the code failed. Its status is OVERLOADED if all slots and the queue are full.
+        Raises WorkerFailed if the sandbox itself failed, or was closed during the call.
+
         Args:
             code: a program. If its last statement is an expression, the expression's value is the result.
             limits: a zero means the configured default; a value above the configured maximum is lowered to it.
             result_format: how the value is converted to text.
-
-        Returns:
-            The result, even if the code failed. Its status is OVERLOADED if all slots and the queue are full.
-
-        Raises:
-            WorkerFailed: the sandbox itself failed, or was closed during the call.
         """
         return await asyncio.wrap_future(self._submit(self._execute(code, limits, result_format)))
 
@@ -224,10 +226,9 @@ class SandboxExecutor:
         try:
             worker = await self._pool.take()
             try:
-                call = await run_call(worker, source, limits, result_format)
+                return await run_call(worker, source, limits, result_format)
             finally:
                 await worker.dispose()
-            return classify(call, limits, self.config.scratch_bytes, self.profile)
         finally:
             self._running -= 1
             self._slots.release()

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from nanochat_core.sandbox.errors import SandboxUnavailable
+from nanochat_core.sandbox.interface import SandboxUnavailable
 
 _PROBE = """
 import ctypes, json, os, sys, sysconfig
@@ -56,8 +56,7 @@ def current_executable() -> str:
 def inspect(executable: str = "") -> Interpreter:
     """Run ``executable`` (by default the running interpreter) and ask it where its files are.
 
-    Raises:
-        SandboxUnavailable: the executable cannot be run, or is older than Python 3.11.
+    Raises SandboxUnavailable if the executable cannot be run or is older than Python 3.11.
     """
     path = os.path.realpath(executable) if executable else current_executable()
     try:

@@ -5,7 +5,7 @@ import collections
 import logging
 from collections.abc import Awaitable, Callable
 
-from nanochat_core.sandbox.errors import WorkerFailed
+from nanochat_core.sandbox.interface import WorkerFailed
 from nanochat_core.sandbox.worker_process import WorkerProcess
 
 log = logging.getLogger("nanochat.sandbox")
@@ -29,11 +29,7 @@ class WorkerPool:
         return len(self._ready)
 
     async def take(self) -> WorkerProcess:
-        """Return a fresh worker, of which the caller must dispose.
-
-        Raises:
-            WorkerFailed: no worker was ready and a new one could not be started.
-        """
+        """Return a fresh worker, of which the caller must dispose."""
         while self._ready:
             worker = self._ready.popleft()
             self.refill()

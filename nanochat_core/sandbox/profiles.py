@@ -13,14 +13,14 @@ import struct
 import subprocess
 
 from nanochat_core.sandbox import landlock, seccomp
-from nanochat_core.sandbox.config import SandboxConfig
-from nanochat_core.sandbox.errors import ProfileUnavailable
+from nanochat_core.sandbox.interface import ProfileUnavailable, SandboxConfig
 from nanochat_core.sandbox.interpreter import Interpreter
 from nanochat_core.sandbox.landlock import PathRule
-from nanochat_core.sandbox.syscalls import this_machine
 from nanochat_core.sandbox.worker import protocol
 
 _WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker")
+# Name or path of bubblewrap.
+BWRAP = "bwrap"
 _ZONEINFO = "/usr/share/zoneinfo"
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
@@ -41,7 +41,7 @@ class Profile(abc.ABC):
     def __init__(self, interpreter: Interpreter, config: SandboxConfig) -> None:
         self.interpreter = interpreter
         self.config = config
-        machine = this_machine()
+        machine = seccomp.this_machine()
         if machine is None:
             raise ProfileUnavailable("seccomp", "this machine type is not supported; x86_64 and aarch64 are")
         self.landlock_abi = self._require_landlock(landlock.kernel_abi())
@@ -99,9 +99,9 @@ class BwrapProfile(Profile):
     host_scratch = False
 
     def __init__(self, interpreter: Interpreter, config: SandboxConfig) -> None:
-        program = shutil.which(config.bwrap)
+        program = shutil.which(BWRAP)
         if program is None:
-            raise ProfileUnavailable("bubblewrap", f"{config.bwrap} is not installed")
+            raise ProfileUnavailable("bubblewrap", f"{BWRAP} is not installed")
         super().__init__(interpreter, config)
         self._prefix = [program, *namespace_options(program), *_filesystem_options(interpreter, config.scratch_bytes)]
 

@@ -8,30 +8,52 @@ because Landlock does not control their other uses. Source: ``seccomp(2)`` and t
 
 import dataclasses
 import errno
+import platform
 import socket
 import struct
 
-from nanochat_core.sandbox.syscalls import Machine
-
+# The system calls that code may make, each with its number on x86_64 and on aarch64. "-" means that the machine has no
+# such call. Source: ``arch/x86/entry/syscalls/syscall_64.tbl`` and ``include/uapi/asm-generic/unistd.h`` of the kernel.
 FILES = """
-    read write readv writev pread64 pwrite64 preadv pwritev lseek open openat close close_range
-    stat lstat fstat newfstatat statx access faccessat faccessat2 readlink readlinkat getdents getdents64
-    getcwd chdir fchdir mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2
-    ftruncate fallocate fadvise64 fsync fdatasync umask sendfile copy_file_range dup dup2 dup3 pipe pipe2
+    read:0:63 write:1:64 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 preadv:295:69 pwritev:296:70
+    lseek:8:62 open:2:- openat:257:56 close:3:57 close_range:436:436 stat:4:- lstat:6:- fstat:5:80
+    newfstatat:262:79 statx:332:291 access:21:- faccessat:269:48 faccessat2:439:439 readlink:89:-
+    readlinkat:267:78 getdents:78:- getdents64:217:61 getcwd:79:17 chdir:80:49 fchdir:81:50 mkdir:83:-
+    mkdirat:258:34 rmdir:84:- unlink:87:- unlinkat:263:35 rename:82:- renameat:264:38 renameat2:316:276
+    ftruncate:77:46 fallocate:285:47 fadvise64:221:223 fsync:74:82 fdatasync:75:83 umask:95:166 sendfile:40:71
+    copy_file_range:326:285 dup:32:23 dup2:33:- dup3:292:24 pipe:22:- pipe2:293:59
 """
 WAITING = """
-    poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2
-    recvfrom shutdown
+    poll:7:- ppoll:271:73 select:23:- pselect6:270:72 epoll_create:213:- epoll_create1:291:20 epoll_ctl:233:21
+    epoll_wait:232:- epoll_pwait:281:22 epoll_pwait2:441:441 recvfrom:45:207 shutdown:48:210
 """
-MEMORY = "brk mmap munmap mremap mprotect madvise"
-TIME = "clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time times getitimer setitimer alarm"
+MEMORY = """
+    brk:12:214 mmap:9:222 munmap:11:215 mremap:25:216 mprotect:10:226 madvise:28:233
+"""
+TIME = """
+    clock_gettime:228:113 clock_getres:229:114 clock_nanosleep:230:115 nanosleep:35:101 gettimeofday:96:169
+    time:201:- times:100:153 getitimer:36:102 setitimer:38:103 alarm:37:-
+"""
 OWN_PROCESS = """
-    getpid getppid gettid getuid geteuid getgid getegid getgroups getpgid getpgrp getsid getresuid getresgid
-    uname sysinfo getrusage getcpu sched_yield sched_getaffinity getrlimit
-    rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend rt_sigtimedwait sigaltstack pause
-    restart_syscall futex set_robust_list set_tid_address rseq membarrier exit exit_group getrandom
+    getpid:39:172 getppid:110:173 gettid:186:178 getuid:102:174 geteuid:107:175 getgid:104:176 getegid:108:177
+    getgroups:115:158 getpgid:121:155 getpgrp:111:- getsid:124:156 getresuid:118:148 getresgid:120:150
+    uname:63:160 sysinfo:99:179 getrusage:98:165 getcpu:309:168 sched_yield:24:124 sched_getaffinity:204:123
+    getrlimit:97:163 rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 rt_sigpending:127:136
+    rt_sigsuspend:130:133 rt_sigtimedwait:128:137 sigaltstack:131:132 pause:34:- restart_syscall:219:128
+    futex:202:98 set_robust_list:273:99 set_tid_address:218:96 rseq:334:293 membarrier:324:283 exit:60:93
+    exit_group:231:94 getrandom:318:278
 """
-ALLOWED = frozenset(" ".join((FILES, WAITING, MEMORY, TIME, OWN_PROCESS)).split())
+# System calls that are allowed only with the arguments that CONDITIONAL lists.
+WITH_CONDITIONS = """
+    fcntl:72:25 ioctl:16:29 socketpair:53:199 sendto:44:206 prlimit64:302:261
+"""
+
+
+def _rows(*tables: str) -> list[list[str]]:
+    return [entry.split(":") for table in tables for entry in table.split()]
+
+
+ALLOWED = frozenset(name for name, _, _ in _rows(FILES, WAITING, MEMORY, TIME, OWN_PROCESS))
 
 # System calls with this number or a higher one have the same number on all machines. For these calls, the filter
 # returns "not implemented". libc then makes an older call instead: for example clone, which is refused, for clone3.
@@ -68,6 +90,33 @@ CONDITIONAL: dict[str, tuple[Condition, ...]] = {
     "prlimit64": (Condition(0, (0,)), Condition(2, (0,), wide=True)),
 }
 
+
+class Machine:
+    """A supported machine type.
+
+    Attributes:
+        name: name of the machine type, as ``uname -m`` prints it.
+        audit_arch: ``AUDIT_ARCH_*`` value of a native call.
+        foreign_bit: bit that is set in the call numbers of the ABI x32; 0 if the machine has no such ABI.
+        numbers: number of each system call that the filter names, by its name.
+    """
+
+    def __init__(self, name: str, column: int, audit_arch: int, foreign_bit: int = 0) -> None:
+        self.name, self.audit_arch, self.foreign_bit = name, audit_arch, foreign_bit
+        rows = _rows(FILES, WAITING, MEMORY, TIME, OWN_PROCESS, WITH_CONDITIONS)
+        self.numbers = {row[0]: int(row[column]) for row in rows if row[column] != "-"}
+
+
+X86_64 = Machine("x86_64", 1, audit_arch=0xC000003E, foreign_bit=0x40000000)
+AARCH64 = Machine("aarch64", 2, audit_arch=0xC00000B7)
+_MACHINES = {"x86_64": X86_64, "amd64": X86_64, "aarch64": AARCH64, "arm64": AARCH64}
+
+
+def this_machine() -> Machine | None:
+    """The machine type of this process, or ``None`` if the sandbox does not support it."""
+    return _MACHINES.get(platform.machine().lower())
+
+
 _LOAD_WORD = 0x20  # BPF_LD | BPF_W | BPF_ABS
 _AND = 0x54  # BPF_ALU | BPF_AND | BPF_K
 _EQUAL = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
@@ -103,15 +152,9 @@ def build_filter(machine: Machine) -> bytes:
         instruction(_LOAD_WORD, _NUMBER),
     ]
     if machine.foreign_bit:
-        program += [
-            instruction(_AT_LEAST, machine.foreign_bit, if_false=1),
-            instruction(_RETURN, KILL_PROCESS),
-        ]
+        program += [instruction(_AT_LEAST, machine.foreign_bit, if_false=1), instruction(_RETURN, KILL_PROCESS)]
     for name in sorted(ALLOWED & machine.numbers.keys()):
-        program += [
-            instruction(_EQUAL, machine.numbers[name], if_false=1),
-            instruction(_RETURN, ALLOW),
-        ]
+        program += [instruction(_EQUAL, machine.numbers[name], if_false=1), instruction(_RETURN, ALLOW)]
     for name, conditions in sorted(CONDITIONAL.items()):
         checks = b"".join(map(_check, conditions)) + instruction(_RETURN, ALLOW)
         program += [instruction(_EQUAL, machine.numbers[name], if_false=len(checks) // 8), checks]

@@ -8,10 +8,8 @@ import os
 import tempfile
 
 from nanochat_core.sandbox.call import run_call
-from nanochat_core.sandbox.classify import classify
-from nanochat_core.sandbox.errors import ProfileUnavailable, WorkerFailed
+from nanochat_core.sandbox.interface import Limits, ProfileUnavailable, ResultFormat, WorkerFailed
 from nanochat_core.sandbox.profiles import Profile
-from nanochat_core.sandbox.results import Limits, ResultFormat
 from nanochat_core.sandbox.scratch import ScratchRoot
 from nanochat_core.sandbox.worker_process import WorkerProcess
 
@@ -70,8 +68,7 @@ print('complete')
 async def self_test(profile: Profile, scratch_root: ScratchRoot) -> None:
     """Try to break ``profile``.
 
-    Raises:
-        ProfileUnavailable: the profile cannot start, or a layer leaks. The error names the layer and its first leak.
+    Raises ProfileUnavailable if the profile cannot start or a layer leaks; it names the layer and its first leak.
     """
     with tempfile.TemporaryDirectory(prefix="nanochat-selftest-", dir=scratch_root.path) as folder:
         secret = os.path.join(folder, "secret")
@@ -95,12 +92,11 @@ async def self_test(profile: Profile, scratch_root: ScratchRoot) -> None:
         try:
             worker = await WorkerProcess.start(profile, scratch_root)
             try:
-                call = await run_call(worker, _PROGRAM.format(attempts=filled).encode(), _LIMITS, ResultFormat.STR)
+                result = await run_call(worker, _PROGRAM.format(attempts=filled).encode(), _LIMITS, ResultFormat.STR)
             finally:
                 await worker.dispose()
         except WorkerFailed as error:
             raise ProfileUnavailable("start", str(error)) from error
-    result = classify(call, _LIMITS, profile.config.scratch_bytes, profile.name)
     lines = result.stdout.splitlines()
     leaks = [line for line in lines if line != "complete"]
     if leaks:

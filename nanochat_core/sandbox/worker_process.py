@@ -11,14 +11,13 @@ import resource
 import select
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 
 from nanochat_core.sandbox import scratch
 from nanochat_core.sandbox.capture import Capture, last_line
-from nanochat_core.sandbox.errors import WorkerFailed
-from nanochat_core.sandbox.process_usage import ProcessUsage
+from nanochat_core.sandbox.interface import Limits, WorkerFailed
 from nanochat_core.sandbox.profiles import Profile
-from nanochat_core.sandbox.results import Limits
 from nanochat_core.sandbox.worker import protocol
 
 log = logging.getLogger("nanochat.sandbox")
@@ -26,6 +25,51 @@ log = logging.getLogger("nanochat.sandbox")
 START_SECONDS = 20.0
 _LAUNCHER_EXIT_SECONDS = 1.0
 _FORCED_EXIT_SECONDS = 10.0
+_PAGE_BYTES = resource.getpagesize()
+# Address space of an idle interpreter, assumed if /proc hides the process.
+_INTERPRETER_BYTES = 64 << 20
+
+
+class ProcessUsage:
+    """Reads CPU time and memory of a process from outside, without its help.
+
+    Attributes:
+        peak_memory_bytes: largest resident memory that :meth:`sample_memory` measured; 0 if it measured none.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.peak_memory_bytes = 0
+
+    def address_space_bytes(self) -> int:
+        """Size of the virtual memory."""
+        try:
+            with open(f"/proc/{self._pid}/statm", "rb") as statm:
+                return int(statm.read().split()[0]) * _PAGE_BYTES
+        except OSError:
+            return _INTERPRETER_BYTES
+
+    def cpu_seconds(self) -> float:
+        """CPU time so far; 0 if the process has ended.
+
+        The id of the process's CPU clock is computed as Linux's ``clock_getcpuclockid(3)`` computes it.
+        """
+        cpu_clock = (~self._pid << 3) | 2
+        try:
+            return time.clock_gettime(cpu_clock)
+        except OSError:
+            return 0.0
+
+    def sample_memory(self) -> None:
+        """Update :attr:`peak_memory_bytes`, unless the process has ended or /proc hides it."""
+        try:
+            with open(f"/proc/{self._pid}/status", "rb") as status:
+                for line in status:
+                    if line.startswith(b"VmHWM:"):
+                        self.peak_memory_bytes = max(self.peak_memory_bytes, int(line.split()[1]) * 1024)
+                        return
+        except OSError:
+            return
 
 
 class WorkerProcess:
@@ -36,6 +80,7 @@ class WorkerProcess:
     worker itself.
 
     Attributes:
+        profile: the isolation profile of the worker.
         stdout, stderr, result: descriptors of the pipes that the worker writes to.
         handle: pidfd of the launcher, readable once the launcher has ended.
         usage: CPU time and memory of the worker.
@@ -47,7 +92,7 @@ class WorkerProcess:
     result: int
 
     def __init__(self, profile: Profile, scratch_root: scratch.ScratchRoot | None) -> None:
-        self._profile = profile
+        self.profile = profile
         self._scratch = scratch_root.new() if scratch_root and profile.host_scratch else None
         self._fds: set[int] = set()
         self._launcher: subprocess.Popen[bytes] | None = None
@@ -60,8 +105,7 @@ class WorkerProcess:
     async def start(cls, profile: Profile, scratch_root: scratch.ScratchRoot | None) -> WorkerProcess:
         """Start a worker and wait until it has isolated itself.
 
-        Raises:
-            WorkerFailed: the worker could not be started, or could not apply a layer of the isolation.
+        Raises WorkerFailed if the worker could not be started, or could not apply a layer of the isolation.
         """
         try:
             worker = cls(profile, scratch_root)
@@ -91,17 +135,14 @@ class WorkerProcess:
     @property
     def scratch_exceeded(self) -> bool:
         """Whether the scratch folder on the host, if there is one, contains more than the call may store."""
-        config = self._profile.config
+        config = self.profile.config
         return self._scratch is not None and scratch.exceeds(self._scratch, config.scratch_bytes, config.scratch_files)
 
     def set_limits(self, limits: Limits, receiving: int) -> None:
         """Set the kernel's limits for the worker's memory and CPU time.
 
-        The executor measures CPU time itself. The kernel's limit, in whole seconds, is a second line of defense.
-
-        Args:
-            limits: the limits of the call.
-            receiving: bytes of memory that the worker needs to receive the request.
+        The executor measures CPU time itself. The kernel's limit, in whole seconds, is a second line of defense. The
+        worker needs ``receiving`` bytes of memory to receive the request.
         """
         for number, value in (
             (resource.RLIMIT_AS, self.usage.address_space_bytes() + receiving + limits.memory_bytes),
@@ -140,11 +181,8 @@ class WorkerProcess:
     async def reap(self, patience: float = _LAUNCHER_EXIT_SECONDS) -> tuple[int, float]:
         """Wait until the process has ended; kill the launcher after ``patience`` seconds.
 
-        Returns:
-            The exit code (128 + number for a signal) and the CPU seconds.
-
-        Raises:
-            WorkerFailed: the process cannot be killed.
+        The result is the exit code (128 + number for a signal) and the CPU seconds. Raises WorkerFailed if the process
+        cannot be killed.
         """
         if self._exit is not None:
             return self._exit
@@ -202,7 +240,7 @@ class WorkerProcess:
         self._status, child_status = self._pipe()
         children = (child_stdin, child_stdout, child_stderr, child_result, child_status)
         process = subprocess.Popen(  # noqa: S603 - the command comes from the profile
-            self._profile.command(child_result, child_status),
+            self.profile.command(child_result, child_status),
             env={},
             cwd=self._scratch or "/",
             stdin=child_stdin,

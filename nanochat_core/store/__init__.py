@@ -13,23 +13,17 @@ from nanochat_core.store.cache import DownloadCache
 from nanochat_core.store.folder import FolderStore
 from nanochat_core.store.s3 import S3Store
 
-__all__ = ["DEFAULT_HOME", "FolderStore", "S3Store", "Store", "StoreError", "open_store"]
-
 DEFAULT_HOME = "~/.cache/nanochat"
 
 
 def open_store(url: str, *, cache_dir: str | Path | None = None, cache_bytes: int | None = None) -> Store:
-    """Opens the store at ``url``.
+    """Opens the store at ``url``. Raises UserError if the URL has another form.
 
     Args:
         url: a folder, which is created if it is missing, or ``s3://bucket/prefix``. The S3 credentials, the region and
             a custom endpoint come from the usual ``AWS_*`` variables, such as ``AWS_ENDPOINT_URL``.
         cache_dir: folder that keeps files downloaded from S3; by default a folder for temporary files.
         cache_bytes: size above which the least recently used downloads are deleted; None means no limit.
-
-    Raises:
-        UserError: the URL has another form, or the ``AWS_*`` variables do not describe an S3 server.
-        StoreError: the folder cannot be made.
     """
     parsed = urlparse(url)
     if parsed.scheme == "s3":

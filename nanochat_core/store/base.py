@@ -23,11 +23,7 @@ class Store(ABC):
 
     @abstractmethod
     def read(self, key: str) -> bytes:
-        """Contents of one file.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-        """
+        """Contents of one file. Raises FileNotFoundError if there is no such file."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:
@@ -60,22 +56,16 @@ class Store(ABC):
     def publish(self, prefix: str, *, last: str) -> contextlib.AbstractContextManager[Path]:
         """Yields a local folder to write to. Its files replace ``prefix`` if the ``with`` block ends without an error.
 
-        A reader that finds the file ``last`` finds the whole folder. A store on a file system renames the finished
-        folder. S3 cannot rename, so a store on S3 uploads the file ``last`` after all others.
-
-        Args:
-            last: a file that the caller must write; its presence means that the folder is complete.
-
-        Raises:
-            FileNotFoundError: the caller did not write ``last``.
+        The caller must write the file ``last``; otherwise FileNotFoundError is raised. A reader that finds this file
+        finds the whole folder. A store on a file system renames the finished folder. S3 cannot rename, so a store on
+        S3 uploads the file ``last`` after all others.
         """
 
     @abstractmethod
     def fetch(self, key: str) -> Path:
         """A local path to the contents of the file ``key``, which the caller must not change.
 
-        Raises:
-            FileNotFoundError: there is no such file.
+        Raises FileNotFoundError if there is no such file.
         """
 
     @abstractmethod
@@ -92,11 +82,7 @@ class Store(ABC):
 
 
 def checked(key: str) -> PurePosixPath:
-    """Returns the key as a path.
-
-    Raises:
-        UserError: the key leaves the store's root or has a hidden part.
-    """
+    """Returns the key as a path. Raises UserError if the key leaves the store's root or has a hidden part."""
     path = PurePosixPath(key)
     hidden = any(part.startswith(".") for part in path.parts)
     if not path.parts or path.is_absolute() or hidden or "\0" in key:
@@ -121,10 +107,6 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def require(folder: Path, last: str) -> None:
-    """Checks that the caller of :meth:`Store.publish` wrote the file ``last``.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-    """
+    """Raises FileNotFoundError if the caller of :meth:`Store.publish` did not write the file ``last``."""
     if not (folder / last).is_file():
         raise FileNotFoundError(f"{last} was not written, so the folder is not complete")

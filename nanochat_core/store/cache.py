@@ -37,12 +37,7 @@ class DownloadCache:
     def fetch(self, key: PurePosixPath, version: str, size: int, download: Callable[[Path], None]) -> Path:
         """The cached file of one version of a key, downloaded if it is missing.
 
-        Args:
-            size: size of the file in bytes.
-            download: writes the file to the given path.
-
-        Raises:
-            OSError: the cache cannot be written.
+        ``download`` writes the file of ``size`` bytes to the given path. Raises OSError if the cache cannot be written.
         """
         path = self.folder / version / key
         with contextlib.suppress(FileNotFoundError):

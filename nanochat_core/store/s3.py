@@ -15,12 +15,9 @@ class S3Store(Store):
     """A store whose files are the objects ``<prefix>/<key>`` of a bucket."""
 
     def __init__(self, bucket: str, prefix: str, cache: DownloadCache) -> None:
-        """
-        Args:
-            cache: keeps the files that :meth:`fetch` downloads.
+        """Raises UserError if the ``AWS_*`` variables do not describe an S3 server.
 
-        Raises:
-            UserError: the ``AWS_*`` variables do not describe an S3 server.
+        ``cache`` keeps the files that :meth:`fetch` downloads.
         """
         import boto3  # only the jobs and the engine install it
         from botocore.config import Config

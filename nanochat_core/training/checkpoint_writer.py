@@ -99,14 +99,13 @@ class CheckpointWriter:
     ) -> None:
         """Waits until the previous checkpoint is written, copies this one's content and starts to write the copy.
 
+        Raises StoreError if the previous checkpoint could not be written.
+
         Args:
             model, tokenizer, meta: the first rank writes its own; the arguments of other ranks are ignored.
             values: JSON data of the first rank that training needs to resume; None makes resuming impossible.
             shards: this rank's share of the tensors that training needs to resume.
             then: called by the first rank, in the background, when the checkpoint is complete.
-
-        Raises:
-            StoreError: the previous checkpoint could not be written.
         """
         self.wait()
         shards = list(shards)
@@ -137,8 +136,7 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Waits until the last checkpoint is written.
 
-        Raises:
-            StoreError: the last checkpoint could not be written. Earlier checkpoints stay complete.
+        Raises StoreError if it could not be written. Earlier checkpoints stay complete.
         """
         if self._thread is not None:
             self._thread.join()
@@ -255,11 +253,7 @@ def save_checkpoint(
     values: Mapping[str, Any] | None = None,
     shards: Iterable[Shard] = (),
 ) -> None:
-    """Writes a checkpoint from one process and returns when it is complete.
-
-    Raises:
-        StoreError: the checkpoint cannot be written.
-    """
+    """Writes a checkpoint from one process and returns when it is complete. Raises StoreError if that fails."""
     with CheckpointWriter(store, retry_seconds=()) as writer:
         writer.save(ref, model=model, tokenizer=tokenizer, meta=meta, values=values, shards=shards)
 

@@ -70,8 +70,7 @@ class Ranks:
     def side_channel(self, seconds: float) -> Ranks:
         """The same ranks with a new process group on the CPU, for a background thread. All ranks must call this.
 
-        Args:
-            seconds: longest wait for another rank in the new group.
+        A wait for another rank in the new group lasts at most ``seconds``.
         """
         if self.group is None:
             return self
@@ -92,8 +91,7 @@ class RankLost(RetryableError):
 def meeting() -> Iterator[None]:
     """Surrounds every wait for other ranks, so that a missing rank raises an error instead of hanging.
 
-    Raises:
-        RankLost: a rank did not answer within the group's timeout, or its connection broke.
+    Raises RankLost if a rank did not answer within the group's timeout, or its connection broke.
     """
     try:
         yield
@@ -108,13 +106,8 @@ def meeting() -> Iterator[None]:
 def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Iterator[Ranks]:
     """Joins the process group that the environment variables describe, and leaves it on exit.
 
-    Args:
-        device: training device; CUDA uses NCCL, the CPU uses gloo.
-        timeout_seconds: longest wait for another rank.
-
-    Raises:
-        UserError: the environment is incomplete.
-        RankLost: the other ranks did not join in time, or were already leaving.
+    CUDA uses NCCL, and the CPU uses gloo. A wait for another rank lasts at most ``timeout_seconds``. Raises UserError
+    if the environment is incomplete, and RankLost if the other ranks did not join in time or were already leaving.
     """
     size = _number("WORLD_SIZE", 1)
     if size == 1:
@@ -144,11 +137,7 @@ def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECOND
 def rank_device(name: str) -> torch.device:
     """The device that this process computes on: the CPU, or the CUDA device that the launcher gave to this rank.
 
-    Args:
-        name: ``auto``, ``cpu`` or ``cuda``.
-
-    Raises:
-        UserError: CUDA was asked for, but torch sees no CUDA device.
+    ``name`` is that of :func:`~nanochat_core.device.choose_device`.
     """
     device = choose_device(name)
     if device.type == "cuda":

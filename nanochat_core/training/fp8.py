@@ -46,10 +46,8 @@ class Fp8Linear(nn.Module):
 def convert_to_fp8(model: GPT) -> list[str]:
     """Lets the large matrices of the blocks train in fp8. The parameters stay the same objects and keep their names.
 
-    The head is not converted, because the chunked loss multiplies by the head's weight itself.
-
-    Returns:
-        The names of the converted layers.
+    The head is not converted, because the chunked loss multiplies by the head's weight itself. The result is the names
+    of the converted layers.
     """
     converted = []
     for parent_name, parent in list(model.blocks.named_modules(prefix="blocks")):

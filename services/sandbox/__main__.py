@@ -28,7 +28,7 @@ def main() -> None:
     log.info("starting", extra={"settings": settings.describe(chosen)})
     if os.geteuid() == 0:
         log.warning("running as root: the isolation holds, but one layer more would if the service were unprivileged")
-    with SandboxExecutor(chosen.executor_config()) as executor:
+    with SandboxExecutor(chosen) as executor:
         log.info(
             "isolation profile chosen",
             extra={

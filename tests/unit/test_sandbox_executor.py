@@ -339,9 +339,10 @@ def test_bwrap_holds_without_landlock_too(
     assert executor.execute_sync("import os\nos.path.exists('/etc/passwd'), 6 * 7").result == "(False, 42)"
 
 
-def test_auto_passes_over_a_missing_bubblewrap_and_says_so() -> None:
+def test_auto_passes_over_a_missing_bubblewrap_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiles, "BWRAP", "no-such-bwrap")
     try:
-        executor = SandboxExecutor(SandboxConfig(bwrap="no-such-bwrap")).start()
+        executor = SandboxExecutor(SandboxConfig()).start()
     except SandboxUnavailable as error:
         pytest.skip(str(error))
     assert executor.profile == "pod"
@@ -351,15 +352,17 @@ def test_auto_passes_over_a_missing_bubblewrap_and_says_so() -> None:
 
 def test_nothing_runs_when_no_profile_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(landlock, "kernel_abi", lambda: 0)
+    monkeypatch.setattr(profiles, "BWRAP", "no-such-bwrap")
     with pytest.raises(
         SandboxUnavailable, match=r"none will run .*bwrap: bubblewrap: .*; pod: landlock: not available"
     ):
-        SandboxExecutor(SandboxConfig(bwrap="no-such-bwrap")).start()
+        SandboxExecutor(SandboxConfig()).start()
 
 
-def test_a_configured_profile_is_never_replaced() -> None:
+def test_a_configured_profile_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiles, "BWRAP", "no-such-bwrap")
     with pytest.raises(SandboxUnavailable, match="bwrap: bubblewrap: no-such-bwrap is not installed"):
-        SandboxExecutor(SandboxConfig(profile="bwrap", bwrap="no-such-bwrap")).start()
+        SandboxExecutor(SandboxConfig(profile="bwrap")).start()
 
 
 @pytest.mark.parametrize(
@@ -377,7 +380,7 @@ def test_a_wrong_configuration_is_named(options: dict[str, str], message: str) -
 
 def test_a_default_above_its_maximum_is_refused() -> None:
     with pytest.raises(ValueError, match="wall_seconds"):
-        SandboxConfig(default_limits=Limits(100, 1, 1 << 20, 100))
+        SandboxConfig(wall_seconds=100)
 
 
 def test_a_failure_of_the_sandbox_is_not_blamed_on_the_code(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_core.sandbox import Limits, landlock, seccomp
-from nanochat_core.sandbox.syscalls import AARCH64, X86_64, Machine
+from nanochat_core.sandbox.seccomp import AARCH64, X86_64, Machine
 
 MACHINES = pytest.mark.parametrize("machine", [X86_64, AARCH64], ids=lambda machine: machine.name)
 

@@ -10,8 +10,7 @@ from nanochat_core.sandbox import Limits, ResultFormat, SandboxConfig, SandboxEx
 @pytest.fixture(scope="module", params=["bwrap", "pod"])
 def executor(request: pytest.FixtureRequest) -> Iterator[SandboxExecutor]:
     try:
-        patient = Limits(wall_seconds=20, cpu_seconds=10, memory_bytes=256 << 20, output_bytes=64 << 10)
-        config = SandboxConfig(profile=request.param, concurrency=2, default_limits=patient)
+        config = SandboxConfig(profile=request.param, concurrency=2, wall_seconds=20, cpu_seconds=10)
         started = SandboxExecutor(config).start()
     except SandboxUnavailable as error:
         pytest.skip(str(error))

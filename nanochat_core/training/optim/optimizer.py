@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nanochat_core.training.distributed import ALONE, Ranks
 from nanochat_core.training.optim.adamw import AdamWShards
-from nanochat_core.training.optim.muon_shards import MuonShards
+from nanochat_core.training.optim.muon import MuonShards
 from nanochat_core.training.optim.shards import ParameterShards, ReadRows, Shard
 
 
@@ -52,8 +52,7 @@ class MuonAdamW:
     def reduce(self) -> Tensor:
         """Sums the gradients over the ranks. :meth:`step` calls it if it was not called before.
 
-        Returns:
-            The Euclidean norm of the summed gradients of all parameters, a scalar.
+        The result is the Euclidean norm of the summed gradients of all parameters, a scalar.
         """
         reduced = [(unit.owned, gradient) for _, unit in self._units if (gradient := unit.reduced()) is not None]
         self._reduced = True
@@ -68,11 +67,8 @@ class MuonAdamW:
         """Updates all parameters from their gradients.
 
         On a single rank, a parameter without a gradient stays unchanged. A Muon group stays unchanged if none of its
-        matrices has a gradient.
-
-        Raises:
-            ValueError: some but not all matrices of a Muon group have a gradient, or there are several ranks and a
-                parameter has no gradient.
+        matrices has a gradient. Raises ValueError if some but not all matrices of a Muon group have a gradient, or if
+        there are several ranks and a parameter has no gradient.
         """
         if not self._reduced:
             self.reduce()
@@ -104,10 +100,6 @@ class MuonAdamW:
             yield from unit.shards()
 
     def load_shards(self, read: ReadRows) -> None:
-        """Loads stored optimizer state. It may have been written by any number of ranks.
-
-        Args:
-            read: reads rows ``start`` to ``stop`` of a named tensor; returns None if it was not stored.
-        """
+        """Loads stored optimizer state by ``read``. It may have been written by any number of ranks."""
         for _, unit in self._units:
             unit.load(read)

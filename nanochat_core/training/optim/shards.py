@@ -67,13 +67,9 @@ class ParameterShards(ABC):
             self._reduce_when_complete(parameter)
 
     def reduced(self) -> Tensor | None:
-        """Finishes the reduction.
+        """Finishes the reduction and returns this rank's part of the summed gradient.
 
-        Returns:
-            This rank's part of the summed gradient; None if a single rank's parameters have no gradient.
-
-        Raises:
-            ValueError: some of the parameters have no gradient.
+        It is None if a single rank's parameters have no gradient. Raises ValueError if only some of them have one.
         """
         if all(parameter.grad is None for parameter in self._parameters) and self._ranks.group is None:
             self.gradient = None
@@ -118,8 +114,7 @@ class ParameterShards(ABC):
     def update(self, group: dict[str, Any]) -> None:
         """Updates this rank's part by its gradient, if there is one, and starts to gather the other parts.
 
-        Args:
-            group: the parameter group, with the settings of this step.
+        ``group`` is the parameter group, with the settings of this step.
         """
 
     @abstractmethod
