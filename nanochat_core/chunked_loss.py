@@ -87,13 +87,9 @@ def loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Summed cross-entropy and its gradients with respect to ``hidden`` and ``weight``.
 
-    Args:
-        hidden, weight, targets, vocab_size: see :func:`softcapped_cross_entropy`.
-        compile: whether to compile the operations on the logits between the matrix products.
-
-    Returns:
-        The loss, an fp32 scalar; the gradient of ``hidden``, (tokens, dim) in its dtype; the gradient of ``weight``,
-        (rows, dim) fp32.
+    The arguments are those of :func:`softcapped_cross_entropy`. ``compile`` compiles the operations on the logits
+    between the matrix products. The loss is an fp32 scalar, the gradient of ``hidden`` is (tokens, dim) in its dtype,
+    and the gradient of ``weight`` is (rows, dim) fp32.
     """
     per_chunk = _compiled if compile else loss_and_logit_gradient
     with torch.no_grad():

@@ -19,9 +19,8 @@ WINDOW_MULTIPLE = 128
 class ModelConfig:
     """Shape of a GPT. :meth:`from_depth` derives it from the depth.
 
-    Attributes:
-        window_pattern: attention windows of consecutive layers, ``S`` for a short window and ``L`` for the whole
-            context. The pattern repeats over the layers.
+    ``window_pattern`` lists the attention windows of consecutive layers, ``S`` for a short window and ``L`` for the
+    whole context. The pattern repeats over the layers.
     """
 
     depth: int

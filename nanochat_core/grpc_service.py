@@ -37,20 +37,13 @@ class GrpcService:
     """A gRPC server with health checks, reflection, a port for Prometheus and signal handlers.
 
     Create it inside a running event loop, add the servicers to :attr:`server`, then call :meth:`start`,
-    :meth:`announce_ready`, and :meth:`close` at the end.
-
-    Attributes:
-        server: the gRPC server.
-        stop_requested: set by SIGTERM and SIGINT.
+    :meth:`announce_ready`, and :meth:`close` at the end. SIGTERM and SIGINT set the event :attr:`stop_requested`.
     """
 
     def __init__(self, name: str, *, max_receive_bytes: int, max_send_bytes: int, min_ping_seconds: int = 300) -> None:
-        """
-        Args:
-            name: full name of the service in its proto file.
-            max_receive_bytes: size of the largest request.
-            max_send_bytes: size of the largest reply.
-            min_ping_seconds: shortest time between two pings of an idle client; the default is gRPC's.
+        """``name`` is the full name of the service in its proto file.
+
+        ``min_ping_seconds`` is the shortest time between two pings of an idle client; the default is gRPC's.
         """
         self._name = name
         self.stop_requested = asyncio.Event()

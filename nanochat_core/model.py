@@ -104,10 +104,8 @@ class GPT(nn.Module):
 
     Activations and matrix products have the dtype ``compute_dtype``. Parameters are fp32, except the embedding tables,
     which are stored in ``compute_dtype``. With fp16 the tables are fp32 too, because the optimizer's squared gradients
-    would be too small for fp16.
-
-    Attributes:
-        attention: the attention backend, a result of :func:`~nanochat_core.attention.choose_attention`.
+    would be too small for fp16. ``attention`` is the attention backend, a result of
+    :func:`~nanochat_core.attention.choose_attention`.
     """
 
     cos: Tensor

@@ -36,12 +36,10 @@ class FileEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The files of one checkpoint.
+    """The files of one checkpoint: the entry of each file by its name, such as ``model.safetensors``.
 
-    Attributes:
-        files: entry of each file by its name, such as ``model.safetensors``.
-        folder: subfolder with the checkpoint's files. It is empty unless the checkpoint replaced an earlier one of the
-            same name.
+    The files are in the subfolder ``folder``, which is empty unless the checkpoint replaced an earlier one of the same
+    name.
     """
 
     ref: CheckpointRef

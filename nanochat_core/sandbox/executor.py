@@ -8,7 +8,6 @@ import concurrent.futures
 import dataclasses
 import threading
 from collections.abc import Coroutine
-from types import TracebackType
 from typing import Any, TypeVar
 
 from nanochat_core.sandbox import interpreter
@@ -48,11 +47,7 @@ class SandboxExecutor:
 
     Use the executor as a context manager, or call :meth:`start` and :meth:`close`. Calls may come from any event loop
     or thread. The executor starts the workers from a thread of its own, because the kernel kills a worker when the
-    thread that started it ends.
-
-    Attributes:
-        config: the configuration.
-        rejected: name of each profile that failed its self-test, and the reason.
+    thread that started it ends. ``rejected`` has the name of each profile that failed its self-test, and the reason.
     """
 
     def __init__(self, config: SandboxConfig | None = None) -> None:
@@ -88,7 +83,6 @@ class SandboxExecutor:
 
     @property
     def stats(self) -> ExecutorStats:
-        """The executor's current load."""
         return ExecutorStats(self._running, self._queued, len(self._pool) if self._pool else 0)
 
     def start(self) -> SandboxExecutor:
@@ -119,9 +113,7 @@ class SandboxExecutor:
     def __enter__(self) -> SandboxExecutor:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     async def execute(

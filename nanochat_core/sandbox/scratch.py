@@ -14,9 +14,6 @@ class ScratchRoot:
 
     The executor keeps the folder locked while it runs. A folder that is no longer locked belongs to a killed executor,
     and the next executor removes it.
-
-    Attributes:
-        path: path of the private folder.
     """
 
     def __init__(self, parent: str) -> None:

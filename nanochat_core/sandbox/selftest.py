@@ -75,20 +75,14 @@ async def self_test(profile: Profile, scratch_root: ScratchRoot) -> None:
         with open(secret, "w") as file:
             file.write("must not be read")
         attempts = ATTEMPTS + (() if profile.host_scratch else _NAMESPACE_ATTEMPTS)
-        filled = [
-            (
-                layer,
-                action,
-                code.format(
-                    secret=secret,
-                    folder=folder,
-                    python=profile.interpreter.executable,
-                    memory=_LIMITS.memory_bytes,
-                    scratch=profile.config.scratch_bytes,
-                ),
-            )
-            for layer, action, code in attempts
-        ]
+        values = {
+            "secret": secret,
+            "folder": folder,
+            "python": profile.interpreter.executable,
+            "memory": _LIMITS.memory_bytes,
+            "scratch": profile.config.scratch_bytes,
+        }
+        filled = [(layer, action, code.format(**values)) for layer, action, code in attempts]
         try:
             worker = await WorkerProcess.start(profile, scratch_root)
             try:

@@ -33,8 +33,7 @@ _INTERPRETER_BYTES = 64 << 20
 class ProcessUsage:
     """Reads CPU time and memory of a process from outside, without its help.
 
-    Attributes:
-        peak_memory_bytes: largest resident memory that :meth:`sample_memory` measured; 0 if it measured none.
+    ``peak_memory_bytes`` is the largest resident memory that :meth:`sample_memory` measured; 0 if it measured none.
     """
 
     def __init__(self, pid: int) -> None:

@@ -21,15 +21,11 @@ class DownloadCache:
     """Keeps each file at ``folder/<version>/<key>``.
 
     When an object is replaced, its version changes. The new object then has another path, so the cache cannot return
-    the old content.
+    the old content. The total size of the files is at most ``limit_bytes``, unless it is None. Files that
+    :meth:`keeping` protects may exceed it until the end of the ``with`` block.
     """
 
     def __init__(self, folder: Path, limit_bytes: int | None = None) -> None:
-        """
-        Args:
-            limit_bytes: largest total size of the files; None means no limit. Files that :meth:`keeping` protects may
-                exceed it until the end of the ``with`` block.
-        """
         self.folder, self.limit_bytes = folder, limit_bytes
         self._kept: Counter[PurePosixPath] = Counter()
         self._lock = threading.Lock()

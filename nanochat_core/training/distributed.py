@@ -29,8 +29,7 @@ DEFAULT_TIMEOUT_SECONDS = 600.0
 class Ranks:
     """This process's place among the ranks.
 
-    Attributes:
-        group: process group for tensors on the training device; None if there is only one rank.
+    ``group`` is the process group for tensors on the training device; None if there is only one rank.
     """
 
     rank: int = 0

@@ -61,25 +61,18 @@ def convert_to_fp8(model: GPT) -> list[str]:
 def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` in fp8. The two matrix products of the backward pass are also in fp8.
 
-    Args:
-        x: (..., in_features) bf16; the number of tokens, in_features and out_features are multiples of 16.
-        weight: (out_features, in_features) fp32.
-
-    Returns:
-        (..., out_features) in ``x``'s dtype.
+    ``x`` is (..., in_features) bf16, and ``weight`` is (out_features, in_features) fp32. The number of tokens,
+    in_features and out_features are multiples of 16. The result is (..., out_features) in ``x``'s dtype.
     """
     y: Tensor = _Fp8Product.apply(x.reshape(-1, x.size(-1)), weight)
     return y.view(*x.shape[:-1], weight.size(0))
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scales a tensor to the range of an fp8 dtype and rounds it.
+    """Scales a tensor to the range of ``torch.float8_e4m3fn`` or ``torch.float8_e5m2`` and rounds it.
 
-    Args:
-        dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
-
-    Returns:
-        ``x / scale`` in the fp8 dtype, and the fp32 scalar ``scale``. NaN or infinity in ``x`` makes products NaN.
+    The result is ``x / scale`` in the fp8 dtype, and the fp32 scalar ``scale``. NaN or infinity in ``x`` makes products
+    NaN.
     """
     largest = torch.finfo(dtype).max
     scale = (x.abs().amax().float() / largest).clamp(min=LEAST_SCALE)
