@@ -62,7 +62,7 @@ async def run_call(worker: WorkerProcess, code: bytes, limits: Limits, result_fo
 
     used = Usage(wall, max(0.0, (cpu_after or cpu_total) - cpu_before), usage.peak_memory_bytes)
     claim = _claim(claim_stream)
-    kind, error, result = claim or (b"", b"", b"")
+    kind, message, result = claim or (b"", b"", b"")
     result_cut = claim_stream.overflow or len(result) > limits.output_bytes
     cut = [stream.name for stream in (stdout, stderr) if stream.overflow] + ["result"] * result_cut
     text = None
@@ -81,7 +81,7 @@ async def run_call(worker: WorkerProcess, code: bytes, limits: Limits, result_fo
     elif cut:
         status, line = Status.OUTPUT_LIMIT, f"{' and '.join(cut)} limit of {limits.output_bytes} bytes exceeded"
     elif claim is not None:
-        status, line = _classify_claim(kind, decode(error), limits, scratch_bytes)
+        status, line = _classify_claim(kind, decode(message), limits, scratch_bytes)
     else:
         status, line = _classify_exit(exit_code, used, limits)
     return ExecutionResult(
