@@ -27,11 +27,8 @@ def panels(
 ) -> Iterator[Sequence[Any]]:
     """Axes of a figure, which is written to ``path`` when the context ends.
 
-    Args:
-        count: number of axes.
-        columns: largest number of axes in a row; 0 puts all of them in one row.
-        width: width of each axis in inches.
-        height: height of each axis in inches.
+    A row has at most ``columns`` of the ``count`` axes; 0 puts all of them in one row. Each axis has the given size in
+    inches.
     """
     # Importing matplotlib takes a second, so programs that draw nothing do not import it.
     import matplotlib as mpl

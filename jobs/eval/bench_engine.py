@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.eval.bench.clients import CoreClient
+from jobs.eval.bench.core_client import CoreClient
 from jobs.eval.bench.models import random_model, random_tokenizer
 from jobs.eval.bench.network_clients import GrpcClient, HttpClient, NetworkClient
 from jobs.eval.bench.request_results import summarize
@@ -125,10 +125,7 @@ class BenchEngineSettings(JobSettings):
 
 
 def run(settings: BenchEngineSettings, show: Callable[[str], None]) -> dict[str, Any]:
-    """Measure every row, show each row as soon as it is measured, and write ``bench.json`` and ``bench.png``.
-
-    Returns:
-        The content of ``bench.json``.
+    """Measure and show row after row, write ``bench.png`` and ``bench.json``, and return the content of the latter.
 
     Raises:
         UserError: the model or server is missing, requests do not fit the model, or no request was answered.
@@ -206,21 +203,12 @@ def plan(
     # With fewer requests than slots some slots would stay empty.
     count = max(settings.requests or (_ARRIVALS if rate else _ROUNDS * at_once), at_once)
     content = secrets.randbits(64) if settings.endpoint else settings.seed
-
-    def made(count: int, shape: Shape, part: int) -> list[BenchRequest]:
-        return make_requests(
-            mix,
-            shape,
-            count=count,
-            choices=choices,
-            vocabulary=vocabulary,
-            seed=settings.seed,
-            content_seed=(content, salt, part),
-        )
-
+    make = functools.partial(make_requests, mix, choices=choices, vocabulary=vocabulary, seed=settings.seed)
     short = dataclasses.replace(shape, output=_WARM_UP_OUTPUT, mixed_outputs=(_WARM_UP_OUTPUT, _WARM_UP_OUTPUT))
-    traffic = Load(at_once) if rate is None else Load(arrivals=poisson_arrivals(rate, count, settings.seed))
-    return made(at_once, short, 0), made(count, shape, 1), traffic
+    warm_up = make(short, count=at_once, content_seed=(content, salt, 0))
+    requests = make(shape, count=count, content_seed=(content, salt, 1))
+    load = Load(at_once) if rate is None else Load(arrivals=poisson_arrivals(rate, count, settings.seed))
+    return warm_up, requests, load
 
 
 @contextlib.contextmanager

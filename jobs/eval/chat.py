@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 
 from jobs.data.dataset_files import DatasetSource
-from jobs.eval.chat_eval.evaluate_tasks import Sampling, evaluate_choices, evaluate_generative, graded_answers_of
+from jobs.eval.chat_eval.evaluate_tasks import evaluate_choices, evaluate_generative, graded_answers_of
 from jobs.eval.chat_eval.scores import chat_core, score, table
 from jobs.eval.checkpoints import pick_checkpoint
-from jobs.generation.python_tool import SandboxTool
+from jobs.generation import SandboxTool
 from jobs.program import JobSettings, run_program
 from jobs.recipes import find_recipe
 from jobs.results.evaluations import Evaluation
@@ -24,7 +24,7 @@ from jobs.tasks.task import ChoiceTask, GenerativeTask
 from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.device import choose_dtype, free_memory, prepare_cpu
-from nanochat_core.engine import Engine, EngineConfig
+from nanochat_core.engine import Engine, EngineConfig, SamplingParams
 from nanochat_core.errors import UserError
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.settings import setting
@@ -140,13 +140,13 @@ def _evaluate(
         max_running=settings.batch,
         token_budget=max(EngineConfig.token_budget, _BUDGET_PER_SEQUENCE * settings.batch),
     )
-    sampling = Sampling(settings.samples, settings.temperature, settings.top_k, settings.seed)
+    sampling = SamplingParams(temperature=settings.temperature, top_k=settings.top_k, seed=settings.seed)
     with (
         SandboxExecutor() as sandbox,
         contextlib.closing(Engine(model, tokenizer, config, tool_runner=SandboxTool(sandbox))) as engine,
     ):
         for task in generative:
-            evaluate_generative(engine, tokenizer, sandbox, task, evaluation, sampling, ranks)
+            evaluate_generative(engine, tokenizer, sandbox, task, evaluation, sampling, settings.samples, ranks)
 
 
 def _show(result: Mapping[str, Any], names: Sequence[str], show: Callable[[str], None]) -> None:

@@ -10,35 +10,29 @@ from nanochat_core.store import Store
 def pick_checkpoint(store: Store, model: str, revision: str, *stages: str) -> Checkpoint:
     """The checkpoint ``revision``, which is ``<stage>/step_<n>``; empty for the newest one of the last of ``stages``.
 
-    Stages of which the model has no checkpoint are skipped.
-
-    Raises:
-        UserError: the model has no such checkpoint.
+    Stages of which the model has no checkpoint are skipped. If none is left, a :class:`UserError` is raised.
     """
     if revision:
         return load_checkpoint(store, CheckpointRef.parse(model, revision))
     for stage in reversed(stages):
-        checkpoint = newest_checkpoint(store, model, stage)
-        if checkpoint is not None:
+        if (checkpoint := newest_checkpoint(store, model, stage)) is not None:
             return checkpoint
     raise UserError(f"model {model!r} has no {' or '.join(stages)} checkpoint in {store}; train it first")
 
 
 def newest_stages(store: Store, model: str, revision: str = "") -> dict[str, Checkpoint]:
-    """The newest complete checkpoint of each stage that the model has, up to the stage of ``revision``.
+    """The newest complete checkpoint of each stage that the model has.
 
-    Args:
-        revision: ``<stage>/step_<n>`` of the last checkpoint; empty for the newest checkpoint of the last stage.
-
-    Raises:
-        UserError: the model has no checkpoint, or no checkpoint of this revision.
+    ``revision`` is the checkpoint of the last stage; if it is empty, all stages have their newest checkpoints. A
+    :class:`UserError` is raised if the model has no checkpoint, or no checkpoint of this revision.
     """
-    last = load_checkpoint(store, CheckpointRef.parse(model, revision)) if revision else None
-    before = STAGES[: STAGES.index(last.ref.stage)] if last is not None else STAGES
-    found = {stage: newest_checkpoint(store, model, stage) for stage in before}
+    last = pick_checkpoint(store, model, revision) if revision else None
+    stages = {}
+    for stage in STAGES[: STAGES.index(last.ref.stage)] if last is not None else STAGES:
+        if (checkpoint := newest_checkpoint(store, model, stage)) is not None:
+            stages[stage] = checkpoint
     if last is not None:
-        found[last.ref.stage] = last
-    stages = {stage: checkpoint for stage, checkpoint in found.items() if checkpoint is not None}
+        stages[last.ref.stage] = last
     if not stages:
         raise UserError(f"model {model!r} has no base checkpoint in {store}; train it first")
     return stages

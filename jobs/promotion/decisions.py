@@ -20,7 +20,7 @@ class Decision:
         digest: sha256 of the checkpoint's weights.
         against: model and revision that the checkpoint was compared with; empty if no other checkpoint was promoted.
         promoted: whether this decision promoted the checkpoint. A decision without ``--promote`` promotes nothing.
-        time: time of the decision in UTC (ISO 8601).
+        time: UTC (ISO 8601).
     """
 
     digest: str

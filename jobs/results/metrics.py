@@ -1,13 +1,13 @@
 """The metrics of a checkpoint by name, such as ``chat.accuracy``, ``core.core`` and ``chat.gsm8k.accuracy``.
 
-Each kind of evaluation has a function below that names its metrics. A number in a result that no function names is not
-a metric: neither the promotion gate nor a comparison of models sees it.
+A number in a result that this module does not name is not a metric: neither the promotion gate nor a comparison of
+models sees it.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 
 from jobs.results.evaluations import Result, results_of
 from nanochat_core.checkpoint import STAGES, Checkpoint, CheckpointRef, list_checkpoints, load_meta, weights_digest
@@ -16,8 +16,6 @@ from nanochat_core.store import Store
 # Names of the evaluations. A report makes the last three itself.
 CORE, CHAT_TASKS = "core", "chat"
 HELD_OUT_TEXT, CONVERSATIONS, SAMPLES = "bpb", "conversations", "samples"
-
-Named = Iterator[tuple[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,33 +49,28 @@ def ancestors(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[str, Check
 
     An ancestor is a checkpoint from which this one, or another ancestor, was trained.
     """
-    ref, meta = checkpoint.ref, checkpoint.meta
-    known = {checkpoint.weights_digest}
+    ref, meta, known = checkpoint.ref, checkpoint.meta, {checkpoint.weights_digest}
     while True:
         inputs = set(meta.get("inputs", {}).values()) - known
-        model = meta.get("base_model", ref.model)
-        parent = next(
-            (
-                (digest, candidate)
-                for stage in reversed(STAGES)
-                for candidate in reversed(list_checkpoints(store, model, stage))
-                if (digest := weights_digest(store, candidate)) in inputs
-            ),
-            None,
+        parents = (
+            (digest, candidate)
+            for stage in reversed(STAGES)
+            for candidate in reversed(list_checkpoints(store, meta.get("base_model", ref.model), stage))
+            if (digest := weights_digest(store, candidate)) in inputs
         )
+        parent = next(parents, None)
         if parent is None:
             return
         yield parent
-        known.add(parent[0])
-        ref = parent[1]
+        digest, ref = parent
+        known.add(digest)
         meta = load_meta(store, ref)
 
 
 def metrics_of_result(result: Result) -> dict[str, Metric]:
     """The metrics of one evaluation's result; none for a kind of evaluation that has no metrics."""
     how = hashlib.sha256(json.dumps(result["settings"], sort_keys=True).encode()).hexdigest()[:12]
-    named = _METRICS.get(result["evaluation"])
-    return {name: Metric(float(value), how) for name, value in named(result)} if named else {}
+    return {name: Metric(float(value), how) for name, value in _named(result)}
 
 
 def _precedence(result: Result) -> tuple[bool, int]:
@@ -88,44 +81,25 @@ def _precedence(result: Result) -> tuple[bool, int]:
     return result["settings"].get("temperature", 0) == 0, -len(result.get("missing", ()))
 
 
-def _held_out_text(result: Result) -> Named:
-    for name in ("bits_per_byte", "xz_9_bits_per_byte", "bytes_per_token"):
-        yield f"bpb.{name}", result[name]
-
-
-def _conversations(result: Result) -> Named:
-    """Metrics of the held-out conversations. They tell how well a model chats, so their names begin with ``chat``."""
-    yield "chat.accuracy", result["accuracy"]
-    for kind, counts in result["kinds"].items():
-        yield f"chat.kinds.{kind}", _share(counts["right"], counts["items"])
-
-
-def _chat_tasks(result: Result) -> Named:
-    if result["chatcore"] is not None:
-        yield "chat.chatcore", result["chatcore"]
-    for name, task in result["tasks"].items():
-        yield f"chat.{name}.accuracy", task["accuracy"]
-        yield f"chat.{name}.centered", task["centered"]
-        for k, share in task.get("pass_at_k", {}).items():
-            yield f"chat.{name}.pass_at_k.{k}", share
-        for group, counts in task.get("groups", {}).items():
-            yield f"chat.{name}.{group}", _share(counts["right"], counts["answers"])
-
-
-def _core(result: Result) -> Named:
-    yield "core.core", result["core"]
-    for name, task in result["tasks"].items():
-        yield f"core.{name}.accuracy", task["accuracy"]
-        yield f"core.{name}.centered", task["centered"]
-
-
-def _share(right: int, of: int) -> float:
-    return right / max(of, 1)
-
-
-_METRICS: Mapping[str, Callable[[Result], Named]] = {
-    CORE: _core,
-    CHAT_TASKS: _chat_tasks,
-    HELD_OUT_TEXT: _held_out_text,
-    CONVERSATIONS: _conversations,
-}
+def _named(result: Result) -> Iterator[tuple[str, float]]:
+    """Name and value of each metric in a result."""
+    kind = result["evaluation"]
+    if kind == HELD_OUT_TEXT:
+        for name in ("bits_per_byte", "xz_9_bits_per_byte", "bytes_per_token"):
+            yield f"bpb.{name}", result[name]
+    elif kind == CONVERSATIONS:
+        # Held-out conversations tell how well a model chats, so the names of their metrics begin with ``chat``.
+        yield "chat.accuracy", result["accuracy"]
+        for name, counts in result["kinds"].items():
+            yield f"chat.kinds.{name}", counts["right"] / max(counts["items"], 1)
+    elif kind in (CORE, CHAT_TASKS):
+        score = "core" if kind == CORE else "chatcore"
+        if result[score] is not None:
+            yield f"{kind}.{score}", result[score]
+        for name, task in result["tasks"].items():
+            yield f"{kind}.{name}.accuracy", task["accuracy"]
+            yield f"{kind}.{name}.centered", task["centered"]
+            for k, share in task.get("pass_at_k", {}).items():
+                yield f"{kind}.{name}.pass_at_k.{k}", share
+            for group, counts in task.get("groups", {}).items():
+                yield f"{kind}.{name}.{group}", counts["right"] / max(counts["answers"], 1)

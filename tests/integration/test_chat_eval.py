@@ -20,8 +20,7 @@ from jobs.eval.chat_eval.scores import GradedAnswers, right_by_group
 from jobs.eval.checkpoints import pick_checkpoint
 from jobs.eval.report_card import held_out
 from jobs.eval.report_card.held_out import SAMPLING, continue_text, evaluate_conversations
-from jobs.generation.completions import read_completion
-from jobs.generation.python_tool import SandboxTool
+from jobs.generation import SandboxTool, read_completion
 from jobs.recipes import find_recipe
 from jobs.tasks import demo
 from jobs.tasks.task import Response

@@ -15,14 +15,14 @@ from jobs.demo_world.documents import pretraining_documents
 from jobs.eval import chat
 from jobs.eval.chat import ChatEvalSettings
 from jobs.eval.chat_eval import evaluate_tasks
-from jobs.eval.chat_eval.evaluate_tasks import Sampling, generate
+from jobs.eval.chat_eval.evaluate_tasks import generate
 from jobs.results.evaluations import Evaluation, results
 from jobs.results.metrics import metrics_of
 from jobs.tasks.registry import Selection, open_tasks
 from jobs.train.tokenizer import train_tokenizer
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint
 from nanochat_core.config import ModelConfig
-from nanochat_core.engine import Engine, EngineConfig
+from nanochat_core.engine import Engine, EngineConfig, SamplingParams
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.store import open_store
@@ -126,9 +126,9 @@ def test_a_killed_evaluation_goes_on_without_repeating_what_was_finished(
     asked: list[int] = []
     kept: list[str] = []
 
-    def watched(engine: Any, tokenizer: Any, task: Any, numbers: Any, sampling: Any) -> Any:
+    def watched(engine: Any, tokenizer: Any, task: Any, numbers: Any, *sampling: Any) -> Any:
         asked.extend(numbers)
-        return generate(engine, tokenizer, task, numbers, sampling)
+        return generate(engine, tokenizer, task, numbers, *sampling)
 
     save_part = Evaluation.save_part
     monkeypatch.setattr(evaluate_tasks, "generate", watched)
@@ -236,18 +236,18 @@ def test_an_interrupted_evaluation_keeps_its_parts_while_other_tasks_are_evaluat
 def test_an_answer_depends_on_neither_the_batch_nor_the_other_questions(home: Path) -> None:
     checkpoint: Checkpoint = load_checkpoint(open_store(str(home)), REF)
     (task,) = open_tasks(["spelling"], DatasetSource(open_store(str(home))), Selection(items=30))
-    sampling = Sampling(samples=3, temperature=1.0, seed=5)
 
-    def answers(numbers: list[int], running: int, sampling: Sampling = sampling) -> dict[int, Any]:
+    def answers(numbers: list[int], running: int, seed: int = 5) -> dict[int, Any]:
         engine = Engine(checkpoint.build_model(), checkpoint.tokenizer, EngineConfig(max_running=running))
-        return dict(generate(engine, checkpoint.tokenizer, task, numbers, sampling))  # type: ignore[arg-type]
+        sampling = SamplingParams(temperature=1.0, seed=seed)
+        return dict(generate(engine, checkpoint.tokenizer, task, numbers, sampling, 3))  # type: ignore[arg-type]
 
     together = answers(list(range(30)), 64)
     assert sorted(together) == list(range(30))
     assert all(len(set(responses)) == 3 for responses in together.values())
     alone = answers([20, 3], 3)
     assert alone == {number: together[number] for number in (20, 3)}
-    assert answers([3], 3, Sampling(samples=3, temperature=1.0, seed=6))[3] != together[3]
+    assert answers([3], 3, seed=6)[3] != together[3]
 
 
 def test_questions_that_do_not_fit_are_wrong_and_the_others_are_answered(home: Path) -> None:

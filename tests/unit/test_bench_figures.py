@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.eval.bench.clients import CoreClient
+from jobs.eval.bench.core_client import CoreClient
 from jobs.eval.bench.request_results import RequestResult, TokenCounts, percentile, summarize
 from jobs.eval.bench.roofline import least_costs
 from jobs.eval.bench.rows import HEADER, table_line

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import httpx
 
-from jobs.eval.bench.clients import TOP_K
+from jobs.eval.bench.core_client import TOP_K
 from jobs.eval.bench.request_results import RequestResult, TokenCounts
 from jobs.eval.bench.workload import BenchRequest, Load
 from nanochat_core.errors import UserError
@@ -25,7 +25,7 @@ _TEXT = (
     "mother area money story fact month lot right study book eye job word business issue side kind head house "
     "service friend father power hour game line end member law car city"
 )
-WORDS = tuple(_TEXT.split())
+WORDS = _TEXT.split()
 # Lengths in words of two trial prompts. Their token counts give the tokens per word and of the chat template.
 _FEW_WORDS, _MANY_WORDS = 8, 32
 _CONNECT_SECONDS = 10.0
@@ -34,10 +34,8 @@ _CONNECT_SECONDS = 10.0
 class NetworkClient(ABC):
     """The shared part of the network clients: one event loop, in which connections stay open between runs.
 
-    Attributes:
-        vocabulary: prompts consist of token ids below this number.
-        longest: the largest number of tokens of a prompt with its output; None if the server does not report it.
-        description: the model and its server, as JSON values.
+    The attributes are those of :class:`~jobs.eval.bench.core_client.CoreClient`, but ``longest`` is None if the server
+    does not report it.
     """
 
     vocabulary: int
@@ -122,8 +120,7 @@ class GrpcClient(NetworkClient):
                 f"no engine answers at grpc://{address} ({error.code().name}: {error.details()}); start one, or wait "
                 "until it has logged that it is ready"
             ) from error
-        self.vocabulary = info.vocab_size - len(SPECIAL_TOKENS)
-        self.longest = info.context_length
+        self.vocabulary, self.longest = info.vocab_size - len(SPECIAL_TOKENS), info.context_length
         self.description = {
             "model": info.name,
             "revision": info.revision,
@@ -180,16 +177,13 @@ class HttpClient(NetworkClient):
     """
 
     def __init__(self, url: str, model: str, key: str, timeout_seconds: float) -> None:
-        """Connect to a server. Raises a :class:`UserError` if none answers, or if it does not report token counts.
+        """Connect to the server at ``url``, which ends with ``/v1``.
 
-        Args:
-            url: the server's URL up to and including ``/v1``.
-            model: name of the model; empty takes the first model that the server lists.
-            key: bearer token; empty sends none.
+        An empty ``model`` takes the first model that the server lists, and an empty ``key`` sends no bearer token. A
+        :class:`UserError` is raised if no server answers, or if the server does not report token counts.
         """
         super().__init__(timeout_seconds)
-        self.vocabulary = len(WORDS)
-        self.longest = None
+        self.vocabulary, self.longest = len(WORDS), None
         self._url, self._model = url.rstrip("/"), model
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},

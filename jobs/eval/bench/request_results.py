@@ -9,15 +9,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class TokenCounts:
-    """The numbers of tokens of one choice, or of a whole request if the server does not count choices.
-
-    Attributes:
-        cached: prompt tokens found in the prefix cache; None if the server does not report them.
-    """
+    """The numbers of tokens of one choice, or of a whole request if the server does not count choices."""
 
     prompt: int
     output: int
-    cached: int | None
+    cached: int | None  # prompt tokens found in the prefix cache; None if the server does not report them
 
 
 @dataclasses.dataclass

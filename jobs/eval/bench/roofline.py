@@ -61,10 +61,7 @@ def least_costs(config: ModelConfig, item_bytes: int, counts: Sequence[TokenCoun
     neither is the last token of a choice.
 
     A token takes two FLOPs per weight of the blocks, and four per channel of each key that it attends to. A token after
-    which a token is sampled also takes two per weight of the head.
-
-    Args:
-        item_bytes: size of a weight, a key or a value.
+    which a token is sampled also takes two per weight of the head. A weight, key or value has ``item_bytes`` bytes.
     """
     blocks, head = config.block_matrix_parameters, config.dim * config.padded_vocab_size
     windows = np.array(config.windows)

@@ -71,12 +71,9 @@ def make_requests(
 class Load:
     """Decides when requests are sent. Times are in seconds since the start of the run.
 
-    In a closed loop each of ``concurrency`` users sends the next request when the last one is answered. In an open loop
-    requests arrive at given times, whether or not earlier requests have been answered.
-
-    Attributes:
-        concurrency: number of users of a closed loop.
-        arrivals: arrival times of the requests of an open loop, in ascending order; empty in a closed loop.
+    In a closed loop, which has no ``arrivals``, each of ``concurrency`` users sends the next request when the last one
+    is answered. In an open loop requests are sent at the times ``arrivals``, which ascend, whether or not earlier
+    requests have been answered.
     """
 
     concurrency: int = 0

@@ -5,13 +5,13 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from jobs.eval.chat_eval.letter_choice import last_logits, letter_tokens
 from jobs.eval.chat_eval.scores import GradedAnswers
-from jobs.generation.completions import read_completion
-from jobs.generation.python_tool import SandboxTool
+from jobs.generation import SandboxTool, read_completion
 from jobs.progress import ProgressDisplay
 from jobs.results.evaluations import Evaluation
 from jobs.tasks.task import ChoiceQuestion, ChoiceTask, GenerativeTask, OpenQuestion, Question, Response
@@ -22,7 +22,7 @@ from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.tokenizer import Tokenizer
-from nanochat_core.training.distributed import ALONE, Ranks
+from nanochat_core.training.distributed import Ranks
 
 log = logging.getLogger("jobs.eval.chat")
 
@@ -30,60 +30,43 @@ log = logging.getLogger("jobs.eval.chat")
 _CHUNK = {"choice": 256, "generative": 32}
 # Number of tokens in one forward pass over multiple-choice questions, padding included.
 _FORWARD_TOKENS = 8192
+_GREEDY = SamplingParams(seed=0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How answers are sampled. The defaults give one greedy answer."""
-
-    samples: int = 1
-    temperature: float = 0.0
-    top_k: int = 0
-    seed: int = 0
+def chunks_of(task: ChoiceTask | GenerativeTask) -> dict[str, range]:
+    """The numbers of the questions of each chunk, by the chunk's name."""
+    size, numbers = _CHUNK[task.kind], range(len(task.questions))
+    return {f"{task.name}-{i // size:05d}": numbers[i : i + size] for i in numbers[::size]}
 
 
-GREEDY = Sampling()
+@contextlib.contextmanager
+def missing_chunks(
+    task: ChoiceTask | GenerativeTask, evaluation: Evaluation, ranks: Ranks
+) -> Iterator[tuple[dict[str, range], Callable[[int], None]]]:
+    """This rank's chunks that the evaluation store lacks, and a function that counts further questions as answered.
 
-
-class Chunks:
-    """The chunks of a task's questions, and the names of the chunks that this rank must still evaluate.
-
-    Attributes:
-        numbers: the numbers of the questions of each chunk, by the chunk's name.
-        missing: names of this rank's chunks that the evaluation store does not have yet.
+    The context shows the progress.
     """
+    mine = dict(list(chunks_of(task).items())[ranks.rank :: ranks.size])
+    missing = {name: numbers for name, numbers in mine.items() if evaluation.part(name) is None}
+    total = sum(map(len, mine.values()))
+    done = total - sum(map(len, missing.values()))
+    fields: dict[str, Any] = {"task": task.name, "answered": done, "questions": total}
+    if done and missing:
+        log.info("going on", extra=fields)
+    with ProgressDisplay(task.name, total, log, "answering", done=done, shown=ranks.leads) as progress:
 
-    def __init__(self, task: ChoiceTask | GenerativeTask, evaluation: Evaluation, ranks: Ranks = ALONE) -> None:
-        size, count = _CHUNK[task.kind], len(task.questions)
-        self.numbers = {
-            f"{task.name}-{start // size:05d}": range(start, min(start + size, count))
-            for start in range(0, count, size)
-        }
-        mine = list(self.numbers)[ranks.rank :: ranks.size]
-        self.missing = [name for name in mine if evaluation.part(name) is None]
-        self._task, self._shown = task.name, ranks.leads
-        self._total = sum(len(self.numbers[name]) for name in mine)
-        self._answered = self._total - sum(len(self.numbers[name]) for name in self.missing)
+        def count(questions: int) -> None:
+            fields["answered"] += questions
+            progress.update(fields["answered"], fields)
 
-    def progress(self) -> ProgressDisplay:
-        """The display of this rank's answered questions."""
-        if self._answered and self.missing:
-            log.info("going on", extra=self._fields())
-        return ProgressDisplay(self._task, self._total, log, "answering", done=self._answered, shown=self._shown)
-
-    def count(self, progress: ProgressDisplay, questions: int) -> None:
-        """Count further questions as answered."""
-        self._answered += questions
-        progress.update(self._answered, self._fields())
-
-    def _fields(self) -> dict[str, str | int]:
-        return {"task": self._task, "answered": self._answered, "questions": self._total}
+        yield missing, count
 
 
 def graded_answers_of(evaluation: Evaluation, task: ChoiceTask | GenerativeTask) -> list[GradedAnswers]:
     """The graded answers to all questions of a task, after every rank has stored its chunks in the same store."""
     graded = []
-    for name in Chunks(task, evaluation).numbers:
+    for name in chunks_of(task):
         stored = evaluation.part(name)
         if stored is None:
             raise UserError(f"{name} of another rank is not in {evaluation.store}; all ranks need the same store")
@@ -91,16 +74,13 @@ def graded_answers_of(evaluation: Evaluation, task: ChoiceTask | GenerativeTask)
     return graded
 
 
-def evaluate_choices(
-    model: GPT, tokenizer: Tokenizer, task: ChoiceTask, evaluation: Evaluation, ranks: Ranks = ALONE
-) -> None:
+def evaluate_choices(model: GPT, tokenizer: Tokenizer, task: ChoiceTask, evaluation: Evaluation, ranks: Ranks) -> None:
     """Answer this rank's missing chunks of a multiple-choice task, and store the graded answers."""
-    chunks = Chunks(task, evaluation, ranks)
-    with chunks.progress() as progress:
-        for name in chunks.missing:
-            graded = choose(model, tokenizer, [task.questions[number] for number in chunks.numbers[name]])
+    with missing_chunks(task, evaluation, ranks) as (missing, count):
+        for name, numbers in missing.items():
+            graded = choose(model, tokenizer, [task.questions[number] for number in numbers])
             evaluation.save_part(name, [answers.to_json() for answers in graded])
-            chunks.count(progress, len(graded))
+            count(len(graded))
 
 
 def evaluate_generative(
@@ -109,25 +89,28 @@ def evaluate_generative(
     sandbox: SandboxExecutor,
     task: GenerativeTask,
     evaluation: Evaluation,
-    sampling: Sampling,
-    ranks: Ranks = ALONE,
+    sampling: SamplingParams,
+    samples: int,
+    ranks: Ranks,
 ) -> None:
     """Answer this rank's missing chunks of a generative task, and store the graded answers.
 
     All chunks are answered in one continuous batch. Each is stored as soon as its last question is graded.
     """
-    chunks = Chunks(task, evaluation, ranks)
-    with chunks.progress() as progress, ThreadPoolExecutor(sandbox.config.concurrency) as graders:
-        chunk_of = {number: name for name in chunks.missing for number in chunks.numbers[name]}
-        graded: dict[str, dict[int, Future[GradedAnswers]]] = {name: {} for name in chunks.missing}
-        for number, answers in generate(engine, tokenizer, task, list(chunk_of), sampling):
+    with (
+        missing_chunks(task, evaluation, ranks) as (missing, count),
+        ThreadPoolExecutor(sandbox.config.concurrency) as graders,
+    ):
+        chunk_of = {number: name for name, numbers in missing.items() for number in numbers}
+        graded: dict[str, dict[int, Future[GradedAnswers]]] = {name: {} for name in missing}
+        for number, answers in generate(engine, tokenizer, task, list(chunk_of), sampling, samples):
             name = chunk_of[number]
             # The tests of an answer's code run while the engine generates other answers.
             graded[name][number] = graders.submit(_grade, task.questions[number], answers, sandbox)
-            if len(graded[name]) == len(chunks.numbers[name]):
+            if len(graded[name]) == len(missing[name]):
                 futures = graded.pop(name)
-                evaluation.save_part(name, [futures[number].result().to_json() for number in chunks.numbers[name]])
-            chunks.count(progress, 1)
+                evaluation.save_part(name, [futures[number].result().to_json() for number in missing[name]])
+            count(1)
 
 
 def answer_greedily(checkpoint: Checkpoint, task: GenerativeTask) -> list[GradedAnswers]:
@@ -160,13 +143,19 @@ def choose(model: GPT, tokenizer: Tokenizer, questions: Sequence[ChoiceQuestion]
 
 
 def generate(
-    engine: Engine, tokenizer: Tokenizer, task: GenerativeTask, numbers: Sequence[int], sampling: Sampling = GREEDY
+    engine: Engine,
+    tokenizer: Tokenizer,
+    task: GenerativeTask,
+    numbers: Sequence[int],
+    sampling: SamplingParams = _GREEDY,
+    samples: int = 1,
 ) -> Iterator[tuple[int, tuple[Response, ...]]]:
     """Generate the answers to the questions with these numbers, and yield each question's answers when they are done.
 
     An answer depends on the question, the seed and the index of the sample only, not on the other questions. A
     question that leaves no room for an answer in the model's context gets no answers.
     """
+    tools = ToolPolicy(enabled=task.tools)
     requests = []
     for number in numbers:
         question = task.questions[number]
@@ -174,15 +163,14 @@ def generate(
         if len(prompt) >= engine.model_config.context_length:
             yield number, ()
             continue
-        params = SamplingParams(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            seed=_seed(question, sampling.seed),
+        content = f"{sampling.seed}/{json.dumps(question.messages, sort_keys=True)}"
+        params = dataclasses.replace(
+            sampling,
+            seed=int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big"),
             max_tokens=task.max_tokens,
             stop_token_ids=stop_token_ids(tokenizer),
         )
-        tools = ToolPolicy(enabled=task.tools)
-        requests.append(Request(str(number), tuple(prompt), params, sampling.samples, tools))
+        requests.append(Request(str(number), tuple(prompt), params, samples, tools))
     for request_id, completions in engine.complete(requests):
         yield int(request_id), tuple(read_completion(tokenizer, completion) for completion in completions)
 
@@ -193,8 +181,3 @@ def _grade(question: OpenQuestion, answers: tuple[Response, ...], sandbox: Sandb
 
 def _prompt(tokenizer: Tokenizer, question: Question) -> list[int]:
     return render_prompt(tokenizer, parse_messages(question.messages))
-
-
-def _seed(question: Question, seed: int) -> int:
-    digest = hashlib.sha256(f"{seed}/{json.dumps(question.messages, sort_keys=True)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big")

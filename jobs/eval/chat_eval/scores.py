@@ -94,11 +94,10 @@ def chat_core(tasks: Mapping[str, Mapping[str, Json]]) -> tuple[float | None, li
     ``tasks`` has the figures of each evaluated task by its name. If none of them belongs to ChatCORE, ChatCORE is None
     and no task counts as missing.
     """
-    present = [name for name in CHAT_CORE_TASKS if name in tasks]
-    if not present:
+    scores = [tasks[name]["centered"] for name in CHAT_CORE_TASKS if name in tasks]
+    if not scores:
         return None, []
-    mean = sum(tasks[name]["centered"] for name in present) / len(present)
-    return mean, [name for name in CHAT_CORE_TASKS if name not in tasks]
+    return sum(scores) / len(scores), [name for name in CHAT_CORE_TASKS if name not in tasks]
 
 
 def table(result: Mapping[str, Json]) -> list[str]:
@@ -114,14 +113,11 @@ def table(result: Mapping[str, Json]) -> list[str]:
     for name, task in tasks.items():
         if "pass_at_k" in task:
             by_k = sorted(task["pass_at_k"].items(), key=lambda item: int(item[0]))
-            shown = "  ".join(f"@{k} {share:.1%}" for k, share in by_k)
-            lines.append(f"{name} pass{shown}")
+            lines.append(f"{name} pass" + "  ".join(f"@{k} {share:.1%}" for k, share in by_k))
     for name, task in tasks.items():
         for group, counts in task.get("groups", {}).items():
-            share = counts["right"] / counts["answers"]
-            lines.append(
-                f"  {name + ' ' + group:<{width + 10}} {counts['right']:>4} of {counts['answers']:<4} {share:.1%}"
-            )
+            right, answers = counts["right"], counts["answers"]
+            lines.append(f"  {name + ' ' + group:<{width + 10}} {right:>4} of {answers:<4} {right / answers:.1%}")
         if task["too_long"]:
             lines.append(f"{name}: {task['too_long']} questions do not fit the model's context and count as wrong")
     if result["chatcore"] is not None:

@@ -5,12 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.data.shards import dataset_exists, shard_keys
-from jobs.eval.report_card.held_out import (
-    evaluate_conversations,
-    evaluate_text,
-    held_out_documents,
-    sample_continuations,
-)
+from jobs.eval.report_card import held_out
 from jobs.measures.machine import describe_machine
 from jobs.promotion.decisions import latest_decision
 from jobs.results.evaluations import identities, read_json, results_of
@@ -46,15 +41,15 @@ def gather(
     }
     dataset = (base or final).meta.get("settings", {}).get("dataset", model)
     if base is not None and (dataset_exists(store, dataset) or shard_keys(store, dataset)):
-        documents = held_out_documents(store, dataset, text_bytes)
-        measured = evaluate_text(store, base, documents)
+        documents = held_out.first_documents(store, dataset, text_bytes)
+        measured = held_out.evaluate_text(store, base, documents)
         report["base"]["held_out_bits_per_byte"] = measured["bits_per_byte"]
         report["base"]["xz_9_bits_per_byte"] = measured["xz_9_bits_per_byte"]
         report["tokenizer"]["held_out_bytes_per_token"] = measured["bytes_per_token"]
-        report["samples"] = sample_continuations(store, base, documents, samples)
+        report["samples"] = held_out.sample_continuations(store, base, documents, samples)
     report["tokenizer"]["domains"] = _domains(store, final)
     if final.ref.stage != "base" and report["recipe"]:
-        chat = evaluate_conversations(store, final, report["recipe"], items)
+        chat = held_out.evaluate_conversations(store, final, report["recipe"], items)
         report["chat"] = {name: chat[name] for name in ("revision", "accuracy", "kinds", "examples")}
     results = {stage: results_of(store, point.ref, point.weights_digest) for stage, point in stages.items()}
     named = {
@@ -150,14 +145,14 @@ def _made_from(checkpoint: Checkpoint) -> str:
 
 def _rl_curve(history: list[dict[str, Any]]) -> Report | None:
     """The first, best and last values of reinforcement learning's metrics."""
-    rewards, held_out, passes = (
+    rewards, tested, passes = (
         [point[name] for point in history if name in point] for name in ("reward", "heldout_reward", "pass_at_k")
     )
-    if not rewards and not held_out:
+    if not rewards and not tested:
         return None
     return {
         "reward": [rewards[0], rewards[-1]] if rewards else None,
-        "heldout_reward": [held_out[0], max(held_out), held_out[-1]] if held_out else None,
+        "heldout_reward": [tested[0], max(tested), tested[-1]] if tested else None,
         "pass_at_k": [passes[0], passes[-1]] if passes else None,
     }
 

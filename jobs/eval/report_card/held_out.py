@@ -46,7 +46,7 @@ def evaluate_text(store: Store, base: Checkpoint, validation: Sequence[str]) -> 
 
     settings = {"text": hashlib.sha256(text).hexdigest(), "documents": len(validation)}
     evaluation = Evaluation.of(store, base, HELD_OUT_TEXT, settings)
-    return _once(evaluation, compute, "evaluating held-out text", {"documents": len(validation)})
+    return _once(evaluation, compute, "evaluating held-out text", documents=len(validation))
 
 
 def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: int) -> Result:
@@ -55,12 +55,12 @@ def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: 
     content = json.dumps([dataclasses.asdict(item) for item in items], sort_keys=True).encode()
 
     def compute() -> Mapping[str, Any]:
-        questions = demo.task(items).questions
-        graded = answer_greedily(tuned, demo.task(items))
-        kinds = right_by_group(questions, graded)
+        task = demo.task(items)
+        graded = answer_greedily(tuned, task)
+        kinds = right_by_group(task.questions, graded)
         # Conversations are grouped by kind, so every n-th conversation gives examples of all kinds.
-        shown = slice(None, None, max(1, len(items) // _EXAMPLES))
-        examples = zip(questions[shown][:_EXAMPLES], graded[shown], strict=False)
+        pairs = list(zip(task.questions, graded, strict=True))
+        examples = pairs[:: max(1, len(items) // _EXAMPLES)][:_EXAMPLES]
         return {
             "accuracy": sum(right for right, _ in kinds.values()) / len(items),
             "kinds": {kind: {"right": right, "items": asked} for kind, (right, asked) in kinds.items()},
@@ -69,7 +69,7 @@ def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: 
 
     settings = {"recipe": recipe, "items": len(items), "digest": hashlib.sha256(content).hexdigest()}
     evaluation = Evaluation.of(store, tuned, CONVERSATIONS, settings)
-    return _once(evaluation, compute, "evaluating held-out conversations", {"items": len(items)})
+    return _once(evaluation, compute, "evaluating held-out conversations", items=len(items))
 
 
 def sample_continuations(store: Store, base: Checkpoint, validation: Sequence[str], count: int) -> list[list[str]]:
@@ -80,16 +80,15 @@ def sample_continuations(store: Store, base: Checkpoint, validation: Sequence[st
     evaluation = Evaluation.of(store, base, SAMPLES, settings)
 
     def compute() -> Mapping[str, Any]:
-        return {"samples": [list(pair) for pair in continue_text(base, prompts)]}
+        return {"samples": continue_text(base, prompts)}
 
-    result = _once(evaluation, compute, "sampling continuations", {"samples": count})
-    samples: list[list[str]] = result["samples"]
+    samples: list[list[str]] = _once(evaluation, compute, "sampling continuations", samples=count)["samples"]
     return samples
 
 
 def continue_text(
     checkpoint: Checkpoint, prompts: Sequence[str], sampling: SamplingParams = SAMPLING
-) -> list[tuple[str, str]]:
+) -> list[list[str]]:
     """Pairs of a prompt and the model's continuation, cut at the end of the document that the model writes."""
     tokenizer = checkpoint.tokenizer
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
@@ -99,7 +98,7 @@ def continue_text(
     for prompt, (completion,) in zip(prompts, completions, strict=True):
         tokens = completion.token_ids
         end = tokens.index(tokenizer.bos_id) if tokenizer.bos_id in tokens else len(tokens)
-        samples.append((prompt, tokenizer.decode(tokens[:end])))
+        samples.append([prompt, tokenizer.decode(tokens[:end])])
     return samples
 
 
@@ -109,7 +108,7 @@ def openings(documents: Sequence[str], count: int, words: int = 6) -> list[str]:
     return [" ".join(document.split()[:words]) for document in documents[::stride][:count]]
 
 
-def held_out_documents(store: Store, dataset: str, size: int) -> list[str]:
+def first_documents(store: Store, dataset: str, size: int) -> list[str]:
     """The first validation documents of a dataset, until ``size`` bytes are reached."""
     taken, total = [], 0
     for document in TextDataset(store, dataset, "val"):
@@ -125,14 +124,11 @@ def xz_bits_per_byte(text: bytes) -> float:
     return 8 * len(lzma.compress(text, preset=9)) / len(text)
 
 
-def _once(
-    evaluation: Evaluation, compute: Callable[[], Mapping[str, Any]], event: str, facts: Mapping[str, Any]
-) -> Result:
+def _once(evaluation: Evaluation, compute: Callable[[], Mapping[str, Any]], event: str, **fields: int) -> Result:
     """The stored result of an evaluation; without one, logs the event, computes the result and stores it."""
-    found = evaluation.result()
-    if found is not None:
+    if (found := evaluation.result()) is not None:
         return found
-    log.info(event, extra=dict(facts))
+    log.info(event, extra=fields)
     started = time.monotonic()
     result = compute()
     return evaluation.finish({**result, "seconds": round(time.monotonic() - started, 1)})

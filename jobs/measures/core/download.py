@@ -1,6 +1,5 @@
 """Locates an evaluation bundle: in a folder, on S3, or in a zip on the web, which is downloaded to the store once."""
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -8,7 +7,7 @@ import shutil
 import stat
 import threading
 import zipfile
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 
 from jobs.data.http_download import fetch_file
@@ -54,8 +53,17 @@ def locate_bundle(where: str, store: Store, ranks: Ranks) -> Store:
 
 def _bring(url: str, store: Store, prefix: str, part: Path) -> None:
     """Download and unpack the zip at ``url``. Readers of ``prefix`` see the complete bundle or nothing."""
-    with _shown(part):
-        fetch_file(url, part, threading.Event(), "give --bundle another URL, or a folder that holds the bundle")
+    stopped = threading.Event()
+    advice = "give --bundle another URL, or a folder that holds the bundle"
+    with ThreadPoolExecutor(1) as executor:
+        download = executor.submit(fetch_file, url, part, stopped, advice)
+        try:
+            while not wait([download], _SHOW_SECONDS).done:
+                if part.exists():
+                    log.info("downloading the bundle", extra={"megabytes": round(part.stat().st_size / 1e6, 1)})
+        finally:
+            stopped.set()
+    download.result()
     digest = sha256_of(part)
     try:
         with store.publish(prefix, last=SOURCE_FILE) as folder:
@@ -66,29 +74,8 @@ def _bring(url: str, store: Store, prefix: str, part: Path) -> None:
     log.info("bundle fetched", extra={"source": url, "sha256": digest})
 
 
-@contextlib.contextmanager
-def _shown(part: Path) -> Iterator[None]:
-    """Log the size of a file that is being downloaded, every few seconds."""
-    ended = threading.Event()
-
-    def tell() -> None:
-        while not ended.wait(_SHOW_SECONDS):
-            if part.exists():
-                log.info("downloading the bundle", extra={"megabytes": round(part.stat().st_size / 1e6, 1)})
-
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        teller.join()
-
-
 def unpack(archive: Path, folder: Path, name: str) -> None:
     """Unpack the files of a bundle from the zip ``name`` into ``folder``, without their parent folder in the zip.
-
-    Nothing is written outside ``folder``.
 
     Raises:
         UserError: the file is no zip, contains no bundle, is too large, or has a link or a path out of the folder.

@@ -39,9 +39,7 @@ class Parts(Protocol):
 def core_result(tasks: Mapping[str, Result], missing: Sequence[str]) -> Result:
     """The content of ``result.json``, with CORE: the mean of the tasks' centered accuracies (arXiv 2406.11794).
 
-    Args:
-        tasks: the figures of each evaluated task by its label.
-        missing: the tasks of CORE that could not be evaluated.
+    ``tasks`` has the figures of each evaluated task by its label. ``missing`` names the tasks that were not evaluated.
     """
     core = sum(task["centered"] for task in tasks.values()) / len(tasks)
     return {"core": core, "missing": list(missing), "gpt2_xl": GPT2_XL_CORE, "tasks": dict(tasks)}

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from jobs.generation.python_tool import SandboxTool
+from jobs.generation import SandboxTool
 from jobs.tasks.task import Problem
 from jobs.train.batches.sources import EpochShuffle
 from jobs.train.loop.stage import StageSettings
