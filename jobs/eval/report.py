@@ -1,6 +1,7 @@
 """Write the report of a model: ``python -m jobs.eval.report --model demo``."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,6 @@ from jobs.eval.report_card.plots import draw
 from jobs.program import JobSettings, run_program
 from jobs.promotion.decisions import folder
 from jobs.results.report_page import render
-from jobs.results.reports import report_json
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.device import prepare_cpu
 from nanochat_core.settings import setting
@@ -79,7 +79,7 @@ def write_report(store: Store, report: Mapping[str, Any], histories: Mapping[str
             path.write_bytes(content)
         plots = draw(target, report, histories)
         (target / "report.md").write_text(render(report, plots), encoding="utf-8")
-        (target / "report.json").write_text(report_json({**report, "plots": plots}), encoding="utf-8")
+        (target / "report.json").write_text(json.dumps({**report, "plots": plots}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

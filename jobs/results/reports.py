@@ -18,11 +18,6 @@ def read_report(store: Store, model: str) -> Report | None:
     return report
 
 
-def report_json(report: Mapping[str, Any]) -> str:
-    """The text of ``report.json``."""
-    return json.dumps(report, indent=2) + "\n"
-
-
 def is_reported(store: Store, model: str, *checkpoints: Checkpoint) -> bool:
     """Whether the report on ``model`` covers these checkpoints with all evaluations that the store has of them."""
     report = read_report(store, model)
@@ -47,4 +42,4 @@ def report_promotion(store: Store, ref: CheckpointRef, digest: str, promotion: M
         return
     report["promotion"] = promotion
     store.write(f"reports/{ref.model}/report.md", render(report, report["plots"]).encode())
-    store.write(f"reports/{ref.model}/report.json", report_json(report).encode())
+    store.write(f"reports/{ref.model}/report.json", (json.dumps(report, indent=2) + "\n").encode())

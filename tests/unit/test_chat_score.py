@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from jobs.eval.chat_eval.scores import CHAT_CORE_TASKS, GradedAnswers, centered, chat_core, score, table
+from jobs.eval.chat_eval.scores import CHAT_CORE_TASKS, GradedAnswers, chat_core, score, table
+from jobs.measures.core.run import centered
 from jobs.tasks.task import ChoiceQuestion, ChoiceTask, GenerativeTask, OpenQuestion, Response, ask
 
 

@@ -17,6 +17,7 @@ import pytest
 from jobs.data import http_download
 from jobs.measures.core.bundle import CORE_TASKS, Bundle, Task, open_bundle, read_bundle
 from jobs.measures.core.download import locate_bundle
+from jobs.measures.core.run import centered
 from nanochat_core.errors import UserError
 from nanochat_core.store import FolderStore
 from nanochat_core.training.distributed import ALONE
@@ -45,7 +46,7 @@ def test_tasks_are_read_as_the_files_describe_them(tmp_path: Path) -> None:
 
 def test_accuracies_are_centered_so_that_guessing_is_nothing_and_perfection_one(tmp_path: Path) -> None:
     task = one_task(tmp_path, TaskFile("t", "multiple_choice", [CHOICE, CHOICE], baseline=50.0))
-    assert [task.centered(accuracy) for accuracy in (0.5, 0.75, 1.0, 0.0)] == [0.0, 0.5, 1.0, -1.0]
+    assert [centered(accuracy, task.baseline) for accuracy in (0.5, 0.75, 1.0, 0.0)] == [0.0, 0.5, 1.0, -1.0]
 
 
 def test_items_are_shuffled_alike_every_time_before_they_are_capped(tmp_path: Path) -> None:

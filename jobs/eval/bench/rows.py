@@ -14,34 +14,30 @@ def _milliseconds(times: Sequence[float] | None, index: int) -> str:
     return "—" if times is None else f"{1000 * times[index]:,.2f}"
 
 
-# Name, width and text of each column. Columns from the third on are aligned right.
-_COLUMNS: tuple[tuple[str, int, Callable[[Row], str]], ...] = (
-    ("mix", 7, lambda row: str(row["mix"])),
-    ("load", 11, lambda row: f"{row['slots']} at once" if row["rate"] is None else f"{row['rate']:g}/s"),
-    ("answered", 8, lambda row: str(row["answered"])),
-    ("refused", 7, lambda row: str(row["refused"])),
-    ("failed", 6, lambda row: str(row["failed"])),
-    ("TTFT p50 ms", 11, lambda row: _milliseconds(row["time_to_first_token"], 0)),
-    ("p95", 8, lambda row: _milliseconds(row["time_to_first_token"], 1)),
-    ("ITL p50 ms", 10, lambda row: _milliseconds(row["inter_token_latency"], 0)),
-    ("p95", 8, lambda row: _milliseconds(row["inter_token_latency"], 1)),
-    ("tokens/s", 8, lambda row: f"{row['tokens_per_second']:,.0f}"),
-    ("requests/s", 10, lambda row: f"{row['requests_per_second']:,.2f}"),
-    ("cached", 6, lambda row: percent(row["cached_share"])),
-    ("bandwidth", 9, lambda row: percent(row["bandwidth_share"])),
-    ("FLOPs", 6, lambda row: percent(row["flops_share"])),
+# Name, alignment with width, and text of each column.
+_COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
+    ("mix", "<7", lambda row: str(row["mix"])),
+    ("load", "<11", lambda row: f"{row['slots']} at once" if row["rate"] is None else f"{row['rate']:g}/s"),
+    ("answered", ">8", lambda row: str(row["answered"])),
+    ("refused", ">7", lambda row: str(row["refused"])),
+    ("failed", ">6", lambda row: str(row["failed"])),
+    ("TTFT p50 ms", ">11", lambda row: _milliseconds(row["time_to_first_token"], 0)),
+    ("p95", ">8", lambda row: _milliseconds(row["time_to_first_token"], 1)),
+    ("ITL p50 ms", ">10", lambda row: _milliseconds(row["inter_token_latency"], 0)),
+    ("p95", ">8", lambda row: _milliseconds(row["inter_token_latency"], 1)),
+    ("tokens/s", ">8", lambda row: f"{row['tokens_per_second']:,.0f}"),
+    ("requests/s", ">10", lambda row: f"{row['requests_per_second']:,.2f}"),
+    ("cached", ">6", lambda row: percent(row["cached_share"])),
+    ("bandwidth", ">9", lambda row: percent(row["bandwidth_share"])),
+    ("FLOPs", ">6", lambda row: percent(row["flops_share"])),
 )
 
 
 def _line(cells: Iterable[str]) -> str:
-    aligned = [
-        cell.ljust(width) if i < 2 else cell.rjust(width)
-        for i, (cell, (_, width, _)) in enumerate(zip(cells, _COLUMNS, strict=True))
-    ]
-    return f"| {' | '.join(aligned)} |"
+    return f"| {' | '.join(f'{cell:{form}}' for cell, (_, form, _) in zip(cells, _COLUMNS, strict=True))} |"
 
 
-_RULE = _line("-" * width if i < 2 else "-" * (width - 1) + ":" for i, (_, width, _) in enumerate(_COLUMNS))
+_RULE = _line("-" * (int(form[1:]) - 1) + ("-" if form[0] == "<" else ":") for _, form, _ in _COLUMNS)
 HEADER = f"{_line(name for name, _, _ in _COLUMNS)}\n{_RULE}"
 
 

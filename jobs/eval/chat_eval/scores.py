@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jobs.measures.core.run import centered
 from jobs.measures.pass_at_k import mean_pass_at_k
 from jobs.tasks.task import ChoiceTask, GenerativeTask, Question, Response
 
@@ -41,11 +42,6 @@ class GradedAnswers:
         """The inverse of :meth:`to_json`."""
         answers = (Response(each["text"], tuple((code, out) for code, out in each["calls"])) for each in stored)
         return cls(tuple(answers), tuple(each["right"] for each in stored))
-
-
-def centered(accuracy: float, baseline: float) -> float:
-    """Accuracy scaled so that guessing is 0 and all answers right is 1; negative if worse than guessing."""
-    return (accuracy - baseline) / (1 - baseline)
 
 
 def score(task: ChoiceTask | GenerativeTask, graded: Sequence[GradedAnswers], samples: int) -> dict[str, Json]:

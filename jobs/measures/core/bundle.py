@@ -99,10 +99,6 @@ class Task:
     items: tuple[Item, ...]
     digest: str
 
-    def centered(self, accuracy: float) -> float:
-        """Accuracy scaled so that guessing is 0 and all answers right is 1."""
-        return (accuracy - self.baseline) / (1.0 - self.baseline)
-
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:

@@ -36,6 +36,11 @@ class Parts(Protocol):
         """Store a finished part."""
 
 
+def centered(accuracy: float, baseline: float) -> float:
+    """Accuracy scaled so that guessing is 0 and all answers right is 1; negative if worse than guessing."""
+    return (accuracy - baseline) / (1 - baseline)
+
+
 def core_result(tasks: Mapping[str, Result], missing: Sequence[str]) -> Result:
     """The content of ``result.json``, with CORE: the mean of the tasks' centered accuracies (arXiv 2406.11794).
 
@@ -97,7 +102,7 @@ def evaluate_core(
             "right": total,
             "accuracy": accuracy,
             "baseline": task.baseline,
-            "centered": task.centered(accuracy),
+            "centered": centered(accuracy, task.baseline),
         }
         if shown:
             log.info(
@@ -106,7 +111,7 @@ def evaluate_core(
                     "task": task.label,
                     "examples": len(task.items),
                     "accuracy": round(accuracy, 4),
-                    "centered": round(task.centered(accuracy), 4),
+                    "centered": round(centered(accuracy, task.baseline), 4),
                     "seconds": round(time.monotonic() - started, 2),
                 },
             )
