@@ -1,13 +1,6 @@
 """The attention of training: causal, over whole rows of tokens, with a sliding window.
 
-Every backend implements :class:`Attention`.
-
-=======================  =================================================================
-:func:`sdpa_attention`   torch's scaled dot product attention; runs on every device
-:func:`cpu_attention`    attention in blocks of queries, faster for short rows on a CPU
-:func:`flex_attention`   FlexAttention, compiled for a GPU
-:func:`flash_attention`  the ``flash-attn`` packages for NVIDIA GPUs
-=======================  =================================================================
+Every backend implements :class:`Attention`, and :func:`choose_attention` selects one of them.
 """
 
 import importlib

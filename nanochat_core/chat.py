@@ -149,12 +149,9 @@ class AssistantStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         special = tokenizer.special_ids
-        self._switches: dict[int, PartType] = {
-            special[tok.PYTHON_START]: "python",
-            special[tok.PYTHON_END]: "text",
-            special[tok.OUTPUT_START]: "python_output",
-            special[tok.OUTPUT_END]: "text",
-        }
+        self._switches: dict[int, PartType] = {}
+        for kind, (start, end) in _DELIMITERS.items():
+            self._switches |= {special[start]: kind, special[end]: "text"}
         self._first_special = len(tokenizer.token_bytes)
         self._type: PartType = "text"
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

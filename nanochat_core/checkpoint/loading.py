@@ -43,7 +43,6 @@ class Checkpoint:
 
     @property
     def weights_digest(self) -> str:
-        """The SHA-256 of the weights."""
         return self.manifest.weights_digest
 
     @property

@@ -25,7 +25,6 @@ class Capture:
 
     @property
     def data(self) -> bytes:
-        """The collected bytes."""
         return bytes(self._data[: self.limit])
 
     def read_available(self) -> None:

@@ -73,7 +73,6 @@ class SandboxExecutor:
 
     @property
     def profile(self) -> str:
-        """Name of the active isolation profile."""
         return self.isolation.name
 
     @property
@@ -154,7 +153,7 @@ class SandboxExecutor:
         except OSError as error:
             raise SandboxUnavailable(f"the sandbox cannot use its scratch folder: {error}") from error
         self._isolation = await self._choose_profile(installation, self._scratch)
-        self._pool = WorkerPool(self._new_worker, self.config.warm)
+        self._pool = WorkerPool(lambda: WorkerProcess.start(self.isolation, self._scratch), self.config.warm)
         self._pool.refill()
 
     async def _choose_profile(self, installation: interpreter.Interpreter, scratch_root: ScratchRoot) -> Profile:
@@ -180,9 +179,6 @@ class SandboxExecutor:
             self._scratch.close()
         await self._loop.shutdown_default_executor()
 
-    async def _new_worker(self) -> WorkerProcess:
-        return await WorkerProcess.start(self.isolation, self._scratch)
-
     async def _execute(self, code: str, limits: Limits, result_format: ResultFormat) -> ExecutionResult:
         profile = self.profile
         if self._slots.locked() and self._queued >= self.config.queue:
@@ -207,7 +203,6 @@ class SandboxExecutor:
             self._calls.discard(call)
 
     async def _run_in_slot(self, source: bytes, limits: Limits, result_format: ResultFormat) -> ExecutionResult:
-        """Wait for a slot, then run the code in a worker from the pool."""
         assert self._pool is not None
         self._queued += 1
         try:

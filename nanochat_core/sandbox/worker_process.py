@@ -126,7 +126,6 @@ class WorkerProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs."""
         poll = select.poll()
         poll.register(self.handle, select.POLLIN)
         return not poll.poll(0)

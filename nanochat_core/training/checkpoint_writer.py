@@ -63,18 +63,14 @@ _TRANSFER_SECONDS = 3600.0
 class _Contents:
     """A copy of a checkpoint's content. Training may change the originals while the copy is written.
 
-    Attributes:
-        texts: content of each text file, by its name.
-        values: the trainer's values as JSON.
-        tensors: this rank's share of the optimizer state.
-        rows: first row and number of rows of each tensor in ``tensors``.
+    ``texts`` has the content of each text file by its name, ``values`` the trainer's values as JSON, and ``shards``
+    this rank's share of the optimizer state.
     """
 
     weights: dict[str, Tensor]
     texts: dict[str, str]
     values: str
-    tensors: dict[str, Tensor]
-    rows: dict[str, tuple[int, int]]
+    shards: list[Shard]
 
 
 class CheckpointWriter:
@@ -108,7 +104,6 @@ class CheckpointWriter:
             then: called by the first rank, in the background, when the checkpoint is complete.
         """
         self.wait()
-        shards = list(shards)
         contents = _Contents(
             weights={name: _copy(tensor) for name, tensor in model.state_dict().items()} if self._ranks.leads else {},
             texts={
@@ -117,8 +112,7 @@ class CheckpointWriter:
                 META: json.dumps(dict(meta) | {"tokenizer_digest": tokenizer.digest}, indent=2) + "\n",
             },
             values=json.dumps(values),
-            tensors={shard.name: _copy(shard.tensor) for shard in shards},
-            rows={shard.name: (shard.start, shard.tensor.size(0)) for shard in shards},
+            shards=[dataclasses.replace(shard, tensor=_copy(shard.tensor)) for shard in shards],
         )
 
         def write() -> None:
@@ -212,12 +206,14 @@ class CheckpointWriter:
         return f"replacement_{uuid.uuid4().hex[:8]}"
 
     def _write_share(self, attempt: Manifest, contents: _Contents) -> dict[str, Any] | None:
-        if not contents.tensors:
+        if not contents.shards:
             return None
         name = f"optim/rank_{self._ranks.rank:05d}_of_{self._ranks.size:05d}.safetensors"
         with self._file(attempt, name) as path:
-            _save_tensors(contents.tensors, path)
-        return {"name": name, "entry": dataclasses.asdict(attempt.files[name]), "rows": contents.rows}
+            _save_tensors({shard.name: shard.tensor for shard in contents.shards}, path)
+        # The first row and the number of rows of each tensor.
+        rows = {shard.name: (shard.start, shard.tensor.size(0)) for shard in contents.shards}
+        return {"name": name, "entry": dataclasses.asdict(attempt.files[name]), "rows": rows}
 
     def _complete(self, attempt: Manifest, contents: _Contents, written: list[dict[str, Any] | None]) -> None:
         shares = [share for share in written if share is not None]

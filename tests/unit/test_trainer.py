@@ -178,25 +178,6 @@ def test_what_an_objective_measures_is_noted_per_counted_token_whatever_the_pass
         assert [point["large"] for point in run.state.history] == pytest.approx(expected)
 
 
-def test_the_gradients_of_small_passes_add_up_to_the_gradient_of_the_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def gradients(rows: int) -> list[Tensor]:
-        run, seen = trainer(tmp_path / str(rows), steps=1, device_batch_rows=rows), []
-        monkeypatch.setattr(
-            run.optimizer, "step", lambda: seen.extend(gradient.clone() for gradient in run.optimizer.gradients())
-        )
-        torch.nn.init.normal_(run.model.head.weight, generator=torch.Generator().manual_seed(2))
-        run.run()
-        return seen
-
-    whole = gradients(4)
-    assert sum(bool(gradient.any()) for gradient in whole) >= 8
-    for rows in (3, 1):
-        for gradient, expected in zip(gradients(rows), whole, strict=True):
-            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
-
-
 def test_evaluations_may_come_before_the_first_step_and_have_metrics_of_several_numbers(tmp_path: Path) -> None:
     run = trainer(tmp_path, steps=3, evaluations=[Evaluation(lambda: {"passed": {"1": 0.5, "2": 0.75}}, 2, first=True)])
     run.run()

@@ -56,9 +56,8 @@ def drop_privileges() -> None:
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
             break  # there are no more capabilities, or this process is unprivileged and cannot gain one
-    _libc.prctl(
-        _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0
-    )  # fails only on kernels without ambient capabilities
+    # This call fails only on kernels without ambient capabilities.
+    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     nothing = (_CapabilityData * 2)()
     header = _CapabilityHeader(_CAPABILITY_VERSION_3, 0)
     _check(_libc.capset(ctypes.byref(header), ctypes.byref(nothing)), "capabilities")

@@ -121,7 +121,6 @@ def _evaluate(code: str, namespace: dict[str, object]) -> object:
 
 
 def _describe(error: BaseException) -> bytes:
-    """Build the claim for the exception that ended the code."""
     name = type(error).__name__
     try:
         line = " ".join(f"{name}: {error}".split()) if str(error) else name
