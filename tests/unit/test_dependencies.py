@@ -79,7 +79,7 @@ def modules_of(package: str) -> list[str]:
     ids=["gateway", "sandbox", "shared"],
 )
 def test_what_needs_no_model_loads_neither_torch_nor_the_model(modules: list[str]) -> None:
-    assert len(modules) > 5
+    assert len(modules) >= 5
     loaded = loaded_after(modules)
     assert set(modules) <= loaded
     heavy = {"torch", "safetensors", "boto3", "pyarrow", "llguidance", "nanochat_core.model", "nanochat_core.engine"}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from services.gateway.answer.choice_decoder import StopFilter
+from services.gateway.answer.stop_strings import StopFilter
 
 
 def reference(text: str, stops: list[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from nanochat_core.chat import AssistantStream, Part
 from nanochat_core.protos import engine_pb2
 from nanochat_core.tokenizer import OUTPUT_START, PYTHON_END, PYTHON_START, Tokenizer
+from services.gateway.answer.stop_strings import StopFilter
 
 _FINISH_REASONS = {engine_pb2.FINISH_REASON_STOP: "stop", engine_pb2.FINISH_REASON_LENGTH: "length"}
 
@@ -37,48 +38,6 @@ class Delta:
         self.offsets += later.offsets
         self.tool_events += later.tool_events
         self.finish_reason = later.finish_reason or self.finish_reason
-
-
-class StopFilter:
-    """Lets text through until a stop string is complete, and lets no character of that stop string through.
-
-    The stop string that is complete first ends the text, and sets ``stopped``. If several are complete at the same
-    character, the longest one counts. So the result depends on the text alone and not on its pieces. The filter holds
-    back text that may still become a stop string.
-    """
-
-    def __init__(self, stops: Sequence[str] = ()) -> None:
-        """Takes the stop strings, which must not be empty; without any, all text passes at once."""
-        self._stops = tuple(stops)
-        self._longest = max(map(len, self._stops), default=0)
-        self._held = ""
-        self.stopped = False
-
-    def push(self, text: str) -> str:
-        """Takes the next piece and returns the text that may be shown; it is empty after a stop string."""
-        if self.stopped:
-            return ""
-        seen = self._held + text
-        ends = [(start + len(stop), start) for stop in self._stops if (start := seen.find(stop)) >= 0]
-        if ends:
-            self.stopped = True
-            self._held = ""
-            return seen[: min(ends)[1]]
-        passed = len(seen) - self._possible_beginning(seen)
-        self._held = seen[passed:]
-        return seen[:passed]
-
-    def finish(self) -> str:
-        """Returns the text that was held back; call it when no more text comes."""
-        held, self._held = self._held, ""
-        return held
-
-    def _possible_beginning(self, text: str) -> int:
-        """Returns the length of the longest suffix of ``text`` that is a prefix of a stop string."""
-        for length in range(min(self._longest - 1, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stops):
-                return length
-        return 0
 
 
 class ChoiceDecoder:
