@@ -46,13 +46,9 @@ class ProgressDisplay:
     ) -> None:
         """
         Args:
-            label: text to the left of the bar.
-            total: number of units in the whole task.
-            log: logger of the events.
-            event: name of the events.
-            done: number of units that an earlier process has done.
-            shown: False turns the display off, for example on every rank but the first.
-            log_first: log an event after the first unit too, instead of waiting for the first interval to pass.
+        done: number of units that an earlier process has done.
+        shown: False turns the display off, for example on every rank but the first.
+        log_first: log an event after the first unit too, instead of waiting for the first interval to pass.
         """
         self.eta_seconds = math.nan
         self._total, self._done, self._shown = total, done, shown
@@ -74,12 +70,7 @@ class ProgressDisplay:
         return f"{tqdm.format_interval(self.eta_seconds)} left"
 
     def update(self, done: int, fields: Mapping[str, Any]) -> None:
-        """Set the number of units that are done, and show it.
-
-        Args:
-            done: number of units that are done now.
-            fields: content of the log event.
-        """
+        """Set the number of units that are done now, and show it on the bar or in a log event with ``fields``."""
         self.count(done)
         self.show([self.time_left], fields)
 
@@ -96,11 +87,8 @@ class ProgressDisplay:
         self._done = done
 
     def show(self, facts: Sequence[str], fields: Mapping[str, Any]) -> None:
-        """Draw the bar, or log the event if the interval has passed or the task is complete.
-
-        Args:
-            facts: short texts to the right of the bar, the most important first.
-            fields: content of the log event.
+        """Draw the bar with ``facts`` to its right, the most important first; without a terminal, log an event with
+        ``fields`` if the interval has passed or the task is complete.
         """
         now = time.monotonic()
         if self._bar is not None:

@@ -52,18 +52,13 @@ class Recipe:
     gate: Gate = dataclasses.field(default_factory=Gate)
 
     def evaluation_items(self, count: int, seed: int = 0) -> list[EvalItem]:
-        """Held-out questions of the demo world, reduced to the kinds that the recipe teaches.
-
-        Args:
-            count: number of questions before questions of other kinds are removed.
-        """
+        """Held-out questions of the demo world: those of ``count`` questions whose kinds the recipe teaches."""
         return evaluation_set(count, seed, self.conversation_kinds)
 
     def prepare(self, store: Store, name: str, data: Path | None) -> None:
         """Write text to ``data/<name>`` and conversations to ``data/<name>-chat`` unless the store has them.
 
-        Raises:
-            UserError: the recipe needs ``data`` and got none, or it generates its data and got some.
+        It is a UserError if the recipe needs ``data`` and got none, or if it makes its own data and got some.
         """
         if data is not None and not self.needs_data:
             raise UserError(f"recipe {self.name} makes its own data; leave --data out or use --recipe small")
@@ -224,11 +219,7 @@ RECIPES = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of this name.
-
-    Raises:
-        UserError: no recipe has this name.
-    """
+    """The recipe of this name, or a UserError."""
     if name not in RECIPES:
         raise UserError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
     return RECIPES[name]

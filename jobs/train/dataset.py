@@ -68,11 +68,7 @@ class Contents:
 
 
 def validate(store: Store, name: str) -> Contents:
-    """Read every document of ``data/<name>``.
-
-    Raises:
-        UserError: shards are missing, damaged or empty, or do not match the manifest; the message names each bad one.
-    """
+    """Read every document of ``data/<name>``. If any shard is not valid, a UserError names each bad one."""
     manifest = read_manifest(store, name)
     keys = shard_keys(store, name)
     problems = []
@@ -107,11 +103,7 @@ def validate(store: Store, name: str) -> Contents:
 
 
 def shard_numbers(text: str) -> list[int]:
-    """Parse numbers and ranges: ``0-3,7`` gives ``[0, 1, 2, 3, 7]``.
-
-    Raises:
-        UserError: ``text`` does not have this form.
-    """
+    """Parse numbers and ranges: ``0-3,7`` gives ``[0, 1, 2, 3, 7]``, and anything else is a UserError."""
     numbers: set[int] = set()
     for piece in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", piece)

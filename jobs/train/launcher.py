@@ -38,10 +38,7 @@ class Launcher:
             signal.signal(number, self._forward)
 
     def run(self, command: Sequence[str], ranks: int = 1) -> int:
-        """Run one job to its end. Its output goes to the output of this process.
-
-        Args:
-            ranks: number of processes that run the job together.
+        """Run one job to its end on ``ranks`` processes, whose output goes to the output of this process.
 
         Returns:
             The exit code of the rank that failed first, or 128 + the number of the signal that killed it. It is never

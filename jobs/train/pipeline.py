@@ -57,10 +57,7 @@ class Pipeline:
     """
 
     def __init__(self, settings: PipelineSettings, recipe: Recipe) -> None:
-        """
-        Raises:
-            UserError: the model's name or the store's URL is wrong, or the recipe has no reinforcement learning.
-        """
+        """A recipe without a task for reinforcement learning is a UserError if the settings ask for it."""
         self.settings, self.recipe = settings, recipe
         self.model = check_model_name(settings.model or recipe.name)
         self.store: Store = open_store(settings.home)
@@ -71,10 +68,8 @@ class Pipeline:
     def run(self) -> None:
         """Run all stages that are not done yet.
 
-        Raises:
-            UserError: a setting is wrong.
-            SystemExit: with the exit code of a stage that failed or was stopped, or with EXIT_REFUSED if the gate
-                refused the model.
+        A SystemExit has the exit code of a stage that failed or was stopped, or EXIT_REFUSED if the gate refused the
+        model.
         """
         self._launcher.forward_signals()
         started = time.monotonic()
@@ -106,11 +101,7 @@ class Pipeline:
         )
 
     def _promote(self, tuned: Checkpoint) -> None:
-        """Promote the model if it passes the recipe's gate.
-
-        Raises:
-            SystemExit: the model was refused. The model promoted before stays promoted.
-        """
+        """Promote the model if it passes the recipe's gate; otherwise the model promoted before stays promoted."""
         last = latest_decision(self.store, tuned.ref, tuned.weights_digest)
         if last is not None and last.promoted and promoted(self.store, self.model) == tuned.ref:
             return
@@ -123,11 +114,7 @@ class Pipeline:
             raise SystemExit(EXIT_REFUSED)
 
     def _prepare(self) -> None:
-        """Put the recipe's data into the store unless it is there already.
-
-        Raises:
-            UserError: the data in the store is from another recipe or text, or the problems for RL are missing.
-        """
+        """Put the recipe's data into the store unless it is there already; a UserError if other data are there."""
         if self.settings.rl:
             self._problems()  # Missing problems must be an error now, not after hours of training.
         data = Path(self.settings.data) if self.settings.data else None
@@ -184,11 +171,7 @@ class Pipeline:
         return self._checkpoint("rl", rl.__name__, flags, rl.input_digests(tuned, self._problems()))
 
     def _problems(self) -> Problems:
-        """The problems of the recipe's RL task.
-
-        Raises:
-            UserError: the store does not have them.
-        """
+        """The problems of the recipe's RL task."""
         return open_problems(self.store, str((self.recipe.rl or {})["task"]), held_out=1)
 
     def _checkpoint(self, stage: str, module: str, flags: Flags, inputs: Mapping[str, str]) -> Checkpoint:

@@ -52,11 +52,7 @@ class PretrainSettings(StageSettings):
 
 
 def plan_run(settings: PretrainSettings, vocab_size: int) -> tuple[ModelConfig, TrainingPlan]:
-    """The model's shape and the training plan that follow from the settings.
-
-    Raises:
-        UserError: the settings describe no model, or a run shorter than one step.
-    """
+    """The model's shape and the training plan that follow from the settings."""
     config = ModelConfig.from_depth(
         settings.depth,
         vocab_size=vocab_size,

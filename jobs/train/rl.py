@@ -60,11 +60,7 @@ def input_digests(tuned: Checkpoint, problems: Problems) -> dict[str, str]:
 
 
 def choose_reward(name: str, problems: Problems) -> Reward:
-    """The reward function of this name, or the task's own if the name is empty.
-
-    Raises:
-        UserError: there is no reward function of this name.
-    """
+    """The reward function of this name, or the task's own if the name is empty. An unknown name is a UserError."""
     name = name or problems.reward
     if name not in REWARDS:
         raise UserError(
@@ -140,9 +136,8 @@ def held_out_metrics(
 ) -> Metrics:
     """Evaluate the model on the held-out problems, which are divided among the ranks.
 
-    Returns:
-        ``heldout_reward`` and ``heldout_length`` (tokens), means over greedy answers; and ``pass_at_k``, for each k up
-        to ``eval_samples`` the probability that at least one of k sampled answers has the full reward of 1.
+    The metrics are ``heldout_reward`` and ``heldout_length`` (tokens), means over greedy answers; and ``pass_at_k``,
+    for each k up to ``eval_samples`` the probability that at least one of k sampled answers has the full reward of 1.
     """
     samples = settings.eval_samples
     numbers = range(len(problems.held_out))[ranks.rank :: ranks.size]

@@ -4,6 +4,7 @@ Arguments after ``--`` are passed to ``jobs.train.pretrain`` in every run.
 """
 
 import dataclasses
+import itertools
 import logging
 import shlex
 import sys
@@ -22,7 +23,6 @@ from nanochat_core.settings import load, setting
 from nanochat_core.store import Store, open_store
 
 _PROGRAM = "python -m jobs.train.scaling"
-_OWN_FLAGS = ("--home", "--model", "--dataset", "--tokenizer", "--depth", "--target-flops")
 
 log = logging.getLogger("jobs.train.scaling")
 
@@ -35,9 +35,6 @@ class StudySettings(JobSettings):
     dataset: str = setting(help="name of the text dataset in the store")
     tokenizer: str = setting(help="name of the tokenizer in the store")
     ranks: int = setting(1, "processes of this machine that train a run together, one for each GPU", minimum=1)
-
-    def __post_init__(self) -> None:
-        numbers("--depths", self.depths, int)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,21 +51,13 @@ class LawsSettings(StudySettings):
     flops: tuple[str, ...] = setting(help="budgets of training FLOPs, comma separated")
     study: str = setting("laws", "name of the study's report, and prefix of its models' names")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        numbers("--flops", self.flops, float)
-
 
 AnyStudy = MiniseriesSettings | LawsSettings
 STUDIES: dict[str, type[AnyStudy]] = {"miniseries": MiniseriesSettings, "laws": LawsSettings}
 
 
 def numbers(flag: str, texts: Sequence[str], kind: Callable[[str], Any]) -> list[Any]:
-    """Parse different positive numbers, and sort them in ascending order.
-
-    Raises:
-        UserError: the list is empty, or has a duplicate or anything but a positive number.
-    """
+    """Parse different positive numbers, and sort them in ascending order; any other text is a UserError."""
     try:
         values = sorted(kind(text) for text in texts)
     except ValueError:
@@ -79,55 +68,27 @@ def numbers(flag: str, texts: Sequence[str], kind: Callable[[str], Any]) -> list
     return values
 
 
-def miniseries_runs(store: Store, settings: MiniseriesSettings, passed_on: Sequence[str]) -> list[PlannedRun]:
-    """Plan one run for each depth.
+def planned_runs(store: Store, settings: AnyStudy, passed_on: Sequence[str]) -> list[PlannedRun]:
+    """Plan one run for each depth; for scaling laws one for each budget and depth, the smallest budget first.
 
-    Args:
-        passed_on: further flags of pretraining.
-
-    Raises:
-        UserError: ``passed_on`` has a flag that the study sets itself, or a flag that pretraining refuses.
+    A flag in ``passed_on`` that the study sets itself is a UserError.
     """
-    return [
-        plan_run(store, _flags(settings, f"{settings.study}-d{depth}", depth, passed_on))
-        for depth in numbers("--depths", settings.depths, int)
-    ]
-
-
-def laws_runs(store: Store, settings: LawsSettings, passed_on: Sequence[str]) -> list[PlannedRun]:
-    """Plan one run for each budget and depth, the smallest budget first.
-
-    Args:
-        passed_on: further flags of pretraining.
-
-    Raises:
-        UserError: ``passed_on`` has a flag that the study sets itself, or a flag that pretraining refuses.
-    """
-    _refuse(passed_on, ["--steps"])  # It would replace the budget.
-    return [
-        plan_run(store, [*_flags(settings, name, depth, passed_on), f"--target-flops={flops!r}"])
-        for flops in numbers("--flops", settings.flops, float)
-        for depth in numbers("--depths", settings.depths, int)
-        for name in [f"{settings.study}-{_short(flops)}-d{depth}"]
-    ]
-
-
-def _flags(settings: StudySettings, model: str, depth: int, passed_on: Sequence[str]) -> list[str]:
-    _refuse(passed_on, _OWN_FLAGS)
-    given = {
-        "home": settings.home,
-        "model": model,
-        "dataset": settings.dataset,
-        "tokenizer": settings.tokenizer,
-        "depth": depth,
-    }
-    return [*(f"--{name}={value}" for name, value in given.items()), *passed_on]
-
-
-def _refuse(passed_on: Sequence[str], flags: Sequence[str]) -> None:
-    for flag in flags:
+    depths = numbers("--depths", settings.depths, int)
+    budgets: list[float | None] = [None]
+    own_flags = ["--home", "--model", "--dataset", "--tokenizer", "--depth", "--target-flops"]
+    if isinstance(settings, LawsSettings):
+        budgets = numbers("--flops", settings.flops, float)
+        own_flags.append("--steps")  # It would replace the budget.
+    for flag in own_flags:
         if any(argument.split("=")[0] == flag for argument in passed_on):
             raise UserError(f"{flag} is set by the study for every run; leave it out after --")
+    given = {"home": settings.home, "dataset": settings.dataset, "tokenizer": settings.tokenizer}
+    runs = []
+    for budget, depth in itertools.product(budgets, depths):
+        name = f"{settings.study}-d{depth}" if budget is None else f"{settings.study}-{_short(budget)}-d{depth}"
+        flags = given | {"model": name, "depth": depth} | ({} if budget is None else {"target-flops": budget})
+        runs.append(plan_run(store, [*(f"--{flag}={value}" for flag, value in flags.items()), *passed_on]))
+    return runs
 
 
 def _short(flops: float) -> str:
@@ -138,30 +99,24 @@ def _short(flops: float) -> str:
 def run_study(settings: AnyStudy, passed_on: Sequence[str], command: str) -> None:
     """Train all runs that are not finished, and write the report again after every run.
 
+    It is a UserError if every run fails, and a SystemExit with code 1 if some runs fail after all were tried.
+
     Args:
         passed_on: further flags of ``jobs.train.pretrain``, the same for every run.
         command: command line that repeats the study, for the report.
-
-    Raises:
-        UserError: a setting is wrong, or every run failed.
-        SystemExit: a signal stopped the study; or with exit code 1, some runs failed after all were tried.
     """
     check_model_name(settings.study)
     store = open_store(settings.home)
-    if isinstance(settings, LawsSettings):
-        runs = laws_runs(store, settings, passed_on)
-    else:
-        runs = miniseries_runs(store, settings, passed_on)
+    runs = planned_runs(store, settings, passed_on)
     inputs = pretrain.input_digests(store, settings.dataset, load_tokenizer(store, settings.tokenizer))
     study = Study(store, inputs, settings.ranks)
     outcomes: dict[str, Result | Failure | None] = {run.model: study.result(run) for run in runs}
     missing = [run for run in runs if outcomes[run.model] is None]
     log.info("study starts", extra={"study": settings.study, "runs": len(runs), "finished": len(runs) - len(missing)})
+    _report(store, settings, command, list(outcomes.values()))
     for run in missing:
         # The other runs may succeed when one fails, so only a signal to this process ends the study.
         outcomes[run.model] = study.train(run)
-        _report(store, settings, command, list(outcomes.values()))
-    if not missing:
         _report(store, settings, command, list(outcomes.values()))
     failed = [outcome.model for outcome in outcomes.values() if isinstance(outcome, Failure)]
     if len(failed) == len(runs):

@@ -58,11 +58,7 @@ def input_digests(base: Checkpoint, mixture: Mixture) -> dict[str, str]:
 
 
 def base_checkpoint(store: Store, settings: SftSettings) -> Checkpoint:
-    """The checkpoint that fine-tuning starts from.
-
-    Raises:
-        UserError: the store has no such checkpoint, or this run would replace it.
-    """
+    """The checkpoint that fine-tuning starts from; a UserError if it is missing or this run would replace it."""
     if not settings.start_from:
         base = newest_checkpoint(store, settings.model, "base")
         if base is None:
@@ -157,11 +153,7 @@ def _count_batches(loader: PackedLoader, epochs: float) -> int:
 
 
 def _held_out_batches(loader: PackedLoader) -> list[Batch]:
-    """The first batches of the validation conversations, at most about one pass.
-
-    Raises:
-        UserError: the batches have no target.
-    """
+    """The first batches of the validation conversations, at most about one pass."""
     batches: list[Batch] = []
     while loader.epoch < 1.0 and len(batches) < _HELD_OUT_BATCHES:
         batches.append(loader.next_batch())

@@ -40,11 +40,7 @@ class TokenizerSettings(JobSettings):
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer on ``texts``.
-
-    Raises:
-        UserError: the texts are too short for a vocabulary of this size.
-    """
+    """Train a byte-level BPE tokenizer on ``texts``; a UserError if they are too short for the vocabulary."""
     trainer = rustbpe.Tokenizer()
     ordinary = vocab_size - len(SPECIAL_TOKENS)
     trainer.train_from_iterator(iter(texts), ordinary, pattern=SPLIT_PATTERN)

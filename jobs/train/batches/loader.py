@@ -100,7 +100,6 @@ class PackedLoader:
         Args:
             rows: rows of the global batch. Each rank has a contiguous group of them.
             context_length: input tokens per row. A packed row has one token more, the last target.
-            when_full: see :class:`BestFitPacker`.
             workers: threads that tokenize and pack; 0 chooses by the number of cores.
             pin_memory: put batches into page-locked memory, from which a GPU copies while it computes.
             state: :attr:`Batch.state` of the last batch that was trained on, either of this rank or merged over all
@@ -188,11 +187,7 @@ class PackedLoader:
 
 
 def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Combine the states of all ranks into one state, from which any number of ranks can continue.
-
-    Raises:
-        ValueError: the states are from loaders with different numbers of packers.
-    """
+    """Combine the states of all ranks into one state, from which any number of ranks can continue."""
     states = list(states)
     if len({state["of"] for state in states}) != 1:
         raise ValueError("states of different loaders cannot be merged")

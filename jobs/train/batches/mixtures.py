@@ -42,11 +42,7 @@ class Entry:
 
 
 def parse_mixture(text: str) -> list[Entry]:
-    """Parse comma-separated entries of the form ``name[:weight]``.
-
-    Raises:
-        UserError: an entry has no name, a weight is not a positive number, or two entries have the same name.
-    """
+    """Parse comma-separated entries of the form ``name[:weight]``; any other text is a UserError."""
     entries: list[Entry] = []
     for part in text.split(","):
         name, colon, weight = part.strip().rpartition(":")
@@ -75,10 +71,7 @@ class Selection(Sequence[list[Message]]):
     """
 
     def __init__(self, sources: Sequence[Conversations], chosen: Sequence[Sequence[int]]) -> None:
-        """
-        Args:
-            chosen: for each source the numbers of the selected conversations, which may repeat.
-        """
+        """``chosen`` has, for each source, the numbers of the selected conversations, which may repeat."""
         self._sources = sources
         self.rows = np.fromiter(itertools.chain.from_iterable(chosen), dtype=np.int64)
         self.source = np.repeat(np.arange(len(sources)), [len(rows) for rows in chosen])
@@ -94,13 +87,7 @@ class Mixture:
     """Conversations for fine-tuning, and other conversations for validation."""
 
     def __init__(self, store: Store, text: str) -> None:
-        """
-        Args:
-            text: entries for :func:`parse_mixture`; :func:`open_conversations` opens each name.
-
-        Raises:
-            UserError: a source is missing or has the wrong format.
-        """
+        """``text`` has entries for :func:`parse_mixture`; :func:`open_conversations` opens each name."""
         self._store = store
         self.entries = parse_mixture(text)
         opened = [open_conversations(store, entry.name) for entry in self.entries]
@@ -123,11 +110,7 @@ class Mixture:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def check(self) -> None:
-        """Verify every conversation.
-
-        Raises:
-            UserError: a conversation has the wrong format.
-        """
+        """Verify every conversation; a wrong one is a UserError."""
         for source in self._sources:
             source.check()
         self._check_validation()
@@ -136,13 +119,8 @@ class Mixture:
         """Tokens of each training conversation, (conversations,) int64, in the order of :attr:`training`.
 
         Tokenizing all conversations takes a while, so the store caches the lengths of each source below
-        ``cache/lengths/``.
-
-        Args:
-            threads: number of threads that tokenize; 0 takes one for each core.
-
-        Raises:
-            UserError: a conversation has the wrong format.
+        ``cache/lengths/``. With ``threads`` 0, one thread for each core tokenizes. A conversation of a wrong format is
+        a UserError.
         """
         self._check_validation()
         lengths = np.empty(len(self.training), dtype=np.int64)

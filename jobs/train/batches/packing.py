@@ -73,10 +73,9 @@ class BestFitPacker:
     ) -> None:
         """
         Args:
-            row_length: tokens in a row.
-            buffer_size: number of documents to choose from.
-            when_full: how to fill the rest of a row if no document fits it.
-            refill: reads the next document; called whenever the buffer has room.
+        row_length: tokens in a row.
+        buffer_size: number of documents to choose from.
+        refill: reads the next document; called whenever the buffer has room.
         """
         self.row_length, self.buffer_size = row_length, buffer_size
         self.when_full, self.pad_id = when_full, pad_id

@@ -3,13 +3,12 @@
 import dataclasses
 import logging
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from jobs.train.batches.loader import merge_states
 from jobs.train.loop.metrics import CHECKPOINT_FAILURES
-from jobs.train.loop.run import RunConfig, RunState, TrainingDiverged, thinned
+from jobs.train.loop.run import RunConfig, RunState, TrainingDiverged, differences, thinned
 from jobs.train.loop.runtime import Runtime
 from nanochat_core.checkpoint import (
     Checkpoint,
@@ -51,10 +50,8 @@ class RunCheckpoints:
     def resume(self) -> RunState | None:
         """Load the newest intact checkpoint into model and optimizer; None if there is none.
 
-        A damaged checkpoint is skipped on every rank if any rank cannot read it.
-
-        Raises:
-            UserError: the checkpoint was made with other settings or from other inputs.
+        A damaged checkpoint is skipped on every rank if any rank cannot read it. A checkpoint of other settings or
+        inputs is a UserError.
         """
         for ref in reversed(self._stored()):
             loaded, problem = self._try_load(ref)
@@ -63,7 +60,12 @@ class RunCheckpoints:
                 log.warning("checkpoint skipped", extra={"checkpoint": ref.prefix, "reason": problems[0]})
                 continue
             checkpoint, trainer = loaded
-            self._check_same_run(checkpoint)
+            changed = differences(checkpoint.meta, self._config.meta)
+            if changed:
+                raise UserError(
+                    f"{ref.prefix} was trained with other settings ({', '.join(changed)}); "
+                    "use the same ones, another --model name, or --no-resume to start over"
+                )
             self._model.load_state_dict(checkpoint.weights)
             generator = trainer.read(_GENERATOR, 0, torch.get_rng_state().numel())
             if generator is not None:
@@ -116,11 +118,7 @@ class RunCheckpoints:
         )
 
     def save_last(self, writer: CheckpointWriter, state: RunState, *, finished: bool) -> None:
-        """Write the last checkpoint of this process, and wait until it is complete.
-
-        Raises:
-            RetryableError: it could not be written.
-        """
+        """Write the last checkpoint of this process and wait for it. A RetryableError says that this has failed."""
         self.save(writer, state, finished=finished)
         try:
             writer.wait()
@@ -137,21 +135,6 @@ class RunCheckpoints:
         except UserError as error:
             return None, str(error)
         return (checkpoint, trainer), None
-
-    def _check_same_run(self, checkpoint: Checkpoint) -> None:
-        """Raise UserError unless ``checkpoint`` was made with the same settings and from the same inputs."""
-
-        def changed(part: str) -> list[tuple[str, Any, Any]]:
-            old, new = checkpoint.meta.get(part, {}), self._config.meta[part]
-            return [(k, old.get(k), new.get(k)) for k in sorted(old | new) if old.get(k) != new.get(k)]
-
-        differences = [f"{name} {old!r} -> {new!r}" for name, old, new in changed("settings")]
-        differences += [f"{name} changed" for name, _, _ in changed("inputs")]
-        if differences:
-            raise UserError(
-                f"{checkpoint.ref.prefix} was trained with other settings ({', '.join(differences)}); "
-                "use the same ones, another --model name, or --no-resume to start over"
-            )
 
     def _delete_superfluous(self, written: CheckpointRef) -> None:
         """Delete checkpoints, except the newest, the promoted one, and steps that are multiples of ``keep_every``."""

@@ -44,11 +44,7 @@ CHECKPOINT_FAILURES = Counter(
 
 
 def serve_metrics(port: int) -> None:
-    """Serve the Prometheus metrics of this process on ``port``; 0 serves none.
-
-    Raises:
-        UserError: the port is taken.
-    """
+    """Serve the Prometheus metrics of this process on ``port``; 0 serves none, and a taken port is a UserError."""
     if not port:
         return
     try:

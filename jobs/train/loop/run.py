@@ -99,6 +99,17 @@ class Evaluation:
         return step == last_step or bool(self.every and step % self.every == 0)
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between the settings and inputs in two runs' :attr:`RunConfig.meta`, as parts of a message."""
+    found = []
+    for part in ("settings", "inputs"):
+        was, now = old.get(part, {}), new[part]
+        for name in sorted(name for name in was | now if was.get(name) != now.get(name)):
+            change = f"{was.get(name)!r} -> {now.get(name)!r}" if part == "settings" else "changed"
+            found.append(f"{name} {change}")
+    return found
+
+
 def flat_metrics(metrics: Metrics) -> dict[str, float]:
     """Metrics with one number per name: ``{"pass": {"1": 0.5}}`` becomes ``{"pass_1": 0.5}``."""
     flat: dict[str, float] = {}

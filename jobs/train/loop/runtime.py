@@ -80,14 +80,8 @@ class StopSignal:
 def open_runtime(program: str, settings: RunSettings, model: str) -> Iterator[Runtime]:
     """Prepare this process for training: choose the device, join the other ranks, and start logs and metrics.
 
-    Only the first rank serves metrics and logs everything; the others log warnings and errors.
-
-    Args:
-        program: name of the training program in its log lines.
-        model: name of the model, which is checked before anything is computed.
-
-    Raises:
-        UserError: a setting is wrong, or the other ranks did not join in time.
+    Only the first rank serves metrics and logs everything; the others log warnings and errors. In the log lines, the
+    training program has the name ``program``.
     """
     check_model_name(model)
     prepare_cpu(settings.threads)

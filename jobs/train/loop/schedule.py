@@ -56,13 +56,12 @@ def plan_training(
 ) -> TrainingPlan:
     """Derive a run from the model's size by the rules of this module. Arguments that are given replace derived values.
 
+    A horizon that is shorter than one step is a UserError.
+
     Args:
         ratio: training tokens per scaling parameter.
         steps: number of optimizer steps; replaces the horizon that follows from ``target_flops`` or ``ratio``.
         target_flops: FLOPs of the whole run; replaces the horizon that follows from ``ratio``.
-
-    Raises:
-        UserError: the horizon is shorter than one step.
     """
     reference_tokens = ratio * _REFERENCE_CONFIG.scaling_parameters
     tokens = ratio * config.scaling_parameters

@@ -75,11 +75,8 @@ class Stage:
     ) -> None:
         """
         Args:
-            name: name of the stage in the store: ``base``, ``sft`` or ``rl``.
-            base: checkpoint whose weights training starts from; None starts from random weights.
-
-        Raises:
-            UserError: the device does not support the dtype or the attention kernels of the settings.
+        name: name of the stage in the store: ``base``, ``sft`` or ``rl``.
+        base: checkpoint whose weights training starts from; None starts from random weights.
         """
         self._name, self._settings, self._runtime = name, settings, runtime
         self._tokenizer, self._base = tokenizer, base
@@ -154,14 +151,7 @@ class Stage:
 
 
 def make_trainable(model: GPT, settings: RunSettings, device: torch.device, precision: str) -> None:
-    """Choose the kernels that train ``model``, which is on ``device`` already.
-
-    Args:
-        precision: the ``dtype`` setting, which may be ``fp8``.
-
-    Raises:
-        UserError: the attention kernels of the settings are not available.
-    """
+    """Choose the kernels that train ``model``, which is on ``device``; ``precision`` is the setting ``dtype``."""
     model.train()
     model.attention = choose_attention(settings.attention, device, model.compute_dtype)
     if precision == "fp8":
@@ -171,11 +161,7 @@ def make_trainable(model: GPT, settings: RunSettings, device: torch.device, prec
 
 
 def rows_per_batch(batch_tokens: int, context_length: int) -> int:
-    """Number of rows in the global batch.
-
-    Raises:
-        UserError: ``batch_tokens`` is not a multiple of ``context_length``.
-    """
+    """Number of rows in the global batch; a UserError if ``context_length`` does not divide ``batch_tokens``."""
     rows, rest = divmod(batch_tokens, context_length)
     if rest:
         raise UserError(

@@ -115,12 +115,9 @@ class TrainingStep:
         self._ranks.side_channel(_COMPILE_TIMEOUT_SECONDS).gather(None)
 
     def __call__(self, batch: Batch, stop: StopSignal) -> StepReport:
-        """Compute the gradient of a batch and update the weights.
+        """Compute the gradient of this rank's rows of the global batch and update the weights.
 
-        Args:
-            batch: this rank's rows of the global batch.
-            stop: this rank's stop signal. If any rank has received a signal, the results of all ranks say so, and all
-                ranks stop after the same step.
+        If any rank has received a stop signal, the reports of all ranks say so, and all ranks stop after the same step.
 
         Raises:
             TrainingDiverged: five steps in a row had a loss or gradient that is not finite.

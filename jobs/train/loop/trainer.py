@@ -50,10 +50,9 @@ class Trainer:
     ) -> None:
         """
         Args:
-            model: on the device of ``runtime``.
-            open_batches: opens this rank's batches at a position in the data, which is :attr:`Batch.state` of the last
-                batch trained on, or None at the beginning.
-            objective: the loss to minimize; None for the cross-entropy of the targets.
+        open_batches: opens this rank's batches at a position in the data, which is :attr:`Batch.state` of the last
+            batch trained on, or None at the beginning.
+        objective: the loss to minimize; None for the cross-entropy of the targets.
         """
         self.config, self.runtime, self.model, self.optimizer = config, runtime, model, optimizer
         self.state = RunState()
@@ -62,11 +61,7 @@ class Trainer:
         self._checkpoints = RunCheckpoints(config, runtime, model, tokenizer, optimizer)
 
     def resume(self) -> bool:
-        """Continue from the stage's newest intact checkpoint; False if there is none or the settings forbid it.
-
-        Raises:
-            UserError: the checkpoint was made with other settings or from other inputs.
-        """
+        """Continue from the stage's newest intact checkpoint; False if there is none or the settings forbid it."""
         state = self._checkpoints.resume() if self.config.settings.resume else None
         self.state = state or self.state
         return state is not None
@@ -74,10 +69,7 @@ class Trainer:
     def run(self) -> CheckpointRef:
         """Train to the end of the schedule and save the final checkpoint.
 
-        Raises:
-            TrainingDiverged: losses, gradients or weights are NaN or infinite.
-            RetryableError: the final checkpoint could not be written, or a rank was lost.
-            SystemExit: stopped by SIGTERM or SIGINT, after a checkpoint.
+        A stop by SIGTERM or SIGINT is a SystemExit after a checkpoint.
         """
         state, last_step, save_every = self.state, self.config.schedule.steps, self.config.settings.save_every
         if state.step == last_step:

@@ -63,15 +63,10 @@ class RolloutBatch(Batch):
 
 
 def advantages(rewards: Tensor, *, normalize: bool) -> Tensor:
-    """Each reward minus the mean reward of its group.
+    """Each reward minus the mean reward of its group: (groups, samples), one group for each problem.
 
-    Args:
-        rewards: (groups, samples), one group for each problem.
-        normalize: divide by the group's standard deviation. Problems that are nearly always or nearly never solved
-            then weigh more.
-
-    Returns:
-        (groups, samples); 0 in a group of equal rewards.
+    With ``normalize``, the result is divided by the group's standard deviation, and is 0 in a group of equal rewards.
+    Problems that are nearly always or nearly never solved then weigh more.
     """
     centered = rewards - rewards.mean(dim=1, keepdim=True)
     if not normalize:
@@ -81,11 +76,7 @@ def advantages(rewards: Tensor, *, normalize: bool) -> Tensor:
 
 
 def pack(rollouts: Sequence[Rollout], advantage: Tensor, pad_id: int) -> RolloutBatch:
-    """Make a batch of one row per rollout, padded to the longest.
-
-    Args:
-        advantage: advantage of each rollout, (rollouts,) fp32.
-    """
+    """Make a batch of one row per rollout, padded to the longest; ``advantage`` is (rollouts,) fp32."""
     time = max(len(rollout.prompt) + len(rollout.tokens) for rollout in rollouts) - 1
     ids = torch.full((len(rollouts), time), pad_id, dtype=torch.int64)
     targets = torch.full_like(ids, IGNORE_INDEX)
@@ -102,11 +93,9 @@ def pack(rollouts: Sequence[Rollout], advantage: Tensor, pad_id: int) -> Rollout
 
 
 def target_logprobs(model: GPT, ids: Tensor, targets: Tensor, hidden: Callable[[Tensor], Tensor]) -> Tensor:
-    """Log-probability of every counted target, (counted,) fp32, row by row.
+    """Log-probability of every counted target of (rows, time) int64, row by row: (counted,) fp32.
 
-    Args:
-        ids, targets: (rows, time) int64.
-        hidden: the model's :meth:`~nanochat_core.model.GPT.hidden`, compiled or not.
+    ``hidden`` is the model's :meth:`~nanochat_core.model.GPT.hidden`, compiled or not.
     """
     counted = targets != IGNORE_INDEX
     states = hidden(ids)[counted]
@@ -128,11 +117,10 @@ class PolicyGradient:
     ) -> None:
         """
         Args:
-            clip: the largest deviation c of ratios from 1; 0 does not clip.
-            off_policy: use the ratio to the probability with which a token was sampled; otherwise the ratio is 1.
-            kl: weight of the KL penalty; 0 omits it.
-            reference: model that the KL penalty compares with; it is not trained.
-            hidden: compiled version of the model's ``hidden`` method; None uses the method itself.
+        clip: the largest deviation c of ratios from 1; 0 does not clip.
+        off_policy: use the ratio to the probability with which a token was sampled; otherwise the ratio is 1.
+        kl: weight of the KL penalty to ``reference``, which is not trained; 0 omits the penalty.
+        hidden: compiled version of the model's ``hidden`` method; None uses the method itself.
         """
         if kl and reference is None:
             raise ValueError("a divergence needs a reference")
@@ -166,11 +154,7 @@ class PolicyGradient:
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """Estimate KL(policy || reference) at each sampled token by k3: ``exp(d) - 1 - d`` with ``d = log q - log p``.
 
-    The estimate is unbiased and never negative.
-
-    Args:
-        logprobs: log-probabilities of the sampled tokens under the policy, of any shape.
-        reference: log-probabilities of the same tokens under the reference, of the same shape.
+    The estimate is unbiased and never negative. Both arguments have the log-probabilities of the same sampled tokens.
     """
     difference = reference - logprobs
     return torch.expm1(difference) - difference

@@ -25,7 +25,7 @@ class Rollout:
         logprobs: for each token of the answer, its log-probability in nats when it was sampled, before temperature and
             top-k; 0 for tool output.
         text: the answer as the user reads it, without code and tool output.
-        calls: code and output of each Python call; the output of an unanswered call is empty.
+        calls: code and output of each Python call that has ended.
         finished: False if the answer was cut off at the token limit.
     """
 

@@ -11,29 +11,26 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from jobs.generation import SandboxTool
+from jobs.generation import SandboxTool, read_completion
 from jobs.tasks.task import Problem
 from jobs.train.batches.sources import EpochShuffle
 from jobs.train.loop.stage import StageSettings
 from jobs.train.reinforce.policy_gradient import RolloutBatch, advantages, pack
 from jobs.train.reinforce.rewards import Reward, Rollout
-from nanochat_core.chat import AssistantStream, parse_messages, render_prompt, stop_token_ids
+from nanochat_core.chat import parse_messages, render_prompt, stop_token_ids
 from nanochat_core.engine import (
     Completion,
     Engine,
     EngineConfig,
     FinishReason,
     SamplingParams,
-    ToolCall,
     ToolOutput,
     ToolPolicy,
-    ToolResult,
     ToolRunner,
 )
 from nanochat_core.errors import UserError
@@ -88,11 +85,7 @@ class Answerer:
     """Answers problems with the engine and the Python tool, using the weights of the last :meth:`update_weights`."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, tool: ToolRunner, sequences: int) -> None:
-        """
-        Args:
-            tool: runs the Python code of the answers.
-            sequences: number of answers that are requested at once.
-        """
+        """``sequences`` is the number of answers that are requested at once."""
         self._tokenizer, self._tool = tokenizer, SharedCalls(tool)
         running = min(sequences, _MAX_RUNNING)
         self.device = device = model.cos.device
@@ -114,29 +107,21 @@ class Answerer:
     def answer(
         self, problems: Sequence[Problem], seeds: Sequence[int], samples: int, sampling: Sampling
     ) -> list[list[Rollout]]:
-        """Sample ``samples`` answers to each problem.
+        """Sample ``samples`` answers to each problem, for which ``seeds`` has one seed.
 
-        An answer depends only on the problem, its seed, the number of the sample and the weights.
-
-        Args:
-            seeds: one for each problem.
-
-        Raises:
-            UserError: a problem does not fit the model's context.
+        An answer depends only on the problem, its seed, the number of the sample and the weights. A problem that does
+        not fit the model's context is a UserError.
         """
         self._tool.forget()
         prompts = [tuple(render_prompt(self._tokenizer, parse_messages(problem.messages))) for problem in problems]
-        each = [
-            SamplingParams(
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                seed=seed,
-                max_tokens=sampling.max_new_tokens,
-                stop_token_ids=self._stop,
-                logprobs=0,
-            )
-            for seed in seeds
-        ]
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_new_tokens,
+            stop_token_ids=self._stop,
+            logprobs=0,
+        )
+        each = [dataclasses.replace(params, seed=seed) for seed in seeds]
         completions = self._engine.generate(prompts, each, n=samples, tools=ToolPolicy(enabled=True))
         return [
             [self._rollout(prompt, completion) for completion in choices]
@@ -148,17 +133,14 @@ class Answerer:
         self._engine.close()
 
     def _rollout(self, prompt: tuple[int, ...], completion: Completion) -> Rollout:
-        stream = AssistantStream(self._tokenizer)
-        parts = [part for token in completion.token_ids for part in stream.push(token)] + stream.finish()
-        codes = [event.code for event in completion.tool_events if isinstance(event, ToolCall)]
-        outputs = [event.output for event in completion.tool_events if isinstance(event, ToolResult)]
+        response = read_completion(self._tokenizer, completion)
         return Rollout(
             prompt,
             tuple(completion.token_ids),
             tuple(not token.forced for token in completion.tokens),
             tuple(token.logprob or 0.0 for token in completion.tokens),
-            "".join(part.text for part in parts if part.type == "text").strip(),
-            tuple(itertools.zip_longest(codes, outputs, fillvalue="")),
+            response.text.strip(),
+            response.tool_calls,
             completion.finish_reason is FinishReason.STOP,
         )
 
@@ -227,13 +209,7 @@ class RolloutSource:
         pad_id: int,
         ranks: Ranks,
     ) -> None:
-        """
-        Args:
-            steps: number of steps in the whole run.
-
-        Raises:
-            UserError: the problems of a step cannot be divided evenly among the ranks.
-        """
+        """Raises UserError unless the problems of a step can be divided evenly among the ranks."""
         if settings.examples % ranks.size:
             raise UserError(
                 f"{ranks.size} processes cannot share {settings.examples} examples a step; use a multiple of that"
@@ -278,10 +254,9 @@ class RolloutSource:
 
     def _mine(self, step: int) -> list[tuple[int, Problem]]:
         """This rank's problems of a step, each with its number among the step's problems of all ranks."""
-        share = self._settings.examples // self._ranks.size
-        first = self._ranks.rank * share
-        mine = range(first, first + share)
-        return [(number, self._problems[self._shuffle(step * self._settings.examples + number)]) for number in mine]
+        examples, share = self._settings.examples, self._settings.examples // self._ranks.size
+        mine = range(examples)[self._ranks.rank * share :][:share]
+        return [(number, self._problems[self._shuffle(step * examples + number)]) for number in mine]
 
     def _roll(self, step: int) -> list[list[Rollout]]:
         settings, mine = self._settings, self._mine(step)
@@ -305,11 +280,7 @@ class RolloutSource:
             device=self._model.cos.device,
         )
         reward, length, count, informative_groups, group_count = self._ranks.sum(sums).tolist()
-        noted = {
-            "reward": reward / count,
-            "length": length / count,
-            "informative": informative_groups / group_count,
-        }
+        noted = {"reward": reward / count, "length": length / count, "informative": informative_groups / group_count}
         return dataclasses.replace(batch, noted=noted)
 
 

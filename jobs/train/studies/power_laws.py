@@ -63,12 +63,7 @@ class Parabola:
 
 
 def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
-    """The least-squares line through the points ``(log x, log y)``; None for fewer than two different ``x``.
-
-    Args:
-        x: positive numbers.
-        y: positive numbers, one for each ``x``.
-    """
+    """The least-squares line through the points ``(log x, log y)``; None for fewer than two different ``x``."""
     if len(set(x)) < _POWER_LAW_POINTS:
         return None
     log_x, log_y = np.log(x), np.log(y)
@@ -85,10 +80,6 @@ def fit_parabola(sizes: Sequence[float], losses: Sequence[float]) -> Parabola | 
     """The least-squares parabola through the points ``(ln size, loss)``.
 
     Returns None for fewer than three different sizes, or if the losses do not bend upwards.
-
-    Args:
-        sizes: positive numbers.
-        losses: one loss for each size.
     """
     if len(set(sizes)) < _PARABOLA_POINTS:
         return None

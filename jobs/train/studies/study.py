@@ -10,6 +10,7 @@ from typing import Any
 from jobs.data.tokenizers import load_tokenizer
 from jobs.train import pretrain
 from jobs.train.launcher import Launcher
+from jobs.train.loop.run import differences
 from jobs.train.loop.schedule import TrainingPlan
 from jobs.train.loop.stage import comparable
 from jobs.train.pretrain import PretrainSettings
@@ -84,11 +85,7 @@ class Failure:
 
 
 def plan_run(store: Store, flags: Sequence[str]) -> PlannedRun:
-    """Plan the run that ``jobs.train.pretrain`` would do with these flags.
-
-    Raises:
-        UserError: ``jobs.train.pretrain`` would refuse the flags.
-    """
+    """Plan the run that ``jobs.train.pretrain`` would do with these flags. Flags that it refuses are a UserError."""
     settings = load(PretrainSettings, prefix="NANOCHAT_PRETRAIN", program=f"python -m {_PRETRAIN}", argv=flags)
     check_model_name(settings.model)
     config, plan = pretrain.plan_run(settings, load_tokenizer(store, settings.tokenizer).vocab_size)
@@ -99,11 +96,7 @@ class Study:
     """Trains the runs of a study as processes, and reads their results from the store."""
 
     def __init__(self, store: Store, inputs: Mapping[str, str], ranks: int) -> None:
-        """
-        Args:
-            inputs: digests of the data that all runs are made from.
-            ranks: number of processes that train a run together, one for each GPU.
-        """
+        """``inputs`` are the digests of the data that all runs are made from."""
         self._store, self._inputs, self._ranks = store, inputs, ranks
         self._launcher = Launcher()
         self._launcher.forward_signals()
@@ -111,8 +104,7 @@ class Study:
     def train(self, run: PlannedRun) -> Result | Failure:
         """Train a run to its end, resuming if an earlier process was interrupted.
 
-        Raises:
-            SystemExit: a signal asked this process to end. The run has saved its state.
+        A signal that asks this process to end raises SystemExit after the run has saved its state.
         """
         log.info("run starts", extra={"model": run.model, "depth": run.config.depth, "steps": run.plan.steps})
         code = self._launcher.run([sys.executable, "-m", _PRETRAIN, *run.flags], self._ranks)
@@ -128,36 +120,26 @@ class Study:
     def result(self, run: PlannedRun) -> Result | None:
         """The result in the run's newest checkpoint; None if the run is not finished.
 
-        Raises:
-            UserError: the checkpoint was made with other settings or from other inputs.
+        A checkpoint that was made with other settings or from other inputs is a UserError.
         """
-        meta = self._meta(run)
-        if meta is None:
-            return None
-        expected = {"settings": comparable(run.settings), "inputs": self._inputs}
-        differing = sorted(
-            f"{name} {meta[what].get(name)!r} -> {value!r}" if what == "settings" else f"{name} changed"
-            for what, values in expected.items()
-            for name, value in values.items()
-            if meta[what].get(name) != value
-        )
-        if differing:
-            raise UserError(
-                f"models/{run.model} in {self._store} was trained otherwise ({', '.join(differing)}); "
-                "use another --study name, or delete it to train it anew"
-            )
-        return _result(run, meta) if meta["finished"] else None
-
-    def _meta(self, run: PlannedRun) -> dict[str, Any] | None:
         stored = list_checkpoints(self._store, run.model, "base")
+        if not stored:
+            return None
         try:
-            return load_meta(self._store, stored[-1]) if stored else None
+            meta = load_meta(self._store, stored[-1])
         except StoreError:
             raise
         except UserError as error:
             # Training will skip the damaged checkpoint and resume from the one before it.
             log.warning("damaged checkpoint", extra={"checkpoint": stored[-1].prefix, "reason": str(error)})
             return None
+        differing = differences(meta, {"settings": comparable(run.settings), "inputs": self._inputs})
+        if differing:
+            raise UserError(
+                f"models/{run.model} in {self._store} was trained otherwise ({', '.join(differing)}); "
+                "use another --study name, or delete it to train it anew"
+            )
+        return _result(run, meta) if meta["finished"] else None
 
 
 def _result(run: PlannedRun, meta: dict[str, Any]) -> Result:

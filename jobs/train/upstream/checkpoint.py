@@ -58,11 +58,7 @@ class UpstreamCheckpoint:
 
 
 def find_step(folder: Path, wanted: int | None) -> int:
-    """The step of the checkpoint to import: ``wanted``, or the last one in the folder.
-
-    Raises:
-        UserError: the folder has no such checkpoint.
-    """
+    """The step of the checkpoint to import: ``wanted``, or the last one in the folder. A missing one is a UserError."""
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError as error:
@@ -79,10 +75,7 @@ def read_upstream(folder: Path, step: int) -> UpstreamCheckpoint:
     """Read ``model_<step>.pt`` and ``meta_<step>.json`` of upstream's checkpoint folder.
 
     Torch's loader for plain tensors maps the weights from the file, without reading them into memory. It executes
-    nothing that the file contains.
-
-    Raises:
-        UserError: a file is missing or damaged, or contains anything but tensors.
+    nothing that the file contains. A file that is damaged or contains anything but tensors is a UserError.
     """
     path = folder / f"model_{step:06d}.pt"
     meta_path = folder / f"meta_{step:06d}.json"
@@ -105,11 +98,7 @@ def read_upstream(folder: Path, step: int) -> UpstreamCheckpoint:
 
 
 def model_config(source: UpstreamCheckpoint) -> ModelConfig:
-    """The shape of the upstream model as our config.
-
-    Raises:
-        UserError: the meta file describes no model, or the model of an upstream version with a different network.
-    """
+    """The shape of the upstream model as our config; a UserError if the meta file describes no model of our network."""
     _check_version(source)
     given = source.meta.get("model_config")
     if not isinstance(given, dict):
@@ -133,10 +122,8 @@ def model_config(source: UpstreamCheckpoint) -> ModelConfig:
 def convert(source: UpstreamCheckpoint, config: ModelConfig) -> GPT:
     """Our network with upstream's weights: matrices in fp32, embedding tables in upstream's dtype.
 
-    The rotary tables stay on the device ``meta``, so the model can be saved but not run.
-
-    Raises:
-        UserError: names or shapes of the weights do not fit the config.
+    The rotary tables stay on the device ``meta``, so the model can be saved but not run. Weights that do not fit the
+    config are a UserError.
     """
     if config.depth > len(source.weights):
         raise UserError(f"{source.path} has too few tensors for {config.depth} layers")

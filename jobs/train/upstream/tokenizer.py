@@ -32,11 +32,7 @@ class _Encoding:
 
 
 def read_upstream_tokenizer(path: Path) -> Tokenizer:
-    """Read upstream's ``tokenizer.pkl``.
-
-    Raises:
-        UserError: the file is missing or damaged, or is not a tokenizer with our special tokens.
-    """
+    """Read upstream's ``tokenizer.pkl``; a UserError if it is damaged or has other special tokens than ours."""
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
