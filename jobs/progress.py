@@ -8,15 +8,10 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-
-if TYPE_CHECKING:
-    _Tqdm = tqdm[Any]  # tqdm is generic only in its type stubs.
-else:
-    _Tqdm = tqdm
 
 LOG_INTERVAL_SECONDS = 5.0
 _SHORTEST_BAR = 6
@@ -109,7 +104,7 @@ class ProgressDisplay:
         self._open.close()
 
 
-class _Bar(_Tqdm):
+class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic only in its type stubs.
     """A bar that shows as many facts as the terminal has room for."""
 
     def __init__(self, label: str, total: int, done: int) -> None:

@@ -74,21 +74,11 @@ class Pipeline:
         self._launcher.forward_signals()
         started = time.monotonic()
         self._prepare()
-        base, tuned = self._train()
-        stages = [base, tuned]
-        if self.settings.rl:
-            stages.append(self._reinforce(tuned))
+        stages = self._train()
         final = stages[-1]
         if not is_reported(self.store, self.model, *stages):
-            self._stage(
-                "jobs.eval.report",
-                {
-                    "model": self.model,
-                    "revision": final.ref.revision,
-                    "recipe": self.recipe.name,
-                    **self._threads(),
-                },
-            )
+            wanted = {"model": self.model, "revision": final.ref.revision, "recipe": self.recipe.name}
+            self._stage("jobs.eval.report", wanted | self._threads())
         self._promote(final)
         log.info(
             "pipeline done",
@@ -146,29 +136,21 @@ class Pipeline:
         manifest = read_manifest(self.store, self.model)
         return not shard_keys(self.store, self.model) if manifest is None else not manifest.complete
 
-    def _train(self) -> tuple[Checkpoint, Checkpoint]:
-        """Pretrain and fine-tune unless the final checkpoints are current; returns these checkpoints."""
+    def _train(self) -> list[Checkpoint]:
+        """Train all stages whose final checkpoints are not current; returns the final checkpoint of each stage."""
         name, conversations = self.model, f"{self.model}-chat"
         if trained_on(self.store, name) != dataset_digest(self.store, name):
             self._stage("jobs.train.tokenizer", {"dataset": name, "name": name, **self.recipe.tokenizer})
-        base = self._checkpoint(
-            "base",
-            "jobs.train.pretrain",
-            {"model": name, "dataset": name, "tokenizer": name, **self._threads(), **self.recipe.pretrain},
-            pretrain.input_digests(self.store, name, load_tokenizer(self.store, name)),
-        )
-        tuned = self._checkpoint(
-            "sft",
-            "jobs.train.sft",
-            {"model": name, "mixture": conversations, **self._threads(), **self.recipe.sft},
-            sft.input_digests(base, Mixture(self.store, conversations)),
-        )
-        return base, tuned
-
-    def _reinforce(self, tuned: Checkpoint) -> Checkpoint:
-        """Train ``tuned`` by reinforcement learning unless its final checkpoint is current; returns this checkpoint."""
-        flags = {"model": self.model, **self._threads(), **(self.recipe.rl or {})}
-        return self._checkpoint("rl", rl.__name__, flags, rl.input_digests(tuned, self._problems()))
+        flags: Flags = {"dataset": name, "tokenizer": name, **self.recipe.pretrain}
+        inputs = pretrain.input_digests(self.store, name, load_tokenizer(self.store, name))
+        base = self._checkpoint("base", pretrain.__name__, flags, inputs)
+        flags = {"mixture": conversations, **self.recipe.sft}
+        inputs = sft.input_digests(base, Mixture(self.store, conversations))
+        tuned = self._checkpoint("sft", sft.__name__, flags, inputs)
+        if not self.settings.rl:
+            return [base, tuned]
+        inputs = rl.input_digests(tuned, self._problems())
+        return [base, tuned, self._checkpoint("rl", rl.__name__, self.recipe.rl or {}, inputs)]
 
     def _problems(self) -> Problems:
         """The problems of the recipe's RL task."""
@@ -181,6 +163,7 @@ class Pipeline:
         if newest is None or stale or not newest.meta["finished"]:
             if stale:
                 log.info("starting over: what it was made from has changed", extra={"stage": module})
+            flags = {"model": self.model, **self._threads(), **flags}
             self._stage(module, flags, start_over=stale, ranks=self.settings.ranks or max(1, torch.cuda.device_count()))
             newest = newest_checkpoint(self.store, self.model, stage)
         if newest is None or not newest.meta["finished"]:

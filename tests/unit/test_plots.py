@@ -72,7 +72,7 @@ def test_a_miniseries_can_be_plotted_from_its_first_model_on(tmp_path: Path, cou
 @pytest.mark.parametrize("count", [1, 2])
 def test_budgets_can_be_plotted_with_and_without_a_best_size(tmp_path: Path, losses: Any, count: int) -> None:
     sizes = (1e6, 2e6, 4e6)
-    budgets = [IsoFlop.of(10.0 ** (13 + i), sizes, [1e13 / size for size in sizes], losses) for i in range(count)]
+    budgets = [IsoFlop(10.0 ** (13 + i), sizes, [1e13 / size for size in sizes], losses) for i in range(count)]
     plot_isoflops(tmp_path / "plot.png", budgets, fit_laws(budgets))
     assert png_size(tmp_path / "plot.png")[0] == pytest.approx(2250, rel=0.01)
 

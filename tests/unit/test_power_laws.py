@@ -28,7 +28,7 @@ def budget(flops: float, around: float, noise: float = 0.0, seed: int = 0) -> Is
     sizes = [around * 4 ** (i / 3) for i in range(-3, 4)]
     tokens = [flops / 6 / size for size in sizes]
     losses = [loss(size, count) + rng.gauss(0, noise) for size, count in zip(sizes, tokens, strict=True)]
-    return IsoFlop.of(flops, sizes, tokens, losses)
+    return IsoFlop(flops, sizes, tokens, losses)
 
 
 @given(st.floats(-2, 2), st.floats(1e-3, 1e3), st.lists(st.floats(1, 1e12), min_size=2, max_size=9, unique=True))
@@ -113,11 +113,11 @@ def test_a_best_size_outside_of_what_was_trained_is_not_used_and_the_side_named(
 
 
 def test_too_few_sizes_and_losses_without_a_lowest_point_are_told_apart() -> None:
-    few = IsoFlop.of(1e19, [1e7, 2e7], [3.0, 2.0], [3.0, 2.0])
+    few = IsoFlop(1e19, [1e7, 2e7], [3.0, 2.0], [3.0, 2.0])
     assert (few.optimum, few.problem) == (None, "fewer than 3 depths were trained")
-    bent = IsoFlop.of(1e19, [1e7, 2e7, 4e7], [3.0, 2.0, 1.0], [2.0, 3.0, 2.0])
+    bent = IsoFlop(1e19, [1e7, 2e7, 4e7], [3.0, 2.0, 1.0], [2.0, 3.0, 2.0])
     assert (bent.optimum, bent.problem) == (None, "the losses do not bend upwards; add depths on both sides")
-    straight = IsoFlop.of(1e19, [1e7, 2e7, 4e7], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0])
+    straight = IsoFlop(1e19, [1e7, 2e7, 4e7], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0])
     assert (straight.fit, straight.problem) == (None, bent.problem)
     assert fit_laws([few, bent, straight]) is None
     assert fit_laws([few, budget(1e19, best_size(1e19))]) is None

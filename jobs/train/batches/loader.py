@@ -45,16 +45,13 @@ class Batch:
         targets: next tokens, (rows, time) int64; ``IGNORE_INDEX`` marks positions that the loss does not count.
         state: position in the data after this batch, from which a loader continues; see :func:`merge_states`. None if
             the position follows from the step number.
+        measures: further numbers to report for the global batch, such as the mean reward; equal on every rank.
     """
 
     ids: Tensor
     targets: Tensor
     state: dict[str, Any] | None
-
-    @property
-    def measures(self) -> dict[str, float]:
-        """Further numbers to report for the batch, equal on every rank."""
-        return {}
+    measures: dict[str, float] = dataclasses.field(default_factory=dict, kw_only=True)
 
     @property
     def tensors(self) -> dict[str, Any]:

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from jobs.train.batches.loader import Batch
-from jobs.train.loop.run import RunState, TrainingDiverged
+from jobs.train.loop.run import RunConfig, RunState, TrainingDiverged
 from jobs.train.loop.runtime import Runtime, StopSignal
-from jobs.train.loop.schedule import Schedule
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT, IGNORE_INDEX
 from nanochat_core.training.loss_scaling import LossScaler
@@ -88,13 +87,12 @@ class TrainingStep:
         model: GPT,
         optimizer: MuonAdamW,
         objective: Objective,
-        schedule: Schedule,
-        micro_batch_rows: int,
+        config: RunConfig,
         runtime: Runtime,
         state: RunState,
     ) -> None:
-        self._optimizer, self._objective, self._schedule = optimizer, objective, schedule
-        self._micro_batch_rows, self._state = micro_batch_rows, state
+        self._optimizer, self._objective, self._schedule = optimizer, objective, config.schedule
+        self._micro_batch_rows, self._state = config.settings.device_batch_rows, state
         self._device, self._ranks = runtime.device, runtime.ranks
         self._skipped_in_a_row = 0
         self._scaler: LossScaler | None = None

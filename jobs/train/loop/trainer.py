@@ -77,15 +77,7 @@ class Trainer:
         first_step = state.step + 1
         self._checkpoints.replace_after(state.step)
         batch_source = self._open_batches(state.loader)
-        train_on = TrainingStep(
-            self.model,
-            self.optimizer,
-            self._objective,
-            self.config.schedule,
-            self.config.settings.device_batch_rows,
-            self.runtime,
-            state,
-        )
+        train_on = TrainingStep(self.model, self.optimizer, self._objective, self.config, self.runtime, state)
         with (
             CheckpointWriter(self.runtime.store, self.runtime.ranks) as writer,
             StopSignal() as stop,

@@ -43,16 +43,10 @@ class RolloutBatch(Batch):
     Attributes:
         advantages: advantage of each row's answer, (rows,) fp32.
         logprobs: log-probability of each target when it was sampled, (rows, time) fp32; 0 elsewhere.
-        noted: measures of the global batch, such as the mean reward.
     """
 
     advantages: Tensor
     logprobs: Tensor
-    noted: dict[str, float]
-
-    @property
-    def measures(self) -> dict[str, float]:
-        return self.noted
 
     def rows(self, start: int, stop: int) -> Self:
         """The batch of some rows, cut after their last target."""
@@ -89,7 +83,7 @@ def pack(rollouts: Sequence[Rollout], advantage: Tensor, pad_id: int) -> Rollout
         sampled = torch.tensor(rollout.sampled)
         targets[row, first:end] = torch.where(sampled, everything[first + 1 :], IGNORE_INDEX)
         logprobs[row, first:end] = torch.tensor(rollout.logprobs) * sampled
-    return RolloutBatch(ids, targets, None, advantage, logprobs, {})
+    return RolloutBatch(ids, targets, None, advantage, logprobs)
 
 
 def target_logprobs(model: GPT, ids: Tensor, targets: Tensor, hidden: Callable[[Tensor], Tensor]) -> Tensor:

@@ -280,8 +280,8 @@ class RolloutSource:
             device=self._model.cos.device,
         )
         reward, length, count, informative_groups, group_count = self._ranks.sum(sums).tolist()
-        noted = {"reward": reward / count, "length": length / count, "informative": informative_groups / group_count}
-        return dataclasses.replace(batch, noted=noted)
+        measures = {"reward": reward / count, "length": length / count, "informative": informative_groups / group_count}
+        return dataclasses.replace(batch, measures=measures)
 
 
 def seed_of(*of: int | str) -> int:

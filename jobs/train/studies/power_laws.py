@@ -9,8 +9,6 @@ method is approach 2 of arXiv 2203.15556 (Chinchilla):
    and ``D_opt = c C^d``, which are straight lines in logarithms (:func:`fit_power_law`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -100,7 +98,7 @@ def fit_parabola(sizes: Sequence[float], losses: Sequence[float]) -> Parabola | 
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class IsoFlop:
     """Models of different sizes that were trained with the same budget.
 
@@ -113,14 +111,13 @@ class IsoFlop:
     """
 
     flops: float
-    sizes: tuple[float, ...]
-    tokens: tuple[float, ...]
-    losses: tuple[float, ...]
-    fit: Parabola | None
+    sizes: Sequence[float]
+    tokens: Sequence[float]
+    losses: Sequence[float]
+    fit: Parabola | None = dataclasses.field(init=False)
 
-    @classmethod
-    def of(cls, flops: float, sizes: Sequence[float], tokens: Sequence[float], losses: Sequence[float]) -> IsoFlop:
-        return cls(flops, tuple(sizes), tuple(tokens), tuple(losses), fit_parabola(sizes, losses))
+    def __post_init__(self) -> None:
+        self.fit = fit_parabola(self.sizes, self.losses)
 
     @property
     def optimum(self) -> tuple[float, float] | None:

@@ -59,16 +59,10 @@ class Laws:
 
     def __init__(self, results: Sequence[Result]) -> None:
         self._results = results
-        self._budgets = [
-            IsoFlop.of(
-                budget,
-                [result.scaling_parameters for result in of_budget],
-                [result.tokens for result in of_budget],
-                [result.val_bpb for result in of_budget],
-            )
-            for budget in sorted({result.budget for result in results if result.budget is not None})
-            for of_budget in [[result for result in results if result.budget == budget]]
-        ]
+        self._budgets = []
+        for budget in sorted({result.budget for result in results if result.budget is not None}):
+            models = [(r.scaling_parameters, r.tokens, r.val_bpb) for r in results if r.budget == budget]
+            self._budgets.append(IsoFlop(budget, *zip(*models, strict=True)))
         self._laws = fit_laws(self._budgets)
 
     def markdown(self) -> list[str]:
