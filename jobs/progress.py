@@ -41,9 +41,9 @@ class ProgressDisplay:
     ) -> None:
         """
         Args:
-        done: number of units that an earlier process has done.
-        shown: False turns the display off, for example on every rank but the first.
-        log_first: log an event after the first unit too, instead of waiting for the first interval to pass.
+            done: number of units that an earlier process has done.
+            shown: False turns the display off, for example on every rank but the first.
+            log_first: log an event after the first unit too, instead of waiting for the first interval to pass.
         """
         self.eta_seconds = math.nan
         self._total, self._done, self._shown = total, done, shown

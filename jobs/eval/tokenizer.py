@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from jobs.data.tokenizers import dataset_of, load_tokenizer
-from jobs.measures import compression
+from jobs.measures.compression import TEXT_BYTES, evaluate, render
 from jobs.program import JobSettings, run_program
 from nanochat_core.settings import setting
 from nanochat_core.store import open_store
@@ -17,7 +17,7 @@ class TokenizerEvalSettings(JobSettings):
 
     tokenizer: str = setting(help="name of the tokenizer in the store")
     dataset: str = setting("", "text dataset to measure on as well; empty for the tokenizer's training dataset")
-    text_bytes: int = setting(compression.TEXT_BYTES, "bytes of each split of the dataset", minimum=1)
+    text_bytes: int = setting(TEXT_BYTES, "bytes of each split of the dataset", minimum=1)
     gpt2_file: str = setting("", "file of GPT-2's tokens (r50k_base.tiktoken or vocab.bpe); empty for tiktoken's cache")
     gpt4_file: str = setting("", "file of GPT-4's tokens (cl100k_base.tiktoken); empty for tiktoken's cache")
     log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe level that is logged")
@@ -27,15 +27,9 @@ def run(settings: TokenizerEvalSettings, show: Callable[[str], None]) -> None:
     """Show the table, and store it beside the tokenizer as ``evaluation.md`` and ``evaluation.json``."""
     store = open_store(settings.home)
     tokenizer = load_tokenizer(store, settings.tokenizer)
-    references = [
-        compression.load_reference(compression.GPT2, settings.gpt2_file),
-        compression.load_reference(compression.GPT4, settings.gpt4_file),
-    ]
-    dataset = settings.dataset or dataset_of(store, settings.tokenizer)
-    texts = compression.texts_to_compare(store, dataset, settings.text_bytes)
-    evaluation = compression.compare(tokenizer, references, texts)
-    compression.store_evaluation(store, settings.tokenizer, evaluation)
-    show(compression.render(settings.tokenizer, evaluation))
+    name, size = settings.tokenizer, settings.text_bytes
+    dataset = settings.dataset or dataset_of(store, name)
+    show(render(name, evaluate(store, name, tokenizer, dataset, size, settings.gpt2_file, settings.gpt4_file)))
 
 
 if __name__ == "__main__":

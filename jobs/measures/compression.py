@@ -184,10 +184,18 @@ def compare(tokenizer: Tokenizer, references: Sequence[Reference], texts: Mappin
     }
 
 
-def store_evaluation(store: Store, name: str, evaluation: Mapping[str, Any]) -> None:
-    """Write ``evaluation.json`` and ``evaluation.md`` beside the tokenizer ``name``."""
+def evaluate(
+    store: Store, name: str, tokenizer: Tokenizer, dataset: str, size: int, gpt2_file: str = "", gpt4_file: str = ""
+) -> dict[str, Any]:
+    """Compare with GPT-2 and GPT-4, and write ``evaluation.json`` and ``evaluation.md`` beside the tokenizer ``name``.
+
+    See :func:`texts_to_compare` and :func:`load_reference` for the other arguments.
+    """
+    references = [load_reference(GPT2, gpt2_file), load_reference(GPT4, gpt4_file)]
+    evaluation = compare(tokenizer, references, texts_to_compare(store, dataset, size))
     store.write(f"tokenizers/{name}/evaluation.json", (json.dumps(evaluation, indent=2) + "\n").encode())
     store.write(f"tokenizers/{name}/evaluation.md", render(name, evaluation).encode())
+    return evaluation
 
 
 def bytes_per_token(evaluation: Mapping[str, Any], text: str) -> float:

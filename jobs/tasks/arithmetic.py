@@ -3,16 +3,10 @@
 from jobs.demo_world.practice import practice
 from jobs.demo_world.seeding import generator
 from jobs.demo_world.tables import Split
-from jobs.tasks.answers import states_number
 from jobs.tasks.task import Problem, Problems, ask
 from nanochat_core.store import Store
 
 _TRAINING_PROBLEMS = 20_000
-
-
-def reward(problem: Problem, answer_text: str, used_tool: bool) -> float:
-    """1 if the last number of the answer is right and the model called Python for it, else 0."""
-    return float(used_tool and states_number(problem.answer, answer_text))
 
 
 def problems(_store: Store, held_out: int) -> Problems:

@@ -62,6 +62,7 @@ class Pipeline:
         self.model = check_model_name(settings.model or recipe.name)
         self.store: Store = open_store(settings.home)
         self._launcher = Launcher()
+        self._threads: Flags = {"threads": settings.threads} if settings.threads else {}
         if settings.rl and recipe.rl is None:
             raise UserError(f"recipe {recipe.name} has nothing to practise; leave --rl out")
 
@@ -78,7 +79,7 @@ class Pipeline:
         final = stages[-1]
         if not is_reported(self.store, self.model, *stages):
             wanted = {"model": self.model, "revision": final.ref.revision, "recipe": self.recipe.name}
-            self._stage("jobs.eval.report", wanted | self._threads())
+            self._stage("jobs.eval.report", {**wanted, **self._threads})
         self._promote(final)
         log.info(
             "pipeline done",
@@ -163,7 +164,7 @@ class Pipeline:
         if newest is None or stale or not newest.meta["finished"]:
             if stale:
                 log.info("starting over: what it was made from has changed", extra={"stage": module})
-            flags = {"model": self.model, **self._threads(), **flags}
+            flags = {"model": self.model, **self._threads, **flags}
             self._stage(module, flags, start_over=stale, ranks=self.settings.ranks or max(1, torch.cuda.device_count()))
             newest = newest_checkpoint(self.store, self.model, stage)
         if newest is None or not newest.meta["finished"]:
@@ -186,9 +187,6 @@ class Pipeline:
             log.error("stage ended early", extra={"stage": module, "exit_code": code})
             raise SystemExit(code)
         log.info("stage done", extra={"stage": module, "seconds": round(time.monotonic() - started, 1)})
-
-    def _threads(self) -> dict[str, int]:
-        return {"threads": self.settings.threads} if self.settings.threads else {}
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def pretrain(settings: PretrainSettings, runtime: Runtime) -> CheckpointRef:
             rank=ranks.rank,
             world_size=ranks.size,
             state=state,
-        ),
+        ).prefetched(),
         evaluations,
         inputs=input_digests(store, settings.dataset, tokenizer),
         plan=dataclasses.asdict(plan),

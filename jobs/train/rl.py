@@ -7,7 +7,6 @@ gradient makes answers with a higher reward than the others to the same problem 
 import dataclasses
 import logging
 import math
-from typing import Any
 
 import torch
 
@@ -24,7 +23,6 @@ from jobs.train.reinforce.rewards import REWARDS, Reward
 from jobs.train.reinforce.rollouts import Answerer, RolloutSettings, RolloutSource, answering, seed_of
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, newest_checkpoint
 from nanochat_core.errors import UserError
-from nanochat_core.model import GPT
 from nanochat_core.settings import setting
 from nanochat_core.training.distributed import Ranks
 from nanochat_core.training.optim import OptimizerConfig, parameter_groups
@@ -59,16 +57,6 @@ def input_digests(tuned: Checkpoint, problems: Problems) -> dict[str, str]:
     return {"sft": tuned.weights_digest, "problems": problems.digest}
 
 
-def choose_reward(name: str, problems: Problems) -> Reward:
-    """The reward function of this name, or the task's own if the name is empty. An unknown name is a UserError."""
-    name = name or problems.reward
-    if name not in REWARDS:
-        raise UserError(
-            f"--reward is {name!r}; choose one of {', '.join(REWARDS)}, or add it to jobs/train/reinforce/rewards.py"
-        )
-    return REWARDS[name]
-
-
 def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
     """Train a model on rewards, resuming if an earlier run was interrupted, and return its final checkpoint."""
     store, ranks = runtime.store, runtime.ranks
@@ -76,11 +64,17 @@ def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
     if tuned is None:
         raise UserError(f"model {settings.model!r} has no SFT checkpoint; run python -m jobs.train.sft first")
     problems = open_problems(store, settings.task, settings.held_out)
-    reward = choose_reward(settings.reward, problems)
+    reward = REWARDS.get(settings.reward or problems.reward)
+    if reward is None:
+        choices = f"choose one of {', '.join(REWARDS)}, or add it to jobs/train/reinforce/rewards.py"
+        raise UserError(f"--reward is {settings.reward!r}; {choices}")
     steps = settings.steps or max(1, math.ceil(settings.epochs * len(problems.training) / settings.examples))
     stage = Stage("rl", settings, runtime, tuned.config, tuned.tokenizer, tuned)
     model = stage.model
     sequences = math.ceil(settings.examples / ranks.size) * settings.samples
+    groups = parameter_groups(model, OptimizerConfig(weight_decay=0.0))
+    for group in groups:
+        group["lr"] *= settings.lr_scale  # This also scales the rates that the batch size does not scale.
     with answering(model, tuned.tokenizer, sequences) as answerer:
         pad_id = tuned.tokenizer.bos_id
         source = RolloutSource(answerer, model, problems.training, reward, settings, steps, pad_id, ranks)
@@ -91,8 +85,13 @@ def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
             answerer.update_weights(model)
             return held_out_metrics(answerer, problems, reward, settings, ranks)
 
+        reference = None
+        if settings.kl:
+            # The fine-tuned model with frozen weights, in the dtype and with the kernels of the trained model.
+            reference = tuned.build_model(runtime.device, model.compute_dtype).requires_grad_(False)
+            reference.attention = model.attention
         trainer = stage.trainer(
-            _groups(model, settings.lr_scale),
+            groups,
             Schedule(
                 steps,
                 warmup_steps=1,
@@ -102,7 +101,7 @@ def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
                 momentum_peak=_MOMENTUM,
                 momentum_end=None,
             ),
-            lambda _state: source.starting(trainer.state.step),
+            lambda _state: source.prefetched(trainer.state.step),
             [Evaluation(evaluate, settings.eval_every, first=True)],
             inputs=input_digests(tuned, problems),
             plan={"steps": steps, "examples": settings.examples, "samples": settings.samples},
@@ -112,7 +111,7 @@ def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
                 # On policy, the same weights give both probabilities, and the ratio differs from 1 only by rounding.
                 off_policy=settings.asynchronous or settings.clip > 0,
                 kl=settings.kl,
-                reference=_frozen(tuned, model) if settings.kl else None,
+                reference=reference,
                 hidden=torch.compile(model.hidden) if can_compile(settings.compile, runtime.device) else None,
             ),
         )
@@ -143,7 +142,8 @@ def held_out_metrics(
     numbers = range(len(problems.held_out))[ranks.rank :: ranks.size]
     mine = [problems.held_out[number] for number in numbers]
     seeds = [seed_of(settings.seed, "held out", number) for number in numbers]
-    greedy = [rollouts[0] for rollouts in answerer.answer(mine, seeds, 1, settings.sampling.greedy)]
+    most_likely = dataclasses.replace(settings.sampling, temperature=0.0, top_k=0)
+    greedy = [rollouts[0] for rollouts in answerer.answer(mine, seeds, 1, most_likely)]
     drawn = answerer.answer(mine, seeds, samples, settings.sampling)
     # Each rank fills the columns of its own problems, so that the sums below do not depend on the number of ranks.
     figures = torch.zeros(3, len(problems.held_out), dtype=torch.float64, device=answerer.device)
@@ -155,21 +155,6 @@ def held_out_metrics(
     passed = mean_pass_at_k([round(count) for count in counts], samples)
     at_k = {str(k): value for k, value in enumerate(passed, 1)}
     return {"heldout_reward": mean_reward, "heldout_length": mean_length, "pass_at_k": at_k}
-
-
-def _groups(model: GPT, lr_scale: float) -> list[dict[str, Any]]:
-    """Parameter groups with every learning rate scaled, including the rates that the batch size does not scale."""
-    groups = parameter_groups(model, OptimizerConfig(weight_decay=0.0))
-    for group in groups:
-        group["lr"] *= lr_scale
-    return groups
-
-
-def _frozen(tuned: Checkpoint, model: GPT) -> GPT:
-    """The fine-tuned model with frozen weights, in the dtype and with the attention kernels of ``model``."""
-    reference = tuned.build_model(model.cos.device, model.compute_dtype).requires_grad_(False)
-    reference.attention = model.attention
-    return reference
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def _report(store: Store, settings: AnyStudy, command: str, outcomes: Sequence[R
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     if results:
         findings = Laws(results) if isinstance(settings, LawsSettings) else Miniseries(results)
-        write_report(store, settings.study, command, findings, results, failures, outcomes.count(None))
+        write_report(store, settings.study, command, findings, failures, outcomes.count(None))
 
 
 def main() -> None:

@@ -66,15 +66,15 @@ def base_checkpoint(store: Store, settings: SftSettings) -> Checkpoint:
         return base
     name, _, revision = settings.start_from.partition("/")
     check_model_name(name)
+    start: Checkpoint | None
     if "/" in revision:
         start = load_checkpoint(store, CheckpointRef.parse(name, revision))
     else:
         stages = (revision,) if revision else ("sft", "base")
         found = (newest_checkpoint(store, name, stage) for stage in stages if stage in STAGES)
-        newest = next((checkpoint for checkpoint in found if checkpoint is not None), None)
-        if newest is None:
-            raise UserError(f"--start-from names {settings.start_from!r}, but {store} has no such checkpoint")
-        start = newest
+        start = next(filter(None, found), None)
+    if start is None:
+        raise UserError(f"--start-from names {settings.start_from!r}, but {store} has no such checkpoint")
     if (start.ref.model, start.ref.stage) == (settings.model, "sft"):
         raise UserError(
             f"--start-from names {start.ref.model} {start.ref.revision}, which this run would replace; give the result "
@@ -118,7 +118,7 @@ def fine_tune(settings: SftSettings, runtime: Runtime) -> CheckpointRef:
             momentum_end=None,
             momentum_warmup_steps=300,
         ),
-        lambda state: packed(training, rows=rows, rank=ranks.rank, world_size=ranks.size, state=state),
+        lambda state: packed(training, rows=rows, rank=ranks.rank, world_size=ranks.size, state=state).prefetched(),
         [Evaluation(lambda: {"val_loss": _mean_loss(stage.model, held_out, runtime)}, settings.eval_every)],
         inputs=input_digests(base, mixture),
         plan={"batch_tokens": batch_tokens, "steps": steps},

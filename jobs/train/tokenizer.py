@@ -9,16 +9,7 @@ import rustbpe
 
 from jobs.data.shards import TextDataset
 from jobs.data.tokenizers import save_tokenizer
-from jobs.measures.compression import (
-    GPT2,
-    GPT4,
-    TEXT_BYTES,
-    bytes_per_token,
-    compare,
-    load_reference,
-    store_evaluation,
-    texts_to_compare,
-)
+from jobs.measures.compression import TEXT_BYTES, bytes_per_token, evaluate
 from jobs.program import JobSettings, run_program
 from nanochat_core.errors import UserError
 from nanochat_core.settings import setting
@@ -72,12 +63,7 @@ def train_and_save(settings: TokenizerSettings) -> Tokenizer:
     tokenizer = train_tokenizer(
         limited(training, settings.document_characters, settings.total_characters), settings.vocab_size
     )
-    evaluation = compare(
-        tokenizer,
-        [load_reference(GPT2), load_reference(GPT4)],
-        texts_to_compare(store, settings.dataset, TEXT_BYTES),
-    )
-    store_evaluation(store, settings.name, evaluation)
+    evaluation = evaluate(store, settings.name, tokenizer, settings.dataset, TEXT_BYTES)
     save_tokenizer(store, settings.name, tokenizer, settings.dataset)
     log.info(
         "tokenizer trained",

@@ -56,10 +56,11 @@ def main() -> None:
                 while time.perf_counter() - filled < SECONDS:
                     tokens += next(batches).ids.numel()
                 seconds, processor = time.perf_counter() - filled, time.process_time() - processor
+            stats = loader.stats
             print(
                 f"{count} threads, context {context}, {rows} rows on {world_size} ranks: {tokens / seconds:11,.0f} "
                 f"tokens/s, {tokens / processor:11,.0f} per second of CPU time; "
-                f"first batch after {filled - started:.2f} s, {loader.stats.cropped_fraction:.1%} cropped"
+                f"first batch after {filled - started:.2f} s, {stats['cropped'] / stats.total():.1%} cropped"
             )
 
 

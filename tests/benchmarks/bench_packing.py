@@ -7,6 +7,7 @@ conversations. It takes several minutes.
 
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from jobs.data.shards import TextDataset
 from jobs.data.tokenizers import load_tokenizer
-from jobs.train.batches.packing import BestFitPacker, Document, PackingStats
+from jobs.train.batches.packing import BestFitPacker, Document
 from nanochat_core.store import open_store
 
 BUFFERS = (16, 64, 128, 256, 512, 1000)
@@ -24,7 +25,7 @@ TOKENS = 60_000_000
 LONGEST = 100_000
 
 
-def waste(lengths: Sequence[int], row_length: int, buffer: int, when_full: Literal["crop", "pad"]) -> PackingStats:
+def waste(lengths: Sequence[int], row_length: int, buffer: int, when_full: Literal["crop", "pad"]) -> Counter[str]:
     """Pack TOKENS tokens of documents with these lengths and return the statistics of the second half."""
     ids, counted = np.zeros(LONGEST, np.int32), np.ones(LONGEST, bool)
     numbered = enumerate(itertools.cycle(lengths))
@@ -34,12 +35,17 @@ def waste(lengths: Sequence[int], row_length: int, buffer: int, when_full: Liter
         return Document(number, ids[:length], counted[:length])
 
     packer = BestFitPacker(row_length, buffer, when_full, 0, refill)
-    middle = PackingStats()
-    while (stats := packer.stats).packed + stats.cropped < TOKENS:
+    stats, middle = packer.stats, Counter[str]()
+    while stats["packed"] + stats["cropped"] < TOKENS:
         packer.next_row()
-        if not middle.packed and stats.packed + stats.cropped >= TOKENS // 2:
-            middle = stats
-    return PackingStats(stats.packed - middle.packed, stats.cropped - middle.cropped, stats.padding - middle.padding)
+        if not middle and stats["packed"] + stats["cropped"] >= TOKENS // 2:
+            middle = stats.copy()
+    return stats - middle
+
+
+def share(stats: Counter[str], part: str) -> float:
+    """The share of the packed tokens and this part that this part is."""
+    return stats[part] / (stats["packed"] + stats[part])
 
 
 def log_normal(median: int, sigma: float) -> list[int]:
@@ -56,12 +62,10 @@ def main() -> None:
     print("buffer:", *BUFFERS)
     for shown, lengths, context in ((dataset, stored, 2048), ("web", web, 2048), (dataset, stored, 256)):
         unavoidable = sum(max(0, length - context - 1) for length in lengths) / sum(lengths)
-        cropped = [waste(lengths, context + 1, buffer, "crop").cropped_fraction for buffer in BUFFERS]
-        print(
-            f"{shown}, context {context}, cropped:", *(f"{share:.1%}" for share in cropped), f"(>= {unavoidable:.1%})"
-        )
-    padding = [waste(chats, 2049, buffer, "pad").padding_fraction for buffer in BUFFERS]
-    print("conversations, context 2048, padding:", *(f"{share:.2%}" for share in padding))
+        cropped = [share(waste(lengths, context + 1, buffer, "crop"), "cropped") for buffer in BUFFERS]
+        print(f"{shown}, context {context}, cropped:", *(f"{part:.1%}" for part in cropped), f"(>= {unavoidable:.1%})")
+    padding = [share(waste(chats, 2049, buffer, "pad"), "padding") for buffer in BUFFERS]
+    print("conversations, context 2048, padding:", *(f"{part:.2%}" for part in padding))
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def train(task: dict[str, Any], home: str) -> dict[str, Any]:
         model,
         Tokenizer.load(Path(task["tokenizer"])),
         MuonAdamW(parameter_groups(model, config, batch_lr_scale=task["lr_scale"]), muon_dtype=muon_dtype(device)),
-        open_batches=lambda _state: ArrayBatches(batches),
+        open_batches=lambda _state: ArrayBatches(batches).prefetched(),
         evaluations=[
             Evaluation(lambda: {"val_bpb": bits_per_byte(model, validation, token_bytes)}, settings.eval_every)
         ],

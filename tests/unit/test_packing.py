@@ -151,6 +151,6 @@ def test_every_token_that_left_the_buffer_is_counted_as_packed_or_cropped(
     tokens = [token for ids, _ in rows_of(made) for token in ids]
     waiting = set(made.buffered)
     gone = sum(len(document.ids) for document in read if document.number not in waiting)
-    assert made.stats.packed == len(tokens) - tokens.count(PAD)
-    assert made.stats.padding == tokens.count(PAD)
-    assert made.stats.packed + made.stats.cropped == gone
+    assert made.stats["packed"] == len(tokens) - tokens.count(PAD)
+    assert made.stats["padding"] == tokens.count(PAD)
+    assert made.stats["packed"] + made.stats["cropped"] == gone

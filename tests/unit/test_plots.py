@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from jobs.eval.bench.rows import plot_benchmark
 from jobs.eval.report_card.plots import plot_losses
 from jobs.plots import log_ticks, running_mean, scientific, short
-from jobs.train.studies.plots import plot_isoflops, plot_miniseries
 from jobs.train.studies.power_laws import IsoFlop, fit_laws, fit_power_law
+from jobs.train.studies.report import plot_isoflops, plot_miniseries
 
 
 def png_size(path: Path) -> tuple[int, int]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from jobs.tasks.task import Problem
 from jobs.train.reinforce.policy_gradient import PolicyGradient, RolloutBatch, advantages, kl_k3, pack, target_logprobs
 from jobs.train.reinforce.rewards import Rollout
-from jobs.train.reinforce.rollouts import Answerer, Sampling
-from nanochat_core.engine import ToolOutput
+from jobs.train.reinforce.rollouts import Answerer
+from nanochat_core.engine import SamplingParams, ToolOutput
 from nanochat_core.model import GPT, IGNORE_INDEX
 from nanochat_core.tokenizer import PYTHON_END, PYTHON_START
 from tests.support.engine_models import BYTES, SPECIAL, tiny_model
@@ -180,7 +180,7 @@ def test_the_engine_and_the_trainer_agree_on_probabilities() -> None:
         model.head.weight[SPECIAL[PYTHON_END]] *= 3
     answerer = Answerer(model, BYTES, length, sequences=32)
     problems = [Problem(({"role": "user", "content": text},), "0") for text in ("one", "another question", "3 + 4?")]
-    groups = answerer.answer(problems, [1, 2, 3], 8, Sampling(1.0, 50, 40))
+    groups = answerer.answer(problems, [1, 2, 3], 8, SamplingParams(temperature=1.0, top_k=50, max_tokens=40))
     answerer.close()
     rollouts = [one for group in groups for one in group]
     assert any(not all(one.sampled) for one in rollouts), "some called the tool"

@@ -9,8 +9,8 @@ import torch
 
 from jobs.tasks.task import Problem
 from jobs.train.reinforce.rewards import Rollout
-from jobs.train.reinforce.rollouts import Answerer, RolloutSettings, RolloutSource, Sampling, SharedCalls, seed_of
-from nanochat_core.engine import ToolOutput
+from jobs.train.reinforce.rollouts import Answerer, RolloutSettings, RolloutSource, SharedCalls, seed_of
+from nanochat_core.engine import SamplingParams, ToolOutput
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.training.distributed import ALONE, Ranks
@@ -30,7 +30,7 @@ class Recorder:
         self.version = float(model.backout_scale.detach())
 
     def answer(
-        self, problems: Sequence[Problem], seeds: Sequence[int], samples: int, _sampling: Sampling
+        self, problems: Sequence[Problem], seeds: Sequence[int], samples: int, _sampling: SamplingParams
     ) -> list[list[Rollout]]:
         self.asked.append((self.version, [problem.answer for problem in problems], list(seeds)))
         one = Rollout((1, 2), (3, 4), (True, True), (-1.0, -1.0), "", (), True)
@@ -44,10 +44,10 @@ def source(answerer: Any, model: GPT, **changes: Any) -> RolloutSource:
     return RolloutSource(answerer, model, PROBLEMS, lambda _p, r: float(r.tokens[0] % 2), settings, steps, 0, ranks)
 
 
-def versions(recorder: Recorder, model: GPT, made: RolloutSource) -> list[float]:
+def versions(recorder: Recorder, model: GPT, made: RolloutSource, after: int = 0) -> list[float]:
     """The version of the weights that sampled each step's rollouts, if each training step increases the version."""
     with torch.no_grad():
-        for batch in made.prefetched():
+        for batch in made.prefetched(after):
             assert batch.ids.size(0) == 8
             model.backout_scale.add_(1)
     return [version for version, _, _ in recorder.asked]
@@ -70,8 +70,8 @@ def test_asynchronous_rollouts_are_one_step_old_but_after_a_checkpoint() -> None
     made = source(recorder, model, asynchronous=True, save_every=3)
     assert versions(recorder, model, made) == [0, 0, 1, 3, 3, 4, 6, 6]
     resumed, later = Recorder(), at_version(3)
-    again = source(resumed, later, asynchronous=True, save_every=3).starting(3)
-    assert versions(resumed, later, again) == [3, 3, 4, 6, 6]
+    again = source(resumed, later, asynchronous=True, save_every=3)
+    assert versions(resumed, later, again, 3) == [3, 3, 4, 6, 6]
     assert resumed.asked == recorder.asked[3:]
 
 
@@ -112,7 +112,7 @@ def test_the_same_step_is_drawn_again_alike_whoever_draws_it() -> None:
 
     def drawn(**changes: Any) -> list[tuple[float, ...]]:
         answerer = Answerer(model, BYTES, no_tool, sequences=8)
-        batch = next(source(answerer, model, **changes).starting(2).prefetched())
+        batch = next(source(answerer, model, **changes).prefetched(2))
         answerer.close()
         return [tuple(row) for row in (*batch.targets.tolist(), *batch.logprobs.tolist(), batch.advantages.tolist())]
 

@@ -53,7 +53,7 @@ SWEEP = [result(depth, budget) for budget in (1e12, 1e13, 1e14) for depth in (2,
 
 
 def test_the_table_has_a_row_a_model_under_its_heads() -> None:
-    head, _separator, *rows = table(render("mini", COMMAND, Miniseries(SERIES), SERIES, [], 0))
+    head, _separator, *rows = table(render("mini", COMMAND, Miniseries(SERIES), [], 0))
     assert head == ["model", "depth", "dim", "parameters", "N", "tokens", "FLOPs", "val_bpb", "seconds", "tokens/s"]
     assert {len(row) for row in rows} == {len(head)}
     assert rows[0] == [
@@ -64,33 +64,33 @@ def test_the_table_has_a_row_a_model_under_its_heads() -> None:
 
 def test_core_has_a_column_where_it_was_evaluated() -> None:
     some = [dataclasses.replace(SERIES[0], core=0.1234), *SERIES[1:]]
-    head, _separator, *rows = table(render("mini", COMMAND, Miniseries(some), some, [], 0))
+    head, _separator, *rows = table(render("mini", COMMAND, Miniseries(some), [], 0))
     assert [row[head.index("CORE")] for row in rows] == ["0.1234", "—", "—"]
 
 
 def test_the_miniseries_says_how_the_loss_falls_and_how_well_that_fits() -> None:
     law = fit_power_law([r.flops for r in SERIES], [r.val_bpb for r in SERIES])
-    text = render("mini", COMMAND, Miniseries(SERIES), SERIES, [], 0)
+    text = render("mini", COMMAND, Miniseries(SERIES), [], 0)
     assert f"C^{law.exponent:.3f}" in text
     assert f"3 points, R² {law.r2:.4f}, exponent ± {law.exponent_error:.3f}" in text
-    assert "give two or more" in render("mini", COMMAND, Miniseries(SERIES[:1]), SERIES[:1], [], 0)
+    assert "give two or more" in render("mini", COMMAND, Miniseries(SERIES[:1]), [], 0)
 
 
 def test_the_laws_have_their_budgets_exponents_and_what_was_left_out() -> None:
     known = [r for r in SWEEP if not (r.budget == 1e14 and r.depth < 16)]
     findings = Laws(known)
-    text = render("laws", COMMAND, findings, known, [], 0)
+    text = render("laws", COMMAND, findings, [], 0)
     laws = findings.values()["laws"]
     assert f"C^{laws['sizes']['exponent']:.3f} (2 points, R² 1.0000)" in text
     assert f"C^{laws['tokens']['exponent']:.3f}" in text
     size, tokens = findings.values()["budgets"][0]["optimum"]
     assert f"| 1e12 | 6 | {size / 1e3:.4g} k | {tokens / 1e3:.4g} k | {tokens / size:.2f} |" in text
     assert re.search(r"^\| 1e14 \| 3 \| — .*left out: the best size lies outside .* add smaller depths", text, re.M)
-    assert "Two budgets" in render("laws", COMMAND, Laws(SWEEP[:6]), SWEEP[:6], [], 0)
+    assert "Two budgets" in render("laws", COMMAND, Laws(SWEEP[:6]), [], 0)
 
 
 def test_failed_and_missing_runs_are_named() -> None:
-    text = render("mini", COMMAND, Miniseries(SERIES), SERIES, [Failure("m-d10", 137)], 2)
+    text = render("mini", COMMAND, Miniseries(SERIES), [Failure("m-d10", 137)], 2)
     assert "`m-d10` (exit code 137)" in text
     assert "2 runs are still to come" in text
     assert COMMAND in text
@@ -101,7 +101,7 @@ def test_failed_and_missing_runs_are_named() -> None:
 def test_every_file_is_written_however_little_is_known(tmp_path: Path, findings: Any, count: int) -> None:
     store = open_store(str(tmp_path))
     results = SWEEP[:count]
-    write_report(store, "mine", COMMAND, findings(results), results, [Failure("x", 2)], 1)
+    write_report(store, "mine", COMMAND, findings(results), [Failure("x", 2)], 1)
     names = ("plot.png", "report.json", "report.md", "table.csv")
     assert store.keys("reports/mine") == [f"reports/mine/{name}" for name in names]
     report = json.loads(store.read("reports/mine/report.json"))

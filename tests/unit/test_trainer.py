@@ -57,7 +57,7 @@ def trainer(
         model,
         TOKENIZER,
         MuonAdamW(parameter_groups(model, OptimizerConfig(), batch_lr_scale=0.1)),
-        open_batches=lambda state: Batches(state["packers"]["0"]["cursor"] if state else 0),
+        open_batches=lambda state: Batches(state["packers"]["0"]["cursor"] if state else 0).prefetched(),
         evaluations=evaluations,
         objective=lambda rows: (objective(run) if objective else plain_loss(run))(rows),
     )

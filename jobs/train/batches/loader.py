@@ -12,13 +12,13 @@ import math
 import os
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.train.batches.packing import BestFitPacker, Document, PackingStats
+from jobs.train.batches.packing import BestFitPacker, Document
 from jobs.train.batches.sources import Source
 from nanochat_core.errors import UserError
 from nanochat_core.model import IGNORE_INDEX
@@ -67,13 +67,6 @@ class Batch:
         """The batch on a device. Copies from page-locked memory do not wait for the device."""
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
         return dataclasses.replace(self, **moved)
-
-
-class BatchSource(Protocol):
-    """Produces the batches of a run."""
-
-    def prefetched(self) -> Generator[Batch, None, None]:
-        """The batches in order, prepared ahead if possible. Closing the generator ends its background threads."""
 
 
 class PackedLoader:
@@ -129,9 +122,9 @@ class PackedLoader:
         return sum(packer.packed_documents for packer in self._packers) / self._share
 
     @property
-    def stats(self) -> PackingStats:
-        """Packed and cropped tokens and padding of this loader, including batches that are prefetched."""
-        return sum((packer.stats for packer in self._packers), PackingStats())
+    def stats(self) -> collections.Counter[str]:
+        """The statistics of this loader's packers, including batches that are prefetched."""
+        return sum((packer.stats for packer in self._packers), collections.Counter())
 
     def prefetched(self) -> Generator[Batch, None, None]:
         """Batches that background threads pack ahead, so that the device does not wait for tokenization.
@@ -192,7 +185,7 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {"of": states[0]["of"], "packers": dict(sorted(packers.items(), key=lambda item: int(item[0])))}
 
 
-class _VirtualPacker:
+class _VirtualPacker(BestFitPacker):
     """Packs the documents ``number``, ``number + count``, ``number + 2 * count``, … of a source."""
 
     def __init__(
@@ -204,29 +197,24 @@ class _VirtualPacker:
         limit = min(CROPPING_DOCUMENTS, TOTAL_DOCUMENTS // count) if when_full == "crop" else PADDING_DOCUMENTS
         # A buffer larger than one epoch would contain the same document twice.
         size = min(limit, math.ceil(len(source) / count))
-        self._packer = BestFitPacker(row_length, size, when_full, pad_id, self._next_document)
-        self.next_row = self._packer.next_row
+        super().__init__(row_length, size, when_full, pad_id, self._next_document)
 
     @property
     def state(self) -> dict[str, Any]:
         """The number of the next document to read, and the numbers of the buffered documents."""
-        return {"cursor": self._cursor, "buffered": self._packer.buffered}
+        return {"cursor": self._cursor, "buffered": self.buffered}
 
     def restore(self, state: dict[str, Any]) -> None:
         # Documents are read in stored order, so that each row group of the dataset is opened once. They are put in the
         # order of the buffer, so that documents of equal length keep their order.
         documents = {number: self._source.document(number) for number in sorted(state["buffered"])}
         for number in state["buffered"]:
-            self._packer.put(documents[number])
+            self.put(documents[number])
         self._cursor = state["cursor"]
 
     @property
     def packed_documents(self) -> int:
-        return (self._cursor - self.number) // self._count - len(self._packer.buffered)
-
-    @property
-    def stats(self) -> PackingStats:
-        return self._packer.stats
+        return (self._cursor - self.number) // self._count - len(self.buffered)
 
     def _next_document(self) -> Document:
         document = self._source.document(self._cursor)

@@ -13,9 +13,8 @@ then cropped or padded:
   unless they are longer than a whole row.
 """
 
-from __future__ import annotations
-
 import bisect
+import collections
 import dataclasses
 from collections.abc import Callable
 from typing import Literal
@@ -38,30 +37,12 @@ class Document:
     counted: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class PackingStats:
-    """Numbers of packed and cropped tokens and of padded positions; ``packed + padding`` positions were filled."""
-
-    packed: int = 0
-    cropped: int = 0
-    padding: int = 0
-
-    @property
-    def cropped_fraction(self) -> float:
-        """Share of the documents' tokens that no row contains."""
-        return self.cropped / max(self.packed + self.cropped, 1)
-
-    @property
-    def padding_fraction(self) -> float:
-        """Share of the rows' positions that are padding."""
-        return self.padding / max(self.packed + self.padding, 1)
-
-    def __add__(self, other: PackingStats) -> PackingStats:
-        return PackingStats(self.packed + other.packed, self.cropped + other.cropped, self.padding + other.padding)
-
-
 class BestFitPacker:
-    """Packs rows from a buffer of documents by the best-fit rule of this module."""
+    """Packs rows from a buffer of documents by the best-fit rule of this module.
+
+    Attributes:
+        stats: numbers of ``packed`` and ``cropped`` tokens and of positions with ``padding``.
+    """
 
     def __init__(
         self,
@@ -73,13 +54,13 @@ class BestFitPacker:
     ) -> None:
         """
         Args:
-        row_length: tokens in a row.
-        buffer_size: number of documents to choose from.
-        refill: reads the next document; called whenever the buffer has room.
+            row_length: tokens in a row.
+            buffer_size: number of documents to choose from.
+            refill: reads the next document; called whenever the buffer has room.
         """
         self.row_length, self.buffer_size = row_length, buffer_size
         self.when_full, self.pad_id = when_full, pad_id
-        self.stats = PackingStats()
+        self.stats: collections.Counter[str] = collections.Counter()
         self._refill = refill
         # Sorted by length; documents of equal length are in order of arrival.
         self._buffer: list[Document] = []
@@ -124,5 +105,5 @@ class BestFitPacker:
             counted[filled : filled + taken] = document.counted[:taken]
             filled += taken
             cropped += len(document.ids) - taken
-        self.stats += PackingStats(filled, cropped, self.row_length - filled)
+        self.stats.update(packed=filled, cropped=cropped, padding=self.row_length - filled)
         return ids, counted

@@ -11,9 +11,7 @@ from jobs.train.loop.metrics import CHECKPOINT_FAILURES
 from jobs.train.loop.run import RunConfig, RunState, TrainingDiverged, differences, thinned
 from jobs.train.loop.runtime import Runtime
 from nanochat_core.checkpoint import (
-    Checkpoint,
     CheckpointRef,
-    TrainerState,
     incomplete_checkpoints,
     list_checkpoints,
     load_checkpoint,
@@ -54,12 +52,18 @@ class RunCheckpoints:
         inputs is a UserError.
         """
         for ref in reversed(self._stored()):
-            loaded, problem = self._try_load(ref)
+            problem = None
+            try:
+                checkpoint, trainer = load_checkpoint(self._store, ref), load_trainer_state(self._store, ref)
+                trainer.fetch(shard.name for shard in self._shards())
+            except StoreError:
+                raise  # The store is unavailable, but the checkpoint may be intact and must not be skipped.
+            except UserError as error:
+                problem = str(error)
             problems = [problem for problem in self._ranks.gather(problem) if problem is not None]
-            if loaded is None or problems:
+            if problems:
                 log.warning("checkpoint skipped", extra={"checkpoint": ref.prefix, "reason": problems[0]})
                 continue
-            checkpoint, trainer = loaded
             changed = differences(checkpoint.meta, self._config.meta)
             if changed:
                 raise UserError(
@@ -124,17 +128,6 @@ class RunCheckpoints:
             writer.wait()
         except StoreError as error:
             raise RetryableError(f"the last checkpoint could not be written; run again to go on: {error}") from error
-
-    def _try_load(self, ref: CheckpointRef) -> tuple[tuple[Checkpoint, TrainerState] | None, str | None]:
-        """The verified parts of a checkpoint that this rank needs, or the reason why they cannot be used."""
-        try:
-            checkpoint, trainer = load_checkpoint(self._store, ref), load_trainer_state(self._store, ref)
-            trainer.fetch(shard.name for shard in self._shards())
-        except StoreError:
-            raise  # The store is unavailable, but the checkpoint may be intact and must not be skipped.
-        except UserError as error:
-            return None, str(error)
-        return (checkpoint, trainer), None
 
     def _delete_superfluous(self, written: CheckpointRef) -> None:
         """Delete checkpoints, except the newest, the promoted one, and steps that are multiples of ``keep_every``."""

@@ -39,12 +39,12 @@ class Progress:
     ) -> None:
         """
         Args:
-        total: steps at the end of the run.
-        initial: steps that earlier processes have done.
-        device: device whose peak memory is reported; None reports the memory of this process.
-        peak_flops: FLOP/s of all devices together. If this and the FLOPs of training on one token are known, the
-            model FLOPs utilization (MFU, arXiv 2204.02311) is reported.
-        shown: False on every rank but the first, which turns all reports off.
+            total: steps at the end of the run.
+            initial: steps that earlier processes have done.
+            device: device whose peak memory is reported; None reports the memory of this process.
+            peak_flops: FLOP/s of all devices together. If this and the FLOPs of training on one token are known, the
+                model FLOPs utilization (MFU, arXiv 2204.02311) is reported.
+            shown: False on every rank but the first, which turns all reports off.
         """
         self._stage, self._total, self._shown = stage, total, shown
         self._device = device or torch.device("cpu")

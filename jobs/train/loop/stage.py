@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from jobs.measures.machine import describe_machine
 from jobs.program import run_program
-from jobs.train.batches.loader import BatchSource, PackedLoader
+from jobs.train.batches.loader import Batch, PackedLoader
 from jobs.train.loop.run import Evaluation, RunConfig
 from jobs.train.loop.runtime import RunSettings, Runtime, open_runtime
 from jobs.train.loop.schedule import Schedule
@@ -75,8 +75,8 @@ class Stage:
     ) -> None:
         """
         Args:
-        name: name of the stage in the store: ``base``, ``sft`` or ``rl``.
-        base: checkpoint whose weights training starts from; None starts from random weights.
+            name: name of the stage in the store: ``base``, ``sft`` or ``rl``.
+            base: checkpoint whose weights training starts from; None starts from random weights.
         """
         self._name, self._settings, self._runtime = name, settings, runtime
         self._tokenizer, self._base = tokenizer, base
@@ -103,7 +103,7 @@ class Stage:
         self,
         groups: list[dict[str, Any]],
         schedule: Schedule,
-        open_batches: Callable[[dict[str, Any] | None], BatchSource],
+        open_batches: Callable[[dict[str, Any] | None], Generator[Batch]],
         evaluations: Sequence[Evaluation],
         *,
         inputs: dict[str, str],
@@ -119,11 +119,15 @@ class Stage:
             plan: size of the run, stored with each checkpoint.
         """
         device, ranks, model = self._runtime.device, self._runtime.ranks, self.model
+        # The checkpoint that the stage starts from, and that checkpoint's model if it is another model.
+        lineage = {"base": self._base.ref.revision} if self._base else {}
+        if self._base and self._base.ref.model != self._settings.model:
+            lineage["base_model"] = self._base.ref.model
         meta = {
             "settings": comparable(self._settings),
             "inputs": inputs,
             "plan": plan,
-            **self._lineage(),
+            **lineage,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "scaling_parameters": model.config.scaling_parameters,
             "flops_per_token": model.config.flops_per_token,
@@ -141,13 +145,6 @@ class Stage:
             evaluations=evaluations,
             objective=objective,
         )
-
-    def _lineage(self) -> dict[str, str]:
-        """The checkpoint that the stage starts from, and that checkpoint's model if it is another model."""
-        if self._base is None:
-            return {}
-        ref = self._base.ref
-        return {"base": ref.revision} | ({} if ref.model == self._settings.model else {"base_model": ref.model})
 
 
 def make_trainable(model: GPT, settings: RunSettings, device: torch.device, precision: str) -> None:

@@ -5,11 +5,11 @@ import gc
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.train.batches.loader import BatchSource
+from jobs.train.batches.loader import Batch
 from jobs.train.loop.checkpoints import RunCheckpoints
 from jobs.train.loop.progress import Progress
 from jobs.train.loop.run import Evaluation, RunConfig, RunState, flat_metrics
@@ -44,15 +44,15 @@ class Trainer:
         tokenizer: Tokenizer,
         optimizer: MuonAdamW,
         *,
-        open_batches: Callable[[dict[str, Any] | None], BatchSource],
+        open_batches: Callable[[dict[str, Any] | None], Generator[Batch]],
         evaluations: Sequence[Evaluation] = (),
         objective: Objective | None = None,
     ) -> None:
         """
         Args:
-        open_batches: opens this rank's batches at a position in the data, which is :attr:`Batch.state` of the last
-            batch trained on, or None at the beginning.
-        objective: the loss to minimize; None for the cross-entropy of the targets.
+            open_batches: opens this rank's batches at a position in the data, which is :attr:`Batch.state` of the last
+                batch trained on, or None at the beginning.
+            objective: the loss to minimize; None for the cross-entropy of the targets.
         """
         self.config, self.runtime, self.model, self.optimizer = config, runtime, model, optimizer
         self.state = RunState()
@@ -76,13 +76,12 @@ class Trainer:
             return self.config.checkpoint(last_step)  # The checkpoint that was resumed is the final one.
         first_step = state.step + 1
         self._checkpoints.replace_after(state.step)
-        batch_source = self._open_batches(state.loader)
         train_on = TrainingStep(self.model, self.optimizer, self._objective, self.config, self.runtime, state)
         with (
             CheckpointWriter(self.runtime.store, self.runtime.ranks) as writer,
             StopSignal() as stop,
             self._open_progress() as progress,
-            contextlib.closing(batch_source.prefetched()) as prefetched,
+            contextlib.closing(self._open_batches(state.loader)) as prefetched,
         ):
             first_batch = next(prefetched)
             train_on.compile(first_batch)
@@ -116,7 +115,7 @@ class Trainer:
     def _evaluate(self, progress: Progress) -> None:
         """Run the evaluations that are due after the current step."""
         last_step = self.config.schedule.steps
-        due: Iterable[Evaluation] = (e for e in self._evaluations if e.is_due(self.state.step, last_step))
+        due = [evaluation for evaluation in self._evaluations if evaluation.is_due(self.state.step, last_step)]
         metrics = {name: value for evaluation in due for name, value in evaluation.metrics().items()}
         if metrics:
             self.state.point().update(metrics)

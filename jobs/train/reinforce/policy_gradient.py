@@ -111,10 +111,10 @@ class PolicyGradient:
     ) -> None:
         """
         Args:
-        clip: the largest deviation c of ratios from 1; 0 does not clip.
-        off_policy: use the ratio to the probability with which a token was sampled; otherwise the ratio is 1.
-        kl: weight of the KL penalty to ``reference``, which is not trained; 0 omits the penalty.
-        hidden: compiled version of the model's ``hidden`` method; None uses the method itself.
+            clip: the largest deviation c of ratios from 1; 0 does not clip.
+            off_policy: use the ratio to the probability with which a token was sampled; otherwise the ratio is 1.
+            kl: weight of the KL penalty to ``reference``, which is not trained; 0 omits the penalty.
+            hidden: compiled version of the model's ``hidden`` method; None uses the method itself.
         """
         if kl and reference is None:
             raise ValueError("a divergence needs a reference")

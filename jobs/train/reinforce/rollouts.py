@@ -49,19 +49,6 @@ _CALL_SECONDS, _WAIT_SECONDS = 10.0, 300.0
 _CUDA_MEMORY_SHARE = 0.4
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How answers are sampled. A temperature of 0 takes the most likely token."""
-
-    temperature: float
-    top_k: int
-    max_new_tokens: int
-
-    @property
-    def greedy(self) -> Sampling:
-        return dataclasses.replace(self, temperature=0.0, top_k=0)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutSettings(StageSettings):
     """Settings of the rollouts in each training step."""
@@ -77,8 +64,8 @@ class RolloutSettings(StageSettings):
     )
 
     @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.max_new_tokens)
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(temperature=self.temperature, top_k=self.top_k, max_tokens=self.max_new_tokens)
 
 
 class Answerer:
@@ -105,7 +92,7 @@ class Answerer:
         self._engine.update_weights(model)
 
     def answer(
-        self, problems: Sequence[Problem], seeds: Sequence[int], samples: int, sampling: Sampling
+        self, problems: Sequence[Problem], seeds: Sequence[int], samples: int, sampling: SamplingParams
     ) -> list[list[Rollout]]:
         """Sample ``samples`` answers to each problem, for which ``seeds`` has one seed.
 
@@ -114,13 +101,7 @@ class Answerer:
         """
         self._tool.forget()
         prompts = [tuple(render_prompt(self._tokenizer, parse_messages(problem.messages))) for problem in problems]
-        params = SamplingParams(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_new_tokens,
-            stop_token_ids=self._stop,
-            logprobs=0,
-        )
+        params = dataclasses.replace(sampling, stop_token_ids=self._stop, logprobs=0)
         each = [dataclasses.replace(params, seed=seed) for seed in seeds]
         completions = self._engine.generate(prompts, each, n=samples, tools=ToolPolicy(enabled=True))
         return [
@@ -148,12 +129,11 @@ class Answerer:
 @contextlib.contextmanager
 def answering(model: GPT, tokenizer: Tokenizer, sequences: int) -> Iterator[Answerer]:
     """An answerer whose Python calls run in the sandbox of this process."""
-    with SandboxExecutor(SandboxConfig(queue=_MAX_RUNNING)) as executor:
-        answerer = Answerer(model, tokenizer, SandboxTool(executor), sequences)
-        try:
-            yield answerer
-        finally:
-            answerer.close()
+    with (
+        SandboxExecutor(SandboxConfig(queue=_MAX_RUNNING)) as executor,
+        contextlib.closing(Answerer(model, tokenizer, SandboxTool(executor), sequences)) as answerer,
+    ):
+        yield answerer
 
 
 class SharedCalls:
@@ -216,14 +196,8 @@ class RolloutSource:
             )
         self._answerer, self._model, self._problems, self._reward = answerer, model, problems, reward
         self._settings, self._steps, self._pad_id, self._ranks = settings, steps, pad_id, ranks
-        self._first = 0
         self._ahead: Future[list[list[Rollout]]] | None = None
         self._shuffle = EpochShuffle(len(problems), settings.seed)
-
-    def starting(self, step: int) -> RolloutSource:
-        """Begin with the batch that follows ``step`` steps; returns this source."""
-        self._first = step
-        return self
 
     def settle(self) -> None:
         """Wait until no rollouts are sampled in the background, so that the answerer is free for other work.
@@ -233,10 +207,10 @@ class RolloutSource:
         if self._ahead is not None:
             self._ahead.result()
 
-    def prefetched(self) -> Generator[RolloutBatch, None, None]:
-        """One batch per step. Only asynchronous rollouts are sampled before their batch is requested."""
+    def prefetched(self, after: int = 0) -> Generator[RolloutBatch]:
+        """One batch per step after ``after`` steps. Only asynchronous rollouts are sampled before they are needed."""
         with ThreadPoolExecutor(1, "rollouts") as pool:
-            for step in range(self._first, self._steps):
+            for step in range(after, self._steps):
                 if self._ahead is None:
                     self._answerer.update_weights(self._model)
                     groups = self._roll(step)

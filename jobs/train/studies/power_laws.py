@@ -104,9 +104,7 @@ class IsoFlop:
 
     Attributes:
         flops: the budget in FLOPs.
-        sizes: scaling parameters of each model.
-        tokens: training tokens of each model.
-        losses: held-out loss of each model.
+        sizes, tokens, losses: scaling parameters, training tokens and held-out loss of each model.
         fit: parabola of the loss over the size; None if it cannot be fitted.
     """
 
