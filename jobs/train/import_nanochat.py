@@ -3,17 +3,15 @@
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jobs.program import JobSettings, run_program
-from jobs.train.upstream.checkpoint import UpstreamCheckpoint, convert, find_step, model_config, read_upstream
+from jobs.train.upstream.checkpoint import convert, find_step, model_config, read_upstream
 from jobs.train.upstream.tokenizer import read_upstream_tokenizer
 from nanochat_core.checkpoint import CheckpointRef, check_model_name, list_checkpoints
 from nanochat_core.errors import UserError
-from nanochat_core.model import GPT
 from nanochat_core.settings import setting
 from nanochat_core.store import open_store
-from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 
 log = logging.getLogger("jobs.train.import_nanochat")
@@ -48,15 +46,7 @@ def import_checkpoint(settings: ImportSettings) -> CheckpointRef:
     ref = CheckpointRef(settings.model, settings.stage, step)
     if ref in list_checkpoints(store, settings.model, settings.stage):
         raise UserError(f"{ref.prefix} is already in {store}; choose another --model")
-    save_checkpoint(store, ref, model=model, tokenizer=tokenizer, meta=_meta(source, model, tokenizer, step))
-    log.info(
-        "imported", extra={"checkpoint": ref.prefix, "source": str(source.path), **dataclasses.asdict(model.config)}
-    )
-    return ref
-
-
-def _meta(source: UpstreamCheckpoint, model: GPT, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
-    return {
+    meta = {
         "settings": {},
         "inputs": {"tokenizer": tokenizer.digest},
         "plan": {"steps": step, "batch_tokens": source.meta.get("total_batch_size")},
@@ -69,6 +59,11 @@ def _meta(source: UpstreamCheckpoint, model: GPT, tokenizer: Tokenizer, step: in
         "history": [],
         "upstream": source.meta,
     }
+    save_checkpoint(store, ref, model=model, tokenizer=tokenizer, meta=meta)
+    log.info(
+        "imported", extra={"checkpoint": ref.prefix, "source": str(source.path), **dataclasses.asdict(model.config)}
+    )
+    return ref
 
 
 if __name__ == "__main__":

@@ -154,7 +154,6 @@ class Pipeline:
         return [base, tuned, self._checkpoint("rl", rl.__name__, self.recipe.rl or {}, inputs)]
 
     def _problems(self) -> Problems:
-        """The problems of the recipe's RL task."""
         return open_problems(self.store, str((self.recipe.rl or {})["task"]), held_out=1)
 
     def _checkpoint(self, stage: str, module: str, flags: Flags, inputs: Mapping[str, str]) -> Checkpoint:

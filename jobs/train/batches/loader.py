@@ -161,7 +161,6 @@ class PackedLoader:
         return Batch(ids, targets, state)
 
     def _packer_states(self, state: dict[str, Any]) -> list[dict[str, Any]]:
-        """The stored states of this rank's packers, verified."""
         if state.get("of") != self._count:
             raise UserError(
                 f"the data position is one of {state.get('of')} packers, not of {self._count}: the batch then had "

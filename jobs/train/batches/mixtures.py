@@ -92,7 +92,7 @@ class Mixture:
         self.entries = parse_mixture(text)
         opened = [open_conversations(store, entry.name) for entry in self.entries]
         self._sources = [training for training, _ in opened]
-        self._validation = [validation or training for training, validation in opened]
+        self._separate_validation = [validation for _, validation in opened if validation]
         held_out: list[Sequence[int]] = []
         shown: list[Sequence[int]] = []
         for entry, (training, validation) in zip(self.entries, opened, strict=True):
@@ -101,7 +101,7 @@ class Mixture:
             learned = np.setdiff1d(np.arange(len(training)), apart).tolist()
             shown.append(repeated(learned, entry.weight))
         self.training = Selection(self._sources, shown)
-        self.validation = Selection(self._validation, held_out)
+        self.validation = Selection([validation or training for training, validation in opened], held_out)
 
     @property
     def digest(self) -> str:
@@ -111,9 +111,8 @@ class Mixture:
 
     def check(self) -> None:
         """Verify every conversation; a wrong one is a UserError."""
-        for source in self._sources:
+        for source in (*self._sources, *self._separate_validation):
             source.check()
-        self._check_validation()
 
     def lengths(self, tokenizer: Tokenizer, threads: int = 0) -> np.ndarray:
         """Tokens of each training conversation, (conversations,) int64, in the order of :attr:`training`.
@@ -122,17 +121,13 @@ class Mixture:
         ``cache/lengths/``. With ``threads`` 0, one thread for each core tokenizes. A conversation of a wrong format is
         a UserError.
         """
-        self._check_validation()
+        for source in self._separate_validation:
+            source.check()
         lengths = np.empty(len(self.training), dtype=np.int64)
         for i, source in enumerate(self._sources):
             here = self.training.source == i
             lengths[here] = self._lengths_of(self.entries[i].name, source, tokenizer, threads)[self.training.rows[here]]
         return lengths
-
-    def _check_validation(self) -> None:
-        for training, validation in zip(self._sources, self._validation, strict=True):
-            if validation is not training:
-                validation.check()
 
     def _lengths_of(self, name: str, source: Conversations, tokenizer: Tokenizer, threads: int) -> np.ndarray:
         input_digest = hashlib.sha256(f"{source.digest}/{tokenizer.digest}".encode()).hexdigest()

@@ -179,7 +179,6 @@ class TrainingStep:
             yield batch.rows(start, start + rows).to(self._device)
 
     def _update(self, step: int, lr_factor: float) -> None:
-        """Set the rates of this step by the schedule, and update the weights."""
         for group in self._optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
             if group["kind"] == "muon":
@@ -198,7 +197,6 @@ class TrainingStep:
         self._state.loss_factor, self._state.good_steps = self._scaler.factor, self._scaler.good_steps
 
     def _skip(self, loss: float, norm: float) -> None:
-        """Leave the weights unchanged, and note the step as skipped."""
         self._optimizer.zero_grad()
         step = self._state.step
         self._state.skipped.append(step)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.markdown import table
 from jobs.plots import HELD_OUT, INK, log_scale, panels, running_mean, scientific, shades, short
 from jobs.train.studies.power_laws import IsoFlop, PowerLaw, ScalingLaws, fit_laws, fit_power_law
 from jobs.train.studies.study import Failure, Result
@@ -69,10 +70,8 @@ class Laws:
 
     def markdown(self) -> list[str]:
         """Lines of ``report.md`` between its plot and its table."""
-        lines = [
-            "| budget C (FLOPs) | depths | best N | best D (tokens) | D / N | val_bpb there | R² of the parabola | |",
-            "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-        ]
+        head = ["budget C (FLOPs)", "depths", "best N", "best D (tokens)", "D / N", "val_bpb there"]
+        rows = []
         for budget in self._budgets:
             cells = [scientific(budget.flops), str(len(budget.sizes))]
             if budget.fit is not None and budget.optimum is not None:
@@ -81,7 +80,8 @@ class Laws:
                 cells += [f"{budget.fit.r2:.3f}", ""]
             else:
                 cells += ["—"] * 5 + [f"left out: {budget.problem}"]
-            lines.append(f"| {' | '.join(cells)} |")
+            rows.append(cells)
+        lines = table([*head, "R² of the parabola", ""], rows)
         if self._laws is None:
             return [*lines, "", "Two budgets with a best size are needed for power laws."]
         known = sum(budget.optimum is not None for budget in self._budgets)
@@ -127,9 +127,9 @@ def write_report(
     with store.publish(f"reports/{study}", last="report.json") as folder:
         findings.plot(folder / _PLOT)
         with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
         markdown = render(study, command, findings, failures, missing)
         (folder / "report.md").write_text(markdown, encoding="utf-8")
         (folder / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -143,16 +143,16 @@ def render(study: str, command: str, findings: Miniseries | Laws, failures: Sequ
     if failures:
         named = ", ".join(f"`{failure.model}` (exit code {failure.exit_code})" for failure in failures)
         lines += [f"Failed and left out: {named}. The same command tries them again.", ""]
-    lines += [f"![{findings.title}]({_PLOT})", "", *findings.markdown(), "", *_table(findings.results), ""]
+    lines += [f"![{findings.title}]({_PLOT})", "", *findings.markdown(), "", *_results_table(findings.results), ""]
     return "\n".join(lines)
 
 
-def _table(results: Sequence[Result]) -> list[str]:
+def _results_table(results: Sequence[Result]) -> list[str]:
     """A table with one row per model, and a column for CORE if any model was evaluated on it."""
     with_core = any(result.core is not None for result in results)
     head = ["model", "depth", "dim", "parameters", "N", "tokens", "FLOPs", "val_bpb"]
     head += [*(["CORE"] if with_core else []), "seconds", "tokens/s"]
-    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    rows = []
     for result in results:
         cells = [f"`{result.model}`", str(result.depth), f"{result.dim:,}", f"{result.parameters:,}"]
         cells += [f"{result.scaling_parameters:,}", f"{result.tokens:,}", scientific(result.flops)]
@@ -160,8 +160,8 @@ def _table(results: Sequence[Result]) -> list[str]:
         if with_core:
             cells.append("—" if result.core is None else f"{result.core:.4f}")
         cells += [f"{result.seconds:,.0f}", f"{result.tokens_per_second:,.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    return table(head, rows)
 
 
 def _power(law: PowerLaw, variable: str) -> str:

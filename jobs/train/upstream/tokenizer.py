@@ -114,8 +114,12 @@ def _construct(data: bytes) -> _Encoding:
             items = [stack.pop(), stack.pop()]
             _set_items(stack[-1], items[::-1])
         elif name == "STACK_GLOBAL":
-            qualified = stack.pop(), stack.pop()
-            stack.append(_named(*qualified[::-1]))
+            attribute, module = stack.pop(), stack.pop()
+            if not isinstance(module, str) or not isinstance(attribute, str):
+                raise TypeError("a name is no string")
+            if (module, attribute) != ENCODING_CLASS:
+                raise _Refused(_foreign(f"{module}.{attribute}"))
+            stack.append(ENCODING_CLASS)
         elif name == "NEWOBJ":
             if stack.pop() != () or stack.pop() is not ENCODING_CLASS:
                 raise _Refused("it makes an object that is no tiktoken.core.Encoding")
@@ -134,14 +138,6 @@ def _construct(data: bytes) -> _Encoding:
     if len(stack) != 1 or not isinstance(stack[0], _Encoding):
         raise _Refused("it holds something else than a tiktoken.core.Encoding")
     return stack[0]
-
-
-def _named(module: Any, name: Any) -> tuple[str, str]:
-    if not isinstance(module, str) or not isinstance(name, str):
-        raise TypeError("a name is no string")
-    if (module, name) != ENCODING_CLASS:
-        raise _Refused(_foreign(f"{module}.{name}"))
-    return ENCODING_CLASS
 
 
 def _foreign(name: str) -> str:
