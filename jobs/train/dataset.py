@@ -57,18 +57,12 @@ class ListSettings(JobSettings):
     """List the datasets of the store."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Contents:
-    """Size of a valid dataset; ``text_bytes`` is the size of all documents in UTF-8."""
+def validate(store: Store, name: str) -> dict[str, int]:
+    """Read every document of ``data/<name>``. If any shard is not valid, a UserError names each bad one.
 
-    shards: int
-    documents: int
-    empty_documents: int
-    text_bytes: int
-
-
-def validate(store: Store, name: str) -> Contents:
-    """Read every document of ``data/<name>``. If any shard is not valid, a UserError names each bad one."""
+    Returns:
+        The numbers of ``shards``, ``documents`` and ``empty_documents``, and the ``text_bytes`` of the text in UTF-8.
+    """
     manifest = read_manifest(store, name)
     keys = shard_keys(store, name)
     problems = []
@@ -99,7 +93,7 @@ def validate(store: Store, name: str) -> Contents:
             problems.append(str(error))
     if problems:
         raise UserError(f"data/{name} in {store} is not valid: {'; '.join(problems)}")
-    return Contents(len(keys), documents, empty, text_bytes)
+    return {"shards": len(keys), "documents": documents, "empty_documents": empty, "text_bytes": text_bytes}
 
 
 def shard_numbers(text: str) -> list[int]:
@@ -152,7 +146,7 @@ def _convert(settings: ConvertSettings) -> None:
 
 def _validate(settings: ValidateSettings) -> None:
     contents = validate(open_store(settings.home), settings.dataset)
-    log.info("dataset is valid", extra={"dataset": settings.dataset, **dataclasses.asdict(contents)})
+    log.info("dataset is valid", extra={"dataset": settings.dataset, **contents})
 
 
 def _list(settings: ListSettings) -> None:

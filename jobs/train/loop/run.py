@@ -52,7 +52,6 @@ class RunState:
     """The progress of a run, saved with each checkpoint.
 
     Attributes:
-        step: number of optimizer steps done.
         loader: position in the data; None if it follows from ``step``.
         train_seconds: duration of all steps, without evaluations and checkpoints.
         history: one entry per step that was not skipped, and one per evaluation.

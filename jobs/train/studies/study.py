@@ -44,7 +44,6 @@ class Result:
     """The outcome of a finished run.
 
     Attributes:
-        parameters: number of all parameters.
         scaling_parameters: number of parameters in block matrices and head, as the scaling rules count them.
         flops: training FLOPs of all steps.
         budget: requested training FLOPs, which ``flops`` approximates by whole steps; None if none were requested.
