@@ -67,8 +67,8 @@ class Stream:
         if output.finish_reason:
             self._unfinished -= 1
         latest = next((earlier for earlier in reversed(self._pending) if earlier.index == output.index), None)
-        if latest and latest.can_absorb(output):
-            latest.absorb(output)
+        if latest and latest.can_append(output):
+            latest.append(output)
         else:
             self._pending.append(output)
         self._news.set()

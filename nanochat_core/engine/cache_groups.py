@@ -31,23 +31,6 @@ class CacheGroup:
         return 0 if self.window is None else max(computed - self.window, 0) // block_size
 
 
-@dataclasses.dataclass(frozen=True)
-class CacheLayout:
-    """The sizes that a backend needs to allocate the KV cache.
-
-    Attributes:
-        config: the model's configuration.
-        block_size: tokens per block.
-        dtype: type of the keys and values.
-    """
-
-    config: ModelConfig
-    groups: list[CacheGroup]
-    block_size: int
-    dtype: torch.dtype
-    device: torch.device
-
-
 def bytes_per_block(config: ModelConfig, layers: int, block_size: int, dtype: torch.dtype) -> int:
     """Size in bytes of one block (keys and values) of a group with this many layers."""
     return 2 * layers * block_size * config.kv_dim * dtype.itemsize

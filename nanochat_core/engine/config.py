@@ -7,8 +7,6 @@ from typing import Literal
 import torch
 
 from nanochat_core.engine.cache_groups import CacheGroup, plan_groups
-from nanochat_core.engine.speculation import Speculation
-from nanochat_core.engine.tools import ToolLimits
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 
@@ -75,14 +73,6 @@ class EngineConfig:
                 f"a token budget of {self.token_budget} is too small for {self.max_running} running sequences; "
                 "each needs a token per step"
             )
-
-    @property
-    def speculation(self) -> Speculation:
-        return Speculation(self.speculative_tokens, self.speculative_batch)
-
-    @property
-    def tool_limits(self) -> ToolLimits:
-        return ToolLimits(self.tool_timeout_seconds, self.tool_max_calls, self.tool_max_output_tokens)
 
     def cache_groups(self, model: GPT) -> list[CacheGroup]:
         """The groups of the KV cache for ``model`` on its device.

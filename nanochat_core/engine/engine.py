@@ -11,8 +11,7 @@ from collections.abc import Sequence as Items
 import torch
 
 from nanochat_core.engine.admission import Admission
-from nanochat_core.engine.backends.base import PendingTokens
-from nanochat_core.engine.backends.select import build_runner
+from nanochat_core.engine.backends.runner import build_runner
 from nanochat_core.engine.block_manager import BlockManager
 from nanochat_core.engine.config import EngineConfig
 from nanochat_core.engine.constraints import Grammars
@@ -25,10 +24,11 @@ from nanochat_core.engine.request import (
     Output,
     Request,
     SamplingParams,
+    Token,
     ToolPolicy,
     ToolResult,
 )
-from nanochat_core.engine.sampler import Sample, Sampler
+from nanochat_core.engine.sampler import Sampler
 from nanochat_core.engine.scheduler import Chunk, Scheduler
 from nanochat_core.engine.sequence import Sequence, State
 from nanochat_core.engine.shedding import Shed, Shedding
@@ -72,11 +72,17 @@ class Engine:
         self._device = device = model.cos.device
         self.runner, groups = build_runner(model, config)
         self.blocks = BlockManager(groups, config.block_size, config.prefix_caching)
-        self.scheduler = Scheduler(self.blocks, config.token_budget, config.max_running, config.speculation)
+        self.scheduler = Scheduler(
+            self.blocks,
+            config.token_budget,
+            config.max_running,
+            config.speculative_tokens,
+            config.speculative_batch,
+        )
         self.sampler = Sampler(model.config.vocab_size, device)
         self.grammars = Grammars(tokenizer, model.config.vocab_size)
         self.admission = Admission(model.config, config, self.scheduler, self.grammars)
-        self.tools = ToolLoop(tokenizer, tool_runner, config.tool_limits, tool_loop)
+        self.tools = ToolLoop(tokenizer, tool_runner, config, tool_loop)
         self.progressed = False
         self._outputs = StepOutputs()
         self._observer = observer or Observer()
@@ -273,7 +279,7 @@ class Engine:
             previous: the step whose tokens have not been read.
         """
         try:
-            step = self._run_and_sample(chunks, previous.pending if previous else None)
+            step = self._run_and_sample(chunks, previous)
         except Exception as error:
             if not self._shedding.can_go_on(error, chunks):
                 raise
@@ -281,9 +287,9 @@ class Engine:
         self._shedding.fitted()
         return step, False
 
-    def _run_and_sample(self, chunks: Items[Chunk], pending: PendingTokens | None = None) -> LaunchedStep | None:
+    def _run_and_sample(self, chunks: Items[Chunk], previous: LaunchedStep | None = None) -> LaunchedStep | None:
         with self._on_device():
-            sampling, logits = self.runner.run(chunks, pending)
+            sampling, logits = self.runner.run(chunks, previous)
             rows = [(chunk.seq, chunk.start + chunk.known + i) for chunk in sampling for i in range(chunk.samples)]
             if not rows:
                 return None
@@ -298,7 +304,7 @@ class Engine:
         """Wait for a step's tokens and append them; returns their number."""
         return sum(self._extend(chunk, samples) for chunk, samples in step.read())
 
-    def _extend(self, chunk: Chunk, samples: list[Sample]) -> int:
+    def _extend(self, chunk: Chunk, samples: list[Token]) -> int:
         """Append a chunk's samples up to the first one that differs from the draft; returns their number.
 
         If the sequence has ended or called a tool since the step was launched, its samples are dropped.
@@ -309,7 +315,7 @@ class Engine:
         seq.in_flight = False
         for sample, drafted in itertools.zip_longest(samples, chunk.draft):
             self._append(seq, sample)
-            if seq.state is not State.RUNNING or sample.token != drafted:
+            if seq.state is not State.RUNNING or sample.id != drafted:
                 break
             seq.computed += 1
         generated = len(seq.tokens) - before
@@ -317,11 +323,11 @@ class Engine:
             note_tokens(self._observer, chunk, generated)
         return generated
 
-    def _append(self, seq: Sequence, sample: Sample) -> None:
+    def _append(self, seq: Sequence, sample: Token) -> None:
         if seq.matcher is not None and seq.matcher.stuck:  # the constraint allows no token, so the sample is ignored
             self._finish(seq, FinishReason.STOP if seq.matcher.complete else FinishReason.LENGTH)
             return
-        seq.tokens.append(sample.token)
+        seq.tokens.append(sample.id)
         self._outputs.add_token(seq, sample)
         if reason := finish_reason(seq):
             self._finish(seq, reason)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat_core.engine.cache_groups import CacheLayout
+from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.engine.scheduler import Chunk
+from nanochat_core.model import GPT
 
 
 class BlockMemory:
@@ -28,19 +29,16 @@ class BlockMemory:
         blocks: for each layer, a tensor (2, num_blocks, block_size * kv_dim) of its keys and its values.
     """
 
-    def __init__(self, layout: CacheLayout, spare: int = 0) -> None:
-        """
-        Args:
-            spare: number of extra blocks in each group, after the blocks of the block manager.
-        """
-        self.config, self.groups, self.block_size = layout.config, layout.groups, layout.block_size
-        self.dtype, self.device = layout.dtype, layout.device
-        config, groups = self.config, self.groups
+    def __init__(self, model: GPT, groups: Items[CacheGroup], block_size: int, spare: int = 0) -> None:
+        """Each group gets ``spare`` extra blocks after the blocks of the block manager."""
+        self.config, self.groups, self.block_size = model.config, groups, block_size
+        self.dtype, self.device = model.compute_dtype, model.cos.device
+        config = self.config
         self.group_of = [next(g for g, group in enumerate(groups) if i in group.layers) for i in range(config.depth)]
         self.windows = [config.context_length if group.window is None else group.window for group in groups]
         # One tensor contains all layers of a group, so that one operation copies a block of all these layers.
         self._memory = [
-            _zeros((len(group.layers), 2, group.num_blocks + spare, layout.block_size * config.kv_dim), layout)
+            self._zeros((len(group.layers), 2, group.num_blocks + spare, block_size * config.kv_dim))
             for group in groups
         ]
         self.blocks = [self._memory[g][groups[g].layers.index(i)] for i, g in enumerate(self.group_of)]
@@ -56,6 +54,16 @@ class BlockMemory:
                 for memory, table, source in zip(self._memory, chunk.seq.block_tables, chunk.copied, strict=True):
                     memory[:, :, table[chunk.start // self.block_size]] = memory[:, :, source]
 
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """Allocate zeroed memory, because a NaN would spoil the result even in keys and values that are masked.
+
+        Host memory comes from numpy. Unlike torch, numpy asks the system for zeroed pages, which take no space until
+        they are written.
+        """
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return torch.from_numpy(np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)).view(self.dtype).view(shape)
+
 
 def slots_of(chunks: Items[Chunk], group: int, size: int) -> np.ndarray:
     """Cache slot of each token of the batch in one group: block id * block size + offset in the block."""
@@ -66,14 +74,3 @@ def slots_of(chunks: Items[Chunk], group: int, size: int) -> np.ndarray:
             for position in range(chunk.start, chunk.end)
         ]
     )
-
-
-def _zeros(shape: tuple[int, ...], layout: CacheLayout) -> Tensor:
-    """Allocate zeroed memory, because a NaN would spoil the result even in keys and values that are masked.
-
-    Host memory comes from numpy. Unlike torch, numpy asks the system for zeroed pages, which take no space until they
-    are written.
-    """
-    if layout.device.type != "cpu":
-        return torch.zeros(shape, dtype=layout.dtype, device=layout.device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * layout.dtype.itemsize, np.uint8)).view(layout.dtype).view(shape)

@@ -1,7 +1,6 @@
 """Turns sampled tokens and tool events into outputs, and decides when a choice ends."""
 
 from nanochat_core.engine.request import FinishReason, Output, Token, ToolCall, ToolResult, Usage
-from nanochat_core.engine.sampler import Sample
 from nanochat_core.engine.sequence import Sequence
 
 
@@ -18,8 +17,8 @@ class StepOutputs:
         self._latest.clear()
         return outputs
 
-    def add_token(self, seq: Sequence, sample: Sample) -> None:
-        self._for_tokens(seq).tokens.append(Token(sample.token, sample.logprob, sample.top_logprobs))
+    def add_token(self, seq: Sequence, token: Token) -> None:
+        self._for_tokens(seq).tokens.append(token)
 
     def add_call(self, seq: Sequence, call: ToolCall) -> None:
         self._of(seq).tool_events.append(call)
@@ -48,7 +47,7 @@ class StepOutputs:
         return self._begin(seq) if output.tool_events else output
 
     def _begin(self, seq: Sequence) -> Output:
-        output = self._latest[seq] = Output(seq.request.id, seq.choice)
+        output = self._latest[seq] = Output(request_id=seq.request.id, index=seq.choice)
         self._outputs.append(output)
         return output
 

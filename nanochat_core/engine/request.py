@@ -203,34 +203,8 @@ class Usage:
 
 
 @dataclasses.dataclass(slots=True)
-class Output:
-    """New tokens and tool events of one choice; the events come after the tokens.
-
-    ``usage`` is set together with ``finish_reason``. ``error`` ends all choices of the request.
-    """
-
-    request_id: str
-    index: int
-    tokens: list[Token] = dataclasses.field(default_factory=list)
-    tool_events: list[ToolCall | ToolResult] = dataclasses.field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    usage: Usage | None = None
-    error: Exception | None = None
-
-    def can_absorb(self, later: Output) -> bool:
-        """Whether this output can :meth:`absorb` ``later`` and still keep the order of tokens and events."""
-        return not self.tool_events or not later.tokens
-
-    def absorb(self, later: Output) -> None:
-        """Append a later output of the same choice to this one."""
-        self.tokens += later.tokens
-        self.tool_events += later.tool_events
-        self.finish_reason, self.usage = later.finish_reason, later.usage
-
-
-@dataclasses.dataclass(slots=True)
 class Completion:
-    """All outputs of one choice together, for callers that do not stream."""
+    """All outputs of one choice together, for callers that do not stream. ``usage`` is set with ``finish_reason``."""
 
     tokens: list[Token] = dataclasses.field(default_factory=list)
     tool_events: list[ToolCall | ToolResult] = dataclasses.field(default_factory=list)
@@ -241,8 +215,24 @@ class Completion:
     def token_ids(self) -> list[int]:
         return [token.id for token in self.tokens]
 
-    def append(self, output: Output) -> None:
+    def append(self, later: Output) -> None:
         """Append the next output of this choice."""
-        self.tokens += output.tokens
-        self.tool_events += output.tool_events
-        self.finish_reason, self.usage = output.finish_reason, output.usage
+        self.tokens += later.tokens
+        self.tool_events += later.tool_events
+        self.finish_reason, self.usage = later.finish_reason, later.usage
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Output(Completion):
+    """New tokens and tool events of one choice; the events come after the tokens.
+
+    ``error`` ends all choices of the request.
+    """
+
+    request_id: str
+    index: int
+    error: Exception | None = None
+
+    def can_append(self, later: Output) -> bool:
+        """Whether this output can :meth:`append` ``later`` and still keep the order of tokens and events."""
+        return not self.tool_events or not later.tokens

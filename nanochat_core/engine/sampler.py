@@ -12,7 +12,6 @@ candidates almost tie.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from collections.abc import Sequence as Items
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_core.device import to_device
-from nanochat_core.engine.request import SamplingParams
+from nanochat_core.engine.request import SamplingParams, Token
 from nanochat_core.engine.sequence import Sequence
 
 # Lower temperatures are greedy, because a division by them would leave the range of float32.
@@ -35,15 +34,6 @@ TOP_P_CANDIDATES = 256
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _U64 = (1 << 64) - 1
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Sample:
-    """A sampled token. ``logprob`` and ``top_logprobs`` (token id, logprob) are set if the request asks for them."""
-
-    token: int
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 def sample_key(seed: int, choice: int) -> int:
@@ -67,11 +57,11 @@ class Drawn:
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(tokens.device))
 
-    def read(self) -> list[Sample]:
+    def read(self) -> list[Token]:
         """Wait for the device; returns one sample for each row."""
         if self._copied is not None:
             self._copied.synchronize()
-        samples = [Sample(token) for token in self._host.tolist()]
+        samples = [Token(token) for token in self._host.tolist()]
         if self._report is not None:
             self._report.add_to(samples)
         return samples
@@ -92,11 +82,11 @@ class _Report:
         self._values, self._ids = _to_host(best.values), _to_host(best.indices)
         self._of_drawn = _to_host(log_probabilities.gather(1, drawn.unsqueeze(1)).squeeze(1))
 
-    def add_to(self, samples: list[Sample]) -> None:
+    def add_to(self, samples: list[Token]) -> None:
         values, ids, of_drawn = self._values.tolist(), self._ids.tolist(), self._of_drawn.tolist()
         for i, (row, wanted) in enumerate(zip(self._rows, self._wanted, strict=True)):
             top = tuple(zip(ids[i][:wanted], values[i][:wanted], strict=True))
-            samples[row] = Sample(samples[row].token, of_drawn[i], top)
+            samples[row] = Token(samples[row].id, of_drawn[i], top)
 
 
 class Sampler:

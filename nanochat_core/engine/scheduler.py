@@ -16,7 +16,6 @@ from collections.abc import Sequence as Items
 
 from nanochat_core.engine.block_manager import BlockManager
 from nanochat_core.engine.sequence import Sequence, State
-from nanochat_core.engine.speculation import NO_SPECULATION, Speculation
 
 
 @dataclasses.dataclass(slots=True)
@@ -70,17 +69,25 @@ class Scheduler:
     """
 
     def __init__(
-        self, blocks: BlockManager, token_budget: int, max_running: int, speculation: Speculation = NO_SPECULATION
+        self,
+        blocks: BlockManager,
+        token_budget: int,
+        max_running: int,
+        speculative_tokens: int = 0,
+        speculative_batch: int = 0,
     ) -> None:
         """
         Args:
             token_budget: maximum number of tokens computed in one step; at least ``max_running``, so that each running
                 sequence gets one.
             max_running: maximum number of sequences that are running or parked at a time.
+            speculative_tokens: maximum length of the draft of one sequence; 0 turns drafts off.
+            speculative_batch: maximum number of tokens of all running sequences and their drafts together. In a larger
+                batch, arithmetic takes most of the time, so each drafted token costs as much as any other token.
         """
         assert token_budget >= max_running
         self.blocks = blocks
-        self.speculation = speculation
+        self.speculative_tokens, self.speculative_batch = speculative_tokens, speculative_batch
         self.token_budget = token_budget
         self.max_running = max_running
         # ``waiting`` and ``running`` are sorted by (priority, arrival).
@@ -126,7 +133,7 @@ class Scheduler:
         budget = self.token_budget
         chunks: list[Chunk] = []
         position = 0
-        most_drafted = self.speculation.draft_length(len(self.running))
+        most_drafted = self.draft_length(len(self.running))
         while position < len(self.running):  # preemptions may shorten the list
             seq = self.running[position]
             if seq.length == seq.max_length:  # the token in flight is the last one
@@ -179,10 +186,14 @@ class Scheduler:
                     chunk.seq.seal_at = 0  # publish the end of a prompt at once, because other sequences may share it
                 self.blocks.seal(chunk.seq)
 
+    def draft_length(self, running: int) -> int:
+        """Maximum length of each draft if ``running`` sequences run."""
+        return min(self.speculative_tokens, self.speculative_batch // max(running, 1) - 1)
+
     @property
     def drafts(self) -> bool:
         """Whether drafting is worthwhile: few sequences run, and the last lookup of one of them found a draft."""
-        few = self.speculation.draft_length(len(self.running)) > 0
+        few = self.draft_length(len(self.running)) > 0
         return few and any(seq.is_memoryless and seq.lookup.is_promising for seq in self.running)
 
     def _draft(self, seq: Sequence, length: int, most: int) -> list[int]:

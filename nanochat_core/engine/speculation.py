@@ -7,8 +7,6 @@ equals the samples. A sample depends on its position and logits alone, so the re
 have been sampled one by one.
 """
 
-import dataclasses
-
 # A draft copies the tokens that followed the latest earlier occurrence of the last n tokens. The larger n is tried
 # first, because its drafts are right more often.
 NGRAMS = (4, 2)
@@ -19,27 +17,6 @@ _DECAY = 0.85
 _LEAST_RIGHT = 0.35
 # ``right_share`` of a new sequence. It is high enough to draft the first few guesses.
 _FIRST_SHARE = 0.6
-
-
-@dataclasses.dataclass(frozen=True)
-class Speculation:
-    """Limits of the drafts.
-
-    Attributes:
-        most: maximum length of the draft of one sequence; 0 turns drafts off.
-        batch: maximum number of tokens of all running sequences and their drafts together. In a larger batch,
-            arithmetic takes most of the time, so each drafted token costs as much as any other token.
-    """
-
-    most: int
-    batch: int
-
-    def draft_length(self, running: int) -> int:
-        """Maximum length of each draft if ``running`` sequences run."""
-        return min(self.most, self.batch // max(running, 1) - 1)
-
-
-NO_SPECULATION = Speculation(0, 0)
 
 
 class PromptLookup:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from nanochat_core import tokenizer as tok
+from nanochat_core.engine.config import EngineConfig
 from nanochat_core.engine.request import ToolCall, ToolResult
 from nanochat_core.engine.sequence import Sequence
 from nanochat_core.tokenizer import Tokenizer
@@ -37,21 +38,6 @@ class ToolRunner(Protocol):
     async def __call__(self, code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class ToolLimits:
-    """Limits of tool calls.
-
-    Attributes:
-        timeout_seconds: a call without a result ends with an error after this time.
-        max_calls: maximum number of calls per sequence, unless the request sets another number.
-        max_output_tokens: maximum number of output tokens per call, unless the request sets another number.
-    """
-
-    timeout_seconds: float
-    max_calls: int
-    max_output_tokens: int
-
-
 class ToolLoop:
     """Starts calls on an event loop and collects their results for the engine's thread.
 
@@ -63,7 +49,7 @@ class ToolLoop:
         self,
         tokenizer: Tokenizer,
         runner: ToolRunner | None,
-        limits: ToolLimits,
+        config: EngineConfig,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         """
@@ -74,7 +60,7 @@ class ToolLoop:
         special = tokenizer.special_ids
         self._tokenizer = tokenizer
         self._runner = runner
-        self._limits = limits
+        self._config = config
         self._loop = loop
         self._thread: threading.Thread | None = None
         self._first_special = min(special.values())
@@ -120,7 +106,7 @@ class ToolLoop:
         call = ToolCall(seq.tool_calls, self._tokenizer.decode(seq.tokens[seq.code_start : -1]))
         seq.code_start = None
         seq.tool_calls += 1
-        limit = seq.request.tools.max_calls or self._limits.max_calls
+        limit = seq.request.tools.max_calls or self._config.tool_max_calls
         if call.call_index >= limit:
             self._complete(seq, call, "denied", self._shorten(seq, f"error: tool call limit of {limit} reached"))
         elif self._runner is None:
@@ -176,7 +162,7 @@ class ToolLoop:
 
     async def _run(self, seq: Sequence, call: ToolCall, runner: ToolRunner) -> None:
         started = time.monotonic()
-        request_id, timeout = seq.request.id, self._limits.timeout_seconds
+        request_id, timeout = seq.request.id, self._config.tool_timeout_seconds
         try:
             output = await asyncio.wait_for(runner(call.code, request_id=request_id, timeout_seconds=timeout), timeout)
             status, text = output.status, self._shorten(seq, output.output)
@@ -194,7 +180,9 @@ class ToolLoop:
         self.on_completed()
 
     def _shorten(self, seq: Sequence, text: str) -> str:
-        return truncate(self._tokenizer, text, seq.request.tools.max_output_tokens or self._limits.max_output_tokens)
+        return truncate(
+            self._tokenizer, text, seq.request.tools.max_output_tokens or self._config.tool_max_output_tokens
+        )
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:

@@ -23,10 +23,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, promote
 from nanochat_core.engine import Engine, EngineConfig, EngineDead, Load, Request, SamplingParams, async_engine
-from nanochat_core.engine.backends.base import PendingTokens
-from nanochat_core.engine.backends.eager import EagerRunner
+from nanochat_core.engine.backends.runner import EagerRunner
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.shedding import MOST_FAILURES
+from nanochat_core.engine.step import LaunchedStep
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.protos import engine_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
 from nanochat_core.store import StoreError, open_store
@@ -546,7 +546,7 @@ async def test_a_device_without_memory_sheds_requests_and_goes_on_until_it_can_d
 ) -> None:
     run, room = EagerRunner.run, 2
 
-    def run_with_little_memory(runner: EagerRunner, chunks: list[Chunk], pending: PendingTokens | None) -> object:
+    def run_with_little_memory(runner: EagerRunner, chunks: list[Chunk], pending: LaunchedStep | None) -> object:
         if len(chunks) > room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return run(runner, chunks, pending)
@@ -644,7 +644,7 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow down the engine's steps, so that a stream takes longer than the loading of another model."""
     run = EagerRunner.run
 
-    def run_slowly(runner: EagerRunner, chunks: list[Chunk], pending: PendingTokens | None) -> object:
+    def run_slowly(runner: EagerRunner, chunks: list[Chunk], pending: LaunchedStep | None) -> object:
         time.sleep(0.01)
         return run(runner, chunks, pending)
 

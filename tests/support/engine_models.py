@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine import EngineConfig, Request, SamplingParams
-from nanochat_core.engine.backends.base import Runner
+from nanochat_core.engine.backends.runner import Runner
 from nanochat_core.engine.cache_groups import CacheGroup, plan_groups
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.sequence import Sequence

@@ -292,7 +292,7 @@ def test_free_rows_keep_their_logits_bit_for_bit() -> None:
     sequences = [sequence(params(c, temperature=0.0)) for c in (None, regex("[ab]"), None)]
     samples = sampler.draw(changed, sequences, [2, 2, 2]).read()
     assert torch.equal(changed[[0, 2]], logits[[0, 2]])
-    assert samples[1].token == 97 + int(logits[1, 98] > logits[1, 97])
+    assert samples[1].id == 97 + int(logits[1, 98] > logits[1, 97])
     assert int(changed[1].isfinite().sum()) == 2
 
 

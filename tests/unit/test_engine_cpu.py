@@ -13,15 +13,13 @@ from torch import Tensor
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams, Token
 from nanochat_core.engine.backends import cpu
-from nanochat_core.engine.backends.base import Runner
 from nanochat_core.engine.backends.cpu import library
-from nanochat_core.engine.backends.cpu.attention import CpuCache
-from nanochat_core.engine.backends.cpu.network import CpuNetwork
-from nanochat_core.engine.backends.eager import EagerRunner
-from nanochat_core.engine.backends.packed_weight import packs
-from nanochat_core.engine.backends.select import build_runner
+from nanochat_core.engine.backends.cpu.network import CpuAttention, CpuNetwork
+from nanochat_core.engine.backends.runner import EagerRunner, Runner, build_runner
 from nanochat_core.engine.backends.torch.network import TorchNetwork
-from nanochat_core.engine.cache_groups import CacheGroup, CacheLayout
+from nanochat_core.engine.backends.weights import packs
+from nanochat_core.engine.cache_groups import CacheGroup
+from nanochat_core.engine.kv_cache import BlockMemory
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.model import GPT
 from tests.support.engine_models import BYTES, SHAPES, Place, shape_of, tiny_model
@@ -41,10 +39,10 @@ def place(
 
     def make(model: GPT, groups: list[CacheGroup]) -> Runner:
         """A runner that uses the CPU kernels, with a cache full of NaN."""
-        cache = CpuCache(CacheLayout(model.config, groups, BLOCK, model.compute_dtype, torch.device("cpu")))
+        cache = BlockMemory(model, groups, BLOCK)
         for tensor in cache.blocks:
             tensor.fill_(float("nan"))
-        return EagerRunner(CpuNetwork(model, BLOCK, int8=int8), cache)
+        return EagerRunner(CpuNetwork(model, BLOCK, int8=int8), cache, CpuAttention)
 
     return Place(model, rows, make, BLOCK), model, rows
 

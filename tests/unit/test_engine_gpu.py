@@ -20,16 +20,16 @@ from torch import Tensor
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams
 from nanochat_core.engine.backends import gpu
-from nanochat_core.engine.cache_groups import CacheGroup, CacheLayout
+from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.model import GPT
 from tests.support.engine_models import BYTES, SHAPES, Place, shape_of, tiny_model
 
 pytest.importorskip("triton", reason="the GPU kernels are written in Triton, which this platform has not")
 
+
 from nanochat_core.engine.backends.gpu import network as gpu_network
 from nanochat_core.engine.backends.gpu import runner as gpu_runner
-from nanochat_core.engine.backends.gpu.flash import FlashKernel, flash_kernel
-from nanochat_core.engine.backends.gpu.network import GpuCache, GpuNetwork
+from nanochat_core.engine.backends.gpu.network import FlashKernel, GpuCache, GpuNetwork, flash_kernel
 from nanochat_core.engine.backends.gpu.runner import GpuRunner
 
 BLOCK = 16
@@ -47,7 +47,7 @@ def _small_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_runner(model: GPT, groups: list[CacheGroup], flash: FlashKernel | None = None) -> GpuRunner:
     """A runner that uses the GPU kernels, with a cache full of NaN."""
-    cache = GpuCache(CacheLayout(model.config, groups, BLOCK, model.compute_dtype, DEVICE))
+    cache = GpuCache(model, groups, BLOCK)
     for tensor in cache.blocks:
         tensor.fill_(float("nan"))
     return GpuRunner(GpuNetwork(model, flash), cache, token_budget=512, max_running=8)

@@ -29,8 +29,8 @@ def test_products_are_those_of_the_rounded_weight(outputs: int, inputs: int, row
     packed = Int8Weight(weight)
     for got, expected in (
         (packed(x), exact),
-        (packed.relu(x), exact.relu()),
-        (packed.plus(x, other), exact + other.double()),
+        (packed(x, relu=True), exact.relu()),
+        (packed(x, other), exact + other.double()),
     ):
         assert got.dtype == dtype
         torch.testing.assert_close(got, expected.to(dtype), atol=2e-5, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)

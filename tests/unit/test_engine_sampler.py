@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_core.engine import Request, SamplingParams
-from nanochat_core.engine.sampler import Sample, Sampler, sample_key
+from nanochat_core.engine import Request, SamplingParams, Token
+from nanochat_core.engine.sampler import Sampler, sample_key
 from nanochat_core.engine.sequence import Sequence
 from nanochat_core.errors import UserError
 
@@ -26,7 +26,7 @@ def sampler(vocab: int = VOCAB) -> Sampler:
     return Sampler(vocab, torch.device("cpu"))
 
 
-def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sample]:
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Token]:
     return sampler(logits.size(1)).draw(logits, sequences, [len(seq.tokens) for seq in sequences]).read()
 
 
@@ -35,7 +35,7 @@ def draws(logits: torch.Tensor, params: SamplingParams, count: int) -> list[int]
     sequences = [sequence(params) for _ in range(count)]
     for seed, seq in enumerate(sequences):
         seq.sample_key = sample_key(seed, 0)
-    return [s.token for s in sample(logits.repeat(count, 1), sequences)]
+    return [s.id for s in sample(logits.repeat(count, 1), sequences)]
 
 
 def chi_square(tokens: list[int], probabilities: np.ndarray) -> float:
@@ -61,7 +61,7 @@ def test_the_noise_is_independent_between_positions_choices_and_seeds() -> None:
             seq = sequence(SamplingParams(temperature=1.0), tokens=[0] * (1 + i % 100 * step_position))
             seq.sample_key = sample_key(i // 100 * (step_seed or 1), i % 100 * step_choice)
             sequences.append(seq)
-        return [s.token for s in sample(uniform.repeat(count, 1), sequences)]
+        return [s.id for s in sample(uniform.repeat(count, 1), sequences)]
 
     # All pairs of successive tokens are equally likely. The limit is the 99.9 % quantile of chi-square with 63 degrees
     # of freedom.
@@ -78,9 +78,9 @@ def test_a_sample_is_the_same_alone_and_in_any_batch() -> None:
         for i, (t, k, p) in enumerate([(0.0, 0, 1.0), (0.9, 0, 1.0), (1.2, 7, 1.0), (0.8, 0, 0.7)] * 10)
     ]
     sequences = [sequence(p) for p in params]
-    together = [s.token for s in sample(logits.clone(), sequences)]
-    reverse = [s.token for s in sample(logits.flip(0), sequences[::-1])][::-1]
-    alone = [sample(logits[i : i + 1].clone(), [sequences[i]])[0].token for i in range(40)]
+    together = [s.id for s in sample(logits.clone(), sequences)]
+    reverse = [s.id for s in sample(logits.flip(0), sequences[::-1])][::-1]
+    alone = [sample(logits[i : i + 1].clone(), [sequences[i]])[0].id for i in range(40)]
     assert together == reverse == alone
 
 
@@ -132,7 +132,7 @@ def test_temperature_zero_takes_the_most_likely_token_beside_random_rows() -> No
     logits = torch.randn(6, VOCAB)
     sequences = [sequence(SamplingParams(temperature=t, seed=5)) for t in (0.0, 1.0) * 3]
     best = logits.argmax(-1).tolist()
-    tokens = [s.token for s in sample(logits.clone(), sequences)]
+    tokens = [s.id for s in sample(logits.clone(), sequences)]
     assert tokens[::2] == best[::2]
 
 
@@ -217,7 +217,7 @@ def test_logprobs_are_of_the_unmodified_distribution_and_only_where_asked() -> N
     )
     assert none.logprob is None
     expected = logits.log_softmax(-1)
-    assert alternatives.token == 4
+    assert alternatives.id == 4
     assert alternatives.logprob == pytest.approx(float(expected[1, 4]), abs=1e-5)
     assert [id for id, _ in alternatives.top_logprobs] == logits[1].topk(3).indices.tolist()
     assert plain.logprob == pytest.approx(float(expected[2].max()), abs=1e-5)

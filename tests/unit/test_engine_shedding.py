@@ -25,9 +25,9 @@ from nanochat_core.engine import (
     ToolOutput,
     ToolPolicy,
 )
-from nanochat_core.engine.backends.base import PendingTokens
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.shedding import MOST_FAILURES, STEPS_UNTIL_MORE
+from nanochat_core.engine.step import LaunchedStep
 from tests.support.engine_models import BYTES, CALLING, config_with_blocks, tiny_model
 
 PROMPTS = [tuple(range(i, i + 7 * i + 1)) for i in range(12)]
@@ -48,7 +48,7 @@ def engine_with(fails: Callable[[list[Chunk]], bool], config: EngineConfig | Non
     engine = Engine(tiny_model(), BYTES, config, tool_runner=count_characters, **options)  # type: ignore[arg-type]
     run = engine.runner.run
 
-    def run_or_fail(chunks: Iterable[Chunk], pending: PendingTokens | None) -> object:
+    def run_or_fail(chunks: Iterable[Chunk], pending: LaunchedStep | None) -> object:
         if fails(list(chunks)):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about it")
         return run(chunks, pending)

@@ -17,7 +17,10 @@ from nanochat_core.engine import (
     ToolOutput,
     ToolPolicy,
 )
-from nanochat_core.engine.speculation import NGRAMS, PromptLookup, Speculation
+from nanochat_core.engine.block_manager import BlockManager
+from nanochat_core.engine.cache_groups import CacheGroup
+from nanochat_core.engine.scheduler import Scheduler
+from nanochat_core.engine.speculation import NGRAMS, PromptLookup
 from nanochat_core.tokenizer import OUTPUT_END, OUTPUT_START, PYTHON_END, PYTHON_START
 from tests.support.engine_models import BYTES, SPECIAL, config_with_blocks, script_tokens, scripted_model, tiny_model
 
@@ -70,8 +73,9 @@ def test_drafting_pauses_when_guesses_are_wrong_and_begins_again_when_the_text_r
 
 
 def test_a_larger_batch_drafts_less_and_then_nothing() -> None:
-    speculation = Speculation(most=3, batch=16)
-    assert [speculation.draft_length(running) for running in (1, 4, 5, 8, 9, 16, 17, 64)] == [3, 3, 2, 1, 0, 0, -1, -1]
+    blocks = BlockManager([CacheGroup((0,), None, 4)], 16)
+    scheduler = Scheduler(blocks, 64, 64, speculative_tokens=3, speculative_batch=16)
+    assert [scheduler.draft_length(running) for running in (1, 4, 5, 8, 9, 16, 17, 64)] == [3, 3, 2, 1, 0, 0, -1, -1]
 
 
 def test_a_text_that_repeats_itself_takes_a_fraction_of_the_steps() -> None:

@@ -5,6 +5,7 @@ depend on the input is therefore computed once, when the model is loaded: normal
 token id, and weights that are cast, scaled and merged into fewer matrices.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -13,21 +14,56 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_core.chunked_loss import LOGIT_SOFTCAP
-from nanochat_core.engine.backends.packed_weight import PackedWeight
 from nanochat_core.model import GPT, SMEAR_CHANNELS, VALUE_GATE_CHANNELS, Block, rms_norm
+from nanochat_core.precision import cpu_multiplies_bf16
+
+# Number of random rows that :func:`_single_rows_differ` tries. With this many rows, a difference in the last bit of
+# fp32 shows in at least one number that is rounded to bf16.
+_PROBE_ROWS = 16
 
 
 class Weight(Protocol):
     """A weight matrix that can multiply inputs."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The product with ``x`` (tokens, in_features), of shape (tokens, out_features)."""
+    def __call__(self, x: Tensor, other: Tensor | None = None, *, relu: bool = False) -> Tensor:
+        """The product with ``x`` (tokens, in_features), of shape (tokens, out_features).
 
-    def relu(self, x: Tensor) -> Tensor:
-        """The product, with negative results replaced by 0."""
+        The result is the sum of the product and ``other``, if given. ``relu`` replaces negative results by 0; only one
+        of the two is possible.
+        """
 
-    def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """The sum of the product and ``other``, which has the product's shape."""
+
+class PackedWeight:
+    """A :class:`Weight` that uses oneDNN for products on CPUs.
+
+    oneDNN is faster for batches than PyTorch's default kernels. It also adds the products of a row in the same order
+    for every number of rows, so a token's result has the same bits alone and in a batch. If there is only one row, some
+    CPUs add long sums in another order. On these CPUs a single row is therefore computed twice, as a batch of two rows.
+
+    Attributes:
+        weight: the matrix, in oneDNN's layout if oneDNN computes the product.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        """``weight`` has shape (out_features, in_features) and the compute dtype."""
+        self._packs = weight.device.type == "cpu" and packs(weight.dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packs else weight.clone()
+        self._pairs = self._packs and _single_rows_differ(weight.size(0), weight.size(1), weight.dtype)
+
+    def __call__(self, x: Tensor, other: Tensor | None = None, *, relu: bool = False) -> Tensor:
+        if self._pairs and x.size(0) == 1:
+            pair = None if other is None else other.expand(2, -1).contiguous()
+            return self(x.expand(2, -1).contiguous(), pair, relu=relu)[:1]
+        y: Tensor
+        if not self._packs:
+            y = F.linear(x, self.weight) if other is None else torch.addmm(other, x, self.weight.t())
+            return y.relu_() if relu else y
+        if other is None:
+            activation = "relu" if relu else "none"
+            y = torch.ops.mkldnn._linear_pointwise.default(x, self.weight, None, activation, [], "")
+        else:
+            y = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, None, "add")
+        return y
 
 
 class LayerWeights:
@@ -124,3 +160,27 @@ def _pair_channels(weight: Tensor, head_dim: int) -> Tensor:
     Queries and keys are reordered in the same way, so their products do not change.
     """
     return weight.view(-1, 2, head_dim // 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN can multiply with weights of this dtype on this CPU."""
+    return torch.backends.mkldnn.is_available() and (
+        dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+@functools.cache
+def _single_rows_differ(out_features: int, in_features: int, dtype: torch.dtype) -> bool:
+    """Whether this CPU computes other bits for a single row than for the same row among many rows."""
+    if dtype == torch.bfloat16 and not cpu_multiplies_bf16():
+        return True  # rounding to bf16 hides most differences, so trying may not find them
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=draw).to(dtype)
+    rows = torch.randn(_PROBE_ROWS, in_features, generator=draw).to(dtype)
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+    def product(x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+        return y
+
+    return not torch.equal(torch.cat([product(row) for row in rows.split(1)]), product(rows))

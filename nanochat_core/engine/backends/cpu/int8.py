@@ -23,10 +23,7 @@ class Int8Weight:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        """
-        Args:
-            weight: (out_features, in_features) on the CPU, fp32 or bf16; in_features is a multiple of 4.
-        """
+        """``weight`` (out_features, in_features) is on the CPU, fp32 or bf16; in_features is a multiple of 4."""
         kernels = load_kernels()
         assert kernels is not None, "see usable()"
         self._kernels = kernels
@@ -35,18 +32,10 @@ class Int8Weight:
         tiles = F.pad(integers, (0, 0, 0, -self._outputs % _TILE)).view(-1, _TILE, self._inputs // _LANE, _LANE)
         self._tiles = tiles.transpose(1, 2).contiguous()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._product(x)
-
-    def relu(self, x: Tensor) -> Tensor:
-        return self._product(x, relu=True)
-
-    def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        return self._product(x, other.contiguous())
-
-    def _product(self, x: Tensor, other: Tensor | None = None, *, relu: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, other: Tensor | None = None, *, relu: bool = False) -> Tensor:
         y = x.new_empty(x.size(0), self._outputs)
         inputs = x.float().contiguous()
+        other = None if other is None else other.contiguous()
         self._kernels.nanochat_multiply_int8(
             inputs.data_ptr(),
             self._tiles.data_ptr(),

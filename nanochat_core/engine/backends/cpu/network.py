@@ -1,15 +1,82 @@
 """The network on a CPU: oneDNN multiplies matrices, and the engine's kernels do everything between the products."""
 
+from collections.abc import Iterable
 from ctypes import byref
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat_core.engine.backends.cpu.attention import CpuAttention
 from nanochat_core.engine.backends.cpu.int8 import Int8Weight
-from nanochat_core.engine.backends.cpu.library import Shape, load_kernels
+from nanochat_core.engine.backends.cpu.library import Batch, Layer, Shape, load_kernels
 from nanochat_core.engine.backends.weights import ServingWeights
+from nanochat_core.engine.kv_cache import BlockMemory, slots_of
+from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE, rms_norm
+
+
+class CpuAttention:
+    """Tells the kernels where the tokens of one ragged batch are in the cache.
+
+    The keys of a block have shape (n_kv_head, head_dim, block_size), its values (n_kv_head, block_size, head_dim).
+
+    Attributes:
+        chunks: the chunks in the order that the batch must have.
+    """
+
+    def __init__(self, cache: BlockMemory, chunks: Iterable[Chunk]) -> None:
+        self.chunks = list(chunks)
+        self._cache = cache
+        self._start = np.array([chunk.start for chunk in self.chunks], np.int32)
+        self._first_token = np.zeros(len(self.chunks) + 1, np.int32)
+        np.cumsum([chunk.length for chunk in self.chunks], out=self._first_token[1:])
+        # For each group: the tokens' slots, the concatenated block tables, and the index at which each table begins.
+        self._places = [self._places_in(group) for group in range(len(cache.groups))]
+
+    def _places_in(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        tables = [chunk.seq.block_tables[group] for chunk in self.chunks]
+        first_entry = np.zeros(len(tables), np.int64)
+        np.cumsum([len(table) for table in tables[:-1]], out=first_entry[1:])
+        slots = slots_of(self.chunks, group, self._cache.block_size)
+        return slots, np.array([block for table in tables for block in table], np.int32), first_entry
+
+    def batch(self, ids: Tensor, positions: Tensor, turns: Tensor, scale: Tensor, queries: Tensor) -> Batch:
+        """The batch as a C struct. It is valid as long as the tensors and this object exist."""
+        return Batch(
+            ids.numel(),
+            len(self.chunks),
+            torch.get_num_threads(),
+            ids.data_ptr(),
+            positions.data_ptr(),
+            _address(self._first_token),
+            _address(self._start),
+            turns.data_ptr(),
+            scale.data_ptr(),
+            queries.data_ptr(),
+        )
+
+    def layer(self, index: int, qkv_columns: int, value_table: int | None, value_columns: int) -> Layer:
+        """One layer's cache as a C struct.
+
+        Args:
+            qkv_columns: number of columns of the product with the q, k, v and value gate weights.
+            value_table: address of the layer's value embeddings; None if it has none.
+            value_columns: number of columns of the value embeddings.
+        """
+        cache, group = self._cache, self._cache.group_of[index]
+        slots, tables, first_entry = self._places[group]
+        keys, values = cache.blocks[index]
+        return Layer(
+            keys.data_ptr(),
+            values.data_ptr(),
+            _address(slots),
+            _address(tables),
+            _address(first_entry),
+            value_table,
+            value_columns,
+            qkv_columns,
+            cache.windows[group],
+        )
 
 
 class CpuNetwork(ServingWeights):
@@ -77,8 +144,8 @@ class CpuNetwork(ServingWeights):
             kernels.nanochat_prepare(shape, batch, place, qkv.data_ptr())
             unknown = kernels.nanochat_attend(shape, batch, place, mixed.data_ptr())
             assert not unknown, f"there is no kernel for heads of {self.config.head_dim}; see usable()"
-            x = layer.out.plus(mixed, x)
-            up = layer.up.relu(x)
+            x = layer.out(mixed, x)
+            up = layer.up(x, relu=True)
             kernels.nanochat_square(shape, batch, up.data_ptr(), up.numel())
             down = layer.down(up)
             following = layers[index + 1] if index + 1 < len(layers) else None
@@ -93,3 +160,7 @@ class CpuNetwork(ServingWeights):
                 following.skip_scale if following else 0.0,
             )
         return rms_norm(torch.sub(x, middle, alpha=self._backout))
+
+
+def _address(array: np.ndarray) -> int:
+    return array.ctypes.data

@@ -1,15 +1,19 @@
 """The network on a GPU: cuBLAS multiplies matrices, and the engine's kernels do everything between the products."""
 
+import importlib
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
 from nanochat_core.chunked_loss import LOGIT_SOFTCAP
 from nanochat_core.engine.backends.gpu import kernels
-from nanochat_core.engine.backends.gpu.flash import FlashKernel
 from nanochat_core.engine.backends.gpu.step import Pieces, Step
 from nanochat_core.engine.backends.weights import ServingWeights
-from nanochat_core.engine.cache_groups import CacheLayout
+from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.engine.kv_cache import BlockMemory
 from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE
 
@@ -20,6 +24,10 @@ SPLIT = 256
 _SPLIT_TILE = 32
 # Number of values that one program of an elementwise kernel processes.
 _CHUNK = 1024
+# This FlashAttention package runs on Hopper GPUs. No other one supports cache blocks of any size.
+_FLASH_MODULE, _FLASH_CAPABILITY = "flash_attn_interface", 9
+
+FlashKernel = Callable[..., Any]
 
 
 class GpuCache(BlockMemory):
@@ -29,9 +37,9 @@ class GpuCache(BlockMemory):
         keys, values: one tensor (num_blocks + 1, block_size, n_kv_head, head_dim) per layer.
     """
 
-    def __init__(self, layout: CacheLayout) -> None:
-        super().__init__(layout, spare=1)
-        shape = (2, -1, layout.block_size, layout.config.n_kv_head, layout.config.head_dim)
+    def __init__(self, model: GPT, groups: Items[CacheGroup], block_size: int) -> None:
+        super().__init__(model, groups, block_size, spare=1)
+        shape = (2, -1, block_size, self.config.n_kv_head, self.config.head_dim)
         self.keys, self.values = zip(*(each.view(shape) for each in self.blocks), strict=True)
 
 
@@ -101,7 +109,7 @@ class GpuNetwork(ServingWeights):
         )
         for index, layer in enumerate(layers):
             mixed = self._attend(index, self._prepare(index, layer.qkv(x), scale, step, cache), step, cache)
-            x = layer.out.plus(mixed, x)
+            x = layer.out(mixed, x)
             up = layer.up(x)
             kernels.relu_square[(triton.cdiv(up.numel(), _CHUNK),)](up, up.numel(), SIZE=_CHUNK)
             last = index == len(layers) - 1
@@ -269,3 +277,16 @@ class GpuNetwork(ServingWeights):
             "HEAD_DIM": config.head_dim,
             "BLOCK_SIZE": cache.block_size,
         }
+
+
+def flash_kernel(device: torch.device, dtype: torch.dtype) -> FlashKernel | None:
+    """The function ``flash_attn_with_kvcache`` (arXiv 2407.08608), or None if it cannot run on this device."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    if torch.cuda.get_device_capability(device)[0] != _FLASH_CAPABILITY:
+        return None
+    try:
+        kernel: FlashKernel = importlib.import_module(_FLASH_MODULE).flash_attn_with_kvcache
+    except ImportError:
+        return None
+    return kernel

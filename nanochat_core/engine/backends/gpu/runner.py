@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from nanochat_core.device import RECORDING, to_device
-from nanochat_core.engine.backends.base import PendingTokens
-from nanochat_core.engine.backends.batch import TokenBatch
 from nanochat_core.engine.backends.gpu.network import GpuCache, GpuNetwork
 from nanochat_core.engine.backends.gpu.step import StepInputs
 from nanochat_core.engine.scheduler import Chunk
+from nanochat_core.engine.step import LaunchedStep, TokenBatch
 from nanochat_core.model import GPT
 
 log = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ Compute = Callable[[], Tensor]
 
 
 class GpuRunner:
-    """The :class:`~nanochat_core.engine.backends.base.Runner` that uses the GPU kernels."""
+    """The :class:`~nanochat_core.engine.backends.runner.Runner` that uses the GPU kernels."""
 
     def __init__(self, network: GpuNetwork, cache: GpuCache, token_budget: int, max_running: int) -> None:
         """
@@ -63,7 +62,7 @@ class GpuRunner:
         log.info("recorded CUDA graphs", extra={"graphs": len(self._graphs), "seconds": time.perf_counter() - started})
 
     @torch.inference_mode()
-    def run(self, chunks: Iterable[Chunk], pending: PendingTokens | None = None) -> tuple[list[Chunk], Tensor]:
+    def run(self, chunks: Iterable[Chunk], previous: LaunchedStep | None = None) -> tuple[list[Chunk], Tensor]:
         chunks = list(chunks)
         self.cache.copy(chunks)
         batch = TokenBatch(chunks, self._network.no_token)
@@ -71,7 +70,7 @@ class GpuRunner:
         size = next((size for size in self.sizes if size >= count), None)
         graph = None if size is None else self._graph(size)
         step = self.inputs.fill(chunks, batch, size or count, in_pieces=size is None)
-        batch.fill_in(step.ids, pending)
+        batch.fill_in(step.ids, previous)
         rows = batch.sampled_rows(chunks)
         sampling = [chunk for chunk in chunks if chunk.samples]
         if graph is None:

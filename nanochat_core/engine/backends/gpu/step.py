@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat_core.engine.backends.batch import TokenBatch
 from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.engine.kv_cache import BlockMemory
 from nanochat_core.engine.scheduler import Chunk
+from nanochat_core.engine.step import TokenBatch
 
 # Kernels load this many numbers at once, so each array begins at an index that is a multiple of it.
 _ALIGNMENT = 4

@@ -12,8 +12,6 @@ Attention therefore uses only shapes with these properties:
   multiple of :data:`KEY_MULTIPLE`.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterable
@@ -25,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_core.device import to_device
-from nanochat_core.engine.cache_groups import CacheLayout
+from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.engine.config import KEY_TILE, MOST_ROWS
 from nanochat_core.engine.kv_cache import BlockMemory, slots_of
 from nanochat_core.engine.scheduler import Chunk
-from nanochat_core.model import QK_SCALE
+from nanochat_core.model import GPT, QK_SCALE
 
 KEY_MULTIPLE = 16
 # Chunks share a padded batch if their contexts round up to the same power of two. Every context counts as at least this
@@ -45,9 +43,9 @@ class TorchCache(BlockMemory):
         score_scale: factor of the product of a query and a key, which are unit vectors.
     """
 
-    def __init__(self, layout: CacheLayout) -> None:
-        super().__init__(layout)
-        config, dtype, device = layout.config, layout.dtype, layout.device
+    def __init__(self, model: GPT, groups: Items[CacheGroup], block_size: int) -> None:
+        super().__init__(model, groups, block_size)
+        config, dtype, device = self.config, self.dtype, self.device
         self.score_scale = QK_SCALE**2 * config.head_dim**0.5
         self.row_multiple = row_multiple(config.head_dim, dtype) if device.type == "cpu" else 1
         # For each group, the mask by distance: entry ``_reach + d`` is for a key that is ``d`` positions after the
@@ -61,11 +59,7 @@ class TorchCache(BlockMemory):
             for window in self.windows
         ]
         # Keys and values of each layer: (2, num_blocks, block_size, n_kv_head, head_dim).
-        self._layers = [each.view(2, -1, layout.block_size, config.n_kv_head, config.head_dim) for each in self.blocks]
-
-    def attention(self, chunks: Iterable[Chunk]) -> PagedAttention:
-        """Prepare attention for a batch of these chunks."""
-        return PagedAttention(self, chunks)
+        self._layers = [each.view(2, -1, block_size, config.n_kv_head, config.head_dim) for each in self.blocks]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store keys and values (tokens, n_kv_head, head_dim) at ``slots`` = block * block_size + offset."""

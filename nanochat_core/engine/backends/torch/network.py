@@ -79,7 +79,7 @@ class TorchNetwork(ServingWeights):
         q, k = qk.split((layer.n_head, layer.n_kv_head), dim=1)
         if last < tokens:
             q, x = q[-last:], x[-last:]
-        return layer.out.plus(attend(index, q, k, v).reshape(last, -1), x)
+        return layer.out(attend(index, q, k, v).reshape(last, -1), x)
 
     def _value_share(self, gate: Tensor, scale: Tensor) -> Tensor:
         """Factors of the value embeddings, (tokens, n_kv_head, 1), from gates that are not normalized yet.
@@ -98,7 +98,7 @@ class TorchNetwork(ServingWeights):
         The norm's factor is applied after the MLP. The MLP squares its activations, so the factor becomes its own
         square, which is dim / square sum.
         """
-        y = layer.down(layer.up.relu(x).square_())
+        y = layer.down(layer.up(x, relu=True).square_())
         return torch.addcdiv(x, y, _square_sum(x), value=x.size(-1)).to(self.dtype)
 
 
