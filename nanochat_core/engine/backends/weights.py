@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_core.chunked_loss import LOGIT_SOFTCAP
+from nanochat_core.device import cpu_multiplies_bf16
 from nanochat_core.model import GPT, SMEAR_CHANNELS, VALUE_GATE_CHANNELS, Block, rms_norm
-from nanochat_core.precision import cpu_multiplies_bf16
 
 # Number of random rows that :func:`_single_rows_differ` tries. With this many rows, a difference in the last bit of
 # fp32 shows in at least one number that is rounded to bf16.
