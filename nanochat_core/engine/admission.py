@@ -29,11 +29,7 @@ class Admission:
         self._arrivals = itertools.count()
 
     def check(self, request: Request) -> None:
-        """Refuse a request that can never be served.
-
-        Raises:
-            UserError: the request is invalid; the message says why.
-        """
+        """Raise a :class:`UserError` that says why a request can never be served."""
         self.check_without_constraint(request)
         if request.sampling.constraint is not None:
             self._grammars.compile(request.sampling.constraint)
@@ -41,8 +37,7 @@ class Admission:
     def check_without_constraint(self, request: Request) -> None:
         """Check everything except the constraint, because compiling it may take long. Any thread may call this.
 
-        Raises:
-            UserError: the request is invalid; the message says why.
+        An invalid request raises a :class:`UserError` that says why.
         """
         model, prompt, sampling = self._model, request.prompt, request.sampling
         if not prompt:
@@ -71,11 +66,7 @@ class Admission:
             )
 
     def check_room(self, sequences: int) -> None:
-        """Raise an error if the queue has no room for this many more sequences. Any thread may call this.
-
-        Raises:
-            QueueFull: the queue has no room now; the caller may try again later.
-        """
+        """Raise :class:`QueueFull` if the queue has no room for this many more sequences. Any thread may call this."""
         if sequences > self.room():
             raise QueueFull(f"{len(self._scheduler.waiting)} sequences are waiting already; try again later")
 

@@ -93,10 +93,7 @@ class AsyncEngine:
     """
 
     def __init__(self, engine: Engine, on_death: Callable[[], None] = lambda: None) -> None:
-        """
-        Args:
-            on_death: called on the event loop after an error has ended the device loop.
-        """
+        """``on_death`` is called on the event loop after an error has ended the device loop."""
         self._engine: Engine | None = engine
         self._on_death = on_death
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -174,13 +171,9 @@ class AsyncEngine:
         await self._idle.wait()
 
     async def stop(self, seconds: float | None = None) -> bool:
-        """End the device loop after the current step. Streams that are still open fail.
+        """End the device loop after the current step; returns whether it has ended. Streams that are still open fail.
 
-        Args:
-            seconds: time that the current step may still take, by default :data:`STOP_SECONDS`.
-
-        Returns:
-            Whether the loop has ended. If the step hangs, its thread is abandoned and the result is False.
+        The step may still take ``seconds``, by default :data:`STOP_SECONDS`. After that, its thread is abandoned.
         """
         self._inbox.put(self._stop)
         deadline = time.monotonic() + (STOP_SECONDS if seconds is None else seconds)
@@ -200,9 +193,7 @@ class AsyncEngine:
     async def _compile(self, engine: Engine, constraint: Constraint, sequences: int) -> None:
         """Compile a constraint on another thread, if the queue has room for the request.
 
-        Raises:
-            UserError: the constraint cannot be used.
-            QueueFull: the queue is full, or the requests whose constraints are being compiled will fill it.
+        Requests whose constraints are being compiled count as queued.
         """
         self._compiling += sequences
         try:

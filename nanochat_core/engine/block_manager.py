@@ -48,9 +48,8 @@ class BlockManager:
     def find_prefix(self, seq: Sequence) -> int | None:
         """Number of tokens at the start of ``seq`` that are already in the cache.
 
-        Returns:
-            The number. If it is not a multiple of the block size, the last block must be copied. None if another
-            sequence is computing the next block, because waiting for that block saves work.
+        If the number is not a multiple of the block size, the last block must be copied. The result is None if another
+        sequence is computing the next block, because waiting for that block saves work.
         """
         return self.prefixes.find(seq) if self.prefix_caching else 0
 
@@ -72,8 +71,7 @@ class BlockManager:
         The next step must make all copies before it writes anything, in the order of admission. Nothing reserves the
         source of a copy, so the source may already belong to another sequence, or be the target itself.
 
-        Returns:
-            For each group, the block to copy; empty if no block must be copied.
+        The result is the block to copy in each group. It is empty if no block must be copied.
         """
         shared = prefix // self.block_size
         hashes = self.prefixes.hashes_of(seq) if self.prefix_caching else []
@@ -93,11 +91,9 @@ class BlockManager:
         return [pool.source_of_copy(parent_hash(hashes, shared)) for pool in self._pools]
 
     def grow(self, seq: Sequence, tokens: int, spare: int = 0) -> bool:
-        """Give ``seq`` enough blocks for ``tokens`` tokens.
+        """Give ``seq`` enough blocks for ``tokens`` tokens; returns whether it has enough blocks now.
 
-        Returns:
-            Whether ``seq`` has enough blocks now. If fewer than ``spare`` blocks would stay free, nothing changes and
-            the result is False.
+        If fewer than ``spare`` blocks would stay free, nothing changes and the result is False.
         """
         missing = self.blocks_for(tokens) - len(seq.block_tables[0])
         if missing <= 0:
@@ -145,11 +141,7 @@ class BlockManager:
         self.prefixes.clear()
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        """Check that the counts match the blocks of ``sequences``, which must be all sequences.
-
-        Raises:
-            AssertionError: a reference count, the list of free blocks or an index is wrong.
-        """
+        """Assert that counts, free blocks and indexes match the blocks of ``sequences``, which are all sequences."""
         sequences = list(sequences)
         for g, pool in enumerate(self._pools):
             pool.check_integrity(

@@ -43,17 +43,14 @@ def plan_groups(
 
     For each group, the plan takes the maximum number of blocks that one sequence of full length needs there. The groups
     get blocks in proportion to these numbers. A group with a window gets at least its number, so that any sequence can
-    be computed when it is alone.
+    be computed when it is alone. If the memory does not suffice for one block of the first group and the blocks that
+    the other groups need, the function raises a :class:`UserError`.
 
     Args:
         memory: bytes to divide.
         sequences: the plan uses no more memory than this many sequences of full length need.
         token_budget: maximum number of tokens in one step; a group with a window needs room for them and for its
             window.
-
-    Raises:
-        UserError: the memory does not suffice for one block of the first group and the blocks that the other groups
-            need.
     """
     last = config.context_length - 1
     reaches = sorted({min(window, last) for window in config.windows}, reverse=True)

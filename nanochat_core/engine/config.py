@@ -21,7 +21,7 @@ MOST_ROWS = 8
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Limits of one engine.
+    """Limits of one engine. Invalid values raise a :class:`UserError`.
 
     Attributes:
         block_size: tokens per block of the KV cache, a power of two up to 512.
@@ -40,9 +40,6 @@ class EngineConfig:
         tool_timeout_seconds: a tool call without a result ends with an error after this time.
         tool_max_calls: maximum number of tool calls per sequence, unless the request sets another number.
         tool_max_output_tokens: maximum number of output tokens per tool call, unless the request sets another number.
-
-    Raises:
-        UserError: a value, or a combination of values, is invalid.
     """
 
     block_size: int = 16
@@ -75,11 +72,7 @@ class EngineConfig:
             )
 
     def cache_groups(self, model: GPT) -> list[CacheGroup]:
-        """The groups of the KV cache for ``model`` on its device.
-
-        Raises:
-            UserError: the configured size is too small.
-        """
+        """The groups of the KV cache for ``model`` on its device."""
         device, dtype = model.cos.device, model.compute_dtype
         memory = self.kv_cache_bytes
         if memory is None:

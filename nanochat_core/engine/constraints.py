@@ -67,11 +67,9 @@ class Matcher:
     """
 
     def __init__(self, matcher: LLMatcher, end: int, stops: Iterable[int]) -> None:
-        """
-        Args:
-            matcher: a matcher at the beginning of the grammar; no other object may use it.
-            end: the token that represents the end of the text in ``matcher``'s tokenizer.
-            stops: the tokens that end the completion.
+        """``matcher`` is at the beginning of the grammar, and no other object uses it.
+
+        ``end`` is the token that represents the end of the text in its tokenizer. ``stops`` end the completion.
         """
         self._matcher = matcher
         self._end = end
@@ -84,22 +82,16 @@ class Matcher:
         return self._matcher.is_accepting() and not self._matcher.is_error()
 
     def advance(self, token: int) -> bool:
-        """Follow the next token, which is not a stop token.
-
-        Returns:
-            Whether the text matches and every longer text fails to match.
-        """
+        """Follow the next token, not a stop token; returns whether the text matches and every longer text fails."""
         self._matcher.consume_token(token)
         return self._matcher.is_stopped() and self.complete
 
     def fill(self, mask: npt.NDArray[np.int32]) -> None:
         """Find the tokens that may follow: those that continue a match, and the stop tokens if the text matches.
 
-        If only one text can follow, only the first token of its encoding is allowed.
-
-        Args:
-            mask: contiguous (ceil(vocab_size / 32),); receives one bit per token, the lowest bit first. If no token may
-                follow, all bits are set and :attr:`stuck` becomes True.
+        If only one text can follow, only the first token of its encoding is allowed. ``mask``, contiguous
+        (ceil(vocab_size / 32),), receives one bit per token, the lowest bit first. If no token may follow, all bits are
+        set and :attr:`stuck` becomes True.
         """
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         # After an error the matcher allows only the end of the text, even if the text does not match.
@@ -118,10 +110,7 @@ class Grammars:
     """Compiles constraints for one tokenizer and caches the results. It is thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """
-        Args:
-            vocab_size: number of the model's logits, which may be larger than the tokenizer's vocabulary.
-        """
+        """``vocab_size`` is the number of the model's logits. The tokenizer's vocabulary may be smaller."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._end = tokenizer.special_ids[ASSISTANT_END]
@@ -133,8 +122,8 @@ class Grammars:
     def compile(self, constraint: Constraint) -> LLMatcher:
         """Return a matcher at the beginning of the constraint's grammar. It is shared, so copy it before use.
 
-        Raises:
-            ConstraintError: the constraint is malformed, unsupported or too large, or no text matches it.
+        A constraint that is malformed, unsupported or too large, or that no text matches, raises a
+        :class:`ConstraintError`.
         """
         with self._lock:
             if (known := self._compiled.get(constraint)) is not None:
@@ -150,11 +139,7 @@ class Grammars:
         return matcher
 
     def matcher(self, constraint: Constraint, stops: Iterable[int]) -> Matcher:
-        """A matcher for a new completion that ends with one of ``stops``.
-
-        Raises:
-            ConstraintError: see :meth:`compile`.
-        """
+        """A matcher for a new completion that ends with one of ``stops``."""
         return Matcher(self.compile(constraint).deep_copy(), self._end, stops)
 
     def _load(self) -> tuple[LLTokenizer, LLParserLimits]:
@@ -243,9 +228,7 @@ def _patterns(schema: Any) -> Iterator[str]:
 
 def _check_patterns(kind: ConstraintKind, patterns: Iterable[str]) -> None:
     """Refuse patterns whose expansion takes seconds and gigabytes. The library has no limit for this."""
-    total = 0
-    for pattern in patterns:
-        total += expanded_length(kind, pattern)
+    total = sum(expanded_length(kind, pattern) for pattern in patterns)
     if total > MAX_REPEATED_CHARACTERS:
         raise ConstraintError(
             kind,
@@ -261,11 +244,8 @@ _PIECE = re.compile(r"\\[pPxuU]\{[^}]*\}|\\.|\{(?P<least>\d*)(?:,(?P<most>\d*))?
 def expanded_length(kind: ConstraintKind, pattern: str) -> int:
     """Number of characters and classes of ``pattern`` after every ``{m,n}`` is expanded, or slightly more.
 
-    The function also accepts invalid patterns, which the library refuses later.
-
-    Raises:
-        ConstraintError: the pattern uses the verbose flag, which allows white space and comments that are not supported
-            here.
+    The function also accepts invalid patterns, which the library refuses later. The verbose flag raises a
+    :class:`ConstraintError`, because the white space and comments that it allows are not supported here.
     """
     groups = [0]  # the size of each open group so far
     last = 0  # size of the last item, to which a repetition applies

@@ -58,14 +58,11 @@ class Engine:
         tool_loop: asyncio.AbstractEventLoop | None = None,
         observer: Observer | None = None,
     ) -> None:
-        """
-        Args:
-            model: the model on its device; it is not changed.
-            tool_runner: runs the model's Python calls; None answers every call with an error.
-            tool_loop: event loop for the calls; None starts a thread with an event loop.
+        """Build the engine of ``model`` on its device; the model is not changed.
 
-        Raises:
-            UserError: the KV cache is too small for one block.
+        ``tool_runner`` runs the model's Python calls on ``tool_loop``. Without a runner, every call is answered with an
+        error. Without a loop, a thread with an event loop is started. A KV cache that is too small for one block raises
+        a :class:`UserError`.
         """
         self.config = config = config or EngineConfig()
         self.model_config, self._dtype = model.config, model.compute_dtype
@@ -196,17 +193,9 @@ class Engine:
         n: int = 1,
         tools: ToolPolicy = NO_TOOLS,
     ) -> list[list[Completion]]:
-        """Continue every prompt ``n`` times with :meth:`complete`.
+        """Continue every prompt ``n`` times with :meth:`complete`; returns the completions in the order of the prompts.
 
-        Args:
-            sampling: one for all prompts, or one for each prompt.
-
-        Returns:
-            The ``n`` completions of each prompt, in the order of the prompts.
-
-        Raises:
-            UserError: a prompt can never be served.
-            Shed: the device has too little memory.
+        ``sampling`` is one object for all prompts, or one for each prompt.
         """
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         requests = [
@@ -226,10 +215,8 @@ class Engine:
         """Replace the weights by the current ones of ``model``, and forget prefixes computed with the old weights.
 
         On a CPU, the old weights are freed before the new ones are laid out. On a GPU, old and new weights are both in
-        memory for a moment, because the new weights are copied to the addresses that CUDA graphs read.
-
-        Args:
-            model: a model with the configuration, dtype and device of the engine's model. Its weights are copied.
+        memory for a moment, because the new weights are copied to the addresses that CUDA graphs read. The models must
+        have the same device.
 
         Raises:
             RuntimeError: requests are in flight; their keys and values were computed with the old weights.
@@ -258,11 +245,7 @@ class Engine:
             step.read()
 
     def check_integrity(self) -> None:
-        """Compare the scheduler's and the block manager's records with the requests in flight.
-
-        Raises:
-            AssertionError: they disagree.
-        """
+        """Assert that the scheduler's and the block manager's records agree with the requests in flight."""
         live = [seq for sequences in self._requests.values() for seq in sequences if seq.state is not State.FINISHED]
         for state, listed in self.scheduler.by_state.items():
             assert set(listed) == {seq for seq in live if seq.state is state}, f"the {state.value} list is wrong"
@@ -275,8 +258,7 @@ class Engine:
     def _launch(self, chunks: list[Chunk], previous: LaunchedStep | None) -> tuple[LaunchedStep | None, bool]:
         """Give the device a batch; returns the step (None if no chunk samples), and whether memory was too small.
 
-        Args:
-            previous: the step whose tokens have not been read.
+        ``previous`` is the step whose tokens have not been read.
         """
         try:
             step = self._run_and_sample(chunks, previous)
@@ -328,7 +310,7 @@ class Engine:
             self._finish(seq, FinishReason.STOP if seq.matcher.complete else FinishReason.LENGTH)
             return
         seq.tokens.append(sample.id)
-        self._outputs.add_token(seq, sample)
+        self._outputs.for_tokens(seq).tokens.append(sample)
         if reason := finish_reason(seq):
             self._finish(seq, reason)
         elif self.tools.observe(seq):
@@ -336,7 +318,7 @@ class Engine:
 
     def _call_tool(self, seq: Sequence) -> None:
         self.scheduler.park(seq)
-        self._outputs.add_call(seq, self.tools.start(seq))
+        self._outputs.of(seq).tool_events.append(self.tools.start(seq))
 
     def _resume(self, seq: Sequence, result: ToolResult) -> None:
         """Append a tool's output and continue the sequence."""
@@ -363,7 +345,8 @@ class Engine:
         seq = self._shedding.shrink(chunks)
         if seq is not None and seq.state is not State.FINISHED:
             self._end(seq.request.id, "shed")
-            self._outputs.fail(seq, Shed("the device has run out of memory; send the request again later"))
+            error = Shed("the device has run out of memory; send the request again later")
+            self._outputs.of(seq).error = error  # ends the whole request
 
     def _end(self, request_id: str, reason: str) -> None:
         for seq in self._requests.pop(request_id, []):

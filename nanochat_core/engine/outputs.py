@@ -1,6 +1,6 @@
 """Turns sampled tokens and tool events into outputs, and decides when a choice ends."""
 
-from nanochat_core.engine.request import FinishReason, Output, Token, ToolCall, ToolResult, Usage
+from nanochat_core.engine.request import FinishReason, Output, Token, ToolResult, Usage
 from nanochat_core.engine.sequence import Sequence
 
 
@@ -17,33 +17,24 @@ class StepOutputs:
         self._latest.clear()
         return outputs
 
-    def add_token(self, seq: Sequence, token: Token) -> None:
-        self._for_tokens(seq).tokens.append(token)
-
-    def add_call(self, seq: Sequence, call: ToolCall) -> None:
-        self._of(seq).tool_events.append(call)
-
     def add_result(self, seq: Sequence, result: ToolResult, forced: list[int]) -> None:
         """Add a tool's result and the tokens that show it to the model."""
-        output = self._for_tokens(seq)
+        output = self.for_tokens(seq)
         output.tool_events.append(result)
         output.tokens += [Token(token, forced=True) for token in forced]
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
-        output = self._of(seq)
+        output = self.of(seq)
         output.finish_reason = reason
         output.usage = Usage(seq.prompt_length, seq.completion_length, seq.cached_prompt_tokens)
 
-    def fail(self, seq: Sequence, error: Exception) -> None:
-        """End the whole request of ``seq`` with an error."""
-        self._of(seq).error = error
-
-    def _of(self, seq: Sequence) -> Output:
+    def of(self, seq: Sequence) -> Output:
+        """The latest output of ``seq`` in this step."""
         return self._latest.get(seq) or self._begin(seq)
 
-    def _for_tokens(self, seq: Sequence) -> Output:
+    def for_tokens(self, seq: Sequence) -> Output:
         """The output that receives the next tokens of ``seq``. Tokens never follow tool events in the same output."""
-        output = self._of(seq)
+        output = self.of(seq)
         return self._begin(seq) if output.tool_events else output
 
     def _begin(self, seq: Sequence) -> Output:

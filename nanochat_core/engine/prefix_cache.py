@@ -49,8 +49,7 @@ class PrefixIndex:
     def offer(self, block: int, parent: bytes, tokens: list[int]) -> int | None:
         """Offer a block for copying, unless the current offer after ``parent`` begins with the same tokens.
 
-        Returns:
-            The block whose offer was replaced, if any.
+        The result is the block whose offer was replaced, if any.
         """
         replaced = None
         if parent in self.offers:
@@ -148,8 +147,7 @@ class PrefixCache:
     def publish(self, seq: Sequence) -> list[tuple[int, int]]:
         """Let other sequences find the filled blocks of ``seq``. Offer them and the block after them for copying.
 
-        Returns:
-            (group, block) for each block whose offer was replaced.
+        The result has (group, block) for each block whose offer was replaced.
         """
         hashes, size, full = self.hashes_of(seq), self._block_size, seq.computed // self._block_size
         for i in range(seq.sealed, full):

@@ -43,9 +43,7 @@ class ConstraintKind(enum.Enum):
 class Constraint:
     """A pattern that a completion's text must match. A constrained completion contains no special tokens.
 
-    Attributes:
-        source: the text of a JSON schema, or a regular expression for the whole text; empty if any JSON object is
-            allowed.
+    ``source`` is a JSON schema or a regular expression for the whole text; it is empty if any JSON object is allowed.
     """
 
     kind: ConstraintKind
@@ -54,7 +52,7 @@ class Constraint:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is sampled. The defaults are greedy decoding.
+    """How the next token is sampled. The defaults are greedy decoding. Values out of range raise a :class:`UserError`.
 
     Attributes:
         temperature: 0 is greedy.
@@ -74,9 +72,6 @@ class SamplingParams:
         logit_bias: added to the logits, by token id.
         constraint: pattern that the text must match, or None. With a constraint, a stop token is possible only after a
             matching text.
-
-    Raises:
-        UserError: a value is out of range.
     """
 
     temperature: float = 0.0

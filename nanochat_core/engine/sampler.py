@@ -42,11 +42,7 @@ def sample_key(seed: int, choice: int) -> int:
 
 
 class Drawn:
-    """Tokens that the device has sampled, or is still sampling.
-
-    Attributes:
-        tokens: (rows,) int64 on the device. The next step may use them before they are read.
-    """
+    """Tokens (rows,) int64 that the device has sampled, or is still sampling. The next step may use them unread."""
 
     def __init__(self, tokens: Tensor, report: _Report | None) -> None:
         self.tokens = tokens
@@ -71,11 +67,9 @@ class _Report:
     """Log probabilities of the sampled tokens of some rows, and of their best alternatives."""
 
     def __init__(self, rows: Items[int], wanted: Items[int], log_probabilities: Tensor, drawn: Tensor) -> None:
-        """
-        Args:
-            wanted: number of alternatives for each of ``rows``.
-            log_probabilities: (len(rows), vocab_size).
-            drawn: (len(rows),) token ids.
+        """``wanted`` is the number of alternatives for each of ``rows``.
+
+        ``log_probabilities`` has shape (len(rows), vocab_size), and the token ids ``drawn`` (len(rows),).
         """
         self._rows, self._wanted = rows, wanted
         best = log_probabilities.topk(min(max(wanted), log_probabilities.size(1)))

@@ -54,13 +54,10 @@ class Shedding:
         return self._failures < MOST_FAILURES
 
     def shrink(self, chunks: Items[Chunk]) -> Sequence | None:
-        """Make the next step smaller than the failed step of these chunks.
+        """Make the next step smaller than the failed one; returns the sequence to drop if that is impossible.
 
         Call this only after the exception was handled, because until then its traceback keeps the step's tensors in
         memory.
-
-        Returns:
-            The sequence to drop, if the step cannot become smaller.
         """
         free_memory(self._device)
         self._fitted = 0

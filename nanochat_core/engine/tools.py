@@ -52,10 +52,9 @@ class ToolLoop:
         config: EngineConfig,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        """
-        Args:
-            runner: None answers every call with "unavailable".
-            loop: runs the calls; None starts a thread with an event loop when the first call is made.
+        """Without a ``runner``, every call is answered with "unavailable".
+
+        ``loop`` runs the calls; None starts a thread with an event loop when the first call is made.
         """
         special = tokenizer.special_ids
         self._tokenizer = tokenizer
@@ -76,8 +75,7 @@ class ToolLoop:
     def scan_prompt(self, seq: Sequence) -> bool:
         """Find code that the end of the prompt leaves open. A prompt resumed from another engine may end like this.
 
-        Returns:
-            Whether the prompt ends with a complete call that has no output yet.
+        The result is whether the prompt ends with a complete call that has no output yet.
         """
         if not seq.request.tools.enabled:
             return False

@@ -24,11 +24,7 @@ _FINISH_REASONS = {
 
 
 def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Request:
-    """Convert a request for the inference core. ``request_id`` replaces the client's id.
-
-    Raises:
-        UserError: a sampling parameter is out of range.
-    """
+    """Convert a request for the inference core. ``request_id`` replaces the client's id."""
     sampling = request.sampling
     return Request(
         id=request_id,

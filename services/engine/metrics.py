@@ -15,10 +15,7 @@ class Metrics(Observer):
     """All metrics of an engine service, in a registry of their own. The engine reports its events to this object."""
 
     def __init__(self, load: Callable[[], Load]) -> None:
-        """
-        Args:
-            load: returns the current load of all engines.
-        """
+        """``load`` returns the current load of all engines."""
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._gauge("requests_running", "Sequences in the batch", lambda: load().running)

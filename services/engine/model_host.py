@@ -42,12 +42,10 @@ class ModelHost:
         on_change: Callable[[ServedModel], None],
         on_loop_death: Callable[[], None],
     ) -> None:
-        """
-        Args:
-            loader: loads the models.
-            retire_seconds: time that the running answers of a replaced model get to finish.
-            on_change: called with each model that begins to serve.
-            on_loop_death: called when a device loop has died; the process should end then.
+        """The running answers of a replaced model get ``retire_seconds`` to finish.
+
+        ``on_change`` is called with each model that begins to serve, and ``on_loop_death`` when a device loop has died.
+        The process should end then.
         """
         self._loader = loader
         self._retire_seconds = retire_seconds
@@ -76,14 +74,8 @@ class ModelHost:
         """Serve the configured or promoted revision once it exists, and every revision that is promoted later.
 
         A revision that :meth:`reload` has loaded stays until another one is promoted. After the first success, errors
-        are logged and the current model keeps serving.
-
-        Args:
-            poll_seconds: time between two reads of the promotion.
-
-        Raises:
-            UserError: the first model cannot be loaded.
-            StoreError: the store does not answer at first.
+        are logged and the current model keeps serving. Before, they are raised, but not the failures of a store that
+        has answered once.
         """
         followed: CheckpointRef | None = None
         store_answered = False

@@ -14,23 +14,11 @@ from services.engine.settings import EngineSettings
 class ModelLoader:
     """Loads checkpoints onto one device. Its methods block, so call them from a thread.
 
-    Attributes:
-        store: the artifact store.
-        device: the device that computes.
-        model: name of the model in the store.
-        revision: the configured revision; empty if the loader follows promotions.
+    ``revision`` is empty if the loader follows the promotions of ``model``.
     """
 
     def __init__(self, settings: EngineSettings, *, tool_runner: ToolRunner | None, observer: Observer) -> None:
-        """
-        Args:
-            settings: store, model, device and sizes.
-            tool_runner: runs the model's Python calls, on the event loop that runs now.
-            observer: receives the events of all engines.
-
-        Raises:
-            UserError: the store or the device does not exist, or no engine can have these settings.
-        """
+        """``tool_runner`` runs the model's Python calls, on the event loop that runs now."""
         self.model, self.revision = settings.model, settings.revision
         self.store = open_store(
             settings.home, cache_dir=settings.cache_dir or None, cache_bytes=int(settings.cache_gib * 2**30)
@@ -52,13 +40,8 @@ class ModelLoader:
     def load(self, ref: CheckpointRef, serving: CheckpointRef | None) -> tuple[Engine, engine_pb2.ModelInfo]:
         """Build the engine of a checkpoint and describe its model for clients.
 
-        Args:
-            ref: the checkpoint.
-            serving: the checkpoint whose model is already in memory, for the error message.
-
-        Raises:
-            UserError: the checkpoint cannot be loaded, or its model does not fit into memory.
-            StoreError: the store does not answer.
+        A model that does not fit into memory raises a :class:`UserError`. Its message names the checkpoint ``serving``,
+        whose model is already in memory.
         """
         try:
             checkpoint = load_checkpoint(self.store, ref)

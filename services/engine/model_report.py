@@ -14,20 +14,11 @@ _NAME = re.compile(r"[\w-]+\.(md|png)", re.ASCII)
 
 
 def read_report(store: Store, model: str, file: str = "") -> engine_pb2.Report:
-    """Read the report's page and pictures.
-
-    Args:
-        store: the artifact store.
-        model: name of the model.
-        file: name of the only file whose content is read; empty reads the content of all files.
-
-    Returns:
-        the names of all files, with the content that was asked for.
+    """Read the names of the report's page and pictures, and the content of ``file``, or of all files if it is empty.
 
     Raises:
         FileNotFoundError: the report does not exist, or has no such file.
         UserError: the content has more than :data:`MAX_BYTES`.
-        StoreError: the store failed.
     """
     folder = f"reports/{model}/"
     names = [key.removeprefix(folder) for key in store.keys(folder.rstrip("/"))]

@@ -24,10 +24,9 @@ class SandboxClient:
         self._stub = sandbox_pb2_grpc.SandboxStub(self._channel)
 
     async def __call__(self, code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
-        """Run ``code``. If the sandbox cannot be reached, the output is an error message that the model can read.
+        """Run ``code``. A sandbox that has not answered in time raises :class:`TimeoutError`.
 
-        Raises:
-            TimeoutError: the sandbox has not answered in time.
+        If the sandbox cannot be reached, the output is an error message that the model can read.
         """
         request = sandbox_pb2.ExecuteRequest(
             request_id=request_id,

@@ -28,13 +28,8 @@ EXIT_DEVICE_LOOP_DIED = 70
 async def serve(settings: EngineSettings) -> int:
     """Serve until SIGTERM or SIGINT, then let running answers finish.
 
-    The port is open from the start. Health reports SERVING once a model is loaded.
-
-    Returns:
-        the exit code of the process.
-
-    Raises:
-        UserError: an address cannot be served on, or the first model cannot be loaded.
+    The port is open from the start. Health reports SERVING once a model is loaded. The result is the process's exit
+    code.
     """
     service = GrpcService(
         SERVICE,

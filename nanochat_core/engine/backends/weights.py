@@ -105,16 +105,13 @@ class LayerWeights:
 class ServingWeights:
     """The weights of a whole model. They stay the same until the next :meth:`load`.
 
-    Attributes:
-        no_token: id that represents the missing token before a sequence's first token.
+    The id ``no_token`` represents the missing token before a sequence's first token.
     """
 
     def __init__(self, model: GPT, pack: Callable[[Tensor], Weight] | None = None) -> None:
-        """
-        Args:
-            model: the model on its device; it is not changed.
-            pack: makes a :class:`Weight` from an fp32 matrix; None uses :class:`PackedWeight` in the model's compute
-                dtype.
+        """``pack`` makes a :class:`Weight` from an fp32 matrix.
+
+        None uses :class:`PackedWeight` in the model's compute dtype.
         """
         self.config = model.config
         self.dtype = model.compute_dtype

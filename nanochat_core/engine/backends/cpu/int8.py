@@ -55,8 +55,7 @@ class Int8Weight:
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round each weight to an integer from -127 to 127, times a scale for each output.
 
-    Returns:
-        int8 numbers of the weight's shape and fp32 scales (out_features,); their product approximates the weight.
+    The product of the int8 numbers, of the weight's shape, and the fp32 scales (out_features,) approximates the weight.
     """
     weight = weight.float()
     scales = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127

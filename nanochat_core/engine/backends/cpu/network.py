@@ -16,12 +16,9 @@ from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE, rms_norm
 
 
 class CpuAttention:
-    """Tells the kernels where the tokens of one ragged batch are in the cache.
+    """Tells the kernels where the tokens of one ragged batch are in the cache. The batch has the order of ``chunks``.
 
     The keys of a block have shape (n_kv_head, head_dim, block_size), its values (n_kv_head, block_size, head_dim).
-
-    Attributes:
-        chunks: the chunks in the order that the batch must have.
     """
 
     def __init__(self, cache: BlockMemory, chunks: Iterable[Chunk]) -> None:
@@ -58,10 +55,8 @@ class CpuAttention:
     def layer(self, index: int, qkv_columns: int, value_table: int | None, value_columns: int) -> Layer:
         """One layer's cache as a C struct.
 
-        Args:
-            qkv_columns: number of columns of the product with the q, k, v and value gate weights.
-            value_table: address of the layer's value embeddings; None if it has none.
-            value_columns: number of columns of the value embeddings.
+        ``qkv_columns`` is the number of columns of the product with the q, k, v and value gate weights. ``value_table``
+        is the address of the layer's value embeddings, if any, with ``value_columns`` columns.
         """
         cache, group = self._cache, self._cache.group_of[index]
         slots, tables, first_entry = self._places[group]
@@ -83,12 +78,7 @@ class CpuNetwork(ServingWeights):
     """Computes hidden states and logits of ragged batches."""
 
     def __init__(self, model: GPT, block_size: int, *, int8: bool = False) -> None:
-        """
-        Args:
-            model: on the CPU, in fp32 or bf16; it is not changed.
-            block_size: tokens per block of the cache.
-            int8: round the matrices to eight bits.
-        """
+        """Copy the weights of ``model``, in fp32 or bf16; ``int8`` rounds the matrices to eight bits."""
         super().__init__(model, Int8Weight if int8 else None)
         kernels = load_kernels()
         assert kernels is not None, "see usable()"

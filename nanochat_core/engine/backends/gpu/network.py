@@ -46,15 +46,13 @@ class GpuCache(BlockMemory):
 class GpuNetwork(ServingWeights):
     """Computes hidden states and logits of the tokens of a step.
 
-    Attributes:
-        tile_rows: maximum number of tokens in a tile, and number of keys that a tile reads at a time.
+    ``tile_rows`` is the maximum number of tokens in a tile, and the number of keys that a tile reads at a time.
     """
 
     def __init__(self, model: GPT, flash: FlashKernel | None = None) -> None:
-        """
-        Args:
-            model: in fp32 or bf16; it is not changed.
-            flash: FlashAttention's function for steps of many tokens; None uses the engine's own kernel.
+        """Copy the weights of ``model``, in fp32 or bf16.
+
+        ``flash`` is FlashAttention's function for steps of many tokens; None uses the engine's own kernel.
         """
         super().__init__(model)
         self._flash = flash
@@ -132,11 +130,7 @@ class GpuNetwork(ServingWeights):
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Softcapped fp32 logits of shape (tokens, vocab_size) for hidden states of shape (tokens, dim).
-
-        Args:
-            out: receives the logits; None allocates new memory.
-        """
+        """Softcapped fp32 logits (tokens, vocab_size) for hidden states (tokens, dim), in ``out`` or in new memory."""
         raw = self._head(hidden)
         logits = torch.empty(len(raw), self.config.vocab_size, device=self.device) if out is None else out
         count = logits.numel()

@@ -29,11 +29,7 @@ class GpuRunner:
     """The :class:`~nanochat_core.engine.backends.runner.Runner` that uses the GPU kernels."""
 
     def __init__(self, network: GpuNetwork, cache: GpuCache, token_budget: int, max_running: int) -> None:
-        """
-        Args:
-            token_budget: maximum number of tokens in a step.
-            max_running: maximum number of sequences in a step.
-        """
+        """A step has at most ``token_budget`` tokens and ``max_running`` sequences."""
         self._network, self.cache, self._device = network, cache, network.device
         # Include the first size that is at least the token budget, because a full step is padded to that size.
         self.sizes = GRAPH_SIZES[: 1 + sum(size < token_budget for size in GRAPH_SIZES)]

@@ -69,12 +69,7 @@ class StepInputs:
     """Packs all inputs of a step into one buffer, so that a step needs one copy to the device."""
 
     def __init__(self, cache: BlockMemory, *, tokens: int, sequences: int, tile_rows: int, no_token: int) -> None:
-        """
-        Args:
-            tokens: maximum number of tokens in a step.
-            sequences: maximum number of sequences in a step.
-            tile_rows: maximum number of tokens in a tile.
-        """
+        """A step has at most ``tokens`` tokens and ``sequences`` sequences, and a tile at most ``tile_rows`` tokens."""
         self._groups, self._block_size, self._tile_rows = cache.groups, cache.block_size, tile_rows
         self._no_token = no_token
         layout = _Layout(
@@ -93,8 +88,7 @@ class StepInputs:
     def fill(self, chunks: Items[Chunk], batch: TokenBatch, tokens: int, *, in_pieces: bool) -> Step:
         """Copy this batch to the device, padded to ``tokens`` tokens.
 
-        Args:
-            in_pieces: also fill ``Step.pieces``, so that attention processes successive tokens together.
+        ``in_pieces`` also fills ``Step.pieces``, so that attention processes successive tokens together.
         """
         self._host.reverse()
         host, count = self._host[0], batch.rows.shape[1]

@@ -68,14 +68,9 @@ class TorchCache(BlockMemory):
         values.index_copy_(0, slots, v)
 
     def mask(self, group: int, first: np.ndarray, keys: int) -> Tensor:
-        """The mask that is added to the scores: 0 for visible keys, -inf for the others.
+        """The mask (chunks, 1, rows * query heads per kv head, keys): 0 for visible keys, -inf for the others.
 
-        Args:
-            first: (chunks, rows) position of the first key minus position of the query.
-            keys: number of successive keys.
-
-        Returns:
-            (chunks, 1, rows * query heads per kv head, keys).
+        ``first`` (chunks, rows) is the position of the first of ``keys`` successive keys minus that of the query.
         """
         shared = self.config.n_head // self.config.n_kv_head
         places = to_device(np.repeat(first + self._reach, shared, axis=1), self.device)
@@ -92,8 +87,7 @@ class TorchCache(BlockMemory):
 class PagedAttention:
     """Attention for one ragged batch, see :class:`~nanochat_core.engine.backends.torch.network.Attend`.
 
-    Attributes:
-        chunks: the given chunks in the order that the batch must have.
+    The batch must have the order of ``chunks``, which can differ from that of the given chunks.
     """
 
     def __init__(self, cache: TorchCache, chunks: Iterable[Chunk]) -> None:
