@@ -105,7 +105,8 @@ class AsyncEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._thread = threading.Thread(target=self._run, args=(engine,), name=DEVICE_LOOP, daemon=True)
-        engine.tools.on_completed = lambda: self._inbox.put(_wake)
+        # An empty command wakes the device loop while it waits for commands.
+        engine.tools.on_completed = lambda: self._inbox.put(lambda: None)
 
     def start(self) -> None:
         """Start the device loop."""
@@ -255,7 +256,3 @@ class AsyncEngine:
 def _accept(stream: Stream) -> None:
     if not stream.accepted.done():
         stream.accepted.set_result(None)
-
-
-def _wake() -> None:
-    """Do nothing. Queuing this command wakes the device loop while it waits for commands."""

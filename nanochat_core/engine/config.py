@@ -9,6 +9,7 @@ import torch
 from nanochat_core.engine.cache_groups import CacheGroup, plan_groups
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
+from nanochat_core.settings import setting
 
 # If no size is given, the cache takes at most this share of a GPU's free memory, or this many bytes of host memory.
 CUDA_MEMORY_SHARE = 0.8
@@ -20,42 +21,48 @@ MOST_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineConfig:
+class EngineOptions:
+    """The settings of an engine that are also flags of the engine service."""
+
+    quantization: Literal["none", "int8"] = setting(
+        "none", "int8 rounds the weight matrices to eight bits, on CPUs only; faster for a few answers at a time"
+    )
+    kernels: bool = setting(True, "compute with the engine's own kernels if they are available")
+    block_size: int = setting(16, "tokens per block of the KV cache", minimum=1)
+    token_budget: int = setting(512, "largest number of tokens computed in one step", minimum=1)
+    max_running: int = setting(64, "largest number of running sequences", minimum=1)
+    max_waiting: int = setting(256, "largest number of queued sequences; further requests are refused", minimum=0)
+    speculative_tokens: int = setting(
+        3, "length of the drafts that are looked up in the sequence itself, in tokens; 0 turns drafts off", minimum=0
+    )
+    speculative_batch: int = setting(
+        16, "drafts are made while running sequences times (draft length + 1) is at most this many tokens", minimum=0
+    )
+    tool_timeout_seconds: float = setting(10.0, "seconds after which a Python call is abandoned", minimum=0.01)
+    tool_max_calls: int = setting(16, "largest number of Python calls per answer", minimum=1)
+    tool_max_output_tokens: int = setting(
+        256, "largest number of output tokens that the model reads per Python call", minimum=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig(EngineOptions):
     """Limits of one engine. Invalid values raise a :class:`UserError`.
 
+    ``block_size`` is a power of two up to 512. Sequences that wait for a tool count as running. A request can set other
+    limits for its tool calls.
+
     Attributes:
-        block_size: tokens per block of the KV cache, a power of two up to 512.
         kv_cache_bytes: size of the KV cache; None takes the memory that ``max_running`` sequences of full context need,
             but at most 1 GiB on a CPU and 80 % of the free memory on a GPU.
-        token_budget: maximum number of tokens computed in one step.
-        max_running: maximum number of sequences that are in the batch or wait for a tool.
-        max_waiting: maximum number of sequences in the queue, in addition to those that may run.
         prefix_caching: whether requests reuse blocks that other requests have computed.
-        speculative_tokens: maximum length of a draft, which is looked up in the sequence itself; 0 turns drafts off.
-        speculative_batch: maximum number of tokens of all running sequences and their drafts together.
         overlap: give the device its next batch before the tokens of the previous batch are read, so that host and
             device work at the same time; None does this on a GPU only.
-        kernels: use the engine's own kernels instead of PyTorch's operators, if they can run on the device.
-        quantization: ``int8`` rounds the matrices to eight bits (CPUs only); ``none`` keeps the model's compute dtype.
-        tool_timeout_seconds: a tool call without a result ends with an error after this time.
-        tool_max_calls: maximum number of tool calls per sequence, unless the request sets another number.
-        tool_max_output_tokens: maximum number of output tokens per tool call, unless the request sets another number.
     """
 
-    block_size: int = 16
     kv_cache_bytes: int | None = None
-    token_budget: int = 512
-    max_running: int = 64
-    max_waiting: int = 256
     prefix_caching: bool = True
-    speculative_tokens: int = 3
-    speculative_batch: int = 16
     overlap: bool | None = None
-    kernels: bool = True
-    quantization: Literal["none", "int8"] = "none"
-    tool_timeout_seconds: float = 10.0
-    tool_max_calls: int = 16
-    tool_max_output_tokens: int = 256
 
     def __post_init__(self) -> None:
         size = self.block_size

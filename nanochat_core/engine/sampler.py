@@ -165,7 +165,11 @@ class Sampler:
         ids = self._candidates(z, params)
         if ids is not None:
             z = z.gather(1, ids)
-        filtered = [row for row, r in enumerate(random) if r and _filters(params[row])]
+        filtered = [
+            row
+            for row, r in enumerate(random)
+            if r and (params[row].top_k > 0 or params[row].top_p < 1 or params[row].min_p > 0)
+        ]
         if filtered:
             chosen = [params[row] for row in filtered]
             self._put(z, filtered, self.filter(self._take(z, filtered), chosen))
@@ -260,10 +264,6 @@ def _to_host(x: Tensor) -> Tensor:
     if not x.is_cuda:
         return x
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-
-
-def _filters(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
 def _rows(params: Items[SamplingParams], wants: Callable[[SamplingParams], bool]) -> list[int]:

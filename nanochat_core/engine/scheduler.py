@@ -12,10 +12,13 @@ be computed. The others may be a prompt, one sampled token, the output of a tool
 import bisect
 import dataclasses
 import itertools
+import operator
 from collections.abc import Sequence as Items
 
 from nanochat_core.engine.block_manager import BlockManager
 from nanochat_core.engine.sequence import Sequence, State
+
+_order = operator.attrgetter("order")
 
 
 @dataclasses.dataclass(slots=True)
@@ -165,7 +168,12 @@ class Scheduler:
             # Each running sequence keeps a spare block. Otherwise the next step would have to preempt a sequence.
             if not self.blocks.can_admit(seq, prefix, spare=len(self.running)):
                 break
-            copied = self._admit(seq, prefix)
+            self.waiting.remove(seq)
+            copied = self.blocks.admit(seq, prefix)
+            if seq.admitted_at is None:
+                seq.cached_prompt_tokens = min(prefix, seq.prompt_length)
+            seq.state = State.RUNNING
+            bisect.insort(self.running, seq, key=_order)
             length = min(seq.length - prefix, budget)
             fits = self.blocks.grow(seq, prefix + length)
             assert fits, f"{seq} was admitted without room"
@@ -210,16 +218,6 @@ class Scheduler:
             draft = draft[:-1]
         return draft
 
-    def _admit(self, seq: Sequence, prefix: int) -> list[int]:
-        """Start a sequence after its ``prefix`` cached tokens; returns the blocks to copy (see :class:`Chunk`)."""
-        self.waiting.remove(seq)
-        copied = self.blocks.admit(seq, prefix)
-        if seq.admitted_at is None:
-            seq.cached_prompt_tokens = min(prefix, seq.prompt_length)
-        seq.state = State.RUNNING
-        bisect.insort(self.running, seq, key=_order)
-        return copied
-
     def _make_room(self, seq: Sequence, tokens: int) -> bool:
         """Reserve blocks, and preempt the youngest sequences if necessary; False if ``seq`` itself was preempted."""
         while not self.blocks.grow(seq, tokens):
@@ -236,7 +234,3 @@ class Scheduler:
         if seq.state is State.RUNNING:
             self.running.remove(seq)
             self.add(seq)
-
-
-def _order(seq: Sequence) -> tuple[int, int]:
-    return seq.order

@@ -4,13 +4,14 @@ import dataclasses
 from typing import Literal
 
 from nanochat_core.engine import EngineConfig
+from nanochat_core.engine.config import EngineOptions
 from nanochat_core.grpc_service import ListenSettings
 from nanochat_core.settings import setting
 from nanochat_core.store import DEFAULT_HOME
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineSettings(ListenSettings):
+class EngineSettings(EngineOptions, ListenSettings):
     """gRPC service that continues token sequences with one model of the artifact store."""
 
     port: int = setting(50051, "port to serve gRPC on; 0 takes any free one", minimum=0, maximum=65535)
@@ -31,41 +32,11 @@ class EngineSettings(ListenSettings):
     dtype: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "dtype of weights and KV cache; auto is bf16 on GPUs that support it and otherwise fp32"
     )
-    quantization: Literal["none", "int8"] = setting(
-        EngineConfig.quantization,
-        "int8 rounds the weight matrices to eight bits, on CPUs only; faster for a few answers at a time",
-    )
-    kernels: bool = setting(EngineConfig.kernels, "compute with the engine's own kernels if they are available")
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
     sandbox_address: str = setting(
         "", "host:port of the sandbox; if empty, the model's Python calls get an error message"
     )
-    block_size: int = setting(EngineConfig.block_size, "tokens per block of the KV cache", minimum=1)
     kv_cache_mib: int = setting(0, "size of the KV cache in MiB; 0 derives it from memory and max-running", minimum=0)
-    token_budget: int = setting(EngineConfig.token_budget, "largest number of tokens computed in one step", minimum=1)
-    max_running: int = setting(EngineConfig.max_running, "largest number of running sequences", minimum=1)
-    max_waiting: int = setting(
-        EngineConfig.max_waiting, "largest number of queued sequences; further requests are refused", minimum=0
-    )
-    speculative_tokens: int = setting(
-        EngineConfig.speculative_tokens,
-        "length of the drafts that are looked up in the sequence itself, in tokens; 0 turns drafts off",
-        minimum=0,
-    )
-    speculative_batch: int = setting(
-        EngineConfig.speculative_batch,
-        "drafts are made while running sequences times (draft length + 1) is at most this many tokens",
-        minimum=0,
-    )
-    tool_timeout_seconds: float = setting(
-        EngineConfig.tool_timeout_seconds, "seconds after which a Python call is abandoned", minimum=0.01
-    )
-    tool_max_calls: int = setting(EngineConfig.tool_max_calls, "largest number of Python calls per answer", minimum=1)
-    tool_max_output_tokens: int = setting(
-        EngineConfig.tool_max_output_tokens,
-        "largest number of output tokens that the model reads per Python call",
-        minimum=1,
-    )
     retire_seconds: float = setting(
         600.0, "seconds that running answers get to finish when another model replaces theirs", minimum=0.1
     )
@@ -80,7 +51,6 @@ class EngineSettings(ListenSettings):
     )
 
     def engine_config(self) -> EngineConfig:
-        """The settings of the inference core: every field of EngineConfig that is also a setting here."""
-        names = {field.name for field in dataclasses.fields(EngineConfig)}
-        shared = {name: value for name, value in vars(self).items() if name in names}
+        """The settings of the inference core."""
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(EngineOptions)}
         return EngineConfig(**shared, kv_cache_bytes=self.kv_cache_mib << 20 or None)
