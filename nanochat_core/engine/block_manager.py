@@ -157,17 +157,13 @@ class BlockManager:
 
 
 class _BlockPool:
-    """The blocks of one cache group.
-
-    Attributes:
-        references: number of sequences that use each block.
-        free: blocks that no sequence uses, in the order in which they are reused.
-    """
+    """The blocks of one cache group."""
 
     def __init__(self, index: PrefixIndex) -> None:
         self.index = index
         self.num_blocks = len(index.hashes)
-        self.references = [0] * self.num_blocks
+        self.references = [0] * self.num_blocks  # number of sequences that use each block
+        # Blocks that no sequence uses, in the order in which they are reused.
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.num_blocks))
 
     @property

@@ -11,20 +11,12 @@ from nanochat_core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class CacheGroup:
-    """Layers with the same attention window. They need the same blocks of a sequence.
+    """Layers with the same attention window. They need the same blocks of a sequence."""
 
-    Attributes:
-        layers: indices of the layers.
-        window: number of earlier tokens that a token sees; None if it sees all of them.
-        num_blocks: number of blocks; each stores ``block_size`` tokens for every layer in the group.
-        most_held: maximum number of blocks that one sequence needs at a time, for its window and the tokens of one
-            step.
-    """
-
-    layers: tuple[int, ...]
-    window: int | None
-    num_blocks: int
-    most_held: int = sys.maxsize
+    layers: tuple[int, ...]  # indices of the layers
+    window: int | None  # number of earlier tokens that a token sees; None if it sees all of them
+    num_blocks: int  # each stores ``block_size`` tokens for every layer in the group
+    most_held: int = sys.maxsize  # maximum number of blocks of one sequence, for its window and the tokens of one step
 
     def first_visible_block(self, computed: int, block_size: int) -> int:
         """Index of the first block that the token at position ``computed`` sees."""

@@ -51,17 +51,14 @@ class EngineConfig(EngineOptions):
 
     ``block_size`` is a power of two up to 512. Sequences that wait for a tool count as running. A request can set other
     limits for its tool calls.
-
-    Attributes:
-        kv_cache_bytes: size of the KV cache; None takes the memory that ``max_running`` sequences of full context need,
-            but at most 1 GiB on a CPU and 80 % of the free memory on a GPU.
-        prefix_caching: whether requests reuse blocks that other requests have computed.
-        overlap: give the device its next batch before the tokens of the previous batch are read, so that host and
-            device work at the same time; None does this on a GPU only.
     """
 
+    # None takes the memory that ``max_running`` sequences of full context need, but at most 1 GiB on a CPU and 80 % of
+    # the free memory on a GPU.
     kv_cache_bytes: int | None = None
-    prefix_caching: bool = True
+    prefix_caching: bool = True  # reuse blocks that other requests have computed
+    # Give the device its next batch before the tokens of the previous batch are read, so that host and device work at
+    # the same time; None does this on a GPU only.
     overlap: bool | None = None
 
     def __post_init__(self) -> None:

@@ -60,11 +60,7 @@ class ConstraintError(UserError):
 
 
 class Matcher:
-    """Follows one completion and says which tokens may come next.
-
-    Attributes:
-        stuck: whether :meth:`fill` found that no token may follow. The engine then ignores the next sampled token.
-    """
+    """Follows one completion and says which tokens may come next."""
 
     def __init__(self, matcher: LLMatcher, end: int, stops: Iterable[int]) -> None:
         """``matcher`` is at the beginning of the grammar, and no other object uses it.
@@ -74,6 +70,7 @@ class Matcher:
         self._matcher = matcher
         self._end = end
         self._stops = sorted(stops)
+        # Whether :meth:`fill` found that no token may follow. The engine then ignores the next sampled token.
         self.stuck = False
 
     @property

@@ -43,9 +43,6 @@ class Engine:
     """Schedules, computes and samples tokens, one :meth:`step` at a time.
 
     The engine is not thread-safe: one thread makes all calls, except where a method allows any thread.
-
-    Attributes:
-        progressed: whether the last step computed anything; if not, every sequence waits for a tool.
     """
 
     def __init__(
@@ -70,17 +67,13 @@ class Engine:
         self.runner, groups = build_runner(model, config)
         self.blocks = BlockManager(groups, config.block_size, config.prefix_caching)
         self.scheduler = Scheduler(
-            self.blocks,
-            config.token_budget,
-            config.max_running,
-            config.speculative_tokens,
-            config.speculative_batch,
+            self.blocks, config.token_budget, config.max_running, config.speculative_tokens, config.speculative_batch
         )
         self.sampler = Sampler(model.config.vocab_size, device)
         self.grammars = Grammars(tokenizer, model.config.vocab_size)
         self.admission = Admission(model.config, config, self.scheduler, self.grammars)
         self.tools = ToolLoop(tokenizer, tool_runner, config, tool_loop)
-        self.progressed = False
+        self.progressed = False  # whether the last step computed anything; if not, every sequence waits for a tool
         self._outputs = StepOutputs()
         self._observer = observer or Observer()
         self._overlap = device.type == "cuda" if config.overlap is None else config.overlap

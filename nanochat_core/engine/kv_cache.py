@@ -20,20 +20,14 @@ from nanochat_core.model import GPT
 
 
 class BlockMemory:
-    """Keys and values of all layers, in blocks of ``block_size`` tokens.
-
-    Attributes:
-        groups: the cache groups; each has blocks of its own.
-        group_of: index of each layer's group.
-        windows: for each group, the number of earlier tokens that a token sees.
-        blocks: for each layer, a tensor (2, num_blocks, block_size * kv_dim) of its keys and its values.
-    """
+    """Keys and values of all layers, in blocks of ``block_size`` tokens. Each cache group has blocks of its own."""
 
     def __init__(self, model: GPT, groups: Items[CacheGroup], block_size: int, spare: int = 0) -> None:
         """Each group gets ``spare`` extra blocks after the blocks of the block manager."""
         self.config, self.groups, self.block_size = model.config, groups, block_size
         self.dtype, self.device = model.compute_dtype, model.cos.device
         config = self.config
+        # Index of each layer's group, and for each group the number of earlier tokens that a token sees.
         self.group_of = [next(g for g, group in enumerate(groups) if i in group.layers) for i in range(config.depth)]
         self.windows = [config.context_length if group.window is None else group.window for group in groups]
         # One tensor contains all layers of a group, so that one operation copies a block of all these layers.
@@ -41,6 +35,7 @@ class BlockMemory:
             self._zeros((len(group.layers), 2, group.num_blocks + spare, block_size * config.kv_dim))
             for group in groups
         ]
+        # For each layer, a tensor (2, num_blocks, block_size * kv_dim) of its keys and its values.
         self.blocks = [self._memory[g][groups[g].layers.index(i)] for i, g in enumerate(self.group_of)]
 
     def copy(self, chunks: Iterable[Chunk]) -> None:

@@ -24,17 +24,16 @@ LEAST_COPIED = 4
 class PrefixIndex:
     """Finds the blocks of one cache group by their tokens and the tokens before them.
 
-    Attributes:
-        hashes: for each block id, the hash of the full block; None if the block cannot be found by a hash.
-        by_hash: block id of each hash; the inverse of ``hashes``.
-        parents: for each block id, the hash of the block before it if the block is offered for copying, else None.
-        offers: for each parent's hash, the id and the tokens of the block offered after it; the inverse of ``parents``.
+    ``by_hash`` is the inverse of ``hashes``, and ``offers`` is the inverse of ``parents``.
     """
 
     def __init__(self, num_blocks: int) -> None:
+        # For each block id, the hash of the full block; None if the block cannot be found by a hash.
         self.hashes: list[bytes | None] = [None] * num_blocks
         self.by_hash: dict[bytes, int] = {}
+        # For each block id, the hash of the block before it if the block is offered for copying, else None.
         self.parents: list[bytes | None] = [None] * num_blocks
+        # For each parent's hash, the id and the tokens of the block offered after it.
         self.offers: dict[bytes, tuple[int, list[int]]] = {}
 
     def finds(self, block: int) -> bool:
@@ -86,16 +85,12 @@ class PrefixIndex:
 
 
 class PrefixCache:
-    """The prefix index of every cache group, and the blocks that are being computed right now.
-
-    Attributes:
-        indexes: one index for each group.
-        pending: for the hash of each block that will be computed soon, the admitted sequence that computes it. Other
-            sequences that need this block wait instead of computing it again.
-    """
+    """The prefix index of every cache group, and the blocks that are being computed right now."""
 
     def __init__(self, groups: Items[CacheGroup], block_size: int) -> None:
         self.indexes = [PrefixIndex(group.num_blocks) for group in groups]
+        # For the hash of each block that will be computed soon, the admitted sequence that computes it. Other sequences
+        # that need this block wait instead of computing it again.
         self.pending: dict[bytes, Sequence] = {}
         self._groups = groups
         self._block_size = block_size

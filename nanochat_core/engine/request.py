@@ -54,38 +54,24 @@ class Constraint:
 class SamplingParams:
     """How the next token is sampled. The defaults are greedy decoding. Values out of range raise a :class:`UserError`.
 
-    Attributes:
-        temperature: 0 is greedy.
-        top_k: keep the k most likely tokens, and tokens that tie with the last of them; 0 disables.
-        top_p: keep the smallest set of most likely tokens whose probability reaches p; 1 disables.
-        min_p: keep tokens whose probability is at least this fraction of the highest probability; 0 disables.
-        repetition_penalty: for tokens that occur in the prompt or the completion, divide positive logits by this and
-            multiply negative ones; 1 disables.
-        presence_penalty: subtracted once from the logits of tokens that occur in the completion.
-        frequency_penalty: subtracted from the logits of tokens that occur in the completion, once per occurrence.
-        seed: samples depend only on the seed, the choice, the position and the logits; None lets the engine choose a
-            seed.
-        max_tokens: maximum number of sampled tokens and tool tokens together; 0 means up to the context length.
-        stop_token_ids: each of these tokens ends the sequence and is reported as its last token.
-        logprobs: number of most likely alternatives reported with each sampled token; None reports no log
-            probabilities.
-        logit_bias: added to the logits, by token id.
-        constraint: pattern that the text must match, or None. With a constraint, a stop token is possible only after a
-            matching text.
+    Samples depend only on the seed, the choice, the position and the logits. With a constraint, a stop token is
+    possible only after a matching text.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # keep the k most likely tokens, and tokens that tie with the last of them; 0 disables
+    top_p: float = 1.0  # keep the smallest set of most likely tokens whose probability reaches p; 1 disables
+    min_p: float = 0.0  # keep tokens with at least this fraction of the highest probability; 0 disables
+    # For tokens that occur in the prompt or the completion, positive logits are divided by this and negative ones
+    # multiplied; 1 disables.
     repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    max_tokens: int = 0
-    stop_token_ids: frozenset[int] = frozenset()
-    logprobs: int | None = None
-    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    presence_penalty: float = 0.0  # subtracted once from the logits of tokens that occur in the completion
+    frequency_penalty: float = 0.0  # subtracted once per occurrence in the completion
+    seed: int | None = None  # None lets the engine choose a seed
+    max_tokens: int = 0  # maximum number of sampled tokens and tool tokens together; 0 means up to the context length
+    stop_token_ids: frozenset[int] = frozenset()  # each ends the sequence and is reported as its last token
+    logprobs: int | None = None  # number of most likely alternatives reported with each token; None reports nothing
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)  # added to the logits, by token id
     constraint: Constraint | None = None
 
     @property
@@ -118,18 +104,14 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class ToolPolicy:
-    """Whether and how often the model may call Python.
+    """Whether and how often the model may call Python. A limit of 0 means the engine's default.
 
-    Attributes:
-        enabled: if False, the Python tokens have no special meaning.
-        max_calls: maximum number of calls per sequence; 0 means the engine's default. For each further call, the model
-            reads an error.
-        max_output_tokens: maximum number of output tokens per call; 0 means the engine's default.
+    After ``max_calls`` calls in a sequence, the model reads an error for each further call.
     """
 
-    enabled: bool = False
+    enabled: bool = False  # if False, the Python tokens have no special meaning
     max_calls: int = 0
-    max_output_tokens: int = 0
+    max_output_tokens: int = 0  # per call
 
 
 NO_TOOLS = ToolPolicy()
@@ -137,37 +119,28 @@ NO_TOOLS = ToolPolicy()
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt to continue ``n`` times.
+    """A prompt to continue ``n`` times."""
 
-    Attributes:
-        id: unique among the requests in flight; it appears in logs and is sent to the sandbox.
-        prompt: token ids.
-        tools: ignored if the request has a constraint.
-        priority: lower values are scheduled first; equal values are scheduled in order of arrival.
-    """
-
-    id: str
+    id: str  # unique among the requests in flight; it appears in logs and is sent to the sandbox
     prompt: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
     n: int = 1
-    tools: ToolPolicy = NO_TOOLS
-    priority: int = 0
+    tools: ToolPolicy = NO_TOOLS  # ignored if the request has a constraint
+    priority: int = 0  # lower values are scheduled first; equal values are scheduled in order of arrival
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Token:
     """One token of a completion.
 
-    Attributes:
-        logprob: natural logarithm of the token's probability before penalties, temperature and filters, if requested.
-        top_logprobs: (token id, logprob) of the most likely alternatives, best first.
-        forced: whether the token is part of a tool's output.
+    ``logprob`` is the natural logarithm of the token's probability before penalties, temperature and filters, if
+    requested. ``top_logprobs`` has (token id, logprob) of the most likely alternatives, best first.
     """
 
     id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
-    forced: bool = False
+    forced: bool = False  # whether the token is part of a tool's output
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

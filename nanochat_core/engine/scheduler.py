@@ -23,28 +23,20 @@ _order = operator.attrgetter("order")
 
 @dataclasses.dataclass(slots=True)
 class Chunk:
-    """Tokens of one sequence that one step computes: ``known`` tokens from position ``start``, then a draft.
-
-    Attributes:
-        known: number of tokens that are not a draft. A token in flight, that is, still being sampled, is a chunk by
-            itself.
-        draft: guesses of the tokens after the last known token.
-        copied: for each cache group, the block to copy before the step. It contains the tokens before ``start`` in the
-            same block. Empty if the sequence's block already contains these tokens.
-        length: number of known and drafted tokens.
-        samples: number of tokens to sample: one after the sequence's last token, and one after each drafted token; 0
-            if the chunk does not reach the last token.
-        runs_ahead: whether the chunk is the token that the previous step is still sampling.
-    """
+    """Tokens of one sequence that one step computes: ``known`` tokens from position ``start``, then a draft."""
 
     seq: Sequence
     start: int
-    known: int
-    draft: Items[int] = ()
+    known: int  # tokens that are not a draft; a token in flight, that is, still being sampled, is a chunk by itself
+    draft: Items[int] = ()  # guesses of the tokens after the last known token
+    # For each cache group, the block to copy before the step. It contains the tokens before ``start`` in the same
+    # block. Empty if the sequence's block already contains these tokens.
     copied: Items[int] = ()
-    length: int = dataclasses.field(init=False)
+    length: int = dataclasses.field(init=False)  # known and drafted tokens
+    # Number of tokens to sample: one after the sequence's last token, and one after each drafted token; 0 if the chunk
+    # does not reach the last token.
     samples: int = dataclasses.field(init=False)
-    runs_ahead: bool = dataclasses.field(init=False)
+    runs_ahead: bool = dataclasses.field(init=False)  # whether the chunk is the token that the previous step samples
 
     def __post_init__(self) -> None:
         tokens = len(self.seq.tokens)

@@ -26,57 +26,41 @@ class State(enum.Enum):
 
 
 class Sequence:
-    """One choice of a request. Prefill, decoding, tool output and recomputation all mean that ``remaining > 0``.
-
-    Attributes:
-        tokens: all known token ids, the prompt first. The list only grows, at its end.
-        in_flight: whether the device is sampling the next token, in a step whose result has not been read.
-        computed: number of tokens whose keys and values are in the cache, or will be after the steps that are queued on
-            the device.
-        block_tables: for each cache group, the blocks in order; token ``i`` is in
-            ``block_tables[group][i // block_size]``. Empty if the sequence has no blocks.
-        first_blocks: for each cache group, the index of the first block that the sequence still uses. The earlier
-            blocks are before its window.
-        block_hashes: hash of each full block of known tokens; the prefix cache computes them when it needs them.
-        awaited: hash of the first block that the last search for a prefix did not find.
-        sealed: number of leading blocks that other sequences can find.
-        seal_at: number of computed tokens at which the next block can be published or freed.
-        sample_key: number from which this choice's random numbers are computed.
-        cached_prompt_tokens: number of prompt tokens found in the cache at the first admission.
-        code_start: index of the first token of the code that the model is writing; None outside code.
-        tool_calls: number of calls made so far.
-        lookup: makes drafts of the next tokens.
-        matcher: follows the sampled tokens through the request's constraint; None without a constraint.
-        arrived_at, admitted_at, last_token_at: monotonic times in seconds; None before the event.
-    """
+    """One choice of a request. Prefill, decoding, tool output and recomputation all mean that ``remaining > 0``."""
 
     def __init__(self, request: Request, choice: int, arrival: int, sample_key: int, max_length: int) -> None:
         """
         Args:
             arrival: a number that grows with every sequence; with equal priority, the lower number goes first.
+            sample_key: number from which this choice's random numbers are computed.
             max_length: number of tokens, prompt included, at which the sequence ends.
         """
-        self.request = request
-        self.choice = choice
-        self.sample_key = sample_key
-        self.max_length = max_length
-        self.tokens = list(request.prompt)
+        self.request, self.choice = request, choice
+        self.sample_key, self.max_length = sample_key, max_length
+        self.tokens = list(request.prompt)  # all known token ids; the list only grows, at its end
         self.prompt_length = len(request.prompt)
+        # Whether the device is sampling the next token, in a step whose result has not been read.
         self.in_flight = False
+        # Number of tokens whose keys and values are in the cache, or will be after the steps queued on the device.
         self.computed = 0
+        # For each cache group, the blocks in order; token ``i`` is in ``block_tables[group][i // block_size]``. The list
+        # is empty if the sequence has no blocks.
         self.block_tables: list[list[int]] = []
+        # For each cache group, the index of the first block that the sequence still uses. The earlier blocks are before
+        # its window.
         self.first_blocks: list[int] = []
-        self.block_hashes: list[bytes] = []
-        self.awaited: bytes | None = None
-        self.sealed = 0
-        self.seal_at = 0
+        self.block_hashes: list[bytes] = []  # of each full block of known tokens, computed when they are needed
+        self.awaited: bytes | None = None  # hash of the first block that the last search for a prefix did not find
+        self.sealed = 0  # number of leading blocks that other sequences can find
+        self.seal_at = 0  # number of computed tokens at which the next block can be published or freed
         self.state = State.WAITING
         self.order = (request.priority, arrival)
-        self.cached_prompt_tokens = 0
-        self.code_start: int | None = None
-        self.tool_calls = 0
-        self.lookup = PromptLookup()
-        self.matcher: Matcher | None = None
+        self.cached_prompt_tokens = 0  # found in the cache at the first admission
+        self.code_start: int | None = None  # index of the first token of the code being written; None outside code
+        self.tool_calls = 0  # number of calls made so far
+        self.lookup = PromptLookup()  # makes drafts of the next tokens
+        self.matcher: Matcher | None = None  # follows the sampled tokens through the request's constraint, if any
+        # Monotonic times in seconds; None before the event.
         self.arrived_at = 0.0
         self.admitted_at: float | None = None
         self.last_token_at: float | None = None

@@ -21,15 +21,10 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ToolOutput:
-    """The result of running code.
+    """The result of running code."""
 
-    Attributes:
-        status: a sandbox status in lower case, or "unavailable".
-        output: text for the model; an error is one line that the model can read.
-    """
-
-    status: str
-    output: str
+    status: str  # a sandbox status in lower case, or "unavailable"
+    output: str  # text for the model; an error is one line that the model can read
 
 
 class ToolRunner(Protocol):
@@ -39,11 +34,7 @@ class ToolRunner(Protocol):
 
 
 class ToolLoop:
-    """Starts calls on an event loop and collects their results for the engine's thread.
-
-    Attributes:
-        on_completed: called, on any thread, when a result has arrived.
-    """
+    """Starts calls on an event loop and collects their results for the engine's thread."""
 
     def __init__(
         self,
@@ -70,6 +61,7 @@ class ToolLoop:
         self._calls: dict[Sequence, list[asyncio.Task[None]]] = {}
         self._completed: collections.deque[tuple[Sequence, ToolResult]] = collections.deque()
         self._arrived = threading.Event()
+        # Called, on any thread, when a result has arrived.
         self.on_completed: Callable[[], None] = lambda: None
 
     def scan_prompt(self, seq: Sequence) -> bool:

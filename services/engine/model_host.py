@@ -28,11 +28,7 @@ class ServedModel:
 
 
 class ModelHost:
-    """Owns the current model, which gets all new requests, and replaced models until their answers have ended.
-
-    Attributes:
-        current: the model that gets new requests; ``None`` until the first one is loaded.
-    """
+    """Owns the current model, which gets all new requests, and replaced models until their answers have ended."""
 
     def __init__(
         self,
@@ -54,7 +50,7 @@ class ModelHost:
         self._replaced: list[ServedModel] = []
         self._retirements: set[asyncio.Task[None]] = set()
         self._servings: set[asyncio.Task[ServedModel]] = set()
-        self.current: ServedModel | None = None
+        self.current: ServedModel | None = None  # until the first one is loaded
 
     @property
     def models(self) -> list[ServedModel]:

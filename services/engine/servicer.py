@@ -27,11 +27,7 @@ _MAX_REPORT_READS = 8
 
 
 class EngineServicer(engine_pb2_grpc.EngineServicer):
-    """Answers calls from the current model of a :class:`~services.engine.model_host.ModelHost`.
-
-    Attributes:
-        draining: set to refuse new requests while the process ends.
-    """
+    """Answers calls from the current model of a :class:`~services.engine.model_host.ModelHost`."""
 
     def __init__(self, host: ModelHost, store: Store, metrics: Metrics) -> None:
         self._host = host
@@ -39,7 +35,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self._metrics = metrics
         self._numbers = itertools.count()
         self._report_reads = threading.BoundedSemaphore(_MAX_REPORT_READS)
-        self.draining = False
+        self.draining = False  # set to refuse new requests while the process ends
 
     async def Generate(
         self, request: engine_pb2.GenerateRequest, context: grpc.aio.ServicerContext

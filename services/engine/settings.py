@@ -21,9 +21,7 @@ class EngineSettings(EngineOptions, ListenSettings):
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     cache_dir: str = setting("", "folder for cached files of a remote store; empty means a temporary folder")
     cache_gib: float = setting(
-        20.0,
-        "size in GiB above which the least recently used files of the cache are deleted",
-        minimum=0.0,
+        20.0, "size in GiB above which the least recently used files of the cache are deleted", minimum=0.0
     )
     model: str = setting("demo", "name of the model in the store")
     revision: str = setting("", "revision to serve, as <stage>/step_<n>; empty follows promotions")

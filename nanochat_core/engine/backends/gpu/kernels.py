@@ -291,19 +291,7 @@ def relu_square(x, count, SIZE: tl.constexpr):
 
 
 @triton.jit
-def finish(
-    x,
-    y,
-    kept,
-    x0,
-    scale,
-    scales,
-    epsilon,
-    dim,
-    WIDTH: tl.constexpr,
-    KEEP: tl.constexpr,
-    LAST: tl.constexpr,
-):
+def finish(x, y, kept, x0, scale, scales, epsilon, dim, WIDTH: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr):
     """Add the MLP's result to ``x``, and compute the next block's input; one program per token.
 
     The MLP's input was not normalized, so this kernel scales the MLP's result instead.

@@ -31,15 +31,12 @@ FlashKernel = Callable[..., Any]
 
 
 class GpuCache(BlockMemory):
-    """The cache for the GPU kernels. Each group has one extra block, to which padding tokens write.
-
-    Attributes:
-        keys, values: one tensor (num_blocks + 1, block_size, n_kv_head, head_dim) per layer.
-    """
+    """The cache for the GPU kernels. Each group has one extra block, to which padding tokens write."""
 
     def __init__(self, model: GPT, groups: Items[CacheGroup], block_size: int) -> None:
         super().__init__(model, groups, block_size, spare=1)
         shape = (2, -1, block_size, self.config.n_kv_head, self.config.head_dim)
+        # One tensor (num_blocks + 1, block_size, n_kv_head, head_dim) per layer.
         self.keys, self.values = zip(*(each.view(shape) for each in self.blocks), strict=True)
 
 

@@ -94,10 +94,7 @@ class GpuRunner:
             compute()  # compiles kernels and initializes libraries, which a graph cannot record
         graph = torch.cuda.CUDAGraph()
         # Another thread may be serving the previous model. In this mode, its allocations do not stop the recording.
-        with (
-            RECORDING,
-            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
-        ):
+        with RECORDING, torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             logits = compute()
 
         def replay() -> Tensor:

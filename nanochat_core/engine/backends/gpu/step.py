@@ -20,20 +20,12 @@ _PADDING_ROW = 0
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """Divides the tokens of a large step into sequences and tiles. Tensors are int32.
+    """Divides the tokens of a large step into sequences and tiles. Tensors are int32."""
 
-    Attributes:
-        tiles: (tiles, 4), see :func:`~nanochat_core.engine.backends.gpu.kernels.attend_tiles`.
-        first_tokens: (sequences + 1,) index of each sequence's first token in the step, followed by the number of
-            tokens.
-        ends: (sequences,) number of tokens of each sequence that are in the cache after the step.
-        longest: largest number of tokens that one sequence has in the step.
-    """
-
-    tiles: Tensor
-    first_tokens: Tensor
-    ends: Tensor
-    longest: int
+    tiles: Tensor  # (tiles, 4), see :func:`~nanochat_core.engine.backends.gpu.kernels.attend_tiles`
+    first_tokens: Tensor  # (sequences + 1,) index of each sequence's first token, followed by the number of tokens
+    ends: Tensor  # (sequences,) number of tokens of each sequence that are in the cache after the step
+    longest: int  # largest number of tokens that one sequence has in the step
 
     @property
     def sequences(self) -> int:
@@ -42,23 +34,15 @@ class Pieces:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Inputs of a step: int32 tensors on the device. Steps of the same size use the same addresses.
+    """Inputs of a step: int32 tensors on the device. Steps of the same size use the same addresses."""
 
-    Attributes:
-        ids, previous_ids, positions: (tokens,).
-        rows: (tokens,) row of each token's sequence in ``tables``.
-        slots: for each cache group, (tokens,) block * block_size + offset.
-        tables: for each cache group, (sequences + 1, blocks) block ids.
-        pieces: sequences and tiles of a large step; None computes attention token by token.
-    """
-
-    ids: Tensor
+    ids: Tensor  # (tokens,), as are the next three
     previous_ids: Tensor
     positions: Tensor
-    rows: Tensor
-    slots: list[Tensor]
-    tables: list[Tensor]
-    pieces: Pieces | None
+    rows: Tensor  # row of each token's sequence in ``tables``
+    slots: list[Tensor]  # for each cache group, (tokens,) block * block_size + offset
+    tables: list[Tensor]  # for each cache group, (sequences + 1, blocks) block ids
+    pieces: Pieces | None  # sequences and tiles of a large step; None computes attention token by token
 
     @property
     def tokens(self) -> int:

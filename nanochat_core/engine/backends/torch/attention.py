@@ -38,9 +38,8 @@ SMALLEST_BUCKET = 256
 class TorchCache(BlockMemory):
     """The cache for attention by PyTorch's operators.
 
-    Attributes:
-        row_multiple: the number of query rows is padded to a multiple of this.
-        score_scale: factor of the product of a query and a key, which are unit vectors.
+    The product of a query and a key, which are unit vectors, is multiplied by ``score_scale``. The number of query rows
+    is padded to a multiple of ``row_multiple``.
     """
 
     def __init__(self, model: GPT, groups: Items[CacheGroup], block_size: int) -> None:
