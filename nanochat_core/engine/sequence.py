@@ -43,8 +43,8 @@ class Sequence:
         self.in_flight = False
         # Number of tokens whose keys and values are in the cache, or will be after the steps queued on the device.
         self.computed = 0
-        # For each cache group, the blocks in order; token ``i`` is in ``block_tables[group][i // block_size]``. The list
-        # is empty if the sequence has no blocks.
+        # For each cache group, the blocks in order; token ``i`` is in ``block_tables[group][i // block_size]``. Empty
+        # if the sequence has no blocks.
         self.block_tables: list[list[int]] = []
         # For each cache group, the index of the first block that the sequence still uses. The earlier blocks are before
         # its window.
