@@ -10,6 +10,7 @@ The first constrained request loads the library.
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import logging
 import re
@@ -113,8 +114,6 @@ class Grammars:
         self._end = tokenizer.special_ids[ASSISTANT_END]
         self._lock = threading.Lock()
         self._compiled: collections.OrderedDict[Constraint, LLMatcher] = collections.OrderedDict()
-        self._vocabulary: LLTokenizer | None = None
-        self._limits: LLParserLimits | None = None
 
     def compile(self, constraint: Constraint) -> LLMatcher:
         """Return a matcher at the beginning of the constraint's grammar. It is shared, so copy it before use.
@@ -126,7 +125,7 @@ class Grammars:
             if (known := self._compiled.get(constraint)) is not None:
                 self._compiled.move_to_end(constraint)
                 return known
-            vocabulary, limits = self._load()
+            vocabulary, limits = self._library
         # The lock is free during the compilation, because the device loop may need a grammar that is already compiled.
         matcher = compile_constraint(constraint, vocabulary, limits)
         with self._lock:
@@ -139,13 +138,12 @@ class Grammars:
         """A matcher for a new completion that ends with one of ``stops``."""
         return Matcher(self.compile(constraint).deep_copy(), self._end, stops)
 
-    def _load(self) -> tuple[LLTokenizer, LLParserLimits]:
+    @functools.cached_property
+    def _library(self) -> tuple[LLTokenizer, LLParserLimits]:
         from llguidance import LLParserLimits, LLTokenizer, TokenizerWrapper
 
-        if self._vocabulary is None or self._limits is None:
-            wrapped = TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size, self._end))
-            self._vocabulary, self._limits = LLTokenizer(wrapped), LLParserLimits(**_LIMITS)
-        return self._vocabulary, self._limits
+        wrapped = TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size, self._end))
+        return LLTokenizer(wrapped), LLParserLimits(**_LIMITS)
 
 
 class _Vocabulary:

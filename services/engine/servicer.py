@@ -22,6 +22,8 @@ from services.engine.model_report import read_report
 
 log = logging.getLogger("nanochat.engine")
 
+Context = grpc.aio.ServicerContext
+
 # Each read of a report keeps a thread until the store answers, even if the caller has gone.
 _MAX_REPORT_READS = 8
 
@@ -38,7 +40,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self.draining = False  # set to refuse new requests while the process ends
 
     async def Generate(
-        self, request: engine_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+        self, request: engine_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[engine_pb2.GenerateChunk]:
         """Stream the continuation. However the call ends, its sequences are freed."""
         if self.draining:
@@ -82,19 +84,11 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
                 },
             )
 
-    async def GetModel(
-        self,
-        request: engine_pb2.GetModelRequest,  # noqa: ARG002
-        context: grpc.aio.ServicerContext,
-    ) -> engine_pb2.ModelInfo:
+    async def GetModel(self, _: engine_pb2.GetModelRequest, context: Context) -> engine_pb2.ModelInfo:
         """Describe the current model; UNAVAILABLE until one is loaded."""
         return (await self._model(context)).info
 
-    async def GetLoad(
-        self,
-        request: engine_pb2.GetLoadRequest,  # noqa: ARG002
-        context: grpc.aio.ServicerContext,
-    ) -> engine_pb2.Load:
+    async def GetLoad(self, _: engine_pb2.GetLoadRequest, context: Context) -> engine_pb2.Load:
         """Load of all models together; UNAVAILABLE until one is loaded."""
         model = await self._model(context)
         load = self._host.load()
@@ -107,18 +101,14 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             revision=model.ref.revision,
         )
 
-    async def Reload(
-        self, request: engine_pb2.ReloadRequest, context: grpc.aio.ServicerContext
-    ) -> engine_pb2.ModelInfo:
+    async def Reload(self, request: engine_pb2.ReloadRequest, context: Context) -> engine_pb2.ModelInfo:
         """Serve another revision; FAILED_PRECONDITION if it cannot be loaded, and the current one keeps serving."""
         try:
             return (await self._host.reload(request.revision)).info
         except UserError as error:
             await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
-    async def GetReport(
-        self, request: engine_pb2.GetReportRequest, context: grpc.aio.ServicerContext
-    ) -> engine_pb2.Report:
+    async def GetReport(self, request: engine_pb2.GetReportRequest, context: Context) -> engine_pb2.Report:
         """Read the report on the current model from the store. The report may be about another revision.
 
         UNAVAILABLE until a model is loaded and while the store does not answer; NOT_FOUND if the report or the
@@ -142,13 +132,13 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         finally:
             self._report_reads.release()
 
-    async def _model(self, context: grpc.aio.ServicerContext) -> ServedModel:
+    async def _model(self, context: Context) -> ServedModel:
         model = self._host.current
         if model is None:
             await _abort(context, grpc.StatusCode.UNAVAILABLE, "no model is loaded yet")
         return model
 
-    async def _check_tokenizer(self, model: ServedModel, digest: str, context: grpc.aio.ServicerContext) -> None:
+    async def _check_tokenizer(self, model: ServedModel, digest: str, context: Context) -> None:
         served = model.info.digests[TOKENIZER]
         if digest and digest != served:
             self._metrics.refused("other_tokenizer")
@@ -160,9 +150,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             )
 
 
-async def _abort(
-    context: grpc.aio.ServicerContext, code: grpc.StatusCode, message: str, *, invalid_field: str = ""
-) -> NoReturn:
+async def _abort(context: Context, code: grpc.StatusCode, message: str, *, invalid_field: str = "") -> NoReturn:
     """End the call with an error. ``NoReturn`` tells the type checker that the caller does not continue."""
     await context.abort(code, message, (("invalid-field", invalid_field),) if invalid_field else ())
     raise AssertionError("abort always raises")

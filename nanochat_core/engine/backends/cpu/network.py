@@ -105,16 +105,9 @@ class CpuNetwork(ServingWeights):
 
     @torch.inference_mode()
     def hidden(self, ids: Tensor, previous_ids: Tensor, positions: Tensor, attend: CpuAttention) -> Tensor:
-        """Compute the normalized hidden states after the last layer.
+        """See :meth:`~nanochat_core.engine.backends.torch.network.TorchNetwork.hidden`.
 
-        Args:
-            ids: (tokens,) int64.
-            previous_ids: (tokens,) id of the token before each token; :attr:`no_token` if there is none.
-            positions: (tokens,) position of each token in its sequence.
-            attend: tells where the keys and values of these tokens are in the cache.
-
-        Returns:
-            (tokens, dim) in the compute dtype.
+        ``attend`` tells where the keys and values of these tokens are in the cache.
         """
         kernels, shape, layers, tokens = self._kernels, byref(self._shape), self._layers, ids.numel()
         scale = torch.empty(tokens)

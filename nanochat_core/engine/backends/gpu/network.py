@@ -56,6 +56,8 @@ class GpuNetwork(ServingWeights):
         self._score_scale = QK_SCALE**2 * self.config.head_dim**0.5
         # A tile has as many tokens as fit into shared memory.
         self.tile_rows = max(16, min(64, 16384 // (self.config.head_dim * self.dtype.itemsize)))
+        config = self.config
+        self._heads = {"HEADS": config.n_head, "KV_HEADS": config.n_kv_head, "HEAD_DIM": config.head_dim}
         self._width = triton.next_power_of_2(self.config.dim)
         self._row_warps = 4 if self._width <= 2048 else 8
 
@@ -157,11 +159,9 @@ class GpuNetwork(ServingWeights):
             VALUE_GATE_SCALE,
             qkv.size(1),
             self._value_table.size(1),
-            HEADS=config.n_head,
-            KV_HEADS=config.n_kv_head,
-            HEAD_DIM=config.head_dim,
             GATED=gated,
             num_warps=1,
+            **self._heads,
         )
         return queries
 
@@ -197,7 +197,8 @@ class GpuNetwork(ServingWeights):
             self._score_scale,
             SPLIT=SPLIT,
             TILE=_SPLIT_TILE,
-            **self._sizes(cache),
+            BLOCK_SIZE=cache.block_size,
+            **self._heads,
         )
         out = torch.empty_like(queries)
         kernels.combine[(step.tokens, heads)](
@@ -234,7 +235,8 @@ class GpuNetwork(ServingWeights):
             ROWS=self.tile_rows,
             TILE=self.tile_rows,
             num_stages=2,
-            **self._sizes(cache),
+            BLOCK_SIZE=cache.block_size,
+            **self._heads,
         )
         return out
 
@@ -258,16 +260,6 @@ class GpuNetwork(ServingWeights):
         # Early versions return a tuple of the result and the log-sum-exp of the scores.
         mixed: Tensor = y[0] if isinstance(y, tuple) else y
         return mixed
-
-    def _sizes(self, cache: GpuCache) -> dict[str, int]:
-        """Compile-time constants of both attention kernels."""
-        config = self.config
-        return {
-            "HEADS": config.n_head,
-            "KV_HEADS": config.n_kv_head,
-            "HEAD_DIM": config.head_dim,
-            "BLOCK_SIZE": cache.block_size,
-        }
 
 
 def flash_kernel(device: torch.device, dtype: torch.dtype) -> FlashKernel | None:

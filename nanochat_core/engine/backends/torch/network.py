@@ -49,24 +49,17 @@ class TorchNetwork(ServingWeights):
         for index, layer in enumerate(self._layers):
             x = torch.add(x * layer.residual_scale, x0, alpha=layer.skip_scale)
             last = len(x) if wanted is None or index < len(self._layers) - 1 else wanted
-            x = self._attention(index, layer, x, values.get(index), turns, attend, last)
+            x = self._attention(index, x, values.get(index), turns, attend, last)
             x = self._mlp(layer, x)
             if index == len(self._layers) // 2:
                 middle = x
         return rms_norm(torch.sub(x, middle[-len(x) :], alpha=self._backout))
 
     def _attention(
-        self,
-        index: int,
-        layer: LayerWeights,
-        x: Tensor,
-        value_embedding: Tensor | None,
-        turns: Tensor,
-        attend: Attend,
-        last: int,
+        self, index: int, x: Tensor, value_embedding: Tensor | None, turns: Tensor, attend: Attend, last: int
     ) -> Tensor:
         """Normalize ``x``, compute attention, and add the result to ``x``; returns the last ``last`` rows."""
-        tokens = x.size(0)
+        layer, tokens = self._layers[index], x.size(0)
         scale = _square_sum(x).rsqrt_()
         qk, v, *gate = layer.qkv(x).split(layer.sizes, dim=1)
         v = (v * scale).to(self.dtype).view(tokens, layer.n_kv_head, layer.head_dim)
