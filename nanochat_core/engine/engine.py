@@ -208,8 +208,8 @@ class Engine:
         """Replace the weights by the current ones of ``model``, and forget prefixes computed with the old weights.
 
         On a CPU, the old weights are freed before the new ones are laid out. On a GPU, old and new weights are both in
-        memory for a moment, because the new weights are copied to the addresses that CUDA graphs read. The models must
-        have the same device.
+        memory for a moment, because the new weights are copied to the addresses that CUDA graphs read. ``model`` must
+        be on the engine's device.
 
         Raises:
             RuntimeError: requests are in flight; their keys and values were computed with the old weights.

@@ -16,18 +16,14 @@ from nanochat_core.engine.sequence import Sequence
 
 
 class TokenBatch:
-    """The tokens of all chunks, one after another.
-
-    Attributes:
-        rows: (3, tokens) int64: the ids of the tokens, the ids of the tokens before them, and their positions.
-        unknown: (index in the batch, sequence) of each token that the previous step is still sampling.
-    """
+    """The tokens of all chunks, one after another."""
 
     def __init__(self, chunks: Items[Chunk], no_token: int) -> None:
         """``no_token`` is the id that represents the missing token before a sequence's first token."""
         ids: list[int] = []
         previous: list[int] = []
         positions: list[int] = []
+        # (index in the batch, sequence) of each token that the previous step is still sampling.
         self.unknown: list[tuple[int, Sequence]] = []
         for chunk in chunks:
             tokens, start = chunk.seq.tokens, chunk.start
@@ -42,6 +38,7 @@ class TokenBatch:
                 ids += chunk.tokens
                 previous += ids[len(previous) - 1 : -1]
                 positions += range(start + 1, chunk.end)
+        # (3, tokens): the ids of the tokens, the ids of the tokens before them, and their positions.
         self.rows = np.array([ids, previous, positions], dtype=np.int64)
 
     def fill_in(self, ids: Tensor, previous: LaunchedStep | None) -> None:
@@ -65,9 +62,7 @@ class TokenBatch:
 class LaunchedStep:
     """The chunks of a step after which tokens are sampled, and these tokens, which the device may still be computing.
 
-    Attributes:
-        tokens: (rows,) int64 on the device. The next step may use them before they are read.
-        rows: for each sequence, the row of its next token in ``tokens``.
+    The next step may use ``tokens`` (rows,) int64 on the device before they are read.
     """
 
     def __init__(self, chunks: Items[Chunk], drawn: Drawn) -> None:
@@ -75,6 +70,7 @@ class LaunchedStep:
         self._counts = [chunk.samples for chunk in chunks]
         self._drawn = drawn
         ends = itertools.accumulate(self._counts)
+        # For each sequence, the row of its next token in ``tokens``.
         self.rows = {chunk.seq: end - 1 for chunk, end in zip(chunks, ends, strict=True)}
 
     @property

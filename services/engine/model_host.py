@@ -100,11 +100,7 @@ class ModelHost:
             await asyncio.sleep(poll_seconds)
 
     async def reload(self, revision: str) -> ServedModel:
-        """Serve ``revision``, or the promoted revision if ``revision`` is empty.
-
-        Raises:
-            UserError: the revision does not exist or cannot be loaded; the current model keeps serving.
-        """
+        """Serve ``revision``, or the promoted one if it is empty. After a :class:`UserError`, the current model stays."""
         name = self._loader.model
         if revision:
             return await self.serve(CheckpointRef.parse(name, revision))
@@ -118,9 +114,6 @@ class ModelHost:
 
         Memory holds at most two models: if a replaced model still has answers to finish, loading waits for them. If the
         caller is cancelled, loading continues, and its error, if any, is logged.
-
-        Raises:
-            UserError: the checkpoint cannot be loaded, or does not fit into memory beside the current model.
         """
         serving = asyncio.create_task(self._serve(ref))
         self._servings.add(serving)

@@ -39,9 +39,6 @@ class PackedWeight:
     oneDNN is faster for batches than PyTorch's default kernels. It also adds the products of a row in the same order
     for every number of rows, so a token's result has the same bits alone and in a batch. If there is only one row, some
     CPUs add long sums in another order. On these CPUs a single row is therefore computed twice, as a batch of two rows.
-
-    Attributes:
-        weight: the matrix, in oneDNN's layout if oneDNN computes the product.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -67,12 +64,7 @@ class PackedWeight:
 
 
 class LayerWeights:
-    """The weights of one transformer block.
-
-    Attributes:
-        qkv: the projections of queries, keys, values and value gates as one matrix.
-        sizes: numbers of outputs of ``qkv``: for queries and keys together, for values, and for value gates.
-    """
+    """The weights of one transformer block. One matrix projects to queries, keys, values and value gates."""
 
     def __init__(
         self, block: Block, pack: Callable[[Tensor], Weight], residual_scale: float, skip_scale: float
@@ -94,6 +86,7 @@ class LayerWeights:
             # The gate reads only the first channels, so the other weights are zero. A zero output is added if the
             # number of kv heads is odd, because each row of the product must begin at an even index.
             projections.append(dim**0.5 * F.pad(gate.weight, (0, dim - VALUE_GATE_CHANNELS, 0, self.n_kv_head % 2)))
+        # Numbers of outputs of ``qkv``: for queries and keys together, for values, and for value gates.
         self.sizes = [weight.size(0) for weight in projections]
         self.sizes[:2] = [sum(self.sizes[:2])]
         self.qkv = pack(torch.cat(projections))
