@@ -100,7 +100,7 @@ class ModelHost:
             await asyncio.sleep(poll_seconds)
 
     async def reload(self, revision: str) -> ServedModel:
-        """Serve ``revision``, or the promoted one if it is empty. After a :class:`UserError`, the current model stays."""
+        """Serve ``revision``, or the promoted one if it is empty. If that fails, the current model keeps serving."""
         name = self._loader.model
         if revision:
             return await self.serve(CheckpointRef.parse(name, revision))
