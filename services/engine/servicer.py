@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import NoReturn
 
 import grpc
+from grpc.aio import ServicerContext as Context
 
 from nanochat_core.checkpoint.manifest import TOKENIZER
 from nanochat_core.engine import ConstraintError, EngineDead, QueueFull, Shed
@@ -21,8 +22,6 @@ from services.engine.model_host import ModelHost, ServedModel
 from services.engine.model_report import read_report
 
 log = logging.getLogger("nanochat.engine")
-
-Context = grpc.aio.ServicerContext
 
 # Each read of a report keeps a thread until the store answers, even if the caller has gone.
 _MAX_REPORT_READS = 8
