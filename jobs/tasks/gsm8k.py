@@ -45,6 +45,11 @@ def same_final_number(reference: str, answer_text: str) -> bool:
     return given is not None and Decimal(given) == Decimal(expected)
 
 
+def reward(problem: Problem, answer_text: str) -> float:
+    """Reward of reinforcement learning: 1 if the answer ends with the right number after ``####``, else 0."""
+    return float(same_final_number(problem.answer, answer_text))
+
+
 def conversation(row: Row) -> Messages:
     """A row to fine-tune on. Each calculation ``<<6*7=42>>`` of the answer becomes a call of the Python tool."""
     # The pattern has one group, so split() returns text and calculations in turn: text at even indices.

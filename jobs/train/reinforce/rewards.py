@@ -8,8 +8,8 @@ arguments alone, because a resumed run rewards the same answers again.
 import dataclasses
 from collections.abc import Callable
 
+from jobs.tasks import gsm8k
 from jobs.tasks.answers import states_number
-from jobs.tasks.gsm8k import same_final_number
 from jobs.tasks.task import Problem
 
 
@@ -49,11 +49,6 @@ def computed_number(problem: Problem, rollout: Rollout) -> float:
     return float(bool(rollout.calls) and states_number(problem.answer, rollout.text))
 
 
-def gsm8k(problem: Problem, rollout: Rollout) -> float:
-    """1 if the answer ends with the dataset's number after ``####`` (arXiv 2110.14168)."""
-    return float(same_final_number(problem.answer, rollout.text))
-
-
 def finished(_problem: Problem, rollout: Rollout) -> float:
     """1 if the answer ends before the token limit, whatever its text. For test runs, or to discourage long answers."""
     return float(rollout.finished)
@@ -62,6 +57,6 @@ def finished(_problem: Problem, rollout: Rollout) -> float:
 REWARDS: dict[str, Reward] = {
     "last-number": last_number,
     "computed-number": computed_number,
-    "gsm8k": gsm8k,
+    "gsm8k": lambda problem, rollout: gsm8k.reward(problem, rollout.text),
     "finished": finished,
 }
