@@ -1,7 +1,7 @@
 """The ``nanochat`` command: one name for every program of the repository.
 
-``nanochat train pretrain --depth 4`` replaces its own process by ``python -m jobs.train.pretrain --depth 4``. Therefore
-both have the same settings, help and exit code.
+``nanochat train pretrain --depth 4`` replaces its own process by ``python -m jobs.train.pretrain --depth 4``. Both
+command lines therefore have the same settings, help and exit code.
 """
 
 import ast
@@ -38,7 +38,7 @@ PROGRAMS = {
     "serve sandbox": ("services.sandbox", "Run the model's Python code in isolation"),
 }
 COMPLETION = "completion"
-# Zsh loads its emulation of bash's completion first; then both shells use the same function.
+# Zsh first loads its emulation of bash's completion. Then both shells use the same function.
 COMPLETION_HEADER = {"bash": "", "zsh": "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n"}
 COMPLETION_SCRIPT = """\
 _nanochat() {
@@ -97,7 +97,7 @@ def flags(module: str) -> Iterator[str]:
 
 
 def main() -> None:
-    """Replace this process by the program that the command line names, or raise a UserError if there is none."""
+    """Replace this process by the program that the command line names. If there is none, raise a UserError."""
     arguments = sys.argv[1:] or ["--help"]
     if program := find_program(arguments):
         module, rest = program

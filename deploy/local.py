@@ -55,7 +55,8 @@ class Service:
             if len(self._starts) > RESTARTS_PER_MINUTE:
                 raise UserError(f"the {self.name} keeps ending; its last log lines above say why")
             self._starts.append(time.monotonic())
-            # A pipe made by asyncio would delay the report that the process ended until its child processes end too.
+            # With a pipe made by asyncio, the end of the process would be reported only after its child processes have
+            # ended too.
             output, its_output = os.pipe()
             log = asyncio.create_task(self._pass_on_log(output))
             try:
@@ -123,7 +124,7 @@ def readable(line: str) -> str:
 
 
 def free_port(wanted: int = 0) -> int:
-    """Return the TCP port, or any free one for 0, or raise a UserError if another program uses the port."""
+    """Return the TCP port, or any free port for 0. Raise a UserError if another program uses the port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -138,8 +139,8 @@ async def run(settings: LocalSettings) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    free_port(settings.port)  # a taken port is an error now and not after the training
-    # is_promoted() reads one small file, because reading a checkpoint would import torch.
+    free_port(settings.port)  # reports a taken port now and not after the training
+    # is_promoted() only reads one small file, because reading a checkpoint would import torch.
     if not is_promoted(settings):
         code = await train(settings, stop)
         if code or stop.is_set():

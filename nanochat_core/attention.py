@@ -19,10 +19,10 @@ from nanochat_core.errors import UserError
 BLOCK_ROWS = 64
 # Largest number of blocks in a row, which keeps the compiled code small. A longer row has larger blocks.
 BLOCKS = 8
-# Longest row, in tokens, that is computed in blocks. The backward pass needs the attention weights of all blocks, and
-# their memory grows with the square of the row's length.
+# Longest row, in tokens, that is computed in blocks. The backward pass stores the attention weights of all blocks.
+# These weights take memory that grows with the square of the row's length.
 BLOCKWISE_TIME = 512
-# For each flash-attn package, fastest first: its module, and the lowest and the highest compute capability that it
+# The flash-attn packages, fastest first: the module of each, and the lowest and the highest compute capability that it
 # supports. FlashAttention 3 runs only on Hopper.
 FLASH_PACKAGES = (("flash_attn_interface", (9, 0), (9, 9)), ("flash_attn", (8, 0), (99, 9)))
 
@@ -78,7 +78,8 @@ def window_mask(rows: Tensor, columns: Tensor, window: int) -> Tensor:
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Computes :class:`Attention` by torch's scaled dot product attention (SDPA).
 
-    A mask implements a window that is shorter than the row. It saves no work: SDPA also computes the hidden scores.
+    A window that is shorter than the row becomes a mask. The mask saves no work, because SDPA also computes the scores
+    that it hides.
     """
     time = q.size(1)
     grouped = q.size(2) != k.size(2)
@@ -128,10 +129,10 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Computes :class:`Attention` by FlexAttention (arXiv 2412.05496), which skips the blocks that a window hides.
+    """Computes :class:`Attention` by FlexAttention (arXiv 2412.05496). It skips the blocks that a window hides.
 
-    SDPA computes two cases instead: windows that cover the whole row, because they need no mask, and uncompiled code,
-    because FlexAttention would store the whole matrix of scores there. FlexAttention has no backward pass on a CPU.
+    SDPA computes two cases instead. A window that covers the whole row needs no mask. In uncompiled code, FlexAttention
+    would store the whole matrix of scores. FlexAttention has no backward pass on a CPU.
     """
     time = q.size(1)
     if window >= time - 1 or not torch.compiler.is_compiling():
@@ -142,7 +143,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     def visible(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return (column <= row) & (row - column <= window)
 
-    # The compiled graph builds the mask in a few small kernels, once for all layers with the same window.
+    # In compiled code, a few small kernels build the mask, once for all layers with the same window.
     mask = flex.create_block_mask(visible, None, None, time, time, device=q.device)
     grouped = q.size(2) != k.size(2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -154,7 +155,8 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 def flash_attention(device: torch.device, dtype: torch.dtype) -> Attention | None:
     """:class:`Attention` by FlashAttention 2 (arXiv 2307.08691) or 3 (arXiv 2407.08608).
 
-    The result is the fastest installed flash-attn package that supports the device and the dtype; None without one.
+    The result uses the fastest installed flash-attn package that supports the device and the dtype. It is None if there
+    is no such package.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return None

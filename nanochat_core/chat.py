@@ -131,7 +131,7 @@ def stop_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def _join_system(messages: Sequence[Message]) -> list[Message]:
-    """Joins the system message, which has no special tokens of its own, to the start of the first user message."""
+    """Joins the system message to the start of the first user message, because it has no special tokens of its own."""
     if not messages or messages[0].role != "system":
         return list(messages)
     if len(messages) < 2:
@@ -178,7 +178,7 @@ class AssistantStream:
 
 
 def tool_output_text(result: str | None, stdout: str, error: str) -> str:
-    """The output that the model reads: the call's value if it has one, else the printed text if any, else the error."""
+    """The output that the model reads: the first of the call's value, its printed text and its error that exists."""
     if result is not None:
         return result
     return stdout.strip() or error

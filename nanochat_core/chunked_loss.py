@@ -4,9 +4,9 @@ Problem: for 32 rows of 2,048 tokens and 32,768 ids, the fp32 logits take 8.6 GB
 
 Idea: the loss is the last operation of the forward pass, so the backward pass can only multiply the gradient of the
 logits by a constant factor. The forward pass therefore computes the gradients too. For each chunk of tokens, it
-computes the logits, their loss and their gradient. From these it computes the gradient of the chunk's hidden states and
-adds to the gradient of the weight, and then it drops the logits. The backward pass multiplies both gradients by the
-factor.
+computes the logits, their loss and their gradient. From the logits' gradients it computes the gradient of the chunk's
+hidden states and the chunk's share of the weight's gradient. Then it drops the logits. The backward pass multiplies the
+two results by the factor.
 """
 
 import functools
@@ -25,7 +25,8 @@ IGNORE_INDEX = -1
 # at full speed.
 CPU_CHUNK = 2**22
 GPU_CHUNK = 2**27
-# The number of computed rows is rounded up to a multiple of this, because each new number of rows has a setup cost.
+# The number of computed rows is rounded up to a multiple of this. Few different numbers then occur, and each new number
+# has a setup cost.
 ROWS_MULTIPLE = 128
 
 LossAndGradient = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -57,7 +58,7 @@ def softcapped_cross_entropy(
 
 
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, reduction: str) -> Tensor:
-    """The loss without its gradients. If autograd differentiates it (only for ``none``), it keeps all logits."""
+    """The loss without its gradients. If autograd differentiates the loss (only for ``none``), all logits are kept."""
     head = weight[:vocab_size].to(hidden.dtype)
     size = chunk_tokens(hidden, weight)
     losses = torch.cat(
@@ -114,8 +115,8 @@ def _learned_rows(targets: Tensor, size: int) -> Iterator[Tensor | slice]:
     """Indices of rows in chunks of at most ``size``. Together, the chunks contain every counted target."""
     count = targets.numel()
     rows = None
-    # In fine-tuning, half of the targets are not counted, and a CPU skips their rows. A GPU computes all rows, because
-    # reading the number of counted targets would have to wait for the GPU's queued work.
+    # In fine-tuning, half of the targets are not counted, and a CPU skips their rows. A GPU computes all rows: to learn
+    # the number of counted targets, the host would have to wait for the GPU's queued work.
     if not targets.is_cuda:
         ignored = targets == IGNORE_INDEX
         learned = -(-(count - int(ignored.sum())) // ROWS_MULTIPLE) * ROWS_MULTIPLE

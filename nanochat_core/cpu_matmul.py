@@ -1,6 +1,6 @@
 """Matrix products of fp32 training by oneDNN, for CPUs on which oneDNN is faster than torch's default library.
 
-On x86 torch multiplies fp32 matrices with MKL, which leaves a tenth to a fifth of an AMD core's speed unused.
+On x86, torch multiplies fp32 matrices with MKL. On AMD cores, MKL leaves a tenth to a fifth of the speed unused.
 """
 
 import functools
@@ -20,7 +20,8 @@ LEAST_SIDE = 64
 def onednn_is_faster() -> bool:
     """Whether oneDNN multiplies fp32 matrices faster on this CPU.
 
-    The answer depends on the CPU's maker and not on a measurement, so that all runs on one machine choose the same.
+    The answer depends on the CPU's maker and not on a measurement, so that all runs on one machine use the same
+    library.
     """
     return "AMD" in cpu_capabilities().get("cpu_name", "") and torch.backends.mkldnn.is_available()
 
@@ -55,8 +56,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
     x, weight = ctx.saved_tensors
     rows, columns = gradient.reshape(-1, gradient.size(-1)), x.reshape(-1, x.size(-1))
-    # torch's default library computes the gradient of the weight, because oneDNN would copy both factors first. It is a
-    # tenth faster if the longer side comes first.
+    # torch's default library computes the gradient of the weight, because oneDNN would copy both factors first. The
+    # product is a tenth faster if the longer side comes first.
     of_weight = rows.T @ columns if rows.size(-1) >= columns.size(-1) else (columns.T @ rows).T
     return linear(gradient.contiguous(), weight.T.contiguous()), of_weight
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from nanochat_core.errors import UserError
 
-# fp8 is used only for the matrix products of training (nanochat_core/training/fp8.py); everything else is then bf16.
+# With fp8, only the matrix products of training are in fp8 (nanochat_core/training/fp8.py); everything else is bf16.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 FP8_CAPABILITY = (9, 0)
-# Texts in out-of-memory errors that are plain RuntimeErrors: from the CPU's allocator, CUDA, cuBLAS and cuDNN.
+# The CPU's allocator, CUDA, cuBLAS and cuDNN report missing memory as plain RuntimeErrors with these texts.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
-# A thread that records a CUDA graph holds this lock, because no thread may return memory to the device meanwhile.
+# A thread that records a CUDA graph holds this lock, because no thread may return memory to the device during the
+# recording.
 RECORDING = threading.Lock()
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -75,8 +76,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory(device: torch.device) -> None:
     """Returns unreferenced memory to the device, for other allocations and other processes.
 
-    Call it outside of ``except`` blocks. While an exception is handled, it refers to all local variables of the
-    functions that it passed through, and their memory is not free.
+    Call it outside of ``except`` blocks. An exception that is being handled refers to all local variables of the
+    functions that it passed through, so their memory is still in use.
     """
     gc.collect()
     if device.type == "cuda":
@@ -85,7 +86,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def cpu_capabilities() -> dict[str, Any]:
-    """Torch's description of the CPU (``cpu_name``, instruction sets); empty with torch 2.9, which has none."""
+    """Torch's description of the CPU (``cpu_name``, instruction sets); empty if torch gives none (version 2.9)."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return capabilities
 
@@ -110,7 +111,7 @@ def prepare_cpu(threads: int) -> None:
     """
     if threads:
         torch.set_num_threads(threads)
-    # A thread inherits this setting when it starts, so it must be made before the first parallel operation.
+    # A thread inherits this setting when it starts, so set it before the first parallel operation.
     torch.set_flush_denormal(True)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
     if mallopt is not None:  # only glibc has it

@@ -16,7 +16,7 @@ class UserError(Exception):
 class RetryableError(UserError):
     """Something outside of the program failed, and another attempt may succeed. The work done so far is kept.
 
-    Job controllers restart a program that ends with this exit code, as they do after a signal.
+    Job controllers restart a program that ends with this exit code, just as they restart a program that a signal ended.
     """
 
     exit_code = 138

@@ -1,6 +1,6 @@
 """The life cycle of every gRPC service: listen, report health, publish metrics, wait for a signal, close.
 
-Needs grpcio-health-checking and grpcio-reflection, which only the services with a gRPC server install.
+This module needs grpcio-health-checking and grpcio-reflection. Only services with a gRPC server install them.
 """
 
 import asyncio
@@ -90,7 +90,7 @@ class GrpcService:
             await self._health.set(name, states.SERVING if serving else states.NOT_SERVING)
 
     async def announce_ready(self, log: logging.Logger, **fields: object) -> None:
-        """Report SERVING and log the event ``ready`` with both addresses, the process id and ``fields``."""
+        """Report SERVING, and log the event ``ready`` with both addresses, the process id and ``fields``."""
         await self.set_serving(True)
         log.info("ready", extra=self._addresses | {"pid": os.getpid()} | fields)
 

@@ -37,7 +37,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias, whose fp32 master weight is cast to the dtype of the input."""
+    """A linear layer without bias. Its fp32 master weight is cast to the dtype of the input."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -47,7 +47,7 @@ class Linear(nn.Linear):
 
 
 class SelfAttention(nn.Module):
-    """An attention layer: projections, rotary positions and norms of queries and keys around an :class:`Attention`."""
+    """An attention layer: projections, rotary positions, norms of queries and keys, and an :class:`Attention`."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

@@ -34,7 +34,7 @@ def setting(
 
     Args:
         default: value if neither flag nor variable is given; a setting without a default is required.
-        help: phrase in lower case with the unit and without a full stop, for ``--help`` and the documentation.
+        help: phrase for ``--help`` and the documentation, in lower case, with the unit and without a full stop.
         env: environment variable; by default ``<PREFIX>_<FIELD>``.
         minimum, maximum: inclusive bounds of a number.
         secret: whether :func:`describe`, logs and the repr hide the value.
@@ -54,7 +54,7 @@ def load(
     """Builds ``cls`` from flags and environment variables.
 
     Raises UserError if a value is missing, has the wrong type or is out of bounds, or if the ``__post_init__`` of
-    ``cls`` raises ValueError for their combination.
+    ``cls`` raises ValueError for a combination of values.
 
     Args:
         cls: a dataclass whose fields were declared with :func:`setting`. Supported types: ``str``, ``int``,

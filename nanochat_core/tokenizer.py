@@ -59,8 +59,8 @@ _LONG_RUN = re.compile(rf"(?<!\s)\s{{{MAX_WHITESPACE_RUN + 1},}}")
 class Tokenizer:
     """Turns text into token ids and back.
 
-    Ids ``0 .. len(token_bytes)-1`` are byte sequences in the order of their merges. The special tokens follow. Text is
-    never encoded as a special token: ``<|user_end|>`` in a user's message becomes ordinary tokens of its characters.
+    Ids ``0 .. len(token_bytes)-1`` are byte sequences in the order of their merges. The special tokens follow. Text
+    never becomes a special token: ``<|user_end|>`` in a user's message becomes ordinary tokens of its characters.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], pattern: str = SPLIT_PATTERN) -> None:
@@ -94,7 +94,7 @@ class Tokenizer:
 
     @property
     def bytes_per_token(self) -> list[int]:
-        """Number of UTF-8 bytes of each id, 0 for special tokens. The metric bits per byte uses it."""
+        """Number of UTF-8 bytes of each id, 0 for special tokens. The metric "bits per byte" uses these numbers."""
         return [len(token) for token in self.token_bytes] + [0] * len(SPECIAL_TOKENS)
 
     def encode(self, text: str) -> list[int]:
@@ -175,7 +175,7 @@ class Tokenizer:
 def _may_have_long_run(text: str) -> bool:
     """Whether ``text`` may have a run of more than MAX_WHITESPACE_RUN whitespace characters; fast for any text.
 
-    The text is cut into blocks of half this length, so such a run fills at least one block.
+    The text is cut into blocks of half this length, so a longer run fills at least one block.
     """
     block = MAX_WHITESPACE_RUN // 2
     return any(text[start : start + block].isspace() for start in range(0, len(text) - block, block))

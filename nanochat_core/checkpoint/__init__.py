@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON files below ``models/<name>/<stage>/step_<n>/`` of the store.
 
 ``names`` defines the names of checkpoints, lists them and stores which one is served. ``manifest`` lists and verifies
-the files of a checkpoint, and ``loading`` reads them. None of these file formats can execute code when a file is read.
+the files of a checkpoint, and ``loading`` reads them. Reading these file formats cannot execute code.
 """
 
 from nanochat_core.checkpoint.loading import (

@@ -1,4 +1,4 @@
-"""Reads a checkpoint: the model, and the trainer state from which training resumes."""
+"""Reads a checkpoint: the model, and the trainer state that training needs to resume."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ class Checkpoint:
 
     @property
     def digests(self) -> dict[str, str]:
-        """The SHA-256 of each file, by its name."""
+        """The SHA-256 of each file, by file name."""
         return {name: entry.sha256 for name, entry in self.manifest.files.items()}
 
     @property
@@ -106,9 +106,9 @@ def load_meta(store: Store, ref: CheckpointRef) -> dict[str, Any]:
 
 
 def newest_checkpoint(store: Store, model: str, stage: str) -> Checkpoint | None:
-    """Loads the newest undamaged checkpoint of a stage; None if there is none. It logs each damaged one that it skips.
+    """Loads the newest undamaged checkpoint of a stage; None if there is none. It logs and skips damaged checkpoints.
 
-    A StoreError is raised instead of skipping a checkpoint, because the checkpoint may be undamaged.
+    If the store fails, StoreError is raised, and the checkpoint is not skipped because it may be undamaged.
     """
     for ref in reversed(list_checkpoints(store, model, stage)):
         try:

@@ -36,7 +36,7 @@ class FileEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The files of one checkpoint: the entry of each file by its name, such as ``model.safetensors``.
+    """The files of one checkpoint: an entry for each file name, such as ``model.safetensors``.
 
     The files are in the subfolder ``folder``, which is empty unless the checkpoint replaced an earlier one of the same
     name.

@@ -1,4 +1,4 @@
-"""The names of checkpoints in the store, lists of the checkpoints of a stage, and the promotion of a checkpoint.
+"""Names checkpoints in the store, lists the checkpoints of a stage, and promotes a checkpoint.
 
 The file ``models/<name>/PROMOTED`` names the checkpoint of a model that engines serve.
 """
@@ -62,12 +62,12 @@ def list_checkpoints(store: Store, model: str, stage: str) -> list[CheckpointRef
 
 
 def incomplete_checkpoints(store: Store, model: str, stage: str) -> list[CheckpointRef]:
-    """Checkpoints of a stage that are being written now or whose writer was interrupted, oldest first."""
+    """Checkpoints of a stage that are still being written, or whose writing was interrupted, oldest first."""
     return sorted(ref for ref, files in _step_folders(store, model, stage).items() if MANIFEST not in files)
 
 
 def _step_folders(store: Store, model: str, stage: str) -> dict[CheckpointRef, set[str]]:
-    """Names of the files in the folder of each step."""
+    """For each step's folder, the names of its files."""
     found: dict[CheckpointRef, set[str]] = {}
     for key in store.keys(f"models/{model}/{stage}"):
         match = re.fullmatch(r"models/[^/]+/[^/]+/step_(\d+)/(.+)", key)

@@ -66,16 +66,16 @@ class Admission:
             )
 
     def check_room(self, sequences: int) -> None:
-        """Raise :class:`QueueFull` if the queue has no room for this many more sequences. Any thread may call this."""
+        """Raise :class:`QueueFull` if the queue has no room for this number of sequences. Any thread may call this."""
         if sequences > self.room():
             raise QueueFull(f"{len(self._scheduler.waiting)} sequences are waiting already; try again later")
 
     def room(self) -> int:
         """Number of further sequences that the engine accepts now.
 
-        Together with the present sequences, these are as many as may run plus as many as may wait. After the device has
-        run out of memory, fewer sequences may run. An idle engine always uses the configured limit, so that it can
-        serve a request with many choices.
+        The limit is the number of sequences that may run plus the number that may wait. After the device has run out of
+        memory, fewer sequences may run. An idle engine always uses the configured limit, so that it can serve a request
+        with many choices.
         """
         present = sum(map(len, self._scheduler.by_state.values()))
         may_run = self._scheduler.max_running if present else self._config.max_running

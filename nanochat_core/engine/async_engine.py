@@ -49,7 +49,7 @@ class Stream:
 
     async def __anext__(self) -> Output:
         while not self._pending:
-            if self.finished:  # a complete stream ends normally, even if the engine has died since
+            if self.finished:  # a complete stream ends normally, even if the engine has died after the last output
                 raise StopAsyncIteration
             if self._error:
                 raise self._error
@@ -74,7 +74,7 @@ class Stream:
         self._news.set()
 
     def fail(self, error: Exception) -> None:
-        """End the stream with an error. If :meth:`AsyncEngine.submit` still waits, it raises this error."""
+        """End the stream with an error. A :meth:`AsyncEngine.submit` that is still waiting raises the error."""
         self._error = error
         self._news.set()
         if not self.accepted.done():
@@ -87,7 +87,7 @@ class Stream:
 
 
 class AsyncEngine:
-    """Runs an :class:`Engine` in a loop on its own thread, which is called the device loop.
+    """Runs an :class:`Engine` in the device loop: a loop on a thread of its own.
 
     All methods must be called on the event loop that called :meth:`start`.
     """
@@ -151,7 +151,7 @@ class AsyncEngine:
         return stream
 
     def close_stream(self, request_id: str) -> None:
-        """Close a stream. If its request still runs, it is canceled and frees its blocks before the next step."""
+        """Close a stream. A request that still runs is canceled, and its blocks are free before the next step."""
         stream, engine = self._streams.pop(request_id, None), self._engine
         if stream and not stream.finished and engine is not None:
             self._inbox.put(lambda: engine.cancel(request_id))
@@ -174,7 +174,7 @@ class AsyncEngine:
     async def stop(self, seconds: float | None = None) -> bool:
         """End the device loop after the current step; returns whether it has ended. Streams that are still open fail.
 
-        The step may still take ``seconds``, by default :data:`STOP_SECONDS`. After that, its thread is abandoned.
+        If the step takes longer than ``seconds`` (default :data:`STOP_SECONDS`), its thread is abandoned.
         """
         self._inbox.put(self._stop)
         deadline = time.monotonic() + (STOP_SECONDS if seconds is None else seconds)
@@ -239,8 +239,8 @@ class AsyncEngine:
     def _deliver(self, outputs: list[Output]) -> None:
         for output in outputs:
             stream = self._streams.get(output.request_id)
-            # Outputs of a canceled request may arrive after a new request has taken its id. The new request is not
-            # accepted yet then, so these outputs are ignored.
+            # Outputs of a canceled request may arrive after a new request has taken the same id. At that time the new
+            # request is not accepted yet, so such outputs are ignored.
             if stream and stream.accepted.done():
                 if output.error:
                     stream.fail(output.error)

@@ -10,7 +10,7 @@ from nanochat_core.engine.sequence import Sequence
 
 
 class BlockManager:
-    """Gives blocks of ``block_size`` tokens to sequences and shares blocks that were already computed.
+    """Gives sequences blocks of ``block_size`` tokens, and lets them share blocks that were already computed.
 
     Every cache group has blocks of its own. In a group with a window, a sequence returns a block as soon as no later
     token can see it. Even a long sequence therefore needs only the blocks of its window and of the tokens of one step.
@@ -68,10 +68,10 @@ class BlockManager:
         """Give ``seq``, which has no blocks, the blocks of the ``prefix`` tokens that :meth:`find_prefix` returned.
 
         If the prefix ends inside a block, that block must be copied. Its tokens count as computed only after the copy.
-        The next step must make all copies before it writes anything, in the order of admission. Nothing reserves the
-        source of a copy, so the source may already belong to another sequence, or be the target itself.
+        The next step must make all copies before it writes anything, in the order of admission. The source of a copy is
+        not reserved: it may already belong to another sequence, or be the target itself.
 
-        The result is the block to copy in each group. It is empty if no block must be copied.
+        The result has the block to copy for each group; it is empty if no block must be copied.
         """
         shared = prefix // self.block_size
         hashes = self.prefixes.hashes_of(seq) if self.prefix_caching else []
@@ -107,7 +107,7 @@ class BlockManager:
     def seal(self, seq: Sequence) -> None:
         """Let other sequences find the computed blocks of ``seq``, and free its blocks that are before the windows.
 
-        The method returns at once if no block was filled and none left a window since the last call.
+        The method returns at once if, since the last call, no block was filled and no block left a window.
         """
         if seq.computed < seq.seal_at:
             return
@@ -141,7 +141,7 @@ class BlockManager:
         self.prefixes.clear()
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        """Assert that counts, free blocks and indexes match the blocks of ``sequences``, which are all sequences."""
+        """Assert that counts, free blocks and indexes match the blocks of ``sequences``. Pass all sequences."""
         sequences = list(sequences)
         for g, pool in enumerate(self._pools):
             pool.check_integrity(
@@ -178,7 +178,7 @@ class _BlockPool:
         return block
 
     def share(self, digest: bytes) -> int:
-        """Count one more sequence that uses the block with this hash."""
+        """Record that one more sequence uses the block with this hash."""
         block = self.index.by_hash[digest]
         if not self.references[block]:
             del self.free[block]
@@ -193,7 +193,7 @@ class _BlockPool:
         return block
 
     def give_back(self, block: int) -> None:
-        """Count one sequence less that uses the block. A free block that no sequence can find is reused first."""
+        """Record that one sequence no longer uses the block. A free block that no sequence can find is reused first."""
         self.references[block] -= 1
         if not self.references[block]:
             self.free[block] = None

@@ -16,7 +16,7 @@ class CacheGroup:
     layers: tuple[int, ...]  # indices of the layers
     window: int | None  # number of earlier tokens that a token sees; None if it sees all of them
     num_blocks: int  # each stores ``block_size`` tokens for every layer in the group
-    most_held: int = sys.maxsize  # maximum number of blocks of one sequence, for its window and the tokens of one step
+    most_held: int = sys.maxsize  # maximum number of blocks that one sequence holds here
 
     def first_visible_block(self, computed: int, block_size: int) -> int:
         """Index of the first block that the token at position ``computed`` sees."""
@@ -34,15 +34,15 @@ def plan_groups(
     """Divide the cache's memory among the cache groups. The group without a window comes first.
 
     For each group, the plan takes the maximum number of blocks that one sequence of full length needs there. The groups
-    get blocks in proportion to these numbers. A group with a window gets at least its number, so that any sequence can
-    be computed when it is alone. If the memory does not suffice for one block of the first group and the blocks that
-    the other groups need, the function raises a :class:`UserError`.
+    get blocks in proportion to these numbers. A group with a window gets at least its own number, so that any sequence
+    can be computed if no other sequence runs. A :class:`UserError` says that the memory does not suffice for one block
+    of the first group and these least numbers of the other groups.
 
     Args:
         memory: bytes to divide.
         sequences: the plan uses no more memory than this many sequences of full length need.
-        token_budget: maximum number of tokens in one step; a group with a window needs room for them and for its
-            window.
+        token_budget: maximum number of tokens in one step. A group with a window needs room for these tokens and for
+            its window.
     """
     last = config.context_length - 1
     reaches = sorted({min(window, last) for window in config.windows}, reverse=True)

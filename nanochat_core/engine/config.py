@@ -11,7 +11,7 @@ from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.settings import setting
 
-# If no size is given, the cache takes at most this share of a GPU's free memory, or this many bytes of host memory.
+# If no size is given, the cache takes at most this share of a GPU's free memory, or on a CPU this many bytes of memory.
 CUDA_MEMORY_SHARE = 0.8
 CPU_CACHE_BYTES = 1 << 30
 # PyTorch's attention on a CPU reads keys in tiles of this size.

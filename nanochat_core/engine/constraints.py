@@ -80,16 +80,16 @@ class Matcher:
         return self._matcher.is_accepting() and not self._matcher.is_error()
 
     def advance(self, token: int) -> bool:
-        """Follow the next token, not a stop token; returns whether the text matches and every longer text fails."""
+        """Follow the next token, not a stop token. Returns whether the text matches and cannot become longer."""
         self._matcher.consume_token(token)
         return self._matcher.is_stopped() and self.complete
 
     def fill(self, mask: npt.NDArray[np.int32]) -> None:
         """Find the tokens that may follow: those that continue a match, and the stop tokens if the text matches.
 
-        If only one text can follow, only the first token of its encoding is allowed. ``mask``, contiguous
-        (ceil(vocab_size / 32),), receives one bit per token, the lowest bit first. If no token may follow, all bits are
-        set and :attr:`stuck` becomes True.
+        If only one text can follow, only the first token of its encoding is allowed. ``mask`` (ceil(vocab_size / 32),)
+        is contiguous and receives one bit per token, the lowest bit first. If no token may follow, all bits are set and
+        :attr:`stuck` becomes True.
         """
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         # After an error the matcher allows only the end of the text, even if the text does not match.
@@ -116,7 +116,7 @@ class Grammars:
         self._compiled: collections.OrderedDict[Constraint, LLMatcher] = collections.OrderedDict()
 
     def compile(self, constraint: Constraint) -> LLMatcher:
-        """Return a matcher at the beginning of the constraint's grammar. It is shared, so copy it before use.
+        """Return a matcher at the beginning of the constraint's grammar. Callers share it, so copy it before use.
 
         A constraint that is malformed, unsupported or too large, or that no text matches, raises a
         :class:`ConstraintError`.
@@ -126,7 +126,8 @@ class Grammars:
                 self._compiled.move_to_end(constraint)
                 return known
             vocabulary, limits = self._library
-        # The lock is free during the compilation, because the device loop may need a grammar that is already compiled.
+        # The lock is not held during the compilation, because the device loop may need a grammar that is already
+        # compiled.
         matcher = compile_constraint(constraint, vocabulary, limits)
         with self._lock:
             self._compiled[constraint] = matcher
@@ -207,7 +208,7 @@ def _read_schema(constraint: Constraint) -> dict[str, Any]:
 
 
 def _patterns(schema: Any) -> Iterator[str]:
-    """Yield every regular expression of a schema, and possibly other strings under the same keys."""
+    """Yield every regular expression of a schema. Other strings under the same keys may be among them."""
     unread = [schema]
     while unread:
         node = unread.pop()
@@ -239,10 +240,10 @@ _PIECE = re.compile(r"\\[pPxuU]\{[^}]*\}|\\.|\{(?P<least>\d*)(?:,(?P<most>\d*))?
 def expanded_length(kind: ConstraintKind, pattern: str) -> int:
     """Number of characters and classes of ``pattern`` after every ``{m,n}`` is expanded, or slightly more.
 
-    The function also accepts invalid patterns, which the library refuses later. The verbose flag raises a
-    :class:`ConstraintError`, because the white space and comments that it allows are not supported here.
+    The function also accepts invalid patterns, which the library refuses later. The verbose flag, which allows white
+    space and comments, is not supported here and raises a :class:`ConstraintError`.
     """
-    groups = [0]  # the size of each open group so far
+    groups = [0]  # for each open group, its size so far
     last = 0  # size of the last item, to which a repetition applies
     position = 0
     while position < len(pattern):

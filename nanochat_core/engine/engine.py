@@ -106,10 +106,10 @@ class Engine:
         """Let the device compute one batch, and return the new outputs.
 
         Without overlap, the outputs contain the tokens of this batch. With overlap, they contain the tokens of the
-        previous batch, which the host reads only after the device has received this batch. Each sequence then continues
+        previous batch: the host reads these only after the device has received this batch. Each sequence then continues
         with a token that only the device knows. If that token ends the sequence or calls a tool, the token computed
-        after it is dropped. There is no overlap if a sequence has penalties, a constraint or a draft, because it needs
-        the previous token first.
+        after it is dropped. There is no overlap if a sequence has penalties, a constraint or a draft, because then the
+        host needs the previous token first.
         """
         started, preemptions, generated = time.perf_counter(), self.scheduler.preemptions, 0
         for seq, result in self.tools.collect():
@@ -219,7 +219,7 @@ class Engine:
             raise RuntimeError(f"{len(self._requests)} requests are in flight; weights change between requests")
         if (model.config, model.compute_dtype) != (self.model_config, self._dtype):
             raise ValueError("the new weights are of a model with another configuration or dtype")
-        self._launched = None  # all its requests have ended
+        self._launched = None  # all requests of that step have ended
         self.runner.load(model)
         self.blocks.forget()
 
@@ -249,7 +249,7 @@ class Engine:
         self.tools.close()
 
     def _launch(self, chunks: list[Chunk], previous: LaunchedStep | None) -> tuple[LaunchedStep | None, bool]:
-        """Give the device a batch; returns the step (None if no chunk samples), and whether memory was too small.
+        """Give the device a batch. Returns the step (None if no chunk samples), and whether the memory was too small.
 
         ``previous`` is the step whose tokens have not been read.
         """
@@ -272,7 +272,7 @@ class Engine:
             return LaunchedStep(sampling, drawn)
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
-        """A context in which the model's GPU is current, because kernels start on the thread's current GPU."""
+        """A context in which the model's GPU is the thread's current GPU, because kernels start on that GPU."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
     def _append_tokens(self, step: LaunchedStep) -> int:

@@ -1,9 +1,10 @@
 """Memory of the paged KV cache, shared by all backends.
 
-A sequence's length is not known in advance. One contiguous region per sequence would therefore waste memory, or have to
-move when the sequence grows. The cache is instead divided into blocks of equal size, like an operating system's pages,
-and each sequence has a table of its blocks (PagedAttention, Kwon et al. 2023, arXiv 2309.06180). Token ``i`` is in
-block ``table[i // block_size]`` at offset ``i % block_size``. Sequences with a common beginning can share blocks.
+A sequence's length is not known in advance. One contiguous region per sequence would therefore waste memory, or would
+have to move when the sequence grows. The cache is instead divided into blocks of equal size, like an operating system's
+pages, and each sequence has a table of its blocks (PagedAttention, Kwon et al. 2023, arXiv 2309.06180). Token ``i`` is
+in block ``table[i // block_size]`` at offset ``i % block_size``. Sequences that begin with the same tokens can share
+blocks.
 """
 
 import math
@@ -27,7 +28,8 @@ class BlockMemory:
         self.config, self.groups, self.block_size = model.config, groups, block_size
         self.dtype, self.device = model.compute_dtype, model.cos.device
         config = self.config
-        # Index of each layer's group, and for each group the number of earlier tokens that a token sees.
+        # ``group_of`` has the index of each layer's group. ``windows`` has, for each group, the number of earlier
+        # tokens that a token sees.
         self.group_of = [next(g for g, group in enumerate(groups) if i in group.layers) for i in range(config.depth)]
         self.windows = [config.context_length if group.window is None else group.window for group in groups]
         # One tensor contains all layers of a group, so that one operation copies a block of all these layers.
@@ -39,7 +41,7 @@ class BlockMemory:
         self.blocks = [self._memory[g][groups[g].layers.index(i)] for i, g in enumerate(self.group_of)]
 
     def copy(self, chunks: Iterable[Chunk]) -> None:
-        """Copy the partly shared block of each newly admitted sequence into the sequence's own block.
+        """For each newly admitted sequence, copy the block that it shares partly into a block of its own.
 
         Call this before the step writes any key or value. The copies are made one after another, because the target of
         one copy may be the source of an earlier one.
@@ -50,7 +52,7 @@ class BlockMemory:
                     memory[:, :, table[chunk.start // self.block_size]] = memory[:, :, source]
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
-        """Allocate zeroed memory, because a NaN would spoil the result even in keys and values that are masked.
+        """Allocate zeroed memory, because a NaN in unused memory would spoil the result even if it is masked.
 
         Host memory comes from numpy. Unlike torch, numpy asks the system for zeroed pages, which take no space until
         they are written.

@@ -9,7 +9,7 @@ from nanochat_core.engine.scheduler import Chunk
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Load:
-    """Numbers of sequences in each state, and of blocks in the KV cache."""
+    """The number of sequences in each state, and the number of blocks in the KV cache."""
 
     running: int
     waiting: int
@@ -45,7 +45,7 @@ def note_admissions(observer: Observer, chunks: Iterable[Chunk]) -> None:
 
 
 def note_tokens(observer: Observer, chunk: Chunk, count: int) -> None:
-    """Report ``count`` sampled tokens of a chunk. They share the time since the previous token equally."""
+    """Report ``count`` sampled tokens of a chunk. Each gets an equal share of the time since the previous token."""
     seq, now = chunk.seq, time.monotonic()
     if seq.last_token_at is None:
         observer.first_token(now - seq.arrived_at)

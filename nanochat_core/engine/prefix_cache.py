@@ -4,9 +4,9 @@ The keys and values of a token depend on that token and on all tokens before it.
 a hash chain: the hash of its tokens together with the hash of its parent, the block before it. Two sequences that begin
 with the same tokens compute the same hashes and share the blocks. A full block never changes.
 
-After the shared blocks, the sequence may have only the first tokens of its next block in common with a computed block.
-The sequence then copies that block and replaces the tokens that differ. After each parent, one block is offered for
-copying: the latest one, unless the block that is offered already begins with the same tokens.
+The block after the shared ones may begin with the same tokens as a computed block and then differ. The sequence then
+copies that computed block and replaces the tokens that differ. For each parent, one block is offered for copying: the
+latest block that does not merely repeat the beginning of the block offered before.
 """
 
 import array
@@ -16,13 +16,13 @@ from collections.abc import Sequence as Items
 from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.engine.sequence import Sequence
 
-# Minimum number of common tokens for which a block is copied. A copy for fewer tokens is not worthwhile: every
-# conversation begins with the same two tokens.
+# Minimum number of common tokens for which a block is copied. A copy for fewer tokens is not worthwhile. All
+# conversations share at least two tokens, because they begin with the same two.
 LEAST_COPIED = 4
 
 
 class PrefixIndex:
-    """Finds the blocks of one cache group by their tokens and the tokens before them.
+    """Finds the blocks of one cache group by the tokens in the block and the tokens before it.
 
     ``by_hash`` is the inverse of ``hashes``, and ``offers`` is the inverse of ``parents``.
     """
@@ -31,7 +31,7 @@ class PrefixIndex:
         # For each block id, the hash of the full block; None if the block cannot be found by a hash.
         self.hashes: list[bytes | None] = [None] * num_blocks
         self.by_hash: dict[bytes, int] = {}
-        # For each block id, the hash of the block before it if the block is offered for copying, else None.
+        # For each block id, the hash of its parent if the block is offered for copying, else None.
         self.parents: list[bytes | None] = [None] * num_blocks
         # For each parent's hash, the id and the tokens of the block offered after it.
         self.offers: dict[bytes, tuple[int, list[int]]] = {}
@@ -89,8 +89,8 @@ class PrefixCache:
 
     def __init__(self, groups: Items[CacheGroup], block_size: int) -> None:
         self.indexes = [PrefixIndex(group.num_blocks) for group in groups]
-        # For the hash of each block that will be computed soon, the admitted sequence that computes it. Other sequences
-        # that need this block wait instead of computing it again.
+        # Blocks that will be computed soon: the hash of each, and the admitted sequence that computes it. Other
+        # sequences that need such a block wait instead of computing it again.
         self.pending: dict[bytes, Sequence] = {}
         self._groups = groups
         self._block_size = block_size
@@ -103,7 +103,7 @@ class PrefixCache:
         # At least one known token must be computed, because the next token is sampled from its logits.
         hashes = self.hashes_of(seq)[: (len(seq.tokens) - 1) // size]
         found = [[digest in index.by_hash for digest in hashes] for index in self.indexes]
-        # A group with a window needs only the end of the prefix, so an earlier block may be missing there.
+        # A group with a window needs only the end of the prefix, so earlier blocks may be missing in such a group.
         longest = 0
         consecutive = [0] * len(self._groups)  # number of successive blocks that were found, up to block i
         for i in range(len(hashes)):
@@ -140,7 +140,7 @@ class PrefixCache:
             self._settle(digest, seq)
 
     def publish(self, seq: Sequence) -> list[tuple[int, int]]:
-        """Let other sequences find the filled blocks of ``seq``. Offer them and the block after them for copying.
+        """Let other sequences find the filled blocks of ``seq``. Offer these blocks and the one after them for copying.
 
         The result has (group, block) for each block whose offer was replaced.
         """

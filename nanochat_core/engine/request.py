@@ -62,8 +62,8 @@ class SamplingParams:
     top_k: int = 0  # keep the k most likely tokens, and tokens that tie with the last of them; 0 disables
     top_p: float = 1.0  # keep the smallest set of most likely tokens whose probability reaches p; 1 disables
     min_p: float = 0.0  # keep tokens with at least this fraction of the highest probability; 0 disables
-    # For tokens that occur in the prompt or the completion, positive logits are divided by this and negative ones
-    # multiplied; 1 disables.
+    # Applies to tokens that occur in the prompt or the completion: a positive logit is divided by this, and a negative
+    # logit is multiplied by it; 1 disables.
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0  # subtracted once from the logits of tokens that occur in the completion
     frequency_penalty: float = 0.0  # subtracted once per occurrence in the completion
@@ -104,7 +104,7 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class ToolPolicy:
-    """Whether and how often the model may call Python. A limit of 0 means the engine's default.
+    """Whether the model may call Python, and the limits of its calls. A limit of 0 means the engine's default.
 
     After ``max_calls`` calls in a sequence, the model reads an error for each further call.
     """
@@ -133,8 +133,8 @@ class Request:
 class Token:
     """One token of a completion.
 
-    ``logprob`` is the natural logarithm of the token's probability before penalties, temperature and filters, if
-    requested. ``top_logprobs`` has (token id, logprob) of the most likely alternatives, best first.
+    ``logprob``, if requested, is the natural logarithm of the token's probability before penalties, temperature and
+    filters. ``top_logprobs`` has (token id, logprob) of the most likely alternatives, best first.
     """
 
     id: int
@@ -192,7 +192,7 @@ class Completion:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Output(Completion):
-    """New tokens and tool events of one choice; the events come after the tokens.
+    """New tokens and tool events of one choice. All its events come after all its tokens.
 
     ``error`` ends all choices of the request.
     """

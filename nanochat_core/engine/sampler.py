@@ -47,7 +47,7 @@ class Drawn:
     def __init__(self, tokens: Tensor, report: _Report | None) -> None:
         self.tokens = tokens
         self._report = report
-        # Queue the copy now. A copy that is queued later would wait for the steps queued before it.
+        # Queue the copy now. A copy that is queued later would also wait for later steps.
         self._host = _to_host(tokens)
         self._copied = torch.cuda.Event() if tokens.is_cuda else None
         if self._copied is not None:
@@ -69,7 +69,7 @@ class _Report:
     def __init__(self, rows: Items[int], wanted: Items[int], log_probabilities: Tensor, drawn: Tensor) -> None:
         """``wanted`` is the number of alternatives for each of ``rows``.
 
-        ``log_probabilities`` has shape (len(rows), vocab_size), and the token ids ``drawn`` (len(rows),).
+        ``log_probabilities`` has shape (len(rows), vocab_size). ``drawn`` (len(rows),) has the sampled token ids.
         """
         self._rows, self._wanted = rows, wanted
         best = log_probabilities.topk(min(max(wanted), log_probabilities.size(1)))
@@ -92,7 +92,7 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        # A hash of each token id. With this table, two cheap rounds of mixing per step and row are enough.
+        # A hash of each token id. Thanks to this table, each step needs only two cheap rounds of mixing for a row.
         table = _mix(np.arange(vocab_size, dtype=np.uint64)).astype(np.uint32).view(np.int32)
         self._table = torch.from_numpy(table).to(device)
         self._bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
@@ -196,8 +196,8 @@ class Sampler:
     def filter(self, z: Tensor, params: Items[SamplingParams]) -> Tensor:
         """Set the logits of tokens that top-k, top-p or min-p excludes to -inf.
 
-        The filters apply in this order, each to the tokens that are left. ``z`` has the logits of all tokens or of
-        some.
+        The filters apply in this order, each to the tokens that are left. ``z`` has the logits of all tokens or of some
+        tokens.
         """
         top_k = [p.top_k or self._vocab_size for p in params]
         limited = _rows(params, lambda p: 0 < p.top_k < self._vocab_size)
@@ -226,8 +226,8 @@ class Sampler:
         x ^= (x >> 15).bitwise_and_(0x1FFFF)
         x = x.add_(high).mul_(-2073254261)
         x ^= (x >> 16).bitwise_and_(0xFFFF)
-        # A uniform number u in (0, 1) from 31 random bits; float32 is finest near 0. Gumbel noise is -log(-log(1 - u)).
-        # At the other end float32 rounds u to 1, so the clamp keeps the noise finite.
+        # A uniform number u in (0, 1) from 31 random bits. Gumbel noise is -log(-log(1 - u)). Near 0, float32 is
+        # finest. Near 1, float32 rounds u to 1, and the clamp keeps the noise finite.
         uniform = x.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
         return uniform.neg_().log1p_().neg_().log_().neg_()
 
@@ -285,8 +285,9 @@ def _top_p_threshold(z: Tensor, top_p: Tensor) -> Tensor:
         best = z.topk(candidates).values
         weights = (best - highest).double().exp()
         sums = weights.cumsum(dim=-1)
-        # If top-k has left only a few tokens, their weights are added in order. The sum is then the same whether the
-        # other tokens are absent or have the weight 0, which depends on the other rows.
+        # If top-k has left only a few tokens in a row, their weights are added in order. The other tokens of the row
+        # may be absent or may have weight 0, depending on the other rows of the batch. The sum is the same in both
+        # cases.
         total = torch.where(left <= TOP_P_CANDIDATES, sums[:, -1:], whole)
         kept = (sums - weights < top_p * total).sum(dim=-1, keepdim=True).clamp_(min=1)
         if candidates == z.size(1) or bool((kept < candidates).all()):

@@ -27,7 +27,7 @@ class Chunk:
 
     seq: Sequence
     start: int
-    known: int  # tokens that are not a draft; a token in flight, that is, still being sampled, is a chunk by itself
+    known: int  # tokens that are no draft; a token in flight (still being sampled) is a chunk by itself
     draft: Items[int] = ()  # guesses of the tokens after the last known token
     # For each cache group, the block to copy before the step. It contains the tokens before ``start`` in the same
     # block. Empty if the sequence's block already contains these tokens.
@@ -59,7 +59,7 @@ class Scheduler:
     """Shares the token budget of each step among sequences.
 
     Running sequences come first. Waiting sequences follow while there is token budget, ``max_running`` is not reached
-    and cache blocks are free. Both are taken in the order of (priority, arrival). If the blocks run out, the youngest
+    and cache blocks are free. Within both kinds, the order is (priority, arrival). If the blocks run out, the youngest
     sequence loses its blocks (preemption).
     """
 
@@ -134,7 +134,7 @@ class Scheduler:
             if seq.length == seq.max_length:  # the token in flight is the last one
                 position += 1
                 continue
-            # A long prompt leaves one token of the budget to each later sequence.
+            # A long prompt leaves one token of the budget to each sequence after it.
             behind = len(self.running) - position - 1
             length = min(seq.remaining, budget - behind)
             if not self._make_room(seq, seq.computed + length):
@@ -156,7 +156,7 @@ class Scheduler:
                 break
             prefix = self.blocks.find_prefix(seq)
             if prefix is None:
-                continue  # another sequence is computing the next block of this prefix
+                continue  # another sequence is computing the next block that this one needs
             # Each running sequence keeps a spare block. Otherwise the next step would have to preempt a sequence.
             if not self.blocks.can_admit(seq, prefix, spare=len(self.running)):
                 break
@@ -176,8 +176,8 @@ class Scheduler:
     def computed(self, chunks: list[Chunk]) -> None:
         """Record that the keys and values of these chunks are in the cache, or will be after the step.
 
-        Drafted tokens do not count, because it is not known yet whether they are right. Sequences that have finished
-        since are ignored.
+        Drafted tokens do not count, because it is not known yet whether they are right. Sequences that have finished in
+        the meantime are ignored.
         """
         for chunk in chunks:
             if chunk.seq.state is not State.FINISHED:
@@ -192,15 +192,15 @@ class Scheduler:
 
     @property
     def drafts(self) -> bool:
-        """Whether drafting is worthwhile: few sequences run, and the last lookup of one of them found a draft."""
+        """Whether drafting is worthwhile: few sequences run, and the last lookup of at least one found a draft."""
         few = self.draft_length(len(self.running)) > 0
         return few and any(seq.is_memoryless and seq.lookup.is_promising for seq in self.running)
 
     def _draft(self, seq: Sequence, length: int, most: int) -> list[int]:
         """Guess up to ``most`` tokens after the next ``length`` tokens. Each running sequence keeps a spare block.
 
-        If a token is in flight, nothing is drafted, but the lookup still makes a guess to measure how often it is
-        right.
+        If a token is in flight, nothing is drafted. The lookup still makes a guess, to measure how often its guesses
+        are right.
         """
         if length < seq.remaining:
             return []
@@ -220,7 +220,7 @@ class Scheduler:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        """Take the blocks of a sequence. It keeps its tokens, which are computed again later."""
+        """Take the blocks of a sequence. The sequence keeps its tokens, and they are computed again later."""
         self.preemptions += 1
         self.blocks.release(seq)
         if seq.state is State.RUNNING:

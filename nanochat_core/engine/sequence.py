@@ -26,7 +26,7 @@ class State(enum.Enum):
 
 
 class Sequence:
-    """One choice of a request. Prefill, decoding, tool output and recomputation all mean that ``remaining > 0``."""
+    """One choice of a request. In prefill, decoding, tool output and recomputation alike, ``remaining > 0``."""
 
     def __init__(self, request: Request, choice: int, arrival: int, sample_key: int, max_length: int) -> None:
         """
@@ -46,16 +46,16 @@ class Sequence:
         # For each cache group, the blocks in order; token ``i`` is in ``block_tables[group][i // block_size]``. Empty
         # if the sequence has no blocks.
         self.block_tables: list[list[int]] = []
-        # For each cache group, the index of the first block that the sequence still uses. The earlier blocks are before
-        # its window.
+        # For each cache group, the index of the first block that the sequence still uses. The window has passed the
+        # earlier blocks.
         self.first_blocks: list[int] = []
-        self.block_hashes: list[bytes] = []  # of each full block of known tokens, computed when they are needed
+        self.block_hashes: list[bytes] = []  # hashes of full blocks of known tokens, computed when needed
         self.awaited: bytes | None = None  # hash of the first block that the last search for a prefix did not find
         self.sealed = 0  # number of leading blocks that other sequences can find
         self.seal_at = 0  # number of computed tokens at which the next block can be published or freed
         self.state = State.WAITING
         self.order = (request.priority, arrival)
-        self.cached_prompt_tokens = 0  # found in the cache at the first admission
+        self.cached_prompt_tokens = 0  # number of prompt tokens found in the cache at the first admission
         self.code_start: int | None = None  # index of the first token of the code being written; None outside code
         self.tool_calls = 0  # number of calls made so far
         self.lookup = PromptLookup()  # makes drafts of the next tokens

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 # The engine gives up after the smallest possible step has failed this many times in a row, because no step will fit.
 MOST_FAILURES = 3
 # The limits double after this many successful steps. If the larger step fails, the engine loses one step and computes
-# half a batch again, which is little compared to this many steps.
+# half a batch again. That is little compared to this many steps.
 STEPS_UNTIL_MORE = 500
 
 
@@ -25,10 +25,10 @@ class Shed(Exception):
 class Shedding:
     """Halves the scheduler's limits when a step does not fit into memory, and doubles them after many steps that fit.
 
-    A step's memory grows with its number of sequences (logits, gathered keys) and of tokens (activations). The KV cache
-    is allocated once, so taking blocks from a sequence would free no memory; only a smaller batch helps. The youngest
-    half of the batch returns to the queue and keeps its tokens, and the queue accepts fewer new requests. A sequence is
-    dropped only if it does not even fit alone.
+    A step's memory grows with its number of sequences (logits, gathered keys) and its number of tokens (activations).
+    The KV cache is allocated once, so taking blocks from a sequence would free no memory; only a smaller batch helps.
+    The youngest half of the batch returns to the queue and keeps its tokens, and the queue accepts fewer new requests.
+    A sequence is dropped only if it does not even fit alone.
     """
 
     def __init__(self, scheduler: Scheduler, device: torch.device) -> None:
@@ -54,7 +54,7 @@ class Shedding:
         return self._failures < MOST_FAILURES
 
     def shrink(self, chunks: Items[Chunk]) -> Sequence | None:
-        """Make the next step smaller than the failed one; returns the sequence to drop if that is impossible.
+        """Make the next step smaller than the failed one. If that is impossible, return the sequence to drop.
 
         Call this only after the exception was handled, because until then its traceback keeps the step's tensors in
         memory.

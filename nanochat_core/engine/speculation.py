@@ -1,10 +1,10 @@
 """Speculative decoding by prompt lookup (Saxena 2023): drafts of the next tokens come from the sequence itself.
 
-Texts often repeat themselves. If the last tokens of a sequence occurred before, the tokens that followed then are a
-good guess of the next tokens. The model computes this draft in the same step as the last known token. That costs little
-if the step is bound by reading weights. Every drafted position is sampled as usual, and the draft is kept as far as it
-equals the samples. A sample depends on its position and logits alone, so the result is exactly the tokens that would
-have been sampled one by one.
+Texts often repeat themselves. If the last tokens of a sequence have occurred in it before, the tokens that followed
+them there are a good guess of the next tokens. The model computes this draft in the same step as the last known token.
+A step that mostly reads weights hardly takes longer with a draft. Every drafted position is sampled as usual, and the
+draft is kept up to the first sample that differs from it. A sample depends on its position and logits alone, so the
+result is exactly the tokens that would have been sampled one by one.
 """
 
 # A draft copies the tokens that followed the latest earlier occurrence of the last n tokens. The larger n is tried
@@ -49,7 +49,7 @@ class PromptLookup:
         new = tokens[self._seen :]
         if self._guess is not None and new:
             self.right_share = _DECAY * self.right_share + (1 - _DECAY) * (new[0] == self._guess)
-        # An n-gram is recorded when the token after it is known, so the one at the end is not recorded yet.
+        # An n-gram is recorded when the token after it is known, so the n-gram at the end is not recorded yet.
         for end in range(max(self._seen, 1), len(tokens)):
             for length in NGRAMS:
                 if end >= length:

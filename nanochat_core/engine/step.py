@@ -60,9 +60,9 @@ class TokenBatch:
 
 
 class LaunchedStep:
-    """The chunks of a step after which tokens are sampled, and these tokens, which the device may still be computing.
+    """The chunks of a step that end with sampling, and the sampled tokens. The device may still be sampling them.
 
-    The next step may use ``tokens`` (rows,) int64 on the device before they are read.
+    The next step may use ``tokens`` (rows,) int64 on the device before the host reads them.
     """
 
     def __init__(self, chunks: Items[Chunk], drawn: Drawn) -> None:

@@ -61,11 +61,11 @@ class ToolLoop:
         self._calls: dict[Sequence, list[asyncio.Task[None]]] = {}
         self._completed: collections.deque[tuple[Sequence, ToolResult]] = collections.deque()
         self._arrived = threading.Event()
-        # Called, on any thread, when a result has arrived.
+        # Called when a result has arrived, on any thread.
         self.on_completed: Callable[[], None] = lambda: None
 
     def scan_prompt(self, seq: Sequence) -> bool:
-        """Find code that the end of the prompt leaves open. A prompt resumed from another engine may end like this.
+        """Find code that the prompt does not finish. A prompt resumed from another engine may end inside code.
 
         The result is whether the prompt ends with a complete call that has no output yet.
         """
@@ -110,7 +110,7 @@ class ToolLoop:
         """Cancel the call that ``seq`` waits for, if there is one."""
         tasks = self._calls.pop(seq, None)
         if tasks is not None and self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # raised if the loop is closed, so that no call runs
+            with contextlib.suppress(RuntimeError):  # raised if the loop is closed; then no call runs any more
                 self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
 
     def collect(self) -> list[tuple[Sequence, ToolResult]]:
@@ -200,6 +200,6 @@ def truncate(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
     keep = max_tokens
     while len(ids) > max_tokens:
         text = tokenizer.decode_bytes(ids[:keep]).decode("utf-8", errors="ignore")
-        keep -= 1  # a word that is cut in the middle may encode to more tokens than before
+        keep -= 1  # a word cut in the middle may encode to more tokens than the whole word
         ids = tokenizer.encode(text)
     return text

@@ -1,4 +1,4 @@
-"""Runs one call: sends the code to a worker, enforces the limits, and derives the result from what was observed."""
+"""Runs one call: sends the code to a worker, enforces the limits, and derives the result from its observations."""
 
 import asyncio
 import enum
@@ -39,7 +39,7 @@ async def run_call(worker: WorkerProcess, code: bytes, limits: Limits, result_fo
     streams = (stdout, stderr, claim_stream)
     usage = worker.usage
     try:
-        # The worker gets extra memory to receive the request, because this must not reduce the code's memory.
+        # The worker gets extra memory to receive the request, so that receiving does not reduce the code's memory.
         worker.set_limits(limits, 8 * len(code) + _RECEIVING_BYTES)
         async with asyncio.timeout(START_SECONDS):
             fields = [result_format.value.encode(), b"%d" % limits.output_bytes, code]
@@ -159,7 +159,8 @@ def _classify_exit(exit_code: int, usage: Usage, limits: Limits) -> tuple[Status
     if number == signal.SIGKILL and usage.cpu_seconds >= limits.cpu_seconds:
         return Status.TIMEOUT, f"CPU time limit of {limits.cpu_seconds:g} s exceeded"
     if number == signal.SIGKILL:
-        # Only the kernel can have sent this signal: the executor has not sent it, and code in the sandbox cannot.
+        # Only the kernel can have sent this signal: the executor has not sent it, and code in the sandbox cannot send
+        # it.
         return Status.MEMORY, "killed by the kernel, most likely because the machine or container ran out of memory"
     if number == signal.SIGSYS:
         return Status.DENIED, "killed for entering the kernel through a foreign system call interface"

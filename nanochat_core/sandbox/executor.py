@@ -47,7 +47,8 @@ class SandboxExecutor:
 
     Use the executor as a context manager, or call :meth:`start` and :meth:`close`. Calls may come from any event loop
     or thread. The executor starts the workers from a thread of its own, because the kernel kills a worker when the
-    thread that started it ends. ``rejected`` has the name of each profile that failed its self-test, and the reason.
+    thread that started it ends. ``rejected`` has the name of each profile that failed its self-test and the reason of
+    the failure.
     """
 
     def __init__(self, config: SandboxConfig | None = None) -> None:
@@ -87,7 +88,7 @@ class SandboxExecutor:
     def start(self) -> SandboxExecutor:
         """Choose and test the isolation profile, then begin to start workers. Blocks for about 100 ms.
 
-        Raises SandboxUnavailable if the configured profile fails its self-test; with ``auto``, if every profile fails.
+        Raises SandboxUnavailable if the configured profile fails its self-test or, with ``auto``, every profile fails.
         """
         self._thread.start()
         atexit.register(self.close)
@@ -118,14 +119,14 @@ class SandboxExecutor:
     async def execute(
         self, code: str, limits: Limits = _NO_LIMITS, result_format: ResultFormat = ResultFormat.REPR
     ) -> ExecutionResult:
-        """Run ``code``. Cancelling the call kills its process.
+        """Run ``code``. Canceling the call kills its process.
 
         The result is returned even if the code failed. Its status is OVERLOADED if all slots and the queue are full.
         Raises WorkerFailed if the sandbox itself failed, or was closed during the call.
 
         Args:
             code: a program. If its last statement is an expression, the expression's value is the result.
-            limits: a zero means the configured default; a value above the configured maximum is lowered to it.
+            limits: a zero means the configured default. A value above the configured maximum is lowered to the maximum.
             result_format: how the value is converted to text.
         """
         return await asyncio.wrap_future(self._submit(self._execute(code, limits, result_format)))

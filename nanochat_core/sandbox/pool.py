@@ -11,13 +11,13 @@ from nanochat_core.sandbox.worker_process import WorkerProcess
 log = logging.getLogger("nanochat.sandbox")
 
 _RETRY_SECONDS = 1.0
-# Starting a process blocks the executor's thread for a moment. A call that has just taken a worker begins during this
-# pause, before the next worker is started.
+# Starting a process blocks the executor's thread for a moment. This pause before each start lets the call that has just
+# taken a worker begin first.
 _PAUSE_SECONDS = 0.005
 
 
 class WorkerPool:
-    """Keeps ``size`` workers ready. Each worker serves one call; a background task starts new ones, one at a time."""
+    """Keeps ``size`` workers ready. Each serves one call. A background task starts new workers, one at a time."""
 
     def __init__(self, start: Callable[[], Awaitable[WorkerProcess]], size: int) -> None:
         self._start = start
@@ -29,7 +29,7 @@ class WorkerPool:
         return len(self._ready)
 
     async def take(self) -> WorkerProcess:
-        """Return a fresh worker, of which the caller must dispose."""
+        """Return a fresh worker. The caller must dispose of it."""
         while self._ready:
             worker = self._ready.popleft()
             self.refill()

@@ -30,7 +30,7 @@ class Profile(abc.ABC):
 
     Attributes:
         name: name in settings, results and metrics.
-        host_scratch: whether the executor creates the scratch folder, on the host.
+        host_scratch: whether the executor creates the scratch folder on the host.
         landlock_abi: Landlock version in use; 0 if the profile works without Landlock.
         setup: the first frame for every worker; see :mod:`~nanochat_core.sandbox.worker.protocol`.
     """
@@ -65,8 +65,8 @@ class Profile(abc.ABC):
     def command(self, result_fd: int, status_fd: int) -> list[str]:
         """Program and arguments of a worker that reports on ``result_fd``.
 
-        A launcher that starts the worker as another process writes the worker's process id to ``status_fd``, in the
-        format of bubblewrap's ``--json-status-fd``.
+        If a launcher starts the worker as another process, the launcher writes the worker's process id to
+        ``status_fd``, in the format of bubblewrap's ``--json-status-fd``.
         """
 
     def _python(self, worker_dir: str, result_fd: int) -> list[str]:
@@ -106,7 +106,7 @@ class BwrapProfile(Profile):
         self._prefix = [program, *namespace_options(program), *_filesystem_options(interpreter, config.scratch_bytes)]
 
     def _require_landlock(self, kernel_abi: int) -> int:
-        # The mount namespace has no files except the interpreter's, so the profile is safe without Landlock too.
+        # The mount namespace has only the interpreter's files, so the profile is safe without Landlock too.
         return kernel_abi if kernel_abi >= landlock.MINIMUM_ABI else 0
 
     def command(self, result_fd: int, status_fd: int) -> list[str]:
@@ -121,7 +121,7 @@ def resource_limits(config: SandboxConfig) -> bytes:
     """The ``(resource, limit)`` pairs that are the same for every call, packed for the worker."""
     limits = {
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NPROC: 0,  # this limit counts all processes of the user; the seccomp filter is the real limit
+        resource.RLIMIT_NPROC: 0,  # counts all processes of the user; the real limit is the seccomp filter
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
         resource.RLIMIT_NOFILE: 64,
@@ -134,7 +134,8 @@ def resource_limits(config: SandboxConfig) -> bytes:
 def file_rules(interpreter: Interpreter) -> list[PathRule]:
     """The Landlock rules. Paths are the same with and without bubblewrap, and ``.`` is the scratch folder."""
     rules = [PathRule(path, landlock.READ_TREE) for path in interpreter.readable()]
-    # An import lists the folders of the standard library. The files of the packages in them stay unreadable.
+    # An import lists the folders of the standard library. The files of installed packages in these folders stay
+    # unreadable.
     rules += [PathRule(folder, landlock.READ_DIR) for folder in interpreter.stdlib]
     rules += [PathRule(path, landlock.READ_FILE | landlock.WRITE_FILE) for path in _DEVICES]
     if os.path.isdir(_ZONEINFO):
@@ -161,7 +162,7 @@ def _help_of(program: str) -> str:
 
 
 def _filesystem_options(interpreter: Interpreter, scratch_bytes: int) -> list[str]:
-    """Flags of bubblewrap for a read-only root with the interpreter, libraries, devices and an empty scratch folder."""
+    """Flags of bubblewrap for a read-only root that has interpreter, libraries, devices and an empty scratch folder."""
     options: list[str] = []
     for folder in ("/usr/lib", "/usr/lib64", "/lib", "/lib64"):
         if os.path.islink(folder):

@@ -19,7 +19,7 @@ class ScratchRoot:
     def __init__(self, parent: str) -> None:
         """Create the folder in ``parent``. Raises OSError if ``parent`` is not a writable folder."""
         _remove_abandoned(parent)
-        # The folder gets its final name after it is locked, so that no other executor removes it.
+        # The folder gets its final name only after it is locked, so that no other executor removes it as abandoned.
         unlocked = tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent)
         self._lock = os.open(os.path.join(unlocked, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -37,7 +37,7 @@ class ScratchRoot:
 
 
 def exceeds(folder: str, max_bytes: int, max_files: int) -> bool:
-    """Whether ``folder`` contains more than the code may store, or anything that cannot be counted.
+    """Whether ``folder`` contains more than the code may store, or something that cannot be counted.
 
     Counting stops at the limit, so the cost is bounded.
     """
@@ -66,8 +66,8 @@ def exceeds(folder: str, max_bytes: int, max_files: int) -> bool:
 def remove(folder: str) -> None:
     """Remove ``folder``, even if it contains unreadable folders, names that are not text, or very deep folders.
 
-    The caller must make sure that no process writes to the folder any more. Nested folders are first moved to the top,
-    so that neither the length of a path nor the depth of recursion can exceed a limit. Links are never followed.
+    The caller must make sure that no process writes to the folder any more. Nested folders are first moved to the top.
+    Neither the length of a path nor the depth of recursion can then exceed a limit. Links are never followed.
     """
     try:
         os.rmdir(folder)

@@ -1,8 +1,8 @@
 """The system calls that code may make, assembled into a seccomp filter (classic BPF).
 
-The filter is an allow-list: every call that is not named fails. Calls that act on other processes, the network,
+The filter is an allow-list: every call that is not in the list fails. Calls that act on other processes, the network,
 credentials, mounts or kernel objects are absent on purpose. Some calls are allowed only with harmless arguments,
-because Landlock does not control their other uses. Source: ``seccomp(2)`` and the kernel's
+because Landlock does not control what they do with other arguments. Source: ``seccomp(2)`` and the kernel's
 ``Documentation/userspace-api/seccomp_filter.rst``.
 """
 
@@ -12,8 +12,9 @@ import platform
 import socket
 import struct
 
-# The system calls that code may make, each with its number on x86_64 and on aarch64. "-" means that the machine has no
-# such call. Source: ``arch/x86/entry/syscalls/syscall_64.tbl`` and ``include/uapi/asm-generic/unistd.h`` of the kernel.
+# The system calls that code may make. Each name is followed by its number on x86_64 and on aarch64. "-" means that the
+# machine has no such call. Source: ``arch/x86/entry/syscalls/syscall_64.tbl`` and ``include/uapi/asm-generic/unistd.h``
+# of the kernel.
 FILES = """
     read:0:63 write:1:64 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 preadv:295:69 pwritev:296:70
     lseek:8:62 open:2:- openat:257:56 close:3:57 close_range:436:436 stat:4:- lstat:6:- fstat:5:80
@@ -56,7 +57,8 @@ def _rows(*tables: str) -> list[list[str]]:
 ALLOWED = frozenset(name for name, _, _ in _rows(FILES, WAITING, MEMORY, TIME, OWN_PROCESS))
 
 # System calls with this number or a higher one have the same number on all machines. For these calls, the filter
-# returns "not implemented". libc then makes an older call instead: for example clone, which is refused, for clone3.
+# returns "not implemented", and libc then makes an older call. For example, it makes the call clone instead of clone3;
+# the filter refuses clone.
 FIRST_UNIFIED_NUMBER = 424
 
 
@@ -86,7 +88,7 @@ CONDITIONAL: dict[str, tuple[Condition, ...]] = {
     "socketpair": (Condition(0, (socket.AF_UNIX,)), Condition(1, (socket.SOCK_STREAM,), mask=0xF)),
     # send() is allowed; sending to an address is not.
     "sendto": (Condition(4, (0,), wide=True),),
-    # A process may read its own limits. It can neither set limits nor read those of another process.
+    # A process may read its own limits. It can neither set limits nor read the limits of another process.
     "prlimit64": (Condition(0, (0,)), Condition(2, (0,), wide=True)),
 }
 
@@ -98,7 +100,7 @@ class Machine:
         name: name of the machine type, as ``uname -m`` prints it.
         audit_arch: ``AUDIT_ARCH_*`` value of a native call.
         foreign_bit: bit that is set in the call numbers of the ABI x32; 0 if the machine has no such ABI.
-        numbers: number of each system call that the filter names, by its name.
+        numbers: for the name of each system call in the filter, its number.
     """
 
     def __init__(self, name: str, column: int, audit_arch: int, foreign_bit: int = 0) -> None:
@@ -141,9 +143,9 @@ def instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> b
 def build_filter(machine: Machine) -> bytes:
     """Build the filter for ``machine``: an array of ``struct sock_filter``.
 
-    A call through a foreign ABI (32-bit entry, x32) kills the process. The numbers of such an ABI mean other calls, and
-    no library uses it by accident. Every other call that is not allowed fails. The error is ENOSYS for the calls that
-    libc replaces by an older call, otherwise EPERM.
+    A call through a foreign ABI (32-bit entry, x32) kills the process. In a foreign ABI, the numbers mean other calls,
+    and no library uses such an ABI by accident. Every other call that is not allowed fails. The error is ENOSYS for the
+    calls that libc replaces by an older call, otherwise EPERM.
     """
     program = [
         instruction(_LOAD_WORD, _ARCH),
@@ -167,7 +169,7 @@ def build_filter(machine: Machine) -> bytes:
 
 
 def _check(condition: Condition) -> bytes:
-    """Instructions that refuse the call if ``condition`` is false, and continue after the last of them otherwise."""
+    """Instructions that refuse the call if ``condition`` is false. Otherwise they continue after their last one."""
     low = _ARGUMENTS + 8 * condition.argument  # both machines are little-endian
     code = []
     if condition.wide:

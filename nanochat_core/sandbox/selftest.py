@@ -15,8 +15,8 @@ from nanochat_core.sandbox.worker_process import WorkerProcess
 
 _LIMITS = Limits(wall_seconds=10.0, cpu_seconds=5.0, memory_bytes=128 << 20, output_bytes=16 << 10)
 
-# Each attempt is a layer, an action, and code for the action. The code raises an exception unless the layer leaks.
-# {secret} is a readable file and {folder} a writable folder, both outside of the sandbox.
+# Each attempt has a layer, an action that the layer must stop, and code for the action. The code raises an exception
+# unless the layer leaks. {secret} is a readable file and {folder} a writable folder, both outside of the sandbox.
 ATTEMPTS: tuple[tuple[str, str, str], ...] = (
     ("files", "read a file outside", "open({secret!r}).read()"),
     ("files", "create a file outside", "open({folder!r} + '/new', 'w')"),
@@ -68,7 +68,8 @@ print('complete')
 async def self_test(profile: Profile, scratch_root: ScratchRoot) -> None:
     """Try to break ``profile``.
 
-    Raises ProfileUnavailable if the profile cannot start or a layer leaks; it names the layer and its first leak.
+    Raises ProfileUnavailable if the profile cannot start or a layer leaks. The error names the layer and its first
+    leak.
     """
     with tempfile.TemporaryDirectory(prefix="nanochat-selftest-", dir=scratch_root.path) as folder:
         secret = os.path.join(folder, "secret")

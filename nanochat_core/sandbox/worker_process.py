@@ -1,4 +1,4 @@
-"""The life of one worker process, which is started, used for one call, killed and reaped."""
+"""The life of one worker process: it is started, used for one call, killed and reaped."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ProcessUsage:
     def cpu_seconds(self) -> float:
         """CPU time so far; 0 if the process has ended.
 
-        The id of the process's CPU clock is computed as Linux's ``clock_getcpuclockid(3)`` computes it.
+        The id of the process's CPU clock is computed in the same way as in Linux's ``clock_getcpuclockid(3)``.
         """
         cpu_clock = (~self._pid << 3) | 2
         try:
@@ -75,8 +75,8 @@ class WorkerProcess:
     """An interpreter that has isolated itself and waits for the code of its only call.
 
     A worker may be used only in the event loop and the thread that started it. The kernel kills the worker when that
-    thread ends. Some profiles start the worker through a launcher such as bubblewrap. Without one, "launcher" means the
-    worker itself.
+    thread ends. Some profiles start the worker through a launcher such as bubblewrap. In the other profiles, "launcher"
+    means the worker itself.
 
     Attributes:
         profile: the isolation profile of the worker.
@@ -211,7 +211,7 @@ class WorkerProcess:
                 self.kill()
             elif self._stdin in self._fds:
                 # The worker is not ready yet. A launcher that is killed during its setup would leave a child that waits
-                # forever. A worker ends by itself when its stdin is closed, so close it and wait longer.
+                # forever. A worker ends by itself when its stdin is closed, so close the stdin and wait longer.
                 self.close_stdin()
                 patience = START_SECONDS
             try:
@@ -272,12 +272,13 @@ class WorkerProcess:
             status = b""
         if status:
             self._pid = int(json.loads(status.splitlines()[0])["child-pid"])
-        # The worker runs no untrusted code yet that could end it, so the id cannot belong to another process by now.
+        # The worker has not run untrusted code yet, which could have ended it. The id therefore still belongs to the
+        # worker.
         self._worker_handle = self._own(os.pidfd_open(self._pid))
         self.usage = ProcessUsage(self._pid)
 
     def _last_words(self) -> str:
-        """The last line on stderr of a worker that failed to start; empty if there is none."""
+        """The last line that a worker wrote to stderr before it failed to start; empty if there is none."""
         if self._launcher is None:
             return ""
         stderr = Capture("stderr", self.stderr, 1 << 16)

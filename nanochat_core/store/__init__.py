@@ -1,4 +1,4 @@
-"""The artifact store, through which the jobs and the engine share files. It is a folder or a prefix of an S3 bucket.
+"""The artifact store, where the jobs and the engine share files. It is a folder or a prefix of an S3 bucket.
 
 ``base`` is the interface, ``folder`` and ``s3`` are the two kinds of store, and ``cache`` keeps downloads from S3.
 """

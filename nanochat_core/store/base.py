@@ -15,7 +15,7 @@ class StoreError(UserError):
 
 
 class Store(ABC):
-    """Stores files below one root. A file's key is its path relative to the root, with ``/`` between the parts.
+    """Stores files below one root. A file's key is its path relative to the root, with ``/`` between the path's parts.
 
     Every method raises UserError if a key leaves the root or has a hidden part (``.name``), and StoreError if the store
     fails.
@@ -39,9 +39,8 @@ class Store(ABC):
 
     @abstractmethod
     def incoming(self, prefix: str) -> Path:
-        """A local folder for incomplete downloads that will be stored below ``prefix``. It outlives the process.
-
-        A program that is started again continues its downloads there. :meth:`keys` does not list these files.
+        """A local folder for incomplete downloads that will be stored below ``prefix``. The folder outlives the
+        process. A program that is started again continues its downloads there. :meth:`keys` does not list these files.
         """
 
     @abstractmethod
@@ -54,7 +53,7 @@ class Store(ABC):
 
     @abstractmethod
     def publish(self, prefix: str, *, last: str) -> contextlib.AbstractContextManager[Path]:
-        """Yields a local folder to write to. Its files replace ``prefix`` if the ``with`` block ends without an error.
+        """Yields a local folder to write to. If the ``with`` block ends without an error, its files replace ``prefix``.
 
         The caller must write the file ``last``; otherwise FileNotFoundError is raised. A reader that finds this file
         finds the whole folder. A store on a file system renames the finished folder. S3 cannot rename, so a store on
@@ -63,7 +62,7 @@ class Store(ABC):
 
     @abstractmethod
     def fetch(self, key: str) -> Path:
-        """A local path to the contents of the file ``key``, which the caller must not change.
+        """A local path to the contents of the file ``key``. The caller must not change them.
 
         Raises FileNotFoundError if there is no such file.
         """

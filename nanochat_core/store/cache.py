@@ -21,8 +21,8 @@ class DownloadCache:
     """Keeps each file at ``folder/<version>/<key>``.
 
     When an object is replaced, its version changes. The new object then has another path, so the cache cannot return
-    the old content. The total size of the files is at most ``limit_bytes``, unless it is None. Files that
-    :meth:`keeping` protects may exceed it until the end of the ``with`` block.
+    the old content. The total size of the files is at most ``limit_bytes``; None means no limit. Files that
+    :meth:`keeping` protects may exceed the limit until the end of the ``with`` block.
     """
 
     def __init__(self, folder: Path, limit_bytes: int | None = None) -> None:
@@ -51,7 +51,7 @@ class DownloadCache:
 
     @contextlib.contextmanager
     def keeping(self, prefix: PurePosixPath) -> Iterator[None]:
-        """Protects all files whose keys are below ``prefix`` from deletion during a ``with`` block."""
+        """During a ``with`` block, protects all files whose keys are below ``prefix`` from deletion."""
         with self._lock:
             self._kept[prefix] += 1
         try:

@@ -26,7 +26,7 @@ class S3Store(Store):
         self.bucket, self.prefix, self.cache = bucket, prefix, cache
         config = Config(retries={"max_attempts": 5, "mode": "standard"}, connect_timeout=10)
         try:
-            # A new session reads the AWS_* variables now; boto3's default session remembers their first values.
+            # A new session reads the current AWS_* variables; boto3's default session remembers their first values.
             self.client: Any = boto3.session.Session().client("s3", config=config)
         except (BotoCoreError, ValueError) as error:
             raise UserError(f"the AWS_* variables do not describe an S3 server: {error}") from error

@@ -1,12 +1,12 @@
 """Writes checkpoints in the background, from one or several ranks.
 
 Training waits only while tensors are copied to main memory; hashing and transfer happen in a thread. Every rank writes
-one file with its share of the optimizer state. The first rank also writes all other files. The manifest is the last of
-them; without a manifest, a checkpoint does not exist.
+one file with its share of the optimizer state. The first rank also writes all other files. The manifest is the last
+file; without a manifest, a checkpoint does not exist.
 
 A checkpoint may replace a complete checkpoint of the same name, for example after ``--no-resume``. An engine may be
-serving the old checkpoint, so the store must have a complete checkpoint at every moment. S3 can neither rename files
-nor replace several files at once. The new files therefore get a new subfolder, which the new manifest names:
+reading the old checkpoint, so at every moment the store must have a complete checkpoint. S3 can neither rename files
+nor replace several files at once. The new files therefore get a new subfolder, and the new manifest names it:
 
 1.  Write all files to ``replacement_<id>/``. The old manifest still lists the old files.
 2.  Replace the manifest, which every store does atomically. It now lists the new files.
@@ -55,15 +55,15 @@ log = logging.getLogger(__name__)
 
 # Seconds to wait before each further attempt to write a checkpoint. An error of the last attempt is reported.
 RETRY_SECONDS = (1.0, 5.0, 20.0)
-# How long the ranks wait in the background for the slowest rank's transfer.
+# Maximum time that the ranks wait in the background for the transfer of the slowest rank.
 _TRANSFER_SECONDS = 3600.0
 
 
 @dataclasses.dataclass(frozen=True)
 class _Contents:
-    """A copy of a checkpoint's content. Training may change the originals while the copy is written.
+    """A copy of a checkpoint's content, because training may change the originals during the writing.
 
-    ``texts`` has the content of each text file by its name, ``values`` the trainer's values as JSON, and ``shards``
+    ``texts`` has the content of each text file by file name. ``values`` has the trainer's values as JSON. ``shards`` is
     this rank's share of the optimizer state.
     """
 
@@ -123,7 +123,8 @@ class CheckpointWriter:
             except BaseException as error:
                 self._error = error  # the next call of wait raises it
 
-        # The thread may wait for ranks that are lost. A daemon thread does not keep the process alive meanwhile.
+        # The thread may wait for ranks that are lost. A daemon thread does not keep the process alive during such a
+        # wait.
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
 

@@ -1,7 +1,7 @@
 """Communication of the ranks, the processes that train together.
 
-``torchrun``, or a PyTorchJob in a cluster, starts the ranks. It sets the environment variables ``RANK``,
-``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` of each. Without them, a process trains alone.
+``torchrun``, or a PyTorchJob in a cluster, starts the ranks. For each rank, it sets the environment variables ``RANK``,
+``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``. Without these variables, a process trains alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from nanochat_core.device import choose_device
 from nanochat_core.errors import RetryableError, UserError
 
-# NCCL's default. A rank that does not answer for this long has most likely died with its node.
+# This is NCCL's default. If a rank does not answer for this long, its node has most likely died.
 DEFAULT_TIMEOUT_SECONDS = 600.0
 
 
@@ -67,9 +67,8 @@ class Ranks:
         ]
 
     def side_channel(self, seconds: float) -> Ranks:
-        """The same ranks with a new process group on the CPU, for a background thread. All ranks must call this.
-
-        A wait for another rank in the new group lasts at most ``seconds``.
+        """The same ranks with a new process group on the CPU, for a background thread. All ranks must call this. In the
+        new group, a wait for another rank lasts at most ``seconds``.
         """
         if self.group is None:
             return self
@@ -106,7 +105,7 @@ def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECOND
     """Joins the process group that the environment variables describe, and leaves it on exit.
 
     CUDA uses NCCL, and the CPU uses gloo. A wait for another rank lasts at most ``timeout_seconds``. Raises UserError
-    if the environment is incomplete, and RankLost if the other ranks did not join in time or were already leaving.
+    if a variable is missing. Raises RankLost if the other ranks did not join in time or were already leaving.
     """
     size = _number("WORLD_SIZE", 1)
     if size == 1:
@@ -125,7 +124,8 @@ def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECOND
     except ValueError as error:
         raise UserError(f"rank {rank} of {size} cannot join the other ranks: {_line(error)}") from error
     except (dist.DistError, RuntimeError) as error:
-        # Another attempt may succeed: perhaps this rank restarted early and reached the old run, which is ending.
+        # Another attempt may succeed: perhaps this rank restarted early and reached the old run while that run was
+        # ending.
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RankLost(f"rank {rank} of {size} did not join the other ranks at {where}: {_line(error)}") from error
     yield Ranks(rank, size, dist.group.WORLD)
@@ -136,7 +136,7 @@ def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECOND
 def rank_device(name: str) -> torch.device:
     """The device that this process computes on: the CPU, or the CUDA device that the launcher gave to this rank.
 
-    ``name`` is that of :func:`~nanochat_core.device.choose_device`.
+    ``name`` is as in :func:`~nanochat_core.device.choose_device`.
     """
     device = choose_device(name)
     if device.type == "cuda":

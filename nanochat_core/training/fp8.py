@@ -19,15 +19,16 @@ from nanochat_core.model import GPT, Linear
 LEAST_SIDE = 128
 # The fp8 kernels need every dimension of a product to be a multiple of this.
 ALIGNMENT = 16
-# Smallest scale. A tensor of zeros gets it, because dividing by the scale 0 would give NaN.
+# Smallest scale. A tensor of zeros gets this scale, because dividing by the scale 0 would give NaN.
 LEAST_SCALE = 1e-30
 
 
 class Fp8Linear(nn.Module):
     """A :class:`~nanochat_core.model.Linear` that trains in fp8.
 
-    It multiplies in the dtype of its input, and not in fp8, if no gradients are needed (evaluation), if the code is not
-    compiled (quantizing is fast only in fused kernels), or if the number of tokens is not a multiple of 16.
+    In three cases it multiplies in the dtype of its input instead of fp8: if no gradients are needed (evaluation), if
+    the code is not compiled (quantizing is fast only in fused kernels), and if the number of tokens is not a multiple
+    of 16.
     """
 
     weight: nn.Parameter
@@ -46,8 +47,8 @@ class Fp8Linear(nn.Module):
 def convert_to_fp8(model: GPT) -> list[str]:
     """Lets the large matrices of the blocks train in fp8. The parameters stay the same objects and keep their names.
 
-    The head is not converted, because the chunked loss multiplies by the head's weight itself. The result is the names
-    of the converted layers.
+    The head is not converted, because the chunked loss multiplies by the head's weight itself. The function returns the
+    names of the converted layers.
     """
     converted = []
     for parent_name, parent in list(model.blocks.named_modules(prefix="blocks")):

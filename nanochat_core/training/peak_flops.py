@@ -5,8 +5,8 @@ import re
 import torch
 
 # Dense bf16 TFLOP/s with fp32 sums. The source is NVIDIA's data sheet of each card (half of the value that is printed
-# "with sparsity"); for GeForce cards, it is the white papers of Ampere (GA102) and Ada. A card matches an entry if its
-# name has all words of the entry. The first entry that matches counts.
+# "with sparsity"). For GeForce cards, the source is the white papers of Ampere (GA102) and Ada. A card matches an entry
+# if its name has all words of the entry. The first entry that matches counts.
 PEAK_TFLOPS = (
     ("B200", 2250.0),
     ("GH200", 989.4),

@@ -1,6 +1,6 @@
 """Blocking work on daemon threads, which do not delay the end of the process.
 
-Loading a model, or waiting for a store that does not answer, can take longer than the time that a service has to end.
+Loading a model, or waiting for a store that does not answer, can take longer than the time in which a service must end.
 asyncio.to_thread is no alternative: Python joins the threads of its executor before the process ends.
 """
 
@@ -20,10 +20,10 @@ _NAME = "engine-work"
 async def run_in_daemon_thread(function: Callable[..., T], *arguments: object) -> T:
     """Call ``function`` on a new daemon thread and wait for its result.
 
-    Cancelling the wait does not stop the function.
+    Canceling the wait does not stop the function.
     """
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()  # from now on nobody can cancel the future, so the thread can always set it
+    future.set_running_or_notify_cancel()  # from now on nobody can cancel it, so the thread can always set its result
 
     def work() -> None:
         try:

@@ -45,7 +45,7 @@ class Metrics(Observer):
         self._model = Info("nanochat_engine_model", "The model being served", registry=self.registry)
 
     def model(self, name: str, revision: str, dtype: str) -> None:
-        """Publish which model serves from now on."""
+        """Publish the model that serves from now on."""
         self._model.info({"name": name, "revision": revision, "dtype": dtype})
 
     def refused(self, reason: str) -> None:

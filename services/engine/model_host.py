@@ -28,7 +28,7 @@ class ServedModel:
 
 
 class ModelHost:
-    """Owns the current model, which gets all new requests, and replaced models until their answers have ended."""
+    """Owns the current model, which gets all new requests. Also owns replaced models until their answers have ended."""
 
     def __init__(
         self,
@@ -40,8 +40,8 @@ class ModelHost:
     ) -> None:
         """The running answers of a replaced model get ``retire_seconds`` to finish.
 
-        ``on_change`` is called with each model that begins to serve, and ``on_loop_death`` when a device loop has died.
-        The process should end then.
+        ``on_change`` is called with each model that begins to serve. ``on_loop_death`` is called when a device loop has
+        died; the process should then end.
         """
         self._loader = loader
         self._retire_seconds = retire_seconds
@@ -70,8 +70,8 @@ class ModelHost:
         """Serve the configured or promoted revision once it exists, and every revision that is promoted later.
 
         A revision that :meth:`reload` has loaded stays until another one is promoted. After the first success, errors
-        are logged and the current model keeps serving. Before, they are raised, but not the failures of a store that
-        has answered once.
+        are logged and the current model keeps serving. Before the first success, errors are raised, except failures of
+        a store that has answered once.
         """
         followed: CheckpointRef | None = None
         store_answered = False
@@ -100,7 +100,7 @@ class ModelHost:
             await asyncio.sleep(poll_seconds)
 
     async def reload(self, revision: str) -> ServedModel:
-        """Serve ``revision``, or the promoted one if it is empty. If that fails, the current model keeps serving."""
+        """Serve ``revision`` (empty: the promoted revision). If that fails, the current model keeps serving."""
         name = self._loader.model
         if revision:
             return await self.serve(CheckpointRef.parse(name, revision))
@@ -113,7 +113,7 @@ class ModelHost:
         """Load a checkpoint beside the current model, then send new requests to it.
 
         Memory holds at most two models: if a replaced model still has answers to finish, loading waits for them. If the
-        caller is cancelled, loading continues, and its error, if any, is logged.
+        caller is canceled, loading continues, and an error of the loading is logged.
         """
         serving = asyncio.create_task(self._serve(ref))
         self._servings.add(serving)

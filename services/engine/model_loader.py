@@ -18,7 +18,7 @@ class ModelLoader:
     """
 
     def __init__(self, settings: EngineSettings, *, tool_runner: ToolRunner | None, observer: Observer) -> None:
-        """``tool_runner`` runs the model's Python calls, on the event loop that runs now."""
+        """``tool_runner`` runs the model's Python calls on the current event loop."""
         self.model, self.revision = settings.model, settings.revision
         self.store = open_store(
             settings.home, cache_dir=settings.cache_dir or None, cache_bytes=int(settings.cache_gib * 2**30)
@@ -40,8 +40,8 @@ class ModelLoader:
     def load(self, ref: CheckpointRef, serving: CheckpointRef | None) -> tuple[Engine, engine_pb2.ModelInfo]:
         """Build the engine of a checkpoint and describe its model for clients.
 
-        A model that does not fit into memory raises a :class:`UserError`. Its message names the checkpoint ``serving``,
-        whose model is already in memory.
+        A model that does not fit into memory raises a :class:`UserError`. The message names the checkpoint ``serving``;
+        the model of that checkpoint is already in memory.
         """
         try:
             checkpoint = load_checkpoint(self.store, ref)

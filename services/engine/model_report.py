@@ -14,7 +14,7 @@ _NAME = re.compile(r"[\w-]+\.(md|png)", re.ASCII)
 
 
 def read_report(store: Store, model: str, file: str = "") -> engine_pb2.Report:
-    """Read the names of the report's page and pictures, and the content of ``file``, or of all files if it is empty.
+    """Read the names of the report's page and pictures, and the content of ``file`` (empty: of all files).
 
     Raises:
         FileNotFoundError: the report does not exist, or has no such file.

@@ -10,12 +10,12 @@ from nanochat_core.protos import sandbox_pb2, sandbox_pb2_grpc
 
 log = logging.getLogger("nanochat.engine")
 
-# The sandbox limits the code's time itself and answers TIMEOUT. The answer needs this much more time than the code.
+# The sandbox limits the code's time itself and then answers TIMEOUT. The client waits this much longer for the answer.
 _ANSWER_SECONDS = 1.0
 
 
 class SandboxClient:
-    """A :class:`~nanochat_core.engine.ToolRunner` that calls the sandbox over gRPC."""
+    """A :class:`~nanochat_core.engine.ToolRunner` that calls the sandbox service over gRPC."""
 
     def __init__(self, address: str) -> None:
         # After a restart of the sandbox, answers must not wait for gRPC's default backoff of up to two minutes.

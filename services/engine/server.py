@@ -88,8 +88,8 @@ async def serve(settings: EngineSettings) -> int:
 async def _report_hang(host: ModelHost, hang_seconds: float, loop_died: asyncio.Event) -> None:
     """Set ``loop_died`` once a step of the device loop has taken more than ``hang_seconds``.
 
-    A step counts as hung at the second check in a row that finds it late: after a pause of the whole process, a step
-    can look late at the first check although the device is about to finish it.
+    A step counts as hung if two checks in a row find it late. One check is not enough: after a pause of the whole
+    process, a step can look late although the device is about to finish it.
     """
     late_checks = 0
     while late_checks < 2:

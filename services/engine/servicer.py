@@ -23,7 +23,8 @@ from services.engine.model_report import read_report
 
 log = logging.getLogger("nanochat.engine")
 
-# Each read of a report keeps a thread until the store answers, even if the caller has gone.
+# Maximum number of reports that are read at once. Each read occupies a thread until the store answers, even if the
+# caller has gone.
 _MAX_REPORT_READS = 8
 
 
@@ -101,7 +102,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         )
 
     async def Reload(self, request: engine_pb2.ReloadRequest, context: Context) -> engine_pb2.ModelInfo:
-        """Serve another revision; FAILED_PRECONDITION if it cannot be loaded, and the current one keeps serving."""
+        """Serve another revision. If that fails: FAILED_PRECONDITION, and the current revision keeps serving."""
         try:
             return (await self._host.reload(request.revision)).info
         except UserError as error:

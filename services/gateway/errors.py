@@ -12,10 +12,11 @@ from starlette.responses import Response
 
 RETRY_AFTER_SECONDS = 2
 
-# OpenAI's error types by status. Below 500 all others are invalid_request_error, from 500 on they are server_error.
+# OpenAI's error types by status. Every other status below 500 is an invalid_request_error; from 500 on, the type is
+# server_error.
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
-# The engine names a wrong constraint in its trailing metadata. This maps each name to the request's parameter.
+# The engine names a wrong constraint in its trailing metadata. This table has the request's parameter for each name.
 _CONSTRAINT_PARAMETERS = {"json_schema": "response_format.json_schema.schema", "regex": "regex"}
 
 
@@ -35,7 +36,8 @@ class ApiError(HTTPException):
     def body(self) -> bytes:
         """The JSON object that the client gets.
 
-        It is ASCII, because a message may quote lone surrogates that the client sent, and UTF-8 can't encode them.
+        The JSON is ASCII, because a message may quote lone surrogates that the client sent, and UTF-8 can't encode
+        these.
         """
         status = self.status_code
         kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
@@ -145,7 +147,7 @@ def _parameter_name(location: Sequence[str | int]) -> str:
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Answers an :class:`ApiError`, and gives the framework's own errors the same JSON shape."""
+    """Answers an :class:`ApiError` or an error of the framework with the same JSON shape."""
     assert isinstance(error, HTTPException)
     if not isinstance(error, ApiError):
         message, code = str(error.detail), None
@@ -157,6 +159,6 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:
-    """Answers 400 instead of the framework's 422, because OpenAI's clients expect that."""
+    """Answers 400 instead of the framework's 422, because OpenAI's clients expect 400."""
     assert isinstance(error, RequestValidationError)
     return await on_http_error(request, _from_validation(error, request.headers.get("content-type", "")))

@@ -12,8 +12,8 @@ MAX_STOP_STRINGS = 4
 # The gateway compares each new piece of text with the stop strings, so their length must have a bound.
 MAX_STOP_CHARACTERS = 1000
 
-# Parameters of OpenAI's API that would change the answer and that this server doesn't support, with the values that
-# change nothing and are accepted. The server ignores every other unknown parameter.
+# Parameters of OpenAI's API that this server doesn't support although they would change the answer. The listed values
+# of a parameter change nothing, so they are accepted. The server ignores every other unknown parameter.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -35,7 +35,8 @@ _UNSUPPORTED_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {"audio": (), "function
 
 
 def _reject(message: str) -> NoReturn:
-    # pydantic reads the message as a template, so text with braces from the client must be an argument of it.
+    # pydantic reads the message as a template. The client's text may have braces, so it must be an argument of the
+    # template.
     raise PydanticCustomError("invalid_value", "{reason}", {"reason": message})
 
 
@@ -85,7 +86,7 @@ class _Model(BaseModel):
 
 
 def _refuse(model: _Model, unsupported: Mapping[str, tuple[Any, ...]], prefix: str = "") -> None:
-    """Refuses fields that the server would have to ignore although they change the answer."""
+    """Refuses fields that should change the answer but that the server would have to ignore."""
     for name, value in (model.model_extra or {}).items():
         if name in unsupported and value is not None and value not in unsupported[name]:
             param = f"{prefix}{name}"

@@ -15,7 +15,7 @@ from services.gateway.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
 
-# Load balancers keep idle connections for about a minute; the server must not be the first to close one.
+# Load balancers keep idle connections for about a minute; the server must not close a connection before they do.
 _KEEP_ALIVE_SECONDS = 75
 # Time to close connections after the drain, when no answer runs any more.
 _CLOSE_SECONDS = 5
@@ -51,7 +51,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Makes SIGTERM and SIGINT drain the server; a second signal stops it at once.
+        """Makes SIGTERM and SIGINT drain the server. A second signal stops the server at once.
 
         The process ends with exit code 0 in both cases; uvicorn's own handlers would raise the signal again.
         """

@@ -16,7 +16,7 @@ from services.sandbox.settings import SandboxSettings
 PROGRAM = "python -m services.sandbox"
 SERVICE = sandbox_pb2.DESCRIPTOR.services_by_name["Sandbox"].full_name
 _MESSAGE_OVERHEAD = 64 << 10
-# The calls that the end of the drain interrupts get this long to send their replies.
+# Calls that are interrupted at the end of the drain have this long to send their replies.
 _REPLY_SECONDS = 2.0
 
 log = logging.getLogger("nanochat.sandbox")
@@ -47,7 +47,7 @@ async def serve(config: SandboxSettings, executor: SandboxExecutor) -> None:
     service = GrpcService(
         SERVICE,
         max_receive_bytes=config.max_code_bytes + _MESSAGE_OVERHEAD,
-        # A reply holds three outputs. The replacement of an invalid byte takes three bytes in UTF-8.
+        # A reply holds three outputs. An invalid byte is replaced by a character that takes three bytes in UTF-8.
         max_send_bytes=9 * config.max_output_bytes + _MESSAGE_OVERHEAD,
     )
     metrics = Metrics(executor)
@@ -60,7 +60,7 @@ async def serve(config: SandboxSettings, executor: SandboxExecutor) -> None:
     await service.set_serving(False)
     closing = asyncio.create_task(service.close(config.drain_seconds + _REPLY_SECONDS))
     await asyncio.wait({closing}, timeout=config.drain_seconds)
-    # Closing the executor kills the calls that still run, so that their callers get an error with the reason.
+    # Closing the executor kills the calls that still run. Their callers get an error with the reason.
     await asyncio.to_thread(executor.close)
     await closing
 

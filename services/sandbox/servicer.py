@@ -16,7 +16,7 @@ _FORMATS = {sandbox_pb2.RESULT_FORMAT_REPR: ResultFormat.REPR, sandbox_pb2.RESUL
 
 
 class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
-    """Answers every valid call with a status; a gRPC error means an invalid request or a failure of the sandbox."""
+    """Answers every valid call with a status. A gRPC error means an invalid request or a failure of the sandbox."""
 
     def __init__(self, executor: SandboxExecutor, metrics: Metrics, max_code_bytes: int) -> None:
         self._executor = executor

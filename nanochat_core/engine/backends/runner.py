@@ -1,4 +1,4 @@
-"""The interface of a backend, the runner of PyTorch's operators and the CPU kernels, and the choice of a backend.
+"""The interface of a backend, the runner for PyTorch's operators and for the CPU kernels, and the choice of a backend.
 
 A runner computes one ragged batch at a time: chunks of different lengths, one after another, without padding.
 """
@@ -48,8 +48,8 @@ class Runner(Protocol):
 class EagerRunner:
     """Runs a network operation by operation, with the cache that it reads.
 
-    ``attention`` prepares attention over the cache for the chunks of one batch. The batch must have the chunks in the
-    order of the result's ``chunks``.
+    ``attention`` prepares attention over the cache for the chunks of one batch. Its result has the chunks in a new
+    order, and the batch must have the same order.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class EagerRunner:
 
 
 def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, list[CacheGroup]]:
-    """Build the runner for ``model`` on its device; returns it with the groups of its KV cache.
+    """Build the runner for ``model`` on its device; returns the runner and the groups of its KV cache.
 
-    Every network is built before its cache, because the cache takes a share of the free memory.
+    A network is built before its cache, because the size of the cache is a share of the memory that is then free.
 
     Raises:
         UserError: the KV cache is too small for one block, or there are no kernels for the quantization.

@@ -1,4 +1,4 @@
-"""A copy of a model's weights in the form that is used for serving. Every backend's network uses it.
+"""A copy of a model's weights in the form that serving needs. The network of every backend uses such a copy.
 
 Reading weights and starting operations take most of the time of a step with a small batch. Everything that does not
 depend on the input is therefore computed once, when the model is loaded: normalized embeddings, the smear gate of every
@@ -28,8 +28,8 @@ class Weight(Protocol):
     def __call__(self, x: Tensor, other: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """The product with ``x`` (tokens, in_features), of shape (tokens, out_features).
 
-        The result is the sum of the product and ``other``, if given. ``relu`` replaces negative results by 0; only one
-        of the two is possible.
+        If ``other`` is given, it is added to the product. If ``relu`` is set, negative results become 0. A call can use
+        only one of the two.
         """
 
 
@@ -37,8 +37,8 @@ class PackedWeight:
     """A :class:`Weight` that uses oneDNN for products on CPUs.
 
     oneDNN is faster for batches than PyTorch's default kernels. It also adds the products of a row in the same order
-    for every number of rows, so a token's result has the same bits alone and in a batch. If there is only one row, some
-    CPUs add long sums in another order. On these CPUs a single row is therefore computed twice, as a batch of two rows.
+    for every number of rows, so a token's result has the same bits alone and in a batch. For a single row, some CPUs
+    add long sums in another order. On these CPUs a single row is therefore computed as a batch of two equal rows.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -72,9 +72,9 @@ class LayerWeights:
         attention, mlp = block.attention, block.mlp
         self.residual_scale, self.skip_scale = residual_scale, skip_scale
         self.head_dim, self.n_head, self.n_kv_head = attention.head_dim, attention.n_head, attention.n_kv_head
-        # The networks normalize the input without the factor sqrt(dim). Queries and keys are normalized again later, so
-        # only the weights of values and gates include this factor. The dimension is read from a weight, because
-        # training may have replaced the layers.
+        # The networks normalize the input but leave out the factor sqrt(dim). The weights of values and gates therefore
+        # include this factor. Queries and keys are normalized again later and do not need it. ``dim`` is read from a
+        # weight, because training may have replaced the layers.
         dim = attention.q.weight.size(1)
         projections = [
             _pair_channels(attention.q.weight, self.head_dim),

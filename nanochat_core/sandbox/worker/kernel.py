@@ -51,7 +51,7 @@ def die_with_parent() -> None:
 
 
 def drop_privileges() -> None:
-    """Give up all capabilities for good, and forbid new privileges on exec and inspection by other processes."""
+    """Give up all capabilities for good. No exec can add privileges, and other processes cannot inspect this one."""
     _prctl("no_new_privs", _PR_SET_NO_NEW_PRIVS, 1)
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
@@ -65,7 +65,7 @@ def drop_privileges() -> None:
 
 
 def restrict_files(ruleset_attribute: bytes, rules: list[tuple[str, int]]) -> None:
-    """Allow only the file accesses of ``rules`` (path, access) from now on, by Landlock. Needs no_new_privs."""
+    """From now on, allow only the file accesses of ``rules`` (path, access), by Landlock. Needs no_new_privs."""
     attribute = ctypes.create_string_buffer(ruleset_attribute, len(ruleset_attribute))
     ruleset = _check(
         _libc.syscall(_LANDLOCK_CREATE_RULESET, attribute, ctypes.c_size_t(len(ruleset_attribute)), 0), "landlock"
@@ -84,7 +84,7 @@ def restrict_files(ruleset_attribute: bytes, rules: list[tuple[str, int]]) -> No
 
 
 def restrict_system_calls(instructions: bytes) -> None:
-    """Allow only the system calls that the filter allows from now on, by seccomp. Needs no_new_privs."""
+    """From now on, allow only the system calls that the seccomp filter allows. Needs no_new_privs."""
     program = _FilterProgram(len(instructions) // 8, instructions)
     mode, unused = ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.c_ulong(0)
     _check(_libc.prctl(_PR_SET_SECCOMP, mode, ctypes.byref(program), unused, unused), "seccomp")

@@ -3,7 +3,7 @@
 The executor writes two frames to the worker's stdin, *setup* and *request*, and then closes the pipe. Each frame is a
 list of byte fields. The worker writes to the result pipe: ``READY`` once every layer of the isolation is active,
 ``BEGUN`` once the request has arrived, and then a claim about how the code ended. The code can forge the claim.
-Therefore the executor bounds its size, never trusts it, and uses it only for the answer to this one call.
+Therefore the executor bounds the claim's size, never trusts the claim, and uses it only for the answer to this call.
 """
 
 import struct
@@ -20,7 +20,7 @@ CLAIM_OVERHEAD = len(BEGUN) + _CLAIM_HEADER.size + MAX_ERROR_BYTES
 
 
 def pack(fields: list[bytes]) -> bytes:
-    """Build a frame: the total length, then each field with its own length."""
+    """Build a frame: the total length, then for each field its length and its bytes."""
     body = b"".join(struct.pack("!I", len(field)) + field for field in fields)
     return struct.pack("!I", len(body)) + body
 

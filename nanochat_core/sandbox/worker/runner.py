@@ -16,7 +16,7 @@ import protocol
 _REQUESTS, _RESULT = 0, 3
 _PyCF_ONLY_AST = 0x400
 _Module = type(sys)
-_reserve = [bytearray(1 << 20)]  # this memory is freed when memory runs out, so that the report can be made
+_reserve = [bytearray(1 << 20)]  # freed when memory runs out, so that the report can be made
 
 
 def serve(result_fd: int) -> None:
@@ -43,7 +43,7 @@ def _isolate(setup: list[bytes]) -> None:
     for name in preload.decode().split():
         __import__(name)
     kernel.drop_privileges()
-    kernel.die_with_parent()  # this follows drop_privileges, because a change of credentials may clear the setting
+    kernel.die_with_parent()  # called after drop_privileges, because a change of credentials may clear this setting
     for number, value in struct.iter_unpack("=IQ", limits):
         inherited = resource.getrlimit(number)[1]
         allowed = value if inherited == resource.RLIM_INFINITY else min(value, inherited)
@@ -72,8 +72,8 @@ def _read_exactly(count: int) -> bytes:
 def _run_and_report(code: bytes, to_text: Callable[[object], str], output_bytes: int) -> None:
     """Run ``code`` and write the claim about its end.
 
-    Local variables keep the functions that are needed after the code has run. The report is therefore right even if the
-    code overwrites, for example, ``os.write``. Code that manipulates more than that can only falsify its own report.
+    Local variables refer to the functions that are needed after the code has run. The report is therefore right even if
+    the code overwrites, for example, ``os.write``. Code that manipulates more can falsify only its own report.
     """
     write, close, wait, pack_claim = os.write, os.close, _signal.pause, protocol.pack_claim
     describe, show, errors = _describe, sys.__excepthook__, sys.stderr
@@ -86,8 +86,8 @@ def _run_and_report(code: bytes, to_text: Callable[[object], str], output_bytes:
         if value is None:
             claim = pack_claim(protocol.NOTHING)
         else:
-            # One byte above the limit tells the executor that the text is longer. The first cut counts characters, of
-            # which each has at least one byte.
+            # One byte above the limit tells the executor that the text is longer. The first cut counts characters,
+            # which is safe because each character has at least one byte.
             text = to_text(value)[: output_bytes + 1].encode("utf-8", "replace")[: output_bytes + 1]
             claim = pack_claim(protocol.VALUE, result=text)
     except BaseException as error:

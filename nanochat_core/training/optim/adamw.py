@@ -9,8 +9,8 @@ of step ``t`` and the learning rate ``lr``:
     weight <- weight - lr * weight_decay * weight
     weight <- weight - lr * (mean / (1 - beta1^t)) / (sqrt(square / (1 - beta2^t)) + eps)
 
-``1 - beta^t`` corrects the running averages for their start at zero. Weight decay acts directly on the weight. If it
-were added to the gradient, AdamW would divide it by the gradient's magnitude too.
+``1 - beta^t`` corrects the running averages for their start at zero. Weight decay acts directly on the weight. If the
+decay were added to the gradient, AdamW would also divide the decay by the gradient's magnitude.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,8 @@ from nanochat_core.training.distributed import Ranks
 from nanochat_core.training.optim.shards import ParameterShards, Shard, gradient_of
 
 ADAM_EPS = 1e-10
-# A parameter with fewer elements is not divided: the little memory saved is not worth the time of the messages.
+# A parameter with fewer elements is not divided, because the little memory that this would save is not worth the time
+# of the messages.
 SMALLEST_DIVIDED = 1024
 
 

@@ -29,9 +29,8 @@ class OptimizerConfig:
 def parameter_groups(model: GPT, config: OptimizerConfig, *, batch_lr_scale: float = 1.0) -> list[dict[str, Any]]:
     """Returns a model's parameter groups for :class:`~nanochat_core.training.optim.optimizer.MuonAdamW`.
 
-    All matrices inside the blocks that have the same shape form one Muon group. The learning rate of a tall matrix is
-    multiplied by ``sqrt(rows / columns)``. Its step then changes the layer's outputs as much as the step of a square
-    matrix does.
+    Matrices inside the blocks form one Muon group for each shape. The learning rate of a tall matrix is multiplied by
+    ``sqrt(rows / columns)``. Its step then changes the layer's outputs as much as the step of a square matrix does.
 
     Args:
         config: learning rates before scaling.

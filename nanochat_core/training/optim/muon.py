@@ -1,7 +1,7 @@
 """The update rule of Muon (https://kellerjordan.github.io/posts/muon), with four later refinements.
 
 Problem: the gradient of a weight matrix has a few large singular values and many small ones. A step along the gradient
-therefore moves the matrix in a few directions and hardly in the others, although these may matter as much.
+therefore moves the matrix in a few directions and hardly in the other directions, although these may matter as much.
 
 Idea: take the step's directions from the gradient and make its size the same in all of them. With the singular value
 decomposition ``M = U S V^T`` of the momentum, Muon steps along ``U V^T``, the nearest (semi-)orthogonal matrix to
@@ -13,7 +13,7 @@ polynomial of its singular values and keeps ``U`` and ``V``:
     aX + bXX^TX + c(XX^T)^2X = U (aS + bS^3 + cS^5) V^T
 
 Polynomials that move every number in (0, 1] towards 1, applied one after another, turn ``S`` into nearly the identity.
-The Polar Express (arXiv 2505.16932) gives the best coefficients of each step.
+The Polar Express (arXiv 2505.16932) gives the best coefficients for each polynomial.
 
 :func:`muon_update` computes, for the gradient ``G`` and the weights ``W`` of one matrix:
 
@@ -21,8 +21,8 @@ The Polar Express (arXiv 2505.16932) gives the best coefficients of each step.
 2.  Row equilibration (arXiv 2603.28254): each row of ``N`` is scaled to the mean of the rows' norms.
 3.  The Polar Express orthogonalizes ``N``. The result is the step ``U``.
 4.  NorMuon's variance reduction (arXiv 2510.05491): rows or columns of ``U`` with large steps are scaled down.
-5.  Cautious weight decay (arXiv 2510.12402): ``W <- W - lr * U - lr * weight_decay * W``, where the decay applies only
-    to the numbers of ``W`` that have the same sign as their step in ``U``.
+5.  Cautious weight decay (arXiv 2510.12402): ``W <- W - lr * U - lr * weight_decay * W``, with the decay applied only to
+    the numbers of ``W`` that have the same sign as their number in ``U``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -68,7 +68,7 @@ def muon_update(
     Args:
         weights, gradients, momentum_buffer: (n, rows, columns).
         second_moment: (n, rows, 1) if ``rows >= columns``, otherwise (n, 1, columns).
-        lr: learning rate, already multiplied by the factor of the matrices' shape.
+        lr: learning rate, already multiplied by the factor for the shape of the matrices.
         dtype: dtype of the orthogonalization's matrix products.
     """
     momentum_buffer.lerp_(gradients, 1 - momentum)
@@ -87,7 +87,7 @@ def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     Each matrix is first divided by slightly more than its Frobenius norm, which bounds its singular values by 1. The
     result is rescaled to the Frobenius norm of an orthogonal matrix, ``sqrt(min(rows, columns))`` (arXiv 2602.21545).
     ``x`` is (n, rows, columns), and so is the result, in fp32. The matrix products have the given dtype. The
-    coefficients were made for bf16, which is precise enough.
+    coefficients are made for bf16, and bf16 is precise enough.
     """
     rows, columns = x.shape[-2:]
     tall = rows > columns
@@ -126,8 +126,8 @@ class MuonShards(ParameterShards):
     """The matrices of a Muon group, which all have one shape.
 
     Rank ``r`` of ``size`` owns the matrices ``r``, ``r + size``, ``r + 2 * size``, and so on. Orthogonalization needs a
-    whole matrix, so each rank owns whole matrices rather than rows of every matrix. Because the matrices are dealt out
-    in turn, ``size`` consecutive matrices can be reduced as soon as their gradients are complete.
+    whole matrix, so each rank owns whole matrices rather than rows of every matrix. Because consecutive matrices belong
+    to different ranks, ``size`` consecutive matrices can be reduced as soon as their gradients are complete.
 
     The weights move into one tensor of shape (count, rows, columns), and the parameters become views of it. ``count``
     is the number of matrices, rounded up to a multiple of the ranks. A run is ``size`` consecutive matrices, one for

@@ -26,8 +26,8 @@ class MuonAdamW:
     ) -> None:
         """
         Args:
-            groups: result of :func:`~nanochat_core.training.optim.groups.parameter_groups`. A group's ``names`` are
-                the names of its ``params``, under which checkpoints store the optimizer state.
+            groups: result of :func:`~nanochat_core.training.optim.groups.parameter_groups`. A group's ``names`` are the
+                names of its ``params``. Checkpoints store the optimizer state under these names.
             muon_dtype: dtype of the matrix products in Muon's orthogonalization.
         """
         self.param_groups = groups
@@ -44,7 +44,7 @@ class MuonAdamW:
         self._reduced = False
 
     def expect_gradients(self) -> None:
-        """Announces that the next backward pass is the last of the step, so it can reduce each gradient at once."""
+        """Announces that the next backward pass is the last of the step: each gradient can be reduced at once."""
         for _, unit in self._units:
             unit.expect_gradients()
 
@@ -52,7 +52,7 @@ class MuonAdamW:
     def reduce(self) -> Tensor:
         """Sums the gradients over the ranks. :meth:`step` calls it if it was not called before.
 
-        The result is the Euclidean norm of the summed gradients of all parameters, a scalar.
+        The result is a scalar: the Euclidean norm of the summed gradients of all parameters.
         """
         reduced = [(unit.owned, gradient) for _, unit in self._units if (gradient := unit.reduced()) is not None]
         self._reduced = True
@@ -100,6 +100,6 @@ class MuonAdamW:
             yield from unit.shards()
 
     def load_shards(self, read: ReadRows) -> None:
-        """Loads stored optimizer state by ``read``. It may have been written by any number of ranks."""
+        """Loads stored optimizer state by ``read``. Any number of ranks may have written that state."""
         for _, unit in self._units:
             unit.load(read)

@@ -3,11 +3,12 @@
 Problem: if every rank keeps the whole optimizer state and makes every update, more ranks save neither memory nor the
 time of the updates.
 
-Idea: the parameters form units, and each rank owns a part of every unit. It keeps only the optimizer state of its part
-and updates only its part. A step has three stages:
+Idea: the parameters form units, and each rank owns a part of every unit. The rank keeps only the optimizer state of its
+part and updates only its part. A step has three stages:
 
-1.  Reduce: the gradients of all ranks are summed, and each rank receives the sum for its own part. This starts for each
-    unit as soon as the backward pass has completed its gradients, and overlaps with the rest of the backward pass.
+1.  Reduce: the gradients of all ranks are summed, and each rank receives the sum for its own part. The reduction of a
+    unit starts as soon as the backward pass has completed the unit's gradients, and overlaps with the rest of the
+    backward pass.
 2.  Update: each rank updates its own part.
 3.  Gather: each rank receives the updated parts of the others. This overlaps with the updates of the next units.
 
@@ -24,13 +25,13 @@ from torch import Tensor
 
 from nanochat_core.training.distributed import Ranks, meeting
 
-# Reads rows ``start`` to ``stop`` of a named tensor of stored optimizer state; None if it was not stored.
+# Reads rows ``start`` to ``stop`` of a named tensor in the stored optimizer state; None if the tensor was not stored.
 ReadRows = Callable[[str, int, int], Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Consecutive rows of a named tensor: rows ``start`` to ``start + len(tensor)`` of ``rows``."""
+    """Consecutive rows of a named tensor that has ``rows`` rows: rows ``start`` to ``start + len(tensor)``."""
 
     name: str
     tensor: Tensor
@@ -43,8 +44,8 @@ class ParameterShards(ABC):
 
     Attributes:
         gradient: this rank's part of the summed gradient, None before the reduction and after the update.
-        owned: whether this rank's part counts in sums over ranks. If all ranks have the same part, only the first
-            rank's counts.
+        owned: whether this rank's part counts in sums over ranks. If all ranks have the same part, only the part of the
+            first rank counts.
     """
 
     gradient: Tensor | None = None
@@ -59,7 +60,7 @@ class ParameterShards(ABC):
                 parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
     def expect_gradients(self) -> None:
-        """Announces that the next backward pass is the last of the step, so it can reduce each gradient at once."""
+        """Announces that the next backward pass is the last of the step: each gradient can be reduced at once."""
         self._expecting = self._ranks.group is not None
 
     def _on_gradient(self, parameter: Tensor) -> None:
@@ -69,7 +70,7 @@ class ParameterShards(ABC):
     def reduced(self) -> Tensor | None:
         """Finishes the reduction and returns this rank's part of the summed gradient.
 
-        It is None if a single rank's parameters have no gradient. Raises ValueError if only some of them have one.
+        On a single rank, it is None if no parameter has a gradient. Raises ValueError if only some parameters have one.
         """
         if all(parameter.grad is None for parameter in self._parameters) and self._ranks.group is None:
             self.gradient = None
@@ -135,6 +136,6 @@ class ParameterShards(ABC):
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """The gradient of a parameter, which must have one."""
+    """The gradient of a parameter that must have a gradient."""
     assert parameter.grad is not None
     return parameter.grad

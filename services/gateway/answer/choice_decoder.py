@@ -44,8 +44,8 @@ class ChoiceDecoder:
     """Turns an engine's chunks of one choice into deltas.
 
     The concatenation of all deltas does not depend on how the engine groups its tokens. The decoder holds back an
-    incomplete character and the possible beginning of a stop string. Tool calls that follow held-back text wait
-    for it, so the client never sees a call before the text that precedes it.
+    incomplete character and the possible beginning of a stop string. Tool calls that follow held-back text wait for
+    that text, so the client never sees a call before the text that precedes the call.
 
     Attributes:
         token_count: number of tokens decoded so far.
@@ -53,7 +53,7 @@ class ChoiceDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, raw: bool = False) -> None:
-        """With ``raw``, Python code and its output are shown as text, as in text completions, which have no tools."""
+        """With ``raw``, Python code and its output are shown as text. Text completions use this mode."""
         special = tokenizer.special_ids
         self._python_start, self._python_end = special[PYTHON_START], special[PYTHON_END]
         self._hidden_starts = () if raw else (special[PYTHON_START], special[OUTPUT_START])
@@ -121,7 +121,7 @@ class ChoiceDecoder:
             shown |= {"code": event.call.code, "offset": offset}
         else:
             result = event.result
-            # The wire has a float32: without rounding, 0.002 would read 0.0020000000949949026.
+            # The engine sends a float32: without rounding, 0.002 would read 0.0020000000949949026.
             seconds = round(result.duration_seconds, 6)
             shown |= {"status": result.status, "output": result.output, "duration_seconds": seconds}
         self._waiting_events.append((offset, shown))

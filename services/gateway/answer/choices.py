@@ -13,7 +13,7 @@ from services.gateway.middleware.request_log import RequestRecord
 async def decode_choices(
     generation: Generation, metrics: Metrics, record: RequestRecord, *, n: int, stops: Sequence[str], raw: bool
 ) -> AsyncIterator[tuple[int, Delta]]:
-    """Yields ``(choice index, delta)`` until each of the prompt's ``n`` choices is finished, and fills in ``record``.
+    """Yields ``(choice index, delta)`` until all ``n`` choices of the prompt are finished, and fills in ``record``.
 
     An engine that ends its answer too early causes an :class:`ApiError`.
     """
@@ -53,9 +53,9 @@ async def decode_choices(
 
 
 def _measure(tokens: int, now: float, before: float | None, metrics: Metrics, record: RequestRecord) -> None:
-    """Observes the latency of ``tokens`` tokens of a choice that have just arrived."""
+    """Observes the latency of ``tokens`` tokens that have just arrived for one choice."""
     if before is not None:
-        # Tokens that arrive together share the wait.
+        # Tokens that arrive together share the waiting time.
         for _ in range(tokens):
             metrics.inter_token_seconds.observe((now - before) / tokens)
     elif not record.first_token_seen:

@@ -21,14 +21,15 @@ _KEEP_ALIVE = b": keep-alive\n\n"
 class EventStream(Response):
     """A response of server-sent events. Each event is sent as soon as it is ready.
 
-    The response begins with the first event, or with the first heartbeat if that is earlier. A failure before that is
-    an ordinary error response with its own status. A later failure is an event ``{"error": ...}`` that ends the stream.
+    The response begins with the first event, or with the first heartbeat if that is earlier. A failure before the
+    response begins becomes an ordinary error response with its own status. A later failure becomes the stream's last
+    event, ``{"error": ...}``.
     """
 
     def __init__(
         self, events: AsyncGenerator[bytes, None], drain: Drain, record: RequestRecord, heartbeat_seconds: float
     ) -> None:
-        """The events are complete and encoded. After ``heartbeat_seconds`` of silence, a comment line is sent."""
+        """``events`` are complete and encoded. After ``heartbeat_seconds`` of silence, a comment line is sent."""
         super().__init__(
             media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# A source may run this many items ahead of the reader, so that a slow reader slows the sources down.
+# A source may be at most this many items ahead of the reader. A slow reader therefore slows the sources down.
 _AHEAD = 16
 
 
@@ -23,7 +23,7 @@ async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T,
             try:
                 while True:
                     await queue.put(await anext(source))
-            except Exception as error:  # StopAsyncIteration at the end of the source
+            except Exception as error:  # also catches the StopAsyncIteration that ends a source
                 await queue.put(error)
 
     pumps = [asyncio.create_task(pump(source)) for source in sources]

@@ -1,4 +1,4 @@
-"""The answer to one request: its prompts at the engines, and the JSON of the response, whole or streamed."""
+"""The answer to one request: sends its prompts to the engines and writes the JSON response, whole or streamed."""
 
 import abc
 import contextlib
@@ -43,7 +43,7 @@ class Answer(abc.ABC):
         self._pool = pool
         self._prompts = prompts
         self._n = body.n or 1
-        # The engine gets a seed in any case, because only a known seed lets another replica continue a stream.
+        # The engine always gets a seed, so that two replicas give the same answer to the same engine request.
         self._seed = secrets.randbits(64) if body.seed is None else body.seed
         self._models: dict[int, ServedModel] = {}
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
@@ -70,7 +70,7 @@ class Answer(abc.ABC):
 
     async def _stream(self) -> AsyncGenerator[bytes, None]:
         with_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
-        # If the request asks for the token counts, OpenAI's API sends a null in every chunk but the last.
+        # If the request asks for the token counts, OpenAI's API sends ``null`` in every chunk except the last.
         tail = {"usage": None} if with_usage else {}
         opened = False
         async with self._deltas() as deltas:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 class StopFilter:
     """Lets text through until a stop string is complete, and lets no character of that stop string through.
 
-    The stop string that is complete first ends the text, and sets ``stopped``. If several are complete at the same
-    character, the longest one counts. So the result depends on the text alone and not on its pieces. The filter holds
-    back text that may still become a stop string.
+    The first complete stop string ends the text and sets ``stopped``. If several stop strings become complete at the
+    same character, the longest one counts. So the result depends on the text alone and not on how it is cut into
+    pieces. The filter holds back text that may still become a stop string.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:

@@ -68,7 +68,7 @@ def _extension(delta: Delta) -> dict[str, Any]:
 def conversation(messages: Sequence[ChatMessage]) -> list[Message]:
     """Turns the messages into alternating turns of user and assistant, as the model knows them.
 
-    The model's format has no tokens for a system message, and two turns of one side never follow each other. So all
+    The model's format has no tokens for a system message and never has two turns of one side in a row. Therefore all
     system, developer and user messages between two answers become one user turn: in their order, separated by blank
     lines.
 

@@ -30,7 +30,8 @@ async def page(pool: PoolDep) -> Response:
 @router.get("/report/{file}", summary="The model's report", response_class=Response)
 async def report_file(file: str, pool: PoolDep, model: str = "") -> Response:
     """`report.md` (Markdown) or one of its pictures. The headers `nanochat-model` and `nanochat-report-revision` name
-    the model and the revision that the report describes; `nanochat-served-revision` names the one that serves now."""
+    the model and the revision that the report describes; `nanochat-served-revision` names the revision that serves
+    now."""
     replica, served = pool.select(model)
     try:
         report = await replica.stub.GetReport(engine_pb2.GetReportRequest(file=file), timeout=_TIMEOUT_SECONDS)

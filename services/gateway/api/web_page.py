@@ -18,15 +18,15 @@ then load this address again.</p>
 
 # The build puts a hash of the content into the names of files in assets/, so the content of a name never changes.
 _ASSET_CACHE = "public, max-age=31536000, immutable"
-# The browser asks for the other files each time, and mostly gets 304.
+# The browser asks for the other files each time, and mostly gets the answer 304 (not modified).
 _CACHE = "no-cache"
 
 
 class WebPage(StaticFiles):
-    """Serves the folder, and a page with build instructions while the folder has no ``index.html``."""
+    """Serves the files of the folder. While there is no ``index.html``, serves a page with build instructions."""
 
     async def check_config(self) -> None:
-        """Accepts a missing folder, because a build may create it later."""
+        """Accepts a missing folder, because a later build may create it."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         """Returns the file at ``path``, or raises an HTTPException with status 404."""

@@ -28,7 +28,7 @@ _load_tokenizer = functools.lru_cache(maxsize=4)(Tokenizer.from_json)
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-    """One revision of a model. This gateway first saw it ``created`` seconds after the epoch."""
+    """One revision of a model. ``created`` is the time, in seconds since the epoch, when this gateway first saw it."""
 
     info: engine_pb2.ModelInfo
     tokenizer: Tokenizer
@@ -52,7 +52,8 @@ class Replica:
     def __init__(self, address: str, settings: GatewaySettings, metrics: Metrics) -> None:
         self.address = address
         self.model: ServedModel | None = None  # as of the last check
-        # Number of the latest request sent here; the replica with the smallest number has waited longest.
+        # Number of the latest request that was sent here. The replica with the smallest number has waited longest for a
+        # request.
         self.last_picked = 0
         self._settings = settings
         self._up = metrics.engine_up.labels(address)
@@ -85,7 +86,7 @@ class Replica:
 
     @property
     def load(self) -> int:
-        """Sequences that run or wait here; this gateway's own are counted exactly, the others as of the last check."""
+        """Sequences that run or wait here. The sequences of other gateways are as of the last check."""
         return self._own + self._others
 
     @contextlib.contextmanager
@@ -98,7 +99,7 @@ class Replica:
             self._own -= sequences
 
     async def watch(self) -> None:
-        """Checks the engine again and again until cancelled."""
+        """Checks the engine again and again until canceled."""
         while True:
             try:
                 await self._check()

@@ -13,7 +13,8 @@ from services.gateway.settings import GatewaySettings
 
 # Encoding this many characters takes about as long as handing the work to a thread and back.
 _INLINE_CHARACTERS = 16_384
-# The engine gets this value for a top_p of 0: the client means the narrowest choice, but the engine reads 0 as "off".
+# The engine gets this value for a top_p of 0. By 0 the client means the narrowest choice, but the engine reads 0 as
+# "off".
 _SMALLEST_TOP_P = 1e-6
 _BIAS_LIMIT = 100
 
@@ -29,7 +30,7 @@ async def encode_chat(model: ServedModel, turns: Sequence[Message]) -> list[int]
 
 
 async def encode_prompt(model: ServedModel, prompt: str | list[int]) -> list[int]:
-    """Returns the token ids of a text that begins a document, or checks token ids that the client sent."""
+    """Returns the token ids of a text as the beginning of a document, or checks token ids that the client sent."""
     if isinstance(prompt, str):
         return check_length(model, await encode_text(model, prompt, bos=True), "prompt")
     size = model.tokenizer.vocab_size
@@ -40,9 +41,9 @@ async def encode_prompt(model: ServedModel, prompt: str | list[int]) -> list[int
 
 
 async def encode_text(model: ServedModel, text: str, *, bos: bool) -> list[int]:
-    """Returns the token ids of a text, with the token that begins documents in front if ``bos`` is true.
+    """Returns the token ids of a text. If ``bos`` is true, the token that begins documents comes first.
 
-    It refuses only a text that is far too long for the context. :func:`check_length` makes the exact check.
+    A text that is far too long for the context is refused. :func:`check_length` makes the exact check.
     """
     ids = await _encode(model, len(text), lambda: model.tokenizer.encode(text), "prompt")
     return [model.tokenizer.bos_id, *ids] if bos else ids
@@ -59,7 +60,7 @@ async def _encode(model: ServedModel, characters: int, encode: Callable[[], list
 
 
 def check_length(model: ServedModel, ids: list[int], param: str) -> list[int]:
-    """Returns ``ids`` if the context has room for them and one more token, and raises an :class:`ApiError` if not."""
+    """Returns ``ids`` if the context has room for them and one more token; otherwise raises an :class:`ApiError`."""
     if len(ids) >= model.info.context_length:
         raise _too_long(model, str(len(ids)), param)
     return ids

@@ -55,7 +55,7 @@ class EnginePool:
     def models(self) -> dict[str, ServedModel]:
         """Returns the models that requests can use now, by name.
 
-        If the engines serve several revisions of a model, the result has the one that this gateway saw last.
+        If the engines serve several revisions of a model, the result has the revision that this gateway saw last.
         """
         served = [replica.model for replica in self._replicas if replica.available and replica.model]
         return {model.info.name: model for model in sorted(served, key=lambda model: model.created)}
@@ -89,7 +89,7 @@ class EnginePool:
 
 @dataclasses.dataclass
 class Generation:
-    """A running call of an engine; ``first`` is its first chunk until :meth:`read` has returned it."""
+    """A running call of an engine. ``first`` holds the first chunk until :meth:`read` has returned that chunk."""
 
     replica: Replica
     model: ServedModel
@@ -115,9 +115,9 @@ async def generate(
 ) -> AsyncIterator[Generation]:
     """Starts to generate and waits for the first chunk; leaving the block cancels the call.
 
-    Before the first chunk, another replica takes the request over if the chosen one can't be reached or has no room.
-    If the chosen one refuses the prompt because it has a new model with another tokenizer, the prompt is encoded again.
-    The engine also gets ``request_id`` as gRPC metadata ``x-request-id``.
+    Before the first chunk, another replica takes the request over if the chosen replica can't be reached or has no
+    room. If the chosen replica refuses the prompt because its new model has another tokenizer, the prompt is encoded
+    again. The engine also gets ``request_id`` as gRPC metadata ``x-request-id``.
 
     Raises:
         ApiError: the request doesn't fit the model, or no replica could start on it.

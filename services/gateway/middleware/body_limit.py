@@ -7,7 +7,7 @@ from services.gateway.errors import ApiError
 
 
 class BodyLimit:
-    """ASGI middleware that answers 413 if a body is over the limit, with or without a ``Content-Length`` header."""
+    """ASGI middleware that answers 413 if a body is over the limit, even without a ``Content-Length`` header."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app

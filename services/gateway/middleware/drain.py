@@ -1,4 +1,4 @@
-"""Runs answers, and lets the running ones finish before the gateway ends."""
+"""Runs answers, and lets running answers finish before the gateway ends."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Drain:
-    """Knows the running answers, so that a shutdown can wait for them. It starts no answer while ``draining``."""
+    """Knows the running answers, so that a shutdown can wait for them. While ``draining``, no answer starts."""
 
     def __init__(self) -> None:
         self.draining = False
@@ -48,7 +48,7 @@ class Drain:
             self._running.remove(task)
 
     async def finish(self, seconds: float) -> int:
-        """Begins the shutdown, waits up to ``seconds`` for the running answers, cancels the others and counts these."""
+        """Begins the shutdown, waits up to ``seconds`` for running answers, and cancels and counts unfinished ones."""
         self.draining = True
         if not self._running:
             return 0

@@ -14,7 +14,7 @@ from services.gateway.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 _MAX_REQUEST_ID_CHARACTERS = 128
-# Kubernetes and Prometheus ask for these every few seconds; their log events would hide the others.
+# Kubernetes and Prometheus ask for these paths every few seconds. Log events for them would hide the other events.
 _QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 
 

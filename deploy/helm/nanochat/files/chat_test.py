@@ -12,7 +12,7 @@ TIMEOUT_SECONDS = 120
 
 
 def call(address: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """Send one request and return its JSON answer. Exits with the server's message if the server reports an error."""
+    """Send one request and return the JSON answer. If the server reports an error, exit with the server's message."""
     connection = http.client.HTTPConnection(address, timeout=TIMEOUT_SECONDS)
     connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"})
     response = connection.getresponse()

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from nanochat_core.engine.backends.cpu.library import load_kernels
 
-# Layout of the weights, the same as in ``kernels.cpp``: a tile contains _TILE outputs, and in a tile _LANE successive
-# inputs of each output are adjacent.
+# Layout of the weights, as in ``kernels.cpp``. A tile contains the weights of _TILE outputs. In a tile, _LANE
+# successive weights of one output are adjacent.
 _TILE = 32
 _LANE = 4
 
@@ -55,7 +55,8 @@ class Int8Weight:
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round each weight to an integer from -127 to 127, times a scale for each output.
 
-    The product of the int8 numbers, of the weight's shape, and the fp32 scales (out_features,) approximates the weight.
+    The results are int8 numbers of the weight's shape and fp32 scales (out_features,). Their product approximates the
+    weight.
     """
     weight = weight.float()
     scales = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127

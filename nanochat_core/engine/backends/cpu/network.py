@@ -18,7 +18,8 @@ from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE, rms_norm
 class CpuAttention:
     """Tells the kernels where the tokens of one ragged batch are in the cache. The batch has the order of ``chunks``.
 
-    The keys of a block have shape (n_kv_head, head_dim, block_size), its values (n_kv_head, block_size, head_dim).
+    The keys of a block have shape (n_kv_head, head_dim, block_size). Its values have shape (n_kv_head, block_size,
+    head_dim).
     """
 
     def __init__(self, cache: BlockMemory, chunks: Iterable[Chunk]) -> None:
@@ -55,8 +56,9 @@ class CpuAttention:
     def layer(self, index: int, qkv_columns: int, value_table: int | None, value_columns: int) -> Layer:
         """One layer's cache as a C struct.
 
-        ``qkv_columns`` is the number of columns of the product with the q, k, v and value gate weights. ``value_table``
-        is the address of the layer's value embeddings, if any, with ``value_columns`` columns.
+        ``qkv_columns`` is the number of columns in the product of the input with the weights of q, k, v and value
+        gates. ``value_table`` is the address of the layer's value embeddings, if any. They have ``value_columns``
+        columns.
         """
         cache, group = self._cache, self._cache.group_of[index]
         slots, tables, first_entry = self._places[group]

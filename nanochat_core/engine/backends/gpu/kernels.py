@@ -64,13 +64,13 @@ def prepare(
     HEAD_DIM: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """Rotate and normalize queries and keys, and write keys and values to the cache; one program per token and head.
+    """Rotate and normalize queries and keys; write keys and values to the cache. One program per token and head.
 
     Args:
         qkv: (tokens, columns) product with the weights of queries, keys, values and value gates, in this order. In
             queries and keys, the two channels of a rotated pair are adjacent.
         queries: (tokens, HEADS, HEAD_DIM) receives the queries.
-        keys, values: (slots, KV_HEADS, HEAD_DIM), the cache, receive the new keys and values.
+        keys, values: (slots, KV_HEADS, HEAD_DIM), the cache, which receives the new keys and values.
         value_table: (vocabulary, value_columns) value embeddings of this layer; unused unless GATED.
         turns: (context, HEAD_DIM / 2, 2) fp32 cosines and negative sines of the rotations.
     """
@@ -125,7 +125,7 @@ def attend_tokens(
     SPLIT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Compute attention of single tokens over one split of their keys: ``[split * SPLIT, (split + 1) * SPLIT)``.
+    """Compute attention of single tokens over one split of their keys: the SPLIT keys from ``split * SPLIT`` on.
 
     There is one program per token, head and split, so a few long sequences keep the whole device busy (flash decoding,
     Dao et al. 2023). :func:`combine` combines the splits of a token. A program stores nothing if its token does not see
@@ -234,7 +234,7 @@ def attend_tiles(
 ):
     """Compute attention of a tile: up to ROWS successive tokens of one sequence; one program per tile and head.
 
-    The kernel uses the running softmax of FlashAttention (arXiv 2205.14135) over keys that are read block by block.
+    The kernel reads keys block by block and uses the running softmax of FlashAttention (arXiv 2205.14135).
 
     Args:
         out, queries: (tokens, HEADS, HEAD_DIM).
@@ -294,7 +294,7 @@ def relu_square(x, count, SIZE: tl.constexpr):
 def finish(x, y, kept, x0, scale, scales, epsilon, dim, WIDTH: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr):
     """Add the MLP's result to ``x``, and compute the next block's input; one program per token.
 
-    The MLP's input was not normalized, so this kernel scales the MLP's result instead.
+    The MLP's input was not normalized. This kernel multiplies the MLP's result by the factor of the norm instead.
 
     Args:
         x: (tokens, dim) receives the next block's input, or this block's output if this block is the LAST.

@@ -22,9 +22,9 @@ _EPSILON = torch.finfo(torch.float32).eps
 # multiples of SPLIT, so the order of additions depends only on a token's position.
 SPLIT = 256
 _SPLIT_TILE = 32
-# Number of values that one program of an elementwise kernel processes.
+# In elementwise kernels, one program processes this number of values.
 _CHUNK = 1024
-# This FlashAttention package runs on Hopper GPUs. No other one supports cache blocks of any size.
+# This FlashAttention package runs on Hopper GPUs. No other package supports cache blocks of any size.
 _FLASH_MODULE, _FLASH_CAPABILITY = "flash_attn_interface", 9
 
 FlashKernel = Callable[..., Any]
@@ -43,7 +43,7 @@ class GpuCache(BlockMemory):
 class GpuNetwork(ServingWeights):
     """Computes hidden states and logits of the tokens of a step.
 
-    ``tile_rows`` is the maximum number of tokens in a tile, and the number of keys that a tile reads at a time.
+    ``tile_rows`` is the maximum number of tokens in a tile. A tile also reads this number of keys at a time.
     """
 
     def __init__(self, model: GPT, flash: FlashKernel | None = None) -> None:
@@ -129,7 +129,7 @@ class GpuNetwork(ServingWeights):
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Softcapped fp32 logits (tokens, vocab_size) for hidden states (tokens, dim), in ``out`` or in new memory."""
+        """Write softcapped fp32 logits (tokens, vocab_size) of hidden states (tokens, dim) to ``out`` or new memory."""
         raw = self._head(hidden)
         logits = torch.empty(len(raw), self.config.vocab_size, device=self.device) if out is None else out
         count = logits.numel()
@@ -176,7 +176,7 @@ class GpuNetwork(ServingWeights):
         return mixed.flatten(1)
 
     def _attend_tokens(self, index: int, queries: Tensor, step: Step, cache: GpuCache) -> Tensor:
-        """Compute attention token by token, with each token's keys divided into splits."""
+        """Compute attention token by token. The keys of each token are divided into splits."""
         heads, head_dim, group = self.config.n_head, self.config.head_dim, cache.group_of[index]
         table, window = step.tables[group], cache.windows[group]
         splits = triton.cdiv(self.config.context_length, SPLIT)

@@ -19,7 +19,7 @@ from nanochat_core.model import GPT
 log = logging.getLogger(__name__)
 
 # Numbers of tokens for which there is a CUDA graph. A step is padded to the next of these sizes. Larger steps need no
-# graph, because their kernels take longer to run than to start one by one.
+# graph: starting their kernels one by one takes less time than running them.
 GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 Compute = Callable[[], Tensor]
@@ -40,8 +40,8 @@ class GpuRunner:
             tile_rows=network.tile_rows,
             no_token=network.no_token,
         )
-        # All graphs write their logits to this tensor, so each run overwrites the previous logits. The graphs share
-        # their other memory in ``_pool``.
+        # All graphs write their logits to this tensor, so each run overwrites the previous logits. All other memory of
+        # the graphs is in ``_pool``, which they share.
         self._logits = torch.empty(self.sizes[-1], network.config.vocab_size, device=self._device)
         self._graphs: dict[int, Compute] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
@@ -51,7 +51,7 @@ class GpuRunner:
         self._network.load(model)
 
     def warm_up(self) -> None:
-        """Record every graph. The largest graph comes first, because the others then reuse its memory."""
+        """Record every graph. The largest graph is first, so that the smaller graphs reuse its memory."""
         started = time.perf_counter()
         for size in reversed(self.sizes):
             self._graph(size)
@@ -91,7 +91,7 @@ class GpuRunner:
     def _record(self, compute: Compute, stream: torch.cuda.Stream) -> Compute:
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            compute()  # compiles kernels and initializes libraries, which a graph cannot record
+            compute()  # compiles kernels and initializes libraries; a graph cannot record such work
         graph = torch.cuda.CUDAGraph()
         # Another thread may be serving the previous model. In this mode, its allocations do not stop the recording.
         with RECORDING, torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):

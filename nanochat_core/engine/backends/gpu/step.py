@@ -14,7 +14,7 @@ from nanochat_core.engine.step import TokenBatch
 
 # Kernels load this many numbers at once, so each array begins at an index that is a multiple of it.
 _ALIGNMENT = 4
-# Padding tokens use this row of the block tables, which contains the extra block of each group.
+# Padding tokens use this row of the block tables. It contains the extra block of each group.
 _PADDING_ROW = 0
 
 
@@ -36,7 +36,7 @@ class Pieces:
 class Step:
     """Inputs of a step: int32 tensors on the device. Steps of the same size use the same addresses."""
 
-    ids: Tensor  # (tokens,), as are the next three
+    ids: Tensor  # (tokens,); the next three arrays have the same shape
     previous_ids: Tensor
     positions: Tensor
     rows: Tensor  # row of each token's sequence in ``tables``
@@ -72,7 +72,7 @@ class StepInputs:
     def fill(self, chunks: Items[Chunk], batch: TokenBatch, tokens: int, *, in_pieces: bool) -> Step:
         """Copy this batch to the device, padded to ``tokens`` tokens.
 
-        ``in_pieces`` also fills ``Step.pieces``, so that attention processes successive tokens together.
+        If ``in_pieces`` is set, ``Step.pieces`` is filled too, and attention then processes successive tokens together.
         """
         self._host.reverse()
         host, count = self._host[0], batch.rows.shape[1]
@@ -151,7 +151,7 @@ class _Layout:
 
 
 class _HostBuffer:
-    """A step buffer in host memory, which is copied to the device, and views of its arrays."""
+    """A step buffer in host memory, and views of its arrays. The buffer is copied to the device."""
 
     def __init__(self, layout: _Layout, groups: Items[CacheGroup], *, pinned: bool) -> None:
         self.buffer = torch.zeros(layout.size, dtype=torch.int32, pin_memory=pinned)

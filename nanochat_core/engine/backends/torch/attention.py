@@ -1,7 +1,7 @@
 """The paged KV cache for PyTorch's operators, and attention of a ragged batch over it.
 
 On a CPU, a token's attention must have the same bits whether the token is decoded, prefilled or recomputed, alone or in
-a batch. PyTorch adds in the same order only for some shapes. These were found by trying all shapes with MKL on AVX-512.
+a batch. PyTorch adds in the same order only for some shapes. A trial of all shapes, with MKL on AVX-512, found them.
 Attention therefore uses only shapes with these properties:
 
 - The number of query rows is a multiple of a number that depends on the CPU (:func:`row_multiple`), because PyTorch
@@ -67,16 +67,16 @@ class TorchCache(BlockMemory):
         values.index_copy_(0, slots, v)
 
     def mask(self, group: int, first: np.ndarray, keys: int) -> Tensor:
-        """The mask (chunks, 1, rows * query heads per kv head, keys): 0 for visible keys, -inf for the others.
+        """The mask (chunks, 1, rows * query heads per kv head, keys): 0 for visible keys, -inf for hidden keys.
 
-        ``first`` (chunks, rows) is the position of the first of ``keys`` successive keys minus that of the query.
+        ``keys`` is a number of successive keys. ``first`` (chunks, rows) is the first key's position minus the query's.
         """
         shared = self.config.n_head // self.config.n_kv_head
         places = to_device(np.repeat(first + self._reach, shared, axis=1), self.device)
         return self._visible[group].unfold(0, keys, 1)[places].unsqueeze(1)
 
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Read the keys and the values of ``blocks`` (rows, n): each (rows, n * block_size, n_kv_head, head_dim)."""
+        """Read keys and values of ``blocks`` (rows, n), each of shape (rows, n * block_size, n_kv_head, head_dim)."""
         rows, flat = blocks.size(0), blocks.flatten()
         shape = (rows, -1, self.config.n_kv_head, self.config.head_dim)
         keys, values = self._layers[layer]
@@ -86,7 +86,7 @@ class TorchCache(BlockMemory):
 class PagedAttention:
     """Attention for one ragged batch, see :class:`~nanochat_core.engine.backends.torch.network.Attend`.
 
-    The batch must have the order of ``chunks``, which can differ from that of the given chunks.
+    The batch must have the order of the attribute ``chunks``, which can differ from the order of the given chunks.
     """
 
     def __init__(self, cache: TorchCache, chunks: Iterable[Chunk]) -> None:
@@ -119,8 +119,8 @@ class _PaddedBatch:
         row = np.arange(self._rows)
         # The position of every row; padding rows repeat the position of the chunk's last row.
         self._positions = starts[:, None] + np.minimum(row, lengths[:, None] - 1)
-        # Rows of the padded batch that contain queries. None if all rows do, or if only the first row of each chunk
-        # does (decoding).
+        # Rows of the padded batch that contain queries. None if all rows contain queries, or only the first row of each
+        # chunk (decoding).
         self._decodes = self.tokens == len(chunks)
         is_token = row < lengths[:, None]
         self._places = None if self._decodes or is_token.all() else to_device(np.flatnonzero(is_token), cache.device)

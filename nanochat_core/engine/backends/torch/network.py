@@ -58,7 +58,7 @@ class TorchNetwork(ServingWeights):
     def _attention(
         self, index: int, x: Tensor, value_embedding: Tensor | None, turns: Tensor, attend: Attend, last: int
     ) -> Tensor:
-        """Normalize ``x``, compute attention, and add the result to ``x``; returns the last ``last`` rows."""
+        """Normalize ``x``, compute attention, and add the result to ``x``. Returns the sum's last ``last`` rows."""
         layer, tokens = self._layers[index], x.size(0)
         scale = _square_sum(x).rsqrt_()
         qk, v, *gate = layer.qkv(x).split(layer.sizes, dim=1)
@@ -75,11 +75,11 @@ class TorchNetwork(ServingWeights):
         return layer.out(attend(index, q, k, v).reshape(last, -1), x)
 
     def _value_share(self, gate: Tensor, scale: Tensor) -> Tensor:
-        """Factors of the value embeddings, (tokens, n_kv_head, 1), from gates that are not normalized yet.
+        """Factors of the value embeddings, (tokens, n_kv_head, 1). The given gates are not normalized yet.
 
-        PyTorch processes a contiguous tensor in vectors and the remaining numbers with scalar code, whose exponential
-        rounds differently. A gap between the rows makes PyTorch process each row separately, so a token's bits do not
-        depend on the number of tokens.
+        PyTorch processes a contiguous tensor in vectors and the remaining numbers with scalar code. The exponential of
+        the scalar code rounds differently. A gap between the rows makes PyTorch process each row separately, so a
+        token's bits do not depend on the number of tokens.
         """
         rows = gate.new_empty(gate.size(0), gate.size(1) + 1)[:, :-1]
         rows.copy_(gate * scale)
