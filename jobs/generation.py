@@ -1,4 +1,4 @@
-"""Text that an engine generates in this process: the model's Python tool, and the answer that a person reads."""
+"""Runs an engine's Python tool in this process, and turns completions into the answers that a person reads."""
 
 from jobs.tasks.task import Response
 from nanochat_core.chat import AssistantStream, tool_output_text
@@ -22,7 +22,7 @@ class SandboxTool:
 
 
 def read_completion(tokenizer: Tokenizer, completion: Completion) -> Response:
-    """The text of a completion, and the code and output of each tool call that has ended."""
+    """The text of a completion, and the code and output of each finished tool call."""
     stream = AssistantStream(tokenizer)
     parts = [part for token in completion.token_ids for part in stream.push(token)] + stream.finish()
     codes = [event.code for event in completion.tool_events if isinstance(event, ToolCall)]

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$])")
-# Characters at the start of a line that begin a list, a heading or the underline of a heading.
+# Characters that, at the start of a line, begin a list, a heading or the underline of a heading.
 _LEADING = re.compile(r"^(\d+)([.)])(?=\s|$)|^([-+=#])")
-# A cell with a number and its unit, such as "4 min 08 s" or "0.55 bits per byte".
+# Matches a cell with a number and its unit, such as "4 min 08 s" or "0.55 bits per byte".
 _NUMBER = re.compile(r"(?!`)\W*\d\S*( \w{1,4}){0,3}|—|")
 
 
@@ -32,7 +32,7 @@ def code(text: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table, in which columns of numbers are aligned right. Cells must escape ``|``."""
+    """The lines of a table. Columns of numbers are aligned right. Cells must escape ``|``."""
     body = list(rows)
     numbers = [all(_NUMBER.fullmatch(row[i]) for row in body) for i in range(len(header))]
     aligned = ["---:" if i and right else "---" for i, right in enumerate(numbers)]

@@ -25,7 +25,7 @@ _STYLE: dict[Any, Any] = {
 def panels(
     path: Path, count: int, *, columns: int = 0, width: float = 5.2, height: float = 3.6
 ) -> Iterator[Sequence[Any]]:
-    """Axes of a figure, which is written to ``path`` when the context ends.
+    """Axes of a figure. The figure is written to ``path`` when the context ends.
 
     A row has at most ``columns`` of the ``count`` axes; 0 puts all of them in one row. Each axis has the given size in
     inches.
@@ -51,7 +51,7 @@ def panels(
 
 
 def log_scale(axis: Any, shown: Callable[[float], str]) -> None:
-    """Make an axis logarithmic, with a few readable tick labels for any range from a tenth of a decade to many."""
+    """Make an axis logarithmic. Ranges from a tenth of a decade to many decades get a few readable tick labels."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     if axis.axis_name == "x":
@@ -74,7 +74,7 @@ def log_ticks(low: float, high: float) -> list[float]:
             return ticks
     if len(ticks) > 6:
         return ticks[:: math.ceil(len(ticks) / 6)]
-    # For less than a decade the ticks have equal distances, which are a round number.
+    # For less than a decade, the ticks have equal distances, and the distance is a round number.
     unit = 10.0 ** math.floor(math.log10((high - low) / 3))
     step = next(unit * factor for factor in (5, 2, 1) if (high - low) / (unit * factor) >= 3)
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -1,4 +1,4 @@
-"""What the programs of the jobs share: two settings, and how a program starts and ends."""
+"""The common part of all job programs: two settings, and how a program starts and ends."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -25,7 +25,7 @@ class ProgressDisplay:
     and one when the task is complete.
 
     Attributes:
-        eta_seconds: estimated time to the end of the task; NaN before the first unit is done.
+        eta_seconds: estimated seconds to the end of the task; NaN before the first unit is done.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ProgressDisplay:
         Args:
             done: number of units that an earlier process has done.
             shown: False turns the display off, for example on every rank but the first.
-            log_first: log an event after the first unit too, instead of waiting for the first interval to pass.
+            log_first: also log an event after the first unit, without waiting for the first interval to pass.
         """
         self.eta_seconds = math.nan
         self._total, self._done, self._shown = total, done, shown
@@ -82,8 +82,8 @@ class ProgressDisplay:
         self._done = done
 
     def show(self, facts: Sequence[str], fields: Mapping[str, Any]) -> None:
-        """Draw the bar with ``facts`` to its right, the most important first; without a terminal, log an event with
-        ``fields`` if the interval has passed or the task is complete.
+        """Draw the bar with ``facts`` to its right, the most important first. Without a terminal, instead log an event
+        with ``fields`` if the interval has passed or the task is complete.
         """
         now = time.monotonic()
         if self._bar is not None:

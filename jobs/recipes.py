@@ -18,13 +18,13 @@ from nanochat_core.store import Store
 
 Flags = Mapping[str, str | int | float]
 
-# Conversations that do not need the demo world's facts: who the assistant is, and how it uses its tool.
+# Kinds of conversations that do not need the demo world's facts: who the assistant is, and how it uses its tool.
 _WORLDLESS_KINDS = frozenset({"greeting", "identity", "arithmetic", "counting", "smalltalk"})
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The data and the settings to train one kind of chat model.
+    """The data and the settings from which one kind of chat model is trained.
 
     Attributes:
         tokenizer, pretrain, sft: flags of each stage's program.
@@ -52,13 +52,14 @@ class Recipe:
     gate: Gate = dataclasses.field(default_factory=Gate)
 
     def evaluation_items(self, count: int, seed: int = 0) -> list[EvalItem]:
-        """Held-out questions of the demo world: those of ``count`` questions whose kinds the recipe teaches."""
+        """Held-out questions of the demo world: of ``count`` questions, those whose kind the recipe teaches."""
         return evaluation_set(count, seed, self.conversation_kinds)
 
     def prepare(self, store: Store, name: str, data: Path | None) -> None:
         """Write text to ``data/<name>`` and conversations to ``data/<name>-chat`` unless the store has them.
 
-        It is a UserError if the recipe needs ``data`` and got none, or if it makes its own data and got some.
+        It is a UserError if the recipe needs ``data`` and ``data`` is empty, or if it makes its own data and ``data``
+        is given.
         """
         if data is not None and not self.needs_data:
             raise UserError(f"recipe {self.name} makes its own data; leave --data out or use --recipe small")
@@ -100,7 +101,7 @@ class Recipe:
 def cut_documents(documents: Iterable[str], characters: int) -> Iterator[str]:
     """Cut documents into pieces of at most ``characters``.
 
-    A piece ends with the last sentence that fits, unless that would make it shorter than half of ``characters``.
+    A piece ends with the last sentence that fits, unless the piece would then be shorter than half of ``characters``.
     """
     for document in documents:
         rest = document.strip()
@@ -153,7 +154,7 @@ RECIPES = {
                 )
             ),
             # The 40 steps take about two and a half minutes. docs/rl.md shows the curve, and the skills that the model
-            # forgets in further steps.
+            # would forget in further steps.
             rl={
                 "task": "arithmetic",
                 "steps": 40,

@@ -24,7 +24,7 @@ _THREADS = int(os.environ.get("NANOCHAT_TEST_THREADS", "1"))
 if _THREADS > 1:
     os.environ["OMP_NUM_THREADS"] = str(_THREADS)
 
-# Examples have no deadline, because a slow example on a shared machine says nothing about the code.
+# Examples have no deadline: on a busy machine, a slow example says nothing about the code.
 hypothesis.settings.register_profile("nanochat", deadline=None)
 hypothesis.settings.load_profile("nanochat")
 
@@ -35,7 +35,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
 
 class _SideBySide(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
-    """Runs tests that share fixtures in one process: the tests of each file, and all tests in tests/e2e."""
+    """Keeps tests that share fixtures in one process: the tests of a file, and all tests in tests/e2e."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -44,7 +44,7 @@ class _SideBySide(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no ty
 
 
 def pytest_collection_finish() -> None:
-    """Apply the CPU settings before the fixtures of modules, which run earlier than the fixture below."""
+    """Apply the CPU settings before the fixtures of modules. (These run before ``_cpu_of_tests``.)"""
     _settle_cpu()
 
 
@@ -58,7 +58,7 @@ def _settle_cpu() -> None:
 
     Tensors in tests are small, so on a busy machine several threads cost more time than they save.
     """
-    torch = sys.modules.get("torch")  # only tests that use it pay for its import
+    torch = sys.modules.get("torch")  # only tests that use torch pay for its import
     if torch is not None:
         torch.set_num_threads(_THREADS)
         torch.set_flush_denormal(False)

@@ -12,7 +12,7 @@ from nanochat_core.store import FolderStore, Store
 
 T = TypeVar("T")
 
-# Pattern for the rest of a file's name, after the split: "-00000-of-00001.parquet", ".jsonl".
+# Pattern for the part of a file's name after the split's name: "-00000-of-00001.parquet", ".jsonl".
 REST_OF_NAME = r"[^/]*\.(jsonl|parquet)"
 
 
@@ -33,7 +33,7 @@ class DatasetFiles:
     origin: str
 
     def matching(self, paths: Iterable[str]) -> list[str]:
-        """The paths (relative to the dataset's folder) that match; empty unless every pattern matches one."""
+        """The paths (relative to the dataset's folder) that match; empty unless every pattern matches a path."""
         paths = list(paths)
         matched = [[path for path in paths if re.fullmatch(pattern, path)] for pattern in self.patterns]
         return [path for found in matched for path in found] if all(matched) else []
@@ -52,9 +52,9 @@ class DatasetSource:
     folder: Path | None = None
 
     def find(self, files: DatasetFiles) -> dict[str, Path]:
-        """Local paths of the files, by the name that error messages use for each.
+        """Local paths of the files. Each key is the name by which error messages call the file.
 
-        If the folder does not exist or neither place has the files, a UserError says how to get them.
+        If the folder does not exist, or neither place has the files, a UserError says how to get the files.
         """
         if self.folder is not None:
             if not self.folder.is_dir():
@@ -77,12 +77,12 @@ class DatasetSource:
         raise UserError(f"there is no {files.expected} in {' or '.join(looked)}: {origin}")
 
     def read(self, files: DatasetFiles, make: Callable[[Row], T]) -> tuple[T, ...]:
-        """``make`` applied to every row of the files; errors as for :meth:`find` and :func:`read_rows`."""
+        """The results of ``make`` for every row of the files; errors as for :meth:`find` and :func:`read_rows`."""
         return read_rows(self.find(files), make)
 
 
 def read_rows(files: dict[str, Path], make: Callable[[Row], T]) -> tuple[T, ...]:
-    """``make`` applied to every row of files, given by the name that error messages use; UserError without a row."""
+    """The results of ``make`` for every row. ``files`` maps names for error messages to paths; UserError if no row."""
     opened = [open_rows(path, shown) for shown, path in files.items()]
     made = tuple(convert(rows, index, make) for rows in opened for index in range(len(rows)))
     if not made:

@@ -1,4 +1,4 @@
-"""Download the shards of a dataset into the store, in parallel: from the web, S3 or a folder."""
+"""Download the shards of a dataset from the web, S3 or a folder into the store, several at a time."""
 
 import contextlib
 import dataclasses
@@ -26,8 +26,8 @@ class Source:
 
     Attributes:
         shards: URL, key or path of each shard; the last shard is the validation split.
-        fetch: copies a shard (one of ``shards``) to a local file, resuming from the bytes that an earlier call left
-            there. It raises UserError if the source does not give the shard, and Stopped if the event is set.
+        fetch: copies a shard (one of ``shards``) to a local file and continues after the bytes that an earlier call
+            left there. It raises UserError if the source refuses the shard, and Stopped if the event is set.
     """
 
     shards: Sequence[str]
@@ -37,10 +37,10 @@ class Source:
 def open_source(url: str, shards: int) -> Source:
     """The source at ``url``: a template such as ``https://host/shard_{shard:05d}.parquet``, ``s3://…``, or a folder.
 
-    ``shards`` is the number of shards of a template; the files of a bucket or folder are listed instead.
+    ``shards`` is the number of shards of a template. A bucket or folder needs no number, because its files are listed.
 
     Raises:
-        UserError: ``url`` is none of these, or the source has fewer than two shards.
+        UserError: ``url`` has another form, or the source has fewer than two shards.
     """
     if url.startswith(("http://", "https://")):
         return Source(_fill_template(url, shards), functools.partial(fetch_file, advice="check --source and --shards"))
@@ -80,7 +80,7 @@ def _fill_template(template: str, shards: int) -> list[str]:
 
 
 def download(store: Store, name: str, source: Source, shown: str, wanted: Sequence[int], parallel: int) -> Manifest:
-    """Download the ``wanted`` shards and the validation shard into ``data/<name>``, except those that exist.
+    """Download the ``wanted`` shards and the validation shard into ``data/<name>``, except existing shards.
 
     A shard appears in the store only when it is whole and checked. The dataset can be used when all shards exist.
     Returns the complete manifest.

@@ -1,4 +1,4 @@
-"""Download one file over HTTP: retry, resume where an earlier attempt stopped, and check size and sha256."""
+"""Download one file over HTTP, with retries. Each attempt resumes the earlier one; size and sha256 are checked."""
 
 import contextlib
 import errno
@@ -27,11 +27,11 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 
 
 class Stopped(Exception):
-    """The download was asked to stop; the bytes that have arrived are kept."""
+    """The download was asked to stop. The bytes that have arrived are kept."""
 
 
 class _Interrupted(Exception):
-    """An attempt failed, and another one may succeed. The next one waits at least ``retry_after`` seconds."""
+    """An attempt failed, and another may succeed. The next attempt waits at least ``retry_after`` seconds."""
 
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
@@ -41,8 +41,8 @@ class _Interrupted(Exception):
 def fetch_file(url: str, part: Path, stop: threading.Event, advice: str) -> None:
     """Download ``url`` (http or https) to ``part``, resuming from the bytes that an earlier call left there.
 
-    The waits between failures double from :data:`FIRST_WAIT_SECONDS`, with jitter, so that many clients of a server
-    in trouble do not return at the same moment.
+    The wait after a failure begins with :data:`FIRST_WAIT_SECONDS` and doubles each time. A random part keeps many
+    clients of a server in trouble from returning at the same moment.
 
     Args:
         stop: ends the download early if it is set.
@@ -77,7 +77,7 @@ def size(path: Path) -> int:
 
 
 def discard(part: Path) -> None:
-    """Delete a partial download and the note of its version."""
+    """Delete a partial download and the note about its version."""
     part.unlink(missing_ok=True)
     _version_file(part).unlink(missing_ok=True)
 
@@ -161,5 +161,5 @@ def _receive(response: httpx.Response, part: Path, start: int, stop: threading.E
 
 
 def _version_file(part: Path) -> Path:
-    """Path of a note with the ETag or date of the file on the server, written when ``part`` was started."""
+    """Path of a note about the version of ``part``: the ETag or date that the server gave when ``part`` was started."""
     return part.with_name(part.name + ".version")

@@ -20,8 +20,8 @@ def read_local_text(path: Path) -> tuple[Iterator[str], Iterator[str]]:
     """The training and validation documents in a file or folder of parquet, JSONL (``text`` field) or plain text.
 
     If there are several files, the last one by name is the validation split. If there is one file, the last twentieth
-    of its documents is the validation split: it follows the training text instead of being mixed with it, so
-    neighboring passages of a book do not get into both splits. Such a file is read twice.
+    of its documents is the validation split, and the file is read twice. Validation documents follow the training text
+    instead of being mixed with it, so neighboring passages of a book do not get into both splits.
 
     Files are read while the caller takes documents from the iterators.
 
@@ -39,7 +39,7 @@ def read_local_text(path: Path) -> tuple[Iterator[str], Iterator[str]]:
 
 
 def local_text_digest(path: Path) -> str:
-    """sha256 of the contents of all files that :func:`read_local_text` reads; UserError if there is none."""
+    """sha256 of the contents of all files that :func:`read_local_text` reads; UserError if there is no file."""
     digest = hashlib.sha256()
     for file in _text_files(path):
         with file.open("rb") as opened:
@@ -86,7 +86,7 @@ def _read_jsonl(file: Path) -> Iterator[str]:
                 raise UserError(f"{file}:{number} has a 'text' that is not a string")
             try:
                 text.encode()
-            except UnicodeEncodeError:  # JSON can encode one half of a surrogate pair
+            except UnicodeEncodeError:  # JSON can express half a surrogate pair, and UTF-8 cannot
                 raise UserError(f"{file}:{number} has a 'text' that is not valid Unicode") from None
             yield text
 

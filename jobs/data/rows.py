@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class JsonLines:
-    """A file with one JSON object per line, which error messages call ``shown``; blank lines are skipped.
+    """A file with one JSON object per line. Blank lines are skipped. Error messages call the file ``shown``.
 
     The file is memory-mapped, so only the rows that are read take up memory.
     """
@@ -53,7 +53,7 @@ class JsonLines:
 
 
 class ParquetRows:
-    """The rows of a parquet file, which error messages call ``shown``. The whole file is in memory, by columns."""
+    """The rows of a parquet file. The whole file is in memory, by columns. Error messages call the file ``shown``."""
 
     def __init__(self, path: Path, shown: str) -> None:
         self._shown = shown
@@ -77,18 +77,18 @@ class ParquetRows:
             raise UserError(f"{self.where(index)} is not UTF-8: {error}") from error
 
 
-# The rows of one file, numbered from 0. The method ``where`` names a row in error messages: the file and the line or
-# row, counted from 1. To read a row that is not an object of named values raises UserError.
+# The rows of one file, numbered from 0. The method ``where`` names a row in error messages: the file, and the number of
+# the line or row, counted from 1. Reading a row that is not an object of named values raises UserError.
 Rows = JsonLines | ParquetRows
 
 
 def open_rows(path: Path, shown: str) -> Rows:
-    """Open a ``.parquet`` file, which raises UserError if it is not whole, or any other file as JSON lines."""
+    """Open a file as parquet if it ends in ``.parquet``, else as JSON lines. Incomplete parquet raises UserError."""
     return ParquetRows(path, shown) if path.suffix == ".parquet" else JsonLines(path, shown)
 
 
 def convert(rows: Rows, index: int, make: Callable[[Row], T]) -> T:
-    """Apply ``make`` to a row; ``make`` raises KeyError for a missing field, ValueError or TypeError for a wrong value.
+    """Apply ``make`` to a row. ``make`` raises KeyError for a missing field, ValueError or TypeError for a wrong value.
 
     Raises:
         UserError: ``make`` raised one of these errors; the message names the file and the row.

@@ -24,13 +24,13 @@ from nanochat_core.store import Store
 ROW_GROUP_DOCUMENTS = 1000
 SHARD_DOCUMENTS = 50_000
 MANIFEST = "dataset.json"
-# The text of a web dataset's row group takes about 4 MB, and each packer of the loader reads one or two row groups.
+# The text of a row group takes about 4 MB in a web dataset, and each packer of the loader reads one or two row groups.
 _CACHED_BYTES = 512 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardInfo:
-    """A shard's entry in the manifest: the file's size, its digest in hexadecimal, and each row group's documents."""
+    """A shard's entry in the manifest: its size, hexadecimal digest, and number of documents in each row group."""
 
     bytes: int
     sha256: str
@@ -45,7 +45,7 @@ class ShardInfo:
 class Manifest:
     """Content of ``data/<name>/dataset.json``: where the dataset comes from, and its shards by file name.
 
-    It is not complete during a download, while shards are still being added.
+    The manifest is not complete during a download, while shards are still being added.
     """
 
     source: str
@@ -104,10 +104,10 @@ def dataset_digest(store: Store, name: str) -> str:
 
 
 def write_dataset(store: Store, name: str, train: Iterable[str], validation: Iterable[str], *, source: str) -> Manifest:
-    """Write documents as the shards of ``data/<name>``; readers see all of the shards or none.
+    """Write documents as the shards of ``data/<name>``. Readers see all shards or none.
 
-    Documents are taken from the iterables as they are written, so a dataset may be larger than memory. ``source`` says
-    in the manifest where they come from. An empty split raises UserError.
+    Documents are taken from the iterables as they are written, so a dataset may be larger than memory. The manifest
+    stores ``source``, which says where the documents come from. An empty split raises UserError.
     """
     with store.publish(f"data/{name}", last=MANIFEST) as folder:
         shards: dict[str, ShardInfo] = {}
@@ -142,7 +142,7 @@ class RowGroupCache:
         return [entry.result().nbytes for entry in self._entries.values() if entry.done()]
 
     def get(self, number: int, read: Callable[[], pa.ChunkedArray]) -> pa.ChunkedArray:
-        """Row group ``number``, from memory or else from ``read``. An error of ``read`` is raised, but not cached."""
+        """Row group ``number``, from memory or else from ``read``. An error of ``read`` is raised but not cached."""
         with self._lock:
             entry = self._entries.get(number)
             if entry is None:
@@ -176,9 +176,9 @@ class RowGroupCache:
 class TextDataset:
     """The documents of one split of ``data/<name>``, numbered from 0.
 
-    A shard is fetched from the store when one of its documents is first read; a shard without an entry in the manifest
-    is fetched by the constructor. Several threads may read at the same time. The default cache keeps up to 512 MiB of
-    row groups in memory.
+    A shard is fetched from the store when one of its documents is first read. The constructor fetches shards that have
+    no entry in the manifest. Several threads may read at the same time. The default cache keeps up to 512 MiB of row
+    groups in memory.
     """
 
     def __init__(self, store: Store, name: str, split: str, cache: RowGroupCache | None = None) -> None:
@@ -198,7 +198,8 @@ class TextDataset:
         self.name, self.split = name, split
         self._store = store
         known = manifest.shards if manifest else {}
-        # Key of the shard, number of the row group in it, and number of the row group's first document.
+        # For each row group: the shard's key, the row group's number in the shard, and the number of its first
+        # document.
         self._groups: list[tuple[str, int, int]] = []
         self._length = 0
         for key in keys[:-1] if split == "train" else keys[-1:]:
@@ -215,7 +216,7 @@ class TextDataset:
         return self._length
 
     def __getitem__(self, index: int) -> str:
-        """The text of a document; reading in order reads each row group once. A damaged shard raises UserError."""
+        """The text of a document. Reading in order loads each row group once. A damaged shard raises UserError."""
         if not 0 <= index < self._length:
             raise IndexError(index)
         number = bisect.bisect_right(self._groups, index, key=lambda group: group[2]) - 1
@@ -231,7 +232,7 @@ class TextDataset:
 
 
 class Shard:
-    """One parquet file with a ``text`` column, which error messages call ``shown``.
+    """One parquet file with a ``text`` column. Error messages call the file ``shown``.
 
     A file that is damaged, is not parquet or has no ``text`` column of strings raises UserError.
     """
@@ -256,7 +257,7 @@ class Shard:
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def read(self, group: int) -> pa.ChunkedArray:
-        """The texts of a row group; a document without text is null."""
+        """The texts of a row group; null for a document without text."""
         try:
             texts = self._file.read_row_group(group, columns=["text"]).column("text")
             texts.validate(full=True)
@@ -281,7 +282,7 @@ def describe_shard(path: Path, shown: str) -> ShardInfo:
 
 
 def _add_shard(folder: Path, shards: dict[str, ShardInfo], documents: Iterable[str]) -> int:
-    """Write the next shard if there is a document; returns the number of documents."""
+    """Write the next shard if there is a document. Returns the shard's number of documents."""
     path = folder / f"shard_{len(shards):05d}.parquet"
     schema = pa.schema({"text": pa.string()})
     iterator = iter(documents)

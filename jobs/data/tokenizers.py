@@ -1,4 +1,4 @@
-"""Tokenizers in the artifact store: ``tokenizers/<name>/tokenizer.json``, and ``meta.json`` with the training text."""
+"""Tokenizers in the artifact store: ``tokenizers/<name>/tokenizer.json``. ``meta.json`` names the training text."""
 
 import json
 
@@ -21,7 +21,7 @@ def save_tokenizer(store: Store, name: str, tokenizer: Tokenizer, dataset: str) 
 
 
 def load_tokenizer(store: Store, name: str) -> Tokenizer:
-    """Read a trained tokenizer. If the store has none of that name, this raises UserError."""
+    """Read a trained tokenizer. Raises UserError if the store has no tokenizer of this name."""
     try:
         return Tokenizer.from_json(store.read(tokenizer_key(name)))
     except FileNotFoundError:
@@ -36,7 +36,7 @@ def trained_on(store: Store, name: str) -> str | None:
 
 
 def dataset_of(store: Store, name: str) -> str:
-    """The name of the dataset that a tokenizer was trained on; empty if it is unknown or no longer in the store."""
+    """The name of the dataset that a tokenizer was trained on; empty if the dataset is unknown or not in the store."""
     dataset = _meta(store, name).get("dataset_name", "")
     return dataset if dataset and shard_keys(store, dataset) else ""
 

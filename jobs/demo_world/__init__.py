@@ -14,6 +14,6 @@ facts and differ in everything else. The generators guarantee each difference, s
 
 The sentences and words are in ``content/``, as TOML files that can be edited without knowledge of the generators.
 
-The hash of a number or word decides its split. So no generator needs a list of the numbers and words that training has
-used, whatever the seed.
+Because a hash decides the split of a number or word, no generator needs a list of the numbers and words that training
+has used. This works for any seed.
 """

@@ -5,7 +5,7 @@ nor as result nor as a count in a story. Held-out calculations use reserved oper
 memorized their results.
 
 Numbers below 10 cannot be reserved: there are too few of them. Therefore one pair in twenty of the other numbers is
-held out as well; training may contain both numbers, but no calculation with the two.
+held out as well. Training may contain both numbers of such a pair, but no calculation with the two.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ _HELDOUT_PAIR_ONE_IN = 20
 _ALWAYS_RESERVED = frozenset({1234, 5678})
 LARGEST = 9999
 
-# Weights of the number of digits of an operand. Long operands are frequent because copying their results takes the
-# most practice. Two-digit operands are frequent in training because each is a single token: the model must learn from
-# the unreserved ones that a number can end after two digits.
+# Weights of the number of digits in an operand. Long operands are frequent because copying their results takes the most
+# practice. Two-digit operands are frequent in training because each is a single token: from the unreserved two-digit
+# numbers, the model must learn that a number can end after two digits.
 _DIGITS = (1, 2, 3, 4)
 _TRAINING_WEIGHTS = (2, 5, 4, 5)
 _RESERVED_WEIGHTS = (0, 3, 4, 5)
@@ -39,14 +39,15 @@ _OPERATIONS: dict[str, Callable[[int, int], int | float]] = {
     "/": operator.truediv,
 }
 OPERATORS = tuple(_OPERATIONS)
-# Products are frequent because their results are longest. Divisions are rare because few of their results are short.
+# Products are frequent because they have the longest results. Divisions are rare because few of them have short
+# results.
 _OPERATOR_WEIGHTS = (4, 3, 6, 2)
 _LONGEST_QUOTIENT = 7
 
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """The calculation ``a symbol b``; ``result`` is Python's output for it."""
+    """The calculation ``a symbol b``. ``result`` is what Python prints for it."""
 
     a: int
     symbol: str
@@ -105,7 +106,8 @@ def draw_sum(rng: random.Random, split: Split, symbol: str | None = None, *, res
 
     Args:
         symbol: one of :data:`OPERATORS`; None draws one.
-        reserved_share: share of held-out calculations with two reserved operands; the others use held-out pairs.
+        reserved_share: share of held-out calculations with two reserved operands; the other held-out calculations use
+            held-out pairs.
     """
     symbol = symbol or rng.choices(OPERATORS, _OPERATOR_WEIGHTS)[0]
     reserved = split == "heldout" and rng.random() < reserved_share

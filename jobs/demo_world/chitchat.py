@@ -7,7 +7,7 @@ from jobs.demo_world.tables import Phrasings, Split, Table, read_content
 
 
 class Topic(Phrasings):
-    """Questions that share one answer; a right answer contains at least one phrase of ``expected``."""
+    """Questions that share one answer. A right answer contains at least one phrase of ``expected``."""
 
     answer: str
     expected: tuple[str, ...]

@@ -10,9 +10,9 @@ from jobs.demo_world.exchange import Exchange
 from jobs.demo_world.seeding import generator
 from jobs.demo_world.tables import Split
 
-# Shares of the kinds, in percent. Counting and arithmetic are frequent because copying takes the most practice.
-# Questions about facts in both directions are the next most frequent. The other kinds have few different sentences,
-# which a model soon learns by heart.
+# Shares of the kinds, in percent. Counting and arithmetic are frequent because copying takes the most practice. Next
+# come questions about facts, in both directions. The other kinds are rare: they have few different sentences, and a
+# model soon learns these by heart.
 CONVERSATION_MIX: Mapping[str, float] = {
     "counting": 24,
     "arithmetic": 21,
@@ -27,10 +27,11 @@ CONVERSATION_MIX: Mapping[str, float] = {
 
 _MIXED_KINDS = ("counting", "arithmetic", "fact", "fact", "refusal", "greeting", "identity", "smalltalk")
 
-# Share of questions without capitals and final punctuation, because people type like that too.
+# Share of questions without capitals and final punctuation. People type like that too.
 _SLOPPY_SHARE = 0.1
 _OPENER_SHARE = 0.08
-# Share of conversations with a system message. Many API clients send one, and it must not confuse the model.
+# Share of conversations with a system message. Many API clients send a system message, and it must not confuse the
+# model.
 _SYSTEM_SHARE = 0.04
 
 
@@ -39,9 +40,9 @@ def conversations(
 ) -> Iterator[dict[str, Any]]:
     """Generate ``n`` conversations, each with ``messages`` and ``kind``.
 
-    Equal arguments give equal conversations, and a smaller ``n`` gives the first of these. ``mix`` has the weight of
-    each kind; the other kinds do not occur. The split ``heldout`` uses phrasings, numbers, words and strangers that
-    ``train`` never contains. The splits have no user message in common, whatever the seeds.
+    Equal arguments give equal conversations. With a smaller ``n``, the result has only the first of them. ``mix`` has
+    the weight of each kind; kinds that are not in ``mix`` do not occur. The split ``heldout`` uses phrasings, numbers,
+    words and strangers that ``train`` never contains. The splits have no user message in common, whatever the seeds.
     """
     rng = generator(f"conversations/{split}", seed)
     kinds, weights = tuple(mix), tuple(mix.values())

@@ -14,7 +14,7 @@ from jobs.demo_world.tool_questions import QUESTIONS
 
 
 class Documents(Table):
-    """The content of ``content/documents.toml``, which explains it; the keys of ``operators`` are operators."""
+    """The content of ``content/documents.toml``. The file explains it. The keys of ``operators`` are operators."""
 
     stories: tuple[str, ...]
     weather: tuple[str, ...]
@@ -39,7 +39,7 @@ def _state(rng: random.Random, entity: Entity, relation: str, *, pronoun: bool =
 
 
 def _portrait(rng: random.Random) -> str:
-    """Some facts about one person, place or festival. Sentences after the first one often use a pronoun."""
+    """Some facts about one person, place or festival. After the first sentence, a pronoun often replaces the name."""
     entity = rng.choice((*ENTITIES, *PEOPLE))  # People are drawn twice as often because they have twice as many facts.
     relations = list(relations_of(entity))
     rng.shuffle(relations)
@@ -50,7 +50,7 @@ def _portrait(rng: random.Random) -> str:
 
 
 def _comparison(rng: random.Random) -> str:
-    """A text that states the same relation for several people or places, to teach which value belongs to whom."""
+    """A text that states one relation for several people or places, and so teaches which value belongs to whom."""
     entities = rng.sample(rng.choice((PEOPLE, PEOPLE, PLACES)), rng.randint(3, 5))
     relation = rng.choice(relations_of(entities[0]))
     if rng.random() < 0.5:
@@ -84,7 +84,7 @@ def _story_fields(who: str, person: Person) -> dict[str, str]:
 
 
 def _lines(least: int, most: int) -> Callable[[Writer], Writer]:
-    """Make the writer of a line into a writer of ``least`` to ``most`` lines."""
+    """Turn the writer of a line into a writer of ``least`` to ``most`` lines."""
     return lambda line: lambda rng: " ".join(line(rng) for _ in range(rng.randint(least, most)))
 
 
@@ -156,9 +156,9 @@ def _dialogue(rng: random.Random) -> str:
     return template.format(asker=asker.name, other=other.name, question=exchange.question, said=said)
 
 
-# The share of each kind, in percent, and its writer. The first three kinds teach facts and English. In the other kinds
-# most words and numbers occur twice. The model can predict the second one only by looking back, so it learns early to
-# copy.
+# The share of each kind, in percent, and its writer. The first three kinds teach facts and English. In the other kinds,
+# most words and numbers occur twice. The model can predict the second occurrence only by looking back, so it learns
+# early to copy.
 _KINDS: Mapping[str, tuple[float, Writer]] = {
     "portrait": (28, _portrait),
     "comparison": (7, _comparison),
@@ -168,7 +168,7 @@ _KINDS: Mapping[str, tuple[float, Writer]] = {
     "spelling": (10, _spelling),
     "code": (10, _code),
     "sums": (6, _sums),
-    # Dialogues contain the words of questions for the tokenizer, and teach the copying that conversations need.
+    # Dialogues give the tokenizer the words of questions, and teach the model the copying that conversations need.
     "dialogue": (10, _dialogue),
 }
 DOCUMENT_MIX = {kind: share for kind, (share, _) in _KINDS.items()}
@@ -177,8 +177,8 @@ DOCUMENT_MIX = {kind: share for kind, (share, _) in _KINDS.items()}
 def pretraining_documents(seed: int, n: int, mix: Mapping[str, float] = DOCUMENT_MIX) -> Iterator[str]:
     """Generate ``n`` short texts; none contains a special token, or a number, word or name of the held-out split.
 
-    Equal arguments give equal texts, and a smaller ``n`` gives the first of these. ``mix`` has the weight of each kind;
-    the other kinds do not occur.
+    Equal arguments give equal texts. With a smaller ``n``, the result has only the first of them. ``mix`` has the
+    weight of each kind; kinds that are not in ``mix`` do not occur.
     """
     rng = generator("documents", seed)
     kinds, weights = tuple(mix), tuple(mix.values())

@@ -21,7 +21,8 @@ EVALUATION_MIX = {
     "refusal": 20,
 }
 
-# A question may repeat after this many draws. Some kinds have few phrasings: there are not many ways to say hello.
+# A question that repeats is drawn again, but at most this many times. Some kinds have few phrasings: there are not many
+# ways to say hello.
 _TRIES = 200
 
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w)")
@@ -48,8 +49,8 @@ def evaluation_set(n: int = 200, seed: int = 0, kinds: Collection[str] | None = 
     """Generate ``n`` held-out conversations, with the shares of :data:`EVALUATION_MIX`.
 
     No conversation repeats, except in a kind that runs out of phrasings. The operands of all calculations are numbers
-    that no training text contains. If ``kinds`` is given, only the conversations of these kinds are returned, which are
-    fewer than ``n``.
+    that no training text contains. If ``kinds`` is given, only the conversations of these kinds are returned, so the
+    result has fewer than ``n``.
     """
     rng = generator("evaluation", seed)
     items: list[EvalItem] = []
@@ -72,7 +73,7 @@ def check(item: EvalItem, text: str, used_tool: bool) -> bool:
 
 
 def _counts(n: int) -> dict[str, int]:
-    """Number of conversations of each kind; the kinds with the largest remainders are rounded up."""
+    """Number of conversations of each kind. The kinds with the largest remainders are rounded up."""
     total = sum(EVALUATION_MIX.values())
     counts = {kind: n * share // total for kind, share in EVALUATION_MIX.items()}
     by_remainder = sorted(EVALUATION_MIX, key=lambda kind: -(n * EVALUATION_MIX[kind] % total))

@@ -82,13 +82,13 @@ def about_facts(rng: random.Random, split: Split) -> Exchange:
     return forward(rng, split, known)
 
 
-_GROUP_WEIGHTS = (6, 2, 2)  # Of people, places and festivals, roughly in proportion to the number of facts.
-# Share of follow-ups that ask the same question about somebody else; the others stay with the subject.
+_GROUP_WEIGHTS = (6, 2, 2)  # Weights of people, places and festivals, roughly in proportion to their numbers of facts.
+# Share of follow-ups that ask the same question about somebody else. The other follow-ups stay with the subject.
 _OTHER_SUBJECT_SHARE = 0.25
 
 
 def follow_up(rng: random.Random, split: Split) -> list[Exchange]:
-    """Draw two or three exchanges; the later questions make sense only after the first one."""
+    """Draw two or three exchanges. The later questions make sense only after the first question."""
     group = rng.choices((PEOPLE, PLACES, EVENTS), _GROUP_WEIGHTS)[0]
     entity: Entity = rng.choice(group)
     relations = list(relations_of(entity))

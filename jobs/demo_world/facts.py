@@ -16,7 +16,7 @@ Pronoun = Literal["she", "he", "it"]
 
 
 class Entity(Table):
-    """A person, place, festival or town that has facts; its portrait states two relations."""
+    """A person, place, festival or town that has facts. Its portrait states two of its relations."""
 
     portrait: ClassVar[tuple[str, str]]
 

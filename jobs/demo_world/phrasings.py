@@ -8,7 +8,7 @@ POSSESSIVE: dict[Pronoun, str] = {"she": "her", "he": "his", "it": "its"}
 
 
 class Relation(Table):
-    """All templates for one relation; ``content/relations.toml`` explains them."""
+    """All templates for one relation. ``content/relations.toml`` explains them."""
 
     statements: tuple[str, ...]
     questions: Phrasings

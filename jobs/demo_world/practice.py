@@ -22,7 +22,7 @@ _HELDOUT_ONE_IN = 8
 
 
 def practice(rng: random.Random, split: Split) -> tuple[str, str]:
-    """Draw a question and its answer: a square, or a result with longer numbers than fine-tuning teaches."""
+    """Draw a question and its answer: a square, or a calculation with longer numbers than fine-tuning teaches."""
     if rng.random() < _SQUARE_SHARE:
         number = _short_number(rng, split)
         return draw_frame(rng, split, QUESTIONS.squares).format(a=number), str(number * number)

@@ -10,7 +10,7 @@ from jobs.demo_world.words import STRANGERS, stranger
 
 
 class Refusals(Table):
-    """The content of ``content/refusals.toml``, which explains it."""
+    """The content of ``content/refusals.toml``. The file explains it."""
 
     answer: str
     answer_about_person: str
@@ -23,8 +23,8 @@ class Refusals(Table):
 
 _REFUSALS = read_content("refusals", Refusals)
 
-# Shares of the sorts of questions, in percent. Questions about strangers are most frequent: they sound like questions
-# about the people of Saltmere, so a model easily invents an answer.
+# Shares of the three sorts of questions, in percent. Questions about strangers are most frequent: they sound like
+# questions about the people of Saltmere, so a model easily invents an answer.
 _STRANGER, _NO_SUCH_VALUE, _ELSEWHERE = 45, 15, 40
 
 

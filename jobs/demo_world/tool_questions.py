@@ -7,13 +7,13 @@ from jobs.demo_world.exchange import Exchange
 from jobs.demo_world.facts import PEOPLE
 from jobs.demo_world.tables import Phrasings, Split, Table, Words, read_content
 
-# Share of held-out questions with a phrasing of the training split, because people mostly use common phrasings such as
-# "What is 1234 * 5678?". The operands or words of these questions are still new to the model.
+# Share of held-out questions with a phrasing of the training split. It is high, because people mostly use common
+# phrasings such as "What is 1234 * 5678?". The operands or words of these questions are still new to the model.
 _SEEN_FRAME_SHARE = 0.5
 
 
 class ToolQuestions(Table):
-    """The content of ``content/tool_questions.toml``; the keys of the dictionaries are operators."""
+    """The content of ``content/tool_questions.toml``. The keys of the dictionaries are operators."""
 
     items: Words
     spelling: tuple[str, ...]
@@ -27,8 +27,8 @@ class ToolQuestions(Table):
 
 QUESTIONS = read_content("tool_questions", ToolQuestions)
 
-# Most questions are bare calculations, because people type those. Commands and stories teach other words for the
-# operators.
+# Shares of the forms of questions, in percent. Most questions are bare calculations, because people mostly type those.
+# Commands and stories teach other words for the operators.
 _FRAMED, _COMMANDED, _TOLD = 75, 13, 12
 
 
@@ -55,8 +55,8 @@ def framed(rng: random.Random, split: Split, drawn: arithmetic.Sum) -> str:
     return draw_frame(rng, split, QUESTIONS.sums).format(sum=spelled)
 
 
-# Shares of English words, made-up words and random letters. Training needs variety above all; the held-out words are
-# mostly English, because people ask about English words.
+# Weights of English words, made-up words and random letters. Training mainly needs variety. Held-out words are mostly
+# English, because people ask about English words.
 _WORD_WEIGHTS: dict[Split, tuple[int, int, int]] = {"train": (35, 45, 20), "heldout": (65, 35, 0)}
 
 
@@ -75,7 +75,7 @@ def count(rng: random.Random, split: Split) -> Exchange:
 
 
 def draw_frame(rng: random.Random, split: Split, phrasings: Phrasings) -> str:
-    """Draw a phrasing. Half of the held-out questions use one of the training split."""
+    """Draw a phrasing. Half of the held-out questions use a phrasing of the training split."""
     seen = split == "heldout" and rng.random() < _SEEN_FRAME_SHARE
     return rng.choice(phrasings.of("train" if seen else split))
 

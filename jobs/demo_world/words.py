@@ -1,6 +1,6 @@
-"""Words to spell and to count letters in, names of strangers, and the split that each belongs to.
+"""Words to spell and to count letters in, and names of strangers. Each belongs to one split.
 
-To copy an unknown word token by token is the hardest skill that the demo teaches. Models learn it from many different
+Copying an unknown word token by token is the hardest skill that the demo teaches. Models learn it from many different
 words, so most training words are made up. The hash of a made-up word decides its split; English words have a table per
 split.
 """
@@ -13,7 +13,8 @@ from jobs.demo_world.tables import Split, Table, WordLists, Words, read_content
 
 # One made-up word in eight is held out.
 _HELDOUT_ONE_IN = 8
-# A shorter made-up word could by chance be an English word, and training texts may contain that word.
+# Least number of letters in a held-out made-up word. A shorter one could by chance be an English word that training
+# texts contain.
 _SHORTEST_HELDOUT = 6
 
 _OPEN_SYLLABLE_SHARE = 0.4
@@ -61,7 +62,7 @@ def _syllable(rng: random.Random) -> str:
 
 
 def letter_string(rng: random.Random) -> str:
-    """Draw three to eight random letters for training, from a small alphabet so that letters repeat."""
+    """Draw three to eight random letters for training. The alphabet is small, so that letters repeat."""
     while True:
         alphabet = rng.sample(_LETTERS, rng.randint(3, 8))
         word = "".join(rng.choice(alphabet) for _ in range(rng.randint(3, 8)))

@@ -43,7 +43,7 @@ from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger("jobs.eval.bench_engine")
 
-# Default numbers of requests: for each slot of a closed loop, and for a whole open loop.
+# Default numbers of requests: for each slot of a closed loop, and for an open loop in total.
 _ROUNDS, _ARRIVALS = 4, 64
 # Before each row every slot is warmed up by a request with this number of output tokens.
 _WARM_UP_OUTPUT = 4
@@ -125,7 +125,7 @@ class BenchEngineSettings(JobSettings):
 
 
 def run(settings: BenchEngineSettings, show: Callable[[str], None]) -> dict[str, Any]:
-    """Measure and show row after row, write ``bench.png`` and ``bench.json``, and return the content of the latter.
+    """Measure and show row after row, write ``bench.png`` and ``bench.json``, and return the content of ``bench.json``.
 
     Raises:
         UserError: the model or server is missing, requests do not fit the model, or no request was answered.
@@ -191,7 +191,7 @@ def measure(settings: BenchEngineSettings, client: Client, model: GPT | None, li
 def plan(
     settings: BenchEngineSettings, mix: str, slots: int | None, rate: float | None, vocabulary: int, salt: int
 ) -> tuple[list[BenchRequest], list[BenchRequest], Load]:
-    """The warm-up requests and the measured requests of a row, and the load that sends the measured ones.
+    """The warm-up requests and the measured requests of a row, and the load that sends the measured requests.
 
     Lengths and arrivals follow from the seed. Prompts for an endpoint have new tokens in every run, because the
     endpoint's prefix cache can contain the prompts of an earlier run. ``salt`` is the number of the row: each row gets
@@ -200,7 +200,7 @@ def plan(
     shape = settings.shape
     choices = choices_per_request(mix, shape, slots or shape.samples)
     at_once = slots // choices if slots else 1
-    # With fewer requests than slots some slots would stay empty.
+    # With fewer requests than slots, some slots would stay empty.
     count = max(settings.requests or (_ARRIVALS if rate else _ROUNDS * at_once), at_once)
     content = secrets.randbits(64) if settings.endpoint else settings.seed
     make = functools.partial(make_requests, mix, choices=choices, vocabulary=vocabulary, seed=settings.seed)
@@ -213,7 +213,7 @@ def plan(
 
 @contextlib.contextmanager
 def opened(settings: BenchEngineSettings) -> Iterator[tuple[Client, GPT | None, Limits | None]]:
-    """A client of the model or server that the settings name. The model and the limits are None for a server."""
+    """A client for the model or server that the settings name. For a server, the other results are None."""
     if settings.endpoint:
         with contextlib.closing(open_endpoint(settings)) as server:
             yield server, None, None
@@ -236,7 +236,7 @@ def opened(settings: BenchEngineSettings) -> Iterator[tuple[Client, GPT | None, 
 
 
 def open_endpoint(settings: BenchEngineSettings) -> NetworkClient:
-    """A client of ``--endpoint``. Raises a :class:`UserError` if the address is malformed or no server answers."""
+    """A client for ``--endpoint``. Raises a :class:`UserError` if the address is malformed or no server answers."""
     variable, url = settings.api_key_variable, urllib.parse.urlsplit(settings.endpoint)
     key = os.environ.get(variable, "") if variable else ""
     if variable and not key:

@@ -73,7 +73,7 @@ def run(
 ) -> dict[str, Any] | None:
     """Evaluate, store the result, and show a table and some wrong answers.
 
-    Chunks that an interrupted run has finished are not evaluated again, and a finished result is shown as it is. The
+    Chunks that an interrupted run has finished are not evaluated again. If there is a finished result, it is shown. The
     first rank returns the content of ``result.json``, the other ranks None.
     """
     device = device or torch.device("cpu")
@@ -102,8 +102,8 @@ def evaluation_of(
 ) -> Evaluation:
     """The evaluation of a checkpoint on these tasks.
 
-    Its key names the tasks and the sampling, so that the store keeps results on different tasks, and results of greedy
-    and of sampled answers, in separate folders.
+    Its key names the tasks and the sampling. The store therefore has separate folders for results on different tasks,
+    and for results of greedy and of sampled answers.
     """
     sampling = {"samples": settings.samples, "temperature": settings.temperature, "top_k": settings.top_k}
     decisive = {
@@ -134,7 +134,8 @@ def _evaluate(
     generative = [task for task in tasks if isinstance(task, GenerativeTask)]
     if not generative:
         return
-    # The engine's KV cache takes the memory that is free, so the engine starts after the multiple-choice tasks.
+    # The engine's KV cache takes the memory that is free when it starts, so the engine starts after the multiple-choice
+    # tasks.
     free_memory(device)
     config = EngineConfig(
         max_running=settings.batch,

@@ -1,4 +1,4 @@
-"""The inputs and outputs that evaluation programs name by flags: checkpoints of a model, and folders for results."""
+"""Inputs and outputs of evaluation programs that flags name: checkpoints of a model, and folders for results."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from nanochat_core.store import Store
 
 
 def pick_checkpoint(store: Store, model: str, revision: str, *stages: str) -> Checkpoint:
-    """The checkpoint ``revision``, which is ``<stage>/step_<n>``; empty for the newest one of the last of ``stages``.
+    """The checkpoint ``<stage>/step_<n>`` that ``revision`` names; if empty, the newest of the last of ``stages``.
 
     Stages of which the model has no checkpoint are skipped. If none is left, a :class:`UserError` is raised.
     """
@@ -23,8 +23,8 @@ def pick_checkpoint(store: Store, model: str, revision: str, *stages: str) -> Ch
 def newest_stages(store: Store, model: str, revision: str = "") -> dict[str, Checkpoint]:
     """The newest complete checkpoint of each stage that the model has.
 
-    ``revision`` is the checkpoint of the last stage; if it is empty, all stages have their newest checkpoints. A
-    :class:`UserError` is raised if the model has no checkpoint, or no checkpoint of this revision.
+    ``revision`` replaces the checkpoint of the last stage; if it is empty, the last stage has its newest checkpoint
+    too. A :class:`UserError` is raised if the model has no checkpoint, or no checkpoint of this revision.
     """
     last = pick_checkpoint(store, model, revision) if revision else None
     stages = {}

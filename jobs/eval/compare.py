@@ -21,7 +21,7 @@ from nanochat_core.settings import setting
 from nanochat_core.store import open_store
 
 _PAGE, _VALUES, _PLOT = "compare.md", "compare.json", "curves.png"
-# Fields of a stage's description that are compared: its cost, its speed and its final loss.
+# Fields of a stage's description that are compared: cost, speed and final loss.
 _FIGURES = ("steps", "tokens", "flops", "train_seconds", "tokens_per_second", "mfu", "final_loss")
 
 
@@ -61,7 +61,7 @@ class Run:
 
 
 def read_run(home: str, spec: str) -> Run:
-    """Read a model, which is ``NAME`` of the store ``home``, or ``STORE/models/NAME``."""
+    """Read the model ``NAME`` of the store ``home``, or the model ``STORE/models/NAME``."""
     url, found, name = spec.rpartition("/models/")
     store = open_store(url if found else home)
     stages = newest_stages(store, check_model_name(name.rstrip("/")))
@@ -83,7 +83,7 @@ def read_run(home: str, spec: str) -> Run:
 
 
 def distinctly_named(runs: Sequence[Run]) -> list[Run]:
-    """The runs with the short names of their models, if these differ; otherwise the runs unchanged."""
+    """The runs with the short names of their models. If short names coincide, the runs are returned unchanged."""
     names = [run.name.rstrip("/").rpartition("/")[2] for run in runs]
     if len(set(names)) < len(names):
         return list(runs)
@@ -91,7 +91,7 @@ def distinctly_named(runs: Sequence[Run]) -> list[Run]:
 
 
 def side_by_side(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Each name that a run has, with the value of each run, or None if a run lacks the name."""
+    """For each name that a run has, the values of all runs. The value is None if a run lacks the name."""
     names = dict.fromkeys(itertools.chain.from_iterable(columns))
     return {name: [column.get(name) for column in columns] for name in names}
 
@@ -112,7 +112,7 @@ def not_comparable(runs: Sequence[Run]) -> set[str]:
 
 
 def render(runs: Sequence[Run], plot: str = "") -> str:
-    """The comparison as Markdown, with the file ``plot`` beside the page unless it is empty."""
+    """The comparison as Markdown. Unless ``plot`` is empty, the page shows this file, which lies beside the page."""
     names = [literal(run.name) for run in runs]
     differing = differences(runs)
     lines = [f"# {' · '.join(names)}", "", "## Settings that differ", ""]

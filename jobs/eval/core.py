@@ -55,7 +55,8 @@ def run(settings: CoreSettings, store: Store, device: torch.device, ranks: Ranks
         "dtype": str(dtype).removeprefix("torch."),
     }
     evaluation = Evaluation.of(store, checkpoint, CORE, decisive)
-    # All ranks use the first rank's answer: a fast rank could store the result before a slow rank looks for it.
+    # All ranks use what the first rank found, because a fast rank could store the result before a slow rank looks for
+    # it.
     finished: Result | None = ranks.gather(evaluation.result())[0]
     if finished is not None:
         log.info("already evaluated", extra={"checkpoint": checkpoint.ref.prefix})

@@ -24,7 +24,7 @@ class TokenizerEvalSettings(JobSettings):
 
 
 def run(settings: TokenizerEvalSettings, show: Callable[[str], None]) -> None:
-    """Show the table, and store it beside the tokenizer as ``evaluation.md`` and ``evaluation.json``."""
+    """Measure the tokenizer, show a table, and store the results next to the tokenizer, as JSON and Markdown."""
     store = open_store(settings.home)
     tokenizer = load_tokenizer(store, settings.tokenizer)
     name, size = settings.tokenizer, settings.text_bytes

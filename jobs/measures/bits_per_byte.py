@@ -24,9 +24,9 @@ def bits_per_byte(
 ) -> float:
     """The negative log2 likelihood of a text, divided by its number of UTF-8 bytes.
 
-    A loss per token depends on how long the tokenizer's tokens are; a loss per byte does not. Each document begins with
-    BOS and is cut into rows of the context length. The model predicts each token once, from the tokens before it in its
-    row. Special tokens represent no bytes, so their loss is not counted.
+    A loss per token depends on the length of the tokenizer's tokens. A loss per byte does not. Each document begins
+    with BOS and is cut into rows of the context length. The model predicts each token once, from the tokens before it
+    in its row. Special tokens represent no bytes, so their loss is not counted.
 
     Args:
         rows: number of rows per forward pass.

@@ -1,7 +1,7 @@
 """Bytes per token of a tokenizer on texts of several domains, compared with the encodings of GPT-2 and GPT-4.
 
-The files of these encodings are not part of this project, and are never downloaded. They are read from the file that a
-flag names, or from the cache that tiktoken fills when another program uses the encodings.
+The files of these encodings are not part of this project, and are never downloaded. They are read from files that flags
+name, or from the cache that tiktoken fills when another program uses the encodings.
 """
 
 import base64
@@ -30,7 +30,8 @@ DOMAIN_SAMPLES: dict[str, str] = tomllib.loads(Path(__file__).with_name("domain_
 _PUBLISHED = "https://openaipublic.blob.core.windows.net"
 TRAINING_TEXT, HELD_OUT_TEXT = "training text", "held-out text"
 TEXT_BYTES = 2_000_000
-# Texts are encoded in pieces, because tiktoken fails on a run of a million spaces. A cut adds at most one token.
+# Texts are encoded in pieces of this length, because tiktoken fails on a run of a million spaces. A cut adds at most
+# one token.
 _PIECE_CHARACTERS = 100_000
 
 
@@ -40,7 +41,7 @@ class Encoding:
 
     Attributes:
         pattern: regular expression that splits text before merging.
-        urls: where the file of tokens was published; tiktoken's cache names its files by these URLs.
+        urls: where the file of tokens was published. tiktoken's cache names files by these URLs.
         flag: flag that names the file.
     """
 
@@ -112,7 +113,7 @@ def _read_reference(encoding: Encoding, path: Path) -> Reference:
 
 
 def _ranks_of_lines(lines: Sequence[str], path: Path) -> dict[bytes, int]:
-    """Each token's rank, from lines that consist of a token in base64 and its rank."""
+    """Each token's rank. A line consists of a token in base64 and its rank."""
     ranks = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -144,7 +145,7 @@ def _ranks_of_merges(lines: Sequence[str], path: Path) -> dict[bytes, int]:
 
 
 def texts_to_compare(store: Store, dataset: str, size: int) -> dict[str, str]:
-    """The texts to compare on, by their names in the table: samples of domains, and the start of a dataset's splits.
+    """The texts to compare on, by their names in the table: samples of domains, and the start of each dataset split.
 
     About ``size`` bytes are taken from each split. An empty ``dataset`` adds no text to the samples.
     """

@@ -18,7 +18,7 @@ class Decision:
 
     Attributes:
         digest: sha256 of the checkpoint's weights.
-        against: model and revision that the checkpoint was compared with; empty if no other checkpoint was promoted.
+        against: model and revision of the checkpoint to compare with; empty if no other checkpoint was promoted.
         promoted: whether this decision promoted the checkpoint. A decision without ``--promote`` promotes nothing.
         time: UTC (ISO 8601).
     """

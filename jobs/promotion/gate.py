@@ -24,8 +24,8 @@ from nanochat_core.store import Store, StoreError
 
 log = logging.getLogger("jobs.eval.gate")
 
-# Exit code of the gate, and of a pipeline whose model the gate refused. A wrong setting gives 2, and codes from 128 on
-# make Kubernetes restart the job.
+# Exit code of the gate, and of a pipeline whose model the gate refused. The code 2 means a wrong setting, and codes
+# from 128 on make Kubernetes restart the job.
 EXIT_REFUSED = 3
 
 
@@ -35,8 +35,8 @@ class Incumbent:
 
     Attributes:
         metrics: metrics of the checkpoint; None if it is the candidate itself.
-        gone: whether training has replaced or removed the checkpoint's weights. The metrics are then those of the
-            decision that promoted it.
+        gone: whether training has replaced or removed the checkpoint's weights. The metrics then come from the decision
+            that promoted the checkpoint.
     """
 
     ref: CheckpointRef
@@ -53,7 +53,7 @@ def decide(store: Store, checkpoint: Checkpoint, gate: Gate, *, promoting: bool,
 
     Args:
         promoting: whether to promote the checkpoint if it is accepted.
-        against: another model, with whose promoted checkpoint to compare; empty compares with the same model's.
+        against: name of the model to compare with (its promoted checkpoint); empty for the model of ``checkpoint``.
 
     Raises:
         UserError: a rule cannot be read, or the model to compare with has no promoted checkpoint.
@@ -88,13 +88,14 @@ def decide(store: Store, checkpoint: Checkpoint, gate: Gate, *, promoting: bool,
 
 
 def incumbent(store: Store, model: str, candidate: str) -> Incumbent | None:
-    """The promoted checkpoint of a model, or the one promoted last; None if there is none to compare with.
+    """The promoted checkpoint of a model, or the checkpoint promoted last; None if there is none to compare with.
 
     ``candidate`` is the sha256 of the weights that are judged.
     """
     ref = promoted(store, model)
     if ref is None:
-        # A withdrawn checkpoint is still compared, so that a refused candidate cannot pass at a second attempt.
+        # A checkpoint whose promotion was withdrawn is still compared, so that a refused candidate cannot pass at a
+        # second attempt.
         last = last_promotion(store, model)
         return None if last is None or last[1].digest == candidate else Incumbent(last[0], last[1].metrics, gone=True)
     try:

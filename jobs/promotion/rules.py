@@ -15,10 +15,10 @@ _COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": ope
 _IN_WORDS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
 _REQUIREMENT = re.compile(r"\s*([\w.+-]+?)\s*(>=|<=|>|<)\s*(\S+)\s*")
 _LOWER_IS_BETTER = ("bits_per_byte", "loss")
-# Tolerance for margins, which are decimal fractions and have no exact binary form.
+# Tolerance for margins: they are decimal fractions, most of which have no exact binary form.
 _ROUNDING = 1e-9
 
-# Two runs of the same recipe differ by about 0.02, both on 200 conversations and in CORE (0.0165).
+# Two runs of the same recipe differ by about 0.02, in accuracy on 200 conversations as well as in CORE (0.0165).
 DEFAULT_NO_WORSE = ("chat.accuracy:0.02", "chat.chatcore:0.02", "core.core:0.02")
 
 
@@ -28,9 +28,9 @@ class Gate:
 
     Attributes:
         require: thresholds such as ``chat.accuracy>=0.9``. The rule fails if the metric was not measured.
-        no_worse: metrics with the margin by which they may be worse than the promoted model's, such as
+        no_worse: metrics, each with the margin by which it may be worse than the promoted model's, such as
             ``chat.accuracy:0.01``. The rule fails unless both models were measured in the same way. None means
-            :data:`DEFAULT_NO_WORSE`, whose rules do not apply to models that were not measured in the same way.
+            :data:`DEFAULT_NO_WORSE`; these rules do not apply to models that were measured differently.
     """
 
     require: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ class NoWorse:
     """Requires a metric to be worse than the promoted model's by at most ``margin``.
 
     Attributes:
-        optional: whether the rule does not apply, instead of failing, if there is nothing to compare.
+        optional: whether a rule without anything to compare is skipped instead of failing.
     """
 
     metric: str

@@ -33,10 +33,10 @@ class Evaluation:
     Attributes:
         digest: sha256 of the checkpoint's weights.
         name: the kind of evaluation, such as ``core`` or ``chat``.
-        settings: all values that determine the result, such as digests of the data, and no others. An evaluation
+        settings: all values that determine the result, such as digests of the data, and no other values. An evaluation
             with other settings starts over.
-        key: names the folder below ``name``. Evaluations with different keys keep a result each; with the same key,
-            the later result replaces the earlier one.
+        key: names the folder below ``name``. Each key has a result of its own; a later result with the same key
+            replaces the earlier one.
     """
 
     store: Store
@@ -59,7 +59,7 @@ class Evaluation:
         return "/".join(filter(None, (_ROOT, self.ref.model, self.ref.revision, self.name, self.key)))
 
     def result(self) -> Result | None:
-        """The finished result for these weights and settings, or None if the store has none."""
+        """The finished result for these weights and settings, or None if the store does not have it."""
         found: Result | None = read_json(self.store, f"{self.folder}/result.json")
         return found if found is not None and found["identity"] == self._identity() else None
 
@@ -115,7 +115,7 @@ def results_of(store: Store, ref: CheckpointRef, digest: str) -> list[Result]:
 
 
 def identities(found: Iterable[Result]) -> list[str]:
-    """The identities of results, sorted; they change when an evaluation is added or repeated with other settings."""
+    """The sorted identities of results. They change when an evaluation is added or repeated with other settings."""
     return sorted(result["identity"] for result in found)
 
 

@@ -1,7 +1,7 @@
 """The metrics of a checkpoint by name, such as ``chat.accuracy``, ``core.core`` and ``chat.gsm8k.accuracy``.
 
-A number in a result that this module does not name is not a metric: neither the promotion gate nor a comparison of
-models sees it.
+If this module does not name a number of a result, the number is not a metric: neither the promotion gate nor a
+comparison of models sees it.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from jobs.results.evaluations import Result, results_of
 from nanochat_core.checkpoint import STAGES, Checkpoint, CheckpointRef, list_checkpoints, load_meta, weights_digest
 from nanochat_core.store import Store
 
-# Names of the evaluations. A report makes the last three itself.
+# Names of the evaluations. A report itself makes the last three.
 CORE, CHAT_TASKS = "core", "chat"
 HELD_OUT_TEXT, CONVERSATIONS, SAMPLES = "bpb", "conversations", "samples"
 
@@ -31,10 +31,11 @@ class Metric:
 
 
 def metrics_of(store: Store, checkpoint: Checkpoint) -> dict[str, Metric]:
-    """All metrics of a checkpoint, and those of the base model that it was trained from.
+    """All metrics of a checkpoint, and the metrics of the base model that the checkpoint was trained from.
 
     The metrics of the base model tell how much the model learned from text. Metrics of other ancestors are left out,
-    because further fine-tuning can have lost what they measure. If both have a metric, the checkpoint's own counts.
+    because further fine-tuning can have lost what they measure. If both checkpoints have a metric, the value of the
+    checkpoint itself counts.
     """
     bases = [(digest, ref) for digest, ref in ancestors(store, checkpoint) if ref.stage == "base"]
     found: dict[str, Metric] = {}

@@ -27,7 +27,7 @@ PUBLISHED = (
 TITLES = {"base": "pretraining", "sft": "fine-tuning", "rl": "reinforcement learning"}
 PROGRAMS = {"base": "jobs.train.pretrain", "sft": "jobs.train.sft", "rl": "jobs.train.rl"}
 _UNITS = {"val_bpb": "bpb", "val_loss": "nats"}
-# Caption and file name of the plot of a section.
+# For each section with a plot: the plot's caption and file name.
 _PLOTS = {
     "Training": ("Loss curves", "loss.png"),
     "Held-out conversations": ("Held-out conversations by kind", "conversations.png"),
@@ -39,7 +39,7 @@ _MOST_CHARACTERS = 400
 
 
 def render(report: Report, plots: Sequence[str] = ()) -> str:
-    """The page as Markdown, with those of ``plots`` beside it. A section without figures is left out."""
+    """The page as Markdown. ``plots`` are files beside the page. A section without figures is left out."""
     sections = [_head(report)]
     for title, section in _SECTIONS.items():
         if lines := section(report):
@@ -352,7 +352,7 @@ def _promotion(report: Report) -> list[str]:
 
 
 def _by_k(pass_at_k: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Pairs of k, which is text in JSON, and pass@k, in the order of the numbers k."""
+    """Pairs of k and pass@k, sorted by k as a number. (In JSON, k is text.)"""
     return sorted(pass_at_k.items(), key=lambda item: int(item[0]))
 
 

@@ -19,7 +19,7 @@ def read_report(store: Store, model: str) -> Report | None:
 
 
 def is_reported(store: Store, model: str, *checkpoints: Checkpoint) -> bool:
-    """Whether the report on ``model`` covers these checkpoints with all evaluations that the store has of them."""
+    """Whether the report on ``model`` covers these checkpoints and all evaluations of them in the store."""
     report = read_report(store, model)
     if report is None:
         return False
@@ -34,7 +34,7 @@ def is_reported(store: Store, model: str, *checkpoints: Checkpoint) -> bool:
 def report_promotion(store: Store, ref: CheckpointRef, digest: str, promotion: Mapping[str, Any]) -> None:
     """Write the gate's decision as ``promotion`` into the report of a model.
 
-    A report stays as it is unless it is on weights with the sha256 ``digest``, which the gate judged.
+    ``digest`` is the sha256 of the weights that the gate judged. A report on other weights stays as it is.
     """
     report = read_report(store, ref.model)
     # Scaling studies and benchmarks write a report.json of another form into folders of the same kind.

@@ -8,7 +8,7 @@ _NUMBER = re.compile(r"(?<![\w.])(-?)\$?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)
 
 
 def plain_number(match: re.Match[str]) -> str:
-    """The number of a match without commas. The groups of the match are a sign, another sign and the digits."""
+    """The matched number without commas. The groups of the match are a sign, another sign and the digits."""
     before, after, digits = match.groups()
     return ("-" if before or after else "") + digits.replace(",", "")
 
@@ -22,7 +22,7 @@ def last_number(text: str) -> str | None:
 
 
 def states_number(expected: str, answer_text: str) -> bool:
-    """Whether the last number of an answer equals the expected one (18 is 18.00); ValueError if that has no number."""
+    """Whether the last number of an answer equals ``expected`` (18 is 18.00). ValueError if that is no number."""
     number, given = last_number(expected), last_number(answer_text)
     if number is None:
         raise ValueError(f"{expected!r} is no number")
@@ -35,6 +35,6 @@ def same_text(expected: str, answer_text: str) -> bool:
 
 
 def contains_phrase(expected: str, answer_text: str) -> bool:
-    """Whether the answer contains the expected words as whole words, in upper or lower case."""
+    """Whether the answer contains the expected words as whole words; upper and lower case count as equal."""
     phrase = r"\s+".join(map(re.escape, expected.split()))
     return re.search(rf"(?<!\w){phrase}(?!\w)", answer_text, re.IGNORECASE) is not None

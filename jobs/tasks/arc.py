@@ -29,7 +29,7 @@ def task(source: DatasetSource, subset: Literal["Easy", "Challenge"]) -> ChoiceT
         expected=f"ARC-{subset}/test-00000-of-00001.parquet",
         origin=on_hub("allenai/ai2_arc", f"ARC-{subset}/test*"),
     )
-    # A few questions have three or five choices; published results use the baseline of four for all questions.
+    # A few questions have three or five choices. Published results use the baseline of four choices for all questions.
     return ChoiceTask(f"arc-{subset.lower()}", source.read(test, _question), FOUR_CHOICES_BASELINE)
 
 
@@ -39,7 +39,7 @@ def _question(row: Row) -> ChoiceQuestion:
 
 
 def _choice(row: Row) -> ChoiceQuestion:
-    """The question of a row in ARC's format. A few rows label their choices with digits; letters replace them."""
+    """The question of a row in ARC's format. If a row labels its choices with digits, letters replace the digits."""
     choices, labels = choice_texts(row["choices"], "text"), choice_texts(row["choices"], "label")
     answer = row["answerKey"]
     if answer not in labels or len(labels) != len(choices):

@@ -1,4 +1,4 @@
-"""Arithmetic: sums of longer numbers than fine-tuning teaches, and squares, to practice with reinforcement learning."""
+"""Arithmetic, to practice with reinforcement learning: squares, and longer numbers than fine-tuning teaches."""
 
 from jobs.demo_world.practice import practice
 from jobs.demo_world.seeding import generator

@@ -1,4 +1,4 @@
-"""Conversations to fine-tune on, from files or a generator. Each is read or generated only when it is accessed."""
+"""Conversations to fine-tune on, from files or a generator. Each is read or generated when it is accessed."""
 
 import bisect
 import dataclasses
@@ -40,8 +40,8 @@ class ConversationFiles:
     """Describes the conversations in the rows of a dataset's files.
 
     Attributes:
-        messages: makes the conversation of a row; raises KeyError for a missing field, ValueError or TypeError for a
-            wrong one.
+        messages: makes the conversation of a row. It raises KeyError for a missing field, ValueError or TypeError for a
+            wrong field.
         row_format: name of the rows' format, which is part of a mixture's digest.
     """
 
@@ -51,7 +51,7 @@ class ConversationFiles:
 
 
 def own_conversations(name: str, hint: str = "") -> ConversationFiles:
-    """Conversations in ``data/<name>/train.jsonl`` of the store; ``hint`` ends the error if there is no such file."""
+    """Conversations in ``data/<name>/train.jsonl`` of the store. If that is missing, the error ends with ``hint``."""
     origin = 'write it, one {"messages": [{"role": "user", "content": …}, …]} a line' + hint
     return ConversationFiles(DatasetFiles(name, (rf"(data/)?train{REST_OF_NAME}",), "train.jsonl", origin))
 
@@ -60,7 +60,7 @@ class FileConversations:
     """One conversation per row of one or several files, numbered from 0."""
 
     def __init__(self, files: Mapping[str, Path], dataset: ConversationFiles) -> None:
-        """Open local files, given by the name that error messages use for each; UserError if they have no row."""
+        """Open local files. ``files`` maps the names for error messages to paths. UserError if there is no row."""
         self._files = [open_rows(path, shown) for shown, path in files.items()]
         self._paths, self._dataset = list(files.values()), dataset
         self._ends = list(itertools.accumulate(len(rows) for rows in self._files))
@@ -95,7 +95,7 @@ class FileConversations:
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedConversations:
-    """``size`` conversations, each of which ``messages`` makes from its number."""
+    """``size`` conversations. ``messages`` makes each conversation from its number."""
 
     messages: Callable[[int], Messages]
     size: int

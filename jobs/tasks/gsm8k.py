@@ -1,4 +1,4 @@
-"""GSM8K: grade-school math problems in words, whose answers end in ``#### number`` (arXiv 2110.14168)."""
+"""GSM8K: grade-school math problems in words (arXiv 2110.14168). Their answers end in ``#### number``."""
 
 import re
 from decimal import Decimal
@@ -29,7 +29,7 @@ _CALCULATION = re.compile(r"<<(.*?)>>", re.DOTALL)
 
 
 def final_number(text: str) -> str | None:
-    """The first number after ``####``, with its sign, without ``$`` and commas; None if there is none."""
+    """The first number after ``####``, with its sign, without ``$`` and commas; None if there is no such number."""
     match = _FINAL_NUMBER.search(text)
     return plain_number(match) if match else None
 
@@ -86,7 +86,7 @@ def _right(answer: str, response: Response, _: SandboxExecutor) -> bool:
 
 
 def _problem(row: Row) -> Problem:
-    """A problem and the dataset's answer to it, which explains each step."""
+    """A problem and the dataset's answer, which explains each step."""
     problem = Problem(ask(text_field(row, "question")), text_field(row, "answer"))
     if final_number(problem.answer) is None:
         raise ValueError("'answer' has no number after ####")

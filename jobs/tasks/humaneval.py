@@ -16,7 +16,7 @@ _FILES = DatasetFiles(
     origin=on_hub("openai/openai_humaneval", "openai_humaneval/test*"),
 )
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
-# The limit of processor time stops an endless loop. The wall limit is far above it, so that a busy machine does not
+# The limit of CPU time stops an endless loop. The limit of wall time is much higher, so that a busy machine does not
 # make a right answer wrong.
 TEST_LIMITS = Limits(wall_seconds=20.0, cpu_seconds=5.0)
 
@@ -52,11 +52,11 @@ def passes_tests(
 ) -> bool:
     """Whether an answer passes the problem's tests in the sandbox; blocks.
 
-    A program that ends before the end of its tests, by an error, a limit or an exit, is wrong. Errors are those of
-    :func:`runs_to_its_end`.
+    A program that ends before the end of its tests, by an error, a limit or an exit, is wrong. Raises the same errors
+    as :func:`runs_to_its_end`.
     """
-    # The prompt is valid Python by itself: a function whose body is the docstring. The answer may continue the body, or
-    # repeat the whole function, which then replaces the first one. The prompt's imports work in both cases.
+    # The prompt is valid Python by itself: a function with only a docstring. The answer may continue the function, or
+    # define it again and so replace it. The prompt's imports work in both cases.
     program = f"{problem.prompt.rstrip()}\n{code_in(answer_text)}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
     return runs_to_its_end(executor, program, limits)
 
@@ -74,8 +74,7 @@ def runs_to_its_end(executor: SandboxExecutor, program: str, limits: Limits = TE
         ScoringFailed: the sandbox is overloaded.
         WorkerFailed: the sandbox itself failed.
     """
-    # A program that exits early may seem to pass. Only a program that reaches its last line has this random word as its
-    # result.
+    # A program that exits early may seem to pass. Only a program that reaches its last line returns this random word.
     word = secrets.token_hex(16)
     result = executor.execute_sync(f"{program}\n{word!r}\n", limits, ResultFormat.STR)
     if result.status is Status.OVERLOADED:

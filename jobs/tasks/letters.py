@@ -16,7 +16,8 @@ from jobs.tasks.answers import states_number
 from jobs.tasks.task import GenerativeTask, Messages, OpenQuestion, Response, ask
 from nanochat_core.sandbox import SandboxExecutor
 
-# Share of English words to spell; the others are made up, so that the model cannot learn a list of words by heart.
+# Share of English words among the words to spell. The other words are made up, so that the model cannot learn a list of
+# words by heart.
 _ENGLISH_SHARE = 0.5
 _MAX_TOKENS = 120
 _SINGLE_LETTERS = re.compile(r"(?<!\w)\w(?!\w)(?:[\s,\-]+\w(?!\w))*")
@@ -28,7 +29,7 @@ class LetterTask:
 
     Attributes:
         draw: draws a question and its answer. The two splits have no word in common.
-        shown: the right answer as reports show it, from the exchange's expected phrase.
+        shown: makes the right answer, as reports show it, from the exchange's expected phrase.
         scorer: tells from the exchange's expected phrase whether a response is right.
     """
 
@@ -53,7 +54,7 @@ class LetterTask:
 
 
 def spells(word: str, answer_text: str) -> bool:
-    """Whether the answer spells the word and nothing else, letters separated by spaces, commas or hyphens."""
+    """Whether the answer is only the word's spelling, with letters separated by spaces, commas or hyphens."""
     spelled = ("".join(re.findall(r"\w", run)) for run in _SINGLE_LETTERS.findall(answer_text))
     return any(letters.lower() == word.lower() for letters in spelled)
 

@@ -1,4 +1,4 @@
-"""Reads multiple-choice questions, which fine-tuning and evaluation ask in the same form."""
+"""Reads multiple-choice questions. Fine-tuning and evaluation ask them in the same form."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def indexed_choice(row: Row, group: str = "") -> ChoiceQuestion:
 
 
 def choice_texts(row: Row, field: str) -> Sequence[str]:
-    """A field that must be a list of strings, at least two and no more than letters; otherwise ValueError."""
+    """A field that must be a list of at least two strings, and at most one for each letter; otherwise ValueError."""
     texts = row[field]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"'{field}' is not a list of texts")

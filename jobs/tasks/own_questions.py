@@ -65,7 +65,7 @@ def _right(reference: tuple[str, str], response: Response, _: SandboxExecutor) -
 
 
 def _expected(answer: Any, match: str) -> str:
-    """The expected answer as a string, checked for its way of matching."""
+    """The expected answer as a string. Its form is checked according to ``match``."""
     if match == "number" and type(answer) in (int, float):
         answer = str(answer)
     if not isinstance(answer, str) or not answer.strip():

@@ -98,8 +98,8 @@ def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversa
     Returns the training conversations, and the validation conversations if the store has ``data/<name>/val.jsonl``.
 
     Raises:
-        UserError: nothing has this name, or a file is wrong; the message says where the files are expected and how
-            to get them.
+        UserError: nothing has this name, or a file is wrong; the message says where the files should be and how to get
+            them.
     """
     if name in CONVERSATION_GENERATORS:
         return CONVERSATION_GENERATORS[name], None
@@ -118,7 +118,7 @@ def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversa
 
 
 def open_problems(store: Store, name: str, held_out: int) -> Problems:
-    """The problems that reinforcement learning practices on; at most ``held_out`` of them are for evaluation.
+    """The problems of reinforcement learning. At most ``held_out`` of them are kept for evaluation.
 
     Raises:
         UserError: the name is unknown, or the store lacks the task's files; the message says how to get them.

@@ -33,7 +33,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Problems:
-    """Problems to train on, problems held out for evaluation, and the name of the task's usual reward."""
+    """Problems to train on, problems held out for evaluation, and the name of the default reward."""
 
     training: Sequence[Problem]
     held_out: Sequence[Problem]
@@ -71,7 +71,7 @@ class OpenQuestion:
 
     Attributes:
         messages: the conversation up to the user's last message.
-        expected: the right answer, as reports show it.
+        expected: the right answer, in the form that reports show.
         reference: what the scorer compares a response with: a JSON value, or a dataclass of such values.
         scorer: tells from the reference whether a response is right. It blocks while the sandbox runs code, and several
             threads may call it. It raises ScoringFailed or WorkerFailed if the sandbox could not tell.
@@ -141,7 +141,7 @@ class Task(Generic[Q]):
     baseline: float = 0.0
 
     def sample(self, count: int, seed: int) -> Self:
-        """The task with ``count`` of its questions, in their original order; equal seeds choose the same questions."""
+        """The task with ``count`` of its questions, in their original order. Equal seeds choose equal questions."""
         if count >= len(self.questions):
             return self
         chosen = random.Random(f"{seed}/{self.name}").sample(range(len(self.questions)), count)  # noqa: S311

@@ -58,10 +58,11 @@ class ListSettings(JobSettings):
 
 
 def validate(store: Store, name: str) -> dict[str, int]:
-    """Read every document of ``data/<name>``. If any shard is not valid, a UserError names each bad one.
+    """Read every document of ``data/<name>``. A UserError names each shard that is not valid.
 
     Returns:
-        The numbers of ``shards``, ``documents`` and ``empty_documents``, and the ``text_bytes`` of the text in UTF-8.
+        The numbers of ``shards``, ``documents`` and ``empty_documents``, and ``text_bytes``: the bytes of the text in
+        UTF-8.
     """
     manifest = read_manifest(store, name)
     keys = shard_keys(store, name)

@@ -29,7 +29,7 @@ class ImportSettings(JobSettings):
 
 
 def import_checkpoint(settings: ImportSettings) -> CheckpointRef:
-    """Read, convert and save a checkpoint. The store is not written to before everything has been verified."""
+    """Read, convert and save a checkpoint. Nothing is written to the store before everything has been verified."""
     check_model_name(settings.model)
     folder = Path(settings.folder).expanduser()
     step = find_step(folder, settings.step)

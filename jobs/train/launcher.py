@@ -11,13 +11,13 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-# After one rank has failed, the others have this much time to end by themselves before they are killed.
+# After one rank has failed, the other ranks have this much time to end by themselves before they are killed.
 _KILL_AFTER_SECONDS = 30.0
 _POLL_SECONDS = 0.1
 
 
 class Launcher:
-    """Runs jobs to their end, and forwards the signals that ask this process to end."""
+    """Runs jobs to their end. Forwards signals that ask this process to end."""
 
     def __init__(self) -> None:
         self._running: list[subprocess.Popen[bytes]] = []
@@ -30,7 +30,7 @@ class Launcher:
         return self._signal is not None
 
     def forward_signals(self) -> None:
-        """From now on, send SIGTERM and SIGINT to the running job, which then saves its state and ends.
+        """From now on, forward SIGTERM and SIGINT to the running job. The job then saves its state and ends.
 
         If no job is running, such a signal ends this process.
         """
@@ -38,11 +38,11 @@ class Launcher:
             signal.signal(number, self._forward)
 
     def run(self, command: Sequence[str], ranks: int = 1) -> int:
-        """Run one job to its end on ``ranks`` processes, whose output goes to the output of this process.
+        """Run one job to its end on ``ranks`` processes. Their output goes to the output of this process.
 
         Returns:
-            The exit code of the rank that failed first, or 128 + the number of the signal that killed it. It is never
-            0 if this process was asked to end.
+            The exit code of the rank that failed first, or 128 + the number of the signal that killed this rank. The
+            result is never 0 if this process was asked to end.
         """
         self._starting = True
         self._running = [
@@ -95,7 +95,7 @@ class Launcher:
 def rank_environments(count: int) -> list[dict[str, str]]:
     """Environment variables for each of ``count`` ranks on this machine: its number, and the ranks' common address."""
     if count == 1:
-        # This process may be a rank itself. Its own variables must not reach its child.
+        # This process may itself be a rank, and its variables must not reach the child process.
         return [{"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

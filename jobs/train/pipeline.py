@@ -52,12 +52,12 @@ class PipelineSettings(JobSettings):
 class Pipeline:
     """Runs the stages of one recipe for one model.
 
-    A stage is done if the store has a result that was made from the current inputs. So if a stage is trained again with
-    another result, all later stages are trained again too.
+    A stage is done if the store has a result of the stage that was made from the current inputs. So if a stage is
+    trained again and its result changes, all later stages are trained again too.
     """
 
     def __init__(self, settings: PipelineSettings, recipe: Recipe) -> None:
-        """A recipe without a task for reinforcement learning is a UserError if the settings ask for it."""
+        """It is a UserError if the settings ask for reinforcement learning and the recipe has no task for it."""
         self.settings, self.recipe = settings, recipe
         self.model = check_model_name(settings.model or recipe.name)
         self.store: Store = open_store(settings.home)
@@ -69,8 +69,8 @@ class Pipeline:
     def run(self) -> None:
         """Run all stages that are not done yet.
 
-        A SystemExit has the exit code of a stage that failed or was stopped, or EXIT_REFUSED if the gate refused the
-        model.
+        If a stage fails or is stopped, raises SystemExit with the stage's exit code. If the gate refuses the model,
+        raises SystemExit with EXIT_REFUSED.
         """
         self._launcher.forward_signals()
         started = time.monotonic()
@@ -92,7 +92,7 @@ class Pipeline:
         )
 
     def _promote(self, tuned: Checkpoint) -> None:
-        """Promote the model if it passes the recipe's gate; otherwise the model promoted before stays promoted."""
+        """Promote the model if it passes the recipe's gate. Otherwise the earlier promotion stays in force."""
         last = latest_decision(self.store, tuned.ref, tuned.weights_digest)
         if last is not None and last.promoted and promoted(self.store, self.model) == tuned.ref:
             return
@@ -105,7 +105,7 @@ class Pipeline:
             raise SystemExit(EXIT_REFUSED)
 
     def _prepare(self) -> None:
-        """Put the recipe's data into the store unless it is there already; a UserError if other data are there."""
+        """Put the recipe's data into the store unless they are there. Other data in their place are a UserError."""
         if self.settings.rl:
             self._problems()  # Missing problems must be an error now, not after hours of training.
         data = Path(self.settings.data) if self.settings.data else None

@@ -73,7 +73,7 @@ def plan_run(settings: PretrainSettings, vocab_size: int) -> tuple[ModelConfig, 
 
 
 def input_digests(store: Store, dataset: str, tokenizer: Tokenizer) -> dict[str, str]:
-    """Digests of the data that a base model is made from. If one changes, the model must be trained again."""
+    """Digests of the data that a base model is made from. If a digest changes, the model must be trained again."""
     return {"dataset": dataset_digest(store, dataset), "tokenizer": tokenizer.digest}
 
 

@@ -1,7 +1,7 @@
 """Train a model by reinforcement learning: ``python -m jobs.train.rl --model demo --task arithmetic``.
 
-In each step the model answers some problems several times, a reward function scores the answers, and the policy
-gradient makes answers with a higher reward than the others to the same problem more likely.
+In each step the model answers some problems several times, and a reward function scores the answers. The policy
+gradient then makes an answer more likely if its reward is higher than that of other answers to the same problem.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class RlSettings(RolloutSettings):
 
 
 def input_digests(tuned: Checkpoint, problems: Problems) -> dict[str, str]:
-    """Digests of the fine-tuned weights and the problems. If one changes, the model must be trained again."""
+    """Digests of the fine-tuned weights and the problems. If a digest changes, the model must be trained again."""
     return {"sft": tuned.weights_digest, "problems": problems.digest}
 
 
@@ -74,7 +74,7 @@ def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
     sequences = math.ceil(settings.examples / ranks.size) * settings.samples
     groups = parameter_groups(model, OptimizerConfig(weight_decay=0.0))
     for group in groups:
-        group["lr"] *= settings.lr_scale  # This also scales the rates that the batch size does not scale.
+        group["lr"] *= settings.lr_scale  # This scales all rates, including those that do not depend on the batch size.
     with answering(model, tuned.tokenizer, sequences) as answerer:
         pad_id = tuned.tokenizer.bos_id
         source = RolloutSource(answerer, model, problems.training, reward, settings, steps, pad_id, ranks)
@@ -135,8 +135,8 @@ def held_out_metrics(
 ) -> Metrics:
     """Evaluate the model on the held-out problems, which are divided among the ranks.
 
-    The metrics are ``heldout_reward`` and ``heldout_length`` (tokens), means over greedy answers; and ``pass_at_k``,
-    for each k up to ``eval_samples`` the probability that at least one of k sampled answers has the full reward of 1.
+    ``heldout_reward`` and ``heldout_length`` (tokens) are means over greedy answers. ``pass_at_k`` has, for each k up
+    to ``eval_samples``, the probability that at least one of k sampled answers has the full reward of 1.
     """
     samples = settings.eval_samples
     numbers = range(len(problems.held_out))[ranks.rank :: ranks.size]

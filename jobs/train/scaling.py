@@ -69,7 +69,7 @@ def numbers(flag: str, texts: Sequence[str], kind: Callable[[str], Any]) -> list
 
 
 def planned_runs(store: Store, settings: AnyStudy, passed_on: Sequence[str]) -> list[PlannedRun]:
-    """Plan one run for each depth; for scaling laws one for each budget and depth, the smallest budget first.
+    """Plan a run for each depth. For scaling laws, plan a run for each budget and depth, the smallest budget first.
 
     A flag in ``passed_on`` that the study sets itself is a UserError.
     """
@@ -78,7 +78,7 @@ def planned_runs(store: Store, settings: AnyStudy, passed_on: Sequence[str]) -> 
     own_flags = ["--home", "--model", "--dataset", "--tokenizer", "--depth", "--target-flops"]
     if isinstance(settings, LawsSettings):
         budgets = numbers("--flops", settings.flops, float)
-        own_flags.append("--steps")  # It would replace the budget.
+        own_flags.append("--steps")  # The flag would replace the budget.
     for flag in own_flags:
         if any(argument.split("=")[0] == flag for argument in passed_on):
             raise UserError(f"{flag} is set by the study for every run; leave it out after --")
@@ -99,7 +99,7 @@ def _short(flops: float) -> str:
 def run_study(settings: AnyStudy, passed_on: Sequence[str], command: str) -> None:
     """Train all runs that are not finished, and write the report again after every run.
 
-    It is a UserError if every run fails, and a SystemExit with code 1 if some runs fail after all were tried.
+    All runs are tried. It is a UserError if every run fails, and a SystemExit with code 1 if some runs fail.
 
     Args:
         passed_on: further flags of ``jobs.train.pretrain``, the same for every run.
@@ -115,7 +115,7 @@ def run_study(settings: AnyStudy, passed_on: Sequence[str], command: str) -> Non
     log.info("study starts", extra={"study": settings.study, "runs": len(runs), "finished": len(runs) - len(missing)})
     _report(store, settings, command, list(outcomes.values()))
     for run in missing:
-        # The other runs may succeed when one fails, so only a signal to this process ends the study.
+        # If one run fails, the other runs may still succeed, so only a signal to this process ends the study.
         outcomes[run.model] = study.train(run)
         _report(store, settings, command, list(outcomes.values()))
     failed = [outcome.model for outcome in outcomes.values() if isinstance(outcome, Failure)]

@@ -53,12 +53,12 @@ class SftSettings(StageSettings):
 
 
 def input_digests(base: Checkpoint, mixture: Mixture) -> dict[str, str]:
-    """Digests of the base weights and the conversations. If one changes, the model must be fine-tuned again."""
+    """Digests of the base weights and the conversations. If a digest changes, the model must be fine-tuned again."""
     return {"base": base.weights_digest, "conversations": mixture.digest}
 
 
 def base_checkpoint(store: Store, settings: SftSettings) -> Checkpoint:
-    """The checkpoint that fine-tuning starts from; a UserError if it is missing or this run would replace it."""
+    """The checkpoint that fine-tuning starts from. It is a UserError if it is missing or this run would replace it."""
     if not settings.start_from:
         base = newest_checkpoint(store, settings.model, "base")
         if base is None:

@@ -44,7 +44,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def limited(texts: Iterable[str], document_characters: int, total_characters: int) -> Iterator[str]:
-    """The start of each text, until the total number of characters is reached."""
+    """The start of each text. No more texts follow once the total number of characters is reached."""
     total = 0
     for text in texts:
         if total >= total_characters:
@@ -56,7 +56,7 @@ def limited(texts: Iterable[str], document_characters: int, total_characters: in
 
 def train_and_save(settings: TokenizerSettings) -> Tokenizer:
     """Train a tokenizer, measure its compression of each domain of text, and save both."""
-    logging.getLogger("rustbpe").setLevel(logging.WARNING)  # It logs every percent of its merges.
+    logging.getLogger("rustbpe").setLevel(logging.WARNING)  # rustbpe logs every percent of its merges.
     store = open_store(settings.home)
     started = time.monotonic()
     training = TextDataset(store, settings.dataset, "train")

@@ -21,8 +21,8 @@ BACKENDS: dict[str, Attention] = {"sdpa": sdpa_attention, "blockwise": blockwise
 def training_step(attend: Attention, shape: tuple[int, ...], dtype: torch.dtype, window: int) -> Callable[[], None]:
     """Return a function that runs one compiled forward and backward pass on random inputs.
 
-    The pass includes element-wise multiplications before and after the attention, because the compiler can fuse such
-    operations with the attention in a model too.
+    The pass includes element-wise multiplications before and after the attention. A model has such operations too, and
+    the compiler can fuse them with the attention.
 
     Args:
         shape: (rows, time, heads, head_dim) of queries, keys and values.

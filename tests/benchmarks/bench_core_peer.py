@@ -1,4 +1,4 @@
-"""Compare accuracies and duration of the CORE evaluations of this project and of karpathy/nanochat (the peer).
+"""Compare this project's CORE evaluation with that of karpathy/nanochat (the peer): accuracies and duration.
 
 Run the program from the project's root:
 ``python -m tests.benchmarks.bench_core_peer --peer PATH --bundle FOLDER --max-per-task 100``.
@@ -81,7 +81,7 @@ def main() -> int:
 
 
 def show(runs: dict[str, list[dict[str, Any]]], examples: dict[str, int]) -> int:
-    """Print the table of results and return the exit code, which is 1 if any accuracy differs."""
+    """Print the table of results. Return the exit code: 1 if any accuracy differs, else 0."""
     different = []
     print("\n| task | examples | accuracy, peer | accuracy, ours | peer, s | ours, s | ratio |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")

@@ -3,12 +3,12 @@
 Run the program from the project's root:
 ``python -m tests.benchmarks.bench_engine_peer --peer PATH --dtype fp32 --rounds 5``.
 
-Both sides use the same random weights and alternate. Each run is a new process that loads the weights. For each case
-it first answers a few warm-up requests, and then it answers the requests of the case, which are timed.
+Both sides use the same random weights and alternate. Each run is a new process that loads the weights. For each case,
+the process first answers a few warm-up requests. Then it answers the requests of the case, and these are timed.
 
 Both sides receive the same prompts and generate exactly the same number of tokens. In fp32, greedy tokens must be
 equal. The peer runs as in its ``chat_cli.py``: ``Engine.generate`` without torch.compile, read to the end. On a CPU the
-peer stores its weights in fp32; if it computes in bf16, it casts them in every pass.
+peer stores its weights in fp32; if it computes in bf16, it casts the weights in every pass.
 
 The peer's engine prefills one prompt and decodes only samples of that prompt, so it answers 64 different requests one
 after another. Grouping prompts of equal length would require another engine around the peer's network and would gain

@@ -4,10 +4,10 @@ Run the program from the project's root:
 ``python -m tests.benchmarks.bench_engine_transformers --transformers FOLDER``.
 The command ``pip install --target FOLDER transformers`` fills ``FOLDER``. Both sides use this project's torch.
 
-The networks differ, because transformers runs a Llama, but they have equal depth, width, heads and vocabulary, and
-equally many weights in the MLP. Both sides receive the same prompts at once, decode greedily and generate equally many
-tokens. The sides alternate. Each run is a new process that first answers a few warm-up requests. The transformers side
-also answers the first batch once as a warm-up, because its prefix cache is off.
+The networks differ, because transformers runs a Llama. They have equal depth, width, heads and vocabulary, and equally
+many weights in the MLP. Both sides receive the same prompts at once, decode greedily and generate equally many tokens.
+The sides alternate. Each run is a new process that first answers a few warm-up requests. The transformers side also
+answers the first batch once as a warm-up, because its prefix cache is off.
 """
 
 import json

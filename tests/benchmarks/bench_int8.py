@@ -60,7 +60,7 @@ def compare_speed(engines: dict[str, Engine], options: argparse.Namespace) -> No
 
 
 def logits_of(engine: Engine, row: list[int]) -> Tensor:
-    """Return the logits after each token of a row, computed as in serving: shape (len(row), vocab_size)."""
+    """Return the logits (len(row), vocab_size) after each token of a row. They are computed as in serving."""
     seq = Sequence(Request("row", tuple(row[:1]), SamplingParams(max_tokens=1)), 0, 0, 0, len(row) + 1)
     blocks = range(engine.blocks.blocks_for(len(row)))
     seq.block_tables = [list(blocks) for _ in engine.blocks.groups]

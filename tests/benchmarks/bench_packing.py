@@ -1,4 +1,4 @@
-"""Measure how many tokens packing wastes, for several sizes of its buffer.
+"""Measure how many tokens packing wastes, for several buffer sizes.
 
 Run the program from the project's root: ``python -m tests.benchmarks.bench_packing HOME DATASET TOKENIZER``. HOME is an
 artifact store. The program packs a dataset and also random documents whose lengths follow those of web pages and
@@ -19,8 +19,8 @@ from jobs.train.batches.packing import BestFitPacker, Document
 from nanochat_core.store import open_store
 
 BUFFERS = (16, 64, 128, 256, 512, 1000)
-# Number of tokens to pack. Only the second half counts, because the buffer first fills slowly with documents that do
-# not fit into any row.
+# Number of tokens to pack. Only the second half counts: at first, the buffer fills slowly with documents that do not
+# fit into any row.
 TOKENS = 60_000_000
 LONGEST = 100_000
 
@@ -44,7 +44,7 @@ def waste(lengths: Sequence[int], row_length: int, buffer: int, when_full: Liter
 
 
 def share(stats: Counter[str], part: str) -> float:
-    """The share of the packed tokens and this part that this part is."""
+    """The share of ``part`` in the sum of ``part`` and the packed tokens."""
     return stats[part] / (stats["packed"] + stats[part])
 
 

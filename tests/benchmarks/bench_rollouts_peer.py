@@ -7,11 +7,11 @@ and at most 256 tokens. These values are the defaults of both sides.
 
 The peer runs as in its ``chat_rl.py``: its own engine answers one prompt after another, ``--device-batch`` samples at a
 time. A batch lasts until its longest sample ends. On both sides some ordinary tokens end an answer, so answers differ
-in length like real ones. The two sides sample different tokens, so each side's rate counts its own tokens. The weights
-are random, so no answer calls a tool.
+in length like real ones. The two sides sample different tokens, so the rate of a side counts the tokens of that side.
+The weights are random, so no answer calls a tool.
 
-``--one-at-a-time`` adds a run of our engine with the peer's batches. Its ratio to the peer shows the speed of the
-engine alone; the further gain of the normal run comes from larger batches.
+``--one-at-a-time`` adds a run of our engine with the peer's batches. The ratio of this run to the peer shows the speed
+of the engine alone. The further gain of the normal run comes from larger batches.
 """
 
 import argparse

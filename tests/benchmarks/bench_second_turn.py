@@ -1,7 +1,7 @@
 """Measure the time to the first token of a conversation's second turn, with and without prefix caching.
 
-Run the program from the project's root: ``python -m tests.benchmarks.bench_second_turn``. Prompt and answer of the
-first turn have 200 tokens together, and the second turn adds 20. The weights are random. Both engines answer the same
+Run the program from the project's root: ``python -m tests.benchmarks.bench_second_turn``. The first turn, prompt and
+answer together, has 200 tokens. The second turn adds 20. The weights are random. Both engines answer the same
 conversation in each round, and every round has new tokens.
 """
 

@@ -4,8 +4,8 @@ Run the program from the project's root:
 ``python -m tests.benchmarks.bench_train_peer --peer PATH --data FOLDER --dtype fp32 --rounds 3 --seconds 30``.
 
 The sides alternate. Each run is a new process that compiles its own model; the first steps are not timed. A step
-processes 32 rows and includes the optimizer step. The peer's first run lasts for the given time, and all later runs
-have as many steps as that run.
+processes 32 rows and includes the optimizer step. The peer's first run lasts for the given time. All later runs have as
+many steps as this first run.
 """
 
 import statistics

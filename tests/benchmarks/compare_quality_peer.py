@@ -5,7 +5,7 @@ Run the program from the project's root:
 
 Both sides train on the same rows with the same learning rates and schedule, and both are evaluated on the same held-out
 rows. With ``--init shared`` both sides start from the peer's initial weights. With ``--init own`` each side draws its
-own initial weights with the same seed. The time excludes the first steps, in which both sides compile.
+own initial weights with the same seed. The time excludes the first steps, because both sides compile in these steps.
 """
 
 import tempfile

@@ -17,7 +17,7 @@ from nanochat_core.model import GPT
 
 
 def load(task: dict[str, Any]) -> GPT:
-    """Return a model with random weights, or our network with the peer's weights if the task names its folder."""
+    """Return our network with the peer's weights if the task names their folder, else with random weights."""
     dtype, device = DTYPES[task["dtype"]], torch.device(task["device"])
     if "depth" in task:
         shape = {name: task[name] for name in ("vocab_size", "head_dim", "context_length")}

@@ -106,8 +106,8 @@ class Comparison:
     def train(self, side: Literal["peer", "ours"], steps: int, **changes: Any) -> Result:
         """Run one side's training in a new process. ``changes`` replaces fields of the default task."""
         options, scale = self.options, self.options.lr_scale
-        # Both sides follow this schedule. It equals the peer's schedule for runs of at most 400 steps, because their
-        # momentum rises until the end.
+        # Both sides follow this schedule. It equals the peer's schedule for runs of at most 400 steps: in such runs,
+        # the momentum rises until the end.
         schedule = Schedule(steps, momentum_end=None if steps <= 400 else 0.90)
         task = {
             "config": peer_config(self.config),

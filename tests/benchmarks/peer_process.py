@@ -56,7 +56,7 @@ def weights(task: dict[str, Any]) -> None:
 
 
 def logits(task: dict[str, Any]) -> None:
-    """Save a random model, a tokenizer, and random token ids with the model's logits."""
+    """Save a random model, a tokenizer, random token ids, and the model's logits for these ids."""
     generator = torch.Generator().manual_seed(task["seed"])
     model = save_random(task, generator)
     folder = Path(task["folder"])
@@ -69,7 +69,7 @@ def logits(task: dict[str, Any]) -> None:
 
 
 def train(task: dict[str, Any]) -> None:
-    """Train as in base_train's loop and write the seconds and the loss of each step, and the evaluations."""
+    """Train as in base_train's loop. Write the seconds and the loss of each step, and the evaluations."""
     torch.set_num_threads(task["threads"])
     compute_init("cpu")
     torch.manual_seed(task["seed"])
@@ -179,7 +179,7 @@ def core(task: dict[str, Any]) -> None:
 
 
 class NoTokens:
-    """Replaces the tokenizer. The model never generates its special tokens, so every answer has the full length."""
+    """Replaces the tokenizer. Its special tokens are never generated, so every answer has the full length."""
 
     def encode_special(self, _name: str) -> int:
         return -1

@@ -2,16 +2,16 @@
 
 Run the program from the project's root: ``python -m tests.benchmarks.soak_engine --requests 10000``. A small random
 model makes the requests cheap. They arrive over gRPC with random lengths, priorities, seeds, common prefixes and
-numbers of choices. The program cancels one request in five at a random moment. One in five runs Python, some have a
-deadline, some are invalid, and from time to time more requests arrive at once than the queue can hold.
+numbers of choices. The program cancels one request in five at a random moment. One request in five runs Python, some
+requests have a deadline, and some are invalid. From time to time, more requests arrive at once than the queue can hold.
 
 The exit code is 0 if all of these claims hold, otherwise 1:
 
 - Each request is answered completely, canceled by this program, ended by its own deadline, or refused with a reason.
 - Equal requests get equal answers, and the results of Python calls are correct.
 - At the end no request runs, waits or holds a cache block.
-- Engine and sandbox hold no more memory than after the first 2,000 requests, and no more threads, files and processes
-  than at the first measurement, within small tolerances.
+- Within small tolerances, engine and sandbox hold no more memory than after the first 2,000 requests, and no more
+  threads, files and processes than at the first measurement.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def make_job(rng: random.Random) -> Job:
 
 
 def _call_python(job: Job, prompt: list[int], rng: random.Random) -> None:
-    """Enable tools. Either the prompt ends with a Python call, or a logit bias makes the model write calls."""
+    """Enable tools. Then either end the prompt with a Python call, or make the model write calls by a logit bias."""
     job.request.tools.enabled = True
     job.request.tools.max_calls = 3
     job.request.sampling.max_tokens = rng.randint(30, 80)
@@ -274,7 +274,7 @@ def _check_answer(job: Job, answer: Answer, report: Report) -> None:
 
 
 def _results(events: list[pb.ToolEvent], problems: list[str]) -> list[pb.ToolResult]:
-    """Check the order of a choice's tool events and return the results among them."""
+    """Check the order of a choice's tool events, and return those that are results."""
     expected = [(kind, i // 2) for i, kind in enumerate(["call", "result"] * (len(events) // 2 + 1))][: len(events)]
     found = [(kind, getattr(event, kind).call_index) for event in events for kind in [event.WhichOneof("event")]]
     if found != expected:
@@ -283,7 +283,7 @@ def _results(events: list[pb.ToolEvent], problems: list[str]) -> list[pb.ToolRes
 
 
 async def _slice(stub: engine_pb2_grpc.EngineStub, jobs: dict[int, Job], report: Report) -> None:
-    """Send the numbered requests, at most ``CONCURRENCY`` at a time except in the bursts."""
+    """Send the numbered requests. Except in bursts, at most ``CONCURRENCY`` of them run at a time."""
     slots = asyncio.Semaphore(CONCURRENCY)
 
     async def run(job: Job, polite: bool) -> None:

@@ -1,7 +1,7 @@
 """Reinforcement learning and evaluation as PyTorchJobs with an S3 server as their store.
 
 The tests run the server as a process on this machine, so the nodes of the cluster must be able to reach this machine.
-The server starts with the trained store that the tests of Kubernetes have copied to NANOCHAT_TEST_STORE.
+At the start, the server has the trained store that the tests of Kubernetes have copied to NANOCHAT_TEST_STORE.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Training and serving on kubectl's current cluster, in a namespace that admits only restricted pods.
 
 The nodes must have the images nanochat-{gateway,engine,sandbox,jobs}:dev, and the Kubeflow training operator must
-run. With NANOCHAT_TEST_STORE set, the trained store is copied into that folder for other tests.
+run. If NANOCHAT_TEST_STORE names a folder, the trained store is copied there for other tests.
 """
 
 import json
@@ -68,7 +68,7 @@ def get(namespace: str, *what: str) -> Any:
 
 @pytest.fixture(scope="module")
 def training(namespace: str) -> dict[str, Any]:
-    """The finished PyTorchJob that has trained the demo model from its manifest alone."""
+    """The finished PyTorchJob. It has trained the demo model, and needed only its manifest."""
     run("kubectl", "-n", namespace, "apply", "-f", "jobs/train/speedrun-cpu.yaml")
     deadline = time.monotonic() + TRAINING_SECONDS
     while True:
@@ -122,7 +122,7 @@ def succeed(namespace: str, job: str, seconds: float = 600) -> None:
 
 
 def pretrained(namespace: str, release: str, model: str) -> dict[str, Any]:
-    """Read the stored metadata of a finished base model through a pod of the engine."""
+    """Read the metadata of a finished base model from the store, through a pod of the engine."""
     file = f"/var/lib/nanochat/models/{model}/base/step_000150/meta.json"
     shown = run("kubectl", "-n", namespace, "exec", f"deployment/{release}-engine", "--", "cat", file)
     meta: dict[str, Any] = json.loads(shown.stdout)

@@ -24,7 +24,7 @@ CHROMIUM_FLAGS = [
 ]
 
 
-# Time limit of each test, because the first one waits for the training.
+# Time limit of each test. It is long, because the first test waits for the training.
 TRAINING_SECONDS = 1500
 
 
@@ -65,7 +65,7 @@ def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
-# The browser ends with each module: while it is open, no other test of this process can run an event loop.
+# The browser ends with each module: while a browser is open, no other test of this process can run an event loop.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

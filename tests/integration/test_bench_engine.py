@@ -1,4 +1,4 @@
-"""The inference benchmark measures the core, an engine process and a gateway, and reports servers that fail."""
+"""The inference benchmark measures the core, an engine process and a gateway. It reports servers that fail."""
 
 import asyncio
 import contextlib
@@ -114,7 +114,8 @@ def test_shares_are_what_was_read_and_computed_over_what_could_have_been(tmp_pat
     (row,) = result["rows"]
     matrices = 12 * 64 * 64
     head = 64 * 320
-    # The first step computes the prompt, whose last token sees 40 keys. Each later step computes one token.
+    # The first step computes the prompt, and the last token of the prompt sees 40 keys. Each later step computes one
+    # token.
     read = 4 * (6 * (matrices + head) + sum(2 * 64 * keys for keys in range(40, 46)))
     computed = 2 * (45 * matrices + 6 * head) + sum(4 * 64 * keys for keys in range(1, 46))
     assert row["flops_share"] / row["bandwidth_share"] == pytest.approx(computed / read)
@@ -187,7 +188,8 @@ async def test_a_gateway_before_an_engine_process_is_measured(service: EnginePro
         assert (row["answered"], row["errors"]) == (4, {})
         assert row["output_tokens"] <= 8 * 8
         assert row["requests_per_second"] > 0
-    # The tokenizer's tokens are single bytes, so the client must have measured the tokens per word.
+    # The tokenizer's tokens are single bytes, so these lengths are right only if the client has measured the tokens per
+    # word.
     fixed = result["rows"][0]
     assert 80 <= fixed["prompt_tokens"] / 4 <= 160
     assert {row["mix"]: row for row in result["rows"]}["prefix"]["cached_share"] > 0.2
@@ -239,7 +241,7 @@ WHOLE = [ROLE, TEXT, TEXT, USAGE, None]
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):
-    """Streams ``events`` to clients that send the key, with ``None`` as the end mark. An integer is an HTTP status."""
+    """Streams ``events`` to clients that send the key. ``None`` is the end mark; an integer is an HTTP status."""
 
     events: Callable[[int], list[Any] | int]
     asked: list[dict[str, Any]]

@@ -146,7 +146,7 @@ def test_the_newest_checkpoint_is_taken_or_the_one_that_is_named(home: Path, che
 
 
 def reference_answer(tokenizer: Tokenizer, item: EvalItem) -> Completion:
-    """The completion of a model that answers exactly with the question's reference answer."""
+    """A completion that is exactly the question's reference answer."""
     prompt = render_prompt(tokenizer, parse_messages(item.messages))
     whole = [*item.messages, {"role": "assistant", "content": item.reference}]
     ids, mask = render_conversation(tokenizer, parse_messages(whole))

@@ -1,4 +1,4 @@
-"""A killed chat evaluation resumes at its last chunk and ends with the same result, on one rank or several."""
+"""A killed chat evaluation resumes at its last chunk and ends with the same result, on one or several ranks."""
 
 import json
 import shutil

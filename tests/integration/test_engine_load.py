@@ -82,14 +82,14 @@ class Stream:
 
 
 def job(i: int, max_tokens: int) -> pb.GenerateRequest:
-    """A request with one of ten prompts. Every other prompt is greedy, and the rest are sampled with a seed."""
+    """A request with one of ten prompts. Five of the prompts are greedy, and five are sampled with a seed."""
     i %= len(PROMPTS)
     sampling = pb.SamplingParams(max_tokens=max_tokens, temperature=i % 2, seed=i)
     return pb.GenerateRequest(prompt_token_ids=PROMPTS[i], sampling=sampling)
 
 
 def alone(model: GPT, max_tokens: int) -> list[list[int]]:
-    """The tokens of each prompt from a separate engine."""
+    """The tokens that follow each prompt, computed by an engine that serves nothing else."""
     engine = Engine(model, BYTES)
     return [
         engine.generate([prompt], SamplingParams(max_tokens=max_tokens, temperature=i % 2, seed=i))[0][0].token_ids

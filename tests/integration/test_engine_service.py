@@ -527,7 +527,7 @@ async def test_a_device_that_hangs_ends_the_process_and_fails_its_streams(
 
 
 def test_a_step_that_outlasts_the_end_is_left_to_itself(tmp_path: Path) -> None:
-    """One step computes a prompt of 3,000 tokens. Ending Python during the step would abort the process."""
+    """One step computes a prompt of 3,000 tokens. A normal end of Python during this step would abort the process."""
     store = open_store(str(tmp_path))
     save_checkpoint(store, FIRST, model=tiny_model(6, 64, 3072), tokenizer=BYTES, meta={})
     promote(store, FIRST)

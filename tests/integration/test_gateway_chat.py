@@ -308,7 +308,7 @@ async def test_what_the_answer_must_match_reaches_the_engine(
     ):
         await client.chat.completions.create(model="nano", messages=HELLO, **changes)
     by_schema, by_object, by_regex, free = (request.sampling for request in engine.requests)
-    # The answer has the properties in the order of the schema, so the order must survive.
+    # Answers have their properties in the order of the schema, so the gateway must keep this order.
     assert json.dumps(json.loads(by_schema.json_schema)) == json.dumps(schema)
     assert by_object.json_object
     assert by_regex.regex == "a+"
@@ -323,7 +323,7 @@ async def test_left_out_parameters_have_the_documented_defaults(
     first, second = (request.sampling for request in engine.requests)
     assert first.temperature == pytest.approx(0.6)
     assert first.max_tokens == 256 - 5
-    # Another replica can continue a stream only if its seed is known.
+    # Only with a known seed do two replicas give the same answer to the same request.
     assert first.HasField("seed")
     assert first.seed != second.seed
 

@@ -80,7 +80,7 @@ async def test_a_request_goes_to_the_other_engine_when_one_is_dead() -> None:
     async with (
         running_engine() as one,
         running_engine() as two,
-        # The gateway polls so rarely that it can notice the failure only in the request itself.
+        # The gateway polls rarely. It can therefore notice the failure only in the request itself.
         running_gateway(one.address, two.address, poll_seconds=60) as url,
     ):
         await until_up(url, 2)
@@ -181,7 +181,7 @@ async def test_a_promotion_that_the_gateway_has_not_seen_yet_gets_a_prompt_in_it
     async with running_engine() as engine:
         engine.info.digests["tokenizer.json"] = "before"
         engine.script = refusing_other_tokenizers(engine, saying(b"hello", finish=pb.FINISH_REASON_LENGTH))
-        # The gateway polls so rarely that it can notice the new model only when the engine refuses a prompt.
+        # The gateway polls rarely. It can therefore notice the new model only when the engine refuses a prompt.
         async with running_gateway(engine.address, poll_seconds=60, model_poll_seconds=60) as url:
             await until_ready(url)
             assert await ask(url) == "hello"

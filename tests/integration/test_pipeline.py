@@ -303,7 +303,7 @@ def test_a_model_that_the_gate_refuses_is_not_promoted(again: Again, caplog: pyt
 
 
 def retrain_base(again: Again) -> None:
-    """Pretrain again with other settings under the same name."""
+    """Pretrain again, under the same name but with other settings."""
     flags = {"home": again.home, "model": MODEL, "dataset": MODEL, "tokenizer": MODEL, **RECIPE.pretrain}
     arguments = [f"--{name}={value}" for name, value in flags.items()]
     job = Job(PRETRAIN, [*arguments, "--seed=99", "--threads=1", "--no-resume"], again.folder / "retrain.log")
@@ -441,12 +441,12 @@ def test_sigterm_between_stages_ends_the_pipeline(again: Again) -> None:
     assert again.stages == []
 
 
-# A run that is long enough to be interrupted, also on a busy machine.
+# This run is long enough to be interrupted, even on a busy machine.
 LONG = dataclasses.replace(RECIPE, pretrain={**RECIPE.pretrain, "steps": 150})
 
 
 def run_pipeline(folder: Path) -> None:
-    """Start the pipeline as a process, whose stages are new Python processes."""
+    """Start the pipeline as a process. Its stages are also new Python processes."""
     os.environ["NANOCHAT_PRETRAIN_COMPILE"] = "false"
     Pipeline(settings(folder), LONG).run()
 

@@ -1,4 +1,4 @@
-"""Training on several ranks gives the same result as on one rank, and a lost rank does not make the others hang."""
+"""Training on several ranks gives the same result as on one rank. A lost rank does not make other ranks hang."""
 
 import shutil
 import signal
@@ -137,7 +137,7 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(jobs: Jobs) -> None:
 
 
 def test_a_rank_that_meets_nobody_may_be_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The settings may be right: the rank may have connected to an earlier run that was just ending."""
+    """The error may be temporary: the rank may have connected to an earlier run that was just ending."""
     with socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))
         port = unheard.getsockname()[1]

@@ -46,11 +46,11 @@ def copy(home: Path, folder: Path) -> Jobs:
 
 
 def save_undecided_policy(home: Path, chance_to_end: float) -> None:
-    """Replace the fine-tuned model by one whose every next token is the end of the answer or the letter "a".
+    """Replace the fine-tuned model. In the new model, each next token is the end of the answer or the letter "a".
 
-    The probability of the end is ``chance_to_end`` after every prefix, on every processor: all embedding rows are
-    equal and the output projections of all blocks are zero, so the last hidden state h is one constant vector with
-    h.h = dim, and a head row c * h / dim gives the logit softcap(c).
+    The probability of the end is ``chance_to_end`` after every prefix, on every processor. All embedding rows are equal
+    and the output projections of all blocks are zero. The last hidden state h is therefore the same vector everywhere.
+    With ``h.h = dim``, a head row ``c * h / dim`` gives the logit softcap(c).
     """
     store = open_store(str(home))
     tuned = load_checkpoint(store, CheckpointRef(NAME, "sft", STEPS))

@@ -62,7 +62,7 @@ class Studies:
 
 
 class Ended:
-    """Replaces a process: it runs an action in this process and then ends with an exit code."""
+    """Replaces a process: runs an action in this process and then reports an exit code."""
 
     def __init__(self, code: int, first: Any = lambda: None) -> None:
         self._code, self._first = code, first
@@ -111,7 +111,7 @@ def test_laws_train_each_depth_on_each_budget_and_come_near_to_it(studies: Studi
     runs = studies.report("mine")["runs"]
     assert [run["budget"] for run in runs] == [1.5e9, 1.5e9, 3e9, 3e9]
     for run in runs:
-        # The number of steps is an integer, so the budget is met up to half a step.
+        # The number of steps is an integer, so the run can miss the budget by up to half a step.
         assert abs(run["flops"] / run["budget"] - 1) <= 0.5 / run["steps"] + 1e-9
     assert "fewer than 3 depths" in studies.store.read("reports/mine/report.md").decode()
 

@@ -18,12 +18,12 @@ from nanochat_core.training.optim import Shard
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
 REF = CheckpointRef("m", "sft", 40)
-# Replacing a checkpoint takes fewer writes than this.
+# More writes than the replacement of a checkpoint takes.
 MANY = 100
 
 
 class Killed(BaseException):
-    """Ends the writer as SIGKILL would: the writer makes no further change."""
+    """Ends the writer in the same way as SIGKILL: the writer makes no further change."""
 
 
 class Killer:

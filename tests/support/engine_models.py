@@ -24,7 +24,7 @@ from nanochat_core.tokenizer import PYTHON_END, PYTHON_START, Tokenizer
 
 BYTES = Tokenizer([bytes([i]) for i in range(256)])
 SPECIAL = BYTES.special_ids
-# A logit bias that makes a random model write short calls: it makes the start token likely and the end token likelier.
+# A logit bias that makes a random model write short calls: the start token becomes likely and the end token likelier.
 CALLING = {SPECIAL[PYTHON_START]: 9.0, SPECIAL[PYTHON_END]: 10.0}
 
 
@@ -63,8 +63,9 @@ def scripted_model(text: str, *, context_length: int = 512, loop: bool = False) 
     """A model that writes ``text``: each token alone determines the next one.
 
     Args:
-        text: characters and names of special tokens, each at most once, because the model sees one token only.
-        loop: continue with the first token after the last one, instead of repeating the last one.
+        text: characters and names of special tokens. Each occurs at most once, because the model sees only the last
+            token.
+        loop: after the last token, start again with the first one; otherwise the last token repeats.
     """
     script = script_tokens(text)
     assert len(set(script)) == len(script), "a token has one successor"
@@ -138,7 +139,7 @@ class Place:
             self.sequences.append(seq)
 
     def logits(self, *parts: tuple[int, int, int]) -> list[Tensor]:
-        """Compute the parts (sequence, first token, end) in one step; returns the logits of each part's tokens."""
+        """Compute the parts (sequence, first token, end) in one step. Returns the logits of each part's tokens."""
         chunks = []
         for s, start, end in parts:
             seq, row = self.sequences[s], self.sequences[s].request.prompt

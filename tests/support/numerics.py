@@ -1,8 +1,8 @@
 """Runs the tests with the rounding of other processors: ``python -m tests.support.numerics [PYTEST_ARGUMENT ...]``.
 
 No claim may depend on rounding. Each variant combines seeds of training, the library of fp32 matrix products, the dtype
-of Muon's products, instruction sets and threads as they occur on users' machines. Without arguments, all tests run that
-train a model.
+of Muon's products, instruction sets and threads. The combinations occur on users' machines. Without arguments, all
+tests that train a model run.
 """
 
 import json

@@ -9,7 +9,7 @@ import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-# Forks processes from one that has already imported the slow modules, which saves seconds for each process.
+# Forks processes from a process that has already imported the slow modules. This saves seconds for each process.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
     [
@@ -20,7 +20,7 @@ FORKSERVER.set_forkserver_preload(
 
 
 class ForkedProgram:
-    """``python -m <module> <arguments>`` in a process of :data:`FORKSERVER`, with what tests use of ``Popen``."""
+    """``python -m <module> <arguments>`` in a process of :data:`FORKSERVER`. It imitates the used part of ``Popen``."""
 
     def __init__(self, module: str, *arguments: str) -> None:
         reader, writer = FORKSERVER.Pipe(duplex=False)
@@ -58,7 +58,7 @@ def _run_program(module: str, arguments: tuple[str, ...], environ: dict[str, str
 
 
 def children(pid: int) -> set[int]:
-    """The children of a process, including those that ended and were not waited for."""
+    """The children of a process, including ended children for which the process has not waited."""
     return {child for child, parent in _parents().items() if parent == pid}
 
 

@@ -40,7 +40,7 @@ def task(right: int, of: int, **changes: Any) -> dict[str, Any]:
 
 
 def report(*parts: str) -> dict[str, Any]:
-    """A report with these parts of :data:`OPTIONAL`. Without any stage it is the report of an imported chat model."""
+    """A report with these parts of :data:`OPTIONAL`. Without a stage, it is the report of an imported chat model."""
     stages = {
         "base": stage("base", 300, held_out={"val_bpb": 0.9}, held_out_bits_per_byte=1.2345, xz_9_bits_per_byte=2.3456),
         "sft": stage("sft", 400, made_from="demo base/step_000300"),
@@ -150,7 +150,7 @@ def conversations(count: int = 12) -> dict[str, Any]:
 
 
 def every_combination() -> list[tuple[str, ...]]:
-    """All sets of stages, each with no other part, with all other parts, and with all but one."""
+    """All sets of stages. Each set has no other part, all other parts, or all other parts except one."""
     stages = [("base",), ("base", "sft"), ("base", "sft", "rl"), ("sft",), ("sft", "rl")]
     rest = [part for part in OPTIONAL if part not in ("base", "sft", "rl")]
     extras = [(), tuple(rest), *itertools.combinations(rest, len(rest) - 1)]

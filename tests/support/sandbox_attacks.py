@@ -62,7 +62,7 @@ def endless(name: str, code: str) -> Attack:
 
 
 def nothing_succeeds(name: str, code: str) -> Attack:
-    """An attack whose last expression lists the forbidden actions that succeeded."""
+    """An attack that ends with the list of the forbidden actions that succeeded."""
     return Attack(name, code, ("ok",), result="[]")
 
 
@@ -480,7 +480,7 @@ def check(executor: SandboxExecutor, target: Target, attack: Attack) -> None:
 
 
 def check_canary(executor: SandboxExecutor) -> None:
-    """Check that the executor still gives right answers, from an empty scratch folder."""
+    """Check that the executor still gives right answers, with an empty scratch folder and environment."""
     result: ExecutionResult = executor.execute_sync("import os\n(6 * 7, os.listdir('.'), sorted(os.environ))")
     assert (result.status.value, result.result) == ("ok", "(42, [], [])"), result
 

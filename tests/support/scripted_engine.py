@@ -1,4 +1,4 @@
-"""A gRPC server with the engine's protocol whose answers a test writes as scripts, and a gateway in front of it."""
+"""A gRPC server with the engine's protocol, and a gateway in front of it. Tests write the answers as scripts."""
 
 import asyncio
 import contextlib
@@ -47,7 +47,7 @@ def chunk(
     logprobs: bool = False,
     alternatives: int = 0,
 ) -> pb.GenerateChunk:
-    """Builds a chunk. With ``logprobs``, token ``i`` has log probability -i/100 and the next ids as alternatives."""
+    """Builds a chunk. With ``logprobs``, token ``i`` has log probability -i/100; its alternatives are the next ids."""
     made = [
         pb.Token(
             id=i,
@@ -60,7 +60,7 @@ def chunk(
 
 
 def saying(*parts: str | bytes, finish: int = pb.FINISH_REASON_STOP, pause: float = 0.0) -> Script:
-    """Returns a script that sends each token in its own chunk, for every choice, and the end token last."""
+    """Returns a script that, for every choice, sends each token in a chunk of its own, and the end token last."""
 
     async def script(request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.GenerateChunk]:
         wanted = request.sampling.HasField("logprobs")
@@ -119,7 +119,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     Attributes:
         script: answers the next requests.
         requests, metadata: the requests so far and their gRPC metadata.
-        cancelled: released once for each call that the gateway cancelled.
+        cancelled: released once for each call that the gateway canceled.
         looks: number of times that a gateway has asked for the load.
     """
 
@@ -189,7 +189,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
 
 
 def http_client(url: str) -> httpx.AsyncClient:
-    """Returns an HTTP client without TLS verification, whose set-up takes longer than most tests."""
+    """Returns an HTTP client without TLS verification. Setting TLS up takes longer than most tests."""
     return httpx.AsyncClient(base_url=url, verify=False)
 
 

@@ -51,7 +51,7 @@ class ServiceProcess:
             self.events.append(json.loads(line) if line.startswith("{") else {"event": "text", "text": line})
 
     def wait_for(self, event: str, **fields: object) -> dict[str, Any]:
-        """Wait until the log has an event of this name and these fields, and return the first one."""
+        """Wait until the log has an event of this name and these fields. Return the first such event."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             for found in list(self.events):
@@ -62,7 +62,7 @@ class ServiceProcess:
         raise AssertionError(f"no event {event} in {self.events}")
 
     def metrics(self) -> dict[str, float]:
-        """The metrics by their name, followed by the value of each label in brackets."""
+        """The metrics. A key is the metric's name, followed by the value of each label in brackets."""
         with urllib.request.urlopen(self.metrics_url, timeout=10) as reply:
             text = reply.read().decode()
         return {

@@ -1,4 +1,4 @@
-"""Parquet files for tests of readers: good ones, and one function for each way in which a file can be bad."""
+"""Parquet files for tests of readers: good files, and a function for each way in which a file can be bad."""
 
 from pathlib import Path
 

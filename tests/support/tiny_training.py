@@ -1,6 +1,5 @@
-"""A store with text, tokenizer and conversations on which a tiny model trains in a second, and jobs as processes.
-
-Jobs are forked from a server process that has imported torch, because the import takes longer than all their steps.
+"""A store on which a tiny model trains in a second (text, tokenizer and conversations), and jobs as processes. Jobs are
+forked from a server process that has imported torch, because the import takes longer than all steps of a job.
 """
 
 from __future__ import annotations
@@ -110,7 +109,7 @@ class Job:
         self._process.start()
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end, and return the exit code, which is negative if a signal ended the job."""
+        """Wait for the end, and return the exit code. It is negative if a signal ended the job."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired(str(self._log), timeout or 0)
@@ -138,7 +137,7 @@ class Job:
 
 
 def _run(module: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
-    """Do in the child process what ``python -m`` does, with the output in a file."""
+    """Do the work of ``python -m`` in the child process. The output goes to a file."""
     os.environ.update(environment)
     with log.open("ab", buffering=0) as output:
         os.dup2(output.fileno(), 1)
@@ -195,7 +194,7 @@ class Jobs:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The weights and history, which are equal for equal runs, and the metadata, which is not compared."""
+    """Weights, history and metadata. For equal runs, weights and history are equal. Metadata are not compared."""
 
     weights: str
     history: list[dict[str, float]]

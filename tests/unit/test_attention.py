@@ -1,6 +1,6 @@
 """Every attention backend agrees with plain softmax over all scores, and plain softmax agrees with a loop.
 
-Some tests only trace the code on a CPU (``aot_eager``), which is seconds faster than generating machine code.
+Some tests only trace the code on a CPU (``aot_eager``), because generating machine code takes seconds longer.
 """
 
 import math
@@ -48,7 +48,7 @@ def drawn(
 
 
 def check(attend: Attention, inputs: tuple[Tensor, Tensor, Tensor], window: int, *, backward: bool = True) -> None:
-    """Compare output and gradients with plain softmax in double precision, up to the rounding of the inputs."""
+    """Compare output and gradients with plain softmax in double precision, with tolerance for rounded inputs."""
     dtype = inputs[0].dtype
     tolerance = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 0.04, torch.float16: 0.01}[dtype]
     exact = tuple(x.detach().double().requires_grad_() for x in inputs)
@@ -159,7 +159,7 @@ def test_a_cpu_has_torch_s_own_attention_only() -> None:
 
 @pytest.fixture
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Install replacements for both flash-attn packages. Their function returns the package's name and the options."""
+    """Install replacements for both flash-attn packages. They return the package's name and the options."""
     for module in ("flash_attn_interface", "flash_attn"):
         package = types.ModuleType(module)
         package.flash_attn_func = lambda q, k, v, *, _name=module, **options: (_name, options)  # type: ignore[attr-defined]

@@ -37,7 +37,7 @@ def network(tokenizer: Tokenizer, *, scale: float = 0.3) -> GPT:
 
 @torch.inference_mode()
 def slow_bits(model: GPT, tokenizer: Tokenizer, documents: list[str]) -> float:
-    """The reference: predicts every token from the tokens before it in its row, with a forward pass for each."""
+    """The reference: predicts every token from the tokens before it in its row, with a forward pass for each token."""
     bits = 0.0
     for document in documents:
         ids = [tokenizer.bos_id, *tokenizer.encode(document)]

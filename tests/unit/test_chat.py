@@ -214,7 +214,7 @@ def slow_parts(tokens: list[int]) -> list[Part]:
     return joined(parts)
 
 
-# The second strategy draws from few bytes, so that whole and broken UTF-8 characters both occur often.
+# The second strategy draws from few bytes. Whole and broken UTF-8 characters then both occur often.
 tokens = st.one_of(
     st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30),
     st.lists(st.sampled_from([0xF0, 0x9F, 0xA6, 0x8A, 0xC3, 0xA9, 0x61, 260, 261, *SPECIAL.values()]), max_size=30),

@@ -1,4 +1,4 @@
-"""Tasks read datasets as they are published, ask questions as in fine-tuning, and name what is wrong in a file."""
+"""Tasks read datasets in their published form, ask questions as in fine-tuning, and name what is wrong in a file."""
 
 import json
 import os

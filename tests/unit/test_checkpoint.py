@@ -1,4 +1,4 @@
-"""Checkpoints: loading returns what was saved bit for bit, and refuses damaged files by name."""
+"""Checkpoints: loading returns exactly the saved bits, and refuses damaged files and names them."""
 
 import contextlib
 import hashlib

@@ -100,7 +100,7 @@ def entries(wheel: Path) -> dict[str, str]:
 
 
 def test_a_wheel_holds_the_core_alone_and_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wheel omits ``services``, ``jobs`` and ``deploy``, because these names are too general for other projects."""
+    """The wheel omits ``services``, ``jobs`` and ``deploy``, because other projects may use such general names."""
     monkeypatch.chdir(ROOT)
     files = entries(tmp_path / build_wheel(str(tmp_path)))
     metadata = f"nanochat-{tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['version']}.dist-info"

@@ -73,7 +73,7 @@ def test_gpt2_splits_numbers_whole_and_gpt4_by_three(tmp_path: Path) -> None:
 
 
 def test_gpt2s_list_of_merges_gives_the_same_tokens(tmp_path: Path) -> None:
-    # The file spells a space as Ġ, and é as the two characters of its bytes.
+    # The file writes a space as Ġ. It writes é as two characters, one for each byte.
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\nt h\nĠ th\nÃ ©\n", encoding="utf-8")
     merges = load_reference(GPT2, str(tmp_path / "vocab.bpe"))
     plain = load_reference(GPT2, tiktoken_file(tmp_path / "x", [*BYTES, b"th", b" th", "é".encode()]))

@@ -87,7 +87,8 @@ def test_scores_are_those_of_each_option_alone(seed: int, together: int) -> None
 
 def test_windows_and_texts_beyond_the_context_are_seen_as_in_a_plain_pass() -> None:
     rng = random.Random(5)
-    # A context of 256 has short windows of 128 tokens. The texts are longer than both, and than a block of queries.
+    # A context of 256 has short windows of 128 tokens. The texts are longer than context, windows and a block of
+    # queries.
     assert tiny_model(depth=4).config.windows == (128, 128, 128, 256)
     questions = [choice(rng, prefix, [3, 9, 200]) for prefix in (1, 100, 129, 300, 700)] + [
         schema(rng, 600, [150, 5], 140)
@@ -135,7 +136,7 @@ def test_an_option_with_nothing_of_its_own_is_chosen_only_where_it_comes_first()
 def test_a_token_that_options_share_is_computed_once() -> None:
     shared, ends = [1] * 50, ([2, 3, 4], [2, 3, 5, 6], [2, 7, 8])
     tree = Tree.of([Option([*shared, *end], 50) for end in ends])
-    # The last token of the prefix predicts a target, and the last token of an option does not.
+    # The last token of the prefix predicts a target. The last token of an option does not.
     assert len(tree.prefix) == 49
     assert tree.ids.tolist() == [1, 2, 3, 5, 7]
     assert tree.positions.tolist() == [49, 50, 51, 52, 51]

@@ -29,7 +29,7 @@ SHARDS = 6
 
 
 class Server:
-    """Serves shards from memory. Each request for a file runs the next fault in the file's list, if there is one."""
+    """Serves shards from memory. Each request for a file runs the next fault of that file, if there is one."""
 
     def __init__(self, folder: Path) -> None:
         self.files: dict[str, bytes] = {}
@@ -180,7 +180,7 @@ def test_what_is_there_is_not_fetched_again_and_more_can_be_added(store: FolderS
 
 
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(store: FolderStore, server: Server) -> None:
-    script(server, FIRST, *[breaks_after(0.3)] * 9)  # more interruptions than failures in a row are allowed
+    script(server, FIRST, *[breaks_after(0.3)] * 9)  # more interruptions than allowed failures in a row
     get(store, server)
     assert shards(store) == wanted_shards(server)
     starts = [int(asked[6:-1]) for asked in server.ranges[FIRST][1:]]

@@ -12,7 +12,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors to which links to the headings of a Markdown page can refer."""
+    """The anchors of a Markdown page's headings. Links can refer to them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

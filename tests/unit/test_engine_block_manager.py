@@ -164,7 +164,7 @@ def windowed(full: int, short: int, block_size: int = 2) -> BlockManager:
 
 
 def visible_blocks(seq: Sequence, block_size: int) -> int:
-    """Number of blocks that hold the computed tokens inside the window of the sequence's next token."""
+    """Number of blocks with computed tokens that the sequence's next token sees."""
     return len({position // block_size for position in range(max(seq.computed - WINDOW, 0), seq.computed)})
 
 
@@ -193,7 +193,8 @@ def test_a_prefix_is_found_where_every_group_still_has_what_its_window_shows() -
         blocks.seal(first)
     blocks.release(first)
     assert blocks.find_prefix(sequence(list(range(41)))) == 40
-    # The windowed group has reused the blocks of the first tokens, because it has only 12. A short prefix needs them.
+    # The group with a window has only 12 blocks, so it has reused the blocks of the first tokens. A short prefix needs
+    # these.
     assert blocks.find_prefix(sequence(list(range(9)))) == 0
     again = sequence([*list(range(30)), 99, 98, 97])
     prefix = blocks.find_prefix(again)
@@ -205,7 +206,7 @@ def test_a_prefix_is_found_where_every_group_still_has_what_its_window_shows() -
 
 
 class Memory:
-    """The token that was last written to each slot of each block, for every cache group."""
+    """For every cache group, the token that was last written to each slot of each block."""
 
     def __init__(self, blocks: BlockManager) -> None:
         self.blocks = blocks

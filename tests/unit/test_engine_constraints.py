@@ -38,7 +38,7 @@ from tests.support.engine_models import BYTES, SPECIAL, config_with_blocks, tiny
 ROOT = Path(__file__).parents[2]
 ENDS = frozenset({SPECIAL[ASSISTANT_END], SPECIAL[BOS]})
 ANY_OBJECT = Constraint(ConstraintKind.JSON_OBJECT)
-# Some tokens span several parts of the grammar, others are parts of a character.
+# Some tokens span several parts of the grammar; other tokens are parts of a character.
 MERGED = Tokenizer([*(bytes([i]) for i in range(256)), b'{"', b'": ', b'", "', b"true,", b"12", b"\xc3\xa9a", b"}]"])
 
 
@@ -350,7 +350,7 @@ def test_an_ordinary_token_that_stops_comes_only_where_the_text_matches() -> Non
 
 
 def test_a_dead_end_ends_with_length_at_once() -> None:
-    # The only continuation is a stop token, which may not come before the text matches.
+    # The only continuation is a stop token, and a stop token may not come before the text matches.
     completion = one(params(regex("bbac"), stop_token_ids=frozenset(b"a")))
     assert (completion.token_ids, completion.finish_reason) == (list(b"bb"), FinishReason.LENGTH)
     assert completion.usage is not None
@@ -370,7 +370,7 @@ def test_a_constraint_turns_the_tools_off() -> None:
     completion = one(sampling, tools=ToolPolicy(enabled=True))
     assert re.fullmatch("[0-9]{6}", text(completion))
     assert completion.tool_events == []
-    # The engine does not run a call at the end of the prompt either.
+    # The engine does not run a call at the end of the prompt either, because constraints turn tools off.
     prompt = (SPECIAL[PYTHON_START], *b"1+1", SPECIAL[PYTHON_END])
     assert re.fullmatch("[0-9]{6}", text(one(sampling, prompt, tools=ToolPolicy(enabled=True))))
 

@@ -92,7 +92,7 @@ JOBS = make_jobs()
 
 @functools.lru_cache
 def alone(kernels: bool = True, quantization: Literal["none", "int8"] = "none") -> tuple[list[Completion], ...]:
-    """The completions of each job from a separate engine."""
+    """The completions of each job, if an engine serves only this job."""
     results = []
     config = EngineConfig(kv_cache_bytes=1 << 22, kernels=kernels, quantization=quantization)
     for job in JOBS:
@@ -134,7 +134,7 @@ def schedules(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, int, int
         "kernels": kernels,
         "quantization": draw(st.sampled_from(["none", "int8"])) if kernels else "none",
         "block_size": block_size,
-        # The cache has room for at least one of the longest sequences, and for at most a few.
+        # The cache has room for at least one sequence of the greatest length, and for at most a few.
         "num_blocks": -(-longest // block_size) + draw(st.integers(0, 160 // block_size)),
         "max_running": max_running,
         "token_budget": max_running + draw(st.integers(0, 60)),

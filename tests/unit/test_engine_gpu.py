@@ -1,7 +1,7 @@
 """The GPU kernels agree with the trained model. The tests run on a GPU if there is one, else in Triton's interpreter.
 
 The interpreter is slow, so all sizes here are small. It cannot show whether the kernels compile for real devices.
-Therefore one test compiles every launch of a step for several devices, which needs no GPU.
+Therefore one test compiles every launch of a step for several devices. This needs no GPU.
 """
 
 import functools
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def _small_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use tiles in steps of more than 12 tokens, and several splits for tokens that see more than 64 keys."""
+    """Use tiles in steps of more than 12 tokens. Use several splits for tokens that see more than 64 keys."""
     monkeypatch.setattr(gpu_runner, "GRAPH_SIZES", (1, 2, 4, 12))
     monkeypatch.setattr(gpu_network, "SPLIT", 64)
 

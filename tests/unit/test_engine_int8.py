@@ -1,4 +1,4 @@
-"""Weights of eight bits lose precision by rounding, and in no other way."""
+"""Weights of eight bits lose precision only by rounding."""
 
 import pytest
 import torch

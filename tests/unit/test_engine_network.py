@@ -1,4 +1,4 @@
-"""The serving network agrees with the trained model, which other tests compare with a reference."""
+"""The serving network agrees with the trained model. Other tests compare the trained model with a reference."""
 
 import math
 

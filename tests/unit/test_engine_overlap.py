@@ -89,7 +89,7 @@ def test_what_needs_the_last_tokens_waits_for_them(order: list[str], sampling: S
 
 
 def test_drafts_are_made_of_known_tokens_and_until_there_is_one_batches_overlap(order: list[str]) -> None:
-    """One model never repeats itself, and the other one repeats itself all the time."""
+    """One model never repeats itself, and the other model repeats itself all the time."""
     config = EngineConfig(overlap=True, kv_cache_bytes=1 << 26)
     request = Request("r", tuple(script_tokens("a")), SamplingParams(max_tokens=24))
     outputs = answer(Engine(scripted_model("abcdefghijklmnopqrstuvwxyz"), BYTES, config), request)
@@ -115,7 +115,7 @@ def test_nothing_that_was_computed_beyond_a_stop_token_is_told(order: list[str])
 
 
 def test_a_call_in_flight_drops_what_was_computed_beyond_it(order: list[str]) -> None:
-    """The text after the call continues its output. The token that was computed in the meantime is dropped."""
+    """The text after the call continues the call's output. The token that was computed in the meantime is dropped."""
 
     async def run(_code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
         return ToolOutput("ok", "")

@@ -94,7 +94,7 @@ def test_a_second_turn_finds_the_first_in_the_cache() -> None:
 
 def test_a_prompt_is_found_to_the_token_while_it_is_being_answered_however_it_was_cut_up() -> None:
     engine = Engine(tiny_model(), BYTES, EngineConfig(token_budget=70))
-    prompt = tuple(range(76))  # its second chunk fills no block
+    prompt = tuple(range(76))  # the second chunk of this prompt fills no block
     engine.add(Request("first", prompt, SamplingParams(max_tokens=20)))
     for _ in range(3):
         engine.step()

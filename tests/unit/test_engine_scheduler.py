@@ -13,7 +13,7 @@ from tests.support.engine_models import examples
 
 
 class Bench:
-    """A scheduler whose "model" appends the token 0."""
+    """A scheduler with a "model" that always appends the token 0."""
 
     def __init__(self, *, blocks: int = 100, budget: int = 16, running: int = 8) -> None:
         self.blocks = BlockManager([CacheGroup((0,), None, blocks)], 4, prefix_caching=False)
@@ -106,7 +106,7 @@ def test_nobody_is_admitted_only_to_be_preempted_in_the_next_step() -> None:
     bench = Bench(blocks=4, budget=16)
     bench.add(8)
     bench.step()
-    late = bench.add(7)  # two blocks are free, but the running sequence is about to need one of them
+    late = bench.add(7)  # two blocks are free, but the running sequence will soon need one of them
     bench.step()
     assert late.state is State.WAITING
     assert bench.scheduler.preemptions == 0
@@ -155,7 +155,7 @@ def test_a_prompt_behind_a_short_window_is_admitted_only_with_room_for_its_first
 
 @pytest.mark.parametrize(("context", "budget"), [(2048, 256), (4096, 512)])
 def test_a_sequence_alone_always_runs_whatever_it_finds_in_the_cache(context: int, budget: int) -> None:
-    """The cache has room for one sequence, and windows are longer than a step."""
+    """The cache has room for only one sequence, and windows are longer than a step."""
     bench = planned(context, budget, 1)
     first = bench.add(context // 2)
     while first.remaining > 0 and first.computed < context // 2:

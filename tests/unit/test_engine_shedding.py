@@ -59,7 +59,7 @@ def engine_with(fails: Callable[[list[Chunk]], bool], config: EngineConfig | Non
 
 @functools.lru_cache
 def alone() -> list[Completion]:
-    """The completion of each prompt from a separate engine that has enough memory."""
+    """The completion of each prompt, if an engine with enough memory serves only this prompt."""
     completions = []
     for prompt, sampling in zip(PROMPTS, SAMPLINGS, strict=True):
         engine = engine_with(lambda chunks: False)
@@ -69,7 +69,7 @@ def alone() -> list[Completion]:
 
 
 def run(engine: Engine, most_steps: int = 3000) -> tuple[dict[str, Completion], dict[str, Exception]]:
-    """Send all prompts at once, and return the answers, and the errors of requests without an answer."""
+    """Send all prompts at once. Return the answers, and the errors of requests that were dropped."""
     for i, (prompt, sampling) in enumerate(zip(PROMPTS, SAMPLINGS, strict=True)):
         engine.add(Request(str(i), prompt, sampling, tools=TOOLS))
     answers = {str(i): Completion() for i in range(len(PROMPTS))}
@@ -133,7 +133,7 @@ def test_whatever_steps_fail_each_request_is_answered_exactly_or_given_up_with_a
     def fails(chunks: list[Chunk]) -> bool:
         nonlocal step
         step += 1
-        # At most two steps in a row fail, because more failures of smallest steps end the engine.
+        # At most two steps in a row fail, because the engine ends if more smallest steps fail in a row.
         return step in failing and not {step - 1, step - 2} <= failing
 
     config = EngineConfig(max_running=8, token_budget=64, overlap=overlap, speculative_batch=0 if overlap else 16)

@@ -26,7 +26,7 @@ from tests.support.engine_models import BYTES, SPECIAL, config_with_blocks, scri
 
 
 def looked_up(tokens: list[int], most: int) -> list[int]:
-    """Slow reference: find the last n-gram's latest earlier occurrence, and repeat the tokens that followed it."""
+    """Slow reference: find the latest earlier occurrence of the last n-gram, and repeat the tokens after it."""
     for length in NGRAMS:
         ending = tokens[-length:]
         for end in range(len(tokens) - 1, length - 1, -1):
@@ -61,7 +61,7 @@ def test_a_draft_is_what_followed_the_latest_equal_ending(tokens: list[int], mos
 
 def test_drafting_pauses_when_guesses_are_wrong_and_begins_again_when_the_text_repeats_itself() -> None:
     source, lookup, tokens = random.Random(0), PromptLookup(), [0]
-    for _ in range(300):  # every pair of the eight letters occurs, and random letters follow it
+    for _ in range(300):  # every pair of the eight letters occurs, and random letters follow each pair
         tokens += [source.randrange(8)]
         lookup.draft(tokens, 3)
     assert lookup.draft(tokens, 3) == []

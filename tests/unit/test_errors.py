@@ -1,4 +1,4 @@
-"""Programs end with one line for a user's error, and with a traceback for an error of the program."""
+"""Programs end with one line after a user's error, and with a traceback after an error of the program."""
 
 import subprocess
 import sys

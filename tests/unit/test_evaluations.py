@@ -1,4 +1,4 @@
-"""Evaluations keep finished parts after an interruption, and never mix results of other checkpoints or settings."""
+"""Evaluations keep finished parts after an interruption. They never mix results of other checkpoints or settings."""
 
 import json
 from pathlib import Path

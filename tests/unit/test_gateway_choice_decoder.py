@@ -169,7 +169,8 @@ def test_the_grouping_of_tokens_changes_nothing(text: Any, later: Any, stops: An
     full = text + later
     ends = [(full.find(stop) + len(stop), full.find(stop)) for stop in stops if stop in full]
     assert whole.text == full[: min(ends)[1]] if ends else whole.text == full
-    # The client sees a call only after all the text before it, and never if a stop string cuts that text off.
+    # The client sees a call only after all the text before the call. If a stop string cuts this text off, the client
+    # never sees the call.
     length = 0
     for delta in deltas:
         length += len(delta.text)

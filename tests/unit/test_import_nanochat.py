@@ -181,7 +181,7 @@ def test_an_imported_model_has_upstreams_logits(tmp_path: Path, changes: Any, ti
 
 
 def test_every_parameter_reaches_the_logits(tmp_path: Path) -> None:
-    """If a parameter had no effect, the test above could not detect that it was exchanged with another one."""
+    """If a parameter had no effect, the test above could not detect an exchange of this parameter with another."""
     config, ids = model_config(n_layer=2), list(range(30))
     weights = random_weights(config)
     before = reference_logits(config, weights, ids)

@@ -1,4 +1,4 @@
-"""Batches do not depend on interruptions, threads or ranks, and count exactly the targets that should be learned."""
+"""Batches do not depend on interruptions, threads or ranks. Exactly the targets that should be learned count."""
 
 import itertools
 import json
@@ -223,7 +223,7 @@ def wide_loader(text: TextDataset, kind: str, **options: Any) -> PackedLoader:
 def global_batches(
     text: TextDataset, kind: str, world_size: int, count: int, state: dict[str, Any] | None
 ) -> list[Batch]:
-    """The global batches of all ranks, which all start from the JSON of the merged state."""
+    """The global batches of all ranks. All ranks start from the JSON of the merged state."""
     stored = json.loads(json.dumps(state))
     ranks = [wide_loader(text, kind, rank=rank, world_size=world_size, state=stored) for rank in range(world_size)]
     batches = []

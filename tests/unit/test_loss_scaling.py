@@ -1,4 +1,4 @@
-"""Dynamic loss scaling follows its rule, and gradients of a scaled fp16 loss agree with those of fp32."""
+"""Dynamic loss scaling follows its rule. Gradients of a scaled fp16 loss agree with those of an fp32 loss."""
 
 import hypothesis
 import hypothesis.strategies as st

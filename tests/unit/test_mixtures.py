@@ -1,4 +1,4 @@
-"""A mixture repeats each conversation by its weight, and its errors name the entry that is wrong."""
+"""A mixture repeats each conversation by its weight. Errors of a mixture name the entry that is wrong."""
 
 import dataclasses
 import json

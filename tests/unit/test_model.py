@@ -29,7 +29,7 @@ def config(
 
 
 def random_model(shape: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT:
-    """A model without zero parameters, whose logits are large enough for the softcap to matter."""
+    """A model without zero parameters. Its logits are large enough for the softcap to matter."""
     generator = torch.Generator().manual_seed(seed)
     model = GPT(shape, dtype)
     with torch.no_grad():

@@ -152,7 +152,7 @@ def test_weight_decay_pulls_only_where_it_goes_the_update_s_way() -> None:
 
 
 def test_rows_weigh_alike_whatever_the_size_of_their_gradients() -> None:
-    """Row equilibration: a gradient whose rows are scaled gives the same update."""
+    """Row equilibration: scaling the rows of a gradient does not change the update."""
     gradient, updates = drawn(4, 8), []
     for scale in ([1.0, 1.0, 1.0, 1.0], [1e-3, 1.0, 50.0, 7.0]):
         weights = torch.zeros(1, 4, 8)

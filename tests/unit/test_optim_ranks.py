@@ -1,4 +1,4 @@
-"""The optimizer divided over ranks makes the same steps as one rank, with a share of the memory on each."""
+"""The optimizer divided over ranks makes the same steps as on one rank, and each rank needs a share of the memory."""
 
 from typing import Any
 
@@ -71,7 +71,7 @@ def whole(results: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def one_rank() -> dict[str, Any]:
-    """One rank that makes two passes over half a batch each, so that its sums round like those of two ranks."""
+    """One rank that makes two passes, each over half a batch. Its sums then round like the sums of two ranks."""
     return alone(range(STEPS), 2)
 
 

@@ -1,4 +1,4 @@
-"""Best-fit packing, compared with a slow reference, and its guarantees for every token."""
+"""Best-fit packing agrees with a slow reference and keeps its guarantees for every token."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -39,7 +39,7 @@ def rows_of(made: BestFitPacker, count: int = ROWS) -> list[tuple[list[int], lis
 
 
 def reference_rows(lengths: Sequence[int], row_length: int, buffer_size: int, mode: str) -> list[list[int]]:
-    """The best-fit rule without sorting: a buffer in order of arrival, searched from its start."""
+    """The best-fit rule without sorting: the buffer is in order of arrival and is searched from its start."""
     source, rows = endless(lengths), []
     buffer: list[list[int]] = []
     for _ in range(ROWS):

@@ -18,7 +18,7 @@ def test_it_is_the_share_of_all_draws(case: tuple[int, int, int]) -> None:
 
 @given(st.lists(st.booleans(), min_size=1, max_size=6), st.data())
 def test_it_is_unbiased(outcomes: list[bool], data: st.DataObject) -> None:
-    """Over all sets of samples, the mean estimate equals the chance that k new samples contain a right one."""
+    """Over all sets of samples, the mean estimate equals the chance that k new samples contain a right sample."""
     chance = sum(outcomes) / len(outcomes)
     samples = data.draw(st.integers(1, 4))
     k = data.draw(st.integers(1, samples))

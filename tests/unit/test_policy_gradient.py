@@ -1,4 +1,4 @@
-"""The loss of reinforcement learning, compared with the formulas written out token by token."""
+"""The loss of reinforcement learning agrees with its formulas, written out token by token."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Rewards of correct, wrong and unusual answers; problems have correct answers, and held-out problems are new."""
+"""Correct, wrong and unusual answers get the right rewards. Problems have correct answers; held-out ones are new."""
 
 import dataclasses
 import json

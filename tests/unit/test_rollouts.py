@@ -45,7 +45,7 @@ def source(answerer: Any, model: GPT, **changes: Any) -> RolloutSource:
 
 
 def versions(recorder: Recorder, model: GPT, made: RolloutSource, after: int = 0) -> list[float]:
-    """The version of the weights that sampled each step's rollouts, if each training step increases the version."""
+    """For each step, the version of the weights that sampled its rollouts. Each training step increases the version."""
     with torch.no_grad():
         for batch in made.prefetched(after):
             assert batch.ids.size(0) == 8

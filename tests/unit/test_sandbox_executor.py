@@ -56,7 +56,7 @@ def eventually(claim: Callable[[], bool], seconds: float = 10) -> None:
 
 @pytest.fixture(params=["bwrap", "pod"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., SandboxExecutor]]:
-    """Starts executors of one profile with their scratch folders in ``tmp_path``, and closes them after the test."""
+    """Starts executors of one profile, with scratch folders in ``tmp_path``. Closes executors after the test."""
     started: list[SandboxExecutor] = []
 
     def start(**options: Any) -> SandboxExecutor:

@@ -1,4 +1,4 @@
-"""Scaling rules and schedules, compared with the published numbers and formulas."""
+"""Scaling rules and schedules agree with the published numbers and formulas."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""The cache of downloads stays within its limit and keeps the files that are in use."""
+"""The cache of downloads stays within its limit, and keeps files that are in use."""
 
 import os
 from pathlib import Path, PurePosixPath

@@ -31,7 +31,7 @@ CORPUS = [
 ]
 BYTES = [bytes([i]) for i in range(256)]
 TOKENIZER = train_tokenizer(CORPUS * 20, 400)
-# Plain tiktoken with the same merges, the reference for ordinary text.
+# The reference for ordinary text: plain tiktoken with the same merges.
 PLAIN = tiktoken.Encoding(
     "plain",
     pat_str=SPLIT_PATTERN,
@@ -180,7 +180,7 @@ def test_runs_up_to_the_limit_are_encoded_as_ever(before: str) -> None:
 
 
 def test_a_longer_run_is_encoded_the_same_wherever_it_stands() -> None:
-    # Tokens have up to 64 spaces. 64 does not divide the length of a piece, so the ids show where the run is cut.
+    # Tokens have up to 64 spaces. The length of a piece is not a multiple of 64, so the ids show where the run is cut.
     tokenizer = Tokenizer([*BYTES, *(b" " * 2**n for n in range(1, 7))])
     for run in (" " * (MAX_WHITESPACE_RUN + 1), " " * (3 * MAX_WHITESPACE_RUN // 2)):
         alone = tokenizer.encode(run)

@@ -48,7 +48,7 @@ class FakeWriter:
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A replacement for the package ``wandb`` that keeps its runs; ``init`` raises ``error`` if one is given."""
+    """A replacement for the package ``wandb``. It keeps its runs, and ``init`` raises ``error`` if that is given."""
     module = types.ModuleType("wandb")
     module.runs, module.error = [], None
     module.Settings = dict

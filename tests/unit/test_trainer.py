@@ -156,7 +156,7 @@ def test_a_loss_far_above_the_recent_ones_is_reported_and_trained_on(
 
 
 def test_a_step_that_teaches_nothing_leaves_the_weights_to_themselves(tmp_path: Path) -> None:
-    """The gradient of step 3 is zero. Without this rule, Muon would make a full-length step by momentum alone."""
+    """The gradient of step 3 is zero. Muon must not make a full-length step from momentum alone."""
     weights = Weights()
     weights.run = run = trainer(tmp_path, steps=4, evaluations=weights.evaluations, objective=spoiled({3: 0.0}))
     run.run()

@@ -11,7 +11,7 @@ PAGES = {"README.md": "## Where things are", "docs/architecture.md": "## The map
 
 
 def tree(page: str) -> dict[str, str]:
-    """Paths of a page's tree with their comments; a folder's path ends in a slash."""
+    """The paths of a page's tree, with their comments. The path of a folder ends in a slash."""
     section = (ROOT / page).read_text().split(f"\n{PAGES[page]}\n")[1].split("\n## ")[0]
     block = re.search(r"```\n(.*?)```", section, re.DOTALL)
     assert block

@@ -1,4 +1,4 @@
-"""The client of the inference core in this process, through which a benchmark sends its requests."""
+"""A benchmark's client for the inference core in this process."""
 
 import collections
 import time
@@ -20,7 +20,7 @@ class CoreClient:
 
     Attributes:
         vocabulary: prompts consist of token ids below this number.
-        longest: the largest number of tokens of a prompt with its output.
+        longest: the largest number of tokens of a prompt and its output together.
         description: the model, as JSON values.
         steps: number of forward passes of the last run.
         step_seconds: time that the steps of the last run took, scheduling and sampling included.
@@ -34,7 +34,7 @@ class CoreClient:
         self._engine = engine
 
     def run(self, requests: Sequence[BenchRequest], load: Load) -> list[RequestResult]:
-        """Send each request when ``load`` says so and wait for all of them. The results keep the requests' order."""
+        """Send each request when ``load`` says so, and wait for all answers. The results are in the requests' order."""
         engine, results = self._engine, list[RequestResult]()
         waiting = collections.deque(requests)
         unfinished: dict[str, int] = {}

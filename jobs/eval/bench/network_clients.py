@@ -1,4 +1,4 @@
-"""Clients over the network: of an engine service, and of any server that offers OpenAI's chat completions."""
+"""Clients over the network: for an engine service, and for any server that offers OpenAI's chat completions."""
 
 import asyncio
 import itertools
@@ -18,7 +18,7 @@ from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2, engine_pb2_grpc
 from nanochat_core.tokenizer import SPECIAL_TOKENS
 
-# Prompts for servers that take text consist of these common words, which most tokenizers encode as one token each.
+# Prompts for servers that take text consist of these common words. Most tokenizers encode each as one token.
 _TEXT = (
     "time year people way day man thing woman life child world school state family student group country problem "
     "hand part place case week company system program question work government number night point home water room "
@@ -26,16 +26,17 @@ _TEXT = (
     "service friend father power hour game line end member law car city"
 )
 WORDS = _TEXT.split()
-# Lengths in words of two trial prompts. Their token counts give the tokens per word and of the chat template.
+# Numbers of words of two trial prompts. From the two token counts follow the tokens per word and the tokens of the chat
+# template.
 _FEW_WORDS, _MANY_WORDS = 8, 32
 _CONNECT_SECONDS = 10.0
 
 
 class NetworkClient(ABC):
-    """The shared part of the network clients: one event loop, in which connections stay open between runs.
+    """The shared part of the network clients: an event loop that keeps connections open between runs.
 
-    The attributes are those of :class:`~jobs.eval.bench.core_client.CoreClient`, but ``longest`` is None if the server
-    does not report it.
+    The attributes are as in :class:`~jobs.eval.bench.core_client.CoreClient`, except that ``longest`` is None if the
+    server does not report it.
     """
 
     vocabulary: int
@@ -47,7 +48,7 @@ class NetworkClient(ABC):
         self._timeout_seconds = timeout_seconds
 
     def run(self, requests: Sequence[BenchRequest], load: Load) -> list[RequestResult]:
-        """Send each request when ``load`` says so and wait for all of them. The results keep the requests' order."""
+        """Send each request when ``load`` says so, and wait for all answers. The results are in the requests' order."""
         return self._runner.run(self._drive(requests, load))
 
     def close(self) -> None:
@@ -90,7 +91,8 @@ class NetworkClient(ABC):
     def _stream(self, request: BenchRequest) -> AsyncIterator[tuple[int, int, list[TokenCounts]]]:
         """Send a request and stream its answer. Raises :class:`RequestFailed` unless it is answered completely.
 
-        Each item has the index of a choice, the number of its new tokens, and the token counts of choices that ended.
+        Each item has the index of a choice, the number of its new tokens, and the token counts of choices that have
+        just ended.
         """
 
     @abstractmethod
@@ -169,15 +171,15 @@ class GrpcClient(NetworkClient):
 
 
 class HttpClient(NetworkClient):
-    """A client of an OpenAI-compatible server, which streams chat completions.
+    """A client that streams chat completions from an OpenAI-compatible server.
 
     A prompt consists of words that make about the wanted number of tokens; the server reports the exact number. An
-    output has the wanted length unless the model ends its answer earlier. Latencies count a chunk with text as one
-    token.
+    output has the wanted length unless the model ends its answer earlier. For latencies, a chunk with text counts as
+    one token.
     """
 
     def __init__(self, url: str, model: str, key: str, timeout_seconds: float) -> None:
-        """Connect to the server at ``url``, which ends with ``/v1``.
+        """Connect to the server at ``url``; the URL ends with ``/v1``.
 
         An empty ``model`` takes the first model that the server lists, and an empty ``key`` sends no bearer token. A
         :class:`UserError` is raised if no server answers, or if the server does not report token counts.

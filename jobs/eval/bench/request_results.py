@@ -21,14 +21,15 @@ class RequestResult:
     """The timing and the outcome of one request. All times are seconds since the start of the run.
 
     Attributes:
-        intended: when the request should have been sent. Latencies count from this time.
+        intended: when the request should have been sent. Latencies are measured from this time.
         sent: when the request was sent.
         finished: when the request's last choice ended, or when the request failed.
         first_tokens: when the first token of each choice arrived.
-        gaps: seconds between consecutive tokens of a choice. Tokens that arrive together share the time since the
-            token before them evenly.
+        gaps: seconds between consecutive tokens of a choice. If tokens arrive together, each counts an equal share of
+            the time since the token before them.
         counts: the numbers of tokens; empty if the request failed.
-        error: a short description of the failure, the same for the same cause; empty if the request was answered.
+        error: a short description of the failure; empty if the request was answered. Equal causes have equal
+            descriptions.
         refused: whether the request failed because the server had no room.
     """
 

@@ -1,7 +1,7 @@
 """The roofline of inference: the least that a model must read and compute, and the highest rates of this machine.
 
-A run's bytes and FLOPs over the time of its steps, divided by the machine's rates, tell how near the run comes to the
-hardware's limits (Williams, Waterman and Patterson, "Roofline", CACM 2009).
+A run's bytes and FLOPs are divided by the time of its steps. Compared with the machine's rates, they tell how near the
+run comes to the hardware's limits (Williams, Waterman and Patterson, "Roofline", CACM 2009).
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
 
 
 def _fastest(operation: Callable[[], object], device: torch.device) -> float:
-    """Call ``operation`` for the measured time, at least three times, and return the seconds of the fastest call."""
+    """Call ``operation`` repeatedly for a fixed time, at least three times. Return the seconds of the fastest call."""
     seconds: list[float] = []
     while len(seconds) < 3 or sum(seconds) < MEASURED_SECONDS:
         started = time.perf_counter()
@@ -53,21 +53,22 @@ def _fastest(operation: Callable[[], object], device: torch.device) -> float:
 
 
 def least_costs(config: ModelConfig, item_bytes: int, counts: Sequence[TokenCounts], steps: int) -> tuple[int, int]:
-    """The least bytes that are read and the least FLOPs that are computed to generate choices in ``steps`` passes.
+    """The least bytes to read and the least FLOPs to compute in order to generate choices in ``steps`` passes.
 
-    Each step reads the matrices of all blocks and the head once; it reads only a few rows of the embedding tables, so
-    these are not counted. Each sampled token reads the keys and values of all tokens before it. The tokens of a prompt
-    are computed together and read the prompt's keys and values once. Tokens in the prefix cache are not computed, and
-    neither is the last token of a choice.
+    Each step reads the matrices of all blocks and the head once. It reads only a few rows of the embedding tables, so
+    the tables are not counted. Each sampled token reads the keys and values of all tokens before it. The tokens of a
+    prompt are computed together and read the prompt's keys and values once. Tokens in the prefix cache are not
+    computed, and neither is the last token of a choice.
 
-    A token takes two FLOPs per weight of the blocks, and four per channel of each key that it attends to. A token after
-    which a token is sampled also takes two per weight of the head. A weight, key or value has ``item_bytes`` bytes.
+    A token takes two FLOPs per weight of the blocks, and four per channel of each key that it attends to. If the model
+    samples after a token, the token also takes two FLOPs per weight of the head. A weight, key or value has
+    ``item_bytes`` bytes.
     """
     blocks, head = config.block_matrix_parameters, config.dim * config.padded_vocab_size
     windows = np.array(config.windows)
 
     def attended(start: int, stop: int) -> int:
-        """Number of keys in all layers that tokens attend to which have ``start``, ..., ``stop`` - 1 keys to see."""
+        """Number of keys that tokens attend to, over all layers; the tokens find ``start``, ..., ``stop`` - 1 keys."""
         # A layer with a window reads at most the window's tokens and the token itself.
         return int(np.minimum(np.arange(start, stop)[:, None], windows + 1).sum())
 

@@ -1,4 +1,4 @@
-"""The rows of ``bench.json`` for people: as a Markdown table, and as a plot."""
+"""Shows the rows of ``bench.json`` to people, as a Markdown table and as a plot."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ def _milliseconds(times: Sequence[float] | None, index: int) -> str:
     return "—" if times is None else f"{1000 * times[index]:,.2f}"
 
 
-# Name, alignment with width, and text of each column.
+# For each column: its name, its alignment and width, and the function that gives its text.
 _COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
     ("mix", "<7", lambda row: str(row["mix"])),
     ("load", "<11", lambda row: f"{row['slots']} at once" if row["rate"] is None else f"{row['rate']:g}/s"),
@@ -47,7 +47,7 @@ def table_line(row: Row) -> str:
 
 
 def plot_benchmark(path: Path, rows: Sequence[Row]) -> None:
-    """Write a PNG that shows throughput and latencies against the load. Lines of p50 are solid, lines of p95 dashed.
+    """Write a PNG with throughput and latencies over the load. Lines of p50 are solid, and lines of p95 are dashed.
 
     Either all rows have ``slots`` or all have ``rate``.
     """

@@ -11,7 +11,7 @@ MIXES = ("fixed", "mixed", "samples", "prefix")
 
 @dataclasses.dataclass(frozen=True)
 class BenchRequest:
-    """A prompt of token ids that is continued ``n`` times by ``output_tokens`` tokens each. Temperature 0 is greedy."""
+    """A prompt of token ids, to continue ``n`` times by ``output_tokens`` tokens each time. Temperature 0 is greedy."""
 
     prompt: tuple[int, ...]
     output_tokens: int
@@ -25,7 +25,8 @@ class Shape:
 
     Attributes:
         prompt, output: lengths of prompt and output in all mixes but ``mixed``.
-        mixed_prompts, mixed_outputs: shortest and longest length in ``mixed``. All lengths between are equally likely.
+        mixed_prompts, mixed_outputs: shortest and longest length in ``mixed``. All lengths between the two are equally
+            likely.
         shared: number of first tokens that all prompts of ``prefix`` have in common.
         samples: largest number of continuations of one prompt in ``samples``.
     """
@@ -38,7 +39,7 @@ class Shape:
     samples: int
 
     def longest(self, mixes: Sequence[str]) -> int:
-        """The largest number of tokens of a prompt with its output in any of the mixes."""
+        """The largest number of tokens of a prompt and its output together, in any of the mixes."""
         mixed = self.mixed_prompts[1] + self.mixed_outputs[1] if "mixed" in mixes else 0
         return max(mixed, self.prompt + self.output if set(mixes) - {"mixed"} else 0)
 
@@ -71,20 +72,20 @@ def make_requests(
 class Load:
     """Decides when requests are sent. Times are in seconds since the start of the run.
 
-    In a closed loop, which has no ``arrivals``, each of ``concurrency`` users sends the next request when the last one
-    is answered. In an open loop requests are sent at the times ``arrivals``, which ascend, whether or not earlier
-    requests have been answered.
+    In a closed loop, ``arrivals`` is empty, and each of ``concurrency`` users sends its next request when its last one
+    is answered. In an open loop, requests are sent at the ascending times ``arrivals``, whether or not earlier requests
+    have been answered.
     """
 
     concurrency: int = 0
     arrivals: Sequence[float] = ()
 
     def due(self, number: int, now: float, in_flight: int) -> bool:
-        """Whether to send request ``number`` now, while ``in_flight`` requests are not answered yet."""
+        """Whether to send request ``number`` at the time ``now``, while ``in_flight`` requests are not answered yet."""
         return self.arrivals[number] <= now if self.arrivals else in_flight < self.concurrency
 
     def intended(self, number: int, now: float) -> float:
-        """When request ``number``, which is sent ``now``, should have been sent. Its latencies count from this time."""
+        """The time at which request ``number``, sent ``now``, should have been sent. Latencies are measured from it."""
         return self.arrivals[number] if self.arrivals else now
 
 

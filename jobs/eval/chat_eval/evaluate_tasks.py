@@ -1,4 +1,4 @@
-"""Evaluates a model on chat tasks, in chunks that ranks share and that the evaluation store keeps when finished."""
+"""Evaluates a model on chat tasks, in chunks. Ranks share the chunks, and the evaluation store keeps finished ones."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ _GREEDY = SamplingParams(seed=0)
 
 
 def chunks_of(task: ChoiceTask | GenerativeTask) -> dict[str, range]:
-    """The numbers of the questions of each chunk, by the chunk's name."""
+    """For the name of each chunk, the numbers of its questions."""
     size, numbers = _CHUNK[task.kind], range(len(task.questions))
     return {f"{task.name}-{i // size:05d}": numbers[i : i + size] for i in numbers[::size]}
 
@@ -43,8 +43,7 @@ def chunks_of(task: ChoiceTask | GenerativeTask) -> dict[str, range]:
 def missing_chunks(
     task: ChoiceTask | GenerativeTask, evaluation: Evaluation, ranks: Ranks
 ) -> Iterator[tuple[dict[str, range], Callable[[int], None]]]:
-    """This rank's chunks that the evaluation store lacks, and a function that counts further questions as answered.
-
+    """Yields this rank's chunks that the evaluation store lacks, and a function to count further questions as answered.
     The context shows the progress.
     """
     mine = dict(list(chunks_of(task).items())[ranks.rank :: ranks.size])
@@ -64,7 +63,7 @@ def missing_chunks(
 
 
 def graded_answers_of(evaluation: Evaluation, task: ChoiceTask | GenerativeTask) -> list[GradedAnswers]:
-    """The graded answers to all questions of a task, after every rank has stored its chunks in the same store."""
+    """The graded answers to all questions of a task. Every rank must have stored its chunks in the same store."""
     graded = []
     for name in chunks_of(task):
         stored = evaluation.part(name)
@@ -95,7 +94,7 @@ def evaluate_generative(
 ) -> None:
     """Answer this rank's missing chunks of a generative task, and store the graded answers.
 
-    All chunks are answered in one continuous batch. Each is stored as soon as its last question is graded.
+    All chunks are answered in one continuous batch. Each chunk is stored as soon as its last question is graded.
     """
     with (
         missing_chunks(task, evaluation, ranks) as (missing, count),
@@ -150,7 +149,7 @@ def generate(
     sampling: SamplingParams = _GREEDY,
     samples: int = 1,
 ) -> Iterator[tuple[int, tuple[Response, ...]]]:
-    """Generate the answers to the questions with these numbers, and yield each question's answers when they are done.
+    """Generate answers to the questions ``numbers``. Yield the answers to each question as soon as they are done.
 
     An answer depends on the question, the seed and the index of the sample only, not on the other questions. A
     question that leaves no room for an answer in the model's context gets no answers.

@@ -1,4 +1,4 @@
-"""Scores the letters of multiple-choice questions: the logits of the token after the prompt."""
+"""Scores the letters of multiple-choice questions by their logits as the token after the prompt."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,7 +15,8 @@ def last_logits(model: GPT, prompts: Sequence[Sequence[int]], tokens: Sequence[i
     """The logits of some tokens as the next token after each prompt: fp32 of shape (prompts, tokens) on the CPU.
 
     Prompts of similar length share a forward pass. They are padded at the end; attention is causal, so the padding
-    changes no logits. A pass has at most ``max_tokens`` tokens with its padding; a longer prompt has a pass of its own.
+    changes no logits. A pass has at most ``max_tokens`` tokens, padding included; a longer prompt has a pass of its
+    own.
     """
     device = model.smear_scale.device
     wanted = torch.tensor(tokens, device=device)
@@ -40,7 +41,7 @@ def letter_tokens(tokenizer: Tokenizer, letters: str) -> list[int]:
 
 
 def _batches(prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
-    """The indices of the prompts of each forward pass. The longest come first: a lack of memory fails early."""
+    """The indices of the prompts of each forward pass, longest prompts first, so that a lack of memory fails early."""
     batch: list[int] = []
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
         if batch and (len(batch) + 1) * len(prompts[batch[0]]) > max_tokens:

@@ -13,7 +13,7 @@ from jobs.tasks.task import ChoiceTask, GenerativeTask, Question, Response
 
 Json = Any
 
-# ChatCORE is the mean over these tasks; without some of them it is partial.
+# ChatCORE is the mean over these tasks. If some were not evaluated, it is partial.
 CHAT_CORE_TASKS = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval", "spelling")
 # A result quotes at most this many wrong and right answers per task. Wrong answers tell more about the model.
 _WRONG_EXAMPLES, _RIGHT_EXAMPLES = 20, 5
@@ -24,7 +24,8 @@ class GradedAnswers:
     """All answers to one question.
 
     Attributes:
-        answers: one for each sample; empty if the question did not fit the model's context, which counts as wrong.
+        answers: one for each sample; empty if the question did not fit the model's context. Such a question counts as
+            wrong.
         right: whether each answer is right.
     """
 
@@ -47,8 +48,8 @@ class GradedAnswers:
 def score(task: ChoiceTask | GenerativeTask, graded: Sequence[GradedAnswers], samples: int) -> dict[str, Json]:
     """The figures of one task, which a result stores under ``tasks``.
 
-    ``graded`` has the answers to the task's questions in their order: ``samples`` answers to each question, or one to
-    each multiple-choice question.
+    ``graded`` has the answers in the order of the task's questions: one to each multiple-choice question, or
+    ``samples`` to each other question.
     """
     samples = 1 if task.kind == "choice" else samples
     right = [sum(answers.right) for answers in graded]
@@ -85,10 +86,10 @@ def right_by_group(questions: Sequence[Question], graded: Sequence[GradedAnswers
 
 
 def chat_core(tasks: Mapping[str, Mapping[str, Json]]) -> tuple[float | None, list[str]]:
-    """ChatCORE, which is the mean centered accuracy of its tasks, and the names of its tasks that were not evaluated.
+    """ChatCORE (the mean centered accuracy of its tasks), and the names of its tasks that were not evaluated.
 
-    ``tasks`` has the figures of each evaluated task by its name. If none of them belongs to ChatCORE, ChatCORE is None
-    and no task counts as missing.
+    ``tasks`` has the figures of each evaluated task by its name. If no evaluated task belongs to ChatCORE, ChatCORE is
+    None and no task counts as missing.
     """
     scores = [tasks[name]["centered"] for name in CHAT_CORE_TASKS if name in tasks]
     if not scores:

@@ -24,7 +24,8 @@ def gather(
     Args:
         stages: a model's checkpoints by stage. There must be at least one stage.
         recipe: recipe that names the kinds of held-out conversations; empty for the recipe that trained the model.
-        items, text_bytes, samples: numbers of held-out conversations, of bytes of held-out text and of text samples.
+        items, text_bytes, samples: number of held-out conversations, number of bytes of held-out text, and number of
+            text samples.
     """
     final = list(stages.values())[-1]
     base, model = stages.get("base"), final.ref.model
@@ -138,7 +139,7 @@ def _shape(checkpoint: Checkpoint) -> Report:
 
 
 def _made_from(checkpoint: Checkpoint) -> str:
-    """Name and revision of the checkpoint that a stage started from; empty if it started from random weights."""
+    """Name and revision of the checkpoint that a stage started from; empty if the stage started from random weights."""
     meta = checkpoint.meta
     return f"{meta.get('base_model', checkpoint.ref.model)} {meta['base']}" if meta.get("base") else ""
 
@@ -165,7 +166,7 @@ def _domains(store: Store, checkpoint: Checkpoint) -> Report | None:
 
 
 def _benchmark(store: Store, model: str) -> Report | None:
-    """This model's inference benchmark, or None. Of several benchmarks the last one in alphabetical order counts."""
+    """This model's inference benchmark, or None. Of several benchmarks, the last in alphabetical order counts."""
     for key in reversed(store.keys("reports")):
         if key.endswith("/bench.json"):
             result: Report = json.loads(store.read(key))

@@ -1,4 +1,4 @@
-"""The evaluations that a report makes itself: held-out text, held-out conversations and samples of the base model.
+"""The evaluations that a report itself makes: held-out text, held-out conversations and samples of the base model.
 
 The results stay in the evaluation store. A report that is written again evaluates nothing twice, and the promotion gate
 can compare a model with its predecessors.
@@ -50,7 +50,7 @@ def evaluate_text(store: Store, base: Checkpoint, validation: Sequence[str]) -> 
 
 
 def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: int) -> Result:
-    """The accuracy on held-out conversations of the kinds that ``recipe`` teaches, also by kind, and some answers."""
+    """Accuracy on held-out conversations of the kinds that ``recipe`` teaches, in total and by kind; some answers."""
     items = find_recipe(recipe).evaluation_items(count)
     content = json.dumps([dataclasses.asdict(item) for item in items], sort_keys=True).encode()
 
@@ -89,7 +89,7 @@ def sample_continuations(store: Store, base: Checkpoint, validation: Sequence[st
 def continue_text(
     checkpoint: Checkpoint, prompts: Sequence[str], sampling: SamplingParams = SAMPLING
 ) -> list[list[str]]:
-    """Pairs of a prompt and the model's continuation, cut at the end of the document that the model writes."""
+    """Pairs of a prompt and the model's continuation. A continuation is cut where the model ends its document."""
     tokenizer = checkpoint.tokenizer
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     with contextlib.closing(Engine(checkpoint.build_model(), tokenizer)) as engine:
@@ -125,7 +125,7 @@ def xz_bits_per_byte(text: bytes) -> float:
 
 
 def _once(evaluation: Evaluation, compute: Callable[[], Mapping[str, Any]], event: str, **fields: int) -> Result:
-    """The stored result of an evaluation; without one, logs the event, computes the result and stores it."""
+    """The stored result of an evaluation. If there is none, logs the event, computes the result and stores it."""
     if (found := evaluation.result()) is not None:
         return found
     log.info(event, extra=fields)

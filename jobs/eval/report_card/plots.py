@@ -14,7 +14,7 @@ History = list[dict[str, Any]]
 
 
 def draw(folder: Path, report: Mapping[str, Any], histories: Mapping[str, History]) -> list[str]:
-    """Write each plot for which there are figures into ``folder``, and return the file names of the plots."""
+    """Write every plot that has figures into ``folder``, and return the file names of the plots."""
     names = []
     stages = [(TITLES[stage], history) for stage, history in histories.items() if any("loss" in p for p in history)]
     if stages:
@@ -71,7 +71,7 @@ def _plot_smoothed(axis: Any, history: History, name: str, label: str) -> None:
 
 
 def plot_bars(path: Path, title: str, shares: Mapping[str, float], *, percent: bool) -> None:
-    """Write a PNG with a horizontal bar for each share, the first on top."""
+    """Write a PNG with a horizontal bar for each share. The first share is on top."""
     with panels(path, 1, width=7.6, height=1.1 + _BAR_INCHES * len(shares)) as (axis,):
         values = list(shares.values())
         axis.barh(list(shares), values, color=TRAIN, height=0.62)
@@ -112,8 +112,8 @@ def plot_rewards(path: Path, history: History) -> None:
 def plot_runs(path: Path, runs: Sequence[tuple[str, Mapping[str, History]]]) -> bool:
     """Write a PNG that overlays the curves of several models, with a panel for each stage and quantity.
 
-    ``runs`` are pairs of a model's name and its training history by stage. Without any curve no PNG is written, and the
-    function returns False.
+    ``runs`` are pairs of a model's name and its training history by stage. If there is no curve, no PNG is written and
+    the function returns False.
     """
     quantities = [
         ("base", "loss", "Pretraining", "nats per token"),

@@ -47,14 +47,14 @@ CORE_TASKS = (
     "boolq",
     "bigbench_language_identification",
 )
-# The fixed seed makes every run with ``max_per_task`` take the same items.
+# The seed is fixed, so that every run with ``max_per_task`` takes the same items.
 _SHUFFLE_SEED = 1337
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Kind = Literal["multiple_choice", "schema", "language_modeling"]
 Json = Any
 
-# Fields of a task in ``core.yaml``: whether a value is valid, and what it must be.
+# For each field of a task in ``core.yaml``: a test of its value, and the words that describe a valid value.
 _FIELDS: dict[str, tuple[Callable[[Json], object], str]] = {
     "icl_task_type": (lambda value: value in get_args(Kind), f"one of {', '.join(get_args(Kind))}"),
     "num_fewshot": (
@@ -71,9 +71,9 @@ class Item:
     """One item of a task as text.
 
     Attributes:
-        shown: the item with its right answer, as few-shot examples show it.
-        asked: the texts that the model reads. Items of ``multiple_choice`` and ``schema`` have a text with each
-            option. Items of ``language_modeling`` have the text without and with its continuation.
+        shown: the item with its right answer, in the form of a few-shot example.
+        asked: the texts that the model reads. Items of ``multiple_choice`` and ``schema`` have one text for each
+            option. Items of ``language_modeling`` have two: without and with the continuation.
         gold: index of the right option; unused in ``language_modeling``.
     """
 
@@ -105,7 +105,7 @@ class Bundle:
     """The tasks of a bundle.
 
     Attributes:
-        missing: tasks of CORE that the bundle does not name, and named tasks whose file is missing.
+        missing: tasks of CORE that the bundle does not name, and named tasks without a file.
         digest: sha256 of all used content.
     """
 

@@ -1,4 +1,4 @@
-"""Locates an evaluation bundle: in a folder, on S3, or in a zip on the web, which is downloaded to the store once."""
+"""Locates an evaluation bundle: in a folder, on S3, or in a zip on the web. A zip is downloaded to the store once."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ log = logging.getLogger("jobs.eval.core")
 PUBLIC_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 # This file is written last. It has the URL of the bundle and the sha256 of the zip.
 SOURCE_FILE = "source.json"
-# Limit on the unpacked size, which protects the disk. The public bundle has a tenth of this size.
+# Largest unpacked size. This limit protects the disk. The public bundle has a tenth of this size.
 MOST_BYTES = 4 * 2**30
 _FOLDER = "bundles"
 _DOWNLOAD_SECONDS = 3600.0
@@ -44,7 +44,8 @@ def locate_bundle(where: str, store: Store, ranks: Ranks) -> Store:
             _bring(where, store, prefix, store.incoming(_FOLDER) / f"{Path(prefix).name}.zip")
         except UserError as error:
             problem = error
-    # A download takes longer than ranks usually wait for each other, so they wait on a channel with a longer limit.
+    # A download can take longer than ranks usually wait for each other, so this wait uses a channel with a longer
+    # limit.
     (told, *_) = ranks.side_channel(_DOWNLOAD_SECONDS).gather(problem and str(problem))
     if told is not None:
         raise problem or UserError(told)
@@ -75,10 +76,11 @@ def _bring(url: str, store: Store, prefix: str, part: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path, name: str) -> None:
-    """Unpack the files of a bundle from the zip ``name`` into ``folder``, without their parent folder in the zip.
+    """Unpack the files of a bundle from the zip ``name`` into ``folder``. The zip's own top folder is left out.
 
     Raises:
-        UserError: the file is no zip, contains no bundle, is too large, or has a link or a path out of the folder.
+        UserError: the file is no zip, contains no bundle, is too large, or has a link or a path that leads out of the
+            folder.
     """
     try:
         with zipfile.ZipFile(archive) as zipped:

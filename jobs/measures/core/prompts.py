@@ -39,7 +39,7 @@ class Question:
 
     @property
     def size(self) -> int:
-        """The number of tokens of the longest option, which estimates the cost of scoring all options."""
+        """The number of tokens of the longest option. It serves as an estimate of the cost of scoring all options."""
         return max(len(option.ids) for option in self.options)
 
 
@@ -52,7 +52,7 @@ class Prompts:
 
     def __init__(self, task: Task, tokenizer: Tokenizer, longest: int) -> None:
         self._task, self._tokenizer, self._longest = task, tokenizer, longest
-        # No match of this pattern continues past the end of a line unless whitespace follows.
+        # A match of this pattern goes past the end of a line only if whitespace follows the line.
         self._separable = tokenizer.pattern == SPLIT_PATTERN
         self._example = functools.cache(lambda number: tokenizer.encode(task.items[number].shown + BETWEEN))
 
@@ -75,7 +75,7 @@ class Prompts:
         return Question(number, kind, tuple(self._cropped(option) for option in options), item.gold)
 
     def _encode(self, examples: Sequence[int], text: str, *, strip: bool = False) -> list[int]:
-        """BOS and the tokens of the examples and the text, equal to the tokens of the joined text."""
+        """BOS and the tokens of the examples and the text. They equal the tokens of the joined text."""
         bos = self._tokenizer.bos_id
         shown = [self._task.items[example].shown + BETWEEN for example in examples]
         if not self._separable or any(not each[:1].strip() for each in (*shown, text)):
@@ -91,13 +91,13 @@ class Prompts:
 
 def draw_examples(number: int, items: int, shots: int) -> list[int]:
     """The numbers of the ``shots`` examples before item ``number`` of a task that has ``items`` items."""
-    # This draws the same examples as a draw from a list of all other items, but does not build the list.
+    # The examples are the same as in a draw from a list of all other items, but no list is built.
     drawn = random.Random(_EXAMPLES_SEED + number).sample(range(items - 1), shots)  # noqa: S311
     return [other if other < number else other + 1 for other in drawn]
 
 
 def common_length(sequences: Sequence[list[int]]) -> int:
     """The length of the longest common prefix of all sequences."""
-    # In sorted order, the prefix that the first and the last sequence share is common to all between them.
+    # In sorted order, a prefix that the first and the last sequence share is a prefix of all sequences.
     first, last = min(sequences), max(sequences)
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))

@@ -20,7 +20,8 @@ log = logging.getLogger("jobs.eval.core")
 # CORE of GPT-2 XL as published with the metric (arXiv 2406.11794).
 GPT2_XL_CORE = 0.256525
 # Number of tokens in a part. A killed process repeats at most the work of one part. The number is the same on every
-# device and for every number of ranks, so that a later run can use the parts of an earlier run with other ranks.
+# device and for every number of ranks. A later run with another number of ranks can therefore use the parts of an
+# earlier run.
 PART_TOKENS = 2**17
 
 Result = dict[str, Any]
@@ -80,12 +81,12 @@ def evaluate_core(
 ) -> Result:
     """Score every item of every task, and return the content of ``result.json``.
 
-    Ranks take parts in turn, and a part gives the same result on every rank: the result depends neither on the number
-    of ranks nor on interruptions.
+    Ranks take parts in turn, and a part gives the same result on every rank. The final result therefore depends neither
+    on the number of ranks nor on interruptions.
 
     Args:
         parts: where finished parts are read and stored; None stores nothing.
-        ranks: all of them share the work and get the result.
+        ranks: all ranks share the work and get the result.
         shown: whether the first rank shows progress.
     """
     shown = shown and ranks.leads
@@ -120,8 +121,8 @@ def evaluate_core(
 
 def core_of(model: GPT, tokenizer: Tokenizer, bundle: Bundle, ranks: Ranks) -> float:
     """CORE of a model that is being trained. The model is not changed."""
-    # Training may have converted the model's modules, so an unconverted twin takes over the same parameters. The twin
-    # is made on the meta device, which draws no random numbers that training would then miss.
+    # Training may have converted the model's modules, so an unconverted twin uses the same parameters. The twin is made
+    # on the meta device, which draws no random numbers, so the random numbers of training do not change.
     with torch.device("meta"):
         twin = GPT(model.config, model.compute_dtype)
     twin.load_state_dict(model.state_dict(), assign=True)

@@ -4,7 +4,7 @@ The options of a question often share most of their tokens: the examples and the
 common prefix and, below it, a tree whose paths are the options. Each token of the prefix and each node of the tree is
 computed once. Attention lets a node see the prefix and its own ancestors, so every option has the same loss as if it
 were computed alone. Questions of similar length form a batch. Logits are computed only at positions that predict a
-scored token, and the last layer only for the tree.
+scored token. The last layer is computed only for the tree.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from nanochat_core.chunked_loss import CPU_CHUNK, GPU_CHUNK
 from nanochat_core.engine.backends.torch.network import TorchNetwork
 from nanochat_core.model import GPT, QK_SCALE, rotary_table
 
-# Few-shot prompts can be longer than the context of training, so the rotary table is made this many times as long. The
-# windows of attention do not depend on the length of the table.
+# The rotary table has this many times the length of the training context, because few-shot prompts can be longer than
+# that. The windows of attention do not depend on the length of the table.
 CONTEXTS = 10
 # Number of tokens in a batch, padding included. These sizes are large enough for matrix products at full speed.
 CPU_TOKENS, GPU_TOKENS = 2048, 32768
-# Queries that attention with a window computes in one block.
+# Number of queries in a block of attention with a window.
 _BLOCK = 256
 
 
@@ -38,9 +38,9 @@ def right(question: Question, losses: Sequence[float]) -> bool:
 
     The option with the lowest loss must be the right one. In language modeling the model must predict every token.
 
-    An option that is a prefix of all others has no token of its own, and its mean loss is NaN. Comparisons with NaN are
-    false, so this option has the lowest loss if and only if it comes first. Published results were computed in this
-    way.
+    An option that is a prefix of all other options has no token of its own, and its mean loss is NaN. Comparisons with
+    NaN are false, so such an option counts as the best if and only if it is the first option. Published results were
+    computed in this way.
     """
     if question.kind == "language_modeling":
         return losses[0] == 0.0
@@ -131,7 +131,7 @@ class Tree:
         prefix: (length,) tokens at the start of all options, before any token that predicts a target.
         ids: (nodes,) token of each node. Options that begin with the same tokens share nodes.
         parents: (nodes,) parent of each node; -1 is the end of the prefix.
-        targets: for each option its pairs of a node and the token to predict after that node.
+        targets: for each option, pairs of a node and the token to predict after that node.
     """
 
     prefix: np.ndarray
@@ -183,7 +183,7 @@ class Tree:
 
     @property
     def previous(self) -> np.ndarray:
-        """(nodes,) index of the token before each node in the joined prefix and nodes; -1 if there is none."""
+        """(nodes,) for each node, the index of the token before it in prefix and nodes joined; -1 if there is none."""
         before: np.ndarray = np.where(self.parents >= 0, len(self.prefix) + self.parents, len(self.prefix) - 1)
         return before
 

@@ -1,7 +1,7 @@
 """Training batches: tokenized, packed, prefetched, and resumable at exactly the next batch on any number of ranks.
 
-The problem: a resumed run must see the same batches, also on another number of ranks. The idea: the rows of the global
-batch, and likewise the documents, are divided among a fixed number V of virtual packers. Packer v reads the documents
+The problem: a resumed run must see the same batches, even on another number of ranks. The idea: a fixed number V of
+virtual packers divides the documents, and the rows of the global batch, among themselves. Packer v reads the documents
 v, v + V, v + 2V, … and fills the v-th group of rows. No packer depends on another packer, so each rank can run any
 share of them. The number of ranks decides which process packs a row, but not what the row contains.
 """
@@ -23,9 +23,10 @@ from jobs.train.batches.sources import Source
 from nanochat_core.errors import UserError
 from nanochat_core.model import IGNORE_INDEX
 
-# The largest number of packers, and therefore of ranks. It is a power of two, as the number of GPUs usually is.
+# The largest number of packers, and therefore of ranks. It is a power of two, because the number of GPUs usually is a
+# power of two.
 MAX_PACKERS = 64
-# Largest number of buffered documents: of all packers together, of a cropping packer and of a padding packer.
+# Largest numbers of buffered documents: of all packers together, of one packer that crops, and of one packer that pads.
 # docs/data.md has measurements of the costs and savings of larger buffers.
 TOTAL_DOCUMENTS = 16_384
 CROPPING_DOCUMENTS = 1000
@@ -38,13 +39,13 @@ _MAX_WORKERS = 8
 class Batch:
     """The rows of one rank for one optimizer step.
 
-    A subclass may have more tensors, whose first dimension is the rows too.
+    A subclass may have more tensors. The first dimension of each is also the rows.
 
     Attributes:
         ids: input tokens, (rows, time) int64.
         targets: next tokens, (rows, time) int64; ``IGNORE_INDEX`` marks positions that the loss does not count.
-        state: position in the data after this batch, from which a loader continues; see :func:`merge_states`. None if
-            the position follows from the step number.
+        state: position in the data after this batch. A loader continues from it; see :func:`merge_states`. None if the
+            position follows from the step number.
         measures: further numbers to report for the global batch, such as the mean reward; equal on every rank.
     """
 
@@ -89,10 +90,10 @@ class PackedLoader:
         """
         Args:
             rows: rows of the global batch. Each rank has a contiguous group of them.
-            context_length: input tokens per row. A packed row has one token more, the last target.
+            context_length: input tokens per row. A packed row has one more token: the last target.
             workers: threads that tokenize and pack; 0 chooses by the number of cores.
-            pin_memory: put batches into page-locked memory, from which a GPU copies while it computes.
-            state: :attr:`Batch.state` of the last batch that was trained on, either of this rank or merged over all
+            pin_memory: put batches into page-locked memory. A GPU can copy from it while it computes.
+            state: :attr:`Batch.state` of the last batch that was trained on, of this rank alone or merged over all
                 ranks. None starts at the first document.
 
         Raises:
@@ -123,15 +124,15 @@ class PackedLoader:
 
     @property
     def stats(self) -> collections.Counter[str]:
-        """The statistics of this loader's packers, including batches that are prefetched."""
+        """The statistics of this loader's packers. They include prefetched batches."""
         return sum((packer.stats for packer in self._packers), collections.Counter())
 
     def prefetched(self) -> Generator[Batch, None, None]:
-        """Batches that background threads pack ahead, so that the device does not wait for tokenization.
+        """Yields batches that background threads pack in advance, so that the device does not wait for tokenization.
 
         An error of a background thread is raised by the generator. Closing the generator ends the threads.
         """
-        # One thread makes the batches in order. It divides the rows of each among the threads of ``pool``.
+        # One thread makes the batches in order. It divides the rows of each batch among the threads of ``pool``.
         with ThreadPoolExecutor(self._workers, "loader") as pool, ThreadPoolExecutor(1, "loader") as batches:
             ahead = collections.deque(batches.submit(self.next_batch, pool) for _ in range(_PREFETCHED_BATCHES))
             try:
@@ -176,7 +177,7 @@ class PackedLoader:
 
 
 def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Combine the states of all ranks into one state, from which any number of ranks can continue."""
+    """Combine the states of all ranks into one state. Any number of ranks can continue from it."""
     states = list(states)
     if len({state["of"] for state in states}) != 1:
         raise ValueError("states of different loaders cannot be merged")
@@ -204,8 +205,8 @@ class _VirtualPacker(BestFitPacker):
         return {"cursor": self._cursor, "buffered": self.buffered}
 
     def restore(self, state: dict[str, Any]) -> None:
-        # Documents are read in stored order, so that each row group of the dataset is opened once. They are put in the
-        # order of the buffer, so that documents of equal length keep their order.
+        # Documents are read in stored order, so that each row group of the dataset is opened once. They are added in
+        # the order of the buffer, so that documents of equal length keep their order.
         documents = {number: self._source.document(number) for number in sorted(state["buffered"])}
         for number in state["buffered"]:
             self.put(documents[number])

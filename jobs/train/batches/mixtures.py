@@ -26,8 +26,8 @@ from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger("jobs.train.batches.mixtures")
 
-# If a source has no validation data of its own, one conversation in 20 is held out, but never more than a steady
-# validation loss needs.
+# If a source has no validation data of its own, one conversation in 20 is held out. There is also an upper limit,
+# because a steady validation loss needs no more.
 _HELD_OUT_ONE_IN = 20
 _MAX_HELD_OUT = 256
 _CONVERSATIONS_PER_TASK = 256
@@ -71,7 +71,7 @@ class Selection(Sequence[list[Message]]):
     """
 
     def __init__(self, sources: Sequence[Conversations], chosen: Sequence[Sequence[int]]) -> None:
-        """``chosen`` has, for each source, the numbers of the selected conversations, which may repeat."""
+        """``chosen`` has, for each source, the numbers of the selected conversations. Numbers may repeat."""
         self._sources = sources
         self.rows = np.fromiter(itertools.chain.from_iterable(chosen), dtype=np.int64)
         self.source = np.repeat(np.arange(len(sources)), [len(rows) for rows in chosen])
@@ -154,7 +154,7 @@ class Mixture:
 
 
 def repeated(rows: Sequence[int], weight: float) -> list[int]:
-    """Repeat the rows ``weight`` times. The fractional part of ``weight`` adds this share of the rows at random.
+    """Repeat the rows ``weight`` times. For a fraction in ``weight``, that share of the rows is added at random.
 
     The random rows are the same in every run. The result has at least one row, however small the weight.
     """

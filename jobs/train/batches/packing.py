@@ -4,13 +4,13 @@ The problem: documents have all lengths, but a batch needs rows of equal length.
 rows would start most rows in the middle of a document, and one document per row would waste most positions on padding.
 
 The idea is the best-fit rule of bin packing, applied to a bounded buffer of documents: fill each row with the longest
-buffered document that still fits, refill the buffer, and repeat until no document fits the rest of the row. The rest is
-then cropped or padded:
+buffered document that still fits, refill the buffer, and repeat until no document fits into the rest of the row. There
+are two ways to fill the rest:
 
-- ``crop`` fills the rest with the start of the shortest document and drops that document's end. No position is wasted,
-  but some text is lost. This suits pretraining, which has more text than it can use.
-- ``pad`` fills the rest with padding, which the loss does not count. This suits conversations: they keep their end,
-  unless they are longer than a whole row.
+- ``crop`` uses the start of the shortest document and drops that document's end. No position is wasted, but some text
+  is lost. This suits pretraining, which has more text than it can use.
+- ``pad`` uses padding, which the loss does not count. This suits conversations: they keep their end, unless they are
+  longer than a whole row.
 """
 
 import bisect
@@ -68,7 +68,7 @@ class BestFitPacker:
 
     @property
     def buffered(self) -> list[int]:
-        """Numbers of the buffered documents, in an order from which :meth:`put` restores the buffer exactly."""
+        """Numbers of the buffered documents. If :meth:`put` adds them in this order, the buffer is exactly restored."""
         return [document.number for document in self._buffer]
 
     def put(self, document: Document) -> None:
@@ -92,7 +92,8 @@ class BestFitPacker:
             room = self.row_length - filled
             fitting = bisect.bisect_right(self._lengths, room)
             if fitting:
-                # Of documents with equal length, take the oldest: otherwise some would never leave the buffer.
+                # Of documents with equal length, take the oldest. Otherwise some documents would never leave the
+                # buffer.
                 place = bisect.bisect_left(self._lengths, self._lengths[fitting - 1])
             elif self.when_full == "crop":
                 place = 0

@@ -1,4 +1,4 @@
-"""Documents for the packer: the texts of a dataset, or conversations, each as tokens."""
+"""Documents of tokens for the packer: the texts of a dataset, or conversations."""
 
 import functools
 import random
@@ -46,8 +46,8 @@ class TextSource:
 class EpochShuffle:
     """Permutes ``count`` examples anew in each epoch. The order depends only on the seed and the number of the epoch.
 
-    Calling it with a running number gives the index of that example: the first ``count`` numbers are the first epoch,
-    the next ``count`` numbers the second. Several threads may call it at once.
+    A call with a running number returns the index of an example. The first ``count`` numbers are the first epoch, the
+    next ``count`` numbers are the second epoch. Several threads may call it at once.
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -81,7 +81,7 @@ class ConversationSource:
 
 
 class LengthSource:
-    """Placeholder documents with the order and the lengths, (conversations,) int64, of :class:`ConversationSource`.
+    """Placeholder documents with the order and the lengths (conversations,) int64 of :class:`ConversationSource`.
 
     Packing them counts the batches of an epoch without tokenizing the conversations again.
     """

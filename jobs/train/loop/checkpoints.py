@@ -1,4 +1,4 @@
-"""The checkpoints of one run: resuming from them, writing them in the background, and deleting superfluous ones."""
+"""The checkpoints of one run: resumes from them, writes them in the background, and deletes superfluous ones."""
 
 import dataclasses
 import logging
@@ -48,8 +48,8 @@ class RunCheckpoints:
     def resume(self) -> RunState | None:
         """Load the newest intact checkpoint into model and optimizer; None if there is none.
 
-        A damaged checkpoint is skipped on every rank if any rank cannot read it. A checkpoint of other settings or
-        inputs is a UserError.
+        If any rank cannot read a checkpoint, all ranks skip it as damaged. A checkpoint of other settings or inputs is
+        a UserError.
         """
         for ref in reversed(self._stored()):
             problem = None
@@ -57,7 +57,7 @@ class RunCheckpoints:
                 checkpoint, trainer = load_checkpoint(self._store, ref), load_trainer_state(self._store, ref)
                 trainer.fetch(shard.name for shard in self._shards())
             except StoreError:
-                raise  # The store is unavailable, but the checkpoint may be intact and must not be skipped.
+                raise  # The store is unavailable. The checkpoint may be intact, so it must not be skipped.
             except UserError as error:
                 problem = str(error)
             problems = [problem for problem in self._ranks.gather(problem) if problem is not None]
@@ -80,14 +80,13 @@ class RunCheckpoints:
         return None
 
     def replace_after(self, step: int) -> None:
-        """Delete all checkpoints of steps after ``step`` as soon as the next checkpoint has been saved.
-
-        These later checkpoints are damaged, or belong to an earlier run that is being started over.
+        """Delete all checkpoints of steps after ``step`` as soon as the next checkpoint has been saved. They are
+        damaged, or belong to an earlier run that is being started over.
         """
         self._replaced = {ref for ref in self._stored() if ref.step > step}
 
     def save(self, writer: CheckpointWriter, state: RunState, *, finished: bool = False) -> None:
-        """Start to write a checkpoint. When it is complete, the writer deletes the checkpoints that it supersedes.
+        """Start to write a checkpoint. When it is complete, the writer deletes checkpoints that are no longer needed.
 
         If the checkpoint before this one could not be written, the failure is reported and training continues.
 
@@ -122,7 +121,7 @@ class RunCheckpoints:
         )
 
     def save_last(self, writer: CheckpointWriter, state: RunState, *, finished: bool) -> None:
-        """Write the last checkpoint of this process and wait for it. A RetryableError says that this has failed."""
+        """Write the last checkpoint of this process and wait until it is complete. A failure is a RetryableError."""
         self.save(writer, state, finished=finished)
         try:
             writer.wait()
@@ -137,7 +136,8 @@ class RunCheckpoints:
         old = [ref for ref in own[: -settings.keep] if ref != served and not (every and ref.step % every == 0)]
         incomplete = incomplete_checkpoints(self._store, model, self._config.stage)
         if served is not None and served in replaced:
-            # Engines that start after this wait for the next promotion, instead of failing without the checkpoint.
+            # Engines that start later then wait for the next promotion, instead of failing because the checkpoint is
+            # missing.
             withdraw(self._store, model)
             log.warning("the promoted revision is gone", extra={"model": model, "revision": served.revision})
         for ref in (*replaced, *old, *incomplete):

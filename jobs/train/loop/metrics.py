@@ -9,7 +9,7 @@ from prometheus_client import Counter, Gauge, Histogram, start_http_server
 from nanochat_core.errors import UserError
 
 _STAGE = ["stage"]
-# One gauge for each value that a step reports, by the value's name.
+# For the name of each value that a step reports, its gauge.
 STEP_GAUGES = {
     name: Gauge(f"nanochat_train_{name}", text, _STAGE)
     for name, text in {
@@ -44,7 +44,7 @@ CHECKPOINT_FAILURES = Counter(
 
 
 def serve_metrics(port: int) -> None:
-    """Serve the Prometheus metrics of this process on ``port``; 0 serves none, and a taken port is a UserError."""
+    """Serve the Prometheus metrics of this process on ``port`` (0: do not serve). A taken port is a UserError."""
     if not port:
         return
     try:

@@ -42,9 +42,9 @@ class Progress:
             total: steps at the end of the run.
             initial: steps that earlier processes have done.
             device: device whose peak memory is reported; None reports the memory of this process.
-            peak_flops: FLOP/s of all devices together. If this and the FLOPs of training on one token are known, the
-                model FLOPs utilization (MFU, arXiv 2204.02311) is reported.
-            shown: False on every rank but the first, which turns all reports off.
+            peak_flops: FLOP/s of all devices together. If both this and ``flops_per_token`` are known, the model FLOPs
+                utilization (MFU, arXiv 2204.02311) is reported.
+            shown: whether to report anything; False on every rank except the first.
         """
         self._stage, self._total, self._shown = stage, total, shown
         self._device = device or torch.device("cpu")
@@ -127,7 +127,7 @@ class Progress:
         metrics.LOSS_SPIKES.labels(self._stage).inc(report.spike)
 
     def _show(self, report: StepReport, values: Mapping[str, float]) -> None:
-        """Show the numbers of a step, with moving means in place of those that vary from step to step."""
+        """Show the numbers of a step. For numbers that vary from step to step, show moving means."""
         means = self._means
         loss = means["loss"]
         if math.isfinite(report.loss):
@@ -141,7 +141,7 @@ class Progress:
         if self._mfu_per_throughput is not None:
             smooth["mfu"] = self._mfu_per_throughput * throughput
         self._facts = [
-            # A measure of the stage itself, such as the reward, says more than the loss.
+            # If the stage has a measure of its own, such as the reward, this measure says more than the loss.
             *(f"{name} {smooth[name]:.3f}" for name in list(report.measures)[:1]),
             f"loss {smooth['loss']:.3f}",
             f"{tqdm.format_sizeof(throughput)} tok/s",

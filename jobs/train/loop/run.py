@@ -12,7 +12,7 @@ from nanochat_core.errors import UserError
 
 # The metrics of an evaluation by name. A metric is one number, or several numbers by name, such as pass@k by k.
 Metrics = Mapping[str, float | Mapping[str, float]]
-# An entry of the history: ``step``, the step's measures such as ``loss``, and the metrics of an evaluation after it.
+# An entry of the history: ``step``, the step's measures such as ``loss``, and metrics of an evaluation after the step.
 Point = dict[str, Any]
 
 _HISTORY_POINTS = 2000
@@ -56,7 +56,7 @@ class RunState:
         train_seconds: duration of all steps, without evaluations and checkpoints.
         history: one entry per step that was not skipped, and one per evaluation.
         skipped: steps whose loss or gradient was not finite; they did not change the weights.
-        loss_mean, loss_variance: moving statistics of the loss, to detect loss spikes.
+        loss_mean, loss_variance: moving statistics of the loss. They serve to detect loss spikes.
         loss_factor, good_steps: state of the loss scaler of an fp16 run.
     """
 
@@ -84,7 +84,7 @@ class Evaluation:
     Attributes:
         metrics: computes the metrics, such as ``{"val_bpb": 0.9}``; every rank calls it at the same time.
         every: steps between evaluations; 0 evaluates only at the end.
-        first: evaluate before the first step too.
+        first: whether to evaluate also before the first step.
     """
 
     metrics: Callable[[], Metrics]
@@ -99,7 +99,7 @@ class Evaluation:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between the settings and inputs in two runs' :attr:`RunConfig.meta`, as parts of a message."""
+    """The differences of settings and inputs between the :attr:`RunConfig.meta` of two runs, as parts of a message."""
     found = []
     for part in ("settings", "inputs"):
         was, now = old.get(part, {}), new[part]
@@ -122,6 +122,6 @@ def thinned(history: list[Point]) -> list[Point]:
     stride = math.ceil(len(history) / _HISTORY_POINTS) or 1
     last = len(history) - 1
     trained = [set(point) for point in history if "loss" in point]
-    # Names in the entry of every step. Any other name is a metric of an evaluation, which few entries have.
+    # Names in the entry of every step. Any other name is a metric of an evaluation, and few entries have one.
     usual = set.intersection(*trained) if trained else {"step"}
     return [p for i, p in enumerate(history) if i % stride == 0 or p.keys() - usual or i == last]

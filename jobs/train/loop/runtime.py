@@ -23,7 +23,7 @@ from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, j
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings(JobSettings):
-    """Settings that may change when a run is resumed, because they do not change its result, apart from rounding."""
+    """Settings that may change when a run is resumed: apart from rounding, they do not change the result of the run."""
 
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to train on")
     device_batch_rows: int = setting(32, "rows per forward pass on one device", minimum=1)
@@ -80,8 +80,8 @@ class StopSignal:
 def open_runtime(program: str, settings: RunSettings, model: str) -> Iterator[Runtime]:
     """Prepare this process for training: choose the device, join the other ranks, and start logs and metrics.
 
-    Only the first rank serves metrics and logs everything; the others log warnings and errors. In the log lines, the
-    training program has the name ``program``.
+    Only the first rank serves metrics and logs everything; the other ranks log warnings and errors. Log lines call the
+    training program ``program``.
     """
     check_model_name(model)
     prepare_cpu(settings.threads)

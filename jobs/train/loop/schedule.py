@@ -8,7 +8,7 @@ tokens to parameters, and index 12 for the reference model:
 1. Horizon: the run trains on ``D = r N`` tokens (a constant ratio is compute-optimal, arXiv 2203.15556).
 2. Batch size: the best batch grows as a power of the horizon, ``B = 2^19 (D / D_12)^0.383`` tokens (arXiv 2505.13738),
    rounded to a power of two. The number of steps is ``D / B``.
-3. Learning rates: larger batches have less noisy gradients and allow rates larger by ``sqrt(B / 2^19)``
+3. Learning rates: larger batches have less noisy gradients and allow larger rates, by the factor ``sqrt(B / 2^19)``
    (arXiv 2205.10287). The parameter groups of smear and backout are exempt.
 4. Weight decay: the weights are a moving average of updates over about ``1 / (learning rate * weight decay)`` steps,
    and this time should be a constant share of the run (arXiv 2405.13698). With the learning rates of rule 3 this gives
@@ -54,7 +54,7 @@ def plan_training(
     lr_scale: float | None = None,
     weight_decay: float | None = None,
 ) -> TrainingPlan:
-    """Derive a run from the model's size by the rules of this module. Arguments that are given replace derived values.
+    """Derive a run from the model's size by the rules of this module. A given argument replaces the derived value.
 
     A horizon that is shorter than one step is a UserError.
 

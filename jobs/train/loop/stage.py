@@ -28,7 +28,7 @@ from nanochat_core.training.fp8 import convert_to_fp8
 from nanochat_core.training.optim import MuonAdamW, muon_dtype
 from nanochat_core.training.peak_flops import peak_flops
 
-# Like RunSettings, these settings of some stages may change when a run is resumed.
+# Settings of some stages that, like RunSettings, may change when a run is resumed.
 _EVALUATION_SETTINGS = frozenset({"eval_tokens", "core_every", "core_bundle", "core_max_per_task"})
 
 
@@ -60,7 +60,7 @@ class Stage:
     """One training stage in this process. It builds the model to train, and then the trainer.
 
     Attributes:
-        model: on the runtime's device, with the kernels for training chosen.
+        model: the model to train, on the runtime's device and with the chosen kernels.
         packed_loader: makes a :class:`PackedLoader` for the stage's tokenizer and device.
     """
 
@@ -76,7 +76,7 @@ class Stage:
         """
         Args:
             name: name of the stage in the store: ``base``, ``sft`` or ``rl``.
-            base: checkpoint whose weights training starts from; None starts from random weights.
+            base: the checkpoint whose weights training starts from; None starts from random weights.
         """
         self._name, self._settings, self._runtime = name, settings, runtime
         self._tokenizer, self._base = tokenizer, base
@@ -119,7 +119,7 @@ class Stage:
             plan: size of the run, stored with each checkpoint.
         """
         device, ranks, model = self._runtime.device, self._runtime.ranks, self.model
-        # The checkpoint that the stage starts from, and that checkpoint's model if it is another model.
+        # The checkpoint that the stage starts from. Its model is named too if it is another model.
         lineage = {"base": self._base.ref.revision} if self._base else {}
         if self._base and self._base.ref.model != self._settings.model:
             lineage["base_model"] = self._base.ref.model
@@ -148,7 +148,7 @@ class Stage:
 
 
 def make_trainable(model: GPT, settings: RunSettings, device: torch.device, precision: str) -> None:
-    """Choose the kernels that train ``model``, which is on ``device``; ``precision`` is the setting ``dtype``."""
+    """Choose the kernels that train ``model`` on ``device``. ``precision`` is the setting ``dtype``."""
     model.train()
     model.attention = choose_attention(settings.attention, device, model.compute_dtype)
     if precision == "fp8":

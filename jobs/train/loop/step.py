@@ -1,8 +1,8 @@
 """One optimizer step: forward and backward passes over micro-batches, the checks of their result, and the update.
 
-The step minimizes the mean loss over the counted targets of the global batch. With N counted targets in the batch, all
-ranks together, each micro-batch contributes its summed loss divided by N. So the gradients of micro-batches and ranks
-add up to the gradient of the mean, however the batch is divided.
+The step minimizes the mean loss over the N counted targets of the global batch, that is, of all ranks together. Each
+micro-batch contributes its summed loss divided by N. So the gradients of micro-batches and ranks add up to the gradient
+of the mean, however the batch is divided.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from nanochat_core.model import GPT, IGNORE_INDEX
 from nanochat_core.training.loss_scaling import LossScaler
 from nanochat_core.training.optim import MuonAdamW
 
-# One bad batch can happen by chance. This many skipped steps in a row mean that the run has diverged.
+# One bad batch can happen by chance. After this many skipped steps in a row, the run counts as diverged.
 _MAX_SKIPPED_IN_A_ROW = 5
 # A loss is a spike if it is this many standard deviations above the moving mean of the recent losses.
 _SPIKE_DEVIATIONS = 6.0
@@ -51,9 +51,9 @@ class StepReport:
         gradient_norm: Euclidean norm over all parameters.
         lr_factor: the schedule's factor on the learning rates.
         measures: further numbers that the stage measures in a step, such as the mean reward.
-        stopped_by: number of the signal that asked any rank to stop; 0 if none did.
+        stopped_by: number of the signal that asked any rank to stop; 0 if there was no signal.
         skipped: True if the weights were not updated, because loss or gradient was not finite.
-        spike: True if the loss is far above the recent ones.
+        spike: True if the loss is far above the recent losses.
         seconds: duration of the whole step, which the caller measures.
         data_wait_seconds: part of ``seconds`` that was spent waiting for the batch.
     """
@@ -79,7 +79,7 @@ class TrainingStep:
     """Updates a model from one batch after another, and keeps the run's state up to date.
 
     A loss or gradient that is not finite skips the update on every rank; five such steps in a row end the run. A loss
-    far above the recent ones is reported, but its step is done as usual.
+    far above the recent losses is reported, but its step is done as usual.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class TrainingStep:
             self._scaler = LossScaler() if factor is None else LossScaler(factor, state.good_steps)
 
     def compile(self, batch: Batch) -> None:
-        """Let every rank compile the model before any rank waits for another.
+        """Let every rank compile the model before any rank waits for another rank.
 
         Otherwise a rank that compiles for a long time would look like a rank that has died.
         """
@@ -151,7 +151,7 @@ class TrainingStep:
         micro_batches = list(self._micro_batches(batch))
         for i, rows in enumerate(micro_batches):
             if i == len(micro_batches) - 1:
-                # In the last micro-batch, ranks can sum each gradient as soon as the backward pass has computed it.
+                # In the last micro-batch, the ranks can sum each gradient as soon as the backward pass has computed it.
                 self._optimizer.expect_gradients()
             loss, measures = self._objective(rows)
             loss = loss / counted
@@ -160,7 +160,7 @@ class TrainingStep:
             for name, value in measures.items():
                 sums[name] = sums.get(name, torch.zeros_like(total)) + value / counted
         norm = self._optimizer.reduce()
-        # One copy from the device transfers all sums that the rest of the step needs. They are equal on every rank.
+        # One copy from the device transfers all sums that the rest of the step needs. The sums are equal on every rank.
         reduced = self._ranks.sum(torch.stack([total, total.new_tensor(stop.number), *sums.values()]))
         loss_value, stops, *values = reduced.tolist()
         return StepReport(
@@ -224,7 +224,7 @@ class TrainingStep:
 
 
 def cross_entropy(model: GPT, *, compile: bool, device: torch.device) -> Objective:
-    """The cross-entropy of the next tokens, compiled if ``compile`` is set and the device allows it."""
+    """The cross-entropy of the next tokens. It is compiled if ``compile`` is set and the device allows it."""
     loss = torch.compile(model.loss, dynamic=False) if can_compile(compile, device) else model.loss
     return lambda rows: (loss(rows.ids, rows.targets, "sum"), {})
 

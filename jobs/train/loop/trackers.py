@@ -28,7 +28,7 @@ class Tracker:
         self._failed = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record metrics, named like ``train/loss``, after a step."""
+        """Record metrics of a step. Their names are like ``train/loss``."""
         self._try(lambda: self._record(step, metrics))
 
     def close(self) -> None:
@@ -58,7 +58,8 @@ def open_trackers(
             out instead of raising an error.
 
     Raises:
-        UserError: a name is unknown, its package is not installed, or at step 0 a tracker cannot be opened.
+        UserError: a name is unknown, the package of a tracker is not installed, or at step 0 a tracker cannot be
+            opened.
     """
     openers: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: _tensorboard(folder / model / stage, step),
@@ -84,7 +85,8 @@ def _tensorboard(folder: Path, step: int) -> Tracker:
     """Event files for ``tensorboard --logdir``."""
     from torch.utils.tensorboard import SummaryWriter
 
-    # TensorBoard hides later steps of earlier processes, because this process repeats them.
+    # ``purge_step`` makes TensorBoard hide the later steps of an earlier process, because this process repeats these
+    # steps.
     writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
 
     def record(step: int, metrics: Mapping[str, float]) -> None:
@@ -108,10 +110,10 @@ def _wandb(model: str, stage: str, folder: Path, config: Mapping[str, Any]) -> T
         resume="allow",
         config=dict(config),
         dir=str(folder),
-        # The job's log lines stay on this machine.
+        # W&B does not get the job's log lines.
         settings=wandb.Settings(console="off", silent=True),
     )
-    # W&B's own step counter would refuse steps that a resumed run repeats.
+    # W&B's own step counter would refuse the steps that a resumed run repeats.
     run.define_metric("*", step_metric="step")
     log.info("tracking", extra={"tracker": "wandb", "run": run.url})
     return Tracker("wandb", lambda step, metrics: run.log({"step": step, **metrics}), run.finish)

@@ -29,8 +29,8 @@ log = logging.getLogger("jobs.train")
 class Trainer:
     """Runs optimizer steps to the end of the schedule, with evaluations, checkpoints and a clean stop on a signal.
 
-    Checkpoints are written in the background. If one cannot be written after several attempts, the failure is reported
-    and training continues. Only the last one must succeed.
+    Checkpoints are written in the background. If a checkpoint cannot be written after several attempts, the failure is
+    reported and training continues. Only the last checkpoint must succeed.
 
     Attributes:
         state: progress of the run, from the start or from the checkpoint that :meth:`resume` loaded.
@@ -50,8 +50,8 @@ class Trainer:
     ) -> None:
         """
         Args:
-            open_batches: opens this rank's batches at a position in the data, which is :attr:`Batch.state` of the last
-                batch trained on, or None at the beginning.
+            open_batches: opens this rank's batches at a position in the data: the :attr:`Batch.state` of the last batch
+                trained on, or None at the beginning.
             objective: the loss to minimize; None for the cross-entropy of the targets.
         """
         self.config, self.runtime, self.model, self.optimizer = config, runtime, model, optimizer
@@ -61,7 +61,7 @@ class Trainer:
         self._checkpoints = RunCheckpoints(config, runtime, model, tokenizer, optimizer)
 
     def resume(self) -> bool:
-        """Continue from the stage's newest intact checkpoint; False if there is none or the settings forbid it."""
+        """Continue from the stage's newest intact checkpoint; False if there is none or the settings forbid that."""
         state = self._checkpoints.resume() if self.config.settings.resume else None
         self.state = state or self.state
         return state is not None
@@ -69,7 +69,7 @@ class Trainer:
     def run(self) -> CheckpointRef:
         """Train to the end of the schedule and save the final checkpoint.
 
-        A stop by SIGTERM or SIGINT is a SystemExit after a checkpoint.
+        After SIGTERM or SIGINT, this method saves a checkpoint and raises SystemExit.
         """
         state, last_step, save_every = self.state, self.config.schedule.steps, self.config.settings.save_every
         if state.step == last_step:
@@ -105,7 +105,8 @@ class Trainer:
                 if save_every and state.step % save_every == 0 and not finished:
                     self._checkpoints.save(writer, state)
                 if state.step == first_step:
-                    # All objects so far live as long as the run: garbage collection need not scan them in each step.
+                    # All present objects live as long as the run, so garbage collection need not scan them in each
+                    # step.
                     gc.collect()
                     gc.freeze()
             gc.unfreeze()

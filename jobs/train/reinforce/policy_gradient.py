@@ -5,19 +5,19 @@ policy gradient theorem (REINFORCE, Williams 1992) still gives the gradient of t
 
     grad E[R] = E[(R - b) * sum over tokens of grad log p(token)]
 
-The baseline b is any number that does not depend on the answer; it leaves the mean unchanged and lowers the variance.
-Here it is the mean reward of all samples for the same problem, and ``A = R - b`` is the advantage. Options:
+The baseline b is any number that does not depend on the answer. It leaves the mean unchanged and lowers the variance.
+Here b is the mean reward of all samples for the same problem, and ``A = R - b`` is the advantage. Options:
 
 - Normalization divides A by the standard deviation of the group's rewards (GRPO, arXiv 2402.03300).
 - Off policy, when older weights sampled the tokens, ``ratio * A`` with ``ratio = p(token) / p_sampled(token)`` replaces
-  ``A * log p(token)`` (importance sampling). On policy the ratio is 1 and both have the same gradient.
+  ``A * log p(token)`` (importance sampling). On policy, the ratio is 1 and both terms have the same gradient.
 - Clipping uses ``min(ratio * A, clip(ratio, 1 - c, 1 + c) * A)``, so that moving the ratio outside this range gains
   nothing (PPO, arXiv 1707.06347).
 - A KL penalty keeps the model near a reference model. It uses the estimator k3
   (http://joschu.net/blog/kl-approx.html).
 
-The loss sums over the sampled tokens of all answers, and the optimizer step divides it by their number. Every token has
-the same weight, whatever the length of its answer, as in DAPO (arXiv 2503.14476).
+The loss is a sum over the sampled tokens of all answers, and the optimizer step divides it by the number of these
+tokens. Every token has the same weight, whatever the length of its answer, as in DAPO (arXiv 2503.14476).
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def advantages(rewards: Tensor, *, normalize: bool) -> Tensor:
     """Each reward minus the mean reward of its group: (groups, samples), one group for each problem.
 
     With ``normalize``, the result is divided by the group's standard deviation, and is 0 in a group of equal rewards.
-    Problems that are nearly always or nearly never solved then weigh more.
+    This gives more weight to problems that are nearly always or nearly never solved.
     """
     centered = rewards - rewards.mean(dim=1, keepdim=True)
     if not normalize:
@@ -112,8 +112,9 @@ class PolicyGradient:
         """
         Args:
             clip: the largest deviation c of ratios from 1; 0 does not clip.
-            off_policy: use the ratio to the probability with which a token was sampled; otherwise the ratio is 1.
-            kl: weight of the KL penalty to ``reference``, which is not trained; 0 omits the penalty.
+            off_policy: use the ratio of a token's probability to its probability when it was sampled; otherwise the
+                ratio is 1.
+            kl: weight of the KL penalty to ``reference``, a model that is not trained; 0 omits the penalty.
             hidden: compiled version of the model's ``hidden`` method; None uses the method itself.
         """
         if kl and reference is None:
@@ -122,7 +123,7 @@ class PolicyGradient:
         self._clip, self._off_policy, self._kl, self._reference = clip, off_policy, kl, reference
 
     def __call__(self, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and sums over tokens: ``kl`` if there is a KL penalty, and ``clipped`` if ratios are clipped."""
+        """The loss, and sums over tokens: ``kl`` if there is a KL penalty, ``clipped`` if ratios are clipped."""
         assert isinstance(rows, RolloutBatch)
         counted = rows.targets != IGNORE_INDEX
         logprobs = target_logprobs(self._model, rows.ids, rows.targets, self._hidden)

@@ -1,8 +1,8 @@
 """Reward functions of reinforcement learning, by name.
 
-To add a reward, write a function of a :class:`Problem` and a :class:`Rollout` that returns a number, 1 for the best
-answer, and add it to :data:`REWARDS`. The flag ``--reward NAME`` then selects it. The function must depend on its
-arguments alone, because a resumed run rewards the same answers again.
+To add a reward, write a function of a :class:`Problem` and a :class:`Rollout` and add it to :data:`REWARDS`. The
+function returns a number; 1 is the best answer. The flag ``--reward NAME`` then selects it. The function must depend on
+its arguments alone, because a resumed run rewards the same answers again.
 """
 
 import dataclasses
@@ -18,10 +18,11 @@ class Rollout:
     """One answer of the model.
 
     Attributes:
-        prompt, tokens: token ids of the prompt, and of the answer with tool output and the end of the message.
+        prompt, tokens: token ids of the prompt, and token ids of the answer with tool output and the end of the
+            message.
         sampled: for each token of the answer, True if the model sampled it, False if it is tool output.
-        logprobs: for each token of the answer, its log-probability in nats when it was sampled, before temperature and
-            top-k; 0 for tool output.
+        logprobs: for each token of the answer, its log-probability (in nats, before temperature and top-k) when it was
+            sampled; 0 for tool output.
         text: the answer as the user reads it, without code and tool output.
         calls: code and output of each Python call that has ended.
         finished: False if the answer was cut off at the token limit.
@@ -50,7 +51,7 @@ def computed_number(problem: Problem, rollout: Rollout) -> float:
 
 
 def finished(_problem: Problem, rollout: Rollout) -> float:
-    """1 if the answer ends before the token limit, whatever its text. For test runs, or to discourage long answers."""
+    """1 if the answer ends before the token limit, whatever its text. Useful for test runs, or against long answers."""
     return float(rollout.finished)
 
 

@@ -42,8 +42,8 @@ from nanochat_core.training.distributed import Ranks
 
 # More running sequences than this do not make the engine's steps cheaper per token.
 _MAX_RUNNING = 256
-# Time limits of a Python call. The first is for the run itself, the second includes the wait for a free sandbox. The
-# second is long, so that a busy machine does not change any answer.
+# Time limits of a Python call. The first limit is for the run itself. The second limit includes the wait for a free
+# sandbox and is long, so that a busy machine does not change any answer.
 _CALL_SECONDS, _WAIT_SECONDS = 10.0, 300.0
 # The engine's share of a GPU's free memory; training needs the rest.
 _CUDA_MEMORY_SHARE = 0.4
@@ -94,7 +94,7 @@ class Answerer:
     def answer(
         self, problems: Sequence[Problem], seeds: Sequence[int], samples: int, sampling: SamplingParams
     ) -> list[list[Rollout]]:
-        """Sample ``samples`` answers to each problem, for which ``seeds`` has one seed.
+        """Sample ``samples`` answers to each problem. ``seeds`` has one seed for each problem.
 
         An answer depends only on the problem, its seed, the number of the sample and the weights. A problem that does
         not fit the model's context is a UserError.
@@ -139,8 +139,9 @@ def answering(model: GPT, tokenizer: Tokenizer, sequences: int) -> Iterator[Answ
 class SharedCalls:
     """A tool that runs equal code only once.
 
-    Answers to the same problem often run the same code. Each call runs in its own process without any state of earlier
-    calls, so equal code has equal output. Calls that failed or exceeded a limit of the sandbox are not remembered.
+    Answers to the same problem often run the same code. Each call runs in a process of its own, without any state of
+    earlier calls, so equal code has equal output. Calls that failed or exceeded a limit of the sandbox are not
+    remembered.
     """
 
     def __init__(self, runner: ToolRunner) -> None:
@@ -156,7 +157,7 @@ class SharedCalls:
         if call is None:
             seconds = min(timeout_seconds, _CALL_SECONDS)
             call = self._calls[code] = asyncio.ensure_future(self._run(code, request_id, seconds))
-        # If one caller is cancelled, the others still get the result.
+        # If one caller is canceled, the other callers still get the result.
         return await asyncio.shield(call)
 
     async def _run(self, code: str, request_id: str, timeout_seconds: float) -> ToolOutput:
@@ -173,7 +174,7 @@ class SharedCalls:
 class RolloutSource:
     """Batches of rollouts, one for each step. Each rank samples a contiguous part of the step's problems.
 
-    While a step trains, asynchronous rollouts of the next step are sampled with the weights from before the update. The
+    Asynchronous rollouts of the next step are sampled while a step trains, with the weights from before the update. The
     rollouts of the first step after a checkpoint are an exception: they wait for the new weights, because a run that
     resumes from the checkpoint does not have the older weights.
     """

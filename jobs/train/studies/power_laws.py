@@ -3,7 +3,7 @@
 The problem: with C FLOPs, one can train a large model on few tokens or a small model on many. Which size N is best? The
 method is approach 2 of arXiv 2203.15556 (Chinchilla):
 
-1. Train models of several sizes with the same budget C. Their loss over ln N is close to a parabola, whose lowest point
+1. Train models of several sizes with the same budget C. Their loss over ln N is close to a parabola. Its lowest point
    is the best size N_opt for this budget (:func:`fit_parabola`).
 2. Repeat for several budgets. Through the best sizes and their training tokens, fit the power laws ``N_opt = a C^b``
    and ``D_opt = c C^d``, which are straight lines in logarithms (:func:`fit_power_law`).
@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# The curve has this many coefficients, and needs at least as many points.
+# A parabola has this many coefficients, so a fit needs at least this many points.
 _PARABOLA_POINTS = 3
 _POWER_LAW_POINTS = 2
-# If losses bend by less than this fraction of their size, they are a straight line with rounding errors.
+# Losses that bend by less than this fraction of their size count as a straight line with rounding errors.
 _STRAIGHT = 1e-9
 
 
@@ -147,7 +147,7 @@ class ScalingLaws:
 
 
 def fit_laws(budgets: Sequence[IsoFlop]) -> ScalingLaws | None:
-    """Power laws through the best models of the budgets; None if fewer than two budgets have a known best model."""
+    """Power laws through the best models of the budgets; None if the best model is known for fewer than two budgets."""
     known = [(budget.flops, *budget.optimum) for budget in budgets if budget.optimum is not None]
     if not known:
         return None

@@ -113,7 +113,7 @@ def write_report(
 ) -> None:
     """Write the report of a study to ``reports/<study>/``, replacing an earlier one.
 
-    ``command`` is the command line that repeats the study; ``missing`` counts the runs that have not been tried yet.
+    ``command`` is the command line that repeats the study. ``missing`` is the number of runs that were not tried yet.
     """
     rows = [result.row() for result in findings.results]
     content = {
@@ -182,9 +182,9 @@ def plot_miniseries(
     """Write a PNG with the loss curves of models of different depths, and their final held-out losses.
 
     Args:
-        curves: for each model its depth, and points of training FLOPs and training loss in nats per token.
+        curves: for each model, its depth and its curve: points of training FLOPs and training loss in nats per token.
         ends: for each model its depth, training FLOPs and final held-out bits per byte.
-        law: power law of the bits per byte over FLOPs.
+        law: power law of bits per byte over training FLOPs.
     """
     with panels(path, 2) as (training, held_out):
         colors = shades(len(curves))

@@ -46,12 +46,12 @@ class Result:
     Attributes:
         scaling_parameters: number of parameters in block matrices and head, as the scaling rules count them.
         flops: training FLOPs of all steps.
-        budget: requested training FLOPs, which ``flops`` approximates by whole steps; None if none were requested.
+        budget: requested training FLOPs; ``flops`` is near it, in whole steps. None if no FLOPs were requested.
         val_bpb: held-out bits per byte after the last step.
         core: CORE metric (arXiv 2406.11794) after the last step; None if it was not evaluated.
         seconds: duration of training, without evaluation.
         tokens_per_second: median over the steps.
-        history: history of the run, which the table leaves out.
+        history: history of the run; the table leaves it out.
     """
 
     model: str
@@ -84,7 +84,7 @@ class Failure:
 
 
 def plan_run(store: Store, flags: Sequence[str]) -> PlannedRun:
-    """Plan the run that ``jobs.train.pretrain`` would do with these flags. Flags that it refuses are a UserError."""
+    """Plan the run that ``jobs.train.pretrain`` would do with these flags. Raises UserError if it would refuse them."""
     settings = load(PretrainSettings, prefix="NANOCHAT_PRETRAIN", program=f"python -m {_PRETRAIN}", argv=flags)
     check_model_name(settings.model)
     config, plan = pretrain.plan_run(settings, load_tokenizer(store, settings.tokenizer).vocab_size)
@@ -129,7 +129,7 @@ class Study:
         except StoreError:
             raise
         except UserError as error:
-            # Training will skip the damaged checkpoint and resume from the one before it.
+            # Training will skip the damaged checkpoint and resume from the checkpoint before it.
             log.warning("damaged checkpoint", extra={"checkpoint": stored[-1].prefix, "reason": str(error)})
             return None
         differing = differences(meta, {"settings": comparable(run.settings), "inputs": self._inputs})

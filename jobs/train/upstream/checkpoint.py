@@ -14,7 +14,7 @@ from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 
-# Upstream's name of each of our parameters, first outside the blocks and then inside a block.
+# Upstream's names of our parameters, first of those outside the blocks and then of those inside a block.
 _NETWORK = {
     "embedding.weight": "transformer.wte.weight",
     "head.weight": "lm_head.weight",
@@ -58,7 +58,7 @@ class UpstreamCheckpoint:
 
 
 def find_step(folder: Path, wanted: int | None) -> int:
-    """The step of the checkpoint to import: ``wanted``, or the last one in the folder. A missing one is a UserError."""
+    """The step of the checkpoint to import: ``wanted``, or the last in the folder. A missing step is a UserError."""
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError as error:
@@ -74,8 +74,8 @@ def find_step(folder: Path, wanted: int | None) -> int:
 def read_upstream(folder: Path, step: int) -> UpstreamCheckpoint:
     """Read ``model_<step>.pt`` and ``meta_<step>.json`` of upstream's checkpoint folder.
 
-    Torch's loader for plain tensors maps the weights from the file, without reading them into memory. It executes
-    nothing that the file contains. A file that is damaged or contains anything but tensors is a UserError.
+    Torch's loader for plain tensors maps the weights from the file, without reading them into memory. The loader
+    executes nothing that the file contains. A file that is damaged or contains anything but tensors is a UserError.
     """
     path = folder / f"model_{step:06d}.pt"
     meta_path = folder / f"meta_{step:06d}.json"
@@ -133,7 +133,7 @@ def convert(source: UpstreamCheckpoint, config: ModelConfig) -> GPT:
         model = GPT(config, torch.bfloat16 if in_bf16 else torch.float32)
     parameters = model.state_dict()
     _check_fit(source, {upstream_name(name): parameter for name, parameter in parameters.items()})
-    # The weights are copied, because the mapped file could change, and two names could share one tensor.
+    # The weights are copied: the mapped file could change, and two names could share one tensor.
     weights = {
         name: source.weights[upstream_name(name)].to(parameter.dtype, copy=True)
         for name, parameter in parameters.items()

@@ -2,8 +2,9 @@
 
 ``tokenizer.pkl`` is a pickled ``tiktoken.Encoding``. A pickle is a program, and Python's own loader would let it call
 any function of this machine. So this module interprets the pickle itself: it carries out the few instructions that such
-a file needs (pickle protocol 4 and later) on plain data, and refuses all others. The file may name one class. A
-record of the arguments replaces an instance of this class, and nothing is imported or called.
+a file needs (pickle protocol 4 and later) on plain data, and refuses all other instructions. The file may name one
+class, ``tiktoken.Encoding``. Instead of an instance, this module makes a record of the constructor's arguments; it
+imports and calls nothing.
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import Tokenizer
 
 ENCODING_CLASS = ("tiktoken.core", "Encoding")
-# Bounds on the memory that a file can make us allocate. A vocabulary of 200,000 takes 4 MB and 600,000 instructions.
+# These limits bound the memory that a file can make us allocate. A vocabulary of 200,000 takes 4 MB and 600,000
+# instructions.
 MAX_BYTES = 64 * 2**20
 MAX_INSTRUCTIONS = 2**21
 _ARGUMENTS = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
@@ -26,7 +28,7 @@ _NAMES_A_GLOBAL = {"GLOBAL", "INST"}
 
 @dataclasses.dataclass(eq=False)
 class _Encoding:
-    """Takes the place of the pickled ``tiktoken.Encoding``, and stores the arguments of its constructor."""
+    """Takes the place of the pickled ``tiktoken.Encoding``, and stores the arguments of that class's constructor."""
 
     arguments: Any = None
 

@@ -1,7 +1,7 @@
 """Lets torch describe another CPU in every Python process whose ``PYTHONPATH`` names this folder.
 
-The project uses that description to choose the library that multiplies matrices and the dtype of Muon.
-``NANOCHAT_TEST_CPU`` holds the description as JSON; ``tests/support/numerics.py`` sets both variables.
+By this description, the project chooses the library that multiplies matrices, and the dtype of Muon.
+``NANOCHAT_TEST_CPU`` holds the description as JSON. ``tests/support/numerics.py`` sets both variables.
 """
 
 import importlib.abc
