@@ -74,26 +74,28 @@ def next_words(typed: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name[len(typed)] for name in names if name[: len(typed)] == list(typed)))
 
 
-def flags(module: str) -> Iterator[str]:
-    """Flags that a module's settings classes declare.
+def flags(module: str, name: str = "") -> Iterator[str]:
+    """Flags that the settings class ``name`` of a module declares; without a name, those of all its settings classes.
 
     They are read from the source, because importing a training program takes seconds.
     """
     path = ROOT.joinpath(*module.split("."))
-    source = path / "settings.py" if path.is_dir() else path.with_suffix(".py")
+    source = path / ("__init__.py" if name else "settings.py") if path.is_dir() else path.with_suffix(".py")
     body = ast.parse(source.read_text()).body
     origins = {
         alias.name: str(node.module) for node in body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
+    if name in origins:
+        yield from flags(origins[name], name)
     for settings in body:
-        if not isinstance(settings, ast.ClassDef) or not settings.name.endswith("Settings"):
+        if not isinstance(settings, ast.ClassDef) or not (settings.name == name or settings.name.endswith("Settings")):
             continue
         for field in settings.body:
             if isinstance(field, ast.AnnAssign):
                 yield "--" + ast.unparse(field.target).replace("_", "-")
         for base in map(ast.unparse, settings.bases):
             if base in origins:
-                yield from flags(origins[base])
+                yield from flags(origins[base], base)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The ``nanochat`` command starts the programs of the repository and helps to find them."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 import tomllib
@@ -88,8 +89,15 @@ complete nanochat train sft --home
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_every_program_completes_flags(name: str) -> None:
-    assert len(next_words(name.split())) > 3
+def test_a_program_completes_the_flags_that_the_reference_lists(name: str) -> None:
+    reference = (ROOT / "docs" / "flags.md").read_text()
+    # The commands of a program have a section each.
+    sections = re.findall(
+        rf"^## `{re.escape(PROGRAMS[name][0])}[` ](.*?)(?=^## |\Z)", reference, re.DOTALL | re.MULTILINE
+    )
+    listed = {flag for section in sections for flag in re.findall(r"^\| `(--[a-z0-9-]+)", section, re.MULTILINE)}
+    assert len(listed) > 3
+    assert {*listed, "--help"} == set(next_words(name.split()))
 
 
 def entries(wheel: Path) -> dict[str, str]:

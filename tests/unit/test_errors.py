@@ -11,6 +11,7 @@ from nanochat_core.errors import UserError, run_main
 def ended(body: str) -> subprocess.CompletedProcess[str]:
     code = f"""
 import signal, os
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore the signal
 from nanochat_core.errors import RetryableError, UserError, run_main
 def main():
     {body}
