@@ -17,7 +17,7 @@ from nanochat_core.errors import UserError
 # Smallest number of queries in a block. Smaller blocks compute fewer scores that the mask hides; larger blocks have
 # larger and faster matrix products.
 BLOCK_ROWS = 64
-# Largest number of blocks in a row, which keeps the compiled code small. A longer row has larger blocks.
+# Largest number of blocks in a row. A longer row has larger blocks, so that the compiled code stays small.
 BLOCKS = 8
 # Longest row, in tokens, that is computed in blocks. The backward pass stores the attention weights of all blocks.
 # These weights take memory that grows with the square of the row's length.
@@ -137,7 +137,8 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     time = q.size(1)
     if window >= time - 1 or not torch.compiler.is_compiling():
         return sdpa_attention(q, k, v, window)
-    # This import loads torch's compiler, which takes as long as importing the rest of torch. Serving does not need it.
+    # This import loads torch's compiler and takes as long as importing the rest of torch. Serving does not need the
+    # compiler.
     from torch.nn.attention import flex_attention as flex
 
     def visible(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:

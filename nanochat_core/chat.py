@@ -34,7 +34,7 @@ class Message:
 
     @property
     def text(self) -> str:
-        """The joined text parts, which are all that a person reads of the message."""
+        """The joined text parts. A person reads only these parts of the message."""
         return "".join(part.text for part in self.parts if part.type == "text")
 
 
@@ -115,7 +115,7 @@ def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> tu
 
 
 def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation that ends with the start of an assistant message, which the model continues.
+    """Token ids of a conversation that ends with the start of an assistant message. The model continues this message.
 
     Raises UserError if the last message is not the user's.
     """

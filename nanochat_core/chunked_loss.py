@@ -43,7 +43,7 @@ def softcapped_cross_entropy(
     """Cross-entropy in nats of the softcapped logits ``hidden @ weight[:vocab_size].T``.
 
     Args:
-        hidden: (tokens, dim) in the compute dtype, which is also the dtype of the matrix products.
+        hidden: (tokens, dim) in the compute dtype. The matrix products have the same dtype.
         weight: (rows, dim) fp32 with ``rows >= vocab_size``; the rows after ``vocab_size`` are padding.
         targets: (tokens,) int64; a target of ``-1`` is not counted.
         reduction: ``mean`` over counted targets (NaN if there is none), ``sum``, or ``none``.

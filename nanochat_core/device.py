@@ -25,7 +25,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def choose_device(name: str) -> torch.device:
-    """The device ``cpu``, ``cuda``, or ``auto``, which means CUDA if torch sees a CUDA device and the CPU otherwise.
+    """The device ``cpu``, ``cuda`` or ``auto``: CUDA if torch sees a CUDA device, otherwise the CPU.
 
     Raises UserError if ``name`` is ``cuda`` and torch sees no CUDA device.
     """

@@ -1,8 +1,8 @@
 """Typed settings: every field of a frozen dataclass is one flag and one environment variable.
 
-A flag takes precedence over the environment variable, which takes precedence over the default. Values are converted and
-checked when the program starts. An invalid value raises a :class:`~nanochat_core.errors.UserError` that says where the
-value came from.
+A flag takes precedence over the environment variable, and the variable takes precedence over the default. Values are
+converted and checked when the program starts. An invalid value raises a :class:`~nanochat_core.errors.UserError` that
+says where the value came from.
 """
 
 import argparse

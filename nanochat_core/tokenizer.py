@@ -28,7 +28,7 @@ PYTHON_END = "<|python_end|>"
 OUTPUT_START = "<|output_start|>"
 OUTPUT_END = "<|output_end|>"
 
-# The special tokens in the order of their ids, which follow the id of the last merge.
+# The special tokens in the order of their ids. Their ids follow the id of the last merge.
 SPECIAL_TOKENS = (
     BOS,
     USER_START,
@@ -100,7 +100,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, without special tokens.
 
-        Decoding returns ``text``, except that lone surrogates, which UTF-8 cannot express, become U+FFFD.
+        Decoding returns ``text``. Lone surrogates are an exception: UTF-8 cannot express them, and they become U+FFFD.
         """
         if not _may_have_long_run(text):
             return self._encoding.encode_ordinary(text)

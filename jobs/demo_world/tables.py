@@ -1,4 +1,4 @@
-"""Reads the sentences and words of the demo world, which are TOML files in ``content/``."""
+"""Reads the sentences and words of the demo world from the TOML files in ``content/``."""
 
 import tomllib
 from pathlib import Path

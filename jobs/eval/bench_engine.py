@@ -57,13 +57,13 @@ class BenchEngineSettings(JobSettings):
 
     model: str = setting("", "model of the store to load; with an http endpoint, the model to ask for")
     revision: str = setting("", "<stage>/step_<n> of the model; empty for its newest SFT checkpoint")
-    depth: int = setting(0, "depth of a model with random weights, instead of one of the store", minimum=0)
+    depth: int = setting(0, "depth of a model with random weights, instead of a model of the store", minimum=0)
     endpoint: str = setting("", "http://host:port/v1 or grpc://host:port to measure instead of the core")
     batch_sizes: tuple[str, ...] = setting(("1", "8", "32", "64"), "sequences at a time, one row of the table for each")
     rate: tuple[str, ...] = setting((), "rates of a Poisson process, in requests per second, instead of --batch-sizes")
     mixes: tuple[str, ...] = setting(MIXES, "kinds of requests")
-    prompt_tokens: int = setting(128, "length of the prompts, except in mixed", minimum=1)
-    output_tokens: int = setting(128, "length of the outputs, except in mixed", minimum=1)
+    prompt_tokens: int = setting(128, "length of the prompts in all mixes but mixed", minimum=1)
+    output_tokens: int = setting(128, "length of the outputs in all mixes but mixed", minimum=1)
     mixed_prompts: str = setting("10-200", "shortest and longest prompt in mixed")
     mixed_outputs: str = setting("10-120", "shortest and longest output in mixed")
     shared_tokens: int = setting(96, "number of first tokens that all prompts of prefix share", minimum=1)
@@ -81,7 +81,7 @@ class BenchEngineSettings(JobSettings):
     kv_cache_mib: int = setting(0, "size of the core's KV cache in MiB; 0 lets the engine choose", minimum=0)
     prefix_caching: bool = setting(True, "reuse KV blocks that other requests have computed")
     report: str = setting("engine", "name of the folder under the store's reports/ for bench.json and bench.png")
-    output: str = setting("", "local folder for these files, instead of the store")
+    output: str = setting("", "local folder for bench.json and bench.png, instead of the store")
 
     def __post_init__(self) -> None:
         if not self.endpoint and bool(self.model) == bool(self.depth):

@@ -112,7 +112,7 @@ def not_comparable(runs: Sequence[Run]) -> set[str]:
 
 
 def render(runs: Sequence[Run], plot: str = "") -> str:
-    """The comparison as Markdown. Unless ``plot`` is empty, the page shows this file, which lies beside the page."""
+    """The comparison as Markdown. The page shows the picture ``plot``, a file beside the page, unless it is empty."""
     names = [literal(run.name) for run in runs]
     differing = differences(runs)
     lines = [f"# {' · '.join(names)}", "", "## Settings that differ", ""]

@@ -30,7 +30,7 @@ class GateSettings(JobSettings):
         "metrics that may be worse than the promoted model's by at most a margin, such as chat.accuracy:0.01; "
         f"empty applies those of {', '.join(DEFAULT_NO_WORSE)} that were measured",
     )
-    against: str = setting("", "model with whose promoted checkpoint to compare; empty for the model itself")
+    against: str = setting("", "model to compare with, by its promoted checkpoint; empty for the model itself")
     promote: bool = setting(False, "promote the checkpoint if the rules allow it")
     log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe level that is logged")
 

@@ -68,7 +68,7 @@ def run(settings: ReportSettings) -> dict[str, Any]:
 def write_report(store: Store, report: Mapping[str, Any], histories: Mapping[str, list[dict[str, Any]]]) -> None:
     """Write a model's report, with plots of the ``histories`` of its stages, in place of an earlier report.
 
-    The promotion gate's decisions, which are in the same folder, are kept.
+    The promotion gate's decisions are in the same folder and are kept.
     """
     model = report["model"]
     kept = {key.removeprefix(f"reports/{model}/"): store.read(key) for key in store.keys(folder(model))}

@@ -42,7 +42,7 @@ class ConversationFiles:
     Attributes:
         messages: makes the conversation of a row. It raises KeyError for a missing field, ValueError or TypeError for a
             wrong field.
-        row_format: name of the rows' format, which is part of a mixture's digest.
+        row_format: name of the rows' format. The digest of a mixture depends on this name.
     """
 
     files: DatasetFiles

@@ -86,7 +86,7 @@ def _right(answer: str, response: Response, _: SandboxExecutor) -> bool:
 
 
 def _problem(row: Row) -> Problem:
-    """A problem and the dataset's answer, which explains each step."""
+    """A problem and the dataset's answer. The answer explains each step."""
     problem = Problem(ask(text_field(row, "question")), text_field(row, "answer"))
     if final_number(problem.answer) is None:
         raise ValueError("'answer' has no number after ####")

@@ -45,7 +45,7 @@ class PretrainSettings(StageSettings):
     momentum_warmup_steps: int = setting(400, "steps until Muon's momentum reaches its peak", minimum=1)
     eval_tokens: int = setting(200_000, "held-out tokens per evaluation", minimum=1)
     core_every: int = setting(
-        0, "steps between evaluations of CORE, which then also follows the last step; 0 never evaluates it", minimum=0
+        0, "steps between evaluations of CORE, with one more after the last step; 0 never evaluates CORE", minimum=0
     )
     core_bundle: str = setting(PUBLIC_BUNDLE, "tasks of CORE: a folder, s3://bucket/prefix, or the URL of a zip file")
     core_max_per_task: int = setting(500, "examples per task of CORE; 0 takes all", minimum=0)

@@ -45,9 +45,11 @@ class RlSettings(RolloutSettings):
     kl: float = setting(0.0, "weight of the KL divergence from the fine-tuned model; 0 omits it", minimum=0.0)
     clip: float = setting(0.0, "clip probability ratios to 1 ± this; 0 does not clip", minimum=0.0, maximum=0.99)
     held_out: int = setting(64, "held-out problems per evaluation", minimum=1)
-    eval_samples: int = setting(8, "answers per held-out problem, which give pass@1 up to pass@ this", minimum=1)
+    eval_samples: int = setting(8, "number k of answers per held-out problem, for pass@1 to pass@k", minimum=1)
     device_batch_rows: int = setting(16, "answers per forward pass on one device", minimum=1)
-    compile: bool = setting(False, "compile the model with torch.compile, again for many lengths of the answers")
+    compile: bool = setting(
+        False, "compile the model with torch.compile; each new length of answers may compile it again"
+    )
     eval_every: int = setting(20, "steps between evaluations; 0 evaluates only before and after the run", minimum=0)
     save_every: int = setting(20, "steps between checkpoints; 0 saves only at the end", minimum=0)
 
@@ -133,7 +135,7 @@ def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
 def held_out_metrics(
     answerer: Answerer, problems: Problems, reward: Reward, settings: RlSettings, ranks: Ranks
 ) -> Metrics:
-    """Evaluate the model on the held-out problems, which are divided among the ranks.
+    """Evaluate the model on the held-out problems. The problems are divided among the ranks.
 
     ``heldout_reward`` and ``heldout_length`` (tokens) are means over greedy answers. ``pass_at_k`` has, for each k up
     to ``eval_samples``, the probability that at least one of k sampled answers has the full reward of 1.

@@ -47,7 +47,7 @@ class Checkpoint:
 
     @property
     def resumable(self) -> bool:
-        """Whether the checkpoint contains the trainer state, which training needs to resume."""
+        """Whether the checkpoint contains the trainer state. Training needs this state to resume."""
         return TRAINER_STATE in self.manifest.files
 
     def build_model(self, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32) -> GPT:

@@ -38,8 +38,8 @@ class FileEntry:
 class Manifest:
     """The files of one checkpoint: an entry for each file name, such as ``model.safetensors``.
 
-    The files are in the subfolder ``folder``, which is empty unless the checkpoint replaced an earlier one of the same
-    name.
+    The files are in the subfolder ``folder``. Its name is empty unless the checkpoint replaced an earlier one of the
+    same name.
     """
 
     ref: CheckpointRef
@@ -75,7 +75,7 @@ class Manifest:
         return path
 
     def write(self, store: Store) -> None:
-        """Writes the manifest, which completes the checkpoint."""
+        """Writes the manifest. The checkpoint is then complete."""
         stored = {"folder": self.folder} if self.folder else {}
         files = {name: dataclasses.asdict(entry) for name, entry in self.files.items()}
         store.write(f"{self.ref.prefix}/{MANIFEST}", (json.dumps(stored | {"files": files}, indent=2) + "\n").encode())

@@ -65,7 +65,7 @@ class BlockManager:
         return True
 
     def admit(self, seq: Sequence, prefix: int) -> list[int]:
-        """Give ``seq``, which has no blocks, the blocks of the ``prefix`` tokens that :meth:`find_prefix` returned.
+        """Give a sequence without blocks the blocks of its first ``prefix`` tokens; see :meth:`find_prefix`.
 
         If the prefix ends inside a block, that block must be copied. Its tokens count as computed only after the copy.
         The next step must make all copies before it writes anything, in the order of admission. The source of a copy is

@@ -36,7 +36,7 @@ class EngineOptions:
         3, "length of the drafts that are looked up in the sequence itself, in tokens; 0 turns drafts off", minimum=0
     )
     speculative_batch: int = setting(
-        16, "drafts are made while running sequences times (draft length + 1) is at most this many tokens", minimum=0
+        16, "largest number of tokens of all running sequences and their drafts together; limits the drafts", minimum=0
     )
     tool_timeout_seconds: float = setting(10.0, "seconds after which a Python call is abandoned", minimum=0.01)
     tool_max_calls: int = setting(16, "largest number of Python calls per answer", minimum=1)

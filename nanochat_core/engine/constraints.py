@@ -39,8 +39,8 @@ MAX_REPEATED_CHARACTERS = 20_000
 # Generated JSON has at most one space between its parts, like the output of json.dumps. A weak model that may write any
 # white space may never stop writing it.
 _JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-# These limits are lower than the defaults of llguidance, which allow each sequence 250,000 states of about 2 kB, and 14
-# ms per step.
+# These limits are lower than the defaults of llguidance. The defaults allow each sequence 250,000 states of about 2 kB
+# each, and 14 ms per step.
 _LIMITS: Mapping[str, Any] = {
     "initial_lexer_fuel": 50_000,
     "step_lexer_fuel": 50_000,
@@ -240,11 +240,11 @@ _PIECE = re.compile(r"\\[pPxuU]\{[^}]*\}|\\.|\{(?P<least>\d*)(?:,(?P<most>\d*))?
 def expanded_length(kind: ConstraintKind, pattern: str) -> int:
     """Number of characters and classes of ``pattern`` after every ``{m,n}`` is expanded, or slightly more.
 
-    The function also accepts invalid patterns, which the library refuses later. The verbose flag, which allows white
-    space and comments, is not supported here and raises a :class:`ConstraintError`.
+    The function also accepts invalid patterns; the library refuses them later. The verbose flag allows white space and
+    comments in a pattern. It is not supported here and raises a :class:`ConstraintError`.
     """
     groups = [0]  # for each open group, its size so far
-    last = 0  # size of the last item, to which a repetition applies
+    last = 0  # size of the last item; a repetition applies to this item
     position = 0
     while position < len(pattern):
         if pattern[position] == "[":

@@ -54,8 +54,8 @@ class BlockMemory:
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         """Allocate zeroed memory, because a NaN in unused memory would spoil the result even if it is masked.
 
-        Host memory comes from numpy. Unlike torch, numpy asks the system for zeroed pages, which take no space until
-        they are written.
+        Host memory comes from numpy. Unlike torch, numpy asks the system for zeroed pages. Such pages take no space
+        until they are written.
         """
         if self.device.type != "cpu":
             return torch.zeros(shape, dtype=self.dtype, device=self.device)

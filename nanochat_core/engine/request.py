@@ -86,7 +86,7 @@ class SamplingParams:
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
         least, most = REPETITION_PENALTIES
-        # The value may have been sent as a float32, which cannot represent 0.01 exactly.
+        # The value may have been sent as a float32, and 0.01 has no exact float32.
         _require(
             least * (1 - 1e-6) <= self.repetition_penalty <= most,
             "repetition_penalty",
@@ -106,12 +106,12 @@ class SamplingParams:
 class ToolPolicy:
     """Whether the model may call Python, and the limits of its calls. A limit of 0 means the engine's default.
 
-    After ``max_calls`` calls in a sequence, the model reads an error for each further call.
+    After ``max_calls`` calls in a sequence, every further call gives the model an error to read.
     """
 
     enabled: bool = False  # if False, the Python tokens have no special meaning
     max_calls: int = 0
-    max_output_tokens: int = 0  # per call
+    max_output_tokens: int = 0  # largest number of tokens of one call's output
 
 
 NO_TOOLS = ToolPolicy()

@@ -20,7 +20,7 @@ _FIRST_SHARE = 0.6
 
 
 class PromptLookup:
-    """Guesses the next tokens of one sequence, whose list of tokens only grows."""
+    """Guesses the next tokens of one sequence. The sequence's list of tokens must only grow."""
 
     def __init__(self) -> None:
         self._seen = 0

@@ -82,7 +82,7 @@ class ToolLoop:
         return False
 
     def observe(self, seq: Sequence) -> bool:
-        """Process the last token of ``seq``, which was sampled; returns whether it completes a call."""
+        """Process the last token of ``seq``, a sampled token. Returns whether the token completes a call."""
         if not seq.request.tools.enabled:
             return False
         token = seq.tokens[-1]

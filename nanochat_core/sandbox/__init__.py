@@ -1,4 +1,4 @@
-"""Runs untrusted Python. Each call gets its own process, which can only compute, print and use a scratch folder.
+"""Runs untrusted Python. Each call gets its own process. The process can only compute, print and use a scratch folder.
 
 The package needs only the standard library, so training, evaluation and the service can all use it.
 """

@@ -80,9 +80,9 @@ _TCGETS, _TIOCGWINSZ, _FIONREAD, _FIONBIO, _FIONCLEX, _FIOCLEX = 0x5401, 0x5413,
 
 # Calls that are allowed if all their conditions are true.
 CONDITIONAL: dict[str, tuple[Condition, ...]] = {
-    # Excluded: F_SETOWN and F_SETSIG, which send signals to other processes, and locks, which could block other calls.
+    # Excluded: F_SETOWN and F_SETSIG (they send signals to other processes), and locks (they could block other calls).
     "fcntl": (Condition(1, (_F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC)),),
-    # Excluded: FIOSETOWN, and TIOCSTI, which injects input into a terminal.
+    # Excluded: FIOSETOWN, and TIOCSTI (it injects input into a terminal).
     "ioctl": (Condition(1, (_TCGETS, _TIOCGWINSZ, _FIONREAD, _FIONBIO, _FIONCLEX, _FIOCLEX)),),
     # Event loops wake themselves through a connected pair of sockets. The pair cannot reach another process.
     "socketpair": (Condition(0, (socket.AF_UNIX,)), Condition(1, (socket.SOCK_STREAM,), mask=0xF)),

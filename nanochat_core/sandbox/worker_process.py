@@ -272,7 +272,7 @@ class WorkerProcess:
             status = b""
         if status:
             self._pid = int(json.loads(status.splitlines()[0])["child-pid"])
-        # The worker has not run untrusted code yet, which could have ended it. The id therefore still belongs to the
+        # Only untrusted code could have ended the worker, and none has run yet. The id therefore still belongs to the
         # worker.
         self._worker_handle = self._own(os.pidfd_open(self._pid))
         self.usage = ProcessUsage(self._pid)

@@ -20,8 +20,8 @@ def open_store(url: str, *, cache_dir: str | Path | None = None, cache_bytes: in
     """Opens the store at ``url``. Raises UserError if the URL has another form.
 
     Args:
-        url: a folder, which is created if it is missing, or ``s3://bucket/prefix``. The S3 credentials, the region and
-            a custom endpoint come from the usual ``AWS_*`` variables, such as ``AWS_ENDPOINT_URL``.
+        url: a folder (created if it is missing) or ``s3://bucket/prefix``. The S3 credentials, the region and a custom
+            endpoint come from the usual ``AWS_*`` variables, such as ``AWS_ENDPOINT_URL``.
         cache_dir: folder that keeps files downloaded from S3; by default a folder for temporary files.
         cache_bytes: size above which the least recently used downloads are deleted; None means no limit.
     """

@@ -114,7 +114,7 @@ class FolderStore(Store):
     def delete(self, prefix: str) -> None:
         path = self._path(prefix)
         if path.is_dir():
-            # The folder is renamed first, which hides all of its files from readers at once.
+            # The folder is renamed first, so that all of its files disappear for readers at once.
             removed = hidden_path(path)
             with self._writing(prefix):
                 path.replace(removed)

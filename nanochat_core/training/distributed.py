@@ -38,7 +38,7 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the first rank, which reports progress and writes the common files."""
+        """Whether this process is the first rank. The first rank reports progress and writes the common files."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:

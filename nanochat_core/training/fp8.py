@@ -77,7 +77,7 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     largest = torch.finfo(dtype).max
     scale = (x.abs().amax().float() / largest).clamp(min=LEAST_SCALE)
-    # A quotient can round to just above the largest fp8 number, which e4m3 would turn into NaN.
+    # A quotient can round to just above the largest fp8 number, and e4m3 would turn such a quotient into NaN.
     return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 

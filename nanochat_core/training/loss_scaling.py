@@ -1,4 +1,4 @@
-"""Dynamic loss scaling, which keeps small gradients representable in fp16 (arXiv 1710.03740)."""
+"""Dynamic loss scaling: keeps small gradients representable in fp16 (arXiv 1710.03740)."""
 
 
 class LossScaler:

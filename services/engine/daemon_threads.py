@@ -1,4 +1,4 @@
-"""Blocking work on daemon threads, which do not delay the end of the process.
+"""Blocking work on daemon threads. Daemon threads do not delay the end of the process.
 
 Loading a model, or waiting for a store that does not answer, can take longer than the time in which a service must end.
 asyncio.to_thread is no alternative: Python joins the threads of its executor before the process ends.

@@ -28,7 +28,7 @@ class ServedModel:
 
 
 class ModelHost:
-    """Owns the current model, which gets all new requests. Also owns replaced models until their answers have ended."""
+    """Owns the current model, and replaced models until their answers have ended. The current one gets new requests."""
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ class EngineSettings(EngineOptions, ListenSettings):
     )
     kv_cache_mib: int = setting(0, "size of the KV cache in MiB; 0 derives it from memory and max-running", minimum=0)
     retire_seconds: float = setting(
-        600.0, "seconds that running answers get to finish when another model replaces theirs", minimum=0.1
+        600.0, "seconds that running answers get to finish after another model has replaced their model", minimum=0.1
     )
     hang_seconds: float = setting(
         300.0, "seconds after which a step counts as hung and the process ends; 0 waits for ever", minimum=0.0

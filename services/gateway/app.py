@@ -24,7 +24,7 @@ base URL. Answers in which the model ran Python carry `nanochat.tool_events`."""
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:
-    """Builds the application, which is connected to the engines from its startup to its shutdown.
+    """Builds the application. From its startup to its shutdown, it is connected to the engines.
 
     Its ``state.drain`` exists at once, and its ``state.pool`` exists after the startup.
     """

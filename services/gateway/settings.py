@@ -18,7 +18,7 @@ class GatewaySettings:
         (), "further names that requests may use for the served model, comma separated"
     )
     default_temperature: float = setting(
-        0.6, "temperature of requests without one; small models ramble at OpenAI's default of 1", minimum=0, maximum=2
+        0.6, "temperature of requests that set none; small models ramble at OpenAI's default of 1", minimum=0, maximum=2
     )
     default_max_tokens: int = setting(
         0, "most tokens of an answer if the request sets no limit; 0 allows the rest of the context", minimum=0

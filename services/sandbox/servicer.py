@@ -26,7 +26,7 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
     async def Execute(
         self, request: sandbox_pb2.ExecuteRequest, context: grpc.aio.ServicerContext
     ) -> sandbox_pb2.ExecuteReply:
-        """Run the code. If the client cancels the call, gRPC cancels this coroutine, which kills the code's process."""
+        """Run the code. If the client cancels the call, gRPC cancels this coroutine. This kills the code's process."""
         size = len(request.code.encode())
         if size > self._max_code_bytes:
             await context.abort(

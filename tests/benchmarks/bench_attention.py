@@ -2,7 +2,8 @@
 
 Run the program from the project's root: ``python -m tests.benchmarks.bench_attention``. It times a compiled forward and
 backward pass of each backend and prints the ratio to plain SDPA. The backends take turns, and the best of several runs
-counts. With ``--threads 1`` the program measures the process's CPU time, which other work on the machine affects less.
+counts. With ``--threads 1`` the program measures the process's CPU time, because other work on the machine affects it
+less.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 Run the program from the project's root on Linux: ``python -m tests.benchmarks.bench_loss``. It measures a compiled
 forward and backward pass of each formula. The formulas take turns, and the best of several runs counts. With
-``--threads 1`` the program measures the process's CPU time, which other work on the machine affects less. The printed
-memory is the peak during a pass minus the resident memory before it.
+``--threads 1`` the program measures the process's CPU time, because other work on the machine affects it less. The
+printed memory is the peak during a pass minus the resident memory before it.
 """
 
 import argparse

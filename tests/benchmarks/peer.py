@@ -48,7 +48,7 @@ class Result:
     evaluations: list[tuple[int, float]]
 
     def tokens_per_second(self, tokens: int) -> float:
-        """Return the speed of the steps after the warm-up, which have ``tokens`` tokens each."""
+        """Return the speed of the steps after the warm-up. Each step has ``tokens`` tokens."""
         timed = self.seconds[WARMUP_STEPS:]
         return tokens * len(timed) / sum(timed)
 

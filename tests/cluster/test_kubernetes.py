@@ -84,7 +84,7 @@ def training(namespace: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def release(namespace: str, training: dict[str, Any]) -> str:
-    """Name of the running release, which serves the trained model."""
+    """Name of the running release. The release serves the trained model."""
     expected = f"--set-string=test.expect={ANSWER}"
     try:
         flags = ("--set=image.tag=dev", expected, "--wait", "--timeout=4m")

@@ -19,7 +19,7 @@ SUM = [{"role": "user", "content": "What is 1234 * 5678?"}]
 
 @pytest.fixture
 def stack(demo_home: Path) -> Iterator[Stack]:
-    """Services for one test, which may kill them."""
+    """Services for one test. The test may kill them."""
     running = Stack(demo_home)
     try:
         running.wait_ready()

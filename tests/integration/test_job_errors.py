@@ -23,7 +23,7 @@ from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 from tests.support.tiny_training import NAME, ROOT, fill
 
-# The jobs run in this process, which has already imported some of their modules.
+# The jobs run in this process, and this process has already imported some of their modules.
 pytestmark = pytest.mark.filterwarnings("ignore:'jobs.* found in sys.modules")
 
 TOKENIZER = ["jobs.train.tokenizer", f"--dataset={NAME}", "--name=new", "--vocab-size=300"]

@@ -194,7 +194,7 @@ def http_client(url: str) -> httpx.AsyncClient:
 
 
 def openai_client(url: str) -> openai.AsyncOpenAI:
-    """Returns OpenAI's client, which reports the first failure instead of trying again."""
+    """Returns an OpenAI client that reports the first failure instead of trying again."""
     return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, http_client=http_client(url))
 
 

@@ -210,7 +210,7 @@ def test_a_handful_of_documents_is_enough(count: int) -> None:
 
 
 def wide_loader(text: TextDataset, kind: str, **options: Any) -> PackedLoader:
-    """Batches of eight rows, which up to eight ranks can share."""
+    """Batches of eight rows. Up to eight ranks can share them."""
     source: Any
     if kind == "text":
         source, when_full = TextSource(text, BYTES), "crop"

@@ -94,7 +94,7 @@ def assert_same_gradients(model: GPT, one: Tensor, other: Tensor) -> None:
     largest = max(float(gradient.abs().max()) for gradient, _ in pairs)
     assert largest > 1e-3
     for gradient, expected in pairs:
-        # A small gradient may be the difference of large numbers, which fp32 rounds.
+        # A small gradient may be the difference of large numbers, and fp32 rounds these numbers.
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * max(largest, 1))
 
 

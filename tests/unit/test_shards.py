@@ -64,7 +64,7 @@ def test_shards_hold_row_groups_of_a_thousand_documents_and_the_last_shard_is_va
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A store with the dataset ``books``, which has many small row groups."""
+    """A store with the dataset ``books``. The dataset has many small row groups."""
     store = open_store(str(tmp_path_factory.mktemp("books")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "ROW_GROUP_DOCUMENTS", 100)

@@ -31,7 +31,7 @@ def encoding(ranks: Any = RANKS, special: Any = SPECIAL, pattern: Any = SPLIT_PA
 
 
 def pickled(state: object, protocol: int = 4) -> bytes:
-    """A pickled Encoding with this state, which may be invalid."""
+    """A pickled Encoding with this state. The state may be invalid."""
     body = pickle.dumps(state, protocol=protocol)[2:-1]
     if body[:1] == b"\x95":
         body = body[9:]

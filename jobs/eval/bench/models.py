@@ -8,7 +8,7 @@ from nanochat_core.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype, seed: int) -> GPT:
-    """A model with random weights. Output projections, which start at zero in training, are random too."""
+    """A model with random weights. Output projections are random too, although they start at zero in training."""
     model, generator = GPT(config, dtype), torch.Generator().manual_seed(seed)
     model.init_weights(generator)
     with torch.no_grad():

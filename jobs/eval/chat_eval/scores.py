@@ -46,7 +46,7 @@ class GradedAnswers:
 
 
 def score(task: ChoiceTask | GenerativeTask, graded: Sequence[GradedAnswers], samples: int) -> dict[str, Json]:
-    """The figures of one task, which a result stores under ``tasks``.
+    """The figures of one task, as a result stores them under ``tasks``.
 
     ``graded`` has the answers in the order of the task's questions: one to each multiple-choice question, or
     ``samples`` to each other question.

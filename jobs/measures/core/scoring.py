@@ -141,7 +141,7 @@ class Tree:
 
     @classmethod
     def of(cls, options: Sequence[Option]) -> Tree:
-        """The tree of a question's options. It has no node for an option's last token, which predicts no target."""
+        """The tree of a question's options. An option's last token predicts no target, so it has no node here."""
         shared = common_length([option.ids for option in options])
         length = max(min(shared, *(option.start for option in options)) - 1, 0)
         children: dict[tuple[int, int], int] = {}

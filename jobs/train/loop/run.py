@@ -79,7 +79,7 @@ class RunState:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A held-out evaluation, which the training loop runs at regular intervals and after the last step.
+    """A held-out evaluation. The training loop runs it at regular intervals and after the last step.
 
     Attributes:
         metrics: computes the metrics, such as ``{"val_bpb": 0.9}``; every rank calls it at the same time.

@@ -54,7 +54,7 @@ class StepReport:
         stopped_by: number of the signal that asked any rank to stop; 0 if there was no signal.
         skipped: True if the weights were not updated, because loss or gradient was not finite.
         spike: True if the loss is far above the recent losses.
-        seconds: duration of the whole step, which the caller measures.
+        seconds: duration of the whole step. The caller measures it.
         data_wait_seconds: part of ``seconds`` that was spent waiting for the batch.
     """
 

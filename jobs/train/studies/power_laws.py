@@ -27,7 +27,8 @@ class PowerLaw:
     """``y = coefficient * x ** exponent``, a straight line in logarithms.
 
     Attributes:
-        exponent_error: standard error of the exponent; None for two points, which determine the line exactly.
+        exponent_error: standard error of the exponent; None for two points, because two points determine the line
+            exactly.
         r2: share of the variance of log y that the line explains.
     """
 

@@ -165,7 +165,7 @@ def _plain_tensors(path: Path, stored: Any) -> dict[str, Tensor]:
 
 
 def _check_version(source: UpstreamCheckpoint) -> None:
-    """Refuse weights of early upstream versions, whose network computes other logits than ours.
+    """Refuse weights of early upstream versions, because their network computes other logits than ours.
 
     Upstream's commit a825e63 (14 March 2026) added the smear, and also changed the scale of queries and keys and the
     short windows. Earlier versions also had another rotary base, softcap and value gate. No checkpoint records these

@@ -61,7 +61,7 @@ class EagerRunner:
         self.network.load(model)
 
     def warm_up(self) -> None:
-        pass  # Engine.warm_up then runs two steps, which prepare everything
+        pass  # nothing to do here: the steps that Engine.warm_up runs are enough
 
     @torch.inference_mode()
     def run(self, chunks: Iterable[Chunk], previous: LaunchedStep | None = None) -> tuple[list[Chunk], Tensor]:
@@ -96,7 +96,7 @@ def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, list[CacheGr
             "built in, and blocks of a multiple of 16 tokens; use none here"
         )
     if config.kernels and gpu.usable(model.config, dtype, device):
-        # These modules import Triton, which only GPUs need.
+        # These modules import Triton. Only GPUs need Triton.
         from nanochat_core.engine.backends.gpu.network import GpuCache, GpuNetwork, flash_kernel
         from nanochat_core.engine.backends.gpu.runner import GpuRunner
 

@@ -115,7 +115,7 @@ class ServingWeights:
         self.load(model)
 
     def load(self, model: GPT) -> None:
-        """Copy the current weights of ``model``, which has the same shape, dtype and device as before."""
+        """Copy the current weights of ``model``. Its shape, dtype and device must be the same as before."""
         dtype = self.dtype
         self._layers = []  # frees the old weights before the new ones take memory
         with torch.no_grad():
@@ -134,7 +134,7 @@ class ServingWeights:
             self._head = self._pack(model.head.weight / LOGIT_SOFTCAP)
 
     def embed(self, ids: Tensor, previous_ids: Tensor) -> Tensor:
-        """Embeddings (tokens, dim) after the smear, which are the first block's input."""
+        """The first block's input: the embeddings after the smear, (tokens, dim)."""
         previous = self._smear.index_select(0, ids) * self._embedding.index_select(0, previous_ids)
         return self._embedding.index_select(0, ids) + previous
 

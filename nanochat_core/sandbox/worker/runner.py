@@ -86,8 +86,8 @@ def _run_and_report(code: bytes, to_text: Callable[[object], str], output_bytes:
         if value is None:
             claim = pack_claim(protocol.NOTHING)
         else:
-            # One byte above the limit tells the executor that the text is longer. The first cut counts characters,
-            # which is safe because each character has at least one byte.
+            # One byte above the limit tells the executor that the text is longer. The first cut counts characters. This
+            # is safe, because each character has at least one byte.
             text = to_text(value)[: output_bytes + 1].encode("utf-8", "replace")[: output_bytes + 1]
             claim = pack_claim(protocol.VALUE, result=text)
     except BaseException as error:

@@ -34,7 +34,7 @@ def parameter_groups(model: GPT, config: OptimizerConfig, *, batch_lr_scale: flo
 
     Args:
         config: learning rates before scaling.
-        batch_lr_scale: ``sqrt(B / B_ref)`` of the scaling rules, which multiplies every rate except the smear group's.
+        batch_lr_scale: ``sqrt(B / B_ref)`` of the scaling rules. It multiplies every rate except the smear group's.
     """
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
 

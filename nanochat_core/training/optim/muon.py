@@ -84,10 +84,10 @@ def muon_update(
 def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Approximates the nearest (semi-)orthogonal matrices by five Polar Express steps (arXiv 2505.16932).
 
-    Each matrix is first divided by slightly more than its Frobenius norm, which bounds its singular values by 1. The
-    result is rescaled to the Frobenius norm of an orthogonal matrix, ``sqrt(min(rows, columns))`` (arXiv 2602.21545).
-    ``x`` is (n, rows, columns), and so is the result, in fp32. The matrix products have the given dtype. The
-    coefficients are made for bf16, and bf16 is precise enough.
+    Each matrix is first divided by slightly more than its Frobenius norm, so that its singular values are at most 1.
+    The result is rescaled to the Frobenius norm of an orthogonal matrix, ``sqrt(min(rows, columns))`` (arXiv
+    2602.21545). ``x`` is (n, rows, columns), and so is the result, in fp32. The matrix products have the given dtype.
+    The coefficients are made for bf16, and bf16 is precise enough.
     """
     rows, columns = x.shape[-2:]
     tall = rows > columns
@@ -123,7 +123,7 @@ def reduce_variance(update: Tensor, second_moment: Tensor) -> Tensor:
 
 
 class MuonShards(ParameterShards):
-    """The matrices of a Muon group, which all have one shape.
+    """The matrices of a Muon group. They all have the same shape.
 
     Rank ``r`` of ``size`` owns the matrices ``r``, ``r + size``, ``r + 2 * size``, and so on. Orthogonalization needs a
     whole matrix, so each rank owns whole matrices rather than rows of every matrix. Because consecutive matrices belong

@@ -16,7 +16,7 @@ class MuonAdamW:
     """Updates each parameter group by the rule that its ``kind`` names, ``muon`` or ``adamw``.
 
     Each step uses a group's ``lr`` and ``weight_decay``. Schedules compute them from ``initial_lr`` and
-    ``initial_weight_decay``. A Muon group contains matrices of one shape, which are updated as one stack.
+    ``initial_weight_decay``. A Muon group contains matrices of one shape; they are updated as one stack.
 
     See :mod:`~nanochat_core.training.optim.shards` for the division over ranks.
     """

@@ -12,7 +12,7 @@ class StopFilter:
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
-        """Takes the stop strings, which must not be empty; without any, all text passes at once."""
+        """Takes the stop strings. None of them may be empty. Without stop strings, all text passes at once."""
         self._stops = tuple(stops)
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""

@@ -1,4 +1,4 @@
-"""`/report`: the served model's report, which the engine reads from the artifact store."""
+"""`/report`: the served model's report. The engine reads it from the artifact store."""
 
 from pathlib import Path
 

@@ -50,7 +50,7 @@ async def encode_text(model: ServedModel, text: str, *, bos: bool) -> list[int]:
 
 
 async def _encode(model: ServedModel, characters: int, encode: Callable[[], list[int]], param: str) -> list[int]:
-    # Every character has at least one byte, which gives a lower bound of the token count without encoding.
+    # Every character has at least one byte. This gives a lower bound of the token count without encoding.
     at_least = characters // model.longest_token_bytes
     if at_least > model.info.context_length:
         raise _too_long(model, f"at least {at_least}", param)

@@ -1,4 +1,4 @@
-"""Weights of eight bits, which take a quarter of the memory of fp32 weights.
+"""Weights of eight bits. They take a quarter of the memory of fp32 weights.
 
 In a step of few sequences, reading the weights from memory takes most of the time.
 """

@@ -70,7 +70,7 @@ def prepare(
         qkv: (tokens, columns) product with the weights of queries, keys, values and value gates, in this order. In
             queries and keys, the two channels of a rotated pair are adjacent.
         queries: (tokens, HEADS, HEAD_DIM) receives the queries.
-        keys, values: (slots, KV_HEADS, HEAD_DIM), the cache, which receives the new keys and values.
+        keys, values: (slots, KV_HEADS, HEAD_DIM), the cache; it receives the new keys and values.
         value_table: (vocabulary, value_columns) value embeddings of this layer; unused unless GATED.
         turns: (context, HEAD_DIM / 2, 2) fp32 cosines and negative sines of the rotations.
     """

@@ -31,7 +31,7 @@ FlashKernel = Callable[..., Any]
 
 
 class GpuCache(BlockMemory):
-    """The cache for the GPU kernels. Each group has one extra block, to which padding tokens write."""
+    """The cache for the GPU kernels. Each group has one extra block. Padding tokens write to it."""
 
     def __init__(self, model: GPT, groups: Items[CacheGroup], block_size: int) -> None:
         super().__init__(model, groups, block_size, spare=1)
@@ -62,7 +62,7 @@ class GpuNetwork(ServingWeights):
         self._row_warps = 4 if self._width <= 2048 else 8
 
     def load(self, model: GPT) -> None:
-        """Copy the current weights of ``model``, which has the same shape, dtype and device as before.
+        """Copy the current weights of ``model``. Its shape, dtype and device must be the same as before.
 
         CUDA graphs read weights at fixed addresses, so the new weights are copied over the old ones. Until then, old
         and new weights are both in memory.

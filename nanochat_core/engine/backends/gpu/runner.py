@@ -40,8 +40,8 @@ class GpuRunner:
             tile_rows=network.tile_rows,
             no_token=network.no_token,
         )
-        # All graphs write their logits to this tensor, so each run overwrites the previous logits. All other memory of
-        # the graphs is in ``_pool``, which they share.
+        # All graphs write their logits to this tensor, so each run overwrites the previous logits. The graphs share all
+        # other memory, in ``_pool``.
         self._logits = torch.empty(self.sizes[-1], network.config.vocab_size, device=self._device)
         self._graphs: dict[int, Compute] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None

@@ -38,8 +38,8 @@ SMALLEST_BUCKET = 256
 class TorchCache(BlockMemory):
     """The cache for attention by PyTorch's operators.
 
-    The product of a query and a key, which are unit vectors, is multiplied by ``score_scale``. The number of query rows
-    is padded to a multiple of ``row_multiple``.
+    Queries and keys are unit vectors. A score is the product of a query and a key, multiplied by ``score_scale``. The
+    number of query rows is padded to a multiple of ``row_multiple``.
     """
 
     def __init__(self, model: GPT, groups: Items[CacheGroup], block_size: int) -> None:
@@ -86,7 +86,7 @@ class TorchCache(BlockMemory):
 class PagedAttention:
     """Attention for one ragged batch, see :class:`~nanochat_core.engine.backends.torch.network.Attend`.
 
-    The batch must have the order of the attribute ``chunks``, which can differ from the order of the given chunks.
+    The batch must have the order of the attribute ``chunks``. This order can differ from that of the given chunks.
     """
 
     def __init__(self, cache: TorchCache, chunks: Iterable[Chunk]) -> None:

@@ -88,8 +88,8 @@ class TorchNetwork(ServingWeights):
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
         """Normalize ``x``, apply the MLP, and add the result to ``x``.
 
-        The norm's factor is applied after the MLP. The MLP squares its activations, so the factor becomes its own
-        square, which is dim / square sum.
+        The norm's factor is applied after the MLP. The MLP squares its activations, so the square of the factor is
+        applied: dim / square sum.
         """
         y = layer.down(layer.up(x, relu=True).square_())
         return torch.addcdiv(x, y, _square_sum(x), value=x.size(-1)).to(self.dtype)
