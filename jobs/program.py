@@ -45,7 +45,7 @@ def run_command(
         command: module and subcommand for the usage text, such as ``jobs.train.dataset list``.
         name: name of the program in its log lines, such as ``chat-eval``. Its environment variables then begin with
             ``NANOCHAT_CHAT_EVAL``.
-        argv: arguments instead of those of the command line.
+        argv: arguments that replace the arguments of the command line.
     """
     prefix = f"NANOCHAT_{name.upper().replace('-', '_')}"
     settings = load(settings_class, prefix=prefix, program=f"python -m {command}", argv=argv)

@@ -124,9 +124,9 @@ RECIPES = {
             name="demo",
             summary="a small invented world, learned in minutes on two CPU cores",
             tokenizer={"vocab-size": 1024},
-            # These values were found by trial. With so few tokens, a model learns most in many small steps, with
-            # learning rates well above those of the scaling rules for this batch size. In the same time, depth 3
-            # learns more than depth 4.
+            # These values were found by trial. With so few tokens, a model learns most in many small steps, with much
+            # higher learning rates than the scaling rules give for this batch size. In equal time, a model of depth 3
+            # learns more than a model of depth 4.
             pretrain={
                 "depth": 3,
                 "head-dim": 64,

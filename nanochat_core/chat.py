@@ -178,7 +178,7 @@ class AssistantStream:
 
 
 def tool_output_text(result: str | None, stdout: str, error: str) -> str:
-    """The output that the model reads: the first of the call's value, its printed text and its error that exists."""
+    """The output that the model reads: the call's value; without a value, its printed text; without text, its error."""
     if result is not None:
         return result
     return stdout.strip() or error

@@ -1,6 +1,7 @@
 """Cross-entropy of hidden states, computed in chunks of tokens so that the logits of all tokens are never stored.
 
-Problem: for 32 rows of 2,048 tokens and 32,768 ids, the fp32 logits take 8.6 GB, and so does their gradient.
+Problem: for 32 rows of 2,048 tokens and 32,768 ids, the fp32 logits take 8.6 GB, and their gradient takes another 8.6
+GB.
 
 Idea: the loss is the last operation of the forward pass, so the backward pass can only multiply the gradient of the
 logits by a constant factor. The forward pass therefore computes the gradients too. For each chunk of tokens, it
@@ -88,9 +89,9 @@ def loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Summed cross-entropy and its gradients with respect to ``hidden`` and ``weight``.
 
-    The arguments are those of :func:`softcapped_cross_entropy`. ``compile`` compiles the operations on the logits
-    between the matrix products. The loss is an fp32 scalar, the gradient of ``hidden`` is (tokens, dim) in its dtype,
-    and the gradient of ``weight`` is (rows, dim) fp32.
+    The arguments are as in :func:`softcapped_cross_entropy`. ``compile`` compiles the operations on the logits between
+    the matrix products. The loss is an fp32 scalar, the gradient of ``hidden`` is (tokens, dim) in its dtype, and the
+    gradient of ``weight`` is (rows, dim) fp32.
     """
     per_chunk = _compiled if compile else loss_and_logit_gradient
     with torch.no_grad():

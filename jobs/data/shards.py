@@ -128,7 +128,7 @@ class RowGroupCache:
     """Keeps the most recently used row groups in memory, up to ``capacity`` bytes.
 
     The most recently used row group stays in memory even if it alone exceeds ``capacity``. If several threads want the
-    same row group, one of them reads it and the others wait for it. Threads that want other row groups do not wait.
+    same row group, one thread reads it and the other threads wait. Threads that want other row groups do not wait.
     """
 
     def __init__(self, capacity: int) -> None:

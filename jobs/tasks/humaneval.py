@@ -50,7 +50,7 @@ def _right(problem: CodeProblem, response: Response, sandbox: SandboxExecutor) -
 def passes_tests(
     executor: SandboxExecutor, problem: CodeProblem, answer_text: str, limits: Limits = TEST_LIMITS
 ) -> bool:
-    """Whether an answer passes the problem's tests in the sandbox; blocks.
+    """Whether an answer passes the problem's tests in the sandbox. This call blocks.
 
     A program that ends before the end of its tests, by an error, a limit or an exit, is wrong. Raises the same errors
     as :func:`runs_to_its_end`.
@@ -68,7 +68,7 @@ def code_in(answer_text: str) -> str:
 
 
 def runs_to_its_end(executor: SandboxExecutor, program: str, limits: Limits = TEST_LIMITS) -> bool:
-    """Whether a program runs to its last line in the sandbox without an error; blocks.
+    """Whether a program runs to its last line in the sandbox without an error. This call blocks.
 
     Raises:
         ScoringFailed: the sandbox is overloaded.

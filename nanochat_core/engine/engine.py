@@ -249,7 +249,7 @@ class Engine:
         self.tools.close()
 
     def _launch(self, chunks: list[Chunk], previous: LaunchedStep | None) -> tuple[LaunchedStep | None, bool]:
-        """Give the device a batch. Returns the step (None if no chunk samples), and whether the memory was too small.
+        """Give the device a batch. Returns the step (None if no token is sampled), and whether memory was too small.
 
         ``previous`` is the step whose tokens have not been read.
         """

@@ -40,7 +40,7 @@ class PrefixIndex:
         return self.hashes[block] is not None or self.parents[block] is not None
 
     def add_full(self, block: int, digest: bytes) -> None:
-        """Record the hash of a full block, unless it already belongs to another block with the same tokens."""
+        """Record the hash of a full block, unless another block with the same tokens already has this hash."""
         if digest not in self.by_hash:
             self.by_hash[digest] = block
             self.hashes[block] = digest

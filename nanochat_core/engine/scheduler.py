@@ -5,8 +5,9 @@ so a step with many tokens delays every sequence. The scheduler therefore limits
 shares them among sequences. Long prompts are computed in chunks over several steps (chunked prefill, Agrawal et al.
 2023, arXiv 2308.16369).
 
-Prefill and decoding are the same case: some known tokens of a sequence are computed already, and the others must still
-be computed. The others may be a prompt, one sampled token, the output of a tool, or all tokens after a preemption.
+Prefill and decoding are the same case: some known tokens of a sequence are computed already, and its other known tokens
+must still be computed. These may be a prompt, one sampled token, the output of a tool, or all tokens after a
+preemption.
 """
 
 import bisect

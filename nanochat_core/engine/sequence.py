@@ -26,7 +26,7 @@ class State(enum.Enum):
 
 
 class Sequence:
-    """One choice of a request. In prefill, decoding, tool output and recomputation alike, ``remaining > 0``."""
+    """One choice of a request. Prefill, decoding, tool output and recomputation are one case: ``remaining > 0``."""
 
     def __init__(self, request: Request, choice: int, arrival: int, sample_key: int, max_length: int) -> None:
         """

@@ -31,7 +31,7 @@ class WorkerFailed(RuntimeError):
 
 
 class Status(enum.Enum):
-    """How a call ended. The names are those of ``sandbox.proto``."""
+    """How a call ended. The names are the same as in ``sandbox.proto``."""
 
     OK = "ok"
     ERROR = "error"

@@ -1,4 +1,4 @@
-"""Finds the files that a Python interpreter needs, so that the isolation can allow these files and no others."""
+"""Finds the files that a Python interpreter needs, so that the isolation can allow only these files."""
 
 import dataclasses
 import json

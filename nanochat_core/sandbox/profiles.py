@@ -1,7 +1,7 @@
 """The isolation profiles: how a worker is started and which rights it gives up.
 
 In the profile ``pod``, a worker applies Landlock, a system-call filter and resource limits to itself. This needs no
-other program. In the profile ``bwrap``, a worker does the same inside namespaces that bubblewrap creates.
+other program. In the profile ``bwrap``, a worker applies the same layers inside namespaces that bubblewrap creates.
 """
 
 import abc

@@ -56,8 +56,8 @@ class Store(ABC):
         """Yields a local folder to write to. If the ``with`` block ends without an error, its files replace ``prefix``.
 
         The caller must write the file ``last``; otherwise FileNotFoundError is raised. A reader that finds this file
-        finds the whole folder. A store on a file system renames the finished folder. S3 cannot rename, so a store on
-        S3 uploads the file ``last`` after all others.
+        finds the whole folder. A store on a file system renames the finished folder. S3 cannot rename, so a store on S3
+        uploads the file ``last`` after all other files.
         """
 
     @abstractmethod

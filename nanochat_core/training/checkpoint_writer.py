@@ -9,7 +9,7 @@ reading the old checkpoint, so at every moment the store must have a complete ch
 nor replace several files at once. The new files therefore get a new subfolder, and the new manifest names it:
 
 1.  Write all files to ``replacement_<id>/``. The old manifest still lists the old files.
-2.  2. Replace the manifest atomically, as every store can. The manifest now lists the new files.
+2.  Replace the manifest atomically, as every store can. The manifest now lists the new files.
 3.  Remove the old files.
 
 A writer that is killed leaves files that no manifest lists. The next writer of the same checkpoint removes them.

@@ -5,7 +5,7 @@ Run the program from the project's root:
 
 The peer trains a tokenizer, trains a model on the bundle's text for a few steps, and saves both in its own layout. This
 project imports them. Then both sides evaluate the same files in alternating runs, each in a new process and in fp32.
-The peer uses ``evaluate_core`` of its ``base_eval.py``, without torch.compile, as that program does.
+The peer uses ``evaluate_core`` of its ``base_eval.py`` without torch.compile, just like ``base_eval.py`` itself.
 """
 
 import argparse

@@ -25,7 +25,7 @@ SERVICES = {"gateway", "engine", "sandbox", "prometheus"}
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """One Compose project, separate from all others on this machine."""
+    """One Compose project, separate from all other projects on this machine."""
 
     port: int
     prometheus_port: int

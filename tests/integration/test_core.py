@@ -218,7 +218,7 @@ def test_pretraining_keeps_core_in_its_history(tmp_path: Path, prepared: Path) -
     found = {point["step"]: point["core"] for point in with_core.history if "core" in point}
     assert list(found) == [4, 8, 10]
     assert [point["step"] for point in with_core.history if "val_bpb" in point] == [5, 10]
-    # The CORE of the finished model equals that of the last point of its history.
+    # The CORE of the finished model equals the CORE in the last entry of its history.
     jobs.run(MODULE, {"model": "tiny", "bundle": prepared / "bundle", "max-per-task": 6, "threads": 1})
     kept = next(results(jobs.store, "tiny"))
     assert kept["core"] == pytest.approx(found[10])

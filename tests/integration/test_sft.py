@@ -115,7 +115,8 @@ def test_other_conversations_and_settings_are_refused_by_name(jobs: Jobs) -> Non
 def test_an_epoch_shows_every_conversation_about_once(jobs: Jobs) -> None:
     jobs.run(MODULE, SFT, steps=None, epochs=1, save_every=0)
     (step,) = jobs.steps("sft")
-    # There are 300 conversations of about 20 tokens. One of them fits into a row of 32 tokens, and a batch has 8 rows.
+    # There are 300 conversations of about 20 tokens. Only one conversation fits into a row of 32 tokens, and a batch
+    # has 8 rows.
     assert 25 <= step <= 45
     jobs.run(MODULE, SFT, steps=None, epochs=2, no_resume=True, save_every=0)
     (twice,) = jobs.steps("sft")

@@ -74,7 +74,7 @@ def test_bf16_is_as_near_to_the_model_as_the_other_path_is(shape: ModelConfig) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_token_has_the_same_bits_however_it_is_computed(shape: ModelConfig, dtype: torch.dtype, int8: bool) -> None:
-    """The test computes tokens alone and with others, by decoding, and by prefilling in pieces and at once."""
+    """The test computes tokens alone and in a batch, by decoding, and by prefilling in pieces and at once."""
     if not packs(dtype) and not int8:
         pytest.skip("on this CPU oneDNN has no products of bf16 weights, and PyTorch's depend on the number of rows")
     here, _, rows = place(shape, 190, 33, 150, dtype=dtype, int8=int8)

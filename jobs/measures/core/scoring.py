@@ -183,7 +183,7 @@ class Tree:
 
     @property
     def previous(self) -> np.ndarray:
-        """(nodes,) for each node, the index of the token before it in prefix and nodes joined; -1 if there is none."""
+        """(nodes,) index of the token before each node, in the prefix followed by all nodes; -1 if there is none."""
         before: np.ndarray = np.where(self.parents >= 0, len(self.prefix) + self.parents, len(self.prefix) - 1)
         return before
 
