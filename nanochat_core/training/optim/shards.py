@@ -11,7 +11,7 @@ part and updates only its part. A step has three stages:
     backward pass.
 2.  Update: each rank updates its own part.
 3.  Gather: each rank receives the parts that other ranks have updated. This overlaps with the updates of the next
-units.
+    units.
 
 A single rank owns everything and runs the same code without the communication.
 """
