@@ -148,7 +148,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draws the initial weights with a generator on the parameters' device; None means torch's global one."""
+        """Draws the initial weights with a generator on the parameters' device; None means torch's global generator."""
         dim, depth = self.config.dim, self.config.depth
         # A uniform distribution on [-bound, bound] has standard deviation bound / sqrt(3).
         bound = (3 / dim) ** 0.5

@@ -288,7 +288,7 @@ def _conversations(report: Report) -> list[str]:
 def _exchange(example: Report) -> list[str]:
     """Markdown of a question, the model's tool calls and its answer."""
     lines = [f"> {literal(_cut(example['question']))}", ""]
-    # Two spaces at the end of a line break it.
+    # Two spaces at the end of a line make a line break.
     lines += [f"{code(_cut(ran))} gives {code(_cut(output))}  " for ran, output in example["calls"]]
     return [*lines, literal(_cut(example["answer"])) + ("" if example["right"] else "  *(wrong)*"), ""]
 

@@ -108,7 +108,7 @@ def load_meta(store: Store, ref: CheckpointRef) -> dict[str, Any]:
 def newest_checkpoint(store: Store, model: str, stage: str) -> Checkpoint | None:
     """Loads the newest undamaged checkpoint of a stage; None if there is none. It logs and skips damaged checkpoints.
 
-    If the store fails, StoreError is raised, and the checkpoint is not skipped because it may be undamaged.
+    A failure of the store raises StoreError. The checkpoint is then not skipped, because it may be undamaged.
     """
     for ref in reversed(list_checkpoints(store, model, stage)):
         try:

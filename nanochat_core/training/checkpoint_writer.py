@@ -61,7 +61,7 @@ _TRANSFER_SECONDS = 3600.0
 
 @dataclasses.dataclass(frozen=True)
 class _Contents:
-    """A copy of a checkpoint's content, because training may change the originals during the writing.
+    """The content of a checkpoint. It is a copy, because training may change the originals during the writing.
 
     ``texts`` has the content of each text file by file name. ``values`` has the trainer's values as JSON. ``shards`` is
     this rank's share of the optimizer state.

@@ -28,7 +28,7 @@ class ServedModel:
 
 
 class ModelHost:
-    """Owns the current model, and replaced models until their answers have ended. The current one gets new requests."""
+    """Owns the models in memory: the current one for new requests, and replaced ones until their answers have ended."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Checkpoints: loading returns exactly the saved bits, and refuses damaged files and names them."""
+"""Checkpoints: loading returns exactly the saved bits. It refuses damaged files and names them."""
 
 import contextlib
 import hashlib

@@ -194,7 +194,7 @@ def test_a_prefix_is_found_where_every_group_still_has_what_its_window_shows() -
     blocks.release(first)
     assert blocks.find_prefix(sequence(list(range(41)))) == 40
     # The group with a window has only 12 blocks, so it has reused the blocks of the first tokens. A short prefix needs
-    # these.
+    # these blocks.
     assert blocks.find_prefix(sequence(list(range(9)))) == 0
     again = sequence([*list(range(30)), 99, 98, 97])
     prefix = blocks.find_prefix(again)

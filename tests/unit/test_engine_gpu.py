@@ -67,7 +67,7 @@ def expected(model: GPT, row: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES if DEVICE.type == "cuda" else [SHAPES[1], shape_of(2, 64)])
 def test_logits_are_those_of_the_model_in_tiles_and_token_by_token(shape: ModelConfig) -> None:
-    """Prompts are computed in one step, then tokens beyond the window in padded steps together with other sequences."""
+    """One step computes the prompts. Padded steps then compute tokens beyond the window, beside other sequences."""
     here, model, rows = place(shape, 150, 1, 40)
     whole = here.logits((0, 0, 145), (1, 0, 1), (2, 0, 36))
     single = [here.logits((0, 145, 146))[0]]
@@ -158,7 +158,7 @@ def test_flash_attention_is_for_hopper_and_bf16(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_bf16_is_as_near_to_the_model_as_pytorchs_operators_are() -> None:
-    """The step is too small for tiles, because the interpreter cannot multiply bf16 matrices."""
+    """The step is kept too small for tiles: tiles multiply bf16 matrices, and the interpreter cannot do that."""
     shape = shape_of(2, 32, 2)
     here, model, rows = place(shape, 12, dtype=torch.bfloat16)
     logits = here.logits((0, 0, 12))[0]

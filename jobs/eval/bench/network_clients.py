@@ -26,7 +26,7 @@ _TEXT = (
     "service friend father power hour game line end member law car city"
 )
 WORDS = _TEXT.split()
-# Numbers of words of two trial prompts. From the two token counts follow the tokens per word and the tokens of the chat
+# Numbers of words of two trial prompts. Their two token counts give the tokens per word and the tokens of the chat
 # template.
 _FEW_WORDS, _MANY_WORDS = 8, 32
 _CONNECT_SECONDS = 10.0

@@ -9,7 +9,7 @@ from prometheus_client import Counter, Gauge, Histogram, start_http_server
 from nanochat_core.errors import UserError
 
 _STAGE = ["stage"]
-# For the name of each value that a step reports, its gauge.
+# For each value that a step reports: its name and its gauge.
 STEP_GAUGES = {
     name: Gauge(f"nanochat_train_{name}", text, _STAGE)
     for name, text in {

@@ -24,8 +24,8 @@ from nanochat_core.training.distributed import Ranks
 from nanochat_core.training.optim.shards import ParameterShards, Shard, gradient_of
 
 ADAM_EPS = 1e-10
-# A parameter with fewer elements is not divided, because the little memory that this would save is not worth the time
-# of the messages.
+# A parameter with fewer elements is not divided: dividing it would save little memory, and the messages would take
+# time.
 SMALLEST_DIVIDED = 1024
 
 
