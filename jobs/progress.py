@@ -108,7 +108,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic only in its type 
     """A bar that shows as many facts as the terminal has room for."""
 
     def __init__(self, label: str, total: int, done: int) -> None:
-        self.facts: Sequence[str] = []  # This comes first, because tqdm's constructor draws the bar.
+        self.facts: Sequence[str] = []  # ``facts`` is set first, because tqdm's constructor already draws the bar.
         super().__init__(
             total=total,
             initial=done,

@@ -131,7 +131,7 @@ def stop_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def _join_system(messages: Sequence[Message]) -> list[Message]:
-    """Joins the system message to the start of the first user message, because it has no special tokens of its own."""
+    """Joins the system message to the start of the first user message: system messages have no special tokens."""
     if not messages or messages[0].role != "system":
         return list(messages)
     if len(messages) < 2:

@@ -24,7 +24,7 @@ from nanochat_core.errors import UserError
 from nanochat_core.store import Store
 from nanochat_core.tokenizer import Tokenizer
 
-# Texts by their names in the table.
+# The text of each domain, by its name in the table.
 DOMAIN_SAMPLES: dict[str, str] = tomllib.loads(Path(__file__).with_name("domain_samples.toml").read_text("utf-8"))
 
 _PUBLISHED = "https://openaipublic.blob.core.windows.net"

@@ -51,7 +51,7 @@ class ConversationFiles:
 
 
 def own_conversations(name: str, hint: str = "") -> ConversationFiles:
-    """Conversations in ``data/<name>/train.jsonl`` of the store. If the file is missing, the error ends with ``hint``."""
+    """Conversations in ``data/<name>/train.jsonl`` of the store. ``hint`` is the end of the error if it is missing."""
     origin = 'write it, one {"messages": [{"role": "user", "content": …}, …]} a line' + hint
     return ConversationFiles(DatasetFiles(name, (rf"(data/)?train{REST_OF_NAME}",), "train.jsonl", origin))
 

@@ -41,7 +41,7 @@ from tests.support.processes import descendants
 from tests.support.service_process import EngineProcess, ServiceProcess
 
 CONTEXT = 512
-# Small limits, so that the queue fills up and preemptions happen.
+# The limits are small, so that the queue fills up and preemptions happen.
 FLAGS = ("--max-running", "16", "--max-waiting", "32", "--token-budget", "128", "--kv-cache-mib", "2")
 CONCURRENCY = 16
 # Of every BURST_EVERY requests the last BURST arrive at once.

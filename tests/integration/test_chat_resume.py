@@ -60,7 +60,7 @@ def home(filled: Path, tmp_path: Path) -> Path:
 
 
 def settings(home: Path, **changes: Any) -> ChatEvalSettings:
-    """Settings with several sampled answers per question, so that any difference between runs shows."""
+    """Settings with several sampled answers per question. Any difference between two runs then shows."""
     given: dict[str, Any] = {
         "tasks": ("spelling", str(home / "choices.jsonl")),
         "items": QUESTIONS,

@@ -67,7 +67,7 @@ def questions(made: Iterable[dict[str, Any]]) -> set[str]:
 
 
 def normalized(question: str) -> str:
-    """The question without capitals and final punctuation, because people often leave them out."""
+    """The question without capitals and final punctuation. People often leave these out."""
     return question.lower().rstrip("?.! ")
 
 

@@ -21,7 +21,7 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Te
 
 
 def drawn(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs with logits of about 10, so that the softcap matters. Every fifth target is ignored."""
+    """Inputs with logits of about 10: at this size, the softcap matters. Every fifth target is ignored."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(TOKENS, DIM, generator=generator).to(device, dtype).requires_grad_()
     weight = (2.5 * torch.randn(ROWS, DIM, generator=generator)).to(device).requires_grad_()

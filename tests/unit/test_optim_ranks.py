@@ -1,4 +1,4 @@
-"""The optimizer divided over ranks makes the same steps as on one rank, and each rank needs only a share of the memory."""
+"""The optimizer divided over ranks makes the same steps as on one rank. Each rank needs a part of the memory."""
 
 from typing import Any
 

@@ -25,7 +25,7 @@ from nanochat_core.engine.backends.torch.network import TorchNetwork
 from nanochat_core.model import GPT, QK_SCALE, rotary_table
 
 # The rotary table has this many times the length of the training context, because few-shot prompts can be longer than
-# that. The windows of attention do not depend on the length of the table.
+# that context. The windows of attention do not depend on the length of the table.
 CONTEXTS = 10
 # Number of tokens in a batch, padding included. These sizes are large enough for matrix products at full speed.
 CPU_TOKENS, GPU_TOKENS = 2048, 32768

@@ -44,7 +44,7 @@ _SHAPE = {
     "context_length": "sequence_len",
     "vocab_size": "vocab_size",
 }
-# Upper bound of every dimension, so that a damaged file cannot make us allocate too much memory.
+# Upper bound of every dimension. It keeps a damaged file from making us allocate too much memory.
 _LARGEST = 2**24
 
 
