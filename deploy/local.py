@@ -30,7 +30,7 @@ RESTARTS_PER_MINUTE = 5
 
 @dataclasses.dataclass(frozen=True)
 class LocalSettings:
-    """Run the whole chat path on this machine."""
+    """Run sandbox, engine and gateway on this machine."""
 
     home: str = setting(".nanochat", "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     model: str = setting("demo", "model to serve; the demo model is trained if it does not exist", env="MODEL")
@@ -124,7 +124,10 @@ def readable(line: str) -> str:
 
 
 def free_port(wanted: int = 0) -> int:
-    """Return the TCP port, or any free port for 0. Raise a UserError if another program uses the port."""
+    """Return ``wanted`` if this TCP port is free; if ``wanted`` is 0, return any free port.
+
+    Raises UserError if another program uses the port.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -8,9 +8,9 @@ from nanochat_core.tokenizer import Tokenizer
 
 
 class SandboxTool:
-    """Runs an engine's tool calls in the sandbox that the sandbox service runs.
+    """A :class:`~nanochat_core.engine.ToolRunner` that runs an engine's tool calls in a sandbox of this process.
 
-    It is a :class:`~nanochat_core.engine.ToolRunner`.
+    The sandbox service uses the same sandbox code.
     """
 
     def __init__(self, executor: SandboxExecutor) -> None:

@@ -52,14 +52,14 @@ class Recipe:
     gate: Gate = dataclasses.field(default_factory=Gate)
 
     def evaluation_items(self, count: int, seed: int = 0) -> list[EvalItem]:
-        """Held-out questions of the demo world: of ``count`` questions, those whose kind the recipe teaches."""
+        """Draw ``count`` held-out questions of the demo world, and return those whose kind the recipe teaches."""
         return evaluation_set(count, seed, self.conversation_kinds)
 
     def prepare(self, store: Store, name: str, data: Path | None) -> None:
         """Write text to ``data/<name>`` and conversations to ``data/<name>-chat`` unless the store has them.
 
-        It is a UserError if the recipe needs ``data`` and ``data`` is empty, or if it makes its own data and ``data``
-        is given.
+        Raises UserError if the recipe needs ``data`` and ``data`` is None, or if the recipe makes its own data and
+        ``data`` is given.
         """
         if data is not None and not self.needs_data:
             raise UserError(f"recipe {self.name} makes its own data; leave --data out or use --recipe small")

@@ -79,7 +79,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Computes :class:`Attention` by torch's scaled dot product attention (SDPA).
 
     A window that is shorter than the row becomes a mask. The mask saves no work, because SDPA also computes the scores
-    that it hides.
+    that the mask hides.
     """
     time = q.size(1)
     grouped = q.size(2) != k.size(2)
@@ -129,10 +129,11 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Computes :class:`Attention` by FlexAttention (arXiv 2412.05496). It skips the blocks that a window hides.
+    """Computes :class:`Attention` by FlexAttention (arXiv 2412.05496), which skips the blocks that a window hides.
 
-    SDPA computes two cases instead. A window that covers the whole row needs no mask. In uncompiled code, FlexAttention
-    would store the whole matrix of scores. FlexAttention has no backward pass on a CPU.
+    In two cases, this function uses SDPA instead: if the window covers the whole row, because then no mask is needed,
+    and in uncompiled code, because there FlexAttention would store the whole matrix of scores. FlexAttention has no
+    backward pass on a CPU.
     """
     time = q.size(1)
     if window >= time - 1 or not torch.compiler.is_compiling():
@@ -154,10 +155,10 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def flash_attention(device: torch.device, dtype: torch.dtype) -> Attention | None:
-    """:class:`Attention` by FlashAttention 2 (arXiv 2307.08691) or 3 (arXiv 2407.08608).
+    """Returns an :class:`Attention` that uses FlashAttention 2 (arXiv 2307.08691) or 3 (arXiv 2407.08608).
 
-    The result uses the fastest installed flash-attn package that supports the device and the dtype. It is None if there
-    is no such package.
+    The result uses the fastest installed flash-attn package that supports the device and the dtype. If there is no such
+    package, the result is None.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return None

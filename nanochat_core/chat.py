@@ -19,7 +19,7 @@ _DELIMITERS: dict[PartType, tuple[str, str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of an assistant's message: text, Python code that it ran, or the output of that code."""
+    """A part of an assistant's message: text, Python code that the assistant ran, or the output of that code."""
 
     type: PartType
     text: str

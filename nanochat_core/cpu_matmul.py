@@ -27,7 +27,7 @@ def onednn_is_faster() -> bool:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` without gradients, by the faster library.
+    """Returns ``x @ weight.T``, computed by the faster library. Autograd cannot differentiate the result.
 
     ``x`` is (rows, in_features) and ``weight`` is (out_features, in_features) of the same dtype.
     """
@@ -40,7 +40,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 # This is a custom operator so that torch.compile does not trace it and choose a library itself.
 @torch.library.custom_op("nanochat::linear", mutates_args=(), schema="(Tensor x, Tensor weight) -> Tensor")
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """:func:`product` with gradients, for ``x`` of shape (..., in_features)."""
+    """Like :func:`product`, but autograd can differentiate the result. ``x`` has shape (..., in_features)."""
     return product(x.detach().reshape(-1, x.size(-1)), weight.detach()).view(*x.shape[:-1], weight.size(0))
 
 

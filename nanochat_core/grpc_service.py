@@ -95,7 +95,7 @@ class GrpcService:
         log.info("ready", extra=self._addresses | {"pid": os.getpid()} | fields)
 
     async def close(self, grace: float) -> None:
-        """Refuse new calls, give running calls ``grace`` seconds to finish, and close both ports."""
+        """Refuse new gRPC calls, give running gRPC calls ``grace`` seconds to finish, and close both ports."""
         await self.server.stop(grace)
         self._metrics_server.shutdown()
         self._metrics_server.server_close()

@@ -60,7 +60,7 @@ class Tokenizer:
     """Turns text into token ids and back.
 
     Ids ``0 .. len(token_bytes)-1`` are byte sequences in the order of their merges. The special tokens follow. Text
-    never becomes a special token: ``<|user_end|>`` in a user's message becomes ordinary tokens of its characters.
+    never becomes a special token: ``<|user_end|>`` in a user's message becomes ordinary tokens that spell this text.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], pattern: str = SPLIT_PATTERN) -> None:
@@ -134,7 +134,7 @@ class Tokenizer:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of everything that determines the ids. A checkpoint stores it to recognize its tokenizer."""
+        """SHA-256 of everything that determines the ids. A checkpoint stores this digest to recognize its tokenizer."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:

@@ -30,7 +30,7 @@ class Syllables(Table):
 
 
 class WordTables(Table):
-    """The content of ``content/words.toml``; strangers are first names."""
+    """The content of ``content/words.toml``. ``strangers`` are first names of people who are not in the demo world."""
 
     syllables: Syllables
     english: WordLists

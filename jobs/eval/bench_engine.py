@@ -213,7 +213,10 @@ def plan(
 
 @contextlib.contextmanager
 def opened(settings: BenchEngineSettings) -> Iterator[tuple[Client, GPT | None, Limits | None]]:
-    """A client for the model or server that the settings name. For a server, the other results are None."""
+    """Yield a client for the model or server that the settings name, the model, and the limits of its engine.
+
+    For a server, model and limits are None.
+    """
     if settings.endpoint:
         with contextlib.closing(open_endpoint(settings)) as server:
             yield server, None, None

@@ -31,12 +31,12 @@ EXIT_REFUSED = 3
 
 @dataclasses.dataclass(frozen=True)
 class Incumbent:
-    """The checkpoint that is promoted, or was promoted last if the promotion has been withdrawn.
+    """The promoted checkpoint; if its promotion was withdrawn, the checkpoint that was promoted last.
 
     Attributes:
-        metrics: metrics of the checkpoint; None if it is the candidate itself.
-        gone: whether training has replaced or removed the checkpoint's weights. The metrics then come from the decision
-            that promoted the checkpoint.
+        metrics: metrics of the checkpoint; None if the checkpoint has the same weights as the candidate.
+        gone: whether the promoted weights have been replaced or removed. The metrics then come from the decision that
+            promoted the checkpoint, and are empty if there is no such decision.
     """
 
     ref: CheckpointRef
@@ -88,9 +88,9 @@ def decide(store: Store, checkpoint: Checkpoint, gate: Gate, *, promoting: bool,
 
 
 def incumbent(store: Store, model: str, candidate: str) -> Incumbent | None:
-    """The promoted checkpoint of a model, or the checkpoint promoted last; None if there is none to compare with.
+    """Return the checkpoint that a candidate is compared with; None if there is no such checkpoint.
 
-    ``candidate`` is the sha256 of the weights that are judged.
+    ``candidate`` is the sha256 of the candidate's weights.
     """
     ref = promoted(store, model)
     if ref is None:

@@ -81,10 +81,10 @@ class Require:
 
 @dataclasses.dataclass(frozen=True)
 class NoWorse:
-    """Requires a metric to be worse than the promoted model's by at most ``margin``.
+    """Requires that a metric is not worse than the promoted model's by more than ``margin``.
 
     Attributes:
-        optional: whether a rule without anything to compare is skipped instead of failing.
+        optional: whether the rule is skipped, instead of failing, if there is nothing to compare with.
     """
 
     metric: str

@@ -39,7 +39,7 @@ _MOST_CHARACTERS = 400
 
 
 def render(report: Report, plots: Sequence[str] = ()) -> str:
-    """The page as Markdown. ``plots`` are files beside the page. A section without figures is left out."""
+    """Return the page as Markdown. ``plots`` are files beside the page. A section without numbers is left out."""
     sections = [_head(report)]
     for title, section in _SECTIONS.items():
         if lines := section(report):

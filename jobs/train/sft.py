@@ -58,7 +58,10 @@ def input_digests(base: Checkpoint, mixture: Mixture) -> dict[str, str]:
 
 
 def base_checkpoint(store: Store, settings: SftSettings) -> Checkpoint:
-    """The checkpoint that fine-tuning starts from. It is a UserError if it is missing or this run would replace it."""
+    """Return the checkpoint that fine-tuning starts from.
+
+    Raises UserError if the checkpoint is missing, or if this run would replace it.
+    """
     if not settings.start_from:
         base = newest_checkpoint(store, settings.model, "base")
         if base is None:

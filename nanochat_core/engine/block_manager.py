@@ -28,7 +28,7 @@ class BlockManager:
 
     @property
     def num_used(self) -> int:
-        """Number of blocks that sequences use. Blocks that only cache prefixes count as free."""
+        """Number of blocks that sequences use. A block that only keeps a cached prefix counts as free."""
         return sum(pool.num_used for pool in self._pools)
 
     @property

@@ -33,10 +33,10 @@ def plan_groups(
 ) -> list[CacheGroup]:
     """Divide the cache's memory among the cache groups. The group without a window comes first.
 
-    For each group, the plan takes the maximum number of blocks that one sequence of full length needs there. The groups
-    get blocks in proportion to these numbers. A group with a window gets at least its own number, so that any sequence
-    can be computed if no other sequence runs. A :class:`UserError` says that the memory does not suffice for one block
-    of the first group and these least numbers of the other groups.
+    The plan first computes, for each group, the maximum number of blocks that one sequence of full length needs. The
+    groups get blocks in proportion to these numbers. A group with a window gets at least its own number, so that any
+    sequence can be computed if no other sequence runs. Raises UserError if the memory does not suffice for one block of
+    the first group and these least numbers of the other groups.
 
     Args:
         memory: bytes to divide.

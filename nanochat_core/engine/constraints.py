@@ -64,7 +64,7 @@ class Matcher:
     """Follows one completion and says which tokens may come next."""
 
     def __init__(self, matcher: LLMatcher, end: int, stops: Iterable[int]) -> None:
-        """``matcher`` is at the beginning of the grammar, and no other object uses it.
+        """``matcher`` is at the beginning of its grammar, and no other object uses ``matcher``.
 
         ``end`` is the token that represents the end of the text in its tokenizer. ``stops`` end the completion.
         """

@@ -57,7 +57,7 @@ class Engine:
     ) -> None:
         """Build the engine of ``model`` on its device; the model is not changed.
 
-        ``tool_runner`` runs the model's Python calls on ``tool_loop``. Without a runner, every call is answered with an
+        ``tool_runner`` runs the model's Python calls on ``tool_loop``. Without a runner, every such call gets an
         error. Without a loop, a thread with an event loop is started. A KV cache that is too small for one block raises
         a :class:`UserError`.
         """

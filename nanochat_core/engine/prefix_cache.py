@@ -96,7 +96,7 @@ class PrefixCache:
         self._block_size = block_size
 
     def find(self, seq: Sequence) -> int | None:
-        """See :meth:`~nanochat_core.engine.block_manager.BlockManager.find_prefix`."""
+        """The result of :meth:`~nanochat_core.engine.block_manager.BlockManager.find_prefix`."""
         if seq.awaited in self.pending:
             return None
         size = self._block_size

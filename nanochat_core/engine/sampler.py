@@ -42,7 +42,10 @@ def sample_key(seed: int, choice: int) -> int:
 
 
 class Drawn:
-    """Tokens (rows,) int64 that the device has sampled, or is still sampling. The next step may use them unread."""
+    """Tokens (rows,) int64 that the device has sampled, or is still sampling.
+
+    The next step on the device may use them before the host has read them.
+    """
 
     def __init__(self, tokens: Tensor, report: _Report | None) -> None:
         self.tokens = tokens

@@ -28,7 +28,7 @@ class Chunk:
 
     seq: Sequence
     start: int
-    known: int  # tokens that are no draft; a token in flight (still being sampled) is a chunk by itself
+    known: int  # number of tokens that are no draft; a token that is still being sampled is a chunk by itself
     draft: Items[int] = ()  # guesses of the tokens after the last known token
     # For each cache group, the block to copy before the step. It contains the tokens before ``start`` in the same
     # block. Empty if the sequence's block already contains these tokens.

@@ -57,7 +57,7 @@ class Sequence:
         self.order = (request.priority, arrival)
         self.cached_prompt_tokens = 0  # number of prompt tokens found in the cache at the first admission
         self.code_start: int | None = None  # index of the first token of the code being written; None outside code
-        self.tool_calls = 0  # number of calls made so far
+        self.tool_calls = 0  # number of tool calls made so far
         self.lookup = PromptLookup()  # makes drafts of the next tokens
         self.matcher: Matcher | None = None  # follows the sampled tokens through the request's constraint, if any
         # Monotonic times in seconds; None before the event.

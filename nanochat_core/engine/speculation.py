@@ -1,8 +1,8 @@
 """Speculative decoding by prompt lookup (Saxena 2023): drafts of the next tokens come from the sequence itself.
 
-Texts often repeat themselves. If the last tokens of a sequence have occurred in it before, the tokens that followed
-them there are a good guess of the next tokens. The model computes this draft in the same step as the last known token.
-A step that mostly reads weights hardly takes longer with a draft. Every drafted position is sampled as usual, and the
+Texts often repeat themselves. If the last tokens of a sequence also occur earlier in the sequence, the tokens after
+that earlier place are a good guess of the next tokens. The model computes this draft in the same step as the last known
+token. A step that mostly reads weights hardly takes longer with a draft. Every drafted position is sampled as usual, and the
 draft is kept up to the first sample that differs from it. A sample depends on its position and logits alone, so the
 result is exactly the tokens that would have been sampled one by one.
 """

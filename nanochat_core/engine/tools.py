@@ -34,7 +34,7 @@ class ToolRunner(Protocol):
 
 
 class ToolLoop:
-    """Starts calls on an event loop and collects their results for the engine's thread."""
+    """Starts the model's Python calls on an event loop, and collects their results for the engine's thread."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class ToolLoop:
         return completed
 
     def wait(self) -> None:
-        """Block until a call has returned, if any call is running."""
+        """Block until a Python call has ended. Return at once if no Python call is running."""
         if self._calls:
             self._arrived.wait()
 
@@ -132,7 +132,7 @@ class ToolLoop:
         return [self._output_start, *self._tokenizer.encode(result.output), self._output_end]
 
     def close(self) -> None:
-        """Cancel all calls, and stop the thread if this object started one."""
+        """Cancel all Python calls, and stop the thread if this object started one."""
         for seq in list(self._calls):
             self.cancel(seq)
         if self._thread is not None and self._loop is not None:

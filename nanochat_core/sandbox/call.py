@@ -1,4 +1,4 @@
-"""Runs one call: sends the code to a worker, enforces the limits, and derives the result from its observations."""
+"""Runs one call: sends the code to a worker, enforces the limits, observes the worker, and derives the result."""
 
 import asyncio
 import enum
@@ -15,7 +15,7 @@ _RECEIVING_BYTES = 4 << 20
 
 
 class _StopReason(enum.Enum):
-    """Why the executor stopped watching a call. The code cannot forge any of these."""
+    """A reason why the executor stopped watching a call. The code cannot forge any of these reasons."""
 
     CLAIMED = enum.auto()
     EXITED = enum.auto()

@@ -35,7 +35,7 @@ _NO_LIMITS = Limits()
 
 @dataclasses.dataclass(frozen=True)
 class ExecutorStats:
-    """Numbers of running calls, of calls that wait for a slot, and of idle interpreters."""
+    """How many calls are running, how many calls wait for a slot, and how many interpreters are idle."""
 
     running: int
     queued: int

@@ -11,13 +11,13 @@ from nanochat_core.sandbox.worker_process import WorkerProcess
 log = logging.getLogger("nanochat.sandbox")
 
 _RETRY_SECONDS = 1.0
-# Starting a process blocks the executor's thread for a moment. This pause before each start lets the call that has just
-# taken a worker begin first.
+# Starting a process blocks the executor's thread for a moment. Because of this pause before each start, a call that has
+# just taken a worker begins before the next worker starts.
 _PAUSE_SECONDS = 0.005
 
 
 class WorkerPool:
-    """Keeps ``size`` workers ready. Each serves one call. A background task starts new workers, one at a time."""
+    """Keeps ``size`` workers ready. Each worker runs one call. A background task starts new workers one by one."""
 
     def __init__(self, start: Callable[[], Awaitable[WorkerProcess]], size: int) -> None:
         self._start = start

@@ -1,9 +1,9 @@
 """The system calls that code may make, assembled into a seccomp filter (classic BPF).
 
-The filter is an allow-list: every call that is not in the list fails. Calls that act on other processes, the network,
-credentials, mounts or kernel objects are absent on purpose. Some calls are allowed only with harmless arguments,
-because Landlock does not control what they do with other arguments. Source: ``seccomp(2)`` and the kernel's
-``Documentation/userspace-api/seccomp_filter.rst``.
+The filter is an allow-list: every system call that is not in the list fails. System calls that act on other processes,
+the network, credentials, mounts or kernel objects are absent on purpose. Some system calls are allowed only with
+harmless arguments, because Landlock does not control their effects with other arguments. Source: ``seccomp(2)`` and the
+kernel's ``Documentation/userspace-api/seccomp_filter.rst``.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ FIRST_UNIFIED_NUMBER = 424
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """Requires that an argument of a call, after masking, is one of ``values``.
+    """Requires that an argument of a system call, after masking, is one of ``values``.
 
     With ``wide`` the filter compares all 64 bits of the argument, otherwise the low 32.
     """
@@ -78,9 +78,9 @@ class Condition:
 _F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC = 0, 1, 2, 3, 4, 1030
 _TCGETS, _TIOCGWINSZ, _FIONREAD, _FIONBIO, _FIONCLEX, _FIOCLEX = 0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451
 
-# Calls that are allowed if all their conditions are true.
+# System calls that are allowed if all their conditions are true.
 CONDITIONAL: dict[str, tuple[Condition, ...]] = {
-    # Excluded: F_SETOWN and F_SETSIG (they send signals to other processes), and locks (they could block other calls).
+    # Excluded: F_SETOWN and F_SETSIG (they send signals to other processes), and locks (other sandboxes could wait).
     "fcntl": (Condition(1, (_F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC)),),
     # Excluded: FIOSETOWN, and TIOCSTI (it injects input into a terminal).
     "ioctl": (Condition(1, (_TCGETS, _TIOCGWINSZ, _FIONREAD, _FIONBIO, _FIONCLEX, _FIOCLEX)),),
@@ -98,8 +98,8 @@ class Machine:
 
     Attributes:
         name: name of the machine type, as ``uname -m`` prints it.
-        audit_arch: ``AUDIT_ARCH_*`` value of a native call.
-        foreign_bit: bit that is set in the call numbers of the ABI x32; 0 if the machine has no such ABI.
+        audit_arch: ``AUDIT_ARCH_*`` value of a native system call.
+        foreign_bit: bit that is set in the system-call numbers of the ABI x32; 0 if the machine has no such ABI.
         numbers: for the name of each system call in the filter, its number.
     """
 
@@ -143,9 +143,9 @@ def instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> b
 def build_filter(machine: Machine) -> bytes:
     """Build the filter for ``machine``: an array of ``struct sock_filter``.
 
-    A call through a foreign ABI (32-bit entry, x32) kills the process. In a foreign ABI, the numbers mean other calls,
-    and no library uses such an ABI by accident. Every other call that is not allowed fails. The error is ENOSYS for the
-    calls that libc replaces by an older call, otherwise EPERM.
+    A system call through a foreign ABI (32-bit entry, x32) kills the process. In a foreign ABI, the numbers mean other
+    system calls, and no library uses such an ABI by accident. Every other system call that is not allowed fails. The
+    error is ENOSYS for the system calls that libc replaces by an older one, otherwise EPERM.
     """
     program = [
         instruction(_LOAD_WORD, _ARCH),
@@ -169,7 +169,10 @@ def build_filter(machine: Machine) -> bytes:
 
 
 def _check(condition: Condition) -> bytes:
-    """Instructions that refuse the call if ``condition`` is false. Otherwise they continue after their last one."""
+    """Return instructions that refuse the system call if ``condition`` is false.
+
+    If the condition is true, the filter continues after the last of these instructions.
+    """
     low = _ARGUMENTS + 8 * condition.argument  # both machines are little-endian
     code = []
     if condition.wide:

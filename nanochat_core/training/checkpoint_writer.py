@@ -74,7 +74,7 @@ class _Contents:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time; every rank must make the same calls."""
+    """Writes one checkpoint at a time. Every rank must call the same methods in the same order."""
 
     def __init__(self, store: Store, ranks: Ranks = ALONE, retry_seconds: Sequence[float] = RETRY_SECONDS) -> None:
         self._store, self._retry_seconds = store, retry_seconds

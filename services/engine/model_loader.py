@@ -59,7 +59,7 @@ class ModelLoader:
         )
 
     def build_engine(self, checkpoint: Checkpoint) -> Engine:
-        """An engine for the checkpoint's model, warmed up."""
+        """Build an engine for the checkpoint's model and warm the engine up."""
         engine = Engine(
             checkpoint.build_model(self.device, self._dtype),
             checkpoint.tokenizer,

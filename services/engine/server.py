@@ -1,4 +1,4 @@
-"""The process of the engine service: the model, the gRPC server around it, and their orderly end."""
+"""Runs the engine service: follows the promoted model, answers gRPC calls, and ends in an orderly way."""
 
 import asyncio
 import contextlib

@@ -29,7 +29,7 @@ _MAX_REPORT_READS = 8
 
 
 class EngineServicer(engine_pb2_grpc.EngineServicer):
-    """Answers calls from the current model of a :class:`~services.engine.model_host.ModelHost`."""
+    """Answers gRPC calls with the current model of a :class:`~services.engine.model_host.ModelHost`."""
 
     def __init__(self, host: ModelHost, store: Store, metrics: Metrics) -> None:
         self._host = host
@@ -42,7 +42,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     async def Generate(
         self, request: engine_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[engine_pb2.GenerateChunk]:
-        """Stream the continuation. However the call ends, its sequences are freed."""
+        """Stream the continuation of a prompt. However the gRPC call ends, the prompt's sequences are freed."""
         if self.draining:
             self._metrics.refused("draining")
             await _abort(context, grpc.StatusCode.UNAVAILABLE, "the engine is shutting down; use another replica")

@@ -57,12 +57,12 @@ class ClientGone(HTTPException):
 
 
 def bad_request(message: str, param: str | None, code: str | None = None) -> ApiError:
-    """Status 400: the client must change the request."""
+    """Returns an error with status 400: the client must change the request."""
     return ApiError(400, message, param=param, code=code)
 
 
 def invalid_value(message: str, param: str) -> ApiError:
-    """Status 400: the value of ``param`` is wrong."""
+    """Returns an error with status 400: the value of ``param`` is wrong."""
     return bad_request(message, param, "invalid_value")
 
 
@@ -74,24 +74,24 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def shutting_down() -> ApiError:
-    """Status 503: this gateway process is about to end."""
+    """Returns an error with status 503: this gateway process is about to end."""
     return ApiError(503, "The gateway is shutting down; send the request again.", code="shutting_down")
 
 
 def no_engine() -> ApiError:
-    """Status 503: no engine can answer at the moment."""
+    """Returns an error with status 503: no engine can answer at the moment."""
     message = "No engine is ready: the model is still loading, or its engine can't be reached. Try again shortly."
     return ApiError(503, message, code="engine_unavailable")
 
 
 def model_not_found(name: str, known: Collection[str]) -> ApiError:
-    """Status 404: the engines serve the ``known`` models only."""
+    """Returns an error with status 404: the engines serve the ``known`` models only."""
     message = f"The model {name!r} does not exist here; this server has {', '.join(sorted(known))}."
     return ApiError(404, message, param="model", code="model_not_found")
 
 
 def internal_error(request_id: str) -> ApiError:
-    """Status 500: the gateway has a bug, and its log has the details."""
+    """Returns an error with status 500: the gateway has a bug, and its log has the details."""
     message = f"The gateway failed on this request; its id in the log is {request_id}."
     return ApiError(500, message, code="internal_error")
 
@@ -107,7 +107,7 @@ def from_rpc(error: grpc.aio.AioRpcError, *, started: bool) -> ApiError:
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         message = "The engine has as many requests as it can hold; try again shortly."
         return ApiError(429, message, code="engine_overloaded")
-    # An engine cancels its calls only when it shuts down.
+    # An engine cancels running gRPC calls only while it shuts down.
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         reached = "The engine can't be reached at the moment; try again shortly."
         stopped = "The engine stopped in the middle of the answer; send the request again."

@@ -1,4 +1,4 @@
-"""The gateway as a process: its listening socket, its signals and its shutdown."""
+"""Runs the gateway as a process: opens the listening socket, handles signals and shuts down."""
 
 import asyncio
 import contextlib

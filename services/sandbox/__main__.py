@@ -1,4 +1,4 @@
-"""``python -m services.sandbox``: the gRPC server around an executor, and its orderly end."""
+"""``python -m services.sandbox``: serves a sandbox executor over gRPC and ends in an orderly way."""
 
 import asyncio
 import logging

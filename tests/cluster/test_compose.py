@@ -1,6 +1,6 @@
-"""The chat path under Docker Compose, from the project's own images.
+"""Sandbox, engine and gateway run under Docker Compose, from the project's own images.
 
-The model comes from the folder NANOCHAT_TEST_STORE; without it, a container trains the demo model first.
+The model comes from the folder NANOCHAT_TEST_STORE. Without this variable, a container first trains the demo model.
 """
 
 import dataclasses

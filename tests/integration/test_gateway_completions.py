@@ -111,7 +111,7 @@ async def test_a_list_of_prompts_gets_n_answers_each(
         usage = answer.usage
     assert texts == ["0ab", "1ab", "0cde", "1cde"]
     assert usage.completion_tokens == 14
-    # Each prompt counts once, with the token that begins a document.
+    # The tokens of each prompt count once, although n is 2. A text prompt also has the token that begins a document.
     assert usage.prompt_tokens == 5 + (2 if isinstance(prompts[0], str) else 0)
     assert len({request.sampling.seed for request in engine.requests}) == 2
 

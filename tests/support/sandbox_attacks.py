@@ -62,11 +62,11 @@ def endless(name: str, code: str) -> Attack:
 
 
 def nothing_succeeds(name: str, code: str) -> Attack:
-    """An attack that ends with the list of the forbidden actions that succeeded."""
+    """Return an attack whose result lists the forbidden actions that succeeded. The list must be empty."""
     return Attack(name, code, ("ok",), result="[]")
 
 
-# Numbers of calls that are forbidden with any arguments, on x86_64 and on aarch64.
+# System calls that are forbidden with any arguments: their numbers on x86_64 and on aarch64.
 FORBIDDEN_CALLS = {
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),

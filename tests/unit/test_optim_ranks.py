@@ -1,4 +1,7 @@
-"""The optimizer divided over ranks makes the same steps as on one rank. Each rank needs a part of the memory."""
+"""An optimizer whose state is divided over ranks makes the same steps as an optimizer on one rank.
+
+Each rank stores only its part of the state.
+"""
 
 from typing import Any
 
@@ -76,7 +79,10 @@ def one_rank() -> dict[str, Any]:
 
 
 def alone(*args: Any) -> dict[str, Any]:
-    """One rank in a new process: the threads and other settings of this process would change the rounding."""
+    """Return the result of ``train`` on one rank, in a new process.
+
+    The threads and other settings of this process would change the rounding.
+    """
     (result,) = run_ranks(1, train, *args)
     return result
 

@@ -117,7 +117,8 @@ def test_micro_batches_add_up_to_the_whole() -> None:
 def test_off_policy_tokens_count_by_their_ratio_which_may_be_clipped(clip: float) -> None:
     model = tiny_model()
     now = [[float(p.detach()) for p in slow_logprobs(model, one)] for one in ROLLOUTS]
-    # The sampling probabilities are chosen to give these ratios below, within and above the clipping range.
+    # The sampling probabilities are chosen to give these ratios. Some are within the clipping range, some under it and
+    # some over it.
     ratios = iter(itertools.cycle([1.5, 0.5, 1.1, 0.95]))
     drawn, expected_ratios = [], []
     for one, logprobs in zip(ROLLOUTS, now, strict=True):

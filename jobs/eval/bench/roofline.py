@@ -68,8 +68,11 @@ def least_costs(config: ModelConfig, item_bytes: int, counts: Sequence[TokenCoun
     windows = np.array(config.windows)
 
     def attended(start: int, stop: int) -> int:
-        """Number of keys that tokens attend to, over all layers; the tokens find ``start``, ..., ``stop`` - 1 keys."""
-        # A layer with a window reads at most the window's tokens and the token itself.
+        """Number of keys that tokens attend to, summed over the layers and over contexts of ``start`` to ``stop - 1``.
+
+        A token's context is the number of tokens up to and including the token.
+        """
+        # In a layer with a window, a token attends at most to the window's tokens and to itself.
         return int(np.minimum(np.arange(start, stop)[:, None], windows + 1).sum())
 
     read, computed = steps * item_bytes * (blocks + head), 0

@@ -85,7 +85,10 @@ class Load:
         return self.arrivals[number] <= now if self.arrivals else in_flight < self.concurrency
 
     def intended(self, number: int, now: float) -> float:
-        """The time at which request ``number``, sent ``now``, should have been sent. Latencies are measured from it."""
+        """The time at which request ``number`` was due; ``now`` in a closed loop.
+
+        Latencies are measured from this time.
+        """
         return self.arrivals[number] if self.arrivals else now
 
 

@@ -50,7 +50,10 @@ def evaluate_text(store: Store, base: Checkpoint, validation: Sequence[str]) -> 
 
 
 def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: int) -> Result:
-    """Accuracy on held-out conversations of the kinds that ``recipe`` teaches, in total and by kind; some answers."""
+    """Grade the model's answers in held-out conversations of the kinds that ``recipe`` teaches.
+
+    Returns the accuracy in total and by kind, and some of the answers.
+    """
     items = find_recipe(recipe).evaluation_items(count)
     content = json.dumps([dataclasses.asdict(item) for item in items], sort_keys=True).encode()
 

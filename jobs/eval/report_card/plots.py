@@ -14,7 +14,7 @@ History = list[dict[str, Any]]
 
 
 def draw(folder: Path, report: Mapping[str, Any], histories: Mapping[str, History]) -> list[str]:
-    """Write every plot that has figures into ``folder``, and return the file names of the plots."""
+    """Draw each plot for which the report has data, write it into ``folder``, and return the file names."""
     names = []
     stages = [(TITLES[stage], history) for stage, history in histories.items() if any("loss" in p for p in history)]
     if stages:

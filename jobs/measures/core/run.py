@@ -28,7 +28,10 @@ Result = dict[str, Any]
 
 
 class Parts(Protocol):
-    """Where finished parts are stored, such as an :class:`~jobs.results.evaluations.Evaluation`."""
+    """A store for the finished parts of a CORE evaluation.
+
+    :class:`~jobs.results.evaluations.Evaluation` is one implementation.
+    """
 
     def part(self, name: str) -> Any | None:
         """The value stored under this name, or None."""

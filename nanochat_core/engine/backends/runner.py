@@ -46,7 +46,7 @@ class Runner(Protocol):
 
 
 class EagerRunner:
-    """Runs a network operation by operation, with the cache that it reads.
+    """Runs the operations of a network one by one. The network reads keys and values from the runner's cache.
 
     ``attention`` prepares attention over the cache for the chunks of one batch. Its result has the chunks in a new
     order, and the batch must have the same order.

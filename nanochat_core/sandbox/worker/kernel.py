@@ -1,4 +1,4 @@
-"""The kernel calls by which a worker gives up its rights. Each raises OSError if the kernel refuses."""
+"""Functions that ask the kernel to take rights from the worker. Each function raises OSError if the kernel refuses."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""The choices of one prompt while an engine generates them: decoded, counted and measured."""
+"""Decodes, counts and measures the choices of one prompt while an engine generates them."""
 
 import time
 from collections.abc import AsyncIterator, Sequence

@@ -1,4 +1,4 @@
-"""Answers as server-sent events, with heartbeats while an answer is silent."""
+"""Sends answers as server-sent events, and sends heartbeats while an answer is silent."""
 
 import asyncio
 import contextlib

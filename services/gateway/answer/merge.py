@@ -1,4 +1,4 @@
-"""Several asynchronous streams read as one."""
+"""Merges several asynchronous streams into one."""
 
 import asyncio
 import contextlib

@@ -1,1 +1,1 @@
-"""The connections to the engines, and the choice of one for each request."""
+"""Connects to the engines, and chooses one engine for each request."""

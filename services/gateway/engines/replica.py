@@ -36,7 +36,7 @@ class ServedModel:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Identifies name, revision and files; OpenAI's ``system_fingerprint``."""
+        """Text that identifies name, revision and files of the model: OpenAI's field ``system_fingerprint``."""
         identity = repr((self.info.name, self.info.revision, sorted(self.info.digests.items())))
         return "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
 
@@ -47,7 +47,7 @@ class ServedModel:
 
 
 class Replica:
-    """One engine at ``host:port``. Regular checks by :meth:`watch` and failed requests update its state."""
+    """One engine at ``host:port``. Its state changes when :meth:`watch` checks the engine, and when a request fails."""
 
     def __init__(self, address: str, settings: GatewaySettings, metrics: Metrics) -> None:
         self.address = address
@@ -86,7 +86,7 @@ class Replica:
 
     @property
     def load(self) -> int:
-        """Sequences that run or wait here. The sequences of other gateways are as of the last check."""
+        """Number of sequences that run or wait here. It includes other gateways' sequences as of the last check."""
         return self._own + self._others
 
     @contextlib.contextmanager

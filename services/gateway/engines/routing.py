@@ -98,7 +98,7 @@ class Generation:
     first: Any
 
     async def read(self) -> engine_pb2.GenerateChunk | None:
-        """Returns the engine's next chunk, and None after the last one. An engine's failure is an ApiError."""
+        """Returns the engine's next chunk, and None after the last one. Raises ApiError if the engine fails."""
         chunk, self.first = self.first, None
         if chunk is None:
             try:

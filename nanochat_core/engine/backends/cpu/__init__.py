@@ -1,6 +1,6 @@
 """The engine's own kernels for CPUs: paged attention and everything else between matrix products.
 
-With PyTorch's operators, a layer takes about forty calls, and each step copies the keys and values of every sequence.
+With PyTorch, a layer calls about forty operators, and each step copies the keys and values of every sequence.
 These kernels make five passes per layer and read keys and values directly from the cache. Without a compiler, or with
 an unusual head size, the engine uses PyTorch's operators.
 """

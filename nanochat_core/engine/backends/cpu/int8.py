@@ -53,7 +53,7 @@ class Int8Weight:
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each weight to an integer from -127 to 127, times a scale for each output.
+    """Approximate each weight by an integer from -127 to 127 times a scale. Each output has one scale.
 
     The results are int8 numbers of the weight's shape and fp32 scales (out_features,). Their product approximates the
     weight.

@@ -58,7 +58,7 @@ class Layer(ctypes.Structure):
 
 @functools.cache
 def load_kernels() -> ctypes.CDLL | None:
-    """Load the kernels for this processor, and build them if necessary; None if either fails."""
+    """Load the kernels for this processor, and build them if necessary; None if loading or building fails."""
     path = find_prebuilt() or find_cached()
     if path is None:
         return None

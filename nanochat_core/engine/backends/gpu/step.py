@@ -42,7 +42,7 @@ class Step:
     rows: Tensor  # row of each token's sequence in ``tables``
     slots: list[Tensor]  # for each cache group, (tokens,) block * block_size + offset
     tables: list[Tensor]  # for each cache group, (sequences + 1, blocks) block ids
-    pieces: Pieces | None  # sequences and tiles of a large step; None computes attention token by token
+    pieces: Pieces | None  # sequences and tiles of a large step; if None, attention is computed token by token
 
     @property
     def tokens(self) -> int:

@@ -107,7 +107,10 @@ class PagedAttention:
 
 
 class _PaddedBatch:
-    """Chunks that are attended together. Queries are padded to (chunks, rows), keys to the longest context."""
+    """Chunks whose attention is computed together.
+
+    Queries are padded to (chunks, rows), and keys are padded to the longest context.
+    """
 
     def __init__(self, cache: TorchCache, chunks: Items[Chunk]) -> None:
         self._cache = cache
