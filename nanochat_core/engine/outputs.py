@@ -44,7 +44,7 @@ class StepOutputs:
 
 
 def finish_reason(seq: Sequence) -> FinishReason | None:
-    """Return why ``seq`` ends after its last token; None if it continues. Also advance the matcher of ``seq``, if any."""
+    """Return why ``seq`` ends after its last token; None if it continues. Also advance its matcher, if any."""
     matcher, stops = seq.matcher, seq.request.sampling.stop_token_ids
     token, full = seq.tokens[-1], len(seq.tokens) >= seq.max_length
     if token in stops:
