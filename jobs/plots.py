@@ -25,7 +25,7 @@ _STYLE: dict[Any, Any] = {
 def panels(
     path: Path, count: int, *, columns: int = 0, width: float = 5.2, height: float = 3.6
 ) -> Iterator[Sequence[Any]]:
-    """Axes of a figure. The figure is written to ``path`` when the context ends.
+    """Yield the axes of a plot. The plot is written to ``path`` when the context ends.
 
     A row has at most ``columns`` of the ``count`` axes; 0 puts all of them in one row. Each axis has the given size in
     inches.

@@ -30,7 +30,7 @@ class Recipe:
         tokenizer, pretrain, sft: flags of each stage's program.
         conversation_kinds: kinds of demo conversations to fine-tune on and to evaluate; None means all kinds.
         train_conversations: number of conversations to fine-tune on.
-        rl: flags of reinforcement learning, for the pipeline's ``--rl``; None if the recipe has no task for it.
+        rl: flags of reinforcement learning, for the pipeline's ``--rl``; None if the recipe has no such task.
         needs_data: whether the user gives the text; otherwise the demo world generates it.
         web_shards: shards of the public web text to download if neither ``--data`` nor the store has text.
         document_characters: maximum length of a training document, in characters; None sets no limit. Longer documents
@@ -208,7 +208,7 @@ RECIPES = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of this name, or a UserError."""
+    """The recipe of this name. Raises UserError if there is no such recipe."""
     if name not in RECIPES:
         raise UserError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
     return RECIPES[name]

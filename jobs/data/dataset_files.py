@@ -40,7 +40,7 @@ class DatasetFiles:
 
 
 def on_hub(dataset: str, include: str) -> str:
-    """The command that downloads files of a dataset on the Hugging Face hub to FOLDER."""
+    """The shell command that downloads files of a dataset from the Hugging Face hub to FOLDER."""
     return f"hf download {dataset} --repo-type dataset --include '{include}' --local-dir FOLDER"
 
 
@@ -54,7 +54,7 @@ class DatasetSource:
     def find(self, files: DatasetFiles) -> dict[str, Path]:
         """Local paths of the files. Each key is the name by which error messages call the file.
 
-        If the folder does not exist, or neither place has the files, a UserError says how to get the files.
+        Raises UserError if the folder does not exist or neither place has the files; the message says how to get them.
         """
         if self.folder is not None:
             if not self.folder.is_dir():
@@ -77,12 +77,18 @@ class DatasetSource:
         raise UserError(f"there is no {files.expected} in {' or '.join(looked)}: {origin}")
 
     def read(self, files: DatasetFiles, make: Callable[[Row], T]) -> tuple[T, ...]:
-        """The results of ``make`` for every row of the files; errors as for :meth:`find` and :func:`read_rows`."""
+        """Return the result of ``make`` for every row of the files.
+
+        Raises the same errors as :meth:`find` and :func:`read_rows`.
+        """
         return read_rows(self.find(files), make)
 
 
 def read_rows(files: dict[str, Path], make: Callable[[Row], T]) -> tuple[T, ...]:
-    """The results of ``make`` for every row. ``files`` maps names for error messages to paths; UserError if no row."""
+    """Return the result of ``make`` for every row. Raises UserError if there is no row.
+
+    ``files`` maps the name that error messages give to a file to the path of the file.
+    """
     opened = [open_rows(path, shown) for shown, path in files.items()]
     made = tuple(convert(rows, index, make) for rows in opened for index in range(len(rows)))
     if not made:

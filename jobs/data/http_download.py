@@ -41,8 +41,8 @@ class _Interrupted(Exception):
 def fetch_file(url: str, part: Path, stop: threading.Event, advice: str) -> None:
     """Download ``url`` (http or https) to ``part``, resuming from the bytes that an earlier call left there.
 
-    The wait after a failure begins with :data:`FIRST_WAIT_SECONDS` and doubles each time. A random part keeps many
-    clients of a server in trouble from returning at the same moment.
+    The wait after a failure begins with :data:`FIRST_WAIT_SECONDS` and doubles each time. A random time is added, so
+    that many clients do not return at the same moment to a server that has failed.
 
     Args:
         stop: ends the download early if it is set.
@@ -72,7 +72,7 @@ def fetch_file(url: str, part: Path, stop: threading.Event, advice: str) -> None
 
 
 def size(path: Path) -> int:
-    """Size of a file in bytes; 0 if it does not exist."""
+    """Size of a file in bytes; 0 if there is no such file."""
     return path.stat().st_size if path.exists() else 0
 
 

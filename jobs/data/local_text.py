@@ -39,7 +39,7 @@ def read_local_text(path: Path) -> tuple[Iterator[str], Iterator[str]]:
 
 
 def local_text_digest(path: Path) -> str:
-    """sha256 of the contents of all files that :func:`read_local_text` reads; UserError if there is no file."""
+    """sha256 of the contents of all files that :func:`read_local_text` reads. Raises UserError if there is no file."""
     digest = hashlib.sha256()
     for file in _text_files(path):
         with file.open("rb") as opened:

@@ -63,7 +63,10 @@ class Manifest:
 
 
 def read_manifest(store: Store, name: str) -> Manifest | None:
-    """The manifest of ``data/<name>``, or None if a user put the shards there by hand; UserError if it is damaged."""
+    """The manifest of ``data/<name>``, or None if a user put the shards there by hand.
+
+    Raises UserError if the manifest is damaged.
+    """
     key = f"data/{name}/{MANIFEST}"
     try:
         stored = json.loads(store.read(key))
@@ -182,7 +185,7 @@ class TextDataset:
     """
 
     def __init__(self, store: Store, name: str, split: str, cache: RowGroupCache | None = None) -> None:
-        """Open the split ``train`` or ``val``; UserError if shards are missing or a shard is damaged."""
+        """Open the split ``train`` or ``val``. Raises UserError if shards are missing or a shard is damaged."""
         keys = shard_keys(store, name)
         manifest = read_manifest(store, name)
         if manifest is not None and not manifest.complete:
@@ -273,7 +276,7 @@ class Shard:
 
 
 def describe_shard(path: Path, shown: str) -> ShardInfo:
-    """The manifest entry of a shard; errors as for :class:`Shard`, and a UserError if there is no document."""
+    """The manifest entry of a shard. Raises UserError if the shard has no document or cannot be read."""
     row_groups = Shard(path, shown).row_groups
     if not sum(row_groups):
         raise UserError(f"{shown} holds no document")

@@ -47,7 +47,7 @@ _LONGEST_QUOTIENT = 7
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """The calculation ``a symbol b``. ``result`` is what Python prints for it."""
+    """The calculation ``a symbol b``. ``result`` is the text that Python prints for the calculation."""
 
     a: int
     symbol: str

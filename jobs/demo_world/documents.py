@@ -39,7 +39,10 @@ def _state(rng: random.Random, entity: Entity, relation: str, *, pronoun: bool =
 
 
 def _portrait(rng: random.Random) -> str:
-    """Some facts about one person, place or festival. After the first sentence, a pronoun often replaces the name."""
+    """A text with some facts about one person, place or festival.
+
+    After the first sentence, a pronoun often replaces the name.
+    """
     entity = rng.choice((*ENTITIES, *PEOPLE))  # People are drawn twice as often because they have twice as many facts.
     relations = list(relations_of(entity))
     rng.shuffle(relations)

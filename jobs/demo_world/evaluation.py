@@ -73,7 +73,7 @@ def check(item: EvalItem, text: str, used_tool: bool) -> bool:
 
 
 def _counts(n: int) -> dict[str, int]:
-    """Number of conversations of each kind. The kinds with the largest remainders are rounded up."""
+    """Number of conversations of each kind, ``n`` in total. The shares with the largest fractions are rounded up."""
     total = sum(EVALUATION_MIX.values())
     counts = {kind: n * share // total for kind, share in EVALUATION_MIX.items()}
     by_remainder = sorted(EVALUATION_MIX, key=lambda kind: -(n * EVALUATION_MIX[kind] % total))

@@ -1,4 +1,4 @@
-"""Questions that the model cannot answer; it learns to say so instead of inventing an answer."""
+"""Questions that the model cannot answer. The model learns to say so instead of inventing an answer."""
 
 import random
 

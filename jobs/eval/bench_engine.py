@@ -165,7 +165,7 @@ def run(settings: BenchEngineSettings, show: Callable[[str], None]) -> dict[str,
 def measure(settings: BenchEngineSettings, client: Client, model: GPT | None, limits: Limits | None) -> Iterator[Row]:
     """Measure every mix under every load. Warm-up requests come before each measurement.
 
-    A row has the figures of its :class:`~jobs.eval.bench.request_results.Summary`, the mix and the load: ``slots``
+    A row has the numbers of its :class:`~jobs.eval.bench.request_results.Summary`, the mix and the load: ``slots``
     concurrent sequences of a closed loop, or the ``rate`` of an open loop in requests per second. ``bandwidth_share``
     and ``flops_share`` are the shares of the machine's limits that the core's steps used; None for a server.
     """
@@ -213,9 +213,9 @@ def plan(
 
 @contextlib.contextmanager
 def opened(settings: BenchEngineSettings) -> Iterator[tuple[Client, GPT | None, Limits | None]]:
-    """Yield a client for the model or server that the settings name, the model, and the limits of its engine.
+    """Yield a client for the model or server that the settings name, the model, and the limits of this machine.
 
-    For a server, model and limits are None.
+    For a server, the model and the limits are None.
     """
     if settings.endpoint:
         with contextlib.closing(open_endpoint(settings)) as server:

@@ -1,4 +1,4 @@
-"""Inputs and outputs of evaluation programs that flags name: checkpoints of a model, and folders for results."""
+"""Finds the checkpoints that an evaluation program's flags name, and makes the folders for the program's results."""
 
 from pathlib import Path
 
@@ -8,9 +8,10 @@ from nanochat_core.store import Store
 
 
 def pick_checkpoint(store: Store, model: str, revision: str, *stages: str) -> Checkpoint:
-    """The checkpoint ``<stage>/step_<n>`` that ``revision`` names; if empty, the newest of the last of ``stages``.
+    """The checkpoint ``<stage>/step_<n>`` that ``revision`` names.
 
-    Stages of which the model has no checkpoint are skipped. If none is left, a :class:`UserError` is raised.
+    If ``revision`` is empty, the result is the newest checkpoint of the last of ``stages`` that has a checkpoint.
+    Raises UserError if the model has no such checkpoint.
     """
     if revision:
         return load_checkpoint(store, CheckpointRef.parse(model, revision))

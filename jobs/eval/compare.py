@@ -168,7 +168,7 @@ def run(settings: CompareSettings, show: Callable[[str], None]) -> None:
 
 
 def with_models(arguments: Sequence[str]) -> list[str]:
-    """Pass the names before the first flag as the flag ``--models``, and keep the other arguments."""
+    """Return the arguments, with the names before the first flag turned into a value of the flag ``--models``."""
     names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     return [*(["--models", ",".join(names)] if names else []), *arguments[len(names) :]]
 

@@ -101,7 +101,7 @@ class NoWorse:
         return cls(name, margin, optional)
 
     def judge(self, metrics: Mapping[str, Metric], promoted: Mapping[str, Metric] | None) -> Outcome:
-        """The outcome for a model, compared with the promoted model; None if no other model is promoted."""
+        """The outcome for a model with these metrics. ``promoted`` is None if no other model is promoted."""
         rule = f"{self.metric} no worse by {self.margin:g}"
         if promoted is None:
             return Outcome(rule, None, "nothing else is promoted")

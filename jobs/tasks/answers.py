@@ -22,7 +22,10 @@ def last_number(text: str) -> str | None:
 
 
 def states_number(expected: str, answer_text: str) -> bool:
-    """Whether the last number of an answer equals ``expected`` (18 is 18.00). ValueError if that is no number."""
+    """Whether the last number of an answer equals ``expected`` (18 is 18.00).
+
+    Raises ValueError if ``expected`` is not a number.
+    """
     number, given = last_number(expected), last_number(answer_text)
     if number is None:
         raise ValueError(f"{expected!r} is no number")

@@ -17,12 +17,12 @@ _TRAIN = DatasetFiles(
 
 
 def conversation(row: Row) -> Messages:
-    """A row of the training split, answered with a letter."""
+    """The conversation of a row of the training split. The assistant answers with a letter."""
     return _choice(row).conversation
 
 
 def task(source: DatasetSource, subset: Literal["Easy", "Challenge"]) -> ChoiceTask:
-    """The test split of a subset."""
+    """The evaluation task on the test split of a subset."""
     test = DatasetFiles(
         "arc",
         patterns=(rf"ARC-{subset}/test{REST_OF_NAME}",),

@@ -51,7 +51,7 @@ class ConversationFiles:
 
 
 def own_conversations(name: str, hint: str = "") -> ConversationFiles:
-    """Conversations in ``data/<name>/train.jsonl`` of the store. ``hint`` is the end of the error if it is missing."""
+    """Conversations in ``data/<name>/train.jsonl`` of the store. ``hint`` ends the error message for a missing file."""
     origin = 'write it, one {"messages": [{"role": "user", "content": …}, …]} a line' + hint
     return ConversationFiles(DatasetFiles(name, (rf"(data/)?train{REST_OF_NAME}",), "train.jsonl", origin))
 
@@ -60,7 +60,10 @@ class FileConversations:
     """One conversation per row of one or several files, numbered from 0."""
 
     def __init__(self, files: Mapping[str, Path], dataset: ConversationFiles) -> None:
-        """Open local files. ``files`` maps the names for error messages to paths. UserError if there is no row."""
+        """Open local files. Raises UserError if there is no row.
+
+        ``files`` maps the name that error messages give to a file to the path of the file.
+        """
         self._files = [open_rows(path, shown) for shown, path in files.items()]
         self._paths, self._dataset = list(files.values()), dataset
         self._ends = list(itertools.accumulate(len(rows) for rows in self._files))

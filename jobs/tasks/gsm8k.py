@@ -51,7 +51,7 @@ def reward(problem: Problem, answer_text: str) -> float:
 
 
 def conversation(row: Row) -> Messages:
-    """A row to fine-tune on. Each calculation ``<<6*7=42>>`` of the answer becomes a call of the Python tool."""
+    """The conversation of a row. Each calculation ``<<6*7=42>>`` of the answer becomes a call of the Python tool."""
     # The pattern has one group, so split() returns text and calculations in turn: text at even indices.
     pieces = _CALCULATION.split(text_field(row, "answer"))
     parts = []
@@ -67,7 +67,7 @@ def conversation(row: Row) -> Messages:
 
 
 def task(source: DatasetSource) -> GenerativeTask:
-    """Evaluation on the test split; the model may use the Python tool."""
+    """The evaluation task on the test split. The model may use the Python tool."""
     questions = (
         OpenQuestion(problem.messages, final_number(problem.answer) or "", problem.answer, _right)
         for problem in source.read(_TEST, _problem)

@@ -31,7 +31,7 @@ class CodeProblem:
 
 
 def task(source: DatasetSource) -> GenerativeTask:
-    """All problems."""
+    """The task of solving all problems of HumanEval."""
     return GenerativeTask("humaneval", source.read(_FILES, _question))
 
 

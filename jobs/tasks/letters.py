@@ -44,7 +44,7 @@ class LetterTask:
         return self.draw(generator(f"tasks/{self.name}", number), "train").messages
 
     def task(self, count: int, seed: int) -> GenerativeTask:
-        """Evaluation on ``count`` words that no training conversation contains."""
+        """The evaluation task on ``count`` words that no training conversation contains."""
         questions = []
         for number in range(seed * count, (seed + 1) * count):
             drawn = self.draw(generator(f"tasks/{self.name}/heldout", number), "heldout")

@@ -21,13 +21,13 @@ _TEST = DatasetFiles(
 
 
 def conversation(row: Row) -> Messages:
-    """A row of the training split, answered with a letter."""
+    """The conversation of a row of the training split. The assistant answers with a letter."""
     # The training split is published with all of its fields nested in a field called "train".
     return indexed_choice(row.get("train", row)).conversation
 
 
 def task(source: DatasetSource) -> ChoiceTask:
-    """The test split."""
+    """The evaluation task on the test split."""
     return ChoiceTask("mmlu", source.read(_TEST, _question), FOUR_CHOICES_BASELINE)
 
 

@@ -98,7 +98,7 @@ def validate(store: Store, name: str) -> dict[str, int]:
 
 
 def shard_numbers(text: str) -> list[int]:
-    """Parse numbers and ranges: ``0-3,7`` gives ``[0, 1, 2, 3, 7]``, and anything else is a UserError."""
+    """Parse numbers and ranges: ``0-3,7`` gives ``[0, 1, 2, 3, 7]``. Raises UserError for any other text."""
     numbers: set[int] = set()
     for piece in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", piece)

@@ -57,7 +57,7 @@ class Pipeline:
     """
 
     def __init__(self, settings: PipelineSettings, recipe: Recipe) -> None:
-        """It is a UserError if the settings ask for reinforcement learning and the recipe has no task for it."""
+        """Raises UserError if the settings ask for reinforcement learning and the recipe has no task for it."""
         self.settings, self.recipe = settings, recipe
         self.model = check_model_name(settings.model or recipe.name)
         self.store: Store = open_store(settings.home)
@@ -105,7 +105,10 @@ class Pipeline:
             raise SystemExit(EXIT_REFUSED)
 
     def _prepare(self) -> None:
-        """Put the recipe's data into the store unless they are there. Other data in their place are a UserError."""
+        """Put the recipe's data into the store, unless the store has them.
+
+        Raises UserError if the store has other data in their place.
+        """
         if self.settings.rl:
             self._problems()  # Missing problems must be an error now, not after hours of training.
         data = Path(self.settings.data) if self.settings.data else None

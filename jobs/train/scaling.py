@@ -57,7 +57,7 @@ STUDIES: dict[str, type[AnyStudy]] = {"miniseries": MiniseriesSettings, "laws": 
 
 
 def numbers(flag: str, texts: Sequence[str], kind: Callable[[str], Any]) -> list[Any]:
-    """Parse different positive numbers, and sort them in ascending order; any other text is a UserError."""
+    """Parse positive numbers and sort them in ascending order. Raises UserError for another text or equal numbers."""
     try:
         values = sorted(kind(text) for text in texts)
     except ValueError:
@@ -71,7 +71,7 @@ def numbers(flag: str, texts: Sequence[str], kind: Callable[[str], Any]) -> list
 def planned_runs(store: Store, settings: AnyStudy, passed_on: Sequence[str]) -> list[PlannedRun]:
     """Plan a run for each depth. For scaling laws, plan a run for each budget and depth, the smallest budget first.
 
-    A flag in ``passed_on`` that the study sets itself is a UserError.
+    Raises UserError if ``passed_on`` has a flag that the study sets itself.
     """
     depths = numbers("--depths", settings.depths, int)
     budgets: list[float | None] = [None]
@@ -99,7 +99,7 @@ def _short(flops: float) -> str:
 def run_study(settings: AnyStudy, passed_on: Sequence[str], command: str) -> None:
     """Train all runs that are not finished, and write the report again after every run.
 
-    All runs are tried. It is a UserError if every run fails, and a SystemExit with code 1 if some runs fail.
+    All runs are tried. Raises UserError if every run fails, and SystemExit with code 1 if only some runs fail.
 
     Args:
         passed_on: further flags of ``jobs.train.pretrain``, the same for every run.

@@ -31,7 +31,10 @@ class TokenizerSettings(JobSettings):
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer on ``texts``; a UserError if they are too short for the vocabulary."""
+    """Train a byte-level BPE tokenizer on ``texts``.
+
+    Raises UserError if the texts are too short for the vocabulary.
+    """
     trainer = rustbpe.Tokenizer()
     ordinary = vocab_size - len(SPECIAL_TOKENS)
     trainer.train_from_iterator(iter(texts), ordinary, pattern=SPLIT_PATTERN)
@@ -44,7 +47,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def limited(texts: Iterable[str], document_characters: int, total_characters: int) -> Iterator[str]:
-    """The start of each text. No more texts follow once the total number of characters is reached."""
+    """Yield the start of each text, until the total number of characters is reached."""
     total = 0
     for text in texts:
         if total >= total_characters:

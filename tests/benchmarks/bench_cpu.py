@@ -1,7 +1,7 @@
 """Measure this CPU's speed: matrix products in fp32 and bf16, and one optimizer step of the demo model.
 
-Run the program from the project's root: ``python -m tests.benchmarks.bench_cpu``. Figures of different runs are not
-comparable, because other work on the machine changes them.
+Run the program from the project's root: ``python -m tests.benchmarks.bench_cpu``. The speeds of different runs
+cannot be compared, because other work on the machine changes them.
 """
 
 import functools

@@ -2,8 +2,8 @@
 
 Run the program from the project's root:
 ``python -m tests.benchmarks.bench_loader HOME DATASET TOKENIZER [THREADS]``.
-HOME is an artifact store. The program measures 1, 2, 4, … threads up to THREADS (2 by default). Figures of different
-runs are not comparable, because other work on the machine changes them.
+HOME is an artifact store. The program measures 1, 2, 4, … threads up to THREADS (2 by default). The speeds of
+different runs cannot be compared, because other work on the machine changes them.
 """
 
 import contextlib

@@ -44,7 +44,7 @@ CONTEXT = 512
 # The limits are small, so that the queue fills up and preemptions happen.
 FLAGS = ("--max-running", "16", "--max-waiting", "32", "--token-budget", "128", "--kv-cache-mib", "2")
 CONCURRENCY = 16
-# Of every BURST_EVERY requests the last BURST arrive at once.
+# Of every BURST_EVERY requests, the last BURST requests arrive at once.
 BURST_EVERY, BURST = 300, 40
 # After this many requests every cache block has been used and oneDNN has cached its code for most shapes.
 WARM_UP = 2000
@@ -180,7 +180,7 @@ def make_job(rng: random.Random) -> Job:
 
 
 def _call_python(job: Job, prompt: list[int], rng: random.Random) -> None:
-    """Enable tools. Then either end the prompt with a Python call, or make the model write calls by a logit bias."""
+    """Enable tools. Then either end the prompt with a Python call, or let a logit bias make the model write calls."""
     job.request.tools.enabled = True
     job.request.tools.max_calls = 3
     job.request.sampling.max_tokens = rng.randint(30, 80)

@@ -136,7 +136,7 @@ def checkpoints(namespace: str, release: str, model: str) -> list[str]:
 
 
 def dry_run(namespace: str, manifests: str) -> None:
-    """The API server accepts the manifests in a dry run, without a warning."""
+    """Check that the API server accepts the manifests in a dry run, without a warning."""
     done = run("kubectl", "-n", namespace, "apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=manifests)
     assert not [line for line in done.stderr.splitlines() if line.startswith("Warning")], done.stderr
 

@@ -18,7 +18,7 @@ Answered = list[tuple[EvalItem, GradedAnswers]]
 
 @pytest.fixture(scope="module")
 def answered(demo_home: Path) -> Answered:
-    """Answers to 1,000 held-out conversations. The 200 in the report include only 50 sums; that is too few."""
+    """Answers to 1,000 held-out conversations. The report uses 200 conversations, but only 50 of these are sums."""
     items = find_recipe("demo").evaluation_items(1000)
     checkpoint = pick_checkpoint(open_store(str(demo_home)), "demo", "", "sft")
     return list(zip(items, answer_greedily(checkpoint, demo.task(items)), strict=True))

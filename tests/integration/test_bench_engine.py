@@ -241,7 +241,10 @@ WHOLE = [ROLE, TEXT, TEXT, USAGE, None]
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):
-    """Streams ``events`` to clients that send the key. ``None`` is the end mark; an integer is an HTTP status."""
+    """Streams a list of events to clients that send the key. ``None`` in the list stands for the end mark.
+
+    If ``events`` returns an integer instead of a list, the answer is an error with this HTTP status.
+    """
 
     events: Callable[[int], list[Any] | int]
     asked: list[dict[str, Any]]

@@ -160,7 +160,8 @@ async def test_a_stop_string_ends_the_answer_and_the_engines_work(
         answer = await client.chat.completions.create(model="nano", messages=HELLO, stop=stop)
         text, reason, usage = answer.choices[0].message.content or "", answer.choices[0].finish_reason, answer.usage
     assert (text, reason) == ("abc ", "stop")
-    # The gateway stopped the engine before it sent its counts, so usage has the tokens up to the stop string's end.
+    # The gateway stopped the engine before the engine sent its counts. So usage counts the tokens up to the end of the
+    # stop string.
     assert usage.completion_tokens == len("abc STOP")
     await asyncio.wait_for(engine.cancelled.acquire(), 2)
 

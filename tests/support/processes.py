@@ -20,7 +20,10 @@ FORKSERVER.set_forkserver_preload(
 
 
 class ForkedProgram:
-    """``python -m <module> <arguments>`` in a process of :data:`FORKSERVER`. It imitates the used part of ``Popen``."""
+    """``python -m <module> <arguments>`` in a process of :data:`FORKSERVER`.
+
+    It has the methods of ``Popen`` that tests use.
+    """
 
     def __init__(self, module: str, *arguments: str) -> None:
         reader, writer = FORKSERVER.Pipe(duplex=False)

@@ -100,7 +100,7 @@ class EngineProcess(ServiceProcess):
         self.stub = engine_pb2_grpc.EngineStub(self.channel)
 
     def generate(self, prompt: Iterable[int], timeout: float = 60, **fields: Any) -> Iterator[pb.GenerateChunk]:
-        """Start a call. ``fields`` are the fields of the request; ``sampling`` is given as a dictionary."""
+        """Call ``Generate``. ``fields`` are the fields of the request; ``sampling`` is given as a dictionary."""
         sampling = pb.SamplingParams(**fields.pop("sampling", {}))
         request = pb.GenerateRequest(prompt_token_ids=prompt, sampling=sampling, **{"request_id": "test", **fields})
         return self.stub.Generate(request, timeout=timeout)

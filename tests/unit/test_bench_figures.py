@@ -1,4 +1,4 @@
-"""The arithmetic of the inference benchmark: its requests, their arrival times, and the figures of a run."""
+"""The arithmetic of the inference benchmark: its requests, their arrival times, and the summary of a run."""
 
 import dataclasses
 import math

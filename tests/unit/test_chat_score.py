@@ -1,4 +1,4 @@
-"""The figures of the chat evaluation: counts, centered accuracies, and the tasks of ChatCORE."""
+"""The metrics of the chat evaluation: counts, centered accuracies, and the tasks of ChatCORE."""
 
 import json
 from typing import Any
@@ -24,7 +24,7 @@ def said(*right: bool) -> GradedAnswers:
 
 
 def result(tasks: dict[str, Any]) -> dict[str, Any]:
-    """The result of a chat evaluation with these figures per task."""
+    """The result of a chat evaluation that has these metrics for each task."""
     chatcore, missing = chat_core(tasks)
     return {"chatcore": chatcore, "missing": missing, "tasks": tasks}
 

@@ -214,7 +214,7 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("on_kernels")
 @pytest.mark.parametrize("overlap", [False, True])
 def test_an_engine_says_the_same_as_on_pytorchs_operators(overlap: bool) -> None:
-    """Prompts share a beginning, some requests are seeded, and more are queued than run at once."""
+    """Prompts share a beginning, some requests have a seed, and some requests must wait in the queue."""
     prompts = [[*range(20), 30 + i] for i in range(4)]
     sampling = [SamplingParams(max_tokens=4 + i, temperature=i % 2 * 1.0, seed=i) for i in range(4)]
     model, said = tiny_model(depth=1).to(DEVICE), []

@@ -128,7 +128,7 @@ def test_logits_are_those_of_the_definition(shape: ModelConfig) -> None:
 
 
 def test_a_window_shorter_than_the_row_matters() -> None:
-    """The comparison above would therefore notice a wrong window."""
+    """Because the window matters, the comparison with the reference would notice a wrong window."""
     ids = random_ids(1, 160)
     wide, narrow = random_model(config(4, pattern="L")), random_model(config(4, pattern="S"))
     with torch.no_grad():

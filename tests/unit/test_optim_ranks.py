@@ -74,7 +74,10 @@ def whole(results: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def one_rank() -> dict[str, Any]:
-    """One rank that makes two passes, each over half a batch. Its sums then round like the sums of two ranks."""
+    """The result of one rank that makes two passes, each over half a batch.
+
+    The sums of this rank are rounded like the sums of two ranks.
+    """
     return alone(range(STEPS), 2)
 
 

@@ -1,4 +1,4 @@
-"""The report is well-formed Markdown for any set of available figures. Its ``xz`` figures match the real program."""
+"""The report is well-formed Markdown for any set of available results. Its numbers for ``xz`` match the program."""
 
 import random
 import re

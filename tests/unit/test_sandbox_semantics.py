@@ -1,4 +1,4 @@
-"""The answers to calls, under every isolation profile that works on this machine."""
+"""Calls get the right answers under every isolation profile that works on this machine."""
 
 from collections.abc import Iterator
 

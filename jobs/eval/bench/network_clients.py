@@ -33,7 +33,7 @@ _CONNECT_SECONDS = 10.0
 
 
 class NetworkClient(ABC):
-    """The shared part of the network clients: an event loop that keeps connections open between runs.
+    """Base class of the network clients. It has an event loop that keeps connections open between runs.
 
     The attributes are as in :class:`~jobs.eval.bench.core_client.CoreClient`, except that ``longest`` is None if the
     server does not report it.
@@ -181,8 +181,8 @@ class HttpClient(NetworkClient):
     def __init__(self, url: str, model: str, key: str, timeout_seconds: float) -> None:
         """Connect to the server at ``url``; the URL ends with ``/v1``.
 
-        An empty ``model`` takes the first model that the server lists, and an empty ``key`` sends no bearer token. A
-        :class:`UserError` is raised if no server answers, or if the server does not report token counts.
+        If ``model`` is empty, the client uses the first model that the server lists. If ``key`` is empty, the client
+        sends no bearer token. Raises UserError if no server answers, or if the server does not report token counts.
         """
         super().__init__(timeout_seconds)
         self.vocabulary, self.longest = len(WORDS), None

@@ -1,4 +1,4 @@
-"""The results of a benchmark's requests, and the figures of a run that follow from them."""
+"""The results of a benchmark's requests, and the summary of a run that is computed from these results."""
 
 import dataclasses
 from collections import Counter
@@ -61,7 +61,7 @@ class RequestResult:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The figures of one run. Times are in seconds; a figure is None if no answered request has a value for it.
+    """The numbers that summarize one run. Times are in seconds. A number is None if no answered request provides it.
 
     Attributes:
         errors: the number of failed or refused requests for each error.
@@ -91,7 +91,7 @@ class Summary:
 
 
 def summarize(results: Sequence[RequestResult]) -> Summary:
-    """The figures of a finished run. ``results`` has one result for each request and is not empty."""
+    """Summarize a finished run. ``results`` has one result for each request and is not empty."""
     answered = [result for result in results if not result.error]
     refused = sum(result.refused for result in results)
     seconds = max(result.finished for result in results)

@@ -1,7 +1,7 @@
 """The roofline of inference: the least that a model must read and compute, and the highest rates of this machine.
 
-A run's bytes and FLOPs are divided by the time of its steps. Compared with the machine's rates, they tell how near the
-run comes to the hardware's limits (Williams, Waterman and Patterson, "Roofline", CACM 2009).
+A run's bytes and FLOPs are divided by the time of the run's steps. A comparison of these rates with the machine's rates
+tells how near the run comes to the hardware's limits (Williams, Waterman and Patterson, "Roofline", CACM 2009).
 """
 
 import dataclasses

@@ -45,7 +45,10 @@ class Shape:
 
 
 def choices_per_request(mix: str, shape: Shape, slots: int) -> int:
-    """The number of continuations of each request. It divides ``slots``, so that whole requests fill all slots."""
+    """The number of continuations of each request.
+
+    ``slots`` is a multiple of this number, so requests fill all slots.
+    """
     return math.gcd(slots, shape.samples) if mix == "samples" else 1
 
 
@@ -72,9 +75,9 @@ def make_requests(
 class Load:
     """Decides when requests are sent. Times are in seconds since the start of the run.
 
-    In a closed loop, ``arrivals`` is empty, and each of ``concurrency`` users sends its next request when its last one
-    is answered. In an open loop, requests are sent at the ascending times ``arrivals``, whether or not earlier requests
-    have been answered.
+    In a closed loop, ``arrivals`` is empty, and each of ``concurrency`` users sends a request as soon as the user's
+    previous request is answered. In an open loop, requests are sent at the ascending times ``arrivals``, whether or not
+    earlier requests have been answered.
     """
 
     concurrency: int = 0

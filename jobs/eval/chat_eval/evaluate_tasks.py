@@ -34,7 +34,7 @@ _GREEDY = SamplingParams(seed=0)
 
 
 def chunks_of(task: ChoiceTask | GenerativeTask) -> dict[str, range]:
-    """For the name of each chunk, the numbers of its questions."""
+    """A dictionary from the name of each chunk to the numbers of the chunk's questions."""
     size, numbers = _CHUNK[task.kind], range(len(task.questions))
     return {f"{task.name}-{i // size:05d}": numbers[i : i + size] for i in numbers[::size]}
 
@@ -149,7 +149,7 @@ def generate(
     sampling: SamplingParams = _GREEDY,
     samples: int = 1,
 ) -> Iterator[tuple[int, tuple[Response, ...]]]:
-    """Generate answers to the questions ``numbers``. Yield the answers to each question as soon as they are done.
+    """Generate answers to the questions with these ``numbers``. Yield the answers to each question when all are done.
 
     An answer depends on the question, the seed and the index of the sample only, not on the other questions. A
     question that leaves no room for an answer in the model's context gets no answers.

@@ -1,4 +1,4 @@
-"""Scores the letters of multiple-choice questions by their logits as the token after the prompt."""
+"""Scores the letters of multiple-choice questions: a letter's score is its logit as the token after the prompt."""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""Graded answers, and the figures of a chat evaluation that follow from them: accuracies, pass@k and ChatCORE."""
+"""Graded answers of a chat evaluation, and the metrics that are computed from them: accuracies, pass@k and ChatCORE."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class GradedAnswers:
 
 
 def score(task: ChoiceTask | GenerativeTask, graded: Sequence[GradedAnswers], samples: int) -> dict[str, Json]:
-    """The figures of one task, as a result stores them under ``tasks``.
+    """The metrics and examples of one task, as a result stores them under ``tasks``.
 
     ``graded`` has the answers in the order of the task's questions: one to each multiple-choice question, or
     ``samples`` to each other question.
@@ -88,8 +88,8 @@ def right_by_group(questions: Sequence[Question], graded: Sequence[GradedAnswers
 def chat_core(tasks: Mapping[str, Mapping[str, Json]]) -> tuple[float | None, list[str]]:
     """ChatCORE (the mean centered accuracy of its tasks), and the names of its tasks that were not evaluated.
 
-    ``tasks`` has the figures of each evaluated task by its name. If no evaluated task belongs to ChatCORE, ChatCORE is
-    None and no task counts as missing.
+    ``tasks`` has the result of :func:`score` for each evaluated task, by name. If no evaluated task belongs to
+    ChatCORE, ChatCORE is None and no task counts as missing.
     """
     scores = [tasks[name]["centered"] for name in CHAT_CORE_TASKS if name in tasks]
     if not scores:

@@ -99,7 +99,7 @@ def describe_stage(checkpoint: Checkpoint) -> Report:
 
 
 def warnings(report: Report, stages: Mapping[str, Checkpoint]) -> list[str]:
-    """Sentences that warn of unfinished, partial or mismatched figures."""
+    """Sentences that warn of unfinished, partial or mismatched results."""
     found = []
     for stage, checkpoint in stages.items():
         described = report[stage]

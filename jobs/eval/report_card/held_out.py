@@ -33,7 +33,7 @@ SAMPLING = SamplingParams(temperature=0.8, top_k=50, max_tokens=120, seed=7)
 
 
 def evaluate_text(store: Store, base: Checkpoint, validation: Sequence[str]) -> Result:
-    """On held-out documents: bits per byte of the model and of ``xz -9``, and bytes per token of the tokenizer."""
+    """Measure bits per byte of the model and of ``xz -9``, and bytes per token of the tokenizer, on held-out documents."""
     text = "\n".join(validation).encode()
 
     def compute() -> Mapping[str, Any]:

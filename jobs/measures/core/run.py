@@ -48,7 +48,7 @@ def centered(accuracy: float, baseline: float) -> float:
 def core_result(tasks: Mapping[str, Result], missing: Sequence[str]) -> Result:
     """The content of ``result.json``, with CORE: the mean of the tasks' centered accuracies (arXiv 2406.11794).
 
-    ``tasks`` has the figures of each evaluated task by its label. ``missing`` names the tasks that were not evaluated.
+    ``tasks`` has the result of each evaluated task by its label. ``missing`` names the tasks that were not evaluated.
     """
     core = sum(task["centered"] for task in tasks.values()) / len(tasks)
     return {"core": core, "missing": list(missing), "gpt2_xl": GPT2_XL_CORE, "tasks": dict(tasks)}
@@ -155,7 +155,10 @@ def _right(task: Task, scorer: Scorer, tokenizer: Tokenizer, parts: Parts | None
 
 
 def _cut(questions: Sequence[Question]) -> Iterator[list[Question]]:
-    """Parts of about :data:`PART_TOKENS` tokens, the longest questions first, so that lengths in a part are similar."""
+    """Divide questions into parts of about :data:`PART_TOKENS` tokens, the longest questions first.
+
+    The questions of a part therefore have similar lengths.
+    """
     part: list[Question] = []
     tokens = 0
     for question in sorted(questions, key=lambda question: (-question.size, question.number)):

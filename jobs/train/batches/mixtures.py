@@ -42,7 +42,7 @@ class Entry:
 
 
 def parse_mixture(text: str) -> list[Entry]:
-    """Parse comma-separated entries of the form ``name[:weight]``; any other text is a UserError."""
+    """Parse comma-separated entries of the form ``name[:weight]``. Raises UserError for any other text."""
     entries: list[Entry] = []
     for part in text.split(","):
         name, colon, weight = part.strip().rpartition(":")
@@ -110,7 +110,7 @@ class Mixture:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def check(self) -> None:
-        """Verify every conversation; a wrong one is a UserError."""
+        """Verify every conversation. Raises UserError if one is wrong."""
         for source in (*self._sources, *self._separate_validation):
             source.check()
 
@@ -118,8 +118,8 @@ class Mixture:
         """Tokens of each training conversation, (conversations,) int64, in the order of :attr:`training`.
 
         Tokenizing all conversations takes a while, so the store caches the lengths of each source below
-        ``cache/lengths/``. With ``threads`` 0, one thread for each core tokenizes. A conversation of a wrong format is
-        a UserError.
+        ``cache/lengths/``. With ``threads`` 0, one thread for each core tokenizes. Raises UserError if a conversation
+        has a wrong format.
         """
         for source in self._separate_validation:
             source.check()

@@ -48,8 +48,8 @@ class RunCheckpoints:
     def resume(self) -> RunState | None:
         """Load the newest intact checkpoint into model and optimizer; None if there is none.
 
-        If any rank cannot read a checkpoint, all ranks skip it as damaged. A checkpoint of other settings or inputs is
-        a UserError.
+        If any rank cannot read a checkpoint, all ranks skip it as damaged. Raises UserError
+        if a checkpoint has other settings or inputs.
         """
         for ref in reversed(self._stored()):
             problem = None

@@ -44,7 +44,7 @@ CHECKPOINT_FAILURES = Counter(
 
 
 def serve_metrics(port: int) -> None:
-    """Serve the Prometheus metrics of this process on ``port`` (0: do not serve). A taken port is a UserError."""
+    """Serve the Prometheus metrics of this process on ``port`` (0: do not serve). Raises UserError if it is taken."""
     if not port:
         return
     try:

@@ -56,7 +56,7 @@ def plan_training(
 ) -> TrainingPlan:
     """Derive a run from the model's size by the rules of this module. A given argument replaces the derived value.
 
-    A horizon that is shorter than one step is a UserError.
+    Raises UserError if the horizon is shorter than one step.
 
     Args:
         ratio: training tokens per scaling parameter.

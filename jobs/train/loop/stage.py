@@ -158,7 +158,7 @@ def make_trainable(model: GPT, settings: RunSettings, device: torch.device, prec
 
 
 def rows_per_batch(batch_tokens: int, context_length: int) -> int:
-    """Number of rows in the global batch; a UserError if ``context_length`` does not divide ``batch_tokens``."""
+    """Number of rows in the global batch. Raises UserError if ``context_length`` does not divide ``batch_tokens``."""
     rows, rest = divmod(batch_tokens, context_length)
     if rest:
         raise UserError(

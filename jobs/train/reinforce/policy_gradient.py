@@ -70,7 +70,7 @@ def advantages(rewards: Tensor, *, normalize: bool) -> Tensor:
 
 
 def pack(rollouts: Sequence[Rollout], advantage: Tensor, pad_id: int) -> RolloutBatch:
-    """Make a batch of one row per rollout, padded to the longest; ``advantage`` is (rollouts,) fp32."""
+    """Make a batch of one row per rollout, padded to the longest rollout. ``advantage`` is (rollouts,) fp32."""
     time = max(len(rollout.prompt) + len(rollout.tokens) for rollout in rollouts) - 1
     ids = torch.full((len(rollouts), time), pad_id, dtype=torch.int64)
     targets = torch.full_like(ids, IGNORE_INDEX)

@@ -51,7 +51,10 @@ def computed_number(problem: Problem, rollout: Rollout) -> float:
 
 
 def finished(_problem: Problem, rollout: Rollout) -> float:
-    """1 if the answer ends before the token limit, whatever its text. Useful for test runs, or against long answers."""
+    """1 if the answer ends before the token limit, whatever its text.
+
+    This reward is useful for test runs, or against long answers.
+    """
     return float(rollout.finished)
 
 

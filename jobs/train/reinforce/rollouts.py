@@ -96,8 +96,8 @@ class Answerer:
     ) -> list[list[Rollout]]:
         """Sample ``samples`` answers to each problem. ``seeds`` has one seed for each problem.
 
-        An answer depends only on the problem, its seed, the number of the sample and the weights. A problem that does
-        not fit the model's context is a UserError.
+        An answer depends only on the problem, its seed, the number of the sample and the weights. Raises
+        UserError if a problem does not fit the model's context.
         """
         self._tool.forget()
         prompts = [tuple(render_prompt(self._tokenizer, parse_messages(problem.messages))) for problem in problems]

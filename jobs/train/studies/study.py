@@ -46,7 +46,8 @@ class Result:
     Attributes:
         scaling_parameters: number of parameters in block matrices and head, as the scaling rules count them.
         flops: training FLOPs of all steps.
-        budget: requested training FLOPs; ``flops`` is near it, in whole steps. None if no FLOPs were requested.
+        budget: requested training FLOPs; None if no FLOPs were requested. ``flops`` is near the budget, but not equal
+            to it, because the number of steps is an integer.
         val_bpb: held-out bits per byte after the last step.
         core: CORE metric (arXiv 2406.11794) after the last step; None if it was not evaluated.
         seconds: duration of training, without evaluation.
@@ -119,7 +120,7 @@ class Study:
     def result(self, run: PlannedRun) -> Result | None:
         """The result in the run's newest checkpoint; None if the run is not finished.
 
-        A checkpoint that was made with other settings or from other inputs is a UserError.
+        Raises UserError if the checkpoint was made with other settings or from other inputs.
         """
         stored = list_checkpoints(self._store, run.model, "base")
         if not stored:

@@ -58,7 +58,10 @@ class UpstreamCheckpoint:
 
 
 def find_step(folder: Path, wanted: int | None) -> int:
-    """The step of the checkpoint to import: ``wanted``, or the last in the folder. A missing step is a UserError."""
+    """The step of the checkpoint to import: ``wanted``, or the last step in the folder if ``wanted`` is None.
+
+    Raises UserError if the folder has no such checkpoint.
+    """
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError as error:
@@ -75,7 +78,7 @@ def read_upstream(folder: Path, step: int) -> UpstreamCheckpoint:
     """Read ``model_<step>.pt`` and ``meta_<step>.json`` of upstream's checkpoint folder.
 
     Torch's loader for plain tensors maps the weights from the file, without reading them into memory. The loader
-    executes nothing that the file contains. A file that is damaged or contains anything but tensors is a UserError.
+    executes nothing that the file contains. Raises UserError if a file is damaged or contains anything but tensors.
     """
     path = folder / f"model_{step:06d}.pt"
     meta_path = folder / f"meta_{step:06d}.json"
@@ -98,7 +101,10 @@ def read_upstream(folder: Path, step: int) -> UpstreamCheckpoint:
 
 
 def model_config(source: UpstreamCheckpoint) -> ModelConfig:
-    """The shape of the upstream model as our config; a UserError if the meta file describes no model of our network."""
+    """The shape of the upstream model as our config.
+
+    Raises UserError if the meta file describes a model that our network cannot compute.
+    """
     _check_version(source)
     given = source.meta.get("model_config")
     if not isinstance(given, dict):
@@ -122,8 +128,8 @@ def model_config(source: UpstreamCheckpoint) -> ModelConfig:
 def convert(source: UpstreamCheckpoint, config: ModelConfig) -> GPT:
     """Our network with upstream's weights: matrices in fp32, embedding tables in upstream's dtype.
 
-    The rotary tables stay on the device ``meta``, so the model can be saved but not run. Weights that do not fit the
-    config are a UserError.
+    The rotary tables stay on the device ``meta``, so the model can be saved but not run. Raises UserError if the
+    weights do not fit the config.
     """
     if config.depth > len(source.weights):
         raise UserError(f"{source.path} has too few tensors for {config.depth} layers")

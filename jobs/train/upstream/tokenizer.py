@@ -34,7 +34,7 @@ class _Encoding:
 
 
 def read_upstream_tokenizer(path: Path) -> Tokenizer:
-    """Read upstream's ``tokenizer.pkl``; a UserError if it is damaged or has other special tokens than ours."""
+    """Read upstream's ``tokenizer.pkl``. Raises UserError if it is damaged or has other special tokens than ours."""
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
