@@ -33,7 +33,10 @@ SAMPLING = SamplingParams(temperature=0.8, top_k=50, max_tokens=120, seed=7)
 
 
 def evaluate_text(store: Store, base: Checkpoint, validation: Sequence[str]) -> Result:
-    """Measure bits per byte of the model and of ``xz -9``, and bytes per token of the tokenizer, on held-out documents."""
+    """Measure the model, ``xz -9`` and the tokenizer on held-out documents.
+
+    Returns bits per byte of the model and of ``xz -9``, and bytes per token of the tokenizer.
+    """
     text = "\n".join(validation).encode()
 
     def compute() -> Mapping[str, Any]:
