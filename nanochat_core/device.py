@@ -100,7 +100,7 @@ def cpu_multiplies_bf16() -> bool:
 def prepare_cpu(threads: int) -> None:
     """Sets this process up for computing on the CPU; call it before the first tensor is made.
 
-    An operation uses this number of threads; 0 leaves the choice to torch.
+    An operation uses up to ``threads`` threads; if ``threads`` is 0, torch chooses the number.
 
     Denormal numbers are flushed to zero. Decayed optimizer state has many of them, and x86 cores process a denormal
     number a hundred times slower than a normal one.

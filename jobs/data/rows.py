@@ -88,10 +88,10 @@ def open_rows(path: Path, shown: str) -> Rows:
 
 
 def convert(rows: Rows, index: int, make: Callable[[Row], T]) -> T:
-    """Apply ``make`` to a row. ``make`` raises KeyError for a missing field, ValueError or TypeError for a wrong value.
+    """Apply ``make`` to a row.
 
-    Raises:
-        UserError: ``make`` raised one of these errors; the message names the file and the row.
+    ``make`` may raise KeyError for a missing field, and ValueError, TypeError or UserError for a wrong value. This
+    function then raises UserError, and the message names the file and the row.
     """
     row = rows[index]
     try:
@@ -103,7 +103,7 @@ def convert(rows: Rows, index: int, make: Callable[[Row], T]) -> T:
 
 
 def text_field(row: Row, field: str) -> str:
-    """A field of a row; KeyError if the row does not have it, ValueError if it is not a string."""
+    """A field of a row. Raises KeyError if the row does not have it, and ValueError if it is not a string."""
     text = row[field]
     if not isinstance(text, str):
         raise ValueError(f"'{field}' is not a text")

@@ -185,7 +185,11 @@ class TextDataset:
     """
 
     def __init__(self, store: Store, name: str, split: str, cache: RowGroupCache | None = None) -> None:
-        """Open the split ``train`` or ``val``. Raises UserError if shards are missing or a shard is damaged."""
+        """Open the split ``train`` or ``val``.
+
+        Raises UserError if the dataset's download is unfinished, if shards are missing, if a shard is damaged, or if
+        the split has no document.
+        """
         keys = shard_keys(store, name)
         manifest = read_manifest(store, name)
         if manifest is not None and not manifest.complete:

@@ -28,7 +28,7 @@ def write_conversations(store: Store, name: str, split: str, conversations: Iter
 
 
 def row_messages(row: Row) -> Messages:
-    """The conversation of a row ``{"messages": […]}``; KeyError or ValueError if it has another form."""
+    """The conversation of a row ``{"messages": […]}``. Raises KeyError or ValueError if the row has another form."""
     messages = row["messages"]
     if not isinstance(messages, list):
         raise ValueError("'messages' is not a list")

@@ -10,7 +10,10 @@ FOUR_CHOICES_BASELINE = 0.25
 
 
 def indexed_choice(row: Row, group: str = "") -> ChoiceQuestion:
-    """The question of a row with ``question``, ``choices`` and the index ``answer``; ValueError if a field is wrong."""
+    """The question of a row with ``question``, ``choices`` and the index ``answer``.
+
+    Raises KeyError if a field is missing, and ValueError if a field is wrong.
+    """
     choices, answer = choice_texts(row, "choices"), row["answer"]
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise ValueError(f"'answer' is {answer!r}, which is no index of the {len(choices)} choices")
@@ -18,7 +21,10 @@ def indexed_choice(row: Row, group: str = "") -> ChoiceQuestion:
 
 
 def choice_texts(row: Row, field: str) -> Sequence[str]:
-    """A field that must be a list of at least two strings, and at most one for each letter; otherwise ValueError."""
+    """A field that must be a list of at least two strings, and at most one for each letter.
+
+    Raises KeyError if the row does not have the field, and ValueError if the field has another value.
+    """
     texts = row[field]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"'{field}' is not a list of texts")

@@ -96,7 +96,7 @@ def load_checkpoint(store: Store, ref: CheckpointRef) -> Checkpoint:
 def load_meta(store: Store, ref: CheckpointRef) -> dict[str, Any]:
     """Reads and verifies ``meta.json`` of a checkpoint (settings, metrics, history) without the weights.
 
-    Raises UserError if the file is damaged.
+    Raises UserError if there is no such checkpoint, or if the file is missing or damaged.
     """
     try:
         meta: dict[str, Any] = json.loads(load_manifest(store, ref).fetch(store, META).read_bytes())

@@ -50,7 +50,7 @@ class ModelHost:
         self._replaced: list[ServedModel] = []
         self._retirements: set[asyncio.Task[None]] = set()
         self._servings: set[asyncio.Task[ServedModel]] = set()
-        self.current: ServedModel | None = None  # until the first one is loaded
+        self.current: ServedModel | None = None  # None until the first model is loaded
 
     @property
     def models(self) -> list[ServedModel]:

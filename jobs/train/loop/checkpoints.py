@@ -121,7 +121,7 @@ class RunCheckpoints:
         )
 
     def save_last(self, writer: CheckpointWriter, state: RunState, *, finished: bool) -> None:
-        """Write the last checkpoint of this process and wait until it is complete. A failure is a RetryableError."""
+        """Write the last checkpoint of this process and wait until it is complete. Raises RetryableError on failure."""
         self.save(writer, state, finished=finished)
         try:
             writer.wait()

@@ -69,7 +69,12 @@ class Trainer:
     def run(self) -> CheckpointRef:
         """Train to the end of the schedule and save the final checkpoint.
 
-        After SIGTERM or SIGINT, this method saves a checkpoint and raises SystemExit.
+        A job controller restarts the program after SystemExit and RetryableError, but not after TrainingDiverged.
+
+        Raises:
+            SystemExit: SIGTERM or SIGINT arrived, and a checkpoint was saved.
+            TrainingDiverged: the loss, a gradient or a weight is NaN or infinite.
+            RetryableError: another rank is lost, or the last checkpoint could not be written.
         """
         state, last_step, save_every = self.state, self.config.schedule.steps, self.config.settings.save_every
         if state.step == last_step:

@@ -80,7 +80,10 @@ class CpuNetwork(ServingWeights):
     """Computes hidden states and logits of ragged batches."""
 
     def __init__(self, model: GPT, block_size: int, *, int8: bool = False) -> None:
-        """Copy the weights of ``model``, in fp32 or bf16; ``int8`` rounds the matrices to eight bits."""
+        """Copy the weights of ``model``, which is on the CPU, in fp32 or bf16.
+
+        A block of the cache has ``block_size`` tokens. ``int8`` rounds the matrices to eight bits.
+        """
         super().__init__(model, Int8Weight if int8 else None)
         kernels = load_kernels()
         assert kernels is not None, "see usable()"

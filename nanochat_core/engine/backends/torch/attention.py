@@ -67,9 +67,10 @@ class TorchCache(BlockMemory):
         values.index_copy_(0, slots, v)
 
     def mask(self, group: int, first: np.ndarray, keys: int) -> Tensor:
-        """The mask (chunks, 1, rows * query heads per kv head, keys): 0 for visible keys, -inf for hidden keys.
+        """The mask that is added to the scores: 0 for visible keys, -inf for hidden keys.
 
-        ``keys`` is a number of successive keys. ``first`` (chunks, rows) is the first key's position minus the query's.
+        Its shape is (chunks, 1, rows * query heads per kv head, keys). ``keys`` is a number of successive keys.
+        ``first`` (chunks, rows) is the first key's position minus the query's.
         """
         shared = self.config.n_head // self.config.n_kv_head
         places = to_device(np.repeat(first + self._reach, shared, axis=1), self.device)
