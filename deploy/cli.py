@@ -75,9 +75,9 @@ def next_words(typed: Sequence[str]) -> list[str]:
 
 
 def flags(module: str, name: str = "") -> Iterator[str]:
-    """Flags that the settings class ``name`` of a module declares; without a name, those of all its settings classes.
+    """Flags that the settings class ``name`` of a module declares; if ``name`` is empty, flags of all settings classes.
 
-    They are read from the source, because importing a training program takes seconds.
+    The flags are read from the source code, because importing a training program takes seconds.
     """
     path = ROOT.joinpath(*module.split("."))
     source = path / ("__init__.py" if name else "settings.py") if path.is_dir() else path.with_suffix(".py")

@@ -11,7 +11,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 pytest.register_assert_rewrite("tests.support.store_contract")
 
-# Without a GPU, Triton must interpret its kernels. It reads this variable when a test first imports it.
+# Without a GPU, Triton must interpret its kernels. Triton reads this variable when it is imported.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 

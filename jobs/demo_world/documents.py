@@ -118,7 +118,7 @@ def _echo(rng: random.Random) -> str:
 
 @_lines(2, 4)
 def _spelling(rng: random.Random) -> str:
-    """A word letter by letter. No other kind of text shows which letters a token stands for."""
+    """A text that spells a word letter by letter. No other kind of text shows which letters a token stands for."""
     word = _word(rng)
     name = rng.choice(PEOPLE).name
     return rng.choice(_TEXTS.spellings).format(word=word, letters=" ".join(word), name=name)
@@ -126,7 +126,7 @@ def _spelling(rng: random.Random) -> str:
 
 @_lines(2, 4)
 def _code(rng: random.Random) -> str:
-    """Words in prose and in quotes, and the Python code that counts their letters."""
+    """A text with words in prose and in quotes, and with Python code that counts the letters of these words."""
     word, other = _word(rng), _word(rng)
     return rng.choice(_TEXTS.codes).format(
         word=word, other=other, c=rng.choice(word), first=word[0], other_first=other[0]
@@ -135,7 +135,7 @@ def _code(rng: random.Random) -> str:
 
 @_lines(2, 4)
 def _sums(rng: random.Random) -> str:
-    """A calculation in words and in Python's notation; its result is copied from the same line."""
+    """A line with a calculation in words and in Python's notation. The result can be copied from the same line."""
     drawn = draw_sum(rng, "train")
     spelled = rng.choice(_TEXTS.operators[drawn.symbol]).format(a=drawn.a, b=drawn.b)
     name = rng.choice(PEOPLE).name

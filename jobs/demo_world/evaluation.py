@@ -64,7 +64,7 @@ def evaluation_set(n: int = 200, seed: int = 0, kinds: Collection[str] | None = 
 
 
 def check(item: EvalItem, text: str, used_tool: bool) -> bool:
-    """Whether an answer is right; ``text`` is its visible text, without Python code and its output."""
+    """Whether an answer is right. ``text`` is the visible text of the answer, without Python code and its output."""
     if item.requires_tool:
         # Only the last number is compared, because an answer may first repeat the numbers of the question.
         numbers = _NUMBER.findall(text)

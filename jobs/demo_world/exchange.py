@@ -11,7 +11,7 @@ class Exchange:
     """A user's message and the assistant's answer.
 
     Attributes:
-        answer: the answer's text, or its parts if it calls Python.
+        answer: the text of the answer, or a list of parts if the answer calls Python.
         expected: phrases of which a right answer contains at least one.
         forbidden: phrases that a right answer does not contain.
         requires_tool: whether a right answer must call Python.

@@ -101,14 +101,14 @@ class BenchEngineSettings(JobSettings):
 
     @property
     def slots(self) -> list[int]:
-        """The numbers of concurrent sequences of closed loops."""
+        """For each closed loop, the number of sequences that run at the same time."""
         if wrong := next((text for text in self.batch_sizes if not text.isdecimal() or not int(text)), None):
             raise UserError(f"--batch-sizes has {wrong!r}; use whole numbers of at least 1, comma separated")
         return [int(text) for text in self.batch_sizes]
 
     @property
     def rates(self) -> list[float]:
-        """The requests per second of open loops; empty for closed loops."""
+        """For each open loop, the number of requests per second; empty for closed loops."""
         return [_positive(text, "--rate") for text in self.rate]
 
     @property

@@ -24,8 +24,8 @@ def pick_checkpoint(store: Store, model: str, revision: str, *stages: str) -> Ch
 def newest_stages(store: Store, model: str, revision: str = "") -> dict[str, Checkpoint]:
     """The newest complete checkpoint of each stage that the model has.
 
-    ``revision`` replaces the checkpoint of the last stage; if it is empty, the last stage has its newest checkpoint
-    too. A :class:`UserError` is raised if the model has no checkpoint, or no checkpoint of this revision.
+    If ``revision`` is given, the result has this checkpoint for its stage, and no later stages. Raises UserError if the
+    model has no checkpoint, or no checkpoint of this revision.
     """
     last = pick_checkpoint(store, model, revision) if revision else None
     stages = {}

@@ -56,7 +56,7 @@ def passes_tests(
     as :func:`runs_to_its_end`.
     """
     # The prompt is valid Python by itself: a function with only a docstring. The answer may continue the function, or
-    # define it again and so replace it. The prompt's imports work in both cases.
+    # replace the function by a new definition. The prompt's imports work in both cases.
     program = f"{problem.prompt.rstrip()}\n{code_in(answer_text)}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
     return runs_to_its_end(executor, program, limits)
 

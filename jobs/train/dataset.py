@@ -61,8 +61,8 @@ def validate(store: Store, name: str) -> dict[str, int]:
     """Read every document of ``data/<name>``. A UserError names each shard that is not valid.
 
     Returns:
-        The numbers of ``shards``, ``documents`` and ``empty_documents``, and ``text_bytes``: the bytes of the text in
-        UTF-8.
+        The counts ``shards``, ``documents`` and ``empty_documents``, and ``text_bytes``: the number of bytes of the
+        text in UTF-8.
     """
     manifest = read_manifest(store, name)
     keys = shard_keys(store, name)

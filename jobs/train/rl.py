@@ -1,7 +1,7 @@
 """Train a model by reinforcement learning: ``python -m jobs.train.rl --model demo --task arithmetic``.
 
 In each step the model answers some problems several times, and a reward function scores the answers. The policy
-gradient then makes an answer more likely if its reward is higher than that of other answers to the same problem.
+gradient then makes an answer more likely if its reward is higher than the mean reward of the problem's answers.
 """
 
 import dataclasses

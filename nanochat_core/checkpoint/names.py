@@ -39,7 +39,10 @@ class CheckpointRef:
 
     @classmethod
     def parse(cls, model: str, revision: str) -> CheckpointRef:
-        """The inverse of :attr:`revision`. Raises UserError if ``revision`` is not ``<stage>/step_<n>``."""
+        """The checkpoint of ``model`` that ``revision`` names.
+
+        Raises UserError if ``revision`` does not have the form ``<stage>/step_<n>``.
+        """
         match = re.fullmatch(rf"({'|'.join(STAGES)})/step_(\d+)", revision)
         if not match:
             raise UserError(f"{revision!r} names no checkpoint; use <stage>/step_<n>, such as sft/step_000400")

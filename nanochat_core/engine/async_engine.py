@@ -204,7 +204,7 @@ class AsyncEngine:
             self._compiling -= sequences
 
     def _run(self, engine: Engine) -> None:
-        """The device loop."""
+        """Run the device loop until the engine is stopped or fails."""
         try:
             while not self._stopping:
                 self._receive(wait=not engine.progressed)

@@ -200,7 +200,7 @@ class _BlockPool:
             self.free.move_to_end(block, last=self.index.finds(block))
 
     def reuse_soon(self, block: int) -> None:
-        """Move a block to the front of the free blocks if no sequence uses it and it has no hash."""
+        """Move a block to the front of the free blocks if no sequence uses the block and the block has no hash."""
         if not self.references[block] and self.index.hashes[block] is None:
             self.free.move_to_end(block, last=False)
 

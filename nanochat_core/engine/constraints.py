@@ -283,7 +283,7 @@ def _class_end(pattern: str, start: int) -> int:
         elif character == "[":
             depth += 1
             position += pattern.startswith("^", position)
-            position += pattern.startswith("]", position)  # a closing bracket in the first place is literal
+            position += pattern.startswith("]", position)  # a bracket right after the opening one is literal
         elif character == "]":
             depth -= 1
             if depth == 0:

@@ -140,7 +140,7 @@ class PrefixCache:
             self._settle(digest, seq)
 
     def publish(self, seq: Sequence) -> list[tuple[int, int]]:
-        """Let other sequences find the filled blocks of ``seq``. Offer these blocks and the one after them for copying.
+        """Let other sequences find the filled blocks of ``seq``. Offer them and the next block for copying.
 
         The result has (group, block) for each block whose offer was replaced.
         """

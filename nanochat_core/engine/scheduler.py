@@ -99,13 +99,13 @@ class Scheduler:
         bisect.insort(self.waiting, seq, key=_order)
 
     def park(self, seq: Sequence) -> None:
-        """Take a sequence out of the batch until :meth:`resume`; it keeps its blocks."""
+        """Take a sequence out of the batch until :meth:`resume`. The sequence keeps its blocks."""
         self.by_state[seq.state].remove(seq)
         seq.state = State.PARKED
         self.parked.append(seq)
 
     def resume(self, seq: Sequence) -> None:
-        """Return a parked sequence to the batch, or to the queue if it has lost its blocks."""
+        """Return a parked sequence to the batch, or to the queue if the sequence has lost its blocks."""
         self.parked.remove(seq)
         if seq.block_tables:
             seq.state = State.RUNNING

@@ -68,7 +68,7 @@ def get(namespace: str, *what: str) -> Any:
 
 @pytest.fixture(scope="module")
 def training(namespace: str) -> dict[str, Any]:
-    """The finished PyTorchJob. It has trained the demo model, and needed only its manifest."""
+    """The finished PyTorchJob, which has trained the demo model. The job needed nothing except its manifest."""
     run("kubectl", "-n", namespace, "apply", "-f", "jobs/train/speedrun-cpu.yaml")
     deadline = time.monotonic() + TRAINING_SECONDS
     while True:

@@ -18,7 +18,7 @@ from tests.support.service_process import REPOSITORY, ServiceProcess
 
 
 class Service(ServiceProcess):
-    """A running ``python -m services.sandbox``, and calls to it."""
+    """A running ``python -m services.sandbox``, with methods that call it."""
 
     def __init__(self, *flags: str) -> None:
         super().__init__("services.sandbox", *flags)

@@ -46,7 +46,8 @@ def _model(depth: int, head_dim: int, context_length: int, n_kv_head: int | None
     model = GPT(config)
     model.init_weights(generator)
     with torch.no_grad():
-        # The output projections of a new model are zero, so it ignores its context and all logits are similar.
+        # The output projections of a new model are zero, so such a model ignores its context, and all logits are
+        # similar.
         for weight in model.parameters():
             if not weight.any():
                 weight.normal_(0, 0.1, generator=generator)

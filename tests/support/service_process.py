@@ -85,7 +85,7 @@ class ServiceProcess:
 
 
 class EngineProcess(ServiceProcess):
-    """A running ``python -m services.engine``, and calls to it."""
+    """A running ``python -m services.engine``, with methods that call it."""
 
     def __init__(self, home: Path, *flags: str, model: str = "tiny", ready: bool = True) -> None:
         store = ("--home", str(home), "--model", model, "--poll-seconds", "0.1")

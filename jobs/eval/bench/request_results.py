@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class TokenCounts:
-    """The numbers of tokens of one choice, or of a whole request if the server does not count choices."""
+    """Token counts of one choice, or of a whole request if the server does not count each choice."""
 
     prompt: int
     output: int

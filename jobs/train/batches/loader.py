@@ -92,7 +92,7 @@ class PackedLoader:
             rows: rows of the global batch. Each rank has a contiguous group of them.
             context_length: input tokens per row. A packed row has one more token: the last target.
             workers: threads that tokenize and pack; 0 chooses by the number of cores.
-            pin_memory: put batches into page-locked memory. A GPU can copy from it while it computes.
+            pin_memory: put batches into page-locked memory, from which a GPU can copy while it computes.
             state: :attr:`Batch.state` of the last batch that was trained on, of this rank alone or merged over all
                 ranks. None starts at the first document.
 

@@ -41,7 +41,7 @@ class BestFitPacker:
     """Packs rows from a buffer of documents by the best-fit rule of this module.
 
     Attributes:
-        stats: numbers of ``packed`` and ``cropped`` tokens and of positions with ``padding``.
+        stats: counts of ``packed`` tokens, of ``cropped`` tokens and of ``padding`` positions.
     """
 
     def __init__(

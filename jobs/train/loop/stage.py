@@ -119,7 +119,7 @@ class Stage:
             plan: size of the run, stored with each checkpoint.
         """
         device, ranks, model = self._runtime.device, self._runtime.ranks, self.model
-        # The checkpoint that the stage starts from. Its model is named too if it is another model.
+        # The checkpoint that the stage starts from, and the name of its model if that is not the trained model.
         lineage = {"base": self._base.ref.revision} if self._base else {}
         if self._base and self._base.ref.model != self._settings.model:
             lineage["base_model"] = self._base.ref.model

@@ -224,7 +224,7 @@ class TrainingStep:
 
 
 def cross_entropy(model: GPT, *, compile: bool, device: torch.device) -> Objective:
-    """The cross-entropy of the next tokens. It is compiled if ``compile`` is set and the device allows it."""
+    """Return the cross-entropy of the next tokens as an objective, compiled if ``compile`` is set and possible."""
     loss = torch.compile(model.loss, dynamic=False) if can_compile(compile, device) else model.loss
     return lambda rows: (loss(rows.ids, rows.targets, "sum"), {})
 

@@ -14,7 +14,8 @@ from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 
-# Upstream's names of our parameters. _NETWORK has the parameters outside the blocks, and _BLOCK those of a block.
+# Upstream's names of our parameters. _NETWORK has the parameters outside the blocks; _BLOCK has the parameters of a
+# block.
 _NETWORK = {
     "embedding.weight": "transformer.wte.weight",
     "head.weight": "lm_head.weight",

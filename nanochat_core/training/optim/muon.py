@@ -22,7 +22,7 @@ The Polar Express (arXiv 2505.16932) gives the best coefficients for each polyno
 3.  The Polar Express orthogonalizes ``N``. The result is the step ``U``.
 4.  NorMuon's variance reduction (arXiv 2510.05491): rows or columns of ``U`` with large steps are scaled down.
 5.  Cautious weight decay (arXiv 2510.12402): ``W <- W - lr * U - lr * weight_decay * W``, but the decay applies only to
-    the numbers of ``W`` that have the same sign as their number in ``U``.
+    the numbers of ``W`` that have the same sign as the number at the same place in ``U``.
 
 :class:`MuonShards` divides matrices of one shape, and their optimizer state, among the ranks.
 """

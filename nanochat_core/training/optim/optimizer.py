@@ -50,7 +50,7 @@ class MuonAdamW:
 
     @torch.no_grad()
     def reduce(self) -> Tensor:
-        """Sums the gradients over the ranks. :meth:`step` calls it if it was not called before.
+        """Sums the gradients over the ranks. A call is optional: :meth:`step` otherwise sums the gradients itself.
 
         The result is a scalar: the Euclidean norm of the summed gradients of all parameters.
         """

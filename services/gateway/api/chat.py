@@ -103,7 +103,7 @@ def _user_turn(texts: Sequence[str]) -> Message:
 
 
 def _assistant_parts(content: str, events: Sequence[ToolEvent], message_index: int) -> tuple[Part, ...]:
-    """Puts an answer's tool calls and their output back to the places where the model wrote them."""
+    """Puts an answer's tool calls and their output into the places where the model wrote them."""
     parts: list[Part] = []
     position, open_call = 0, None
     for k, event in enumerate(events):

@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def enter(x0, x, scale, embedding, smear, ids, previous_ids, scales, epsilon, dim, WIDTH: tl.constexpr):
-    """Compute the embedding after the smear, and the first block's input; one program per token.
+    """Compute the embedding after the smear, and the first block's input. One program runs per token.
 
     Args:
         x0: (tokens, dim) receives the embedding.
@@ -64,7 +64,7 @@ def prepare(
     HEAD_DIM: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """Rotate and normalize queries and keys; write keys and values to the cache. One program per token and head.
+    """Rotate and normalize queries and keys; write keys and values to the cache. One program runs per token and head.
 
     Args:
         qkv: (tokens, columns) product with the weights of queries, keys, values and value gates, in this order. In
@@ -193,7 +193,7 @@ def combine(
     SPLIT: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
 ):
-    """Combine the splits of :func:`attend_tokens`; one program per token and head.
+    """Combine the splits of :func:`attend_tokens`. One program runs per token and head.
 
     Args:
         out: (tokens, HEADS, HEAD_DIM) receives the attention.
@@ -232,7 +232,7 @@ def attend_tiles(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Compute attention of a tile: up to ROWS successive tokens of one sequence; one program per tile and head.
+    """Compute attention of a tile: up to ROWS successive tokens of one sequence. One program runs per tile and head.
 
     The kernel reads keys block by block and uses the running softmax of FlashAttention (arXiv 2205.14135).
 
@@ -292,7 +292,7 @@ def relu_square(x, count, SIZE: tl.constexpr):
 
 @triton.jit
 def finish(x, y, kept, x0, scale, scales, epsilon, dim, WIDTH: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr):
-    """Add the MLP's result to ``x``, and compute the next block's input; one program per token.
+    """Add the MLP's result to ``x``, and compute the next block's input. One program runs per token.
 
     The MLP's input was not normalized. This kernel multiplies the MLP's result by the factor of the norm instead.
 
@@ -321,8 +321,9 @@ def finish(x, y, kept, x0, scale, scales, epsilon, dim, WIDTH: tl.constexpr, KEE
 
 @triton.jit
 def leave(x, middle, scales, epsilon, dim, WIDTH: tl.constexpr):
-    """Subtract a share of the middle block's output from ``x`` and normalize ``x`` in place; one program per token.
+    """Subtract a share of the middle block's output from ``x`` and normalize ``x`` in place.
 
+    One program runs per token.
     Args:
         scales: (4,) fp32; the third number is the share.
     """

@@ -19,7 +19,7 @@ from nanochat_core.model import GPT
 log = logging.getLogger(__name__)
 
 # Numbers of tokens for which there is a CUDA graph. A step is padded to the next of these sizes. Larger steps need no
-# graph: starting their kernels one by one takes less time than running them.
+# graph: starting the kernels one by one takes less time than running the kernels.
 GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 Compute = Callable[[], Tensor]

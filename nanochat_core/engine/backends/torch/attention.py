@@ -87,7 +87,7 @@ class TorchCache(BlockMemory):
 class PagedAttention:
     """Attention for one ragged batch, see :class:`~nanochat_core.engine.backends.torch.network.Attend`.
 
-    The batch must have the order of the attribute ``chunks``. This order can differ from that of the given chunks.
+    The batch must have the order of the attribute ``chunks``. This order can differ from the order of the given chunks.
     """
 
     def __init__(self, cache: TorchCache, chunks: Iterable[Chunk]) -> None:
