@@ -178,7 +178,10 @@ class AssistantStream:
 
 
 def tool_output_text(result: str | None, stdout: str, error: str) -> str:
-    """The output that the model reads: the call's value; without a value, its printed text; without text, its error."""
+    """The output of a Python call that the model reads.
+
+    The output is the call's value. If there is no value, it is the printed text; if there is no text, it is the error.
+    """
     if result is not None:
         return result
     return stdout.strip() or error

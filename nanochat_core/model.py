@@ -224,7 +224,10 @@ def rotary_table(length: int, head_dim: int, dtype: torch.dtype, device: torch.d
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each pair (x[..., i], x[..., i + head_dim/2]) by its position's angle; ``x``: (..., heads, head_dim)."""
+    """Rotates each pair (x[..., i], x[..., i + head_dim/2]) by its position's angle.
+
+    ``x`` is (..., heads, head_dim).
+    """
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
 

@@ -173,9 +173,10 @@ class Tokenizer:
 
 
 def _may_have_long_run(text: str) -> bool:
-    """Whether ``text`` may have a run of more than MAX_WHITESPACE_RUN whitespace characters; fast for any text.
+    """Whether ``text`` may have a run of more than MAX_WHITESPACE_RUN whitespace characters.
 
-    The text is cut into blocks of half this length, so a longer run fills at least one block.
+    This test is fast for any text. The text is cut into blocks of half this length, so a longer run fills at least one
+    block.
     """
     block = MAX_WHITESPACE_RUN // 2
     return any(text[start : start + block].isspace() for start in range(0, len(text) - block, block))

@@ -1,7 +1,7 @@
 """The evaluation store: finished results, and the parts of evaluations that were interrupted.
 
 An evaluation has the folder ``evaluations/<model>/<stage>/step_<n>/<name>/`` of the artifact store, or a folder
-``<key>/`` below it if several results of the same name are kept. The folder contains ``result.json`` and, while the
+``<key>/`` inside it if several results of the same name are kept. The folder contains ``result.json`` and, while the
 evaluation runs, ``parts-<identity>/<part>.json`` for each finished part.
 """
 
@@ -35,7 +35,8 @@ class Evaluation:
         name: the kind of evaluation, such as ``core`` or ``chat``.
         settings: all values that determine the result, such as digests of the data, and no other values. An evaluation
             with other settings starts over.
-        key: names the folder below ``name``. Each key has a result of its own; a later result with the same key
+        key: names a subfolder of the folder ``name``. Each key has a result of its own; a later result with the same
+        key
             replaces the earlier one.
     """
 

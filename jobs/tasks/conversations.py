@@ -91,7 +91,7 @@ class FileConversations:
         return digest.hexdigest()
 
     def check(self) -> None:
-        """Read every conversation; errors as for :meth:`__getitem__`."""
+        """Read every conversation. Raises the same errors as :meth:`__getitem__`."""
         for index in range(len(self)):
             self[index]
 

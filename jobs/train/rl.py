@@ -147,7 +147,7 @@ def held_out_metrics(
     most_likely = dataclasses.replace(settings.sampling, temperature=0.0, top_k=0)
     greedy = [rollouts[0] for rollouts in answerer.answer(mine, seeds, 1, most_likely)]
     drawn = answerer.answer(mine, seeds, samples, settings.sampling)
-    # Each rank fills the columns of its own problems, so that the sums below do not depend on the number of ranks.
+    # Each rank fills the columns of its own problems, so that the following sums do not depend on the number of ranks.
     figures = torch.zeros(3, len(problems.held_out), dtype=torch.float64, device=answerer.device)
     for number, problem, answer, rollouts in zip(numbers, mine, greedy, drawn, strict=True):
         right = sum(reward(problem, rollout) >= 1 for rollout in rollouts)

@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON files below ``models/<name>/<stage>/step_<n>/`` of the store.
+"""Checkpoints: safetensors and JSON files in the folders ``models/<name>/<stage>/step_<n>/`` of the store.
 
 ``names`` defines the names of checkpoints, lists them and stores which one is served. ``manifest`` lists and verifies
 the files of a checkpoint, and ``loading`` reads them. Reading these file formats cannot execute code.

@@ -26,7 +26,7 @@ _SCOPES = {6: 2}
 
 @dataclasses.dataclass(frozen=True)
 class PathRule:
-    """Allows ``access`` on ``path`` and, if it is a folder, on everything below it."""
+    """Allows ``access`` on ``path`` and, if it is a folder, on everything inside it."""
 
     path: str
     access: int

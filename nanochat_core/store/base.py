@@ -15,7 +15,7 @@ class StoreError(UserError):
 
 
 class Store(ABC):
-    """Stores files below one root. A file's key is its path relative to the root, with ``/`` between the path's parts.
+    """Stores files under one root. A file's key is its path relative to the root, with ``/`` between the path's parts.
 
     Every method raises UserError if a key leaves the root or has a hidden part (``.name``), and StoreError if the store
     fails.
@@ -39,7 +39,7 @@ class Store(ABC):
 
     @abstractmethod
     def incoming(self, prefix: str) -> Path:
-        """A local folder for incomplete downloads that will be stored below ``prefix``. The folder outlives the
+        """A local folder for incomplete downloads that will be stored under ``prefix``. The folder outlives the
         process. A program that is started again continues its downloads there. :meth:`keys` does not list these files.
         """
 
@@ -49,7 +49,7 @@ class Store(ABC):
 
     @abstractmethod
     def keys(self, prefix: str) -> list[str]:
-        """Sorted keys of all files below the folder ``prefix``."""
+        """Sorted keys of all files inside the folder ``prefix`` and its subfolders."""
 
     @abstractmethod
     def publish(self, prefix: str, *, last: str) -> contextlib.AbstractContextManager[Path]:
@@ -76,7 +76,7 @@ class Store(ABC):
         """Removes a folder and everything in it, if it exists."""
 
     def keeping(self, prefix: str) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
-        """Protects the local copies of all files below ``prefix`` from deletion during a ``with`` block."""
+        """Protects the local copies of all files under ``prefix`` from deletion during a ``with`` block."""
         return contextlib.nullcontext()
 
 

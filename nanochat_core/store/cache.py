@@ -51,7 +51,7 @@ class DownloadCache:
 
     @contextlib.contextmanager
     def keeping(self, prefix: PurePosixPath) -> Iterator[None]:
-        """During a ``with`` block, protects all files whose keys are below ``prefix`` from deletion."""
+        """During a ``with`` block, protects all files whose keys begin with the folder ``prefix`` from deletion."""
         with self._lock:
             self._kept[prefix] += 1
         try:

@@ -12,7 +12,10 @@ from nanochat_core.store.base import Store, StoreError, checked, disk_errors, hi
 
 @dataclasses.dataclass(frozen=True)
 class FolderStore(Store):
-    """A store below the folder ``root``. A dot at the start of a name marks a file that is being written or removed."""
+    """A store inside the folder ``root``.
+
+    A dot at the start of a name marks a file that is being written or removed.
+    """
 
     root: Path
 

@@ -1,4 +1,4 @@
-"""A store below a prefix of an S3 bucket; uploads and downloads are multipart and parallel."""
+"""A store under a prefix of an S3 bucket. Uploads and downloads are multipart and parallel."""
 
 import contextlib
 import tempfile

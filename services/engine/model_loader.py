@@ -34,7 +34,7 @@ class ModelLoader:
         return promoted(self.store, self.model)
 
     def wanted_ref(self) -> CheckpointRef | None:
-        """The checkpoint of the configured revision; without one, the promoted checkpoint."""
+        """The checkpoint of the configured revision, or the promoted checkpoint if no revision is configured."""
         return CheckpointRef.parse(self.model, self.revision) if self.revision else self.promoted_ref()
 
     def load(self, ref: CheckpointRef, serving: CheckpointRef | None) -> tuple[Engine, engine_pb2.ModelInfo]:

@@ -85,11 +85,11 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             )
 
     async def GetModel(self, _: engine_pb2.GetModelRequest, context: Context) -> engine_pb2.ModelInfo:
-        """Describe the current model; UNAVAILABLE until one is loaded."""
+        """Describe the current model. The status is UNAVAILABLE until a model is loaded."""
         return (await self._model(context)).info
 
     async def GetLoad(self, _: engine_pb2.GetLoadRequest, context: Context) -> engine_pb2.Load:
-        """Load of all models together; UNAVAILABLE until one is loaded."""
+        """Return the load of all models together. The status is UNAVAILABLE until a model is loaded."""
         model = await self._model(context)
         load = self._host.load()
         return engine_pb2.Load(
@@ -102,7 +102,10 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         )
 
     async def Reload(self, request: engine_pb2.ReloadRequest, context: Context) -> engine_pb2.ModelInfo:
-        """Serve another revision. If that fails: FAILED_PRECONDITION, and the current revision keeps serving."""
+        """Serve another revision.
+
+        If that fails, the status is FAILED_PRECONDITION and the old revision still serves.
+        """
         try:
             return (await self._host.reload(request.revision)).info
         except UserError as error:
@@ -111,8 +114,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     async def GetReport(self, request: engine_pb2.GetReportRequest, context: Context) -> engine_pb2.Report:
         """Read the report on the current model from the store. The report may be about another revision.
 
-        UNAVAILABLE until a model is loaded and while the store does not answer; NOT_FOUND if the report or the
-        requested file does not exist; FAILED_PRECONDITION if the reply would be too large.
+        The status is UNAVAILABLE until a model is loaded and while the store does not answer, NOT_FOUND if the report
+        or the requested file does not exist, and FAILED_PRECONDITION if the reply would be too large.
         """
         model = await self._model(context)
         if not self._report_reads.acquire(blocking=False):

@@ -24,7 +24,10 @@ class ApiError(HTTPException):
     """A failure with the HTTP status and the message that the client gets."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        """``param`` is the request's wrong parameter, such as ``messages[2].content``; ``code`` is for programs."""
+        """``param`` is the request's wrong parameter, such as ``messages[2].content``.
+
+        ``code`` is an error code that programs can compare.
+        """
         # After these two statuses another attempt may succeed, but the gateway can't know when.
         headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else None
         super().__init__(status, detail=message, headers=headers)

@@ -80,7 +80,7 @@ def value_of(store: Store) -> float:
 
 
 class CheckpointReplacement:
-    """The tests; pytest collects them through subclasses."""
+    """Base class with the tests. Pytest collects the tests through subclasses."""
 
     def test_a_writer_killed_at_any_write_leaves_the_promoted_checkpoint_whole(self, store: Store) -> None:
         save(store, 1.0)

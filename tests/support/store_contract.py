@@ -26,7 +26,7 @@ def contents(store: Store, prefix: str) -> dict[str, bytes]:
 
 
 class StoreContract:
-    """The tests of the contract; pytest collects them through subclasses."""
+    """Base class with the tests of the contract. Pytest collects the tests through subclasses."""
 
     @pytest.mark.parametrize("data", [b"", b"text\n", BYTES])
     @pytest.mark.parametrize("key", ["file", "a/b/c.bin", "with space/ümläut+%2F&=.json"])

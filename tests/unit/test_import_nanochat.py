@@ -71,7 +71,7 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> Weights:
 
 
 def save(folder: Path, config: dict[str, Any], weights: Weights, step: int = STEP) -> None:
-    """Write a checkpoint folder and, below it, a tokenizer folder, as upstream does."""
+    """Write a checkpoint folder with a tokenizer folder inside, as upstream does."""
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     torch.save(weights, folder / f"model_{step:06d}.pt")
     meta = {"step": step, "val_bpb": 0.9, "model_config": config, "total_batch_size": 8192, "user_config": {"depth": 4}}
@@ -181,7 +181,7 @@ def test_an_imported_model_has_upstreams_logits(tmp_path: Path, changes: Any, ti
 
 
 def test_every_parameter_reaches_the_logits(tmp_path: Path) -> None:
-    """If a parameter had no effect, the test above could not detect an exchange of this parameter with another."""
+    """If a parameter had no effect, a comparison of logits could not detect an exchange of two parameters."""
     config, ids = model_config(n_layer=2), list(range(30))
     weights = random_weights(config)
     before = reference_logits(config, weights, ids)

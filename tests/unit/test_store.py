@@ -30,7 +30,7 @@ def _fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def everything_in(folder: Path) -> set[str]:
-    """All files and folders below a folder, including hidden ones."""
+    """All files and folders inside a folder and its subfolders, including hidden ones."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 

@@ -42,7 +42,7 @@ HEADER = f"{_line(name for name, _, _ in _COLUMNS)}\n{_RULE}"
 
 
 def table_line(row: Row) -> str:
-    """``row`` as a line of a Markdown table below :data:`HEADER`."""
+    """``row`` as a line of the Markdown table that begins with :data:`HEADER`."""
     return _line(text(row) for _, _, text in _COLUMNS)
 
 

@@ -41,7 +41,7 @@ class Parts(Protocol):
 
 
 def centered(accuracy: float, baseline: float) -> float:
-    """Accuracy scaled so that guessing is 0 and all answers right is 1; negative if worse than guessing."""
+    """Scale an accuracy: guessing becomes 0, and an accuracy of 1 stays 1. Worse than guessing becomes negative."""
     return (accuracy - baseline) / (1 - baseline)
 
 

@@ -117,7 +117,7 @@ class Mixture:
     def lengths(self, tokenizer: Tokenizer, threads: int = 0) -> np.ndarray:
         """Tokens of each training conversation, (conversations,) int64, in the order of :attr:`training`.
 
-        Tokenizing all conversations takes a while, so the store caches the lengths of each source below
+        Tokenizing all conversations takes a while, so the store caches the lengths of each source in
         ``cache/lengths/``. With ``threads`` 0, one thread for each core tokenizes. Raises UserError if a conversation
         has a wrong format.
         """

@@ -158,7 +158,7 @@ def fit_laws(budgets: Sequence[IsoFlop]) -> ScalingLaws | None:
 
 
 def interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
-    """``y`` at ``x`` by linear interpolation of the logarithms; ``x`` must lie within the measured range."""
+    """Return ``y`` at ``x``, interpolated linearly in logarithms. ``x`` must lie within the measured range."""
     order = np.argsort(xs)
     return math.exp(float(np.interp(math.log(x), np.log(xs)[order], np.log(ys)[order])))
 

@@ -163,7 +163,7 @@ def packs(dtype: torch.dtype) -> bool:
 def _single_rows_differ(out_features: int, in_features: int, dtype: torch.dtype) -> bool:
     """Whether this CPU computes other bits for a single row than for the same row among many rows."""
     if dtype == torch.bfloat16 and not cpu_multiplies_bf16():
-        # Assume that the bits differ: rounding to bf16 hides most differences, so the test below could miss them.
+        # Assume that the bits differ: rounding to bf16 hides most differences, so the following test could miss them.
         return True
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=draw).to(dtype)

@@ -30,7 +30,10 @@ _FAILOVER_CODES = (
 
 
 def least_loaded(replicas: Iterable[Replica]) -> Replica:
-    """Returns the replica with the fewest sequences; among equals, the one that waited longest for a request."""
+    """Returns the replica with the fewest sequences.
+
+    Of several, returns the replica that waited longest for a request.
+    """
     return min(replicas, key=lambda replica: (replica.load, replica.last_picked))
 
 
