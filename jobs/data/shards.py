@@ -145,7 +145,7 @@ class RowGroupCache:
         return [entry.result().nbytes for entry in self._entries.values() if entry.done()]
 
     def get(self, number: int, read: Callable[[], pa.ChunkedArray]) -> pa.ChunkedArray:
-        """Row group ``number``, from memory or else from ``read``. An error of ``read`` is raised but not cached."""
+        """Return row group ``number`` from memory, or call ``read`` to get it. An error of ``read`` is not cached."""
         with self._lock:
             entry = self._entries.get(number)
             if entry is None:

@@ -15,7 +15,7 @@ _COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": ope
 _IN_WORDS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
 _REQUIREMENT = re.compile(r"\s*([\w.+-]+?)\s*(>=|<=|>|<)\s*(\S+)\s*")
 _LOWER_IS_BETTER = ("bits_per_byte", "loss")
-# Tolerance for margins: they are decimal fractions, most of which have no exact binary form.
+# Tolerance of comparisons with a margin. Most margins are decimal fractions without an exact binary form.
 _ROUNDING = 1e-9
 
 # Two runs of the same recipe differ by about 0.02, in accuracy on 200 conversations as well as in CORE (0.0165).

@@ -17,7 +17,7 @@ from nanochat_core.store import Store
 
 AnyTask = ChoiceTask | GenerativeTask
 
-# A generator never runs out of questions, so a task that generates them asks this many by default.
+# A generator never runs out of questions, so a task that generates questions asks this many by default.
 GENERATED_QUESTIONS = 200
 
 _FROM_FILES: Mapping[str, Callable[[DatasetSource], AnyTask]] = {

@@ -53,8 +53,8 @@ class EngineConfig(EngineOptions):
     limits for its tool calls.
     """
 
-    # None takes the memory that ``max_running`` sequences of full context need, but at most 1 GiB on a CPU and 80 % of
-    # the free memory on a GPU.
+    # If None, the cache takes the memory that ``max_running`` sequences of full context need, but at most 1 GiB on a
+    # CPU and 80 % of the free memory on a GPU.
     kv_cache_bytes: int | None = None
     prefix_caching: bool = True  # reuse blocks that other requests have computed
     # Give the device its next batch before the tokens of the previous batch are read, so that host and device work at

@@ -12,7 +12,7 @@ class StepOutputs:
         self._latest: dict[Sequence, Output] = {}
 
     def take(self) -> list[Output]:
-        """Return the outputs since the last call, and start anew."""
+        """Return the outputs since the last call, and remove them from this object."""
         outputs, self._outputs = self._outputs, []
         self._latest.clear()
         return outputs

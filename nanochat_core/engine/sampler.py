@@ -126,7 +126,7 @@ class Sampler:
         return Drawn(tokens, _Report(report, wanted, log_probabilities, self._take(tokens, report)))
 
     def _constrain(self, z: Tensor, sequences: Items[Sequence], rows: Items[int]) -> None:
-        """Set the logits of all tokens that the constraints of these rows forbid to -inf, in place."""
+        """Set to -inf, in place, the logits of all tokens that the constraints of these rows forbid."""
         packed = np.empty((len(rows), -(-self._vocab_size // 32)), np.int32)
         for mask, row in zip(packed, rows, strict=True):
             matcher = sequences[row].matcher
@@ -197,7 +197,7 @@ class Sampler:
         return best.indices if bool((candidates - 1 == place).all()) else None
 
     def filter(self, z: Tensor, params: Items[SamplingParams]) -> Tensor:
-        """Set the logits of tokens that top-k, top-p or min-p excludes to -inf.
+        """Set to -inf the logits of tokens that top-k, top-p or min-p excludes.
 
         The filters apply in this order, each to the tokens that are left. ``z`` has the logits of all tokens or of some
         tokens.

@@ -109,7 +109,7 @@ class SandboxConfig:
 
     @property
     def default_limits(self) -> Limits:
-        """The limits of a call that does not ask for any."""
+        """The limits of a call that sets no limits."""
         return Limits(self.wall_seconds, self.cpu_seconds, self.memory_bytes, self.output_bytes)
 
     @property

@@ -70,8 +70,8 @@ class ModelHost:
         """Serve the configured or promoted revision once it exists, and every revision that is promoted later.
 
         A revision that :meth:`reload` has loaded stays until another one is promoted. After the first success, errors
-        are logged and the current model keeps serving. Before the first success, errors are raised, except failures of
-        a store that has answered once.
+        are logged and the current model keeps serving. Before the first success, errors are raised, except the failures
+        of a store that has answered before.
         """
         followed: CheckpointRef | None = None
         store_answered = False

@@ -98,7 +98,7 @@ def release(namespace: str, training: dict[str, Any]) -> str:
 
 
 def state_of(namespace: str, job: str) -> set[str]:
-    """Types of the PyTorchJob's conditions that are true."""
+    """Return the types of those conditions of the PyTorchJob that are true."""
     found = get(namespace, "pytorchjob", job)
     return {c["type"] for c in found.get("status", {}).get("conditions", ()) if c["status"] == "True"}
 

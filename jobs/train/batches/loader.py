@@ -39,7 +39,7 @@ _MAX_WORKERS = 8
 class Batch:
     """The rows of one rank for one optimizer step.
 
-    A subclass may have more tensors. The first dimension of each is also the rows.
+    A subclass may have more tensors, whose first dimension is also the rows.
 
     Attributes:
         ids: input tokens, (rows, time) int64.

@@ -46,8 +46,9 @@ class TextSource:
 class EpochShuffle:
     """Permutes ``count`` examples anew in each epoch. The order depends only on the seed and the number of the epoch.
 
-    A call with a running number returns the index of an example. The first ``count`` numbers are the first epoch, the
-    next ``count`` numbers are the second epoch. Several threads may call it at once.
+    Calling the object with a position in the endless sequence returns the index of the example at this position. The
+    first ``count`` numbers are the first epoch, the next ``count`` numbers are the second epoch. Several threads may
+    call it at once.
     """
 
     def __init__(self, count: int, seed: int) -> None:

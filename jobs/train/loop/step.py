@@ -34,7 +34,7 @@ _SPIKE_AFTER_STEPS = 100
 # In a large cluster, some ranks find compiled code in a cache, while other ranks compile for many minutes.
 _COMPILE_TIMEOUT_SECONDS = 3600.0
 
-# Computes a micro-batch's loss and further measures, both summed over its counted targets.
+# Computes a micro-batch's loss and further measures, summed over the counted targets of the micro-batch.
 Objective = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 log = logging.getLogger("jobs.train")

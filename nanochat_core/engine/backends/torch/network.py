@@ -77,9 +77,9 @@ class TorchNetwork(ServingWeights):
     def _value_share(self, gate: Tensor, scale: Tensor) -> Tensor:
         """Factors of the value embeddings, (tokens, n_kv_head, 1). The given gates are not normalized yet.
 
-        PyTorch processes a contiguous tensor in vectors and the remaining numbers with scalar code. The exponential of
-        the scalar code rounds differently. A gap between the rows makes PyTorch process each row separately, so a
-        token's bits do not depend on the number of tokens.
+        PyTorch processes most numbers of a contiguous tensor in vectors, and the last few numbers with scalar code. The
+        scalar code rounds the exponential differently. A gap between the rows makes PyTorch process each row
+        separately, so a token's bits do not depend on the number of tokens.
         """
         rows = gate.new_empty(gate.size(0), gate.size(1) + 1)[:, :-1]
         rows.copy_(gate * scale)
