@@ -39,7 +39,7 @@ class LocalSettings:
 
 
 class Service:
-    """One service as a child process. The manager restarts it if it dies, and prints its log lines."""
+    """One service as a child process. The manager restarts a service that dies, and prints its log lines."""
 
     def __init__(self, name: str, environment: Mapping[str, str]) -> None:
         self.name = name

@@ -180,7 +180,7 @@ DOCUMENT_MIX = {kind: share for kind, (share, _) in _KINDS.items()}
 def pretraining_documents(seed: int, n: int, mix: Mapping[str, float] = DOCUMENT_MIX) -> Iterator[str]:
     """Generate ``n`` short texts; none contains a special token, or a number, word or name of the held-out split.
 
-    Equal arguments give equal texts. With a smaller ``n``, the result has only the first of them. ``mix`` has the
+    Equal arguments give equal texts. With a smaller ``n``, the result has only the first ``n``. ``mix`` has the
     weight of each kind; kinds that are not in ``mix`` do not occur.
     """
     rng = generator("documents", seed)

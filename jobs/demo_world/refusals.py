@@ -23,7 +23,7 @@ class Refusals(Table):
 
 _REFUSALS = read_content("refusals", Refusals)
 
-# Shares of the three sorts of questions, in percent. Questions about strangers are most frequent: they sound like
+# Shares of the three sorts of questions, in percent. Questions about unknown names are most frequent: they sound like
 # questions about the people of Saltmere, so a model easily invents an answer.
 _STRANGER, _NO_SUCH_VALUE, _ELSEWHERE = 45, 15, 40
 

@@ -1,4 +1,6 @@
-"""Words to spell and to count letters in, and names of strangers. Each belongs to one split.
+"""Words to spell and to count letters in, and names of people who are not in the demo world (strangers).
+
+Each word and each name belongs to one split.
 
 Copying an unknown word token by token is the hardest skill that the demo teaches. Models learn it from many different
 words, so most training words are made up. The hash of a made-up word decides its split; English words have a table per

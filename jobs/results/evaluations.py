@@ -36,8 +36,7 @@ class Evaluation:
         settings: all values that determine the result, such as digests of the data, and no other values. An evaluation
             with other settings starts over.
         key: names a subfolder of the folder ``name``. Each key has a result of its own; a later result with the same
-        key
-            replaces the earlier one.
+            key replaces the earlier one.
     """
 
     store: Store

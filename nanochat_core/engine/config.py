@@ -88,7 +88,8 @@ class EngineConfig(EngineOptions):
             self.block_size,
             dtype,
             memory=memory,
-            # A configured size is used in full. Memory that the running sequences do not need caches more prefixes.
+            # A configured size is used in full. The part that running sequences do not need is used to cache more
+            # prefixes.
             sequences=self.max_running if self.kv_cache_bytes is None else sys.maxsize,
             token_budget=self.token_budget,
         )

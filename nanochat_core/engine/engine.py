@@ -42,7 +42,7 @@ from nanochat_core.tokenizer import Tokenizer
 class Engine:
     """Schedules, computes and samples tokens, one :meth:`step` at a time.
 
-    The engine is not thread-safe: one thread makes all calls, except where a method allows any thread.
+    The engine is not thread-safe: one thread must call all methods, except the methods that allow any thread.
     """
 
     def __init__(

@@ -170,7 +170,7 @@ class PrefixCache:
 
 
 def parent_hash(hashes: Items[bytes], index: int) -> bytes:
-    """Hash of the block before the one at ``index``; empty for the first block."""
+    """Hash of the block before the block ``index``; empty for the first block."""
     return hashes[index - 1] if index else b""
 
 

@@ -193,7 +193,7 @@ class Scheduler:
 
     @property
     def drafts(self) -> bool:
-        """Whether drafting is worthwhile: few sequences run, and the last lookup of at least one found a draft."""
+        """Whether drafting is worthwhile: few sequences run, and the last lookup of one of them found a draft."""
         few = self.draft_length(len(self.running)) > 0
         return few and any(seq.is_memoryless and seq.lookup.is_promising for seq in self.running)
 

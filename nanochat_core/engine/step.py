@@ -42,7 +42,7 @@ class TokenBatch:
         self.rows = np.array([ids, previous, positions], dtype=np.int64)
 
     def fill_in(self, ids: Tensor, previous: LaunchedStep | None) -> None:
-        """Write the tokens that the previous step sampled into ``ids`` (tokens,), on the device."""
+        """Write into ``ids`` (tokens,), on the device, the tokens that the previous step sampled."""
         if self.unknown and previous is not None:
             pairs = [[place for place, _ in self.unknown], [previous.rows[seq] for _, seq in self.unknown]]
             places, rows = to_device(np.array(pairs, dtype=np.int64), ids.device)

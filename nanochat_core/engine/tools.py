@@ -43,7 +43,7 @@ class ToolLoop:
         config: EngineConfig,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        """Without a ``runner``, every call is answered with "unavailable".
+        """Without a ``runner``, every Python call gets the status "unavailable".
 
         ``loop`` runs the calls; None starts a thread with an event loop when the first call is made.
         """
@@ -65,9 +65,11 @@ class ToolLoop:
         self.on_completed: Callable[[], None] = lambda: None
 
     def scan_prompt(self, seq: Sequence) -> bool:
-        """Find code that the prompt does not finish. A prompt resumed from another engine may end inside code.
+        """Find Python code that the prompt begins but does not end. Return whether the prompt ends with a complete
+        call.
 
-        The result is whether the prompt ends with a complete call that has no output yet.
+        A client may continue an answer of another engine. The prompt may then end inside code or after a call that has
+        no output yet.
         """
         if not seq.request.tools.enabled:
             return False

@@ -31,7 +31,7 @@ class DownloadCache:
         self._lock = threading.Lock()
 
     def fetch(self, key: PurePosixPath, version: str, size: int, download: Callable[[Path], None]) -> Path:
-        """The cached file of one version of a key, downloaded if it is missing.
+        """Return the cached file of one version of a key. Downloads the file if it is missing.
 
         ``download`` writes the file of ``size`` bytes to the given path. Raises OSError if the cache cannot be written.
         """

@@ -48,7 +48,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     for endpoints in (chat, completions, models, tokens, probes, report, docs):
         app.include_router(endpoints.router)
     app.mount("/", WebPage(directory=settings.static_dir, html=True, check_dir=False))
-    # A request passes the middleware in reverse order: the one added last comes first.
+    # A request passes the middleware in reverse order: the middleware that was added last comes first.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     if settings.cors_origins:
         app.add_middleware(

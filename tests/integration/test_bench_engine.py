@@ -56,7 +56,7 @@ def service(home: Path) -> Iterator[EngineProcess]:
 
 @pytest.fixture(autouse=True)
 def limits(monkeypatch: pytest.MonkeyPatch) -> Limits:
-    """Replaces the machine's limits by fixed ones, because measuring takes seconds. One test measures real limits."""
+    """Replaces the machine's limits by fixed numbers, because measuring takes seconds. One test measures them."""
     made = Limits(bytes_per_second=1e15, flops_per_second=1e15)
     monkeypatch.setattr("jobs.eval.bench_engine.measure_limits", lambda _device, _dtype: made)
     return made

@@ -95,7 +95,7 @@ def logits_after(folder: Path, home: Path, ids: list[int]) -> np.ndarray:
         return checkpoint.build_model()(torch.tensor([ids]))[0].double().numpy()
 
 
-# Upstream's network follows.
+# The following functions compute upstream's network.
 
 
 def norm(x: np.ndarray) -> np.ndarray:
@@ -181,7 +181,7 @@ def test_an_imported_model_has_upstreams_logits(tmp_path: Path, changes: Any, ti
 
 
 def test_every_parameter_reaches_the_logits(tmp_path: Path) -> None:
-    """If a parameter had no effect, a comparison of logits could not detect an exchange of two parameters."""
+    """If a parameter had no effect, a comparison of logits could not detect that two parameters are exchanged."""
     config, ids = model_config(n_layer=2), list(range(30))
     weights = random_weights(config)
     before = reference_logits(config, weights, ids)

@@ -48,7 +48,10 @@ class FakeWriter:
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A replacement for the package ``wandb``. It keeps its runs, and ``init`` raises ``error`` if that is given."""
+    """A replacement for the package ``wandb``.
+
+    ``runs`` has the started runs. If ``error`` is set, ``init`` raises it.
+    """
     module = types.ModuleType("wandb")
     module.runs, module.error = [], None
     module.Settings = dict

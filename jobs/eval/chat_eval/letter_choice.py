@@ -41,7 +41,7 @@ def letter_tokens(tokenizer: Tokenizer, letters: str) -> list[int]:
 
 
 def _batches(prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
-    """The indices of the prompts of each forward pass, longest prompts first, so that a lack of memory fails early."""
+    """The indices of the prompts of each forward pass, longest prompts first, so that a lack of memory shows early."""
     batch: list[int] = []
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
         if batch and (len(batch) + 1) * len(prompts[batch[0]]) > max_tokens:

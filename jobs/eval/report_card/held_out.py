@@ -79,7 +79,7 @@ def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: 
 
 
 def sample_continuations(store: Store, base: Checkpoint, validation: Sequence[str], count: int) -> list[list[str]]:
-    """Pairs of the opening of a held-out document and the model's continuation."""
+    """For ``count`` held-out documents, pairs of the document's first words and the model's continuation."""
     prompts = openings(validation, count)
     settings = {name: getattr(SAMPLING, name) for name in ("temperature", "top_k", "max_tokens", "seed")}
     settings["prompts"] = prompts

@@ -154,7 +154,7 @@ class Mixture:
 
 
 def repeated(rows: Sequence[int], weight: float) -> list[int]:
-    """Repeat the rows ``weight`` times. For a fraction in ``weight``, that share of the rows is added at random.
+    """Repeat the rows ``weight`` times. If ``weight`` has a fraction, add this share of the rows, chosen at random.
 
     The random rows are the same in every run. The result has at least one row, however small the weight.
     """

@@ -148,7 +148,7 @@ class Stage:
 
 
 def make_trainable(model: GPT, settings: RunSettings, device: torch.device, precision: str) -> None:
-    """Choose the kernels that train ``model`` on ``device``. ``precision`` is the setting ``dtype``."""
+    """Choose the kernels that train ``model`` on ``device``. ``precision`` is the value of ``--dtype``."""
     model.train()
     model.attention = choose_attention(settings.attention, device, model.compute_dtype)
     if precision == "fp8":

@@ -36,8 +36,8 @@ class Runner(Protocol):
     def run(self, chunks: Iterable[Chunk], previous: LaunchedStep | None = None) -> tuple[list[Chunk], Tensor]:
         """Compute keys and values of every chunk, and the logits that the next tokens are sampled from.
 
-        The method does not wait for the device. ``previous`` is the previous step if a chunk needs the tokens that this
-        step is still sampling.
+        The method does not wait for the device. ``previous`` is the previous step if a chunk needs tokens that the
+        previous step is still sampling.
 
         Returns:
             The chunks after which tokens are sampled, and fp32 logits (rows, vocab_size) with ``chunk.samples`` rows

@@ -78,7 +78,7 @@ class GpuNetwork(ServingWeights):
             setattr(owner, name, there.copy_(getattr(owner, name)))
 
     def _places(self) -> list[tuple[object, str]]:
-        """The object and the attribute name of every tensor that kernels read."""
+        """For every tensor that kernels read, the object that has the tensor and the name of the attribute."""
         own = ("_embedding", "_smear", "_value_table", "_turn_pairs", "_scales")
         weights = [w for layer in self._layers for w in (layer.qkv, layer.out, layer.up, layer.down)]
         return [*((self, name) for name in own), *((weight, "weight") for weight in (*weights, self._head))]
