@@ -65,11 +65,10 @@ class ToolLoop:
         self.on_completed: Callable[[], None] = lambda: None
 
     def scan_prompt(self, seq: Sequence) -> bool:
-        """Find Python code that the prompt begins but does not end. Return whether the prompt ends with a complete
-        call.
+        """Find Python code that the prompt begins but does not end.
 
-        A client may continue an answer of another engine. The prompt may then end inside code or after a call that has
-        no output yet.
+        Return whether the prompt ends with a complete call that has no output yet. If a client continues an answer that
+        another engine began, the prompt may end in either way.
         """
         if not seq.request.tools.enabled:
             return False
