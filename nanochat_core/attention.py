@@ -43,7 +43,7 @@ class Attention(Protocol):
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    """Returns the attention backend for training. Raises UserError if it is not available on this machine.
+    """Returns the attention backend for training. Raises UserError if this machine does not have the backend.
 
     Args:
         name: ``sdpa`` (torch's own, on any device), ``flex`` (FlexAttention, on GPUs), ``flash`` (the flash-attn

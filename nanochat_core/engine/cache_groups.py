@@ -14,7 +14,7 @@ class CacheGroup:
     """Layers with the same attention window. They need the same blocks of a sequence."""
 
     layers: tuple[int, ...]  # indices of the layers
-    window: int | None  # number of earlier tokens that a token sees; None if it sees all of them
+    window: int | None  # number of earlier tokens that a token sees; None means all earlier tokens
     num_blocks: int  # each stores ``block_size`` tokens for every layer in the group
     most_held: int = sys.maxsize  # maximum number of blocks that one sequence holds here
 

@@ -52,7 +52,7 @@ class BlockMemory:
                     memory[:, :, table[chunk.start // self.block_size]] = memory[:, :, source]
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
-        """Allocate zeroed memory, because a NaN in unused memory would spoil the result even if it is masked.
+        """Allocate zeroed memory, because a NaN in unused memory would spoil the result, even with a mask.
 
         Host memory comes from numpy. Unlike torch, numpy asks the system for zeroed pages. Such pages take no space
         until they are written.

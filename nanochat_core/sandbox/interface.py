@@ -54,7 +54,7 @@ class Limits:
     """The resources that one call may use. In a request, zero means the configured default.
 
     Attributes:
-        wall_seconds: time from when the code is sent until it ends.
+        wall_seconds: time between the sending of the code and the end of its run.
         cpu_seconds: CPU time of the code.
         memory_bytes: address space that the code may use in addition to the interpreter's own.
         output_bytes: largest size of each of stdout, stderr and the result.

@@ -33,7 +33,8 @@ _INTERPRETER_BYTES = 64 << 20
 class ProcessUsage:
     """Reads CPU time and memory of a process from outside, without its help.
 
-    ``peak_memory_bytes`` is the largest resident memory that :meth:`sample_memory` measured; 0 if it measured none.
+    ``peak_memory_bytes`` is the largest resident memory that :meth:`sample_memory` measured; 0 before the first
+    measurement.
     """
 
     def __init__(self, pid: int) -> None:

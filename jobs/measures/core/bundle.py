@@ -115,7 +115,7 @@ class Bundle:
 
 
 def open_bundle(where: str) -> Store:
-    """Open the bundle in a folder or at ``s3://bucket/prefix``. Raises a :class:`UserError` if it is no folder."""
+    """Open the bundle in a folder or at ``s3://bucket/prefix``. Raises UserError if there is no such folder."""
     if not where.startswith("s3://") and not Path(where).expanduser().is_dir():
         raise UserError(
             f"the evaluation bundle {where} is no folder; give a folder, s3://bucket/prefix or the URL of a zip"

@@ -9,8 +9,8 @@ are two ways to fill the rest:
 
 - ``crop`` uses the start of the shortest document and drops that document's end. No position is wasted, but some text
   is lost. This suits pretraining, which has more text than it can use.
-- ``pad`` uses padding, which the loss does not count. This suits conversations: they keep their end, unless they are
-  longer than a whole row.
+- ``pad`` uses padding, which the loss does not count. This suits conversations: a conversation keeps its end, unless
+  the conversation is longer than a whole row.
 """
 
 import bisect

@@ -44,7 +44,10 @@ CHECKPOINT_FAILURES = Counter(
 
 
 def serve_metrics(port: int) -> None:
-    """Serve the Prometheus metrics of this process on ``port`` (0: do not serve). Raises UserError if it is taken."""
+    """Serve the Prometheus metrics of this process on ``port`` (0: do not serve).
+
+    Raises UserError if another program uses the port.
+    """
     if not port:
         return
     try:

@@ -52,7 +52,7 @@ class RunState:
     """The progress of a run, saved with each checkpoint.
 
     Attributes:
-        loader: position in the data; None if it follows from ``step``.
+        loader: position in the data; None if the position follows from ``step``.
         train_seconds: duration of all steps, without evaluations and checkpoints.
         history: one entry per step that was not skipped, and one per evaluation.
         skipped: steps whose loss or gradient was not finite; they did not change the weights.

@@ -85,7 +85,7 @@ class Failure:
 
 
 def plan_run(store: Store, flags: Sequence[str]) -> PlannedRun:
-    """Plan the run that ``jobs.train.pretrain`` would do with these flags. Raises UserError if it would refuse them."""
+    """Plan the run that ``jobs.train.pretrain`` would do with these flags. Raises UserError if a flag is wrong."""
     settings = load(PretrainSettings, prefix="NANOCHAT_PRETRAIN", program=f"python -m {_PRETRAIN}", argv=flags)
     check_model_name(settings.model)
     config, plan = pretrain.plan_run(settings, load_tokenizer(store, settings.tokenizer).vocab_size)
