@@ -149,14 +149,18 @@ class Task(Generic[Q]):
 
     @property
     def digest(self) -> str:
-        """sha256 of the task's settings, questions and expected answers."""
-        settings = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "questions"
-        }
-        digest = hashlib.sha256(json.dumps([self.kind, settings]).encode())
+        """sha256 of the task's settings, questions and expected answers.
+
+        It does not depend on the names of classes and fields, so results stay valid when these are renamed.
+        """
+        settings: list[Any] = [
+            getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "questions"
+        ]
+        digest = hashlib.sha256(json.dumps([self.kind, *settings]).encode())
         for question in self.questions:
-            content = {name: value for name, value in dataclasses.asdict(question).items() if name != "scorer"}
-            digest.update(json.dumps(content, sort_keys=True).encode())
+            reference = question.reference if isinstance(question, OpenQuestion) else None
+            content = [question.messages, question.expected, question.group, reference]
+            digest.update(json.dumps(content, sort_keys=True, default=dataclasses.astuple).encode())
         return digest.hexdigest()
 
 

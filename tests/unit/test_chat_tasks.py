@@ -14,10 +14,10 @@ import pytest
 from jobs.data.dataset_files import DatasetSource
 from jobs.demo_world import words
 from jobs.recipes import find_recipe
-from jobs.tasks import arc, gsm8k, mmlu
+from jobs.tasks import arc, gsm8k, humaneval, mmlu
 from jobs.tasks.own_questions import own_task
 from jobs.tasks.registry import TASKS, Selection, open_tasks
-from jobs.tasks.task import ChoiceTask, GenerativeTask, Response
+from jobs.tasks.task import ChoiceQuestion, ChoiceTask, GenerativeTask, OpenQuestion, Response
 from nanochat_core.errors import UserError
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.store import FolderStore, open_store
@@ -300,6 +300,15 @@ def test_a_digest_changes_with_what_is_asked_or_expected(store: FolderStore, tmp
         )
     ]
     assert len(set(digests)) == 4
+
+
+def test_a_digest_stays_when_names_in_the_code_change() -> None:
+    choice = ChoiceTask("own", (ChoiceQuestion("Capital?", ("Rome", "Oslo"), 1, "geography"),), 0.5)
+    problem = humaneval.CodeProblem("prompt", "test", "entry_point")
+    asked = OpenQuestion(ask("?"), "x", problem, lambda *_: True)
+    assert choice.digest == "ef9dc86bedcac5c923bfae312298759bdddd9f81c15377d019c65aede65da922"
+    generative = GenerativeTask("own", (asked,), tools=True)
+    assert generative.digest == "3398ff303267c9d955fd21cbe59b7436c4746ed05915dff8b3e77f2455699a8a"
 
 
 def test_the_real_files_are_read() -> None:
