@@ -11,6 +11,7 @@ import math
 import shutil
 import signal
 import sysconfig
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,7 +55,7 @@ class StepReport:
         stopped_by: number of the signal that asked any rank to stop; 0 if there was no signal.
         skipped: True if the weights were not updated, because loss or gradient was not finite.
         spike: True if the loss is far above the recent losses.
-        seconds: duration of the whole step. The caller measures it.
+        seconds: duration of the whole step.
         data_wait_seconds: part of ``seconds`` that was spent waiting for the batch.
     """
 
@@ -112,8 +113,8 @@ class TrainingStep:
         self._optimizer.zero_grad()
         self._ranks.side_channel(_COMPILE_TIMEOUT_SECONDS).gather(None)
 
-    def __call__(self, batch: Batch, stop: StopSignal) -> StepReport:
-        """Compute the gradient of this rank's rows of the global batch and update the weights.
+    def __call__(self, batches: Iterator[Batch], stop: StopSignal) -> StepReport:
+        """Take this rank's rows of the next global batch, compute their gradient and update the weights.
 
         If any rank has received a stop signal, the reports of all ranks say so, and all ranks stop after the same step.
 
@@ -121,21 +122,19 @@ class TrainingStep:
             TrainingDiverged: five steps in a row had a loss or gradient that is not finite.
             UserError: the batch has no counted target.
         """
+        started = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - started
         report = self._accumulate(batch, stop)
         self._state.step, self._state.loader = report.step, batch.state
         report.skipped = not (math.isfinite(report.loss) and math.isfinite(report.gradient_norm))
         if report.skipped:
             self._skip(report.loss, report.gradient_norm)
         self._unscale(not report.skipped)
-        if report.skipped:
-            return report
-        self._skipped_in_a_row = 0
-        if not report.gradient_norm:
-            # All gradients are zero: the batch teaches nothing. Muon would still make a full step, from momentum alone.
-            self._optimizer.zero_grad()
-            return report
-        self._update(report.step - 1, report.lr_factor)
-        report.spike = self._is_spike(report.loss)
+        if not report.skipped:
+            self._skipped_in_a_row = 0
+            self._update(report)
+        report.seconds, report.data_wait_seconds = time.perf_counter() - started, waited
         return report
 
     def _accumulate(self, batch: Batch, stop: StopSignal) -> StepReport:
@@ -178,14 +177,20 @@ class TrainingStep:
         for start in range(0, batch.ids.size(0), rows):
             yield batch.rows(start, start + rows).to(self._device)
 
-    def _update(self, step: int, lr_factor: float) -> None:
+    def _update(self, report: StepReport) -> None:
+        if not report.gradient_norm:
+            # All gradients are zero: the batch teaches nothing. Muon would still make a full step, from momentum alone.
+            self._optimizer.zero_grad()
+            return
+        step = report.step - 1
         for group in self._optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_factor
+            group["lr"] = group["initial_lr"] * report.lr_factor
             if group["kind"] == "muon":
                 group["momentum"] = self._schedule.momentum(step)
                 group["weight_decay"] = group["initial_weight_decay"] * self._schedule.weight_decay(step)
         self._optimizer.step()
         self._optimizer.zero_grad()
+        report.spike = self._is_spike(report.loss)
 
     def _unscale(self, finite: bool) -> None:
         """Divide the gradients of an fp16 run by the loss scaler's factor, and adapt the factor for the next step."""

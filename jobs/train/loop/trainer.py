@@ -4,7 +4,6 @@ import contextlib
 import gc
 import itertools
 import logging
-import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,24 +80,21 @@ class Trainer:
             return self.config.checkpoint(last_step)  # The checkpoint that was resumed is the final one.
         first_step = state.step + 1
         self._checkpoints.replace_after(state.step)
-        train_on = TrainingStep(self.model, self.optimizer, self._objective, self.config, self.runtime, state)
+        prefetched = self._open_batches(state.loader)
+        step = TrainingStep(self.model, self.optimizer, self._objective, self.config, self.runtime, state)
         with (
             CheckpointWriter(self.runtime.store, self.runtime.ranks) as writer,
             StopSignal() as stop,
             self._open_progress() as progress,
-            contextlib.closing(self._open_batches(state.loader)) as prefetched,
+            contextlib.closing(prefetched),
         ):
             first_batch = next(prefetched)
-            train_on.compile(first_batch)
+            step.compile(first_batch)
             batches = itertools.chain([first_batch], prefetched)
             if state.step == 0:
                 self._evaluate(progress)
             while state.step < last_step:
-                started = time.perf_counter()
-                batch = next(batches)
-                waited = time.perf_counter() - started
-                report = train_on(batch, stop)
-                report.seconds, report.data_wait_seconds = time.perf_counter() - started, waited
+                report = step(batches, stop)
                 self._note(report)
                 progress.report(report)
                 self._evaluate(progress)
@@ -128,7 +124,7 @@ class Trainer:
             progress.held_out(flat_metrics(metrics))
 
     def _note(self, report: StepReport) -> None:
-        """Add the step to the history unless it was skipped."""
+        """Add the step's time to the run's, and the step to the history unless it was skipped."""
         self.state.train_seconds += report.seconds
         if not report.skipped:
             self.state.point().update(
