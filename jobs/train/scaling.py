@@ -8,14 +8,14 @@ import itertools
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jobs.data.tokenizers import load_tokenizer
 from jobs.program import JobSettings
 from jobs.train import pretrain
 from jobs.train.studies.report import Laws, Miniseries, write_report
-from jobs.train.studies.study import Failure, PlannedRun, Result, Study, plan_run
+from jobs.train.studies.study import Failure, Result, Study, plan_run
 from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.errors import UserError, run_main
@@ -68,10 +68,10 @@ def numbers(flag: str, texts: Sequence[str], kind: Callable[[str], Any]) -> list
     return values
 
 
-def planned_runs(store: Store, settings: AnyStudy, passed_on: Sequence[str]) -> list[PlannedRun]:
-    """Plan a run for each depth. For scaling laws, plan a run for each budget and depth, the smallest budget first.
+def flags_of_runs(settings: AnyStudy, passed_on: Sequence[str]) -> Iterator[list[str]]:
+    """The flags of a run for each depth; for scaling laws, for each budget and depth, the smallest budget first.
 
-    Raises UserError if ``passed_on`` has a flag that the study sets itself.
+    Raises UserError if ``--depths`` or ``--flops`` is wrong, or if ``passed_on`` has a flag that the study sets itself.
     """
     depths = numbers("--depths", settings.depths, int)
     budgets: list[float | None] = [None]
@@ -83,12 +83,10 @@ def planned_runs(store: Store, settings: AnyStudy, passed_on: Sequence[str]) -> 
         if any(argument.split("=")[0] == flag for argument in passed_on):
             raise UserError(f"{flag} is set by the study for every run; leave it out after --")
     given = {"home": settings.home, "dataset": settings.dataset, "tokenizer": settings.tokenizer}
-    runs = []
     for budget, depth in itertools.product(budgets, depths):
         name = f"{settings.study}-d{depth}" if budget is None else f"{settings.study}-{_short(budget)}-d{depth}"
         flags = given | {"model": name, "depth": depth} | ({} if budget is None else {"target-flops": budget})
-        runs.append(plan_run(store, [*(f"--{flag}={value}" for flag, value in flags.items()), *passed_on]))
-    return runs
+        yield [*(f"--{flag}={value}" for flag, value in flags.items()), *passed_on]
 
 
 def _short(flops: float) -> str:
@@ -97,7 +95,7 @@ def _short(flops: float) -> str:
 
 
 def run_study(settings: AnyStudy, passed_on: Sequence[str], command: str) -> None:
-    """Train all runs that are not finished, and write the report again after every run.
+    """Train all runs that are not finished. Write the report before the first of them, and again after every run.
 
     All runs are tried. Raises UserError if every run fails, and SystemExit with code 1 if only some runs fail.
 
@@ -106,8 +104,9 @@ def run_study(settings: AnyStudy, passed_on: Sequence[str], command: str) -> Non
         command: command line that repeats the study, for the report.
     """
     check_model_name(settings.study)
+    planned = list(flags_of_runs(settings, passed_on))  # Wrong flags are found before the store's folder is made.
     store = open_store(settings.home)
-    runs = planned_runs(store, settings, passed_on)
+    runs = [plan_run(store, flags) for flags in planned]
     inputs = pretrain.input_digests(store, settings.dataset, load_tokenizer(store, settings.tokenizer))
     study = Study(store, inputs, settings.ranks)
     outcomes: dict[str, Result | Failure | None] = {run.model: study.result(run) for run in runs}

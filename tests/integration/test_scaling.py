@@ -192,6 +192,12 @@ def test_what_cannot_be_studied_is_refused_before_anything_is_trained(
     assert not (studies.home / "models").exists()
 
 
+def test_a_wrong_flag_makes_no_store(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--depths"):
+        Studies(tmp_path / "new", tmp_path).run("miniseries", depths="x")
+    assert not (tmp_path / "new").exists()
+
+
 def test_several_ranks_are_told_where_to_meet(studies: Studies, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
 
