@@ -1,11 +1,13 @@
-"""The common part of all job programs: two settings, and how a program starts and ends."""
+"""The common part of all job programs: two settings, how a program starts and ends, and its folder for results."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from nanochat_core import logs
-from nanochat_core.errors import run_main
+from nanochat_core.errors import UserError, run_main
 from nanochat_core.settings import load, setting
 from nanochat_core.store import DEFAULT_HOME
 
@@ -41,6 +43,9 @@ def run_command(
 ) -> None:
     """Read the settings from flags and environment variables, start the logs, and call ``run``.
 
+    If the environment says that this process is a rank other than the first, only warnings and errors are logged, and
+    the program's name in the log lines ends with the rank's number.
+
     Args:
         command: module and subcommand for the usage text, such as ``jobs.train.dataset list``.
         name: name of the program in its log lines, such as ``chat-eval``. Its environment variables then begin with
@@ -49,5 +54,20 @@ def run_command(
     """
     prefix = f"NANOCHAT_{name.upper().replace('-', '_')}"
     settings = load(settings_class, prefix=prefix, program=f"python -m {command}", argv=argv)
-    logs.configure(name, settings.log_level)
+    alone = os.environ.get("WORLD_SIZE", "1") in ("", "1")
+    rank = "0" if alone else os.environ.get("RANK", "0")
+    if rank == "0":
+        logs.configure(name, settings.log_level)
+    else:
+        logs.configure(f"{name}-{rank}", "warning")
     run(settings)
+
+
+def make_output_folder(path: str, flag: str) -> Path:
+    """Make the folder that ``flag`` names, unless it exists. Raises a :class:`UserError` if it cannot be made."""
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be made: {error.strerror}") from error
+    return folder

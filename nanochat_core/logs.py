@@ -42,7 +42,7 @@ def _finite(value: Any) -> Any:
 
 
 def configure(service: str, level: str = "info") -> None:
-    """Sends all logging of this process to stderr as JSON lines; ``main`` calls it once."""
+    """Sends all logging of this process to stderr as JSON lines; a program calls it once, when it starts."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(service))
     root = logging.getLogger()

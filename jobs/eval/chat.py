@@ -21,7 +21,6 @@ from jobs.results.evaluations import Evaluation
 from jobs.results.metrics import CHAT_TASKS
 from jobs.tasks.registry import AnyTask, Selection, open_tasks
 from jobs.tasks.task import ChoiceTask, GenerativeTask
-from nanochat_core import logs
 from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.device import choose_dtype, free_memory, prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams
@@ -167,7 +166,6 @@ def main(settings: ChatEvalSettings) -> None:
     prepare_cpu(settings.threads)
     device = rank_device(settings.device)
     with joined(device, _RANK_TIMEOUT_SECONDS) as ranks:
-        logs.configure("chat-eval", settings.log_level if ranks.leads else "warning")
         run(settings, print, device, ranks)
 
 

@@ -1,6 +1,4 @@
-"""Finds the checkpoints that an evaluation program's flags name, and makes the folders for the program's results."""
-
-from pathlib import Path
+"""Finds the checkpoints that an evaluation program's flags name."""
 
 from nanochat_core.checkpoint import STAGES, Checkpoint, CheckpointRef, load_checkpoint, newest_checkpoint
 from nanochat_core.errors import UserError
@@ -37,13 +35,3 @@ def newest_stages(store: Store, model: str, revision: str = "") -> dict[str, Che
     if not stages:
         raise UserError(f"model {model!r} has no base checkpoint in {store}; train it first")
     return stages
-
-
-def make_output_folder(path: str, flag: str) -> Path:
-    """Make the folder that ``flag`` names, unless it exists. Raises a :class:`UserError` if it cannot be made."""
-    folder = Path(path).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {folder} cannot be made: {error.strerror}") from error
-    return folder

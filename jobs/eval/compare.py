@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from jobs.eval.checkpoints import make_output_folder, newest_stages
+from jobs.eval.checkpoints import newest_stages
 from jobs.eval.report_card.contents import describe_stage
 from jobs.eval.report_card.plots import plot_runs
 from jobs.markdown import code, literal, table
 from jobs.plots import scientific
-from jobs.program import JobSettings, run_program
+from jobs.program import JobSettings, make_output_folder, run_program
 from jobs.results.metrics import Metric, metrics_of
 from jobs.results.report_page import PROGRAMS
 from nanochat_core.checkpoint import check_model_name

@@ -14,7 +14,6 @@ from jobs.measures.core.scoring import Scorer
 from jobs.program import JobSettings, run_program
 from jobs.results.evaluations import Evaluation
 from jobs.results.metrics import CORE
-from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.device import choose_dtype, prepare_cpu
 from nanochat_core.settings import setting
@@ -74,10 +73,8 @@ def main(settings: CoreSettings) -> None:
     prepare_cpu(settings.threads)
     store, device = open_store(settings.home), rank_device(settings.device)
     with joined(device, settings.rank_timeout) as ranks:
-        leads = ranks.leads
-        logs.configure("core" if leads else f"core-{ranks.rank}", settings.log_level if leads else "warning")
         result = run(settings, store, device, ranks)
-        if leads:
+        if ranks.leads:
             print("\n".join(table(result)))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from jobs.program import JobSettings, run_command
 from nanochat_core.logs import JsonFormatter
 
 
@@ -89,3 +90,25 @@ for level in ("debug", "info", "warning", "error"):
     assert done.stdout == ""
     given = [json.loads(line)["given"] for line in done.stderr.splitlines()]
     assert given == ["debug", "info", "warning", "error"][4 - seen :]
+
+
+@pytest.mark.parametrize(
+    ("environment", "configured"),
+    [
+        ({}, ("core", "info")),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, ("core", "info")),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, ("core-1", "warning")),
+        ({"WORLD_SIZE": "1", "RANK": "1"}, ("core", "info")),
+    ],
+)
+def test_only_the_first_rank_of_a_job_logs_everything(
+    environment: dict[str, str], configured: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str]] = []
+    monkeypatch.setattr("jobs.program.logs.configure", lambda *given: seen.append(given))
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    run_command("jobs.eval.core", "core", JobSettings, lambda _: None, [])
+    assert seen == [configured]

@@ -13,7 +13,6 @@ import torch
 
 from jobs.program import JobSettings
 from jobs.train.loop.metrics import serve_metrics
-from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.device import prepare_cpu
 from nanochat_core.settings import setting
@@ -77,20 +76,13 @@ class StopSignal:
 
 
 @contextlib.contextmanager
-def open_runtime(program: str, settings: RunSettings, model: str) -> Iterator[Runtime]:
-    """Prepare this process for training: choose the device, join the other ranks, and start logs and metrics.
-
-    Only the first rank serves metrics and logs everything; the other ranks log warnings and errors. Log lines call the
-    training program ``program``.
-    """
+def open_runtime(settings: RunSettings, model: str) -> Iterator[Runtime]:
+    """Prepare this process for training: choose the device, join the other ranks, and serve metrics on the first."""
     check_model_name(model)
     prepare_cpu(settings.threads)
     store = open_store(settings.home)
     device = rank_device(settings.device)
     with joined(device, settings.rank_timeout) as ranks:
         if ranks.leads:
-            logs.configure(program, settings.log_level)
             serve_metrics(settings.metrics_port)
-        else:
-            logs.configure(f"{program}-{ranks.rank}", "warning")
         yield Runtime(store, device, ranks)
