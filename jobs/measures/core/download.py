@@ -7,10 +7,10 @@ import shutil
 import stat
 import threading
 import zipfile
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from jobs.data.http_download import fetch_file
+from jobs.data.http_download import fetch_file, size
 from jobs.measures.core.bundle import BASELINES_FILE, DATA_FOLDER, TASKS_FILE, open_bundle
 from nanochat_core.checkpoint.manifest import sha256_of
 from nanochat_core.errors import UserError
@@ -54,17 +54,19 @@ def locate_bundle(where: str, store: Store, ranks: Ranks) -> Store:
 
 def _bring(url: str, store: Store, prefix: str, part: Path) -> None:
     """Download and unpack the zip at ``url``. Readers of ``prefix`` see the complete bundle or nothing."""
-    stopped = threading.Event()
-    advice = "give --bundle another URL, or a folder that holds the bundle"
+    ended = threading.Event()
+
+    def show_size() -> None:
+        while not ended.wait(_SHOW_SECONDS):
+            log.info("downloading the bundle", extra={"megabytes": round(size(part) / 1e6, 1)})
+
+    # The download is in this thread, so that Ctrl-C ends it at once.
     with ThreadPoolExecutor(1) as executor:
-        download = executor.submit(fetch_file, url, part, stopped, advice)
+        executor.submit(show_size)
         try:
-            while not wait([download], _SHOW_SECONDS).done:
-                if part.exists():
-                    log.info("downloading the bundle", extra={"megabytes": round(part.stat().st_size / 1e6, 1)})
+            fetch_file(url, part, ended, "give --bundle another URL, or a folder that holds the bundle")
         finally:
-            stopped.set()
-    download.result()
+            ended.set()
     digest = sha256_of(part)
     try:
         with store.publish(prefix, last=SOURCE_FILE) as folder:
