@@ -7,11 +7,15 @@ import time
 
 from nanochat_core.sandbox.capture import Capture, decode, last_line, mark_truncated
 from nanochat_core.sandbox.interface import ExecutionResult, Limits, ResultFormat, Status, Usage, WorkerFailed
+from nanochat_core.sandbox.profiles import Profile
 from nanochat_core.sandbox.worker import protocol
 from nanochat_core.sandbox.worker_process import START_SECONDS, WorkerProcess
 
 _USAGE_CHECK_SECONDS = 0.05
 _RECEIVING_BYTES = 4 << 20
+
+# The pipes of stdout, of stderr and of the code's claim.
+_Streams = tuple[Capture, Capture, Capture]
 
 
 class _StopReason(enum.Enum):
@@ -36,7 +40,7 @@ async def run_call(worker: WorkerProcess, code: bytes, limits: Limits, result_fo
     stdout = Capture("stdout", worker.stdout, limits.output_bytes)
     stderr = Capture("stderr", worker.stderr, limits.output_bytes)
     claim_stream = Capture("result", worker.result, limits.output_bytes + protocol.CLAIM_OVERHEAD + 1)
-    streams = (stdout, stderr, claim_stream)
+    streams = stdout, stderr, claim_stream
     usage = worker.usage
     try:
         # The worker gets extra memory to receive the request, so that receiving does not reduce the code's memory.
@@ -61,16 +65,24 @@ async def run_call(worker: WorkerProcess, code: bytes, limits: Limits, result_fo
         raise WorkerFailed(f"a sandbox worker ended before the code began: {detail}")
 
     used = Usage(wall, max(0.0, (cpu_after or cpu_total) - cpu_before), usage.peak_memory_bytes)
+    return _result(worker.profile, reason, exit_code, streams, used, limits)
+
+
+def _result(
+    profile: Profile, reason: _StopReason, exit_code: int, streams: _Streams, used: Usage, limits: Limits
+) -> ExecutionResult:
+    """Derive the result of an ended call from what was observed and, last, from the code's claim."""
+    stdout, stderr, claim_stream = streams
     claim = _claim(claim_stream)
-    kind, message, result = claim or (b"", b"", b"")
-    result_cut = claim_stream.overflow or len(result) > limits.output_bytes
-    cut = [stream.name for stream in (stdout, stderr) if stream.overflow] + ["result"] * result_cut
+    kind, message, value = claim or (b"", b"", b"")
+    value_cut = claim_stream.overflow or len(value) > limits.output_bytes
+    cut = [stream.name for stream in (stdout, stderr) if stream.overflow] + ["result"] * value_cut
     text = None
     if kind == protocol.VALUE:
-        text = decode(result[: limits.output_bytes], cut=result_cut)
-        if result_cut:
+        text = decode(value[: limits.output_bytes], cut=value_cut)
+        if value_cut:
             text = mark_truncated(text, "result", limits.output_bytes)
-    scratch_bytes = worker.profile.config.scratch_bytes
+    scratch_bytes = profile.config.scratch_bytes
     if reason is _StopReason.WALL:
         status, line = Status.TIMEOUT, f"wall time limit of {limits.wall_seconds:g} s exceeded"
     elif reason is _StopReason.CPU:
@@ -92,12 +104,12 @@ async def run_call(worker: WorkerProcess, code: bytes, limits: Limits, result_fo
         error=" ".join(line.split()),
         truncated=bool(cut),
         usage=used,
-        profile=worker.profile.name,
+        profile=profile.name,
     )
 
 
-async def _watch(worker: WorkerProcess, streams: tuple[Capture, ...], limits: Limits, cpu_before: float) -> _StopReason:
-    """Read the pipes until the call ends or exceeds a limit. The last of ``streams`` is for the claim."""
+async def _watch(worker: WorkerProcess, streams: _Streams, limits: Limits, cpu_before: float) -> _StopReason:
+    """Read the pipes until the call ends or exceeds a limit."""
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[_StopReason] = loop.create_future()
     claim_stream = streams[-1]

@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import concurrent.futures
 import dataclasses
+import tempfile
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -150,7 +151,7 @@ class SandboxExecutor:
     async def _open(self) -> None:
         installation = interpreter.inspect(self.config.interpreter)
         try:
-            self._scratch = ScratchRoot(self.config.scratch_dir)
+            self._scratch = ScratchRoot(self.config.scratch_dir or tempfile.gettempdir())
         except OSError as error:
             raise SandboxUnavailable(f"the sandbox cannot use its scratch folder: {error}") from error
         self._isolation = await self._choose_profile(installation, self._scratch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-import tempfile
 from typing import Literal
 
 from nanochat_core.errors import UserError
@@ -87,13 +86,19 @@ class SandboxConfig:
     )
     interpreter: str = setting("", "path of the Python that runs the code; empty means the service's own Python")
     scratch_dir: str = setting(
-        tempfile.gettempdir(), "writable folder for scratch folders (profile pod); a tmpfs of limited size is best"
+        "",
+        "existing, writable folder for scratch folders (profile pod); a tmpfs of limited size is best; empty means the "
+        "system's temporary folder",
     )
-    scratch_bytes: int = setting(16 << 20, "bytes that a call may store in its scratch folder", minimum=4096)
+    scratch_bytes: int = setting(
+        16 << 20, "bytes that a call may store in its scratch folder, and largest size of a file", minimum=4096
+    )
     scratch_files: int = setting(1000, "files that a call may store (profile pod)", minimum=1)
     concurrency: int = setting(4, "largest number of calls that run at once", minimum=1)
     queue: int = setting(64, "calls that may wait for a slot; further calls are answered OVERLOADED", minimum=0)
-    warm: int = setting(4, "idle interpreters that are kept ready for the next calls", minimum=0)
+    warm: int = setting(
+        4, "idle interpreters that are kept ready for the next calls; 0 starts one for each call", minimum=0
+    )
     preload: tuple[str, ...] = setting(
         ("math", "random", "re"),
         "standard-library modules that are imported before the code arrives, separated by commas",
@@ -118,10 +123,10 @@ class SandboxConfig:
         return Limits(self.max_wall_seconds, self.max_cpu_seconds, self.max_memory_bytes, self.max_output_bytes)
 
     def __post_init__(self) -> None:
-        minimums = {"concurrency": 1, "queue": 0, "warm": 0, "scratch_bytes": 1, "scratch_files": 1}
-        for name, minimum in minimums.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+        for field in dataclasses.fields(self):
+            value, minimum = getattr(self, field.name), field.metadata["minimum"]
+            if minimum is not None and value < minimum:
+                raise ValueError(f"{field.name} is {value}; it must be at least {minimum}")
         for name, low in vars(self.default_limits).items():
             high = getattr(self.maximum_limits, name)
             if not 0 < low <= high:
