@@ -106,5 +106,6 @@ class BestFitPacker:
             counted[filled : filled + taken] = document.counted[:taken]
             filled += taken
             cropped += len(document.ids) - taken
-        self.stats.update(packed=filled, cropped=cropped, padding=self.row_length - filled)
+        # A new object, because another thread may be reading the old one.
+        self.stats = self.stats + collections.Counter(packed=filled, cropped=cropped, padding=self.row_length - filled)
         return ids, counted
