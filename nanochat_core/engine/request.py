@@ -171,17 +171,13 @@ class Usage:
 
 
 @dataclasses.dataclass(slots=True)
-class Completion:
-    """All outputs of one choice together, for callers that do not stream. ``usage`` is set with ``finish_reason``."""
+class Generated:
+    """Successive tokens and tool events of one choice. ``finish_reason`` and ``usage`` are set at the choice's end."""
 
     tokens: list[Token] = dataclasses.field(default_factory=list)
     tool_events: list[ToolCall | ToolResult] = dataclasses.field(default_factory=list)
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [token.id for token in self.tokens]
 
     def append(self, later: Output) -> None:
         """Append the next output of this choice."""
@@ -190,8 +186,17 @@ class Completion:
         self.finish_reason, self.usage = later.finish_reason, later.usage
 
 
+@dataclasses.dataclass(slots=True)
+class Completion(Generated):
+    """All outputs of one choice together, for callers that do not stream."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token.id for token in self.tokens]
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
-class Output(Completion):
+class Output(Generated):
     """New tokens and tool events of one choice. All its events come after all its tokens.
 
     ``error`` ends all choices of the request.

@@ -158,7 +158,7 @@ class ChatMessage(_Model):
         return self
 
 
-def refuse_unsupported_messages(messages: Sequence[ChatMessage]) -> None:
+def _refuse_unsupported_messages(messages: Sequence[ChatMessage]) -> None:
     """Raises an :class:`ApiError` with status 400 for a message's field that this server doesn't support."""
     for i, message in enumerate(messages):
         _refuse(message, _UNSUPPORTED_IN_MESSAGE, f"messages[{i}].")
@@ -245,7 +245,7 @@ class ChatRequest(SamplingRequest):
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid_value("top_logprobs needs logprobs to be true.", "top_logprobs")
         _refuse(self, _UNSUPPORTED)
-        refuse_unsupported_messages(self.messages)
+        _refuse_unsupported_messages(self.messages)
         return self
 
 
@@ -285,6 +285,7 @@ class TokenizeRequest(_Model):
     def _one_of(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise invalid_value("Give either prompt or messages.", "prompt")
+        _refuse_unsupported_messages(self.messages or ())
         return self
 
 

@@ -216,6 +216,7 @@ async def test_the_tokens_of_a_conversation_are_those_that_chat_sends(
     [
         ("/tokenize", {}),
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a", "function_call": {"name": "b"}}]}),
         ("/detokenize", {"tokens": [10**6]}),
         ("/detokenize", {"tokens": [-1]}),
         ("/detokenize", {"tokens": "hello"}),

@@ -9,7 +9,7 @@ from services.gateway.api.chat import conversation
 from services.gateway.api.dependencies import PoolDep
 from services.gateway.engines.request import encode_chat, encode_text
 from services.gateway.errors import ERROR_RESPONSES, invalid_value
-from services.gateway.schemas import DetokenizeRequest, TokenizeRequest, refuse_unsupported_messages
+from services.gateway.schemas import DetokenizeRequest, TokenizeRequest
 
 router = APIRouter(tags=["Tokens"], responses=ERROR_RESPONSES)
 
@@ -19,7 +19,6 @@ async def tokenize(body: TokenizeRequest, pool: PoolDep) -> dict[str, Any]:
     """Token ids of a text, or of the prompt that a conversation makes."""
     _, model = pool.select(body.model)
     if body.messages is not None:
-        refuse_unsupported_messages(body.messages)
         ids = await encode_chat(model, conversation(body.messages))
     else:
         ids = await encode_text(model, body.prompt or "", bos=body.add_special_tokens is not False)
