@@ -1,7 +1,8 @@
 """Checkpoints: safetensors and JSON files in the folders ``models/<name>/<stage>/step_<n>/`` of the store.
 
-``names`` defines the names of checkpoints, lists them and stores which one is served. ``manifest`` lists and verifies
-the files of a checkpoint, and ``loading`` reads them. Reading these file formats cannot execute code.
+``names`` defines the names of checkpoints and lists them, and ``promotion`` stores which one is served. ``manifest``
+lists and verifies the files of a checkpoint, and ``loading`` reads them. Reading these file formats cannot execute
+code.
 """
 
 from nanochat_core.checkpoint.loading import (
@@ -19,7 +20,5 @@ from nanochat_core.checkpoint.names import (
     check_model_name,
     incomplete_checkpoints,
     list_checkpoints,
-    promote,
-    promoted,
-    withdraw,
 )
+from nanochat_core.checkpoint.promotion import promote, promoted, withdraw

@@ -1,7 +1,4 @@
-"""Names checkpoints in the store, lists the checkpoints of a stage, and promotes a checkpoint.
-
-The file ``models/<name>/PROMOTED`` names the checkpoint of a model that engines serve.
-"""
+"""Names checkpoints in the store, and lists the checkpoints of a stage."""
 
 from __future__ import annotations
 
@@ -14,8 +11,6 @@ from nanochat_core.store import Store
 # A checkpoint is complete once this file exists; it is written last.
 MANIFEST = "MANIFEST.json"
 STAGES = ("base", "sft", "rl")
-# Content of the file ``PROMOTED`` after a promotion was withdrawn.
-_WITHDRAWN = "none"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -77,29 +72,3 @@ def _step_folders(store: Store, model: str, stage: str) -> dict[CheckpointRef, s
         if match:
             found.setdefault(CheckpointRef(model, stage, int(match[1])), set()).add(match[2])
     return found
-
-
-def promote(store: Store, ref: CheckpointRef) -> None:
-    """Makes ``ref`` the checkpoint that engines serve."""
-    store.write(_promoted_key(ref.model), f"{ref.revision}\n".encode())
-
-
-def withdraw(store: Store, model: str) -> None:
-    """Withdraws a promotion because the promoted checkpoint no longer exists.
-
-    An engine that already serves the checkpoint continues to serve it.
-    """
-    store.write(_promoted_key(model), f"{_WITHDRAWN}\n".encode())
-
-
-def promoted(store: Store, model: str) -> CheckpointRef | None:
-    """The promoted checkpoint; None if none was promoted yet or the promotion was withdrawn."""
-    try:
-        revision = store.read(_promoted_key(model)).decode(errors="replace").strip()
-    except FileNotFoundError:
-        return None
-    return None if revision == _WITHDRAWN else CheckpointRef.parse(model, revision)
-
-
-def _promoted_key(model: str) -> str:
-    return f"models/{model}/PROMOTED"

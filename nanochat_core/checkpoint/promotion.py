@@ -1,0 +1,33 @@
+"""The promotion of a checkpoint: the file ``models/<name>/PROMOTED`` names the one that engines serve."""
+
+from nanochat_core.checkpoint.names import CheckpointRef
+from nanochat_core.store import Store
+
+# Content of the file ``PROMOTED`` after a promotion was withdrawn.
+_WITHDRAWN = "none"
+
+
+def promote(store: Store, ref: CheckpointRef) -> None:
+    """Makes ``ref`` the checkpoint that engines serve."""
+    store.write(_promoted_key(ref.model), f"{ref.revision}\n".encode())
+
+
+def withdraw(store: Store, model: str) -> None:
+    """Withdraws a promotion because the promoted checkpoint no longer exists.
+
+    An engine that already serves the checkpoint continues to serve it.
+    """
+    store.write(_promoted_key(model), f"{_WITHDRAWN}\n".encode())
+
+
+def promoted(store: Store, model: str) -> CheckpointRef | None:
+    """The promoted checkpoint; None if none was promoted yet or the promotion was withdrawn."""
+    try:
+        revision = store.read(_promoted_key(model)).decode(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    return None if revision == _WITHDRAWN else CheckpointRef.parse(model, revision)
+
+
+def _promoted_key(model: str) -> str:
+    return f"models/{model}/PROMOTED"
