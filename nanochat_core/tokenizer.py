@@ -67,7 +67,7 @@ class Tokenizer:
         """Raises UserError if a byte has no token, or two tokens are the same.
 
         Args:
-            token_bytes: the bytes of each ordinary token, indexed by id; the first 256 cover every single byte.
+            token_bytes: the bytes of each ordinary token, indexed by id; every single byte has a token.
             pattern: regular expression that splits text before merging.
         """
         ranks = {token: rank for rank, token in enumerate(token_bytes)}

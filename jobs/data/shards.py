@@ -24,7 +24,8 @@ from nanochat_core.store import Store
 ROW_GROUP_DOCUMENTS = 1000
 SHARD_DOCUMENTS = 50_000
 MANIFEST = "dataset.json"
-# The text of a row group takes about 4 MB in a web dataset, and each packer of the loader reads one or two row groups.
+# Size of the cache of row groups. It has room for those that 64 packers of a loader read at the same time: each packer
+# reads one or two, of about 4 MB each in a web dataset.
 _CACHED_BYTES = 512 * 2**20
 
 

@@ -167,7 +167,8 @@ def measure(settings: BenchEngineSettings, client: Client, model: GPT | None, li
 
     A row has the numbers of its :class:`~jobs.eval.bench.request_results.Summary`, the mix and the load: ``slots``
     concurrent sequences of a closed loop, or the ``rate`` of an open loop in requests per second. ``bandwidth_share``
-    and ``flops_share`` are the shares of the machine's limits that the core's steps used; None for a server.
+    and ``flops_share`` are the shares of the machine's limits that the steps of the inference core used. Both are None
+    if ``client`` measures a server.
     """
     loads: list[tuple[int | None, float | None]]
     loads = [(None, rate) for rate in settings.rates] or [(slots, None) for slots in settings.slots]

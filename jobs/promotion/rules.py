@@ -84,7 +84,8 @@ class NoWorse:
     """Requires that a metric is not worse than the promoted model's by more than ``margin``.
 
     Attributes:
-        optional: whether the rule is skipped, instead of failing, if there is nothing to compare with.
+        optional: whether the rule is skipped, instead of failing, if the metric was not measured for both models in
+            the same way. If no other model is promoted, the rule is always skipped.
     """
 
     metric: str

@@ -36,8 +36,8 @@ MAX_SOURCE_CHARACTERS = 65_536
 # The library expands counted repetitions before the first token. Expanding this many characters takes about 20 ms.
 MAX_REPEATED_CHARACTERS = 20_000
 
-# Generated JSON has at most one space between its parts, like the output of json.dumps. A weak model that may write any
-# white space may never stop writing it.
+# Generated JSON has at most one space between its parts, like the output of json.dumps. If any white
+# space were allowed, a weak model might write it without end.
 _JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 # These limits are lower than the defaults of llguidance. The defaults allow each sequence 250,000 states of about 2 kB
 # each, and 14 ms per step.
@@ -283,7 +283,7 @@ def _class_end(pattern: str, start: int) -> int:
         elif character == "[":
             depth += 1
             position += pattern.startswith("^", position)
-            position += pattern.startswith("]", position)  # a bracket right after the opening one is literal
+            position += pattern.startswith("]", position)  # a ] right after [ or [^ is literal
         elif character == "]":
             depth -= 1
             if depth == 0:

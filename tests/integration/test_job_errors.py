@@ -72,7 +72,7 @@ def files(home: Path) -> dict[Path, int]:
 
 
 def error_of(home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
-    """The error line of ``python -m`` with these arguments, without log events. The exit code must be 2."""
+    """The only line on stderr of ``python -m`` that is not a log event. The exit code must be 2."""
     module, *arguments = command
     if not any(argument.startswith("--home") for argument in arguments):
         arguments.append(f"--home={home}")

@@ -194,7 +194,7 @@ class Jobs:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Weights, history and metadata. For equal runs, weights and history are equal. Metadata are not compared."""
+    """Digest of the weights, history and metadata of a run. A comparison of results ignores the metadata."""
 
     weights: str
     history: list[dict[str, float]]

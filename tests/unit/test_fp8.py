@@ -150,7 +150,7 @@ def test_evaluation_and_uncompiled_training_do_not_round_to_fp8() -> None:
 @pytest.mark.parametrize(("time", "in_fp8"), [(32, True), (31, False)])
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_compiled_training_is_close_to_bf16(device: str, time: int, in_fp8: bool) -> None:
-    """Two rows of 31 tokens have 62 tokens. This is not a multiple of 16, so the layers compute in bf16."""
+    """If ``time`` is 31, two rows have 62 tokens. This is not a multiple of 16, so the layers compute in bf16."""
     plain, converted = small_model().to(device), small_model().to(device)
     converted.load_state_dict(plain.state_dict())
     convert_to_fp8(converted)

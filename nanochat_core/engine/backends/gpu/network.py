@@ -64,8 +64,8 @@ class GpuNetwork(ServingWeights):
     def load(self, model: GPT) -> None:
         """Copy the current weights of ``model``. Its shape, dtype and device must be the same as before.
 
-        CUDA graphs read weights at fixed addresses, so the new weights are copied over the old ones. Until then, old
-        and new weights are both in memory.
+        CUDA graphs read weights at fixed addresses, so the new weights are copied over the old ones. During the
+        copy, old and new weights are both in memory.
         """
         earlier = [getattr(*place) for place in self._places()] if self._layers else []
         super().load(model)

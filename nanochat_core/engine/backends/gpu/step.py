@@ -158,8 +158,9 @@ class _HostBuffer:
         parts = layout.split(self.buffer)
         self.by_token, self.tiles, self.sequences, self.tables = (part.numpy() for part in parts)
         self.tables[_PADDING_ROW] = np.array([[group.num_blocks] for group in groups])
-        # For each row and group: the block table that was last written there, and how many of its entries were written.
-        # A table only grows; a sequence that is admitted again has a new list.
+        # For each row and group: the block table (a list) that was last written there, and how many of its entries were
+        # written. If the same list comes again, only its new entries must be written, because a table only grows. A
+        # sequence that is admitted again gets a new list.
         self._written: list[list[tuple[list[int], int]]] = [[([], 0)] * layout.groups for _ in range(layout.rows)]
         self._copied = torch.cuda.Event() if pinned else None
 
