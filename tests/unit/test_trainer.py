@@ -178,6 +178,23 @@ def test_what_an_objective_measures_is_noted_per_counted_token_whatever_the_pass
         assert [point["large"] for point in run.state.history] == pytest.approx(expected)
 
 
+def test_the_gradients_of_small_passes_add_up_to_the_gradient_of_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradient(rows: int) -> Tensor:
+        run = trainer(tmp_path / str(rows), steps=1, device_batch_rows=rows)
+        seen: list[Tensor] = []
+        monkeypatch.setattr(run.optimizer, "step", lambda: seen.extend(g.flatten() for g in run.optimizer.gradients()))
+        torch.nn.init.normal_(run.model.head.weight, generator=torch.Generator().manual_seed(2))
+        run.run()
+        return torch.cat(seen)
+
+    whole = gradient(4)
+    assert whole.norm() > 0
+    for rows in (3, 1):
+        assert (gradient(rows) - whole).norm() < 1e-6 * whole.norm()
+
+
 def test_evaluations_may_come_before_the_first_step_and_have_metrics_of_several_numbers(tmp_path: Path) -> None:
     run = trainer(tmp_path, steps=3, evaluations=[Evaluation(lambda: {"passed": {"1": 0.5, "2": 0.75}}, 2, first=True)])
     run.run()
