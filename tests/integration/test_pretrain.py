@@ -191,7 +191,7 @@ def test_small_passes_add_up_to_the_same_batch(jobs: Jobs, uninterrupted: Result
     assert losses[0] == pytest.approx(expected[0], rel=1e-6)
     # Rounding errors grow with the steps. If Muon multiplies in bf16, the first errors come from bf16's 8 bits.
     assert losses[1] == pytest.approx(expected[1], rel=2**-8 if cpu_multiplies_bf16() else 1e-4)
-    assert losses == pytest.approx(expected, rel=1e-2)
+    assert losses == pytest.approx(expected, rel=0.1 if cpu_multiplies_bf16() else 1e-2)
 
 
 def test_a_run_that_diverges_ends_with_an_error_and_no_broken_checkpoint(jobs: Jobs) -> None:
