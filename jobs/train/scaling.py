@@ -20,7 +20,7 @@ from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.settings import load, setting
-from nanochat_core.store import Store, open_store
+from nanochat_core.store import Lease, Store, open_store
 
 _PROGRAM = "python -m jobs.train.scaling"
 
@@ -107,6 +107,11 @@ def run_study(settings: AnyStudy, passed_on: Sequence[str], command: str) -> Non
     """
     check_model_name(settings.study)
     store = open_store(settings.home)
+    with Lease(store, f"reports/{settings.study}", "jobs.train.scaling"):
+        _run_study(store, settings, passed_on, command)
+
+
+def _run_study(store: Store, settings: AnyStudy, passed_on: Sequence[str], command: str) -> None:
     runs = planned_runs(store, settings, passed_on)
     inputs = pretrain.input_digests(store, settings.dataset, load_tokenizer(store, settings.tokenizer))
     study = Study(store, inputs, settings.ranks)

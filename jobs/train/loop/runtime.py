@@ -17,8 +17,9 @@ from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.device import prepare_cpu
 from nanochat_core.settings import setting
-from nanochat_core.store import Store, open_store
+from nanochat_core.store import Lease, Store, open_store
 from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, rank_device
+from nanochat_core.training.leases import leased
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,16 @@ class RunSettings(JobSettings):
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """The artifact store, the device of this process, and the ranks that train together."""
+    """The artifact store, the device of this process, and the ranks that train together.
+
+    Attributes:
+        lease: the first rank's lease on the name of the trained model; None on other ranks.
+    """
 
     store: Store
     device: torch.device
     ranks: Ranks
+    lease: Lease | None = None
 
 
 class StopSignal:
@@ -81,7 +87,8 @@ def open_runtime(program: str, settings: RunSettings, model: str) -> Iterator[Ru
     """Prepare this process for training: choose the device, join the other ranks, and start logs and metrics.
 
     Only the first rank serves metrics and logs everything; the other ranks log warnings and errors. Log lines call the
-    training program ``program``.
+    training program ``program``. The runtime holds the lease on ``models/<model>`` of the store; if another program
+    writes checkpoints of this model, a UserError is raised.
     """
     check_model_name(model)
     prepare_cpu(settings.threads)
@@ -93,4 +100,5 @@ def open_runtime(program: str, settings: RunSettings, model: str) -> Iterator[Ru
             serve_metrics(settings.metrics_port)
         else:
             logs.configure(f"{program}-{ranks.rank}", "warning")
-        yield Runtime(store, device, ranks)
+        with leased(store, f"models/{model}", f"jobs.train.{program}", ranks) as lease:
+            yield Runtime(store, device, ranks, lease)

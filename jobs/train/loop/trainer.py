@@ -83,7 +83,7 @@ class Trainer:
         self._checkpoints.replace_after(state.step)
         train_on = TrainingStep(self.model, self.optimizer, self._objective, self.config, self.runtime, state)
         with (
-            CheckpointWriter(self.runtime.store, self.runtime.ranks) as writer,
+            CheckpointWriter(self.runtime.store, self.runtime.ranks, lease=self.runtime.lease) as writer,
             StopSignal() as stop,
             self._open_progress() as progress,
             contextlib.closing(self._open_batches(state.loader)) as prefetched,
@@ -94,6 +94,8 @@ class Trainer:
             if state.step == 0:
                 self._evaluate(progress)
             while state.step < last_step:
+                if self.runtime.lease is not None:
+                    self.runtime.lease.check()
                 started = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - started
