@@ -1,4 +1,4 @@
-"""Leases: while one program writes below a name of the store, no other program does.
+"""Leases: while one program writes under a name of the store, no other program does.
 
 Without a lease, two training runs of one model name would each delete the other's checkpoints as superfluous. A lease
 on ``models/demo`` is the file ``leases/models/demo.json``. Its holder renews it, which changes its content. Who wants
@@ -45,7 +45,7 @@ _LOOKS_PER_LEASE = 30
 
 
 class NameInUse(UserError):
-    """Another program is writing below the same name."""
+    """Another program is writing under the same name."""
 
 
 class LeaseLost(UserError):
@@ -53,7 +53,7 @@ class LeaseLost(UserError):
 
 
 class Lease:
-    """The right to write below one name, from the beginning to the end of a ``with`` block.
+    """The right to write under one name, from the beginning to the end of a ``with`` block.
 
     Entering the block raises NameInUse if another program has the lease. It waits for at most :data:`LEASE_SECONDS` if
     another program had the lease and may be dead.
