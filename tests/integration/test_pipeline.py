@@ -425,7 +425,7 @@ def test_web_text_is_downloaded_where_the_store_has_none(
 
     monkeypatch.setattr(Pipeline, "_stage", stage)
     with contextlib.suppress(SystemExit):
-        again.run(dataclasses.replace(RECIPE, web_shards="0-3"), data="")
+        again.run(dataclasses.replace(RECIPE, web_shards="0-3"), data="", start_over=True)
     download = ("jobs.train.dataset", {"dataset": MODEL, "shards": "0-3"}, "download")
     assert (download in started) == (found in ("nothing", "half a download"))
 
