@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Any
 
 from nanochat_core.errors import UserError
+from nanochat_core.formats import with_format, without_format
 
 # The rows of the embedding tables and of the head are padded to a multiple of this, for the sake of tensor cores.
 VOCAB_MULTIPLE = 64
 # Window lengths are rounded up to a multiple of this, the tile size of attention kernels.
 WINDOW_MULTIPLE = 128
+FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +117,17 @@ class ModelConfig:
         return 6 * self.scaling_parameters + attention
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """The content of ``config.json``."""
+        return json.dumps(with_format(dataclasses.asdict(self), FORMAT), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> ModelConfig:
-        """Reads ``config.json``. Raises UserError if the text is not a model config."""
+    def from_json(cls, text: str | bytes, shown: str = "config.json") -> ModelConfig:
+        """Reads ``config.json``, which error messages call ``shown``.
+
+        Raises NewerFormatError if a newer version of nanochat wrote it, and UserError if it is not a model config.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
         try:
-            stored: dict[str, Any] = json.loads(text)
-            return cls(**stored)
+            return cls(**without_format(json.loads(text), FORMAT, shown, known))
         except (ValueError, TypeError) as error:
-            raise UserError(f"config.json is no model config: {error}") from error
+            raise UserError(f"{shown} is no model config: {error}") from error

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import tiktoken
 
 from nanochat_core.errors import UserError
+from nanochat_core.formats import without_format
 
 BOS = "<|bos|>"
 USER_START = "<|user_start|>"
@@ -48,7 +49,9 @@ SPLIT_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
-FORMAT = "nanochat-bpe/1"
+# The format's name and version. The digest of a tokenizer covers both.
+FORMAT_NAME, FORMAT_VERSION = "nanochat-bpe", 1
+_FIELDS = ("pattern", "special_tokens", "bytes_per_token", "ranks")
 
 # The pattern backtracks over a run of whitespace, and the regular expression engine fails at a run of about a million
 # characters. Runs longer than this limit are therefore encoded in pieces. Ordinary text has no such runs.
@@ -141,7 +144,7 @@ class Tokenizer:
         """The content of ``tokenizer.json``."""
         return json.dumps(
             {
-                "format": FORMAT,
+                "format": f"{FORMAT_NAME}/{FORMAT_VERSION}",
                 "pattern": self.pattern,
                 "special_tokens": self.special_ids,
                 "bytes_per_token": self.bytes_per_token,
@@ -152,18 +155,23 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Tokenizer:
-        """Reads ``tokenizer.json``. Raises UserError if the text is not a tokenizer of this format."""
+    def from_json(cls, text: str | bytes, shown: str = "tokenizer.json") -> Tokenizer:
+        """Reads ``tokenizer.json``, which error messages call ``shown``.
+
+        Raises NewerFormatError if a newer version of nanochat wrote it, and UserError if it is not a tokenizer.
+        """
         try:
             stored = json.loads(text)
-            if stored.get("format") != FORMAT:
-                raise UserError(f"tokenizer.json has format {stored.get('format')!r}; this version reads {FORMAT!r}")
+            name, _, version = stored["format"].partition("/")
+            if name != FORMAT_NAME:
+                raise UserError(f"{shown} has format {stored['format']!r}; a tokenizer has {FORMAT_NAME!r}")
+            stored = without_format({**stored, "format": int(version)}, FORMAT_VERSION, shown, _FIELDS)
             tokenizer = cls([base64.b64decode(rank, validate=True) for rank in stored["ranks"]], stored["pattern"])
             special_ids = stored["special_tokens"]
         except (ValueError, KeyError, AttributeError, TypeError, binascii.Error) as error:
-            raise UserError(f"tokenizer.json is damaged ({error}); train the tokenizer again") from error
+            raise UserError(f"{shown} is damaged ({error}); train the tokenizer again") from error
         if tokenizer.special_ids != special_ids:
-            raise UserError("tokenizer.json has other special tokens than this version; train the tokenizer again")
+            raise UserError(f"{shown} has other special tokens than this version; train the tokenizer again")
         return tokenizer
 
     @classmethod

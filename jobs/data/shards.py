@@ -19,11 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat_core.errors import UserError
+from nanochat_core.formats import with_format, without_format
 from nanochat_core.store import Store
 
 ROW_GROUP_DOCUMENTS = 1000
 SHARD_DOCUMENTS = 50_000
 MANIFEST = "dataset.json"
+MANIFEST_FORMAT = 1
 # Size of the cache of row groups. It has room for those that 64 packers of a loader read at the same time: each packer
 # reads one or two, of about 4 MB each in a web dataset.
 _CACHED_BYTES = 512 * 2**20
@@ -60,18 +62,23 @@ class Manifest:
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
     def to_json(self) -> bytes:
-        return (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode()
+        return (json.dumps(with_format(dataclasses.asdict(self), MANIFEST_FORMAT), indent=1) + "\n").encode()
 
 
 def read_manifest(store: Store, name: str) -> Manifest | None:
     """The manifest of ``data/<name>``, or None if a user put the shards there by hand.
 
-    Raises UserError if the manifest is damaged.
+    Raises UserError if the manifest is damaged, and NewerFormatError if a newer version of nanochat wrote it.
     """
     key = f"data/{name}/{MANIFEST}"
+    fields = [field.name for field in dataclasses.fields(Manifest)]
+    shard_fields = [field.name for field in dataclasses.fields(ShardInfo)]
     try:
-        stored = json.loads(store.read(key))
-        shards = {file: ShardInfo(**info) for file, info in stored["shards"].items()}
+        stored = without_format(json.loads(store.read(key)), MANIFEST_FORMAT, key, fields)
+        shards = {
+            file: ShardInfo(**without_format(info, MANIFEST_FORMAT, key, shard_fields))
+            for file, info in stored["shards"].items()
+        }
         return Manifest(stored["source"], shards, stored["complete"])
     except FileNotFoundError:
         return None

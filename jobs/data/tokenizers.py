@@ -4,8 +4,11 @@ import json
 
 from jobs.data.shards import dataset_digest, shard_keys
 from nanochat_core.errors import UserError
+from nanochat_core.formats import NewerFormatError, with_format, without_format
 from nanochat_core.store import Store
 from nanochat_core.tokenizer import Tokenizer
+
+_META_FORMAT = 1
 
 
 def tokenizer_key(name: str) -> str:
@@ -16,18 +19,29 @@ def tokenizer_key(name: str) -> str:
 def save_tokenizer(store: Store, name: str, tokenizer: Tokenizer, dataset: str) -> None:
     """Write a tokenizer, and the name and digest of the dataset that it was trained on."""
     store.write(tokenizer_key(name), tokenizer.to_json().encode())
-    meta = {"dataset": dataset_digest(store, dataset), "dataset_name": dataset}
+    meta = with_format({"dataset": dataset_digest(store, dataset), "dataset_name": dataset}, _META_FORMAT)
     store.write(_meta_key(name), (json.dumps(meta, indent=2) + "\n").encode())
 
 
 def load_tokenizer(store: Store, name: str) -> Tokenizer:
     """Read a trained tokenizer. Raises UserError if the store has no tokenizer of this name."""
     try:
-        return Tokenizer.from_json(store.read(tokenizer_key(name)))
+        return Tokenizer.from_json(store.read(tokenizer_key(name)), tokenizer_key(name))
     except FileNotFoundError:
         raise UserError(
             f"there is no tokenizer {name!r} in {store}; train it with python -m jobs.train.tokenizer"
         ) from None
+
+
+def check_replaceable(store: Store, name: str) -> None:
+    """Raise NewerFormatError if a newer version of nanochat wrote the tokenizer of this name, or its description."""
+    _meta(store, name)
+    try:
+        load_tokenizer(store, name)
+    except NewerFormatError:
+        raise
+    except UserError:
+        return  # There is no such tokenizer, or it is damaged.
 
 
 def trained_on(store: Store, name: str) -> str | None:
@@ -42,11 +56,13 @@ def dataset_of(store: Store, name: str) -> str:
 
 
 def _meta(store: Store, name: str) -> dict[str, str]:
+    key = _meta_key(name)
     try:
-        meta: dict[str, str] = json.loads(store.read(_meta_key(name)))
+        return without_format(json.loads(store.read(key)), _META_FORMAT, key)
     except FileNotFoundError:
         return {}
-    return meta
+    except ValueError as error:
+        raise UserError(f"{key} in {store} is damaged ({error}); delete it, or train the tokenizer again") from error
 
 
 def _meta_key(name: str) -> str:

@@ -19,7 +19,7 @@ from jobs.eval.bench.models import random_model, random_tokenizer
 from jobs.eval.bench.network_clients import GrpcClient, HttpClient, NetworkClient
 from jobs.eval.bench.request_results import summarize
 from jobs.eval.bench.roofline import Limits, least_costs, measure_limits
-from jobs.eval.bench.rows import HEADER, Row, plot_benchmark, table_line
+from jobs.eval.bench.rows import HEADER, RESULT_FORMAT, Row, plot_benchmark, table_line
 from jobs.eval.bench.workload import (
     MIXES,
     BenchRequest,
@@ -36,9 +36,10 @@ from nanochat_core.config import ModelConfig
 from nanochat_core.device import choose_device, choose_dtype, prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig
 from nanochat_core.errors import UserError
+from nanochat_core.formats import with_format
 from nanochat_core.model import GPT
 from nanochat_core.settings import describe, setting
-from nanochat_core.store import open_store
+from nanochat_core.store import Lease, open_store
 from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger("jobs.eval.bench_engine")
@@ -150,13 +151,14 @@ def run(settings: BenchEngineSettings, show: Callable[[str], None]) -> dict[str,
             rows.append(row)
         if not any(row["answered"] for row in rows):
             raise UserError(f"no request was answered: {'; '.join(rows[0]['errors'])}")
-        result: dict[str, Any] = {
+        fields = {
             "target": client.description,
             "settings": describe(settings),
             "machine": describe_machine(),
             "limits": None if limits is None else dataclasses.asdict(limits),
             "rows": rows,
         }
+        result = with_format(fields, RESULT_FORMAT)
         plot_benchmark(folder / "bench.png", rows)
         (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
@@ -287,7 +289,8 @@ def report_folder(settings: BenchEngineSettings) -> Iterator[Path]:
     if settings.output:
         yield make_output_folder(settings.output, "--output")
     else:
-        with open_store(settings.home).publish(f"reports/{settings.report}", last="bench.json") as folder:
+        store, name = open_store(settings.home), f"reports/{settings.report}"
+        with Lease(store, name, "jobs.eval.bench_engine"), store.publish(name, last="bench.json") as folder:
             yield folder
 
 

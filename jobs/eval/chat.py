@@ -29,6 +29,7 @@ from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.settings import setting
 from nanochat_core.store import Store, open_store
 from nanochat_core.training.distributed import ALONE, Ranks, joined, rank_device
+from nanochat_core.training.leases import leased
 
 # A rank with long answers can finish much later than a rank with short answers.
 _RANK_TIMEOUT_SECONDS = 3600.0
@@ -84,13 +85,14 @@ def run(
     evaluation = evaluation_of(settings, store, checkpoint, tasks, device)
     result = evaluation.result()
     if result is None:
-        _evaluate(settings, checkpoint, tasks, evaluation, device, ranks)
-        ranks.gather(None)  # the parts are complete when every rank has arrived here
-        if not ranks.leads:
-            return None
-        figures = {task.name: score(task, graded_answers_of(evaluation, task), settings.samples) for task in tasks}
-        chatcore, missing = chat_core(figures)
-        result = evaluation.finish({"chatcore": chatcore, "missing": missing, "tasks": figures})
+        with leased(store, evaluation.folder, "jobs.eval.chat", ranks):
+            _evaluate(settings, checkpoint, tasks, evaluation, device, ranks)
+            ranks.gather(None)  # the parts are complete when every rank has arrived here
+            if not ranks.leads:
+                return None
+            figures = {task.name: score(task, graded_answers_of(evaluation, task), settings.samples) for task in tasks}
+            chatcore, missing = chat_core(figures)
+            result = evaluation.finish({"chatcore": chatcore, "missing": missing, "tasks": figures})
     if ranks.leads:
         _show(result, [task.name for task in tasks], show)
     return result

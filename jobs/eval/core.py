@@ -19,6 +19,7 @@ from nanochat_core.device import choose_dtype, prepare_cpu
 from nanochat_core.settings import setting
 from nanochat_core.store import Store, open_store
 from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, rank_device
+from nanochat_core.training.leases import leased
 
 log = logging.getLogger("jobs.eval.core")
 
@@ -62,9 +63,10 @@ def run(settings: CoreSettings, store: Store, device: torch.device, ranks: Ranks
         return finished
     if bundle.missing and ranks.leads:
         log.warning("tasks are missing in the bundle", extra={"missing": list(bundle.missing)})
-    scorer = Scorer(checkpoint.build_model(device, dtype))
-    result = evaluate_core(scorer, checkpoint.tokenizer, bundle, parts=evaluation, ranks=ranks)
-    return evaluation.finish(result) if ranks.leads else result
+    with leased(store, evaluation.folder, "jobs.eval.core", ranks):
+        scorer = Scorer(checkpoint.build_model(device, dtype))
+        result = evaluate_core(scorer, checkpoint.tokenizer, bundle, parts=evaluation, ranks=ranks)
+        return evaluation.finish(result) if ranks.leads else result
 
 
 def main(settings: CoreSettings) -> None:

@@ -12,10 +12,12 @@ from jobs.eval.report_card.plots import draw
 from jobs.program import JobSettings, run_program
 from jobs.promotion.decisions import folder
 from jobs.results.report_page import render
+from jobs.results.reports import REPORT_FORMAT, read_report
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.device import prepare_cpu
+from nanochat_core.formats import with_format
 from nanochat_core.settings import setting
-from nanochat_core.store import Store, open_store
+from nanochat_core.store import Lease, Store, open_store
 
 log = logging.getLogger("jobs.eval.report")
 
@@ -42,17 +44,18 @@ def run(settings: ReportSettings) -> dict[str, Any]:
     """Make the missing held-out evaluations, write the report, and return the content of ``report.json``."""
     prepare_cpu(settings.threads)
     store = open_store(settings.home)
-    stages = newest_stages(store, check_model_name(settings.model), settings.revision)
-    report = gather(
-        store,
-        stages,
-        recipe=settings.recipe,
-        items=settings.items,
-        text_bytes=settings.text_bytes,
-        samples=settings.samples,
-    )
-    report["price_per_hour"] = settings.price_per_hour
-    write_report(store, report, {stage: checkpoint.meta.get("history", []) for stage, checkpoint in stages.items()})
+    with Lease(store, f"reports/{check_model_name(settings.model)}", "jobs.eval.report"):
+        stages = newest_stages(store, settings.model, settings.revision)
+        report = gather(
+            store,
+            stages,
+            recipe=settings.recipe,
+            items=settings.items,
+            text_bytes=settings.text_bytes,
+            samples=settings.samples,
+        )
+        report["price_per_hour"] = settings.price_per_hour
+        write_report(store, report, {stage: checkpoint.meta.get("history", []) for stage, checkpoint in stages.items()})
     bpb = report.get("base", {}).get("held_out_bits_per_byte")
     log.info(
         "report written",
@@ -71,6 +74,7 @@ def write_report(store: Store, report: Mapping[str, Any], histories: Mapping[str
     The promotion gate's decisions are in the same folder and are kept.
     """
     model = report["model"]
+    read_report(store, model)  # A report of a newer version is an error and stays.
     kept = {key.removeprefix(f"reports/{model}/"): store.read(key) for key in store.keys(folder(model))}
     with store.publish(f"reports/{model}", last="report.json") as target:
         for name, content in kept.items():
@@ -79,7 +83,8 @@ def write_report(store: Store, report: Mapping[str, Any], histories: Mapping[str
             path.write_bytes(content)
         plots = draw(target, report, histories)
         (target / "report.md").write_text(render(report, plots), encoding="utf-8")
-        (target / "report.json").write_text(json.dumps({**report, "plots": plots}, indent=2) + "\n", encoding="utf-8")
+        stored = with_format({**report, "plots": plots}, REPORT_FORMAT)
+        (target / "report.json").write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from jobs.data.tokenizers import dataset_of, load_tokenizer
 from jobs.measures.compression import TEXT_BYTES, evaluate, render
 from jobs.program import JobSettings, run_program
 from nanochat_core.settings import setting
-from nanochat_core.store import open_store
+from nanochat_core.store import Lease, open_store
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,9 @@ def run(settings: TokenizerEvalSettings, show: Callable[[str], None]) -> None:
     tokenizer = load_tokenizer(store, settings.tokenizer)
     name, size = settings.tokenizer, settings.text_bytes
     dataset = settings.dataset or dataset_of(store, name)
-    show(render(name, evaluate(store, name, tokenizer, dataset, size, settings.gpt2_file, settings.gpt4_file)))
+    with Lease(store, f"tokenizers/{name}", "jobs.eval.tokenizer"):
+        evaluation = evaluate(store, name, tokenizer, dataset, size, settings.gpt2_file, settings.gpt4_file)
+    show(render(name, evaluation))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import tiktoken
 from jobs.data.shards import TextDataset
 from jobs.markdown import table
 from nanochat_core.errors import UserError
+from nanochat_core.formats import with_format
 from nanochat_core.store import Store
 from nanochat_core.tokenizer import Tokenizer
 
@@ -30,6 +31,7 @@ DOMAIN_SAMPLES: dict[str, str] = tomllib.loads(Path(__file__).with_name("domain_
 _PUBLISHED = "https://openaipublic.blob.core.windows.net"
 TRAINING_TEXT, HELD_OUT_TEXT = "training text", "held-out text"
 TEXT_BYTES = 2_000_000
+EVALUATION_FORMAT = 1
 # Texts are encoded in pieces of this length, because tiktoken fails on a run of a million spaces. A cut adds at most
 # one token.
 _PIECE_CHARACTERS = 100_000
@@ -194,7 +196,8 @@ def evaluate(
     """
     references = [load_reference(GPT2, gpt2_file), load_reference(GPT4, gpt4_file)]
     evaluation = compare(tokenizer, references, texts_to_compare(store, dataset, size))
-    store.write(f"tokenizers/{name}/evaluation.json", (json.dumps(evaluation, indent=2) + "\n").encode())
+    stored = with_format(evaluation, EVALUATION_FORMAT)
+    store.write(f"tokenizers/{name}/evaluation.json", (json.dumps(stored, indent=2) + "\n").encode())
     store.write(f"tokenizers/{name}/evaluation.md", render(name, evaluation).encode())
     return evaluation
 

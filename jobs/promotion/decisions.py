@@ -9,7 +9,11 @@ from jobs.promotion.rules import Outcome
 from jobs.results.evaluations import read_json
 from jobs.results.metrics import Metric
 from nanochat_core.checkpoint import CheckpointRef
+from nanochat_core.errors import UserError
+from nanochat_core.formats import with_format, without_format
 from nanochat_core.store import Store
+
+_FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +57,16 @@ def folder(model: str) -> str:
 
 def decisions(store: Store, ref: CheckpointRef) -> list[Decision]:
     """The decisions on a checkpoint of this name, the newest last."""
-    stored = read_json(store, _key(ref)) or {"decisions": []}
-    return [_decision(entry) for entry in stored["decisions"]]
+    return _read(store, _key(ref))[1]
 
 
 def last_promotion(store: Store, model: str) -> tuple[CheckpointRef, Decision] | None:
     """The newest decision that promoted a checkpoint of the model, and the checkpoint's name."""
     found = []
     for key in store.keys(folder(model)):
-        stored = json.loads(store.read(key))
-        ref = CheckpointRef.parse(model, stored["revision"])
-        found += [(ref, decision) for decision in map(_decision, stored["decisions"]) if decision.promoted]
+        revision, made = _read(store, key)
+        ref = CheckpointRef.parse(model, revision)
+        found += [(ref, decision) for decision in made if decision.promoted]
     return max(found, key=lambda each: each[1].time, default=None)
 
 
@@ -73,7 +76,7 @@ def add_decision(store: Store, ref: CheckpointRef, decision: Decision) -> None:
     if known and dataclasses.replace(known[-1], time=decision.time) == decision:
         return
     entries = [dataclasses.asdict(each) for each in (*known, decision)]
-    content = {"model": ref.model, "revision": ref.revision, "decisions": entries}
+    content = with_format({"model": ref.model, "revision": ref.revision, "decisions": entries}, _FORMAT)
     store.write(_key(ref), (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -84,6 +87,23 @@ def latest_decision(store: Store, ref: CheckpointRef, digest: str) -> Decision |
 
 def _key(ref: CheckpointRef) -> str:
     return f"{folder(ref.model)}/{ref.stage}_step_{ref.step:06d}.json"
+
+
+def _read(store: Store, key: str) -> tuple[str, list[Decision]]:
+    """The revision that a file of decisions is on, and the decisions; an empty list if there is no such file.
+
+    Raises NewerFormatError if a newer version of nanochat wrote the file, and UserError if it is damaged.
+    """
+    known = [field.name for field in dataclasses.fields(Decision)]
+    try:
+        stored = read_json(store, key)
+        if stored is None:
+            return "", []
+        fields = without_format(stored, _FORMAT, key)
+        entries = [without_format(entry, _FORMAT, key, known) for entry in fields["decisions"]]
+        return fields["revision"], [_decision(entry) for entry in entries]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{key} in {store} is damaged ({error!r}); delete it to forget its decisions") from error
 
 
 def _decision(entry: dict[str, Any]) -> Decision:

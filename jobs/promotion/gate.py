@@ -12,6 +12,7 @@ from jobs.results.reports import report_promotion
 from nanochat_core.checkpoint import (
     Checkpoint,
     CheckpointRef,
+    DamagedCheckpoint,
     check_model_name,
     load_checkpoint,
     promote,
@@ -20,7 +21,7 @@ from nanochat_core.checkpoint import (
     withdraw,
 )
 from nanochat_core.errors import UserError
-from nanochat_core.store import Store, StoreError
+from nanochat_core.store import Lease, Store
 
 log = logging.getLogger("jobs.eval.gate")
 
@@ -58,6 +59,11 @@ def decide(store: Store, checkpoint: Checkpoint, gate: Gate, *, promoting: bool,
     Raises:
         UserError: a rule cannot be read, or the model to compare with has no promoted checkpoint.
     """
+    with Lease(store, f"reports/{checkpoint.ref.model}", "jobs.eval.gate"):
+        return _decide(store, checkpoint, gate, promoting, against)
+
+
+def _decide(store: Store, checkpoint: Checkpoint, gate: Gate, promoting: bool, against: str) -> Decision:
     rules, ref, digest = gate.rules(), checkpoint.ref, checkpoint.weights_digest
     current = compared = incumbent(store, ref.model, digest)
     if against and against != ref.model:
@@ -100,9 +106,7 @@ def incumbent(store: Store, model: str, candidate: str) -> Incumbent | None:
         return None if last is None or last[1].digest == candidate else Incumbent(last[0], last[1].metrics, gone=True)
     try:
         digest = weights_digest(store, ref)
-    except StoreError:
-        raise
-    except UserError:
+    except DamagedCheckpoint:
         digest = ""
     when_promoted = next((each for each in reversed(decisions(store, ref)) if each.promoted), None)
     if when_promoted is not None and digest != when_promoted.digest:

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef
+from nanochat_core.errors import UserError
+from nanochat_core.formats import without_format
 from nanochat_core.store import Store
 
 log = logging.getLogger("jobs.results")
@@ -22,7 +24,7 @@ log = logging.getLogger("jobs.results")
 Json = Any
 Result = dict[str, Json]
 _ROOT = "evaluations"
-# Raise this number when the fields of a result change: results with another number are ignored.
+# Raise this number when the fields of a result change: results of an earlier format are ignored.
 _FORMAT = 2
 
 
@@ -59,8 +61,12 @@ class Evaluation:
         return "/".join(filter(None, (_ROOT, self.ref.model, self.ref.revision, self.name, self.key)))
 
     def result(self) -> Result | None:
-        """The finished result for these weights and settings, or None if the store does not have it."""
-        found: Result | None = read_json(self.store, f"{self.folder}/result.json")
+        """The finished result for these weights and settings, or None if the store does not have it.
+
+        Raises NewerFormatError if a newer version of nanochat wrote the result there, and UserError if it is damaged.
+        """
+        key = f"{self.folder}/result.json"
+        found = _read_result(self.store, key) if self.store.exists(key) else None
         return found if found is not None and found["identity"] == self._identity() else None
 
     def part(self, name: str) -> Json | None:
@@ -98,14 +104,27 @@ class Evaluation:
 
 
 def results(store: Store, model: str) -> Iterator[Result]:
-    """The finished evaluations of all checkpoints of a model, in the order of their folders."""
+    """The finished evaluations of all checkpoints of a model, in the order of their folders.
+
+    Raises NewerFormatError if a newer version of nanochat wrote one of them, and UserError if one is damaged.
+    """
     for key in store.keys(f"{_ROOT}/{model}"):
         if key.endswith("/result.json"):
-            result: Result = json.loads(store.read(key))
-            if result.get("format") == _FORMAT:
+            result = _read_result(store, key)
+            if result is not None:
                 yield result
             else:
                 log.warning("result of another version is ignored; evaluate again", extra={"file": f"{store}/{key}"})
+
+
+def _read_result(store: Store, key: str) -> Result | None:
+    """The content of a ``result.json``; None if an earlier version of nanochat wrote it."""
+    try:
+        result: Result = json.loads(store.read(key))
+        without_format(result, _FORMAT, key)
+    except ValueError as error:
+        raise UserError(f"{key} in {store} is damaged ({error}); delete it, and evaluate again") from error
+    return result if result.get("format") == _FORMAT else None
 
 
 def results_of(store: Store, ref: CheckpointRef, digest: str) -> list[Result]:

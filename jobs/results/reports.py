@@ -7,15 +7,25 @@ from typing import Any
 from jobs.results.evaluations import identities, read_json, results_of
 from jobs.results.report_page import render
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef
+from nanochat_core.errors import UserError
+from nanochat_core.formats import with_format, without_format
 from nanochat_core.store import Store
 
 Report = dict[str, Any]
+REPORT_FORMAT = 1
 
 
 def read_report(store: Store, model: str) -> Report | None:
-    """``report.json`` of a model, or None if the model has no report."""
-    report: Report | None = read_json(store, f"reports/{model}/report.json")
-    return report
+    """``report.json`` of a model, or None if the model has no report.
+
+    Raises NewerFormatError if a newer version of nanochat wrote it, and UserError if it is damaged.
+    """
+    key = f"reports/{model}/report.json"
+    try:
+        report = read_json(store, key)
+        return None if report is None else without_format(report, REPORT_FORMAT, key)
+    except ValueError as error:
+        raise UserError(f"{key} in {store} is damaged ({error}); delete it to make the report anew") from error
 
 
 def is_reported(store: Store, model: str, *checkpoints: Checkpoint) -> bool:
@@ -42,4 +52,6 @@ def report_promotion(store: Store, ref: CheckpointRef, digest: str, promotion: M
         return
     report["promotion"] = promotion
     store.write(f"reports/{ref.model}/report.md", render(report, report["plots"]).encode())
-    store.write(f"reports/{ref.model}/report.json", (json.dumps(report, indent=2) + "\n").encode())
+    store.write(
+        f"reports/{ref.model}/report.json", (json.dumps(with_format(report, REPORT_FORMAT), indent=2) + "\n").encode()
+    )

@@ -17,7 +17,7 @@ from jobs.data.shards import MANIFEST, Shard, describe_shard, read_manifest, sha
 from jobs.program import JobSettings, run_command
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.settings import setting
-from nanochat_core.store import Store, open_store
+from nanochat_core.store import Lease, Store, open_store
 
 log = logging.getLogger("jobs.train.dataset")
 
@@ -112,7 +112,8 @@ def _download(settings: DownloadSettings) -> None:
     numbers = shard_numbers(settings.shards)
     source = open_source(settings.source, settings.source_shards)
     store = open_store(settings.home)
-    manifest = download(store, settings.dataset, source, settings.source, numbers, settings.parallel)
+    with Lease(store, f"data/{settings.dataset}", "jobs.train.dataset download"):
+        manifest = download(store, settings.dataset, source, settings.source, numbers, settings.parallel)
     log.info(
         "dataset complete",
         extra={
@@ -126,13 +127,14 @@ def _download(settings: DownloadSettings) -> None:
 
 def _convert(settings: ConvertSettings) -> None:
     store = open_store(settings.home)
-    if store.keys(f"data/{settings.dataset}"):
-        raise UserError(
-            f"data/{settings.dataset} in {store} is there already; use another --dataset name, or delete it"
-        )
-    training, validation = read_local_text(Path(settings.data))
-    source = str(Path(settings.data).resolve())
-    manifest = write_dataset(store, settings.dataset, training, validation, source=source)
+    with Lease(store, f"data/{settings.dataset}", "jobs.train.dataset convert"):
+        if store.keys(f"data/{settings.dataset}"):
+            raise UserError(
+                f"data/{settings.dataset} in {store} is there already; use another --dataset name, or delete it"
+            )
+        training, validation = read_local_text(Path(settings.data))
+        source = str(Path(settings.data).resolve())
+        manifest = write_dataset(store, settings.dataset, training, validation, source=source)
     documents = [shard.documents for shard in manifest.shards.values()]
     log.info(
         "dataset written",

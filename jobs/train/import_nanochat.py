@@ -11,7 +11,7 @@ from jobs.train.upstream.tokenizer import read_upstream_tokenizer
 from nanochat_core.checkpoint import CheckpointRef, check_model_name, list_checkpoints
 from nanochat_core.errors import UserError
 from nanochat_core.settings import setting
-from nanochat_core.store import open_store
+from nanochat_core.store import Lease, open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 
 log = logging.getLogger("jobs.train.import_nanochat")
@@ -44,8 +44,6 @@ def import_checkpoint(settings: ImportSettings) -> CheckpointRef:
     model = convert(source, config)
     store = open_store(settings.home)
     ref = CheckpointRef(settings.model, settings.stage, step)
-    if ref in list_checkpoints(store, settings.model, settings.stage):
-        raise UserError(f"{ref.prefix} is already in {store}; choose another --model")
     meta = {
         "settings": {},
         "inputs": {"tokenizer": tokenizer.digest},
@@ -59,7 +57,10 @@ def import_checkpoint(settings: ImportSettings) -> CheckpointRef:
         "history": [],
         "upstream": source.meta,
     }
-    save_checkpoint(store, ref, model=model, tokenizer=tokenizer, meta=meta)
+    with Lease(store, f"models/{settings.model}", "jobs.train.import_nanochat") as lease:
+        if ref in list_checkpoints(store, settings.model, settings.stage):
+            raise UserError(f"{ref.prefix} is already in {store}; choose another --model")
+        save_checkpoint(store, ref, model=model, tokenizer=tokenizer, meta=meta, lease=lease)
     log.info(
         "imported", extra={"checkpoint": ref.prefix, "source": str(source.path), **dataclasses.asdict(model.config)}
     )

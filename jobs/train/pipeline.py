@@ -4,7 +4,6 @@ Each stage runs as a separate process. A stage is skipped if the store has its r
 """
 
 import dataclasses
-import json
 import logging
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Literal
 import torch
 
 from jobs.data.local_text import local_text_digest
+from jobs.data.origin import read_origin, write_origin
 from jobs.data.shards import dataset_digest, read_manifest, shard_keys
 from jobs.data.tokenizers import load_tokenizer, trained_on
 from jobs.program import JobSettings, run_program
@@ -27,10 +27,11 @@ from jobs.tasks.task import Problems
 from jobs.train import pretrain, rl, sft
 from jobs.train.batches.mixtures import Mixture
 from jobs.train.launcher import Launcher
+from jobs.train.loop.run import differences
 from nanochat_core.checkpoint import Checkpoint, check_model_name, newest_checkpoint, promoted
 from nanochat_core.errors import UserError
 from nanochat_core.settings import setting
-from nanochat_core.store import Store, open_store
+from nanochat_core.store import Lease, Store, open_store
 
 log = logging.getLogger("jobs.train.pipeline")
 
@@ -45,6 +46,9 @@ class PipelineSettings(JobSettings):
     model: str = setting("", "name of the model in the store; the recipe's name by default")
     data: str = setting("", "file or folder of parquet, JSONL or plain text to train on")
     rl: bool = setting(False, "also train the fine-tuned model by reinforcement learning on the recipe's task")
+    start_over: bool = setting(
+        False, "train stages again whose inputs have changed; this deletes their earlier checkpoints"
+    )
     ranks: int = setting(0, "processes that train together on this machine; 0 starts one for each GPU", minimum=0)
     threads: int = setting(0, "CPU threads of the training stages; 0 leaves the choice to torch", minimum=0)
 
@@ -115,25 +119,22 @@ class Pipeline:
         given = {"recipe": self.recipe.name}
         if data is not None and self.recipe.needs_data:
             given["text"] = local_text_digest(data)
-        key = f"data/{self.model}/origin.json"
-        try:
-            stored = json.loads(self.store.read(key))
-        except FileNotFoundError:
-            stored = None
+        stored = read_origin(self.store, self.model)
         if stored is not None and given != {name: stored.get(name) for name in given}:
             source = f" from {stored['source']}" if "source" in stored else ""
             raise UserError(
                 f"data/{self.model} in {self.store} was made with recipe {stored['recipe']}{source}, not with what was "
-                f"given now; use another --model name, or delete data/{self.model} and data/{self.model}-chat to train "
-                f"{self.model} anew"
+                f"given now; use another --model name, or delete data/{self.model} and data/{self.model}-chat and give "
+                f"--start-over to train {self.model} anew"
             )
         if data is None and self.recipe.web_shards and self._lacks_text():
             wanted = {"dataset": self.model, "shards": self.recipe.web_shards}
             self._stage("jobs.train.dataset", wanted, subcommand="download")
-        self.recipe.prepare(self.store, self.model, data)
-        if stored is None:
-            origin = given | ({"source": str(data.resolve())} if data else {})
-            self.store.write(key, (json.dumps(origin, indent=2) + "\n").encode())
+        with Lease(self.store, f"data/{self.model}", "jobs.train.pipeline"):
+            self.recipe.prepare(self.store, self.model, data)
+            if stored is None:
+                origin = given | ({"source": str(data.resolve())} if data else {})
+                write_origin(self.store, self.model, origin)
 
     def _lacks_text(self) -> bool:
         """Whether the store has no shards, or only the shards of an interrupted download."""
@@ -143,7 +144,13 @@ class Pipeline:
     def _train(self) -> list[Checkpoint]:
         """Train all stages whose final checkpoints are not current; returns the final checkpoint of each stage."""
         name, conversations = self.model, f"{self.model}-chat"
-        if trained_on(self.store, name) != dataset_digest(self.store, name):
+        trained, dataset = trained_on(self.store, name), dataset_digest(self.store, name)
+        if trained is not None and trained != dataset and not self.settings.start_over:
+            raise UserError(
+                f"tokenizers/{name} in {self.store} was trained on another dataset than data/{name} of now; give "
+                "--start-over to train it and the model again, or use another --model name"
+            )
+        if trained != dataset:
             self._stage("jobs.train.tokenizer", {"dataset": name, "name": name, **self.recipe.tokenizer})
         flags: Flags = {"dataset": name, "tokenizer": name, **self.recipe.pretrain}
         inputs = pretrain.input_digests(self.store, name, load_tokenizer(self.store, name))
@@ -164,8 +171,14 @@ class Pipeline:
         newest = newest_checkpoint(self.store, self.model, stage)
         stale = newest is not None and newest.meta.get("inputs") != inputs
         if newest is None or stale or not newest.meta["finished"]:
-            if stale:
-                log.info("starting over: what it was made from has changed", extra={"stage": module})
+            if newest is not None and stale:
+                changed = ", ".join(differences({"inputs": newest.meta.get("inputs", {})}, {"inputs": inputs}))
+                if not self.settings.start_over:
+                    raise UserError(
+                        f"{newest.ref.prefix} in {self.store} was made from other inputs ({changed}); give "
+                        "--start-over to delete it and train the stage again, or use another --model name"
+                    )
+                log.info("starting over", extra={"stage": module, "reason": changed})
             flags = {"model": self.model, **self._threads, **flags}
             self._stage(module, flags, start_over=stale, ranks=self.settings.ranks or max(1, torch.cuda.device_count()))
             newest = newest_checkpoint(self.store, self.model, stage)

@@ -15,12 +15,12 @@ from jobs.data.tokenizers import load_tokenizer
 from jobs.program import JobSettings
 from jobs.train import pretrain
 from jobs.train.studies.report import Laws, Miniseries, write_report
-from jobs.train.studies.study import Failure, Result, Study, plan_run
+from jobs.train.studies.study import Failure, PlannedRun, Result, Study, plan_run
 from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.settings import load, setting
-from nanochat_core.store import Store, open_store
+from nanochat_core.store import Lease, Store, open_store
 
 _PROGRAM = "python -m jobs.train.scaling"
 
@@ -106,7 +106,11 @@ def run_study(settings: AnyStudy, passed_on: Sequence[str], command: str) -> Non
     check_model_name(settings.study)
     planned = list(flags_of_runs(settings, passed_on))  # Wrong flags are found before the store's folder is made.
     store = open_store(settings.home)
-    runs = [plan_run(store, flags) for flags in planned]
+    with Lease(store, f"reports/{settings.study}", "jobs.train.scaling"):
+        _run_study(store, settings, [plan_run(store, flags) for flags in planned], command)
+
+
+def _run_study(store: Store, settings: AnyStudy, runs: Sequence[PlannedRun], command: str) -> None:
     inputs = pretrain.input_digests(store, settings.dataset, load_tokenizer(store, settings.tokenizer))
     study = Study(store, inputs, settings.ranks)
     outcomes: dict[str, Result | Failure | None] = {run.model: study.result(run) for run in runs}

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 import rustbpe
 
 from jobs.data.shards import TextDataset
-from jobs.data.tokenizers import save_tokenizer
+from jobs.data.tokenizers import check_replaceable, save_tokenizer
 from jobs.measures.compression import TEXT_BYTES, bytes_per_token, evaluate
 from jobs.program import JobSettings, run_program
 from nanochat_core.errors import UserError
 from nanochat_core.settings import setting
-from nanochat_core.store import open_store
+from nanochat_core.store import Lease, open_store
 from nanochat_core.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 log = logging.getLogger("jobs.train.tokenizer")
@@ -62,12 +62,14 @@ def train_and_save(settings: TokenizerSettings) -> Tokenizer:
     logging.getLogger("rustbpe").setLevel(logging.WARNING)  # rustbpe logs every percent of its merges.
     store = open_store(settings.home)
     started = time.monotonic()
-    training = TextDataset(store, settings.dataset, "train")
-    tokenizer = train_tokenizer(
-        limited(training, settings.document_characters, settings.total_characters), settings.vocab_size
-    )
-    evaluation = evaluate(store, settings.name, tokenizer, settings.dataset, TEXT_BYTES)
-    save_tokenizer(store, settings.name, tokenizer, settings.dataset)
+    with Lease(store, f"tokenizers/{settings.name}", "jobs.train.tokenizer"):
+        check_replaceable(store, settings.name)
+        training = TextDataset(store, settings.dataset, "train")
+        tokenizer = train_tokenizer(
+            limited(training, settings.document_characters, settings.total_characters), settings.vocab_size
+        )
+        evaluation = evaluate(store, settings.name, tokenizer, settings.dataset, TEXT_BYTES)
+        save_tokenizer(store, settings.name, tokenizer, settings.dataset)
     log.info(
         "tokenizer trained",
         extra={

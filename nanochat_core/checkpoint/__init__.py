@@ -8,12 +8,13 @@ code.
 from nanochat_core.checkpoint.loading import (
     Checkpoint,
     TrainerState,
+    check_formats,
     load_checkpoint,
     load_meta,
     load_trainer_state,
     newest_checkpoint,
 )
-from nanochat_core.checkpoint.manifest import weights_digest
+from nanochat_core.checkpoint.manifest import DamagedCheckpoint, weights_digest
 from nanochat_core.checkpoint.names import (
     STAGES,
     CheckpointRef,

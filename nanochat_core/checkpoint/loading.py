@@ -1,5 +1,6 @@
 """Reads a checkpoint: the model, and the trainer state that training needs to resume."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -11,15 +12,28 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from nanochat_core.checkpoint.manifest import CONFIG, META, TOKENIZER, TRAINER_STATE, WEIGHTS, Manifest, load_manifest
+from nanochat_core.checkpoint.manifest import (
+    CONFIG,
+    META,
+    TOKENIZER,
+    TRAINER_STATE,
+    WEIGHTS,
+    DamagedCheckpoint,
+    Manifest,
+    load_manifest,
+)
 from nanochat_core.checkpoint.names import CheckpointRef, list_checkpoints
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
+from nanochat_core.formats import without_format
 from nanochat_core.model import GPT
-from nanochat_core.store import Store, StoreError
+from nanochat_core.store import Store
 from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+META_FORMAT = 1
+TRAINER_STATE_FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +81,21 @@ class Checkpoint:
 def load_checkpoint(store: Store, ref: CheckpointRef) -> Checkpoint:
     """Reads and verifies a checkpoint, without its trainer state.
 
-    Raises UserError if there is no such checkpoint, or one of its files is missing or damaged.
+    Raises:
+        DamagedCheckpoint: there is no such checkpoint, or one of its files is missing or damaged.
+        NewerFormatError: a newer version of nanochat wrote one of its files.
+        UserError: the files are as they were written, but do not belong together or are no files of a checkpoint.
     """
     manifest = load_manifest(store, ref)
     with store.keeping(ref.prefix):
-        paths = {name: manifest.fetch(store, name) for name in (WEIGHTS, CONFIG, TOKENIZER, META)}
+        paths = {name: manifest.fetch(store, name) for name in (WEIGHTS, CONFIG, TOKENIZER)}
         try:
-            config = ModelConfig.from_json(paths[CONFIG].read_bytes())
-            tokenizer = Tokenizer.load(paths[TOKENIZER])
-            meta = json.loads(paths[META].read_bytes())
+            config = ModelConfig.from_json(paths[CONFIG].read_bytes(), manifest.key(CONFIG))
+            tokenizer = Tokenizer.from_json(paths[TOKENIZER].read_bytes(), manifest.key(TOKENIZER))
+            meta = _read_meta(manifest, store)
             weights = safetensors.torch.load_file(paths[WEIGHTS])
+        except FileNotFoundError as error:  # another program deletes the checkpoint at this moment
+            raise DamagedCheckpoint(f"there is no checkpoint {ref.prefix} in {store}") from error
         except (SafetensorError, ValueError, OSError) as error:
             raise UserError(f"{ref.prefix} cannot be read: {error}") from error
     if tokenizer.vocab_size != config.vocab_size:
@@ -96,26 +115,42 @@ def load_checkpoint(store: Store, ref: CheckpointRef) -> Checkpoint:
 def load_meta(store: Store, ref: CheckpointRef) -> dict[str, Any]:
     """Reads and verifies ``meta.json`` of a checkpoint (settings, metrics, history) without the weights.
 
-    Raises UserError if there is no such checkpoint, or if the file is missing or damaged.
+    Raises the same errors as :func:`load_checkpoint`.
     """
     try:
-        meta: dict[str, Any] = json.loads(load_manifest(store, ref).fetch(store, META).read_bytes())
+        return _read_meta(load_manifest(store, ref), store)
     except ValueError as error:
         raise UserError(f"{ref.prefix}/{META} cannot be read: {error}") from error
-    return meta
+
+
+def _read_meta(manifest: Manifest, store: Store) -> dict[str, Any]:
+    return without_format(json.loads(manifest.fetch(store, META).read_bytes()), META_FORMAT, manifest.key(META))
+
+
+def check_formats(store: Store, ref: CheckpointRef) -> None:
+    """Checks that this version may delete a checkpoint: it raises an error if it cannot read a file that is whole.
+
+    Files that are damaged or missing are no obstacle. Weights and optimizer tensors are not read.
+    """
+    with contextlib.suppress(DamagedCheckpoint):
+        manifest = load_manifest(store, ref)
+        ModelConfig.from_json(manifest.fetch(store, CONFIG).read_bytes(), manifest.key(CONFIG))
+        Tokenizer.from_json(manifest.fetch(store, TOKENIZER).read_bytes(), manifest.key(TOKENIZER))
+        load_meta(store, ref)
+        if TRAINER_STATE in manifest.files:
+            load_trainer_state(store, ref)
 
 
 def newest_checkpoint(store: Store, model: str, stage: str) -> Checkpoint | None:
     """Loads the newest undamaged checkpoint of a stage; None if there is none. It logs and skips damaged checkpoints.
 
-    A failure of the store raises StoreError. The checkpoint is then not skipped, because it may be undamaged.
+    Any other error is raised. The checkpoint is then not skipped, because it may be whole: the store may have failed
+    (StoreError), or a newer version may have written the checkpoint (NewerFormatError).
     """
     for ref in reversed(list_checkpoints(store, model, stage)):
         try:
             return load_checkpoint(store, ref)
-        except StoreError:
-            raise
-        except UserError as error:
+        except DamagedCheckpoint as error:
             log.warning("damaged checkpoint skipped", extra={"checkpoint": ref.prefix, "reason": str(error)})
     return None
 
@@ -175,13 +210,18 @@ class TrainerState:
 def load_trainer_state(store: Store, ref: CheckpointRef) -> TrainerState:
     """Reads the trainer state of a checkpoint, without its tensors.
 
-    Raises UserError if the checkpoint has no trainer state, or the state is damaged.
+    Raises the same errors as :func:`load_checkpoint`, and UserError if the checkpoint has no trainer state.
     """
     manifest = load_manifest(store, ref)
     if TRAINER_STATE not in manifest.files:
         raise UserError(f"{ref.prefix} holds no optimizer state, so training cannot resume from it")
     try:
-        stored = json.loads(manifest.fetch(store, TRAINER_STATE).read_bytes())
+        stored = without_format(
+            json.loads(manifest.fetch(store, TRAINER_STATE).read_bytes()),
+            TRAINER_STATE_FORMAT,
+            manifest.key(TRAINER_STATE),
+            known=("values", "tensors"),
+        )
         index = {file: {name: (e[0], e[1]) for name, e in names.items()} for file, names in stored["tensors"].items()}
         return TrainerState(manifest, stored["values"], store, index)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:

@@ -1,7 +1,8 @@
 """The manifest of a checkpoint: every file with its size and digest.
 
 The manifest is written last, in one atomic step. A folder without a manifest is not a complete checkpoint. A file that
-differs from its entry is damaged.
+differs from its entry is damaged. A file that equals its entry is what its writer meant: it is never damaged, even if
+this version of nanochat cannot read it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from nanochat_core.checkpoint.names import MANIFEST, CheckpointRef
 from nanochat_core.errors import UserError
+from nanochat_core.formats import with_format, without_format
 from nanochat_core.store import Store, StoreError
 
 WEIGHTS = "model.safetensors"
@@ -20,6 +22,14 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 META = "meta.json"
 TRAINER_STATE = "optim/state.json"
+FORMAT = 1
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint is missing or damaged: training may take an earlier one instead, and replace this one.
+
+    No other error allows that. A checkpoint that this version cannot read may be whole.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +58,7 @@ class Manifest:
 
     @property
     def weights_digest(self) -> str:
-        """The SHA-256 of the weights. Raises UserError if the manifest lists none."""
+        """The SHA-256 of the weights. Raises DamagedCheckpoint if the manifest lists none."""
         return self._entry(WEIGHTS).sha256
 
     def key(self, name: str) -> str:
@@ -58,44 +68,49 @@ class Manifest:
     def fetch(self, store: Store, name: str) -> Path:
         """Verifies the size and the digest of a file and returns a local path to it.
 
-        Raises UserError if the file is missing or damaged, and StoreError if it cannot be read.
+        Raises DamagedCheckpoint if the file is missing or damaged, and StoreError if it cannot be read.
         """
         entry, key = self._entry(name), self.key(name)
         try:
             path = store.fetch(key)
             found = FileEntry.of(path)
         except FileNotFoundError:
-            raise UserError(f"{key} is missing; the checkpoint is damaged") from None
+            raise DamagedCheckpoint(f"{key} is missing; the checkpoint is damaged") from None
         except OSError as error:
             raise StoreError(f"{key} in {store} cannot be read: {error.strerror or error}") from error
         if found.size != entry.size:
-            raise UserError(f"{key} has {found.size} bytes instead of {entry.size}; the checkpoint is damaged")
+            raise DamagedCheckpoint(f"{key} has {found.size} bytes instead of {entry.size}; the checkpoint is damaged")
         if found.sha256 != entry.sha256:
-            raise UserError(f"{key} does not match its sha256 in the manifest; the checkpoint is damaged")
+            raise DamagedCheckpoint(f"{key} does not match its sha256 in the manifest; the checkpoint is damaged")
         return path
 
     def write(self, store: Store) -> None:
         """Writes the manifest. The checkpoint is then complete."""
         stored = {"folder": self.folder} if self.folder else {}
         files = {name: dataclasses.asdict(entry) for name, entry in self.files.items()}
-        store.write(f"{self.ref.prefix}/{MANIFEST}", (json.dumps(stored | {"files": files}, indent=2) + "\n").encode())
+        content = with_format(stored | {"files": files}, FORMAT)
+        store.write(f"{self.ref.prefix}/{MANIFEST}", (json.dumps(content, indent=2) + "\n").encode())
 
     def _entry(self, name: str) -> FileEntry:
         if name not in self.files:
-            raise UserError(f"{self.ref.prefix}/{MANIFEST} does not list {name}")
+            raise DamagedCheckpoint(f"{self.ref.prefix}/{MANIFEST} does not list {name}; the checkpoint is damaged")
         return self.files[name]
 
 
 def load_manifest(store: Store, ref: CheckpointRef) -> Manifest:
-    """Reads the manifest of a checkpoint. Raises UserError if there is none or it is damaged."""
+    """Reads the manifest of a checkpoint.
+
+    Raises DamagedCheckpoint if there is none or it is damaged, and NewerFormatError if a newer version wrote it.
+    """
+    key = f"{ref.prefix}/{MANIFEST}"
     try:
-        stored = json.loads(store.read(f"{ref.prefix}/{MANIFEST}"))
+        stored = without_format(json.loads(store.read(key)), FORMAT, key, known=("files", "folder"))
         files = {name: FileEntry(entry["size"], entry["sha256"]) for name, entry in stored["files"].items()}
         return Manifest(ref, files, stored.get("folder", ""))
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {ref.prefix} in {store}") from None
+        raise DamagedCheckpoint(f"there is no checkpoint {ref.prefix} in {store}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{ref.prefix}/{MANIFEST} is damaged: {error!r}") from error
+        raise DamagedCheckpoint(f"{key} is damaged: {error!r}") from error
 
 
 def weights_digest(store: Store, ref: CheckpointRef) -> str:

@@ -1,6 +1,7 @@
 """The artifact store, where the jobs and the engine share files. It is a folder or a prefix of an S3 bucket.
 
 ``base`` is the interface, ``folder`` and ``s3`` are the two kinds of store, and ``cache`` keeps downloads from S3.
+``lease`` reserves a name in the store for one writer.
 """
 
 import tempfile
@@ -11,6 +12,7 @@ from nanochat_core.errors import UserError
 from nanochat_core.store.base import Store, StoreError
 from nanochat_core.store.cache import DownloadCache
 from nanochat_core.store.folder import FolderStore
+from nanochat_core.store.lease import LEASE_SECONDS, Lease, LeaseLost, NameInUse
 from nanochat_core.store.s3 import S3Store
 
 DEFAULT_HOME = "~/.cache/nanochat"

@@ -34,6 +34,31 @@ class Store(ABC):
         """Creates or replaces one file atomically."""
 
     @abstractmethod
+    def read_version(self, key: str) -> tuple[bytes, str]:
+        """Contents of one file, and its version for :meth:`replace`. Raises FileNotFoundError if there is no file."""
+
+    @abstractmethod
+    def replace(self, key: str, data: bytes, version: str | None) -> str | None:
+        """Creates or replaces one file atomically, unless another process has changed it.
+
+        Of several processes that call this with the same version, one succeeds. On S3 this needs a server with
+        conditional writes (``If-None-Match`` and ``If-Match``); a server that refuses them makes the store write
+        unconditionally after a warning. A file system without locks has the same effect.
+
+        Args:
+            data: content that differs from every earlier content of the file.
+            version: version of the file that is replaced; None if there must be no such file.
+
+        Returns:
+            The new version, or None if the file did not have ``version``. After a lost answer, a write that succeeded
+            may be reported as None; the content then tells.
+        """
+
+    @abstractmethod
+    def remove_version(self, key: str, version: str) -> None:
+        """Removes one file if it still has this version, and on a file system the folders that this empties."""
+
+    @abstractmethod
     def create(self, key: str) -> contextlib.AbstractContextManager[Path]:
         """Yields a local path to write to. The file becomes ``key`` if the ``with`` block ends without an error."""
 

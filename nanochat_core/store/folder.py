@@ -2,12 +2,20 @@
 
 import contextlib
 import dataclasses
+import fcntl
+import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from nanochat_core.store.base import Store, StoreError, checked, disk_errors, hidden_path, require
+
+log = logging.getLogger(__name__)
+
+# Name of the empty file that is locked on file systems that cannot lock folders. A hidden name is no key of the store.
+_LOCK = ".lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,42 @@ class FolderStore(Store):
     def write(self, key: str, data: bytes) -> None:
         with self.create(key) as path, self._writing(key):
             path.write_bytes(data)
+
+    def read_version(self, key: str) -> tuple[bytes, str]:
+        data = self.read(key)
+        return data, hashlib.sha256(data).hexdigest()
+
+    def replace(self, key: str, data: bytes, version: str | None) -> str | None:
+        with self._locked():
+            found: str | None = None
+            with contextlib.suppress(FileNotFoundError):
+                found = self.read_version(key)[1]
+            if found != version:
+                return None
+            self.write(key, data)
+        return hashlib.sha256(data).hexdigest()
+
+    def remove_version(self, key: str, version: str) -> None:
+        path = self._path(key)
+        with self._locked(), contextlib.suppress(FileNotFoundError):
+            if self.read_version(key)[1] == version:
+                self.remove(key)
+                with contextlib.suppress(OSError):  # other files are in the folder
+                    for folder in path.parents[: len(checked(key).parents) - 1]:
+                        folder.rmdir()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Excludes other processes from conditional writes. The system releases the lock of a process that dies."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(_flock(self.root, os.O_RDONLY))
+            except OSError:  # NFS locks no folders
+                try:
+                    stack.enter_context(_flock(self.root / _LOCK, os.O_RDWR | os.O_CREAT))
+                except OSError as error:
+                    log.warning("the store's file system has no locks", extra={"reason": error.strerror})
+            yield
 
     @contextlib.contextmanager
     def create(self, key: str) -> Iterator[Path]:
@@ -154,6 +198,17 @@ def _raise_unless_gone(error: OSError) -> None:
 def _make_readable(path: Path, folder: Path) -> None:
     """Gives ``path`` its folder's read and write permissions. Some libraries let only the owner read a new file."""
     path.chmod(folder.stat().st_mode & 0o666)
+
+
+@contextlib.contextmanager
+def _flock(path: Path, flags: int) -> Iterator[None]:
+    """Locks a file or folder for this process."""
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:

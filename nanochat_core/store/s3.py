@@ -1,6 +1,7 @@
 """A store under a prefix of an S3 bucket. Uploads and downloads are multipart and parallel."""
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -9,6 +10,11 @@ from typing import Any
 from nanochat_core.errors import UserError
 from nanochat_core.store.base import Store, StoreError, checked, disk_errors, require
 from nanochat_core.store.cache import INCOMING, DownloadCache
+
+log = logging.getLogger(__name__)
+
+# Error codes of a write whose condition does not hold: the object is another one, is gone, or is being written.
+_CONDITION_FAILED = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey", "412", "409", "404"})
 
 
 class S3Store(Store):
@@ -47,6 +53,35 @@ class S3Store(Store):
     def write(self, key: str, data: bytes) -> None:
         with self._errors(key):
             self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
+
+    def read_version(self, key: str) -> tuple[bytes, str]:
+        with self._errors(key):
+            answer = self.client.get_object(Bucket=self.bucket, Key=self._key(key))
+            return answer["Body"].read(), answer["ETag"]
+
+    def replace(self, key: str, data: bytes, version: str | None) -> str | None:
+        from botocore.exceptions import ClientError
+
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+        with self._errors(key):
+            try:
+                answer = self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, **condition)
+            except ClientError as error:
+                code = error.response.get("Error", {}).get("Code", "")
+                if code in _CONDITION_FAILED:
+                    return None
+                if code != "NotImplemented":
+                    raise
+                log.warning("the store's server has no conditional writes", extra={"store": str(self)})
+                answer = self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
+            etag: str = answer["ETag"]
+            return etag
+
+    def remove_version(self, key: str, version: str) -> None:
+        # Few servers know conditional deletions, so a file that changes between these two calls is removed too.
+        with contextlib.suppress(FileNotFoundError):
+            if self.read_version(key)[1] == version:
+                self.remove(key)
 
     @contextlib.contextmanager
     def create(self, key: str) -> Iterator[Path]:

@@ -33,20 +33,23 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nanochat_core.checkpoint import CheckpointRef
+from nanochat_core.checkpoint.loading import META_FORMAT, TRAINER_STATE_FORMAT
 from nanochat_core.checkpoint.manifest import (
     CONFIG,
     META,
     TOKENIZER,
     TRAINER_STATE,
     WEIGHTS,
+    DamagedCheckpoint,
     FileEntry,
     Manifest,
     load_manifest,
 )
 from nanochat_core.checkpoint.names import MANIFEST
 from nanochat_core.errors import UserError
+from nanochat_core.formats import with_format
 from nanochat_core.model import GPT
-from nanochat_core.store import Store, StoreError
+from nanochat_core.store import Lease, Store, StoreError
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.distributed import ALONE, RankLost, Ranks
 from nanochat_core.training.optim import Shard
@@ -76,8 +79,15 @@ class _Contents:
 class CheckpointWriter:
     """Writes one checkpoint at a time. Every rank must call the same methods in the same order."""
 
-    def __init__(self, store: Store, ranks: Ranks = ALONE, retry_seconds: Sequence[float] = RETRY_SECONDS) -> None:
-        self._store, self._retry_seconds = store, retry_seconds
+    def __init__(
+        self,
+        store: Store,
+        ranks: Ranks = ALONE,
+        retry_seconds: Sequence[float] = RETRY_SECONDS,
+        lease: Lease | None = None,
+    ) -> None:
+        """``lease`` is the first rank's lease on the model's name. Nothing is written once another run has taken it."""
+        self._store, self._retry_seconds, self._lease = store, retry_seconds, lease
         self._ranks = ranks.side_channel(_TRANSFER_SECONDS)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -95,7 +105,7 @@ class CheckpointWriter:
     ) -> None:
         """Waits until the previous checkpoint is written, copies this one's content and starts to write the copy.
 
-        Raises StoreError if the previous checkpoint could not be written.
+        Raises the same errors as :meth:`wait`.
 
         Args:
             model, tokenizer, meta: the first rank writes its own; the arguments of other ranks are ignored.
@@ -109,7 +119,10 @@ class CheckpointWriter:
             texts={
                 CONFIG: model.config.to_json(),
                 TOKENIZER: tokenizer.to_json(),
-                META: json.dumps(dict(meta) | {"tokenizer_digest": tokenizer.digest}, indent=2) + "\n",
+                META: json.dumps(
+                    with_format(dict(meta) | {"tokenizer_digest": tokenizer.digest}, META_FORMAT), indent=2
+                )
+                + "\n",
             },
             values=json.dumps(values),
             shards=[dataclasses.replace(shard, tensor=_copy(shard.tensor)) for shard in shards],
@@ -131,7 +144,9 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Waits until the last checkpoint is written.
 
-        Raises StoreError if it could not be written. Earlier checkpoints stay complete.
+        Raises StoreError if it could not be written, and another UserError if it must not be written: another run has
+        taken over the model's name, or a newer version of nanochat wrote the checkpoint that this one would replace.
+        Earlier checkpoints stay complete.
         """
         if self._thread is not None:
             self._thread.join()
@@ -148,7 +163,7 @@ class CheckpointWriter:
         if kind is None:
             self.wait()
         elif not issubclass(kind, RankLost):
-            with contextlib.suppress(StoreError):  # the error that ended the block is reported instead
+            with contextlib.suppress(UserError):  # the error that ended the block is reported instead
                 self.wait()
 
     def _write(self, ref: CheckpointRef, contents: _Contents) -> None:
@@ -174,7 +189,7 @@ class CheckpointWriter:
             self._on_every_rank(lambda: self._complete(attempt, contents, written) if self._ranks.leads else None)
         except StoreError:
             if self._ranks.leads:
-                with contextlib.suppress(StoreError):
+                with contextlib.suppress(UserError):
                     self._make_room(ref)
             raise
 
@@ -182,22 +197,24 @@ class CheckpointWriter:
         """Calls ``work`` on every rank and returns all results. An error on one rank is raised on every rank."""
         try:
             outcome = {"result": work()}
-        except StoreError as error:
-            outcome = {"error": str(error)}
+        except UserError as error:
+            outcome = {"error": str(error), "store_failed": isinstance(error, StoreError)}
         outcomes = self._ranks.gather(outcome)
         for rank, outcome in enumerate(outcomes):
             if "error" in outcome:
                 where = f"rank {rank}: " if self._ranks.size > 1 else ""
-                raise StoreError(where + outcome["error"])
+                raise (StoreError if outcome["store_failed"] else UserError)(where + outcome["error"])
         return [outcome["result"] for outcome in outcomes]
 
     def _make_room(self, ref: CheckpointRef) -> str:
-        """Removes files that the manifest does not list; returns the subfolder for the files of the next attempt."""
+        """Removes files that the manifest does not list; returns the subfolder for the files of the next attempt.
+
+        Raises NewerFormatError if a newer version of nanochat wrote the manifest.
+        """
+        self._renew_lease()
         try:
             manifest = load_manifest(self._store, ref)
-        except StoreError:
-            raise
-        except UserError:  # there is no complete checkpoint
+        except DamagedCheckpoint:  # there is no complete checkpoint
             self._store.delete(ref.prefix)
             return ""
         listed = {f"{ref.prefix}/{MANIFEST}", *map(manifest.key, manifest.files)}
@@ -222,15 +239,20 @@ class CheckpointWriter:
         texts, values = dict(contents.texts), json.loads(contents.values)
         if values is not None:
             index = {share["name"]: share["rows"] for share in shares}
-            texts[TRAINER_STATE] = json.dumps({"values": values, "tensors": index})
+            texts[TRAINER_STATE] = json.dumps(with_format({"values": values, "tensors": index}, TRAINER_STATE_FORMAT))
         for name, text in texts.items():
             with self._file(attempt, name) as path:
                 path.write_text(text)
         with self._file(attempt, WEIGHTS) as path:
             _save_tensors(contents.weights, path)
+        self._renew_lease()
         attempt.write(self._store)
         if attempt.folder:
             self._make_room(attempt.ref)
+
+    def _renew_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.renew()
 
     @contextlib.contextmanager
     def _file(self, attempt: Manifest, name: str) -> Iterator[Path]:
@@ -249,9 +271,10 @@ def save_checkpoint(
     meta: Mapping[str, Any],
     values: Mapping[str, Any] | None = None,
     shards: Iterable[Shard] = (),
+    lease: Lease | None = None,
 ) -> None:
     """Writes a checkpoint from one process and returns when it is complete. Raises StoreError if that fails."""
-    with CheckpointWriter(store, retry_seconds=()) as writer:
+    with CheckpointWriter(store, retry_seconds=(), lease=lease) as writer:
         writer.save(ref, model=model, tokenizer=tokenizer, meta=meta, values=values, shards=shards)
 
 

@@ -313,7 +313,10 @@ def retrain_base(again: Again) -> None:
 def test_a_model_tuned_from_an_older_base_is_tuned_again(again: Again) -> None:
     before = again.state()
     retrain_base(again)
-    assert again.run() == [SFT, REPORT]
+    with pytest.raises(UserError, match=r"made from other inputs \(base changed\); give --start-over"):
+        again.run()
+    assert again.state()["sft"] == before["sft"]
+    assert again.run(start_over=True) == [SFT, REPORT]
     after = again.state()
     assert after["base"] != before["base"]
     assert after["sft"] != before["sft"]
@@ -326,9 +329,9 @@ def test_starting_a_stage_over_survives_its_interruption(again: Again, monkeypat
     retrain_base(again)
     monkeypatch.setenv("NANOCHAT_SFT_DEVICE", "cuda")  # The stage fails before its first step.
     with pytest.raises(SystemExit, match="2"):
-        again.run()
+        again.run(start_over=True)
     monkeypatch.delenv("NANOCHAT_SFT_DEVICE")
-    assert again.run() == [SFT, REPORT]
+    assert again.run(start_over=True) == [SFT, REPORT]
     assert again.report()["sft"]["digest"] == again.state()["sft"]
 
 
@@ -336,7 +339,7 @@ def test_new_text_in_place_of_the_deleted_makes_everything_anew(again: Again) ->
     before = again.state()
     write_text(again.folder / "book.txt", seed=2)
     shutil.rmtree(again.home / "data" / MODEL)
-    assert again.run() == [TOKENIZER, PRETRAIN, SFT, REPORT]
+    assert again.run(start_over=True) == [TOKENIZER, PRETRAIN, SFT, REPORT]
     after = again.state()
     assert all(after[key] != before[key] for key in ("base", "sft", "tokenizer", "report.json"))
     assert again.run() == []
@@ -422,7 +425,7 @@ def test_web_text_is_downloaded_where_the_store_has_none(
 
     monkeypatch.setattr(Pipeline, "_stage", stage)
     with contextlib.suppress(SystemExit):
-        again.run(dataclasses.replace(RECIPE, web_shards="0-3"), data="")
+        again.run(dataclasses.replace(RECIPE, web_shards="0-3"), data="", start_over=True)
     download = ("jobs.train.dataset", {"dataset": MODEL, "shards": "0-3"}, "download")
     assert (download in started) == (found in ("nothing", "half a download"))
 

@@ -93,7 +93,7 @@ def test_any_stages_make_a_report_with_their_plots(store: Store, stages: list[st
     assert ("| reward on held-out problems | 0.400 | 0.900 |" in text) == ("rl" in stages)
     stored = json.loads(store.read(f"reports/{NAME}/report.json"))
     assert sorted(stored.pop("plots")) == sorted(name for name in names if name.endswith(".png"))
-    assert stored == json.loads(json.dumps(report))
+    assert stored == {"format": 1, **json.loads(json.dumps(report))}
 
 
 def test_a_model_about_which_nothing_is_known_has_a_report(store: Store) -> None:

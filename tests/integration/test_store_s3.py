@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import botocore.exceptions
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ from nanochat_core.checkpoint import (
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
-from nanochat_core.store import S3Store, Store, StoreError, open_store
+from nanochat_core.store import Lease, NameInUse, S3Store, Store, StoreError, lease, open_store
 from nanochat_core.store.cache import DownloadCache
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.checkpoint_writer import save_checkpoint
@@ -269,6 +271,53 @@ def test_an_upload_that_fails_in_the_middle_is_a_clear_error(
     finally:
         process.kill()
         process.wait()
+
+
+HOLD = """
+import sys, time
+from nanochat_core.store import Lease, open_store
+with Lease(open_store(sys.argv[1]), "models/demo", "held", seconds=2):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_of_two_processes_one_has_the_name_and_the_other_takes_over_after_kill_9(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second process is on another machine, so it must watch the lease of the first."""
+    monkeypatch.setattr(lease, "_machine", lambda: "another machine")
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(store)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(NameInUse, match=rf"^held \(process {holder.pid} on .*\) is writing models/demo in {store}"):
+        Lease(store, "models/demo", "second", seconds=2).__enter__()
+    holder.kill()
+    holder.wait()
+    started = time.monotonic()
+    with Lease(store, "models/demo", "second", seconds=2) as second:
+        assert time.monotonic() - started >= 2
+        second.renew()
+    assert store.keys("leases") == []
+
+
+def test_a_server_without_conditional_writes_is_warned_of(
+    store: S3Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put = store.client.put_object
+
+    def refusing(**arguments: Any) -> Any:
+        if arguments.keys() & {"IfMatch", "IfNoneMatch"}:
+            refusal = {"Error": {"Code": "NotImplemented", "Message": "A header you provided is not implemented"}}
+            raise botocore.exceptions.ClientError(refusal, "PutObject")
+        return put(**arguments)
+
+    monkeypatch.setattr(store.client, "put_object", refusing)
+    with Lease(store, "models/demo", "first") as first:
+        first.renew()
+        assert "the store's server has no conditional writes" in caplog.text
+        with pytest.raises(NameInUse, match="first"), Lease(store, "models/demo", "second"):
+            pytest.fail("two programs got one name")
 
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])

@@ -58,6 +58,41 @@ class StoreContract:
             fail()
         assert contents(store, "a") == {"file": BYTES}
 
+    def test_a_file_is_replaced_only_in_the_version_that_was_seen(self, store: Store) -> None:
+        first = store.replace("a/lease", b"1", None)
+        assert first is not None
+        assert store.read_version("a/lease") == (b"1", first)
+        assert store.replace("a/lease", b"another", None) is None
+        second = store.replace("a/lease", b"2", first)
+        assert second is not None
+        assert store.replace("a/lease", b"late", first) is None
+        assert store.read_version("a/lease") == (b"2", second)
+        store.remove_version("a/lease", first)
+        assert store.read("a/lease") == b"2"
+        store.remove_version("a/lease", second)
+        store.remove_version("a/lease", second)
+        assert not store.exists("a/lease")
+        assert store.replace("a/lease", b"late", second) is None
+        with pytest.raises(FileNotFoundError, match="a/lease"):
+            store.read_version("a/lease")
+
+    def test_of_many_that_replace_one_version_one_succeeds(self, store: Store) -> None:
+        seen = store.replace("a/lease", b"seen", None)
+        results: list[str | None] = []
+        start = threading.Barrier(6)
+
+        def write(number: int) -> None:
+            start.wait()
+            results.append(store.replace("a/lease", f"writer {number}".encode(), seen))
+
+        writers = [threading.Thread(target=write, args=(number,)) for number in range(6)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        (version,) = [result for result in results if result is not None]
+        assert store.read_version("a/lease")[1] == version
+
     @pytest.mark.parametrize("before", [None, b"an older version"])
     def test_an_incoming_file_is_seen_only_when_it_was_put(self, store: Store, before: bytes | None) -> None:
         if before is not None:

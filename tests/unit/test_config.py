@@ -112,7 +112,7 @@ def test_dial_positions_that_make_no_model_are_refused(values: dict[str, int]) -
 def test_the_stored_form_is_read_back() -> None:
     config = ModelConfig(**SHAPE)
     assert ModelConfig.from_json(config.to_json()) == config
-    assert json.loads(config.to_json()) == SHAPE
+    assert json.loads(config.to_json()) == {"format": 1, **SHAPE}
 
 
 @pytest.mark.parametrize(

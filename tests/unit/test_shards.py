@@ -184,7 +184,7 @@ def test_a_damaged_manifest_is_named(store: Store) -> None:
         b"{",
         b"[]",
         b'{"source": "x", "complete": true}',
-        b'{"source": "x", "shards": {"a": {"size": 3}}}',
+        b'{"source": "x", "shards": {"a": {"bytes": 3}}}',
     ):
         store.write("data/books/dataset.json", content)
         with pytest.raises(UserError, match=r"data/books/dataset\.json .* is damaged; delete it, or make"):

@@ -8,6 +8,8 @@ from jobs.markdown import percent
 from jobs.plots import panels, shades, short
 
 Row = dict[str, Any]
+# Format of ``bench.json``.
+RESULT_FORMAT = 1
 
 
 def _milliseconds(times: Sequence[float] | None, index: int) -> str:

@@ -4,13 +4,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from jobs.data.origin import read_origin
 from jobs.data.shards import dataset_exists, shard_keys
+from jobs.eval.bench.rows import RESULT_FORMAT
 from jobs.eval.report_card import held_out
+from jobs.measures.compression import EVALUATION_FORMAT
 from jobs.measures.machine import describe_machine
 from jobs.promotion.decisions import latest_decision
 from jobs.results.evaluations import identities, read_json, results_of
 from jobs.results.metrics import CHAT_TASKS, CORE
 from nanochat_core.checkpoint import Checkpoint
+from nanochat_core.formats import without_format
 from nanochat_core.store import Store
 
 Report = dict[str, Any]
@@ -30,7 +34,7 @@ def gather(
     final = list(stages.values())[-1]
     base, model = stages.get("base"), final.ref.model
     # The pipeline stores the recipe with which it trains a model.
-    origin = read_json(store, f"data/{model}/origin.json") or {"recipe": ""}
+    origin = read_origin(store, model) or {"recipe": ""}
     report: Report = {
         "model": model,
         "revision": final.ref.revision,
@@ -161,7 +165,9 @@ def _rl_curve(history: list[dict[str, Any]]) -> Report | None:
 def _domains(store: Store, checkpoint: Checkpoint) -> Report | None:
     """The evaluation of the checkpoint's tokenizer by domain, or None if the store has none."""
     name = checkpoint.meta.get("settings", {}).get("tokenizer", checkpoint.ref.model)
-    evaluation: Report | None = read_json(store, f"tokenizers/{name}/evaluation.json")
+    key = f"tokenizers/{name}/evaluation.json"
+    stored = read_json(store, key)
+    evaluation = None if stored is None else without_format(stored, EVALUATION_FORMAT, key)
     return evaluation if evaluation and evaluation["tokenizer"]["digest"] == checkpoint.tokenizer.digest else None
 
 
@@ -169,7 +175,7 @@ def _benchmark(store: Store, model: str) -> Report | None:
     """This model's inference benchmark, or None. Of several benchmarks, the last in alphabetical order counts."""
     for key in reversed(store.keys("reports")):
         if key.endswith("/bench.json"):
-            result: Report = json.loads(store.read(key))
+            result = without_format(json.loads(store.read(key)), RESULT_FORMAT, key)
             if result["target"].get("model") == model:
                 return {"folder": key.split("/")[1], **{name: result[name] for name in ("target", "machine", "rows")}}
     return None

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -12,6 +13,8 @@ from jobs.train.loop.run import RunConfig, RunState, TrainingDiverged, differenc
 from jobs.train.loop.runtime import Runtime
 from nanochat_core.checkpoint import (
     CheckpointRef,
+    DamagedCheckpoint,
+    check_formats,
     incomplete_checkpoints,
     list_checkpoints,
     load_checkpoint,
@@ -19,7 +22,9 @@ from nanochat_core.checkpoint import (
     promoted,
     withdraw,
 )
+from nanochat_core.checkpoint.manifest import TRAINER_STATE
 from nanochat_core.errors import RetryableError, UserError
+from nanochat_core.formats import without_format
 from nanochat_core.model import GPT
 from nanochat_core.store import StoreError
 from nanochat_core.tokenizer import Tokenizer
@@ -41,49 +46,58 @@ class RunCheckpoints:
     def __init__(
         self, config: RunConfig, runtime: Runtime, model: GPT, tokenizer: Tokenizer, optimizer: MuonAdamW
     ) -> None:
-        self._config, self._store, self._ranks = config, runtime.store, runtime.ranks
+        self._config, self._store, self._ranks, self._lease = config, runtime.store, runtime.ranks, runtime.lease
         self._model, self._tokenizer, self._optimizer = model, tokenizer, optimizer
         self._replaced: set[CheckpointRef] = set()
 
     def resume(self) -> RunState | None:
         """Load the newest intact checkpoint into model and optimizer; None if there is none.
 
-        If any rank cannot read a checkpoint, all ranks skip it as damaged. Raises UserError
-        if a checkpoint has other settings or inputs.
+        If any rank finds that a checkpoint is damaged, all ranks skip it. A whole checkpoint is never skipped. Raises
+        UserError if it has other settings or inputs, has no optimizer state, or is from a newer version of nanochat.
         """
         for ref in reversed(self._stored()):
             problem = None
             try:
-                checkpoint, trainer = load_checkpoint(self._store, ref), load_trainer_state(self._store, ref)
+                checkpoint = load_checkpoint(self._store, ref)
+                if not checkpoint.resumable:
+                    raise UserError(
+                        f"{ref.prefix} has no optimizer state, so training cannot resume from it; use another --model "
+                        "name, or --no-resume to delete it and start over"
+                    )
+                trainer = load_trainer_state(self._store, ref)
                 trainer.fetch(shard.name for shard in self._shards())
-            except StoreError:
-                raise  # The store is unavailable. The checkpoint may be intact, so it must not be skipped.
-            except UserError as error:
+            except DamagedCheckpoint as error:
                 problem = str(error)
             problems = [problem for problem in self._ranks.gather(problem) if problem is not None]
             if problems:
                 log.warning("checkpoint skipped", extra={"checkpoint": ref.prefix, "reason": problems[0]})
                 continue
-            changed = differences(checkpoint.meta, self._config.meta)
+            changed = differences(checkpoint.meta, self._config.meta, self._config.settings)
             if changed:
                 raise UserError(
                     f"{ref.prefix} was trained with other settings ({', '.join(changed)}); "
                     "use the same ones, another --model name, or --no-resume to start over"
                 )
+            state = _run_state(ref, trainer.values.get("run"))
             self._model.load_state_dict(checkpoint.weights)
             generator = trainer.read(_GENERATOR, 0, torch.get_rng_state().numel())
             if generator is not None:
                 torch.set_rng_state(generator)
             self._optimizer.load_shards(trainer.read)
             log.info("resumed", extra={"checkpoint": ref.prefix})
-            return RunState(**trainer.values["run"])
+            return state
         return None
 
     def replace_after(self, step: int) -> None:
-        """Delete all checkpoints of steps after ``step`` as soon as the next checkpoint has been saved. They are
-        damaged, or belong to an earlier run that is being started over.
+        """Delete all checkpoints of steps after ``step`` as soon as the next checkpoint has been saved.
+
+        These later checkpoints are damaged, or belong to an earlier run that is being started over. A UserError is
+        raised if a newer version of nanochat wrote one of them.
         """
         self._replaced = {ref for ref in self._stored() if ref.step > step}
+        for ref in self._replaced:
+            check_formats(self._store, ref)
 
     def save(self, writer: CheckpointWriter, state: RunState, *, finished: bool = False) -> None:
         """Start to write a checkpoint. When it is complete, the writer deletes checkpoints that are no longer needed.
@@ -141,8 +155,22 @@ class RunCheckpoints:
             withdraw(self._store, model)
             log.warning("the promoted revision is gone", extra={"model": model, "revision": served.revision})
         for ref in (*replaced, *old, *incomplete):
-            self._store.delete(ref.prefix)
+            self._delete(ref)
         self._replaced = set()
+
+    def _delete(self, ref: CheckpointRef) -> None:
+        """Delete a checkpoint, unless it is whole and this version cannot read it.
+
+        Raises LeaseLost if another program has taken over the model's name.
+        """
+        try:
+            check_formats(self._store, ref)
+        except UserError as error:
+            log.warning("checkpoint kept", extra={"checkpoint": ref.prefix, "reason": str(error)})
+            return
+        if self._lease is not None:
+            self._lease.renew()
+        self._store.delete(ref.prefix)
 
     def _stored(self) -> list[CheckpointRef]:
         return list_checkpoints(self._store, self._config.model_name, self._config.stage)
@@ -153,3 +181,13 @@ class RunCheckpoints:
         if self._ranks.leads:
             generator = torch.get_rng_state()
             yield Shard(_GENERATOR, generator, 0, generator.numel())
+
+
+def _run_state(ref: CheckpointRef, stored: Any) -> RunState:
+    """The progress stored in a checkpoint; a NewerFormatError if it has a field that this version does not know."""
+    key = f"{ref.prefix}/{TRAINER_STATE}"
+    known = [field.name for field in dataclasses.fields(RunState)]
+    try:
+        return RunState(**without_format(stored, 1, key, known))
+    except ValueError as error:
+        raise UserError(f"{key} does not describe a training run: {error}") from error

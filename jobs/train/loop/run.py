@@ -98,11 +98,19 @@ class Evaluation:
         return step == last_step or bool(self.every and step % self.every == 0)
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The differences of settings and inputs between the :attr:`RunConfig.meta` of two runs, as parts of a message."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], settings: RunSettings | None = None) -> list[str]:
+    """What differs between the settings and inputs in two runs' :attr:`RunConfig.meta`, as parts of a message.
+
+    ``settings`` are those of the new run. If an earlier version of nanochat did not have one of them, the old run is
+    taken to have had its default.
+    """
+    fields = dataclasses.fields(settings) if settings else ()
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
     found = []
     for part in ("settings", "inputs"):
-        was, now = old.get(part, {}), new[part]
+        was, now = dict(old.get(part, {})), new.get(part, {})
+        if part == "settings":
+            was |= {name: defaults[name] for name in defaults.keys() & now.keys() - was.keys()}
         for name in sorted(name for name in was | now if was.get(name) != now.get(name)):
             change = f"{was.get(name)!r} -> {now.get(name)!r}" if part == "settings" else "changed"
             found.append(f"{name} {change}")

@@ -16,8 +16,9 @@ from jobs.train.loop.metrics import serve_metrics
 from nanochat_core.checkpoint import check_model_name
 from nanochat_core.device import prepare_cpu
 from nanochat_core.settings import setting
-from nanochat_core.store import Store, open_store
+from nanochat_core.store import Lease, Store, open_store
 from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, rank_device
+from nanochat_core.training.leases import leased
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,11 +46,16 @@ class RunSettings(JobSettings):
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """The artifact store, the device of this process, and the ranks that train together."""
+    """The artifact store, the device of this process, and the ranks that train together.
+
+    Attributes:
+        lease: the first rank's lease on the name of the trained model; None on other ranks.
+    """
 
     store: Store
     device: torch.device
     ranks: Ranks
+    lease: Lease | None = None
 
 
 class StopSignal:
@@ -76,8 +82,12 @@ class StopSignal:
 
 
 @contextlib.contextmanager
-def open_runtime(settings: RunSettings, model: str) -> Iterator[Runtime]:
-    """Prepare this process for training: choose the device, join the other ranks, and serve metrics on the first."""
+def open_runtime(name: str, settings: RunSettings, model: str) -> Iterator[Runtime]:
+    """Prepare this process for training: choose the device, join the other ranks, and serve metrics on the first.
+
+    The runtime holds the lease on ``models/<model>`` of the store for the program ``jobs.train.<name>``. Raises a
+    :class:`UserError` if another program holds this lease.
+    """
     check_model_name(model)
     prepare_cpu(settings.threads)
     store = open_store(settings.home)
@@ -85,4 +95,5 @@ def open_runtime(settings: RunSettings, model: str) -> Iterator[Runtime]:
     with joined(device, settings.rank_timeout) as ranks:
         if ranks.leads:
             serve_metrics(settings.metrics_port)
-        yield Runtime(store, device, ranks)
+        with leased(store, f"models/{model}", f"jobs.train.{name}", ranks) as lease:
+            yield Runtime(store, device, ranks, lease)

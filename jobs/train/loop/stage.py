@@ -50,7 +50,7 @@ def run_stage(name: str, settings_class: type[SettingsT], train: Callable[[Setti
     """Run the training program ``jobs.train.<name>``, with settings from its flags and environment variables."""
 
     def main(settings: SettingsT) -> None:
-        with open_runtime(settings, settings.model) as runtime:
+        with open_runtime(name, settings, settings.model) as runtime:
             train(settings, runtime)
 
     run_program(f"jobs.train.{name}", name, settings_class, main)

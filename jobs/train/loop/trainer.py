@@ -83,7 +83,7 @@ class Trainer:
         prefetched = self._open_batches(state.loader)
         step = TrainingStep(self.model, self.optimizer, self._objective, self.config, self.runtime, state)
         with (
-            CheckpointWriter(self.runtime.store, self.runtime.ranks) as writer,
+            CheckpointWriter(self.runtime.store, self.runtime.ranks, lease=self.runtime.lease) as writer,
             StopSignal() as stop,
             self._open_progress() as progress,
             contextlib.closing(prefetched),
@@ -94,6 +94,8 @@ class Trainer:
             if state.step == 0:
                 self._evaluate(progress)
             while state.step < last_step:
+                if self.runtime.lease is not None:
+                    self.runtime.lease.check()
                 report = step(batches, stop)
                 self._note(report)
                 progress.report(report)

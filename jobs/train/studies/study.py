@@ -14,11 +14,11 @@ from jobs.train.loop.run import differences
 from jobs.train.loop.schedule import TrainingPlan
 from jobs.train.loop.stage import comparable
 from jobs.train.pretrain import PretrainSettings
-from nanochat_core.checkpoint import check_model_name, list_checkpoints, load_meta
+from nanochat_core.checkpoint import DamagedCheckpoint, check_model_name, list_checkpoints, load_meta
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
 from nanochat_core.settings import load
-from nanochat_core.store import Store, StoreError
+from nanochat_core.store import Store
 
 _PRETRAIN = "jobs.train.pretrain"
 
@@ -127,13 +127,12 @@ class Study:
             return None
         try:
             meta = load_meta(self._store, stored[-1])
-        except StoreError:
-            raise
-        except UserError as error:
+        except DamagedCheckpoint as error:
             # Training will skip the damaged checkpoint and resume from the checkpoint before it.
             log.warning("damaged checkpoint", extra={"checkpoint": stored[-1].prefix, "reason": str(error)})
             return None
-        differing = differences(meta, {"settings": comparable(run.settings), "inputs": self._inputs})
+        now = {"settings": comparable(run.settings), "inputs": self._inputs}
+        differing = differences(meta, now, run.settings)
         if differing:
             raise UserError(
                 f"models/{run.model} in {self._store} was trained otherwise ({', '.join(differing)}); "

@@ -1,0 +1,242 @@
+"""Leases: while one program writes under a name of the store, no other program does.
+
+Without a lease, two training runs of one model name would each delete the other's checkpoints as superfluous. A lease
+on ``models/demo`` is the file ``leases/models/demo.json``. Its holder renews it, which changes its content. Who wants
+the same name watches the file:
+
+- If the content changes, the holder is alive, and :class:`NameInUse` is raised.
+- If the content stays the same for as long as the lease lasts, the holder is dead, and its lease is taken over.
+- If the holder ran on this machine, the system knows whether it is alive, and nobody waits.
+
+Nobody compares the clocks of two machines: each program measures with its own clock how long it has seen the same
+content. The file is only ever changed by :meth:`Store.replace`, so of several programs that want a lease, one gets it.
+A holder that was suspended for longer than its lease finds the other program's content when it renews the lease, which
+it does before everything that it writes or deletes, and stops with :class:`LeaseLost`.
+
+This is the lease of Gray and Cheriton, "Leases: an efficient fault-tolerant mechanism for distributed file cache
+consistency" (SOSP 1989), except that a lease expires by the observer's clock instead of the server's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nanochat_core.errors import UserError
+from nanochat_core.formats import with_format
+from nanochat_core.store.base import Store, StoreError, checked
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+# A lease lasts as long as a store may fail to answer before the holder counts as dead.
+LEASE_SECONDS = 60.0
+_RENEWALS_PER_LEASE = 6
+_LOOKS_PER_LEASE = 30
+
+
+class NameInUse(UserError):
+    """Another program is writing under the same name."""
+
+
+class LeaseLost(UserError):
+    """Another program took over the name, because it saw no renewal of this program's lease in time."""
+
+
+class Lease:
+    """The right to write under one name, from the beginning to the end of a ``with`` block.
+
+    Entering the block raises NameInUse if another program has the lease. It waits for at most :data:`LEASE_SECONDS` if
+    another program had the lease and may be dead.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        program: str,
+        *,
+        seconds: float = LEASE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """
+        Args:
+            name: folder of the store that the program writes to, such as ``models/demo``.
+            program: name of the program in the error message for others.
+            seconds: others take the lease over if it was not renewed for this long.
+            clock, sleep: a clock in seconds, and how to wait for a number of seconds.
+        """
+        self._store, self.name, self._key = store, name, f"leases/{checked(name)}.json"
+        self._seconds, self._clock, self._sleep = seconds, clock, sleep
+        self._holder = {
+            "token": uuid.uuid4().hex,
+            "program": program,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "machine": _machine(),
+            "process_start": _process_start(os.getpid()),
+        }
+        self._renewals = 0
+        self._version: str | None = None
+        self._lost: LeaseLost | None = None
+        self._lock = threading.Lock()
+        self._released = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Lease:
+        self._take()
+        self._thread = threading.Thread(target=self._keep_renewing, name=f"lease {self.name}", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._released.set()
+        if self._thread is not None:
+            self._thread.join()
+        with contextlib.suppress(StoreError, LeaseLost):  # others take the lease over when it has expired
+            self.renew()  # nobody takes over a lease that was just renewed
+            assert self._version is not None
+            self._store.remove_version(self._key, self._version)
+
+    def check(self) -> None:
+        """Raises LeaseLost if a renewal has found that another program took over the name. The store is not read."""
+        if self._lost is not None:
+            raise self._lost
+
+    def renew(self) -> None:
+        """Renews the lease, and so makes sure that this program still has it.
+
+        Raises LeaseLost if another program took over the name, and StoreError if the store does not answer.
+        """
+        with self._lock:
+            self.check()
+            self._renewals += 1
+            version = self._store.replace(self._key, self._content(), self._version)
+            if version is None:
+                # The answer to an earlier write may have been lost, and somebody may have removed the file.
+                content, found = self._read()
+                if found is not None and _parsed(content).get("token") != self._holder["token"]:
+                    self._lost = LeaseLost(
+                        f"{_described(content)} has taken over {self.name} in {self._store}, because this program "
+                        f"did not renew its lease for {self._seconds:.0f} seconds; this program ends and writes nothing"
+                    )
+                    raise self._lost
+                version = self._store.replace(self._key, self._content(), found)
+                if version is None:
+                    raise StoreError(f"the lease {self._key} in {self._store} could not be renewed")
+            self._version = version
+
+    def _take(self) -> None:
+        """Waits until the lease is free or its holder is known to be dead, and takes it. Raises NameInUse otherwise."""
+        watched: str | None = None
+        since = 0.0
+        while True:
+            content, version = self._read()
+            holder = _parsed(content)
+            if holder.get("token") == self._holder["token"]:  # the answer to the write below was lost
+                self._version = version
+                return
+            alive = _is_alive(holder)
+            seconds = _seconds(holder, self._seconds)
+            expired = version == watched and self._clock() - since >= seconds
+            if version is None or alive is False or expired:
+                if version is not None:
+                    log.warning("lease of a dead program taken over", extra=self._logged(content))
+                self._version = self._store.replace(self._key, self._content(), version)
+                if self._version is not None:
+                    return
+                continue  # another program was faster, and the next look finds it
+            if alive or (watched is not None and version != watched):
+                raise NameInUse(
+                    f"{_described(content)} is writing {self.name} in {self._store}; wait until it has ended, or use "
+                    "another name"
+                )
+            if watched is None:
+                watched, since = version, self._clock()
+                log.info(
+                    "another program had this name; waiting to see whether it is alive",
+                    extra={**self._logged(content), "at_most_seconds": seconds},
+                )
+            self._sleep(seconds / _LOOKS_PER_LEASE)
+
+    def _keep_renewing(self) -> None:
+        while not self._released.wait(self._seconds / _RENEWALS_PER_LEASE):
+            try:
+                self.renew()
+            except LeaseLost as error:
+                log.error("lease lost", extra={"name_in_store": self.name, "reason": str(error)})
+                return
+            except StoreError as error:
+                log.warning("a lease could not be renewed", extra={"name_in_store": self.name, "reason": str(error)})
+
+    def _read(self) -> tuple[bytes, str | None]:
+        try:
+            return self._store.read_version(self._key)
+        except FileNotFoundError:
+            return b"{}", None
+
+    def _content(self) -> bytes:
+        fields = {**self._holder, "seconds": self._seconds, "renewals": self._renewals}
+        return (json.dumps(with_format(fields, FORMAT), indent=1) + "\n").encode()
+
+    def _logged(self, content: bytes) -> dict[str, Any]:
+        return {"name_in_store": self.name, "holder": _described(content)}
+
+
+def _described(content: bytes) -> str:
+    holder = _parsed(content)
+    return f"{holder.get('program', 'another program')} (process {holder.get('pid')} on {holder.get('host')})"
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    """The fields of a lease. Content that is damaged or of a newer format is watched like any other lease."""
+    try:
+        stored = json.loads(content)
+    except ValueError:
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def _seconds(holder: dict[str, Any], default: float) -> float:
+    seconds = holder.get("seconds")
+    return float(seconds) if isinstance(seconds, int | float) and seconds > 0 else default
+
+
+def _is_alive(holder: dict[str, Any]) -> bool | None:
+    """Whether the process that holds a lease is alive; None if this machine cannot know."""
+    machine, pid = holder.get("machine"), holder.get("pid")
+    if machine is None or machine != _machine() or not isinstance(pid, int):
+        return None
+    return _process_start(pid) == holder.get("process_start")
+
+
+def _machine() -> str | None:
+    """Identifies this machine since its last boot and its process ids, which containers may not share; or None."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return None
+
+
+def _process_start(pid: int) -> int | None:
+    """When a process was started, in ticks since the boot; None if there is no such process, or it is a zombie.
+
+    Process ids are used again, and the time tells two processes of the same id apart.
+    """
+    try:
+        # proc(5): the name in parentheses may contain spaces; the state follows it, and the start is the 22nd field.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else int(fields[19])
