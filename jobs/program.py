@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -32,6 +32,13 @@ def run_program(
 ) -> None:
     """Run the program ``python -m <module>`` to its end: :func:`run_command` within :func:`run_main`."""
     run_main(lambda: run_command(module, name, settings_class, run, argv), f"python -m {module}")
+
+
+def print_subcommands(program: str, subcommands: Mapping[str, type[JobSettings]]) -> None:
+    """Print the help of a program that consists of subcommands, each with the first sentence of its settings."""
+    print(f"usage: {program} COMMAND [FLAGS]; {program} COMMAND --help lists the command's flags\n")
+    for name, settings in subcommands.items():
+        print(f"  {name:12}{(settings.__doc__ or '').strip().splitlines()[0]}")
 
 
 def run_command(

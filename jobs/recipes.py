@@ -1,12 +1,11 @@
 """Recipes: the data to train on, and the settings of each stage from tokenizer to promotion."""
 
 import dataclasses
-import re
+import logging
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from jobs.data.local_text import read_local_text
+from jobs.data.local_text import LocalText, cut_position
 from jobs.data.shards import dataset_exists, shard_keys, write_dataset
 from jobs.demo_world.conversations import CONVERSATION_MIX, conversations
 from jobs.demo_world.documents import pretraining_documents
@@ -16,9 +15,17 @@ from jobs.tasks.conversations import write_conversations
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
 
+log = logging.getLogger("jobs.recipes")
+
 Flags = Mapping[str, str | int | float]
 
-# Kinds of conversations that do not need the demo world's facts: who the assistant is, and how it uses its tool.
+# Passes over a text after which a model of a recipe learns little more from it that helps with other text.
+MOST_PASSES = 40
+FEWEST_STEPS, SMALLEST_BATCH = 60, 1024
+# Typical bytes of a token, to estimate the tokens of a text.
+BYTES_PER_TOKEN = 3
+
+# Conversations that do not need the demo world's facts: who the assistant is, and how it uses its tool.
 _WORLDLESS_KINDS = frozenset({"greeting", "identity", "arithmetic", "counting", "smalltalk"})
 
 
@@ -51,11 +58,43 @@ class Recipe:
     document_characters: int | None = None
     gate: Gate = dataclasses.field(default_factory=Gate)
 
+    def fitted(self, text_bytes: int) -> Self:
+        """The recipe for a training text of ``text_bytes`` bytes: a short text gets fewer and smaller steps.
+
+        A model that sees a text very often repeats it and predicts other text worse. So the steps show the text at most
+        :data:`MOST_PASSES` times. The batches become smaller before the steps become fewer than :data:`FEWEST_STEPS`,
+        with learning rates that follow the square root of the batch. A warning says so.
+        """
+        steps, batch = self.pretrain.get("steps"), self.pretrain.get("batch-tokens")
+        if not (self.needs_data and isinstance(steps, int) and isinstance(batch, int)):
+            return self
+        tokens = text_bytes / BYTES_PER_TOKEN * MOST_PASSES
+        if tokens >= steps * batch:
+            return self
+        smaller = batch
+        while smaller // 2 >= SMALLEST_BATCH and tokens < smaller * FEWEST_STEPS:
+            smaller //= 2
+        fewer = min(steps, max(FEWEST_STEPS, int(tokens / smaller)))
+        log.warning(
+            "the text is short for this model, which is trained for fewer steps",
+            extra={"text_bytes": text_bytes, "steps": fewer, "batch_tokens": smaller, "usual_steps": steps},
+        )
+        rows = smaller // int(self.pretrain["context-length"])
+        fitted = {
+            "steps": fewer,
+            "batch-tokens": smaller,
+            "device-batch-rows": min(int(self.pretrain["device-batch-rows"]), rows),
+            "lr-scale": float(self.pretrain["lr-scale"]) * (smaller / batch) ** 0.5,
+            "warmup-steps": min(int(self.pretrain["warmup-steps"]), fewer // 5),
+            "eval-every": min(int(self.pretrain["eval-every"]), max(1, fewer // 4)),
+        }
+        return dataclasses.replace(self, pretrain={**self.pretrain, **fitted})
+
     def evaluation_items(self, count: int, seed: int = 0) -> list[EvalItem]:
         """Draw ``count`` held-out questions of the demo world, and return those whose kind the recipe teaches."""
         return evaluation_set(count, seed, self.conversation_kinds)
 
-    def prepare(self, store: Store, name: str, data: Path | None) -> None:
+    def prepare(self, store: Store, name: str, data: LocalText | None) -> None:
         """Write text to ``data/<name>`` and conversations to ``data/<name>-chat`` unless the store has them.
 
         Raises UserError if the recipe needs ``data`` and ``data`` is None, or if the recipe makes its own data and
@@ -69,7 +108,7 @@ class Recipe:
             for split, count in (("train", self.train_conversations), ("val", 256)):
                 write_conversations(store, f"{name}-chat", split, self._conversations(split, count))
 
-    def _write_text(self, store: Store, name: str, data: Path | None) -> None:
+    def _write_text(self, store: Store, name: str, data: LocalText | None) -> None:
         training: Iterable[str]
         validation: Iterable[str]
         if self.needs_data:
@@ -78,8 +117,8 @@ class Recipe:
                     f"recipe {self.name} needs text: give --data FILE_OR_FOLDER, or put parquet shards with a text "
                     f"column into {store}/data/{name}, the last of which is for validation"
                 )
-            training, validation = read_local_text(data)
-            source = str(data)
+            training, validation = data.documents()
+            source = str(data.data)
         else:
             training = pretraining_documents(seed=1, n=DEMO_DOCUMENTS)
             validation = pretraining_documents(seed=2, n=DEMO_VALIDATION_DOCUMENTS)
@@ -99,15 +138,11 @@ class Recipe:
 
 
 def cut_documents(documents: Iterable[str], characters: int) -> Iterator[str]:
-    """Cut documents into pieces of at most ``characters``.
-
-    A piece ends with the last sentence that fits, unless the piece would then be shorter than half of ``characters``.
-    """
+    """Cut documents into pieces of at most ``characters``, at the ends of sentences if possible (``cut_position``)."""
     for document in documents:
         rest = document.strip()
         while len(rest) > characters:
-            ends = [match.end() for match in re.finditer(r"[.!?][\"')”’]*\s", rest[:characters])]
-            cut = ends[-1] if ends and ends[-1] > characters // 2 else characters
+            cut = cut_position(rest, characters)
             yield rest[:cut].strip()
             rest = rest[cut:].strip()
         if rest:

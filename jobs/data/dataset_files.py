@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
+from jobs.data.files import ROWS_ENDING
 from jobs.data.rows import Row, convert, open_rows
 from nanochat_core.errors import UserError
 from nanochat_core.store import FolderStore, Store
 
 T = TypeVar("T")
 
-# Pattern for the part of a file's name after the split's name: "-00000-of-00001.parquet", ".jsonl".
-REST_OF_NAME = r"[^/]*\.(jsonl|parquet)"
+# Pattern for the rest of a file's name, after the split: "-00000-of-00001.parquet", ".jsonl.gz".
+REST_OF_NAME = rf"[^/]*{ROWS_ENDING}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from jobs.data.files import file_format, find_files
 from jobs.data.http_download import Stopped, discard, disk_errors, fetch_file
 from jobs.data.shards import Manifest, ShardInfo, describe_shard, read_manifest, shard_keys, write_manifest
+from jobs.data.splits import split_files
 from jobs.progress import ProgressDisplay
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store, open_store
@@ -37,10 +39,12 @@ class Source:
 def open_source(url: str, shards: int) -> Source:
     """The source at ``url``: a template such as ``https://host/shard_{shard:05d}.parquet``, ``s3://…``, or a folder.
 
-    ``shards`` is the number of shards of a template. A bucket or folder needs no number, because its files are listed.
+    ``shards`` is the number of shards of a template; the parquet files of a bucket or folder are listed instead. If
+    their names state splits, only training files become training shards; see :func:`split_files`.
 
     Raises:
-        UserError: ``url`` has another form, or the source has fewer than two shards.
+        UserError: ``url`` is none of these, the source has fewer than two shards, or the names leave open which files
+            are for training.
     """
     if url.startswith(("http://", "https://")):
         return Source(_fill_template(url, shards), functools.partial(fetch_file, advice="check --source and --shards"))
@@ -50,14 +54,24 @@ def open_source(url: str, shards: int) -> Source:
         if parent == "s3:/":
             raise UserError(f"{url} names a whole bucket; use s3://bucket/prefix")
         store = open_store(parent)
-        files, local = [key for key in store.keys(folder) if key.endswith(".parquet")], store.fetch
+        files = {key.removeprefix(f"{folder}/"): key for key in store.keys(folder) if key.endswith(".parquet")}
+        local = store.fetch
     else:
         path = Path(url).expanduser()
         if not path.is_dir():
             raise UserError(f"{url} is neither a URL with {{shard}} in it, nor s3://bucket/prefix, nor a folder")
-        files = sorted(map(str, path.glob("*.parquet")))
+        files = {name: str(file) for name, file in find_files(path).items() if file_format(name) == "parquet"}
     if len(files) < 2:
         raise UserError(f"{url} holds {len(files)} parquet file(s); at least two are needed, the last for validation")
+    splits = split_files(files, url, "name a folder whose files are for training, and one of them for validation")
+    if splits.validation:
+        used = [*splits.training, splits.validation[0]]
+        log.info(
+            "files of the source",
+            extra={"training": len(splits.training), "validation": used[-1], "unused": sorted(set(files) - set(used))},
+        )
+    else:
+        used = splits.training
 
     def copy(file: str, part: Path, stop: threading.Event) -> None:
         if stop.is_set():
@@ -66,7 +80,7 @@ def open_source(url: str, shards: int) -> Source:
         with disk_errors(part):
             shutil.copyfile(path, part)
 
-    return Source(files, copy)
+    return Source([files[name] for name in used], copy)
 
 
 def _fill_template(template: str, shards: int) -> list[str]:

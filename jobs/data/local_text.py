@@ -1,118 +1,276 @@
-"""Read the user's own text, from local parquet, JSONL and plain text files, as documents."""
+"""Read the user's own text, from files of every readable kind, as documents for training and for validation."""
 
+import dataclasses
+import functools
 import hashlib
 import itertools
-import json
+import logging
 import math
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from jobs.data.files import file_format, find_files, open_text, reading
+from jobs.data.rows import stream_rows
 from jobs.data.shards import Shard
+from jobs.data.splits import Splits, split_files, split_of
 from nanochat_core.errors import UserError
+
+log = logging.getLogger("jobs.data.local_text")
 
 # Plain text is cut between paragraphs into documents of about this many characters.
 DOCUMENT_CHARACTERS = 4000
 HELD_OUT_FRACTION = 0.05
+# Bits per byte of less held-out text than this many characters vary much from one text to the next.
+LITTLE_VALIDATION_CHARACTERS = 1000
+# With at least this many files and bytes, the last file is held out, because counting the documents takes too long.
+MANY_FILES, MANY_BYTES = 20, 2**30
 _READ_CHARACTERS = 2**20
+_LISTED_FILES = 10
+
+_SPLIT_ADVICE = (
+    "give the training text with --data, as a file, a folder or a pattern in quotes such as 'FOLDER/train*', and the "
+    "held-out text with --val-data"
+)
+_COLUMN_ADVICE = "; name the one with the text with --text-column"
+# Help texts of the settings of programs that read local text.
+DATA_HELP = "text to train on: a file, a pattern in quotes, or a folder, of parquet, JSON, CSV or plain text"
+VAL_DATA_HELP = "text for validation, like --data; by default --data's validation or test files, or the end of its text"
+TEXT_COLUMN_HELP = "column or field with the text, in files of rows"
 
 
-def read_local_text(path: Path) -> tuple[Iterator[str], Iterator[str]]:
-    """The training and validation documents in a file or folder of parquet, JSONL (``text`` field) or plain text.
+@dataclasses.dataclass(frozen=True)
+class LocalText:
+    """Text in files of this machine. The files are looked up when they are first needed.
 
-    If there are several files, the last one by name is the validation split. If there is one file, the last twentieth
-    of its documents is the validation split, and the file is read twice. Validation documents follow the training text
-    instead of being mixed with it, so neighboring passages of a book do not get into both splits.
-
-    Files are read while the caller takes documents from the iterators.
-
-    Raises:
-        UserError: there is no readable file. The iterators raise UserError if a file's content does not fit its suffix.
+    Attributes:
+        data: a file, a pattern such as ``folder/*.txt``, or a folder; see :func:`jobs.data.files.find_files`.
+        val_data: the same for the validation split; None takes it from ``data``.
+        column: name of the column or field with the text, in files of rows.
     """
-    files = _text_files(path)
-    if len(files) > 1:
-        return itertools.chain.from_iterable(map(_read_documents, files[:-1])), _read_documents(files[-1])
-    documents = sum(1 for _ in _read_documents(files[0]))
-    training = documents - max(1, math.ceil(documents * HELD_OUT_FRACTION))
-    return itertools.islice(_read_documents(files[0]), training), itertools.islice(
-        _read_documents(files[0]), training, None
-    )
+
+    data: Path
+    val_data: Path | None = None
+    column: str = "text"
+
+    @functools.cached_property
+    def splits(self) -> Splits:
+        """Paths of the files by their use. Without files for validation, a part of the training files is held out.
+
+        With ``val_data``, its files are for validation: those of its validation split if its names state splits.
+
+        Raises:
+            UserError: there is no readable file, or the names leave open which files are for training.
+        """
+        found = _absolute(find_files(self.data))
+        if self.val_data is None:
+            return _split(self.data, found)
+        own = _absolute(find_files(self.val_data))
+        held_out = _split(self.val_data, own)
+        validation = held_out.validation or held_out.training
+        same = {*map(os.path.realpath, validation)}
+        rest = {name: file for name, file in found.items() if os.path.realpath(file) not in same}
+        if not rest:
+            raise UserError(f"--val-data {self.val_data} names all files of --data {self.data}")
+        splits = _split(self.data, rest)
+        used = {*splits.training, *validation}
+        unused = sorted({*rest.values(), *own.values()} - used)
+        return Splits(splits.training, validation, unused)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the contents of all files that are used, and of the column if it is not ``text``."""
+        digest = hashlib.sha256(b"" if self.column == "text" else self.column.encode())
+        splits = self.splits
+        # A file's content counts in the order of the names, as its use usually follows from its name.
+        files = [*splits.training, *splits.validation]
+        for file in files if self.val_data else sorted(files):
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        return digest.hexdigest()
+
+    def documents(self) -> tuple[Iterator[str], Iterator[str]]:
+        """The training and the validation documents, and a log line that says which file became which split.
+
+        If no file is for validation, the last twentieth of the documents is the validation split, in the order of the
+        files' names; of many large files it is the last file. It follows the training text instead of being mixed with
+        it, so neighboring passages of a book do not get into both splits. A document of a text with few documents may
+        be cut in two.
+
+        Files are read while the caller takes documents from the iterators, except for counting the documents.
+
+        Raises:
+            UserError: as for :attr:`splits`. The iterators raise UserError if a file is damaged, does not fit its
+                ending or has no text.
+        """
+        splits = self.splits
+        training, validation = splits.training, splits.validation
+        tail = not validation
+        if tail and len(training) >= MANY_FILES and sum(Path(file).stat().st_size for file in training) >= MANY_BYTES:
+            *training, last = training
+            validation, tail = [last], False
+        shown = {"training": _listed(training), "validation": _listed(validation), "unused": _listed(splits.unused)}
+        if tail:
+            shown["validation"] = ["the end of the text"]
+        log.info("files of the text", extra=shown)
+        if not tail:
+            return self._read(training), _measured(self._read(validation))
+        count = sum(1 for _ in self._read(training, quiet=True))
+        if count < 1 / HELD_OUT_FRACTION:
+            kept, held_out = _hold_out_end(list(self._read(training)))
+            return iter(kept), _measured(iter(held_out))
+        kept_count = count - math.ceil(count * HELD_OUT_FRACTION)
+        return (
+            itertools.islice(self._read(training, quiet=True), kept_count),
+            _measured(itertools.islice(self._read(training), kept_count, None)),
+        )
+
+    def _read(self, files: Iterable[str], quiet: bool = False) -> Iterator[str]:
+        """The documents of files that have text, without the byte order mark that some texts begin with.
+
+        Unless ``quiet``, warnings tell which rows and files have no text. A UserError tells that none of them has.
+        """
+        empty = True
+        for file in files:
+            texts = without = 0
+            for document in _read_file(Path(file), self.column):
+                document = document.removeprefix("\ufeff")
+                if document.strip():
+                    texts, empty = texts + 1, False
+                    yield document
+                else:
+                    without += 1
+            if not texts and not quiet:
+                log.warning("a file without text is left out", extra={"file": file})
+            elif without and not quiet and file_format(file) != "text":
+                log.warning("rows without text are left out", extra={"file": file, "rows": without, "used": texts})
+        if empty:
+            raise UserError(f"{', '.join(_listed(list(files)))} holds no text")
 
 
-def local_text_digest(path: Path) -> str:
-    """sha256 of the contents of all files that :func:`read_local_text` reads. Raises UserError if there is no file."""
-    digest = hashlib.sha256()
-    for file in _text_files(path):
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
+def local_text(data: str, val_data: str, column: str) -> LocalText:
+    """The local text that the settings of a program name; ``val_data`` may be empty."""
+    return LocalText(Path(data).expanduser(), Path(val_data).expanduser() if val_data else None, column)
 
 
-def _text_files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give a parquet, JSONL or text file, or a folder of them")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in _READERS and p.is_file())
-    if not files:
-        raise UserError(f"{path} holds no {', '.join(_READERS)} file")
-    return files
+def _absolute(found: Mapping[str, Path]) -> dict[str, str]:
+    return {name: str(path.absolute()) for name, path in found.items()}
 
 
-def _read_documents(file: Path) -> Iterator[str]:
-    reader = _READERS.get(file.suffix)
-    if reader is None:
-        raise UserError(f"{file} is none of {', '.join(_READERS)}")
-    empty = True
-    for document in reader(file):
-        if document.strip():
-            empty = False
-            yield document
-    if empty:
-        raise UserError(f"{file} holds no text")
+def _split(path: Path, found: Mapping[str, str]) -> Splits:
+    """Divide files, given by their names below ``path``, by the splits that the names state.
+
+    Files that the user names one by one or by a pattern are all for training, unless they state different splits.
+    """
+    all_alike = len({split_of(name) for name in found}) == 1
+    if all_alike and not path.is_dir():
+        return Splits(list(found.values()), [], [])
+    splits = split_files(found, str(path), _SPLIT_ADVICE)
+    return Splits(*([found[name] for name in names] for names in dataclasses.astuple(splits)))
 
 
-def _read_parquet(file: Path) -> Iterator[str]:
-    return Shard(file, str(file)).documents()
+def _listed(files: list[str]) -> list[str]:
+    more = len(files) - _LISTED_FILES
+    return files if more <= 0 else [*files[:_LISTED_FILES], f"and {more} more"]
 
 
-def _read_jsonl(file: Path) -> Iterator[str]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{file}:{number} is not a JSON object with a 'text' field") from None
-            if not isinstance(text, str):
-                raise UserError(f"{file}:{number} has a 'text' that is not a string")
-            try:
-                text.encode()
-            except UnicodeEncodeError:  # JSON can express half a surrogate pair, and UTF-8 cannot
-                raise UserError(f"{file}:{number} has a 'text' that is not valid Unicode") from None
-            yield text
+def _measured(documents: Iterator[str]) -> Iterator[str]:
+    """The documents of the validation split; a warning at the end if they are few."""
+    characters = 0
+    for document in documents:
+        characters += len(document)
+        yield document
+    if characters < LITTLE_VALIDATION_CHARACTERS:
+        log.warning("the held-out text is short: its bits per byte say little", extra={"characters": characters})
 
 
-def _read_text(file: Path) -> Iterator[str]:
-    document: list[str] = []
-    length = 0
-    try:
-        for paragraph in _paragraphs(file):
-            document.append(paragraph)
-            length += len(paragraph)
-            if length >= DOCUMENT_CHARACTERS:
-                yield "\n\n".join(document)
-                document, length = [], 0
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {error}") from error
-    yield "\n\n".join(document)
+def _hold_out_end(documents: list[str]) -> tuple[list[str], list[str]]:
+    """Few documents, divided into those for training and the end of the text.
+
+    The end is a twentieth of the characters, or more of a short text, but at most about a fifth. A document that is
+    much longer than this is cut in two.
+    """
+    total = sum(map(len, documents))
+    wanted = int(max(total * HELD_OUT_FRACTION, min(LITTLE_VALIDATION_CHARACTERS, total / 5)))
+    kept, held_out = list(documents), list[str]()
+    while wanted > 0:
+        document = kept.pop()
+        whole = bool(kept) and len(document) <= max(LITTLE_VALIDATION_CHARACTERS, 1.5 * wanted)
+        cut = 0 if whole else cut_position(document, len(document) - wanted)
+        kept += [document[:cut]] if cut else []
+        held_out.insert(0, document[cut:])
+        wanted -= len(document) if whole else wanted
+    if not (any(map(str.strip, kept)) and any(map(str.strip, held_out))):
+        raise UserError(f"the text has {total} characters, too few to train on some of them and hold out others")
+    return kept, held_out
 
 
-def _paragraphs(file: Path) -> Iterator[str]:
+def cut_position(text: str, characters: int) -> int:
+    """The position, at most ``characters``, at which a text is best cut.
+
+    It is after the last end of a sentence in the second half of these characters; without one, after the last line
+    there, or else after the last space, or else ``characters``.
+    """
+    for pattern in (r"[.!?][\"')”’]*\s", r"\n", r"\s"):
+        ends = [match.end() for match in re.finditer(pattern, text[:characters])]
+        if ends and ends[-1] > characters // 2:
+            return ends[-1]
+    return characters
+
+
+def _read_file(file: Path, column: str) -> Iterator[str]:
+    kind = file_format(file.name)
+    if kind == "text":
+        return _read_plain(file)
+    if kind == "parquet":
+        return Shard(file, str(file), column, _COLUMN_ADVICE).documents()
+    return _read_rows(file, column)
+
+
+def _read_rows(file: Path, column: str) -> Iterator[str]:
+    """The texts of a JSON or CSV file; a row whose text is null has an empty one."""
+    for where, row in stream_rows(file, str(file)):
+        if column not in row:
+            raise UserError(f"{where} has no {column!r} field; it has {_fields(row)}{_COLUMN_ADVICE}")
+        text = row[column]
+        if text is None:
+            text = ""
+        if not isinstance(text, str):
+            raise UserError(f"{where} has a {column!r} that is not a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # JSON can encode one half of a surrogate pair
+            raise UserError(f"{where} has a {column!r} that is not valid Unicode or not UTF-8") from None
+        yield text
+
+
+def _fields(row: Mapping[str, object]) -> str:
+    names = ", ".join(name if len(name) <= 40 else f"{name[:40]}…" for name in itertools.islice(row, 20))
+    return " ".join(names.split()) or "none"
+
+
+def _read_plain(file: Path) -> Iterator[str]:
+    """Plain text, cut at the first blank line after :data:`DOCUMENT_CHARACTERS`.
+
+    If no blank line follows within as many characters again, the text is cut at :func:`cut_position`.
+    """
     rest = ""
-    with file.open(encoding="utf-8") as text:
-        while read := text.read(_READ_CHARACTERS):
-            *whole, rest = (rest + read).split("\n\n")
-            yield from whole
-    yield rest
-
-
-_READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".txt": _read_text, ".md": _read_text}
+    with reading(str(file)), open_text(file, str(file)) as text:
+        ended = False
+        while not ended:
+            read = text.read(_READ_CHARACTERS)
+            if "\0" in read:
+                raise UserError(f"{file} holds a zero byte: it is not UTF-8 text")
+            rest, ended, start = rest + read, not read, 0
+            # The separator after a document must be in the buffer too.
+            while len(rest) - start > 2 * DOCUMENT_CHARACTERS + 2 or (ended and start < len(rest)):
+                end = rest.find("\n\n", start + DOCUMENT_CHARACTERS, start + 2 * DOCUMENT_CHARACTERS + 2)
+                skipped = 2
+                if end < 0:
+                    window = rest[start : start + 2 * DOCUMENT_CHARACTERS]
+                    short = ended and start + len(window) == len(rest)
+                    end, skipped = start + (len(window) if short else cut_position(window, len(window))), 0
+                yield rest[start:end]
+                start = end + skipped
+            rest = rest[start:]

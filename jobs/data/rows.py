@@ -1,55 +1,167 @@
-"""Random access to the rows of JSON-lines and parquet files; every error names the file and the row."""
+"""Rows of JSON, CSV and parquet files, in order or in any order; every error names the file and the row."""
 
+import csv
+import itertools
 import json
 import mmap
+import re
+import tempfile
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TextIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.data.files import file_format, is_plain, open_text, reading, refuse_pointer
 from nanochat_core.errors import UserError
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
 
+_READ_CHARACTERS = 2**20
+_BETWEEN_VALUES = re.compile(r"[\s,]*")
+# A JSON value whose error is so close to the end of what was read may continue in the rest of the file. The longest
+# part of a value other than a string, such as "\\ud83d\\ude00" or "false", is shorter.
+_MAY_CONTINUE_CHARACTERS = 16
 
-class JsonLines:
-    """A file with one JSON object per line. Blank lines are skipped. Error messages call the file ``shown``.
+
+def stream_rows(path: Path, shown: str) -> Iterator[tuple[str, Row]]:
+    """The rows of a JSON or CSV file in order, each with the name of the row in error messages.
+
+    Only the current row is in memory. Invalid UTF-8 becomes lone surrogates.
+
+    Raises:
+        UserError: the file is damaged, or a row is not an object of named values.
+    """
+    unit = row_unit(path)
+    for number, row in _numbered_rows(path, shown):
+        yield f"{shown}{unit}{number}", row
+
+
+def row_unit(path: Path) -> str:
+    """The text between the name of a file and the number of a row in error messages; lines have ``:``."""
+    return " item " if file_format(path.name) == "json" else ":"
+
+
+def _numbered_rows(path: Path, shown: str) -> Iterator[tuple[int, Row]]:
+    parse = {"json": _json_values, "csv": _csv_lines}.get(file_format(path.name) or "", _json_lines)
+    with reading(shown), open_text(path, shown, errors="surrogateescape") as text:
+        yield from parse(text, shown)
+
+
+def _json_lines(text: TextIO, shown: str) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(text, 1):
+        if line.strip():
+            yield number, _parse(line, f"{shown}:{number}")
+
+
+def _parse(line: str | bytes, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    return _object(row, where)
+
+
+def _object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is not a JSON object")
+    return value
+
+
+def _json_values(text: TextIO, shown: str) -> Iterator[tuple[int, Row]]:
+    """The objects of one array, or objects one after another, numbered from 1."""
+    decoder = json.JSONDecoder()
+    number, buffer = 0, text.read(_READ_CHARACTERS)
+    position = len(buffer) - len(buffer.lstrip())
+    in_array = buffer.startswith("[", position)
+    position += in_array
+    while True:
+        position = _BETWEEN_VALUES.match(buffer, position).end()  # type: ignore[union-attr]  # matches the empty string
+        if position == len(buffer):
+            buffer, position = text.read(_READ_CHARACTERS), 0
+            if buffer:
+                continue
+            if in_array:
+                raise UserError(f"{shown} ends before its JSON array does; it is cut off")
+            return
+        if in_array and buffer[position] == "]":
+            if (buffer[position + 1 :] + text.read()).strip():
+                raise UserError(f"{shown} has something after its JSON array")
+            return
+        where = f"{shown} item {number + 1}"
+        try:
+            value, end = decoder.raw_decode(buffer, position)
+        except json.JSONDecodeError as error:
+            cut = error.msg.startswith("Unterminated string") or error.pos > len(buffer) - _MAY_CONTINUE_CHARACTERS
+            # The buffer doubles, so that a long value is not parsed many times.
+            more = text.read(max(_READ_CHARACTERS, len(buffer) - position)) if cut else ""
+            if not more:
+                raise UserError(f"{where} is not JSON: {error.msg}") from error
+            buffer, position = buffer[position:] + more, 0
+            continue
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} is not JSON: {error}") from error
+        number, position = number + 1, end
+        yield number, _object(value, where)
+
+
+def _csv_lines(text: TextIO, shown: str) -> Iterator[tuple[int, Row]]:
+    """Rows below a header, each with the number of its last line. The header shows the delimiter."""
+    csv.field_size_limit(2**31 - 1)
+    first = text.readline()
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.reader(itertools.chain([first], text), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        if len({*header}) != len(header):
+            raise UserError(f"{shown} names two columns alike in its first line")
+        for values in reader:
+            if values and len(values) != len(header):
+                raise UserError(
+                    f"{shown}:{reader.line_num} has {len(values)} fields, but the first line names {len(header)}"
+                )
+            if values:
+                yield reader.line_num, dict(zip(header, values, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{shown}:{reader.line_num} is not CSV: {error}") from error
+
+
+class JsonRows:
+    """Rows in any order, from a file with one JSON object per line; blank lines are skipped.
 
     The file is memory-mapped, so only the rows that are read take up memory.
     """
 
-    def __init__(self, path: Path, shown: str) -> None:
-        self._shown = shown
-        self._starts, self._ends, self._lines = array("q"), array("q"), array("q")
-        with path.open("rb") as file:
-            position = 0
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    self._starts.append(position)
-                    self._ends.append(position + len(line))
-                    self._lines.append(number)
-                position += len(line)
-            # The operating system refuses to map an empty file.
-            self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if position else b""
+    def __init__(self, file: IO[bytes], shown: str, unit: str = ":", numbers: "array[int] | None" = None) -> None:
+        """
+        Args:
+            shown, unit: name of the file in error messages, and the text between it and the number of a row.
+            numbers: number of each row in error messages; by default the number of its line.
+        """
+        self._shown, self._unit = shown, unit
+        self._starts, self._ends, lines = array("q"), array("q"), array("q")
+        position = 0
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                self._starts.append(position)
+                self._ends.append(position + len(line))
+                lines.append(number)
+            position += len(line)
+        self._numbers = lines if numbers is None else numbers
+        # The operating system refuses to map an empty file.
+        self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if position else b""
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def where(self, index: int) -> str:
-        return f"{self._shown}:{self._lines[index]}"
+        return f"{self._shown}{self._unit}{self._numbers[index]}"
 
     def __getitem__(self, index: int) -> Row:
-        try:
-            row = json.loads(self._content[self._starts[index] : self._ends[index]])
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.where(index)} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{self.where(index)} is not a JSON object")
-        return row
+        return _parse(self._content[self._starts[index] : self._ends[index]], self.where(index))
 
 
 class ParquetRows:
@@ -57,6 +169,7 @@ class ParquetRows:
 
     def __init__(self, path: Path, shown: str) -> None:
         self._shown = shown
+        refuse_pointer(path, shown)
         try:
             table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
@@ -77,14 +190,34 @@ class ParquetRows:
             raise UserError(f"{self.where(index)} is not UTF-8: {error}") from error
 
 
-# The rows of one file, numbered from 0. The method ``where`` names a row in error messages: the file, and the number of
-# the line or row, counted from 1. Reading a row that is not an object of named values raises UserError.
-Rows = JsonLines | ParquetRows
+# The rows of one file, numbered from 0. The method ``where`` names a row in error messages: the file and the line, item
+# or row, counted from 1. To read a row that is not an object of named values raises UserError.
+Rows = JsonRows | ParquetRows
 
 
 def open_rows(path: Path, shown: str) -> Rows:
-    """Open a file as parquet if it ends in ``.parquet``, else as JSON lines. Incomplete parquet raises UserError."""
-    return ParquetRows(path, shown) if path.suffix == ".parquet" else JsonLines(path, shown)
+    """Open a parquet, JSON or CSV file for access to its rows in any order.
+
+    An uncompressed file of JSON lines is used as it is. Another JSON or CSV file is first copied to a temporary file of
+    JSON lines, so that it need not fit into memory.
+
+    Raises:
+        UserError: a parquet file is not whole, or a file that is copied is damaged.
+    """
+    kind = file_format(path.name)
+    if kind == "parquet":
+        return ParquetRows(path, shown)
+    refuse_pointer(path, shown)
+    if kind not in ("json", "csv") and is_plain(path):
+        with path.open("rb") as file:
+            return JsonRows(file, shown)
+    numbers = array("q")
+    with tempfile.TemporaryFile() as lines:
+        for number, row in _numbered_rows(path, shown):
+            numbers.append(number)
+            lines.write(json.dumps(row).encode() + b"\n")
+        lines.seek(0)
+        return JsonRows(lines, shown, row_unit(path), numbers)
 
 
 def convert(rows: Rows, index: int, make: Callable[[Row], T]) -> T:

@@ -1,7 +1,8 @@
 """Datasets of text in the store: parquet shards with a ``text`` column, and a manifest.
 
-The last shard by name is the validation split. Each shard consists of row groups of about a thousand documents, so
-that a training process can read one document without reading the whole shard.
+The last shard by name is the validation split, unless the names of the shards state their splits. Each shard consists
+of row groups of about a thousand documents, so that a training process can read one document without reading the whole
+shard.
 """
 
 import bisect
@@ -18,6 +19,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.data.files import refuse_pointer
+from jobs.data.splits import Splits, split_files
 from nanochat_core.errors import UserError
 from nanochat_core.formats import with_format, without_format
 from nanochat_core.store import Store
@@ -92,8 +95,37 @@ def write_manifest(store: Store, name: str, manifest: Manifest) -> None:
 
 
 def shard_keys(store: Store, name: str) -> list[str]:
-    """Keys of the shards of ``data/<name>``, sorted; the last one is the validation split."""
+    """Keys of the shards of ``data/<name>``, sorted."""
     return [key for key in store.keys(f"data/{name}") if key.endswith(".parquet")]
+
+
+def split_shards(store: Store, name: str) -> Splits:
+    """Keys of the shards of ``data/<name>`` by their use; at least one shard is for each of training and validation.
+
+    The names of shards that a user put there may state their splits; see :func:`split_files`. Otherwise the last shard
+    by name is the validation split.
+
+    Raises:
+        UserError: there are fewer than two shards, or their names leave open which ones are for training.
+    """
+    keys = shard_keys(store, name)
+    if len(keys) < 2:
+        raise UserError(
+            f"data/{name} in {store} holds {len(keys)} parquet shard(s); at least two are needed, "
+            "the last one for validation"
+        )
+    prefix = f"data/{name}/"
+    splits = split_files(
+        (key.removeprefix(prefix) for key in keys),
+        f"data/{name}",
+        "keep one training split there, and a validation split whose name says so",
+    )
+    training, validation, unused = (
+        [prefix + file for file in files] for files in (splits.training, splits.validation, splits.unused)
+    )
+    if not validation:
+        training, validation = training[:-1], training[-1:]
+    return Splits(training, validation, unused)
 
 
 def dataset_exists(store: Store, name: str) -> bool:
@@ -198,18 +230,13 @@ class TextDataset:
         Raises UserError if the dataset's download is unfinished, if shards are missing, if a shard is damaged, or if
         the split has no document.
         """
-        keys = shard_keys(store, name)
         manifest = read_manifest(store, name)
         if manifest is not None and not manifest.complete:
             raise UserError(
                 f"data/{name} in {store} is not whole: its download was interrupted after {len(manifest.shards)} "
                 "shards; run the same python -m jobs.train.dataset download again"
             )
-        if len(keys) < 2:
-            raise UserError(
-                f"data/{name} in {store} holds {len(keys)} parquet shard(s); at least two are needed, "
-                "the last one for validation"
-            )
+        splits = split_shards(store, name)
         self.name, self.split = name, split
         self._store = store
         known = manifest.shards if manifest else {}
@@ -217,7 +244,7 @@ class TextDataset:
         # document.
         self._groups: list[tuple[str, int, int]] = []
         self._length = 0
-        for key in keys[:-1] if split == "train" else keys[-1:]:
+        for key in splits.training if split == "train" else splits.validation:
             info = known.get(key.rsplit("/", 1)[-1])
             row_groups = info.row_groups if info else Shard(store.fetch(key), key).row_groups
             for group, documents in enumerate(row_groups):
@@ -242,28 +269,42 @@ class TextDataset:
         except (IndexError, UnicodeDecodeError) as error:
             raise UserError(f"{key} is damaged in row group {group}: {error}") from error
 
+    def bytes_up_to(self, enough: int) -> int:
+        """Bytes of the texts in UTF-8, at least ``enough`` if the texts are that long: the others are not counted."""
+        total = 0
+        for text in self:
+            total += len(text.encode())
+            if total >= enough:
+                break
+        return total
+
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
 
 
 class Shard:
-    """One parquet file with a ``text`` column. Error messages call the file ``shown``.
+    """One parquet file with a column of texts, which error messages call ``shown``.
 
-    A file that is damaged, is not parquet or has no ``text`` column of strings raises UserError.
+    A file that is damaged, is not parquet or has no such column of strings raises UserError.
     """
 
-    def __init__(self, path: Path, shown: str) -> None:
-        self._shown = shown
+    def __init__(self, path: Path, shown: str, column: str = "text", advice: str = "") -> None:
+        """``advice`` ends the error message if the file has no column of that name."""
+        self._shown, self._column = shown, column
+        refuse_pointer(path, shown)
         try:
             self._file = pq.ParquetFile(path)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{shown} is not a parquet file: {_one_line(error)}") from error
         schema = self._file.schema_arrow
-        if "text" not in schema.names:
-            raise UserError(f"{shown} has no 'text' column; it has {', '.join(schema.names) or 'none'}")
-        kind = schema.field("text").type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise UserError(f"{shown} has a 'text' column of type {kind}; it must hold strings")
+        if column not in schema.names:
+            raise UserError(f"{shown} has no {column!r} column; it has {', '.join(schema.names) or 'none'}{advice}")
+        if schema.names.count(column) > 1:
+            raise UserError(f"{shown} has two columns {column!r}; name them differently")
+        kind = schema.field(column).type
+        strings = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(strings) or pa.types.is_large_string(strings) or pa.types.is_string_view(strings)):
+            raise UserError(f"{shown} has a {column!r} column of type {kind}; it must hold strings")
 
     @property
     def row_groups(self) -> list[int]:
@@ -272,10 +313,12 @@ class Shard:
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def read(self, group: int) -> pa.ChunkedArray:
-        """The texts of a row group; null for a document without text."""
+        """The texts of a row group as strings, whatever their encoding; null for a document without text."""
         try:
-            texts = self._file.read_row_group(group, columns=["text"]).column("text")
+            texts = self._file.read_row_group(group, columns=[self._column]).column(self._column)
             texts.validate(full=True)
+            if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
+                texts = texts.cast(pa.large_string())
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self._shown} is damaged in row group {group}: {_one_line(error)}") from error
         return texts

@@ -5,17 +5,21 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles
-from jobs.data.rows import Row, convert, open_rows
+from jobs.data.rows import Row, Rows, convert, open_rows, text_field
 from jobs.tasks.task import Messages
 from nanochat_core.chat import Message, parse_messages
 from nanochat_core.checkpoint.manifest import sha256_of
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
+
+log = logging.getLogger("jobs.tasks.conversations")
 
 # A digest covers this many generated conversations. A changed generator is very unlikely to repeat all of them.
 _DIGESTED = 100
@@ -27,12 +31,79 @@ def write_conversations(store: Store, name: str, split: str, conversations: Iter
     store.write(f"data/{name}/{split}.jsonl", ("\n".join(lines) + "\n").encode())
 
 
+# Names of the speakers in ShareGPT's files, and their roles.
+_SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+}
+# Fields of the question, of further input to it (which a row may leave out), and of the answer.
+_ALPACA_FIELDS = (
+    ("instruction", "input", "output"),  # Alpaca
+    ("instruction", "context", "response"),  # Dolly
+    ("prompt", "", "completion"),
+    ("prompt", "", "response"),
+)
+
+
 def row_messages(row: Row) -> Messages:
-    """The conversation of a row ``{"messages": […]}``. Raises KeyError or ValueError if the row has another form."""
-    messages = row["messages"]
-    if not isinstance(messages, list):
-        raise ValueError("'messages' is not a list")
+    """The conversation of a row in one of these forms.
+
+    - ``{"messages": [{"role": "user", "content": …}, …]}``, as of the chat API;
+    - ``{"conversations": [{"from": "human", "value": …}, …]}``, as of ShareGPT;
+    - ``{"instruction": …, "input": …, "output": …}``, as of Alpaca; ``input`` is optional.
+
+    Each of them may have a system message in ``system``. KeyError or ValueError if the row has another form.
+    """
+    messages: list[Any]
+    if "messages" not in row and isinstance(row.get("conversations", row.get("conversation")), list):
+        messages = _sharegpt_messages(row.get("conversations") or row.get("conversation") or [])
+    elif "messages" not in row and (found := [fields for fields in _ALPACA_FIELDS if {*fields[::2]} <= row.keys()]):
+        question, context, answer = found[0]
+        asked = [text_field(row, question)]
+        if row.get(context):
+            asked.append(text_field(row, context))
+        messages = [{"role": "user", "content": "\n\n".join(asked)}]
+        messages.append({"role": "assistant", "content": text_field(row, answer)})
+    else:
+        messages = row["messages"]
+        if not isinstance(messages, list):
+            raise ValueError("'messages' is not a list")
+    if row.get("system") and not (messages and _role(messages[0]) == "system"):
+        return [{"role": "system", "content": text_field(row, "system")}, *messages]
     return messages
+
+
+def _sharegpt_messages(turns: list[Any]) -> list[Any]:
+    """Messages of ShareGPT's turns, which may have the names of the chat API too.
+
+    The assistant's turns before the first question are left out. Consecutive turns of one speaker become one message.
+    """
+    messages: list[dict[str, Any]] = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, Mapping):
+            raise ValueError(f"conversations[{number}] is no object with 'from' and 'value'")
+        speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if not (isinstance(speaker, str) and speaker in _SPEAKERS):
+            raise ValueError(f"conversations[{number}] is from {speaker!r}, who is none of {', '.join(_SPEAKERS)}")
+        if not isinstance(text, str):
+            raise ValueError(f"conversations[{number}] has a value that is not a text")
+        role = _SPEAKERS[speaker]
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f"\n\n{text}"
+        elif role != "assistant" or any(message["role"] == "user" for message in messages):
+            messages.append({"role": role, "content": text})
+    return messages
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, Mapping) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +131,15 @@ class FileConversations:
     """One conversation per row of one or several files, numbered from 0."""
 
     def __init__(self, files: Mapping[str, Path], dataset: ConversationFiles) -> None:
-        """Open local files. Raises UserError if there is no row.
+        """Open local files, given by the name that error messages use for each; UserError if they have no row.
 
-        ``files`` maps the name that error messages give to a file to the path of the file.
+        Rows of ShareGPT's files without an answer are left out with a warning, because its published files have some.
         """
         self._files = [open_rows(path, shown) for shown, path in files.items()]
         self._paths, self._dataset = list(files.values()), dataset
-        self._ends = list(itertools.accumulate(len(rows) for rows in self._files))
+        # Numbers of the rows of each file that are used.
+        self._used = [_rows_with_answer(rows, shown) for rows, shown in zip(self._files, files, strict=True)]
+        self._ends = list(itertools.accumulate(map(len, self._used)))
         if not self._ends[-1]:
             raise UserError(f"{', '.join(files)} holds no conversation")
 
@@ -76,7 +149,8 @@ class FileConversations:
     def __getitem__(self, index: int) -> list[Message]:
         """A conversation. If it is wrong or has no assistant message, a UserError names the file and the line."""
         file = bisect.bisect_right(self._ends, index)
-        rows, number = self._files[file], index - (self._ends[file] - len(self._files[file]))
+        rows, used = self._files[file], self._used[file]
+        number = used[index - (self._ends[file] - len(used))]
         messages = convert(rows, number, lambda row: parse_messages(self._dataset.messages(row)))
         if all(message.role != "assistant" for message in messages):
             raise UserError(f"{rows.where(number)} has no assistant message to learn from")
@@ -94,6 +168,24 @@ class FileConversations:
         """Read every conversation. Raises the same errors as :meth:`__getitem__`."""
         for index in range(len(self)):
             self[index]
+
+
+def _rows_with_answer(rows: Rows, shown: str) -> Sequence[int]:
+    """Numbers of the rows that have an assistant's turn after a question; all rows, if the first is not ShareGPT's."""
+    if not rows or "messages" in (first := rows[0]) or not isinstance(first.get("conversations"), list):
+        return range(len(rows))
+    used = array("q", (number for number in range(len(rows)) if _has_answer(rows[number])))
+    if len(used) < len(rows):
+        extra = {"file": shown, "left_out": len(rows) - len(used), "used": len(used)}
+        log.warning("conversations without an answer are left out", extra=extra)
+    return used
+
+
+def _has_answer(row: Row) -> bool:
+    try:
+        return any(_role(message) == "assistant" for message in row_messages(row))
+    except (ValueError, KeyError):
+        return True  # The check of every conversation names what is wrong with it.
 
 
 @dataclasses.dataclass(frozen=True)

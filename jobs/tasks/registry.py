@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jobs.data.dataset_files import DatasetSource
+from jobs.data.files import file_format, find_files
+from jobs.data.splits import split_files
 from jobs.demo_world.evaluation import evaluation_set
 from jobs.tasks import arc, arithmetic, demo, gsm8k, humaneval, mmlu, smoltalk
 from jobs.tasks.conversations import Conversations, FileConversations, GeneratedConversations, own_conversations
@@ -14,6 +17,8 @@ from jobs.tasks.own_questions import own_task
 from jobs.tasks.task import ChoiceTask, GenerativeTask, Problems
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
+
+log = logging.getLogger("jobs.tasks.registry")
 
 AnyTask = ChoiceTask | GenerativeTask
 
@@ -93,9 +98,11 @@ def _open(name: str, source: DatasetSource, selection: Selection) -> AnyTask:
 
 
 def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversations | None]:
-    """Open the conversations with this name in a mixture: a built-in dataset, a local file, or a folder of the store.
+    """Open the conversations with this name in a mixture: a built-in dataset, a file or folder of this machine (by its
+    ending or with a slash at the start), or a folder of the store.
 
-    Returns the training conversations, and the validation conversations if the store has ``data/<name>/val.jsonl``.
+    Returns the training conversations, and the validation conversations if the store has ``data/<name>/val.jsonl`` or
+    the names of the files of a local folder state such a split.
 
     Raises:
         UserError: nothing has this name, or a file is wrong; the message says where the files should be and how to get
@@ -103,11 +110,8 @@ def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversa
     """
     if name in CONVERSATION_GENERATORS:
         return CONVERSATION_GENERATORS[name], None
-    if name.endswith((".jsonl", ".parquet")):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise UserError(f"the file {name} does not exist")
-        return FileConversations({name: path}, own_conversations(name)), None
+    if name.startswith(("/", "./", "../", "~")) or file_format(name):
+        return _local_conversations(name)
     known = ", ".join((*CONVERSATION_FILES, *CONVERSATION_GENERATORS))
     dataset = CONVERSATION_FILES.get(name) or own_conversations(name, f"; {name!r} is none of {known}")
     training = FileConversations(DatasetSource(store).find(dataset.files), dataset)
@@ -115,6 +119,25 @@ def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversa
     if not store.exists(validation):
         return training, None
     return training, FileConversations({validation: store.fetch(validation)}, dataset)
+
+
+def _local_conversations(name: str) -> tuple[Conversations, Conversations | None]:
+    """Conversations in a file of this machine, or in a folder such as a dataset of the Hugging Face hub."""
+    path, dataset = Path(name).expanduser(), own_conversations(name)
+    if not path.exists():
+        raise UserError(f"the file {name} does not exist")
+    found = {file: path for file, path in find_files(path).items() if file_format(file) != "text"}
+    if not found:
+        raise UserError(f"{name} holds text; conversations are rows of a parquet, JSON or CSV file")
+    if path.is_file():
+        return FileConversations({name: path}, dataset), None
+    splits = split_files(found, name, "name the files of conversations one by one")
+    log.info("files of the conversations", extra=dataclasses.asdict(splits))
+
+    def opened(files: Sequence[str]) -> FileConversations:
+        return FileConversations({f"{name}/{file}": found[file] for file in files}, dataset)
+
+    return opened(splits.training), opened(splits.validation) if splits.validation else None
 
 
 def open_problems(store: Store, name: str, held_out: int) -> Problems:

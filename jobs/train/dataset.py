@@ -12,9 +12,17 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from jobs.data.download import download, open_source
-from jobs.data.local_text import read_local_text
-from jobs.data.shards import MANIFEST, Shard, describe_shard, read_manifest, shard_keys, write_dataset
-from jobs.program import JobSettings, run_command
+from jobs.data.local_text import DATA_HELP, TEXT_COLUMN_HELP, VAL_DATA_HELP, local_text
+from jobs.data.shards import (
+    MANIFEST,
+    Shard,
+    describe_shard,
+    read_manifest,
+    shard_keys,
+    split_shards,
+    write_dataset,
+)
+from jobs.program import JobSettings, print_subcommands, run_command
 from nanochat_core.errors import UserError, run_main
 from nanochat_core.settings import setting
 from nanochat_core.store import Lease, Store, open_store
@@ -39,9 +47,11 @@ class DownloadSettings(JobSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertSettings(JobSettings):
-    """Convert local parquet, JSONL or plain text files to shards in the store."""
+    """Convert local parquet, JSON, CSV or plain text files to shards in the store."""
 
-    data: str = setting(help="file or folder of parquet, JSONL or plain text")
+    data: str = setting(help=DATA_HELP)
+    val_data: str = setting("", VAL_DATA_HELP)
+    text_column: str = setting("text", TEXT_COLUMN_HELP)
     dataset: str = setting(help="name for the dataset in the store")
 
 
@@ -67,8 +77,10 @@ def validate(store: Store, name: str) -> dict[str, int]:
     manifest = read_manifest(store, name)
     keys = shard_keys(store, name)
     problems = []
-    if len(keys) < 2:
-        problems.append(f"there are {len(keys)} shards, and at least two are needed")
+    try:
+        split_shards(store, name)
+    except UserError as error:
+        problems.append(str(error))
     if manifest is not None and not manifest.complete:
         problems.append("its download was interrupted; run it again")
     known = manifest.shards if manifest else {}
@@ -132,7 +144,7 @@ def _convert(settings: ConvertSettings) -> None:
             raise UserError(
                 f"data/{settings.dataset} in {store} is there already; use another --dataset name, or delete it"
             )
-        training, validation = read_local_text(Path(settings.data))
+        training, validation = local_text(settings.data, settings.val_data, settings.text_column).documents()
         source = str(Path(settings.data).resolve())
         manifest = write_dataset(store, settings.dataset, training, validation, source=source)
     documents = [shard.documents for shard in manifest.shards.values()]
@@ -177,6 +189,9 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
 
 def main() -> None:
     command, *argv = sys.argv[1:] or [""]
+    if command in ("-h", "--help"):
+        print_subcommands(PROGRAM, {name: settings for name, (settings, _) in COMMANDS.items()})
+        return
     if command not in COMMANDS:
         raise UserError(f"give one of the commands {', '.join(COMMANDS)}; {PROGRAM} download --help lists its flags")
     run_command(f"jobs.train.dataset {command}", "dataset", *COMMANDS[command], argv)

@@ -8,14 +8,13 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from jobs.data.local_text import local_text_digest
+from jobs.data.local_text import DATA_HELP, TEXT_COLUMN_HELP, VAL_DATA_HELP, LocalText, local_text
 from jobs.data.origin import read_origin, write_origin
-from jobs.data.shards import dataset_digest, read_manifest, shard_keys
+from jobs.data.shards import TextDataset, dataset_digest, read_manifest, shard_keys
 from jobs.data.tokenizers import load_tokenizer, trained_on
 from jobs.program import JobSettings, run_program
 from jobs.promotion.decisions import latest_decision
@@ -35,6 +34,9 @@ from nanochat_core.store import Lease, Store, open_store
 
 log = logging.getLogger("jobs.train.pipeline")
 
+# Bytes of text that are enough for every recipe; a longer text is not counted further.
+_LONG_TEXT = 2**20
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PipelineSettings(JobSettings):
@@ -44,7 +46,9 @@ class PipelineSettings(JobSettings):
         help="; ".join(f"{r.name}: {r.summary}" for r in RECIPES.values())
     )
     model: str = setting("", "name of the model in the store; the recipe's name by default")
-    data: str = setting("", "file or folder of parquet, JSONL or plain text to train on")
+    data: str = setting("", DATA_HELP)
+    val_data: str = setting("", VAL_DATA_HELP)
+    text_column: str = setting("text", TEXT_COLUMN_HELP)
     rl: bool = setting(False, "also train the fine-tuned model by reinforcement learning on the recipe's task")
     start_over: bool = setting(
         False, "train stages again whose inputs have changed; this deletes their earlier checkpoints"
@@ -115,10 +119,15 @@ class Pipeline:
         """
         if self.settings.rl:
             self._problems()  # Missing problems must be an error now, not after hours of training.
-        data = Path(self.settings.data) if self.settings.data else None
+        settings = self.settings
+        data: LocalText | None = None
+        if settings.data:
+            data = local_text(settings.data, settings.val_data, settings.text_column)
+        elif settings.val_data:
+            raise UserError("--val-data is the validation text beside --data; give --data too")
         given = {"recipe": self.recipe.name}
         if data is not None and self.recipe.needs_data:
-            given["text"] = local_text_digest(data)
+            given["text"] = data.digest
         stored = read_origin(self.store, self.model)
         if stored is not None and given != {name: stored.get(name) for name in given}:
             source = f" from {stored['source']}" if "source" in stored else ""
@@ -133,7 +142,7 @@ class Pipeline:
         with Lease(self.store, f"data/{self.model}", "jobs.train.pipeline"):
             self.recipe.prepare(self.store, self.model, data)
             if stored is None:
-                origin = given | ({"source": str(data.resolve())} if data else {})
+                origin = given | ({"source": str(data.data.resolve())} if data else {})
                 write_origin(self.store, self.model, origin)
 
     def _lacks_text(self) -> bool:
@@ -152,7 +161,8 @@ class Pipeline:
             )
         if trained != dataset:
             self._stage("jobs.train.tokenizer", {"dataset": name, "name": name, **self.recipe.tokenizer})
-        flags: Flags = {"dataset": name, "tokenizer": name, **self.recipe.pretrain}
+        fitted = self.recipe.fitted(TextDataset(self.store, name, "train").bytes_up_to(_LONG_TEXT))
+        flags: Flags = {"dataset": name, "tokenizer": name, **fitted.pretrain}
         inputs = pretrain.input_digests(self.store, name, load_tokenizer(self.store, name))
         base = self._checkpoint("base", pretrain.__name__, flags, inputs)
         flags = {"mixture": conversations, **self.recipe.sft}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jobs.data.tokenizers import load_tokenizer
-from jobs.program import JobSettings
+from jobs.program import JobSettings, print_subcommands
 from jobs.train import pretrain
 from jobs.train.studies.report import Laws, Miniseries, write_report
 from jobs.train.studies.study import Failure, PlannedRun, Result, Study, plan_run
@@ -141,6 +141,9 @@ def _report(store: Store, settings: AnyStudy, command: str, outcomes: Sequence[R
 def main() -> None:
     arguments = sys.argv[1:]
     kind = arguments[0] if arguments else ""
+    if kind in ("-h", "--help"):
+        print_subcommands(_PROGRAM, STUDIES)
+        return
     if kind not in STUDIES:
         raise UserError(f"say which study: {' or '.join(STUDIES)}; each has --help")
     end = arguments.index("--") if "--" in arguments else len(arguments)

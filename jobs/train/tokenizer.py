@@ -1,7 +1,9 @@
 """Train a tokenizer: ``python -m jobs.train.tokenizer``."""
 
 import dataclasses
+import functools
 import logging
+import operator
 import time
 from collections.abc import Iterable, Iterator
 
@@ -11,12 +13,14 @@ from jobs.data.shards import TextDataset
 from jobs.data.tokenizers import check_replaceable, save_tokenizer
 from jobs.measures.compression import TEXT_BYTES, bytes_per_token, evaluate
 from jobs.program import JobSettings, run_program
-from nanochat_core.errors import UserError
 from nanochat_core.settings import setting
 from nanochat_core.store import Lease, open_store
 from nanochat_core.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 log = logging.getLogger("jobs.train.tokenizer")
+
+# The 256 bytes and the special tokens.
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,25 +29,36 @@ class TokenizerSettings(JobSettings):
 
     dataset: str = setting(help="name of the dataset in the store")
     name: str = setting(help="name to save the tokenizer under")
-    vocab_size: int = setting(32768, "size of the vocabulary, including the nine special tokens", minimum=265)
+    vocab_size: int = setting(
+        32768, "largest size of the vocabulary, including the nine special tokens", minimum=SMALLEST_VOCABULARY
+    )
+    bytes_per_token: int = setting(
+        50, "bytes of text that each token needs; a text too short for the vocabulary gets a smaller one", minimum=1
+    )
     document_characters: int = setting(10_000, "characters used from the start of each document", minimum=1)
     total_characters: int = setting(2_000_000_000, "characters used in total", minimum=1)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer on ``texts``.
-
-    Raises UserError if the texts are too short for the vocabulary.
-    """
+    """Train a byte-level BPE tokenizer on ``texts``; it has fewer tokens if the texts have no more pairs to merge."""
     trainer = rustbpe.Tokenizer()
-    ordinary = vocab_size - len(SPECIAL_TOKENS)
-    trainer.train_from_iterator(iter(texts), ordinary, pattern=SPLIT_PATTERN)
-    ranks = sorted((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks())
-    if len(ranks) != ordinary:
-        raise UserError(
-            f"the text yields only {len(ranks)} of the {ordinary} tokens asked for; use more text or fewer tokens"
-        )
-    return Tokenizer([token for _, token in ranks])
+    trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+    return Tokenizer([bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=operator.itemgetter(1))])
+
+
+def fitting_vocabulary(texts: Iterable[str], vocab_size: int, bytes_per_token: int) -> int:
+    """The largest vocabulary, at most ``vocab_size``, for which the texts are long enough.
+
+    A token that occurs only a few times costs parameters, but a model cannot learn its meaning. So each token beyond
+    the bytes and the special tokens needs ``bytes_per_token`` bytes of text.
+    """
+    enough = (vocab_size - SMALLEST_VOCABULARY) * bytes_per_token
+    total = 0
+    for text in texts:
+        total += len(text.encode())
+        if total >= enough:
+            return vocab_size
+    return SMALLEST_VOCABULARY + total // bytes_per_token
 
 
 def limited(texts: Iterable[str], document_characters: int, total_characters: int) -> Iterator[str]:
@@ -65,9 +80,13 @@ def train_and_save(settings: TokenizerSettings) -> Tokenizer:
     with Lease(store, f"tokenizers/{settings.name}", "jobs.train.tokenizer"):
         check_replaceable(store, settings.name)
         training = TextDataset(store, settings.dataset, "train")
-        tokenizer = train_tokenizer(
-            limited(training, settings.document_characters, settings.total_characters), settings.vocab_size
-        )
+        texts = functools.partial(limited, training, settings.document_characters, settings.total_characters)
+        tokenizer = train_tokenizer(texts(), fitting_vocabulary(texts(), settings.vocab_size, settings.bytes_per_token))
+        if tokenizer.vocab_size < settings.vocab_size:
+            log.warning(
+                "the text is too short for the vocabulary, which gets fewer tokens",
+                extra={"tokens": tokenizer.vocab_size, "wanted": settings.vocab_size},
+            )
         evaluation = evaluate(store, settings.name, tokenizer, settings.dataset, TEXT_BYTES)
         save_tokenizer(store, settings.name, tokenizer, settings.dataset)
     log.info(

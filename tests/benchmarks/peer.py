@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jobs.data.local_text import read_local_text
+from jobs.data.local_text import LocalText
 from jobs.train.batches.loader import PackedLoader
 from jobs.train.batches.sources import TextSource
 from jobs.train.loop.schedule import Schedule
@@ -84,7 +84,7 @@ class Comparison:
     @classmethod
     def prepare(cls, options: argparse.Namespace, folder: Path, *, batches: int, validation_rows: int) -> Comparison:
         """Train the tokenizer and pack the training and validation rows once for all runs."""
-        training, validation = (list(texts) for texts in read_local_text(options.data))
+        training, validation = (list(texts) for texts in LocalText(options.data).documents())
         tokenizer = train_tokenizer(limited(training, 10_000, TOKENIZER_CHARACTERS), options.vocab_size)
         config = ModelConfig.from_depth(
             options.depth,

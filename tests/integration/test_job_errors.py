@@ -1,6 +1,5 @@
 """A wrong setting or input of a job gives one line with the error, and leaves no files behind."""
 
-import json
 import logging
 import os
 import random
@@ -93,7 +92,7 @@ def error_of(home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, ca
         (["jobs.train.tokenizer", "--name=x"], "--dataset (or NANOCHAT_TOKENIZER_DATASET) is required"),
         ([*TOKENIZER, "--vocab-size=100"], "--vocab-size is 100; it must be at least 265"),
         ([*TOKENIZER, "--vocab-size=many"], "--vocab-size is 'many', which is not a whole number"),
-        ([*TOKENIZER, "--vocab-size=100000"], "use more text or fewer tokens"),
+        ([*TOKENIZER, "--bytes-per-token=0"], "--bytes-per-token is 0; it must be at least 1"),
         ([*TOKENIZER, "--dataset=missing"], "data/missing in {home} holds 0 parquet shard(s)"),
         ([*TOKENIZER, "--dataset=../x"], "'data/../x' is no key of the store"),
         ([*TOKENIZER, "--name=../../x"], "is no key of the store"),
@@ -133,8 +132,9 @@ def error_of(home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, ca
         ([*SFT, "--epochs=inf"], "--epochs is inf"),
         ([*PIPELINE, "--recipe=huge"], "--recipe is 'huge'; choose one of demo, small"),
         (PIPELINE, "recipe small needs text: give --data FILE_OR_FOLDER"),
-        ([*PIPELINE, "--data=missing.txt"], "missing.txt does not exist; give a parquet, JSONL or text file"),
-        ([*PIPELINE, "--data={home}/models"], "{home}/models holds no .parquet, .jsonl, .txt, .md file"),
+        ([*PIPELINE, "--data=missing.txt"], "missing.txt does not exist; give a file, a pattern in quotes"),
+        ([*PIPELINE, "--data={home}/models"], ".safetensors, and nothing with the ending .parquet, .jsonl"),
+        ([*PIPELINE, "--val-data=x.txt"], "--val-data is the validation text beside --data; give --data too"),
         ([*PIPELINE, "--recipe=demo", "--data=x.txt"], "recipe demo makes its own data; leave --data out"),
         ([*PIPELINE, "--model=a/b"], "'a/b' cannot name a model"),
         ([*CHAT, "--model=missing"], "model 'missing' has no sft checkpoint in {home}; train it first"),
@@ -238,18 +238,6 @@ def test_bad_text_leaves_no_half_written_dataset(
     (tmp_path / name).write_bytes(b"\xff\n")
     assert name in error_of(home, [*PIPELINE, f"--data={tmp_path / name}"], monkeypatch, capfd)
     assert files(home) == before
-
-
-def test_text_too_small_for_its_vocabulary(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.txt").write_text("\n\n".join(["word " * 900] * 3))
-    command = [sys.executable, "-m", *PIPELINE, f"--home={home}", f"--data={tmp_path / 'a.txt'}"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2
-    lines = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
-    assert lines == [f"python -m jobs.train.tokenizer: error: {lines[0].split('error: ')[1]}"]
-    assert "use more text or fewer tokens" in lines[0]
-    assert json.loads(ended.stderr.splitlines()[-1])["event"] == "stage ended early"
-    assert not (home / "tokenizers" / "new").exists()
 
 
 def test_an_unknown_flag(home: Path) -> None:

@@ -366,7 +366,7 @@ def test_another_text_or_recipe_for_the_same_model_is_refused(again: Again, chan
 def test_a_failing_stage_ends_the_pipeline_with_its_exit_code(again: Again, caplog: pytest.LogCaptureFixture) -> None:
     shutil.rmtree(again.home / "tokenizers")
     with pytest.raises(SystemExit) as ended:
-        again.run(dataclasses.replace(RECIPE, tokenizer={"vocab-size": 200_000}))
+        again.run(dataclasses.replace(RECIPE, tokenizer={"vocab-size": 100}))
     assert ended.value.code == 2
     assert again.stages == [TOKENIZER]
     assert not (again.home / "tokenizers").exists()

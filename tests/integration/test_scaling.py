@@ -214,3 +214,11 @@ def test_several_ranks_are_told_where_to_meet(studies: Studies, monkeypatch: pyt
         ("1", "1", "2"),
     ]
     assert len({(env["MASTER_ADDR"], env["MASTER_PORT"]) for env in started}) == 1
+
+
+def test_help_lists_the_studies(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["scaling", "--help"])
+    scaling.main()
+    usage, _, *studies = capsys.readouterr().out.splitlines()
+    assert usage.startswith("usage: python -m jobs.train.scaling COMMAND [FLAGS]")
+    assert [line.split()[0] for line in studies] == list(scaling.STUDIES)

@@ -21,8 +21,9 @@ from jobs.data.download import open_source
 from jobs.data.shards import TextDataset, dataset_exists, read_manifest
 from jobs.train import dataset
 from jobs.train.dataset import shard_numbers, validate
-from nanochat_core.errors import UserError
+from nanochat_core.errors import UserError, run_main
 from nanochat_core.store import FolderStore, Store
+from tests.support.odd_files import BAD, write
 from tests.support.text_files import cut_parquet, damaged_parquet, no_text_column, not_parquet, write_parquet
 
 SHARDS = 6
@@ -331,6 +332,19 @@ def test_a_folder_gives_its_parquet_files_in_order_of_their_names(store: FolderS
     assert len(list(folder.iterdir())) == 4
 
 
+def test_a_folder_of_the_hub_gives_its_training_files_and_one_for_validation(
+    store: FolderStore, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hub"
+    for name in ("data/test-00000-of-00001", "data/train-00000-of-00002", "data/train-00001-of-00002"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(folder / f"{name}.parquet", [name])
+    (folder / "README.md").write_text("# A dataset")
+    download.download(store, "web", open_source(str(folder), 0), str(folder), [0, 1], parallel=2)
+    assert list(TextDataset(store, "web", "train")) == ["data/train-00000-of-00002", "data/train-00001-of-00002"]
+    assert list(TextDataset(store, "web", "val")) == ["data/test-00000-of-00001"]
+
+
 def test_a_dataset_keeps_to_its_source(store: FolderStore, server: Server, tmp_path: Path) -> None:
     get(store, server)
     with pytest.raises(UserError, match=r"comes from http.*, not from elsewhere; use another --dataset"):
@@ -385,8 +399,8 @@ def test_the_commands_make_check_and_list_datasets(
         (["download", "--dataset=d", "--source=/nowhere"], "/nowhere is neither a URL with {shard} in it, nor s3"),
         (["download", "--dataset=d", "--source=s3://bucket"], "names a whole bucket; use s3://bucket/prefix"),
         (["download", "--dataset=d", "--parallel=0"], "--parallel is 0; it must be at least 1"),
-        (["convert", "--dataset=d", "--data=/nowhere"], "/nowhere does not exist; give a parquet"),
-        (["validate", "--dataset=d"], "data/d in .* is not valid: there are 0 shards"),
+        (["convert", "--dataset=d", "--data=/nowhere"], "/nowhere does not exist; give a file"),
+        (["validate", "--dataset=d"], r"data/d in .* is not valid: data/d in .* holds 0 parquet shard\(s\)"),
     ],
 )
 def test_a_wrong_command_is_an_error_that_says_what_to_do(
@@ -406,6 +420,49 @@ def test_convert_replaces_nothing(
     with pytest.raises(UserError, match=r"data/web in .* is there already; use another"):
         run(monkeypatch, "convert", f"--data={tmp_path / 'a.txt'}", "--dataset=web", f"--home={store.root}")
     assert shards(store) == wanted_shards(server)
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_lists_the_commands(
+    flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, flag)
+    usage, _, *commands = capsys.readouterr().out.splitlines()
+    assert usage.startswith("usage: python -m jobs.train.dataset COMMAND [FLAGS]")
+    assert [line.split()[0] for line in commands] == list(dataset.COMMANDS)
+
+
+def test_convert_takes_the_split_and_the_column_that_it_is_told(
+    store: FolderStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, texts in (("a", ["one", "two"]), ("b", ["three"])):
+        write_parquet(tmp_path / f"{name}.parquet", [*texts], column="story")
+    flags = [f"--data={tmp_path / 'a.parquet'}", f"--val-data={tmp_path / 'b.parquet'}", "--text-column=story"]
+    run(monkeypatch, "convert", "--dataset=mine", *flags, f"--home={store.root}")
+    assert list(TextDataset(store, "mine", "train")) == ["one", "two"]
+    assert list(TextDataset(store, "mine", "val")) == ["three"]
+
+
+@pytest.mark.parametrize(("name", "content", "complaint"), BAD, ids=range(len(BAD)))
+def test_bad_files_end_convert_with_2_and_leave_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, content: Any,
+    complaint: str,
+) -> None:  # fmt: skip
+    """The bad file comes after a good one, so that the dataset is half written when it is read."""
+    good = tmp_path / "text" / "0.txt"
+    bad = write(tmp_path / "text" / name, content)
+    write(good, b"Some good text.")
+    home = tmp_path / "home"
+    argv = ["convert", "--dataset=d", f"--data={good}", f"--val-data={bad}", f"--home={home}"]
+    monkeypatch.setattr(sys, "argv", ["dataset", *argv])
+    monkeypatch.setattr("jobs.program.logs.configure", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        run_main(dataset.main, dataset.PROGRAM)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"python -m jobs.train.dataset: error: {bad}")
+    assert complaint in line
+    assert [path for path in home.rglob("*") if path.name != "data"] == []
 
 
 def empty_group(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.tasks.conversations import write_conversations
-from jobs.tasks.registry import CONVERSATION_GENERATORS
+from jobs.tasks.registry import CONVERSATION_GENERATORS, open_conversations
 from jobs.train.batches import mixtures
 from jobs.train.batches.loader import PackedLoader
 from jobs.train.batches.mixtures import Entry, Mixture, parse_mixture, repeated
@@ -24,6 +25,7 @@ from nanochat_core.chat import Message, render_conversation
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store, open_store
 from nanochat_core.tokenizer import Tokenizer
+from tests.support.odd_files import gzipped, write, zstd
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
 
@@ -158,7 +160,8 @@ def test_the_public_datasets_are_read_as_they_are_published(store: Store) -> Non
         ("identity", 'train.jsonl in {store}/data/identity: write it, one {{"messages": '),
         ("gsm8", "'gsm8' is none of smoltalk, mmlu, arc, gsm8k, identity, spelling, counting"),
         ("missing.jsonl", "the file missing.jsonl does not exist"),
-        ("../x", "'data/../x' is no key of the store"),
+        ("x/../../y", "'data/x/../../y' is no key of the store"),
+        ("../x", "the file ../x does not exist"),
     ],
 )
 def test_what_is_missing_is_named_with_the_way_to_get_it(store: Store, name: str, complaint: str) -> None:
@@ -166,6 +169,125 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(store: Store, name: str
         Mixture(store, name)
     assert complaint.format(store=store) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+BOT = {"role": "assistant", "content": "b"}
+SHAREGPT: dict[str, Any] = {
+    "id": "1",
+    "conversations": [
+        {"from": "gpt", "value": "Hello, how can I help?"},
+        {"from": "human", "value": "Twice 4?"},
+        {"from": "gpt", "value": "Eight."},
+        {"from": "gpt", "value": "That is 8."},
+        {"from": "human", "value": "Thanks"},
+    ],
+}
+SHAREGPT_READ = [("user", "Twice 4?"), ("assistant", "Eight.\n\nThat is 8."), ("user", "Thanks")]
+ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+
+
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        (SHAREGPT, SHAREGPT_READ),
+        ({**SHAREGPT, "system": "Be brief."}, [("system", "Be brief."), *SHAREGPT_READ]),
+        (
+            {"conversations": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, BOT]},
+            [("system", "s"), ("user", "a"), ("assistant", "b")],
+        ),
+        (ALPACA, [("user", "Add.\n\n1 and 2"), ("assistant", "3")]),
+        ({**ALPACA, "input": "", "text": "…"}, [("user", "Add."), ("assistant", "3")]),
+        ({"instruction": "a", "context": None, "response": "b", "category": "c"}, [("user", "a"), ("assistant", "b")]),
+        ({"prompt": "a", "completion": "b"}, [("user", "a"), ("assistant", "b")]),
+    ],
+)
+def test_conversations_are_read_in_the_forms_that_people_have(
+    store: Store, tmp_path: Path, row: Any, read: Any
+) -> None:
+    rows = json.dumps([row] * 3)
+    lines = "".join(f"{json.dumps(row)}\n" for _ in range(3))
+    (tmp_path / "a.json").write_text(rows)
+    (tmp_path / "b.JSONL").write_text(f"\ufeff{lines}")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzipped(lines.encode()))
+    (tmp_path / "d.json.zst").write_bytes(zstd(rows.encode()))
+    pq.write_table(pa.Table.from_pylist([row] * 3), tmp_path / "e.parquet")
+    for file in sorted(tmp_path.glob("?.*")):
+        mixture = Mixture(store, str(file))
+        mixture.check()
+        assert len(mixture.training) == 2
+        assert [(message.role, message.text) for message in mixture.training[0]] == read
+
+
+def test_conversations_may_be_in_a_csv_file(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('instruction,input,output\n"Say, a",,"a\nb"\nSay c,d,e\n')
+    training, _ = open_conversations(store, str(tmp_path / "a.csv"))
+    texts = [[message.text for message in training[index]] for index in range(len(training))]
+    assert texts == [["Say, a", "a\nb"], ["Say c\n\nd", "e"]]
+
+
+def test_a_downloaded_folder_is_a_source_with_its_splits(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for name, first, count in [("train-0", 0, 3), ("train-1", 3, 2), ("test-0", 90, 2)]:
+        path = tmp_path / "hub" / "data" / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(numbered(first, count)), path)
+    (tmp_path / "hub" / "README.md").write_text("# Conversations")
+    mixture = Mixture(store, str(tmp_path / "hub"))
+    assert questions(mixture.training) == Counter(f"question {number}" for number in range(5))
+    assert questions(mixture.validation) == Counter(f"question {number}" for number in (90, 91))
+    said = next(record for record in caplog.records if record.message == "files of the conversations")
+    assert (said.training, said.validation) == (
+        ["data/train-0.parquet", "data/train-1.parquet"],
+        ["data/test-0.parquet"],
+    )
+
+
+def test_sharegpt_rows_without_an_answer_are_left_out_with_a_warning(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = {"conversations": SHAREGPT["conversations"][1:2]}
+    rows = [SHAREGPT, {"conversations": []}, asked, {"conversations": SHAREGPT["conversations"][:1]}, SHAREGPT]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert len(Mixture(store, str(tmp_path / "a.json")).training) == 1
+    (warning,) = [record for record in caplog.records if "without an answer" in record.message]
+    assert (warning.left_out, warning.used) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.json", json.dumps([SHAREGPT, {"conversations": ["hello"]}]), " item 2: conversations[0] is no object"),
+        (
+            "a.json",
+            json.dumps([SHAREGPT, {"conversations": [{"from": "tool", "value": "x"}]}]),
+            " item 2: conversations[0] is from 'tool', who is none of system, human",
+        ),
+        (
+            "a.json",
+            json.dumps([SHAREGPT, {"conversations": [{"from": "gpt"}]}]),
+            " item 2: conversations[0] has a value",
+        ),
+        ("a.json", json.dumps([ALPACA, {**ALPACA, "output": None}]), " item 2: 'output' is not a text"),
+        ("a.json", json.dumps([ALPACA, {"instruction": "a"}]), " item 2 has no field 'messages'"),
+        ("a.json", json.dumps([{"dialog": ["a", "b"]}] * 2), " item 1 has no field 'messages'"),
+        ("a.json", json.dumps([ALPACA])[:-1], " ends before its JSON array does"),
+        ("a.csv", "instruction,output\na,b\nc\n", ":3 has 1 fields, but the first line names 2"),
+        ("a.jsonl.gz", gzipped(b'{"messages": 1}\n' * 999)[:-9], " is damaged or cut off"),
+        ("a.jsonl", "version https://git-lfs.github.com/spec/v1", " is a pointer of Git LFS"),
+        ("a.parquet", "version https://git-lfs.github.com/spec/v1", " is a pointer of Git LFS"),
+        ("a.txt", "hello", " holds text; conversations are rows of a parquet, JSON or CSV file"),
+        ("a.json", "[]", " holds no conversation"),
+    ],
+)
+def test_a_file_that_holds_no_conversations_is_named(
+    store: Store, tmp_path: Path, name: str, content: Any, complaint: str
+) -> None:
+    file = write(tmp_path / name, content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as raised:
+        Mixture(store, f"{file}").check()
+    assert str(raised.value).startswith(f"{file}{complaint}")
 
 
 def test_half_of_arc_is_not_arc(store: Store) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs import recipes
+from jobs.data.local_text import LocalText
 from jobs.data.shards import TextDataset
 from jobs.demo_world.conversations import CONVERSATION_MIX
 from jobs.demo_world.evaluation import EVALUATION_MIX
@@ -91,7 +92,7 @@ def test_your_own_text_is_cut_into_pieces_for_training_and_left_whole_for_valida
     file = tmp_path / "book.txt"
     file.write_text("\n\n".join(f"Sentence number {i} of a long book." for i in range(1500)))
     recipe = quick("small", document_characters=300)
-    recipe.prepare(store, "mine", file)
+    recipe.prepare(store, "mine", LocalText(file))
     training, validation = (list(TextDataset(store, "mine", split)) for split in ("train", "val"))
     assert all(len(document) <= 300 for document in training)
     assert len(validation) == 1
@@ -103,22 +104,45 @@ def test_your_own_text_is_cut_into_pieces_for_training_and_left_whole_for_valida
 def test_what_is_there_is_not_made_again(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "book.txt"
     file.write_text("\n\n".join("A paragraph. " * 400 for _ in range(5)))
-    quick("small").prepare(store, "mine", file)
+    quick("small").prepare(store, "mine", LocalText(file))
     before = {path: path.stat().st_mtime_ns for path in store.root.rglob("*")}
-    monkeypatch.setattr(recipes, "read_local_text", None)
-    quick("small").prepare(store, "mine", file)
+    monkeypatch.setattr(LocalText, "documents", None)
+    quick("small").prepare(store, "mine", LocalText(file))
     quick("small").prepare(store, "mine", None)
     assert {path: path.stat().st_mtime_ns for path in store.root.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
     ("recipe", "data", "complaint"),
-    [("demo", Path("book.txt"), "makes its own data"), ("small", None, "needs text: give --data")],
+    [("demo", LocalText(Path("book.txt")), "makes its own data"), ("small", None, "needs text: give --data")],
 )
 def test_data_where_none_is_needed_and_none_where_it_is(store: Store, recipe: str, data: Any, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         quick(recipe).prepare(store, "x", data)
     assert store.keys("data") == []
+
+
+@pytest.mark.parametrize("text_bytes", [1, 5_000, 40_000, 121_000, 10**6])
+def test_a_short_text_is_not_shown_too_often(text_bytes: int, caplog: pytest.LogCaptureFixture) -> None:
+    usual = RECIPES["small"]
+    fitted = usual.fitted(text_bytes)
+    if text_bytes == 10**6:
+        assert fitted == usual
+        assert not caplog.records
+        return
+    (warning,) = caplog.records
+    chosen = settings(fitted, "pretrain")
+    assert (warning.steps, warning.batch_tokens) == (chosen.steps, chosen.batch_tokens)
+    assert chosen.batch_tokens % (chosen.device_batch_rows * chosen.context_length) == 0
+    assert 0 < chosen.warmup_steps < chosen.steps
+    passes = chosen.steps * chosen.batch_tokens * recipes.BYTES_PER_TOKEN / text_bytes
+    fewest = chosen.steps == recipes.FEWEST_STEPS and chosen.batch_tokens == recipes.SMALLEST_BATCH
+    assert passes <= recipes.MOST_PASSES or fewest
+
+
+@pytest.mark.parametrize("recipe", ["demo", "speedrun"])
+def test_other_recipes_do_not_depend_on_the_length_of_the_text(recipe: str) -> None:
+    assert RECIPES[recipe].fitted(5_000) == RECIPES[recipe]
 
 
 words = st.text(alphabet="ab. !?\n”", max_size=200)
@@ -132,14 +156,16 @@ def test_cutting_documents_loses_nothing_but_space(documents: Any, characters: A
     assert all(piece == piece.strip() for piece in pieces)
 
 
-def test_documents_are_cut_after_the_last_sentence_that_fits() -> None:
+def test_documents_are_cut_after_the_last_sentence_line_or_word_that_fits() -> None:
     text = "The first one. The second one is longer. The third."
     assert list(cut_documents([text], 42)) == ["The first one. The second one is longer.", "The third."]
+    assert list(cut_documents(["a line\nanother one"], 15)) == ["a line\nanother", "one"]
+    assert list(cut_documents(["one long line\nand another"], 15)) == ["one long line", "and another"]
     assert list(cut_documents(["no sentence ends in here at all"], 10)) == [
         "no sentenc",
         "e ends in",
-        "here at al",
-        "l",
+        "here at",
+        "all",
     ]
 
 

@@ -156,6 +156,31 @@ def test_a_dataset_needs_two_shards(store: Store, count: int, complaint: str) ->
         TextDataset(store, "few", "train")
 
 
+def test_the_names_of_shards_put_there_by_hand_may_state_their_splits(store: Store) -> None:
+    folder = store.root / "data" / "hub" / "data"
+    folder.mkdir(parents=True)
+    for name in ("test-0", "train-0", "train-1"):
+        write_parquet(folder / f"{name}.parquet", [name])
+    assert list(TextDataset(store, "hub", "train")) == ["train-0", "train-1"]
+    assert list(TextDataset(store, "hub", "val")) == ["test-0"]
+    write_parquet(folder / "more.parquet", ["more"])
+    with pytest.raises(
+        UserError, match=r"the name data/train-0\.parquet in data/hub states the split train, but data/"
+    ):
+        TextDataset(store, "hub", "train")
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "string_view", "large_string"])
+def test_shards_may_hold_strings_of_every_kind(store: Store, kind: str) -> None:
+    folder = store.root / "data" / "kinds"
+    folder.mkdir(parents=True)
+    texts = pa.array(["one", None, "thrée", "one"])
+    texts = texts.dictionary_encode() if kind == "dictionary" else texts.cast(getattr(pa, kind)())
+    for number in range(2):
+        pq.write_table(pa.table({"text": texts}), folder / f"shard_{number}.parquet")
+    assert list(TextDataset(store, "kinds", "train")) == ["one", "", "thrée", "one"]
+
+
 def test_a_bad_shard_is_named_when_it_is_opened_or_read(store: Store) -> None:
     folder = store.root / "data" / "bad"
     folder.mkdir(parents=True)

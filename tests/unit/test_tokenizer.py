@@ -12,7 +12,7 @@ import tiktoken
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobs.train.tokenizer import train_tokenizer
+from jobs.train.tokenizer import SMALLEST_VOCABULARY, fitting_vocabulary, train_tokenizer
 from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import (
     ASSISTANT_END,
@@ -292,3 +292,17 @@ def test_no_token_may_occur_twice() -> None:
 
 def test_the_end_of_an_answer_is_a_token_of_its_own() -> None:
     assert TOKENIZER.decode([TOKENIZER.special_ids[ASSISTANT_END]]) == ASSISTANT_END
+
+
+@pytest.mark.parametrize(
+    ("texts", "vocabulary"),
+    [([], 265), (["x" * 49], 265), (["x" * 30, "é" * 10], 266), (["x" * 5_000], 365), (["x" * 10**6] * 2, 4096)],
+)
+def test_a_short_text_gets_a_small_vocabulary(texts: list[str], vocabulary: int) -> None:
+    assert fitting_vocabulary(texts, 4096, bytes_per_token=50) == vocabulary
+
+
+def test_a_text_without_more_pairs_gives_fewer_tokens_than_asked_for() -> None:
+    tokenizer = train_tokenizer(["a small text"], 4096)
+    assert SMALLEST_VOCABULARY < tokenizer.vocab_size < 300
+    assert tokenizer.decode(tokenizer.encode("another text")) == "another text"

@@ -1,0 +1,195 @@
+"""The files that people bring: which of them can be read, and how a compressed or UTF-16 file is opened."""
+
+import codecs
+import contextlib
+import glob
+import io
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Literal, TextIO
+
+import pyarrow as pa
+
+from jobs.data.splits import split_of
+from nanochat_core.errors import UserError
+
+log = logging.getLogger("jobs.data.files")
+
+Format = Literal["parquet", "json lines", "json", "csv", "text"]
+_FORMATS: dict[str, Format] = {
+    ".parquet": "parquet",
+    ".jsonl": "json lines",
+    ".ndjson": "json lines",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+    ".md": "text",
+}
+_COMPRESSED = (".gz", ".zst")
+ENDINGS = f"{', '.join(_FORMATS)}, or one of these but .parquet with {' or '.join(_COMPRESSED)} after it"
+# The endings of files of rows, as a regular expression.
+ROWS_ENDING = r"\.(parquet|(jsonl|ndjson|json|csv|tsv)(\.gz|\.zst)?)"
+
+# What a dataset's folder holds beside its data.
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_READMES = ("readme", "license", "licence", "notice", "citation", "changelog", "contributing", "requirements")
+
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_LFS_POINTER = b"version https://git-lfs"
+# The mark of UTF-32 begins with the mark of UTF-16.
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def file_format(name: str) -> Format | None:
+    """The format of a file by its name, such as ``text`` for ``BOOK.TXT.gz``; None if such files cannot be read."""
+    stem, ending = os.path.splitext(name.lower())
+    if ending not in _COMPRESSED:
+        return _FORMATS.get(ending)
+    inner = _FORMATS.get(os.path.splitext(stem)[1])
+    return None if inner == "parquet" else inner
+
+
+def find_files(path: Path) -> dict[str, Path]:
+    """The files that ``path`` names and that can be read, by their names below the folder, in order of the names.
+
+    Args:
+        path: a file, a pattern such as ``folder/train-*.parquet``, or a folder, which is searched recursively. In a
+            folder, hidden files and descriptions of a dataset (such as ``README.md`` beside ``train.jsonl``) are left
+            out. A dataset's folder in the cache of the Hugging Face hub stands for its current snapshot.
+
+    Raises:
+        UserError: nothing has this name, or no file that it names can be read.
+    """
+    if path.is_file():
+        found = {path.name: path}
+    elif path.is_dir():
+        found = _files_below(_hub_snapshot(path))
+    elif glob.has_magic(str(path)):
+        files = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
+        if not files:
+            raise UserError(f"no file has a name of the pattern {path}")
+        folder = os.path.commonpath([file.parent for file in files])
+        found = {Path(os.path.relpath(file, folder)).as_posix(): file for file in files}
+    elif path.exists():
+        raise UserError(f"{path} is neither a file nor a folder")
+    else:
+        raise UserError(f"{path} does not exist; give a file, a pattern in quotes, or a folder of {ENDINGS}")
+    readable = {name: found[name] for name in sorted(found) if file_format(name)}
+    others = Counter(_ending(name) for name in found if name not in readable)
+    if not readable:
+        if path.is_file():
+            raise UserError(f"{path} cannot be read by its ending; it must be one of {ENDINGS}")
+        listed = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5)) or "no files"
+        raise UserError(f"{path} has {listed}, and nothing with the ending {ENDINGS}")
+    if others:
+        log.warning("files of other kinds are left out", extra={"folder": str(path), "files": dict(others)})
+    return readable
+
+
+def _ending(name: str) -> str:
+    *rest, last = PurePosixPath(name.lower()).suffixes or ["without an ending"]
+    return "".join([*rest[-1:], last]) if last in _COMPRESSED else last
+
+
+def _files_below(folder: Path) -> dict[str, Path]:
+    found = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if path.is_file() and not hidden and path.name not in _DESCRIPTIONS:
+            found[name] = path
+    formats = {name: file_format(name) for name in found}
+    if any(split_of(name) for name in found) or {*formats.values()} - {None, "text"}:
+        readmes = [name for name, kind in formats.items() if kind == "text" and _is_readme(name)]
+        if readmes:
+            log.info("texts about the dataset are left out", extra={"folder": str(folder), "files": readmes})
+        found = {name: path for name, path in found.items() if name not in readmes}
+    return found
+
+
+def _is_readme(name: str) -> bool:
+    return PurePosixPath(name.lower()).name.split(".")[0] in _READMES
+
+
+def _hub_snapshot(folder: Path) -> Path:
+    """The files of a dataset whose folder in the cache of the Hugging Face hub is given; any other folder itself."""
+    snapshots, main = folder / "snapshots", folder / "refs" / "main"
+    if not (snapshots.is_dir() and (folder / "blobs").is_dir()):
+        return folder
+    revisions = sorted(path for path in snapshots.iterdir() if path.is_dir())
+    if main.is_file() and (current := snapshots / main.read_text().strip()) in revisions:
+        return current
+    if len(revisions) != 1:
+        listed = ", ".join(map(str, revisions)) or "none"
+        raise UserError(f"{folder} does not say which snapshot is current; give one of its snapshots: {listed}")
+    return revisions[0]
+
+
+def open_binary(path: Path, shown: str) -> io.BufferedReader:
+    """Open a file, which error messages call ``shown``, and decompress it if its first bytes are gzip's or zstd's.
+
+    Raises:
+        UserError: the file cannot be opened, or it is a pointer of Git LFS.
+    """
+    refuse_pointer(path, shown)
+    file = path.open("rb")
+    start = file.peek(8)
+    for mark, compression in _COMPRESSIONS.items():
+        if start.startswith(mark):
+            file.close()
+            # An Arrow stream has the methods of a raw file, but not its type.
+            return io.BufferedReader(pa.input_stream(str(path), compression=compression), 2**16)
+    return file
+
+
+def open_text(path: Path, shown: str, errors: str = "strict") -> TextIO:
+    """Open a file as text with ``\\n`` at the ends of lines, in UTF-8 or in the encoding of its byte order mark.
+
+    ``errors`` is the parameter of :func:`open`. Errors are those of :func:`open_binary`.
+    """
+    file = open_binary(path, shown)
+    start = file.peek(4)
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8")
+    return io.TextIOWrapper(file, encoding, errors)
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a file is neither compressed nor in UTF-16 or UTF-32."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return not start.startswith((*_COMPRESSIONS, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
+
+
+def refuse_pointer(path: Path, shown: str) -> None:
+    """Raise UserError if a file cannot be opened, or if Git has not fetched its content from LFS yet."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise UserError(f"{shown} cannot be read: {error.strerror}") from error
+    if start == _LFS_POINTER:
+        raise UserError(f"{shown} is a pointer of Git LFS, not the file itself; run git lfs pull in its folder")
+
+
+@contextlib.contextmanager
+def reading(shown: str) -> Iterator[None]:
+    """Turn the errors of reading a file, which error messages call ``shown``, into a UserError."""
+    try:
+        yield
+    except UnicodeError as error:
+        byte = f" (byte 0x{error.object[error.start]:02x})" if isinstance(error, UnicodeDecodeError) else ""
+        raise UserError(
+            f"{shown} is not UTF-8 text{byte}; convert it, for example with iconv -f WINDOWS-1252 -t UTF-8"
+        ) from error
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{shown} is damaged or cut off: {' '.join(str(error).split())}") from error

@@ -1,0 +1,86 @@
+"""The splits that the names of a dataset's files state: training, validation, test."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+from nanochat_core.errors import UserError
+
+# Words in the names of files and folders. "training" and "evaluation" are left out: documents have such names too.
+_SPLITS = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "holdout": "validation",
+    "heldout": "validation",
+    "test": "test",
+}
+_UNCLEAR = "several splits"
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The files of a dataset by their use.
+
+    Attributes:
+        training: files to train on, never empty.
+        validation: files for validation; empty if no name states a split other than ``train``.
+        unused: test files, if there are validation files beside them. Nothing is ever trained on them.
+    """
+
+    training: list[str]
+    validation: list[str]
+    unused: list[str]
+
+
+def split_of(name: str) -> str:
+    """The split that a path states: ``train``, ``validation``, ``test``, or an empty string if it states none.
+
+    A file or folder states a split if exactly one kind of split word is in its name: ``c4-train.00000-of-01024.json``.
+    If two of them state different splits, or the only name with split words has several kinds, the result is
+    ``several splits``.
+    """
+    stated: set[str] = set()
+    several = False
+    for part in PurePosixPath(name).parts:
+        found = {_SPLITS[word] for word in re.findall(r"[^\W\d_]+", part.lower()) if word in _SPLITS}
+        if len(found) == 1:
+            stated |= found
+        several = several or len(found) > 1
+    if len(stated) > 1 or (several and not stated):
+        return _UNCLEAR
+    return stated.pop() if stated else ""
+
+
+def split_files(names: Iterable[str], shown: str, advice: str) -> Splits:
+    """Divide files by the splits that their names state; ``names`` are paths below the dataset's folder.
+
+    - Files of the split ``validation`` are for validation. Without them, the files of the split ``test`` are.
+    - Files of the split ``train`` are for training. Without them, the files that state no split are.
+    - If no name states a split other than ``train``, no file is for validation: the caller holds out a part.
+
+    Args:
+        shown: name of the dataset in error messages.
+        advice: end of the error messages: what the user can do.
+
+    Raises:
+        UserError: the names leave open which files are for training.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(split_of(name), []).append(name)
+    train, unnamed, test = (found.get(split, []) for split in ("train", "", "test"))
+    if unclear := found.get(_UNCLEAR):
+        raise UserError(f"the name {unclear[0]} in {shown} states {_UNCLEAR}; {advice}")
+    if train and unnamed:
+        raise UserError(
+            f"the name {train[0]} in {shown} states the split train, but {unnamed[0]} states none; {advice}"
+        )
+    held_out = found.get("validation") or test
+    if not (train or unnamed):
+        raise UserError(f"the name {held_out[0]} in {shown} states a split, and no file is for training; {advice}")
+    return Splits(train or unnamed, held_out, test if held_out is not test else [])
