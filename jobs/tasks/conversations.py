@@ -90,11 +90,6 @@ class FileConversations:
             digest.update(bytes.fromhex(sha256_of(path)))
         return digest.hexdigest()
 
-    def check(self) -> None:
-        """Read every conversation; errors as for :meth:`__getitem__`."""
-        for index in range(len(self)):
-            self[index]
-
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedConversations:
@@ -114,9 +109,6 @@ class GeneratedConversations:
         """sha256 of the size and the first conversations."""
         made = [self.messages(number) for number in range(_DIGESTED)]
         return hashlib.sha256(json.dumps([self.size, made]).encode()).hexdigest()
-
-    def check(self) -> None:
-        """Do nothing, because unit tests verify the generators."""
 
 
 Conversations = FileConversations | GeneratedConversations
