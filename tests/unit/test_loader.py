@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.data.shards import TextDataset, write_dataset
+from jobs.train.batches import loader as loader_module
 from jobs.train.batches import sources
-from jobs.train.batches.loader import MAX_PACKERS, Batch, PackedLoader, merge_states
+from jobs.train.batches.loader import Batch, PackedLoader, merge_states
 from jobs.train.batches.packing import Document
 from jobs.train.batches.sources import ConversationSource, TextSource, WindowSource, open_texts
 from nanochat_core.chat import parse_messages, render_conversation
@@ -346,8 +347,11 @@ def test_shares_of_ranks_differ_by_at_most_one_row(text: TextDataset, world_size
     assert max(rows) - min(rows) <= 1
 
 
-def test_a_batch_of_more_rows_than_packers_gives_each_packer_some(text: TextDataset) -> None:
-    rows = 2 * MAX_PACKERS + 5
+def test_a_batch_of_more_rows_than_packers_gives_each_packer_some(
+    text: TextDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "MAX_PACKERS", 16)
+    rows = 2 * 16 + 5
     whole, parts = (
         [wide_loader(text, "text", rows=rows, rank=rank, world_size=size).next_batch() for rank in range(size)]
         for size in (1, 7)
@@ -370,7 +374,7 @@ def test_ranks_without_rows_compute_one_without_targets(text: TextDataset, caplo
 def test_coverage_adds_up_over_the_ranks(text: TextDataset) -> None:
     ranks = [wide_loader(text, "text", rank=rank, world_size=3) for rank in range(3)]
     whole = wide_loader(text, "text")
-    for _ in range(12):
+    for _ in range(18):
         expected = whole.next_batch().coverage
         parts = [rank.next_batch().coverage for rank in ranks]
         for name, value in expected.items():

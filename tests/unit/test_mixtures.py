@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -94,7 +93,10 @@ def test_sources_are_mixed_by_their_weights(store: Store) -> None:
     of_b = [number for number in range(100, 140) if shown[f"question {number}"]]
     assert len(of_b) == 19  # half of the 38 conversations that are not held out
     assert len(mixture.training) == 80 + 19
-    assert questions(mixture.validation) == Counter(f"question {number}" for number in (1000, 1001, 1002, 100, 120))
+    held_out = sorted(int(question.split()[1]) for question in questions(mixture.validation))
+    assert held_out[2:] == [1000, 1001, 1002]
+    assert 100 <= held_out[0] < 120 <= held_out[1] < 140
+    assert not any(shown[f"question {number}"] for number in held_out)
 
 
 def test_what_is_held_out_is_never_trained_on_and_spread_over_the_file(store: Store) -> None:
@@ -102,8 +104,8 @@ def test_what_is_held_out_is_never_trained_on_and_spread_over_the_file(store: St
     mixture = Mixture(store, "a")
     held_out = sorted(int(question.split()[1]) for question in questions(mixture.validation))
     assert len(held_out) == 256
-    assert (held_out[0], held_out[-1]) == (0, 9960)
-    assert np.diff(held_out).max() <= 40
+    assert all(i * 10_000 // 256 <= number < (i + 1) * 10_000 // 256 for i, number in enumerate(held_out))
+    assert len({number % 10 for number in held_out}) == 10, "none of a file's repeating kinds is left out"
     assert questions(mixture.training) + questions(mixture.validation) == Counter(
         f"question {number}" for number in range(10_000)
     )
@@ -143,7 +145,9 @@ def test_the_public_datasets_are_read_as_they_are_published(store: Store) -> Non
     store.write("data/gsm8k/train.jsonl", b'{"question": "gsm?", "answer": "#### 1"}\n' * 2)
     mixture = Mixture(store, "smoltalk,mmlu:3,gsm8k:4,arc")
     shown = Counter(question.split("\n")[0] for question in questions(mixture.training).elements())
-    assert shown == Counter({f"question {number}": 1 for number in range(1, 6)} | {"mmlu?": 3, "gsm?": 4, "arc?": 3})
+    (held_out,) = {f"question {number}" for number in range(6)} & questions(mixture.validation).keys()
+    numbers = {f"question {number}" for number in range(6)} - {held_out}
+    assert shown == Counter(dict.fromkeys(numbers, 1) | {"mmlu?": 3, "gsm?": 4, "arc?": 3})
     mixture.fit(TOKENIZER, 100)
 
 
@@ -316,7 +320,7 @@ def test_no_row_is_without_targets_however_long_the_prompts(store: Store) -> Non
     rows = [conversation("q" * (300 if i % 10 == 0 else 9), "yes" * (i % 60)) for i in range(1000)]
     write_conversations(store, "a", "train", rows)
     fitted = Mixture(store, "a").fit(TOKENIZER, 65)
-    assert fitted.lost.left_out == 95  # one hundred without those that are held out for validation
+    assert 90 <= fitted.lost.left_out <= 100  # one hundred without those that are held out for validation
     loader = PackedLoader(
         ConversationSource(fitted.training, TOKENIZER, 1), rows=8, context_length=64, pad_id=0, when_full="pad"
     )

@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
@@ -19,13 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jobs.data.shards import RowGroupCache
 from jobs.train.batches.packing import BestFitPacker, Document, WhenFull
 from jobs.train.batches.sources import Source, default_workers
 from nanochat_core.errors import UserError
 from nanochat_core.model import IGNORE_INDEX
 
-# The largest number of packers. A batch of more rows gives some packers several rows each.
-MAX_PACKERS = 256
+# The largest number of packers, and of ranks with rows. A batch of more rows gives some packers several rows each.
+MAX_PACKERS = 1024
+# Packers read different documents at a time: each one or two row groups, whose text takes about 4 MB for web pages.
+_CACHED_BYTES = 512 * 2**20
+_CACHED_BYTES_PER_PACKER = 8 * 2**20
 # Documents in a packer's buffer. It has at most an eighth of the packer's documents of an epoch, because it takes the
 # longest first, but at least the smaller number. docs/data.md has measurements of other sizes.
 BUFFERED_DOCUMENTS = 64
@@ -194,6 +199,12 @@ class PackedLoader:
                 "it is not whole; merge the states of all ranks"
             )
         return [state["packers"][str(packer.number)] for packer in self._packers]
+
+
+def text_cache(rows: int, world_size: int) -> RowGroupCache:
+    """A cache for the text that a rank's packers read at a time, for a global batch of ``rows``."""
+    packers = math.ceil(min(rows, MAX_PACKERS) / world_size)
+    return RowGroupCache(max(_CACHED_BYTES, packers * _CACHED_BYTES_PER_PACKER))
 
 
 def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -221,8 +221,13 @@ def repeated(rows: Sequence[int], weight: float) -> list[int]:
 
 
 def _held_out(name: str, count: int) -> list[int]:
-    """Numbers of the conversations for validation, evenly spaced because a file may be ordered by topic."""
+    """Numbers of the conversations for validation: a random one of each stretch of the file.
+
+    They are spread because a file may be ordered by topic, and random because each tenth may be of another kind. They
+    are the same in every run.
+    """
     if count < 2:
         raise UserError(f"{name} holds one conversation; at least two are needed, one of them for validation")
     held_out = min(math.ceil(count / _HELD_OUT_ONE_IN), _MAX_HELD_OUT)
-    return [i * count // held_out for i in range(held_out)]
+    bounds = [i * count // held_out for i in range(held_out + 1)]
+    return [random.Random(start).randrange(start, end) for start, end in itertools.pairwise(bounds)]  # noqa: S311

@@ -148,7 +148,8 @@ class BestFitPacker:
         ids[:taken], counted[:taken] = document.ids[start:end], document.counted[start:end]
         if start:
             counted[0] = False  # It was a target before the cut, and is context here.
-        self.stats.update(packed=taken - bool(start), repeated=int(bool(start)))
+        self.stats["packed"] += taken - bool(start)
+        self.stats["repeated"] += bool(start)
         if end < len(document.ids):
             if self.when_full == "fill":
                 self.put(document, end - 1)  # The next piece begins with this piece's last token, as context.
