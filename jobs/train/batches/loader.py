@@ -31,8 +31,8 @@ MAX_PACKERS = 1024
 # Packers read different documents at a time: each one or two row groups, whose text takes about 4 MB for web pages.
 _CACHED_BYTES = 512 * 2**20
 _CACHED_BYTES_PER_PACKER = 8 * 2**20
-# Documents in a packer's buffer. It has at most an eighth of the packer's documents of an epoch, because an epoch should
-# not begin with all long documents, but at least the smaller number.
+# Documents in a packer's buffer. It has at most an eighth of the documents that the packer has in an epoch, because an
+# epoch should not begin with all long documents, but at least the smaller number.
 BUFFERED_DOCUMENTS = 64
 LEAST_BUFFERED_DOCUMENTS = 8
 # Changes with the meaning of the stored position in the data.
