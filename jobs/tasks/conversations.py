@@ -207,8 +207,5 @@ class GeneratedConversations:
         made = [self.messages(number) for number in range(_DIGESTED)]
         return hashlib.sha256(json.dumps([self.size, made]).encode()).hexdigest()
 
-    def check(self) -> None:
-        """Do nothing, because unit tests verify the generators."""
-
 
 Conversations = FileConversations | GeneratedConversations

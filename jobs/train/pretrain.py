@@ -9,7 +9,8 @@ from jobs.measures.bits_per_byte import bits_per_byte
 from jobs.measures.core.bundle import read_bundle
 from jobs.measures.core.download import PUBLIC_BUNDLE, locate_bundle
 from jobs.measures.core.run import core_of
-from jobs.train.batches.sources import TextSource
+from jobs.train.batches.loader import text_cache
+from jobs.train.batches.sources import open_texts
 from jobs.train.loop.run import Evaluation, Metrics
 from jobs.train.loop.runtime import Runtime
 from jobs.train.loop.schedule import DEFAULT_RATIO, Schedule, TrainingPlan, plan_training
@@ -82,9 +83,15 @@ def pretrain(settings: PretrainSettings, runtime: Runtime) -> CheckpointRef:
     store, ranks = runtime.store, runtime.ranks
     tokenizer = load_tokenizer(store, settings.tokenizer)
     config, plan = plan_run(settings, tokenizer.vocab_size)
-    training = TextSource(TextDataset(store, settings.dataset, "train"), tokenizer)
-    validation = TextDataset(store, settings.dataset, "val")
     rows = rows_per_batch(plan.batch_tokens, config.context_length)
+    training = open_texts(
+        TextDataset(store, settings.dataset, "train", text_cache(rows, ranks.size)),
+        tokenizer,
+        row_length=config.context_length + 1,
+        seed=settings.seed,
+        threads=settings.loader_workers,
+    )
+    validation = TextDataset(store, settings.dataset, "val")
     stage = Stage("base", settings, runtime, config, tokenizer)
     model = stage.model
 

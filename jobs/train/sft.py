@@ -101,14 +101,12 @@ def fine_tune(settings: SftSettings, runtime: Runtime) -> CheckpointRef:
     rows = rows_per_batch(batch_tokens, context_length)
     stage = Stage("sft", settings, runtime, config, tokenizer, base)
     packed = functools.partial(stage.packed_loader, context_length=context_length, when_full="pad")
-    if settings.steps is None:
-        lengths = mixture.lengths(tokenizer, settings.threads)
-        steps = _count_batches(packed(LengthSource(lengths, settings.seed), rows=rows), settings.epochs)
-    else:
-        mixture.check()
-        steps = settings.steps
-    training = ConversationSource(mixture.training, tokenizer, settings.seed)
-    validation = ConversationSource(mixture.validation, tokenizer, settings.seed)
+    fitted = mixture.fit(tokenizer, context_length + 1, settings.threads)
+    steps = settings.steps
+    if steps is None:
+        steps = _count_batches(packed(LengthSource(fitted.lengths, settings.seed), rows=rows), settings.epochs)
+    training = ConversationSource(fitted.training, tokenizer, settings.seed)
+    validation = ConversationSource(fitted.validation, tokenizer, settings.seed)
     held_out = _held_out_batches(packed(validation, rows=min(settings.device_batch_rows, rows)))
     trainer = stage.trainer(
         parameter_groups(stage.model, OptimizerConfig(weight_decay=0.0), batch_lr_scale=settings.lr_scale),
@@ -124,15 +122,20 @@ def fine_tune(settings: SftSettings, runtime: Runtime) -> CheckpointRef:
         lambda state: packed(training, rows=rows, rank=ranks.rank, world_size=ranks.size, state=state).prefetched(),
         [Evaluation(lambda: {"val_loss": _mean_loss(stage.model, held_out, runtime)}, settings.eval_every)],
         inputs=input_digests(base, mixture),
-        plan={"batch_tokens": batch_tokens, "steps": steps},
+        plan={"batch_tokens": batch_tokens, "steps": steps, "lost": dataclasses.asdict(fitted.lost)},
     )
+    if ranks.leads and (fitted.lost.cut or fitted.lost.left_out):
+        log.warning(
+            "conversations longer than a row are cut, and left out if the assistant says nothing before the cut",
+            extra={**dataclasses.asdict(fitted.lost), "row_tokens": context_length + 1},
+        )
     log.info(
         "fine-tuning",
         extra={
             "model": settings.model,
             "base": base.ref.revision,
-            "conversations": len(mixture.training),
-            "held_out": len(mixture.validation),
+            "conversations": len(fitted.training),
+            "held_out": len(fitted.validation),
             "steps": steps,
         },
     )
@@ -160,8 +163,6 @@ def _held_out_batches(loader: PackedLoader) -> list[Batch]:
     batches: list[Batch] = []
     while loader.epoch < 1.0 and len(batches) < _HELD_OUT_BATCHES:
         batches.append(loader.next_batch())
-    if not any(bool((batch.targets != IGNORE_INDEX).any()) for batch in batches):
-        raise UserError("the validation conversations hold no assistant text that fits a row")
     return batches
 
 

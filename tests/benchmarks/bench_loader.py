@@ -1,4 +1,4 @@
-"""Measure the speed of the data loader and of its parts, and the share of tokens that packing crops.
+"""Measure the speed of the data loader and of its parts.
 
 Run the program from the project's root:
 ``python -m tests.benchmarks.bench_loader HOME DATASET TOKENIZER [THREADS]``.
@@ -56,11 +56,10 @@ def main() -> None:
                 while time.perf_counter() - filled < SECONDS:
                     tokens += next(batches).ids.numel()
                 seconds, processor = time.perf_counter() - filled, time.process_time() - processor
-            stats = loader.stats
             print(
                 f"{count} threads, context {context}, {rows} rows on {world_size} ranks: {tokens / seconds:11,.0f} "
                 f"tokens/s, {tokens / processor:11,.0f} per second of CPU time; "
-                f"first batch after {filled - started:.2f} s, {stats['cropped'] / stats.total():.1%} cropped"
+                f"first batch after {filled - started:.2f} s"
             )
 
 

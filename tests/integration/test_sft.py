@@ -123,14 +123,31 @@ def test_an_epoch_shows_every_conversation_about_once(jobs: Jobs) -> None:
     assert twice == pytest.approx(2 * step, abs=2)
 
 
-def test_a_batch_without_anything_to_learn_is_an_error(jobs: Jobs) -> None:
-    long = {"messages": [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y"}]}
-    write_conversations(jobs.store, NAME, "train", [long])
-    job = jobs.start(MODULE, SFT)
-    assert job.wait() == 2
-    assert "the conversations hold no assistant text that fits a row" in job.stderr
-    write_conversations(jobs.store, NAME, "val", [long])
-    assert "the validation conversations hold no assistant text" in failed(jobs)
+def long_prompt(words: str = "x" * 200) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "y"}]}
+
+
+def test_conversations_with_prompts_longer_than_a_row_are_left_out_counted_and_reported(jobs: Jobs) -> None:
+    rng = random.Random(0)
+    rows = [long_prompt() if i % 10 == 9 else conversation(rng) for i in range(300)]
+    write_conversations(jobs.store, NAME, "train", rows)
+    job = jobs.run(MODULE, SFT, save_every=0)
+    (warned,) = [event for event in job.events if "conversations longer than a row" in event["event"]]
+    assert (warned["level"], warned["conversations"], warned["left_out"]) == ("warning", 300, 30)
+    assert 0.3 < warned["cropped_share"] < 1
+    result = jobs.result("sft")
+    assert result.meta["plan"]["lost"]["left_out"] == 30
+    assert result.history[-1]["val_loss"] < result.history[0]["loss"]
+    assert result.history[-1]["epoch"] > 1
+    assert result.history[-1]["unseen"] == 0
+
+
+def test_conversations_without_anything_to_learn_are_an_error(jobs: Jobs) -> None:
+    write_conversations(jobs.store, NAME, "train", [long_prompt()])
+    assert "the training conversations hold no assistant text that fits a row" in failed(jobs)
+    write_conversations(jobs.store, NAME, "val", [long_prompt()])
+    write_conversations(jobs.store, NAME, "train", [conversation(random.Random(0))])
+    assert "the validation conversations hold no assistant text that fits a row" in failed(jobs)
     assert jobs.steps("sft") == []
 
 

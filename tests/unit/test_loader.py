@@ -2,9 +2,12 @@
 
 import itertools
 import json
+import logging
+import math
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.data.shards import TextDataset, write_dataset
+from jobs.train.batches import loader as loader_module
+from jobs.train.batches import sources
 from jobs.train.batches.loader import Batch, PackedLoader, merge_states
 from jobs.train.batches.packing import Document
-from jobs.train.batches.sources import ConversationSource, TextSource
+from jobs.train.batches.sources import ConversationSource, TextSource, WindowSource, open_texts
 from nanochat_core.chat import parse_messages, render_conversation
 from nanochat_core.errors import UserError
 from nanochat_core.model import IGNORE_INDEX
@@ -55,14 +60,21 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextDataset:
 MakeLoader = Callable[[dict[str, Any] | None], PackedLoader]
 
 
-@pytest.fixture(params=["text", "conversations"])
+KINDS = ["text", "windows", "conversations"]
+
+
+def source_and_rule(kind: str, text: TextDataset) -> tuple[Any, Any]:
+    if kind == "text":
+        return TextSource(text, BYTES), "fill"
+    if kind == "windows":
+        return WindowSource(list(text), BYTES, row_length=CONTEXT + 1, seed=5), "fill"
+    return ConversationSource(CONVERSATIONS, BYTES, seed=5), "pad"
+
+
+@pytest.fixture(params=KINDS)
 def make(request: pytest.FixtureRequest, text: TextDataset) -> MakeLoader:
     def make_loader(state: dict[str, Any] | None) -> PackedLoader:
-        source: Any
-        if request.param == "text":
-            source, when_full = TextSource(text, BYTES), "crop"
-        else:
-            source, when_full = ConversationSource(CONVERSATIONS, BYTES, seed=5), "pad"
+        source, when_full = source_and_rule(request.param, text)
         return PackedLoader(
             source, rows=ROWS, context_length=CONTEXT, pad_id=BYTES.bos_id, when_full=when_full, state=state
         )
@@ -144,11 +156,53 @@ def test_targets_are_the_next_tokens_of_the_row(make: Any) -> None:
         assert torch.equal(batch.targets[:, :-1][counted], batch.ids[:, 1:][counted])
 
 
-def test_every_token_of_text_is_a_target(text: TextDataset) -> None:
-    loader = PackedLoader(TextSource(text, BYTES), rows=ROWS, context_length=CONTEXT, pad_id=BYTES.bos_id)
-    for batch in take(loader, 10):
-        assert (batch.targets != IGNORE_INDEX).all()
-        assert (batch.ids[:, 0] == BYTES.bos_id).all()
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("kind", ["text", "windows"])
+def test_an_epoch_of_text_has_every_token_as_a_target_once(text: TextDataset, kind: str, rows: int) -> None:
+    """Except for the token with which a row begins, which is BOS or was a target before a cut."""
+    source, _ = source_and_rule(kind, text)
+    expected = Counter(token for document in text for token in BYTES.encode(document))
+    loader = PackedLoader(source, rows=rows, context_length=CONTEXT, pad_id=0)
+    shown: Counter[int] = Counter()
+    while loader.unseen:
+        batch = loader.next_batch()
+        shown.update(batch.targets[batch.targets >= 0].tolist())
+    del shown[BYTES.bos_id]
+    assert all(shown[token] >= count for token, count in expected.items())
+    assert 1 <= loader.epoch < 1.3
+    assert shown.total() <= 1.3 * expected.total()
+
+
+def test_windows_are_the_documents_cut_with_one_token_of_context(text: TextDataset) -> None:
+    source = WindowSource(list(text), BYTES, row_length=9, seed=5)
+    windows = [source.document(number) for number in range(len(source))]
+    assert max(len(window.ids) for window in windows) == 9
+    assert all(window.counted[1:].all() for window in windows)
+    assert all(window.counted[0] == (window.ids[0] == BYTES.bos_id) for window in windows)
+    new = Counter(int(token) for window in windows for token in window.ids[window.counted])
+    assert new == Counter(token for document in text for token in [BYTES.bos_id, *BYTES.encode(document)])
+    assert len(source) == sum(max(1, math.ceil(len(BYTES.encode(document)) / 8)) for document in text)
+
+
+def test_small_texts_are_cut_and_shuffled_and_large_ones_are_read_in_order(
+    text: TextDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(open_texts(text, BYTES, row_length=9, seed=5), WindowSource)
+    monkeypatch.setattr(sources, "SMALL_CHARACTERS", 1000)
+    source = open_texts(text, BYTES, row_length=9, seed=5)
+    assert isinstance(source, TextSource)
+    assert bytes(source.document(71).ids[1:].astype(np.uint8)).decode() == text[1]
+
+
+def test_two_long_documents_give_every_row_of_a_batch_something_else() -> None:
+    """Each packer with a document of its own would read these two from their starts many times."""
+    rng = random.Random(2)
+    texts = ["".join(rng.choices("abcdefgh", k=4000)) for _ in range(2)]
+    loader = PackedLoader(open_texts(texts, BYTES, row_length=33, seed=1), rows=16, context_length=32, pad_id=0)
+    rows = [tuple(row) for batch in take(loader, 15) for row in batch.ids.tolist()]
+    assert len(set(rows)) == len(rows)
+    assert loader.unseen < 0.05
+    assert loader.epoch == pytest.approx(0.96, abs=0.03)
 
 
 def test_of_conversations_only_the_assistants_own_tokens_are_targets() -> None:
@@ -210,12 +264,8 @@ def test_a_handful_of_documents_is_enough(count: int) -> None:
 
 
 def wide_loader(text: TextDataset, kind: str, **options: Any) -> PackedLoader:
-    """Batches of eight rows. Up to eight ranks can share them."""
-    source: Any
-    if kind == "text":
-        source, when_full = TextSource(text, BYTES), "crop"
-    else:
-        source, when_full = ConversationSource(CONVERSATIONS, BYTES, seed=5), "pad"
+    """Batches of eight rows by default."""
+    source, when_full = source_and_rule(kind, text)
     given_options = {"rows": 8, "context_length": CONTEXT, "pad_id": 0, "when_full": when_full, "workers": 2}
     return PackedLoader(source, **given_options | options)
 
@@ -234,10 +284,10 @@ def global_batches(
     return batches
 
 
-lives = st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(1, 6)), min_size=1, max_size=4)
+lives = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 6)), min_size=1, max_size=4)
 
 
-@given(kind=st.sampled_from(["text", "conversations"]), lives=lives)
+@given(kind=st.sampled_from(KINDS), lives=lives)
 def test_any_world_sizes_across_any_restarts_make_the_batches_of_one_uninterrupted_rank(
     text: TextDataset, kind: Any, lives: Any
 ) -> None:
@@ -248,7 +298,7 @@ def test_any_world_sizes_across_any_restarts_make_the_batches_of_one_uninterrupt
     assert all(same(a, b) for a, b in zip(pieces, whole, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["text", "conversations"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("workers", [1, 3, 8])
 def test_the_number_of_threads_changes_nothing(text: TextDataset, kind: str, workers: int) -> None:
     expected = take(wide_loader(text, kind), 20)
@@ -271,9 +321,15 @@ def test_a_state_that_lacks_a_packer_is_refused(text: TextDataset) -> None:
         wide_loader(text, "text", state=state)
 
 
-@pytest.mark.parametrize("state", [{"cursor": 3, "buffered": []}, {"of": 4, "packers": {}}])
-def test_a_state_of_another_loader_is_refused(text: TextDataset, state: Any) -> None:
-    with pytest.raises(UserError, match="not of 8: the batch then had another number of rows"):
+def test_a_state_of_another_loader_is_refused(text: TextDataset) -> None:
+    state = wide_loader(text, "text", rows=4).next_batch().state
+    with pytest.raises(UserError, match="of 4 packers, not of 8: the batch then had another number of rows"):
+        wide_loader(text, "text", state=state)
+
+
+@pytest.mark.parametrize(("state", "format"), [({"of": 8, "packers": {}}, 1), ({"format": 3, "of": 8}, 3)])
+def test_a_state_of_another_version_is_refused(text: TextDataset, state: Any, format: int) -> None:
+    with pytest.raises(UserError, match=f"format {format}, .* only 2: another version .*; finish the run with that"):
         wide_loader(text, "text", state=state)
 
 
@@ -283,34 +339,60 @@ def test_states_of_different_loaders_are_not_merged(text: TextDataset) -> None:
         merge_states(states)
 
 
-@pytest.mark.parametrize(("rows", "world_size"), [(8, 3), (8, 16), (6, 4), (128, 128)])
-def test_a_world_size_that_cannot_share_the_rows_is_an_error_that_says_what_to_do(
-    text: TextDataset, rows: int, world_size: int
+@pytest.mark.parametrize("world_size", [3, 5, 7])
+def test_shares_of_ranks_differ_by_at_most_one_row(text: TextDataset, world_size: int) -> None:
+    ranks = [wide_loader(text, "text", rank=rank, world_size=world_size) for rank in range(world_size)]
+    rows = [len(rank.next_batch().ids) for rank in ranks]
+    assert sum(rows) == 8
+    assert max(rows) - min(rows) <= 1
+
+
+def test_a_batch_of_more_rows_than_packers_gives_each_packer_some(
+    text: TextDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=f"^{world_size} processes cannot share batches of {rows} rows.* power of two"):
-        wide_loader(text, "text", rows=rows, world_size=world_size)
+    monkeypatch.setattr(loader_module, "MAX_PACKERS", 16)
+    rows = 2 * 16 + 5
+    whole, parts = (
+        [wide_loader(text, "text", rows=rows, rank=rank, world_size=size).next_batch() for rank in range(size)]
+        for size in (1, 7)
+    )
+    assert len(whole[0].ids) == rows
+    assert torch.equal(torch.cat([part.ids for part in parts]), whole[0].ids)
+    assert merge_states(part.state or {} for part in parts) == whole[0].state
 
 
-def test_every_rank_of_an_epoch_counts_its_own_share(text: TextDataset) -> None:
-    ranks = [wide_loader(text, "text", rank=rank, world_size=4) for rank in range(4)]
+def test_ranks_without_rows_compute_one_without_targets(text: TextDataset, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        batches = [wide_loader(text, "text", rows=2, rank=rank, world_size=3).next_batch() for rank in range(3)]
+    assert [len(batch.ids) for batch in batches] == [1, 1, 1]
+    assert [int((batch.targets != IGNORE_INDEX).sum()) for batch in batches].count(0) == 1
+    assert [record.message for record in caplog.records] == ["some processes have no row to compute"]
+    whole = wide_loader(text, "text", rows=2).next_batch()
+    assert merge_states(batch.state or {} for batch in batches) == whole.state
+
+
+def test_coverage_adds_up_over_the_ranks(text: TextDataset) -> None:
+    ranks = [wide_loader(text, "text", rank=rank, world_size=3) for rank in range(3)]
     whole = wide_loader(text, "text")
-    for _ in range(12):
-        whole.next_batch()
-        for rank in ranks:
-            rank.next_batch()
-    assert whole.epoch > 1
-    assert sum(rank.epoch for rank in ranks) / 4 == pytest.approx(whole.epoch)
+    for _ in range(18):
+        expected = whole.next_batch().coverage
+        parts = [rank.next_batch().coverage for rank in ranks]
+        for name, value in expected.items():
+            assert sum(part[name] for part in parts) == pytest.approx(value)
+        assert expected["epoch"] + expected["unseen"] >= 1 - 1e-9
+    assert expected["epoch"] > 1
+    assert expected["unseen"] < 0.1
 
 
-def test_what_was_cropped_and_padded_is_counted(text: TextDataset) -> None:
-    cropping, padding = wide_loader(text, "text"), wide_loader(text, "conversations")
+def test_what_was_packed_and_padded_is_counted(text: TextDataset) -> None:
+    filling, padding = wide_loader(text, "text"), wide_loader(text, "conversations")
     packed = 0
     for _ in range(10):
-        cropping.next_batch()
+        filling.next_batch()
         packed += int((padding.next_batch().ids != 0).sum())
     positions = 10 * 8 * (CONTEXT + 1)
-    assert (cropping.stats["packed"], cropping.stats["padding"]) == (positions, 0)
-    assert 0 < cropping.stats["cropped"] / cropping.stats.total() < 0.6
+    assert filling.stats["packed"] + filling.stats["repeated"] == positions
+    assert (filling.stats["padding"], filling.stats["cropped"]) == (0, 0)
     assert padding.stats["packed"] + padding.stats["padding"] == positions
     # A row has one token more than its inputs. Byte 0 occurs in no conversation, so it marks padding.
     assert packed <= padding.stats["packed"] <= packed + 80

@@ -1,4 +1,4 @@
-"""Rollouts are reproducible, divided evenly among ranks, and sampled with the right version of the weights."""
+"""Rollouts are reproducible, divided among any number of ranks, and sampled with the right version of the weights."""
 
 import asyncio
 from collections.abc import Sequence
@@ -92,10 +92,13 @@ def test_ranks_share_the_problems_of_a_step() -> None:
         _, problems, seeds = recorder.asked[0]
         return problems, seeds
 
-    whole, halves = asked(ALONE), [asked(Ranks(rank, 2)) for rank in (0, 1)]
-    assert (halves[0][0] + halves[1][0], halves[0][1] + halves[1][1]) == whole
-    with pytest.raises(UserError, match="3 processes cannot share 4 examples"):
-        source(Recorder(), at_version(0), ranks=Ranks(0, 3))
+    problems, seeds = asked(ALONE)
+    for size in (2, 3, 4):
+        parts = [asked(Ranks(rank, size)) for rank in range(size)]
+        assert [problem for part, _ in parts for problem in part] == problems
+        assert [seed for _, part in parts for seed in part] == seeds
+    with pytest.raises(UserError, match="5 processes cannot share 4 problems a step; raise --examples to at least 5"):
+        source(Recorder(), at_version(0), ranks=Ranks(0, 5))
 
 
 def test_seeds_depend_on_every_number() -> None:

@@ -3,36 +3,43 @@
 The problem: a resumed run must see the same batches, even on another number of ranks. The idea: a fixed number V of
 virtual packers divides the documents, and the rows of the global batch, among themselves. Packer v reads the documents
 v, v + V, v + 2V, … and fills the v-th group of rows. No packer depends on another packer, so each rank can run any
-share of them. The number of ranks decides which process packs a row, but not what the row contains.
+share of them. The number of ranks decides which process packs a row, but not what the row contains. Neither the rows
+nor the packers need to divide evenly: shares differ by at most one.
 """
 
 import collections
 import dataclasses
+import itertools
+import logging
 import math
-import os
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.train.batches.packing import BestFitPacker, Document
-from jobs.train.batches.sources import Source
+from jobs.data.shards import RowGroupCache
+from jobs.train.batches.packing import BestFitPacker, Document, WhenFull
+from jobs.train.batches.sources import Source, default_workers
 from nanochat_core.errors import UserError
 from nanochat_core.model import IGNORE_INDEX
 
-# The largest number of packers, and therefore of ranks. It is a power of two, because the number of GPUs usually is a
-# power of two.
-MAX_PACKERS = 64
-# Largest numbers of buffered documents: of all packers together, of one packer that crops, and of one packer that pads.
-# docs/data.md has measurements of the costs and savings of larger buffers.
-TOTAL_DOCUMENTS = 16_384
-CROPPING_DOCUMENTS = 1000
-PADDING_DOCUMENTS = 64
+# The largest number of packers, and of ranks with rows. A batch of more rows gives some packers several rows each.
+MAX_PACKERS = 1024
+# Packers read different documents at a time: each one or two row groups, whose text takes about 4 MB for web pages.
+_CACHED_BYTES = 512 * 2**20
+_CACHED_BYTES_PER_PACKER = 8 * 2**20
+# Documents in a packer's buffer. It has at most an eighth of the documents that the packer has in an epoch, because an
+# epoch should not begin with all long documents, but at least the smaller number.
+BUFFERED_DOCUMENTS = 64
+LEAST_BUFFERED_DOCUMENTS = 8
+# Changes with the meaning of the stored position in the data.
+_STATE_FORMAT = 2
 _PREFETCHED_BATCHES = 4
-_MAX_WORKERS = 8
+
+log = logging.getLogger("jobs.train.batches.loader")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +54,15 @@ class Batch:
         state: position in the data after this batch. A loader continues from it; see :func:`merge_states`. None if the
             position follows from the step number.
         measures: further numbers to report for the global batch, such as the mean reward; equal on every rank.
+        coverage: how much of the data was shown up to this batch, as this rank's summands: their sums over the ranks
+            are the numbers to report.
     """
 
     ids: Tensor
     targets: Tensor
     state: dict[str, Any] | None
     measures: dict[str, float] = dataclasses.field(default_factory=dict, kw_only=True)
+    coverage: dict[str, float] = dataclasses.field(default_factory=dict, kw_only=True)
 
     @property
     def tensors(self) -> dict[str, Any]:
@@ -80,7 +90,7 @@ class PackedLoader:
         rows: int,
         context_length: int,
         pad_id: int,
-        when_full: Literal["crop", "pad"] = "crop",
+        when_full: WhenFull = "fill",
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
@@ -89,29 +99,31 @@ class PackedLoader:
     ) -> None:
         """
         Args:
-            rows: rows of the global batch. Each rank has a contiguous group of them.
-            context_length: input tokens per row. A packed row has one more token: the last target.
+            rows: rows of the global batch. Each rank has a contiguous share of them.
+            context_length: input tokens per row. A packed row has one token more, the last target.
             workers: threads that tokenize and pack; 0 chooses by the number of cores.
             pin_memory: put batches into page-locked memory, from which a GPU can copy while it computes.
             state: :attr:`Batch.state` of the last batch that was trained on, of this rank alone or merged over all
                 ranks. None starts at the first document.
 
+        A rank without a row of its own, because there are more ranks than packers, gets one row without targets.
+
         Raises:
-            UserError: the rows cannot be divided evenly among the ranks, or the state is from a different loader.
+            UserError: the state is from a different loader.
         """
-        count = math.gcd(rows, MAX_PACKERS)
-        if count % world_size:
-            raise UserError(
-                f"{world_size} processes cannot share batches of {rows} rows alike; "
-                f"use a power of two up to {count}, or another number of rows per batch"
-            )
-        self._rows, self._context_length, self._pin_memory = rows // world_size, context_length, pin_memory
-        self._count, self._share = count, len(source) / world_size
+        count = min(rows, MAX_PACKERS)
+        if world_size > count and rank == 0:
+            log.warning("some processes have no row to compute", extra={"processes": world_size, "packers": count})
+        self._context_length, self._pin_memory, self._pad_id = context_length, pin_memory, pad_id
+        self._count, self._documents = count, len(source)
         self._packers = [
             _VirtualPacker(source, number, count, context_length + 1, when_full, pad_id)
             for number in range(rank * count // world_size, (rank + 1) * count // world_size)
         ]
-        self._workers = min(workers or _default_workers(), len(self._packers))
+        # The rows of each packer, as the rank's row numbers.
+        sizes = [(p.number + 1) * rows // count - p.number * rows // count for p in self._packers]
+        self._rows = [range(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
+        self._workers = max(1, min(workers or default_workers(), len(self._packers)))
         if state is not None:
             stored = self._packer_states(state)
             with ThreadPoolExecutor(self._workers, "loader") as pool:
@@ -119,8 +131,16 @@ class PackedLoader:
 
     @property
     def epoch(self) -> float:
-        """Number of passes over this rank's share of the documents, counting only packed documents."""
-        return sum(packer.packed_documents for packer in self._packers) / self._share
+        """Number of passes over the documents, counting only those that were packed to their ends.
+
+        A rank counts only its own packers: the number of passes is the sum over the ranks.
+        """
+        return sum(packer.packed_documents for packer in self._packers) / self._documents
+
+    @property
+    def unseen(self) -> float:
+        """Share of the documents that were never packed to their ends; the share of all ranks is the sum, too."""
+        return sum(packer.unseen_documents for packer in self._packers) / self._documents
 
     @property
     def stats(self) -> collections.Counter[str]:
@@ -145,23 +165,28 @@ class PackedLoader:
 
     def next_batch(self, pool: ThreadPoolExecutor | None = None) -> Batch:
         """Pack one batch, with the threads of ``pool`` if one is given."""
-        shape = (self._rows, self._context_length)
-        ids, targets = (torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory) for _ in range(2))
-        # Views of shape (packers, rows per packer, time): each packer fills its own rows.
-        groups = (len(self._packers), -1, self._context_length)
-        id_groups, target_groups = ids.numpy().reshape(groups), targets.numpy().reshape(groups)
+        shape = (max(1, sum(map(len, self._rows))), self._context_length)
+        ids = torch.full(shape, self._pad_id, dtype=torch.int64, pin_memory=self._pin_memory)
+        targets = torch.full(shape, IGNORE_INDEX, dtype=torch.int64, pin_memory=self._pin_memory)
+        id_rows, target_rows = ids.numpy(), targets.numpy()
 
         def fill(number: int) -> None:
-            for i in range(id_groups.shape[1]):
+            for i in self._rows[number]:
                 row, counted = self._packers[number].next_row()
-                id_groups[number, i] = row[:-1]
-                target_groups[number, i] = np.where(counted[1:], row[1:], IGNORE_INDEX)
+                id_rows[i] = row[:-1]
+                target_rows[i] = np.where(counted[1:], row[1:], IGNORE_INDEX)
 
         list((pool.map if pool else map)(fill, range(len(self._packers))))
-        state = {"of": self._count, "packers": {str(packer.number): packer.state for packer in self._packers}}
-        return Batch(ids, targets, state)
+        packers = {str(packer.number): packer.state for packer in self._packers}
+        state = {"format": _STATE_FORMAT, "of": self._count, "packers": packers}
+        return Batch(ids, targets, state, coverage={"epoch": self.epoch, "unseen": self.unseen})
 
     def _packer_states(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        if state.get("format") != _STATE_FORMAT:
+            raise UserError(
+                f"the data position has format {state.get('format', 1)}, and this version reads only {_STATE_FORMAT}: "
+                "another version packed the data in another way; finish the run with that version, or start over"
+            )
         if state.get("of") != self._count:
             raise UserError(
                 f"the data position is one of {state.get('of')} packers, not of {self._count}: the batch then had "
@@ -176,54 +201,65 @@ class PackedLoader:
         return [state["packers"][str(packer.number)] for packer in self._packers]
 
 
+def text_cache(rows: int, world_size: int) -> RowGroupCache:
+    """A cache for the text that a rank's packers read at a time, for a global batch of ``rows``."""
+    packers = math.ceil(min(rows, MAX_PACKERS) / world_size)
+    return RowGroupCache(max(_CACHED_BYTES, packers * _CACHED_BYTES_PER_PACKER))
+
+
 def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Combine the states of all ranks into one state. Any number of ranks can continue from it."""
     states = list(states)
     if len({state["of"] for state in states}) != 1:
         raise ValueError("states of different loaders cannot be merged")
     packers = {number: packer for state in states for number, packer in state["packers"].items()}
-    return {"of": states[0]["of"], "packers": dict(sorted(packers.items(), key=lambda item: int(item[0])))}
+    return states[0] | {"packers": dict(sorted(packers.items(), key=lambda item: int(item[0])))}
 
 
 class _VirtualPacker(BestFitPacker):
-    """Packs the documents ``number``, ``number + count``, ``number + 2 * count``, … of a source."""
+    """Packs the documents ``number``, ``number + count``, ``number + 2 * count``, … of a source.
+
+    The buffer never holds documents of two epochs: an epoch begins when all documents of the one before are packed.
+    So each epoch has every document once.
+    """
 
     def __init__(
-        self, source: Source, number: int, count: int, row_length: int, when_full: Literal["crop", "pad"], pad_id: int
+        self, source: Source, number: int, count: int, row_length: int, when_full: WhenFull, pad_id: int
     ) -> None:
         self.number = number
         self._source, self._count = source, count
         self._cursor = number
-        limit = min(CROPPING_DOCUMENTS, TOTAL_DOCUMENTS // count) if when_full == "crop" else PADDING_DOCUMENTS
-        # A buffer larger than one epoch would contain the same document twice.
-        size = min(limit, math.ceil(len(source) / count))
+        share = len(source) // count
+        size = min(BUFFERED_DOCUMENTS, max(LEAST_BUFFERED_DOCUMENTS, share // 8))
         super().__init__(row_length, size, when_full, pad_id, self._next_document)
 
     @property
     def state(self) -> dict[str, Any]:
-        """The number of the next document to read, and the numbers of the buffered documents."""
-        return {"cursor": self._cursor, "buffered": self.buffered}
+        """The number of the next document to read, the number of the next row, and the buffer's documents."""
+        return {"cursor": self._cursor, "row": self.row, "buffered": self.buffered}
 
     def restore(self, state: dict[str, Any]) -> None:
-        # Documents are read in stored order, so that each row group of the dataset is opened once. They are added in
-        # the order of the buffer, so that documents of equal length keep their order.
-        documents = {number: self._source.document(number) for number in sorted(state["buffered"])}
-        for number in state["buffered"]:
-            self.put(documents[number])
-        self._cursor = state["cursor"]
+        self._cursor, self.row = state["cursor"], state["row"]
+        # Documents are read in stored order, so that each row group of the dataset is opened once. They are put in the
+        # order of the buffer, so that documents of equal length keep their order.
+        documents = {number: self._source.document(number) for number in sorted(n for n, *_ in state["buffered"])}
+        for number, start, since in state["buffered"]:
+            self.put(documents[number], start, since)
 
     @property
     def packed_documents(self) -> int:
-        return (self._cursor - self.number) // self._count - len(self.buffered)
+        return (self._cursor - self.number) // self._count - len(self._waiting)
 
-    def _next_document(self) -> Document:
+    @property
+    def unseen_documents(self) -> int:
+        """Number of this packer's documents of the first epoch that are not packed yet."""
+        first_epoch = len(range(self.number, len(self._source), self._count))
+        return max(0, first_epoch - self.packed_documents)
+
+    def _next_document(self) -> Document | None:
+        buffered = next(iter(self._waiting), self._cursor)
+        if buffered // len(self._source) != self._cursor // len(self._source):
+            return None
         document = self._source.document(self._cursor)
         self._cursor += self._count
         return document
-
-
-def _default_workers() -> int:
-    """This process's share of the cores, at most 8: more threads would wait for the interpreter's lock."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
-    return max(1, min(_MAX_WORKERS, cores // local_processes))

@@ -4,6 +4,8 @@ For example, ``smoltalk,mmlu:3,identity:0.5`` names three sources. One epoch has
 once, every conversation of the second source three times, and half of the conversations of the third source once.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import io
@@ -66,13 +68,14 @@ class Selection(Sequence[list[Message]]):
     """A selection of conversations from several sources. Each conversation is read when it is accessed.
 
     Attributes:
+        sources: where the conversations are.
         rows: number of each selected conversation in its source, (conversations,) int64.
         source: index of each selected conversation's source, (conversations,) int64.
     """
 
     def __init__(self, sources: Sequence[Conversations], chosen: Sequence[Sequence[int]]) -> None:
-        """``chosen`` has, for each source, the numbers of the selected conversations. Numbers may repeat."""
-        self._sources = sources
+        """``chosen`` has, for each source, the numbers of the selected conversations, which may repeat."""
+        self.sources = sources
         self.rows = np.fromiter(itertools.chain.from_iterable(chosen), dtype=np.int64)
         self.source = np.repeat(np.arange(len(sources)), [len(rows) for rows in chosen])
 
@@ -80,7 +83,42 @@ class Selection(Sequence[list[Message]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> list[Message]:  # type: ignore[override]  # never sliced
-        return self._sources[int(self.source[index])][int(self.rows[index])]
+        return self.sources[int(self.source[index])][int(self.rows[index])]
+
+    def where(self, chosen: np.ndarray) -> Selection:
+        """The conversations for which ``chosen``, (conversations,) bool, is true."""
+        parts = [self.rows[(self.source == i) & chosen].tolist() for i in range(len(self.sources))]
+        return Selection(self.sources, parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lost:
+    """What training on rows of a fixed length loses of a selection.
+
+    Attributes:
+        conversations: conversations of the selection, before any is left out.
+        cut: conversations that are cut because they are longer than a row.
+        left_out: conversations that are left out because the assistant says nothing before the cut.
+        cropped_share: share of all tokens that is cut off or left out.
+    """
+
+    conversations: int
+    cut: int
+    left_out: int
+    cropped_share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """The conversations of a mixture from which a row can learn, and what is ``lost`` of the training conversations.
+
+    ``lengths`` are the tokens of each training conversation before any cut, (conversations,) int64.
+    """
+
+    training: Selection
+    validation: Selection
+    lengths: np.ndarray
+    lost: Lost
 
 
 class Mixture:
@@ -92,7 +130,6 @@ class Mixture:
         self.entries = parse_mixture(text)
         opened = [open_conversations(store, entry.name) for entry in self.entries]
         self._sources = [training for training, _ in opened]
-        self._separate_validation = [validation for _, validation in opened if validation]
         held_out: list[Sequence[int]] = []
         shown: list[Sequence[int]] = []
         for entry, (training, validation) in zip(self.entries, opened, strict=True):
@@ -109,48 +146,68 @@ class Mixture:
         parts = [f"{entry.weight} {source.digest}" for entry, source in zip(self.entries, self._sources, strict=True)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def check(self) -> None:
-        """Verify every conversation. Raises UserError if one is wrong."""
-        for source in (*self._sources, *self._separate_validation):
-            source.check()
+    def fit(self, tokenizer: Tokenizer, row_length: int, threads: int = 0) -> Fitted:
+        """The conversations from which a row of ``row_length`` tokens can learn.
 
-    def lengths(self, tokenizer: Tokenizer, threads: int = 0) -> np.ndarray:
-        """Tokens of each training conversation, (conversations,) int64, in the order of :attr:`training`.
-
-        Tokenizing all conversations takes a while, so the store caches the lengths of each source in
-        ``cache/lengths/``. With ``threads`` 0, one thread for each core tokenizes. Raises UserError if a conversation
-        has a wrong format.
+        A conversation that is longer than a row is cut at its end. It is left out if the assistant says nothing before
+        the cut. Tokenizing all conversations takes a while, so the store caches their sizes in ``cache/sizes/``. With
+        ``threads`` 0, one thread for each core tokenizes. Raises :class:`UserError` if a conversation has a wrong
+        format, or if no training or no validation conversation is left to learn from.
         """
-        for source in self._separate_validation:
-            source.check()
-        lengths = np.empty(len(self.training), dtype=np.int64)
-        for i, source in enumerate(self._sources):
-            here = self.training.source == i
-            lengths[here] = self._lengths_of(self.entries[i].name, source, tokenizer, threads)[self.training.rows[here]]
-        return lengths
+        training, lengths, lost = self._fitting(self.training, "training", tokenizer, row_length, threads)
+        validation, _, _ = self._fitting(self.validation, "validation", tokenizer, row_length, threads)
+        return Fitted(training, validation, lengths, lost)
 
-    def _lengths_of(self, name: str, source: Conversations, tokenizer: Tokenizer, threads: int) -> np.ndarray:
+    def _fitting(
+        self, selection: Selection, what: str, tokenizer: Tokenizer, row_length: int, threads: int
+    ) -> tuple[Selection, np.ndarray, Lost]:
+        sizes = np.empty((len(selection), 2), dtype=np.int64)
+        for i, source in enumerate(selection.sources):
+            here = selection.source == i
+            sizes[here] = self._sizes_of(self.entries[i].name, source, tokenizer, threads)[selection.rows[here]]
+        lengths, first_counted = sizes.T
+        kept = first_counted < row_length
+        if not kept.any():
+            raise UserError(
+                f"the {what} conversations hold no assistant text that fits a row: a row has {row_length} tokens, and "
+                f"the assistant's text begins after {first_counted.min()} or more; raise --context-length, or shorten "
+                "what comes before the assistant's text"
+            )
+        cropped = np.where(kept, np.maximum(lengths - row_length, 0), lengths)
+        lost = Lost(
+            conversations=len(selection),
+            cut=int((kept & (lengths > row_length)).sum()),
+            left_out=int((~kept).sum()),
+            cropped_share=float(cropped.sum() / lengths.sum()),
+        )
+        return selection.where(kept), lengths[kept], lost
+
+    def _sizes_of(self, name: str, source: Conversations, tokenizer: Tokenizer, threads: int) -> np.ndarray:
+        """Each conversation's tokens, and the tokens before the assistant's first one: (conversations, 2) int64."""
         input_digest = hashlib.sha256(f"{source.digest}/{tokenizer.digest}".encode()).hexdigest()
-        key = f"cache/lengths/{input_digest}.npy"
+        key = f"cache/sizes/{input_digest}.npy"
         try:
             known: np.ndarray = np.load(io.BytesIO(self._store.read(key)), allow_pickle=False)
-            if known.shape == (len(source),):
+            if known.shape == (len(source), 2):
                 return known
         except (FileNotFoundError, ValueError, EOFError):
             pass
         log.info("measuring conversations", extra={"source": name, "conversations": len(source)})
 
-        def measure(start: int) -> list[int]:
+        def measure(start: int) -> list[tuple[int, int]]:
             numbers = range(start, min(start + _CONVERSATIONS_PER_TASK, len(source)))
-            return [len(render_conversation(tokenizer, source[number])[0]) for number in numbers]
+            masks = (render_conversation(tokenizer, source[number])[1] for number in numbers)
+            return [(len(mask), mask.index(1) if 1 in mask else len(mask)) for mask in masks]
 
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-            measured = pool.map(measure, range(0, len(source), _CONVERSATIONS_PER_TASK))
-            lengths = np.fromiter(itertools.chain.from_iterable(measured), dtype=np.int64)
+            measured = list(
+                itertools.chain.from_iterable(pool.map(measure, range(0, len(source), _CONVERSATIONS_PER_TASK)))
+            )
+        sizes = np.array(measured, dtype=np.int64)
         stored = io.BytesIO()
-        np.save(stored, lengths, allow_pickle=False)
+        np.save(stored, sizes, allow_pickle=False)
         self._store.write(key, stored.getvalue())
-        return lengths
+        return sizes
 
 
 def repeated(rows: Sequence[int], weight: float) -> list[int]:
@@ -164,8 +221,13 @@ def repeated(rows: Sequence[int], weight: float) -> list[int]:
 
 
 def _held_out(name: str, count: int) -> list[int]:
-    """Numbers of the conversations for validation, evenly spaced because a file may be ordered by topic."""
+    """Numbers of the conversations for validation: a random one of each stretch of the file.
+
+    They are spread because a file may be ordered by topic, and random because each tenth may be of another kind. They
+    are the same in every run.
+    """
     if count < 2:
         raise UserError(f"{name} holds one conversation; at least two are needed, one of them for validation")
     held_out = min(math.ceil(count / _HELD_OUT_ONE_IN), _MAX_HELD_OUT)
-    return [i * count // held_out for i in range(held_out)]
+    bounds = [i * count // held_out for i in range(held_out + 1)]
+    return [random.Random(start).randrange(start, end) for start, end in itertools.pairwise(bounds)]  # noqa: S311

@@ -4,13 +4,16 @@ The problem: documents have all lengths, but a batch needs rows of equal length.
 rows would start most rows in the middle of a document, and one document per row would waste most positions on padding.
 
 The idea is the best-fit rule of bin packing, applied to a bounded buffer of documents: fill each row with the longest
-buffered document that still fits, refill the buffer, and repeat until no document fits into the rest of the row. There
-are two ways to fill the rest:
+buffered document that still fits, refill the buffer, and repeat until no document fits the rest of the row. A document
+that is longer than a row counts as one that fills a row. The rest of a row is then filled or padded:
 
-- ``crop`` uses the start of the shortest document and drops that document's end. No position is wasted, but some text
-  is lost. This suits pretraining, which has more text than it can use.
-- ``pad`` uses padding, which the loss does not count. This suits conversations: a conversation keeps its end, unless
-  the conversation is longer than a whole row.
+- ``fill`` uses the start of the shortest document. The rest of a document that was cut goes back into the buffer. No
+  text is lost and no position is wasted. This suits pretraining.
+- ``pad`` uses padding, which the loss does not count. A conversation longer than a row loses what lies after the row's
+  end. This suits conversations, whose ends mean little without their beginnings.
+
+With the best-fit rule alone, a document may wait forever while better ones arrive. Therefore a document that has waited
+for as many rows as the buffer has documents begins the next row. So no document waits for more than twice as many rows.
 """
 
 import bisect
@@ -20,6 +23,8 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
+
+WhenFull = Literal["fill", "pad"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,75 +42,119 @@ class Document:
     counted: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Waiting:
+    """A document in the buffer: it waits with its tokens from ``start`` on, since the packer's row ``since``."""
+
+    document: Document
+    start: int
+    since: int
+
+
 class BestFitPacker:
-    """Packs rows from a buffer of documents by the best-fit rule of this module.
+    """Packs rows from a buffer of documents by the rules of this module.
 
     Attributes:
-        stats: counts of ``packed`` tokens, of ``cropped`` tokens and of ``padding`` positions.
+        stats: counts of ``packed`` tokens, of ``repeated`` tokens (context after a cut), of ``cropped`` tokens, which
+            are lost, and of positions with ``padding``.
     """
 
     def __init__(
         self,
         row_length: int,
         buffer_size: int,
-        when_full: Literal["crop", "pad"],
+        when_full: WhenFull,
         pad_id: int,
-        refill: Callable[[], Document],
+        refill: Callable[[], Document | None],
     ) -> None:
         """
         Args:
-            row_length: tokens in a row.
+            row_length: tokens in a row, at least 2.
             buffer_size: number of documents to choose from.
-            refill: reads the next document; called whenever the buffer has room.
+            refill: reads the next document; called whenever the buffer has room. None leaves the buffer as it is, and
+                is allowed only if the buffer is not empty.
         """
         self.row_length, self.buffer_size = row_length, buffer_size
         self.when_full, self.pad_id = when_full, pad_id
         self.stats: collections.Counter[str] = collections.Counter()
+        self.row = 0
         self._refill = refill
         # Sorted by length; documents of equal length are in order of arrival.
-        self._buffer: list[Document] = []
+        self._buffer: list[_Waiting] = []
         self._lengths: list[int] = []
+        # By the document's number, in order of arrival.
+        self._waiting: dict[int, _Waiting] = {}
 
     @property
-    def buffered(self) -> list[int]:
-        """Numbers of the buffered documents. If :meth:`put` adds them in this order, the buffer is exactly restored."""
-        return [document.number for document in self._buffer]
+    def buffered(self) -> list[tuple[int, int, int]]:
+        """Number, first token that is not packed yet and row of arrival of each buffered document.
 
-    def put(self, document: Document) -> None:
-        """Add a document to the buffer."""
-        length = len(document.ids)
-        if self.when_full == "pad":
-            # A document longer than a row never fits. Without the cut, such documents would gradually fill the buffer.
-            length = min(length, self.row_length)
+        They are in an order from which :meth:`put` restores the buffer exactly.
+        """
+        return [(number, waiting.start, waiting.since) for number, waiting in self._waiting.items()]
+
+    def put(self, document: Document, start: int = 0, since: int | None = None) -> None:
+        """Add a document to the buffer, from its token ``start`` on; it arrives now, or arrived at row ``since``."""
+        waiting = _Waiting(document, start, self.row if since is None else since)
+        # A document longer than a row can always begin a row, so no such document stays in the buffer for good.
+        length = min(len(document.ids) - start, self.row_length)
         place = bisect.bisect_right(self._lengths, length)
         self._lengths.insert(place, length)
-        self._buffer.insert(place, document)
+        self._buffer.insert(place, waiting)
+        self._waiting[document.number] = waiting
 
     def next_row(self) -> tuple[np.ndarray, np.ndarray]:
         """Pack one row: ``(ids, counted)``, (row_length,) int32 and bool."""
         ids = np.full(self.row_length, self.pad_id, dtype=np.int32)
         counted = np.zeros(self.row_length, dtype=bool)
-        filled = cropped = 0
+        stats = self.stats.copy()
+        filled = 0
         while filled < self.row_length:
-            while len(self._buffer) < self.buffer_size:
-                self.put(self._refill())
-            room = self.row_length - filled
-            fitting = bisect.bisect_right(self._lengths, room)
-            if fitting:
-                # Of documents with equal length, take the oldest. Otherwise some documents would never leave the
-                # buffer.
-                place = bisect.bisect_left(self._lengths, self._lengths[fitting - 1])
-            elif self.when_full == "crop":
-                place = 0
-            else:
+            while len(self._buffer) < self.buffer_size and (document := self._refill()) is not None:
+                self.put(document)
+            place = self._overdue() if not filled else None
+            if place is None:
+                place = self._best_fit(self.row_length - filled)
+            if place is None:
                 break
-            self._lengths.pop(place)
-            document = self._buffer.pop(place)
-            taken = min(room, len(document.ids))
-            ids[filled : filled + taken] = document.ids[:taken]
-            counted[filled : filled + taken] = document.counted[:taken]
-            filled += taken
-            cropped += len(document.ids) - taken
-        # A new object, because another thread may be reading the old one.
-        self.stats = self.stats + collections.Counter(packed=filled, cropped=cropped, padding=self.row_length - filled)
+            filled += self._pack(place, ids[filled:], counted[filled:], stats)
+        stats["padding"] += self.row_length - filled
+        self.stats = stats  # A new object, because another thread may be reading the old one.
+        self.row += 1
         return ids, counted
+
+    def _overdue(self) -> int | None:
+        """Place of the document that has waited longest, if it has waited too long."""
+        oldest = next(iter(self._waiting.values()))
+        if self.row - oldest.since < self.buffer_size:
+            return None
+        length = min(len(oldest.document.ids) - oldest.start, self.row_length)
+        return self._buffer.index(oldest, bisect.bisect_left(self._lengths, length))
+
+    def _best_fit(self, room: int) -> int | None:
+        """Place of the document to put into the ``room`` tokens that a row has left; None if none fits."""
+        fitting = bisect.bisect_right(self._lengths, room)
+        if fitting:
+            # Of documents with equal length, take the oldest.
+            return bisect.bisect_left(self._lengths, self._lengths[fitting - 1])
+        return 0 if self.when_full == "fill" else None
+
+    def _pack(self, place: int, ids: np.ndarray, counted: np.ndarray, stats: collections.Counter[str]) -> int:
+        """Copy a document into the rest of a row, and put what does not fit back; returns the number of tokens."""
+        self._lengths.pop(place)
+        waiting = self._buffer.pop(place)
+        del self._waiting[waiting.document.number]
+        document, start = waiting.document, waiting.start
+        end = min(start + len(ids), len(document.ids))
+        taken = end - start
+        ids[:taken], counted[:taken] = document.ids[start:end], document.counted[start:end]
+        if start:
+            counted[0] = False  # It was a target before the cut, and is context here.
+        stats["packed"] += taken - bool(start)
+        stats["repeated"] += bool(start)
+        if end < len(document.ids):
+            if self.when_full == "fill":
+                self.put(document, end - 1)  # The next piece begins with this piece's last token, as context.
+            else:
+                stats["cropped"] += len(document.ids) - end
+        return taken

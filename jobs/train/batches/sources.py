@@ -1,16 +1,22 @@
 """Documents of tokens for the packer: the texts of a dataset, or conversations."""
 
 import functools
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 
-from jobs.data.shards import TextDataset
 from jobs.train.batches.packing import Document
 from nanochat_core.chat import Message, render_conversation
 from nanochat_core.tokenizer import Tokenizer
+
+# A set of at most this many characters is tokenized before training, which takes a core about 10 seconds, and kept in
+# memory as tokens, which take about as many bytes.
+SMALL_CHARACTERS = 2**26
+_MAX_WORKERS = 8
 
 
 class Source(Protocol):
@@ -26,21 +32,80 @@ class Source(Protocol):
         """The document at this position of the endless sequence."""
 
 
+class Texts(Protocol):
+    """The documents of a text dataset, such as :class:`~jobs.data.shards.TextDataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> str: ...
+
+
+def open_texts(texts: Texts, tokenizer: Tokenizer, *, row_length: int, seed: int, threads: int = 0) -> Source:
+    """The documents of a dataset for training: a :class:`WindowSource` if it is small, else a :class:`TextSource`.
+
+    ``threads`` tokenize a small dataset; 0 chooses by the number of cores.
+    """
+    small: list[str] = []
+    characters = 0
+    for number in range(len(texts)):
+        small.append(texts[number])
+        characters += len(small[-1])
+        if characters > SMALL_CHARACTERS:
+            return TextSource(texts, tokenizer)
+    return WindowSource(small, tokenizer, row_length=row_length, seed=seed, threads=threads)
+
+
 class TextSource:
     """Documents of a text dataset in stored order, each after a BOS token. Every token is counted as a target."""
 
-    def __init__(self, dataset: TextDataset, tokenizer: Tokenizer) -> None:
-        self._dataset, self._tokenizer = dataset, tokenizer
+    def __init__(self, texts: Texts, tokenizer: Tokenizer) -> None:
+        self._texts, self._tokenizer = texts, tokenizer
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._texts)
 
     def document(self, number: int) -> Document:
-        tokens = self._tokenizer.encode_array(self._dataset[number % len(self._dataset)])
-        ids = np.empty(len(tokens) + 1, dtype=np.int32)
-        ids[0] = self._tokenizer.bos_id
-        ids[1:] = tokens
+        ids = _after_bos(self._texts[number % len(self._texts)], self._tokenizer)
         return Document(number, ids, np.ones(len(ids), dtype=bool))
+
+
+class WindowSource:
+    """The documents of a small dataset, cut into windows of at most a row, in a new order each epoch.
+
+    A few long documents would otherwise keep their packers busy while the other packers repeat the rest, and windows
+    that lie together in the text would lie together in a batch. A document begins with BOS. Each later window begins
+    with the last token of the window before it, which is not counted as a target again.
+    """
+
+    def __init__(
+        self, texts: Iterable[str], tokenizer: Tokenizer, *, row_length: int, seed: int, threads: int = 0
+    ) -> None:
+        with ThreadPoolExecutor(threads or default_workers()) as pool:
+            documents = list(pool.map(lambda text: _after_bos(text, tokenizer), texts))
+        self._windows = [
+            (document[start : start + row_length], start == 0)
+            for document in documents
+            for start in range(0, max(1, len(document) - 1), row_length - 1)
+        ]
+        self._shuffle = EpochShuffle(len(self._windows), seed)
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def document(self, number: int) -> Document:
+        ids, first = self._windows[self._shuffle(number)]
+        counted = np.ones(len(ids), dtype=bool)
+        counted[0] = first
+        return Document(number, ids, counted)
+
+
+def _after_bos(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """BOS and the tokens of a text, (length,) int32."""
+    tokens = tokenizer.encode_array(text)
+    ids = np.empty(len(tokens) + 1, dtype=np.int32)
+    ids[0] = tokenizer.bos_id
+    ids[1:] = tokens
+    return ids
 
 
 class EpochShuffle:
@@ -97,3 +162,10 @@ class LengthSource:
     def document(self, number: int) -> Document:
         length = self._lengths[self._shuffle(number)]
         return Document(number, np.zeros(length, dtype=np.int32), np.zeros(length, dtype=bool))
+
+
+def default_workers() -> int:
+    """This process's share of the cores, at most 8: more threads would wait for the interpreter's lock."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+    return max(1, min(_MAX_WORKERS, cores // local_processes))

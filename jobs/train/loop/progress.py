@@ -107,6 +107,7 @@ class Progress:
             "skipped_steps": self._skipped,
             "loss_spikes": self._spikes,
             **report.measures,
+            **report.coverage,
         }
         if self._mfu_per_throughput is not None:
             values["mfu"] = self._mfu_per_throughput * report.tokens_per_second
@@ -118,7 +119,7 @@ class Progress:
         for name, gauge in metrics.STEP_GAUGES.items():
             if name in gauges and not (report.skipped and name in ("loss", "gradient_norm")):
                 gauge.labels(self._stage).set(gauges[name])
-        for name, value in report.measures.items():
+        for name, value in (report.measures | report.coverage).items():
             metrics.MEASURE.labels(self._stage, name).set(value)
         metrics.TOKENS.labels(self._stage).inc(report.tokens)
         metrics.STEP_SECONDS.labels(self._stage).observe(report.seconds)
@@ -153,6 +154,7 @@ class Progress:
             f"{gib:.1f} GiB",
             f"grad {report.gradient_norm:.2g}",
             f"lr {report.lr_factor:.2f}",
+            *(f"{name} {value:.2f}" for name, value in report.coverage.items()),
         ]
         fields = {
             "stage": self._stage,

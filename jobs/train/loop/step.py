@@ -52,7 +52,8 @@ class StepReport:
         gradient_norm: Euclidean norm over all parameters.
         lr_factor: the schedule's factor on the learning rates.
         measures: further numbers that the stage measures in a step, such as the mean reward.
-        stopped_by: number of the signal that asked any rank to stop; 0 if there was no signal.
+        coverage: how much of the data was shown so far, such as the number of epochs; empty if that is not counted.
+        stopped_by: number of the signal that asked any rank to stop; 0 if none did.
         skipped: True if the weights were not updated, because loss or gradient was not finite.
         spike: True if the loss is far above the recent losses.
         seconds: duration of the whole step.
@@ -65,6 +66,7 @@ class StepReport:
     gradient_norm: float
     lr_factor: float
     measures: dict[str, float] = dataclasses.field(default_factory=dict)
+    coverage: dict[str, float] = dataclasses.field(default_factory=dict)
     stopped_by: int = 0
     skipped: bool = False
     spike: bool = False
@@ -108,8 +110,10 @@ class TrainingStep:
         """
         if self._ranks.size == 1:
             return
-        loss, _ = self._objective(next(self._micro_batches(batch)))
-        torch.autograd.backward(loss)
+        # The last micro-batch may have fewer rows than the others, and a model is compiled for each shape.
+        for rows in {rows.ids.shape: rows for rows in self._micro_batches(batch)}.values():
+            loss, _ = self._objective(rows)
+            torch.autograd.backward(loss)
         self._optimizer.zero_grad()
         self._ranks.side_channel(_COMPILE_TIMEOUT_SECONDS).gather(None)
 
@@ -141,8 +145,6 @@ class TrainingStep:
         """Sum loss, measures and gradients over all micro-batches and ranks."""
         # The batch is still in the host's memory, so counting does not wait for the device.
         count = int((batch.targets != IGNORE_INDEX).sum())
-        if self._ranks.size == 1 and not count:
-            raise UserError("a batch has no counted target; the conversations hold no assistant text that fits a row")
         counted = self._ranks.sum(torch.full((), count, dtype=torch.int64, device=self._device))
         # Double precision makes the sum independent of the number of ranks.
         total = torch.zeros((), dtype=torch.float64, device=self._device)
@@ -159,16 +161,21 @@ class TrainingStep:
             for name, value in measures.items():
                 sums[name] = sums.get(name, torch.zeros_like(total)) + value / counted
         norm = self._optimizer.reduce()
-        # One copy from the device transfers all sums that the rest of the step needs. The sums are equal on every rank.
-        reduced = self._ranks.sum(torch.stack([total, total.new_tensor(stop.number), *sums.values()]))
-        loss_value, stops, *values = reduced.tolist()
+        # One copy from the device transfers all sums that the rest of the step needs. They are equal on every rank.
+        own = [stop.number, count, batch.ids.numel() if count else 0, *batch.coverage.values()]
+        reduced = self._ranks.sum(torch.cat([torch.stack([total, *sums.values()]), total.new_tensor(own)]))
+        loss_value, *values = reduced[: 1 + len(sums)].tolist()
+        stops, all_counted, tokens, *coverage = reduced[1 + len(sums) :].tolist()
+        if not all_counted:
+            raise UserError("a batch has no target that counts, on any rank; report this with the data that caused it")
         return StepReport(
             step=self._state.step + 1,
-            tokens=batch.ids.numel() * self._ranks.size,
+            tokens=round(tokens),
             loss=loss_value,
             gradient_norm=float(norm) / (self._scaler.factor if self._scaler else 1.0),
             lr_factor=self._schedule.lr(self._state.step),
             measures=batch.measures | dict(zip(sums, values, strict=True)),
+            coverage=dict(zip(batch.coverage, coverage, strict=True)),
             stopped_by=signal.SIGTERM if stops and self._ranks.size > 1 else int(stops),
         )
 

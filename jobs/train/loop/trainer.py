@@ -135,6 +135,7 @@ class Trainer:
                 tokens_per_second=report.tokens_per_second,
                 train_seconds=self.state.train_seconds,
                 **report.measures,
+                **report.coverage,
             )
 
     def _open_progress(self) -> Progress:

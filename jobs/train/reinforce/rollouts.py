@@ -173,6 +173,7 @@ class SharedCalls:
 
 class RolloutSource:
     """Batches of rollouts, one for each step. Each rank samples a contiguous part of the step's problems.
+    The parts differ by at most one problem.
 
     Asynchronous rollouts of the next step are sampled while a step trains, with the weights from before the update. The
     rollouts of the first step after a checkpoint are an exception: they wait for the new weights, because a run that
@@ -190,10 +191,11 @@ class RolloutSource:
         pad_id: int,
         ranks: Ranks,
     ) -> None:
-        """Raises UserError unless the problems of a step can be divided evenly among the ranks."""
-        if settings.examples % ranks.size:
+        """Raises UserError if there are more ranks than problems in a step."""
+        if settings.examples < ranks.size:
             raise UserError(
-                f"{ranks.size} processes cannot share {settings.examples} examples a step; use a multiple of that"
+                f"{ranks.size} processes cannot share {settings.examples} problems a step; raise --examples to at "
+                f"least {ranks.size}, or start at most {settings.examples} processes"
             )
         self._answerer, self._model, self._problems, self._reward = answerer, model, problems, reward
         self._settings, self._steps, self._pad_id, self._ranks = settings, steps, pad_id, ranks
@@ -229,8 +231,8 @@ class RolloutSource:
 
     def _mine(self, step: int) -> list[tuple[int, Problem]]:
         """This rank's problems of a step, each with its number among the step's problems of all ranks."""
-        examples, share = self._settings.examples, self._settings.examples // self._ranks.size
-        mine = range(examples)[self._ranks.rank * share :][:share]
+        examples, rank, size = self._settings.examples, self._ranks.rank, self._ranks.size
+        mine = range(rank * examples // size, (rank + 1) * examples // size)
         return [(number, self._problems[self._shuffle(step * examples + number)]) for number in mine]
 
     def _roll(self, step: int) -> list[list[Rollout]]:
