@@ -1,8 +1,8 @@
 """The common part of all job programs: two settings, and how a program starts and ends."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 from nanochat_core import logs
 from nanochat_core.errors import run_main
@@ -16,6 +16,11 @@ class JobSettings:
 
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
+
+    @classmethod
+    def inherited(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG003
+        """Values that replace the defaults of settings that are not ``given`` by a flag or an environment variable."""
+        return {}
 
 
 SettingsT = TypeVar("SettingsT", bound=JobSettings)
@@ -48,6 +53,8 @@ def run_command(
         argv: arguments that replace the arguments of the command line.
     """
     prefix = f"NANOCHAT_{name.upper().replace('-', '_')}"
-    settings = load(settings_class, prefix=prefix, program=f"python -m {command}", argv=argv)
+    settings = load(
+        settings_class, prefix=prefix, program=f"python -m {command}", argv=argv, inherit=settings_class.inherited
+    )
     logs.configure(name, settings.log_level)
     run(settings)

@@ -12,6 +12,7 @@ from jobs.train.loop.run import RunConfig, RunState, TrainingDiverged, differenc
 from jobs.train.loop.runtime import Runtime
 from nanochat_core.checkpoint import (
     CheckpointRef,
+    TrainerState,
     incomplete_checkpoints,
     list_checkpoints,
     load_checkpoint,
@@ -64,20 +65,24 @@ class RunCheckpoints:
             if problems:
                 log.warning("checkpoint skipped", extra={"checkpoint": ref.prefix, "reason": problems[0]})
                 continue
-            changed = differences(checkpoint.meta, self._config.meta)
+            changed = differences(checkpoint.meta, self._config.meta, self._config.settings)
             if changed:
                 raise UserError(
                     f"{ref.prefix} was trained with other settings ({', '.join(changed)}); "
                     "use the same ones, another --model name, or --no-resume to start over"
                 )
             self._model.load_state_dict(checkpoint.weights)
-            generator = trainer.read(_GENERATOR, 0, torch.get_rng_state().numel())
-            if generator is not None:
-                torch.set_rng_state(generator)
-            self._optimizer.load_shards(trainer.read)
             log.info("resumed", extra={"checkpoint": ref.prefix})
-            return RunState(**trainer.values["run"])
+            return self.restore(trainer)
         return None
+
+    def restore(self, stored: TrainerState) -> RunState:
+        """Load the optimizer state and the random generator of a checkpoint; returns its :class:`RunState`."""
+        generator = stored.read(_GENERATOR, 0, torch.get_rng_state().numel())
+        if generator is not None:
+            torch.set_rng_state(generator)
+        self._optimizer.load_shards(stored.read)
+        return RunState(**stored.values["run"])
 
     def replace_after(self, step: int) -> None:
         """Delete all checkpoints of steps after ``step`` as soon as the next checkpoint has been saved. They are
@@ -129,11 +134,12 @@ class RunCheckpoints:
             raise RetryableError(f"the last checkpoint could not be written; run again to go on: {error}") from error
 
     def _delete_superfluous(self, written: CheckpointRef) -> None:
-        """Delete checkpoints, except the newest, the promoted one, and steps that are multiples of ``keep_every``."""
+        """Delete checkpoints, except the newest, the promoted one, ``kept_step`` and multiples of ``keep_every``."""
         settings, model, replaced = self._config.settings, self._config.model_name, self._replaced - {written}
         own = [ref for ref in self._stored() if ref not in replaced]
         every, served = settings.keep_every, promoted(self._store, model)
-        old = [ref for ref in own[: -settings.keep] if ref != served and not (every and ref.step % every == 0)]
+        kept = {served, self._config.checkpoint(self._config.kept_step)}
+        old = [ref for ref in own[: -settings.keep] if ref not in kept and not (every and ref.step % every == 0)]
         incomplete = incomplete_checkpoints(self._store, model, self._config.stage)
         if served is not None and served in replaced:
             # Engines that start later then wait for the next promotion, instead of failing because the checkpoint is

@@ -34,6 +34,7 @@ class RunConfig:
     Attributes:
         meta: description of the run, stored with each checkpoint. The run resumes from a checkpoint only if both have
             equal ``settings`` and equal ``inputs``. The inputs are digests of the stage's data and initial weights.
+        kept_step: the checkpoint of this step is always written, and never deleted because of its age; 0 for none.
     """
 
     model_name: str
@@ -41,6 +42,12 @@ class RunConfig:
     schedule: Schedule
     settings: RunSettings
     meta: dict[str, Any]
+    kept_step: int = 0
+
+    def is_saved(self, step: int) -> bool:
+        """Whether to write a checkpoint after ``step``, besides the last one."""
+        every = self.settings.save_every
+        return step == self.kept_step or bool(every and step % every == 0)
 
     def checkpoint(self, step: int) -> CheckpointRef:
         """Reference to this run's checkpoint after ``step`` steps."""
@@ -98,11 +105,18 @@ class Evaluation:
         return step == last_step or bool(self.every and step % self.every == 0)
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The differences of settings and inputs between the :attr:`RunConfig.meta` of two runs, as parts of a message."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], settings: RunSettings) -> list[str]:
+    """The differences of settings and inputs between the :attr:`RunConfig.meta` of two runs, as parts of a message.
+
+    The older run may have been made before one of the ``settings`` existed; it then had the setting's default.
+    """
+    fields = dataclasses.fields(settings)
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
     found = []
     for part in ("settings", "inputs"):
         was, now = old.get(part, {}), new[part]
+        if part == "settings":
+            was = {name: defaults[name] for name in now if name in defaults} | was
         for name in sorted(name for name in was | now if was.get(name) != now.get(name)):
             change = f"{was.get(name)!r} -> {now.get(name)!r}" if part == "settings" else "changed"
             found.append(f"{name} {change}")

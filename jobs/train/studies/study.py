@@ -87,6 +87,8 @@ def plan_run(store: Store, flags: Sequence[str]) -> PlannedRun:
     """Plan the run that ``jobs.train.pretrain`` would do with these flags. Raises UserError if it would refuse them."""
     settings = load(PretrainSettings, prefix="NANOCHAT_PRETRAIN", program=f"python -m {_PRETRAIN}", argv=flags)
     check_model_name(settings.model)
+    if settings.start_from:
+        raise UserError("a study trains all its models from random weights; leave --start-from out")
     config, plan = pretrain.plan_run(settings, load_tokenizer(store, settings.tokenizer).vocab_size)
     return PlannedRun(tuple(flags), settings, config, plan)
 
@@ -132,7 +134,8 @@ class Study:
             # Training will skip the damaged checkpoint and resume from the checkpoint before it.
             log.warning("damaged checkpoint", extra={"checkpoint": stored[-1].prefix, "reason": str(error)})
             return None
-        differing = differences(meta, {"settings": comparable(run.settings), "inputs": self._inputs})
+        wanted = {"settings": comparable(run.settings), "inputs": self._inputs}
+        differing = differences(meta, wanted, run.settings)
         if differing:
             raise UserError(
                 f"models/{run.model} in {self._store} was trained otherwise ({', '.join(differing)}); "
