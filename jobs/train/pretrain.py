@@ -170,7 +170,8 @@ def open_start(store: Store, settings: PretrainSettings) -> tuple[Start | None, 
                 f"--tokenizer is {settings.tokenizer}, but {found.ref.prefix} was trained with another tokenizer, "
                 "which it keeps; leave the flag out"
             )
-    start = choose_start(store, settings.start_from, input_digests(store, settings.dataset, tokenizer))
+    inputs = input_digests(store, settings.dataset, tokenizer)
+    start = choose_start(store, found, inputs, exact="/step_" in settings.start_from)
     log.info(
         "going on" if start.goes_on else "starting from the weights",
         extra={"checkpoint": start.checkpoint.ref.prefix, "step": start.step},

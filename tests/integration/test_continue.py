@@ -74,6 +74,15 @@ def test_a_finished_run_goes_on_to_a_longer_horizon_with_a_new_warmdown(jobs: Jo
     assert losses(longer, 90, 100) == pytest.approx(losses(planned, 90, 100), rel=0.05)
 
 
+def test_two_ranks_go_on_with_what_one_rank_has_begun(jobs: Jobs) -> None:
+    ranks = jobs.start_ranks(2, MODULE, START | WHERE)
+    assert [rank.wait() for rank in ranks] == [0, 0], [rank.stderr for rank in ranks]
+    assert losses(jobs.result("base", model="more"), 1, CONSTANT) == losses(jobs.result("base"), 1, CONSTANT)
+    assert losses(jobs.result("base", model="more"), 1, STEPS) == pytest.approx(
+        losses(jobs.result("base"), 1, STEPS), rel=1e-2
+    )
+
+
 def test_a_run_that_went_on_can_go_on_again(jobs: Jobs) -> None:
     jobs.run(MODULE, START | WHERE, steps=80)
     jobs.run(MODULE, {"model": "most", "start-from": "more", "steps": 90} | WHERE)

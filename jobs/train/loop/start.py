@@ -106,18 +106,18 @@ def tokenizer_name(checkpoint: Checkpoint) -> str:
     return str(checkpoint.meta.get("settings", {}).get("tokenizer", checkpoint.ref.model))
 
 
-def choose_start(store: Store, text: str, inputs: Mapping[str, str]) -> Start:
-    """The start of a pretraining run on data with the digests ``inputs``.
+def choose_start(store: Store, start: Checkpoint, inputs: Mapping[str, str], *, exact: bool) -> Start:
+    """How a pretraining run on data with the digests ``inputs`` starts from a checkpoint.
 
-    The run goes on if the data are the same and the checkpoint is one from before its run's warmdown. If ``text`` names
-    no step and the data are the same, it is the last checkpoint from before the warmdown; without one, UserError.
+    The run goes on if the data are the same and the checkpoint is from before its run's warmdown. For the same data,
+    the last such checkpoint takes the place of a later one, unless the user named ``exact`` steps; if there is no such
+    checkpoint, it is a UserError.
     """
-    start = find_pretrained(store, text)
     known = start.meta.get("inputs", {}) if start.ref.stage == "base" else {}
     if inputs != {name: known.get(name) for name in inputs}:
         return Start(start, goes_on=False)
     constant_until = start.meta.get("constant_until", 0)
-    if text.count("/") < 2 and start.ref.step > constant_until:
+    if not exact and start.ref.step > constant_until:
         stored = list_checkpoints(store, start.ref.model, "base")
         constant = [ref for ref in stored if ref.step <= constant_until]
         if not constant:
