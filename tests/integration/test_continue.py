@@ -11,6 +11,7 @@ import pytest
 from jobs.data.shards import write_dataset
 from jobs.data.tokenizers import tokenizer_key
 from jobs.train.tokenizer import train_tokenizer
+from nanochat_core.checkpoint import CheckpointRef, load_checkpoint
 from tests.support.tiny_training import NAME, PRETRAIN, STEPS, Jobs, Result, fill, sentences
 
 MODULE = "jobs.train.pretrain"
@@ -27,7 +28,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     store = fill(folder / "home")
     rng = random.Random(12)
-    texts = [f"{rng.randint(0, 999)} + {rng.randint(0, 999)} " * rng.randint(1, 9) for _ in range(200)]
+    texts = [f"{sentences(rng)} {rng.randint(0, 999)} + {rng.randint(0, 999)}. {sentences(rng)}" for _ in range(200)]
     write_dataset(store, OTHER, texts, texts[:20], source="a test")
     store.write(tokenizer_key(OTHER), train_tokenizer([sentences(rng) for _ in range(99)], 280).to_json().encode())
     (folder / "logs").mkdir()
@@ -112,7 +113,7 @@ def test_other_data_begin_a_schedule_of_their_own_from_the_last_weights(jobs: Jo
     assert result.meta["inputs"]["base"] == jobs.result("base").weights
     assert result.meta["inputs"]["tokenizer"] == jobs.result("base").meta["inputs"]["tokenizer"]
     jobs.run(MODULE, PRETRAIN, model="fresh", dataset=OTHER, steps=20)
-    assert losses(result, 20, 20)[0] < losses(jobs.result("base", 20, "fresh"), 20, 20)[0]
+    assert sum(losses(result, 1, 20)) < 0.9 * sum(losses(jobs.result("base", 20, "fresh"), 1, 20))
 
 
 def test_a_step_of_the_warmdown_begins_a_new_schedule_on_the_same_data(jobs: Jobs) -> None:
@@ -175,8 +176,6 @@ def test_a_mixture_is_measured_on_the_held_out_text_of_each_of_its_datasets(jobs
 
 
 def test_learning_rates_of_groups_can_be_turned_off_one_by_one(jobs: Jobs) -> None:
-    from nanochat_core.checkpoint import CheckpointRef, load_checkpoint
-
     def weights(model: str) -> dict[str, Any]:
         return load_checkpoint(jobs.store, CheckpointRef(model, "base", 2)).weights
 
