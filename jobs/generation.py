@@ -1,10 +1,16 @@
-"""Runs an engine's Python tool in this process, and turns completions into the answers that a person reads."""
+"""Text that an engine generates in this process: samples, answers that a person reads, and the model's Python tool."""
+
+import contextlib
+from collections.abc import Sequence
 
 from jobs.tasks.task import Response
 from nanochat_core.chat import AssistantStream, tool_output_text
-from nanochat_core.engine import Completion, ToolCall, ToolOutput, ToolResult
+from nanochat_core.engine import Completion, Engine, EngineConfig, SamplingParams, ToolCall, ToolOutput, ToolResult
+from nanochat_core.model import GPT
 from nanochat_core.sandbox import Limits, ResultFormat, SandboxExecutor
 from nanochat_core.tokenizer import Tokenizer
+
+SAMPLING = SamplingParams(temperature=0.8, top_k=50, max_tokens=120, seed=7)
 
 
 class SandboxTool:
@@ -30,3 +36,29 @@ def read_completion(tokenizer: Tokenizer, completion: Completion) -> Response:
     # The last call has no output if the answer ended first.
     calls = tuple(zip(codes, outputs, strict=False))
     return Response("".join(part.text for part in parts if part.type == "text"), calls)
+
+
+def continue_text(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], sampling: SamplingParams = SAMPLING
+) -> list[list[str]]:
+    """Pairs of a prompt and the model's continuation, cut at the end of the document that the model writes.
+
+    A prompt of more tokens than half of the context is cut.
+    """
+    most = max(1, model.config.context_length // 2)
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)][:most] for prompt in prompts]
+    config = EngineConfig(max_running=min(len(ids), EngineConfig.max_running))  # The model may still need the memory.
+    with contextlib.closing(Engine(model, tokenizer, config)) as engine:
+        completions = engine.generate(ids, sampling)
+    samples = []
+    for prompt, (completion,) in zip(ids, completions, strict=True):
+        tokens = completion.token_ids
+        end = tokens.index(tokenizer.bos_id) if tokenizer.bos_id in tokens else len(tokens)
+        samples.append([tokenizer.decode(prompt[1:]), tokenizer.decode(tokens[:end])])
+    return samples
+
+
+def openings(documents: Sequence[str], count: int, words: int = 6) -> list[str]:
+    """The first words of ``count`` documents that are spread evenly over ``documents``."""
+    stride = max(1, len(documents) // count)
+    return [" ".join(document.split()[:words]) for document in documents[::stride][:count]]

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from nanochat_core import logs
 from nanochat_core.errors import UserError, run_main
@@ -18,6 +18,11 @@ class JobSettings:
 
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
+
+    @classmethod
+    def inherited(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG003
+        """Values that replace the defaults of settings that are not ``given`` by a flag or an environment variable."""
+        return {}
 
 
 SettingsT = TypeVar("SettingsT", bound=JobSettings)
@@ -60,7 +65,9 @@ def run_command(
         argv: arguments that replace the arguments of the command line.
     """
     prefix = f"NANOCHAT_{name.upper().replace('-', '_')}"
-    settings = load(settings_class, prefix=prefix, program=f"python -m {command}", argv=argv)
+    settings = load(
+        settings_class, prefix=prefix, program=f"python -m {command}", argv=argv, inherit=settings_class.inherited
+    )
     alone = os.environ.get("WORLD_SIZE", "1") in ("", "1")
     rank = "0" if alone else os.environ.get("RANK", "0")
     if rank == "0":

@@ -1,8 +1,8 @@
 """Typed settings: every field of a frozen dataclass is one flag and one environment variable.
 
-A flag takes precedence over the environment variable, and the variable takes precedence over the default. Values are
-converted and checked when the program starts. An invalid value raises a :class:`~nanochat_core.errors.UserError` that
-says where the value came from.
+A flag takes precedence over the environment variable, and the variable takes precedence over the default. A program may
+replace defaults by values that follow from the given settings. Values are converted and checked when the program
+starts. An invalid value raises a :class:`~nanochat_core.errors.UserError` that says where the value came from.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import dataclasses
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from nanochat_core.errors import UserError
@@ -50,6 +50,7 @@ def load(
     program: str,
     argv: Sequence[str] | None = None,
     environ: Mapping[str, str] | None = None,
+    inherit: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> T:
     """Builds ``cls`` from flags and environment variables.
 
@@ -61,6 +62,8 @@ def load(
             ``float``, ``bool``, ``tuple[str, ...]`` (comma separated), ``Literal[...]`` and ``X | None``.
         prefix: beginning of the environment variables' names, such as ``NANOCHAT_ENGINE``.
         program: program name in the usage text, such as ``python -m services.engine``.
+        inherit: called with the settings that flags and variables give; returns values of other settings, which take
+            the place of their defaults.
     """
     environ = os.environ if environ is None else environ
     hints = typing.get_type_hints(cls)
@@ -79,13 +82,16 @@ def load(
             raw, source = given[field.name], _flag(field)
         elif environ.get(variable, "") != "":
             raw, source = environ[variable], variable
-        elif field.default is not dataclasses.MISSING:
-            values[field.name] = field.default
-            continue
         else:
-            raise UserError(f"{_flag(field)} (or {variable}) is required: {field.metadata['help']}")
+            continue
         values[field.name] = raw if isinstance(raw, bool) else _convert(raw, hints[field.name], source)
         _check_bounds(values[field.name], field, source)
+    inherited = inherit(values) if inherit else {}
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    values = {**defaults, **inherited, **values}
+    for field in fields:
+        if field.name not in values:
+            raise UserError(f"{_flag(field)} (or {_env_name(field, prefix)}) is required: {field.metadata['help']}")
     try:
         return cls(**values)
     except ValueError as error:

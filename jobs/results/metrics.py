@@ -34,12 +34,15 @@ def metrics_of(store: Store, checkpoint: Checkpoint) -> dict[str, Metric]:
     """All metrics of a checkpoint, and the metrics of the base model that the checkpoint was trained from.
 
     The metrics of the base model tell how much the model learned from text. Metrics of other ancestors are left out,
-    because further fine-tuning can have lost what they measure. If both checkpoints have a metric, the value of the
+    because further training can have lost what they measure. If both checkpoints have a metric, the value of the
     checkpoint itself counts.
     """
-    bases = [(digest, ref) for digest, ref in ancestors(store, checkpoint) if ref.stage == "base"]
+    base = None
+    if checkpoint.ref.stage != "base":
+        # The nearest base model may itself have been trained from another one, whose metrics no longer hold.
+        base = next((parent for parent in ancestors(store, checkpoint) if parent[1].stage == "base"), None)
     found: dict[str, Metric] = {}
-    for digest, ref in [*bases, (checkpoint.weights_digest, checkpoint.ref)]:
+    for digest, ref in filter(None, [base, (checkpoint.weights_digest, checkpoint.ref)]):
         for result in sorted(results_of(store, ref, digest), key=_precedence):
             found |= metrics_of_result(result)
     return found

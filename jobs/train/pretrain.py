@@ -1,35 +1,62 @@
 """Pretrain a base model: ``python -m jobs.train.pretrain --depth 12 --dataset climbmix --tokenizer climbmix``."""
 
 import dataclasses
+import hashlib
 import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from jobs.data.mixture_entries import Entry, parse_mixture
 from jobs.data.shards import TextDataset, dataset_digest
 from jobs.data.tokenizers import load_tokenizer
+from jobs.generation import continue_text, openings
 from jobs.measures.bits_per_byte import bits_per_byte
 from jobs.measures.core.bundle import read_bundle
 from jobs.measures.core.download import PUBLIC_BUNDLE, locate_bundle
 from jobs.measures.core.run import core_of
 from jobs.train.batches.loader import text_cache
-from jobs.train.batches.sources import open_texts
+from jobs.train.batches.sources import Source, open_texts
+from jobs.train.batches.text_mixtures import TextMixture
 from jobs.train.loop.run import Evaluation, Metrics
 from jobs.train.loop.runtime import Runtime
 from jobs.train.loop.schedule import DEFAULT_RATIO, Schedule, TrainingPlan, plan_training
 from jobs.train.loop.stage import Stage, StageSettings, rows_per_batch, run_stage
+from jobs.train.loop.start import (
+    SHAPE,
+    Start,
+    choose_start,
+    find_pretrained,
+    inherited_settings,
+    refuse_replacing,
+    tokenizer_name,
+)
 from nanochat_core.checkpoint import CheckpointRef
 from nanochat_core.config import ModelConfig
+from nanochat_core.errors import UserError
 from nanochat_core.settings import setting
-from nanochat_core.store import Store
+from nanochat_core.store import DEFAULT_HOME, Store, open_store
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.optim import OptimizerConfig, parameter_groups
 
 log = logging.getLogger("jobs.train.pretrain")
 
+_SAMPLES = 4
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainSettings(StageSettings):
-    """Pretrain a GPT on a text dataset of the store. Every setting that is not given follows from --depth."""
+    """Pretrain a GPT on text datasets of the store. Every setting that is not given follows from --depth, or is as in
+    the run of the checkpoint that --start-from names.
+    """
 
-    dataset: str = setting(help="name of the text dataset in the store")
+    start_from: str | None = setting(
+        None,
+        "checkpoint of another model to start from: MODEL, MODEL/<stage> or MODEL/<stage>/step_<n>; on the same data "
+        "the run goes on, before the warmdown, to another horizon",
+    )
+    dataset: str = setting(
+        help="name of the text dataset in the store, or a mixture NAME[:WEIGHT],… by shares of the tokens"
+    )
     tokenizer: str = setting(help="name of the tokenizer in the store")
     depth: int = setting(12, "layers; sets width, heads, batch size, learning rates and number of steps", minimum=1)
     head_dim: int = setting(128, "channels per attention head", minimum=2)
@@ -40,6 +67,21 @@ class PretrainSettings(StageSettings):
     steps: int | None = setting(None, "optimizer steps; replaces --ratio and --target-flops", minimum=1)
     batch_tokens: int | None = setting(None, "tokens per optimizer step; derived from --depth by default", minimum=1)
     lr_scale: float | None = setting(None, "factor on all learning rates; derived by default", minimum=0.0)
+    matrix_lr_scale: float = setting(
+        1.0, "further factor on the learning rates of the matrices inside the blocks", minimum=0.0, maximum=1e6
+    )
+    embedding_lr_scale: float = setting(
+        1.0, "further factor on the learning rates of token and value embeddings", minimum=0.0, maximum=1e6
+    )
+    head_lr_scale: float = setting(
+        1.0, "further factor on the learning rate of the output head", minimum=0.0, maximum=1e6
+    )
+    scalar_lr_scale: float = setting(
+        1.0,
+        "further factor on the learning rates of all other parameters, nearly all of them scalars",
+        minimum=0.0,
+        maximum=1e6,
+    )
     weight_decay: float | None = setting(None, "weight decay of matrices; derived by default", minimum=0.0)
     warmup_steps: int = setting(40, "steps of linear warmup", minimum=1)
     warmdown_ratio: float = setting(0.65, "share of the run that is linear warmdown", minimum=0.0, maximum=1.0)
@@ -50,10 +92,27 @@ class PretrainSettings(StageSettings):
     )
     core_bundle: str = setting(PUBLIC_BUNDLE, "tasks of CORE: a folder, s3://bucket/prefix, or the URL of a zip file")
     core_max_per_task: int = setting(500, "examples per task of CORE; 0 takes all", minimum=0)
+    sample_every: int = setting(
+        0, "steps between samples of text, which are logged, and then also follow the last step; 0 for none", minimum=0
+    )
+
+    @classmethod
+    def inherited(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With ``--start-from``, the settings of the checkpoint's run."""
+        if not given.get("start_from"):
+            return {}
+        start = find_pretrained(open_store(given.get("home", DEFAULT_HOME)), given["start_from"])
+        names = {field.name for field in dataclasses.fields(cls)}
+        return {name: value for name, value in inherited_settings(start, given).items() if name in names}
 
 
-def plan_run(settings: PretrainSettings, vocab_size: int) -> tuple[ModelConfig, TrainingPlan]:
-    """The model's shape and the training plan that follow from the settings."""
+def plan_run(
+    settings: PretrainSettings, vocab_size: int, start: Start | None = None
+) -> tuple[ModelConfig, TrainingPlan]:
+    """The model's shape and the training plan that follow from the settings.
+
+    The shape is that of the checkpoint from which the run starts, if there is one; other flags are a UserError.
+    """
     config = ModelConfig.from_depth(
         settings.depth,
         vocab_size=vocab_size,
@@ -61,6 +120,15 @@ def plan_run(settings: PretrainSettings, vocab_size: int) -> tuple[ModelConfig, 
         context_length=settings.context_length,
         window_pattern=settings.window_pattern,
     )
+    if start is not None:
+        config = start.checkpoint.config
+        for name in SHAPE:
+            wanted, stored = getattr(settings, name), getattr(config, name)
+            if wanted != stored:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {wanted}, but {start.checkpoint.ref.prefix} was trained with "
+                    f"{stored}; leave the flag out"
+                )
     plan = plan_training(
         config,
         ratio=settings.ratio,
@@ -70,46 +138,131 @@ def plan_run(settings: PretrainSettings, vocab_size: int) -> tuple[ModelConfig, 
         lr_scale=settings.lr_scale,
         weight_decay=settings.weight_decay,
     )
+    if start is not None:
+        start.check(plan)
     return config, plan
 
 
-def input_digests(store: Store, dataset: str, tokenizer: Tokenizer) -> dict[str, str]:
-    """Digests of the data that a base model is made from. If a digest changes, the model must be trained again."""
-    return {"dataset": dataset_digest(store, dataset), "tokenizer": tokenizer.digest}
+def input_digests(store: Store, dataset: str, tokenizer: Tokenizer, start: Start | None = None) -> dict[str, str]:
+    """Digests of what a base model is made from. If one changes, the model must be trained again.
+
+    ``dataset`` is the setting, which may name several datasets.
+    """
+    entries = parse_mixture(dataset)
+    digests = [dataset_digest(store, entry.name) for entry in entries]
+    if len(entries) > 1:
+        parts = (f"{entry.weight} {digest}" for entry, digest in zip(entries, digests, strict=True))
+        digests = [hashlib.sha256("\n".join(parts).encode()).hexdigest()]
+    base = {"base": start.checkpoint.weights_digest} if start else {}
+    return {"dataset": digests[0], "tokenizer": tokenizer.digest, **base}
+
+
+def open_start(store: Store, settings: PretrainSettings) -> tuple[Start | None, Tokenizer]:
+    """The checkpoint that the run starts from, if any, and the tokenizer; UserError if they do not fit each other."""
+    if not settings.start_from:
+        return None, load_tokenizer(store, settings.tokenizer)
+    found = find_pretrained(store, settings.start_from)
+    refuse_replacing(found, settings.model, "base")
+    tokenizer = found.tokenizer
+    if settings.tokenizer != tokenizer_name(found):
+        other = load_tokenizer(store, settings.tokenizer)
+        if other.digest != tokenizer.digest:
+            raise UserError(
+                f"--tokenizer is {settings.tokenizer}, but {found.ref.prefix} was trained with another tokenizer, "
+                "which it keeps; leave the flag out"
+            )
+    inputs = input_digests(store, settings.dataset, tokenizer)
+    start = choose_start(store, found, inputs, exact="/step_" in settings.start_from)
+    log.info(
+        "going on" if start.goes_on else "starting from the weights",
+        extra={"checkpoint": start.checkpoint.ref.prefix, "step": start.step},
+    )
+    return start, tokenizer
+
+
+def open_training(
+    runtime: Runtime,
+    entries: Sequence[Entry],
+    tokenizer: Tokenizer,
+    settings: PretrainSettings,
+    config: ModelConfig,
+    plan: TrainingPlan,
+) -> Source:
+    """The training documents of the datasets, mixed by their weights if there are several."""
+    rows = rows_per_batch(plan.batch_tokens, config.context_length)
+    sources = [
+        open_texts(
+            TextDataset(runtime.store, entry.name, "train", text_cache(rows, runtime.ranks.size)),
+            tokenizer,
+            row_length=config.context_length + 1,
+            seed=settings.seed,
+            threads=settings.loader_workers,
+        )
+        for entry in entries
+    ]
+    if len(sources) == 1:
+        return sources[0]
+    mixture = TextMixture(sources, [entry.weight for entry in entries], settings.seed)
+    shown = zip(entries, mixture.shares, mixture.epochs(plan.steps * plan.batch_tokens), strict=True)
+    described = {e.name: {"documents": round(share, 4), "epochs": round(epochs, 2)} for e, share, epochs in shown}
+    log.info("mixture", extra={"share_and_epochs": described})
+    return mixture
 
 
 def pretrain(settings: PretrainSettings, runtime: Runtime) -> CheckpointRef:
     """Train a base model, resuming if an earlier run was interrupted, and return its final checkpoint."""
     store, ranks = runtime.store, runtime.ranks
-    tokenizer = load_tokenizer(store, settings.tokenizer)
-    config, plan = plan_run(settings, tokenizer.vocab_size)
+    start, tokenizer = open_start(store, settings)
+    config, plan = plan_run(settings, tokenizer.vocab_size, start)
+    entries = parse_mixture(settings.dataset)
+    training = open_training(runtime, entries, tokenizer, settings, config, plan)
+    validation = {entry.name: TextDataset(store, entry.name, "val") for entry in entries}
     rows = rows_per_batch(plan.batch_tokens, config.context_length)
-    training = open_texts(
-        TextDataset(store, settings.dataset, "train", text_cache(rows, ranks.size)),
-        tokenizer,
-        row_length=config.context_length + 1,
-        seed=settings.seed,
-        threads=settings.loader_workers,
-    )
-    validation = TextDataset(store, settings.dataset, "val")
-    stage = Stage("base", settings, runtime, config, tokenizer)
+    stage = Stage("base", settings, runtime, config, tokenizer, start.checkpoint if start else None)
     model = stage.model
 
     def held_out_loss() -> Metrics:
-        return {"val_bpb": bits_per_byte(model, tokenizer, validation, max_tokens=settings.eval_tokens, ranks=ranks)}
+        tokens = max(1, settings.eval_tokens // len(entries))
+        each = [
+            bits_per_byte(model, tokenizer, documents, max_tokens=tokens, ranks=ranks)
+            for documents in validation.values()
+        ]
+        weights = [entry.weight / max(entry.weight for entry in entries) for entry in entries]
+        mean = sum(w * value for w, value in zip(weights, each, strict=True)) / sum(weights)
+        parts = {f"val_bpb_{name}": value for name, value in zip(validation, each, strict=True)}
+        return {"val_bpb": mean} | (parts if len(parts) > 1 else {})
+
+    def write_samples() -> Metrics:
+        if ranks.leads:
+            prompts = openings([text for documents in validation.values() for text in firsts(documents)], _SAMPLES)
+            point = trainer.state.point()
+            point["samples"] = continue_text(model, tokenizer, prompts)
+            for prompt, text in point["samples"]:
+                log.info("sample", extra={"step": trainer.state.step, "prompt": prompt, "text": text})
+        return {}
 
     evaluations = [Evaluation(held_out_loss, settings.eval_every)]
     if settings.core_every:
         tasks = read_bundle(locate_bundle(settings.core_bundle, store, ranks), settings.core_max_per_task)
         evaluations.append(Evaluation(lambda: {"core": core_of(model, tokenizer, tasks, ranks)}, settings.core_every))
+    if settings.sample_every:
+        evaluations.append(Evaluation(write_samples, settings.sample_every))
+    learning_rates = OptimizerConfig(weight_decay=plan.weight_decay).scaled(
+        matrices=settings.matrix_lr_scale,
+        embeddings=settings.embedding_lr_scale,
+        head=settings.head_lr_scale,
+        scalars=settings.scalar_lr_scale,
+    )
+    schedule = Schedule(
+        plan.steps,
+        warmup_steps=settings.warmup_steps,
+        warmdown_ratio=settings.warmdown_ratio,
+        momentum_warmup_steps=settings.momentum_warmup_steps,
+        first_step=start.step if start else 0,
+    )
     trainer = stage.trainer(
-        parameter_groups(model, OptimizerConfig(weight_decay=plan.weight_decay), batch_lr_scale=plan.lr_scale),
-        Schedule(
-            plan.steps,
-            warmup_steps=settings.warmup_steps,
-            warmdown_ratio=settings.warmdown_ratio,
-            momentum_warmup_steps=settings.momentum_warmup_steps,
-        ),
+        parameter_groups(model, learning_rates, batch_lr_scale=plan.lr_scale),
+        schedule,
         lambda state: stage.packed_loader(
             training,
             rows=rows,
@@ -119,15 +272,22 @@ def pretrain(settings: PretrainSettings, runtime: Runtime) -> CheckpointRef:
             state=state,
         ).prefetched(),
         evaluations,
-        inputs=input_digests(store, settings.dataset, tokenizer),
+        inputs=input_digests(store, settings.dataset, tokenizer, start),
         plan=dataclasses.asdict(plan),
+        kept_step=schedule.constant_until,
     )
     log.info(
         "pretraining",
         extra={"model": settings.model, "depth": config.depth, "dim": config.dim, **dataclasses.asdict(plan)},
     )
-    trainer.resume()
+    if not trainer.resume() and start:
+        trainer.start_from(start.checkpoint, go_on=start.goes_on)
     return trainer.run()
+
+
+def firsts(documents: TextDataset) -> list[str]:
+    """The first validation documents, which samples continue."""
+    return [documents[number] for number in range(min(_SAMPLES, len(documents)))]
 
 
 if __name__ == "__main__":

@@ -14,15 +14,8 @@ from jobs.train.loop.run import Evaluation
 from jobs.train.loop.runtime import Runtime
 from jobs.train.loop.schedule import Schedule
 from jobs.train.loop.stage import Stage, StageSettings, rows_per_batch, run_stage
-from nanochat_core.checkpoint import (
-    STAGES,
-    Checkpoint,
-    CheckpointRef,
-    check_model_name,
-    load_checkpoint,
-    load_trainer_state,
-    newest_checkpoint,
-)
+from jobs.train.loop.start import find_checkpoint, refuse_replacing
+from nanochat_core.checkpoint import Checkpoint, CheckpointRef, newest_checkpoint
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT, IGNORE_INDEX
 from nanochat_core.settings import setting
@@ -67,22 +60,8 @@ def base_checkpoint(store: Store, settings: SftSettings) -> Checkpoint:
         if base is None:
             raise UserError(f"model {settings.model!r} has no base checkpoint; run python -m jobs.train.pretrain first")
         return base
-    name, _, revision = settings.start_from.partition("/")
-    check_model_name(name)
-    start: Checkpoint | None
-    if "/" in revision:
-        start = load_checkpoint(store, CheckpointRef.parse(name, revision))
-    else:
-        stages = (revision,) if revision else ("sft", "base")
-        found = (newest_checkpoint(store, name, stage) for stage in stages if stage in STAGES)
-        start = next(filter(None, found), None)
-    if start is None:
-        raise UserError(f"--start-from names {settings.start_from!r}, but {store} has no such checkpoint")
-    if (start.ref.model, start.ref.stage) == (settings.model, "sft"):
-        raise UserError(
-            f"--start-from names {start.ref.model} {start.ref.revision}, which this run would replace; give the result "
-            "another --model name"
-        )
+    start = find_checkpoint(store, settings.start_from, "sft", "base")
+    refuse_replacing(start, settings.model, "sft")
     return start
 
 
@@ -90,6 +69,8 @@ def fine_tune(settings: SftSettings, runtime: Runtime) -> CheckpointRef:
     """Fine-tune a model, resuming if an earlier run was interrupted, and return its final checkpoint."""
     store, ranks = runtime.store, runtime.ranks
     base = base_checkpoint(store, settings)
+    if not base.meta.get("finished", True):
+        log.warning("the base checkpoint is not the end of its run", extra={"checkpoint": base.ref.prefix})
     mixture = Mixture(store, settings.mixture)
     config, tokenizer = base.config, base.tokenizer
     batch_tokens = settings.batch_tokens or base.meta["plan"]["batch_tokens"]
@@ -140,12 +121,8 @@ def fine_tune(settings: SftSettings, runtime: Runtime) -> CheckpointRef:
         },
     )
     if not trainer.resume():
-        if base.resumable:
-            # Fine-tuning starts from the weights of the base run, so the momenta of that run fit.
-            trainer.optimizer.load_shards(load_trainer_state(store, base.ref).read)
-        else:
-            revision = base.ref.revision
-            log.info("the base checkpoint has no optimizer state; its momenta start at zero", extra={"base": revision})
+        # Fine-tuning starts from the weights of the base run, so the momenta of that run fit.
+        trainer.start_from(base)
     return trainer.run()
 
 

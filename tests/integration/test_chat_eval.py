@@ -19,8 +19,8 @@ from jobs.eval.chat_eval.evaluate_tasks import answer_greedily
 from jobs.eval.chat_eval.scores import GradedAnswers, right_by_group
 from jobs.eval.checkpoints import pick_checkpoint
 from jobs.eval.report_card import held_out
-from jobs.eval.report_card.held_out import SAMPLING, continue_text, evaluate_conversations
-from jobs.generation import SandboxTool, read_completion
+from jobs.eval.report_card.held_out import evaluate_conversations
+from jobs.generation import SAMPLING, SandboxTool, continue_text, read_completion
 from jobs.recipes import find_recipe
 from jobs.tasks import demo
 from jobs.tasks.task import Response
@@ -258,8 +258,9 @@ async def test_code_that_takes_too_long_is_ended() -> None:
 
 def test_samples_continue_their_prompts_reproducibly(checkpoint: Checkpoint) -> None:
     prompts = ["The sea", "A boat is"]
-    samples = continue_text(checkpoint, prompts, dataclasses.replace(SAMPLING, max_tokens=20))
+    model, sampling = checkpoint.build_model(), dataclasses.replace(SAMPLING, max_tokens=20)
+    samples = continue_text(model, checkpoint.tokenizer, prompts, sampling)
     assert [prompt for prompt, _ in samples] == prompts
     assert all(continuation for _, continuation in samples)
     assert not any(tok.BOS in continuation for _, continuation in samples)
-    assert continue_text(checkpoint, prompts, dataclasses.replace(SAMPLING, max_tokens=20)) == samples
+    assert continue_text(model, checkpoint.tokenizer, prompts, sampling) == samples

@@ -99,6 +99,21 @@ def test_metrics_of_the_model_that_it_was_made_from_count(store: Store) -> None:
     assert not asked(store, SECOND, Gate(require=("core.core>=0.25",))).accepted
 
 
+def test_of_several_base_models_only_the_last_one_counts(store: Store) -> None:
+    """The second base model was trained from the first one, and may have forgotten what the first one knew."""
+    digests = []
+    for name, depth, core in (("one", 3, 0.3), ("two", 4, 0.1)):
+        base = CheckpointRef(name, "base", 5)
+        inputs = {"base": digests[-1]} if digests else {}
+        meta = {"inputs": inputs, "base": "base/step_000005", "base_model": "one"} if digests else {}
+        save_checkpoint(store, base, model=tiny_model(depth=depth), tokenizer=BYTES, meta=meta)
+        made = load_checkpoint(store, base)
+        digests.append(made.weights_digest)
+        Evaluation.of(store, made, "core", {}).finish({"core": core, "tasks": {}})
+    trained(store, FIRST, 0.9, inputs={"base": digests[1]}, base="base/step_000005", base_model="two")
+    assert asked(store, FIRST).metrics["core.core"].value == 0.1
+
+
 def test_how_well_its_predecessor_chatted_does_not_count(store: Store) -> None:
     trained(store, FIRST, 0.99)
     digest = load_checkpoint(store, FIRST).digests["model.safetensors"]

@@ -17,6 +17,8 @@ from nanochat_core.tokenizer import Tokenizer
 from tests.support.tiny_training import NAME, PRETRAIN, ROOT, STEPS, Jobs, Result, argv, damage, fill
 
 MODULE = "jobs.train.pretrain"
+# The last step before the warmdown.
+CONSTANT = 21
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +82,18 @@ def test_sigterm_saves_the_step_that_was_running(jobs: Jobs, uninterrupted: Resu
     job.wait_until(lambda: any(event["event"] == "training" for event in job.events))
     job.signal(signal.SIGTERM)
     assert job.wait() == 128 + signal.SIGTERM
-    (stopped,) = jobs.steps("base")
+    stopped = jobs.steps("base")[-1]
     assert 0 < stopped < STEPS
     assert not jobs.result("base", stopped).meta["finished"]
     jobs.run(MODULE, PRETRAIN)
     assert jobs.result("base") == uninterrupted
 
 
-def test_only_the_newest_two_checkpoints_are_kept(jobs: Jobs) -> None:
+def test_the_newest_two_checkpoints_and_the_last_one_before_the_warmdown_are_kept(jobs: Jobs) -> None:
     jobs.run(MODULE, PRETRAIN, steps=12, save_every=2)
-    assert jobs.steps("base") == [10, 12]
+    assert jobs.steps("base") == [4, 10, 12]
     assert sorted(path.name for path in (jobs.home / "models" / NAME / "base").iterdir()) == [
+        "step_000004",
         "step_000010",
         "step_000012",
     ]
@@ -127,7 +130,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_resumed(
     (resumed,) = [event for event in job.events if event["event"] == "resumed"]
     assert resumed["checkpoint"].endswith(f"step_{before:06d}")
     assert jobs.result("base") == uninterrupted
-    assert jobs.steps("base") == [STEPS - 4, STEPS]
+    assert jobs.steps("base") == [CONSTANT, STEPS - 4, STEPS]
 
 
 def test_other_settings_are_refused_by_name(jobs: Jobs) -> None:
@@ -174,14 +177,14 @@ def test_starting_over_replaces_the_checkpoints_of_the_earlier_run(jobs: Jobs, u
     job.wait()
     # The checkpoints of the earlier run have later steps. This run must not resume from these checkpoints.
     jobs.run(MODULE, PRETRAIN)
-    assert jobs.steps("base") == [STEPS - 4, STEPS]
+    assert jobs.steps("base") == [CONSTANT, STEPS - 4, STEPS]
     assert jobs.result("base") == uninterrupted
 
 
 def test_starting_over_without_getting_to_a_checkpoint_leaves_the_earlier_run_alone(jobs: Jobs) -> None:
     jobs.run(MODULE, PRETRAIN, steps=3)
     assert jobs.start(MODULE, PRETRAIN, no_resume=True, lr_scale=1e30, save_every=0).wait() == 2
-    assert jobs.steps("base") == [3]
+    assert jobs.steps("base") == [1, 3]
 
 
 def test_small_passes_add_up_to_the_same_batch(jobs: Jobs, uninterrupted: Result) -> None:

@@ -177,6 +177,7 @@ def test_models_that_were_trained_otherwise_are_refused_before_anything_is_train
         ("laws", {"depths": "1", "flops": "nan"}, [], "--flops is 'nan'; give different positive numbers"),
         ("laws", {"depths": "1", "flops": "1e9"}, ["--steps=4"], "--steps is set by the study"),
         ("miniseries", {"depths": "1"}, ["--depth", "3"], "--depth is set by the study for every run"),
+        ("miniseries", {"depths": "1"}, ["--start-from=x"], "from random weights; leave --start-from out"),
         ("miniseries", {"depths": "1"}, ["--ratio=x"], "--ratio is 'x', which is not a number"),
         ("laws", {"depths": "1,2", "flops": "1"}, [], "the horizon is shorter than one batch"),
         ("miniseries", {"depths": "1", "study": "a b"}, [], "'a b' cannot name a model"),

@@ -86,12 +86,21 @@ def test_without_a_base_model_it_says_what_to_run(jobs: Jobs) -> None:
 
 
 def test_a_damaged_base_counts_as_none(jobs: Jobs) -> None:
-    damage(jobs.home / "models" / NAME / "base" / f"step_{STEPS:06d}" / "model.safetensors")
+    constant, finished = jobs.steps("base")
+    for step in (constant, finished):
+        damage(jobs.home / "models" / NAME / "base" / f"step_{step:06d}" / "model.safetensors")
     job = jobs.start(MODULE, SFT)
     assert job.wait() == 2
-    (skipped,) = [event for event in job.events if event["event"] == "damaged checkpoint skipped"]
-    assert skipped["checkpoint"].endswith(f"base/step_{STEPS:06d}")
+    skipped = [event["checkpoint"] for event in job.events if event["event"] == "damaged checkpoint skipped"]
+    assert skipped == [f"models/{NAME}/base/step_{step:06d}" for step in (finished, constant)]
     assert "has no base checkpoint" in job.stderr
+
+
+def test_a_base_that_is_not_trained_to_its_end_is_warned_of(jobs: Jobs) -> None:
+    damage(jobs.home / "models" / NAME / "base" / f"step_{STEPS:06d}" / "model.safetensors")
+    job = jobs.run(MODULE, SFT, steps=1)
+    (warning,) = [event for event in job.events if event["event"].endswith("not the end of its run")]
+    assert warning["checkpoint"] == f"models/{NAME}/base/step_000021"
 
 
 def test_a_model_tuned_from_another_base_is_not_gone_on_with(jobs: Jobs) -> None:

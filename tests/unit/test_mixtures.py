@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs.data.mixture_entries import Entry, parse_mixture
 from jobs.tasks.conversations import write_conversations
 from jobs.tasks.registry import CONVERSATION_GENERATORS, open_conversations
 from jobs.train.batches import mixtures
 from jobs.train.batches.loader import PackedLoader
-from jobs.train.batches.mixtures import Entry, Lost, Mixture, parse_mixture, repeated
+from jobs.train.batches.mixtures import Lost, Mixture, repeated
 from jobs.train.batches.sources import ConversationSource, LengthSource
 from nanochat_core.chat import Message, render_conversation
 from nanochat_core.errors import UserError

@@ -303,6 +303,22 @@ def test_every_rate_but_the_smear_s_scales_with_the_batch() -> None:
     assert scaled == {name: lr if name == "smear" else pytest.approx(0.25 * lr) for name, lr in plain.items()}
 
 
+def test_each_kind_of_parameters_has_a_factor_of_its_own() -> None:
+    model = small_gpt()
+    plain = rate_table(parameter_groups(model, OptimizerConfig()))
+    kinds = {
+        "matrices": {name for name in plain if name.startswith("matrix")},
+        "embeddings": {"embedding", "value_embedding"},
+        "head": {"head"},
+        "scalars": {"residual", "skip", "smear"},
+    }
+    assert sorted(set().union(*kinds.values())) == sorted(plain)
+    for kind, names in kinds.items():
+        scaled = rate_table(parameter_groups(model, OptimizerConfig().scaled(**{kind: 0.5})))
+        assert scaled == {name: 0.5 * lr if name in names else lr for name, lr in plain.items()}
+    assert OptimizerConfig().scaled() == OptimizerConfig()
+
+
 def test_schedules_find_what_to_multiply() -> None:
     optimizer = MuonAdamW(parameter_groups(small_gpt(), OptimizerConfig()))
     for group in optimizer.param_groups:

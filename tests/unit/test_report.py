@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.eval.report_card.held_out import openings, xz_bits_per_byte
+from jobs.eval.report_card.held_out import xz_bits_per_byte
+from jobs.generation import openings
 from jobs.markdown import code, duration, literal
 from jobs.results.report_page import render
 from tests.support.report_dicts import OPTIONAL, every_combination, report

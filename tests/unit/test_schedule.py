@@ -81,6 +81,22 @@ def test_learning_rate_rises_over_the_warmup_stays_and_falls() -> None:
     assert lr(1000) == pytest.approx(0.05)
 
 
+@given(steps=st.integers(1, 5000), warmdown=st.floats(0, 1))
+def test_until_the_warmdown_a_run_with_a_later_end_has_the_same_rates(steps: Any, warmdown: Any) -> None:
+    run, longer = (Schedule(n, warmup_steps=10, warmdown_ratio=warmdown) for n in (steps, 2 * steps))
+    for step in range(run.constant_until):
+        assert run.lr(step) == longer.lr(step)
+        assert run.lr(step) == 1 or step < 10
+
+
+def test_a_run_that_goes_on_begins_at_the_full_rate_however_near_its_end_is() -> None:
+    schedule = Schedule(100, warmup_steps=10, warmdown_ratio=0.65, first_step=60)
+    assert schedule.constant_until == 60
+    assert schedule.lr(60) == 1
+    assert schedule.lr(80) == pytest.approx(0.5 + 0.5 * 0.05)
+    assert Schedule(100, warmup_steps=10, warmdown_ratio=0.65, first_step=20).constant_until == 35
+
+
 def test_momentum_rises_over_400_steps_and_falls_during_the_warmdown() -> None:
     momentum = Schedule(10_000).momentum
     assert momentum(0) == pytest.approx(0.85)

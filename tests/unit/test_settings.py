@@ -56,6 +56,28 @@ def test_a_flag_wins_over_the_variable_which_wins_over_the_default() -> None:
     assert loaded("--no-loud", NANOCHAT_EXAMPLE_LOUD="1").loud is False
 
 
+def test_a_setting_may_take_the_place_of_other_settings_defaults() -> None:
+    seen: list[Any] = []
+
+    def inherit(given: Any) -> dict[str, Any]:
+        seen.append(dict(given))
+        return {"port": 7, "name": "heir", "limit": None}
+
+    def inheriting(*argv: str, cls: Any = Example, **environ: str) -> Any:
+        return load(cls, prefix="NANOCHAT_EXAMPLE", program="example", argv=argv, environ=environ, inherit=inherit)
+
+    assert inheriting() == Example(port=7, name="heir")
+    assert inheriting("--port", "1", NANOCHAT_EXAMPLE_NAME="given") == Example(port=1, name="given")
+    assert seen == [{}, {"port": 1, "name": "given"}]
+
+
+def test_a_required_setting_may_be_inherited() -> None:
+    made = load(
+        Strict, prefix="NANOCHAT_EXAMPLE", program="example", argv=[], environ={}, inherit=lambda _: {"target": "there"}
+    )
+    assert made.target == "there"
+
+
 def test_an_empty_variable_counts_as_none() -> None:
     assert loaded(NANOCHAT_EXAMPLE_PORT="", NANOCHAT_EXAMPLE_NAME="") == Example()
 

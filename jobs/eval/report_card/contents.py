@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from jobs.data.mixture_entries import parse_mixture
 from jobs.data.origin import read_origin
 from jobs.data.shards import dataset_exists, shard_keys
 from jobs.eval.bench.rows import RESULT_FORMAT
@@ -44,9 +45,10 @@ def gather(
         **{stage: describe_stage(checkpoint) for stage, checkpoint in stages.items()},
         "tokenizer": {"vocab_size": final.tokenizer.vocab_size},
     }
-    dataset = (base or final).meta.get("settings", {}).get("dataset", model)
-    if base is not None and (dataset_exists(store, dataset) or shard_keys(store, dataset)):
-        documents = held_out.first_documents(store, dataset, text_bytes)
+    trained_on = (base or final).meta.get("settings", {}).get("dataset", model)
+    datasets = [entry.name for entry in parse_mixture(trained_on)]
+    if base is not None and all(dataset_exists(store, name) or shard_keys(store, name) for name in datasets):
+        documents = held_out.first_documents(store, datasets, text_bytes)
         measured = held_out.evaluate_text(store, base, documents)
         report["base"]["held_out_bits_per_byte"] = measured["bits_per_byte"]
         report["base"]["xz_9_bits_per_byte"] = measured["xz_9_bits_per_byte"]
@@ -96,6 +98,7 @@ def describe_stage(checkpoint: Checkpoint) -> Report:
         "settings": meta.get("settings", {}),
         "final_loss": losses[-1] if losses else None,
         "held_out": {name: value for point in history for name, value in point.items() if name.startswith("val_")},
+        "samples": [{"step": p["step"], "samples": p["samples"]} for p in history if "samples" in p],
         "skipped_steps": meta.get("skipped_steps", []),
         "made_from": _made_from(checkpoint),
         "rl": _rl_curve(history),

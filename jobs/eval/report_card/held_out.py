@@ -4,7 +4,6 @@ The results stay in the evaluation store. A report that is written again evaluat
 can compare a model with its predecessors.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,19 +16,18 @@ from typing import Any
 from jobs.data.shards import TextDataset
 from jobs.eval.chat_eval.evaluate_tasks import answer_greedily
 from jobs.eval.chat_eval.scores import quote, right_by_group
+from jobs.generation import SAMPLING, continue_text, openings
 from jobs.measures.bits_per_byte import bits_per_byte
 from jobs.recipes import find_recipe
 from jobs.results.evaluations import Evaluation, Result
 from jobs.results.metrics import CONVERSATIONS, HELD_OUT_TEXT, SAMPLES
 from jobs.tasks import demo
 from nanochat_core.checkpoint import Checkpoint
-from nanochat_core.engine import Engine, SamplingParams
 from nanochat_core.store import Store
 
 log = logging.getLogger("jobs.eval.report")
 
 _EXAMPLES = 12
-SAMPLING = SamplingParams(temperature=0.8, top_k=50, max_tokens=120, seed=7)
 
 
 def evaluate_text(store: Store, base: Checkpoint, validation: Sequence[str]) -> Result:
@@ -86,42 +84,22 @@ def sample_continuations(store: Store, base: Checkpoint, validation: Sequence[st
     evaluation = Evaluation.of(store, base, SAMPLES, settings)
 
     def compute() -> Mapping[str, Any]:
-        return {"samples": continue_text(base, prompts)}
+        return {"samples": continue_text(base.build_model(), base.tokenizer, prompts)}
 
     samples: list[list[str]] = _once(evaluation, compute, "sampling continuations", samples=count)["samples"]
     return samples
 
 
-def continue_text(
-    checkpoint: Checkpoint, prompts: Sequence[str], sampling: SamplingParams = SAMPLING
-) -> list[list[str]]:
-    """Pairs of a prompt and the model's continuation. A continuation is cut where the model ends its document."""
-    tokenizer = checkpoint.tokenizer
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    with contextlib.closing(Engine(checkpoint.build_model(), tokenizer)) as engine:
-        completions = engine.generate(ids, sampling)
-    samples = []
-    for prompt, (completion,) in zip(prompts, completions, strict=True):
-        tokens = completion.token_ids
-        end = tokens.index(tokenizer.bos_id) if tokenizer.bos_id in tokens else len(tokens)
-        samples.append([prompt, tokenizer.decode(tokens[:end])])
-    return samples
-
-
-def openings(documents: Sequence[str], count: int, words: int = 6) -> list[str]:
-    """The first words of ``count`` documents that are spread evenly over ``documents``."""
-    stride = max(1, len(documents) // count)
-    return [" ".join(document.split()[:words]) for document in documents[::stride][:count]]
-
-
-def first_documents(store: Store, dataset: str, size: int) -> list[str]:
-    """The first validation documents of a dataset, until ``size`` bytes are reached."""
-    taken, total = [], 0
-    for document in TextDataset(store, dataset, "val"):
-        if total >= size:
-            break
-        total += len(document.encode())
-        taken.append(document)
+def first_documents(store: Store, datasets: Sequence[str], size: int) -> list[str]:
+    """The first validation documents of each dataset, until its share of ``size`` bytes is reached."""
+    taken = []
+    for dataset in datasets:
+        total = 0
+        for document in TextDataset(store, dataset, "val"):
+            if total >= size / len(datasets):
+                break
+            total += len(document.encode())
+            taken.append(document)
     return taken
 
 

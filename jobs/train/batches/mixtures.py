@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from jobs.data.mixture_entries import parse_mixture
 from jobs.tasks.conversations import Conversations
 from jobs.tasks.registry import open_conversations
 from nanochat_core.chat import Message, render_conversation
@@ -33,35 +34,6 @@ log = logging.getLogger("jobs.train.batches.mixtures")
 _HELD_OUT_ONE_IN = 20
 _MAX_HELD_OUT = 256
 _CONVERSATIONS_PER_TASK = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One source of a mixture. An epoch repeats it ``weight`` times."""
-
-    name: str
-    weight: float
-
-
-def parse_mixture(text: str) -> list[Entry]:
-    """Parse comma-separated entries of the form ``name[:weight]``. Raises UserError for any other text."""
-    entries: list[Entry] = []
-    for part in text.split(","):
-        name, colon, weight = part.strip().rpartition(":")
-        if not colon:
-            name, weight = weight, "1"
-        if not name:
-            raise UserError(f"the mixture {text!r} has an entry without a name; write NAME or NAME:WEIGHT, …")
-        try:
-            entry = Entry(name, float(weight))
-        except ValueError:
-            raise UserError(f"the mixture gives {name} the weight {weight!r}, which is not a number") from None
-        if not (entry.weight > 0 and math.isfinite(entry.weight)):
-            raise UserError(f"the mixture gives {name} the weight {weight}; it must be above 0")
-        if any(other.name == name for other in entries):
-            raise UserError(f"the mixture names {name} twice; give it a weight instead: {name}:2")
-        entries.append(entry)
-    return entries
 
 
 class Selection(Sequence[list[Message]]):

@@ -14,6 +14,7 @@ from jobs.train.loop.runtime import Runtime
 from nanochat_core.checkpoint import (
     CheckpointRef,
     DamagedCheckpoint,
+    TrainerState,
     check_formats,
     incomplete_checkpoints,
     list_checkpoints,
@@ -79,15 +80,19 @@ class RunCheckpoints:
                     f"{ref.prefix} was trained with other settings ({', '.join(changed)}); "
                     "use the same ones, another --model name, or --no-resume to start over"
                 )
-            state = _run_state(ref, trainer.values.get("run"))
             self._model.load_state_dict(checkpoint.weights)
-            generator = trainer.read(_GENERATOR, 0, torch.get_rng_state().numel())
-            if generator is not None:
-                torch.set_rng_state(generator)
-            self._optimizer.load_shards(trainer.read)
             log.info("resumed", extra={"checkpoint": ref.prefix})
-            return state
+            return self.restore(ref, trainer)
         return None
+
+    def restore(self, ref: CheckpointRef, stored: TrainerState) -> RunState:
+        """Load the optimizer state and the random generator of a checkpoint; returns its :class:`RunState`."""
+        state = _run_state(ref, stored.values.get("run"))
+        generator = stored.read(_GENERATOR, 0, torch.get_rng_state().numel())
+        if generator is not None:
+            torch.set_rng_state(generator)
+        self._optimizer.load_shards(stored.read)
+        return state
 
     def replace_after(self, step: int) -> None:
         """Delete all checkpoints of steps after ``step`` as soon as the next checkpoint has been saved.
@@ -143,11 +148,12 @@ class RunCheckpoints:
             raise RetryableError(f"the last checkpoint could not be written; run again to go on: {error}") from error
 
     def _delete_superfluous(self, written: CheckpointRef) -> None:
-        """Delete checkpoints, except the newest, the promoted one, and steps that are multiples of ``keep_every``."""
+        """Delete checkpoints, except the newest, the promoted one, ``kept_step`` and multiples of ``keep_every``."""
         settings, model, replaced = self._config.settings, self._config.model_name, self._replaced - {written}
         own = [ref for ref in self._stored() if ref not in replaced]
         every, served = settings.keep_every, promoted(self._store, model)
-        old = [ref for ref in own[: -settings.keep] if ref != served and not (every and ref.step % every == 0)]
+        kept = {served, self._config.checkpoint(self._config.kept_step)}
+        old = [ref for ref in own[: -settings.keep] if ref not in kept and not (every and ref.step % every == 0)]
         incomplete = incomplete_checkpoints(self._store, model, self._config.stage)
         if served is not None and served in replaced:
             # Engines that start later then wait for the next promotion, instead of failing because the checkpoint is

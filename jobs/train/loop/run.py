@@ -34,6 +34,7 @@ class RunConfig:
     Attributes:
         meta: description of the run, stored with each checkpoint. The run resumes from a checkpoint only if both have
             equal ``settings`` and equal ``inputs``. The inputs are digests of the stage's data and initial weights.
+        kept_step: the checkpoint of this step is always written, and never deleted because of its age; 0 for none.
     """
 
     model_name: str
@@ -41,6 +42,12 @@ class RunConfig:
     schedule: Schedule
     settings: RunSettings
     meta: dict[str, Any]
+    kept_step: int = 0
+
+    def is_saved(self, step: int) -> bool:
+        """Whether to write a checkpoint after ``step``, besides the last one."""
+        every = self.settings.save_every
+        return step == self.kept_step or bool(every and step % every == 0)
 
     def checkpoint(self, step: int) -> CheckpointRef:
         """Reference to this run's checkpoint after ``step`` steps."""

@@ -82,7 +82,12 @@ def plan_training(
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Learning rate, Muon momentum and weight decay as functions of the step, numbered from 0."""
+    """Learning rate, Muon momentum and weight decay as functions of the step, numbered from 0.
+
+    Attributes:
+        steps: steps at the end of the run.
+        first_step: steps that another run has done before, at the constant rate; the warmdown begins after them.
+    """
 
     steps: int
     warmup_steps: int = 40
@@ -92,10 +97,16 @@ class Schedule:
     momentum_peak: float = 0.97
     momentum_end: float | None = 0.90
     momentum_warmup_steps: int = 400
+    first_step: int = 0
 
     @property
     def warmdown_start(self) -> float:
-        return self.steps * (1 - self.warmdown_ratio)
+        return max(float(self.first_step), self.steps * (1 - self.warmdown_ratio))
+
+    @property
+    def constant_until(self) -> int:
+        """The number of steps before the warmdown. After them, a run can still go on to any other horizon."""
+        return math.floor(self.warmdown_start)
 
     def lr(self, step: int) -> float:
         """Factor on the learning rates: linear warmup, constant, linear warmdown to ``final_lr_fraction``."""

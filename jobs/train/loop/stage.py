@@ -29,7 +29,7 @@ from nanochat_core.training.optim import MuonAdamW, muon_dtype
 from nanochat_core.training.peak_flops import peak_flops
 
 # Settings of some stages that, like RunSettings, may change when a run is resumed.
-_EVALUATION_SETTINGS = frozenset({"eval_tokens", "core_every", "core_bundle", "core_max_per_task"})
+_EVALUATION_SETTINGS = frozenset({"eval_tokens", "core_every", "core_bundle", "core_max_per_task", "sample_every"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +109,7 @@ class Stage:
         inputs: dict[str, str],
         plan: dict[str, Any],
         objective: Objective | None = None,
+        kept_step: int = 0,
     ) -> Trainer:
         """Build the trainer of this stage. It has not resumed from a checkpoint yet.
 
@@ -117,6 +118,8 @@ class Stage:
             open_batches, evaluations, objective: see :class:`Trainer`.
             inputs: digests of the data and weights that the stage is made from.
             plan: size of the run, stored with each checkpoint.
+            kept_step: last step before the warmdown, whose checkpoint is kept so that the run can go on to another
+                horizon; 0 keeps none.
         """
         device, ranks, model = self._runtime.device, self._runtime.ranks, self.model
         # The checkpoint that the stage starts from, and the name of its model if that is not the trained model.
@@ -127,6 +130,7 @@ class Stage:
             "settings": comparable(self._settings),
             "inputs": inputs,
             "plan": plan,
+            **({"constant_until": kept_step} if kept_step else {}),
             **lineage,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "scaling_parameters": model.config.scaling_parameters,
@@ -136,7 +140,7 @@ class Stage:
             "hardware": describe_machine() | {"ranks": ranks.size, "peak_flops": peak_flops(device)},
         }
         return Trainer(
-            RunConfig(self._settings.model, self._name, schedule, self._settings, meta),
+            RunConfig(self._settings.model, self._name, schedule, self._settings, meta, kept_step),
             self._runtime,
             model,
             self._tokenizer,

@@ -15,7 +15,7 @@ from jobs.train.loop.run import Evaluation, RunConfig, RunState, flat_metrics
 from jobs.train.loop.runtime import Runtime, StopSignal
 from jobs.train.loop.step import Objective, StepReport, TrainingStep, cross_entropy
 from jobs.train.loop.trackers import open_trackers
-from nanochat_core.checkpoint import CheckpointRef
+from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_trainer_state
 from nanochat_core.model import GPT
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.checkpoint_writer import CheckpointWriter
@@ -65,6 +65,21 @@ class Trainer:
         self.state = state or self.state
         return state is not None
 
+    def start_from(self, base: Checkpoint, *, go_on: bool = False) -> None:
+        """Begin with the optimizer's momenta of another run, whose weights the model has already.
+
+        With ``go_on``, the other run's step, data position, history and random numbers are taken over too. A checkpoint
+        without this state leaves the momenta at zero.
+        """
+        if not base.resumable:
+            log.info("momenta start at zero: no optimizer state", extra={"checkpoint": base.ref.prefix})
+            return
+        stored = load_trainer_state(self.runtime.store, base.ref)
+        if go_on:
+            self.state = self._checkpoints.restore(base.ref, stored)
+        else:
+            self.optimizer.load_shards(stored.read)
+
     def run(self) -> CheckpointRef:
         """Train to the end of the schedule and save the final checkpoint.
 
@@ -75,7 +90,7 @@ class Trainer:
             TrainingDiverged: the loss, a gradient or a weight is NaN or infinite.
             RetryableError: another rank is lost, or the last checkpoint could not be written.
         """
-        state, last_step, save_every = self.state, self.config.schedule.steps, self.config.settings.save_every
+        state, last_step = self.state, self.config.schedule.steps
         if state.step == last_step:
             return self.config.checkpoint(last_step)  # The checkpoint that was resumed is the final one.
         first_step = state.step + 1
@@ -105,7 +120,7 @@ class Trainer:
                     self._checkpoints.save_last(writer, state, finished=False)
                     log.info("stopped by a signal after a checkpoint", extra={"step": state.step})
                     raise SystemExit(128 + report.stopped_by)  # Job controllers restart on exit codes from 128 on.
-                if save_every and state.step % save_every == 0 and not finished:
+                if self.config.is_saved(state.step) and not finished:
                     self._checkpoints.save(writer, state)
                 if state.step == first_step:
                     # All present objects live as long as the run, so garbage collection need not scan them in each

@@ -88,6 +88,8 @@ def plan_run(store: Store, flags: Sequence[str]) -> PlannedRun:
     """Plan the run that ``jobs.train.pretrain`` would do with these flags. Raises UserError if a flag is wrong."""
     settings = load(PretrainSettings, prefix="NANOCHAT_PRETRAIN", program=f"python -m {_PRETRAIN}", argv=flags)
     check_model_name(settings.model)
+    if settings.start_from:
+        raise UserError("a study trains all its models from random weights; leave --start-from out")
     config, plan = pretrain.plan_run(settings, load_tokenizer(store, settings.tokenizer).vocab_size)
     return PlannedRun(tuple(flags), settings, config, plan)
 

@@ -1,5 +1,7 @@
 """The optimizer's parameter groups: which rule and which learning rate each parameter of the model gets."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 
@@ -24,6 +26,25 @@ class OptimizerConfig:
     skip_lr: float = 0.5
     smear_lr: float = 0.2
     weight_decay: float = 0.28
+
+    def scaled(
+        self, *, matrices: float = 1.0, embeddings: float = 1.0, head: float = 1.0, scalars: float = 1.0
+    ) -> OptimizerConfig:
+        """The same configuration with the learning rates of each kind of parameters multiplied by a factor.
+
+        Embeddings are the token and the value embeddings; scalars are all parameters outside matrices, embeddings and
+        head. A factor of 0 freezes the parameters, because weight decay is proportional to the learning rate.
+        """
+        return dataclasses.replace(
+            self,
+            matrix_lr=self.matrix_lr * matrices,
+            embedding_lr=self.embedding_lr * embeddings,
+            value_embedding_lr=self.value_embedding_lr * embeddings,
+            head_lr=self.head_lr * head,
+            residual_lr=self.residual_lr * scalars,
+            skip_lr=self.skip_lr * scalars,
+            smear_lr=self.smear_lr * scalars,
+        )
 
 
 def parameter_groups(model: GPT, config: OptimizerConfig, *, batch_lr_scale: float = 1.0) -> list[dict[str, Any]]:

@@ -1,0 +1,35 @@
+"""The entries of a mixture: names of datasets or tasks with weights, such as ``books:3,code``."""
+
+import dataclasses
+import math
+
+from nanochat_core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One source of a mixture, and its weight above 0."""
+
+    name: str
+    weight: float
+
+
+def parse_mixture(text: str) -> list[Entry]:
+    """Parse comma-separated entries of the form ``name[:weight]``; any other text is a UserError."""
+    entries: list[Entry] = []
+    for part in text.split(","):
+        name, colon, weight = part.strip().rpartition(":")
+        if not colon:
+            name, weight = weight, "1"
+        if not name:
+            raise UserError(f"the mixture {text!r} has an entry without a name; write NAME or NAME:WEIGHT, …")
+        try:
+            entry = Entry(name, float(weight))
+        except ValueError:
+            raise UserError(f"the mixture gives {name} the weight {weight!r}, which is not a number") from None
+        if not (entry.weight > 0 and math.isfinite(entry.weight)):
+            raise UserError(f"the mixture gives {name} the weight {weight}; it must be above 0")
+        if any(other.name == name for other in entries):
+            raise UserError(f"the mixture names {name} twice; give it a weight instead: {name}:2")
+        entries.append(entry)
+    return entries

@@ -1,0 +1,129 @@
+"""Where a run starts: the checkpoint that ``--start-from`` names, and what a pretraining run takes over from it.
+
+A pretraining run can do two things with the checkpoint of another run:
+
+- *Go on* with that run, to another horizon. A finished run has lowered its learning rate to nearly zero, and its last
+  weights cannot be improved at the full rate without losing what the warmdown gained. So the run goes on from the last
+  checkpoint before the warmdown, as if it had been planned with the new horizon: step, momenta, data position, history
+  and random numbers continue, and a new warmdown ends it (arXiv 2405.18392).
+- *Start anew* from the weights and the momenta: with a warmup, horizon and warmdown of its own, from the first document
+  of its data. This is for other data (arXiv 2403.08763), and for checkpoints of a warmdown or of other stages.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.train.loop.schedule import TrainingPlan
+from nanochat_core.checkpoint import (
+    STAGES,
+    Checkpoint,
+    CheckpointRef,
+    check_model_name,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+)
+from nanochat_core.errors import UserError
+from nanochat_core.store import Store
+
+# Settings that a checkpoint's config.json fixes, and settings of which each replaces the others.
+SHAPE = ("depth", "head_dim", "context_length", "window_pattern")
+HORIZON = ("steps", "target_flops", "ratio")
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The checkpoint that a pretraining run starts from, and whether the run goes on with the checkpoint's run."""
+
+    checkpoint: Checkpoint
+    goes_on: bool
+
+    @property
+    def step(self) -> int:
+        """The number of steps that the new run does not need to do."""
+        return self.checkpoint.ref.step if self.goes_on else 0
+
+    def check(self, plan: TrainingPlan) -> None:
+        """A horizon that the checkpoint has already reached is a UserError."""
+        if plan.steps <= self.step:
+            raise UserError(
+                f"the run goes on from {self.checkpoint.ref.prefix}, so a horizon of {plan.steps} steps has passed; "
+                "raise it by --steps, --ratio or --target-flops"
+            )
+
+
+def find_checkpoint(store: Store, text: str, *stages: str) -> Checkpoint:
+    """The checkpoint that ``--start-from`` names as MODEL, MODEL/<stage> or MODEL/<stage>/step_<n>.
+
+    Without a step it is the newest whole one. Without a stage it is of the first of ``stages`` that the model has. A
+    checkpoint that does not exist is a UserError.
+    """
+    name, _, revision = text.partition("/")
+    check_model_name(name)
+    if "/" in revision:
+        return load_checkpoint(store, CheckpointRef.parse(name, revision))
+    wanted = (revision,) if revision else stages
+    found = (newest_checkpoint(store, name, stage) for stage in wanted if stage in STAGES)
+    checkpoint = next(filter(None, found), None)
+    if checkpoint is None:
+        raise UserError(f"--start-from names {text!r}, but {store} has no such checkpoint")
+    return checkpoint
+
+
+def refuse_replacing(start: Checkpoint, model: str, stage: str) -> None:
+    """A start from a checkpoint of the run's own model and stage is a UserError."""
+    if (start.ref.model, start.ref.stage) == (model, stage):
+        raise UserError(
+            f"--start-from names {start.ref.model} {start.ref.revision}, which this run would replace; give the result "
+            "another --model name"
+        )
+
+
+def find_pretrained(store: Store, text: str) -> Checkpoint:
+    """The checkpoint that pretraining's ``--start-from`` names; errors as for :func:`find_checkpoint`."""
+    return find_checkpoint(store, text, *STAGES)
+
+
+def inherited_settings(start: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a pretraining run that starts from a checkpoint: those of the checkpoint's run.
+
+    The settings of the horizon are not inherited if one of them is ``given``. The batch and the learning rates are the
+    ones that the checkpoint's plan has, even if they were derived there.
+    """
+    inherited = {name: getattr(start.config, name) for name in SHAPE}
+    if start.ref.stage == "base":
+        plan = start.meta.get("plan", {})
+        inherited |= {name: plan[name] for name in ("batch_tokens", "lr_scale") if name in plan}
+        inherited = start.meta.get("settings", {}) | inherited
+    inherited["tokenizer"] = tokenizer_name(start)
+    left_out = {"start_from", *(HORIZON if given.keys() & set(HORIZON) else ())}
+    return {name: value for name, value in inherited.items() if name not in left_out}
+
+
+def tokenizer_name(checkpoint: Checkpoint) -> str:
+    """The name in the store under which a checkpoint's tokenizer was trained, or the model's name if it is unknown."""
+    return str(checkpoint.meta.get("settings", {}).get("tokenizer", checkpoint.ref.model))
+
+
+def choose_start(store: Store, start: Checkpoint, inputs: Mapping[str, str], *, exact: bool) -> Start:
+    """How a pretraining run on data with the digests ``inputs`` starts from a checkpoint.
+
+    The run goes on if the data are the same and the checkpoint is from before its run's warmdown. For the same data,
+    the last such checkpoint takes the place of a later one, unless the user named ``exact`` steps; if there is no such
+    checkpoint, it is a UserError.
+    """
+    known = start.meta.get("inputs", {}) if start.ref.stage == "base" else {}
+    if inputs != {name: known.get(name) for name in inputs}:
+        return Start(start, goes_on=False)
+    constant_until = start.meta.get("constant_until", 0)
+    if not exact and start.ref.step > constant_until:
+        stored = list_checkpoints(store, start.ref.model, "base")
+        constant = [ref for ref in stored if ref.step <= constant_until]
+        if not constant:
+            raise UserError(
+                f"{start.ref.model} keeps no checkpoint from before its warmdown, from which it could go on to another "
+                f"horizon; --start-from {start.ref.model}/{start.ref.revision} begins a new warmup and warmdown"
+            )
+        start = load_checkpoint(store, constant[-1])
+    return Start(start, goes_on=start.resumable and start.ref.step <= constant_until)
