@@ -1,7 +1,10 @@
-"""The common part of all job programs: two settings, and how a program starts and ends."""
+"""The common part of all job programs: two settings, how a program starts and ends, and the command of a program."""
 
 import dataclasses
+import shlex
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from nanochat_core import logs
@@ -51,3 +54,16 @@ def run_command(
     settings = load(settings_class, prefix=prefix, program=f"python -m {command}", argv=argv)
     logs.configure(name, settings.log_level)
     run(settings)
+
+
+def command_line(module: str, *arguments: str, **flags: str) -> str:
+    """The shell command that runs ``python -m <module>`` with these flags and arguments, ready to be copied.
+
+    ``home="x"`` becomes ``--home x``. The interpreter is the one of this process, because another one may not have the
+    project's packages.
+    """
+    python, here = Path(sys.executable), Path.cwd()
+    words = [str(python.relative_to(here) if python.is_relative_to(here) else python), "-m", module]
+    for name, value in flags.items():
+        words += [f"--{name.replace('_', '-')}", value]
+    return shlex.join([*words, *arguments])

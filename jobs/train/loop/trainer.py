@@ -87,6 +87,7 @@ class Trainer:
             StopSignal() as stop,
             self._open_progress() as progress,
             contextlib.closing(self._open_batches(state.loader)) as prefetched,
+            contextlib.ExitStack() as at_the_end,
         ):
             first_batch = next(prefetched)
             train_on.compile(first_batch)
@@ -105,7 +106,14 @@ class Trainer:
                 finished = state.step == last_step
                 if report.stopped_by and not finished:
                     self._checkpoints.save_last(writer, state, finished=False)
-                    log.info("stopped by a signal after a checkpoint", extra={"step": state.step})
+                    log.info(
+                        "stopped by a signal after a checkpoint",
+                        extra={
+                            "step": state.step,
+                            "checkpoint": f"{self.runtime.store}/{self.config.checkpoint(state.step).prefix}",
+                            "next": "run the same command again to go on",
+                        },
+                    )
                     raise SystemExit(128 + report.stopped_by)  # Job controllers restart on exit codes from 128 on.
                 if save_every and state.step % save_every == 0 and not finished:
                     self._checkpoints.save(writer, state)
@@ -114,7 +122,9 @@ class Trainer:
                     # step.
                     gc.collect()
                     gc.freeze()
-            gc.unfreeze()
+                    # Also after an error or a signal: objects that are never freed make torch's compiler print a list
+                    # of leaks when the process ends.
+                    at_the_end.callback(gc.unfreeze)
             self._checkpoints.save_last(writer, state, finished=True)
         return self.config.checkpoint(last_step)
 
@@ -134,6 +144,7 @@ class Trainer:
             self.state.point().update(
                 loss=report.loss,
                 gradient_norm=report.gradient_norm,
+                lr_factor=report.lr_factor,
                 tokens_per_second=report.tokens_per_second,
                 train_seconds=self.state.train_seconds,
                 **report.measures,
