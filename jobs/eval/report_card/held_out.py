@@ -10,9 +10,10 @@ import hashlib
 import json
 import logging
 import lzma
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from jobs.data.shards import TextDataset
 from jobs.eval.chat_eval.evaluate_tasks import answer_greedily
@@ -26,9 +27,11 @@ from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.engine import Engine, SamplingParams
 from nanochat_core.store import Store
 
+T = TypeVar("T")
+
 log = logging.getLogger("jobs.eval.report")
 
-_EXAMPLES = 12
+_EXAMPLES, _WRONG = 12, 20
 SAMPLING = SamplingParams(temperature=0.8, top_k=50, max_tokens=120, seed=7)
 
 
@@ -55,7 +58,7 @@ def evaluate_text(store: Store, base: Checkpoint, validation: Sequence[str]) -> 
 def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: int) -> Result:
     """Grade the model's answers in held-out conversations of the kinds that ``recipe`` teaches.
 
-    Returns the accuracy in total and by kind, and some of the answers.
+    Returns the accuracy in total and by kind, some of the answers, and some of the other wrong answers.
     """
     items = find_recipe(recipe).evaluation_items(count)
     content = json.dumps([dataclasses.asdict(item) for item in items], sort_keys=True).encode()
@@ -64,13 +67,17 @@ def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: 
         task = demo.task(items)
         graded = answer_greedily(tuned, task)
         kinds = right_by_group(task.questions, graded)
-        # Conversations are grouped by kind, so every n-th conversation gives examples of all kinds.
-        pairs = list(zip(task.questions, graded, strict=True))
-        examples = pairs[:: max(1, len(items) // _EXAMPLES)][:_EXAMPLES]
+        quotes = [
+            {"kind": question.group, **quote(question, answers)}
+            for question, answers in zip(task.questions, graded, strict=True)
+        ]
+        examples = _spread(quotes, _EXAMPLES)
+        wrong = [each for each in quotes if not each["right"] and each not in examples]
         return {
             "accuracy": sum(right for right, _ in kinds.values()) / len(items),
             "kinds": {kind: {"right": right, "items": asked} for kind, (right, asked) in kinds.items()},
-            "examples": [{"kind": question.group, **quote(question, answers)} for question, answers in examples],
+            "examples": examples,
+            "wrong": _spread(wrong, _WRONG),
         }
 
     settings = {"recipe": recipe, "items": len(items), "digest": hashlib.sha256(content).hexdigest()}
@@ -109,9 +116,8 @@ def continue_text(
 
 
 def openings(documents: Sequence[str], count: int, words: int = 6) -> list[str]:
-    """The first words of ``count`` documents that are spread evenly over ``documents``."""
-    stride = max(1, len(documents) // count)
-    return [" ".join(document.split()[:words]) for document in documents[::stride][:count]]
+    """The first words of ``count`` documents that are spread evenly, with the spaces and line breaks between them."""
+    return ["".join(re.findall(r"\s*\S+", document)[:words]).lstrip() for document in _spread(documents, count)]
 
 
 def first_documents(store: Store, dataset: str, size: int) -> list[str]:
@@ -128,6 +134,12 @@ def first_documents(store: Store, dataset: str, size: int) -> list[str]:
 def xz_bits_per_byte(text: bytes) -> float:
     """The bits per byte that ``xz -9`` needs for a text: a yardstick that a language model should beat."""
     return 8 * len(lzma.compress(text, preset=9)) / len(text)
+
+
+def _spread(members: Sequence[T], count: int) -> list[T]:
+    """At most ``count`` members, spread evenly. Conversations are grouped by kind, so all kinds are among them."""
+    shown = min(count, len(members))
+    return [members[i * len(members) // shown] for i in range(shown)]
 
 
 def _once(evaluation: Evaluation, compute: Callable[[], Mapping[str, Any]], event: str, **fields: int) -> Result:
