@@ -1,7 +1,9 @@
 """Text that an engine generates in this process: samples, answers that a person reads, and the model's Python tool."""
 
 import contextlib
+import re
 from collections.abc import Sequence
+from typing import TypeVar
 
 from jobs.tasks.task import Response
 from nanochat_core.chat import AssistantStream, tool_output_text
@@ -9,6 +11,8 @@ from nanochat_core.engine import Completion, Engine, EngineConfig, SamplingParam
 from nanochat_core.model import GPT
 from nanochat_core.sandbox import Limits, ResultFormat, SandboxExecutor
 from nanochat_core.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 SAMPLING = SamplingParams(temperature=0.8, top_k=50, max_tokens=120, seed=7)
 
@@ -59,6 +63,11 @@ def continue_text(
 
 
 def openings(documents: Sequence[str], count: int, words: int = 6) -> list[str]:
-    """The first words of ``count`` documents that are spread evenly over ``documents``."""
-    stride = max(1, len(documents) // count)
-    return [" ".join(document.split()[:words]) for document in documents[::stride][:count]]
+    """The first words of ``count`` documents that are spread evenly, with the spaces and line breaks between them."""
+    return ["".join(re.findall(r"\s*\S+", document)[:words]).lstrip() for document in spread(documents, count)]
+
+
+def spread(members: Sequence[T], count: int) -> list[T]:
+    """At most ``count`` members that are spread evenly over ``members``."""
+    shown = min(count, len(members))
+    return [members[i * len(members) // shown] for i in range(shown)]

@@ -1,6 +1,7 @@
 """Pieces of Markdown: tables, literal text, and numbers in a form for people."""
 
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$])")
@@ -8,6 +9,10 @@ _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$])")
 _LEADING = re.compile(r"^(\d+)([.)])(?=\s|$)|^([-+=#])")
 # Matches a cell with a number and its unit, such as "4 min 08 s" or "0.55 bits per byte".
 _NUMBER = re.compile(r"(?!`)\W*\d\S*( \w{1,4}){0,3}|—|")
+
+
+# Longer lines of a block are wrapped, because a page would cut them off or scroll.
+_BLOCK_COLUMNS = 110
 
 
 def one_line(text: str) -> str:
@@ -29,6 +34,17 @@ def code(text: str) -> str:
     # Spaces separate a backtick of the text from the fence. Markdown does not show them.
     inner = f" {line} " if line.startswith("`") or line.endswith("`") else line or " "
     return f"{fence}{inner}{fence}"
+
+
+def block(text: str) -> list[str]:
+    """The lines of a block that shows the text as it is, with its line breaks and indentation."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    wrapped = (
+        textwrap.wrap(line, _BLOCK_COLUMNS, expand_tabs=False, replace_whitespace=False) or [""]
+        for line in text.splitlines()
+    )
+    return [fence, *(line for lines in wrapped for line in lines), fence]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

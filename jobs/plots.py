@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 INK, FAINT, TRAIN, HELD_OUT = "#1f2933", "#d5dbe1", "#2f6fde", "#d9480f"
+# How far :func:`smoothed` looks to both sides: a share of all steps, but early a share of the steps done so far.
+_REACH, _EARLY_REACH = 0.05, 0.3
 _STYLE: dict[Any, Any] = {
     "axes.titlecolor": INK,
     "axes.titlesize": 11,
@@ -100,11 +104,26 @@ def shades(count: int) -> list[Any]:
     return [mpl.colormaps["viridis_r"](0.15 + 0.75 * i / max(count - 1, 1)) for i in range(count)]
 
 
-def running_mean(values: Sequence[float], decay: float = 0.9) -> list[float]:
-    """The exponential running mean, corrected for the bias of its start as in Adam (arXiv 1412.6980)."""
-    mean, weight, means = 0.0, 0.0, []
-    for value in values:
-        mean = decay * mean + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        means.append(mean / weight)
-    return means
+def smoothed(steps: Sequence[float], values: Sequence[float]) -> list[float]:
+    """The values without most of their noise: at each step, the local regression line (LOESS, Cleveland 1979).
+
+    A running mean lags: it shows the values of some time ago, and so a falling loss too high. A line through the values
+    before and after a step does not lag, and it keeps a straight line as it is. The values count within :data:`_REACH`
+    of all steps to both sides, but at the beginning, where a loss bends most, within a share of the steps done so far.
+
+    ``steps`` must rise.
+    """
+    if len(steps) < 3:
+        return list(values)
+    x, y = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    spacing = (x[-1] - x[0]) / (len(x) - 1)
+    reaches = np.clip(_EARLY_REACH * (x - x[0]), 3 * spacing, max(3 * spacing, _REACH * (x[-1] - x[0])))
+    smooth = []
+    for step, value, reach in zip(x, y, reaches, strict=True):
+        offset = x - step
+        weight = np.clip(1 - np.abs(offset / reach) ** 3, 0, None) ** 3
+        # The least squares line a + b * offset has this a, by the normal equations.
+        w, wo, woo = weight.sum(), weight @ offset, weight @ offset**2
+        spread = w * woo - wo**2
+        smooth.append(float((woo * (weight @ y) - wo * ((weight * offset) @ y)) / spread if spread > 0 else value))
+    return smooth

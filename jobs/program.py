@@ -1,7 +1,9 @@
-"""The common part of all job programs: two settings, how a program starts and ends, and its folder for results."""
+"""The common part of all job programs: two settings, start and end, a folder for results, and a command line."""
 
 import dataclasses
 import os
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -85,3 +87,16 @@ def make_output_folder(path: str, flag: str) -> Path:
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be made: {error.strerror}") from error
     return folder
+
+
+def command_line(module: str, *arguments: str, **flags: str) -> str:
+    """The shell command that runs ``python -m <module>`` with these flags and arguments, ready to be copied.
+
+    ``home="x"`` becomes ``--home x``. The interpreter is the one of this process, because another one may not have the
+    project's packages.
+    """
+    python, here = Path(sys.executable), Path.cwd()
+    words = [str(python.relative_to(here) if python.is_relative_to(here) else python), "-m", module]
+    for name, value in flags.items():
+        words += [f"--{name.replace('_', '-')}", value]
+    return shlex.join([*words, *arguments])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 LOG_INTERVAL_SECONDS = 5.0
 _SHORTEST_BAR = 6
+# Width of a bar on a terminal that does not know its size, such as that of a container.
+_USUAL_COLUMNS = 80
+# tqdm hides a bar that would be the last of fewer rows than this.
+_ROWS = 20
 
 
 class ProgressDisplay:
@@ -113,19 +118,30 @@ class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic only in its type 
             total=total,
             initial=done,
             desc=label,
-            dynamic_ncols=True,
+            # The width is read when the bar is drawn. The bar has one line, whatever height the terminal reports.
+            ncols=_USUAL_COLUMNS,
+            nrows=_ROWS,
             file=sys.stderr,
             bar_format="{desc} {percentage:3.0f}% {bar} {count}{facts}",
         )
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        values = super().format_dict
+        values = {**super().format_dict, "ncols": terminal_columns()}
         count = f"{values['n']:,}/{values['total']:,}"
-        room = (values["ncols"] or 80) - len(f"{values['prefix']} 100%  {count}") - _SHORTEST_BAR
+        room = values["ncols"] - len(f"{values['prefix']} 100%  {count}") - _SHORTEST_BAR
         facts = ""
         for fact in self.facts:
             if len(facts) + 2 + len(fact) > room:
                 break
             facts += f"  {fact}"
         return {**values, "count": count, "facts": facts}
+
+
+def terminal_columns() -> int:
+    """Columns of the terminal at stderr that a line may fill without a line break."""
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except OSError:  # the terminal has been closed
+        columns = 0
+    return columns - 1 if columns > 1 else _USUAL_COLUMNS

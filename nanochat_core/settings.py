@@ -8,6 +8,7 @@ starts. An invalid value raises a :class:`~nanochat_core.errors.UserError` that 
 import argparse
 import dataclasses
 import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,8 @@ T = TypeVar("T")
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
+# Name of the arguments that belong to no flag, in the parser's result.
+_WORDS = "words"
 
 
 def setting(
@@ -29,6 +32,7 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     secret: bool = False,
+    positional: bool = False,
 ) -> Any:
     """Declares one field of a settings dataclass.
 
@@ -38,9 +42,11 @@ def setting(
         env: environment variable; by default ``<PREFIX>_<FIELD>``.
         minimum, maximum: inclusive bounds of a number.
         secret: whether :func:`describe`, logs and the repr hide the value.
+        positional: whether the arguments that belong to no flag are also a value: the words of a text, or the members
+            of a tuple. One field of a dataclass may be positional.
     """
     metadata = {"help": help, "env": env, "minimum": minimum, "maximum": maximum, "secret": secret}
-    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
+    return dataclasses.field(default=default, metadata=metadata | {"positional": positional}, repr=not secret)
 
 
 def load(
@@ -74,11 +80,24 @@ def load(
         text = f"{field.metadata['help']} [{_default_text(field)}{_env_name(field, prefix)}]".replace("%", "%%")
         kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if hints[field.name] is bool else {}
         parser.add_argument(_flag(field), dest=field.name, default=argparse.SUPPRESS, help=text, **kind)
-    given = vars(parser.parse_args(argv))
+        if field.metadata["positional"]:
+            parser.add_argument(
+                _WORDS, nargs="*", metavar=field.name.upper(), default=argparse.SUPPRESS, help=f"same as {_flag(field)}"
+            )
+    arguments, words = list(sys.argv[1:] if argv is None else argv), list[str]()
+    if any(field.metadata["positional"] for field in fields) and "--" in arguments:
+        end = arguments.index("--")
+        arguments, words = arguments[:end], arguments[end + 1 :]
+    given = vars(parser.parse_intermixed_args(arguments))
+    words = [*given.pop(_WORDS, []), *words]
     values: dict[str, Any] = {}
     for field in fields:
         variable = _env_name(field, prefix)
-        if field.name in given:
+        if words and field.metadata["positional"]:
+            if field.name in given:
+                raise UserError(f"{' '.join(words)!r} stands beside {_flag(field)}; give only one of them")
+            raw, source = ("," if typing.get_origin(hints[field.name]) is tuple else " ").join(words), _flag(field)
+        elif field.name in given:
             raw, source = given[field.name], _flag(field)
         elif environ.get(variable, "") != "":
             raw, source = environ[variable], variable

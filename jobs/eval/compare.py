@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -30,7 +29,8 @@ class CompareSettings(JobSettings):
     """Show what differs between models: settings, metrics and, with --out, curves."""
 
     models: tuple[str, ...] = setting(
-        help="two or more models, comma separated or before the flags: NAME in this store, or STORE/models/NAME"
+        help="two or more models, also without the flag: NAME in this store, or STORE/models/NAME",
+        positional=True,
     )
     out: str = setting("", "local folder for compare.md, compare.json and curves.png")
     log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe level that is logged")
@@ -167,11 +167,5 @@ def run(settings: CompareSettings, show: Callable[[str], None]) -> None:
     (folder / _VALUES).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def with_models(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments, with the names before the first flag turned into a value of the flag ``--models``."""
-    names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
-    return [*(["--models", ",".join(names)] if names else []), *arguments[len(names) :]]
-
-
 if __name__ == "__main__":
-    run_program("jobs.eval.compare", "compare", CompareSettings, lambda s: run(s, print), with_models(sys.argv[1:]))
+    run_program("jobs.eval.compare", "compare", CompareSettings, lambda settings: run(settings, print))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jobs.markdown import code, duration, literal, one_line, percent, table
+from jobs.markdown import block, code, duration, literal, one_line, percent, table
 from jobs.measures.core.run import GPT2_XL_CORE
 from jobs.plots import scientific
 
@@ -27,15 +27,17 @@ PUBLISHED = (
 TITLES = {"base": "pretraining", "sft": "fine-tuning", "rl": "reinforcement learning"}
 PROGRAMS = {"base": "jobs.train.pretrain", "sft": "jobs.train.sft", "rl": "jobs.train.rl"}
 _UNITS = {"val_bpb": "bpb", "val_loss": "nats"}
-# For each section with a plot: the plot's caption and file name.
+# For each section with plots: the caption and the file name of each plot.
 _PLOTS = {
-    "Training": ("Loss curves", "loss.png"),
-    "Held-out conversations": ("Held-out conversations by kind", "conversations.png"),
-    "CORE": ("CORE by task", "core.png"),
-    "Reinforcement learning": ("Reward and pass@k", "rl.png"),
+    "Training": {"Loss curves": "loss.png", "Learning rates and gradient norms": "schedule.png"},
+    "Held-out conversations": {"Held-out conversations by kind": "conversations.png"},
+    "CORE": {"CORE by task": "core.png"},
+    "Reinforcement learning": {"Reward and pass@k": "rl.png"},
 }
 # Longer questions and answers, such as programming problems, are cut.
 _MOST_CHARACTERS = 400
+# Number of answers of each chat task that are quoted.
+_RIGHT_ANSWERS, _WRONG_ANSWERS = 1, 3
 
 
 def render(report: Report, plots: Sequence[str] = ()) -> str:
@@ -43,9 +45,9 @@ def render(report: Report, plots: Sequence[str] = ()) -> str:
     sections = [_head(report)]
     for title, section in _SECTIONS.items():
         if lines := section(report):
-            caption, plot = _PLOTS.get(title, ("", ""))
-            image = [f"![{caption}]({plot})", ""] if plot in plots else []
-            sections.append([f"## {title}", "", *image, *lines])
+            drawn = {caption: plot for caption, plot in _PLOTS.get(title, {}).items() if plot in plots}
+            images = [f"![{caption}]({plot})\n" for caption, plot in drawn.items()]
+            sections.append([f"## {title}", "", *images, *lines])
     return "\n".join("\n".join(lines).rstrip() + "\n" for lines in sections)
 
 
@@ -131,7 +133,51 @@ def _training(report: Report) -> list[str]:
     if len(known) > 1:
         rows.append(("**all**", "", "", "", duration(sum(known)), "", "", "", "", ""))
     header = ("stage", "checkpoint", "steps", "tokens", "time", "tokens/s", "MFU", "FLOPs", "loss", "held out")
-    return [*table(header, rows), "", *(f"{line}\n" for line in _hardware(report))]
+    return [
+        *table(header, rows),
+        "",
+        *_data_and_gradients(stages),
+        *_learning_rates(stages),
+        *(f"{line}\n" for line in _hardware(report)),
+    ]
+
+
+def _data_and_gradients(stages: Mapping[str, Report]) -> list[str]:
+    """How often each stage saw its data, what of it was never seen, and the size of its gradients."""
+    rows = []
+    # A report of an earlier version lacks these figures.
+    for name, stage in stages.items():
+        data, norm = stage.get("data", {}), stage.get("gradient_norm") or {}
+        cut, left_out = data.get("cut"), data.get("left_out")
+        rows.append(
+            (
+                TITLES[name],
+                _or_dash(data.get("epochs"), "{:.2f}"),
+                percent(data.get("unseen_share")),
+                percent(data.get("cropped_share")),
+                "—" if cut is None else f"{cut:,} cut, {left_out:,} left out",
+                _or_dash(norm.get("median"), "{:.3g}"),
+                _or_dash(norm.get("largest"), "{:.3g}"),
+            )
+        )
+    if all(cell == "—" for row in rows for cell in row[1:]):
+        return []
+    header = (
+        "stage", "epochs", "documents not seen whole", "tokens cut off", "too long for a row", "gradient norm, median",
+        "largest",
+    )  # fmt: skip
+    return [*table(header, rows), ""]
+
+
+def _learning_rates(stages: Mapping[str, Report]) -> list[str]:
+    """The highest learning rate of each group of parameters in each stage."""
+    rates = {name: stage["learning_rates"] for name, stage in stages.items() if stage.get("learning_rates")}
+    groups = dict.fromkeys(group for by_group in rates.values() for group in by_group)
+    rows = [
+        (literal(group.replace("_", " ")), *(_or_dash(by_group.get(group), "{:.3g}") for by_group in rates.values()))
+        for group in groups
+    ]
+    return [*table(("highest learning rate of", *(TITLES[name] for name in rates)), rows), ""] if rows else []
 
 
 def _hardware(report: Report) -> Iterable[str]:
@@ -255,12 +301,12 @@ def _chat_tasks(report: Report) -> list[str]:
         lines += [*table(header, rows), ""]
         for name, task in result["tasks"].items():
             answered = [example for example in task["examples"] if example["answer"]]
-            # The page quotes one right and one wrong answer, the first of each.
-            shown = {example["right"]: example for example in reversed(answered)}
-            if shown:
+            right = [example for example in answered if example["right"]][:_RIGHT_ANSWERS]
+            wrong = [example for example in answered if not example["right"]][:_WRONG_ANSWERS]
+            if answered:
                 lines += [f"### {literal(name)}", ""]
-            for right in sorted(shown, reverse=True):
-                lines += _exchange(shown[right])
+            for example in right + wrong:
+                lines += _exchange(example)
     return lines
 
 
@@ -282,20 +328,50 @@ def _conversations(report: Report) -> list[str]:
         lines += ["### Some of them", ""]
     for example in chat["examples"]:
         lines += _exchange(example)
+    if chat.get("wrong"):
+        lines += ["### Other wrong answers", ""]
+    for example in chat.get("wrong", []):
+        lines += _exchange(example)
     return lines
 
 
 def _exchange(example: Report) -> list[str]:
-    """Markdown of a question, the model's tool calls and its answer."""
-    lines = [f"> {literal(_cut(example['question']))}", ""]
-    # Two spaces at the end of a line make a line break.
-    lines += [f"{code(_cut(ran))} gives {code(_cut(output))}  " for ran, output in example["calls"]]
-    return [*lines, literal(_cut(example["answer"])) + ("" if example["right"] else "  *(wrong)*"), ""]
+    """Markdown of a conversation up to the user's question, the model's tool calls and its answer."""
+    turns = [*example.get("before", []), ("user", example["question"])]
+    lines: list[str] = []
+    for role, text in turns:
+        shown = _shown(text)
+        if len(turns) > 1:
+            shown = [f"**{role}:** {shown[0]}"] if len(shown) == 1 else [f"**{role}:**", "", *shown]
+        lines += [f"> {line}".rstrip() for line in shown] + [">"]
+    lines[-1] = ""
+    for ran, output in example["calls"]:
+        if "\n" in ran.strip() or "\n" in output.strip():
+            lines += [*_shown(ran, always=True), "", "gives", "", *_shown(output, always=True), ""]
+        else:
+            # Two spaces at the end of a line make a line break.
+            lines.append(f"{code(_cut(ran))} gives {code(_cut(output))}  ")
+    answer = _shown(example["answer"]) if example["answer"].strip() else ["*(no answer)*"]
+    mark = ""
+    if not example["right"]:
+        expected = example.get("expected")
+        mark = f"*(wrong; expected: {literal(_cut(expected))})*" if expected else "*(wrong)*"
+    if mark and len(answer) == 1:
+        return [*lines, f"{answer[0]}  {mark}", ""]
+    return [*lines, *answer, "", *([mark, ""] if mark else [])]
+
+
+def _shown(text: str, *, always: bool = False) -> list[str]:
+    """Markdown that shows a text literally, cut if it is long: one line as it is, several lines as a block.
+
+    ``always`` makes a block of one line too.
+    """
+    cut = _cut(text.strip("\n"))
+    return block(cut) if always or "\n" in cut else [literal(cut)]
 
 
 def _cut(text: str) -> str:
-    line = one_line(text)
-    return line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]} …"
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} …"
 
 
 def _reinforcement(report: Report) -> list[str]:
@@ -315,6 +391,10 @@ def _reinforcement(report: Report) -> list[str]:
 def _samples(report: Report) -> list[str]:
     lines: list[str] = []
     for prompt, continuation in report.get("samples", []):
+        if "\n" in f"{prompt}{continuation}".strip():
+            # The line breaks are a part of code and of verse.
+            lines += [f"From **{literal(prompt)}**:", "", *block(prompt + continuation), ""]
+            continue
         space = " " if continuation[:1].isspace() else ""
         lines += [f"**{literal(prompt)}**{space}{literal(continuation)}", ""]
     return lines

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from jobs.program import JobSettings, run_program
+from jobs.train.loop.stage import next_commands
 from jobs.train.upstream.checkpoint import convert, find_step, model_config, read_upstream
 from jobs.train.upstream.tokenizer import read_upstream_tokenizer
 from nanochat_core.checkpoint import CheckpointRef, check_model_name, list_checkpoints
@@ -62,7 +63,13 @@ def import_checkpoint(settings: ImportSettings) -> CheckpointRef:
             raise UserError(f"{ref.prefix} is already in {store}; choose another --model")
         save_checkpoint(store, ref, model=model, tokenizer=tokenizer, meta=meta, lease=lease)
     log.info(
-        "imported", extra={"checkpoint": ref.prefix, "source": str(source.path), **dataclasses.asdict(model.config)}
+        "imported",
+        extra={
+            "checkpoint": f"{store}/{ref.prefix}",
+            "source": str(source.path),
+            **dataclasses.asdict(model.config),
+            "next": next_commands(ref, settings.home),
+        },
     )
     return ref
 

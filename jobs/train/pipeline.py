@@ -16,7 +16,7 @@ from jobs.data.local_text import DATA_HELP, TEXT_COLUMN_HELP, VAL_DATA_HELP, Loc
 from jobs.data.origin import read_origin, write_origin
 from jobs.data.shards import TextDataset, dataset_digest, read_manifest, shard_keys
 from jobs.data.tokenizers import load_tokenizer, trained_on
-from jobs.program import JobSettings, run_program
+from jobs.program import JobSettings, command_line, run_program
 from jobs.promotion.decisions import latest_decision
 from jobs.promotion.gate import EXIT_REFUSED, decide
 from jobs.recipes import RECIPES, Flags, Recipe
@@ -94,10 +94,17 @@ class Pipeline:
             extra={
                 "model": self.model,
                 "promoted": final.ref.revision,
-                "report": f"{self.store}/reports/{self.model}/report.md",
+                "checkpoint": f"{self.store}/{final.ref.prefix}",
+                "report": self._report,
+                "next": [command_line("deploy.local", model=self.model, home=self.settings.home)],
                 "seconds": round(time.monotonic() - started, 1),
             },
         )
+
+    @property
+    def _report(self) -> str:
+        """Where the report of the model is."""
+        return f"{self.store}/reports/{self.model}/report.md"
 
     def _promote(self, tuned: Checkpoint) -> None:
         """Promote the model if it passes the recipe's gate. Otherwise the earlier promotion stays in force."""
@@ -108,7 +115,13 @@ class Pipeline:
         if not decision.accepted:
             log.error(
                 "not promoted",
-                extra={"model": self.model, "revision": tuned.ref.revision, "reasons": decision.refusals},
+                extra={
+                    "model": self.model,
+                    "revision": tuned.ref.revision,
+                    "reasons": decision.refusals,
+                    "checkpoint": f"{self.store}/{tuned.ref.prefix}",
+                    "report": self._report,
+                },
             )
             raise SystemExit(EXIT_REFUSED)
 

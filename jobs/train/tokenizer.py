@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 import rustbpe
 
 from jobs.data.shards import TextDataset
-from jobs.data.tokenizers import check_replaceable, save_tokenizer
+from jobs.data.tokenizers import check_replaceable, save_tokenizer, tokenizer_key
 from jobs.measures.compression import TEXT_BYTES, bytes_per_token, evaluate
-from jobs.program import JobSettings, run_program
+from jobs.program import JobSettings, command_line, run_program
 from nanochat_core.settings import setting
 from nanochat_core.store import Lease, open_store
 from nanochat_core.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
@@ -92,10 +92,19 @@ def train_and_save(settings: TokenizerSettings) -> Tokenizer:
     log.info(
         "tokenizer trained",
         extra={
-            "name_in_store": settings.name,
+            "tokenizer": f"{store}/{tokenizer_key(settings.name)}",
             "vocab_size": tokenizer.vocab_size,
             "seconds": round(time.monotonic() - started, 2),
             "bytes_per_token": {text: round(bytes_per_token(evaluation, text), 3) for text in evaluation["texts"]},
+            "next": [
+                command_line(
+                    "jobs.train.pretrain",
+                    model=settings.name,
+                    dataset=settings.dataset,
+                    tokenizer=settings.name,
+                    home=settings.home,
+                )
+            ],
         },
     )
     return tokenizer

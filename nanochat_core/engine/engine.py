@@ -5,7 +5,7 @@ import collections
 import contextlib
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Sequence as Items
 
 import torch
@@ -145,8 +145,8 @@ class Engine:
                 self._observer.preempted(self.scheduler.preemptions - preemptions)
         return self._outputs.take()
 
-    def complete(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
-        """Answer requests in one continuous batch, and yield each request's id and choices when its last choice ends.
+    def stream(self, requests: Iterable[Request]) -> Generator[Output]:
+        """Answer requests in one continuous batch, and yield their outputs as they come, until all choices have ended.
 
         The engine must not have other requests. While the queue is full, requests wait in this method. If the caller
         stops iterating, requests that are still in flight are canceled.
@@ -158,25 +158,35 @@ class Engine:
         waiting = collections.deque(requests)
         for request in waiting:
             self.admission.check(request)
-        running: dict[str, list[Completion]] = {}
+        unfinished: collections.Counter[str] = collections.Counter()  # choices by the ids of the running requests
         try:
-            while waiting or running:
+            while waiting or unfinished:
                 while waiting and waiting[0].n <= self.admission.room():
                     request = waiting.popleft()
                     self.add(request)
-                    running[request.id] = [Completion() for _ in range(request.n)]
+                    unfinished[request.id] = request.n
                 for output in self.step():
                     if output.error:
                         raise output.error
-                    choices = running[output.request_id]
-                    choices[output.index].append(output)
-                    if output.finish_reason and all(choice.finish_reason for choice in choices):
-                        yield output.request_id, running.pop(output.request_id)
+                    if output.finish_reason:
+                        unfinished -= collections.Counter([output.request_id])
+                    yield output
                 if not self.progressed:
                     self.tools.wait()
         finally:
-            for request_id in running:
+            for request_id in unfinished:
                 self.cancel(request_id)
+
+    def complete(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
+        """:meth:`stream`, but yield each request's id and its choices when its last choice ends."""
+        started = list(requests)
+        choices_of = {request.id: [Completion() for _ in range(request.n)] for request in started}
+        with contextlib.closing(self.stream(started)) as outputs:
+            for output in outputs:
+                choices = choices_of[output.request_id]
+                choices[output.index].append(output)
+                if all(choice.finish_reason for choice in choices):
+                    yield output.request_id, choices_of.pop(output.request_id)
 
     def generate(
         self,

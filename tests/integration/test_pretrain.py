@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -85,8 +86,37 @@ def test_sigterm_saves_the_step_that_was_running(jobs: Jobs, uninterrupted: Resu
     stopped = jobs.steps("base")[-1]
     assert 0 < stopped < STEPS
     assert not jobs.result("base", stopped).meta["finished"]
+    assert job.events[-1]["event"] == "stopped by a signal after a checkpoint"
+    assert Path(job.events[-1]["checkpoint"], "MANIFEST.json").is_file()
+    assert "same command" in job.events[-1]["next"]
     jobs.run(MODULE, PRETRAIN)
     assert jobs.result("base") == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_compiled_run_that_is_stopped_ends_with_a_whole_log_line(jobs: Jobs) -> None:
+    """torch.compile loads a library that lists at exit what was never freed, without a last line break."""
+    flags = {name: value for name, value in PRETRAIN.items() if name != "no-compile"} | {"save-every": 0, "steps": 9999}
+    command = [sys.executable, "-m", MODULE, "--home", str(jobs.home), *argv(flags)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as job:
+        assert job.stderr
+        assert any('"event": "training"' in line for line in job.stderr)
+        job.send_signal(signal.SIGTERM)
+        rest = job.stderr.read()
+    assert job.returncode == 128 + signal.SIGTERM
+    assert rest.endswith("}\n")
+    assert [json.loads(line)["event"] for line in rest.splitlines()][-1] == "stopped by a signal after a checkpoint"
+
+
+def test_the_last_event_names_the_checkpoint_and_commands_that_can_be_run(jobs: Jobs) -> None:
+    done = jobs.run(MODULE, PRETRAIN, steps=3).events[-1]
+    assert done["event"] == "training done"
+    assert Path(done["checkpoint"], "MANIFEST.json").is_file()
+    write, tune = done["next"]
+    assert f"-m jobs.train.sft --model {NAME} --home {jobs.home}" in tune
+    shown = subprocess.run(shlex.split(write), cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout.endswith("\n")
+    assert shown.stderr == ""
 
 
 def test_the_newest_two_checkpoints_and_the_last_one_before_the_warmdown_are_kept(jobs: Jobs) -> None:

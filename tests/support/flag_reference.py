@@ -15,6 +15,7 @@ from jobs.eval.chat import ChatEvalSettings
 from jobs.eval.compare import CompareSettings
 from jobs.eval.core import CoreSettings
 from jobs.eval.gate import GateSettings
+from jobs.eval.generate import GenerateSettings
 from jobs.eval.report import ReportSettings
 from jobs.eval.tokenizer import TokenizerEvalSettings
 from jobs.train.dataset import ConvertSettings, DownloadSettings, ListSettings, ValidateSettings
@@ -50,6 +51,7 @@ PROGRAMS: list[tuple[str, str, type[Any]]] = [
     ("jobs.train.scaling miniseries", "NANOCHAT_MINISERIES", MiniseriesSettings),
     ("jobs.train.scaling laws", "NANOCHAT_LAWS", LawsSettings),
     ("jobs.train.import_nanochat", "NANOCHAT_IMPORT", ImportSettings),
+    ("jobs.eval.generate", "NANOCHAT_GENERATE", GenerateSettings),
     ("jobs.eval.chat", "NANOCHAT_CHAT_EVAL", ChatEvalSettings),
     ("jobs.eval.core", "NANOCHAT_CORE", CoreSettings),
     ("jobs.eval.tokenizer", "NANOCHAT_TOKENIZER_EVAL", TokenizerEvalSettings),

@@ -27,6 +27,9 @@ def stage(name: str, step: int, **changes: Any) -> dict[str, Any]:
         "final_loss": 1.25,
         "held_out": {"val_loss": 0.5},
         "skipped_steps": [],
+        "learning_rates": {"head": 0.004, "matrix_64x64": 0.02},
+        "gradient_norm": {"median": 0.25, "largest": 3.5},
+        "data": {"epochs": 1.25, "unseen_share": 0.0, "cropped_share": 0.015, "cut": 1200, "left_out": 3},
         "made_from": "",
         "rl": None,
     }
@@ -49,6 +52,10 @@ def report(*parts: str) -> dict[str, Any]:
             50,
             tokens=None,
             mfu=None,
+            # As in the report of an earlier version.
+            learning_rates={},
+            gradient_norm=None,
+            data={},
             rl={
                 "reward": [0.3, 0.9],
                 "heldout_reward": [0.31, 0.92, 0.91],
@@ -109,7 +116,7 @@ def report(*parts: str) -> dict[str, Any]:
             },
         },
         **({"chat": conversations()} if "chat" in parts else {}),
-        **({"samples": [["Once upon a time", " there was\n\n# a sea"], ["The", "n it rained."]]}
+        **({"samples": [["def f(x):", "\n    return x\n\n```\n# a sea"], ["The", "n it rained."]]}
            if "samples" in parts else {}),
         "core_results": {last: core} if "core" in parts else {},
         "chat_results": {last: [chat_tasks]} if "chat_tasks" in parts else {},
@@ -139,12 +146,17 @@ def conversations(count: int = 12) -> dict[str, Any]:
         "examples": [
             {
                 "kind": "fact",
-                "question": f"# Question {i}?\nOr | two",
-                "calls": [["print(1)\n\n'a|b'.count('|')", "1\n1"]] if i % 2 else [],
-                "answer": f"An answer\nwith | <b>two</b> lines, {i}",
+                "before": [["user", "Who | is it?"], ["assistant", "Ann.\n# Or Bob."]] if i % 4 == 3 else [],
+                "question": f"# Question {i}? Or | two",
+                "expected": f"answer_{i}",
+                "calls": [["print(1)\n\n'a|b'.count('|')", "1\n1"]] if i % 2 else [["1+1", "2"]],
+                "answer": f"An answer\nwith | <b>two</b> lines, {i}" if i % 2 else f"# One | <b>line</b>, {i}",
                 "right": i % 3 > 0,
             }
             for i in range(count)
+        ],
+        "wrong": [
+            {"kind": "fact", "question": "A wrong one?", "calls": [], "answer": "", "right": False, "expected": "`x`"}
         ],
     }
 

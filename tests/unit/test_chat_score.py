@@ -64,7 +64,7 @@ def test_examples_are_some_of_both_kinds_the_wrong_ones_first() -> None:
     figures = score(open_task(100), [said(i % 2 == 0) for i in range(100)], 1)
     assert [example["right"] for example in figures["examples"]] == [False] * 20 + [True] * 5
     assert figures["examples"][0] == {
-        "question": "1?", "expected": "1", "answer": "answer 0", "calls": [["1+1", "2"]], "right": False,
+        "before": [], "question": "1?", "expected": "1", "answer": "answer 0", "calls": [["1+1", "2"]], "right": False,
     }  # fmt: skip
 
 

@@ -1,16 +1,22 @@
 """Plots are images of a sensible size for any history of a run."""
 
+import contextlib
+import random
+import statistics
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.eval.bench.rows import plot_benchmark
-from jobs.eval.report_card.plots import plot_losses
-from jobs.plots import log_ticks, running_mean, scientific, short
+from jobs.eval.report_card import plots
+from jobs.eval.report_card.plots import plot_losses, plot_schedules
+from jobs.plots import log_ticks, panels, scientific, short, smoothed
 from jobs.train.studies.power_laws import IsoFlop, fit_laws, fit_power_law
 from jobs.train.studies.report import plot_isoflops, plot_miniseries
 
@@ -29,13 +35,58 @@ def history(losses: list[float]) -> list[dict[str, float]]:
     return points
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-def test_a_plot_has_a_panel_for_each_stage(tmp_path: Path, stages: int) -> None:
-    plot_losses(tmp_path / "loss.png", [("Stage", history([5.0, 4.0, 3.0]))] * stages)
+class Drawn:
+    """The panels of the last figure: title, unit, labels of the curves, and their last values."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plots, "panels", self._panels)
+        self.panels: list[tuple[str, str, dict[str, float]]] = []
+
+    @contextlib.contextmanager
+    def _panels(self, *args: Any, **options: Any) -> Iterator[Any]:
+        with panels(*args, **options) as axes:
+            yield axes
+            self.panels = [
+                (
+                    axis.get_title(),
+                    axis.get_ylabel(),
+                    {line.get_label(): line.get_ydata()[-1] for line in axis.lines if line.get_label()[0] != "_"},
+                )
+                for axis in axes
+            ]
+
+
+def test_each_panel_has_one_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = Drawn(monkeypatch)
+    base = [*history([5.0, 4.0]), {"step": 3, "loss": 3.0, "core": 0.1}]
+    tuned = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5, "val_loss": 1.75}]
+    plot_losses(tmp_path / "loss.png", [("Pretraining", base), ("Fine-tuning", tuned)])
+    assert drawn.panels == [
+        ("Pretraining", "nats per token", {"training loss": pytest.approx(3.0)}),
+        ("Pretraining, held out", "bits per byte", {"held-out text": 1.0}),
+        ("Pretraining, held out", "mean centered accuracy", {"CORE": 0.1}),
+        ("Fine-tuning", "nats per token", {"training loss": 1.5, "held-out loss": 1.75}),
+    ]
     width, height = png_size(tmp_path / "loss.png")
-    assert width == pytest.approx(750 * stages, rel=0.01)
-    assert 400 < height < 800
+    assert width == pytest.approx(3 * 750, rel=0.01)
+    assert height == pytest.approx(2 * 518, rel=0.01)
     assert 10_000 < (tmp_path / "loss.png").stat().st_size < 300_000
+
+
+def test_learning_rates_and_gradient_norms_are_drawn_where_they_were_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = Drawn(monkeypatch)
+    points = [{"step": i, "loss": 1.0, "lr_factor": 1 / i, "gradient_norm": 0.1 * i} for i in range(1, 4)]
+    old = [{"step": 1, "loss": 1.0, "gradient_norm": 0.0}]
+    assert plot_schedules(tmp_path / "schedule.png", [("Pretraining", points), ("Fine-tuning", old)])
+    assert [(title, label) for title, label, _ in drawn.panels] == [
+        ("Pretraining", "learning rate, share of the highest"),
+        ("Pretraining", "norm of the gradient"),
+        ("Fine-tuning", "norm of the gradient"),
+    ]
+    assert not plot_schedules(tmp_path / "none.png", [("Pretraining", history([1.0]))])
+    assert not (tmp_path / "none.png").exists()
 
 
 @pytest.mark.parametrize("losses", [[2.0], [7.0] + [0.01] * 50, [1.0, 0.0], [float(i) for i in range(1, 2000)]])
@@ -50,12 +101,34 @@ def test_a_run_with_a_skipped_step_that_was_evaluated_can_be_plotted(tmp_path: P
     png_size(tmp_path / "loss.png")
 
 
-@given(st.lists(st.floats(-100, 100), min_size=1, max_size=30))
-def test_the_running_mean_weighs_each_value_by_its_age(values: Any) -> None:
-    for count, mean in enumerate(running_mean(values), 1):
-        weights = [0.9 ** (count - 1 - i) for i in range(count)]
-        expected = sum(w * v for w, v in zip(weights, values, strict=False)) / sum(weights)
-        assert mean == pytest.approx(expected, abs=1e-9)
+@given(st.integers(1, 300), st.floats(-10, 10), st.floats(-10, 10), st.integers(1, 50), st.randoms())
+def test_smoothing_keeps_a_straight_line(count: Any, start: Any, slope: Any, stride: Any, rng: Any) -> None:
+    steps = sorted(rng.sample(range(1, stride * count + 1), count))
+    line = [start + slope * step / steps[-1] for step in steps]
+    assert smoothed(steps, line) == pytest.approx(line, abs=1e-6)
+
+
+def test_a_smoothed_loss_does_not_lag_behind_and_has_little_noise() -> None:
+    """The running mean of the last ten or so values, which it replaces, is too high by a tenth at step 10."""
+    rng = random.Random(1)
+    falling = [3.0 + 7.0 / (1 + step / 10) for step in range(1000)]
+    noise = [rng.gauss(0.0, 0.1) for _ in falling]
+    smooth = smoothed(range(1000), [loss + error for loss, error in zip(falling, noise, strict=True)])
+    errors = [shown - loss for shown, loss in zip(smooth, falling, strict=True)]
+    assert abs(statistics.mean(errors[10:100])) < 0.02
+    assert abs(statistics.mean(errors[100:])) < 0.005
+    assert statistics.pstdev(errors[200:]) < 0.02
+    assert max(map(abs, errors)) < 0.3
+
+
+def test_each_smoothed_value_is_that_of_a_weighted_regression_line() -> None:
+    rng = random.Random(2)
+    steps, values = list(range(0, 80, 2)), [rng.random() for _ in range(40)]
+    for i, smooth in enumerate(smoothed(steps, values)):
+        reach = min(max(0.3 * steps[i], 6.0), max(6.0, 0.05 * 78))
+        weights = [max(0.0, 1 - (abs(step - steps[i]) / reach) ** 3) ** 3 for step in steps]
+        slope, intercept = np.polyfit(steps, values, 1, w=np.sqrt(weights))
+        assert smooth == pytest.approx(intercept + slope * steps[i], abs=1e-9)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

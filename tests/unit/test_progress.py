@@ -38,11 +38,11 @@ def at(step: int, **changes: Any) -> StepReport:
 
 
 class Terminal:
-    """A real terminal of a given width that replaces stderr."""
+    """A real terminal of a given size that replaces stderr."""
 
-    def __init__(self, columns: int) -> None:
+    def __init__(self, columns: int, rows: int) -> None:
         self._screen, keyboard = os.openpty()
-        fcntl.ioctl(keyboard, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        fcntl.ioctl(keyboard, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         os.set_blocking(self._screen, False)
         self.stream = open(keyboard, "w", encoding="utf-8")  # noqa: SIM115
         self._shown = b""
@@ -62,8 +62,8 @@ class Terminal:
 
 
 @contextlib.contextmanager
-def terminal(columns: int = 80) -> Iterator[Terminal]:
-    with contextlib.closing(Terminal(columns)) as screen, pytest.MonkeyPatch.context() as patch:
+def terminal(columns: int = 80, rows: int = 24) -> Iterator[Terminal]:
+    with contextlib.closing(Terminal(columns, rows)) as screen, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stderr", screen.stream)
         yield screen
 
@@ -109,6 +109,19 @@ def test_the_display_of_any_task_is_a_bar_with_the_time_left_on_a_terminal(clock
             display.update(done, {"answered": done})
     assert screen.lines[-1].startswith("task 100% ")
     assert screen.lines[-1].endswith("20/20  00:00 left")
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 24])
+@pytest.mark.parametrize("columns", [0, 1, 80])
+def test_a_terminal_that_does_not_know_its_size_has_a_bar_too(rows: int, columns: int, clock: list[float]) -> None:
+    with terminal(columns, rows) as screen, Progress("base", total=10, initial=0) as shown:
+        for step in range(1, 11):
+            clock[0] += 1.0
+            shown.report(at(step))
+    assert screen.lines[0].startswith("base   0% ")
+    assert screen.lines[-1].startswith("base 100% ")
+    assert "10/10  loss 2.000" in screen.lines[-1]
+    assert max(map(len, screen.lines)) <= 80
 
 
 def test_a_terminal_shows_a_bar_with_what_matters_most_in_80_columns(clock: list[float]) -> None:

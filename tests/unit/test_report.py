@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jobs.eval.report_card.held_out import xz_bits_per_byte
 from jobs.generation import openings
-from jobs.markdown import code, duration, literal
+from jobs.markdown import block, code, duration, literal
 from jobs.results.report_page import render
 from tests.support.report_dicts import OPTIONAL, every_combination, report
 
@@ -27,13 +27,13 @@ def tables(markdown: str) -> list[list[list[str]]]:
 
 @pytest.mark.parametrize("parts", every_combination(), ids="-".join)
 def test_every_combination_of_what_is_known_is_well_formed(parts: Any) -> None:
-    text = render(report(*parts), ["loss.png", "rl.png", "core.png", "conversations.png"])
+    text = render(report(*parts), ["loss.png", "schedule.png", "rl.png", "core.png", "conversations.png"])
     assert text.startswith("# demo: report\n")
     for header, separator, *rows in tables(text):
         assert all(re.fullmatch(r" ---:? ", cell) for cell in separator)
         assert rows
         assert {len(row) for row in (separator, *rows)} == {len(header)}
-    prose = re.sub(r"```.*?```", "code", text, flags=re.DOTALL)
+    prose = re.sub(r"(````?)\n.*?\1", "code", text.replace("```sh", "```"), flags=re.DOTALL)
     assert not re.search(r"\b(nan|inf|None(?! of their questions))\b", prose)
     assert not re.search(r"\n\n\n", prose)
     sections = re.findall(r"^## (.*)$", text, re.MULTILINE)
@@ -90,26 +90,62 @@ def test_no_cost_is_shown_unless_a_price_was_given() -> None:
 
 def test_wrong_answers_are_marked() -> None:
     text = render(EVERYTHING)
-    assert text.count("*(wrong)*") == 4 + 1
+    assert text.count("*(wrong)*") == 2  # of tasks whose results do not have the expected answer
+    assert text.count("*(wrong; expected: answer\\_") == 4
+    assert "### Other wrong answers\n\n> A wrong one?\n\n*(no answer)*  *(wrong; expected: \\`x\\`)*\n" in text
 
 
-def test_of_each_chat_task_a_right_and_a_wrong_answer_are_shown() -> None:
+def test_of_each_chat_task_right_and_wrong_answers_are_shown() -> None:
     shown = render(EVERYTHING).split("### gsm8k\n")[1].split("\n## ")[0]
     assert shown.startswith("\n> Six sevens?\n\n`6*7` gives `42`  \n\\#### 42\n\n> Long? Long?")
     assert "… \n\n" not in shown
     assert shown.count("\\#### 9  *(wrong)*") == 1
-    assert "Another?" not in shown
+    assert "> Another?\n\n\\#### 7  *(wrong)*" in shown
     assert max(map(len, shown.splitlines())) < 410
 
 
-def test_what_the_model_wrote_stays_on_its_line_and_is_no_markup() -> None:
+def test_what_the_model_wrote_on_one_line_is_no_markup() -> None:
     text = render(EVERYTHING)
-    assert "# a sea" not in text.splitlines()
-    assert "`print(1) 'a|b'.count('|')` gives `1 1`" in text
-    assert "**Once upon a time** there was # a sea" in text
+    assert "# a sea" not in re.sub(r"````.*?````", "", text, flags=re.DOTALL)
+    assert "`1+1` gives `2`  \n\\# One \\| \\<b\\>line\\</b\\>, 0  *(wrong" in text
     assert "**The**n it rained." in text
     assert r"> \# Question 0? Or \| two" in text
-    assert r"\<b\>two\</b\>" in text
+
+
+def test_code_and_answers_of_several_lines_keep_their_lines() -> None:
+    text = render(EVERYTHING)
+    assert "From **def f(x):**:\n\n````\ndef f(x):\n    return x\n\n```\n# a sea\n````\n" in text
+    ran = "```\nprint(1)\n\n'a|b'.count('|')\n```\n\ngives\n\n```\n1\n1\n```\n"
+    assert f"> \\# Question 1? Or \\| two\n\n{ran}\n```\nAn answer\nwith | <b>two</b> lines, 1\n```\n" in text
+
+
+def test_a_follow_up_is_shown_with_the_turns_before_it() -> None:
+    before = "> **user:** Who \\| is it?\n>\n> **assistant:**\n>\n> ```\n> Ann.\n> # Or Bob.\n> ```\n>\n"
+    assert f"{before}> **user:** \\# Question 3? Or \\| two\n\n" in render(EVERYTHING)
+
+
+def test_the_use_of_the_data_gradients_and_learning_rates_are_told() -> None:
+    text = render(EVERYTHING, ["schedule.png"])
+    assert "![Learning rates and gradient norms](schedule.png)" in text
+    assert "| fine-tuning | 1.25 | 0.0% | 1.5% | 1,200 cut, 3 left out | 0.25 | 3.5 |" in text
+    assert "| reinforcement learning | — | — | — | — | — | — |" in text
+    assert "| matrix 64x64 | 0.02 | 0.02 |" in text
+
+
+@given(st.text())
+def test_a_block_shows_every_line_and_cannot_end_before_its_end(text: Any) -> None:
+    fence, *lines, end = block(text)
+    assert fence == end
+    assert not any(line.strip().startswith(fence) for line in lines)
+    assert "".join("".join(lines).split()) == "".join(text.split())
+
+
+def test_a_block_wraps_only_long_lines() -> None:
+    text = "\tif x:\n\n        " + "word " * 40
+    lines = block(text)[1:-1]
+    assert lines[:2] == ["\tif x:", ""]
+    assert lines[2].startswith("        word")
+    assert max(map(len, lines)) <= 110
 
 
 @given(st.text())
@@ -147,4 +183,6 @@ def test_the_yardstick_is_what_xz_makes_of_the_text(length: int) -> None:
 def test_openings_are_spread_over_the_documents() -> None:
     documents = [f"Document {i} has more than six words in it." for i in range(10)]
     assert openings(documents, 3) == [f"Document {i} has more than six" for i in (0, 3, 6)]
+    assert openings(["\ndef f(x):\n    return x + 1"], 1, words=4) == ["def f(x):\n    return x"]
+    assert openings([" "], 1) == [""]
     assert openings(documents[:2], 5) == ["Document 0 has more than six", "Document 1 has more than six"]

@@ -42,6 +42,23 @@ class Strict:
             raise ValueError(f"low {self.low} is above high {self.high}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Spoken:
+    """Has a text that needs no flag."""
+
+    prompt: str | None = setting(None, "what to say", positional=True)
+    loud: bool = setting(False, "shout")
+    voice: str = setting("", "who says it")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Has members that need no flag."""
+
+    models: tuple[str, ...] = setting(help="what to compare", positional=True)
+    out: str = setting("", "where to write")
+
+
 def loaded(*argv: str, cls: Any = Example, **environ: str) -> Any:
     return load(cls, prefix="NANOCHAT_EXAMPLE", program="example", argv=argv, environ=environ)
 
@@ -125,6 +142,34 @@ def test_every_type_is_read_from_its_text(field: str, text: str, value: object) 
 def test_a_switch_is_turned_on_and_off_by_its_flag() -> None:
     assert loaded("--loud").loud is True
     assert loaded("--no-loud").loud is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "prompt"),
+    [
+        ((), None),
+        (("Once", "upon"), "Once upon"),
+        (("--voice", "x", "Once upon"), "Once upon"),
+        (("Once", "--loud", "upon"), "Once upon"),
+        (("--voice=x", "--", "--loud", "-1"), "--loud -1"),
+        (("- a list",), "- a list"),
+        (("--prompt", "Once upon"), "Once upon"),
+        (("",), ""),
+    ],
+)
+def test_a_text_may_stand_anywhere_between_the_flags(argv: Any, prompt: str | None) -> None:
+    assert loaded(*argv, cls=Spoken).prompt == prompt
+
+
+def test_members_may_stand_without_their_flag() -> None:
+    for argv in (("a", "b", "--out", "x"), ("--out", "x", "a", "b"), ("--models", "a,b", "--out", "x")):
+        assert loaded(*argv, cls=Compared) == Compared(("a", "b"), "x")
+    assert loaded("a", "b", cls=Compared, NANOCHAT_EXAMPLE_MODELS="c,d").models == ("a", "b")
+
+
+def test_a_text_beside_its_own_flag_is_refused() -> None:
+    with pytest.raises(UserError, match="'upon' stands beside --prompt; give only one of them"):
+        loaded("--prompt", "Once", "upon", cls=Spoken)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The training loop: skipped steps, loss spikes, measures, evaluations and checkpoints."""
 
 import dataclasses
+import gc
 import logging
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -115,6 +116,7 @@ def test_a_step_without_a_finite_loss_changes_nothing_and_is_noted(
     meta = load_checkpoint(run.runtime.store, ref).meta
     assert meta["skipped_steps"] == [3, 4]
     assert [point["step"] for point in meta["history"] if "loss" in point] == [1, 2, 5, 6]
+    assert [point["lr_factor"] for point in meta["history"][:2]] == [run.config.schedule.lr(step) for step in (0, 1)]
 
 
 def test_a_gradient_that_is_not_finite_is_seen_though_the_loss_is(tmp_path: Path) -> None:
@@ -142,6 +144,47 @@ def test_five_useless_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     assert resumed.resume()
     assert resumed.state.step == 10
     assert resumed.state.skipped == [3, 4, 5, 6, 8, 9, 10]
+
+
+def dead_from(first: int, loss: float) -> Callable[[Trainer], Objective]:
+    """An objective whose value is ``loss`` a token from a step on, whatever the weights are."""
+
+    def objective(run: Trainer) -> Objective:
+        def loss_of(rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            total, measures = plain_loss(run)(rows)
+            return (total if run.state.step + 1 < first else 0 * total + loss * rows.targets.numel()), measures
+
+        return loss_of
+
+    return objective
+
+
+def test_a_loss_that_no_weight_changes_ends_the_run_after_five_warnings(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trainer(tmp_path, steps=20, objective=dead_from(3, loss=15.0))
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(TrainingDiverged, match=r"loss is 15.0 and the gradient.s norm 0.0 at step 7.*lower --lr-scale"),
+    ):
+        run.run()
+    assert [record.step for record in caplog.records if record.message == "step skipped"] == [3, 4, 5, 6]
+    assert run.state.skipped == [3, 4, 5, 6, 7]
+
+
+def test_garbage_collection_is_as_before_however_a_run_ends(tmp_path: Path) -> None:
+    """Objects that stay frozen are not freed at exit, and a library then prints the objects that it misses."""
+
+    def stop() -> dict[str, float]:
+        assert gc.get_freeze_count() > 0
+        raise SystemExit(143)
+
+    run = trainer(tmp_path, steps=4, evaluations=[Evaluation(stop, every=2)])
+    with pytest.raises(SystemExit):
+        run.run()
+    assert gc.get_freeze_count() == 0
+    trainer(tmp_path, steps=2).run()
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_loss_far_above_the_recent_ones_is_reported_and_trained_on(

@@ -10,6 +10,7 @@ from typing import Any
 from jobs.measures.core.run import centered
 from jobs.measures.pass_at_k import mean_pass_at_k
 from jobs.tasks.task import ChoiceTask, GenerativeTask, Question, Response
+from nanochat_core.chat import parse_messages
 
 Json = Any
 
@@ -127,10 +128,16 @@ def table(result: Mapping[str, Json]) -> list[str]:
 
 
 def quote(question: Question, graded: GradedAnswers) -> dict[str, Json]:
-    """A question and its first answer, as reports quote them. The answer is empty if the question did not fit."""
+    """A question with the messages before it, and its first answer, as reports quote them.
+
+    The answer is empty if the question did not fit.
+    """
     answer = graded.answers[0] if graded.answers else Response("")
+    messages = [[message.role, message.text] for message in parse_messages(question.messages)]
     return {
-        "question": question.messages[-1]["content"],
+        "before": messages[:-1],
+        "question": messages[-1][1],
+        "expected": question.expected,
         "calls": [list(call) for call in answer.tool_calls],
         "answer": answer.text.strip(),
         "right": any(graded.right[:1]),
@@ -139,10 +146,6 @@ def quote(question: Question, graded: GradedAnswers) -> dict[str, Json]:
 
 def _examples(questions: Sequence[Question], graded: Sequence[GradedAnswers]) -> list[Json]:
     """The first answer to some of the questions, wrong answers before right ones."""
-    quotes = [
-        {**quote(question, answers), "expected": question.expected}
-        for question, answers in zip(questions, graded, strict=True)
-        if answers.answers
-    ]
+    quotes = [quote(question, answers) for question, answers in zip(questions, graded, strict=True) if answers.answers]
     wrong = [each for each in quotes if not each["right"]]
     return wrong[:_WRONG_EXAMPLES] + [each for each in quotes if each["right"]][:_RIGHT_EXAMPLES]

@@ -1,7 +1,8 @@
 """Gathers the content of ``report.json`` from the artifact store."""
 
 import json
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.data.mixture_entries import parse_mixture
@@ -57,7 +58,8 @@ def gather(
     report["tokenizer"]["domains"] = _domains(store, final)
     if final.ref.stage != "base" and report["recipe"]:
         chat = held_out.evaluate_conversations(store, final, report["recipe"], items)
-        report["chat"] = {name: chat[name] for name in ("revision", "accuracy", "kinds", "examples")}
+        names = ("revision", "accuracy", "kinds", "examples", "wrong")  # results of earlier versions lack the last one
+        report["chat"] = {name: chat[name] for name in names if name in chat}
     results = {stage: results_of(store, point.ref, point.weights_digest) for stage, point in stages.items()}
     named = {
         name: {stage: [each for each in found if each["evaluation"] == name] for stage, found in results.items()}
@@ -97,11 +99,36 @@ def describe_stage(checkpoint: Checkpoint) -> Report:
         "hardware": hardware or None,
         "settings": meta.get("settings", {}),
         "final_loss": losses[-1] if losses else None,
+        "learning_rates": meta.get("learning_rates", {}),
+        "gradient_norm": _median_and_largest([point["gradient_norm"] for point in history if "gradient_norm" in point]),
+        "data": _data_use(plan, history),
         "held_out": {name: value for point in history for name, value in point.items() if name.startswith("val_")},
         "samples": [{"step": p["step"], "samples": p["samples"]} for p in history if "samples" in p],
         "skipped_steps": meta.get("skipped_steps", []),
         "made_from": _made_from(checkpoint),
         "rl": _rl_curve(history),
+    }
+
+
+def _median_and_largest(values: Sequence[float]) -> Report | None:
+    """The median and the largest of the values; None if there are none."""
+    return {"median": statistics.median(values), "largest": max(values)} if values else None
+
+
+def _data_use(plan: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Report:
+    """How a stage used its data at its end; a value is None if it was not recorded.
+
+    Passes over the data, the share of documents that were never shown to their ends, the share of tokens that were cut
+    off, and the numbers of conversations that were cut or left out because they are longer than a row.
+    """
+    lost = plan.get("lost", {})
+    last = {name: value for point in history for name, value in point.items()}
+    return {
+        "epochs": last.get("epoch"),
+        "unseen_share": last.get("unseen"),
+        "cropped_share": last.get("cropped", lost.get("cropped_share")),
+        "cut": lost.get("cut"),
+        "left_out": lost.get("left_out"),
     }
 
 
@@ -115,8 +142,8 @@ def warnings(report: Report, stages: Mapping[str, Checkpoint]) -> list[str]:
         if skipped := described["skipped_steps"]:
             shown = ", ".join(map(str, skipped[:8])) + (", …" if len(skipped) > 8 else "")
             found.append(
-                f"{len(skipped)} steps of {described['revision']} had no finite loss or gradient and were left out: "
-                f"{shown}."
+                f"{len(skipped)} steps of {described['revision']} had no finite loss or no usable gradient and were "
+                f"left out: {shown}."
             )
         inputs = checkpoint.meta.get("inputs", {})
         own_base = "base" in stages and checkpoint.meta.get("base_model") is None and "base" in inputs

@@ -11,12 +11,12 @@ import logging
 import lzma
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from jobs.data.shards import TextDataset
 from jobs.eval.chat_eval.evaluate_tasks import answer_greedily
 from jobs.eval.chat_eval.scores import quote, right_by_group
-from jobs.generation import SAMPLING, continue_text, openings
+from jobs.generation import SAMPLING, continue_text, openings, spread
 from jobs.measures.bits_per_byte import bits_per_byte
 from jobs.recipes import find_recipe
 from jobs.results.evaluations import Evaluation, Result
@@ -25,9 +25,11 @@ from jobs.tasks import demo
 from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.store import Store
 
+T = TypeVar("T")
+
 log = logging.getLogger("jobs.eval.report")
 
-_EXAMPLES = 12
+_EXAMPLES, _WRONG = 12, 20
 
 
 def evaluate_text(store: Store, base: Checkpoint, validation: Sequence[str]) -> Result:
@@ -53,7 +55,7 @@ def evaluate_text(store: Store, base: Checkpoint, validation: Sequence[str]) -> 
 def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: int) -> Result:
     """Grade the model's answers in held-out conversations of the kinds that ``recipe`` teaches.
 
-    Returns the accuracy in total and by kind, and some of the answers.
+    Returns the accuracy in total and by kind, some of the answers, and some of the other wrong answers.
     """
     items = find_recipe(recipe).evaluation_items(count)
     content = json.dumps([dataclasses.asdict(item) for item in items], sort_keys=True).encode()
@@ -62,13 +64,17 @@ def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: 
         task = demo.task(items)
         graded = answer_greedily(tuned, task)
         kinds = right_by_group(task.questions, graded)
-        # Conversations are grouped by kind, so every n-th conversation gives examples of all kinds.
-        pairs = list(zip(task.questions, graded, strict=True))
-        examples = pairs[:: max(1, len(items) // _EXAMPLES)][:_EXAMPLES]
+        quotes = [
+            {"kind": question.group, **quote(question, answers)}
+            for question, answers in zip(task.questions, graded, strict=True)
+        ]
+        examples = spread(quotes, _EXAMPLES)  # Quotes are grouped by kind, so all kinds are among them.
+        wrong = [each for each in quotes if not each["right"] and each not in examples]
         return {
             "accuracy": sum(right for right, _ in kinds.values()) / len(items),
             "kinds": {kind: {"right": right, "items": asked} for kind, (right, asked) in kinds.items()},
-            "examples": [{"kind": question.group, **quote(question, answers)} for question, answers in examples],
+            "examples": examples,
+            "wrong": spread(wrong, _WRONG),
         }
 
     settings = {"recipe": recipe, "items": len(items), "digest": hashlib.sha256(content).hexdigest()}

@@ -6,10 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from jobs.measures.core.run import GPT2_XL_CORE
-from jobs.plots import FAINT, HELD_OUT, INK, TRAIN, panels, running_mean, shades
+from jobs.plots import FAINT, HELD_OUT, INK, TRAIN, log_scale, panels, shades, short, smoothed
 
 TITLES = {"base": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement learning"}
 _BAR_INCHES = 0.3
+_NATS = "nats per token"
+# Label and unit of each held-out metric of a history. Only metrics in the unit of the loss are drawn beside the loss.
+_HELD_OUT = {
+    "val_bpb": ("held-out text", "bits per byte"),
+    "val_loss": ("held-out loss", _NATS),
+    "core": ("CORE", "mean centered accuracy"),
+}
 History = list[dict[str, Any]]
 
 
@@ -20,6 +27,8 @@ def draw(folder: Path, report: Mapping[str, Any], histories: Mapping[str, Histor
     if stages:
         plot_losses(folder / "loss.png", stages)
         names.append("loss.png")
+    if plot_schedules(folder / "schedule.png", stages):
+        names.append("schedule.png")
     chat = report.get("chat")
     if chat and chat["kinds"]:
         shares = {kind: value["right"] / max(value["items"], 1) for kind, value in chat["kinds"].items()}
@@ -39,23 +48,53 @@ def draw(folder: Path, report: Mapping[str, Any], histories: Mapping[str, Histor
 
 
 def plot_losses(path: Path, stages: Sequence[tuple[str, History]]) -> None:
-    """Write a PNG with one panel per stage: training loss, its running mean and the held-out metric.
+    """Write a PNG with the training loss of each stage, smoothed and raw, and with its held-out metrics.
 
-    ``stages`` are pairs of title and history. A point of a history has ``step``, and possibly ``loss`` and a metric
-    whose name begins with ``val_``. A skipped step has no loss.
+    A metric in another unit than the loss, such as bits per byte, has a panel of its own. ``stages`` are pairs of title
+    and history. A point of a history has ``step``, and possibly ``loss`` and held-out metrics. A skipped step has no
+    loss.
     """
-    labels = {"val_bpb": "held-out bits per byte", "val_loss": "held-out loss"}
-    with panels(path, len(stages)) as axes:
-        for axis, (title, history) in zip(axes, stages, strict=True):
-            _plot_smoothed(axis, history, "loss", "training loss")
-            for name in sorted({name for point in history for name in point if name.startswith("val_")}):
-                style: dict[str, Any] = {"color": HELD_OUT, "markersize": 4, "linewidth": 1.2}
-                axis.plot(*_curve(history, name), "o-", **style, label=labels.get(name, name))
+    wanted = []
+    for title, history in stages:
+        measured = [name for name in _HELD_OUT if any(name in point for point in history)]
+        wanted.append((title, history, True, [name for name in measured if _HELD_OUT[name][1] == _NATS]))
+        wanted += [(f"{title}, held out", history, False, [name]) for name in measured if _HELD_OUT[name][1] != _NATS]
+    with panels(path, len(wanted), columns=3) as axes:
+        for axis, (title, history, with_loss, names) in zip(axes, wanted, strict=True):
+            if with_loss:
+                _plot_smoothed(axis, history, "loss", "training loss")
+            for name in names:
+                label, _ = _HELD_OUT[name]
+                axis.plot(*_curve(history, name), "o-", color=HELD_OUT, markersize=4, linewidth=1.2, label=label)
+            unit = _NATS if with_loss else _HELD_OUT[names[0]][1]
             _, losses = _curve(history, "loss")
-            if losses and min(losses) > 0 and max(losses) / min(losses) > 20:
-                axis.set_yscale("log")
-            axis.set(title=title, xlabel="step", ylabel="nats per token")
+            if with_loss and losses and min(losses) > 0 and max(losses) / min(losses) > 20:
+                log_scale(axis.yaxis, short)
+            axis.set(title=title, xlabel="step", ylabel=unit)
             axis.legend()
+
+
+def plot_schedules(path: Path, stages: Sequence[tuple[str, History]]) -> bool:
+    """Write a PNG with the learning rates and the gradient norms of each stage.
+
+    Histories of old checkpoints lack learning rates. Without any curve no PNG is written, and the function returns
+    False.
+    """
+    labels = {"lr_factor": "learning rate, share of the highest", "gradient_norm": "norm of the gradient"}
+    wanted = [(*stage, name) for stage in stages for name in labels if _curve(stage[1], name)[0]]
+    if not wanted:
+        return False
+    with panels(path, len(wanted), columns=2, height=3.0) as axes:
+        for axis, (title, history, name) in zip(axes, wanted, strict=True):
+            if name == "lr_factor":
+                axis.plot(*_curve(history, name), color=TRAIN, linewidth=1.6)
+                axis.set_ylim(bottom=0)
+            else:
+                _plot_smoothed(axis, history, name, "")
+                if min(_curve(history, name)[1]) > 0:
+                    log_scale(axis.yaxis, short)
+            axis.set(title=title, xlabel="step", ylabel=labels[name])
+    return True
 
 
 def _curve(history: History, name: str) -> tuple[list[int], list[float]]:
@@ -67,7 +106,7 @@ def _curve(history: History, name: str) -> tuple[list[int], list[float]]:
 def _plot_smoothed(axis: Any, history: History, name: str, label: str) -> None:
     steps, values = _curve(history, name)
     axis.plot(steps, values, color=TRAIN, alpha=0.25, linewidth=0.8)
-    axis.plot(steps, running_mean(values), color=TRAIN, linewidth=1.6, label=label)
+    axis.plot(steps, smoothed(steps, values), color=TRAIN, linewidth=1.6, label=label)
 
 
 def plot_bars(path: Path, title: str, shares: Mapping[str, float], *, percent: bool) -> None:
@@ -130,7 +169,7 @@ def plot_runs(path: Path, runs: Sequence[tuple[str, Mapping[str, History]]]) -> 
             for color, (run, histories) in zip(shades(len(runs)), runs, strict=True):
                 steps, values = _curve(histories.get(stage, []), name)
                 if steps:
-                    smooth, style = (running_mean(values), "-") if name == "loss" else (values, "o-")
+                    smooth, style = (smoothed(steps, values), "-") if name == "loss" else (values, "o-")
                     axis.plot(steps, smooth, style, color=color, linewidth=1.6, markersize=4, label=run)
             axis.set(title=title, xlabel="step", ylabel=unit)
             axis.legend()

@@ -35,7 +35,9 @@ STEP_SECONDS = Histogram(
 )
 DATA_WAIT_SECONDS = Counter("nanochat_train_data_wait_seconds_total", "Time spent waiting for a batch", _STAGE)
 SKIPPED_STEPS = Counter(
-    "nanochat_train_skipped_steps_total", "Steps without an update because loss or gradient was not finite", _STAGE
+    "nanochat_train_skipped_steps_total",
+    "Steps without an update because loss or gradient was not finite, or the gradient of a loss was zero",
+    _STAGE,
 )
 LOSS_SPIKES = Counter("nanochat_train_loss_spikes_total", "Steps with a loss far above the recent ones", _STAGE)
 CHECKPOINT_FAILURES = Counter(

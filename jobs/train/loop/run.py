@@ -62,7 +62,7 @@ class RunState:
         loader: position in the data; None if the position follows from ``step``.
         train_seconds: duration of all steps, without evaluations and checkpoints.
         history: one entry per step that was not skipped, and one per evaluation.
-        skipped: steps whose loss or gradient was not finite; they did not change the weights.
+        skipped: steps that did not change the weights, because loss or gradient was not finite or the gradient zero.
         loss_mean, loss_variance: moving statistics of the loss. They serve to detect loss spikes.
         loss_factor, good_steps: state of the loss scaler of an fp16 run.
     """

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from jobs.measures.machine import describe_machine
-from jobs.program import run_program
+from jobs.program import command_line, run_program
 from jobs.train.batches.loader import Batch, PackedLoader
 from jobs.train.loop.run import Evaluation, RunConfig
 from jobs.train.loop.runtime import RunSettings, Runtime, open_runtime
@@ -16,7 +17,7 @@ from jobs.train.loop.schedule import Schedule
 from jobs.train.loop.step import Objective
 from jobs.train.loop.trainer import Trainer
 from nanochat_core.attention import choose_attention
-from nanochat_core.checkpoint import Checkpoint
+from nanochat_core.checkpoint import Checkpoint, CheckpointRef
 from nanochat_core.config import ModelConfig
 from nanochat_core.cpu_matmul import convert_to_onednn, onednn_is_faster
 from nanochat_core.device import choose_dtype
@@ -27,6 +28,8 @@ from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.fp8 import convert_to_fp8
 from nanochat_core.training.optim import MuonAdamW, muon_dtype
 from nanochat_core.training.peak_flops import peak_flops
+
+log = logging.getLogger("jobs.train")
 
 # Settings of some stages that, like RunSettings, may change when a run is resumed.
 _EVALUATION_SETTINGS = frozenset({"eval_tokens", "core_every", "core_bundle", "core_max_per_task", "sample_every"})
@@ -46,14 +49,30 @@ class StageSettings(RunSettings):
 SettingsT = TypeVar("SettingsT", bound=StageSettings)
 
 
-def run_stage(name: str, settings_class: type[SettingsT], train: Callable[[SettingsT, Runtime], object]) -> None:
-    """Run the training program ``jobs.train.<name>``, with settings from its flags and environment variables."""
+def run_stage(name: str, settings_class: type[SettingsT], train: Callable[[SettingsT, Runtime], CheckpointRef]) -> None:
+    """Run the training program ``jobs.train.<name>``, with settings from its flags and environment variables.
+
+    ``train`` returns the final checkpoint. The last log event names it, and the commands that may follow.
+    """
 
     def main(settings: SettingsT) -> None:
         with open_runtime(name, settings, settings.model) as runtime:
-            train(settings, runtime)
+            ref = train(settings, runtime)
+            following = next_commands(ref, settings.home)
+            log.info("training done", extra={"checkpoint": f"{runtime.store}/{ref.prefix}", "next": following})
 
     run_program(f"jobs.train.{name}", name, settings_class, main)
+
+
+def next_commands(ref: CheckpointRef, home: str) -> list[str]:
+    """The commands that usually follow after the end of a stage whose final checkpoint is ``ref``."""
+    flags = {"model": ref.model, "home": home}
+    if ref.stage == "base":
+        return [
+            command_line("jobs.eval.generate", "Once upon a time", **flags, stage="base"),
+            command_line("jobs.train.sft", **flags, mixture="CONVERSATIONS.jsonl"),
+        ]
+    return [command_line("jobs.eval.generate", "Hello!", **flags), command_line("jobs.eval.report", **flags)]
 
 
 class Stage:
@@ -135,6 +154,7 @@ class Stage:
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "scaling_parameters": model.config.scaling_parameters,
             "flops_per_token": model.config.flops_per_token,
+            "learning_rates": {group["name"]: group["lr"] for group in groups},
             "dtype": str(model.compute_dtype).removeprefix("torch."),
             "device": device.type,
             "hardware": describe_machine() | {"ranks": ranks.size, "peak_flops": peak_flops(device)},

@@ -53,8 +53,9 @@ class StepReport:
         lr_factor: the schedule's factor on the learning rates.
         measures: further numbers that the stage measures in a step, such as the mean reward.
         coverage: how much of the data was shown so far, such as the number of epochs; empty if that is not counted.
-        stopped_by: number of the signal that asked any rank to stop; 0 if none did.
-        skipped: True if the weights were not updated, because loss or gradient was not finite.
+        stopped_by: number of the signal that asked any rank to stop; 0 if there was no signal.
+        skipped: True if the weights were not updated, because loss or gradient was not finite, or because the gradient
+            was zero and the loss was not.
         spike: True if the loss is far above the recent losses.
         seconds: duration of the whole step.
         data_wait_seconds: part of ``seconds`` that was spent waiting for the batch.
@@ -81,8 +82,9 @@ class StepReport:
 class TrainingStep:
     """Updates a model from one batch after another, and keeps the run's state up to date.
 
-    A loss or gradient that is not finite skips the update on every rank; five such steps in a row end the run. A loss
-    far above the recent losses is reported, but its step is done as usual.
+    A loss or gradient that is not finite skips the update on every rank. A gradient of zero does so too if the loss is
+    not zero: no weight changes the loss any more, for example after a step that was far too large. Five such steps in a
+    row end the run. A loss far above the recent losses is reported, but its step is done as usual.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class TrainingStep:
         If any rank has received a stop signal, the reports of all ranks say so, and all ranks stop after the same step.
 
         Raises:
-            TrainingDiverged: five steps in a row had a loss or gradient that is not finite.
+            TrainingDiverged: five steps in a row were skipped.
             UserError: the batch has no counted target.
         """
         started = time.perf_counter()
@@ -131,10 +133,11 @@ class TrainingStep:
         waited = time.perf_counter() - started
         report = self._accumulate(batch, stop)
         self._state.step, self._state.loader = report.step, batch.state
-        report.skipped = not (math.isfinite(report.loss) and math.isfinite(report.gradient_norm))
+        finite = math.isfinite(report.loss) and math.isfinite(report.gradient_norm)
+        report.skipped = not finite or (report.loss != 0 and report.gradient_norm == 0)
         if report.skipped:
-            self._skip(report.loss, report.gradient_norm)
-        self._unscale(not report.skipped)
+            self._skip(report.loss, report.gradient_norm, overflow=not finite)
+        self._unscale(finite)
         if not report.skipped:
             self._skipped_in_a_row = 0
             self._update(report)
@@ -186,7 +189,8 @@ class TrainingStep:
 
     def _update(self, report: StepReport) -> None:
         if not report.gradient_norm:
-            # All gradients are zero: the batch teaches nothing. Muon would still make a full step, from momentum alone.
+            # The loss is zero too: the batch teaches nothing, such as answers with equal rewards. Muon would still make
+            # a full step, from momentum alone.
             self._optimizer.zero_grad()
             return
         step = report.step - 1
@@ -208,12 +212,12 @@ class TrainingStep:
         self._scaler.update(finite=finite)
         self._state.loss_factor, self._state.good_steps = self._scaler.factor, self._scaler.good_steps
 
-    def _skip(self, loss: float, norm: float) -> None:
+    def _skip(self, loss: float, norm: float, *, overflow: bool) -> None:
         self._optimizer.zero_grad()
         step = self._state.step
         self._state.skipped.append(step)
         # With a loss scaler, an overflow only lowers the scaler's factor. It does not mean that the run has diverged.
-        self._skipped_in_a_row += 0 if self._scaler and self._scaler.factor > 1 else 1
+        self._skipped_in_a_row += 0 if overflow and self._scaler and self._scaler.factor > 1 else 1
         if self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
             raise TrainingDiverged(
                 f"the loss is {loss} and the gradient's norm {norm} at step {step}, as in the "

@@ -102,6 +102,7 @@ class Trainer:
             StopSignal() as stop,
             self._open_progress() as progress,
             contextlib.closing(prefetched),
+            contextlib.ExitStack() as at_the_end,
         ):
             first_batch = next(prefetched)
             step.compile(first_batch)
@@ -118,7 +119,14 @@ class Trainer:
                 finished = state.step == last_step
                 if report.stopped_by and not finished:
                     self._checkpoints.save_last(writer, state, finished=False)
-                    log.info("stopped by a signal after a checkpoint", extra={"step": state.step})
+                    log.info(
+                        "stopped by a signal after a checkpoint",
+                        extra={
+                            "step": state.step,
+                            "checkpoint": f"{self.runtime.store}/{self.config.checkpoint(state.step).prefix}",
+                            "next": "run the same command again to go on",
+                        },
+                    )
                     raise SystemExit(128 + report.stopped_by)  # Job controllers restart on exit codes from 128 on.
                 if self.config.is_saved(state.step) and not finished:
                     self._checkpoints.save(writer, state)
@@ -127,7 +135,9 @@ class Trainer:
                     # step.
                     gc.collect()
                     gc.freeze()
-            gc.unfreeze()
+                    # Also after an error or a signal: objects that are never freed make torch's compiler print a list
+                    # of leaks when the process ends.
+                    at_the_end.callback(gc.unfreeze)
             self._checkpoints.save_last(writer, state, finished=True)
         return self.config.checkpoint(last_step)
 
@@ -147,6 +157,7 @@ class Trainer:
             self.state.point().update(
                 loss=report.loss,
                 gradient_norm=report.gradient_norm,
+                lr_factor=report.lr_factor,
                 tokens_per_second=report.tokens_per_second,
                 train_seconds=self.state.train_seconds,
                 **report.measures,

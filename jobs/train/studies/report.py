@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.markdown import table
-from jobs.plots import HELD_OUT, INK, log_scale, panels, running_mean, scientific, shades, short
+from jobs.plots import HELD_OUT, INK, log_scale, panels, scientific, shades, short, smoothed
 from jobs.train.studies.power_laws import IsoFlop, PowerLaw, ScalingLaws, fit_laws, fit_power_law
 from jobs.train.studies.study import Failure, Result
 from nanochat_core.store import Store
@@ -189,7 +189,7 @@ def plot_miniseries(
     with panels(path, 2) as (training, held_out):
         colors = shades(len(curves))
         for color, (depth, flops, losses) in zip(colors, curves, strict=True):
-            training.plot(flops, running_mean(losses), color=color, linewidth=1.6, label=f"depth {depth}")
+            training.plot(flops, smoothed(flops, losses), color=color, linewidth=1.6, label=f"depth {depth}")
         for color, (depth, flop, bpb) in zip(colors, ends, strict=True):
             held_out.plot([flop], [bpb], "o", color=color, markersize=7, zorder=3)
             held_out.annotate(
