@@ -23,6 +23,7 @@ from nanochat_core.checkpoint import (
     load_trainer_state,
     newest_checkpoint,
 )
+from nanochat_core.device import precise_dtype
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT, IGNORE_INDEX
 from nanochat_core.settings import setting
@@ -173,7 +174,7 @@ def _mean_loss(model: GPT, batches: Sequence[Batch], runtime: Runtime) -> float:
     for batch in batches[ranks.rank :: ranks.size]:
         nats += float(model.loss(batch.ids.to(device), batch.targets.to(device), "sum"))
         counted += int((batch.targets != IGNORE_INDEX).sum())
-    sums = ranks.sum(torch.tensor([nats, counted], dtype=torch.float64, device=device))
+    sums = ranks.sum(torch.tensor([nats, counted], dtype=precise_dtype(device), device=device))
     return float(sums[0] / sums[1])
 
 

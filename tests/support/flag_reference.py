@@ -18,6 +18,7 @@ from jobs.eval.gate import GateSettings
 from jobs.eval.report import ReportSettings
 from jobs.eval.tokenizer import TokenizerEvalSettings
 from jobs.train.dataset import ConvertSettings, DownloadSettings, ListSettings, ValidateSettings
+from jobs.train.export import ExportSettings
 from jobs.train.import_nanochat import ImportSettings
 from jobs.train.pipeline import PipelineSettings
 from jobs.train.pretrain import PretrainSettings
@@ -50,6 +51,7 @@ PROGRAMS: list[tuple[str, str, type[Any]]] = [
     ("jobs.train.scaling miniseries", "NANOCHAT_MINISERIES", MiniseriesSettings),
     ("jobs.train.scaling laws", "NANOCHAT_LAWS", LawsSettings),
     ("jobs.train.import_nanochat", "NANOCHAT_IMPORT", ImportSettings),
+    ("jobs.train.export", "NANOCHAT_EXPORT", ExportSettings),
     ("jobs.eval.chat", "NANOCHAT_CHAT_EVAL", ChatEvalSettings),
     ("jobs.eval.core", "NANOCHAT_CORE", CoreSettings),
     ("jobs.eval.tokenizer", "NANOCHAT_TOKENIZER_EVAL", TokenizerEvalSettings),
