@@ -81,7 +81,8 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         yield part
         part.replace(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # the last two: torch and safetensors on a full disk
-        raise UserError(f"--folder {folder} cannot be written: {str(error).partition(chr(10))[0]}") from error
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"--folder {folder} cannot be written: {reason}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

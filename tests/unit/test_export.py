@@ -11,7 +11,6 @@ import json
 import re
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +292,7 @@ class Output(types.SimpleNamespace):
 
 
 @pytest.fixture
-def modeling(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def modeling(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The modeling file as a module."""
     names = {
         "transformers": {"GenerationMixin": object, "PretrainedConfig": Config, "PreTrainedModel": Model},

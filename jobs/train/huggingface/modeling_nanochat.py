@@ -81,11 +81,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class NanochatAttention(nn.Module):
-    """Causal attention in which a token attends to itself and to the ``window`` tokens before it."""
+    """Causal attention in which a token attends to itself and to the tokens before it that ``mask`` shows."""
 
     def __init__(self, config: NanochatConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.window, self.head_dim = layer, config.attention_windows[layer], config.head_dim
+        self.layer, self.head_dim = layer, config.head_dim
         kv_dim = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
@@ -179,7 +179,7 @@ class NanochatModel(NanochatPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
 
     def forward(
@@ -223,7 +223,7 @@ class NanochatModel(NanochatPreTrainedModel):
         tables = dict(self.value_embeddings.items())
         masks: dict[int, Tensor | None] = {}
         for number, layer in enumerate(self.layers):
-            window = layer.self_attn.window
+            window = self.config.attention_windows[number]
             if window not in masks:
                 masks[window] = _mask(cached, time, window, attention_mask, x.device)
             x = self.residual_scales[number] * x + self.skip_scales[number] * x0
@@ -267,13 +267,13 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
     def forward(
