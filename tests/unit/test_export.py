@@ -5,6 +5,7 @@ The network in the exported modeling file runs here with stand-ins for the few n
 """
 
 import ast
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -117,7 +118,7 @@ def test_the_modeling_file_imports_torch_and_transformers_alone() -> None:
             else []
         )
     }
-    assert imported == {"torch", "transformers", "typing"}
+    assert imported == {"dataclasses", "torch", "transformers", "typing"}
 
 
 @pytest.mark.parametrize(("stage", "end"), [("base", BOS), ("sft", "<|assistant_end|>"), ("rl", "<|assistant_end|>")])
@@ -286,7 +287,13 @@ class CacheOfAll:
         return k, v
 
 
-class Output(types.SimpleNamespace):
+@dataclasses.dataclass
+class Output:
+    last_hidden_state: Any = None
+    loss: Any = None
+    logits: Any = None
+    cache: Any = None
+
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(value for value in vars(self).values() if value is not None)
 
@@ -358,10 +365,10 @@ def test_a_cache_and_padding_change_nothing(modeling: Any, store: Store, tmp_pat
     # The first pass reads a prompt, the others one token or several.
     for length in [130, 131, 132, 140, 150]:
         given = theirs.prepare_inputs_for_generation(
-            ids[:, :length], past_key_values=cache, attention_mask=mask[:, :length], logits_to_keep=0
+            ids[:, :length], cache=cache, attention_mask=mask[:, :length], logits_to_keep=0
         )
         output = theirs(**given)
-        cache = output.past_key_values
+        cache = output.cache
         found.append(output.logits)
     logits = torch.cat(found, dim=1)
     for i, row in enumerate(rows):
@@ -377,9 +384,10 @@ def test_what_would_compute_other_logits_is_refused(modeling: Any, store: Store,
         theirs(inputs_embeds=torch.zeros(1, 5, 64))
     with pytest.raises(ValueError, match="attention_mask of shape"):
         theirs(ids, attention_mask=torch.ones(1, 1, 5, 5))
-    cache = theirs(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="pass previous_ids"):
-        theirs(ids, past_key_values=cache)
+    cache = theirs(ids, use_cache=True).cache
+    for name in ("cache", "past_key_values"):
+        with pytest.raises(ValueError, match="pass previous_ids"):
+            theirs(ids, **{name: cache})
 
 
 def test_a_gradient_reaches_every_weight(modeling: Any, store: Store, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ no previous token. A forward pass that continues a cache also needs ``previous_i
 ``generate`` passes it.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ QK_SCALE = 1.2
 SMEAR_CHANNELS = 24
 VALUE_GATE_CHANNELS = 12
 VALUE_GATE_SCALE = 3.0
+# Older versions of transformers name the cache ``past_key_values``. Both names are accepted as arguments.
+CACHE = next(f.name for f in dataclasses.fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
 
 
 class NanochatConfig(PretrainedConfig):
@@ -36,7 +39,7 @@ class NanochatConfig(PretrainedConfig):
     """
 
     model_type = "nanochat_gpt"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' interface
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 - transformers' interface
 
     def __init__(
         self,
@@ -153,7 +156,7 @@ class NanochatPreTrainedModel(PreTrainedModel):
     config_class = NanochatConfig
     base_model_prefix = "model"
     _no_split_modules = ["NanochatLayer"]  # noqa: RUF012 - transformers' interface
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["smear_scale", "residual_scales", "skip_scales", "backout_scale"]  # noqa: RUF012
     _supports_sdpa = True
 
@@ -187,6 +190,7 @@ class NanochatModel(NanochatPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         previous_ids: Tensor | None = None,
@@ -200,15 +204,17 @@ class NanochatModel(NanochatPreTrainedModel):
             input_ids: (batch, time) token ids, without those in the cache.
             attention_mask: (batch, cached + time); 0 hides a token of padding.
             position_ids: (batch, time); by default the number of earlier tokens that the mask shows.
+            past_key_values: another name of ``cache``.
             previous_ids: (batch,) the token before ``input_ids``; needed if the cache holds tokens.
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("this model needs input_ids: its smear and value embeddings depend on token ids")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError("this model takes an attention_mask of shape (batch, tokens)")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        cached = 0 if cache is None else cache.get_seq_length()
         time = input_ids.size(1)
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None
@@ -229,11 +235,11 @@ class NanochatModel(NanochatPreTrainedModel):
             x = self.residual_scales[number] * x + self.skip_scales[number] * x0
             value_embedding = tables[str(number)](input_ids) if str(number) in tables else None
             is_causal = masks[window] is None and time > 1
-            x = layer(x, value_embedding, cos, sin, masks[window], is_causal, past_key_values)
+            x = layer(x, value_embedding, cos, sin, masks[window], is_causal, cache)
             if number == self.config.num_hidden_layers // 2:
                 middle = x
         x = rms_norm(x - self.backout_scale[0] * middle)
-        output = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
+        output = BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
         return output.to_tuple() if return_dict is False else output
 
     def _smeared(self, ids: Tensor, positions: Tensor, previous_ids: Tensor | None, cached: int) -> Tensor:
@@ -279,6 +285,7 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
@@ -289,21 +296,22 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         Args:
             labels: (batch, time) the input ids again, with -100 for tokens that are not counted.
             logits_to_keep: number of last positions that get logits, or their indices; 0 means all.
-            kwargs: arguments of :meth:`NanochatModel.forward`.
+            attention_mask, kwargs: further arguments of :meth:`NanochatModel.forward`.
         """
-        outputs = self.model(input_ids=input_ids, **kwargs)
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         cap = self.config.final_logit_softcapping
         logits = cap * torch.tanh(self.lm_head(outputs.last_hidden_state[:, kept]).float() / cap)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(outputs, CACHE)})
         return output.to_tuple() if return_dict is False else output
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         use_cache: bool | None = True,
@@ -311,12 +319,13 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         **_kwargs: Any,
     ) -> dict[str, Any]:
         """The arguments of the next forward pass; ``input_ids`` holds all tokens so far."""
-        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = past_key_values if cache is None else cache
+        cached = 0 if cache is None else cache.get_seq_length()
         return {
             "input_ids": input_ids[:, cached:],
             "previous_ids": input_ids[:, cached - 1] if cached else None,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            "cache": cache,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
         }
