@@ -139,7 +139,8 @@ def test_generation_ends_at_the_end_of_the_answer(store: Store, tmp_path: Path) 
 
 def test_texts_and_conversations_have_the_same_ids(store: Store, tmp_path: Path) -> None:
     save_random(store, REF)
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(exported(store, tmp_path / "out")), tokenizer()
+    folder, ours = exported(store, tmp_path / "out"), tokenizer()
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert len(theirs) == ours.vocab_size
     assert [theirs.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS] == list(ours.special_ids.values())
     draw = random.Random(0)
@@ -163,7 +164,7 @@ def test_texts_and_conversations_have_the_same_ids(store: Store, tmp_path: Path)
     rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     assert rendered["input_ids"].tolist() == [render_prompt(ours, parse_messages(messages))]
     # The names of the inputs are those that generate takes.
-    assert loaded(tmp_path / "out").generate(**rendered, max_new_tokens=2).size(1) <= rendered["input_ids"].size(1) + 2
+    assert loaded(folder).generate(**rendered, max_new_tokens=2).size(1) <= rendered["input_ids"].size(1) + 2
 
 
 def choice_items(count: int) -> list[dict[str, Any]]:

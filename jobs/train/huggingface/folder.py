@@ -141,7 +141,7 @@ Exported from nanochat. The model needs its own code, `{MODELING_FILE.name}`:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 ```
 
