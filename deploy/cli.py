@@ -26,6 +26,7 @@ PROGRAMS = {
     "train pipeline": ("jobs.train.pipeline", "Run all stages of a recipe, from tokenizer to promotion"),
     "train scaling": ("jobs.train.scaling", "Study how the loss depends on model size and data"),
     "train import-nanochat": ("jobs.train.import_nanochat", "Import a checkpoint of karpathy/nanochat"),
+    "train export": ("jobs.train.export", "Export a checkpoint for transformers or karpathy/nanochat"),
     "generate": ("jobs.eval.generate", "Continue or answer a prompt in the terminal"),
     "eval chat": ("jobs.eval.chat", "Score a chat model on tasks such as MMLU and GSM8K"),
     "eval core": ("jobs.eval.core", "Score a base model on CORE"),

@@ -31,7 +31,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
     ``x`` is (rows, in_features) and ``weight`` is (out_features, in_features) of the same dtype.
     """
-    if x.dtype == torch.float32 and not x.is_cuda and onednn_is_faster():
+    if x.dtype == torch.float32 and x.device.type == "cpu" and onednn_is_faster():
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return y
     return F.linear(x, weight)

@@ -25,14 +25,16 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def choose_device(name: str) -> torch.device:
-    """The device ``cpu``, ``cuda`` or ``auto``: CUDA if torch sees a CUDA device, otherwise the CPU.
+    """The device ``cpu``, ``cuda``, ``mps`` (Apple's GPUs), or ``auto``: CUDA if torch sees a CUDA device, else CPU.
 
-    Raises UserError if ``name`` is ``cuda`` and torch sees no CUDA device.
+    Raises UserError if ``name`` is ``cuda`` or ``mps`` and torch sees no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but torch sees no CUDA device; use auto or cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device mps was asked for, but torch sees no Apple GPU; use auto or cpu")
     return torch.device(name)
 
 
@@ -43,8 +45,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     Training in fp16 also needs a :class:`~nanochat_core.training.loss_scaling.LossScaler`. Training in fp8 also needs
     :func:`~nanochat_core.training.fp8.convert_to_fp8`.
 
-    Raises UserError for ``fp16`` without a GPU, and for ``fp8`` without a GPU that multiplies fp8 numbers.
+    Raises UserError for ``fp16`` without a GPU, for ``fp8`` without a GPU that multiplies fp8 numbers, and for all but
+    fp32 on ``mps``.
     """
+    if device.type == "mps" and name not in ("auto", "fp32"):
+        raise UserError(f"dtype {name} is not supported on mps; use fp32")
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     if name == "fp16" and device.type != "cuda":
@@ -52,6 +57,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY):
         raise UserError("dtype fp8 needs a GPU of compute capability 9.0 (H100) or later; use bf16 or auto")
     return DTYPES[name]
+
+
+def precise_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of sums over many numbers: float64, or float32 on ``mps``, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def to_device(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:

@@ -33,7 +33,7 @@ class CoreSettings(JobSettings):
     revision: str = setting("", "<stage>/step_<n> instead of the newest of a stage")
     bundle: str = setting(PUBLIC_BUNDLE, "evaluation bundle: a folder, s3://bucket/prefix, or the URL of a zip")
     max_per_task: int = setting(0, "items of each task; 0 for all", minimum=0)
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to compute on")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to compute on")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of activations and matrix products")
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
     rank_timeout: float = setting(

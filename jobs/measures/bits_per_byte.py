@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from nanochat_core.device import precise_dtype
 from nanochat_core.model import GPT, IGNORE_INDEX
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.distributed import ALONE, Ranks
@@ -35,7 +36,8 @@ def bits_per_byte(
     """
     device = model.smear_scale.device
     bytes_per_token = torch.tensor(tokenizer.bytes_per_token, device=device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats and bytes
+    precise = precise_dtype(device)
+    sums = torch.zeros(2, dtype=precise, device=device)  # nats and bytes
     tokens = 0
     for number, (ids, targets) in enumerate(_batches(_rows(tokenizer, documents, model.config.context_length), rows)):
         if max_tokens is not None and tokens >= max_tokens:
@@ -44,9 +46,9 @@ def bits_per_byte(
         if number % ranks.size != ranks.rank:
             continue
         ids, targets = ids.to(device), targets.to(device)
-        losses = model.loss(ids, targets, "none").view_as(targets).double()
+        losses = model.loss(ids, targets, "none").view_as(targets).to(precise)
         lengths = torch.where(targets == IGNORE_INDEX, 0, bytes_per_token[targets.clamp(min=0)])
-        sums += torch.stack([(losses * (lengths > 0)).sum(), lengths.sum().double()])
+        sums += torch.stack([(losses * (lengths > 0)).sum(), lengths.sum().to(precise)])
     nats, total_bytes = map(float, ranks.sum(sums).tolist())
     return nats / math.log(2) / max(total_bytes, 1.0)
 

@@ -22,6 +22,7 @@ from jobs.train.reinforce.policy_gradient import PolicyGradient
 from jobs.train.reinforce.rewards import REWARDS, Reward
 from jobs.train.reinforce.rollouts import Answerer, RolloutSettings, RolloutSource, answering, seed_of
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, newest_checkpoint
+from nanochat_core.device import precise_dtype
 from nanochat_core.errors import UserError
 from nanochat_core.settings import setting
 from nanochat_core.training.distributed import Ranks
@@ -148,7 +149,7 @@ def held_out_metrics(
     greedy = [rollouts[0] for rollouts in answerer.answer(mine, seeds, 1, most_likely)]
     drawn = answerer.answer(mine, seeds, samples, settings.sampling)
     # Each rank fills the columns of its own problems, so that the following sums do not depend on the number of ranks.
-    figures = torch.zeros(3, len(problems.held_out), dtype=torch.float64, device=answerer.device)
+    figures = torch.zeros(3, len(problems.held_out), dtype=precise_dtype(answerer.device), device=answerer.device)
     for number, problem, answer, rollouts in zip(numbers, mine, greedy, drawn, strict=True):
         right = sum(reward(problem, rollout) >= 1 for rollout in rollouts)
         figures[:, number] = figures.new_tensor([reward(problem, answer), len(answer.tokens), right])

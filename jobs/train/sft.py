@@ -16,6 +16,7 @@ from jobs.train.loop.schedule import Schedule
 from jobs.train.loop.stage import Stage, StageSettings, rows_per_batch, run_stage
 from jobs.train.loop.start import find_checkpoint, refuse_replacing
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, newest_checkpoint
+from nanochat_core.device import precise_dtype
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT, IGNORE_INDEX
 from nanochat_core.settings import setting
@@ -151,7 +152,7 @@ def _mean_loss(model: GPT, batches: Sequence[Batch], runtime: Runtime) -> float:
     for batch in batches[ranks.rank :: ranks.size]:
         nats += float(model.loss(batch.ids.to(device), batch.targets.to(device), "sum"))
         counted += int((batch.targets != IGNORE_INDEX).sum())
-    sums = ranks.sum(torch.tensor([nats, counted], dtype=torch.float64, device=device))
+    sums = ranks.sum(torch.tensor([nats, counted], dtype=precise_dtype(device), device=device))
     return float(sums[0] / sums[1])
 
 

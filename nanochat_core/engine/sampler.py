@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_core.device import to_device
+from nanochat_core.device import precise_dtype, to_device
 from nanochat_core.engine.request import SamplingParams, Token
 from nanochat_core.engine.sequence import Sequence
 
@@ -265,7 +265,7 @@ class Sampler:
 def _to_host(x: Tensor) -> Tensor:
     """Queue a copy to host memory. On a GPU, the numbers are valid only after the device has made the copy."""
     if not x.is_cuda:
-        return x
+        return x.cpu()
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
@@ -280,13 +280,14 @@ def _drop_below(z: Tensor, threshold: Tensor) -> Tensor:
 def _top_p_threshold(z: Tensor, top_p: Tensor) -> Tensor:
     """For each row, the lowest logit (rows, 1) that ``top_p`` (rows, 1) keeps."""
     highest = z.amax(dim=-1, keepdim=True)
-    whole = (z.logsumexp(dim=-1, keepdim=True) - highest).double().exp()
+    precise = precise_dtype(z.device)
+    whole = (z.logsumexp(dim=-1, keepdim=True) - highest).to(precise).exp()
     left = (z > float("-inf")).sum(dim=-1, keepdim=True)
     # A GPU sorts the whole vocabulary faster than the host can test whether a few candidates are enough.
     candidates = z.size(1) if z.is_cuda else min(TOP_P_CANDIDATES, z.size(1))
     while True:
         best = z.topk(candidates).values
-        weights = (best - highest).double().exp()
+        weights = (best - highest).to(precise).exp()
         sums = weights.cumsum(dim=-1)
         # If top-k has left only a few tokens in a row, their weights are added in order. The other tokens of the row
         # may be absent or may have weight 0, depending on the other rows of the batch. The sum is the same in both

@@ -111,6 +111,8 @@ def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECOND
     if size == 1:
         yield ALONE
         return
+    if device.type == "mps":
+        raise UserError(f"WORLD_SIZE is {size}, but only one rank can use mps; use the device cpu")
     rank = _number("RANK", None)
     if not 0 <= rank < size:
         raise UserError(f"RANK is {rank}; it must be from 0 to WORLD_SIZE - 1, which is {size - 1}")

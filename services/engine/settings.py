@@ -26,7 +26,7 @@ class EngineSettings(EngineOptions, ListenSettings):
     model: str = setting("demo", "name of the model in the store")
     revision: str = setting("", "revision to serve, as <stage>/step_<n>; empty follows promotions")
     poll_seconds: float = setting(5.0, "seconds between two checks for a new promotion", minimum=0.1)
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "device that computes")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device that computes")
     dtype: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "dtype of weights and KV cache; auto is bf16 on GPUs that support it and otherwise fp32"
     )

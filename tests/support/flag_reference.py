@@ -19,6 +19,7 @@ from jobs.eval.generate import GenerateSettings
 from jobs.eval.report import ReportSettings
 from jobs.eval.tokenizer import TokenizerEvalSettings
 from jobs.train.dataset import ConvertSettings, DownloadSettings, ListSettings, ValidateSettings
+from jobs.train.export import ExportSettings
 from jobs.train.import_nanochat import ImportSettings
 from jobs.train.pipeline import PipelineSettings
 from jobs.train.pretrain import PretrainSettings
@@ -52,6 +53,7 @@ PROGRAMS: list[tuple[str, str, type[Any]]] = [
     ("jobs.train.scaling laws", "NANOCHAT_LAWS", LawsSettings),
     ("jobs.train.import_nanochat", "NANOCHAT_IMPORT", ImportSettings),
     ("jobs.eval.generate", "NANOCHAT_GENERATE", GenerateSettings),
+    ("jobs.train.export", "NANOCHAT_EXPORT", ExportSettings),
     ("jobs.eval.chat", "NANOCHAT_CHAT_EVAL", ChatEvalSettings),
     ("jobs.eval.core", "NANOCHAT_CORE", CoreSettings),
     ("jobs.eval.tokenizer", "NANOCHAT_TOKENIZER_EVAL", TokenizerEvalSettings),

@@ -116,10 +116,10 @@ class Scorer:
             low, high = np.searchsorted(place, (start, start + size))
             row, target = (torch.from_numpy(a[low:high]).to(self.device) for a in (place - start, targets))
             if greedy:
-                losses = (logits.argmax(-1)[row] != target).double()
+                losses = logits.argmax(-1)[row] != target
             else:
-                losses = (torch.logsumexp(logits, -1)[row] - logits[row, target]).double()
-            found[order[low:high]] = losses.cpu().numpy()
+                losses = torch.logsumexp(logits, -1)[row] - logits[row, target]
+            found[order[low:high]] = losses.cpu().double().numpy()
         return found
 
 

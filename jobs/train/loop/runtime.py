@@ -25,7 +25,7 @@ from nanochat_core.training.leases import leased
 class RunSettings(JobSettings):
     """Settings that may change when a run is resumed: apart from rounding, they do not change the result of the run."""
 
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to train on")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to train on")
     device_batch_rows: int = setting(32, "rows per forward pass on one device", minimum=1)
     attention: Literal["auto", "sdpa", "flex", "flash"] = setting("auto", "attention kernels; auto takes the fastest")
     compile: bool = setting(True, "compile the model with torch.compile")

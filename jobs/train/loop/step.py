@@ -21,6 +21,7 @@ from torch import Tensor
 from jobs.train.batches.loader import Batch
 from jobs.train.loop.run import RunConfig, RunState, TrainingDiverged
 from jobs.train.loop.runtime import Runtime, StopSignal
+from nanochat_core.device import precise_dtype
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT, IGNORE_INDEX
 from nanochat_core.training.loss_scaling import LossScaler
@@ -150,7 +151,7 @@ class TrainingStep:
         count = int((batch.targets != IGNORE_INDEX).sum())
         counted = self._ranks.sum(torch.full((), count, dtype=torch.int64, device=self._device))
         # Double precision makes the sum independent of the number of ranks.
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        total = torch.zeros((), dtype=precise_dtype(self._device), device=self._device)
         sums: dict[str, Tensor] = {}
         micro_batches = list(self._micro_batches(batch))
         for i, rows in enumerate(micro_batches):

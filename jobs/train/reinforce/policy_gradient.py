@@ -30,6 +30,7 @@ from torch import Tensor
 from jobs.train.batches.loader import Batch
 from jobs.train.reinforce.rewards import Rollout
 from nanochat_core.chunked_loss import softcapped_cross_entropy
+from nanochat_core.device import precise_dtype
 from nanochat_core.model import GPT, IGNORE_INDEX
 
 # Groups whose rewards have a smaller standard deviation count as having equal rewards.
@@ -134,14 +135,14 @@ class PolicyGradient:
         measures: dict[str, Tensor] = {}
         if self._clip:
             limited = ratio.clamp(1 - self._clip, 1 + self._clip) * advantage
-            measures["clipped"] = (limited < gain).sum().double()
+            measures["clipped"] = (limited < gain).sum().to(precise_dtype(gain.device))
             gain = torch.minimum(gain, limited)
         loss = -gain.sum()
         if self._kl and self._reference is not None:
             with torch.no_grad():
                 reference = target_logprobs(self._reference, rows.ids, rows.targets, self._reference.hidden)
             divergence = kl_k3(logprobs, reference).sum()
-            measures["kl"] = divergence.detach().double()
+            measures["kl"] = divergence.detach().to(precise_dtype(divergence.device))
             loss = loss + self._kl * divergence
         return loss, measures
 

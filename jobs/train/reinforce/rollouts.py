@@ -23,6 +23,7 @@ from jobs.train.loop.stage import StageSettings
 from jobs.train.reinforce.policy_gradient import RolloutBatch, advantages, pack
 from jobs.train.reinforce.rewards import Reward, Rollout
 from nanochat_core.chat import parse_messages, render_prompt, stop_token_ids
+from nanochat_core.device import precise_dtype
 from nanochat_core.engine import (
     Completion,
     Engine,
@@ -253,7 +254,7 @@ class RolloutSource:
         informative = int((rewards != rewards[:, :1]).any(dim=1).sum())
         sums = torch.tensor(
             [float(rewards.sum()), lengths, len(rollouts), informative, len(groups)],
-            dtype=torch.float64,
+            dtype=precise_dtype(self._model.cos.device),
             device=self._model.cos.device,
         )
         reward, length, count, informative_groups, group_count = self._ranks.sum(sums).tolist()

@@ -37,7 +37,7 @@ _BLOCK = {
 # Prefix of the parameters' names in a model that torch.compile has compiled.
 _COMPILED_PREFIX = "_orig_mod."
 # Upstream's name of each dimension of the model.
-_SHAPE = {
+SHAPE = {
     "depth": "n_layer",
     "dim": "n_embd",
     "n_head": "n_head",
@@ -110,15 +110,15 @@ def model_config(source: UpstreamCheckpoint) -> ModelConfig:
     given = source.meta.get("model_config")
     if not isinstance(given, dict):
         raise UserError(f"the meta file beside {source.path} has no model_config")
-    missing = sorted({*_SHAPE.values(), "window_pattern"} - given.keys())
-    unknown = sorted(given.keys() - {*_SHAPE.values(), "window_pattern"})
+    missing = sorted({*SHAPE.values(), "window_pattern"} - given.keys())
+    unknown = sorted(given.keys() - {*SHAPE.values(), "window_pattern"})
     if missing or unknown:
         what = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(unknown)
         raise UserError(f"the model_config beside {source.path} {' and '.join(what)}")
-    shape = {ours: given[theirs] for ours, theirs in _SHAPE.items()}
+    shape = {ours: given[theirs] for ours, theirs in SHAPE.items()}
     for ours, value in shape.items():
         if type(value) is not int or not 1 <= value <= _LARGEST:
-            raise UserError(f"the model_config beside {source.path} has {_SHAPE[ours]} {str(value)[:40]!r}")
+            raise UserError(f"the model_config beside {source.path} has {SHAPE[ours]} {str(value)[:40]!r}")
     if not isinstance(given["window_pattern"], str):
         raise UserError(f"the model_config beside {source.path} has a window_pattern that is no text")
     return ModelConfig(

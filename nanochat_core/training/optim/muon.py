@@ -51,7 +51,8 @@ POLAR_EXPRESS = (
 
 def muon_dtype(device: torch.device) -> torch.dtype:
     """The dtype of the orthogonalization: bf16 if the device multiplies it faster than fp32, otherwise fp32."""
-    return torch.bfloat16 if device.type == "cuda" or cpu_multiplies_bf16() else torch.float32
+    fast_bf16 = cpu_multiplies_bf16() if device.type == "cpu" else device.type == "cuda"
+    return torch.bfloat16 if fast_bf16 else torch.float32
 
 
 def muon_update(

@@ -1,0 +1,91 @@
+"""Export a checkpoint for other programs: ``python -m jobs.train.export --model d12 --format huggingface …``."""
+
+import contextlib
+import dataclasses
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+
+from jobs.program import JobSettings, run_program
+from jobs.train.huggingface.folder import write_huggingface
+from jobs.train.upstream.export import write_upstream
+from nanochat_core.checkpoint import (
+    STAGES,
+    Checkpoint,
+    CheckpointRef,
+    check_model_name,
+    list_checkpoints,
+    load_checkpoint,
+)
+from nanochat_core.errors import UserError
+from nanochat_core.settings import setting
+from nanochat_core.store import Store, open_store
+from nanochat_core.store.base import hidden_path
+
+log = logging.getLogger("jobs.train.export")
+
+_WRITERS = {"huggingface": write_huggingface, "nanochat": write_upstream}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportSettings(JobSettings):
+    """Export a checkpoint as a Hugging Face folder or in the layout of karpathy/nanochat."""
+
+    model: str = setting(help="name of the model in the store")
+    revision: str = setting("", "<stage>/step_<n>; by default the newest checkpoint of the model's last stage")
+    format: Literal["huggingface", "nanochat"] = setting(
+        help="huggingface for transformers and lm_eval, or nanochat for karpathy/nanochat"
+    )
+    folder: str = setting(help="folder to write to, which must be new or empty")
+
+
+def export_checkpoint(settings: ExportSettings) -> CheckpointRef:
+    """Write a checkpoint in another format. The folder has all files or, after an error, none."""
+    check_model_name(settings.model)
+    folder = Path(settings.folder).expanduser().absolute()
+    _check_empty(folder)
+    checkpoint = _checkpoint(open_store(settings.home), settings.model, settings.revision)
+    with _new_folder(folder) as part:
+        _WRITERS[settings.format](checkpoint, part)
+    log.info("exported", extra={"checkpoint": checkpoint.ref.prefix, "format": settings.format, "folder": str(folder)})
+    return checkpoint.ref
+
+
+def _checkpoint(store: Store, model: str, revision: str) -> Checkpoint:
+    if revision:
+        return load_checkpoint(store, CheckpointRef.parse(model, revision))
+    for stage in reversed(STAGES):
+        if refs := list_checkpoints(store, model, stage):
+            return load_checkpoint(store, refs[-1])
+    raise UserError(f"model {model!r} has no checkpoint in {store}; train or import it first")
+
+
+def _check_empty(folder: Path) -> None:
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"--folder {folder} is not empty; nothing is replaced, so name a new folder")
+    except OSError as error:
+        raise UserError(f"--folder {folder} cannot be read: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Yields a hidden folder, which is renamed to ``folder`` if the ``with`` block ends without an error."""
+    part = hidden_path(folder)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        part.replace(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two: torch and safetensors on a full disk
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"--folder {folder} cannot be written: {reason}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    run_program("jobs.train.export", "export", ExportSettings, export_checkpoint)
