@@ -33,7 +33,8 @@ from nanochat_core.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 META_FORMAT = 1
-TRAINER_STATE_FORMAT = 1
+# Format 2: the data position has the parts of documents that were not packed yet.
+TRAINER_STATE_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
