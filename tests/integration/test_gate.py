@@ -101,7 +101,7 @@ def test_metrics_of_the_model_that_it_was_made_from_count(store: Store) -> None:
 
 def test_of_several_base_models_only_the_last_one_counts(store: Store) -> None:
     """The second base model was trained from the first one, and may have forgotten what the first one knew."""
-    digests = []
+    digests: list[str] = []
     for name, depth, core in (("one", 3, 0.3), ("two", 4, 0.1)):
         base = CheckpointRef(name, "base", 5)
         inputs = {"base": digests[-1]} if digests else {}

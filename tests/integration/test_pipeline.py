@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from jobs.data.local_text import LocalText
 from jobs.promotion.decisions import latest_decision
 from jobs.promotion.gate import EXIT_REFUSED
 from jobs.promotion.rules import Gate
@@ -433,7 +434,7 @@ def test_web_text_is_downloaded_where_the_store_has_none(
 def test_sigterm_between_stages_ends_the_pipeline(again: Again) -> None:
     @dataclasses.dataclass(frozen=True)
     class Slow(Recipe):
-        def prepare(self, store: Store, name: str, data: Path | None) -> None:
+        def prepare(self, store: Store, name: str, data: LocalText | None) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
 
