@@ -97,12 +97,9 @@ class RunCheckpoints:
     def replace_after(self, step: int) -> None:
         """Delete all checkpoints of steps after ``step`` as soon as the next checkpoint has been saved.
 
-        These later checkpoints are damaged, or belong to an earlier run that is being started over. A UserError is
-        raised if a newer version of nanochat wrote one of them.
+        These later checkpoints are damaged, or belong to an earlier run that is being started over.
         """
         self._replaced = {ref for ref in self._stored() if ref.step > step}
-        for ref in self._replaced:
-            check_formats(self._store, ref)
 
     def save(self, writer: CheckpointWriter, state: RunState, *, finished: bool = False) -> None:
         """Start to write a checkpoint. When it is complete, the writer deletes checkpoints that are no longer needed.

@@ -13,7 +13,7 @@ import torch
 
 from jobs.program import JobSettings
 from jobs.train.loop.metrics import serve_metrics
-from nanochat_core.checkpoint import check_model_name
+from nanochat_core.checkpoint import STAGES, check_formats, check_model_name, list_checkpoints
 from nanochat_core.device import prepare_cpu
 from nanochat_core.settings import setting
 from nanochat_core.store import Lease, Store, open_store
@@ -86,7 +86,8 @@ def open_runtime(name: str, settings: RunSettings, model: str) -> Iterator[Runti
     """Prepare this process for training: choose the device, join the other ranks, and serve metrics on the first.
 
     The runtime holds the lease on ``models/<model>`` of the store for the program ``jobs.train.<name>``. Raises a
-    :class:`UserError` if another program holds this lease.
+    :class:`UserError` if another program holds this lease, or if a newer version of nanochat wrote any checkpoint of
+    the model: the program then ends before it writes anything.
     """
     check_model_name(model)
     prepare_cpu(settings.threads)
@@ -96,4 +97,6 @@ def open_runtime(name: str, settings: RunSettings, model: str) -> Iterator[Runti
         if ranks.leads:
             serve_metrics(settings.metrics_port)
         with leased(store, f"models/{model}", f"jobs.train.{name}", ranks) as lease:
+            for ref in (ref for stage in STAGES for ref in list_checkpoints(store, model, stage)):
+                check_formats(store, ref)
             yield Runtime(store, device, ranks, lease)
