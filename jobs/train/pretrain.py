@@ -192,7 +192,7 @@ def open_training(
     rows = rows_per_batch(plan.batch_tokens, config.context_length)
     sources = [
         open_texts(
-            TextDataset(runtime.store, entry.name, "train", text_cache(rows, runtime.ranks.size)),
+            TextDataset(runtime.store, entry.name, "train", text_cache(rows, runtime.ranks.size, len(entries))),
             tokenizer,
             row_length=config.context_length + 1,
             seed=settings.seed,
