@@ -22,7 +22,7 @@ from jobs.train.batches import loader as loader_module
 from jobs.train.batches import sources
 from jobs.train.batches.loader import Batch, PackedLoader, merge_states
 from jobs.train.batches.packing import Document
-from jobs.train.batches.sources import ConversationSource, TextSource, WindowSource, open_texts
+from jobs.train.batches.sources import ConversationSource, Source, TextSource, WindowSource, open_texts
 from nanochat_core.chat import parse_messages, render_conversation
 from nanochat_core.errors import UserError
 from nanochat_core.model import IGNORE_INDEX
@@ -134,7 +134,7 @@ def test_closing_ends_the_thread(make: Any) -> None:
 
 
 def test_an_error_in_the_thread_is_raised_where_batches_are_taken() -> None:
-    class Breaking:
+    class Breaking(Source):
         def __len__(self) -> int:
             return 1
 

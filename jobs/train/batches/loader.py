@@ -253,10 +253,10 @@ class _VirtualPacker(BestFitPacker):
         return (self._cursor - self.number) // self._count - len(self._waiting)
 
     @property
-    def unseen_documents(self) -> int:
-        """Number of this packer's documents of the first epoch that are not packed yet."""
-        first_epoch = len(range(self.number, len(self._source), self._count))
-        return max(0, first_epoch - self.packed_documents)
+    def unseen_documents(self) -> float:
+        """Number of this packer's documents that are not packed yet."""
+        share = len(range(self.number, len(self._source), self._count))
+        return share * self._source.unseen(self.packed_documents / share) if share else 0.0
 
     def _next_document(self) -> Document | None:
         buffered = next(iter(self._waiting), self._cursor)
