@@ -384,20 +384,6 @@ def test_coverage_adds_up_over_the_ranks(text: TextDataset) -> None:
     assert expected["unseen"] < 0.1
 
 
-def test_what_was_packed_and_padded_is_counted(text: TextDataset) -> None:
-    filling, padding = wide_loader(text, "text"), wide_loader(text, "conversations")
-    packed = 0
-    for _ in range(10):
-        filling.next_batch()
-        packed += int((padding.next_batch().ids != 0).sum())
-    positions = 10 * 8 * (CONTEXT + 1)
-    assert filling.stats["packed"] + filling.stats["repeated"] == positions
-    assert (filling.stats["padding"], filling.stats["cropped"]) == (0, 0)
-    assert padding.stats["packed"] + padding.stats["padding"] == positions
-    # A row has one token more than its inputs. Byte 0 occurs in no conversation, so it marks padding.
-    assert packed <= padding.stats["packed"] <= packed + 80
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a CUDA device")
 def test_pinned_batches_are_the_same_batches(text: TextDataset) -> None:
     pinned, plain = wide_loader(text, "text", pin_memory=True).next_batch(), wide_loader(text, "text").next_batch()

@@ -141,11 +141,6 @@ class PackedLoader:
         """Share of the documents that were never packed to their ends; the share of all ranks is the sum, too."""
         return sum(packer.unseen_documents for packer in self._packers) / self._documents
 
-    @property
-    def stats(self) -> collections.Counter[str]:
-        """The statistics of this loader's packers. They include prefetched batches."""
-        return sum((packer.stats for packer in self._packers), collections.Counter())
-
     def prefetched(self) -> Generator[Batch, None, None]:
         """Yields batches that background threads pack in advance, so that the device does not wait for tokenization.
 
