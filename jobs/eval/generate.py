@@ -133,8 +133,8 @@ def open_sandbox() -> Iterator[SandboxTool]:
 def read_prompt(prompt: str | None, stdin: TextIO | None) -> str:
     """The prompt, or all of ``stdin`` without its last line break if ``prompt`` is None.
 
-    A UserError is raised if ``stdin`` is a terminal, which would wait for a person who waits too, or if it is not
-    UTF-8.
+    A UserError is raised if ``stdin`` is a terminal, because the program would wait for a person who does not expect
+    it, or if it is not UTF-8.
     """
     if prompt is not None:
         return prompt
