@@ -127,7 +127,7 @@ def _training(report: Report) -> list[str]:
             percent(stage["mfu"]),
             "—" if stage["flops"] is None else scientific(stage["flops"]),
             _or_dash(stage["final_loss"], "{:.3f}"),
-            ", ".join(f"{value:.3f} {_UNITS.get(name, name)}" for name, value in stage["held_out"].items()) or "—",
+            ", ".join(f"{value:.3f} {_unit(name)}" for name, value in stage["held_out"].items()) or "—",
         )
         for name, stage in stages.items()
     ]
@@ -142,6 +142,13 @@ def _training(report: Report) -> list[str]:
         *_learning_rates(stages),
         *(f"{line}\n" for line in _hardware(report)),
     ]
+
+
+def _unit(name: str) -> str:
+    """The unit of a held-out metric, and the dataset if the metric is of one dataset of a mixture."""
+    if name.startswith("val_bpb_"):
+        return f"{_UNITS['val_bpb']} on {literal(name.removeprefix('val_bpb_'))}"
+    return _UNITS.get(name, literal(name))
 
 
 def _data_and_gradients(stages: Mapping[str, Report]) -> list[str]:

@@ -85,6 +85,12 @@ def test_the_figures_are_there(shown: str) -> None:
     assert shown in render(EVERYTHING)
 
 
+def test_the_held_out_text_of_each_dataset_of_a_mixture_is_named() -> None:
+    mixed = report("base")
+    mixed["base"]["held_out"] = {"val_bpb": 0.9, "val_bpb_old_books": 1.1}
+    assert "| 0.900 bpb, 1.100 bpb on old\\_books |" in render(mixed)
+
+
 def test_no_cost_is_shown_unless_a_price_was_given() -> None:
     assert "cost" not in render(report(*(part for part in OPTIONAL if part != "price")))
 
