@@ -141,7 +141,7 @@ class Pipeline:
         given = {"recipe": self.recipe.name}
         if data is not None and self.recipe.needs_data:
             given["text"] = data.digest
-        self._has_data(given)
+        self._has_data(given)  # Other data in their place must be an error now, not after a download.
         if data is None and self.recipe.web_shards and self._lacks_text():
             wanted = {"dataset": self.model, "shards": self.recipe.web_shards}
             self._stage("jobs.train.dataset", wanted, subcommand="download")
