@@ -29,9 +29,8 @@ ROW_GROUP_DOCUMENTS = 1000
 SHARD_DOCUMENTS = 50_000
 MANIFEST = "dataset.json"
 MANIFEST_FORMAT = 1
-# Size of the cache of row groups. It has room for those that 64 packers of a loader read at the same time: each packer
-# reads one or two, of about 4 MB each in a web dataset.
-_CACHED_BYTES = 512 * 2**20
+# Usual size of the cache of row groups; a row group of a web dataset takes about 4 MB.
+CACHED_BYTES = 512 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +251,7 @@ class TextDataset:
                 self._length += documents
         if not self._length:
             raise UserError(f"the {split} split of data/{name} holds no document")
-        self._cache = cache or RowGroupCache(_CACHED_BYTES)
+        self._cache = cache or RowGroupCache(CACHED_BYTES)
 
     def __len__(self) -> int:
         return self._length

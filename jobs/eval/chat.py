@@ -160,8 +160,8 @@ def _show(result: Mapping[str, Any], names: Sequence[str], show: Callable[[str],
         # A wrong letter of a multiple-choice question is not shown, because it explains nothing.
         for example in task["examples"] if task["kind"] == "generative" else ():
             if not example["right"]:
-                names = ("before", "question", "expected", "answer", "calls")
-                quoted = {key: example[key] for key in names if example.get(key) or key != "before"}
+                shown = ("before", "question", "expected", "answer", "calls")
+                quoted = {key: example[key] for key in shown if example.get(key) or key != "before"}
                 show(json.dumps({"wrong": name, **quoted}, ensure_ascii=False))
 
 

@@ -13,10 +13,10 @@ def pick_checkpoint(store: Store, model: str, revision: str, *stages: str) -> Ch
     """
     if revision:
         return load_checkpoint(store, CheckpointRef.parse(model, revision))
-    for stage in reversed(stages):
-        if (checkpoint := newest_checkpoint(store, model, stage)) is not None:
-            return checkpoint
-    raise UserError(f"model {model!r} has no {' or '.join(stages)} checkpoint in {store}; train it first")
+    checkpoint = newest_checkpoint(store, model, *reversed(stages))
+    if checkpoint is None:
+        raise UserError(f"model {model!r} has no {' or '.join(stages)} checkpoint in {store}; train it first")
+    return checkpoint
 
 
 def newest_stages(store: Store, model: str, revision: str = "") -> dict[str, Checkpoint]:

@@ -58,7 +58,7 @@ class GenerateSettings(JobSettings):
     seed: int | None = setting(
         None, "seed of the sampling, for the same text again; random by default", minimum=0, maximum=2**64 - 1
     )
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to compute on")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to compute on")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype to compute in; auto is fp32 on CPUs")
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
     log_level: Literal["debug", "info", "warning", "error"] = setting(
@@ -133,8 +133,8 @@ def open_sandbox() -> Iterator[SandboxTool]:
 def read_prompt(prompt: str | None, stdin: TextIO | None) -> str:
     """The prompt, or all of ``stdin`` without its last line break if ``prompt`` is None.
 
-    A UserError is raised if ``stdin`` is a terminal, which would wait for a person who waits too, or if it is not
-    UTF-8.
+    A UserError is raised if ``stdin`` is a terminal, because the program would wait for a person who does not expect
+    it, or if it is not UTF-8.
     """
     if prompt is not None:
         return prompt

@@ -38,6 +38,8 @@ _PLOTS = {
 _MOST_CHARACTERS = 400
 # Number of answers of each chat task that are quoted.
 _RIGHT_ANSWERS, _WRONG_ANSWERS = 1, 3
+# Of the steps at which training wrote samples, this many are shown: the first, the last, and some between them.
+_SAMPLED_STEPS = 5
 
 
 def render(report: Report, plots: Sequence[str] = ()) -> str:
@@ -125,7 +127,7 @@ def _training(report: Report) -> list[str]:
             percent(stage["mfu"]),
             "—" if stage["flops"] is None else scientific(stage["flops"]),
             _or_dash(stage["final_loss"], "{:.3f}"),
-            ", ".join(f"{value:.3f} {_UNITS.get(name, name)}" for name, value in stage["held_out"].items()) or "—",
+            ", ".join(f"{value:.3f} {_unit(name)}" for name, value in stage["held_out"].items()) or "—",
         )
         for name, stage in stages.items()
     ]
@@ -140,6 +142,13 @@ def _training(report: Report) -> list[str]:
         *_learning_rates(stages),
         *(f"{line}\n" for line in _hardware(report)),
     ]
+
+
+def _unit(name: str) -> str:
+    """The unit of a held-out metric, and the dataset if the metric is of one dataset of a mixture."""
+    if name.startswith("val_bpb_"):
+        return f"{_UNITS['val_bpb']} on {literal(name.removeprefix('val_bpb_'))}"
+    return _UNITS.get(name, literal(name))
 
 
 def _data_and_gradients(stages: Mapping[str, Report]) -> list[str]:
@@ -400,6 +409,25 @@ def _samples(report: Report) -> list[str]:
     return lines
 
 
+def _training_samples(report: Report) -> list[str]:
+    """What the model wrote at several steps of pretraining, one prompt after another."""
+    points = report.get("base", {}).get("samples", [])  # A report of an earlier version has none.
+    if len(points) > _SAMPLED_STEPS:
+        points = [points[i * (len(points) - 1) // (_SAMPLED_STEPS - 1)] for i in range(_SAMPLED_STEPS)]
+    written: dict[tuple[int, str], list[tuple[int, str]]] = {}
+    for point in points:
+        for number, (prompt, continuation) in enumerate(point["samples"]):
+            written.setdefault((number, prompt), []).append((point["step"], continuation))
+    lines: list[str] = []
+    for (_, prompt), continuations in written.items():
+        lines += [f"From **{literal(prompt)}**:", ""]
+        for step, continuation in continuations:
+            shown = _shown(continuation) if continuation.strip() else ["*(nothing)*"]
+            label = f"*Step {step:,}:*"
+            lines += [f"{label} {shown[0]}", ""] if len(shown) == 1 else [label, "", *shown, ""]
+    return lines
+
+
 def _inference(report: Report) -> list[str]:
     if not (benchmark := report["benchmark"]):
         return []
@@ -449,6 +477,7 @@ _SECTIONS: dict[str, Callable[[Report], list[str]]] = {
     "Promotion": _promotion,
     "Held-out text": _held_out_text,
     "Samples of the base model": _samples,
+    "Samples during pretraining": _training_samples,
     "Tokenizer": _tokenizer,
     "Inference": _inference,
     "Configuration": _configuration,

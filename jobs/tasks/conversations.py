@@ -164,11 +164,6 @@ class FileConversations:
             digest.update(bytes.fromhex(sha256_of(path)))
         return digest.hexdigest()
 
-    def check(self) -> None:
-        """Read every conversation. Raises the same errors as :meth:`__getitem__`."""
-        for index in range(len(self)):
-            self[index]
-
 
 def _rows_with_answer(rows: Rows, shown: str) -> Sequence[int]:
     """Numbers of the rows that have an assistant's turn after a question; all rows, if the first is not ShareGPT's."""

@@ -98,8 +98,9 @@ def _open(name: str, source: DatasetSource, selection: Selection) -> AnyTask:
 
 
 def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversations | None]:
-    """Open the conversations with this name in a mixture: a built-in dataset, a file or folder of this machine (by its
-    ending or with a slash at the start), or a folder of the store.
+    """Open the conversations with this name in a mixture: a built-in dataset, a file or folder of this machine, or a
+    folder of the store. A name is a path of this machine if it begins with ``/``, ``./``, ``../`` or ``~``, or has the
+    ending of a file of rows.
 
     Returns the training conversations, and the validation conversations if the store has ``data/<name>/val.jsonl`` or
     the names of the files of a local folder state such a split.

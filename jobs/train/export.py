@@ -18,8 +18,8 @@ from nanochat_core.checkpoint import (
     Checkpoint,
     CheckpointRef,
     check_model_name,
-    list_checkpoints,
     load_checkpoint,
+    newest_checkpoint,
 )
 from nanochat_core.errors import UserError
 from nanochat_core.settings import setting
@@ -58,10 +58,10 @@ def export_checkpoint(settings: ExportSettings) -> CheckpointRef:
 def _checkpoint(store: Store, model: str, revision: str) -> Checkpoint:
     if revision:
         return load_checkpoint(store, CheckpointRef.parse(model, revision))
-    for stage in reversed(STAGES):
-        if refs := list_checkpoints(store, model, stage):
-            return load_checkpoint(store, refs[-1])
-    raise UserError(f"model {model!r} has no checkpoint in {store}; train or import it first")
+    checkpoint = newest_checkpoint(store, model, *reversed(STAGES))
+    if checkpoint is None:
+        raise UserError(f"model {model!r} has no checkpoint in {store}; train or import it first")
+    return checkpoint
 
 
 def _check_empty(folder: Path) -> None:

@@ -141,6 +141,19 @@ class Pipeline:
         given = {"recipe": self.recipe.name}
         if data is not None and self.recipe.needs_data:
             given["text"] = data.digest
+        self._has_data(given)  # Other data in their place must be an error now, not after a download.
+        if data is None and self.recipe.web_shards and self._lacks_text():
+            wanted = {"dataset": self.model, "shards": self.recipe.web_shards}
+            self._stage("jobs.train.dataset", wanted, subcommand="download")
+        with Lease(self.store, f"data/{self.model}", "jobs.train.pipeline"):
+            has_data = self._has_data(given)  # Another pipeline may have made them meanwhile.
+            self.recipe.prepare(self.store, self.model, data)
+            if not has_data:
+                origin = given | ({"source": str(data.data.resolve())} if data else {})
+                write_origin(self.store, self.model, origin)
+
+    def _has_data(self, given: Mapping[str, str]) -> bool:
+        """Whether a pipeline has made the model's data. Raises UserError if it was ``given`` something else."""
         stored = read_origin(self.store, self.model)
         if stored is not None and given != {name: stored.get(name) for name in given}:
             source = f" from {stored['source']}" if "source" in stored else ""
@@ -149,14 +162,7 @@ class Pipeline:
                 f"given now; use another --model name, or delete data/{self.model} and data/{self.model}-chat and give "
                 f"--start-over to train {self.model} anew"
             )
-        if data is None and self.recipe.web_shards and self._lacks_text():
-            wanted = {"dataset": self.model, "shards": self.recipe.web_shards}
-            self._stage("jobs.train.dataset", wanted, subcommand="download")
-        with Lease(self.store, f"data/{self.model}", "jobs.train.pipeline"):
-            self.recipe.prepare(self.store, self.model, data)
-            if stored is None:
-                origin = given | ({"source": str(data.data.resolve())} if data else {})
-                write_origin(self.store, self.model, origin)
+        return stored is not None
 
     def _lacks_text(self) -> bool:
         """Whether the store has no shards, or only the shards of an interrupted download."""

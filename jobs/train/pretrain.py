@@ -51,8 +51,8 @@ class PretrainSettings(StageSettings):
 
     start_from: str | None = setting(
         None,
-        "checkpoint of another model to start from: MODEL, MODEL/<stage> or MODEL/<stage>/step_<n>; on the same data "
-        "the run goes on, before the warmdown, to another horizon",
+        "checkpoint of another model to start from: MODEL, MODEL/<stage> or MODEL/<stage>/step_<n>; on the same "
+        "data, the run goes on from before the warmdown to another horizon",
     )
     dataset: str = setting(
         help="name of the text dataset in the store, or a mixture NAME[:WEIGHT],… by shares of the tokens"
@@ -93,7 +93,7 @@ class PretrainSettings(StageSettings):
     core_bundle: str = setting(PUBLIC_BUNDLE, "tasks of CORE: a folder, s3://bucket/prefix, or the URL of a zip file")
     core_max_per_task: int = setting(500, "examples per task of CORE; 0 takes all", minimum=0)
     sample_every: int = setting(
-        0, "steps between samples of text, which are logged, and then also follow the last step; 0 for none", minimum=0
+        0, "steps between samples of text, for the log and the report; the last step has some; 0 for none", minimum=0
     )
 
     @classmethod
@@ -192,7 +192,7 @@ def open_training(
     rows = rows_per_batch(plan.batch_tokens, config.context_length)
     sources = [
         open_texts(
-            TextDataset(runtime.store, entry.name, "train", text_cache(rows, runtime.ranks.size)),
+            TextDataset(runtime.store, entry.name, "train", text_cache(rows, runtime.ranks.size, len(entries))),
             tokenizer,
             row_length=config.context_length + 1,
             seed=settings.seed,

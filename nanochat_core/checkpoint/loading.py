@@ -142,17 +142,19 @@ def check_formats(store: Store, ref: CheckpointRef) -> None:
             load_trainer_state(store, ref)
 
 
-def newest_checkpoint(store: Store, model: str, stage: str) -> Checkpoint | None:
-    """Loads the newest undamaged checkpoint of a stage; None if there is none. It logs and skips damaged checkpoints.
+def newest_checkpoint(store: Store, model: str, *stages: str) -> Checkpoint | None:
+    """Loads the newest undamaged checkpoint of the first of ``stages`` that has one; None if no stage has one.
 
-    Any other error is raised. The checkpoint is then not skipped, because it may be whole: the store may have failed
-    (StoreError), or a newer version may have written the checkpoint (NewerFormatError).
+    Damaged checkpoints are logged and skipped. Any other error is raised. The checkpoint is then not skipped, because
+    it may be whole: the store may have failed (StoreError), or a newer version may have written the checkpoint
+    (NewerFormatError).
     """
-    for ref in reversed(list_checkpoints(store, model, stage)):
-        try:
-            return load_checkpoint(store, ref)
-        except DamagedCheckpoint as error:
-            log.warning("damaged checkpoint skipped", extra={"checkpoint": ref.prefix, "reason": str(error)})
+    for stage in stages:
+        for ref in reversed(list_checkpoints(store, model, stage)):
+            try:
+                return load_checkpoint(store, ref)
+            except DamagedCheckpoint as error:
+                log.warning("damaged checkpoint skipped", extra={"checkpoint": ref.prefix, "reason": str(error)})
     return None
 
 

@@ -235,8 +235,8 @@ def _process_start(pid: int) -> int | None:
     Process ids are used again, and the time tells two processes of the same id apart.
     """
     try:
-        # proc(5): the name in parentheses may contain spaces; the state follows it, and the start is the 22nd field.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # proc(5): the name in parentheses may contain any bytes; the state follows it, and the start is the 22nd field.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return None
-    return None if fields[0] == "Z" else int(fields[19])
+    return None if fields[0] == b"Z" else int(fields[19])

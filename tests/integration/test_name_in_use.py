@@ -1,6 +1,7 @@
 """Two processes that train one model name: one trains and the other is told; after kill -9 the other takes over."""
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nanochat_core.store import Lease
 from tests.support.tiny_training import NAME, PRETRAIN, Jobs, fill
 
 MODULE = "jobs.train.pretrain"
@@ -66,16 +68,25 @@ def test_a_run_whose_name_was_taken_over_ends_and_deletes_nothing(jobs: Jobs) ->
     assert json.loads(jobs.store.read(LEASE)) == lease
 
 
-def test_other_writers_of_a_name_are_told_too(jobs: Jobs, tmp_path: Path) -> None:
-    other = {"format": 1, "token": "another", "program": "another", "host": "here", "pid": 1, "seconds": 2.0}
-    (tmp_path / "book.txt").write_text("Some text.\n\n" * 50)
-    writers: dict[str, tuple[str, dict[str, Any]]] = {
-        "tokenizers/new": ("jobs.train.tokenizer", {"dataset": NAME, "name": "new", "vocab-size": 300}),
-    }
-    for name, (module, flags) in writers.items():
-        # The holder of another machine is dead: its lease of two seconds is watched, and then taken over.
-        jobs.store.write(f"leases/{name}.json", json.dumps(other).encode())
-        job = jobs.run(module, flags)
-        assert any(event["event"].startswith("another program had this name") for event in job.events)
-        assert any(event["event"] == "lease of a dead program taken over" for event in job.events)
-        assert not jobs.store.exists(f"leases/{name}.json")
+@pytest.mark.parametrize(
+    ("name", "module", "flags"),
+    [
+        ("tokenizers/new", "jobs.train.tokenizer", {"dataset": NAME, "name": "new", "vocab-size": 300}),
+        (f"reports/{NAME}", "jobs.eval.report", {"model": NAME}),
+    ],
+)
+def test_other_writers_of_a_name_are_told_too(jobs: Jobs, name: str, module: str, flags: dict[str, Any]) -> None:
+    with Lease(jobs.store, name, "another"):
+        job = jobs.start(module, flags)
+        assert job.wait() == 2
+    assert f"error: another (process {os.getpid()} on" in error_line(job.stderr)
+    assert f"is writing {name} in {jobs.home}" in error_line(job.stderr)
+
+
+def test_the_lease_of_a_dead_program_on_another_machine_is_watched_and_then_taken_over(jobs: Jobs) -> None:
+    dead = {"format": 1, "token": "another", "program": "another", "host": "elsewhere", "pid": 1, "seconds": 2.0}
+    jobs.store.write("leases/tokenizers/new.json", json.dumps(dead).encode())
+    job = jobs.run("jobs.train.tokenizer", {"dataset": NAME, "name": "new", "vocab-size": 300})
+    assert any(event["event"].startswith("another program had this name") for event in job.events)
+    assert any(event["event"] == "lease of a dead program taken over" for event in job.events)
+    assert not jobs.store.exists("leases/tokenizers/new.json")

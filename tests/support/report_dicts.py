@@ -7,6 +7,11 @@ from jobs.promotion.rules import Outcome
 
 MACHINE = {"processor": "A processor", "cores": 2, "torch": "2.9.0"}
 OPTIONAL = ("base", "sft", "rl", "chat", "samples", "core", "chat_tasks", "benchmark", "promotion", "warnings", "price")
+# Samples of pretraining at six steps. Both prompts are the same text.
+TRAINING_SAMPLES = [
+    {"step": step, "samples": [["The", f" *sea* {step}."], ["The", "\n  end" if step > 30 else ""]]}
+    for step in range(10, 70, 10)
+]
 
 
 def stage(name: str, step: int, **changes: Any) -> dict[str, Any]:
@@ -30,6 +35,7 @@ def stage(name: str, step: int, **changes: Any) -> dict[str, Any]:
         "learning_rates": {"head": 0.004, "matrix_64x64": 0.02},
         "gradient_norm": {"median": 0.25, "largest": 3.5},
         "data": {"epochs": 1.25, "unseen_share": 0.0, "cropped_share": 0.015, "cut": 1200, "left_out": 3},
+        "samples": [],
         "made_from": "",
         "rl": None,
     }
@@ -45,7 +51,14 @@ def task(right: int, of: int, **changes: Any) -> dict[str, Any]:
 def report(*parts: str) -> dict[str, Any]:
     """A report with these parts of :data:`OPTIONAL`. Without a stage, it is the report of an imported chat model."""
     stages = {
-        "base": stage("base", 300, held_out={"val_bpb": 0.9}, held_out_bits_per_byte=1.2345, xz_9_bits_per_byte=2.3456),
+        "base": stage(
+            "base",
+            300,
+            held_out={"val_bpb": 0.9},
+            held_out_bits_per_byte=1.2345,
+            xz_9_bits_per_byte=2.3456,
+            samples=TRAINING_SAMPLES if "samples" in parts else [],
+        ),
         "sft": stage("sft", 400, made_from="demo base/step_000300"),
         "rl": stage(
             "rl",

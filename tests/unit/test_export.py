@@ -467,6 +467,14 @@ def test_the_newest_checkpoint_of_the_last_stage_is_taken_unless_another_is_name
     assert "ours base/step_000009" in (named / "README.md").read_text()
 
 
+def test_a_damaged_checkpoint_is_skipped(store: Store, tmp_path: Path) -> None:
+    save_random(store, REF, depth=1)
+    newest = CheckpointRef("ours", "sft", 40)
+    save_random(store, newest, depth=1)
+    (tmp_path / f"home/{newest.prefix}/config.json").write_text("{}")
+    assert "ours sft/step_000030" in (exported(store, tmp_path / "out") / "README.md").read_text()
+
+
 def test_an_empty_folder_may_exist_already(store: Store, tmp_path: Path) -> None:
     save_random(store, REF, depth=1)
     (tmp_path / "out").mkdir()

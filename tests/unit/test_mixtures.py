@@ -220,7 +220,6 @@ def test_conversations_are_read_in_the_forms_that_people_have(
     pq.write_table(pa.Table.from_pylist([row] * 3), tmp_path / "e.parquet")
     for file in sorted(tmp_path.glob("?.*")):
         mixture = Mixture(store, str(file))
-        mixture.check()
         assert len(mixture.training) == 2
         assert [(message.role, message.text) for message in mixture.training[0]] == read
 
@@ -293,7 +292,7 @@ def test_a_file_that_holds_no_conversations_is_named(
 ) -> None:
     file = write(tmp_path / name, content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as raised:
-        Mixture(store, f"{file}").check()
+        Mixture(store, f"{file}").fit(TOKENIZER, 100)
     assert str(raised.value).startswith(f"{file}{complaint}")
 
 

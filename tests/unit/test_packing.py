@@ -179,27 +179,3 @@ def test_a_source_that_pauses_leaves_the_rest_of_the_buffer_to_be_packed_first(m
     made = BestFitPacker(8, 4, mode, PAD, refill)
     for ids, _ in rows_of(made, 50):
         assert ids[0] != PAD
-
-
-@given(lengths, row_lengths, buffer_sizes, modes)
-def test_every_position_and_every_token_that_left_the_buffer_is_counted(
-    lengths: Any, row_length: Any, buffer_size: Any, mode: Any
-) -> None:
-    source = endless(lengths)
-    read = []
-
-    def refill() -> Document:
-        read.append(next(source))
-        return read[-1]
-
-    made = BestFitPacker(row_length, buffer_size, mode, PAD, refill)
-    tokens = [token for ids, _ in rows_of(made) for token in ids]
-    assert made.stats["packed"] + made.stats["repeated"] + made.stats["padding"] == len(tokens)
-    assert made.stats["padding"] == tokens.count(PAD)
-    if mode == "fill":
-        assert made.stats["cropped"] == 0
-        return
-    waiting = {number for number, *_ in made.buffered}
-    gone = sum(len(document.ids) for document in read if document.number not in waiting)
-    assert made.stats["packed"] + made.stats["cropped"] == gone
-    assert made.stats["repeated"] == 0

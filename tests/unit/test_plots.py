@@ -73,6 +73,13 @@ def test_each_panel_has_one_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert 10_000 < (tmp_path / "loss.png").stat().st_size < 300_000
 
 
+def test_a_mixture_has_a_curve_of_each_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = Drawn(monkeypatch)
+    points = [{"step": i, "loss": 3.0, "val_bpb": 1.0, "val_bpb_books": 0.75, "val_bpb_a_b": 1.25} for i in (1, 2)]
+    plot_losses(tmp_path / "loss.png", [("Pretraining", points)])
+    assert drawn.panels[1][2] == {"held-out text": 1.0, "books": 0.75, "a_b": 1.25}
+
+
 def test_learning_rates_and_gradient_norms_are_drawn_where_they_were_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ def test_every_combination_of_what_is_known_is_well_formed(parts: Any) -> None:
     assert ("Reinforcement learning" in sections) == ("rl" in parts)
     assert ("Held-out text" in sections) == ("base" in parts)
     assert ("Held-out conversations" in sections) == ("chat" in parts)
+    assert ("Samples during pretraining" in sections) == ({"base", "samples"} <= {*parts})
     assert ("Promotion" in sections) == ("promotion" in parts)
     assert ("Inference" in sections) == ("benchmark" in parts)
 
@@ -84,6 +85,12 @@ def test_the_figures_are_there(shown: str) -> None:
     assert shown in render(EVERYTHING)
 
 
+def test_the_held_out_text_of_each_dataset_of_a_mixture_is_named() -> None:
+    mixed = report("base")
+    mixed["base"]["held_out"] = {"val_bpb": 0.9, "val_bpb_old_books": 1.1}
+    assert "| 0.900 bpb, 1.100 bpb on old\\_books |" in render(mixed)
+
+
 def test_no_cost_is_shown_unless_a_price_was_given() -> None:
     assert "cost" not in render(report(*(part for part in OPTIONAL if part != "price")))
 
@@ -110,6 +117,14 @@ def test_what_the_model_wrote_on_one_line_is_no_markup() -> None:
     assert "`1+1` gives `2`  \n\\# One \\| \\<b\\>line\\</b\\>, 0  *(wrong" in text
     assert "**The**n it rained." in text
     assert r"> \# Question 0? Or \| two" in text
+
+
+def test_samples_of_training_are_shown_by_prompt_from_the_first_to_the_last_step() -> None:
+    shown = render(EVERYTHING).split("## Samples during pretraining\n")[1].split("\n## ")[0]
+    _, first, second = shown.split("From **The**:\n\n")
+    assert re.findall(r"\*Step (\d+):\* \\\*sea\\\* (\d+)\.", first) == [(f"{n}", f"{n}") for n in (10, 20, 30, 40, 60)]
+    assert second.startswith("*Step 10:* *(nothing)*\n\n")
+    assert second.rstrip().endswith("*Step 60:* end")
 
 
 def test_code_and_answers_of_several_lines_keep_their_lines() -> None:

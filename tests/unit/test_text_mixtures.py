@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from jobs.train.batches.loader import PackedLoader
 from jobs.train.batches.packing import Document
+from jobs.train.batches.sources import Source
 from jobs.train.batches.text_mixtures import BLOCK, TextMixture, mean_length, quotas
 
 
-class Numbered:
+class Numbered(Source):
     """Documents of a dataset. Each token of a document is its position in the endless sequence, plus an offset."""
 
     def __init__(self, count: int, length: int, offset: int) -> None:
@@ -83,6 +84,17 @@ def test_an_epoch_ends_before_a_document_comes_again() -> None:
     assert len(mixed) == pytest.approx(400, abs=1)
     assert mixed.epochs(10 * 400) == pytest.approx([1, 300 / 5000], rel=1e-2)
     assert Counter(token // OFFSET for token in first_tokens(mixture((1, 5, 1), (10**5, 5, 1)), 100)).keys() == {0, 1}
+
+
+def test_after_an_epoch_of_a_mixture_most_of_the_large_dataset_is_unseen() -> None:
+    mixed = mixture((100, 10, 1), (900, 10, 1))
+    loader = PackedLoader(mixed, rows=1, context_length=100, pad_id=0)
+    while loader.epoch < 1:
+        loader.next_batch()
+    assert loader.unseen == pytest.approx(0.8, abs=0.05)
+    while loader.unseen:
+        loader.next_batch()
+    assert loader.epoch == pytest.approx(9, rel=0.1)
 
 
 def test_batches_of_a_mixture_are_resumed_exactly() -> None:

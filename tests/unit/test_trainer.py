@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jobs.train.batches.loader import Batch
-from jobs.train.loop.run import Evaluation, RunConfig, TrainingDiverged, differences, thinned
+from jobs.train.loop.run import Evaluation, RunConfig, TrainingDiverged, thinned
 from jobs.train.loop.runtime import RunSettings, Runtime
 from jobs.train.loop.schedule import Schedule
 from jobs.train.loop.step import Objective, cross_entropy
@@ -292,15 +292,3 @@ def test_a_step_to_keep_has_a_checkpoint_that_is_not_deleted(tmp_path: Path) -> 
     run.config = run._checkpoints._config = dataclasses.replace(run.config, kept_step=3)
     run.run()
     assert [ref.step for ref in list_checkpoints(FolderStore(tmp_path), "m", "base")] == [3, 9]
-
-
-def test_a_setting_that_the_earlier_version_did_not_have_counts_as_its_default() -> None:
-    settings = RunSettings()
-    inputs = {"dataset": "x"}
-    old = {"settings": {"seed": 1}, "inputs": inputs}
-    assert differences(old, {"settings": {"seed": 1, "keep": 2}, "inputs": inputs}, settings) == []
-    assert differences(old, {"settings": {"seed": 1, "keep": 3}, "inputs": inputs}, settings) == ["keep 2 -> 3"]
-    assert differences(old, {"settings": {"seed": 2}, "inputs": {"dataset": "y"}}, settings) == [
-        "seed 1 -> 2",
-        "dataset changed",
-    ]

@@ -126,7 +126,7 @@ def _data_use(plan: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> 
     return {
         "epochs": last.get("epoch"),
         "unseen_share": last.get("unseen"),
-        "cropped_share": last.get("cropped", lost.get("cropped_share")),
+        "cropped_share": lost.get("cropped_share"),
         "cut": lost.get("cut"),
         "left_out": lost.get("left_out"),
     }

@@ -11,7 +11,7 @@ import logging
 import lzma
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from jobs.data.shards import TextDataset
 from jobs.eval.chat_eval.evaluate_tasks import answer_greedily
@@ -24,8 +24,6 @@ from jobs.results.metrics import CONVERSATIONS, HELD_OUT_TEXT, SAMPLES
 from jobs.tasks import demo
 from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.store import Store
-
-T = TypeVar("T")
 
 log = logging.getLogger("jobs.eval.report")
 

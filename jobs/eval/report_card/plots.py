@@ -50,28 +50,39 @@ def draw(folder: Path, report: Mapping[str, Any], histories: Mapping[str, Histor
 def plot_losses(path: Path, stages: Sequence[tuple[str, History]]) -> None:
     """Write a PNG with the training loss of each stage, smoothed and raw, and with its held-out metrics.
 
-    A metric in another unit than the loss, such as bits per byte, has a panel of its own. ``stages`` are pairs of title
-    and history. A point of a history has ``step``, and possibly ``loss`` and held-out metrics. A skipped step has no
-    loss.
+    A metric in another unit than the loss, such as bits per byte, has a panel of its own, with a curve of each dataset
+    if the training text was a mixture. ``stages`` are pairs of title and history. A point of a history has ``step``,
+    and possibly ``loss`` and held-out metrics. A skipped step has no loss.
     """
     wanted = []
     for title, history in stages:
         measured = [name for name in _HELD_OUT if any(name in point for point in history)]
         wanted.append((title, history, True, [name for name in measured if _HELD_OUT[name][1] == _NATS]))
-        wanted += [(f"{title}, held out", history, False, [name]) for name in measured if _HELD_OUT[name][1] != _NATS]
+        wanted += [
+            (f"{title}, held out", history, False, [name, *_datasets(history, name)])
+            for name in measured
+            if _HELD_OUT[name][1] != _NATS
+        ]
     with panels(path, len(wanted), columns=3) as axes:
         for axis, (title, history, with_loss, names) in zip(axes, wanted, strict=True):
             if with_loss:
                 _plot_smoothed(axis, history, "loss", "training loss")
-            for name in names:
-                label, _ = _HELD_OUT[name]
-                axis.plot(*_curve(history, name), "o-", color=HELD_OUT, markersize=4, linewidth=1.2, label=label)
+            for name, shade in zip(names, shades(len(names)), strict=True):
+                whole = name in _HELD_OUT
+                label = _HELD_OUT[name][0] if whole else name.removeprefix(f"{names[0]}_")
+                style = {"color": HELD_OUT if whole else shade, "label": label}
+                axis.plot(*_curve(history, name), "o-", markersize=4, linewidth=1.2, **style)
             unit = _NATS if with_loss else _HELD_OUT[names[0]][1]
             _, losses = _curve(history, "loss")
             if with_loss and losses and min(losses) > 0 and max(losses) / min(losses) > 20:
                 log_scale(axis.yaxis, short)
             axis.set(title=title, xlabel="step", ylabel=unit)
             axis.legend()
+
+
+def _datasets(history: History, name: str) -> list[str]:
+    """Names of the same metric on each dataset of a mixture, such as ``val_bpb_books``."""
+    return sorted({other for point in history for other in point if other.startswith(f"{name}_")})
 
 
 def plot_schedules(path: Path, stages: Sequence[tuple[str, History]]) -> bool:

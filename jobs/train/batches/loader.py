@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.data.shards import RowGroupCache
+from jobs.data.shards import CACHED_BYTES, RowGroupCache
 from jobs.train.batches.packing import BestFitPacker, Document, WhenFull
 from jobs.train.batches.sources import Source, default_workers
 from nanochat_core.errors import UserError
@@ -29,7 +29,6 @@ from nanochat_core.model import IGNORE_INDEX
 # The largest number of packers, and of ranks with rows. A batch of more rows gives some packers several rows each.
 MAX_PACKERS = 1024
 # Packers read different documents at a time: each one or two row groups, whose text takes about 4 MB for web pages.
-_CACHED_BYTES = 512 * 2**20
 _CACHED_BYTES_PER_PACKER = 8 * 2**20
 # Documents in a packer's buffer. It has at most an eighth of the documents that the packer has in an epoch, because an
 # epoch should not begin with all long documents, but at least the smaller number.
@@ -142,11 +141,6 @@ class PackedLoader:
         """Share of the documents that were never packed to their ends; the share of all ranks is the sum, too."""
         return sum(packer.unseen_documents for packer in self._packers) / self._documents
 
-    @property
-    def stats(self) -> collections.Counter[str]:
-        """The statistics of this loader's packers. They include prefetched batches."""
-        return sum((packer.stats for packer in self._packers), collections.Counter())
-
     def prefetched(self) -> Generator[Batch, None, None]:
         """Yields batches that background threads pack in advance, so that the device does not wait for tokenization.
 
@@ -201,10 +195,13 @@ class PackedLoader:
         return [state["packers"][str(packer.number)] for packer in self._packers]
 
 
-def text_cache(rows: int, world_size: int) -> RowGroupCache:
-    """A cache for the text that a rank's packers read at a time, for a global batch of ``rows``."""
+def text_cache(rows: int, world_size: int, datasets: int = 1) -> RowGroupCache:
+    """A cache for the text of one of ``datasets`` datasets that a rank's packers read at a time.
+
+    ``rows`` are those of the global batch. All the datasets' caches together have the size that one dataset's has.
+    """
     packers = math.ceil(min(rows, MAX_PACKERS) / world_size)
-    return RowGroupCache(max(_CACHED_BYTES, packers * _CACHED_BYTES_PER_PACKER))
+    return RowGroupCache(max(CACHED_BYTES, packers * _CACHED_BYTES_PER_PACKER) // datasets)
 
 
 def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -251,10 +248,10 @@ class _VirtualPacker(BestFitPacker):
         return (self._cursor - self.number) // self._count - len(self._waiting)
 
     @property
-    def unseen_documents(self) -> int:
-        """Number of this packer's documents of the first epoch that are not packed yet."""
-        first_epoch = len(range(self.number, len(self._source), self._count))
-        return max(0, first_epoch - self.packed_documents)
+    def unseen_documents(self) -> float:
+        """Number of this packer's documents that are not packed yet."""
+        share = len(range(self.number, len(self._source), self._count))
+        return share * self._source.unseen(self.packed_documents / share) if share else 0.0
 
     def _next_document(self) -> Document | None:
         buffered = next(iter(self._waiting), self._cursor)

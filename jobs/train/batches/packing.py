@@ -17,7 +17,6 @@ for as many rows as the buffer has documents begins the next row. So no document
 """
 
 import bisect
-import collections
 import dataclasses
 from collections.abc import Callable
 from typing import Literal
@@ -55,8 +54,7 @@ class BestFitPacker:
     """Packs rows from a buffer of documents by the rules of this module.
 
     Attributes:
-        stats: counts of ``packed`` tokens, of ``repeated`` tokens (context after a cut), of ``cropped`` tokens, which
-            are lost, and of positions with ``padding``.
+        row: number of the next row.
     """
 
     def __init__(
@@ -76,7 +74,6 @@ class BestFitPacker:
         """
         self.row_length, self.buffer_size = row_length, buffer_size
         self.when_full, self.pad_id = when_full, pad_id
-        self.stats: collections.Counter[str] = collections.Counter()
         self.row = 0
         self._refill = refill
         # Sorted by length; documents of equal length are in order of arrival.
@@ -107,7 +104,6 @@ class BestFitPacker:
         """Pack one row: ``(ids, counted)``, (row_length,) int32 and bool."""
         ids = np.full(self.row_length, self.pad_id, dtype=np.int32)
         counted = np.zeros(self.row_length, dtype=bool)
-        stats = self.stats.copy()
         filled = 0
         while filled < self.row_length:
             while len(self._buffer) < self.buffer_size and (document := self._refill()) is not None:
@@ -117,9 +113,7 @@ class BestFitPacker:
                 place = self._best_fit(self.row_length - filled)
             if place is None:
                 break
-            filled += self._pack(place, ids[filled:], counted[filled:], stats)
-        stats["padding"] += self.row_length - filled
-        self.stats = stats  # A new object, because another thread may be reading the old one.
+            filled += self._pack(place, ids[filled:], counted[filled:])
         self.row += 1
         return ids, counted
 
@@ -139,7 +133,7 @@ class BestFitPacker:
             return bisect.bisect_left(self._lengths, self._lengths[fitting - 1])
         return 0 if self.when_full == "fill" else None
 
-    def _pack(self, place: int, ids: np.ndarray, counted: np.ndarray, stats: collections.Counter[str]) -> int:
+    def _pack(self, place: int, ids: np.ndarray, counted: np.ndarray) -> int:
         """Copy a document into the rest of a row, and put what does not fit back; returns the number of tokens."""
         self._lengths.pop(place)
         waiting = self._buffer.pop(place)
@@ -150,11 +144,6 @@ class BestFitPacker:
         ids[:taken], counted[:taken] = document.ids[start:end], document.counted[start:end]
         if start:
             counted[0] = False  # It was a target before the cut, and is context here.
-        stats["packed"] += taken - bool(start)
-        stats["repeated"] += bool(start)
-        if end < len(document.ids):
-            if self.when_full == "fill":
-                self.put(document, end - 1)  # The next piece begins with this piece's last token, as context.
-            else:
-                stats["cropped"] += len(document.ids) - end
+        if end < len(document.ids) and self.when_full == "fill":
+            self.put(document, end - 1)  # The next piece begins with this piece's last token, as context.
         return taken

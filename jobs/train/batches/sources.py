@@ -31,6 +31,10 @@ class Source(Protocol):
     def document(self, number: int) -> Document:
         """The document at this position of the endless sequence."""
 
+    def unseen(self, epochs: float) -> float:
+        """Share of the documents that were never shown after this many epochs."""
+        return max(0.0, 1.0 - epochs)
+
 
 class Texts(Protocol):
     """The documents of a text dataset, such as :class:`~jobs.data.shards.TextDataset`."""
@@ -55,7 +59,7 @@ def open_texts(texts: Texts, tokenizer: Tokenizer, *, row_length: int, seed: int
     return WindowSource(small, tokenizer, row_length=row_length, seed=seed, threads=threads)
 
 
-class TextSource:
+class TextSource(Source):
     """Documents of a text dataset in stored order, each after a BOS token. Every token is counted as a target."""
 
     def __init__(self, texts: Texts, tokenizer: Tokenizer) -> None:
@@ -69,7 +73,7 @@ class TextSource:
         return Document(number, ids, np.ones(len(ids), dtype=bool))
 
 
-class WindowSource:
+class WindowSource(Source):
     """The documents of a small dataset, cut into windows of at most a row, in a new order each epoch.
 
     A few long documents would otherwise keep their packers busy while the other packers repeat the rest, and windows
@@ -131,7 +135,7 @@ class EpochShuffle:
         return order
 
 
-class ConversationSource:
+class ConversationSource(Source):
     """Conversations in a new order each epoch. Only the assistant's tokens are counted as targets."""
 
     def __init__(self, conversations: Sequence[Sequence[Message]], tokenizer: Tokenizer, seed: int) -> None:
@@ -146,7 +150,7 @@ class ConversationSource:
         return Document(number, np.asarray(ids, dtype=np.int32), np.asarray(mask, dtype=bool))
 
 
-class LengthSource:
+class LengthSource(Source):
     """Placeholder documents with the order and the lengths (conversations,) int64 of :class:`ConversationSource`.
 
     Packing them counts the batches of an epoch without tokenizing the conversations again.

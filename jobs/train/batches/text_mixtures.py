@@ -30,11 +30,10 @@ _CACHED_BLOCKS = 64
 _MEASURED_RUNS, _MEASURED_RUN = 8, 32
 
 
-class TextMixture:
+class TextMixture(Source):
     """Documents of several text datasets, each with the share of the tokens that its weight gives.
 
-    An epoch ends before any document is shown again: when one of the datasets has been shown once. It is a
-    :class:`Source`.
+    An epoch ends before any document is shown again: when one of the datasets has been shown once.
 
     Attributes:
         shares: share of the documents that come from each dataset; they add up to 1.
@@ -58,6 +57,11 @@ class TextMixture:
         which = int(chosen[place])
         document = self._sources[which].document(block * self._quotas[which] + int(earlier[place]))
         return dataclasses.replace(document, number=number)
+
+    def unseen(self, epochs: float) -> float:
+        shown = [epochs * len(self) * share for share in self.shares]
+        sizes = [len(source) for source in self._sources]
+        return sum(max(0.0, size - part) for size, part in zip(sizes, shown, strict=True)) / sum(sizes)
 
     def epochs(self, tokens: float) -> list[float]:
         """How often each dataset is shown in ``tokens`` tokens of the mixture."""

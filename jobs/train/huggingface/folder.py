@@ -49,10 +49,12 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     safetensors.torch.save_file(_weights(checkpoint), folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", _config(config, tokenizer))
     _write_json(folder / "generation_config.json", _token_ids(tokenizer))
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizers_file(tokenizer), ensure_ascii=False) + "\n")
+    (folder / "tokenizer.json").write_text(
+        json.dumps(tokenizers_file(tokenizer), ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(checkpoint))
     shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
-    (folder / "README.md").write_text(_readme(checkpoint))
+    (folder / "README.md").write_text(_readme(checkpoint), encoding="utf-8")
 
 
 def exported_name(name: str) -> str:
@@ -123,7 +125,7 @@ def _tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "eos_token": BOS if is_base else ASSISTANT_END,
         "pad_token": BOS,
         "additional_special_tokens": [token for token in SPECIAL_TOKENS if token != BOS],
-        "chat_template": CHAT_TEMPLATE_FILE.read_text(),
+        "chat_template": CHAT_TEMPLATE_FILE.read_text(encoding="utf-8"),
     }
 
 
@@ -151,4 +153,4 @@ tokens long.
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

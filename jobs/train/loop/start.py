@@ -64,8 +64,7 @@ def find_checkpoint(store: Store, text: str, *stages: str) -> Checkpoint:
     if "/" in revision:
         return load_checkpoint(store, CheckpointRef.parse(name, revision))
     wanted = (revision,) if revision else stages
-    found = (newest_checkpoint(store, name, stage) for stage in wanted if stage in STAGES)
-    checkpoint = next(filter(None, found), None)
+    checkpoint = newest_checkpoint(store, name, *(stage for stage in wanted if stage in STAGES))
     if checkpoint is None:
         raise UserError(f"--start-from names {text!r}, but {store} has no such checkpoint")
     return checkpoint

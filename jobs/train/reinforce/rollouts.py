@@ -173,8 +173,8 @@ class SharedCalls:
 
 
 class RolloutSource:
-    """Batches of rollouts, one for each step. Each rank samples a contiguous part of the step's problems.
-    The parts differ by at most one problem.
+    """Batches of rollouts, one for each step. Each rank samples a contiguous part of the step's problems, and the parts
+    differ by at most one problem.
 
     Asynchronous rollouts of the next step are sampled while a step trains, with the weights from before the update. The
     rollouts of the first step after a checkpoint are an exception: they wait for the new weights, because a run that
