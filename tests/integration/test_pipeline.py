@@ -161,7 +161,14 @@ def test_every_stage_leaves_what_it_makes_and_the_model_is_promoted(finished: Pa
     assert tuned.meta["finished"]
     assert tuned.meta["inputs"]["base"] == base.weights_digest
     assert promoted(store, MODEL) == tuned.ref
-    names = ("conversations.png", "decisions/sft_step_000020.json", "loss.png", "report.json", "report.md")
+    names = (
+        "conversations.png",
+        "decisions/sft_step_000020.json",
+        "loss.png",
+        "report.json",
+        "report.md",
+        "schedule.png",
+    )
     assert store.keys(f"reports/{MODEL}") == [f"reports/{MODEL}/{name}" for name in names]
     decision = latest_decision(store, tuned.ref, tuned.weights_digest)
     assert decision.promoted

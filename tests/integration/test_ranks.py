@@ -156,8 +156,9 @@ def test_a_run_moves_from_three_ranks_to_two_to_five(jobs: Jobs, one_rank: Jobs)
 def assert_close(result: Result, expected: Result) -> None:
     """The losses differ only by rounding, which grows with the steps; the data's coverage does not differ."""
     losses, alone = ([point["loss"] for point in one.history] for one in (result, expected))
-    assert losses[0] == pytest.approx(alone[0], rel=1e-6)
-    assert losses[:5] == pytest.approx(alone[:5], rel=2**-8 if cpu_multiplies_bf16() else 1e-4)
+    # Ranks with other numbers of rows multiply with other kernels, so already the first loss is rounded differently.
+    assert losses[0] == pytest.approx(alone[0], rel=1e-5)
+    assert losses[:5] == pytest.approx(alone[:5], rel=2**-8 if cpu_multiplies_bf16() else 1e-3)
     assert losses == pytest.approx(alone, rel=1e-2)
     for name in ("epoch", "unseen"):
         assert [point[name] for point in result.history] == pytest.approx([point[name] for point in expected.history])

@@ -56,7 +56,7 @@ def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "home"))
 
 
-def exported(store: Store, folder: Path, **changes: Any) -> Path:
+def exported(store: Store, folder: Path, /, **changes: Any) -> Path:
     given = {"home": str(store), "model": "ours", "format": "huggingface", "folder": str(folder)}
     export_checkpoint(ExportSettings(**(given | changes)))
     return folder
