@@ -69,10 +69,10 @@ async def serve(settings: EngineSettings) -> int:
             log.error("ending because the device loop has died")
             return EXIT_DEVICE_LOOP_DIED
         log.info("draining", extra={"drain_seconds": settings.drain_seconds})
-        servicer.draining = True
         following.cancel()
         announcing.cancel()
         await service.set_serving(False)
+        servicer.begin_draining()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(host.drained(), settings.drain_seconds)
         return EXIT_DEVICE_LOOP_DIED if loop_died.is_set() else 0
