@@ -93,7 +93,5 @@ class _Replay:
         return End(tuple(unsaid)) if unsaid else None
 
     def _error(self, reason: str) -> UserError:
-        position = len(self._seq.tokens) - self._seq.prompt_length
-        return UserError(
-            f"continued choice {self._seq.choice} {reason} (after {position} tokens); no engine can have said it"
-        )
+        choice, replayed = self._seq.choice, self._seq.completion_length
+        return UserError(f"continued choice {choice} {reason} (after {replayed} tokens); no engine can have said it")

@@ -69,6 +69,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except EngineDead as error:
             await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
+        if request.continued:
+            self._metrics.continued()
         try:
             async for output in stream:
                 tokens += len(output.tokens)
@@ -104,6 +106,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             kv_blocks_total=load.blocks_total,
             kv_blocks_used=load.blocks_used,
             revision=model.ref.revision,
+            waiting_tokens=load.waiting_tokens,
         )
 
     async def Reload(self, request: engine_pb2.ReloadRequest, context: Context) -> engine_pb2.ModelInfo:
