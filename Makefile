@@ -59,7 +59,7 @@ protos: setup ## Regenerate the gRPC stubs
 # No index is named in the lock, so that a mirror serves as well.
 lock: setup ## Pin the dependencies again after a change to pyproject.toml (UPGRADE=--upgrade takes newer versions)
 	@uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header $(UPGRADE) \
-	  pyproject.toml $(addprefix --extra ,gateway engine sandbox jobs) $(addprefix --group ,dev installer node) -o requirements.lock
+	  pyproject.toml $(addprefix --extra ,gateway engine sandbox tracing jobs) $(addprefix --group ,dev installer node) -o requirements.lock
 
 images: ## Build nanochat-{gateway,engine,sandbox,jobs}:dev (BUILD_NETWORK=host where builds have no network)
 	@REVISION=$$(git rev-parse HEAD 2>/dev/null) docker compose --profile train build gateway engine sandbox train

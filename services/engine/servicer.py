@@ -16,6 +16,7 @@ from nanochat_core.engine import ConstraintError, EngineDead, QueueFull, Shed
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2, engine_pb2_grpc
 from nanochat_core.store import Store, StoreError
+from nanochat_core.tracing.span import current_span
 from services.engine.conversion import chunk, core_request
 from services.engine.metrics import Metrics
 from services.engine.model_host import ModelHost, ServedModel
@@ -74,6 +75,9 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
         finally:
             model.engine.close_stream(request_id)
+            if span := current_span.get():
+                span.attributes |= {"gen_ai.usage.input_tokens": len(request.prompt_token_ids)}
+                span.attributes |= {"gen_ai.usage.output_tokens": tokens, "gen_ai.request.model": model.ref.model}
             log.info(
                 "generated" if stream.finished else "ended early",
                 extra={

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from nanochat_core.settings import setting
+from nanochat_core.tls import TlsSettings
+from nanochat_core.tracing.tracer import TracingSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class GatewaySettings:
+class GatewaySettings(TlsSettings, TracingSettings):
     """Serves an OpenAI-style REST API and the chat page in front of one or more inference engines."""
 
     host: str = setting("127.0.0.1", "address to listen on")
