@@ -10,7 +10,7 @@ STATIC := services/gateway/static
 # tests/install-servers puts programs for tests and lint into the cache.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH):$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/nanochat-tests/bin
 
-.PHONY: help run test test-unit test-cluster test-numerics lint format docs protos lock images release clean setup
+.PHONY: help run test test-unit test-cluster test-numerics chaos lint format docs protos lock images release clean setup
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -41,6 +41,12 @@ test-cluster: setup ## Tests of images, compose, chart and jobs; needs make imag
 
 test-numerics: setup $(STATIC)/index.html ## Run the tests that train with the rounding of other processors, and other seeds
 	@$(PYTHON) -m tests.support.numerics
+
+# MINUTES and SEED may be set: make chaos MINUTES=1 SEED=7
+MINUTES := 10
+SEED := 1
+chaos: setup ## Kill, stop and start all services under load, and count what clients see
+	@$(PYTHON) -m tests.benchmarks.chaos --minutes $(MINUTES) --seed $(SEED)
 
 lint: setup ## Style, types, the rules of who imports whom, unused dependencies, workflows
 	@ruff check . && ruff format --check . && mypy

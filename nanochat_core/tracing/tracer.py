@@ -13,7 +13,7 @@ from nanochat_core.tracing.span import Span, current_span
 
 @dataclasses.dataclass(frozen=True)
 class TracingSettings:
-    """Where traces go. All services have the same settings."""
+    """Where traces go. All services have the same setting."""
 
     otlp_endpoint: str = setting(
         "",
@@ -21,21 +21,17 @@ class TracingSettings:
         "exports nothing",
         env="OTEL_EXPORTER_OTLP_ENDPOINT",
     )
-    trace_ratio: float = setting(
-        1.0,
-        "share of the traces that are exported; a trace that the caller began is exported if the caller samples it",
-        env="NANOCHAT_TRACE_RATIO",
-        minimum=0.0,
-        maximum=1.0,
-    )
 
 
 class Tracer:
     """The spans of one service."""
 
-    def __init__(self, service: str, settings: TracingSettings) -> None:
-        """Raises UserError if traces are to be exported and the packages for that are not installed."""
-        self._ratio = settings.trace_ratio if settings.otlp_endpoint else 0.0
+    def __init__(self, service: str, settings: TracingSettings, ratio: float = 0.0) -> None:
+        """``ratio`` is the share of the traces that begin here and are exported. Of other traces, the caller decides.
+
+        Raises UserError if traces are to be exported and the packages for that are not installed.
+        """
+        self._ratio = ratio if settings.otlp_endpoint else 0.0
         self._exporter = None
         if settings.otlp_endpoint:
             try:

@@ -33,7 +33,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     settings name TLS files or an exporter of traces that cannot be used.
     """
     metrics = Metrics()
-    tracer, tls = Tracer("gateway", settings), tls_files(settings)
+    tracer, tls = Tracer("gateway", settings, settings.trace_ratio), tls_files(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -50,6 +50,12 @@ class GatewaySettings(TlsSettings, TracingSettings):
     cors_origins: tuple[str, ...] = setting(
         (), "web origins whose pages may call the API, comma separated; * allows all, empty allows none"
     )
+    trace_ratio: float = setting(
+        1.0,
+        "share of the requests whose trace is exported; if a request brings its own trace, the caller has decided",
+        minimum=0,
+        maximum=1,
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe event that is logged")
 
     def __post_init__(self) -> None:

@@ -100,13 +100,11 @@ def make_variants() -> list[Variant]:
             "logit_bias": {str(token): bias for token, bias in CALLING.items()},
         },
     }
-    return [
-        Variant(
-            name, {"model": "tiny", "messages": [{"role": "user", "content": f"Tell me of {name}."}], **body}, stream
-        )
-        for name, body in kinds.items()
-        for stream in (True, False)
-    ]
+    variants = []
+    for name, body in kinds.items():
+        request = {"model": "tiny", "messages": [{"role": "user", "content": f"Tell me of {name}."}], **body}
+        variants += [Variant(name, request, stream) for stream in (True, False)]
+    return variants
 
 
 async def ask(client: openai.AsyncOpenAI, variant: Variant) -> list[Any]:

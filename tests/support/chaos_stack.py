@@ -60,7 +60,7 @@ class Instance:
 
     def __init__(self, kind: str, number: int, flags: list[str]) -> None:
         self.kind, self.name = kind, f"{kind} {number}"
-        self.port = _free_port()
+        self.port = free_port()
         self.state = State.DEAD
         self.ready_since: float | None = None
         self.harms: list[Harm] = []
@@ -101,16 +101,18 @@ class Instance:
         """Find out whether the process is ready, and whether it has exited."""
         if self._process is not None and self.state is not State.DEAD and self._process.poll() is not None:
             self._note(State.DEAD, "exit")
-        if self.state is not State.STARTED or not await (
-            _answers_http(self.port) if self.kind == "gateway" else _is_serving(self.address)
-        ):
-            self.ready_since = None
-        else:
+        ready = self.state is State.STARTED and await self._answers()
+        if ready and self.state is State.STARTED:  # it may have been harmed in the meantime
             self.ready_since = self.ready_since or time.monotonic()
+        else:
+            self.ready_since = None
 
     def settled(self, seconds: float) -> bool:
         """Whether the process has been ready for ``seconds``, so that the others have noticed it."""
         return self.ready_since is not None and time.monotonic() - self.ready_since >= seconds
+
+    async def _answers(self) -> bool:
+        return await (_answers_http(self.port) if self.kind == "gateway" else _is_serving(self.address))
 
     def _signal(self, number: int, state: State, action: str) -> None:
         assert self._process is not None
@@ -210,7 +212,8 @@ async def _answers_http(port: int) -> bool:
             return False
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -128,8 +128,6 @@ capabilities:
 {{- with .Values.tracing.otlpEndpoint -}}
 - name: OTEL_EXPORTER_OTLP_ENDPOINT
   value: {{ . }}
-- name: NANOCHAT_TRACE_RATIO
-  value: {{ $.Values.tracing.ratio | quote }}
 {{- end -}}
 {{- end -}}
 
