@@ -10,7 +10,7 @@ STATIC := services/gateway/static
 # tests/install-servers puts programs for tests and lint into the cache.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH):$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/nanochat-tests/bin
 
-.PHONY: help run test test-unit test-cluster test-numerics lint format docs protos lock images release clean setup
+.PHONY: help run test test-unit test-cluster test-numerics chaos lint format docs protos lock images release clean setup
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -42,6 +42,12 @@ test-cluster: setup ## Tests of images, compose, chart and jobs; needs make imag
 test-numerics: setup $(STATIC)/index.html ## Run the tests that train with the rounding of other processors, and other seeds
 	@$(PYTHON) -m tests.support.numerics
 
+# MINUTES and SEED may be set: make chaos MINUTES=1 SEED=7
+MINUTES := 10
+SEED := 1
+chaos: setup ## Kill, stop and start all services under load, and count what clients see
+	@$(PYTHON) -m tests.benchmarks.chaos --minutes $(MINUTES) --seed $(SEED)
+
 lint: setup ## Style, types, the rules of who imports whom, unused dependencies, workflows
 	@ruff check . && ruff format --check . && mypy
 	@lint-imports --no-logo && deptry .
@@ -59,7 +65,7 @@ protos: setup ## Regenerate the gRPC stubs
 # No index is named in the lock, so that a mirror serves as well.
 lock: setup ## Pin the dependencies again after a change to pyproject.toml (UPGRADE=--upgrade takes newer versions)
 	@uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header $(UPGRADE) \
-	  pyproject.toml $(addprefix --extra ,gateway engine sandbox jobs) $(addprefix --group ,dev installer node) -o requirements.lock
+	  pyproject.toml $(addprefix --extra ,gateway engine sandbox tracing jobs) $(addprefix --group ,dev installer node) -o requirements.lock
 
 images: ## Build nanochat-{gateway,engine,sandbox,jobs}:dev (BUILD_NETWORK=host where builds have no network)
 	@REVISION=$$(git rev-parse HEAD 2>/dev/null) docker compose --profile train build gateway engine sandbox train

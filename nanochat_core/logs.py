@@ -7,11 +7,16 @@ import sys
 import time
 from typing import Any
 
+from nanochat_core.tracing.span import current_span
+
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record as one JSON object, with the values of ``extra`` as further fields."""
+    """Formats a record as one JSON object, with the values of ``extra`` as further fields.
+
+    Events of a task that serves a request also have the request's id and trace.
+    """
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -24,6 +29,8 @@ class JsonFormatter(logging.Formatter):
             "service": self.service,
             "event": record.getMessage(),
         }
+        if span := current_span.get():
+            event |= span.log_fields()
         event |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
         if record.exc_info:
             event["exception"] = self.formatException(record.exc_info)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import enum
 from collections.abc import Mapping
@@ -178,6 +179,8 @@ class Request:
     tools: ToolPolicy = NO_TOOLS  # ignored if the request has a constraint
     priority: int = 0  # lower values are scheduled first; equal values are scheduled in order of arrival
     continued: tuple[Continuation, ...] = ()
+    # Context variables of the request's Python calls, so that they belong to the request's trace.
+    context: contextvars.Context | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def unfinished(self) -> list[int]:

@@ -156,7 +156,8 @@ class ToolLoop:
         The coroutine is created only here, because Python warns about a coroutine that never starts.
         """
         if self._calls.get(seq) is tasks:
-            tasks.append(asyncio.get_running_loop().create_task(self._run(seq, call, runner)))
+            run = self._run(seq, call, runner)
+            tasks.append(asyncio.get_running_loop().create_task(run, context=seq.request.context))
 
     async def _run(self, seq: Sequence, call: ToolCall, runner: ToolRunner) -> None:
         started = time.monotonic()

@@ -1,5 +1,6 @@
 """Converts between the messages of ``engine.proto`` and the types of the inference core."""
 
+import contextvars
 import dataclasses
 
 from nanochat_core.engine import (
@@ -25,7 +26,10 @@ _FINISH_REASONS = {
 
 
 def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Request:
-    """Convert a request for the inference core. ``request_id`` replaces the client's id."""
+    """Convert a request for the inference core. ``request_id`` replaces the client's id.
+
+    The request's Python calls belong to the span of the current task.
+    """
     sampling = request.sampling
     return Request(
         id=request_id,
@@ -49,6 +53,7 @@ def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Reques
         tools=ToolPolicy(request.tools.enabled, request.tools.max_calls, request.tools.max_output_tokens),
         priority=request.priority,
         continued=tuple(map(_continuation, request.continued)),
+        context=contextvars.copy_context(),
     )
 
 

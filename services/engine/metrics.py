@@ -14,8 +14,8 @@ _STEP = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 class Metrics(Observer):
     """All metrics of an engine service, in a registry of their own. The engine reports its events to this object."""
 
-    def __init__(self, load: Callable[[], Load]) -> None:
-        """``load`` returns the current load of all engines."""
+    def __init__(self, load: Callable[[], Load], sandboxes: Callable[[], int] = lambda: 0) -> None:
+        """``load`` returns the current load of all engines, ``sandboxes`` the number of sandboxes that take calls."""
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._gauge("requests_running", "Sequences in the batch", lambda: load().running)
@@ -24,6 +24,7 @@ class Metrics(Observer):
         self._gauge("kv_cache_usage_ratio", "Share of the KV cache's blocks in use", lambda: _cache_usage(load()))
         self._gauge("waiting_tokens", "Known tokens that must still be computed", lambda: load().waiting_tokens)
         self._continued = self._counter("requests_continued", "Requests that continue what another engine began")
+        self._gauge("sandboxes", "Sandboxes that can take Python calls", sandboxes)
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of admitted requests")
         self._generated = self._counter("generation_tokens", "Sampled tokens")
         self._preemptions = self._counter("preemptions", "Sequences that lost their blocks and are computed again")
@@ -35,6 +36,7 @@ class Metrics(Observer):
         self._finished = self._counter("requests_finished", "Finished choices by reason", "reason")
         self._refused = self._counter("requests_refused", "Refused requests by reason", "reason")
         self._tools = self._counter("tool_calls", "Python calls by status", "status")
+        self._tool_retries = self._counter("tool_retries", "Python calls that were made again at another sandbox")
         self._queued = self._histogram(
             "queue_time_seconds", "Time from arrival to the start of the computation", _LATENCY
         )
@@ -78,6 +80,10 @@ class Metrics(Observer):
 
     def tool_called(self, status: str) -> None:
         self._tools.labels(status).inc()
+
+    def tool_retried(self) -> None:
+        """Count a Python call that is made again at another sandbox."""
+        self._tool_retries.inc()
 
     def finished(self, reason: str, since_arrival: float) -> None:
         self._finished.labels(reason).inc()

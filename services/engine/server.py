@@ -20,7 +20,6 @@ SERVICE = engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
 # A request is a prompt of at most the context length, perhaps a JSON schema, and for each choice what it has already
 # said, at up to 8 bytes a token. A reply may be a tokenizer of 100,000 entries; as JSON, it takes a few MiB.
 _MAX_RECEIVE_BYTES, _MAX_SEND_BYTES = 16 << 20, 64 << 20
-_MIN_PING_SECONDS = 10
 _HANG_CHECK_SECONDS = 1.0
 EXIT_DEVICE_LOOP_DIED = 70
 
@@ -31,27 +30,24 @@ async def serve(settings: EngineSettings) -> int:
     The port is open from the start. Health reports SERVING once a model is loaded. The result is the process's exit
     code.
     """
-    service = GrpcService(
-        SERVICE,
-        max_receive_bytes=_MAX_RECEIVE_BYTES,
-        max_send_bytes=_MAX_SEND_BYTES,
-        min_ping_seconds=_MIN_PING_SECONDS,
-    )
-    sandbox = SandboxClient(settings.sandbox_address) if settings.sandbox_address else None
+    service = GrpcService(SERVICE, settings, max_receive_bytes=_MAX_RECEIVE_BYTES, max_send_bytes=_MAX_SEND_BYTES)
+    sandbox = None
+    if settings.sandbox_address:
+        sandbox = SandboxClient(settings.sandbox_address, service.tls, on_retry=lambda: metrics.tool_retried())
     model_loaded, loop_died = asyncio.Event(), asyncio.Event()
 
     def model_changed(model: ServedModel) -> None:
         metrics.model(model.ref.model, model.ref.revision, model.info.compute_dtype)
         model_loaded.set()
 
-    metrics = Metrics(lambda: host.load())
+    metrics = Metrics(lambda: host.load(), lambda: sandbox.serving if sandbox else 0)
     loader = ModelLoader(settings, tool_runner=sandbox, observer=metrics)
     host = ModelHost(
         loader, retire_seconds=settings.retire_seconds, on_change=model_changed, on_loop_death=loop_died.set
     )
     servicer = EngineServicer(host, loader.store, metrics)
     engine_pb2_grpc.add_EngineServicer_to_server(servicer, service.server)
-    await service.start(settings, metrics.registry)
+    await service.start(metrics.registry)
 
     async def announce() -> None:
         await model_loaded.wait()

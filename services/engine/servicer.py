@@ -11,12 +11,13 @@ import grpc
 from grpc.aio import ServicerContext as Context
 
 from nanochat_core.checkpoint.manifest import TOKENIZER, WEIGHTS
+from nanochat_core.daemon_threads import run_in_daemon_thread
 from nanochat_core.engine import ConstraintError, EngineDead, QueueFull, Shed
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2, engine_pb2_grpc
 from nanochat_core.store import Store, StoreError
+from nanochat_core.tracing.span import current_span
 from services.engine.conversion import chunk, core_request
-from services.engine.daemon_threads import run_in_daemon_thread
 from services.engine.metrics import Metrics
 from services.engine.model_host import ModelHost, ServedModel
 from services.engine.model_report import read_report
@@ -81,6 +82,9 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
         finally:
             model.engine.close_stream(request_id)
+            if span := current_span.get():
+                span.attributes |= {"gen_ai.usage.input_tokens": len(request.prompt_token_ids)}
+                span.attributes |= {"gen_ai.usage.output_tokens": tokens, "gen_ai.request.model": model.ref.model}
             log.info(
                 "generated" if stream.finished else "ended early",
                 extra={

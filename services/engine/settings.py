@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from nanochat_core.discovery import split_target
 from nanochat_core.engine import EngineConfig
 from nanochat_core.engine.config import EngineOptions
 from nanochat_core.grpc_service import ListenSettings
@@ -31,8 +32,10 @@ class EngineSettings(EngineOptions, ListenSettings):
         "auto", "dtype of weights and KV cache; auto is bf16 on GPUs that support it and otherwise fp32"
     )
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
-    sandbox_address: str = setting(
-        "", "host:port of the sandbox; if empty, the model's Python calls get an error message"
+    sandbox_address: tuple[str, ...] = setting(
+        (),
+        "host:port of the sandboxes, comma separated; each address of a name is one sandbox; if empty, the model's "
+        "Python calls get an error message",
     )
     kv_cache_mib: int = setting(0, "size of the KV cache in MiB; 0 derives it from memory and max-running", minimum=0)
     retire_seconds: float = setting(
@@ -47,6 +50,10 @@ class EngineSettings(EngineOptions, ListenSettings):
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "lowest level of the log events that are written"
     )
+
+    def __post_init__(self) -> None:
+        for target in self.sandbox_address:
+            split_target(target)
 
     def engine_config(self) -> EngineConfig:
         """The settings of the inference core."""

@@ -1,5 +1,6 @@
 """The gateway as an ASGI application: middleware, endpoints and error handlers."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -8,6 +9,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
+from nanochat_core.tls import tls_files
+from nanochat_core.tracing.tracer import Tracer
 from services.gateway.api import chat, completions, docs, models, probes, report, tokens
 from services.gateway.api.web_page import WebPage
 from services.gateway.engines.routing import EnginePool
@@ -26,14 +29,17 @@ base URL. Answers in which the model ran Python carry `nanochat.tool_events`."""
 def create_app(settings: GatewaySettings) -> FastAPI:
     """Builds the application. From its startup to its shutdown, it is connected to the engines.
 
-    Its ``state.drain`` exists at once, and its ``state.pool`` exists after the startup.
+    Its ``state.drain`` exists at once, and its ``state.pool`` exists after the startup. Raises UserError if the
+    settings name TLS files or an exporter of traces that cannot be used.
     """
     metrics = Metrics()
+    tracer, tls = Tracer("gateway", settings, settings.trace_ratio), tls_files(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with contextlib.aclosing(EnginePool(settings, metrics)) as app.state.pool:
+        async with contextlib.aclosing(EnginePool(settings, metrics, tls)) as app.state.pool:
             yield
+        await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="nanochat",
@@ -59,5 +65,5 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             expose_headers=["x-request-id", "Retry-After"],
         )
     app.add_middleware(SecurityHeaders)
-    app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(RequestLog, metrics=metrics, tracer=tracer)
     return app

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from nanochat_core.settings import setting
+from nanochat_core.tls import TlsSettings
+from nanochat_core.tracing.tracer import TracingSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class GatewaySettings:
+class GatewaySettings(TlsSettings, TracingSettings):
     """Serves an OpenAI-style REST API and the chat page in front of one or more inference engines."""
 
     host: str = setting("127.0.0.1", "address to listen on")
@@ -47,6 +49,12 @@ class GatewaySettings:
     static_dir: str = setting(str(Path(__file__).parent / "static"), "folder with the built web page")
     cors_origins: tuple[str, ...] = setting(
         (), "web origins whose pages may call the API, comma separated; * allows all, empty allows none"
+    )
+    trace_ratio: float = setting(
+        1.0,
+        "share of the requests whose trace is exported; if a request brings its own trace, the caller has decided",
+        minimum=0,
+        maximum=1,
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe event that is logged")
 

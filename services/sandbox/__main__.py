@@ -46,6 +46,7 @@ async def serve(config: SandboxSettings, executor: SandboxExecutor) -> None:
     """Serves until SIGTERM or SIGINT, then refuses new calls, lets running calls finish and closes ``executor``."""
     service = GrpcService(
         SERVICE,
+        config,
         max_receive_bytes=config.max_code_bytes + _MESSAGE_OVERHEAD,
         # A reply holds three outputs. An invalid byte is replaced by a character that takes three bytes in UTF-8.
         max_send_bytes=9 * config.max_output_bytes + _MESSAGE_OVERHEAD,
@@ -53,7 +54,7 @@ async def serve(config: SandboxSettings, executor: SandboxExecutor) -> None:
     metrics = Metrics(executor)
     servicer = SandboxServicer(executor, metrics, config.max_code_bytes)
     sandbox_pb2_grpc.add_SandboxServicer_to_server(servicer, service.server)
-    await service.start(config, metrics.registry)
+    await service.start(metrics.registry)
     await service.announce_ready(log, profile=executor.profile)
     await service.stop_requested.wait()
     log.info("draining", extra={"running": executor.stats.running, "drain_seconds": config.drain_seconds})

@@ -8,6 +8,7 @@ import grpc
 
 from nanochat_core.protos import sandbox_pb2, sandbox_pb2_grpc
 from nanochat_core.sandbox import Limits, ResultFormat, SandboxExecutor, WorkerFailed
+from nanochat_core.tracing.span import current_span
 from services.sandbox.metrics import Metrics
 
 log = logging.getLogger("nanochat.sandbox")
@@ -50,6 +51,8 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         seconds = time.monotonic() - started
         self._metrics.observe(result, seconds)
+        if span := current_span.get():
+            span.attributes["nanochat.status"] = result.status.value
         # The log never contains the code, its output or its error, because they belong to a user's conversation.
         log.info(
             "execution",

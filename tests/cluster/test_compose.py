@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +124,24 @@ def test_sandbox_is_on_a_network_without_a_way_out(stack: Stack) -> None:
     networks = stack.containers()["sandbox"]["NetworkSettings"]["Networks"]
     details = json.loads(run("docker", "network", "inspect", *networks).stdout)
     assert [network["Internal"] for network in details] == [True]
+
+
+def test_load_spreads_over_all_engines_behind_the_name(stack: Stack) -> None:
+    def finished() -> dict[str, float]:
+        query = urllib.parse.quote("sum by (instance) (nanochat_engine_requests_finished_total)")
+        found = get_json(f"http://127.0.0.1:{stack.prometheus_port}/api/v1/query?query={query}")["data"]["result"]
+        return {item["metric"]["instance"]: float(item["value"][1]) for item in found}
+
+    def chat_until_used(engines: int) -> None:
+        body = {"model": "demo", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
+        deadline = time.monotonic() + 60
+        while (used := sum(count > 0 for count in finished().values())) != engines:
+            assert time.monotonic() < deadline, f"{used} of {engines} engines had a request"
+            get_json(f"http://127.0.0.1:{stack.port}/v1/chat/completions", body)
+
+    chat_until_used(2)
+    stack.compose("up", "--detach", "--wait", "--no-recreate", "--scale", "engine=3", "engine")
+    chat_until_used(3)
 
 
 def test_dashboard_asks_for_metrics_that_exist(stack: Stack) -> None:

@@ -41,7 +41,11 @@ engine:
   tolerations: [{key: nvidia.com/gpu, operator: Exists}]
   rollingUpdate: {maxSurge: 0, maxUnavailable: 1}
   serviceAccountAnnotations: {example.org/role: reader}
+sandbox: {replicas: 2}
+tls: {enabled: true, secrets: {gateway: gateway-tls, engine: engine-tls, sandbox: sandbox-tls}}
+tracing: {otlpEndpoint: "http://collector.monitoring:4318", ratio: 0.1}
 networkPolicy:
+  otlpTo: [{namespaceSelector: {matchLabels: {name: monitoring}}}]
   gatewayFrom: [{namespaceSelector: {matchLabels: {name: ingress}}}]
   metricsFrom: [{namespaceSelector: {matchLabels: {name: monitoring}}}]
   s3To: [{ipBlock: {cidr: 10.0.0.0/8}}]
@@ -161,6 +165,8 @@ def test_server_accepts_chart(namespace: str, values: str) -> None:
         ("engine.gpu.count=-1", "gpu/count"),
         ("store.type=nfs", "store/type"),
         ("store.type=s3", "store.s3.url"),
+        ("tls.enabled=true", "tls.secrets"),
+        ("tracing.otlpEndpoint=collector", "tracing/otlpEndpoint"),
     ],
 )
 def test_chart_names_the_value_that_is_wrong(setting: str, problem: str) -> None:

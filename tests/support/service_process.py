@@ -25,10 +25,21 @@ REPOSITORY = Path(__file__).parents[2]
 class ServiceProcess:
     """A running ``python -m <module> <flags>``. ``events`` holds the events that it has logged."""
 
-    def __init__(self, module: str, *flags: str, port: int = 0, ready: bool = True) -> None:
+    METRICS: tuple[str, ...] = ("--metrics-port", "0")
+
+    def __init__(
+        self,
+        module: str,
+        *flags: str,
+        port: int = 0,
+        ready: bool = True,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """``credentials`` are those of :attr:`channel`; without them, it is not encrypted."""
         self.events: list[dict[str, Any]] = []
+        self._credentials = credentials
         self.started = time.monotonic()
-        self.process = self._start(module, "--port", str(port), "--metrics-port", "0", *flags)
+        self.process = self._start(module, "--port", str(port), *self.METRICS, *flags)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if ready:
@@ -43,7 +54,10 @@ class ServiceProcess:
         event = self.wait_for("ready")
         self.seconds_to_ready = time.monotonic() - self.started
         self.address, self.metrics_url = event["address"], f"http://{event['metrics_address']}/metrics"
-        self.channel = grpc.insecure_channel(self.address)
+        if self._credentials:
+            self.channel = grpc.secure_channel(self.address, self._credentials)
+        else:
+            self.channel = grpc.insecure_channel(self.address)
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -84,12 +98,22 @@ class ServiceProcess:
         return code
 
 
+class GatewayProcess(ServiceProcess):
+    """A running ``python -m services.gateway``. It serves metrics on its only port."""
+
+    METRICS = ()
+
+    def __init__(self, *engines: str, flags: Iterable[str] = ()) -> None:
+        super().__init__("services.gateway", "--engine-addresses", ",".join(engines), *flags)
+        self.url = f"http://{self.address}"
+
+
 class EngineProcess(ServiceProcess):
     """A running ``python -m services.engine``, with methods that call it."""
 
-    def __init__(self, home: Path, *flags: str, model: str = "tiny", ready: bool = True) -> None:
+    def __init__(self, home: Path, *flags: str, model: str = "tiny", **options: Any) -> None:
         store = ("--home", str(home), "--model", model, "--poll-seconds", "0.1")
-        super().__init__("services.engine", "--threads", "1", *store, *flags, ready=ready)
+        super().__init__("services.engine", "--threads", "1", *store, *flags, **options)
 
     def _start(self, module: str, *arguments: str) -> ForkedProgram:
         # Importing torch takes most of an engine's start. The end-to-end tests start engines as users do.

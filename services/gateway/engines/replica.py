@@ -12,9 +12,12 @@ from collections.abc import Iterator
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from nanochat_core.discovery import Endpoint, split_target
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2, engine_pb2_grpc
+from nanochat_core.tls import TlsFiles
 from nanochat_core.tokenizer import Tokenizer
+from services.gateway.engines.channel import open_channel
 from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
 
@@ -49,7 +52,7 @@ class ServedModel:
 class Replica:
     """One engine at ``host:port``. Its state changes when :meth:`watch` checks the engine, and when a request fails."""
 
-    def __init__(self, address: str, settings: GatewaySettings, metrics: Metrics) -> None:
+    def __init__(self, address: str, settings: GatewaySettings, metrics: Metrics, tls: TlsFiles | None = None) -> None:
         self.address = address
         self.model: ServedModel | None = None  # as of the last check
         # Number of the latest request that was sent here. The replica with the smallest number has waited longest for a
@@ -58,20 +61,7 @@ class Replica:
         self._settings = settings
         self._up = metrics.engine_up.labels(address)
         self._up.set(0)
-        self._channel = grpc.aio.insecure_channel(
-            address,
-            options=[
-                # Keepalive pings find out that a machine is gone while the gateway waits for an answer from it.
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
-                # gRPC waits up to two minutes between attempts by default; an engine that is back should serve at once.
-                ("grpc.initial_reconnect_backoff_ms", 200),
-                ("grpc.max_reconnect_backoff_ms", 2_000),
-                ("grpc.min_reconnect_backoff_ms", int(settings.connect_timeout_seconds * 1000)),
-                ("grpc.max_receive_message_length", settings.max_message_bytes),
-                ("grpc.max_send_message_length", settings.max_message_bytes),
-            ],
-        )
+        self._channel = open_channel(Endpoint(address, split_target(address)[0]), settings, tls)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self.stub = engine_pb2_grpc.EngineStub(self._channel)
         self._why_down: str | None = ""  # None while the engine is healthy

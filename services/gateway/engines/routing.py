@@ -11,6 +11,7 @@ import grpc
 
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2
+from nanochat_core.tls import TlsFiles
 from services.gateway.engines.replica import Replica, ServedModel
 from services.gateway.engines.request import PromptEncoder, engine_request
 from services.gateway.errors import ApiError, bad_request, from_rpc, model_not_found, no_engine
@@ -40,11 +41,11 @@ def least_loaded(replicas: Iterable[Replica]) -> Replica:
 class EnginePool:
     """The replicas and the tasks that watch them, with the gateway's settings and metrics."""
 
-    def __init__(self, settings: GatewaySettings, metrics: Metrics) -> None:
+    def __init__(self, settings: GatewaySettings, metrics: Metrics, tls: TlsFiles | None = None) -> None:
         """The caller must run inside the event loop that will use the pool."""
         self.settings = settings
         self.metrics = metrics
-        self._replicas = [Replica(address, settings, metrics) for address in settings.engine_addresses]
+        self._replicas = [Replica(address, settings, metrics, tls) for address in settings.engine_addresses]
         self._watches = [asyncio.create_task(replica.watch()) for replica in self._replicas]
 
     async def aclose(self) -> None:
@@ -120,12 +121,11 @@ async def generate(
 
     Before the first chunk, another replica takes the request over if the chosen replica can't be reached or has no
     room. If the chosen replica refuses the prompt because its new model has another tokenizer, the prompt is encoded
-    again. The engine also gets ``request_id`` as gRPC metadata ``x-request-id``.
+    again. The engine also gets the id and the trace of the current span as gRPC metadata.
 
     Raises:
         ApiError: the request doesn't fit the model, or no replica could start on it.
     """
-    metadata = (("x-request-id", request_id),)
     failed: list[Replica] = []
     refreshed: set[Replica] = set()
     failure: ApiError | None = None
@@ -139,7 +139,7 @@ async def generate(
         prompt = await encode(model)
         request = engine_request(body, model, prompt, pool.settings, request_id=request_id, seed=seed)
         with replica.busy(request.n), contextlib.ExitStack() as stack:
-            call = replica.stub.Generate(request, timeout=pool.settings.request_timeout_seconds, metadata=metadata)
+            call = replica.stub.Generate(request, timeout=pool.settings.request_timeout_seconds)
             stack.callback(call.cancel)
             try:
                 first = await call.read()

@@ -1,19 +1,19 @@
-"""One log event and a few metrics for each HTTP request."""
+"""One log event, one span and a few metrics for each HTTP request."""
 
 import dataclasses
 import logging
 import time
-import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nanochat_core.tracing.span import REQUEST_ID, Span
+from nanochat_core.tracing.tracer import Tracer
 from services.gateway.errors import internal_error
 from services.gateway.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-_MAX_REQUEST_ID_CHARACTERS = 128
 # Kubernetes and Prometheus ask for these paths every few seconds. Log events for them would hide the other events.
 _QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 
@@ -34,20 +34,25 @@ class RequestRecord:
 
 
 class RequestLog:
-    """ASGI middleware that logs and counts each request, and answers 500 if nothing else has handled an error.
+    """ASGI middleware that logs, traces and counts each request, and answers 500 if nothing else has handled an error.
 
     It puts a :class:`RequestRecord` into ``scope["state"]["record"]`` and returns the request's id to the client.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracer: Tracer) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = RequestRecord(_request_id(Headers(scope=scope)))
+        with self._tracer.request(scope["method"], Headers(scope=scope)) as span:
+            await self._serve(scope, receive, send, span)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, span: Span) -> None:
+        record = RequestRecord(span.request_id)
         scope.setdefault("state", {})["record"] = record
         began = False
 
@@ -56,11 +61,13 @@ class RequestLog:
             if message["type"] == "http.response.start":
                 began = True
                 record.status = record.status or message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+                MutableHeaders(scope=message)[REQUEST_ID] = record.request_id
             await send(message)
 
         quiet = scope["path"] in _QUIET_PATHS
-        if not quiet:
+        if quiet:
+            span.sampled = False
+        else:
             self._metrics.in_flight.inc()
         try:
             await self._app(scope, receive, send_observed)
@@ -73,9 +80,9 @@ class RequestLog:
         finally:
             if not quiet:
                 self._metrics.in_flight.dec()
-            self._finish(scope, record, logging.DEBUG if quiet else logging.INFO)
+            self._finish(scope, record, span, logging.DEBUG if quiet else logging.INFO)
 
-    def _finish(self, scope: Scope, record: RequestRecord, level: int) -> None:
+    def _finish(self, scope: Scope, record: RequestRecord, span: Span, level: int) -> None:
         seconds = time.perf_counter() - record.started
         # The label is the route's pattern, because the number of different paths is unbounded.
         route = getattr(scope.get("route"), "path", None) or "other"
@@ -93,12 +100,13 @@ class RequestLog:
         if record.error is not None:
             facts["error"] = record.error
         logger.log(level, "request", extra=facts)
-
-
-def _request_id(headers: Headers) -> str:
-    """Returns the client's ``x-request-id`` if it is safe to log, and a new id otherwise."""
-    given = headers.get("x-request-id", "")
-    short = 0 < len(given) <= _MAX_REQUEST_ID_CHARACTERS
-    if short and given.isascii() and given.isprintable() and given == given.strip():
-        return given
-    return uuid.uuid4().hex
+        span.name = f"{scope['method']} {route}"
+        span.attributes |= {"http.request.method": scope["method"], "http.response.status_code": record.status}
+        if record.model is not None:
+            span.attributes |= {
+                "gen_ai.request.model": record.model,
+                "gen_ai.usage.input_tokens": record.prompt_tokens,
+                "gen_ai.usage.output_tokens": record.completion_tokens,
+            }
+        if record.status >= 500 or record.error is not None:
+            span.error = record.error or str(record.status)

@@ -90,6 +90,61 @@ capabilities:
 {{- end }}
 {{- end -}}
 
+{{/* Environment variables of mutual TLS. */}}
+{{- define "nanochat.tlsEnv" -}}
+{{- if .Values.tls.enabled -}}
+- name: NANOCHAT_TLS_CA
+  value: /etc/nanochat/tls/ca.crt
+- name: NANOCHAT_TLS_CERTIFICATE
+  value: /etc/nanochat/tls/tls.crt
+- name: NANOCHAT_TLS_KEY
+  value: /etc/nanochat/tls/tls.key
+{{- end -}}
+{{- end -}}
+
+{{/* Mount of a component's Secret. A mount without subPath follows changes of the Secret. */}}
+{{- define "nanochat.tlsMount" -}}
+{{- if .Values.tls.enabled -}}
+- name: tls
+  mountPath: /etc/nanochat/tls
+  readOnly: true
+{{- end -}}
+{{- end -}}
+
+{{/* Volume with a component's Secret. Takes (list $ "component"). */}}
+{{- define "nanochat.tlsVolume" -}}
+{{- $root := index . 0 -}}
+{{- $component := index . 1 -}}
+{{- if $root.Values.tls.enabled -}}
+- name: tls
+  secret:
+    secretName: {{ required (printf "tls.secrets.%s is needed with tls.enabled=true" $component) (index $root.Values.tls.secrets $component) }}
+    defaultMode: 0440
+{{- end -}}
+{{- end -}}
+
+{{/* Environment variables of the export of traces. */}}
+{{- define "nanochat.tracingEnv" -}}
+{{- with .Values.tracing.otlpEndpoint -}}
+- name: OTEL_EXPORTER_OTLP_ENDPOINT
+  value: {{ . }}
+{{- end -}}
+{{- end -}}
+
+{{/* Egress rule for the collector of traces. */}}
+{{- define "nanochat.tracingEgress" -}}
+{{- if .Values.tracing.otlpEndpoint -}}
+- ports:
+    {{- range .Values.networkPolicy.otlpPorts }}
+    - {port: {{ . }}}
+    {{- end }}
+  {{- with .Values.networkPolicy.otlpTo }}
+  to:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- end -}}
+{{- end -}}
+
 {{- define "nanochat.storeClaim" -}}
 {{- default (printf "%s-store" (include "nanochat.fullname" .)) .Values.store.pvc.existingClaim -}}
 {{- end -}}

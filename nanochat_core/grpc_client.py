@@ -1,0 +1,109 @@
+"""Channels to other services: with mutual TLS, whose files may change, and with each request's id and trace.
+
+This module needs only grpcio, so every service can import it.
+"""
+
+import asyncio
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import grpc
+
+from nanochat_core.discovery import Endpoint
+from nanochat_core.tls import Identity, TlsFiles, client_credentials
+from nanochat_core.tracing.span import current_span
+
+
+class ServiceChannel:
+    """A channel to one endpoint, for the stubs that protoc generates.
+
+    New calls use the newest TLS files. Calls that began with older files finish on the older connection.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, tls: TlsFiles | None = None, options: Sequence[tuple[str, Any]] = ()
+    ) -> None:
+        """``options`` are gRPC's channel options. Without ``tls``, the channel is not encrypted.
+
+        The caller must run inside the event loop that will use the channel.
+        """
+        self._endpoint, self._tls, self._options = endpoint, tls, list(options)
+        self._connection: _Connection | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def unary_unary(self, method: str, **codecs: Any) -> "_Method":
+        """Called by stubs."""
+        return _Method(self, "unary_unary", method, codecs)
+
+    def unary_stream(self, method: str, **codecs: Any) -> "_Method":
+        """Called by stubs."""
+        return _Method(self, "unary_stream", method, codecs)
+
+    async def close(self) -> None:
+        """Close the connections and cancel the calls that still run."""
+        if self._connection is not None:
+            await self._connection.channel.close()
+        await asyncio.gather(*self._closing)
+
+    def connection(self) -> "_Connection":
+        """The connection for a new call."""
+        identity = self._tls.current() if self._tls else None
+        if self._connection is None or self._connection.identity is not identity:
+            old, self._connection = self._connection, _Connection(self._open(identity), identity)
+            if old is not None:
+                old.replaced = True
+                self.close_if_unused(old)
+        return self._connection
+
+    def close_if_unused(self, connection: "_Connection") -> None:
+        """Close a replaced connection after its last call."""
+        if connection.replaced and connection.calls == 0:
+            task = asyncio.get_running_loop().create_task(connection.channel.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    def _open(self, identity: Identity | None) -> Any:
+        if identity is None:
+            return grpc.aio.insecure_channel(self._endpoint.address, options=self._options)
+        # The channel connects to a number, but the certificate is valid for the name that was looked up.
+        name = ("grpc.ssl_target_name_override", self._endpoint.host)
+        credentials = client_credentials(identity)
+        return grpc.aio.secure_channel(self._endpoint.address, credentials, options=[*self._options, name])
+
+
+@dataclasses.dataclass(eq=False)
+class _Connection:
+    """A channel of gRPC with one identity, and the number of its running calls."""
+
+    channel: Any
+    identity: Identity | None
+    methods: dict[str, Any] = dataclasses.field(default_factory=dict)
+    calls: int = 0
+    replaced: bool = False
+
+
+class _Method:
+    """One method of a service. Each call goes over the newest connection of the channel."""
+
+    def __init__(self, channel: ServiceChannel, kind: str, name: str, codecs: dict[str, Any]) -> None:
+        self._channel, self._kind, self._name, self._codecs = channel, kind, name, codecs
+
+    def __call__(self, request: Any = None, *, metadata: Iterable[tuple[str, str]] = (), **options: Any) -> Any:
+        """Start a call, as a method of :mod:`grpc.aio` does. Metadata given here replaces the request's headers."""
+        connection = self._channel.connection()
+        method = connection.methods.get(self._name)
+        if method is None:
+            method = connection.methods[self._name] = getattr(connection.channel, self._kind)(
+                self._name, **self._codecs
+            )
+        span = current_span.get()
+        headers = (span.headers() if span else {}) | dict(metadata)
+        call = method(request, metadata=tuple(headers.items()) or None, **options)
+        connection.calls += 1
+        call.add_done_callback(lambda _: self._ended(connection))
+        return call
+
+    def _ended(self, connection: _Connection) -> None:
+        connection.calls -= 1
+        self._channel.close_if_unused(connection)

@@ -1,0 +1,68 @@
+"""Makes a span for each request that a service gets, and exports the sampled ones if there is a collector."""
+
+import contextlib
+import dataclasses
+import random
+import time
+from collections.abc import Iterator, Mapping
+
+from nanochat_core.errors import UserError
+from nanochat_core.settings import setting
+from nanochat_core.tracing.span import Span, current_span
+
+
+@dataclasses.dataclass(frozen=True)
+class TracingSettings:
+    """Where traces go. All services have the same setting."""
+
+    otlp_endpoint: str = setting(
+        "",
+        "address of the OpenTelemetry collector that gets traces over OTLP/HTTP, such as http://collector:4318; empty "
+        "exports nothing",
+        env="OTEL_EXPORTER_OTLP_ENDPOINT",
+    )
+
+
+class Tracer:
+    """The spans of one service."""
+
+    def __init__(self, service: str, settings: TracingSettings, ratio: float = 0.0) -> None:
+        """``ratio`` is the share of the traces that begin here and are exported. Of other traces, the caller decides.
+
+        Raises UserError if traces are to be exported and the packages for that are not installed.
+        """
+        self._ratio = ratio if settings.otlp_endpoint else 0.0
+        self._exporter = None
+        if settings.otlp_endpoint:
+            try:
+                from nanochat_core.tracing.otlp import OtlpExporter
+            except ImportError as error:
+                message = f"--otlp-endpoint needs OpenTelemetry ({error}); install the extra nanochat[tracing]"
+                raise UserError(message) from error
+            self._exporter = OtlpExporter(f"nanochat-{service}", settings.otlp_endpoint)
+
+    @contextlib.contextmanager
+    def request(self, name: str, headers: Mapping[str, str]) -> Iterator[Span]:
+        """Make the current task, which serves one request, belong to a new span that ends with the block.
+
+        Log lines and calls of other services then carry the request's id and trace. The keys of ``headers`` are in
+        lower case.
+        """
+        span = Span.from_headers(name, headers)
+        if span.sampled is None:
+            span.sampled = random.random() < self._ratio  # noqa: S311 - not a secret
+        current_span.set(span)
+        started = time.time_ns()
+        try:
+            yield span
+        except BaseException as error:
+            span.error = span.error or type(error).__name__
+            raise
+        finally:
+            if self._exporter is not None and span.sampled:
+                self._exporter.export(span, started, time.time_ns())
+
+    def close(self) -> None:
+        """Send what is not exported yet. Blocks for a few seconds at most."""
+        if self._exporter is not None:
+            self._exporter.close()

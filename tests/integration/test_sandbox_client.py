@@ -1,0 +1,270 @@
+"""The engine's calls to many sandboxes: balanced, away from dead ones, and again if one dies. Real gRPC servers."""
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from nanochat_core.engine import ToolOutput
+from nanochat_core.protos import sandbox_pb2, sandbox_pb2_grpc
+from services.engine import sandbox_client
+from services.engine.sandbox_client import SandboxClient
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class _Health(health.aio.HealthServicer):
+    """A health service that does not answer while ``hangs`` is set and ``answering`` is not."""
+
+    def __init__(self, answering: asyncio.Event) -> None:
+        super().__init__()
+        self.hangs = False
+        self._answering = answering
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> health_pb2.HealthCheckResponse:
+        if self.hangs:
+            await self._answering.wait()
+        return await super().Check(request, context)
+
+
+class Sandbox(sandbox_pb2_grpc.SandboxServicer):
+    """A sandbox that answers every call with its own name.
+
+    Attributes:
+        answering: clear it to let calls hang.
+        status: of the answers.
+        calls: number of calls so far.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.answering = asyncio.Event()
+        self.answering.set()
+        self.status = sandbox_pb2.STATUS_OK
+        self.calls = 0
+        self.limits: list[float] = []
+        self.address = "127.0.0.1:0"
+
+    async def start(self) -> None:
+        """Listen; after a restart, on the same port."""
+        self.health = _Health(self.answering)
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        sandbox_pb2_grpc.add_SandboxServicer_to_server(self, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
+        self.address = f"127.0.0.1:{self._server.add_insecure_port(self.address)}"
+        await self.health.set("", SERVING)
+        await self._server.start()
+
+    def hang(self) -> None:
+        """Accept calls and never answer, as a stopped process does."""
+        self.answering.clear()
+        self.health.hangs = True
+
+    async def die(self) -> None:
+        """Break off the running calls and refuse connections."""
+        await self._server.stop(0)
+
+    async def Execute(
+        self, request: sandbox_pb2.ExecuteRequest, context: grpc.aio.ServicerContext
+    ) -> sandbox_pb2.ExecuteReply:
+        self.calls += 1
+        self.limits.append(request.limits.wall_seconds)
+        await self.answering.wait()
+        return sandbox_pb2.ExecuteReply(status=self.status, result=self.name, error="")
+
+
+@pytest.fixture
+async def sandboxes() -> AsyncIterator[list[Sandbox]]:
+    started = [Sandbox(name) for name in "abc"]
+    for sandbox in started:
+        await sandbox.start()
+    yield started
+    for sandbox in started:
+        sandbox.answering.set()
+        await sandbox.die()
+
+
+class Client:
+    """A client of some sandboxes, and the number of calls that it has made again."""
+
+    def __init__(self, *sandboxes: Sandbox) -> None:
+        self.retries = 0
+        self.pool = SandboxClient([sandbox.address for sandbox in sandboxes], on_retry=self._count)
+
+    def _count(self) -> None:
+        self.retries += 1
+
+    async def run(self, seconds: float = 10.0) -> ToolOutput:
+        return await self.pool("6*7", request_id="test", timeout_seconds=seconds)
+
+    async def until_serving(self, count: int) -> None:
+        async with asyncio.timeout(10):
+            while self.pool.serving != count:
+                await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def client_of(*sandboxes: Sandbox) -> AsyncIterator[Client]:
+    client = Client(*sandboxes)
+    try:
+        yield client
+    finally:
+        await client.pool.close()
+
+
+async def until_called(sandbox: Sandbox, calls: int = 1) -> None:
+    async with asyncio.timeout(10):
+        while sandbox.calls < calls:
+            await asyncio.sleep(0.01)
+
+
+async def test_calls_are_balanced_over_all_sandboxes(sandboxes: list[Sandbox]) -> None:
+    async with client_of(*sandboxes) as client:
+        await client.until_serving(3)
+        for _ in range(9):
+            assert (await client.run()).status == "ok"
+        assert [sandbox.calls for sandbox in sandboxes] == [3, 3, 3]
+        for sandbox in sandboxes:
+            sandbox.answering.clear()
+        running = [asyncio.create_task(client.run()) for _ in range(9)]
+        for sandbox in sandboxes:
+            await until_called(sandbox, 6)
+            sandbox.answering.set()
+        assert Counter(output.output for output in await asyncio.gather(*running)) == {"a": 3, "b": 3, "c": 3}
+
+
+async def test_a_dead_sandbox_is_left_out_and_its_calls_run_at_another_one(sandboxes: list[Sandbox]) -> None:
+    a, b, _ = sandboxes
+    a.answering.clear()
+    b.answering.clear()
+    async with client_of(a, b) as client:
+        await client.until_serving(2)
+        running = [asyncio.create_task(client.run()) for _ in range(4)]
+        await until_called(a, 2)
+        await until_called(b, 2)
+        await a.die()
+        await until_called(b, 4)
+        b.answering.set()
+        assert [output.output for output in await asyncio.gather(*running)] == ["b"] * 4
+        assert client.retries == 2
+        assert [(await client.run()).output for _ in range(4)] == ["b"] * 4
+        assert client.retries == 2, "a dead sandbox gets no calls"
+        a.answering.set()
+        await a.start()
+        await client.until_serving(2)
+        assert {(await client.run()).output for _ in range(2)} == {"a", "b"}
+
+
+async def test_a_hung_sandbox_loses_its_calls_to_another_one(
+    sandboxes: list[Sandbox], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_client, "_HEALTH_SECONDS", 0.3)
+    hung, other, _ = sandboxes
+    async with client_of(hung, other) as client:
+        await client.until_serving(2)
+        other.answering.clear()
+        hung.hang()
+        running = [asyncio.create_task(client.run()) for _ in range(2)]
+        await until_called(other, 2)
+        other.answering.set()
+        assert [output.output for output in await asyncio.gather(*running)] == ["b", "b"]
+        assert client.retries == 1
+
+
+async def test_the_only_sandbox_keeps_a_call_although_it_is_late(
+    sandboxes: list[Sandbox], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_client, "_HEALTH_SECONDS", 0.1)
+    async with client_of(sandboxes[0]) as client:
+        await client.until_serving(1)
+        sandboxes[0].hang()
+        call = asyncio.create_task(client.run())
+        await client.until_serving(0)
+        sandboxes[0].answering.set()
+        assert (await call).output == "a"
+
+
+async def test_a_draining_sandbox_finishes_its_calls_and_gets_no_new_ones(sandboxes: list[Sandbox]) -> None:
+    a, b, _ = sandboxes
+    a.answering.clear()
+    async with client_of(a, b) as client:
+        await client.until_serving(2)
+        running = [asyncio.create_task(client.run()) for _ in range(2)]
+        await until_called(a)
+        await a.health.set("", NOT_SERVING)
+        await client.until_serving(1)
+        assert [(await client.run()).output for _ in range(3)] == ["b"] * 3
+        a.answering.set()
+        assert {output.output for output in await asyncio.gather(*running)} == {"a", "b"}
+        assert client.retries == 0
+
+
+async def test_a_full_sandbox_passes_the_call_on_and_only_full_ones_are_an_overload(sandboxes: list[Sandbox]) -> None:
+    a, b, _ = sandboxes
+    a.status = sandbox_pb2.STATUS_OVERLOADED
+    async with client_of(a, b) as client:
+        await client.until_serving(2)
+        assert [(await client.run()).output for _ in range(3)] == ["b"] * 3
+        b.status = sandbox_pb2.STATUS_OVERLOADED
+        assert (await client.run()).status == "overloaded"
+
+
+async def test_code_that_kills_sandboxes_does_not_kill_all_of_them(sandboxes: list[Sandbox]) -> None:
+    fourth = Sandbox("d")
+    await fourth.start()
+    try:
+        async with client_of(*sandboxes, fourth) as client:
+            await client.until_serving(4)
+            for sandbox in (*sandboxes, fourth):
+                sandbox.answering.clear()
+            deadly = asyncio.create_task(client.run())
+            for _ in range(3):
+                async with asyncio.timeout(10):
+                    while not (victims := [s for s in (*sandboxes, fourth) if s.calls]):
+                        await asyncio.sleep(0.01)
+                victims[0].calls = 0
+                await victims[0].die()
+            output = await deadly
+            assert (output.status, output.output) == ("unavailable", "error: the Python sandbox is unavailable")
+            assert client.pool.serving == 1
+    finally:
+        await fourth.die()
+
+
+async def test_without_a_sandbox_the_model_reads_an_error_soon(sandboxes: list[Sandbox]) -> None:
+    await sandboxes[0].die()
+    async with client_of(sandboxes[0]) as client:
+        async with asyncio.timeout(5):
+            assert (await client.run()).status == "unavailable"
+
+
+async def test_a_call_waits_for_a_sandbox_that_is_about_to_start(sandboxes: list[Sandbox]) -> None:
+    await sandboxes[0].die()
+    async with client_of(sandboxes[0]) as client:
+        call = asyncio.create_task(client.run())
+        await asyncio.sleep(0.2)
+        await sandboxes[0].start()
+        assert (await call).output == "a"
+
+
+async def test_a_late_answer_is_a_timeout_and_later_attempts_get_the_rest_of_the_time(sandboxes: list[Sandbox]) -> None:
+    a, b, _ = sandboxes
+    a.answering.clear()
+    b.answering.clear()
+    async with client_of(a, b) as client:
+        await client.until_serving(2)
+        call = asyncio.create_task(client.run(3.0))
+        await until_called(a)
+        await asyncio.sleep(0.5)
+        await a.die()
+        with pytest.raises(TimeoutError):
+            await call
+        assert a.limits == [pytest.approx(2.0, abs=0.1)]
+        assert 0.5 < b.limits[0] < 1.6

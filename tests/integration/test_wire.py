@@ -1,0 +1,216 @@
+"""Gateway, engine and sandbox as processes that talk over mutual TLS, with one trace through all three."""
+
+import dataclasses
+import http.server
+import importlib.util
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import openai
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from nanochat_core.checkpoint import CheckpointRef, promote
+from nanochat_core.protos import engine_pb2 as pb
+from nanochat_core.protos import engine_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
+from nanochat_core.store import open_store
+from nanochat_core.tls import TlsFiles, client_credentials
+from nanochat_core.training.checkpoint_writer import save_checkpoint
+from tests.support.certificates import Authority, flags, needs_openssl
+from tests.support.chaos_stack import free_port
+from tests.support.engine_models import BYTES, CALLING, tiny_model
+from tests.support.service_process import REPOSITORY, EngineProcess, GatewayProcess, ServiceProcess
+
+pytestmark = needs_openssl
+
+EXPORTS = importlib.util.find_spec("opentelemetry.exporter") is not None
+TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+HELLO: list[Any] = [{"role": "user", "content": "hello"}]
+
+
+class Collector:
+    """An OpenTelemetry collector that keeps the bodies of all requests."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        bodies = self.bodies
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                assert self.path == "/v1/traces"
+                bodies.append(self.rfile.read(int(self.headers["content-length"])))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+
+    def spans(self) -> dict[str, Any]:
+        """All spans, by the name of their service."""
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+        found = {}
+        for body in list(self.bodies):
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                names = {item.key: item.value.string_value for item in resource.resource.attributes}
+                found[names["service.name"]] = resource.scope_spans[0].spans[-1]
+        return found
+
+
+@dataclasses.dataclass
+class Services:
+    """The three processes, and the folders with their certificates."""
+
+    authority: Authority
+    folder: Path
+    collector: Collector
+    sandbox: ServiceProcess
+    sandbox_health: str
+    engine: EngineProcess
+    gateway: GatewayProcess
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.gateway.url}/v1", api_key="unused", max_retries=0, http_client=httpx.Client(verify=False)
+        )
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    folder, collector = tmp_path_factory.mktemp("wire"), Collector()
+    store, ref = open_store(str(folder / "home")), CheckpointRef("tiny", "sft", 1)
+    save_checkpoint(store, ref, model=tiny_model(context_length=4096), tokenizer=BYTES, meta={})
+    promote(store, ref)
+    authority = Authority(folder / "authority")
+    tls = {name: flags(authority.issue(folder / name)) for name in ("gateway", "engine", "sandbox", "test")}
+    export = ["--otlp-endpoint", collector.url] if EXPORTS else []
+    mine = client_credentials(TlsFiles(authority.issue(folder / "test")).current())
+    health = free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        sandbox = ServiceProcess(
+            "services.sandbox", *tls["sandbox"], *export, "--health-port", str(health), credentials=mine
+        )
+        behind = ("--sandbox-address", sandbox.address)
+        engine = EngineProcess(folder / "home", *tls["engine"], *export, *behind, credentials=mine)
+        gateway = GatewayProcess(engine.address, flags=[*tls["gateway"], *export])
+        yield Services(authority, folder, collector, sandbox, f"127.0.0.1:{health}", engine, gateway)
+        for process in (gateway, engine, sandbox):
+            assert process.stop() == 0
+    collector.close()
+
+
+def eventually(claim: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not claim():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.05)
+
+
+def call_python(services: Services, **options: Any) -> list[dict[str, Any]]:
+    """Let the model call Python; return the results."""
+    bias = {str(token): bias for token, bias in CALLING.items()}
+    answer = services.client().chat.completions.create(
+        model="tiny", messages=HELLO, temperature=0, max_tokens=100, logit_bias=bias, **options
+    )
+    events: list[dict[str, Any]] = answer.choices[0].message.model_extra["nanochat"]["tool_events"]
+    return [event for event in events if event["type"] == "result"]
+
+
+def test_a_chat_reaches_the_sandbox_through_both_connections(services: Services) -> None:
+    results = call_python(services)
+    assert results
+    assert "unavailable" not in {result["status"] for result in results}
+
+
+def test_engine_and_sandbox_refuse_callers_without_a_certificate(services: Services) -> None:
+    ca = grpc.ssl_channel_credentials((services.folder / "test" / "ca.crt").read_bytes())
+    for address in (services.engine.address, services.sandbox.address):
+        for channel in (grpc.insecure_channel(address), grpc.secure_channel(address, ca)):
+            calls = [
+                lambda c=channel: engine_pb2_grpc.EngineStub(c).GetModel(pb.GetModelRequest(), timeout=10),
+                lambda c=channel: sandbox_pb2_grpc.SandboxStub(c).GetInfo(sandbox_pb2.GetInfoRequest(), timeout=10),
+            ]
+            for call in calls:
+                with pytest.raises(grpc.RpcError) as caught:
+                    call()
+                assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            channel.close()
+    assert services.engine.stub.GetModel(pb.GetModelRequest(), timeout=10).name == "tiny"
+
+
+def test_probes_without_a_certificate_have_a_port_that_serves_health_alone(services: Services) -> None:
+    with grpc.insecure_channel(services.sandbox_health) as channel:
+        reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            sandbox_pb2_grpc.SandboxStub(channel).GetInfo(sandbox_pb2.GetInfoRequest(), timeout=10)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_one_trace_and_one_id_go_through_all_services(services: Services) -> None:
+    headers = {"traceparent": f"00-{TRACE}-{CALLER}-01", "tracestate": "vendor=1", "x-request-id": "abc-123"}
+    assert call_python(services, extra_headers=headers)
+    ids = {"trace_id": TRACE, "request_id": "abc-123"}
+    services.gateway.wait_for("request", **ids)
+    services.engine.wait_for("generated", **ids)
+    services.sandbox.wait_for("execution", **ids)
+
+
+@pytest.mark.skipif(not EXPORTS, reason="the extra tracing is not installed")
+def test_sampled_traces_reach_the_collector_as_a_tree(services: Services) -> None:
+    services.collector.bodies.clear()
+    call_python(services, extra_headers={"traceparent": f"00-{TRACE}-{CALLER}-00"})
+    call_python(services, extra_headers={"traceparent": f"00-{TRACE[::-1]}-{CALLER}-01"})
+    names = {"nanochat-gateway", "nanochat-engine", "nanochat-sandbox"}
+    eventually(lambda: services.collector.spans().keys() == names)
+    spans = {name.removeprefix("nanochat-"): span for name, span in services.collector.spans().items()}
+    gateway, engine, sandbox = (spans[name] for name in ("gateway", "engine", "sandbox"))
+    assert {span.trace_id.hex() for span in spans.values()} == {TRACE[::-1]}, "the caller did not sample the first one"
+    parents = [span.parent_span_id for span in (gateway, engine, sandbox)]
+    assert parents == [bytes.fromhex(CALLER), gateway.span_id, engine.span_id]
+    assert (gateway.name, engine.name) == ("POST /v1/chat/completions", "nanochat.engine.v1.Engine/Generate")
+    attributes = {item.key: item.value.int_value for item in engine.attributes}
+    assert attributes["gen_ai.usage.output_tokens"] == 100
+
+
+def test_replacing_all_certificates_breaks_no_stream(services: Services) -> None:
+    request: dict[str, Any] = {"model": "tiny", "messages": HELLO, "temperature": 1, "seed": 3, "max_tokens": 3000}
+    expected = services.client().chat.completions.create(**request).choices[0].message.content
+    stream = services.client().chat.completions.create(**request, stream=True)
+    got = next(stream).choices[0].delta.content or ""
+    for name in ("gateway", "engine", "sandbox"):
+        services.authority.issue(services.folder / name)
+    for chunk in stream:
+        got += chunk.choices[0].delta.content or ""
+    assert got == expected
+    for process in (services.gateway, services.engine, services.sandbox):
+        process.wait_for("certificate replaced")
+    assert "unavailable" not in {result["status"] for result in call_python(services)}
+
+
+def test_files_that_do_not_belong_together_are_a_clear_error_at_the_start(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "authority")
+    settings, other = authority.issue(tmp_path / "files"), authority.issue(tmp_path / "other")
+    wrong = flags(dataclasses.replace(settings, tls_key=other.tls_key))
+    half = flags(settings)[:4]
+    for given, message in ((wrong, "do not belong together"), (half, "--tls-key is not set")):
+        for module in ("services.sandbox", "services.gateway"):
+            command = [sys.executable, "-m", module, "--port", "0", *given]
+            ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+            assert ended.returncode == 2, ended.stderr
+            assert message in ended.stderr.splitlines()[-1]

@@ -1,0 +1,219 @@
+"""A set of services as processes that can be killed, stopped, continued, ended and started again on the same ports."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import enum
+import signal
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import httpx
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from nanochat_core.checkpoint import CheckpointRef, promote
+from nanochat_core.store import open_store
+from nanochat_core.training.checkpoint_writer import save_checkpoint
+from tests.support.engine_models import BYTES, tiny_model
+from tests.support.processes import ForkedProgram
+
+CONTEXT = 512
+_LAST_LINES = 50
+_PROBE_SECONDS = 0.2
+
+
+class State(enum.Enum):
+    """What was done to a process last."""
+
+    DEAD = "dead"
+    STARTED = "started"  # it runs; whether it is ready is another question
+    STOPPED = "stopped"  # by SIGSTOP
+    ENDING = "ending"  # it got SIGTERM
+
+
+@dataclasses.dataclass(frozen=True)
+class Harm:
+    """Something that was done to a process. ``at`` is in seconds of the monotonic clock."""
+
+    at: float
+    action: str
+
+
+class Instance:
+    """One service on a fixed port.
+
+    Attributes:
+        kind: gateway, engine or sandbox.
+        state: what was done to it last.
+        ready_since: when it was first seen ready after its start; None if it is not ready. In seconds of the monotonic
+            clock.
+        harms: everything that was done to it.
+        log: its last lines.
+    """
+
+    def __init__(self, kind: str, number: int, flags: list[str]) -> None:
+        self.kind, self.name = kind, f"{kind} {number}"
+        self.port = free_port()
+        self.state = State.DEAD
+        self.ready_since: float | None = None
+        self.harms: list[Harm] = []
+        self.log: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
+        self._flags = [*flags, "--port", str(self.port)]
+        self._process: ForkedProgram | None = None
+
+    @property
+    def address(self) -> str:
+        """Host and port."""
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start the process. It becomes ready later."""
+        self._process = ForkedProgram(f"services.{self.kind}", *self._flags)
+        threading.Thread(target=self._read, args=(self._process,), daemon=True).start()
+        self._note(State.STARTED, "start")
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._signal(signal.SIGKILL, State.DEAD, "kill")
+        assert self._process is not None
+        self._process.wait(10)
+
+    def stop(self) -> None:
+        """SIGSTOP: the process hangs until :meth:`resume`."""
+        self._signal(signal.SIGSTOP, State.STOPPED, "stop")
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self._signal(signal.SIGCONT, State.STARTED, "continue")
+
+    def end(self) -> None:
+        """SIGTERM: the process hands its work over or finishes it, and exits."""
+        self._signal(signal.SIGTERM, State.ENDING, "end")
+
+    async def probe(self) -> None:
+        """Find out whether the process is ready, and whether it has exited."""
+        if self._process is not None and self.state is not State.DEAD and self._process.poll() is not None:
+            self._note(State.DEAD, "exit")
+        ready = self.state is State.STARTED and await self._answers()
+        if ready and self.state is State.STARTED:  # it may have been harmed in the meantime
+            self.ready_since = self.ready_since or time.monotonic()
+        else:
+            self.ready_since = None
+
+    def settled(self, seconds: float) -> bool:
+        """Whether the process has been ready for ``seconds``, so that the others have noticed it."""
+        return self.ready_since is not None and time.monotonic() - self.ready_since >= seconds
+
+    async def _answers(self) -> bool:
+        return await (_answers_http(self.port) if self.kind == "gateway" else _is_serving(self.address))
+
+    def _signal(self, number: int, state: State, action: str) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+        self._note(state, action)
+
+    def _note(self, state: State, action: str) -> None:
+        self.state, self.ready_since = state, None
+        self.harms.append(Harm(time.monotonic(), action))
+
+    def _read(self, process: ForkedProgram) -> None:
+        for line in process.stderr:
+            self.log.append(line.rstrip())
+
+
+@dataclasses.dataclass(frozen=True)
+class ChaosStack:
+    """Gateways, engines and sandboxes that serve one small random model."""
+
+    gateways: list[Instance]
+    engines: list[Instance]
+    sandboxes: list[Instance]
+
+    @property
+    def instances(self) -> list[Instance]:
+        """All processes."""
+        return [*self.gateways, *self.engines, *self.sandboxes]
+
+    def others(self, instance: Instance) -> list[Instance]:
+        """The other processes of the same kind."""
+        return [other for other in self.instances if other.kind == instance.kind and other is not instance]
+
+    async def watch(self) -> None:
+        """Probe all processes until canceled."""
+        while True:
+            await asyncio.gather(*(instance.probe() for instance in self.instances))
+            await asyncio.sleep(_PROBE_SECONDS)
+
+    async def until_ready(self, seconds: float) -> None:
+        """Wait until all processes are ready. Raises TimeoutError with the log of one that is not."""
+        deadline = time.monotonic() + seconds
+        while late := [instance for instance in self.instances if instance.ready_since is None]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{late[0].name} is not ready:\n" + "\n".join(late[0].log))
+            await asyncio.sleep(_PROBE_SECONDS)
+
+    def heal(self) -> None:
+        """Continue what is stopped and start what is dead."""
+        for instance in self.instances:
+            if instance.state is State.STOPPED:
+                instance.resume()
+            elif instance.state is State.DEAD:
+                instance.start()
+
+
+@contextlib.asynccontextmanager
+async def chaos_stack(
+    home: Path, *, gateways: int = 2, engines: int = 3, sandboxes: int = 2
+) -> AsyncIterator[ChaosStack]:
+    """Start all services over a new store in ``home``; kill them at the end of the block."""
+    store, ref = open_store(str(home)), CheckpointRef("tiny", "sft", 1)
+    save_checkpoint(store, ref, model=tiny_model(context_length=CONTEXT), tokenizer=BYTES, meta={})
+    promote(store, ref)
+    metrics = ["--metrics-port", "0"]
+    boxes = [Instance("sandbox", i, [*metrics, "--concurrency", "4", "--queue", "64"]) for i in range(sandboxes)]
+    model = ["--home", str(home), "--model", "tiny", "--threads", "1", "--max-running", "16", "--kv-cache-mib", "16"]
+    behind = ["--sandbox-address", ",".join(box.address for box in boxes)]
+    models = [Instance("engine", i, [*metrics, *model, *behind]) for i in range(engines)]
+    front = ["--engine-addresses", ",".join(engine.address for engine in models)]
+    stack = ChaosStack([Instance("gateway", i, front) for i in range(gateways)], models, boxes)
+    for instance in stack.instances:
+        await asyncio.to_thread(instance.start)
+    watching = asyncio.create_task(stack.watch())
+    try:
+        yield stack
+    finally:
+        watching.cancel()
+        for instance in stack.instances:
+            if instance.state is not State.DEAD:
+                instance.kill()
+
+
+async def _is_serving(address: str) -> bool:
+    async with grpc.aio.insecure_channel(address) as channel:
+        try:
+            reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=1.0)
+        except grpc.aio.AioRpcError:
+            return False
+    return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def _answers_http(port: int) -> bool:
+    async with httpx.AsyncClient(verify=False) as client:  # setting TLS up takes longer than the request
+        try:
+            return (await client.get(f"http://127.0.0.1:{port}/readyz", timeout=1.0)).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
