@@ -41,7 +41,7 @@ class Recipe:
         needs_data: whether the user gives the text; otherwise the demo world generates it.
         web_shards: shards of the public web text to download if neither ``--data`` nor the store has text.
         document_characters: maximum length of a training document, in characters; None sets no limit. Longer documents
-            are cut at sentence ends into pieces of about a row, so that rows begin at the beginning of a sentence.
+            are cut at sentence ends into pieces of about a row, so that most rows begin at the beginning of a sentence.
         gate: rules that a model must pass to be promoted.
     """
 

@@ -94,7 +94,7 @@ def error_of(home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, ca
         ([*TOKENIZER, "--vocab-size=many"], "--vocab-size is 'many', which is not a whole number"),
         ([*TOKENIZER, "--bytes-per-token=0"], "--bytes-per-token is 0; it must be at least 1"),
         ([*TOKENIZER, "--dataset=missing"], "data/missing in {home} holds 0 parquet shard(s)"),
-        ([*TOKENIZER, "--dataset=../x"], "'data/../x' is no key of the store"),
+        ([*TOKENIZER, "--dataset=../x"], "'data/../x/dataset.json' is no key of the store"),
         ([*TOKENIZER, "--name=../../x"], "is no key of the store"),
         (
             [*TOKENIZER, "--home=ftp://host/x"],
@@ -133,7 +133,7 @@ def error_of(home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, ca
         ([*PIPELINE, "--recipe=huge"], "--recipe is 'huge'; choose one of demo, small"),
         (PIPELINE, "recipe small needs text: give --data FILE_OR_FOLDER"),
         ([*PIPELINE, "--data=missing.txt"], "missing.txt does not exist; give a file, a pattern in quotes"),
-        ([*PIPELINE, "--data={home}/models"], ".safetensors, and nothing with the ending .parquet, .jsonl"),
+        ([*PIPELINE, "--data={home}/models"], "item 1 has no 'text' field; it has format, files"),
         ([*PIPELINE, "--val-data=x.txt"], "--val-data is the validation text beside --data; give --data too"),
         ([*PIPELINE, "--recipe=demo", "--data=x.txt"], "recipe demo makes its own data; leave --data out"),
         ([*PIPELINE, "--model=a/b"], "'a/b' cannot name a model"),

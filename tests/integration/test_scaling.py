@@ -95,7 +95,7 @@ def test_a_miniseries_trains_each_depth_and_reports_what_the_checkpoints_say(stu
     assert (report["command"], report["failed"], report["missing"]) == ("repeat miniseries", [], 0)
     assert [(run["depth"], run["dim"]) for run in report["runs"]] == [(1, 64), (2, 128), (3, 192)]
     for run in report["runs"]:
-        (key,) = [key for key in studies.store.keys(f"models/{run['model']}/base") if key.endswith("meta.json")]
+        *_, key = [key for key in studies.store.keys(f"models/{run['model']}/base") if key.endswith("meta.json")]
         meta = json.loads(studies.store.read(key))
         assert run["val_bpb"] == meta["history"][-1]["val_bpb"]
         assert (run["tokens"], run["parameters"]) == (3 * 256, meta["parameters"])
