@@ -88,7 +88,7 @@ class Admission:
             request = dataclasses.replace(request, tools=NO_TOOLS)
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         sequences = []
-        for choice in request.unfinished:
+        for choice in sorted(set(range(request.n)) - request.finished):
             key, length = sample_key(seed, choice), self._max_length(request)
             seq = Sequence(request, choice, next(self._arrivals), key, length)
             seq.arrived_at = time.monotonic()

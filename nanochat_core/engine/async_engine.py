@@ -126,8 +126,7 @@ class AsyncEngine:
             raise self._error or EngineDead("the engine has been stopped")
         if request.id in self._streams:
             raise UserError(f"request id {request.id!r} is in use; ids of requests in flight must differ")
-        choices = len(request.unfinished)
-        stream = self._streams[request.id] = Stream(choices)
+        stream = self._streams[request.id] = Stream(request.unfinished)
         self._idle.clear()
 
         def add() -> None:
@@ -142,7 +141,7 @@ class AsyncEngine:
         try:
             if constraint is not None:
                 engine.admission.check_without_constraint(request)
-                await self._compile(engine, constraint, choices)
+                await self._compile(engine, constraint, request.unfinished)
             self._inbox.put(add)
             await stream.accepted
         except BaseException:

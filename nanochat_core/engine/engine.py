@@ -94,7 +94,7 @@ class Engine:
         self.admission.check(request)
         if request.id in self._requests:
             raise UserError(f"request id {request.id!r} is in use; ids of requests in flight must differ")
-        self.admission.check_room(len(request.unfinished))
+        self.admission.check_room(request.unfinished)
         sequences = self.admission.sequences_of(request)
         said = {choice.index: choice for choice in request.continued}
         ends = [replay(seq, said.get(seq.choice, Continuation(seq.choice)), self.tools) for seq in sequences]
@@ -173,10 +173,10 @@ class Engine:
         unfinished: collections.Counter[str] = collections.Counter()  # choices by the ids of the running requests
         try:
             while waiting or unfinished:
-                while waiting and len(waiting[0].unfinished) <= self.admission.room():
+                while waiting and waiting[0].unfinished <= self.admission.room():
                     request = waiting.popleft()
                     self.add(request)
-                    unfinished += collections.Counter({request.id: len(request.unfinished)})
+                    unfinished += collections.Counter({request.id: request.unfinished})
                 for output in self.step():
                     if output.error:
                         raise output.error
@@ -201,7 +201,8 @@ class Engine:
             for output in outputs:
                 choices = choices_of[output.request_id]
                 choices[output.index].append(output)
-                if all(choices[i].finish_reason for i in unfinished[output.request_id]):
+                unfinished[output.request_id] -= output.finish_reason is not None
+                if not unfinished[output.request_id]:
                     yield output.request_id, choices_of.pop(output.request_id)
 
     def generate(

@@ -183,10 +183,14 @@ class Request:
     context: contextvars.Context | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
-    def unfinished(self) -> list[int]:
-        """Indices of the choices to generate: all choices that :attr:`continued` does not call finished."""
-        finished = {said.index for said in self.continued if said.finished}
-        return [choice for choice in range(self.n) if choice not in finished]
+    def finished(self) -> set[int]:
+        """Indices of the choices for which nothing is generated."""
+        return {said.index for said in self.continued if said.finished}
+
+    @property
+    def unfinished(self) -> int:
+        """Number of choices to generate."""
+        return self.n - len(self.finished)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -216,28 +216,25 @@ def test_an_engine_that_drains_tells_every_call_and_ends_when_they_have_moved(
     draining, (other, _) = started("--max-running", "2", "--drain-seconds", "60"), engines
     prompts = [[i, 2, 3] for i in range(4)]
     calls = [draining.generate(prompt, sampling=ENDLESS) for prompt in prompts]
-    for call in calls[:2]:
-        next(call)
+    begun = [[next(calls[0])], [next(calls[1])], [], []]  # two run, two wait
     while draining.load().waiting < 2:
         time.sleep(0.01)
     health = draining.health()
     draining.process.send_signal(signal.SIGTERM)
     ended = time.monotonic()
 
-    def until_draining(call: Iterator[pb.GenerateChunk]) -> list[pb.GenerateChunk]:
-        chunks = []
-        for chunk in call:
+    def read_until_draining(choice: int) -> None:
+        for chunk in calls[choice]:
             if chunk.draining:
-                assert not chunk.tokens
-                assert not chunk.finish_reason
-                return chunks
-            chunks.append(chunk)
+                assert chunk == pb.GenerateChunk(draining=True)
+                return
+            begun[choice].append(chunk)
         raise AssertionError("no chunk says that the engine drains")
 
     with futures.ThreadPoolExecutor(4) as pool:
-        begun = list(pool.map(until_draining, calls))  # two run, two wait
+        list(pool.map(read_until_draining, range(4)))
     told = time.monotonic() - ended
-    assert [bool(chunks) for chunks in begun] == [True, True, False, False]
+    assert begun[2:] == [[], []]
     assert (health, draining.health()) == (
         health_pb2.HealthCheckResponse.SERVING,
         health_pb2.HealthCheckResponse.NOT_SERVING,
