@@ -9,7 +9,7 @@ import dataclasses
 import ipaddress
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
 from nanochat_core.daemon_threads import run_in_daemon_thread
 from nanochat_core.errors import UserError
@@ -66,7 +66,7 @@ async def watch_endpoints(
     targets: Sequence[str],
     seconds: float = LOOKUP_SECONDS,
     lookup: Callable[[str], Iterable[str]] = addresses_of,
-) -> AsyncIterator[tuple[Endpoint, ...]]:
+) -> AsyncGenerator[tuple[Endpoint, ...], None]:
     """Yield the endpoints of ``targets`` after the first lookups, and again after each change, without an end.
 
     The first result may be empty. If the lookup of a name fails, its last known addresses stay, and a warning is logged

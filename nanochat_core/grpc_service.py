@@ -133,7 +133,7 @@ class GrpcService:
         self._metrics_server.server_close()
 
 
-class _RequestSpans(grpc.aio.ServerInterceptor):
+class _RequestSpans(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc has no types
     """Makes each call belong to a span. Calls of gRPC's own services (health, reflection) have none."""
 
     def __init__(self, tracer: Tracer) -> None:

@@ -1,5 +1,7 @@
 """Sends spans to an OpenTelemetry collector over OTLP/HTTP. Needs the packages of the extra ``tracing``."""
 
+import threading
+
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
@@ -38,8 +40,10 @@ class OtlpExporter:
         )
 
     def close(self) -> None:
-        """Send what is queued, and stop. Blocks for a few seconds at most."""
-        self._batches.shutdown()
+        """Send what is queued, and stop. Blocks for two seconds at most; the SDK itself would wait for half a minute."""
+        ending = threading.Thread(target=self._batches.shutdown, daemon=True)
+        ending.start()
+        ending.join(_SEND_SECONDS)
 
 
 def _context(span: Span, span_id: str, *, is_remote: bool) -> SpanContext:

@@ -63,6 +63,6 @@ class Tracer:
                 self._exporter.export(span, started, time.time_ns())
 
     def close(self) -> None:
-        """Send what is not exported yet. Blocks for a few seconds at most."""
+        """Send what is not exported yet. Blocks for two seconds at most."""
         if self._exporter is not None:
             self._exporter.close()

@@ -174,7 +174,7 @@ class SandboxClient:
         """Wait until the reply is there or the state of a sandbox has changed."""
         change = asyncio.create_task(self._changed.wait())
         try:
-            await asyncio.wait({reply, change}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([reply, change], return_when=asyncio.FIRST_COMPLETED)
         finally:
             change.cancel()
 

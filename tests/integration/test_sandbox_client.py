@@ -18,7 +18,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-class _Health(health.aio.HealthServicer):
+class _Health(health.aio.HealthServicer):  # type: ignore[misc] # grpc_health has no types
     """A health service that does not answer while ``hangs`` is set and ``answering`` is not."""
 
     def __init__(self, answering: asyncio.Event) -> None:

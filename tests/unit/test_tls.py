@@ -101,10 +101,12 @@ async def test_replacing_the_files_breaks_no_stream_and_new_calls_use_them(
 ) -> None:
     server_files, client_files = (TlsFiles(authority.issue(tmp_path / name)) for name in ("server", "client"))
     opened: list[bytes] = []
-    monkeypatch.setattr(
-        "nanochat_core.grpc_client.client_credentials",
-        lambda identity: opened.append(identity.certificate) or tls.client_credentials(identity),
-    )
+
+    def credentials(identity: tls.Identity) -> grpc.ChannelCredentials:
+        opened.append(identity.certificate)
+        return tls.client_credentials(identity)
+
+    monkeypatch.setattr("nanochat_core.grpc_client.client_credentials", credentials)
     async with Server(server_files) as server, channel(server, client_files) as stub:
         before = stub.Watch(health_pb2.HealthCheckRequest())
         assert (await before.read()).status == SERVING
