@@ -224,8 +224,8 @@ class Replica:
 class Result:
     """What one way of balancing did.
 
-    ``max_over_mean`` has the most sequences of a replica divided by the mean, for every second; NaN if the mean is below
-    one.
+    ``max_over_mean`` has the most sequences of a replica divided by the mean, for every second; NaN if the mean is
+    below one.
     """
 
     prompt_tokens: int = 0
