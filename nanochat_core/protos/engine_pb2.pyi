@@ -17,7 +17,7 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "n", "sampling", "tools", "priority", "tokenizer_digest")
+    __slots__ = ("request_id", "prompt_token_ids", "n", "sampling", "tools", "priority", "tokenizer_digest", "continued", "weights_digest")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,8 @@ class GenerateRequest(_message.Message):
     TOOLS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CONTINUED_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     n: int
@@ -32,7 +34,21 @@ class GenerateRequest(_message.Message):
     tools: ToolPolicy
     priority: int
     tokenizer_digest: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., n: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., tools: _Optional[_Union[ToolPolicy, _Mapping]] = ..., priority: _Optional[int] = ..., tokenizer_digest: _Optional[str] = ...) -> None: ...
+    continued: _containers.RepeatedCompositeFieldContainer[Continuation]
+    weights_digest: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., n: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., tools: _Optional[_Union[ToolPolicy, _Mapping]] = ..., priority: _Optional[int] = ..., tokenizer_digest: _Optional[str] = ..., continued: _Optional[_Iterable[_Union[Continuation, _Mapping]]] = ..., weights_digest: _Optional[str] = ...) -> None: ...
+
+class Continuation(_message.Message):
+    __slots__ = ("index", "tokens", "tool_events", "finished")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOOL_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    tokens: _containers.RepeatedCompositeFieldContainer[Token]
+    tool_events: _containers.RepeatedCompositeFieldContainer[ToolEvent]
+    finished: bool
+    def __init__(self, index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., tool_events: _Optional[_Iterable[_Union[ToolEvent, _Mapping]]] = ..., finished: bool = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "max_tokens", "stop_token_ids", "logprobs", "logit_bias", "json_object", "json_schema", "regex")
@@ -144,18 +160,20 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateChunk(_message.Message):
-    __slots__ = ("index", "tokens", "tool_events", "finish_reason", "usage")
+    __slots__ = ("index", "tokens", "tool_events", "finish_reason", "usage", "draining")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOOL_EVENTS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     index: int
     tokens: _containers.RepeatedCompositeFieldContainer[Token]
     tool_events: _containers.RepeatedCompositeFieldContainer[ToolEvent]
     finish_reason: FinishReason
     usage: Usage
-    def __init__(self, index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., tool_events: _Optional[_Iterable[_Union[ToolEvent, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+    draining: bool
+    def __init__(self, index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., tool_events: _Optional[_Iterable[_Union[ToolEvent, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., draining: bool = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ()
@@ -193,20 +211,22 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "parked", "kv_blocks_total", "kv_blocks_used", "revision")
+    __slots__ = ("running", "waiting", "parked", "kv_blocks_total", "kv_blocks_used", "revision", "waiting_tokens")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     PARKED_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     parked: int
     kv_blocks_total: int
     kv_blocks_used: int
     revision: str
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., parked: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., revision: _Optional[str] = ...) -> None: ...
+    waiting_tokens: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., parked: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., revision: _Optional[str] = ..., waiting_tokens: _Optional[int] = ...) -> None: ...
 
 class ReloadRequest(_message.Message):
     __slots__ = ("revision",)

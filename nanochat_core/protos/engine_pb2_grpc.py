@@ -71,7 +71,8 @@ class EngineServicer(object):
         INVALID_ARGUMENT: the request can never be served; the message says why.
         RESOURCE_EXHAUSTED: the queue is full, or the device ran out of memory and the engine dropped the request; send it
         again later.
-        FAILED_PRECONDITION: the prompt was made with another tokenizer.
+        FAILED_PRECONDITION: the prompt was made with another tokenizer, or the engine has other weights than the request
+        names.
         UNAVAILABLE: no model is loaded yet, the engine is draining, or its device loop has died.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
