@@ -1,0 +1,3 @@
+"""Chooses the replica that computes a prompt: pure code, without I/O and without a clock of its own."""
+
+from services.gateway.routing.router import ReplicaLoad, Router, RoutingSettings
