@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import os
+import threading
 
 from nanochat_core import logs, settings
+from nanochat_core.daemon_threads import DAEMON_WORK
 from nanochat_core.device import prepare_cpu
+from nanochat_core.engine.async_engine import DEVICE_LOOP
 from nanochat_core.errors import run_main
-from services.engine.daemon_threads import any_working
 from services.engine.server import serve
 from services.engine.settings import EngineSettings
 
@@ -30,7 +32,7 @@ if __name__ == "__main__":
     try:
         run_main(main, PROGRAM)
     except SystemExit as end:
-        if any_working():
+        if any(thread.name in (DAEMON_WORK, DEVICE_LOOP) for thread in threading.enumerate()):
             # While a thread still computes, a normal exit of Python would abort the process.
             logging.shutdown()
             os._exit(int(end.code or 0))

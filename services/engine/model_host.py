@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable
 
 from nanochat_core.checkpoint import CheckpointRef
+from nanochat_core.daemon_threads import run_in_daemon_thread
 from nanochat_core.device import free_memory
 from nanochat_core.engine import AsyncEngine, Load
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2
 from nanochat_core.store import StoreError
-from services.engine.daemon_threads import run_in_daemon_thread
 from services.engine.model_loader import ModelLoader
 
 log = logging.getLogger("nanochat.engine")

@@ -11,12 +11,12 @@ import grpc
 from grpc.aio import ServicerContext as Context
 
 from nanochat_core.checkpoint.manifest import TOKENIZER
+from nanochat_core.daemon_threads import run_in_daemon_thread
 from nanochat_core.engine import ConstraintError, EngineDead, QueueFull, Shed
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2, engine_pb2_grpc
 from nanochat_core.store import Store, StoreError
 from services.engine.conversion import chunk, core_request
-from services.engine.daemon_threads import run_in_daemon_thread
 from services.engine.metrics import Metrics
 from services.engine.model_host import ModelHost, ServedModel
 from services.engine.model_report import read_report

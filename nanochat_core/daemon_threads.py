@@ -1,7 +1,7 @@
 """Blocking work on daemon threads. Daemon threads do not delay the end of the process.
 
-Loading a model, or waiting for a store that does not answer, can take longer than the time in which a service must end.
-asyncio.to_thread is no alternative: Python joins the threads of its executor before the process ends.
+Loading a model, or waiting for a store or a name server that does not answer, can take longer than the time in which a
+service must end. asyncio.to_thread is no alternative: Python joins the threads of its executor before the process ends.
 """
 
 import asyncio
@@ -10,11 +10,10 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from nanochat_core.engine.async_engine import DEVICE_LOOP
-
 T = TypeVar("T")
 
-_NAME = "engine-work"
+DAEMON_WORK = "daemon-work"
+"""Name of the threads."""
 
 
 async def run_in_daemon_thread(function: Callable[..., T], *arguments: object) -> T:
@@ -33,10 +32,5 @@ async def run_in_daemon_thread(function: Callable[..., T], *arguments: object) -
         else:
             future.set_result(result)
 
-    threading.Thread(target=work, name=_NAME, daemon=True).start()
+    threading.Thread(target=work, name=DAEMON_WORK, daemon=True).start()
     return await asyncio.wrap_future(future)
-
-
-def any_working() -> bool:
-    """Whether one of these threads, or a device loop, is still running."""
-    return any(thread.name in (_NAME, DEVICE_LOOP) for thread in threading.enumerate())

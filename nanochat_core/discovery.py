@@ -1,0 +1,121 @@
+"""The replicas of a service: each address of each name is one replica.
+
+A name may have many addresses (a headless Service of Kubernetes, a service that Compose runs several times). Names are
+looked up again every few seconds, so replicas join and leave while the process runs.
+"""
+
+import asyncio
+import dataclasses
+import ipaddress
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+
+from nanochat_core.daemon_threads import run_in_daemon_thread
+from nanochat_core.errors import UserError
+
+log = logging.getLogger(__name__)
+
+LOOKUP_SECONDS = 2.0
+"""Usual time between two lookups. A cluster's name server keeps its answers for about five seconds."""
+
+# A name server that does not answer must not keep the addresses of the other names away for longer.
+_TIMEOUT_SECONDS = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """One replica.
+
+    Attributes:
+        address: where to connect: a numeric host and a port, such as ``10.0.0.7:50051`` or ``[fd00::7]:50051``.
+        host: the host as it stands in the settings. A certificate of the replica must be valid for this name.
+    """
+
+    address: str
+    host: str
+
+
+def split_target(target: str) -> tuple[str, int]:
+    """Split ``host:port``, where the host is a name, an IPv4 address or an IPv6 address in brackets.
+
+    Raises UserError if the target has another form.
+    """
+    host, _, port = target.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"{target!r} is not an address; write host:port, such as engine:50051 or [::1]:50051")
+    return host, int(port)
+
+
+def addresses_of(host: str) -> list[str]:
+    """All numeric addresses of a host, by the system's resolver; blocks until the name server answers.
+
+    If a name has addresses of both families, only its IPv4 addresses count, because both belong to the same replicas.
+    Raises OSError if the name has no address or cannot be looked up.
+    """
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    first = [info for info in found if info[0] == socket.AF_INET] or found
+    return sorted({str(info[4][0]) for info in first})
+
+
+async def watch_endpoints(
+    targets: Sequence[str],
+    seconds: float = LOOKUP_SECONDS,
+    lookup: Callable[[str], Iterable[str]] = addresses_of,
+) -> AsyncIterator[tuple[Endpoint, ...]]:
+    """Yield the endpoints of ``targets`` after the first lookups, and again after each change, without an end.
+
+    The first result may be empty. If the lookup of a name fails, its last known addresses stay, and a warning is logged
+    once. An address that several targets have appears once.
+
+    Args:
+        targets: ``host:port`` each; a host that is an IP address is not looked up.
+        seconds: time between two lookups.
+        lookup: returns the addresses of a name or raises OSError; called on a thread of its own.
+
+    Raises:
+        UserError: a target is not ``host:port``.
+    """
+    pairs = [split_target(target) for target in targets]
+    known: dict[str, list[str]] = {host: [host] if _is_address(host) else [] for host, _ in pairs}
+    names = [host for host, addresses in known.items() if not addresses]
+    failing: set[str] = set()
+
+    async def refresh(name: str) -> None:
+        try:
+            async with asyncio.timeout(_TIMEOUT_SECONDS):
+                known[name] = list(await run_in_daemon_thread(lookup, name))
+            failing.discard(name)
+        except (OSError, UnicodeError) as error:  # TimeoutError is an OSError; UnicodeError is an impossible name
+            if name not in failing:
+                reason = str(error) or "the name server does not answer"
+                log.warning("lookup failed", extra={"host": name, "reason": reason, "kept": known[name]})
+            failing.add(name)
+
+    last: tuple[Endpoint, ...] | None = None
+    while True:
+        await asyncio.gather(*map(refresh, names))
+        found = {_join(address, port): host for host, port in reversed(pairs) for address in known[host]}
+        current = tuple(sorted((Endpoint(*item) for item in found.items()), key=lambda endpoint: endpoint.address))
+        if current != last:
+            last = current
+            yield current
+        if not names:
+            await asyncio.Event().wait()  # addresses do not change
+        await asyncio.sleep(seconds)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _join(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
