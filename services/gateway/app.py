@@ -8,9 +8,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
+from nanochat_core.discovery import addresses_of
 from services.gateway.api import chat, completions, docs, models, probes, report, tokens
 from services.gateway.api.web_page import WebPage
-from services.gateway.engines.routing import EnginePool
+from services.gateway.engines.pool import EnginePool, Lookup
 from services.gateway.errors import on_http_error, on_validation_error
 from services.gateway.metrics import Metrics
 from services.gateway.middleware.body_limit import BodyLimit
@@ -23,16 +24,17 @@ _DESCRIPTION = """A chat model behind OpenAI's API. Any OpenAI client works with
 base URL. Answers in which the model ran Python carry `nanochat.tool_events`."""
 
 
-def create_app(settings: GatewaySettings) -> FastAPI:
+def create_app(settings: GatewaySettings, lookup: Lookup = addresses_of) -> FastAPI:
     """Builds the application. From its startup to its shutdown, it is connected to the engines.
 
+    ``lookup`` returns the addresses of a host name; the default asks the system's resolver.
     Its ``state.drain`` exists at once, and its ``state.pool`` exists after the startup.
     """
     metrics = Metrics()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with contextlib.aclosing(EnginePool(settings, metrics)) as app.state.pool:
+        async with contextlib.aclosing(EnginePool(settings, metrics, lookup)) as app.state.pool:
             yield
 
     app = FastAPI(

@@ -58,7 +58,7 @@ async def test_an_engine_that_comes_back_is_used_again() -> None:
     async with running_engine() as engine, running_gateway(engine.address) as url:
         await until_ready(url)
         await engine.stop()
-        await until_ready(url, 503)
+        await until_ready(url, ready=False)
         await engine.start()
         await until_ready(url)
         assert await ask(url) == "hello"
@@ -131,7 +131,7 @@ async def test_an_engine_that_drains_gets_nothing_new() -> None:
         assert [await ask(url) for _ in range(3)] == ["hello"] * 3
         assert not draining.requests
         await other.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-        await until_ready(url, 503)
+        await until_ready(url, ready=False)
 
 
 async def test_a_new_revision_is_taken_up_with_its_tokenizer() -> None:
