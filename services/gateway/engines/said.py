@@ -1,5 +1,7 @@
 """What the choices of an answer have said so far, in the form in which another engine can go on."""
 
+from __future__ import annotations
+
 import array
 import dataclasses
 from collections.abc import Sequence
