@@ -89,6 +89,7 @@ class Call:
         self._call.cancel()
         replica, sequences = self.place.replica, self.place.sequences
         replica.silence_watchers.discard(self._wake)
+        replica.outlier.undecided()  # unless the call has shown something, which is recorded by now
         if refused:
             replica.refused(sequences)
         else:

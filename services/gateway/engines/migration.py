@@ -208,11 +208,8 @@ class Stream:
             ApiError: it can't help.
         """
         code, replica = error.code(), call.place.replica
-        call.close(refused=code is grpc.StatusCode.RESOURCE_EXHAUSTED)
         self._failure = from_rpc(error, started=self._begun)
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise self._failure
-        if code is grpc.StatusCode.INVALID_ARGUMENT and not self._begun:
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED or (code is grpc.StatusCode.INVALID_ARGUMENT and not self._begun):
             raise self._failure
         logger.warning(
             "engine call failed",
@@ -238,6 +235,7 @@ class Stream:
                     self._pool.metrics.ejections.inc()
                     logger.warning("engine ejected", extra={"address": replica.address, "code": code.name})
             may_go_on = self._may_fail_again()
+        call.close(refused=reason is Reason.FULL)
         if call is self._successor:
             self._successor = None
         else:
@@ -245,7 +243,7 @@ class Stream:
         if self._call is not None:  # a successor has failed, and the old call goes on
             if may_go_on:
                 self._look(self._reason, refresh)
-        elif may_go_on and self._pool.possible(self._wish):
+        elif may_go_on and self._pool.promising(self._wish):
             self._look(reason, refresh)
         else:
             raise self._failure

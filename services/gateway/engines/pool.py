@@ -2,7 +2,6 @@
 
 import asyncio
 import collections
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -120,16 +119,16 @@ class EnginePool:
             self._router.left(replica.address)
         if replica.leaving and replica.idle and self._replicas.get(replica.address) is replica:
             del self._replicas[replica.address]
-            closing = asyncio.create_task(self._close(replica))
+            self.metrics.engine_up.remove(replica.address)
+            watch = self._watches.pop(replica)
+            watch.cancel()
+            closing = asyncio.create_task(self._close(replica, watch))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
         self._queue.serve()
 
-    async def _close(self, replica: Replica) -> None:
-        watch = self._watches.pop(replica)
-        watch.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watch
+    async def _close(self, replica: Replica, watch: asyncio.Task[None]) -> None:
+        await asyncio.gather(watch, return_exceptions=True)
         await replica.close()
 
     def models(self) -> dict[str, ServedModel]:
@@ -204,9 +203,9 @@ class EnginePool:
         self.metrics.queue_seconds.observe(time.monotonic() - began)
         return place
 
-    def possible(self, wish: Wish) -> bool:
-        """Whether a known engine could answer the wish, now or later."""
-        return any(self._fitting(wish))
+    def promising(self, wish: Wish) -> bool:
+        """Whether a search may succeed: a known engine fits the wish, or no engine at all is up at the moment."""
+        return any(self._fitting(wish)) or not self.models()
 
     def _fitting(self, wish: Wish) -> Iterable[Replica]:
         for address, replica in self._replicas.items():

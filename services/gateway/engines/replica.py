@@ -55,7 +55,7 @@ class Replica:
         self._channel = open_channel(endpoint, settings)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self.stub = engine_pb2_grpc.EngineStub(self._channel)
-        self.why_down: str | None = "it was not checked yet"  # None while the engine is healthy
+        self.why_down: str | None = "health is not known yet"  # None while the engine is healthy
         self._misses = 0  # checks in a row without an answer in time
         self._silent_since: float | None = None  # when the first of these checks began
         self._next_model_check = 0.0
@@ -221,4 +221,3 @@ class Replica:
         if self._refreshing is not None:
             self._refreshing.cancel()
         await self._channel.close()
-        self._metrics.engine_up.remove(self.address)
