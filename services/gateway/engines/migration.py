@@ -211,11 +211,9 @@ class Stream:
         self._failure = from_rpc(error, started=self._begun)
         if code is grpc.StatusCode.DEADLINE_EXCEEDED or (code is grpc.StatusCode.INVALID_ARGUMENT and not self._begun):
             raise self._failure
-        logger.warning(
-            "engine call failed",
-            extra={"request_id": self._request_id, "address": replica.address, "code": code.name}
-            | {"details": error.details()},
-        )
+        facts = {"request_id": self._request_id, "address": replica.address, "code": code.name}
+        level = logging.DEBUG if code is grpc.StatusCode.RESOURCE_EXHAUSTED else logging.WARNING
+        logger.log(level, "engine call failed", extra=facts | {"details": error.details()})
         reason, refresh, may_go_on = Reason.DIED, None, True
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             reason = Reason.FULL

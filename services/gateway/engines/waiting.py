@@ -72,6 +72,7 @@ class FairQueue(Generic[T]):
         if ticket.start is None:
             ticket.start = max(self._virtual, self._ends.get(ticket.caller, 0.0))
             self._ends[ticket.caller] = ticket.start + ticket.cost
+        self._virtual = min(self._virtual, ticket.start)  # less if the ticket was let go before and comes back unserved
         entry = (ticket.priority, ticket.start, next(self._numbers), ticket, future)
         heapq.heappush(self._heaps.setdefault(ticket.kind, []), entry)
         self.length += 1
