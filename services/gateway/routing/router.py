@@ -1,17 +1,74 @@
-"""Chooses a replica for each prompt."""
+"""Chooses a replica for each prompt: the one on which the first token is expected to come soonest.
 
-import dataclasses
+**The problem.** Every replica has a prefix cache. A prompt whose beginning a replica has already computed needs only
+the rest there, which for the tenth turn of a chat may be 30 tokens of 3,000. A balancer that looks at the load alone
+sends the turns of a chat to different replicas, and each of them computes the whole chat again. A balancer that looks
+at the cache alone sends every prompt with a popular system prompt to one replica, and the others are idle. A router
+must therefore weigh the two against each other.
+
+**The cost.** Both are measured in the same unit, tokens of prefill. The cost of a replica is the number of tokens
+that it computes until the new prompt is done, with what else slows it down converted to tokens::
+
+    cost = uncached tokens of the prompt
+         + waiting tokens
+         + sequence_tokens * sequences
+         + full_cache_tokens * how far the use of the KV cache is above 80 % (from 0 to 1)
+
+*Uncached tokens* come from an index of what each replica was sent (:mod:`services.gateway.routing.prefix_index`), so
+the engines need not report their caches' contents. *Waiting tokens* come from the replica's last report. Since the
+report may be a second old, the tokens that this router sent in the last moments count instead if they are more; their
+count decays exponentially with the time between reports. *Sequences* slow each other down while they decode. A *full
+cache* means that a new sequence waits for another one to end, or preempts it. The sum of uncached and decoded work is
+the idea of the KV router of NVIDIA Dynamo, whose cost is ``overlap_weight * prefill blocks + decode blocks``;
+Dynamo's engines publish an event for each cached block, and its approximate mode, like this router, remembers what it
+sent.
+
+**The candidates.** With many replicas, only some are compared: those that hold the longest known beginnings of the
+prompt (at most 14), and two random ones. If no replica holds anything, the choice is the less loaded of two random
+replicas. This is the *power of two choices* (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing",
+2001): of n requests on n replicas, the most on one replica are about log log n / log 2, where one random choice gives
+about log n / log log n. And unlike the choice of the least loaded replica, it doesn't send the requests of all
+gateways to the same replica until the next report. Up to 16 replicas are all compared. Equal costs are decided by
+chance.
+
+**The bound.** The cost alone would let a popular prefix hold a replica at a long queue as long as the prefix is
+longer than the queue. Therefore a replica that has more than c times the mean number of sequences is no candidate.
+This is the rule of *consistent hashing with bounded loads* (Mirrokni, Thorup, Zadimoghaddam, arXiv 1608.01350): with
+m sequences on n replicas, each takes at most ``ceil(c * (m + 1) / n)``. A popular prefix then spreads: the next
+replica computes it once, is in the index from then on, and takes its part. SGLang's cache-aware router has a similar
+rule, but for the whole fleet: it routes by prefix only as long as the largest and the smallest load are close, and by
+the shortest queue otherwise. A replica with few sequences, ``free_sequences``, is below the bound whatever the mean
+is.
+
+**New replicas** have an empty cache and no load, so every request without a known prefix would go to them at once. A
+replica that joined t seconds ago counts as if it already had ``1 - t / warm_up_seconds`` of the mean number of
+sequences, so its load rises along a straight line (Envoy calls this *slow start*).
+
+**Corrections.** How long a replica keeps a prefix depends on the size of its cache and on requests that this gateway
+doesn't see. The router starts with an estimate, and each answer says how many tokens were in the cache. If an
+expected prefix was lost after d other tokens were written, the cache keeps fewer than d tokens, or something unusual
+happened: the estimate falls, by at most 10 %. If it was found, the cache keeps at least d. The end of an answer also
+counts as a use of its prompt, because an engine never reuses the blocks of a running sequence.
+"""
+
+import math
+import random
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from services.gateway.routing.prefix_index import CacheClock, PrefixIndex, held_tokens
+from services.gateway.routing.settings import RoutingSettings
+
+# Most replicas that are compared for a prompt. This many comparisons take about as long as hashing the prompt.
+_MOST_COMPARED = 16
+# Use of the KV cache above which it costs something.
+_HIGH_KV_USE = 0.8
+# Most prompts whose answers are waited for. Answers to older ones correct nothing.
+_MOST_EXPECTED = 16_384
 
 
-@dataclasses.dataclass(frozen=True)
-class RoutingSettings:
-    """The settings of a :class:`Router`. The defaults suit most deployments."""
-
-    block_tokens: int = 16  # tokens of a block; best equal to the engine's block size
-
-
-@dataclasses.dataclass
+@dataclass
 class ReplicaLoad:
     """How busy a replica is.
 
@@ -26,11 +83,41 @@ class ReplicaLoad:
     kv_used: float
 
 
+class _Replica(CacheClock):
+    """A replica: the state of its cache, and the uncached tokens that it was sent in the last moments."""
+
+    __slots__ = ("_sent", "_sent_at")
+
+    def __init__(self, name: str, now: float, settings: RoutingSettings) -> None:
+        super().__init__(name, now, settings.cache_tokens, settings.max_age_seconds)
+        self._sent = 0.0
+        self._sent_at = now
+
+    def add_sent(self, tokens: int, now: float, period: float) -> None:
+        self._sent = tokens + self.sent_lately(now, period)
+        self._sent_at = now
+
+    def sent_lately(self, now: float, period: float) -> float:
+        """Returns the uncached tokens sent so far, each divided by e for every ``period`` since then."""
+        return self._sent * math.exp((self._sent_at - now) / period)
+
+
 class Router:
-    """Chooses a replica for each prompt. Not safe for use by several threads at once."""
+    """Chooses a replica for each prompt. Not for use by several threads at once.
+
+    ``now`` is in seconds, of one clock that never goes back. :meth:`sent` and :meth:`answered` have no effect for a
+    replica that has not joined or has left; if ``loads`` has such a replica, it may still be chosen. Equal calls with
+    an equal ``seed`` give equal choices.
+    """
 
     def __init__(self, settings: RoutingSettings, seed: int = 0) -> None:
         self._settings = settings
+        self._random = random.Random(seed)  # noqa: S311 (nothing secret depends on it)
+        self._replicas: dict[str, _Replica] = {}
+        self._index = PrefixIndex(settings.block_tokens, settings.max_entries)
+        # For each replica and last hash of a prompt that was sent and not answered: the tokens expected in the cache,
+        # and the number of tokens that were written since those were last used.
+        self._expected: OrderedDict[tuple[_Replica, int], tuple[int, float]] = OrderedDict()
 
     def choose(self, prompt: Sequence[int], loads: Mapping[str, ReplicaLoad], now: float) -> str:
         """Returns the key of the replica in ``loads`` that should compute the prompt.
@@ -38,18 +125,83 @@ class Router:
         Args:
             prompt: token ids.
             loads: the replicas that can take a request now, at least one.
-            now: seconds of any clock that never goes back; all methods must get the same clock.
+            now: seconds.
         """
-        return min(loads, key=lambda replica: (loads[replica].sequences, loads[replica].waiting_tokens))
+        names = list(loads)
+        total = sum([load.sequences for load in loads.values()])
+        mean = total / len(names)
+        bound = max(self._settings.free_sequences, math.ceil(self._settings.load_bound * (total + 1) / len(names)))
+        marks = self._index.marks(self._index.hashes(prompt[:-1]))  # the last token is computed in any case
+        if len(names) <= _MOST_COMPARED:
+            compared = names
+        else:
+            holders = self._index.holders(marks, loads, _MOST_COMPARED - 2, now)
+            compared = [replica.name for replica in holders]
+            compared += [names[int(self._random.random() * len(names))] for _ in range(2)]
+        best, lowest = "", (math.inf, 0.0)
+        for name in compared:
+            load, replica = loads[name], self._replicas.get(name)
+            sequences = self._sequences(load, replica, mean, now)
+            if sequences + 1 > bound:
+                continue
+            cached = held_tokens(replica, marks, now) if marks and replica else 0
+            cost = self._cost(len(prompt) - cached, sequences, load, replica, now), self._random.random()
+            if cost < lowest:
+                best, lowest = name, cost
+        return best or min(names, key=lambda name: self._sequences(loads[name], self._replicas.get(name), mean, now))
 
     def sent(self, replica: str, prompt: Sequence[int], now: float) -> None:
         """Records that the prompt is sent to the replica, so that later prompts with its beginning find it there."""
+        known = self._replicas.get(replica)
+        if known is None:
+            return
+        hashes = self._index.hashes(prompt)
+        usable = hashes[: (len(prompt) - 1) // self._settings.block_tokens]
+        marks = self._index.marks(usable)
+        held = [(tokens, holders[known]) for tokens, _, holders in marks if known in holders]
+        if held:
+            tokens, reading = held[0]
+            self._expected[known, hashes[-1]] = tokens, known.read(now) - reading
+            if len(self._expected) > _MOST_EXPECTED:
+                self._expected.popitem(last=False)
+        uncached = len(prompt) - held_tokens(known, marks, now)
+        known.add_sent(uncached, now, self._settings.report_seconds)
+        known.write(uncached)
+        self._index.use(known, hashes, now)
 
     def answered(self, replica: str, prompt: Sequence[int], cached_tokens: int, now: float) -> None:
-        """Records how many tokens of a sent prompt the replica found in its cache."""
+        """Records that the replica has answered a prompt, and how many tokens of it were in the replica's cache."""
+        known, hashes = self._replicas.get(replica), self._index.hashes(prompt)
+        if known is None or not hashes:
+            return
+        if expected := self._expected.pop((known, hashes[-1]), None):
+            tokens, distance = expected
+            known.learn(distance, found=2 * cached_tokens >= tokens)
+        self._index.use(known, hashes, now)
 
     def joined(self, replica: str, now: float) -> None:
-        """Adds a replica with an empty cache."""
+        """Adds a replica with an empty cache. A replica of this name that is already there counts as restarted."""
+        self.left(replica)
+        self._replicas[replica] = _Replica(replica, now, self._settings)
 
     def left(self, replica: str) -> None:
         """Forgets the replica and what it was sent."""
+        if replica in self._replicas:
+            self._replicas.pop(replica).present = False
+
+    def _sequences(self, load: ReplicaLoad, replica: _Replica | None, mean: float, now: float) -> float:
+        """Returns the number of sequences, with those that a new replica is spared."""
+        if replica is None:
+            return load.sequences
+        cold = 1 - (now - replica.joined) / self._settings.warm_up_seconds
+        return load.sequences + mean * cold if cold > 0 else load.sequences
+
+    def _cost(self, uncached: int, sequences: float, load: ReplicaLoad, replica: _Replica | None, now: float) -> float:
+        settings = self._settings
+        waiting: float = load.waiting_tokens
+        if replica:
+            waiting = max(waiting, replica.sent_lately(now, settings.report_seconds))
+        cost = uncached + waiting + settings.sequence_tokens * sequences
+        if load.kv_used > _HIGH_KV_USE:
+            cost += settings.full_cache_tokens * (load.kv_used - _HIGH_KV_USE) / (1 - _HIGH_KV_USE)
+        return cost

@@ -1,0 +1,165 @@
+"""Remembers which replica was sent which prompts, and finds the replicas that have computed the beginning of a prompt.
+
+**Hash chain.** A prompt is cut into blocks as in the engine's prefix cache. Each block's hash covers its tokens and
+the hash of the block before it, so it identifies the whole prefix up to the end of the block.
+
+**Marks.** To store every prefix would cost 128 entries for a prompt of 2,048 tokens in blocks of 16. The index stores
+only some of them, called marks: the prefixes of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... blocks, and the longest one. A
+prompt of n blocks leaves about 2 log2(n) marks, 15 in the example. The next turn of a chat begins with the whole
+previous prompt, whose longest mark is therefore found. Of any other prefix that two prompts share, the index finds at
+least two thirds of the full blocks, because a number of the row is at most 3/2 of the one before it (or one more).
+
+**Age.** An engine reuses the least recently used block first, so a prefix is lost when the replica has since written
+as many new tokens as its cache holds. Each replica therefore has a clock that counts written tokens
+(:class:`CacheClock`), and an entry of the index is the reading of this clock when the prefix was last used.
+
+**Memory.** The index holds at most ``max_entries`` pairs of a mark and a replica, and drops those of the least
+recently used mark first. A pair takes at most about 400 bytes.
+"""
+
+import functools
+import itertools
+from collections import OrderedDict
+from collections.abc import Container, Sequence
+
+# A prefix counts as cached up to this multiple of the estimated capacity. Without the margin, no prefix beyond the
+# estimate would be looked for, so a low estimate could never rise.
+_MARGIN = 1.25
+# A lost prefix lowers the estimate by at most this factor, because a canceled call may also be the cause.
+_DECREASE = 0.9
+
+
+class CacheClock:
+    """What the router knows about the age of a replica's cache. Compared and hashed by identity.
+
+    Attributes:
+        name: the replica's name.
+        joined: time at which the replica joined, in seconds.
+        present: False after the replica has left.
+        capacity: estimated number of tokens that the cache keeps.
+    """
+
+    __slots__ = ("_max_age", "_read", "_written", "capacity", "joined", "name", "present")
+
+    def __init__(self, name: str, now: float, capacity: float, max_age: float) -> None:
+        self.name = name
+        self.joined = now
+        self.present = True
+        self.capacity = capacity
+        self._max_age = max_age
+        self._written = 0.0
+        self._read = now
+
+    def read(self, now: float) -> float:
+        """Returns the number of tokens written so far.
+
+        The clock counts the tokens that this gateway sent, and presumes that others (other gateways, generated tokens)
+        write the whole cache once in ``max_age`` seconds.
+        """
+        if now > self._read:
+            self._written += (now - self._read) * self.capacity / self._max_age
+            self._read = now
+        return self._written
+
+    def write(self, tokens: float) -> None:
+        self._written += tokens
+
+    def holds(self, reading: float, now: float) -> bool:
+        """Returns whether the cache still has a prefix that was last used at this reading of the clock."""
+        return self.present and self.read(now) - reading <= _MARGIN * self.capacity
+
+    def learn(self, distance: float, found: bool) -> None:
+        """Corrects the capacity by a prefix that was found or lost after ``distance`` other tokens were written."""
+        if found:
+            self.capacity = max(self.capacity, distance)
+        elif distance < self.capacity:
+            self.capacity = max(distance, _DECREASE * self.capacity, 1.0)
+
+
+# A mark: the number of its tokens, its hash, and its holders. The holder that used it least recently comes first.
+Mark = tuple[int, int, dict[CacheClock, float]]
+
+
+class PrefixIndex:
+    """The marks of the prompts that were sent lately, and the replicas that hold each of them."""
+
+    def __init__(self, block_tokens: int, max_entries: int) -> None:
+        self._block_tokens = block_tokens
+        self._max_entries = max_entries
+        self._holders: OrderedDict[int, dict[CacheClock, float]] = OrderedDict()
+        self._entries = 0
+
+    def __len__(self) -> int:
+        """Returns the number of pairs of a mark and a replica."""
+        return self._entries
+
+    def hashes(self, prompt: Sequence[int]) -> list[int]:
+        """Returns the hash of each prefix that ends with a full block, the shortest first."""
+        size, ids, chain, hashes = self._block_tokens, tuple(prompt), 0, []
+        for end in range(size, len(ids) + 1, size):
+            chain = hash((chain, ids[end - size : end]))
+            hashes.append(chain)
+        return hashes
+
+    def marks(self, hashes: Sequence[int]) -> list[Mark]:
+        """Returns the stored marks among these prefixes, the longest first."""
+        size, find = self._block_tokens, self._holders.get
+        return [
+            (blocks * size, hashes[blocks - 1], holders)
+            for blocks in range(len(hashes), 0, -1)
+            if (holders := find(hashes[blocks - 1])) is not None
+        ]
+
+    def holders(self, marks: Sequence[Mark], names: Container[str], limit: int, now: float) -> dict[CacheClock, int]:
+        """Returns up to ``limit`` replicas of ``names`` that hold one of the marks, with the tokens that each holds.
+
+        The replicas with the most tokens come first; of equal ones, those that used the prefix least recently, so that
+        the holders of a popular prefix take turns. Entries that turn out to be too old are dropped.
+        """
+        found: dict[CacheClock, int] = {}
+        for tokens, key, holders in marks:
+            for replica, reading in list(itertools.islice(holders.items(), limit)):
+                if not replica.holds(reading, now):
+                    self._drop(key, holders, replica)
+                elif replica not in found and replica.name in names:
+                    found[replica] = tokens
+                    if len(found) == limit:
+                        return found
+        return found
+
+    def use(self, replica: CacheClock, hashes: Sequence[int], now: float) -> None:
+        """Records that the replica has these prefixes in its cache from now on."""
+        reading = replica.read(now)
+        # The shortest prefix comes last, because it is the last one to be lost.
+        for blocks in _marked_blocks(len(hashes)):
+            key = hashes[blocks - 1]
+            holders = self._holders.setdefault(key, {})
+            self._holders.move_to_end(key)
+            self._entries += replica not in holders
+            holders.pop(replica, None)
+            holders[replica] = reading
+        while self._entries > self._max_entries:
+            self._entries -= len(self._holders.popitem(last=False)[1])
+
+    def _drop(self, key: int, holders: dict[CacheClock, float], replica: CacheClock) -> None:
+        del holders[replica]
+        self._entries -= 1
+        if not holders:
+            del self._holders[key]
+
+
+def held_tokens(replica: CacheClock, marks: Sequence[Mark], now: float) -> int:
+    """Returns the tokens of the longest of the marks that the replica still holds."""
+    for tokens, _, holders in marks:
+        if replica in holders and replica.holds(holders[replica], now):
+            return tokens
+    return 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _marked_blocks(count: int) -> tuple[int, ...]:
+    """Returns the numbers of blocks of the prefixes to store for a prompt of ``count`` blocks, the largest first."""
+    marked = {count} if count else set()
+    for power in range(count.bit_length()):
+        marked.update(blocks for blocks in (1 << power, 3 << power >> 1) if blocks <= count)
+    return tuple(sorted(marked, reverse=True))

@@ -1,0 +1,32 @@
+"""The settings of the router."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingSettings:
+    """How the router weighs cached tokens against load. :mod:`services.gateway.routing.router` explains the method.
+
+    Attributes:
+        block_tokens: tokens of a block. The best value is the block size of the engines' KV cache.
+        sequence_tokens: cost of a running or waiting sequence, in tokens of prefill.
+        full_cache_tokens: cost of a KV cache that running sequences fill completely, in tokens of prefill.
+        load_bound: most sequences of a replica, as a multiple of the mean of all replicas (c in arXiv 1608.01350).
+        free_sequences: number of sequences that a replica may have whatever the mean is.
+        warm_up_seconds: time in which a new replica rises to its full share of the load.
+        report_seconds: time between two reports of a replica's load.
+        cache_tokens: first estimate of the tokens that a replica's cache keeps. Answers correct it.
+        max_age_seconds: time after which an idle replica's cache counts as overwritten by others.
+        max_entries: most pairs of a marked prefix and a replica that the router remembers.
+    """
+
+    block_tokens: int = 16
+    sequence_tokens: float = 16.0
+    full_cache_tokens: float = 2048.0
+    load_bound: float = 1.25
+    free_sequences: int = 4
+    warm_up_seconds: float = 10.0
+    report_seconds: float = 1.0
+    cache_tokens: float = 65_536.0
+    max_age_seconds: float = 1800.0
+    max_entries: int = 200_000

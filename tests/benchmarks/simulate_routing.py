@@ -1,0 +1,427 @@
+"""Simulate the gateway's routing on a thousand replicas, beside the usual ways to balance load.
+
+Run the program from the project's root: ``python -m tests.benchmarks.simulate_routing --plot
+docs/images/routing.png``. It prints two Markdown tables and draws one plot. The router is the gateway's own code; all
+else is a model.
+
+**Conversations.** They begin at random times within ten minutes. Each belongs to one of 100 applications, of which a
+few have most conversations (Zipf's law), and begins with the application's system prompt. Each turn adds a question
+and the answer to it. The next turn comes after a pause.
+
+**Replicas.** A replica computes prompts one after another at a constant rate, without the tokens that it finds in its
+prefix cache. Then it decodes: a step takes longer the more sequences run, and a sequence keeps the pace that it began
+with. The prefix cache keeps whole blocks and drops the least recently used ones. A replica reports its waiting tokens
+and its cache use once a second. The replicas are slow, so that 1,000 of them have work for ten minutes.
+
+**Churn.** Every five seconds one replica leaves and an empty one joins, as in a rolling update. After a third of the
+time 100 replicas join at once, and after two thirds 100 leave. A replica that leaves finishes its sequences.
+
+Every way of balancing sees the same conversations. Its columns are: the share of the prompts' tokens that were found
+in a cache; the median and the 95th percentile of the wait for the first token; and max/mean, the number of sequences
+on the busiest replica divided by the mean, averaged over every second after the first minute.
+"""
+
+import argparse
+import bisect
+import dataclasses
+import heapq
+import itertools
+import math
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from jobs.plots import panels
+from services.gateway.routing import ReplicaLoad, Router, RoutingSettings
+
+BLOCK = 16
+PREFILL_RATE = 800.0  # tokens per second
+DECODE_SECONDS, DECODE_SECONDS_PER_SEQUENCE = 0.04, 0.002  # of a step
+CACHE_TOKENS = 32_768
+ARRIVAL_SECONDS = 600.0
+MEASURED_FROM = 60.0
+APPLICATIONS = 100
+SWAP_SECONDS = 5.0
+SURGE = 100
+# Token ids of prompts are slices of this list, so that they share their objects.
+_IDS = list(range(1 << 16))
+
+
+@dataclasses.dataclass
+class Conversation:
+    """One chat. ``starts`` says where in the list of ids the tokens of each turn begin."""
+
+    key: int
+    begins: float
+    system: list[int]
+    starts: list[int]
+    questions: list[int]  # tokens
+    answers: list[int]  # tokens
+    pauses: list[float]  # seconds before each turn but the first
+    turn: int = 0
+    history: int = 0  # tokens before the current question
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.history + self.questions[self.turn]
+
+    def prompt(self) -> list[int]:
+        """Returns the token ids of the current prompt."""
+        ids = list(self.system)
+        for start, question, answer in zip(self.starts, self.questions, self.answers[: self.turn], strict=False):
+            ids += _IDS[start : start + question + answer]
+        start = self.starts[self.turn]
+        return ids + _IDS[start : start + self.questions[self.turn]]
+
+
+class Policy(Protocol):
+    """A way to choose replicas."""
+
+    def choose(self, chat: Conversation, loads: dict[str, ReplicaLoad], now: float) -> str: ...
+    def answered(self, chat: Conversation, replica: str, cached: int, now: float) -> None: ...
+    def joined(self, replica: str, now: float) -> None: ...
+    def left(self, replica: str) -> None: ...
+
+
+class Affinity:
+    """The gateway's router."""
+
+    def __init__(self, settings: RoutingSettings) -> None:
+        self.router = Router(settings)
+        self.seconds: list[float] = []  # of each choice
+
+    def choose(self, chat: Conversation, loads: dict[str, ReplicaLoad], now: float) -> str:
+        prompt = chat.prompt()
+        begin = time.perf_counter()
+        chosen = self.router.choose(prompt, loads, now)
+        self.seconds.append(time.perf_counter() - begin)
+        self.router.sent(chosen, prompt, now)
+        return chosen
+
+    def answered(self, chat: Conversation, replica: str, cached: int, now: float) -> None:
+        self.router.answered(replica, chat.prompt(), cached, now)
+
+    def joined(self, replica: str, now: float) -> None:
+        self.router.joined(replica, now)
+
+    def left(self, replica: str) -> None:
+        self.router.left(replica)
+
+
+class _LoadOnly:
+    def __init__(self) -> None:
+        self.random = random.Random(0)
+        self.names: list[str] = []
+
+    def answered(self, chat: Conversation, replica: str, cached: int, now: float) -> None:
+        pass
+
+    def joined(self, replica: str, now: float) -> None:
+        self.names.append(replica)
+
+    def left(self, replica: str) -> None:
+        self.names.remove(replica)
+
+
+class RoundRobin(_LoadOnly):
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns = itertools.count()
+
+    def choose(self, chat: Conversation, loads: dict[str, ReplicaLoad], now: float) -> str:
+        return self.names[next(self.turns) % len(self.names)]
+
+
+class PowerOfTwo(_LoadOnly):
+    """The replica with fewer sequences, of two random ones."""
+
+    def choose(self, chat: Conversation, loads: dict[str, ReplicaLoad], now: float) -> str:
+        return min(self.random.choices(self.names, k=2), key=lambda name: loads[name].sequences)
+
+
+class LeastLoad(_LoadOnly):
+    """The replica with the fewest sequences; of several, the one that waited longest for a request."""
+
+    def choose(self, chat: Conversation, loads: dict[str, ReplicaLoad], now: float) -> str:
+        fewest = min([load.sequences for load in loads.values()])
+        at = next(i for i, name in enumerate(self.names) if loads[name].sequences == fewest)
+        self.names.append(chosen := self.names.pop(at))
+        return chosen
+
+
+class ConsistentHashing(_LoadOnly):
+    """Each conversation has a place on a ring and goes to the next replica on it, if that one is below the bound."""
+
+    def __init__(self, bound: float = math.inf) -> None:
+        super().__init__()
+        self.bound = bound
+        self.ring: list[tuple[float, str]] = []
+
+    def choose(self, chat: Conversation, loads: dict[str, ReplicaLoad], now: float) -> str:
+        at = bisect.bisect(self.ring, (random.Random(chat.key).random(), ""))
+        if self.bound == math.inf:
+            return self.ring[at % len(self.ring)][1]
+        total = sum([load.sequences for load in loads.values()])
+        most = math.ceil(self.bound * (total + 1) / len(loads))
+        following = (self.ring[i % len(self.ring)][1] for i in itertools.count(at))
+        return next(name for name in following if loads[name].sequences < most)
+
+    def joined(self, replica: str, now: float) -> None:
+        places = random.Random(replica)
+        for _ in range(40):
+            bisect.insort(self.ring, (places.random(), replica))
+
+    def left(self, replica: str) -> None:
+        self.ring = [place for place in self.ring if place[1] != replica]
+
+
+class Replica:
+    """The model of a replica."""
+
+    def __init__(self) -> None:
+        self.load = ReplicaLoad(0, 0, 0.0)
+        self.running_tokens = 0
+        self._prefilled_at = 0.0  # when everything that waits now is computed
+        self._cache: OrderedDict[int, int] = OrderedDict()  # tokens of each conversation and system prompt
+        self._cache_tokens = 0
+
+    def start(self, chat: Conversation, now: float) -> tuple[int, float, float]:
+        """Returns the cached tokens of the conversation's prompt, and the times of the first and the last token."""
+        system, tokens = -id(chat.system), chat.prompt_tokens
+        found = len(chat.system) + self._cache.get(chat.key, 0) if system in self._cache else 0
+        cached = min(found, tokens - 1) // BLOCK * BLOCK
+        self._keep(chat.key, tokens - len(chat.system))
+        self._keep(system, len(chat.system))
+        self.load.sequences += 1
+        self.running_tokens += tokens
+        self._prefilled_at = max(now, self._prefilled_at) + (tokens - cached) / PREFILL_RATE
+        step = DECODE_SECONDS + DECODE_SECONDS_PER_SEQUENCE * self.load.sequences
+        return cached, self._prefilled_at, self._prefilled_at + step * chat.answers[chat.turn]
+
+    def finish(self, chat: Conversation) -> None:
+        self.load.sequences -= 1
+        self.running_tokens -= chat.prompt_tokens
+        self._keep(chat.key, chat.prompt_tokens + chat.answers[chat.turn] - len(chat.system))
+        self._keep(-id(chat.system), len(chat.system))
+
+    def report(self, now: float) -> None:
+        self.load.waiting_tokens = int(max(0.0, self._prefilled_at - now) * PREFILL_RATE)
+        self.load.kv_used = min(1.0, self.running_tokens / CACHE_TOKENS)
+
+    def _keep(self, key: int, tokens: int) -> None:
+        self._cache_tokens += tokens - self._cache.pop(key, 0)
+        self._cache[key] = tokens
+        while self._cache_tokens > CACHE_TOKENS:
+            self._cache_tokens -= self._cache.popitem(last=False)[1]
+
+
+@dataclasses.dataclass
+class Result:
+    """What one way of balancing did. ``max_over_mean`` has a value for every second."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    waits: list[float] = dataclasses.field(default_factory=list)
+    max_over_mean: list[float] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        return self.cached_tokens / self.prompt_tokens
+
+    @property
+    def unevenness(self) -> float:
+        return float(np.mean(self.max_over_mean[int(MEASURED_FROM) : int(ARRIVAL_SECONDS)]))
+
+
+def simulate(policy: Policy, chats: list[Conversation], replicas: int, *, churn: bool) -> Result:
+    """Runs all conversations to their ends."""
+    result = Result()
+    fleet: dict[str, Replica] = {}
+    loads: dict[str, ReplicaLoad] = {}
+    names = (f"replica-{i}" for i in itertools.count())
+    picks = random.Random(1)
+
+    def join() -> None:
+        name = next(names)
+        fleet[name] = Replica()
+        loads[name] = fleet[name].load
+        policy.joined(name, second)
+
+    def leave() -> None:
+        name = picks.choice(list(loads))
+        del loads[name]
+        policy.left(name)
+
+    second = 0.0
+    for _ in range(replicas):
+        join()
+    # A turn that arrives has no replica; a turn that ends has its replica and its cached tokens.
+    events: list[tuple[float, int, str, int]] = [(chat.begins, i, "", 0) for i, chat in enumerate(chats)]
+    heapq.heapify(events)
+    while events:
+        now, i, name, cached = heapq.heappop(events)
+        while second <= now:
+            for load_of in loads:
+                fleet[load_of].report(second)
+            counts = [load.sequences for load in loads.values()]
+            result.max_over_mean.append(max(counts) * len(counts) / max(sum(counts), 1))
+            if churn and second < ARRIVAL_SECONDS:
+                if second % SWAP_SECONDS == 0:
+                    leave()
+                    join()
+                for _ in range(SURGE if second == ARRIVAL_SECONDS // 3 else 0):
+                    join()
+                for _ in range(SURGE if second == ARRIVAL_SECONDS // 3 * 2 else 0):
+                    leave()
+            second += 1.0
+        chat = chats[i]
+        if name:
+            fleet[name].finish(chat)
+            if name in loads:
+                policy.answered(chat, name, cached, now)
+            chat.history = chat.prompt_tokens + chat.answers[chat.turn]
+            chat.turn += 1
+            if chat.turn < len(chat.questions):
+                heapq.heappush(events, (now + chat.pauses[chat.turn - 1], i, "", 0))
+        else:
+            name = policy.choose(chat, loads, now)
+            cached, first, last = fleet[name].start(chat, now)
+            result.prompt_tokens += chat.prompt_tokens
+            result.cached_tokens += cached
+            result.waits.append(first - now)
+            heapq.heappush(events, (last, i, name, cached))
+    return result
+
+
+def many_chats(count: int) -> list[Conversation]:
+    """Returns conversations of one to six turns that begin within ten minutes."""
+    rng = np.random.default_rng(0)
+    popularity = 1 / np.arange(1, APPLICATIONS + 1)
+    systems = [_IDS[start : start + 64 + 8 * i] for i, start in enumerate(range(0, 300 * APPLICATIONS, 300))]
+    systems = [systems[i] for i in rng.permutation(APPLICATIONS)]
+    of = rng.choice(APPLICATIONS, count, p=popularity / popularity.sum()).tolist()
+    begins = np.sort(rng.uniform(0, ARRIVAL_SECONDS, count)).tolist()
+    turns = np.minimum(rng.geometric(0.35, count), 6).tolist()
+    return [Conversation(i, begins[i], systems[of[i]], *_turns(rng, turns[i], pause=20.0)) for i in range(count)]
+
+
+def chats_at_once(count: int, turns: int) -> list[Conversation]:
+    """Returns conversations of one application that begin within one second."""
+    rng = np.random.default_rng(0)
+    begins = rng.uniform(0, 1, count).tolist()
+    return [Conversation(i, begins[i], _IDS[:128], *_turns(rng, turns, pause=2.0)) for i in range(count)]
+
+
+def _turns(rng: np.random.Generator, turns: int, pause: float) -> tuple[list[int], list[int], list[int], list[float]]:
+    """Returns starts, questions, answers and pauses of a conversation."""
+    # Of each turn: where its ids begin in the list of ids, the tokens of the question and of the answer, the pause.
+    return (
+        rng.integers(1 << 15, (1 << 16) - 500, turns).tolist(),
+        rng.integers(10, 100, turns).tolist(),
+        rng.integers(50, 200, turns).tolist(),
+        rng.exponential(pause, turns - 1).tolist(),
+    )
+
+
+def fresh(chats: list[Conversation]) -> Iterator[Conversation]:
+    """Yields the conversations as they are before their first turn."""
+    for chat in chats:
+        yield dataclasses.replace(chat, turn=0, history=len(chat.system))
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "router": lambda: Affinity(RoutingSettings()),
+    "consistent hashing": ConsistentHashing,
+    "the same with bound 1.25": lambda: ConsistentHashing(1.25),
+    "power of two": PowerOfTwo,
+    "least load": LeastLoad,
+    "round robin": RoundRobin,
+}
+
+
+def run_all(chats: list[Conversation], replicas: int, *, churn: bool) -> dict[str, Result]:
+    results = {}
+    for name, make in POLICIES.items():
+        begin = time.perf_counter()
+        policy = make()
+        results[name] = simulate(policy, list(fresh(chats)), replicas, churn=churn)
+        results[name].seconds = time.perf_counter() - begin
+        if isinstance(policy, Affinity) and replicas > 100:
+            microseconds = np.percentile(np.array(policy.seconds) * 1e6, [50, 99])
+            print(f"choose() took {microseconds[0]:.0f} µs (median), {microseconds[1]:.0f} µs (99th percentile)\n")
+    return results
+
+
+def findable_tokens(chats: list[Conversation]) -> int:
+    """Returns the prompt tokens that one engine would find if its cache forgot nothing."""
+    systems: set[int] = set()
+    found = 0
+    for chat in fresh(chats):
+        if id(chat.system) in systems:
+            found += len(chat.system) // BLOCK * BLOCK
+        systems.add(id(chat.system))
+        lengths = itertools.accumulate(map(sum, zip(chat.questions, chat.answers, strict=True)), initial=chat.history)
+        found += sum(length // BLOCK * BLOCK for length in list(lengths)[1:-1])
+    return found
+
+
+def table(results: dict[str, Result], findable: int) -> str:
+    """Returns a Markdown table."""
+    lines = [
+        "| | found in a cache | of the findable | wait p50 | wait p95 | max/mean | simulated in |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, result in results.items():
+        median, high = np.percentile(result.waits, [50, 95])
+        lines.append(
+            f"| {name} | {result.hit_rate:.1%} | {result.cached_tokens / findable:.1%} | {median:.2f} s "
+            f"| {high:.2f} s | {result.unevenness:.2f} | {result.seconds:.1f} s |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Result], findable: int, path: Path) -> None:
+    """Draws found tokens, waits and unevenness. Each way of balancing has the same color in all panels."""
+    colors = {name: f"C{i}" for i, name in enumerate(results)}
+    with panels(path, 3, width=4.6) as (found, wait, uneven):
+        for axes in (found, wait):
+            axes.grid(axis="y", visible=False)
+            axes.invert_yaxis()
+        found.barh(list(results), [100 * r.cached_tokens / findable for r in results.values()], color=colors.values())
+        found.set(title="Findable prompt tokens found in a cache", xlabel="percent", xlim=(0, 100))
+        wait.barh(list(results), [np.percentile(r.waits, 95) for r in results.values()], color=colors.values())
+        wait.set(title="Wait for the first token, 95th percentile", xlabel="seconds", yticklabels=[])
+        for name, result in results.items():
+            ratios = result.max_over_mean[int(MEASURED_FROM) : int(ARRIVAL_SECONDS)]
+            uneven.plot(range(int(MEASURED_FROM), int(MEASURED_FROM) + len(ratios)), ratios, color=colors[name], lw=1)
+        uneven.set(title="Sequences: busiest replica / mean", xlabel="seconds", ylim=(1, None))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--replicas", type=int, default=1000)
+    parser.add_argument("--conversations", type=int, default=100_000)
+    parser.add_argument("--plot", type=Path, help="PNG file to write")
+    args = parser.parse_args()
+    begin = time.perf_counter()
+    chats = many_chats(args.conversations)
+    turns, findable = sum(len(chat.questions) for chat in chats), findable_tokens(chats)
+    print(f"{args.replicas:,} replicas, {len(chats):,} conversations, {turns:,} prompts\n")
+    results = run_all(chats, args.replicas, churn=True)
+    print(table(results, findable))
+    chats = chats_at_once(60, 6)
+    print("\n3 replicas, 60 conversations of 6 turns at once\n")
+    print(table(run_all(chats, 3, churn=False), findable_tokens(chats)))
+    if args.plot:
+        draw(results, findable, args.plot)
+    print(f"\n{time.perf_counter() - begin:.0f} seconds in all")
+
+
+if __name__ == "__main__":
+    main()
