@@ -9,26 +9,26 @@ must therefore weigh the two against each other.
 **The cost.** Both are measured in the same unit, tokens of prefill. The cost of a replica is the number of tokens
 that it computes until the new prompt is done, with what else slows it down converted to tokens::
 
-    cost = uncached tokens of the prompt
+    cost = uncached_weight * uncached tokens of the prompt
          + waiting tokens
          + sequence_tokens * sequences
          + full_cache_tokens * how far the use of the KV cache is above 80 % (from 0 to 1)
 
 *Uncached tokens* come from an index of what each replica was sent (:mod:`services.gateway.routing.prefix_index`), so
-the engines need not report their caches' contents. *Waiting tokens* come from the replica's last report. Since the
-report may be a second old, the tokens that this router sent in the last moments count instead if they are more; their
-count decays exponentially with the time between reports. *Sequences* slow each other down while they decode. A *full
-cache* means that a new sequence waits for another one to end, or preempts it. The sum of uncached and decoded work is
-the idea of the KV router of NVIDIA Dynamo, whose cost is ``overlap_weight * prefill blocks + decode blocks``;
-Dynamo's engines publish an event for each cached block, and its approximate mode, like this router, remembers what it
-sent.
+the engines need not report their caches' contents. They weigh more than waiting tokens, because work that is done
+twice also delays the requests that come later. *Waiting tokens* come from the replica's last report. Since the report
+may be a second old, the tokens that this router sent in the last moments count instead if they are more; their count
+decays exponentially with the time between reports. *Sequences* slow each other down while they decode. A *full cache*
+means that a new sequence waits for another one to end, or preempts it. The sum of uncached and decoded work is the
+idea of the KV router of NVIDIA Dynamo, whose cost is ``overlap_weight * prefill blocks + decode blocks``; Dynamo's
+engines publish an event for each cached block, and its approximate mode, like this router, remembers what it sent.
 
 **The candidates.** With many replicas, only some are compared: those that hold the longest known beginnings of the
-prompt (at most 14), and two random ones. If no replica holds anything, the choice is the less loaded of two random
+prompt (at most 6), and two random ones. If no replica holds anything, the choice is the less loaded of two random
 replicas. This is the *power of two choices* (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing",
 2001): of n requests on n replicas, the most on one replica are about log log n / log 2, where one random choice gives
 about log n / log log n. And unlike the choice of the least loaded replica, it doesn't send the requests of all
-gateways to the same replica until the next report. Up to 16 replicas are all compared. Equal costs are decided by
+gateways to the same replica until the next report. Up to 8 replicas are all compared. Equal costs are decided by
 chance.
 
 **The bound.** The cost alone would let a popular prefix hold a replica at a long queue as long as the prefix is
@@ -57,11 +57,11 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from services.gateway.routing.prefix_index import CacheClock, PrefixIndex, held_tokens
+from services.gateway.routing.prefix_index import CacheClock, Mark, PrefixIndex, held_tokens
 from services.gateway.routing.settings import RoutingSettings
 
 # Most replicas that are compared for a prompt. This many comparisons take about as long as hashing the prompt.
-_MOST_COMPARED = 16
+_MOST_COMPARED = 8
 # Use of the KV cache above which it costs something.
 _HIGH_KV_USE = 0.8
 # Most prompts whose answers are waited for. Answers to older ones correct nothing.
@@ -115,6 +115,7 @@ class Router:
         self._random = random.Random(seed)  # noqa: S311 (nothing secret depends on it)
         self._replicas: dict[str, _Replica] = {}
         self._index = PrefixIndex(settings.block_tokens, settings.max_entries)
+        self._hashed: tuple[Sequence[int], list[int]] = [], []  # the latest prompt and its hashes
         # For each replica and last hash of a prompt that was sent and not answered: the tokens expected in the cache,
         # and the number of tokens that were written since those were last used.
         self._expected: OrderedDict[tuple[_Replica, int], tuple[int, float]] = OrderedDict()
@@ -123,7 +124,7 @@ class Router:
         """Returns the key of the replica in ``loads`` that should compute the prompt.
 
         Args:
-            prompt: token ids.
+            prompt: token ids. The sequence must not change later.
             loads: the replicas that can take a request now, at least one.
             now: seconds.
         """
@@ -131,23 +132,15 @@ class Router:
         total = sum([load.sequences for load in loads.values()])
         mean = total / len(names)
         bound = max(self._settings.free_sequences, math.ceil(self._settings.load_bound * (total + 1) / len(names)))
-        marks = self._index.marks(self._index.hashes(prompt[:-1]))  # the last token is computed in any case
-        if len(names) <= _MOST_COMPARED:
-            compared = names
-        else:
-            holders = self._index.holders(marks, loads, _MOST_COMPARED - 2, now)
-            compared = [replica.name for replica in holders]
-            compared += [names[int(self._random.random() * len(names))] for _ in range(2)]
-        best, lowest = "", (math.inf, 0.0)
-        for name in compared:
+        best, lowest = "", math.inf
+        for name, cached in self._candidates(prompt, names, loads, now).items():
             load, replica = loads[name], self._replicas.get(name)
             sequences = self._sequences(load, replica, mean, now)
-            if sequences + 1 > bound:
-                continue
-            cached = held_tokens(replica, marks, now) if marks and replica else 0
-            cost = self._cost(len(prompt) - cached, sequences, load, replica, now), self._random.random()
-            if cost < lowest:
-                best, lowest = name, cost
+            if sequences + 1 <= bound:
+                cost = self._cost(len(prompt) - cached, sequences, load, replica, now)
+                cost += self._random.random()  # less than a token: decides between equal costs
+                if cost < lowest:
+                    best, lowest = name, cost
         return best or min(names, key=lambda name: self._sequences(loads[name], self._replicas.get(name), mean, now))
 
     def sent(self, replica: str, prompt: Sequence[int], now: float) -> None:
@@ -155,9 +148,7 @@ class Router:
         known = self._replicas.get(replica)
         if known is None:
             return
-        hashes = self._index.hashes(prompt)
-        usable = hashes[: (len(prompt) - 1) // self._settings.block_tokens]
-        marks = self._index.marks(usable)
+        hashes, marks = self._hashes(prompt), self._marks(prompt)
         held = [(tokens, holders[known]) for tokens, _, holders in marks if known in holders]
         if held:
             tokens, reading = held[0]
@@ -171,7 +162,7 @@ class Router:
 
     def answered(self, replica: str, prompt: Sequence[int], cached_tokens: int, now: float) -> None:
         """Records that the replica has answered a prompt, and how many tokens of it were in the replica's cache."""
-        known, hashes = self._replicas.get(replica), self._index.hashes(prompt)
+        known, hashes = self._replicas.get(replica), self._hashes(prompt)
         if known is None or not hashes:
             return
         if expected := self._expected.pop((known, hashes[-1]), None):
@@ -189,6 +180,30 @@ class Router:
         if replica in self._replicas:
             self._replicas.pop(replica).present = False
 
+    def _hashes(self, prompt: Sequence[int]) -> list[int]:
+        if prompt is not self._hashed[0]:
+            self._hashed = prompt, self._index.hashes(prompt)
+        return self._hashed[1]
+
+    def _marks(self, prompt: Sequence[int]) -> list[Mark]:
+        """Returns the known prefixes of the prompt without its last token, which is computed in any case."""
+        return self._index.marks(self._hashes(prompt)[: (len(prompt) - 1) // self._settings.block_tokens])
+
+    def _candidates(
+        self, prompt: Sequence[int], names: Sequence[str], loads: Mapping[str, ReplicaLoad], now: float
+    ) -> dict[str, int]:
+        """Returns the replicas to compare, with the tokens of the prompt that each has in its cache."""
+        marks, others = self._marks(prompt), names
+        candidates: dict[str, int] = {}
+        if len(names) > _MOST_COMPARED:
+            holders = self._index.holders(marks, loads, _MOST_COMPARED - 2, now)
+            candidates = {replica.name: tokens for replica, tokens in holders.items()}
+            others = [names[int(self._random.random() * len(names))] for _ in range(2)]
+        for name in others:
+            replica = self._replicas.get(name)
+            candidates[name] = held_tokens(replica, marks, now) if replica else 0
+        return candidates
+
     def _sequences(self, load: ReplicaLoad, replica: _Replica | None, mean: float, now: float) -> float:
         """Returns the number of sequences, with those that a new replica is spared."""
         if replica is None:
@@ -198,10 +213,9 @@ class Router:
 
     def _cost(self, uncached: int, sequences: float, load: ReplicaLoad, replica: _Replica | None, now: float) -> float:
         settings = self._settings
-        waiting: float = load.waiting_tokens
-        if replica:
-            waiting = max(waiting, replica.sent_lately(now, settings.report_seconds))
-        cost = uncached + waiting + settings.sequence_tokens * sequences
+        lately = replica.sent_lately(now, settings.report_seconds) if replica else 0.0
+        waiting = max(load.waiting_tokens, lately)
+        cost = settings.uncached_weight * uncached + waiting + settings.sequence_tokens * sequences
         if load.kv_used > _HIGH_KV_USE:
             cost += settings.full_cache_tokens * (load.kv_used - _HIGH_KV_USE) / (1 - _HIGH_KV_USE)
         return cost

@@ -9,6 +9,7 @@ class RoutingSettings:
 
     Attributes:
         block_tokens: tokens of a block. The best value is the block size of the engines' KV cache.
+        uncached_weight: cost of a token of the prompt that the replica has to compute; a waiting token costs 1.
         sequence_tokens: cost of a running or waiting sequence, in tokens of prefill.
         full_cache_tokens: cost of a KV cache that running sequences fill completely, in tokens of prefill.
         load_bound: most sequences of a replica, as a multiple of the mean of all replicas (c in arXiv 1608.01350).
@@ -21,6 +22,7 @@ class RoutingSettings:
     """
 
     block_tokens: int = 16
+    uncached_weight: float = 2.0
     sequence_tokens: float = 16.0
     full_cache_tokens: float = 2048.0
     load_bound: float = 1.25
