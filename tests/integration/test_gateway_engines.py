@@ -85,7 +85,7 @@ async def test_a_request_goes_to_the_other_engine_when_one_is_dead() -> None:
     ):
         await until_up(url, 2)
         one.script, two.script = saying("one"), saying("two")
-        assert {await ask(url), await ask(url)} == {"one", "two"}
+        assert {await ask(url) for _ in range(20)} == {"one", "two"}
         await one.stop()
         assert [await ask(url) for _ in range(4)] == ["two"] * 4
 
@@ -241,7 +241,7 @@ async def test_during_a_rolling_update_each_engine_is_spoken_to_in_its_own_token
         old.script = new.script = saying(b"hi", finish=pb.FINISH_REASON_LENGTH)
         async with running_gateway(old.address, new.address) as url:
             await until_up(url, 2)
-            for _ in range(2):
+            for _ in range(20):
                 assert await ask(url) == "hi"
             assert list(old.requests[0].prompt_token_ids)[2:-2] == TOKENIZER.encode("hello")
             assert list(new.requests[0].prompt_token_ids)[2:-2] == other.encode("hello")

@@ -312,7 +312,7 @@ async def test_an_engine_whose_calls_fail_is_left_out_for_a_while() -> None:
     async with two_engines() as (url, one, two):
         one.script = failing(grpc.StatusCode.INTERNAL, "a bug")
         two.script = saying("hello")
-        for _ in range(12):
+        for _ in range(40):
             assert (await (await ask(url)).read()).text[0] == "hello"
         assert len(one.requests) == 3
         assert await metric(url, "engine_ejections_total") == 1

@@ -70,7 +70,7 @@ class EnginePool:
         self.settings = settings
         self.metrics = metrics
         self.retries = RetryBudget()
-        self._router = Router(RoutingSettings())
+        self._router = Router(RoutingSettings(report_seconds=settings.poll_seconds))
         self._in_router: set[Replica] = set()
         self._replicas: dict[str, Replica] = {}
         self._watches: dict[Replica, asyncio.Task[None]] = {}
@@ -223,12 +223,9 @@ class EnginePool:
         now = time.monotonic()
         # An ejected replica is better than none.
         ready = [replica for replica in ready if replica.outlier.allows(now)] or ready
-        # Of equally good replicas, the router takes the first one; the replicas take turns to be the first.
-        ready.sort(key=lambda replica: replica.last_picked)
         chosen = self._router.choose(wish.prompt, {replica.address: replica.load for replica in ready}, now)
         replica = self._replicas[chosen]
         assert replica.model is not None
-        replica.last_picked = 1 + max(other.last_picked for other in self._replicas.values())
         replica.reserve(wish.sequences)
         replica.outlier.began()
         self._router.sent(chosen, wish.prompt, now)

@@ -33,7 +33,6 @@ class Replica:
         endpoint: where the engine is.
         model: the model that it serves, as of the last check; None while it is unknown.
         outlier: decides whether the engine's failures keep calls away from it.
-        last_picked: number of the latest call that was sent here; of two, the smaller one waited longer for a call.
         leaving: whether discovery no longer finds the engine. It gets no new calls, and its running ones go on.
         silence_watchers: called each time that a hung engine misses a check.
     """
@@ -45,7 +44,6 @@ class Replica:
         self.endpoint = endpoint
         self.model: ServedModel | None = None
         self.outlier = Outlier()
-        self.last_picked = 0
         self.leaving = False
         self.silence_watchers: set[Callable[[], None]] = set()
         self._settings = settings
