@@ -54,7 +54,7 @@ class GatewaySettings:
         30.0, "longest time that a request, or a stream that lost its engine, waits for an engine", minimum=0
     )
     max_failures: int = setting(
-        4, "number of failures of engines on one request after which the client gets an error", minimum=1
+        4, "failures of engines on one request, without a token in between, after which it is given up", minimum=1
     )
     max_message_bytes: int = setting(
         64 * 1024 * 1024,

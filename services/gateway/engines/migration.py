@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # The client of a stream that has begun looks at half an answer, so the stream goes before all new requests.
 _PRIORITY_OF_STREAMS = -1
+# Failures after which a stream is given up even if tokens come between them, because it may be what kills the engines.
+_MOST_FAILURES = 16
 # Pause after the second failure without a chunk in between. It doubles with each further one, and half of it is random.
 _PAUSE_SECONDS = 0.1
 
@@ -211,11 +213,12 @@ class Stream:
         self._failure = from_rpc(error, started=self._begun)
         if code is grpc.StatusCode.DEADLINE_EXCEEDED or (code is grpc.StatusCode.INVALID_ARGUMENT and not self._begun):
             raise self._failure
+        refused = code is grpc.StatusCode.RESOURCE_EXHAUSTED
         facts = {"request_id": self._request_id, "address": replica.address, "code": code.name}
-        level = logging.DEBUG if code is grpc.StatusCode.RESOURCE_EXHAUSTED else logging.WARNING
+        level = logging.DEBUG if refused else logging.WARNING
         logger.log(level, "engine call failed", extra=facts | {"details": error.details()})
-        reason, refresh, may_go_on = Reason.DIED, None, True
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        reason, may_go_on, stale = Reason.DIED, True, None
+        if refused:
             reason = Reason.FULL
         elif code is grpc.StatusCode.FAILED_PRECONDITION:
             reason = Reason.OTHER_MODEL
@@ -223,47 +226,54 @@ class Stream:
                 self._wish.avoid.add(replica.address)
             else:
                 self._refreshed.add(replica)
-                refresh = replica
+                stale = replica
         else:
-            if code is grpc.StatusCode.UNAVAILABLE:
-                replica.mark_down(f"{code.name}: {error.details()}")
-            elif code is not grpc.StatusCode.CANCELLED:
-                self._wish.avoid.add(replica.address)
-                if replica.outlier.failed(time.monotonic()):
-                    self._pool.metrics.ejections.inc()
-                    logger.warning("engine ejected", extra={"address": replica.address, "code": code.name})
-            may_go_on = self._may_fail_again()
-        call.close(refused=reason is Reason.FULL)
+            may_go_on = self._blame(replica, code)
+        call.close(refused=refused)
         if call is self._successor:
             self._successor = None
+            reason = self._reason or reason
         else:
             self._call = None
-        if self._call is not None:  # a successor has failed, and the old call goes on
-            if may_go_on:
-                self._look(self._reason, refresh)
-        elif may_go_on and self._pool.promising(self._wish):
-            self._look(reason, refresh)
-        else:
+        if self._call is None and not (may_go_on and self._pool.promising(self._wish)):
             raise self._failure
+        if may_go_on:
+            self._look(reason, stale)
 
-    def _may_fail_again(self) -> bool:
-        """Counts a failure and returns whether the stream may have another attempt."""
+    def _blame(self, replica: Replica, code: grpc.StatusCode) -> bool:
+        """Records that a call failed through the engine's fault, and returns whether the stream may go on."""
+        if code is grpc.StatusCode.UNAVAILABLE:
+            replica.mark_down(f"a call ended with {code.name}")
+        elif code is not grpc.StatusCode.CANCELLED:
+            self._wish.avoid.add(replica.address)
+            if replica.outlier.failed(time.monotonic()):
+                self._pool.metrics.ejections.inc()
+                logger.warning("engine ejected", extra={"address": replica.address, "code": code.name})
+            return self._may_fail_again(fault=True)
+        return self._may_fail_again()
+
+    def _may_fail_again(self, *, fault: bool = False) -> bool:
+        """Counts a failure and returns whether the stream may have another attempt.
+
+        After a ``fault``, the engine still takes calls, so the attempts of many streams could become a storm: they need
+        the budget for retries. An engine that died or hangs gets no call before it answers a health check.
+        """
         self._failures += 1
         self._fruitless += 1
-        if self._failures >= self._pool.settings.max_failures:
+        if self._fruitless >= self._pool.settings.max_failures or self._failures >= _MOST_FAILURES:
             return False
-        return self._fruitless == 1 or self._pool.retries.spend()
+        return not fault or self._fruitless == 1 or self._pool.retries.spend()
 
-    def _look(self, reason: Reason | None, refresh: Replica | None = None) -> None:
-        """Begins a search for a place, after it has read the model of ``refresh`` again."""
+    def _look(self, reason: Reason | None, stale: Replica | None = None) -> None:
+        """Begins a search for a place. If the replica ``stale`` has another model than known, its model is read first."""
         self._stop_search()
         self._reason = reason
-        self._search = asyncio.create_task(self._find_place(refresh))
+        self._search = asyncio.create_task(self._find_place(stale))
         self._search.add_done_callback(lambda _: self._wake.set())
 
-    async def _find_place(self, refresh: Replica | None) -> Place:
-        if refresh is not None:
-            await refresh.refresh_model()
+    async def _find_place(self, stale: Replica | None) -> Place:
+        if stale is not None:
+            await stale.refresh_model()
         if self._fruitless > 1:
             await asyncio.sleep(_PAUSE_SECONDS * 2.0 ** (self._fruitless - 2) * random.uniform(0.5, 1))  # noqa: S311
         if self._call is not None:  # the call may go on to the end of the answer, so there is no hurry

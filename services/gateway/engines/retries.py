@@ -7,8 +7,8 @@ _BURST = 10.0  # retries that can be saved, and that a quiet gateway has
 class RetryBudget:
     """Allows one retry for every five requests, and ten more in a burst.
 
-    The budget does not count the first retry of a request, because most failures are a dead engine and the next engine
-    answers, nor the moves of streams that have received something since their last move.
+    A request needs the budget from its second retry on, and only after faults of engines that still take calls: all
+    streams of an engine that died may move.
     """
 
     def __init__(self) -> None:
