@@ -21,7 +21,9 @@ from tests.support.scripted_engine import (
     running_engine,
     running_gateway,
     saying,
+    until_queued,
     until_ready,
+    until_up,
 )
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
@@ -334,21 +336,3 @@ async def test_several_models_are_told_apart_by_name() -> None:
             with pytest.raises(openai.InternalServerError) as error:
                 await ask(url, model="large")
             assert error.value.status_code == 503
-
-
-async def until_up(url: str, count: int) -> None:
-    """Waits until the gateway has ``count`` engines that it can use."""
-    async with http_client(url) as http, asyncio.timeout(10):
-        while True:
-            lines = (await http.get("/metrics")).text.splitlines()
-            up = [line for line in lines if line.startswith("nanochat_gateway_engine_up{") and line.endswith(" 1.0")]
-            if len(up) == count:
-                return
-            await asyncio.sleep(0.02)
-
-
-async def until_queued(url: str, count: int) -> None:
-    """Waits until ``count`` requests wait in the gateway's queue."""
-    async with http_client(url) as http, asyncio.timeout(10):
-        while f"nanochat_gateway_queue_length {count:.1f}" not in (await http.get("/metrics")).text.splitlines():
-            await asyncio.sleep(0.01)

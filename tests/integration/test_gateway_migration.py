@@ -12,7 +12,6 @@ import pytest
 from openai.types.chat import ChatCompletionChunk
 
 from nanochat_core.protos import engine_pb2 as pb
-from tests.integration.test_gateway_engines import until_up
 from tests.support.scripted_engine import (
     SPECIAL,
     failing,
@@ -22,11 +21,11 @@ from tests.support.scripted_engine import (
     running_gateway,
     saying,
     until_ready,
+    until_up,
 )
 from tests.support.story_engine import Step, StoryEngine
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
-TEXT = "hello world, the sum of the 3 is 6; and more"
 
 
 def story(_request: pb.GenerateRequest, index: int) -> list[Step]:
@@ -145,7 +144,7 @@ async def test_a_stream_goes_on_at_the_other_engine_from_any_token(
             told = await ask(url, **kind)
             reading = asyncio.create_task(told.read())
             async with asyncio.timeout(20):
-                while not (one.requests and one.steps == 0) and not (two.requests and two.steps == 0):
+                while not (reading.done() or (one.requests and one.steps == 0) or (two.requests and two.steps == 0)):
                     await asyncio.sleep(0.005)
             first, second = (one, two) if one.requests else (two, one)
             await asyncio.sleep(0.02)  # the tokens are on their way

@@ -231,6 +231,24 @@ async def until_ready(url: str, *, ready: bool = True) -> None:
             await asyncio.sleep(0.02)
 
 
+async def until_up(url: str, count: int) -> None:
+    """Waits until the gateway has ``count`` engines that it can use."""
+    async with http_client(url) as http, asyncio.timeout(10):
+        while True:
+            lines = (await http.get("/metrics")).text.splitlines()
+            up = [line for line in lines if line.startswith("nanochat_gateway_engine_up{") and line.endswith(" 1.0")]
+            if len(up) == count:
+                return
+            await asyncio.sleep(0.02)
+
+
+async def until_queued(url: str, count: int) -> None:
+    """Waits until ``count`` requests wait in the gateway's queue."""
+    async with http_client(url) as http, asyncio.timeout(10):
+        while f"nanochat_gateway_queue_length {count:.1f}" not in (await http.get("/metrics")).text.splitlines():
+            await asyncio.sleep(0.01)
+
+
 @contextlib.asynccontextmanager
 async def running_engine(**options: Any) -> AsyncIterator[ScriptedEngine]:
     """Runs a scripted engine for the time of the block."""

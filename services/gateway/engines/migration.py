@@ -265,7 +265,7 @@ class Stream:
         return not fault or self._fruitless == 1 or self._pool.retries.spend()
 
     def _look(self, reason: Reason | None, stale: Replica | None = None) -> None:
-        """Begins a search for a place. If the replica ``stale`` has another model than known, its model is read first."""
+        """Begins a search for a place. The model of the replica ``stale`` is read again before."""
         self._stop_search()
         self._reason = reason
         self._search = asyncio.create_task(self._find_place(stale))
