@@ -14,6 +14,7 @@ from nanochat_core.engine.request import (
     Completion,
     Constraint,
     ConstraintKind,
+    Continuation,
     FinishReason,
     Output,
     Request,

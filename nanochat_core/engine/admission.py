@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import secrets
 import time
+from collections.abc import Iterable
 
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine.config import EngineConfig
@@ -52,9 +53,7 @@ class Admission:
             ("stop_token_ids", sampling.stop_token_ids),
             ("logit_bias", sampling.logit_bias),
         ):
-            for token in tokens:
-                if not 0 <= token < model.vocab_size:
-                    raise UserError(f"{name} has token {token}, which is outside the vocabulary of {model.vocab_size}")
+            self._check_tokens(name, tokens)
         if not 1 <= request.n <= self._config.max_running:
             raise UserError(f"n is {request.n}; it must be between 1 and {self._config.max_running}")
         length = self._max_length(request)
@@ -64,6 +63,7 @@ class Admission:
                 f"prompt and completion may reach {length} tokens, which need {needed} cache blocks, but the engine "
                 f"has {available}; lower max_tokens or enlarge the KV cache"
             )
+        self._check_continued(request)
 
     def check_room(self, sequences: int) -> None:
         """Raise :class:`QueueFull` if the queue has no room for this number of sequences. Any thread may call this."""
@@ -82,13 +82,13 @@ class Admission:
         return self._config.max_waiting + may_run - present
 
     def sequences_of(self, request: Request) -> list[Sequence]:
-        """Create one sequence for each choice of an accepted request."""
+        """Create one sequence for each unfinished choice of an accepted request. It has the tokens of the prompt."""
         sampling = request.sampling
         if sampling.constraint is not None:
             request = dataclasses.replace(request, tools=NO_TOOLS)
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         sequences = []
-        for choice in range(request.n):
+        for choice in sorted(set(range(request.n)) - request.finished):
             key, length = sample_key(seed, choice), self._max_length(request)
             seq = Sequence(request, choice, next(self._arrivals), key, length)
             seq.arrived_at = time.monotonic()
@@ -96,6 +96,31 @@ class Admission:
                 seq.matcher = self._grammars.matcher(sampling.constraint, sampling.stop_token_ids)
             sequences.append(seq)
         return sequences
+
+    def _check_tokens(self, name: str, tokens: Iterable[int]) -> None:
+        vocab_size = self._model.vocab_size
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                raise UserError(f"{name} has token {token}, which is outside the vocabulary of {vocab_size}")
+
+    def _check_continued(self, request: Request) -> None:
+        """Check what :func:`~nanochat_core.engine.continuation.replay` does not check."""
+        most = self._max_length(request) - len(request.prompt)
+        seen = set[int]()
+        for said in request.continued:
+            if not 0 <= said.index < request.n:
+                raise UserError(f"continued has a choice {said.index}, but n is {request.n}")
+            if said.index in seen:
+                raise UserError(f"continued has choice {said.index} more than once")
+            seen.add(said.index)
+            if said.finished:
+                continue
+            self._check_tokens(f"continued choice {said.index}", (token.id for token in said.tokens))
+            if len(said.tokens) > most:
+                raise UserError(
+                    f"continued choice {said.index} has {len(said.tokens)} tokens; max_tokens and the context length "
+                    f"allow {most} after the prompt"
+                )
 
     def _max_length(self, request: Request) -> int:
         limit, wanted = self._model.context_length, request.sampling.max_tokens

@@ -126,7 +126,7 @@ class AsyncEngine:
             raise self._error or EngineDead("the engine has been stopped")
         if request.id in self._streams:
             raise UserError(f"request id {request.id!r} is in use; ids of requests in flight must differ")
-        stream = self._streams[request.id] = Stream(request.n)
+        stream = self._streams[request.id] = Stream(request.unfinished)
         self._idle.clear()
 
         def add() -> None:
@@ -141,7 +141,7 @@ class AsyncEngine:
         try:
             if constraint is not None:
                 engine.admission.check_without_constraint(request)
-                await self._compile(engine, constraint, request.n)
+                await self._compile(engine, constraint, request.unfinished)
             self._inbox.put(add)
             await stream.accepted
         except BaseException:
@@ -158,9 +158,15 @@ class AsyncEngine:
         if not self._streams:
             self._idle.set()
 
+    def announce_draining(self) -> None:
+        """Tell every open stream that the engine shuts down, with an output of its own."""
+        for request_id, stream in self._streams.items():
+            if not stream.finished:
+                stream.push(Output(request_id=request_id, index=0, draining=True))
+
     def load(self) -> Load:
         """The current load of the engine."""
-        return self._engine.load() if self._engine is not None else Load(0, 0, 0, 0, 0)
+        return self._engine.load() if self._engine is not None else Load()
 
     def step_seconds(self) -> float:
         """Seconds that the current step has taken so far; 0 between steps."""

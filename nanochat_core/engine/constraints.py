@@ -79,6 +79,11 @@ class Matcher:
         """Whether the text so far matches."""
         return self._matcher.is_accepting() and not self._matcher.is_error()
 
+    @property
+    def failed(self) -> bool:
+        """Whether a token did not continue a match, or the matcher reached a limit."""
+        return self._matcher.is_error()
+
     def advance(self, token: int) -> bool:
         """Follow the next token, not a stop token. Returns whether the text matches and cannot become longer."""
         self._matcher.consume_token(token)

@@ -15,16 +15,19 @@ from nanochat_core.engine.backends.runner import build_runner
 from nanochat_core.engine.block_manager import BlockManager
 from nanochat_core.engine.config import EngineConfig
 from nanochat_core.engine.constraints import Grammars
+from nanochat_core.engine.continuation import replay
 from nanochat_core.engine.observer import Load, Observer, note_admissions, note_tokens
 from nanochat_core.engine.outputs import StepOutputs, finish_reason
 from nanochat_core.engine.request import (
     NO_TOOLS,
     Completion,
+    Continuation,
     FinishReason,
     Output,
     Request,
     SamplingParams,
     Token,
+    ToolCall,
     ToolPolicy,
     ToolResult,
 )
@@ -91,12 +94,20 @@ class Engine:
         self.admission.check(request)
         if request.id in self._requests:
             raise UserError(f"request id {request.id!r} is in use; ids of requests in flight must differ")
-        self.admission.check_room(request.n)
-        self._requests[request.id] = sequences = self.admission.sequences_of(request)
-        for seq in sequences:
+        self.admission.check_room(request.unfinished)
+        sequences = self.admission.sequences_of(request)
+        said = {choice.index: choice for choice in request.continued}
+        ends = [replay(seq, said.get(seq.choice, Continuation(seq.choice)), self.tools) for seq in sequences]
+        if sequences:
+            self._requests[request.id] = sequences
+        for seq, end in zip(sequences, ends, strict=True):
             self.scheduler.add(seq)
-            if self.tools.scan_prompt(seq):
-                self._call_tool(seq)
+            if end.unsaid:
+                self._outputs.for_tokens(seq).tokens += end.unsaid
+            if end.finish_reason:
+                self._finish(seq, end.finish_reason)
+            elif end.call:
+                self._call_tool(seq, end.call, reported=end.call_reported)
 
     def cancel(self, request_id: str) -> None:
         """Drop a request and free its blocks. An unknown id is ignored, because the request may just have finished."""
@@ -152,7 +163,8 @@ class Engine:
         stops iterating, requests that are still in flight are canceled.
 
         Raises:
-            UserError: a request can never be served; in this case no request has been started.
+            UserError: a request can never be served. No request has been started then, unless what a choice has said
+                already is wrong.
             Shed: the device has too little memory for a request.
         """
         waiting = collections.deque(requests)
@@ -161,10 +173,10 @@ class Engine:
         unfinished: collections.Counter[str] = collections.Counter()  # choices by the ids of the running requests
         try:
             while waiting or unfinished:
-                while waiting and waiting[0].n <= self.admission.room():
+                while waiting and waiting[0].unfinished <= self.admission.room():
                     request = waiting.popleft()
                     self.add(request)
-                    unfinished[request.id] = request.n
+                    unfinished += collections.Counter({request.id: request.unfinished})
                 for output in self.step():
                     if output.error:
                         raise output.error
@@ -178,14 +190,19 @@ class Engine:
                 self.cancel(request_id)
 
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
-        """:meth:`stream`, but yield each request's id and its choices when its last choice ends."""
+        """:meth:`stream`, but yield each request's id and its choices when its last choice ends.
+
+        Nothing is yielded for a request whose choices have all ended already.
+        """
         started = list(requests)
+        unfinished = {request.id: request.unfinished for request in started}
         choices_of = {request.id: [Completion() for _ in range(request.n)] for request in started}
         with contextlib.closing(self.stream(started)) as outputs:
             for output in outputs:
                 choices = choices_of[output.request_id]
                 choices[output.index].append(output)
-                if all(choice.finish_reason for choice in choices):
+                unfinished[output.request_id] -= output.finish_reason is not None
+                if not unfinished[output.request_id]:
                     yield output.request_id, choices_of.pop(output.request_id)
 
     def generate(
@@ -212,7 +229,8 @@ class Engine:
         """The current load. Any thread may call this."""
         scheduler = self.scheduler
         used, total = self.blocks.usage
-        return Load(len(scheduler.running), len(scheduler.waiting), len(scheduler.parked), total, used)
+        states = len(scheduler.running), len(scheduler.waiting), len(scheduler.parked)
+        return Load(*states, total, used, scheduler.waiting_tokens)
 
     def update_weights(self, model: GPT) -> None:
         """Replace the weights by the current ones of ``model``, and forget prefixes computed with the old weights.
@@ -316,22 +334,21 @@ class Engine:
         self._outputs.for_tokens(seq).tokens.append(sample)
         if reason := finish_reason(seq):
             self._finish(seq, reason)
-        elif self.tools.observe(seq):
-            self._call_tool(seq)
+        elif call := self.tools.observe(seq):
+            self._call_tool(seq, call)
 
-    def _call_tool(self, seq: Sequence) -> None:
+    def _call_tool(self, seq: Sequence, call: ToolCall, *, reported: bool = False) -> None:
         self.scheduler.park(seq)
-        self._outputs.of(seq).tool_events.append(self.tools.start(seq))
+        self.tools.start(seq, call)
+        if not reported:
+            self._outputs.of(seq).tool_events.append(call)
 
     def _resume(self, seq: Sequence, result: ToolResult) -> None:
         """Append a tool's output and continue the sequence."""
         self._observer.tool_called(result.status)
-        forced = self.tools.output_tokens(result)
-        fits = len(seq.tokens) + len(forced) <= seq.max_length
-        if fits:
-            seq.tokens += forced
-        self._outputs.add_result(seq, result, forced if fits else [])
-        if fits and len(seq.tokens) < seq.max_length:
+        forced = self.tools.append_output(seq, result)
+        self._outputs.add_result(seq, result, forced)
+        if forced and len(seq.tokens) < seq.max_length:
             self.scheduler.resume(seq)
         else:
             self._finish(seq, FinishReason.LENGTH)

@@ -9,13 +9,14 @@ from nanochat_core.engine.scheduler import Chunk
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Load:
-    """The number of sequences in each state, and the number of blocks in the KV cache."""
+    """The number of sequences in each state, the blocks of the KV cache, and the tokens that wait to be computed."""
 
-    running: int
-    waiting: int
-    parked: int
-    blocks_total: int
-    blocks_used: int
+    running: int = 0
+    waiting: int = 0
+    parked: int = 0
+    blocks_total: int = 0
+    blocks_used: int = 0
+    waiting_tokens: int = 0
 
 
 class Observer:

@@ -17,11 +17,11 @@ class StepOutputs:
         self._latest.clear()
         return outputs
 
-    def add_result(self, seq: Sequence, result: ToolResult, forced: list[int]) -> None:
+    def add_result(self, seq: Sequence, result: ToolResult, forced: list[Token]) -> None:
         """Add a tool's result and the tokens that show it to the model."""
         output = self.for_tokens(seq)
         output.tool_events.append(result)
-        output.tokens += [Token(token, forced=True) for token in forced]
+        output.tokens += forced
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         output = self.of(seq)

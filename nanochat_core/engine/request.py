@@ -117,18 +117,6 @@ class ToolPolicy:
 NO_TOOLS = ToolPolicy()
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt to continue ``n`` times."""
-
-    id: str  # unique among the requests in flight; it appears in logs and is sent to the sandbox
-    prompt: tuple[int, ...]
-    sampling: SamplingParams = SamplingParams()
-    n: int = 1
-    tools: ToolPolicy = NO_TOOLS  # ignored if the request has a constraint
-    priority: int = 0  # lower values are scheduled first; equal values are scheduled in order of arrival
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Token:
     """One token of a completion.
@@ -159,6 +147,47 @@ class ToolResult:
     status: str
     output: str
     duration_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Continuation:
+    """All tokens and tool events that an engine with the same weights has already reported for one choice.
+
+    Only the id of a token and whether it is forced are read. The events of the last call may be incomplete, and the
+    tokens may end anywhere. Of a ``finished`` choice, the tokens and events are ignored, and nothing is generated.
+    """
+
+    index: int
+    tokens: tuple[Token, ...] = ()
+    tool_events: tuple[ToolCall | ToolResult, ...] = ()
+    finished: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt to continue ``n`` times.
+
+    A choice with an entry in ``continued`` goes on where the entry ends, exactly as the engine that began it would
+    have gone on. Its outputs have only what is new; limits, penalties, constraint and usage count the whole choice.
+    """
+
+    id: str  # unique among the requests in flight; it appears in logs and is sent to the sandbox
+    prompt: tuple[int, ...]
+    sampling: SamplingParams = SamplingParams()
+    n: int = 1
+    tools: ToolPolicy = NO_TOOLS  # ignored if the request has a constraint
+    priority: int = 0  # lower values are scheduled first; equal values are scheduled in order of arrival
+    continued: tuple[Continuation, ...] = ()
+
+    @property
+    def finished(self) -> set[int]:
+        """Indices of the choices for which nothing is generated."""
+        return {said.index for said in self.continued if said.finished}
+
+    @property
+    def unfinished(self) -> int:
+        """Number of choices to generate."""
+        return self.n - len(self.finished)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -199,13 +228,14 @@ class Completion(Generated):
 class Output(Generated):
     """New tokens and tool events of one choice. All its events come after all its tokens.
 
-    ``error`` ends all choices of the request.
+    ``error`` ends all choices of the request. An output with ``draining`` is empty; it says that the engine shuts down.
     """
 
     request_id: str
     index: int
     error: Exception | None = None
+    draining: bool = False
 
     def can_append(self, later: Output) -> bool:
         """Whether this output can :meth:`append` ``later`` and still keep the order of tokens and events."""
-        return not self.tool_events or not later.tokens
+        return not self.draining and not later.draining and (not self.tool_events or not later.tokens)

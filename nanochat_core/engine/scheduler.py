@@ -93,6 +93,15 @@ class Scheduler:
         self.by_state = {State.WAITING: self.waiting, State.RUNNING: self.running, State.PARKED: self.parked}
         self.preemptions = 0
 
+    @property
+    def waiting_tokens(self) -> int:
+        """Known tokens of waiting and running sequences that must still be computed, without those just sampled.
+
+        Tokens of waiting sequences count even if the cache has them. Any thread may call this.
+        """
+        remaining = (seq.remaining for seq in [*self.waiting, *self.running])
+        return sum(tokens for tokens in remaining if tokens > 1)
+
     def add(self, seq: Sequence) -> None:
         """Queue a sequence that has no blocks."""
         seq.state = State.WAITING

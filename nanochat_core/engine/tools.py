@@ -12,7 +12,7 @@ from typing import Protocol
 
 from nanochat_core import tokenizer as tok
 from nanochat_core.engine.config import EngineConfig
-from nanochat_core.engine.request import ToolCall, ToolResult
+from nanochat_core.engine.request import Token, ToolCall, ToolResult
 from nanochat_core.engine.sequence import Sequence
 from nanochat_core.tokenizer import Tokenizer
 
@@ -64,39 +64,34 @@ class ToolLoop:
         # Called when a result has arrived, on any thread.
         self.on_completed: Callable[[], None] = lambda: None
 
-    def scan_prompt(self, seq: Sequence) -> bool:
-        """Find Python code that the prompt begins but does not end.
+    def scan_prompt(self, seq: Sequence) -> ToolCall | None:
+        """Find Python code that the prompt begins but does not end. ``seq`` has no tokens after its prompt.
 
-        Return whether the prompt ends with a complete call that has no output yet. If a client continues an answer that
-        another engine began, the prompt may end in either way.
+        Return the call with which the prompt ends, if its output does not follow. The prompt may end with a call or
+        inside of its code, because a client may send the beginning of an answer as part of the prompt.
         """
         if not seq.request.tools.enabled:
-            return False
+            return None
         last = seq.prompt_length - 1
         for i in range(last, -1, -1):
             token = seq.tokens[i]
             if token == self._python_start:
                 seq.code_start = i + 1
-                return seq.tokens[last] == self._python_end
+                return self._complete_call(seq)
             if token >= self._first_special and (i, token) != (last, self._python_end):
-                return False
-        return False
+                return None
+        return None
 
-    def observe(self, seq: Sequence) -> bool:
-        """Process the last token of ``seq``, a sampled token. Returns whether the token completes a call."""
+    def observe(self, seq: Sequence) -> ToolCall | None:
+        """Process the last token of ``seq``, a sampled token. Returns the call that the token completes, if any."""
         if not seq.request.tools.enabled:
-            return False
-        token = seq.tokens[-1]
-        if token == self._python_start:
+            return None
+        if seq.tokens[-1] == self._python_start:
             seq.code_start = len(seq.tokens)
-        return token == self._python_end and seq.code_start is not None
+        return self._complete_call(seq)
 
-    def start(self, seq: Sequence) -> ToolCall:
-        """Start the call that ``seq`` has just completed. :meth:`collect` returns its result."""
-        assert seq.code_start is not None
-        call = ToolCall(seq.tool_calls, self._tokenizer.decode(seq.tokens[seq.code_start : -1]))
-        seq.code_start = None
-        seq.tool_calls += 1
+    def start(self, seq: Sequence, call: ToolCall) -> None:
+        """Run the call that ``seq`` has just completed. :meth:`collect` returns its result."""
         limit = seq.request.tools.max_calls or self._config.tool_max_calls
         if call.call_index >= limit:
             self._complete(seq, call, "denied", self._shorten(seq, f"error: tool call limit of {limit} reached"))
@@ -105,7 +100,6 @@ class ToolLoop:
         else:
             tasks = self._calls[seq] = []
             self._running_loop().call_soon_threadsafe(self._begin, seq, call, self._runner, tasks)
-        return call
 
     def cancel(self, seq: Sequence) -> None:
         """Cancel the call that ``seq`` waits for, if there is one."""
@@ -128,9 +122,13 @@ class ToolLoop:
         if self._calls:
             self._arrived.wait()
 
-    def output_tokens(self, result: ToolResult) -> list[int]:
-        """The tokens that are appended to a sequence to show ``result`` to the model."""
-        return [self._output_start, *self._tokenizer.encode(result.output), self._output_end]
+    def append_output(self, seq: Sequence, result: ToolResult) -> list[Token]:
+        """Append the tokens that show ``result`` to the model; returns them. The list is empty if they do not fit."""
+        ids = [self._output_start, *self._tokenizer.encode(result.output), self._output_end]
+        if len(seq.tokens) + len(ids) > seq.max_length:
+            return []
+        seq.tokens += ids
+        return [Token(token, forced=True) for token in ids]
 
     def close(self) -> None:
         """Cancel all Python calls, and stop the thread if this object started one."""
@@ -142,6 +140,15 @@ class ToolLoop:
             self._thread.join()
             self._loop.close()
             self._thread = self._loop = None
+
+    def _complete_call(self, seq: Sequence) -> ToolCall | None:
+        """The call that ends with the last token of ``seq``, if this token ends code. Counts the call."""
+        if seq.tokens[-1] != self._python_end or seq.code_start is None:
+            return None
+        call = ToolCall(seq.tool_calls, self._tokenizer.decode(seq.tokens[seq.code_start : -1]))
+        seq.code_start = None
+        seq.tool_calls += 1
+        return call
 
     def _begin(self, seq: Sequence, call: ToolCall, runner: ToolRunner, tasks: list[asyncio.Task[None]]) -> None:
         """Start a call, on the loop's thread, unless it has been canceled.

@@ -5,6 +5,7 @@ import dataclasses
 from nanochat_core.engine import (
     Constraint,
     ConstraintKind,
+    Continuation,
     FinishReason,
     Output,
     Request,
@@ -47,6 +48,7 @@ def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Reques
         n=request.n or 1,
         tools=ToolPolicy(request.tools.enabled, request.tools.max_calls, request.tools.max_output_tokens),
         priority=request.priority,
+        continued=tuple(map(_continuation, request.continued)),
     )
 
 
@@ -60,10 +62,30 @@ def _constraint(sampling: engine_pb2.SamplingParams) -> Constraint | None:
     return Constraint(ConstraintKind(field), value if isinstance(value, str) else "")
 
 
+def _continuation(said: engine_pb2.Continuation) -> Continuation:
+    return Continuation(
+        said.index,
+        tuple(Token(token.id, forced=token.forced) for token in said.tokens),
+        tuple(map(_core_tool_event, said.tool_events)),
+        said.finished,
+    )
+
+
+def _core_tool_event(event: engine_pb2.ToolEvent) -> ToolCall | ToolResult:
+    match event.WhichOneof("event"):
+        case "call":
+            return ToolCall(event.call.call_index, event.call.code)
+        case "result":
+            result = event.result
+            return ToolResult(result.call_index, result.status, result.output, result.duration_seconds)
+    raise UserError("continued has a tool event that is neither a call nor a result")
+
+
 def chunk(output: Output) -> engine_pb2.GenerateChunk:
     """Convert one output of the inference core for the stream."""
     message = engine_pb2.GenerateChunk(
         index=output.index,
+        draining=output.draining,
         tokens=[_token(token) for token in output.tokens],
         tool_events=[_tool_event(event) for event in output.tool_events],
     )

@@ -22,6 +22,8 @@ class Metrics(Observer):
         self._gauge("requests_waiting", "Sequences in the queue", lambda: load().waiting)
         self._gauge("requests_parked", "Sequences that wait for a Python call", lambda: load().parked)
         self._gauge("kv_cache_usage_ratio", "Share of the KV cache's blocks in use", lambda: _cache_usage(load()))
+        self._gauge("waiting_tokens", "Known tokens that must still be computed", lambda: load().waiting_tokens)
+        self._continued = self._counter("requests_continued", "Requests that continue what another engine began")
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of admitted requests")
         self._generated = self._counter("generation_tokens", "Sampled tokens")
         self._preemptions = self._counter("preemptions", "Sequences that lost their blocks and are computed again")
@@ -51,6 +53,10 @@ class Metrics(Observer):
     def refused(self, reason: str) -> None:
         """Count a refused request."""
         self._refused.labels(reason).inc()
+
+    def continued(self) -> None:
+        """Count a request that another engine began."""
+        self._continued.inc()
 
     def admitted(self, queued: float, prompt_tokens: int, cached_tokens: int) -> None:
         self._queued.observe(queued)

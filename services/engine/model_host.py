@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 from nanochat_core.checkpoint import CheckpointRef
+from nanochat_core.checkpoint.manifest import WEIGHTS
 from nanochat_core.daemon_threads import run_in_daemon_thread
 from nanochat_core.device import free_memory
 from nanochat_core.engine import AsyncEngine, Load
@@ -60,7 +61,7 @@ class ModelHost:
     def load(self) -> Load:
         """Load of all engines together."""
         loads = [dataclasses.astuple(model.engine.load()) for model in self.models]
-        return Load(*map(sum, zip(*loads, strict=True))) if loads else Load(0, 0, 0, 0, 0)
+        return Load(*map(sum, zip(*loads, strict=True))) if loads else Load()
 
     def longest_step(self) -> float:
         """Seconds since the start of the oldest step that is still running; 0 if no step is running."""
@@ -144,6 +145,15 @@ class ModelHost:
             self._retirements.add(retirement)
             retirement.add_done_callback(self._retirements.discard)
         return self.current
+
+    def announce_draining(self) -> None:
+        """Tell every running answer that this process is about to end."""
+        for model in self.models:
+            model.engine.announce_draining()
+
+    def with_weights(self, digest: str) -> ServedModel | None:
+        """The model in memory whose weights have this digest; None if there is none."""
+        return next((model for model in reversed(self.models) if model.info.digests[WEIGHTS] == digest), None)
 
     async def drained(self) -> None:
         """Wait until no answer is running."""

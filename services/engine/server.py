@@ -17,9 +17,9 @@ from services.engine.settings import EngineSettings
 log = logging.getLogger("nanochat.engine")
 
 SERVICE = engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
-# A request is a prompt of at most the context length and perhaps a JSON schema. A reply may be a tokenizer of 100,000
-# entries; as JSON, it takes a few MiB.
-_MAX_RECEIVE_BYTES, _MAX_SEND_BYTES = 4 << 20, 64 << 20
+# A request is a prompt of at most the context length, perhaps a JSON schema, and for each choice what it has already
+# said, at up to 8 bytes a token. A reply may be a tokenizer of 100,000 entries; as JSON, it takes a few MiB.
+_MAX_RECEIVE_BYTES, _MAX_SEND_BYTES = 16 << 20, 64 << 20
 _MIN_PING_SECONDS = 10
 _HANG_CHECK_SECONDS = 1.0
 EXIT_DEVICE_LOOP_DIED = 70
@@ -69,10 +69,10 @@ async def serve(settings: EngineSettings) -> int:
             log.error("ending because the device loop has died")
             return EXIT_DEVICE_LOOP_DIED
         log.info("draining", extra={"drain_seconds": settings.drain_seconds})
-        servicer.draining = True
         following.cancel()
         announcing.cancel()
         await service.set_serving(False)
+        servicer.begin_draining()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(host.drained(), settings.drain_seconds)
         return EXIT_DEVICE_LOOP_DIED if loop_died.is_set() else 0

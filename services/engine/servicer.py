@@ -10,7 +10,7 @@ from typing import NoReturn
 import grpc
 from grpc.aio import ServicerContext as Context
 
-from nanochat_core.checkpoint.manifest import TOKENIZER
+from nanochat_core.checkpoint.manifest import TOKENIZER, WEIGHTS
 from nanochat_core.daemon_threads import run_in_daemon_thread
 from nanochat_core.engine import ConstraintError, EngineDead, QueueFull, Shed
 from nanochat_core.errors import UserError
@@ -37,16 +37,21 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self._metrics = metrics
         self._numbers = itertools.count()
         self._report_reads = threading.BoundedSemaphore(_MAX_REPORT_READS)
-        self.draining = False  # set to refuse new requests while the process ends
+        self._draining = False
+
+    def begin_draining(self) -> None:
+        """Refuse new requests from now on, and tell running ones at once that they may move to another replica."""
+        self._draining = True
+        self._host.announce_draining()
 
     async def Generate(
         self, request: engine_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[engine_pb2.GenerateChunk]:
         """Stream the continuation of a prompt. However the gRPC call ends, the prompt's sequences are freed."""
-        if self.draining:
+        if self._draining:
             self._metrics.refused("draining")
             await _abort(context, grpc.StatusCode.UNAVAILABLE, "the engine is shutting down; use another replica")
-        model = await self._model(context)
+        model = await self._model_with_weights(request.weights_digest, context)
         await self._check_tokenizer(model, request.tokenizer_digest, context)
         started, tokens = time.monotonic(), 0
         # Two clients may send the same id, but the core needs ids that differ.
@@ -64,6 +69,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except EngineDead as error:
             await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
+        if request.continued:
+            self._metrics.continued()
         try:
             async for output in stream:
                 tokens += len(output.tokens)
@@ -99,6 +106,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             kv_blocks_total=load.blocks_total,
             kv_blocks_used=load.blocks_used,
             revision=model.ref.revision,
+            waiting_tokens=load.waiting_tokens,
         )
 
     async def Reload(self, request: engine_pb2.ReloadRequest, context: Context) -> engine_pb2.ModelInfo:
@@ -139,6 +147,20 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         model = self._host.current
         if model is None:
             await _abort(context, grpc.StatusCode.UNAVAILABLE, "no model is loaded yet")
+        return model
+
+    async def _model_with_weights(self, digest: str, context: Context) -> ServedModel:
+        """The model with these weights: the current one or one that it has replaced. Empty: the current model."""
+        current = await self._model(context)
+        model = self._host.with_weights(digest) if digest else current
+        if model is None:
+            self._metrics.refused("other_weights")
+            await _abort(
+                context,
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"the request needs the weights {digest:.12}, but {current.ref.model} {current.ref.revision} has "
+                f"{current.info.digests[WEIGHTS]:.12}; send it to another replica",
+            )
         return model
 
     async def _check_tokenizer(self, model: ServedModel, digest: str, context: Context) -> None:

@@ -595,7 +595,7 @@ async def test_a_model_that_does_not_fit_beside_the_old_one_leaves_it_serving(
 
 def host_of(home: Path, retire_seconds: float = 600.0) -> ModelHost:
     settings = EngineSettings(home=str(home), model="tiny")
-    loader = ModelLoader(settings, tool_runner=None, observer=Metrics(lambda: Load(0, 0, 0, 0, 0)))
+    loader = ModelLoader(settings, tool_runner=None, observer=Metrics(lambda: Load()))
     return ModelHost(loader, retire_seconds=retire_seconds, on_change=lambda _: None, on_loop_death=lambda: None)
 
 

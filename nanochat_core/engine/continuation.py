@@ -1,0 +1,97 @@
+"""Brings a choice that another engine began to the state in which that engine left it.
+
+The state of a sequence follows from its tokens: open code, tool calls, the matcher of a constraint. The said tokens are
+therefore replayed in the way in which sampled tokens are appended. Nothing is computed here: the said tokens are known
+tokens that are not in the cache yet, like a prompt.
+"""
+
+import collections
+import dataclasses
+
+from nanochat_core.engine.outputs import finish_reason
+from nanochat_core.engine.request import Continuation, FinishReason, Token, ToolCall, ToolResult
+from nanochat_core.engine.sequence import Sequence
+from nanochat_core.engine.tools import ToolLoop
+from nanochat_core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class End:
+    """What follows the said tokens, before the next token is sampled."""
+
+    unsaid: tuple[Token, ...] = ()  # the rest of a tool's output; the sequence already has these tokens
+    finish_reason: FinishReason | None = None
+    call: ToolCall | None = None  # a call without its result
+    call_reported: bool = False  # whether the said events have this call
+
+
+def replay(seq: Sequence, said: Continuation, tools: ToolLoop) -> End:
+    """Append the said tokens to ``seq``, which has the tokens of its prompt.
+
+    Raises a :class:`UserError` if the model, the tools and the constraint cannot have led to these tokens and events.
+    """
+    return _Replay(seq, said, tools).run()
+
+
+class _Replay:
+    """The said tokens and events that are not replayed yet."""
+
+    def __init__(self, seq: Sequence, said: Continuation, tools: ToolLoop) -> None:
+        self._seq, self._tools = seq, tools
+        self._tokens = collections.deque(said.tokens)
+        self._events = collections.deque(said.tool_events)
+
+    def run(self) -> End:
+        end = None
+        call = self._tools.scan_prompt(self._seq)
+        while end is None and (call or self._tokens):
+            if call:
+                end, call = self._read_output(call), None
+            else:
+                end, call = self._append(self._tokens.popleft())
+        if self._tokens:
+            raise self._error("has tokens after its end, or after a call without its result")
+        if self._events:
+            raise self._error("has a tool event for which its tokens have no call")
+        return end or End()
+
+    def _append(self, token: Token) -> tuple[End | None, ToolCall | None]:
+        """Append a sampled token. Returns the end of the choice, or the call that the token completes."""
+        seq, matcher = self._seq, self._seq.matcher
+        if token.forced:
+            raise self._error("has a forced token that does not follow a call")
+        if matcher and token.id in seq.request.sampling.stop_token_ids and not matcher.complete:
+            raise self._error("ends before its text matches the constraint")
+        seq.tokens.append(token.id)
+        reason = finish_reason(seq)
+        if matcher and matcher.failed:
+            raise self._error("breaks the constraint")
+        if reason:
+            return End(finish_reason=reason), None
+        return None, self._tools.observe(seq)
+
+    def _read_output(self, call: ToolCall) -> End | None:
+        """Append the output of a call. Returns None if the client has the whole output."""
+        seq = self._seq
+        if not self._events:
+            return End(call=call)
+        if self._events.popleft() != call:
+            raise self._error(f"has a tool event that is not the call of {call.code!r}")
+        if not self._events:
+            return End(call=call, call_reported=True)
+        result = self._events.popleft()
+        if not isinstance(result, ToolResult) or result.call_index != call.call_index:
+            raise self._error("has a tool event that is not the result of the call before it")
+        output = self._tools.append_output(seq, result)
+        unsaid = collections.deque(output)
+        while unsaid and self._tokens:
+            said = self._tokens.popleft()
+            if not said.forced or said.id != unsaid.popleft().id:
+                raise self._error("has a token that is not of the tool's output")
+        if len(output) == 0 or len(seq.tokens) >= seq.max_length:
+            return End(tuple(unsaid), FinishReason.LENGTH)
+        return End(tuple(unsaid)) if unsaid else None
+
+    def _error(self, reason: str) -> UserError:
+        choice, replayed = self._seq.choice, self._seq.completion_length
+        return UserError(f"continued choice {choice} {reason} (after {replayed} tokens); no engine can have said it")
