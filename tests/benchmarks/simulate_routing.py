@@ -16,9 +16,10 @@ and its cache use once a second. The replicas are slow, so that 1,000 of them ha
 **Churn.** Every five seconds one replica leaves and an empty one joins, as in a rolling update. After a third of the
 time 100 replicas join at once, and after two thirds 100 leave. A replica that leaves finishes its sequences.
 
-Every way of balancing sees the same conversations. Its columns are: the share of the prompts' tokens that were found
-in a cache; the median and the 95th percentile of the wait for the first token; and max/mean, the number of sequences
-on the busiest replica divided by the mean, averaged over every second after the first minute.
+Every way of balancing sees the same conversations. The columns of the tables are: the share of the prompts' tokens
+that were found in a cache; that number divided by what one engine would find that forgets nothing; the median and the
+95th percentile of the wait for the first token; and max/mean, the number of sequences on the busiest replica divided
+by the mean, averaged over the seconds in which the mean is at least one.
 """
 
 import argparse
@@ -44,7 +45,6 @@ PREFILL_RATE = 800.0  # tokens per second
 DECODE_SECONDS, DECODE_SECONDS_PER_SEQUENCE = 0.04, 0.002  # of a step
 CACHE_TOKENS = 32_768
 ARRIVAL_SECONDS = 600.0
-MEASURED_FROM = 60.0
 APPLICATIONS = 100
 SWAP_SECONDS = 5.0
 SURGE = 100
@@ -222,7 +222,11 @@ class Replica:
 
 @dataclasses.dataclass
 class Result:
-    """What one way of balancing did. ``max_over_mean`` has a value for every second."""
+    """What one way of balancing did.
+
+    ``max_over_mean`` has the most sequences of a replica divided by the mean, for every second; NaN if the mean is
+    below one.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -236,7 +240,7 @@ class Result:
 
     @property
     def unevenness(self) -> float:
-        return float(np.mean(self.max_over_mean[int(MEASURED_FROM) : int(ARRIVAL_SECONDS)]))
+        return float(np.nanmean(self.max_over_mean))
 
 
 def simulate(policy: Policy, chats: list[Conversation], replicas: int, *, churn: bool) -> Result:
@@ -270,7 +274,8 @@ def simulate(policy: Policy, chats: list[Conversation], replicas: int, *, churn:
             for load_of in loads:
                 fleet[load_of].report(second)
             counts = [load.sequences for load in loads.values()]
-            result.max_over_mean.append(max(counts) * len(counts) / max(sum(counts), 1))
+            mean = sum(counts) / len(counts)
+            result.max_over_mean.append(max(counts) / mean if mean >= 1 else math.nan)
             if churn and second < ARRIVAL_SECONDS:
                 if second % SWAP_SECONDS == 0:
                     leave()
@@ -303,7 +308,7 @@ def many_chats(count: int) -> list[Conversation]:
     """Returns conversations of one to six turns that begin within ten minutes."""
     rng = np.random.default_rng(0)
     popularity = 1 / np.arange(1, APPLICATIONS + 1)
-    systems = [_IDS[start : start + 64 + 8 * i] for i, start in enumerate(range(0, 300 * APPLICATIONS, 300))]
+    systems = [_IDS[start : start + 64 + 4 * i] for i, start in enumerate(range(0, 300 * APPLICATIONS, 300))]
     systems = [systems[i] for i in rng.permutation(APPLICATIONS)]
     of = rng.choice(APPLICATIONS, count, p=popularity / popularity.sum()).tolist()
     begins = np.sort(rng.uniform(0, ARRIVAL_SECONDS, count)).tolist()
@@ -392,14 +397,14 @@ def draw(results: dict[str, Result], findable: int, path: Path) -> None:
     with panels(path, 3, width=4.6) as (found, wait, uneven):
         for axes in (found, wait):
             axes.grid(axis="y", visible=False)
+            axes.set_axisbelow(True)
             axes.invert_yaxis()
         found.barh(list(results), [100 * r.cached_tokens / findable for r in results.values()], color=colors.values())
         found.set(title="Findable prompt tokens found in a cache", xlabel="percent", xlim=(0, 100))
         wait.barh(list(results), [np.percentile(r.waits, 95) for r in results.values()], color=colors.values())
         wait.set(title="Wait for the first token, 95th percentile", xlabel="seconds", yticklabels=[])
         for name, result in results.items():
-            ratios = result.max_over_mean[int(MEASURED_FROM) : int(ARRIVAL_SECONDS)]
-            uneven.plot(range(int(MEASURED_FROM), int(MEASURED_FROM) + len(ratios)), ratios, color=colors[name], lw=1)
+            uneven.plot(result.max_over_mean[: int(ARRIVAL_SECONDS)], color=colors[name], lw=1)
         uneven.set(title="Sequences: busiest replica / mean", xlabel="seconds", ylim=(1, None))
 
 

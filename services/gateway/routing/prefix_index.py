@@ -95,11 +95,8 @@ class PrefixIndex:
 
     def hashes(self, prompt: Sequence[int]) -> list[int]:
         """Returns the hash of each prefix that ends with a full block, the shortest first."""
-        size, ids, chain, hashes = self._block_tokens, tuple(prompt), 0, []
-        for end in range(size, len(ids) + 1, size):
-            chain = hash((chain, ids[end - size : end]))
-            hashes.append(chain)
-        return hashes
+        size, ids, chain = self._block_tokens, tuple(prompt), 0
+        return [chain := hash((chain, ids[end - size : end])) for end in range(size, len(ids) + 1, size)]
 
     def marks(self, hashes: Sequence[int]) -> list[Mark]:
         """Returns the stored marks among these prefixes, the longest first."""
