@@ -1,6 +1,7 @@
 """The gateway as an ASGI application: middleware, endpoints and error handlers."""
 
 import contextlib
+import functools
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
@@ -11,6 +12,7 @@ from starlette.exceptions import HTTPException
 from nanochat_core.discovery import addresses_of
 from services.gateway.api import chat, completions, docs, models, probes, report, tokens
 from services.gateway.api.web_page import WebPage
+from services.gateway.engines.channel import open_channel
 from services.gateway.engines.pool import EnginePool, Lookup
 from services.gateway.errors import on_http_error, on_validation_error
 from services.gateway.metrics import Metrics
@@ -34,7 +36,8 @@ def create_app(settings: GatewaySettings, lookup: Lookup = addresses_of) -> Fast
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with contextlib.aclosing(EnginePool(settings, metrics, lookup)) as app.state.pool:
+        connect = functools.partial(open_channel, settings=settings)
+        async with contextlib.aclosing(EnginePool(settings, metrics, connect, lookup)) as app.state.pool:
             yield
 
     app = FastAPI(

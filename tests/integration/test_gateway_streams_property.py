@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 from typing import Any
 
 import hypothesis.strategies as st
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nanochat_core.protos import engine_pb2 as pb
+from services.gateway.engines.channel import open_channel
 from services.gateway.engines.migration import Stream
 from services.gateway.engines.model import ServedModel
 from services.gateway.engines.pool import EnginePool
@@ -98,7 +100,7 @@ class Streams(RuleBasedStateMachine):
             queue_seconds=60,
             max_failures=1000,
         )
-        pool = EnginePool(gateway, Metrics())
+        pool = EnginePool(gateway, Metrics(), functools.partial(open_channel, settings=gateway))
         # The budget is the subject of another test. Here no stream may give up.
         pool.retries.spend = lambda: True  # type: ignore[method-assign]
         return pool

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from nanochat_core.discovery import Endpoint, addresses_of, watch_endpoints
 from services.gateway.engines.model import ServedModel
-from services.gateway.engines.replica import Replica
+from services.gateway.engines.replica import Connect, Replica
 from services.gateway.engines.retries import RetryBudget
 from services.gateway.engines.waiting import FairQueue, QueueFull, Ticket
 from services.gateway.errors import bad_request, engines_busy, model_not_found, no_engine, queue_full
@@ -65,11 +65,14 @@ class Place:
 class EnginePool:
     """The replicas and the tasks that find and watch them, with the gateway's settings and metrics."""
 
-    def __init__(self, settings: GatewaySettings, metrics: Metrics, lookup: Lookup = addresses_of) -> None:
+    def __init__(
+        self, settings: GatewaySettings, metrics: Metrics, connect: Connect, lookup: Lookup = addresses_of
+    ) -> None:
         """The caller must run inside the event loop that will use the pool. ``lookup`` asks the name server."""
         self.settings = settings
         self.metrics = metrics
         self.retries = RetryBudget()
+        self._connect = connect
         self._router = Router(RoutingSettings(report_seconds=settings.poll_seconds))
         self._in_router: set[Replica] = set()
         self._replicas: dict[str, Replica] = {}
@@ -98,7 +101,7 @@ class EnginePool:
         for address, endpoint in found.items():
             if address not in self._replicas:
                 logger.info("engine joined", extra={"address": address})
-                replica = Replica(endpoint, self.settings, self.metrics, self._changed)
+                replica = Replica(endpoint, self._connect, self.settings, self.metrics, self._changed)
                 self._replicas[address] = replica
                 self._watches[replica] = asyncio.create_task(replica.watch())
             self._replicas[address].leaving = False

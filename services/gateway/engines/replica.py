@@ -11,7 +11,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nanochat_core.discovery import Endpoint
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2, engine_pb2_grpc
-from services.gateway.engines.channel import open_channel
 from services.gateway.engines.model import ServedModel
 from services.gateway.engines.outlier import Outlier
 from services.gateway.metrics import Metrics
@@ -19,6 +18,8 @@ from services.gateway.routing import ReplicaLoad
 from services.gateway.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
+
+Connect = Callable[[Endpoint], grpc.aio.Channel]
 
 # People wait while an engine is down, so its return should be noticed soon.
 _DOWN_POLL_SECONDS = 0.5
@@ -38,7 +39,12 @@ class Replica:
     """
 
     def __init__(
-        self, endpoint: Endpoint, settings: GatewaySettings, metrics: Metrics, on_change: Callable[["Replica"], None]
+        self,
+        endpoint: Endpoint,
+        connect: Connect,
+        settings: GatewaySettings,
+        metrics: Metrics,
+        on_change: Callable[["Replica"], None],
     ) -> None:
         """``on_change`` is called after each change that may let the engine take more calls, or none."""
         self.endpoint = endpoint
@@ -50,7 +56,7 @@ class Replica:
         self._metrics = metrics
         self._on_change = on_change
         metrics.engine_up.labels(endpoint.address).set(0)
-        self._channel = open_channel(endpoint, settings)
+        self._channel = connect(endpoint)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self.stub = engine_pb2_grpc.EngineStub(self._channel)
         self.why_down: str | None = "health is not known yet"  # None while the engine is healthy
