@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 
@@ -164,7 +165,7 @@ async def run(settings: LocalSettings) -> int:
     running = [asyncio.create_task(service.run()) for service in services]
 
     async def announce_ready() -> None:
-        await wait_until_ready(f"http://{HOST}:{gateway}", settings.ready_seconds)
+        await wait_until_served(f"http://{HOST}:{gateway}", settings.model, settings.ready_seconds)
         print(f"nanochat is ready: http://{HOST}:{gateway}", flush=True)
         await stop.wait()
 
@@ -215,12 +216,12 @@ async def train(settings: LocalSettings, stop: asyncio.Event) -> int:
     return await waiting
 
 
-async def wait_until_ready(url: str, seconds: float) -> None:
-    """Wait until a chat is possible, or raise a UserError after ``seconds``."""
+async def wait_until_served(url: str, model: str, seconds: float) -> None:
+    """Wait until the gateway's engine serves the model, or raise a UserError after ``seconds``."""
     deadline = time.monotonic() + seconds
-    while not await asyncio.to_thread(answers, f"{url}/readyz"):
+    while not await asyncio.to_thread(answers, f"{url}/v1/models/{urllib.parse.quote(model)}"):
         if time.monotonic() > deadline:
-            raise UserError(f"{url}/readyz was not ready within {seconds:.0f} seconds; the log above says why")
+            raise UserError(f"{model} was not served at {url} within {seconds:.0f} seconds; the log above says why")
         await asyncio.sleep(0.1)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
@@ -9,11 +10,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
+from nanochat_core.discovery import addresses_of
 from nanochat_core.tls import tls_files
 from nanochat_core.tracing.tracer import Tracer
 from services.gateway.api import chat, completions, docs, models, probes, report, tokens
 from services.gateway.api.web_page import WebPage
-from services.gateway.engines.routing import EnginePool
+from services.gateway.engines.channel import open_channel
+from services.gateway.engines.pool import EnginePool, Lookup
 from services.gateway.errors import on_http_error, on_validation_error
 from services.gateway.metrics import Metrics
 from services.gateway.middleware.body_limit import BodyLimit
@@ -26,18 +29,20 @@ _DESCRIPTION = """A chat model behind OpenAI's API. Any OpenAI client works with
 base URL. Answers in which the model ran Python carry `nanochat.tool_events`."""
 
 
-def create_app(settings: GatewaySettings) -> FastAPI:
+def create_app(settings: GatewaySettings, lookup: Lookup = addresses_of) -> FastAPI:
     """Builds the application. From its startup to its shutdown, it is connected to the engines.
 
-    Its ``state.drain`` exists at once, and its ``state.pool`` exists after the startup. Raises UserError if the
-    settings name TLS files or an exporter of traces that cannot be used.
+    ``lookup`` returns the addresses of a host name; the default asks the system's resolver. The application's
+    ``state.drain`` exists at once, and its ``state.pool`` exists after the startup. Raises UserError if the settings
+    name TLS files or an exporter of traces that cannot be used.
     """
     metrics = Metrics()
     tracer, tls = Tracer("gateway", settings, settings.trace_ratio), tls_files(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with contextlib.aclosing(EnginePool(settings, metrics, tls)) as app.state.pool:
+        connect = functools.partial(open_channel, settings=settings, tls=tls)
+        async with contextlib.aclosing(EnginePool(settings, metrics, connect, lookup)) as app.state.pool:
             yield
         await asyncio.to_thread(tracer.close)
 

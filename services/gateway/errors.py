@@ -87,6 +87,16 @@ def no_engine() -> ApiError:
     return ApiError(503, message, code="engine_unavailable")
 
 
+def engines_busy() -> ApiError:
+    """Returns an error with status 503: the engines had no room for as long as a request may wait."""
+    return ApiError(503, "All engines are busy. Try again shortly.", code="engine_overloaded")
+
+
+def queue_full() -> ApiError:
+    """Returns an error with status 429: too many requests wait for an engine already."""
+    return ApiError(429, "Too many requests are waiting for an engine. Try again shortly.", code="engine_overloaded")
+
+
 def model_not_found(name: str, known: Collection[str]) -> ApiError:
     """Returns an error with status 404: the engines serve the ``known`` models only."""
     message = f"The model {name!r} does not exist here; this server has {', '.join(sorted(known))}."

@@ -48,8 +48,35 @@ class Metrics:
             "nanochat_gateway_choices_finished_total", "Choices by the reason for their end", ("finish_reason",)
         )
         self.failovers = counter(
-            "nanochat_gateway_failovers_total",
-            "Requests sent to another engine because the first one could not take them",
+            "nanochat_gateway_failovers_total", "Requests that another engine began because the first one could not"
+        )
+        self.migrations = counter(
+            "nanochat_gateway_migrations_total",
+            "Running answers that another engine went on with, by the reason for leaving the first one",
+            ("reason",),
+        )
+        self.migration_gap_seconds = histogram(
+            "nanochat_gateway_migration_gap_seconds",
+            "Time from the last part of a moved answer from the old engine to the first part from the new one",
+            ("reason",),
+            buckets=_FIRST_TOKEN_SECONDS,
+        )
+        self.streams_lost = counter(
+            "nanochat_gateway_streams_lost_total", "Running answers that ended with an error because no engine went on"
+        )
+        self.ejections = counter(
+            "nanochat_gateway_engine_ejections_total", "Times that failing calls have kept calls away from an engine"
+        )
+        self.queue_length = gauge("nanochat_gateway_queue_length", "Requests that wait for an engine")
+        self.queue_seconds = histogram(
+            "nanochat_gateway_queue_wait_seconds",
+            "Time that requests waited for an engine with room",
+            buckets=_FIRST_TOKEN_SECONDS,
+        )
+        self.queue_refusals = counter(
+            "nanochat_gateway_queue_refusals_total",
+            "Requests that got no engine: the queue was full, or they waited too long (late)",
+            ("reason",),
         )
         self.engine_up = gauge(
             "nanochat_gateway_engine_up", "1 while an engine is healthy and its model is known", ("address",)

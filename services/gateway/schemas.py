@@ -216,6 +216,9 @@ class SamplingRequest(_Model):
     )
     logit_bias: dict[str, float] | None = Field(None, description="token id to a number from -100 to 100")
     regex: str | None = Field(None, min_length=1, description="a regular expression that the whole answer matches")
+    priority: int | None = Field(
+        None, ge=0, le=100, description="0 is the most urgent and the default; higher values wait for lower ones"
+    )
     user: str | None = Field(None, description="accepted and not used")
 
 

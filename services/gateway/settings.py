@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from nanochat_core.discovery import LOOKUP_SECONDS, split_target
 from nanochat_core.settings import setting
 from nanochat_core.tls import TlsSettings
 from nanochat_core.tracing.tracer import TracingSettings
@@ -15,7 +16,11 @@ class GatewaySettings(TlsSettings, TracingSettings):
 
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "TCP port to listen on; 0 takes any free one", minimum=0, maximum=65535)
-    engine_addresses: tuple[str, ...] = setting(("127.0.0.1:50051",), "gRPC addresses of the engines, comma separated")
+    engine_addresses: tuple[str, ...] = setting(
+        ("127.0.0.1:50051",),
+        "host:port of the engines, comma separated; each address of a host name is an engine of its own",
+    )
+    discovery_seconds: float = setting(LOOKUP_SECONDS, "time between two lookups of the engines' names", minimum=0.05)
     model_aliases: tuple[str, ...] = setting(
         (), "further names that requests may use for the served model, comma separated"
     )
@@ -32,11 +37,26 @@ class GatewaySettings(TlsSettings, TracingSettings):
         10.0, "seconds of silence after which a stream gets a comment line, so that proxies keep it open", minimum=0.05
     )
     connect_timeout_seconds: float = setting(
-        5.0, "longest wait for a connection to an engine and for its answer to a health check", minimum=0.1
+        5.0, "longest wait for a connection to an engine and for the description of its model", minimum=0.1
     )
     poll_seconds: float = setting(1.0, "time between two checks of an engine's health and load", minimum=0.05)
+    health_timeout_seconds: float = setting(
+        1.0, "longest wait for the answer to such a check; an engine that misses two in a row hangs", minimum=0.05
+    )
     model_poll_seconds: float = setting(
         5.0, "time between two checks of the model revision that an engine serves", minimum=0.05
+    )
+    max_engine_sequences: int = setting(
+        0, "most answers that this gateway lets run in one engine; 0 leaves the limit to the engine", minimum=0
+    )
+    queue_size: int = setting(
+        1000, "most requests that wait for an engine; further requests get 429, so 0 lets none wait", minimum=0
+    )
+    queue_seconds: float = setting(
+        30.0, "longest time that a request, or a stream that lost its engine, waits for an engine", minimum=0
+    )
+    max_failures: int = setting(
+        4, "failures of engines on one request, without a token in between, after which it is given up", minimum=1
     )
     max_message_bytes: int = setting(
         64 * 1024 * 1024,
@@ -61,5 +81,7 @@ class GatewaySettings(TlsSettings, TracingSettings):
     def __post_init__(self) -> None:
         if not self.engine_addresses:
             raise ValueError("engine_addresses names no engine; give at least one host:port")
+        for address in self.engine_addresses:
+            split_target(address)
         if len(set(self.engine_addresses)) != len(self.engine_addresses):
             raise ValueError("engine_addresses names an engine twice; each replica needs an address of its own")

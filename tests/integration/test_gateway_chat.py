@@ -431,5 +431,5 @@ async def test_an_engine_that_ends_without_a_reason_is_an_error(
         yield chunk(ids("hello"))
 
     engine.script = script
-    with pytest.raises(openai.InternalServerError, match="without finishing"):
+    with pytest.raises(openai.InternalServerError, match="failed on this request"):
         await client.chat.completions.create(model="nano", messages=HELLO)

@@ -16,13 +16,14 @@ from tests.support.scripted_engine import (
     Script,
     ScriptedEngine,
     failing,
-    hanging,
     http_client,
     openai_client,
     running_engine,
     running_gateway,
     saying,
+    until_queued,
     until_ready,
+    until_up,
 )
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
@@ -40,7 +41,9 @@ async def test_a_gateway_starts_without_an_engine_and_finds_it_later() -> None:
     async with running_gateway(engine.address) as url, http_client(url) as http:
         assert (await http.get("/healthz")).status_code == 200
         ready = await http.get("/readyz")
-        assert (ready.status_code, ready.json()["error"]["code"]) == (503, "engine_unavailable")
+        assert ready.status_code == 200
+        assert ready.json()["models"] == []
+        assert ready.json()["waits_for"]
         for stream in (False, True):
             with pytest.raises(openai.InternalServerError, match="No engine is ready") as error:
                 await ask(url, stream=stream)
@@ -58,22 +61,21 @@ async def test_an_engine_that_comes_back_is_used_again() -> None:
     async with running_engine() as engine, running_gateway(engine.address) as url:
         await until_ready(url)
         await engine.stop()
-        await until_ready(url, 503)
+        await until_ready(url, ready=False)
         await engine.start()
         await until_ready(url)
         assert await ask(url) == "hello"
 
 
-async def test_an_engine_killed_in_mid_stream_ends_the_stream_with_words_for_a_person() -> None:
-    async with running_engine() as engine, running_gateway(engine.address) as url:
+async def test_a_request_waits_for_an_engine_to_come_back() -> None:
+    async with running_engine() as engine, running_gateway(engine.address, queue_seconds=20) as url:
         await until_ready(url)
-        engine.script = hanging("hello")
-        stream = await openai_client(url).chat.completions.create(model="nano", messages=HELLO, stream=True)
-        while (await anext(stream)).choices[0].delta.content != "hello":
-            pass
         await engine.stop()
-        with pytest.raises(openai.APIError, match="stopped in the middle of the answer; send the request again"):
-            await anext(stream)
+        await until_ready(url, ready=False)
+        asking = [asyncio.create_task(ask(url, stream=False)) for _ in range(3)]
+        await asyncio.sleep(0.2)
+        await engine.start()
+        assert await asyncio.gather(*asking) == ["hello"] * 3
 
 
 async def test_a_request_goes_to_the_other_engine_when_one_is_dead() -> None:
@@ -85,7 +87,7 @@ async def test_a_request_goes_to_the_other_engine_when_one_is_dead() -> None:
     ):
         await until_up(url, 2)
         one.script, two.script = saying("one"), saying("two")
-        assert {await ask(url), await ask(url)} == {"one", "two"}
+        assert {await ask(url) for _ in range(20)} == {"one", "two"}
         await one.stop()
         assert [await ask(url) for _ in range(4)] == ["two"] * 4
 
@@ -102,8 +104,91 @@ async def test_a_full_engine_passes_the_request_on() -> None:
         await until_up(url, 2)
         assert [await ask(url) for _ in range(4)] == ["other"] * 4
         other.script = full.script
-        with pytest.raises(openai.RateLimitError, match="as many requests as it can hold"):
+        with pytest.raises(openai.InternalServerError, match="All engines are busy") as error:
             await ask(url)
+        assert error.value.status_code == 503
+        assert int(error.value.response.headers["retry-after"]) > 0
+
+
+async def test_requests_wait_while_all_engines_are_full_and_callers_take_turns() -> None:
+    async with running_engine() as engine, running_gateway(engine.address, queue_seconds=20) as url:
+        await until_ready(url)
+        room, order = asyncio.Semaphore(0), list[str]()
+
+        async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
+            if room.locked():
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full")
+            await room.acquire()
+            order.append(request.request_id[0])
+            async for part in saying("hello")(request, context):
+                yield part
+
+        engine.script = script
+
+        async def post(name: str) -> int:
+            headers = {"authorization": f"Bearer {name[0]}", "x-request-id": name}
+            async with http_client(url) as http:
+                body = {"messages": HELLO}
+                return (await http.post("/v1/chat/completions", json=body, headers=headers, timeout=30)).status_code
+
+        asking = [asyncio.create_task(post(f"a{k}")) for k in range(6)]
+        await until_queued(url, 6)
+        asking += [asyncio.create_task(post(f"b{k}")) for k in range(2)]
+        await until_queued(url, 8)
+        for _ in asking:
+            room.release()
+        assert await asyncio.gather(*asking) == [200] * 8
+        assert order[:7].count("b") == 2
+
+
+async def test_more_requests_than_the_queue_holds_are_refused() -> None:
+    async with running_engine() as engine, running_gateway(engine.address, queue_size=1, queue_seconds=20) as url:
+        await until_ready(url)
+        engine.script = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full")
+        waiting = asyncio.create_task(ask(url))
+        await until_queued(url, 1)
+        with pytest.raises(openai.RateLimitError, match="Too many requests are waiting") as error:
+            await ask(url)
+        assert int(error.value.response.headers["retry-after"]) > 0
+        engine.script = saying("hello")
+        assert await waiting == "hello"
+
+
+async def test_a_more_urgent_request_goes_first() -> None:
+    async with running_engine() as engine, running_gateway(engine.address, queue_seconds=20) as url:
+        await until_ready(url)
+        engine.script = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full")
+        asking = []
+        for count, priority in enumerate((9, 0, 5), start=1):
+            asking.append(asyncio.create_task(ask(url, extra_body={"priority": priority})))
+            await until_queued(url, count)
+        engine.requests.clear()
+        engine.script = saying("hello")
+        await asyncio.gather(*asking)
+        assert [request.priority for request in engine.requests] == [0, 5, 9]
+
+
+async def test_a_gateway_sends_an_engine_no_more_than_its_limit() -> None:
+    async with (
+        running_engine() as engine,
+        running_gateway(engine.address, max_engine_sequences=2, queue_seconds=20) as url,
+    ):
+        await until_ready(url)
+        running = most = 0
+
+        async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            try:
+                async for part in saying("hello", pause=0.01)(request, context):
+                    yield part
+            finally:
+                running -= 1
+
+        engine.script = script
+        assert await asyncio.gather(*(ask(url) for _ in range(7))) == ["hello"] * 7
+        assert most == 2
 
 
 async def test_the_engine_with_less_to_do_gets_the_request() -> None:
@@ -131,7 +216,7 @@ async def test_an_engine_that_drains_gets_nothing_new() -> None:
         assert [await ask(url) for _ in range(3)] == ["hello"] * 3
         assert not draining.requests
         await other.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-        await until_ready(url, 503)
+        await until_ready(url, ready=False)
 
 
 async def test_a_new_revision_is_taken_up_with_its_tokenizer() -> None:
@@ -158,7 +243,7 @@ async def test_during_a_rolling_update_each_engine_is_spoken_to_in_its_own_token
         old.script = new.script = saying(b"hi", finish=pb.FINISH_REASON_LENGTH)
         async with running_gateway(old.address, new.address) as url:
             await until_up(url, 2)
-            for _ in range(2):
+            for _ in range(20):
                 assert await ask(url) == "hi"
             assert list(old.requests[0].prompt_token_ids)[2:-2] == TOKENIZER.encode("hello")
             assert list(new.requests[0].prompt_token_ids)[2:-2] == other.encode("hello")
@@ -227,7 +312,7 @@ async def test_a_damaged_tokenizer_keeps_the_engine_out() -> None:
         engine.info.tokenizer_json = b"{}"
         async with running_gateway(engine.address) as url, http_client(url) as http:
             await engine.looked_at()
-            assert (await http.get("/readyz")).status_code == 503
+            assert (await http.get("/readyz")).json()["models"] == []
             engine.info.tokenizer_json = TOKENIZER.to_json().encode()
             await until_ready(url)
 
@@ -251,14 +336,3 @@ async def test_several_models_are_told_apart_by_name() -> None:
             with pytest.raises(openai.InternalServerError) as error:
                 await ask(url, model="large")
             assert error.value.status_code == 503
-
-
-async def until_up(url: str, count: int) -> None:
-    """Waits until the gateway has ``count`` engines that it can use."""
-    async with http_client(url) as http, asyncio.timeout(10):
-        while True:
-            lines = (await http.get("/metrics")).text.splitlines()
-            up = [line for line in lines if line.startswith("nanochat_gateway_engine_up{") and line.endswith(" 1.0")]
-            if len(up) == count:
-                return
-            await asyncio.sleep(0.02)

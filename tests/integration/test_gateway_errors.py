@@ -75,6 +75,7 @@ async def refused(url: str, body: Any, path: str = "/v1/chat/completions") -> di
         ({"n": 1.5}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"priority": -1}, "priority"),
         ({"seed": 2**64}, "seed"),
         ({"seed": "one"}, "seed"),
         ({"presence_penalty": 3}, "presence_penalty"),
@@ -228,7 +229,7 @@ async def test_a_body_over_the_limit_is_refused_announced_or_not(engine: Scripte
     ("code", "kind", "status", "retry_after"),
     [
         (grpc.StatusCode.INVALID_ARGUMENT, openai.BadRequestError, 400, None),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, openai.RateLimitError, 429, "2"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, openai.InternalServerError, 503, "2"),
         (grpc.StatusCode.DEADLINE_EXCEEDED, openai.InternalServerError, 504, None),
         (grpc.StatusCode.INTERNAL, openai.InternalServerError, 500, None),
         (grpc.StatusCode.UNAVAILABLE, openai.InternalServerError, 503, "2"),

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from deploy import local
-from deploy.local import Service, answers, free_port, readable, wait_until_ready
+from deploy.local import Service, answers, free_port, readable, wait_until_served
 from nanochat_core.errors import UserError
 from tests.support.processes import children
 
@@ -42,7 +42,7 @@ log("ready", pid=os.getpid())
 if name == "gateway":
     class Ready(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200 if self.path == "/readyz" else 404)
+            self.send_response(200 if self.path == "/v1/models/demo" else 404)
             self.end_headers()
         def log_message(self, *args): pass
     http.server.HTTPServer(("127.0.0.1", int(os.environ["NANOCHAT_GATEWAY_PORT"])), Ready).serve_forever()
@@ -176,7 +176,7 @@ def test_a_service_that_dies_is_started_again(start: Callable[..., Manager]) -> 
     os.kill(first, signal.SIGKILL)
     manager.wait_for(r"^ gateway \| ended with exit code -9; starting it again$")
     assert manager.pid("gateway", start=2) != first
-    asyncio.run(wait_until_ready(f"http://127.0.0.1:{ready[1]}", 30))
+    asyncio.run(wait_until_served(f"http://127.0.0.1:{ready[1]}", "demo", 30))
 
 
 def test_a_dead_service_is_noticed_even_if_a_process_of_its_own_goes_on(
@@ -278,8 +278,8 @@ async def test_a_service_can_be_stopped_while_it_starts(folder: Path, turns: int
 
 
 async def test_waiting_ends_with_an_error() -> None:
-    with pytest.raises(UserError, match="was not ready within 0 seconds"):
-        await wait_until_ready(f"http://127.0.0.1:{free_port()}", 0.3)
+    with pytest.raises(UserError, match=r"was not served at .* within 0 seconds"):
+        await wait_until_served(f"http://127.0.0.1:{free_port()}", "demo", 0.3)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

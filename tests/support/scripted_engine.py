@@ -11,10 +11,12 @@ import httpx
 import openai
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from nanochat_core.discovery import addresses_of
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.protos import engine_pb2_grpc
 from nanochat_core.tokenizer import Tokenizer
 from services.gateway.app import create_app
+from services.gateway.engines.pool import Lookup
 from services.gateway.server import Server, listen
 from services.gateway.settings import GatewaySettings
 
@@ -113,6 +115,18 @@ def hanging(*parts: str) -> Script:
     return script
 
 
+class _Health(health.aio.HealthServicer):
+    """The health of an engine, which answers only while the engine is awake."""
+
+    def __init__(self, engine: "ScriptedEngine") -> None:
+        super().__init__()
+        self._engine = engine
+
+    async def Check(self, request: Any, context: Any) -> Any:
+        await self._engine.awake.wait()
+        return await super().Check(request, context)
+
+
 class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     """An engine that runs a test's script.
 
@@ -121,16 +135,24 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         requests, metadata: the requests so far and their gRPC metadata.
         cancelled: released once for each call that the gateway canceled.
         looks: number of times that a gateway has asked for the load.
+        awake: while it is not set, the engine answers nothing, like a stopped process.
     """
 
-    def __init__(self, *, name: str = "nano", context_length: int = 256, tokenizer: Tokenizer = TOKENIZER) -> None:
+    def __init__(
+        self,
+        *,
+        name: str = "nano",
+        context_length: int = 256,
+        tokenizer: Tokenizer = TOKENIZER,
+        address: str = "127.0.0.1:0",
+    ) -> None:
         self.script: Script = saying("hello")
         self.requests: list[pb.GenerateRequest] = []
         self.metadata: list[dict[str, str]] = []
         self.cancelled = asyncio.Semaphore(0)
         self.load = pb.Load()
         self.looks = 0
-        self.address = "127.0.0.1:0"
+        self.address = address
         self.info = pb.ModelInfo(
             name=name,
             revision="sft/step_10",
@@ -142,17 +164,19 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
             parameters=1234,
         )
         self._server: grpc.aio.Server | None = None
-        self.health = health.aio.HealthServicer()
+        self.health = _Health(self)
+        self.awake = asyncio.Event()
+        self.awake.set()
 
     async def start(self) -> None:
         """Starts to listen. After a restart the address is the same as before."""
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         engine_pb2_grpc.add_EngineServicer_to_server(self, self._server)
-        self.health = health.aio.HealthServicer()
+        self.health = _Health(self)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
         port = self._server.add_insecure_port(self.address)
-        self.address = f"127.0.0.1:{port}"
+        self.address = f"{self.address.rpartition(':')[0]}:{port}"
         await self._server.start()
 
     async def stop(self) -> None:
@@ -174,9 +198,11 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
                 self.cancelled.release()
 
     async def GetModel(self, _request: Any, _context: Any) -> pb.ModelInfo:
+        await self.awake.wait()
         return self.info
 
     async def GetLoad(self, _request: Any, _context: Any) -> pb.Load:
+        await self.awake.wait()
         self.looks += 1
         return self.load
 
@@ -198,11 +224,29 @@ def openai_client(url: str) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, http_client=http_client(url))
 
 
-async def until_ready(url: str, status: int = 200) -> None:
-    """Waits until ``/readyz`` answers with ``status``."""
+async def until_ready(url: str, *, ready: bool = True) -> None:
+    """Waits until an engine serves a model, or until none does."""
     async with http_client(url) as http, asyncio.timeout(10):
-        while (await http.get("/readyz")).status_code != status:
+        while bool((await http.get("/readyz")).json()["models"]) != ready:
             await asyncio.sleep(0.02)
+
+
+async def until_up(url: str, count: int) -> None:
+    """Waits until the gateway has ``count`` engines that it can use."""
+    async with http_client(url) as http, asyncio.timeout(10):
+        while True:
+            lines = (await http.get("/metrics")).text.splitlines()
+            up = [line for line in lines if line.startswith("nanochat_gateway_engine_up{") and line.endswith(" 1.0")]
+            if len(up) == count:
+                return
+            await asyncio.sleep(0.02)
+
+
+async def until_queued(url: str, count: int) -> None:
+    """Waits until ``count`` requests wait in the gateway's queue."""
+    async with http_client(url) as http, asyncio.timeout(10):
+        while f"nanochat_gateway_queue_length {count:.1f}" not in (await http.get("/metrics")).text.splitlines():
+            await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager
@@ -217,20 +261,23 @@ async def running_engine(**options: Any) -> AsyncIterator[ScriptedEngine]:
 
 
 @contextlib.asynccontextmanager
-async def running_gateway(*addresses: str, static: Path | None = None, **changes: Any) -> AsyncIterator[str]:
-    """Runs a gateway on a free port in this event loop and yields its base URL."""
+async def running_gateway(
+    *addresses: str, static: Path | None = None, lookup: Lookup = addresses_of, **changes: Any
+) -> AsyncIterator[str]:
+    """Runs a gateway on a free port in this event loop and yields its base URL. ``lookup`` is its name server."""
     settings = GatewaySettings(
         **{
             "engine_addresses": addresses,
             "poll_seconds": 0.05,
             "model_poll_seconds": 0.05,
+            "queue_seconds": 1.0,
             "heartbeat_seconds": 5.0,
             "static_dir": str(static or "/nonexistent"),
             **changes,
         }
     )
     listener = listen("127.0.0.1", 0)
-    server = Server(create_app(settings), settings)
+    server = Server(create_app(settings, lookup), settings)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         while not server.started:

@@ -4,30 +4,28 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from services.gateway.answer.choice_decoder import ChoiceDecoder, Delta
-from services.gateway.engines.routing import Generation
-from services.gateway.errors import ApiError
+from services.gateway.engines.migration import Stream
 from services.gateway.metrics import Metrics
 from services.gateway.middleware.request_log import RequestRecord
 
 
 async def decode_choices(
-    generation: Generation, metrics: Metrics, record: RequestRecord, *, n: int, stops: Sequence[str], raw: bool
+    stream: Stream, metrics: Metrics, record: RequestRecord, *, n: int, stops: Sequence[str], raw: bool
 ) -> AsyncIterator[tuple[int, Delta]]:
     """Yields ``(choice index, delta)`` until all ``n`` choices of the prompt are finished, and fills in ``record``.
 
-    An engine that ends its answer too early causes an :class:`ApiError`.
+    Raises ApiError if no engine can go on with the answer.
     """
-    record.model = generation.model.info.name
-    record.prompt_tokens += generation.prompt_tokens
-    decoders = [ChoiceDecoder(generation.model.tokenizer, stops, raw=raw) for _ in range(n)]
+    record.model = stream.model.info.name
+    record.prompt_tokens += stream.prompt_tokens
+    decoders = [ChoiceDecoder(stream.model.tokenizer, stops, raw=raw) for _ in range(n)]
     completion_tokens = [0] * n
     cached_prompt_tokens = 0
     last_seen: list[float | None] = [None] * n
     unfinished = n
     while unfinished:
-        chunk = await generation.read()
-        if chunk is None:
-            raise ApiError(500, "The engine ended the answer without finishing it.", code="engine_error")
+        chunk = await stream.read()
+        assert chunk is not None, "an answer ends with the finish reasons of all its choices"
         index = chunk.index
         decoder = decoders[index]
         if chunk.tokens:
@@ -41,13 +39,15 @@ async def decode_choices(
         counted = decoder.token_count
         if chunk.HasField("usage"):
             counted = chunk.usage.completion_tokens
-            # The cached tokens of a prompt count once, however many choices it has.
-            record.cached_prompt_tokens += max(0, chunk.usage.cached_prompt_tokens - cached_prompt_tokens)
-            cached_prompt_tokens = max(cached_prompt_tokens, chunk.usage.cached_prompt_tokens)
+            # The cached tokens of a prompt count once, however many choices it has and wherever they are written.
+            cached = min(chunk.usage.cached_prompt_tokens, stream.prompt_tokens)
+            record.cached_prompt_tokens += max(0, cached - cached_prompt_tokens)
+            cached_prompt_tokens = max(cached_prompt_tokens, cached)
         record.completion_tokens += counted - completion_tokens[index]
         completion_tokens[index] = counted
         if delta.finish_reason is not None:
             unfinished -= 1
+            stream.finish(index)  # after a stop string, the engine does not know it yet
             metrics.finished.labels(delta.finish_reason).inc()
         yield index, delta
 

@@ -29,7 +29,10 @@ class EventStream(Response):
     def __init__(
         self, events: AsyncGenerator[bytes, None], drain: Drain, record: RequestRecord, heartbeat_seconds: float
     ) -> None:
-        """``events`` are complete and encoded. After ``heartbeat_seconds`` of silence, a comment line is sent."""
+        """``events`` are complete and encoded.
+
+        Once an engine has the request, a comment line is sent after ``heartbeat_seconds`` of silence.
+        """
         super().__init__(
             media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
@@ -62,6 +65,8 @@ class EventStream(Response):
             await cancel(heartbeat)
 
     async def _beat(self, send: Send) -> None:
+        # A request that waits for an engine may still end with an error status, which a heartbeat would rule out.
+        await self._record.placed.wait()
         self._last_sent = time.monotonic()
         while True:
             quiet = time.monotonic() - self._last_sent

@@ -2,6 +2,7 @@
 
 import abc
 import contextlib
+import hashlib
 import secrets
 import time
 import uuid
@@ -17,9 +18,10 @@ from services.gateway.answer.choice_decoder import Delta
 from services.gateway.answer.choices import decode_choices
 from services.gateway.answer.event_stream import EventStream
 from services.gateway.answer.merge import merge
-from services.gateway.engines.replica import ServedModel
+from services.gateway.engines.migration import generate
+from services.gateway.engines.model import ServedModel
+from services.gateway.engines.pool import EnginePool
 from services.gateway.engines.request import PromptEncoder
-from services.gateway.engines.routing import EnginePool, generate
 from services.gateway.middleware.drain import Drain
 from services.gateway.middleware.request_log import RequestRecord
 from services.gateway.schemas import Body
@@ -101,9 +103,18 @@ class Answer(abc.ABC):
         body, record, n = self.body, self._record, self._n
         # Each prompt has a seed of its own, so that equal prompts get different answers.
         seed = self._seed + k
-        async with generate(self._pool, body, self._prompts[k], request_id=record.request_id, seed=seed) as generation:
-            self._models[k] = generation.model
-            deltas = decode_choices(generation, self._pool.metrics, record, n=n, stops=body.stop or (), raw=self.raw)
+        generation = generate(
+            self._pool,
+            body,
+            self._prompts[k],
+            caller=_caller(self._request),
+            request_id=record.request_id,
+            seed=seed,
+            on_place=record.placed.set,
+        )
+        async with generation as stream:
+            self._models[k] = stream.model
+            deltas = decode_choices(stream, self._pool.metrics, record, n=n, stops=body.stop or (), raw=self.raw)
             async for index, delta in deltas:
                 yield k * n + index, delta
 
@@ -130,6 +141,14 @@ class Answer(abc.ABC):
             "system_fingerprint": model.fingerprint,
             "choices": choices,
         }
+
+
+def _caller(request: Request) -> str:
+    """Returns who sent the request: a digest of the API key, or the client's address if there is no key."""
+    key = request.headers.get("authorization") or request.headers.get("x-api-key")
+    if key:
+        return hashlib.sha256(key.encode()).hexdigest()
+    return request.client.host if request.client else ""
 
 
 def _event(value: dict[str, Any]) -> bytes:

@@ -4,7 +4,7 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
-from services.gateway.engines.routing import EnginePool
+from services.gateway.engines.pool import EnginePool
 from services.gateway.middleware.drain import Drain
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from services.gateway.api.dependencies import PoolDep
-from services.gateway.engines.replica import ServedModel
+from services.gateway.engines.model import ServedModel
 from services.gateway.errors import ERROR_RESPONSES, model_not_found, no_engine
 
 router = APIRouter(tags=["OpenAI API"], responses=ERROR_RESPONSES)

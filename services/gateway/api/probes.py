@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from services.gateway.api.dependencies import DrainDep, PoolDep
-from services.gateway.errors import ERROR_RESPONSES, no_engine, shutting_down
+from services.gateway.errors import ERROR_RESPONSES, shutting_down
 
 router = APIRouter(tags=["Operations"])
 
@@ -17,15 +17,15 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/readyz", summary="Can a request be answered", responses=ERROR_RESPONSES)
+@router.get("/readyz", summary="Does the gateway take requests", responses=ERROR_RESPONSES)
 async def readyz(pool: PoolDep, drain: DrainDep) -> dict[str, Any]:
-    """200 while at least one engine is healthy and its model is known; 503 otherwise and during a shutdown."""
+    """200 until the shutdown begins, then 503. Without an engine, requests wait.
+
+    `models` lists the models that engines serve now. While the list is empty, `waits_for` says what is missing.
+    """
     if drain.draining:
         raise shutting_down()
-    models = pool.models()
-    if not models:
-        raise no_engine()
-    return {"status": "ready", "models": sorted(models)}
+    return {"status": "ready", "models": sorted(pool.models()), "waits_for": pool.waits_for()}
 
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)

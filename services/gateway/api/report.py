@@ -32,7 +32,7 @@ async def report_file(file: str, pool: PoolDep, model: str = "") -> Response:
     """`report.md` (Markdown) or one of its pictures. The headers `nanochat-model` and `nanochat-report-revision` name
     the model and the revision that the report describes; `nanochat-served-revision` names the revision that serves
     now."""
-    replica, served = pool.select(model)
+    replica, served = pool.pick(model)
     try:
         report = await replica.stub.GetReport(engine_pb2.GetReportRequest(file=file), timeout=_TIMEOUT_SECONDS)
     except grpc.aio.AioRpcError as error:

@@ -17,7 +17,7 @@ router = APIRouter(tags=["Tokens"], responses=ERROR_RESPONSES)
 @router.post("/tokenize", summary="Encode text or a conversation")
 async def tokenize(body: TokenizeRequest, pool: PoolDep) -> dict[str, Any]:
     """Token ids of a text, or of the prompt that a conversation makes."""
-    _, model = pool.select(body.model)
+    _, model = pool.pick(body.model)
     if body.messages is not None:
         ids = await encode_chat(model, conversation(body.messages))
     else:
@@ -31,7 +31,7 @@ async def tokenize(body: TokenizeRequest, pool: PoolDep) -> dict[str, Any]:
 @router.post("/detokenize", summary="Decode token ids")
 async def detokenize(body: DetokenizeRequest, pool: PoolDep) -> dict[str, str]:
     """The text of token ids; special tokens appear by name, and invalid UTF-8 appears as U+FFFD."""
-    _, model = pool.select(body.model)
+    _, model = pool.pick(body.model)
     try:
         return {"prompt": model.tokenizer.decode(body.tokens)}
     except UserError as error:

@@ -1,1 +1,1 @@
-"""Connects to the engines, and chooses one engine for each request."""
+"""Finds the engines, chooses one for each request, and moves running answers to another one."""

@@ -1,150 +1,228 @@
 """One engine as the gateway sees it: its connection, its health, its load and its model."""
 
 import asyncio
-import contextlib
-import dataclasses
-import functools
-import hashlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from nanochat_core.discovery import Endpoint, split_target
+from nanochat_core.discovery import Endpoint
 from nanochat_core.errors import UserError
+from nanochat_core.grpc_client import ServiceChannel
 from nanochat_core.protos import engine_pb2, engine_pb2_grpc
-from nanochat_core.tls import TlsFiles
-from nanochat_core.tokenizer import Tokenizer
-from services.gateway.engines.channel import open_channel
+from services.gateway.engines.model import ServedModel
+from services.gateway.engines.outlier import Outlier
 from services.gateway.metrics import Metrics
+from services.gateway.routing import ReplicaLoad
 from services.gateway.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
 
+Connect = Callable[[Endpoint], ServiceChannel]
+
 # People wait while an engine is down, so its return should be noticed soon.
 _DOWN_POLL_SECONDS = 0.5
-# Equal JSON gives the same object, so replicas of one model share a tokenizer.
-_load_tokenizer = functools.lru_cache(maxsize=4)(Tokenizer.from_json)
-
-
-@dataclasses.dataclass(frozen=True)
-class ServedModel:
-    """One revision of a model. ``created`` is the time, in seconds since the epoch, when this gateway first saw it."""
-
-    info: engine_pb2.ModelInfo
-    tokenizer: Tokenizer
-    created: int = 0
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Text that identifies name, revision and files of the model: OpenAI's field ``system_fingerprint``."""
-        identity = repr((self.info.name, self.info.revision, sorted(self.info.digests.items())))
-        return "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
-
-    @functools.cached_property
-    def longest_token_bytes(self) -> int:
-        """The largest number of bytes of a token."""
-        return max(map(len, self.tokenizer.token_bytes))
+# One late answer may be a busy processor. After two in a row, each within its timeout, the engine counts as hung.
+_MISSES_OF_A_HANG = 2
 
 
 class Replica:
-    """One engine at ``host:port``. Its state changes when :meth:`watch` checks the engine, and when a request fails."""
+    """One engine. Its state changes when :meth:`watch` checks the engine, and when a call fails.
 
-    def __init__(self, address: str, settings: GatewaySettings, metrics: Metrics, tls: TlsFiles | None = None) -> None:
-        self.address = address
-        self.model: ServedModel | None = None  # as of the last check
-        # Number of the latest request that was sent here. The replica with the smallest number has waited longest for a
-        # request.
-        self.last_picked = 0
+    Attributes:
+        endpoint: where the engine is.
+        model: the model that it serves, as of the last check; None while it is unknown.
+        outlier: decides whether the engine's failures keep calls away from it.
+        leaving: whether discovery no longer finds the engine. It gets no new calls, and its running ones go on.
+        silence_watchers: called each time that a hung engine misses a check.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        connect: Connect,
+        settings: GatewaySettings,
+        metrics: Metrics,
+        on_change: Callable[["Replica"], None],
+    ) -> None:
+        """``on_change`` is called after each change that may let the engine take more calls, or none."""
+        self.endpoint = endpoint
+        self.model: ServedModel | None = None
+        self.outlier = Outlier()
+        self.leaving = False
+        self.silence_watchers: set[Callable[[], None]] = set()
         self._settings = settings
-        self._up = metrics.engine_up.labels(address)
-        self._up.set(0)
-        self._channel = open_channel(Endpoint(address, split_target(address)[0]), settings, tls)
+        self._metrics = metrics
+        self._on_change = on_change
+        metrics.engine_up.labels(endpoint.address).set(0)
+        self._channel = connect(endpoint)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self.stub = engine_pb2_grpc.EngineStub(self._channel)
-        self._why_down: str | None = ""  # None while the engine is healthy
+        self.why_down: str | None = "health is not known yet"  # None while the engine is healthy
+        self._misses = 0  # checks in a row without an answer in time
+        self._silent_since: float | None = None  # when the first of these checks began
         self._next_model_check = 0.0
+        self._refreshing: asyncio.Task[bool] | None = None
         self._own = 0  # sequences of this gateway that run or wait here
+        self._limit = settings.max_engine_sequences or None  # most sequences that this gateway sends here
+        self._full = False  # whether the engine has refused a call since then
+        self._load = engine_pb2.Load()
         self._others = 0  # sequences of other gateways, as of the last check
 
     @property
-    def available(self) -> bool:
-        """Whether the gateway can send requests to this engine."""
-        return self._why_down is None and self.model is not None
+    def address(self) -> str:
+        """Numeric host and port."""
+        return self.endpoint.address
 
     @property
-    def load(self) -> int:
-        """Number of sequences that run or wait here. It includes other gateways' sequences as of the last check."""
-        return self._own + self._others
+    def up(self) -> bool:
+        """Whether the engine is healthy and its model is known."""
+        return self.why_down is None and self.model is not None and not self.leaving
 
-    @contextlib.contextmanager
-    def busy(self, sequences: int) -> Iterator[None]:
-        """Counts ``sequences`` as running here for the time of the block."""
+    @property
+    def idle(self) -> bool:
+        """Whether this gateway has no sequences here."""
+        return self._own == 0
+
+    def has_room(self, sequences: int) -> bool:
+        """Whether the engine is up and, as far as this gateway knows, takes ``sequences`` more now."""
+        fits = self._limit is None or self._own == 0 or self._own + sequences <= self._limit
+        return self.up and self._misses == 0 and not self._full and fits
+
+    @property
+    def load(self) -> ReplicaLoad:
+        """The engine's load. It includes other gateways' sequences as of the last check."""
+        load = self._load
+        used = load.kv_blocks_used / load.kv_blocks_total if load.kv_blocks_total else 0.0
+        return ReplicaLoad(self._own + self._others, load.waiting_tokens, used)
+
+    def reserve(self, sequences: int) -> None:
+        """Counts ``sequences`` as running here until :meth:`release`."""
         self._own += sequences
-        try:
-            yield
-        finally:
-            self._own -= sequences
+
+    def release(self, sequences: int) -> None:
+        """Gives back what :meth:`reserve` counted, at the end of a call."""
+        self._own -= sequences
+        self._full = False
+        self._on_change(self)
+
+    def refused(self, sequences: int) -> None:
+        """Gives back what :meth:`reserve` counted for a call that the engine was too full to take.
+
+        From now on the engine gets as many sequences as it has, and none before a call ends or the next check.
+        """
+        self._own -= sequences
+        self._limit = max(self._own, 1)
+        self._full = True
+
+    def silent(self, last_sign: float | None) -> bool:
+        """Whether the engine hangs, given the time of the last sign that a call got from it.
+
+        A call that has got something since the first missed check shows that the engine works.
+        """
+        if self._misses < _MISSES_OF_A_HANG or self._silent_since is None:
+            return False
+        return last_sign is None or last_sign < self._silent_since
 
     async def watch(self) -> None:
         """Checks the engine again and again until canceled."""
         while True:
+            began = time.monotonic()
             try:
                 await self._check()
             except grpc.aio.AioRpcError as error:
-                self.mark_down(f"{error.code().name}: {error.details()}")
-            except UserError as error:
-                self.mark_down(str(error))
+                self._check_failed(error, began)
             except Exception:
                 # The failure concerns one engine only, so the checks continue.
                 logger.exception("engine check failed", extra={"address": self.address})
                 self.mark_down("the check failed")
+            if self._misses == 1:
+                continue  # whether the engine hangs is to be known soon
             poll = self._settings.poll_seconds
-            await asyncio.sleep(poll if self._why_down is None else min(poll, _DOWN_POLL_SECONDS))
-
-    def mark_down(self, why: str) -> None:
-        """Keeps requests away from this engine until the next successful check."""
-        if why != self._why_down:
-            logger.warning("engine down", extra={"address": self.address, "reason": why})
-        self._why_down = why
-        self._up.set(0)
+            await asyncio.sleep(poll if self.up else min(poll, _DOWN_POLL_SECONDS))
 
     async def _check(self) -> None:
-        """Reads the engine's health and load, and its model if it may have changed."""
-        timeout = self._settings.connect_timeout_seconds
+        """Reads the engine's health and load, and begins to read its model if the model may have changed."""
+        timeout = self._settings.health_timeout_seconds
         status = (await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout)).status
+        if status == health_pb2.HealthCheckResponse.SERVING:
+            self._load = await self.stub.GetLoad(engine_pb2.GetLoadRequest(), timeout=timeout)
+        self._misses, self._silent_since = 0, None
         if status != health_pb2.HealthCheckResponse.SERVING:
             self.mark_down(f"health is {health_pb2.HealthCheckResponse.ServingStatus.Name(status)}")
             return
-        load = await self.stub.GetLoad(engine_pb2.GetLoadRequest(), timeout=timeout)
-        self._others = max(0, load.running + load.waiting + load.parked - self._own)
+        self._others = max(0, self._load.running + self._load.waiting + self._load.parked - self._own)
+        self._full = False
+        if self._limit is not None and self._limit != self._settings.max_engine_sequences:
+            self._limit += 1 + self._limit // 8  # the engine refused more; now it may have room again
+            if 0 < self._settings.max_engine_sequences < self._limit:
+                self._limit = self._settings.max_engine_sequences
         revision = self.model.info.revision if self.model else ""
-        changed = load.revision not in ("", revision)  # older engines leave the field empty
-        if not self.available or changed or time.monotonic() >= self._next_model_check:
-            await self.refresh_model()
-        if self._why_down is not None:
+        changed = self._load.revision not in ("", revision)  # older engines leave the field empty
+        if self.why_down is not None or self.model is None or changed or time.monotonic() >= self._next_model_check:
+            await self._refresh_soon()
+        if self.why_down is not None and self.model is not None:
             logger.info("engine up", extra={"address": self.address})
-        self._why_down = None
-        self._up.set(1)
+            self.why_down = None
+            self._metrics.engine_up.labels(self.address).set(1)
+        self._on_change(self)
 
-    async def refresh_model(self) -> None:
-        """Asks the engine which model it serves now.
+    def _check_failed(self, error: grpc.aio.AioRpcError, began: float) -> None:
+        if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+            self._misses, self._silent_since = 0, None
+            self.mark_down(f"{error.code().name}: {error.details()}")
+            return
+        self._misses += 1
+        self._silent_since = self._silent_since or began
+        if self._misses >= _MISSES_OF_A_HANG:
+            self.mark_down("it does not answer")
+            for notify in list(self.silence_watchers):
+                notify()
 
-        Raises:
-            grpc.aio.AioRpcError: the engine can't be reached or doesn't answer in time.
-            UserError: the engine's tokenizer is damaged.
-        """
-        timeout = self._settings.connect_timeout_seconds
-        info = await self.stub.GetModel(engine_pb2.GetModelRequest(), timeout=timeout)
-        if self.model is None or info != self.model.info:
-            # Indexing a large vocabulary takes a while, and streams must not wait for it.
-            tokenizer = await asyncio.to_thread(_load_tokenizer, info.tokenizer_json)
-            self.model = ServedModel(info, tokenizer, int(time.time()))
-            logger.info("model", extra={"address": self.address, "model": info.name, "revision": info.revision})
+    def mark_down(self, why: str) -> None:
+        """Keeps calls away from this engine until the next successful check."""
+        if why != self.why_down:
+            logger.warning("engine down", extra={"address": self.address, "reason": why})
+        self.why_down = why
+        self._metrics.engine_up.labels(self.address).set(0)
+        self._on_change(self)
+
+    async def _refresh_soon(self) -> None:
+        """Reads the model. Waits for it only for as long as for a check, because a hang is to be noticed meanwhile."""
+        await asyncio.wait({self._refresh()}, timeout=self._settings.health_timeout_seconds)
+
+    async def refresh_model(self) -> bool:
+        """Asks the engine which model it serves now, and returns whether that is known."""
+        return await asyncio.shield(self._refresh())
+
+    def _refresh(self) -> asyncio.Task[bool]:
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(self._read_model())
+        return self._refreshing
+
+    async def _read_model(self) -> bool:
+        try:
+            timeout = self._settings.connect_timeout_seconds
+            info = await self.stub.GetModel(engine_pb2.GetModelRequest(), timeout=timeout)
+            if self.model is None or info != self.model.info:
+                # Indexing a large vocabulary takes a while, and streams must not wait for it.
+                self.model = await asyncio.to_thread(ServedModel.load, info)
+                logger.info("model", extra={"address": self.address, "model": info.name, "revision": info.revision})
+        except grpc.aio.AioRpcError as error:
+            reason = f"{error.code().name}: {error.details()}"
+            logger.warning("model unknown", extra={"address": self.address, "reason": reason})
+            return False
+        except UserError as error:
+            self.model = None
+            self.mark_down(str(error))
+            return False
         self._next_model_check = time.monotonic() + self._settings.model_poll_seconds
+        return True
 
     async def close(self) -> None:
         """Closes the connection and cancels the calls that still run."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
         await self._channel.close()

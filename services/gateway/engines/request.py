@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from nanochat_core.chat import Message, render_prompt, stop_token_ids
 from nanochat_core.protos import engine_pb2
-from services.gateway.engines.replica import ServedModel
+from services.gateway.engines.model import ServedModel
 from services.gateway.errors import ApiError, bad_request, invalid_value
 from services.gateway.schemas import Body, ChatRequest
 from services.gateway.settings import GatewaySettings
@@ -52,7 +52,7 @@ async def encode_text(model: ServedModel, text: str, *, bos: bool) -> list[int]:
 async def _encode(model: ServedModel, characters: int, encode: Callable[[], list[int]], param: str) -> list[int]:
     # Every character has at least one byte. This gives a lower bound of the token count without encoding.
     at_least = characters // model.longest_token_bytes
-    if at_least > model.info.context_length:
+    if at_least > model.context_length:
         raise _too_long(model, f"at least {at_least}", param)
     if characters <= _INLINE_CHARACTERS:
         return encode()
@@ -61,7 +61,7 @@ async def _encode(model: ServedModel, characters: int, encode: Callable[[], list
 
 def check_length(model: ServedModel, ids: list[int], param: str) -> list[int]:
     """Returns ``ids`` if the context has room for them and one more token; otherwise raises an :class:`ApiError`."""
-    if len(ids) >= model.info.context_length:
+    if len(ids) >= model.context_length:
         raise _too_long(model, str(len(ids)), param)
     return ids
 
@@ -69,7 +69,7 @@ def check_length(model: ServedModel, ids: list[int], param: str) -> list[int]:
 def _too_long(model: ServedModel, tokens: str, param: str) -> ApiError:
     info = model.info
     message = (
-        f"The context of {info.name} is {info.context_length} tokens, answer included, and this request has "
+        f"The context of {info.name} is {model.context_length} tokens, answer included, and this request has "
         f"{tokens} tokens. Shorten it."
     )
     return bad_request(message, param, "context_length_exceeded")
@@ -94,7 +94,7 @@ def engine_request(
     if isinstance(request, ChatRequest):
         limit = request.max_completion_tokens or limit
         alternatives = (request.top_logprobs or 0) if request.logprobs else None
-    room = model.info.context_length - len(prompt)
+    room = model.context_length - len(prompt)
     sampling = engine_pb2.SamplingParams(
         temperature=settings.default_temperature if request.temperature is None else request.temperature,
         top_k=max(request.top_k or 0, 0),
@@ -116,7 +116,9 @@ def engine_request(
         n=request.n or 1,
         sampling=sampling,
         tools=engine_pb2.ToolPolicy(enabled=isinstance(request, ChatRequest)),
-        tokenizer_digest=model.info.digests.get("tokenizer.json", ""),  # empty if the engine does not report it
+        tokenizer_digest=model.tokenizer_digest,
+        weights_digest=model.weights,
+        priority=request.priority or 0,
     )
 
 

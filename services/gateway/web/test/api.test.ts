@@ -67,6 +67,17 @@ test("a connection that breaks off in the middle is a lost connection", async ()
   await expect(collect(api.chat(REQUEST, never))).rejects.toThrow(ConnectionError);
 });
 
+test("a server that takes requests says what it waits for", async () => {
+  const ready = { status: "ready", models: [], waits_for: "No engine has been found yet." };
+  const api = await serve((_, response) => response.end(JSON.stringify(ready)));
+  expect(await api.readiness()).toEqual({ status: 200, waitsFor: "No engine has been found yet." });
+});
+
+test("a server that shuts down takes no requests", async () => {
+  const api = await serve((_, response) => response.writeHead(503).end("{}"));
+  expect(await api.readiness()).toEqual({ status: 503, waitsFor: null });
+});
+
 test("a server that is not there is a connection error", async () => {
   const api = await serve(() => undefined);
   await new Promise((resolve) => server!.close(resolve));

@@ -1,7 +1,7 @@
 // @vitest-environment jsdom
 import { signal } from "@preact/signals";
 import { afterEach, beforeEach, expect, test, vi } from "vitest";
-import type { Api } from "../src/api/api";
+import type { Api, Readiness } from "../src/api/api";
 import { ApiError, ConnectionError } from "../src/api/errors";
 import type { ChatPart, ChatRequest } from "../src/api/wire";
 import { ChatApp } from "../src/chat/chat-app";
@@ -9,12 +9,14 @@ import type { AssistantMessage, Conversation } from "../src/chat/conversation";
 import { ConversationStore } from "../src/storage/conversation-store";
 import { DEFAULTS } from "../src/storage/settings";
 
+const READY = () => Promise.resolve({ status: 200, waitsFor: null });
+
 type Reply = (request: ChatRequest, signal: AbortSignal) => AsyncGenerator<ChatPart>;
 
 /** Stands in for the server: answers each request with the next reply, the last one for ever. */
 class FakeApi {
   requests: ChatRequest[] = [];
-  ready: () => Promise<number> = () => Promise.resolve(200);
+  ready: () => Promise<Readiness> = READY;
   replies: Reply[] = [says("Hello.")];
 
   readiness = () => this.ready();
@@ -167,12 +169,34 @@ test("a server that stays busy is reported in the end", async () => {
 });
 
 test("a message that waits for a loading model goes out as soon as the model is ready", async () => {
-  api.ready = () => Promise.resolve(503);
+  api.ready = () => Promise.resolve({ status: 503, waitsFor: null });
   api.replies = [fails(new ApiError("loading", { status: 503, retryAfterSeconds: 50 })), says("Here.")];
   app.send("Hi");
   await settled();
   expect(app.health.state.value).toBe("loading");
-  api.ready = () => Promise.resolve(200);
+  api.ready = READY;
+  await vi.advanceTimersByTimeAsync(2_100);
+  expect(app.health.state.value).toBe("ready");
+  expect(lastAnswer().content).toBe("Here.");
+});
+
+test("while the server lets a message wait, the page says what for", async () => {
+  const waitsFor = "No engine has been found yet.";
+  let answer: () => void = () => undefined;
+  api.replies = [
+    async function* () {
+      await new Promise<void>((resolve) => (answer = resolve));
+      yield { kind: "text", text: "Here." };
+    },
+  ];
+  await settled();
+  api.ready = () => Promise.resolve({ status: 200, waitsFor });
+  app.send("Hi");
+  await vi.advanceTimersByTimeAsync(2_100);
+  expect(app.health.state.value).toBe("loading");
+  expect(app.health.waitsFor.value).toBe(waitsFor);
+  api.ready = READY;
+  answer();
   await vi.advanceTimersByTimeAsync(2_100);
   expect(app.health.state.value).toBe("ready");
   expect(lastAnswer().content).toBe("Here.");
@@ -188,7 +212,7 @@ test("a lost server is noticed by the first request and its return by itself", a
   await settled();
   expect(lastAnswer().problem!.kind).toBe("unreachable");
   expect(app.health.state.value).toBe("unreachable");
-  api.ready = () => Promise.resolve(200);
+  api.ready = READY;
   await vi.advanceTimersByTimeAsync(2_100);
   expect(app.health.state.value).toBe("ready");
 });

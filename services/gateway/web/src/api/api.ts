@@ -2,6 +2,13 @@ import { chatParts } from "./chat-stream";
 import { ApiError, ConnectionError, ProtocolError } from "./errors";
 import type { ChatPart, ChatRequest, ModelInfo } from "./wire";
 
+export interface Readiness {
+  /** HTTP status; 200 means that the server takes requests. */
+  status: number;
+  /** A sentence about what the server waits for before it can answer; null if it can answer now. */
+  waitsFor: string | null;
+}
+
 /** The part of the gateway's REST API that this page needs. Addresses are relative to `base`. */
 export class Api {
   constructor(
@@ -9,10 +16,11 @@ export class Api {
     private readonly apiKey: () => string = () => "",
   ) {}
 
-  /** The status of /readyz: 200 when a model is loaded. Throws ConnectionError if no server answers. */
-  async readiness(): Promise<number> {
+  /** Asks the server whether it can answer. Throws ConnectionError if no server answers. */
+  async readiness(): Promise<Readiness> {
     const response = await this.request("readyz", { cache: "no-store", signal: AbortSignal.timeout(10_000) });
-    return response.status;
+    if (!response.ok) return { status: response.status, waitsFor: null };
+    return { status: response.status, waitsFor: ((await response.json()) as { waits_for: string | null }).waits_for };
   }
 
   async models(): Promise<ModelInfo[]> {

@@ -10,6 +10,8 @@ const WORRIED_MS = 2_000; // while there is a problem; short enough that recover
 /** Watches whether the server can answer. */
 export class Health {
   readonly state = signal<ServerState>("unknown");
+  /** The server's own words about what it waits for while its state is "loading"; they may be missing. */
+  readonly waitsFor = signal<string | null>(null);
   private timer: ReturnType<typeof setTimeout> | undefined;
 
   constructor(private readonly api: Pick<Api, "readiness">) {}
@@ -29,8 +31,9 @@ export class Health {
 
   private async ask(): Promise<ServerState> {
     try {
-      const status = await this.api.readiness();
-      if (status === 503) return "loading";
+      const { status, waitsFor } = await this.api.readiness();
+      this.waitsFor.value = waitsFor;
+      if (status === 503 || waitsFor !== null) return "loading";
       // 502 and 504 come from a proxy that finds no server behind it.
       return status === 502 || status === 504 ? "unreachable" : "ready";
     } catch (error) {

@@ -18,6 +18,8 @@ import {
 import { requestMessages } from "./history";
 import { titleOf } from "./title";
 
+const IMPATIENT_MS = 2_000; // time without a first word after which the page asks how the server is
+
 export interface Toast {
   text: string;
   undo?: () => void;
@@ -196,7 +198,16 @@ export class ChatApp {
     if (this.model.peek() === "") await this.loadModels();
     const settings = this.settings.peek();
     const messages = requestMessages(history, settings.systemPrompt);
-    yield* this.api.chat({ model: this.model.peek(), messages, ...sampling(settings) }, abort);
+    // While no model is ready, the server lets the request wait. The check finds out what it waits for.
+    const impatient = setTimeout(() => void this.health.check(), IMPATIENT_MS);
+    try {
+      for await (const part of this.api.chat({ model: this.model.peek(), messages, ...sampling(settings) }, abort)) {
+        clearTimeout(impatient);
+        yield part;
+      }
+    } finally {
+      clearTimeout(impatient);
+    }
   }
 
   private async loadModels(): Promise<void> {

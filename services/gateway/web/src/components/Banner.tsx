@@ -21,7 +21,7 @@ export function Banners() {
         <Banner
           kind="warning"
           state="loading"
-          text="The model is not ready: it is loading or restarting. This page goes on by itself."
+          text={`The model is not ready: ${app.health.waitsFor.value ?? "it is loading or restarting."} This page goes on by itself.`}
         >
           <Action label="Check now" onClick={() => void app.health.check()} />
         </Banner>

@@ -1,0 +1,96 @@
+"""One call of an engine, read in the background."""
+
+import asyncio
+import collections
+import time
+from collections.abc import Callable
+
+import grpc
+
+from nanochat_core.protos import engine_pb2
+from services.gateway.engines.pool import Place
+
+# The engine may be this many chunks ahead of the client. A slow client therefore slows the engine's stream down.
+_AHEAD = 16
+
+
+class Call:
+    """A ``Generate`` call at a place. A task reads its chunks; :meth:`take` returns them without waiting.
+
+    Attributes:
+        place: where the call runs.
+        failure: why the call ended; None while it runs. An engine that ends a call early has failed, too.
+        last_chunk: time of the last chunk on the clock of ``time.monotonic``; None before the first one.
+    """
+
+    def __init__(
+        self, place: Place, request: engine_pb2.GenerateRequest, *, seconds: float, wake: Callable[[], None]
+    ) -> None:
+        """Starts the call, which may last ``seconds``. ``wake`` is called after each change of the call."""
+        self.place = place
+        self.failure: grpc.aio.AioRpcError | None = None
+        self.last_chunk: float | None = None
+        self._chunks: collections.deque[engine_pb2.GenerateChunk] = collections.deque()
+        self._ahead = asyncio.Semaphore(_AHEAD)
+        self._wake = lambda: wake()  # an object of its own, so that two calls of one stream can watch one replica
+        self._open = True
+        self._call = place.replica.stub.Generate(request, timeout=seconds)
+        self._reader = asyncio.create_task(self._read())
+        place.replica.silence_watchers.add(self._wake)
+
+    @property
+    def silent(self) -> bool:
+        """Whether the engine hangs: it answers no health check, and this call has got nothing for as long."""
+        return self.failure is None and not self._chunks and self.place.replica.silent(self.last_chunk)
+
+    def take(self) -> engine_pb2.GenerateChunk | None:
+        """Returns the next chunk, or None if there is none at the moment."""
+        if not self._chunks:
+            return None
+        self._ahead.release()
+        return self._chunks.popleft()
+
+    @property
+    def over(self) -> bool:
+        """Whether the call has ended and all its chunks have been taken."""
+        return self.failure is not None and not self._chunks
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                await self._ahead.acquire()
+                chunk = await self._call.read()
+                if chunk is grpc.aio.EOF:
+                    self.failure = _error(grpc.StatusCode.INTERNAL, "the engine ended the answer without finishing it")
+                    break
+                self.last_chunk = time.monotonic()
+                self._chunks.append(chunk)
+                self._wake()
+        except grpc.aio.AioRpcError as error:
+            self.failure = error
+        except asyncio.CancelledError:
+            # Either this object is closed, or the connection was closed under the call.
+            self.failure = _error(grpc.StatusCode.CANCELLED, "the connection was closed")
+        self._wake()
+
+    def close(self, *, refused: bool = False) -> None:
+        """Cancels the call if it still runs, and gives its place back. Later calls of this method do nothing.
+
+        ``refused`` says that the engine was too full to take the call.
+        """
+        if not self._open:
+            return
+        self._open = False
+        self._reader.cancel()
+        self._call.cancel()
+        replica, sequences = self.place.replica, self.place.sequences
+        replica.silence_watchers.discard(self._wake)
+        replica.outlier.undecided()  # unless the call has shown something, which is recorded by now
+        if refused:
+            replica.refused(sequences)
+        else:
+            replica.release(sequences)
+
+
+def _error(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)

@@ -1,0 +1,360 @@
+"""Streams that survive their engine: each goes on at another replica, and says every token exactly once."""
+
+import asyncio
+import contextlib
+import enum
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+
+from nanochat_core.protos import engine_pb2
+from services.gateway.engines.call import Call
+from services.gateway.engines.model import ServedModel
+from services.gateway.engines.pool import EnginePool, Place, Wish
+from services.gateway.engines.replica import Replica
+from services.gateway.engines.request import PromptEncoder, engine_request
+from services.gateway.engines.said import Said, continuations
+from services.gateway.errors import ApiError, from_rpc
+from services.gateway.schemas import Body
+
+logger = logging.getLogger(__name__)
+
+# The client of a stream that has begun looks at half an answer, so the stream goes before all new requests.
+_PRIORITY_OF_STREAMS = -1
+# Failures after which a stream is given up even if tokens come between them, because it may be what kills the engines.
+_MOST_FAILURES = 16
+# Pause after the second failure without a chunk in between. It doubles with each further one, and half of it is random.
+_PAUSE_SECONDS = 0.1
+
+
+class Reason(enum.StrEnum):
+    """Why a request needs another engine: the labels of the metrics."""
+
+    DIED = "died"  # the call ended with an error
+    HUNG = "hung"  # neither chunks nor answers to health checks come
+    DRAINS = "drains"  # the engine is shutting down
+    FULL = "full"  # the engine had no room for the request
+    OTHER_MODEL = "other_model"  # the engine has just changed its model
+
+
+class Stream:
+    """The answer to one prompt, as one sequence of chunks from whichever engines.
+
+    At any time there is a call that the chunks come from, or a search for a place, or both. When the call's engine
+    drains or hangs, a search begins while the call goes on. Once the search has a place, a call begins there with
+    everything that was said: the successor. From then on nothing is taken from the old call, so that nothing is said
+    twice. The successor's first chunk ends the old call. If the successor fails instead, the old call goes on.
+
+    Attributes:
+        model: the model that answers. It is final once :meth:`start` has returned.
+    """
+
+    model: ServedModel
+
+    def __init__(
+        self,
+        pool: EnginePool,
+        body: Body,
+        encode: PromptEncoder,
+        *,
+        caller: str,
+        request_id: str,
+        seed: int,
+        on_place: Callable[[], None],
+    ) -> None:
+        self._pool = pool
+        self._body = body
+        self._encode = encode
+        self._request_id = request_id
+        self._seed = seed
+        self._on_place = on_place
+        self._wish = Wish(body.model, body.n or 1)
+        self._ticket = pool.ticket(self._wish, caller=caller, priority=body.priority or 0)
+        self._encoded_for: ServedModel | None = None
+        self._request = engine_pb2.GenerateRequest()
+        self._said = [Said() for _ in range(self._wish.sequences)]
+        self._first: engine_pb2.GenerateChunk | None = None  # the first chunk until :meth:`read` has returned it
+        self._begun = False  # whether a chunk has come
+        self._last_chunk = 0.0
+        self._deadline: float | None = None  # end of the time that engines may work; set with the first call
+        self._patience: float | None = None  # end of the time without an engine; None while chunks come
+        self._call: Call | None = None
+        self._successor: Call | None = None
+        self._search: asyncio.Task[Place] | None = None
+        self._reason: Reason | None = None  # why the stream leaves its call, or why the last call ended
+        self._failure: ApiError | None = None  # the failure of the last call
+        self._failures = 0
+        self._fruitless = 0  # failures since the last chunk
+        self._refreshed: set[Replica] = set()  # replicas whose model was read again after they had refused the request
+        self._wake = asyncio.Event()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of tokens of the prompt."""
+        return len(self._wish.prompt)
+
+    async def start(self) -> None:
+        """Waits for the first chunk.
+
+        Raises:
+            ApiError: the request doesn't fit the model, or no replica could start on it.
+        """
+        self._pool.retries.earn()
+        model = self._pool.model(self._wish.name)
+        if model is not None:
+            await self._encode_for(model)
+        self._look(None)
+        self._first = await self.read()
+        self._pool.metrics.prompt_tokens.inc(self.prompt_tokens)
+
+    async def read(self) -> engine_pb2.GenerateChunk | None:
+        """Returns the next chunk, or None after the last one.
+
+        Raises:
+            ApiError: the answer can't go on.
+        """
+        if self._first is not None:
+            chunk, self._first = self._first, None
+            return chunk
+        try:
+            return await self._next_chunk()
+        except ApiError:
+            if self._begun:
+                self._pool.metrics.streams_lost.inc()
+            raise
+
+    def finish(self, index: int) -> None:
+        """Says that nothing more is wanted of a choice."""
+        self._said[index].finished = True
+
+    def close(self) -> None:
+        """Cancels the calls and the search."""
+        self._stop_search()
+        for call in (self._successor, self._call):
+            if call is not None:
+                call.close()
+
+    async def _next_chunk(self) -> engine_pb2.GenerateChunk | None:
+        while not all(said.finished for said in self._said):
+            self._wake.clear()
+            call = self._successor or self._call
+            if self._search is not None and self._search.done():
+                await self._begin_successor()
+            elif call is None:
+                await self._wake.wait()
+            elif (chunk := call.take()) is not None:
+                if not chunk.draining:
+                    self._accept(call, chunk)
+                    return chunk
+                call.place.replica.mark_down("it is shutting down")
+                self._leave(call, Reason.DRAINS)
+            elif call.failure is not None:
+                self._failed(call, call.failure)
+            elif call.silent and (call is self._successor or self._reason is None):
+                self._leave(call, Reason.HUNG)
+            else:
+                await self._wake.wait()
+        return None
+
+    def _accept(self, call: Call, chunk: engine_pb2.GenerateChunk) -> None:
+        """Records a chunk that the client will get. The first one of a successor makes it the stream's call."""
+        now = time.monotonic()
+        if call is self._successor:
+            self._promote(call, now)
+        elif self._reason is Reason.HUNG:  # the engine has only paused
+            self._stop_search()
+            self._reason = None
+        if not self._begun:
+            self._begun = True
+            self._wish.weights = self.model.weights
+            self._ticket.priority, self._ticket.bounded = _PRIORITY_OF_STREAMS, False
+        call.place.replica.outlier.succeeded()
+        self._last_chunk, self._patience, self._fruitless = now, None, 0
+        self._said[chunk.index].add(chunk)
+        if chunk.HasField("usage"):
+            self._pool.answered(call.place, self._wish, chunk.usage.cached_prompt_tokens)
+
+    def _promote(self, successor: Call, now: float) -> None:
+        metrics, reason, address = self._pool.metrics, self._reason, successor.place.replica.address
+        if reason is not None and self._begun:
+            metrics.migrations.labels(reason).inc()
+            metrics.migration_gap_seconds.labels(reason).observe(now - self._last_chunk)
+            logger.info("stream moved", extra={"request_id": self._request_id, "reason": reason, "address": address})
+        elif reason is not None:
+            metrics.failovers.inc()
+        if self._call is not None:
+            self._call.close()
+        self._call, self._successor, self._reason = successor, None, None
+        self._wish.avoid.clear()
+
+    def _leave(self, call: Call, reason: Reason) -> None:
+        """Begins to look for another engine because of the state of the call's engine. A call with chunks goes on."""
+        if call is self._successor:
+            call.close()
+            self._successor = None
+            reason = self._reason or reason
+        else:
+            self._reason = reason
+        if (reason is Reason.DRAINS and call.last_chunk is not None) or self._may_fail_again():
+            self._look(reason)
+        elif self._call is None:
+            raise self._failure or from_rpc(_unavailable(), started=self._begun)
+
+    def _failed(self, call: Call, error: grpc.aio.AioRpcError) -> None:
+        """Reacts to the end of a call, which has no chunks left: looks for another engine if that can help.
+
+        Raises:
+            ApiError: it can't help.
+        """
+        code, replica = error.code(), call.place.replica
+        self._failure = from_rpc(error, started=self._begun)
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED or (code is grpc.StatusCode.INVALID_ARGUMENT and not self._begun):
+            raise self._failure
+        refused = code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        facts = {"request_id": self._request_id, "address": replica.address, "code": code.name}
+        level = logging.DEBUG if refused else logging.WARNING
+        logger.log(level, "engine call failed", extra=facts | {"details": error.details()})
+        reason, may_go_on, stale = Reason.DIED, True, None
+        if refused:
+            reason = Reason.FULL
+        elif code is grpc.StatusCode.FAILED_PRECONDITION:
+            reason = Reason.OTHER_MODEL
+            if replica in self._refreshed:
+                self._wish.avoid.add(replica.address)
+            else:
+                self._refreshed.add(replica)
+                stale = replica
+        else:
+            may_go_on = self._blame(replica, code)
+        call.close(refused=refused)
+        if call is self._successor:
+            self._successor = None
+            reason = self._reason or reason
+        else:
+            self._call = None
+        if self._call is None and not (may_go_on and self._pool.promising(self._wish)):
+            raise self._failure
+        if may_go_on:
+            self._look(reason, stale)
+
+    def _blame(self, replica: Replica, code: grpc.StatusCode) -> bool:
+        """Records that a call failed through the engine's fault, and returns whether the stream may go on."""
+        if code is grpc.StatusCode.UNAVAILABLE:
+            replica.mark_down(f"a call ended with {code.name}")
+        elif code is not grpc.StatusCode.CANCELLED:
+            self._wish.avoid.add(replica.address)
+            if replica.outlier.failed(time.monotonic()):
+                self._pool.metrics.ejections.inc()
+                logger.warning("engine ejected", extra={"address": replica.address, "code": code.name})
+            return self._may_fail_again(fault=True)
+        return self._may_fail_again()
+
+    def _may_fail_again(self, *, fault: bool = False) -> bool:
+        """Counts a failure and returns whether the stream may have another attempt.
+
+        After a ``fault``, the engine still takes calls, so the attempts of many streams could become a storm: they need
+        the budget for retries. An engine that died or hangs gets no call before it answers a health check.
+        """
+        self._failures += 1
+        self._fruitless += 1
+        if self._fruitless >= self._pool.settings.max_failures or self._failures >= _MOST_FAILURES:
+            return False
+        return not fault or self._fruitless == 1 or self._pool.retries.spend()
+
+    def _look(self, reason: Reason | None, stale: Replica | None = None) -> None:
+        """Begins a search for a place. The model of the replica ``stale`` is read again before."""
+        self._stop_search()
+        self._reason = reason
+        self._search = asyncio.create_task(self._find_place(stale))
+        self._search.add_done_callback(lambda _: self._wake.set())
+
+    async def _find_place(self, stale: Replica | None) -> Place:
+        if stale is not None:
+            await stale.refresh_model()
+        if self._fruitless > 1:
+            await asyncio.sleep(_PAUSE_SECONDS * 2.0 ** (self._fruitless - 2) * random.uniform(0.5, 1))  # noqa: S311
+        if self._call is not None:  # the call may go on to the end of the answer, so there is no hurry
+            return await self._pool.place(self._wish, self._ticket, None)
+        now = time.monotonic()
+        if self._patience is None:
+            self._patience = now + self._pool.settings.queue_seconds
+        return await self._pool.place(self._wish, self._ticket, max(self._patience - now, 0.0))
+
+    def _stop_search(self) -> None:
+        search, self._search = self._search, None
+        if search is not None and not search.cancel() and search.exception() is None:
+            search.result().give_back()
+
+    async def _begin_successor(self) -> None:
+        """Begins the call at the place that the search has found."""
+        assert self._search is not None
+        search, self._search = self._search, None
+        try:
+            place = search.result()
+        except ApiError as error:
+            if self._call is not None:
+                return
+            raise (self._failure if self._begun and self._failure else error) from None
+        try:
+            now = time.monotonic()
+            if not self._begun:
+                await self._encode_for(place.model)
+                self._request = engine_request(
+                    self._body,
+                    place.model,
+                    self._wish.prompt,
+                    self._pool.settings,
+                    request_id=self._request_id,
+                    seed=self._seed,
+                )
+            if self._deadline is None:
+                self._deadline = now + self._pool.settings.request_timeout_seconds
+            del self._request.continued[:]
+            self._request.continued.extend(continuations(self._said))
+            seconds = max(self._deadline - now, 0.0)
+            self._successor = Call(place, self._request, seconds=seconds, wake=self._wake.set)
+        except BaseException:
+            place.give_back()
+            raise
+        self._on_place()
+
+    async def _encode_for(self, model: ServedModel) -> None:
+        """Makes the prompt's token ids for the model, unless the stream has them for an equal tokenizer and context."""
+        known, self.model, self._encoded_for = self._encoded_for, model, model
+        if known is None or known.tokenizer is not model.tokenizer or known.context_length != model.context_length:
+            self._wish.prompt = await self._encode(model)
+
+
+@contextlib.asynccontextmanager
+async def generate(
+    pool: EnginePool,
+    body: Body,
+    encode: PromptEncoder,
+    *,
+    caller: str,
+    request_id: str,
+    seed: int,
+    on_place: Callable[[], None],
+) -> AsyncIterator[Stream]:
+    """Starts to generate and waits for the first chunk; leaving the block cancels the engine's work.
+
+    Args:
+        caller: who asks; waiting requests of different callers take turns.
+        on_place: called each time that an engine gets the request.
+
+    Raises:
+        ApiError: the request doesn't fit the model, or no replica could start on it.
+    """
+    stream = Stream(pool, body, encode, caller=caller, request_id=request_id, seed=seed, on_place=on_place)
+    try:
+        await stream.start()
+        yield stream
+    finally:
+        stream.close()
+
+
+def _unavailable() -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "")

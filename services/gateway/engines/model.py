@@ -1,0 +1,57 @@
+"""A revision of a model as the gateway uses it: its description and its tokenizer."""
+
+import dataclasses
+import functools
+import hashlib
+import time
+
+from nanochat_core.protos import engine_pb2
+from nanochat_core.tokenizer import Tokenizer
+
+_WEIGHTS, _TOKENIZER = "model.safetensors", "tokenizer.json"  # keys of ModelInfo.digests
+
+# Equal JSON gives the same object, so replicas of one model share a tokenizer.
+_load_tokenizer = functools.lru_cache(maxsize=4)(Tokenizer.from_json)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """One revision of a model. ``created`` is the time, in seconds since the epoch, when this gateway first saw it."""
+
+    info: engine_pb2.ModelInfo
+    tokenizer: Tokenizer
+    created: int = 0
+
+    @classmethod
+    def load(cls, info: engine_pb2.ModelInfo) -> "ServedModel":
+        """Builds the tokenizer, which takes a while for a large vocabulary.
+
+        Raises UserError if the tokenizer's JSON is damaged.
+        """
+        return cls(info, _load_tokenizer(info.tokenizer_json), int(time.time()))
+
+    @property
+    def weights(self) -> str:
+        """Digest of the weights; empty if the engine does not report it."""
+        return self.info.digests.get(_WEIGHTS, "")
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """Digest of the tokenizer; empty if the engine does not report it."""
+        return self.info.digests.get(_TOKENIZER, "")
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a prompt and its answer together."""
+        return self.info.context_length
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Text that identifies name, revision and files of the model: OpenAI's field ``system_fingerprint``."""
+        identity = repr((self.info.name, self.info.revision, sorted(self.info.digests.items())))
+        return "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+    @functools.cached_property
+    def longest_token_bytes(self) -> int:
+        """The largest number of bytes of a token."""
+        return max(map(len, self.tokenizer.token_bytes))

@@ -1,0 +1,240 @@
+"""All engines: finds them, watches them, and gives each request a place at one of them."""
+
+import asyncio
+import collections
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+from nanochat_core.discovery import Endpoint, addresses_of, watch_endpoints
+from services.gateway.engines.model import ServedModel
+from services.gateway.engines.replica import Connect, Replica
+from services.gateway.engines.retries import RetryBudget
+from services.gateway.engines.waiting import FairQueue, QueueFull, Ticket
+from services.gateway.errors import bad_request, engines_busy, model_not_found, no_engine, queue_full
+from services.gateway.metrics import Metrics
+from services.gateway.routing import Router, RoutingSettings
+from services.gateway.settings import GatewaySettings
+
+logger = logging.getLogger(__name__)
+
+Lookup = Callable[[str], Iterable[str]]
+
+
+@dataclasses.dataclass(eq=False)
+class Wish:
+    """What a request needs of an engine.
+
+    Attributes:
+        name: the model's name in the request; None or an empty name stands for the only model that is served.
+        sequences: number of sequences that the engine has to run.
+        prompt: token ids of the prompt, as far as they are known. They only decide between engines that fit.
+        weights: digest of the weights that the engine must have; empty allows any.
+        avoid: addresses of engines that have failed on the request.
+    """
+
+    name: str | None
+    sequences: int = 1
+    prompt: Sequence[int] = ()
+    weights: str = ""
+    avoid: set[str] = dataclasses.field(default_factory=set)
+
+    def fits(self, model: ServedModel, aliases: Collection[str]) -> bool:
+        """Whether the request can be answered by the model."""
+        if self.weights:
+            return model.weights == self.weights
+        return not self.name or self.name in aliases or self.name == model.info.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Room for a request at a replica, reserved until ``replica.release(sequences)``."""
+
+    replica: Replica
+    model: ServedModel
+    sequences: int
+
+    def give_back(self) -> None:
+        """Frees the place without a call."""
+        self.replica.outlier.undecided()
+        self.replica.release(self.sequences)
+
+
+class EnginePool:
+    """The replicas and the tasks that find and watch them, with the gateway's settings and metrics."""
+
+    def __init__(
+        self, settings: GatewaySettings, metrics: Metrics, connect: Connect, lookup: Lookup = addresses_of
+    ) -> None:
+        """The caller must run inside the event loop that will use the pool. ``lookup`` asks the name server."""
+        self.settings = settings
+        self.metrics = metrics
+        self.retries = RetryBudget()
+        self._connect = connect
+        self._router = Router(RoutingSettings(report_seconds=settings.poll_seconds))
+        self._in_router: set[Replica] = set()
+        self._replicas: dict[str, Replica] = {}
+        self._watches: dict[Replica, asyncio.Task[None]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._queue: FairQueue[Place] = FairQueue(settings.queue_size)
+        metrics.queue_length.set_function(lambda: self._queue.length)
+        self._discovery = asyncio.create_task(self._discover(lookup))
+
+    async def aclose(self) -> None:
+        """Stops watching and closes all connections."""
+        tasks = [self._discovery, *self._watches.values(), *self._closing]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for replica in self._watches:
+            await replica.close()
+
+    async def _discover(self, lookup: Lookup) -> None:
+        settings = self.settings
+        async for endpoints in watch_endpoints(settings.engine_addresses, settings.discovery_seconds, lookup):
+            self._set_endpoints(endpoints)
+
+    def _set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
+        found = {endpoint.address: endpoint for endpoint in endpoints}
+        for address, endpoint in found.items():
+            if address not in self._replicas:
+                logger.info("engine joined", extra={"address": address})
+                replica = Replica(endpoint, self._connect, self.settings, self.metrics, self._changed)
+                self._replicas[address] = replica
+                self._watches[replica] = asyncio.create_task(replica.watch())
+            self._replicas[address].leaving = False
+        for address in self._replicas.keys() - found.keys():
+            replica = self._replicas[address]
+            if not replica.leaving:
+                logger.info("engine left", extra={"address": address})
+                replica.leaving = True
+                self._changed(replica)
+
+    def _changed(self, replica: Replica) -> None:
+        """Tells the router and the queue about a replica whose state may have changed."""
+        if replica.up and replica not in self._in_router:
+            self._in_router.add(replica)
+            self._router.joined(replica.address, time.monotonic())
+        elif not replica.up and replica in self._in_router:
+            self._in_router.remove(replica)
+            self._router.left(replica.address)
+        if replica.leaving and replica.idle and self._replicas.get(replica.address) is replica:
+            del self._replicas[replica.address]
+            self.metrics.engine_up.remove(replica.address)
+            watch = self._watches.pop(replica)
+            watch.cancel()
+            closing = asyncio.create_task(self._close(replica, watch))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        self._queue.serve()
+
+    async def _close(self, replica: Replica, watch: asyncio.Task[None]) -> None:
+        await asyncio.gather(watch, return_exceptions=True)
+        await replica.close()
+
+    def models(self) -> dict[str, ServedModel]:
+        """Returns the models that engines serve now, by name.
+
+        If the engines serve several revisions of a model, the result has the revision that this gateway saw last.
+        """
+        served = [replica.model for replica in self._replicas.values() if replica.up and replica.model]
+        return {model.info.name: model for model in sorted(served, key=lambda model: model.created)}
+
+    def waits_for(self) -> str | None:
+        """Returns a sentence about what is missing before a request can be answered; None if nothing is."""
+        replicas = [replica for replica in self._replicas.values() if not replica.leaving]
+        if any(replica.up for replica in replicas):
+            return None
+        if not replicas:
+            return "No engine has been found yet."
+        loading = sum((replica.why_down or "").startswith("health is") for replica in replicas)
+        states = collections.Counter({"not ready (starting or loading a model)": loading})
+        states["not reachable"] = len(replicas) - loading
+        parts = [f"{count} {'is' if count == 1 else 'are'} {state}" for state, count in states.items() if count]
+        return f"Of {len(replicas)} known engine{'s' if len(replicas) > 1 else ''}, {' and '.join(parts)}."
+
+    def model(self, name: str | None) -> ServedModel | None:
+        """Returns a model that answers requests with this name, or None while no engine has told its model.
+
+        Raises:
+            ApiError: 404 if no engine has the model, 400 if the request must name one of several models.
+        """
+        known = [replica.model for replica in self._replicas.values() if replica.model and not replica.leaving]
+        fitting = [model for model in known if Wish(name).fits(model, self.settings.model_aliases)]
+        if known and not fitting:
+            raise model_not_found(name or "", {model.info.name for model in known})
+        served = self.models()
+        if not name and len(served) > 1:
+            raise bad_request(f"Name the model to use: {', '.join(sorted(served))}.", "model", "model_required")
+        return max(fitting, key=lambda model: model.created, default=None)
+
+    def pick(self, name: str | None) -> tuple[Replica, ServedModel]:
+        """Returns a healthy replica, and the model that it serves, for a short call that needs no place.
+
+        Raises:
+            ApiError: 404 or 400 as :meth:`model`, 503 if no healthy engine has the model.
+        """
+        self.model(name)
+        for replica in self._replicas.values():
+            if replica.up and replica.model and Wish(name).fits(replica.model, self.settings.model_aliases):
+                return replica, replica.model
+        raise no_engine()
+
+    def ticket(self, wish: Wish, *, caller: str, priority: int) -> Ticket[Place]:
+        """Returns a ticket for :meth:`place`."""
+        take = functools.partial(self._take, wish)
+        return Ticket(take, Place.give_back, caller=caller, priority=priority, cost=wish.sequences)
+
+    async def place(self, wish: Wish, ticket: Ticket[Place], seconds: float | None) -> Place:
+        """Waits up to ``seconds`` until a replica has room for the wish, and reserves it.
+
+        Raises:
+            ApiError: 404 or 400 as :meth:`model`, 429 if too many requests wait already, 503 after ``seconds``.
+        """
+        ticket.kind = (wish.name, wish.weights, wish.sequences, frozenset(wish.avoid))
+        began = time.monotonic()
+        try:
+            place = await self._queue.wait(ticket, seconds)
+        except QueueFull:
+            self.metrics.queue_refusals.labels("full").inc()
+            raise queue_full() from None
+        except TimeoutError:
+            self.metrics.queue_refusals.labels("late").inc()
+            raise (engines_busy() if self.models() else no_engine()) from None
+        self.metrics.queue_seconds.observe(time.monotonic() - began)
+        return place
+
+    def promising(self, wish: Wish) -> bool:
+        """Whether a search may succeed: a known engine fits the wish, or no engine at all is up at the moment."""
+        return any(self._fitting(wish)) or not self.models()
+
+    def _fitting(self, wish: Wish) -> Iterable[Replica]:
+        for address, replica in self._replicas.items():
+            available = address not in wish.avoid and not replica.leaving
+            if available and replica.model and wish.fits(replica.model, self.settings.model_aliases):
+                yield replica
+
+    def _take(self, wish: Wish) -> Place | None:
+        """Reserves room at the replica that the router chooses; returns None if no replica has room."""
+        if not wish.weights:
+            self.model(wish.name)
+        ready = [replica for replica in self._fitting(wish) if replica.has_room(wish.sequences)]
+        if not ready:
+            return None
+        now = time.monotonic()
+        # An ejected replica is better than none.
+        ready = [replica for replica in ready if replica.outlier.allows(now)] or ready
+        chosen = self._router.choose(wish.prompt, {replica.address: replica.load for replica in ready}, now)
+        replica = self._replicas[chosen]
+        assert replica.model is not None
+        replica.reserve(wish.sequences)
+        replica.outlier.began()
+        self._router.sent(chosen, wish.prompt, now)
+        return Place(replica, replica.model, wish.sequences)
+
+    def answered(self, place: Place, wish: Wish, cached_tokens: int) -> None:
+        """Tells the router how many tokens of the wish's prompt the engine found in its cache."""
+        if place.replica in self._in_router:
+            self._router.answered(place.replica.address, wish.prompt, cached_tokens, time.monotonic())

@@ -1,0 +1,52 @@
+"""What the choices of an answer have said so far, in the form in which another engine can go on."""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+from collections.abc import Sequence
+
+from nanochat_core.protos import engine_pb2
+
+
+@dataclasses.dataclass
+class Said:
+    """What one choice has said. Tokens take five bytes each, because thousands of streams may be running.
+
+    Attributes:
+        ids: token ids, uint32.
+        forced: for each token, 1 if it belongs to a tool's output.
+        tool_events: calls and results, in their order.
+        finished: whether the choice is complete, so that nothing more is wanted of it.
+    """
+
+    ids: array.array[int] = dataclasses.field(default_factory=lambda: array.array("I"))
+    forced: bytearray = dataclasses.field(default_factory=bytearray)
+    tool_events: list[engine_pb2.ToolEvent] = dataclasses.field(default_factory=list)
+    finished: bool = False
+
+    def add(self, chunk: engine_pb2.GenerateChunk) -> None:
+        """Adds the engine's next chunk of this choice."""
+        for token in chunk.tokens:
+            self.ids.append(token.id)
+            self.forced.append(token.forced)
+        self.tool_events.extend(chunk.tool_events)
+        self.finished |= chunk.finish_reason != engine_pb2.FINISH_REASON_UNSPECIFIED
+
+
+def continuations(choices: Sequence[Said]) -> list[engine_pb2.Continuation]:
+    """Returns the entries for ``GenerateRequest.continued``. A choice that has said nothing needs none."""
+    return [
+        engine_pb2.Continuation(index=index, finished=True)
+        if said.finished
+        else engine_pb2.Continuation(
+            index=index,
+            tokens=[
+                engine_pb2.Token(id=token_id, forced=bool(forced))
+                for token_id, forced in zip(said.ids, said.forced, strict=True)
+            ],
+            tool_events=said.tool_events,
+        )
+        for index, said in enumerate(choices)
+        if said.finished or said.ids or said.tool_events
+    ]

@@ -1,0 +1,126 @@
+"""The queue of requests that no engine can take at the moment."""
+
+import asyncio
+import dataclasses
+import heapq
+import itertools
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+_KEPT_CALLERS = 100  # callers without a ticket that the queue remembers before it looks for callers to forget
+
+
+class QueueFull(Exception):
+    """As many requests wait as the queue can hold."""
+
+
+@dataclasses.dataclass(eq=False)
+class Ticket(Generic[T]):
+    """A request in the queue.
+
+    Attributes:
+        take: takes what the request waits for, or returns None if that is impossible now. An exception ends the wait.
+        give_back: undoes ``take`` for a request that left the queue at the same moment.
+        kind: if ``take`` returns None, the queue tries no other ticket of the same kind before the next change.
+        caller: who sent the request.
+        priority: lower values go first.
+        cost: share of the engines that the request needs, in sequences.
+        bounded: whether the limit of the queue holds for this ticket.
+    """
+
+    take: Callable[[], T | None]
+    give_back: Callable[[T], None]
+    kind: Hashable = None
+    caller: str = ""
+    priority: int = 0
+    cost: int = 1
+    bounded: bool = True
+    start: float | None = None  # virtual start time; set when the ticket enters the queue for the first time
+
+
+class FairQueue(Generic[T]):
+    """A bounded queue that is fair between callers: start-time fair queueing.
+
+    Each ticket has a virtual start time: the virtual time of the queue, or the end of the caller's ticket before it if
+    that is later. A ticket ends ``cost`` after its start. The smallest start time goes first, so a caller with many
+    tickets and a caller with one take turns. (Goyal, Vin and Cheng, "Start-time Fair Queueing", SIGCOMM 1996.)
+
+    The owner calls :meth:`serve` whenever a ticket's ``take`` may succeed that did not before.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """At most ``limit`` bounded tickets wait at a time."""
+        self._limit = limit
+        # For each kind a heap of (priority, start time, number, ticket, future). A ticket that left has a done future.
+        self._heaps: dict[Hashable, list[tuple[int, float, int, Ticket[T], asyncio.Future[T]]]] = {}
+        self._numbers = itertools.count()
+        self._virtual = 0.0
+        self._ends: dict[str, float] = {}  # for each caller, the virtual end of its last ticket
+        self._bounded = 0
+        self.length = 0
+
+    async def wait(self, ticket: Ticket[T], seconds: float | None) -> T:
+        """Returns what ``ticket.take`` returned, at once if possible. A ticket may wait several times.
+
+        Raises:
+            QueueFull: the ticket would have to wait, and the queue is full.
+            TimeoutError: nothing could be taken within ``seconds``.
+        """
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        if ticket.start is None:
+            ticket.start = max(self._virtual, self._ends.get(ticket.caller, 0.0))
+            self._ends[ticket.caller] = ticket.start + ticket.cost
+        self._virtual = min(self._virtual, ticket.start)  # less if the ticket was let go before and comes back unserved
+        entry = (ticket.priority, ticket.start, next(self._numbers), ticket, future)
+        heapq.heappush(self._heaps.setdefault(ticket.kind, []), entry)
+        self.length += 1
+        self._bounded += ticket.bounded
+        self.serve()
+        try:
+            if future.done():
+                return future.result()
+            if ticket.bounded and self._bounded > self._limit:
+                raise QueueFull
+            async with asyncio.timeout(seconds):
+                return await future
+        except BaseException:
+            if not future.done():
+                future.cancel()
+            elif not future.cancelled() and future.exception() is None:
+                ticket.give_back(future.result())
+            raise
+        finally:
+            self.length -= 1
+            self._bounded -= ticket.bounded
+            if not self.length:
+                self._heaps.clear()
+                self._ends.clear()
+            elif len(self._ends) > 2 * self.length + _KEPT_CALLERS:
+                self._ends = {caller: end for caller, end in self._ends.items() if end > self._virtual}
+
+    def serve(self) -> None:
+        """Lets go every ticket that can go now, in order."""
+        blocked: set[Hashable] = set()
+        while heads := [heap[0] for kind in list(self._heaps) if kind not in blocked and (heap := self._live(kind))]:
+            _, start, _, ticket, future = min(heads)
+            try:
+                taken = ticket.take()
+            except Exception as error:
+                future.set_exception(error)
+                continue
+            if taken is None:
+                blocked.add(ticket.kind)
+            else:
+                self._virtual = max(self._virtual, start)
+                future.set_result(taken)
+
+    def _live(self, kind: Hashable) -> list[tuple[int, float, int, Ticket[T], asyncio.Future[T]]]:
+        """Returns the heap of a kind without the done tickets at its head. Removes the heap if it is empty."""
+        heap = self._heaps[kind]
+        while heap and heap[0][-1].done():
+            heapq.heappop(heap)
+        if not heap:
+            del self._heaps[kind]
+        return heap

@@ -1,0 +1,165 @@
+"""Engines join and leave behind their names while the gateway runs. Only the name server is a stub."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tests.support.scripted_engine import (
+    ScriptedEngine,
+    hanging,
+    http_client,
+    openai_client,
+    running_engine,
+    running_gateway,
+    saying,
+    until_ready,
+)
+
+HELLO: list[Any] = [{"role": "user", "content": "hello"}]
+
+
+class Names:
+    """The addresses that names have now. A name without an entry cannot be looked up."""
+
+    def __init__(self, **addresses: list[str]) -> None:
+        self.addresses = addresses
+
+    def __call__(self, name: str) -> list[str]:
+        if name not in self.addresses:
+            raise OSError("temporary failure in name resolution")
+        return self.addresses[name]
+
+
+@contextlib.asynccontextmanager
+async def engines_at_one_port(*hosts: str) -> AsyncIterator[tuple[str, list[ScriptedEngine]]]:
+    """Runs an engine at each host, which says the host, and yields their common port with the engines."""
+    async with contextlib.AsyncExitStack() as stack:
+        engines, port = [], "0"
+        for host in hosts:
+            engine = await stack.enter_async_context(running_engine(address=f"{host}:{port}"))
+            engine.script = saying(host)
+            engines.append(engine)
+            port = engine.address.rpartition(":")[2]
+        yield port, engines
+
+
+async def until_known(url: str, *addresses: str) -> None:
+    """Waits until the gateway has exactly these engines, all of them up."""
+    async with http_client(url) as http, asyncio.timeout(10):
+        while True:
+            lines = (await http.get("/metrics")).text.splitlines()
+            states = sorted(line for line in lines if line.startswith("nanochat_gateway_engine_up{"))
+            if states == sorted(f'nanochat_gateway_engine_up{{address="{address}"}} 1.0' for address in addresses):
+                return
+            await asyncio.sleep(0.02)
+
+
+async def ask(url: str) -> str:
+    answer = await openai_client(url).chat.completions.create(model="nano", messages=HELLO)
+    return answer.choices[0].message.content or ""
+
+
+async def test_every_address_of_a_name_is_an_engine() -> None:
+    hosts = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+    async with (
+        engines_at_one_port(*hosts) as (port, _),
+        running_gateway(f"engines:{port}", lookup=Names(engines=list(hosts))) as url,
+    ):
+        await until_known(url, *(f"{host}:{port}" for host in hosts))
+        assert {await ask(url) for _ in range(40)} == set(hosts)
+
+
+async def test_engines_join_and_leave_without_a_restart() -> None:
+    names = Names(engines=["127.0.0.1"])
+    async with (
+        engines_at_one_port("127.0.0.1", "127.0.0.2") as (port, _),
+        running_gateway(f"engines:{port}", lookup=names, discovery_seconds=0.05) as url,
+    ):
+        await until_known(url, f"127.0.0.1:{port}")
+        names.addresses["engines"] = ["127.0.0.1", "127.0.0.2"]
+        await until_known(url, f"127.0.0.1:{port}", f"127.0.0.2:{port}")
+        assert {await ask(url) for _ in range(20)} == {"127.0.0.1", "127.0.0.2"}
+        names.addresses["engines"] = ["127.0.0.2"]
+        await until_known(url, f"127.0.0.2:{port}")
+        assert {await ask(url) for _ in range(4)} == {"127.0.0.2"}
+
+
+async def test_a_lookup_that_fails_keeps_the_known_engines() -> None:
+    names = Names(engines=["127.0.0.1"])
+    async with (
+        engines_at_one_port("127.0.0.1") as (port, _),
+        running_gateway(f"engines:{port}", lookup=names, discovery_seconds=0.05) as url,
+    ):
+        await until_known(url, f"127.0.0.1:{port}")
+        names.addresses.clear()
+        await asyncio.sleep(0.3)
+        await until_known(url, f"127.0.0.1:{port}")
+        assert await ask(url) == "127.0.0.1"
+
+
+async def test_names_addresses_and_both_families_may_be_mixed() -> None:
+    async with (
+        running_engine() as static,
+        running_engine(address="[::1]:0") as sixth,
+        engines_at_one_port("127.0.0.2") as (port, _),
+        running_gateway(static.address, sixth.address, f"engines:{port}", lookup=Names(engines=["127.0.0.2"])) as url,
+    ):
+        await until_known(url, static.address, sixth.address, f"127.0.0.2:{port}")
+        sixth.script = saying("six")
+        assert {await ask(url) for _ in range(40)} == {"hello", "six", "127.0.0.2"}
+
+
+async def test_a_stream_of_an_engine_that_leaves_its_name_goes_on_to_its_end() -> None:
+    names = Names(engines=["127.0.0.1"])
+    async with (
+        engines_at_one_port("127.0.0.1", "127.0.0.2") as (port, (leaving, _)),
+        running_gateway(f"engines:{port}", lookup=names, discovery_seconds=0.05) as url,
+    ):
+        await until_known(url, f"127.0.0.1:{port}")
+        leaving.script = saying("hello", "!", pause=0.5)
+        asking = asyncio.create_task(ask(url))
+        async with asyncio.timeout(5):
+            while not leaving.requests:
+                await asyncio.sleep(0.01)
+        names.addresses["engines"] = ["127.0.0.2"]
+        assert await asking == "hello!"
+        await until_known(url, f"127.0.0.2:{port}")
+
+
+async def test_a_gateway_whose_name_has_no_address_yet_says_so_and_serves_when_it_has() -> None:
+    names = Names()
+    async with (
+        engines_at_one_port("127.0.0.1") as (port, _),
+        running_gateway(f"engines:{port}", lookup=names, discovery_seconds=0.05, queue_seconds=10) as url,
+        http_client(url) as http,
+    ):
+        assert (await http.get("/readyz")).json()["waits_for"] == "No engine has been found yet."
+        asking = asyncio.create_task(ask(url))
+        await asyncio.sleep(0.1)
+        names.addresses["engines"] = ["127.0.0.1"]
+        assert await asking == "127.0.0.1"
+        assert (await http.get("/readyz")).json()["waits_for"] is None
+
+
+async def test_the_calls_of_an_engine_that_left_end_with_their_clients() -> None:
+    names = Names(engines=["127.0.0.1"])
+    async with (
+        engines_at_one_port("127.0.0.1") as (port, (engine,)),
+        running_gateway(f"engines:{port}", lookup=names, discovery_seconds=0.05) as url,
+    ):
+        await until_ready(url)
+        engine.script = hanging("hello")
+        asking = asyncio.create_task(ask(url))
+        async with asyncio.timeout(5):
+            while not engine.requests:
+                await asyncio.sleep(0.01)
+        names.addresses["engines"] = []
+        await until_ready(url, ready=False)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await asyncio.wait_for(engine.cancelled.acquire(), 5)
+        await until_known(url)

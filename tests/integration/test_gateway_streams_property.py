@@ -1,0 +1,191 @@
+"""Whatever happens to the engines, in whatever order, each client gets its text exactly once."""
+
+import asyncio
+import dataclasses
+import functools
+from typing import Any
+
+import hypothesis.strategies as st
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from nanochat_core.protos import engine_pb2 as pb
+from services.gateway.engines.channel import open_channel
+from services.gateway.engines.migration import Stream
+from services.gateway.engines.model import ServedModel
+from services.gateway.engines.pool import EnginePool
+from services.gateway.metrics import Metrics
+from services.gateway.schemas import CompletionRequest
+from services.gateway.settings import GatewaySettings
+from tests.support.scripted_engine import SPECIAL
+from tests.support.story_engine import Step, StoryEngine
+
+ENGINES = 3
+LENGTH = 12
+ENGINE = st.integers(0, ENGINES - 1)
+
+
+def story(request: pb.GenerateRequest, index: int) -> list[Step]:
+    """An answer in which each token tells its request, its choice and its place, with a tool's run in the middle."""
+    seed = request.sampling.seed
+    steps = [Step((seed * 31 + index * 17 + k * 7) % 256) for k in range(LENGTH - 1)]
+    call = pb.ToolEvent(call=pb.ToolCall(call_index=0, code=f"{seed}/{index}"))
+    result = pb.ToolEvent(result=pb.ToolResult(call_index=0, status="ok", output=f"{index}"))
+    steps[4] = dataclasses.replace(steps[4], events=(call,))
+    steps[5] = dataclasses.replace(steps[5], forced=True, events=(result,))
+    return [*steps, Step(SPECIAL["<|assistant_end|>"])]
+
+
+class Client:
+    """Reads one stream and keeps what it has got of each choice."""
+
+    def __init__(self, pool: EnginePool, seed: int, n: int) -> None:
+        self.request = pb.GenerateRequest(n=n)
+        self.request.sampling.seed = seed
+        self.steps: list[list[Step]] = [[] for _ in range(n)]
+        self.ended = [False] * n
+        self._stream = Stream(
+            pool,
+            CompletionRequest(prompt="hi", n=n),
+            self._encode,
+            caller=str(seed % 2),
+            request_id=str(seed),
+            seed=seed,
+            on_place=lambda: None,
+        )
+        self.reading = asyncio.create_task(self._read())
+
+    async def _encode(self, _model: ServedModel) -> list[int]:
+        return [1, 2, 3]
+
+    async def _read(self) -> None:
+        try:
+            await self._stream.start()
+            while (chunk := await self._stream.read()) is not None:
+                assert not self.ended[chunk.index]
+                (token,) = chunk.tokens
+                self.steps[chunk.index].append(Step(token.id, token.forced, tuple(chunk.tool_events)))
+                self.ended[chunk.index] = chunk.finish_reason == pb.FINISH_REASON_STOP
+                if self.ended[chunk.index]:
+                    assert chunk.usage.completion_tokens == LENGTH
+        finally:
+            self._stream.close()
+
+    def check(self) -> None:
+        """Fails if the client has got anything but the beginning of its story."""
+        if self.reading.done() and not self.reading.cancelled():
+            self.reading.result()
+        for index, steps in enumerate(self.steps):
+            assert steps == story(self.request, index)[: len(steps)]
+
+
+class Streams(RuleBasedStateMachine):
+    """Clients, a pool and three engines that die, hang, drain, come back and speak, token by token."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.runner = asyncio.Runner()
+        self.engines = [StoryEngine(story) for _ in range(ENGINES)]
+        self.clients: list[Client] = []
+        self.pool = self.runner.run(self._start())
+
+    async def _start(self) -> EnginePool:
+        for engine in self.engines:
+            engine.steps = 0
+            await engine.start()
+        gateway = GatewaySettings(
+            engine_addresses=tuple(engine.address for engine in self.engines),
+            poll_seconds=0.05,
+            health_timeout_seconds=0.1,
+            queue_seconds=60,
+            max_failures=1000,
+        )
+        pool = EnginePool(gateway, Metrics(), functools.partial(open_channel, settings=gateway))
+        # The budget is the subject of another test. Here no stream may give up.
+        pool.retries.spend = lambda: True  # type: ignore[method-assign]
+        return pool
+
+    @rule(n=st.integers(1, 3))
+    @precondition(lambda self: len(self.clients) < 6)
+    def ask(self, n: int) -> None:
+        async def add() -> None:
+            self.clients.append(Client(self.pool, len(self.clients), n))
+
+        self.runner.run(add())
+
+    @rule(engine=ENGINE, steps=st.integers(1, 15))
+    def speak(self, engine: int, steps: int) -> None:
+        self.engines[engine].allow(steps)
+
+    @rule(engine=ENGINE)
+    def kill(self, engine: int) -> None:
+        self.runner.run(self.engines[engine].stop())
+
+    @rule(engine=ENGINE)
+    def restart(self, engine: int) -> None:
+        self.runner.run(self._restart(self.engines[engine]))
+
+    async def _restart(self, engine: StoryEngine) -> None:
+        await engine.stop()
+        await engine.start()
+
+    @rule(engine=ENGINE)
+    def hang(self, engine: int) -> None:
+        self.engines[engine].hang()
+
+    @rule(engine=ENGINE)
+    def resume(self, engine: int) -> None:
+        self.engines[engine].resume()
+
+    @rule(engine=ENGINE)
+    def drain(self, engine: int) -> None:
+        self.runner.run(self.engines[engine].drain())
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.clients)
+    def leave(self, data: Any) -> None:
+        data.draw(st.sampled_from(self.clients)).reading.cancel()
+        self.runner.run(asyncio.sleep(0))
+
+    @rule(seconds=st.sampled_from([0.001, 0.01, 0.05, 0.3]))
+    def wait(self, seconds: float) -> None:
+        self.runner.run(asyncio.sleep(seconds))
+
+    @invariant()
+    def nothing_is_said_twice_or_left_out(self) -> None:
+        for client in getattr(self, "clients", ()):
+            client.check()
+        assert not any(engine.wrong for engine in getattr(self, "engines", ()))
+
+    def teardown(self) -> None:
+        if hasattr(self, "runner"):
+            try:
+                self.runner.run(self._end())
+            finally:
+                self.runner.close()
+
+    async def _end(self) -> None:
+        try:
+            for engine in self.engines:
+                engine.allow(None)
+                await self._restart(engine)
+            async with asyncio.timeout(60):
+                await asyncio.wait(
+                    {client.reading for client in self.clients} or {asyncio.create_task(asyncio.sleep(0))}
+                )
+            for client in self.clients:
+                client.check()
+                assert client.reading.cancelled() or all(client.ended)
+            assert not any(engine.wrong for engine in self.engines)
+            assert all(replica.idle for replica in self.pool._replicas.values())
+        finally:
+            await self.pool.aclose()
+            for engine in self.engines:
+                engine.resume()
+                await engine.stop()
+
+
+TestStreams = Streams.TestCase
+TestStreams.settings = settings(
+    max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)

@@ -1,0 +1,129 @@
+"""An engine whose answers are known, that goes on with what another one has said, and that dies, hangs and drains."""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from nanochat_core.protos import engine_pb2 as pb
+from tests.support.scripted_engine import ScriptedEngine
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One token of a story, and the tool events that come with it."""
+
+    token: int
+    forced: bool = False
+    events: tuple[pb.ToolEvent, ...] = ()
+
+
+# Returns the whole answer of the choice with the given index.
+Story = Callable[[pb.GenerateRequest, int], Sequence[Step]]
+
+
+class StoryEngine(ScriptedEngine):
+    """Tells the story of each choice, one token in each chunk, the choices in turn.
+
+    Like a real engine, it leaves out what the request says was said, and counts that as completion tokens.
+
+    Attributes:
+        story: makes the answers.
+        steps: number of tokens that the engine may still send in all its calls together; None sets no limit.
+        pause: seconds before each token.
+        wrong: continuations that no engine with these stories can have said.
+    """
+
+    def __init__(self, story: Story, **options: Any) -> None:
+        super().__init__(**options)
+        self.story = story
+        self.steps: int | None = None
+        self.pause = 0.0
+        self.wrong: list[pb.Continuation] = []
+        self.script = self._tell
+        self._draining = False
+        self._changed = asyncio.Event()
+
+    def allow(self, steps: int | None) -> None:
+        """Lets the engine send that many more tokens; None lets it send all."""
+        self.steps = None if steps is None else (self.steps or 0) + steps
+        self._notify()
+
+    def hang(self) -> None:
+        """Stops like a process after SIGSTOP: the connections stay, and nothing is answered."""
+        self.awake.clear()
+
+    def resume(self) -> None:
+        """Goes on after :meth:`hang`."""
+        self.awake.set()
+        self._notify()
+
+    async def start(self) -> None:
+        """Starts, also after the end of a drained engine."""
+        self._draining = False
+        self.awake.set()
+        await super().start()
+
+    async def drain(self) -> None:
+        """Begins a shutdown: tells all running calls, refuses new ones, and goes on with the running ones."""
+        self._draining = True
+        await self.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._notify()
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def _tell(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
+        await self.awake.wait()
+        if self._draining:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the engine is shutting down")
+        if request.weights_digest not in ("", self.info.digests["model.safetensors"]):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "other weights")
+        told_of_drain = False
+        for chunk in self._rest(request):
+            while not self.awake.is_set() or self.steps == 0 or (self._draining and not told_of_drain):
+                if self.awake.is_set() and self._draining and not told_of_drain:
+                    told_of_drain = True
+                    yield pb.GenerateChunk(draining=True)
+                else:
+                    await self._changed.wait()
+            if self.steps is not None:
+                self.steps -= 1
+            await asyncio.sleep(self.pause)
+            yield chunk
+
+    def _rest(self, request: pb.GenerateRequest) -> list[pb.GenerateChunk]:
+        """Returns the chunks that are still to be sent, the choices in turn."""
+        said = {continuation.index: continuation for continuation in request.continued}
+        rests = []
+        for index in range(max(request.n, 1)):
+            continuation = said.get(index, pb.Continuation())
+            if continuation.finished:
+                continue
+            steps, known = self.story(request, index), continuation.tokens
+            before = steps[: len(known)]
+            events = [event for step in before for event in step.events]
+            if [(step.token, step.forced) for step in before] != [(token.id, token.forced) for token in known] or (
+                events != list(continuation.tool_events)
+            ):
+                self.wrong.append(continuation)
+            rests.append([self._chunk(request, index, steps, k) for k in range(len(known), len(steps))])
+        longest = max(map(len, rests), default=0)
+        return [rest[k] for k in range(longest) for rest in rests if k < len(rest)]
+
+    def _chunk(self, request: pb.GenerateRequest, index: int, steps: Sequence[Step], k: int) -> pb.GenerateChunk:
+        step, sampling = steps[k], request.sampling
+        token = pb.Token(id=step.token, forced=step.forced)
+        if sampling.HasField("logprobs") and not step.forced:
+            token.logprob = -(k + 1) / 100
+        chunk = pb.GenerateChunk(index=index, tokens=[token], tool_events=step.events)
+        if k == len(steps) - 1:
+            chunk.finish_reason = pb.FINISH_REASON_STOP
+            chunk.usage.prompt_tokens = len(request.prompt_token_ids)
+            chunk.usage.completion_tokens = len(steps)
+            chunk.usage.cached_prompt_tokens = 1000 if request.continued else 2
+        return chunk
