@@ -41,7 +41,7 @@ from tests.support.engine_models import (
 )
 
 END = SPECIAL[ASSISTANT_END]
-CACHE = {"kv_cache_bytes": 1 << 22, "max_waiting": 1000}
+CACHE: dict[str, Any] = {"kv_cache_bytes": 1 << 22, "max_waiting": 1000}
 
 
 async def count_characters(code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
