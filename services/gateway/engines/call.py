@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import logging
 import time
 from collections.abc import Callable
 
@@ -9,6 +10,8 @@ import grpc
 
 from nanochat_core.protos import engine_pb2
 from services.gateway.engines.pool import Place
+
+logger = logging.getLogger(__name__)
 
 # The engine may be this many chunks ahead of the client. A slow client therefore slows the engine's stream down.
 _AHEAD = 16
@@ -75,6 +78,9 @@ class Call:
         except asyncio.CancelledError:
             # Either this object is closed, or the connection was closed under the call.
             self.failure = _error(grpc.StatusCode.CANCELLED, "the connection was closed")
+        except Exception as error:
+            logger.exception("reading a call failed", extra={"address": self.place.replica.address})
+            self.failure = _error(grpc.StatusCode.INTERNAL, repr(error))
         self._wake()
 
     def close(self, *, refused: bool = False) -> None:
