@@ -46,7 +46,7 @@ class Client:
         self.ended = [False] * n
         self._stream = Stream(
             pool,
-            CompletionRequest(prompt="hi", n=n),
+            CompletionRequest.model_validate({"prompt": "hi", "n": n}),
             self._encode,
             caller=str(seed % 2),
             request_id=str(seed),

@@ -32,6 +32,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 REPEATS = 3
 
+Choices = dict[int, dict[str, Any]]
+
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
@@ -52,13 +54,11 @@ def engines(home: Path) -> Iterator[list[EngineProcess]]:
             engine.process.send_signal(signal.SIGKILL)
 
 
-async def told(
-    client: openai.AsyncOpenAI, kind: str, seed: int, chunks: asyncio.Semaphore
-) -> dict[int, dict[str, Any]]:
+async def told(client: openai.AsyncOpenAI, kind: str, seed: int, chunks: asyncio.Semaphore) -> Choices:
     """Returns all that a client gets of each choice. ``chunks`` is released with each chunk."""
     messages: Any = [{"role": "user", "content": f"{kind} {seed}"}]
     options = {"model": "tiny", "messages": messages, "max_tokens": 120, "seed": seed, "stream": True} | KINDS[kind]
-    choices: dict[int, dict[str, Any]] = {}
+    choices: Choices = {}
     async for chunk in await client.chat.completions.create(**options):
         for choice in chunk.choices:
             facts = choices.setdefault(choice.index, {"text": "", "events": [], "logprobs": [], "reasons": []})
@@ -92,7 +92,7 @@ async def test_every_answer_is_the_one_of_an_undisturbed_run(
         await until_up(url, 2)
         client = openai_client(url)
 
-        async def ask_all(chunks: asyncio.Semaphore) -> list[dict[int, dict[str, Any]]]:
+        async def ask_all(chunks: asyncio.Semaphore) -> list[Choices]:
             return await asyncio.gather(*(told(client, kind, seed, chunks) for kind, seed in requests))
 
         undisturbed = await ask_all(asyncio.Semaphore(0))

@@ -38,7 +38,8 @@ class Call:
         self.last_chunk: float | None = None
         self._chunks: collections.deque[engine_pb2.GenerateChunk] = collections.deque()
         self._ahead = asyncio.Semaphore(_AHEAD)
-        self._wake = lambda: wake()  # an object of its own, so that two calls of one stream can watch one replica
+        # A function of its own, so that two calls of one stream can watch one replica.
+        self._wake: Callable[[], None] = lambda: wake()
         self._open = True
         metadata = (("x-request-id", request.request_id),)
         self._call = place.replica.stub.Generate(request, timeout=seconds, metadata=metadata)
@@ -56,11 +57,6 @@ class Call:
             return None
         self._ahead.release()
         return self._chunks.popleft()
-
-    @property
-    def over(self) -> bool:
-        """Whether the call has ended and all its chunks have been taken."""
-        return self.failure is not None and not self._chunks
 
     async def _read(self) -> None:
         try:
