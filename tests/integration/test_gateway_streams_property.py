@@ -46,7 +46,7 @@ class Client:
         self.ended = [False] * n
         self._stream = Stream(
             pool,
-            CompletionRequest(prompt="hi", n=n),
+            CompletionRequest.model_validate({"prompt": "hi", "n": n}),
             self._encode,
             caller=str(seed % 2),
             request_id=str(seed),
@@ -189,3 +189,27 @@ TestStreams = Streams.TestCase
 TestStreams.settings = settings(
     max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+async def test_two_hundred_streams_outlive_both_of_their_engines() -> None:
+    engines = [StoryEngine(story) for _ in range(2)]
+    for engine in engines:
+        engine.pause = 0.15
+        await engine.start()
+    gateway = GatewaySettings(engine_addresses=tuple(engine.address for engine in engines))
+    pool = EnginePool(gateway, Metrics(), functools.partial(open_channel, settings=gateway))
+    clients = [Client(pool, seed, 1) for seed in range(200)]
+    first, second = engines
+    for happens in (first.stop, first.start, second.stop, second.start, first.drain):
+        await asyncio.sleep(0.4)
+        await happens()
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(client.reading for client in clients))
+    for client in clients:
+        client.check()
+        assert all(client.ended)
+    assert not first.wrong
+    assert not second.wrong
+    await pool.aclose()
+    for engine in engines:
+        await engine.stop()

@@ -115,7 +115,7 @@ def hanging(*parts: str) -> Script:
     return script
 
 
-class _Health(health.aio.HealthServicer):
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
     """The health of an engine, which answers only while the engine is awake."""
 
     def __init__(self, engine: "ScriptedEngine") -> None:

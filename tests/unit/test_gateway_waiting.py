@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,7 @@ class Seats:
         self.queue: FairQueue[str] = FairQueue(limit)
         self.taken: list[str] = []
 
-    def ticket(self, caller: str, name: str = "", **options: object) -> Ticket[str]:
+    def ticket(self, caller: str, name: str = "", **options: Any) -> Ticket[str]:
         def take() -> str | None:
             if self.free < 1:
                 return None

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import logging
 import time
 from collections.abc import Callable
 
@@ -9,6 +10,8 @@ import grpc
 
 from nanochat_core.protos import engine_pb2
 from services.gateway.engines.pool import Place
+
+logger = logging.getLogger(__name__)
 
 # The engine may be this many chunks ahead of the client. A slow client therefore slows the engine's stream down.
 _AHEAD = 16
@@ -32,7 +35,8 @@ class Call:
         self.last_chunk: float | None = None
         self._chunks: collections.deque[engine_pb2.GenerateChunk] = collections.deque()
         self._ahead = asyncio.Semaphore(_AHEAD)
-        self._wake = lambda: wake()  # an object of its own, so that two calls of one stream can watch one replica
+        # A function of its own, so that two calls of one stream can watch one replica.
+        self._wake: Callable[[], None] = lambda: wake()
         self._open = True
         self._call = place.replica.stub.Generate(request, timeout=seconds)
         self._reader = asyncio.create_task(self._read())
@@ -50,11 +54,6 @@ class Call:
         self._ahead.release()
         return self._chunks.popleft()
 
-    @property
-    def over(self) -> bool:
-        """Whether the call has ended and all its chunks have been taken."""
-        return self.failure is not None and not self._chunks
-
     async def _read(self) -> None:
         try:
             while True:
@@ -71,6 +70,9 @@ class Call:
         except asyncio.CancelledError:
             # Either this object is closed, or the connection was closed under the call.
             self.failure = _error(grpc.StatusCode.CANCELLED, "the connection was closed")
+        except Exception as error:
+            logger.exception("reading a call failed", extra={"address": self.place.replica.address})
+            self.failure = _error(grpc.StatusCode.INTERNAL, repr(error))
         self._wake()
 
     def close(self, *, refused: bool = False) -> None:

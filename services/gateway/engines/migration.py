@@ -175,7 +175,8 @@ class Stream:
         self._last_chunk, self._patience, self._fruitless = now, None, 0
         self._said[chunk.index].add(chunk)
         if chunk.HasField("usage"):
-            self._pool.answered(call.place, self._wish, chunk.usage.cached_prompt_tokens)
+            cached = min(chunk.usage.cached_prompt_tokens, self.prompt_tokens)  # said tokens may be cached, too
+            self._pool.answered(call.place, self._wish, cached)
 
     def _promote(self, successor: Call, now: float) -> None:
         metrics, reason, address = self._pool.metrics, self._reason, successor.place.replica.address

@@ -62,7 +62,7 @@ class Replica:
         self.stub = engine_pb2_grpc.EngineStub(self._channel)
         self.why_down: str | None = "health is not known yet"  # None while the engine is healthy
         self._misses = 0  # checks in a row without an answer in time
-        self._silent_since: float | None = None  # when the first of these checks began
+        self._miss_began: float | None = None  # when the last of these checks began
         self._next_model_check = 0.0
         self._refreshing: asyncio.Task[bool] | None = None
         self._own = 0  # sequences of this gateway that run or wait here
@@ -120,11 +120,12 @@ class Replica:
     def silent(self, last_sign: float | None) -> bool:
         """Whether the engine hangs, given the time of the last sign that a call got from it.
 
-        A call that has got something since the first missed check shows that the engine works.
+        A call that has got something during the last missed check shows that the engine works. During an earlier check,
+        it may have been on its way when the engine stopped.
         """
-        if self._misses < _MISSES_OF_A_HANG or self._silent_since is None:
+        if self._misses < _MISSES_OF_A_HANG or self._miss_began is None:
             return False
-        return last_sign is None or last_sign < self._silent_since
+        return last_sign is None or last_sign < self._miss_began
 
     async def watch(self) -> None:
         """Checks the engine again and again until canceled."""
@@ -149,7 +150,7 @@ class Replica:
         status = (await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout)).status
         if status == health_pb2.HealthCheckResponse.SERVING:
             self._load = await self.stub.GetLoad(engine_pb2.GetLoadRequest(), timeout=timeout)
-        self._misses, self._silent_since = 0, None
+        self._misses, self._miss_began = 0, None
         if status != health_pb2.HealthCheckResponse.SERVING:
             self.mark_down(f"health is {health_pb2.HealthCheckResponse.ServingStatus.Name(status)}")
             return
@@ -171,11 +172,11 @@ class Replica:
 
     def _check_failed(self, error: grpc.aio.AioRpcError, began: float) -> None:
         if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
-            self._misses, self._silent_since = 0, None
+            self._misses, self._miss_began = 0, None
             self.mark_down(f"{error.code().name}: {error.details()}")
             return
         self._misses += 1
-        self._silent_since = self._silent_since or began
+        self._miss_began = began
         if self._misses >= _MISSES_OF_A_HANG:
             self.mark_down("it does not answer")
             for notify in list(self.silence_watchers):

@@ -1,0 +1,110 @@
+"""Answers of real engines go on at the other engine, whatever ends the first one, as if nothing had happened."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from nanochat_core.checkpoint import CheckpointRef, promote
+from nanochat_core.store import open_store
+from nanochat_core.training.checkpoint_writer import save_checkpoint
+from tests.support.engine_models import BYTES, CALLING, tiny_model
+from tests.support.scripted_engine import http_client, openai_client, running_gateway, until_up
+from tests.support.service_process import EngineProcess
+
+pytestmark = pytest.mark.slow
+
+SCHEMA = {"type": "array", "items": {"enum": ["cat", "dog", "bird"]}, "minItems": 20, "maxItems": 30}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "pets", "schema": SCHEMA}}
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "sampled": {"n": 2, "logprobs": True, "top_logprobs": 2},
+    "penalized": {"frequency_penalty": 0.5, "presence_penalty": 0.5},
+    "stopped": {"n": 2, "stop": ["a", "e8"]},
+    "schema": {"response_format": FORMAT},
+    "regex": {"extra_body": {"regex": "([a-z]{3,9} ){20,40}"}},
+    "tools": {"logit_bias": {str(token): bias for token, bias in CALLING.items()}},
+}
+REPEATS = 3
+
+Choices = dict[int, dict[str, Any]]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    store, ref = open_store(str(tmp_path)), CheckpointRef("tiny", "sft", 1)
+    save_checkpoint(store, ref, model=tiny_model(context_length=1024), tokenizer=BYTES, meta={})
+    promote(store, ref)
+    return tmp_path
+
+
+@pytest.fixture
+def engines(home: Path) -> Iterator[list[EngineProcess]]:
+    running = [EngineProcess(home, "--drain-seconds", "60", ready=False) for _ in range(2)]
+    for engine in running:
+        engine.connect()
+    yield running
+    for engine in running:
+        with contextlib.suppress(ProcessLookupError):
+            engine.process.send_signal(signal.SIGKILL)
+
+
+async def told(client: openai.AsyncOpenAI, kind: str, seed: int, chunks: asyncio.Semaphore) -> Choices:
+    """Returns all that a client gets of each choice. ``chunks`` is released with each chunk."""
+    messages: Any = [{"role": "user", "content": f"{kind} {seed}"}]
+    options = {"model": "tiny", "messages": messages, "max_tokens": 120, "seed": seed, "stream": True} | KINDS[kind]
+    choices: Choices = {}
+    async for chunk in await client.chat.completions.create(**options):
+        for choice in chunk.choices:
+            facts = choices.setdefault(choice.index, {"text": "", "events": [], "logprobs": [], "reasons": []})
+            facts["text"] += choice.delta.content or ""
+            for event in ((choice.delta.model_extra or {}).get("nanochat") or {}).get("tool_events", []):
+                facts["events"].append({name: value for name, value in event.items() if name != "duration_seconds"})
+            if choice.logprobs is not None:
+                facts["logprobs"] += [round(token.logprob, 3) for token in choice.logprobs.content or []]
+            if choice.finish_reason:
+                facts["reasons"].append(choice.finish_reason)
+        chunks.release()
+    return choices
+
+
+async def moved(url: str, reason: str) -> float:
+    async with http_client(url) as http:
+        lines = (await http.get("/metrics")).text.splitlines()
+    name = f'nanochat_gateway_migrations_total{{reason="{reason}"}} '
+    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "hung"), (signal.SIGTERM, "drains")]
+)
+async def test_every_answer_is_the_one_of_an_undisturbed_run(
+    engines: list[EngineProcess], number: signal.Signals, reason: str
+) -> None:
+    requests = [(kind, seed) for seed in range(REPEATS) for kind in KINDS]
+    changes: dict[str, Any] = {"poll_seconds": 0.5, "health_timeout_seconds": 1.0, "queue_seconds": 30.0}
+    async with running_gateway(*(engine.address for engine in engines), **changes) as url:
+        await until_up(url, 2)
+        client = openai_client(url)
+
+        async def ask_all(chunks: asyncio.Semaphore) -> list[Choices]:
+            return await asyncio.gather(*(told(client, kind, seed, chunks) for kind, seed in requests))
+
+        undisturbed = await ask_all(asyncio.Semaphore(0))
+        chunks = asyncio.Semaphore(0)
+        asking = asyncio.create_task(ask_all(chunks))
+        for _ in range(10 * len(requests)):  # all have begun, and none is at its end
+            await chunks.acquire()
+        engines[0].process.send_signal(number)
+        disturbed = await asking
+        for request, before, after in zip(requests, undisturbed, disturbed, strict=True):
+            assert after == before, request
+        assert await moved(url, reason) > 0
+        assert any(choice["events"] for answer in undisturbed for choice in answer.values())
+        if number == signal.SIGTERM:
+            assert engines[0].process.wait(10) == 0
