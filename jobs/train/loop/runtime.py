@@ -15,6 +15,7 @@ from jobs.program import JobSettings
 from jobs.train.loop.metrics import serve_metrics
 from nanochat_core.checkpoint import STAGES, check_formats, check_model_name, list_checkpoints
 from nanochat_core.device import prepare_cpu
+from nanochat_core.errors import UserError
 from nanochat_core.settings import setting
 from nanochat_core.store import Lease, Store, open_store
 from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, rank_device
@@ -86,8 +87,8 @@ def open_runtime(name: str, settings: RunSettings, model: str) -> Iterator[Runti
     """Prepare this process for training: choose the device, join the other ranks, and serve metrics on the first.
 
     The runtime holds the lease on ``models/<model>`` of the store for the program ``jobs.train.<name>``. Raises a
-    :class:`UserError` if another program holds this lease, or if a newer version of nanochat wrote any checkpoint of
-    the model: the program then ends before it writes anything.
+    :class:`UserError` if another program holds this lease, or if a newer version of nanochat wrote the newest
+    checkpoint of a stage: the program then ends before it writes anything.
     """
     check_model_name(model)
     prepare_cpu(settings.threads)
@@ -97,6 +98,20 @@ def open_runtime(name: str, settings: RunSettings, model: str) -> Iterator[Runti
         if ranks.leads:
             serve_metrics(settings.metrics_port)
         with leased(store, f"models/{model}", f"jobs.train.{name}", ranks) as lease:
-            for ref in (ref for stage in STAGES for ref in list_checkpoints(store, model, stage)):
-                check_formats(store, ref)
+            _refuse_newer(store, model, ranks)
             yield Runtime(store, device, ranks, lease)
+
+
+def _refuse_newer(store: Store, model: str, ranks: Ranks) -> None:
+    """Raise a UserError on every rank if the newest checkpoint of a stage is from a newer version of nanochat."""
+    problem = None
+    if ranks.leads:
+        try:
+            for stage in STAGES:
+                for ref in list_checkpoints(store, model, stage)[-1:]:
+                    check_formats(store, ref)
+        except UserError as error:
+            problem = str(error)
+    told = ranks.gather(problem)[0]
+    if told is not None:
+        raise UserError(told)
