@@ -5,6 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -173,8 +174,9 @@ class SandboxClient:
     async def _done_or_changed(self, reply: "asyncio.Future[sandbox_pb2.ExecuteReply]") -> None:
         """Wait until the reply is there or the state of a sandbox has changed."""
         change = asyncio.create_task(self._changed.wait())
+        waited: list[asyncio.Future[Any]] = [reply, change]
         try:
-            await asyncio.wait([reply, change], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         finally:
             change.cancel()
 

@@ -12,6 +12,7 @@ Run the program from the project's root: ``python -m tests.benchmarks.continue_n
 import argparse
 import dataclasses
 import random
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from nanochat_core.errors import UserError
 from nanochat_core.store import open_store
 
 # Name, compute dtype, settings of the engine.
-KINDS = (
+KINDS: tuple[tuple[str, torch.dtype, dict[str, Any]], ...] = (
     ("fp32", torch.float32, {}),
     ("bf16", torch.bfloat16, {}),
     ("int8", torch.float32, {"quantization": "int8"}),
