@@ -198,7 +198,7 @@ def test_samples_are_logged_and_stored_and_change_nothing_else(jobs: Jobs) -> No
     job = jobs.run(MODULE, PRETRAIN, model="sampled", sample_every=30)
     sampled, plain = jobs.result("base", model="sampled"), jobs.result("base")
     assert sampled.weights == plain.weights
-    points: dict[int, Any] = {point["step"]: point["samples"] for point in sampled.history if "samples" in point}
+    points: dict[float, Any] = {point["step"]: point["samples"] for point in sampled.history if "samples" in point}
     assert list(points) == [30, 60]
     assert all(len(samples) == 4 for samples in points.values())
     logged = [[event["prompt"], event["text"]] for event in job.events if event["event"] == "sample"]
