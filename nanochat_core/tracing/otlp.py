@@ -40,7 +40,7 @@ class OtlpExporter:
         )
 
     def close(self) -> None:
-        """Send what is queued, and stop. Blocks for at most two seconds; the SDK alone would wait for half a minute."""
+        """Send what is queued, and stop. Blocks for two seconds at most; the SDK alone would wait half a minute."""
         ending = threading.Thread(target=self._batches.shutdown, daemon=True)
         ending.start()
         ending.join(_SEND_SECONDS)

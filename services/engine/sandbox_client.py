@@ -118,8 +118,9 @@ class SandboxClient:
                 retirement = asyncio.create_task(self._sandboxes.pop(endpoint).retire())
                 self._retirements.add(retirement)
                 retirement.add_done_callback(self._retirements.discard)
-            for endpoint in set(endpoints) - self._sandboxes.keys():
-                self._sandboxes[endpoint] = _Sandbox(endpoint, self._tls, self._notify)
+            for endpoint in endpoints:
+                if endpoint not in self._sandboxes:
+                    self._sandboxes[endpoint] = _Sandbox(endpoint, self._tls, self._notify)
 
     def _notify(self) -> None:
         """Wake everyone who waits for a change of a sandbox's state."""

@@ -181,7 +181,7 @@ class Load:
         try:
             answer = await ask(self._clients[gateway], variant)
         except (openai.OpenAIError, httpx.HTTPError, Incomplete) as error:
-            outcome = outcome_of(error, {harm.action for harm in gateway.harms if harm.at >= began - SETTLE_SECONDS})
+            outcome = outcome_of(error, {harm.action for harm in gateway.harms if harm.at >= began})
             if outcome not in DOCUMENTED:
                 self._fail(variant, gateway, f"{outcome}: {error!r}", began)
         else:

@@ -261,10 +261,13 @@ async def test_a_late_answer_is_a_timeout_and_later_attempts_get_the_rest_of_the
     async with client_of(a, b) as client:
         await client.until_serving(2)
         call = asyncio.create_task(client.run(3.0))
-        await until_called(a)
+        async with asyncio.timeout(10):
+            while not (a.calls or b.calls):
+                await asyncio.sleep(0.01)
+        first, second = (a, b) if a.calls else (b, a)
         await asyncio.sleep(0.5)
-        await a.die()
+        await first.die()
         with pytest.raises(TimeoutError):
             await call
-        assert a.limits == [pytest.approx(2.0, abs=0.1)]
-        assert 0.5 < b.limits[0] < 1.6
+        assert 1.5 < first.limits[0] <= 2.0
+        assert 0.5 < second.limits[0] <= 1.5
