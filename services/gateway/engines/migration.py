@@ -17,7 +17,7 @@ from services.gateway.engines.pool import EnginePool, Place, Wish
 from services.gateway.engines.replica import Replica
 from services.gateway.engines.request import PromptEncoder, engine_request
 from services.gateway.engines.said import Said, continuations
-from services.gateway.errors import ApiError, from_rpc
+from services.gateway.errors import ApiError, from_rpc, no_engine
 from services.gateway.schemas import Body
 
 logger = logging.getLogger(__name__)
@@ -192,17 +192,22 @@ class Stream:
         self._wish.avoid.clear()
 
     def _leave(self, call: Call, reason: Reason) -> None:
-        """Begins to look for another engine because of the state of the call's engine. A call with chunks goes on."""
-        if call is self._successor:
-            call.close()
-            self._successor = None
-            reason = self._reason or reason
-        else:
+        """Begins to look for another engine because of the state of the call's engine. The stream's call goes on.
+
+        Raises:
+            ApiError: the stream has no call that goes on, and may have no other attempt.
+        """
+        if call is self._call:
             self._reason = reason
-        if (reason is Reason.DRAINS and call.last_chunk is not None) or self._may_fail_again():
-            self._look(reason)
+            free = reason is Reason.DRAINS
+        else:
+            call.close()
+            self._successor, self._reason = None, self._reason or reason
+            free = False
+        if free or self._may_fail_again():
+            self._look(self._reason)
         elif self._call is None:
-            raise self._failure or from_rpc(_unavailable(), started=self._begun)
+            raise self._failure or no_engine()
 
     def _failed(self, call: Call, error: grpc.aio.AioRpcError) -> None:
         """Reacts to the end of a call, which has no chunks left: looks for another engine if that can help.
@@ -355,7 +360,3 @@ async def generate(
         yield stream
     finally:
         stream.close()
-
-
-def _unavailable() -> grpc.aio.AioRpcError:
-    return grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "")

@@ -31,20 +31,21 @@ class Wish:
         name: the model's name in the request; None or an empty name stands for the only model that is served.
         sequences: number of sequences that the engine has to run.
         prompt: token ids of the prompt, as far as they are known. They only decide between engines that fit.
-        weights: digest of the weights that the engine must have; empty allows any.
+        weights: digest of the weights that the engine must have; None allows any. No engine is known to have the weights
+            of an engine that did not report them.
         avoid: addresses of engines that have failed on the request.
     """
 
     name: str | None
     sequences: int = 1
     prompt: Sequence[int] = ()
-    weights: str = ""
+    weights: str | None = None
     avoid: set[str] = dataclasses.field(default_factory=set)
 
     def fits(self, model: ServedModel, aliases: Collection[str]) -> bool:
         """Whether the request can be answered by the model."""
-        if self.weights:
-            return model.weights == self.weights
+        if self.weights is not None:
+            return self.weights != "" and model.weights == self.weights
         return not self.name or self.name in aliases or self.name == model.info.name
 
 
@@ -149,8 +150,8 @@ class EnginePool:
             return None
         if not replicas:
             return "No engine has been found yet."
-        loading = sum((replica.why_down or "").startswith("health is") for replica in replicas)
-        states = collections.Counter({"not ready (starting or loading a model)": loading})
+        loading = sum((replica.why_down or "").startswith(("health is", "it is")) for replica in replicas)
+        states = collections.Counter({"not ready (loading a model or shutting down)": loading})
         states["not reachable"] = len(replicas) - loading
         parts = [f"{count} {'is' if count == 1 else 'are'} {state}" for state, count in states.items() if count]
         return f"Of {len(replicas)} known engine{'s' if len(replicas) > 1 else ''}, {' and '.join(parts)}."
@@ -218,7 +219,7 @@ class EnginePool:
 
     def _take(self, wish: Wish) -> Place | None:
         """Reserves room at the replica that the router chooses; returns None if no replica has room."""
-        if not wish.weights:
+        if wish.weights is None:
             self.model(wish.name)
         ready = [replica for replica in self._fitting(wish) if replica.has_room(wish.sequences)]
         if not ready:
