@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import grpc
 import hypothesis
 import pytest
 from xdist.remote import Producer
@@ -23,6 +24,10 @@ if _WORKERS > 1:
 _THREADS = int(os.environ.get("NANOCHAT_TEST_THREADS", "1"))
 if _THREADS > 1:
     os.environ["OMP_NUM_THREADS"] = str(_THREADS)
+
+# Without any channel or server, gRPC shuts its library down in the background, and starts it again for the next one.
+# grpc.aio.server() was seen to wait forever after such a shutdown. A channel that stays open prevents shutdowns.
+_CHANNEL = grpc.insecure_channel("127.0.0.1:1")
 
 # Examples have no deadline: on a busy machine, a slow example says nothing about the code.
 hypothesis.settings.register_profile("nanochat", deadline=None)
