@@ -31,8 +31,8 @@ class Wish:
         name: the model's name in the request; None or an empty name stands for the only model that is served.
         sequences: number of sequences that the engine has to run.
         prompt: token ids of the prompt, as far as they are known. They only decide between engines that fit.
-        weights: digest of the weights that the engine must have; None allows any. No engine is known to have the weights
-            of an engine that did not report them.
+        weights: digest of the weights that the engine must have; None allows any. An empty digest, from an engine that
+            reports none, fits no engine.
         avoid: addresses of engines that have failed on the request.
     """
 
