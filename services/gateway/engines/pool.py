@@ -207,6 +207,10 @@ class EnginePool:
         self.metrics.queue_seconds.observe(time.monotonic() - began)
         return place
 
+    def began(self, ticket: Ticket[Place]) -> None:
+        """Records that the engine at the ticket's place has begun with the answer."""
+        self._queue.served(ticket)
+
     def promising(self, wish: Wish) -> bool:
         """Whether a search may succeed: a known engine fits the wish, or no engine at all is up at the moment."""
         return any(self._fitting(wish)) or not self.models()
