@@ -137,7 +137,7 @@ async def test_a_stream_goes_on_at_the_other_engine_from_any_token(
     async with two_engines() as (url, one, two):
         undisturbed = (await (await ask(url, **kind)).read()).facts()
         length = len(story(pb.GenerateRequest(), 0)) * kind.get("n", 1)
-        for cut in range(1, length, 4):
+        for cut in range(1, length, length // 7):
             for engine in (one, two):
                 engine.requests.clear()
                 engine.steps = cut
@@ -301,10 +301,18 @@ async def test_cached_tokens_are_never_more_than_the_prompt() -> None:
 
 async def test_a_request_that_every_engine_fails_on_is_given_up() -> None:
     async with two_engines() as (url, one, two):
-        one.script = two.script = failing(grpc.StatusCode.INTERNAL, "a bug", after=saying("hello"))
+        one.script = two.script = failing(grpc.StatusCode.INTERNAL, "a bug")
         with pytest.raises(openai.APIError, match="failed on this request"):
             await (await ask(url)).read()
         assert len(one.requests) == len(two.requests) == 1
+
+
+async def test_a_request_that_ends_every_engine_after_some_tokens_is_given_up() -> None:
+    async with two_engines() as (url, one, two):
+        one.script = two.script = failing(grpc.StatusCode.INTERNAL, "a bug", after=saying("hello"))
+        with pytest.raises(openai.APIError, match="failed on this request"):
+            await (await ask(url)).read()
+        assert len(one.requests) + len(two.requests) == 16
 
 
 async def test_an_engine_whose_calls_fail_is_left_out_for_a_while() -> None:

@@ -169,6 +169,7 @@ class Stream:
             self._reason = None
         if not self._begun:
             self._begun = True
+            self._pool.began(self._ticket)
             self._wish.weights = self.model.weights
             self._ticket.priority, self._ticket.bounded = _PRIORITY_OF_STREAMS, False
         call.place.replica.outlier.succeeded()

@@ -31,8 +31,8 @@ class Wish:
         name: the model's name in the request; None or an empty name stands for the only model that is served.
         sequences: number of sequences that the engine has to run.
         prompt: token ids of the prompt, as far as they are known. They only decide between engines that fit.
-        weights: digest of the weights that the engine must have; None allows any. No engine is known to have the
-            weights of an engine that did not report them.
+        weights: digest of the weights that the engine must have; None allows any. An empty digest, from an engine that
+            reports none, fits no engine.
         avoid: addresses of engines that have failed on the request.
     """
 
@@ -206,6 +206,10 @@ class EnginePool:
             raise (engines_busy() if self.models() else no_engine()) from None
         self.metrics.queue_seconds.observe(time.monotonic() - began)
         return place
+
+    def began(self, ticket: Ticket[Place]) -> None:
+        """Records that the engine at the ticket's place has begun with the answer."""
+        self._queue.served(ticket)
 
     def promising(self, wish: Wish) -> bool:
         """Whether a search may succeed: a known engine fits the wish, or no engine at all is up at the moment."""

@@ -47,7 +47,8 @@ class FairQueue(Generic[T]):
     that is later. A ticket ends ``cost`` after its start. The smallest start time goes first, so a caller with many
     tickets and a caller with one take turns. (Goyal, Vin and Cheng, "Start-time Fair Queueing", SIGCOMM 1996.)
 
-    The owner calls :meth:`serve` whenever a ticket's ``take`` may succeed that did not before.
+    The owner calls :meth:`serve` whenever a ticket's ``take`` may succeed that did not before, and :meth:`served` when
+    what a ticket has taken turns out to be good.
     """
 
     def __init__(self, limit: int) -> None:
@@ -72,7 +73,6 @@ class FairQueue(Generic[T]):
         if ticket.start is None:
             ticket.start = max(self._virtual, self._ends.get(ticket.caller, 0.0))
             self._ends[ticket.caller] = ticket.start + ticket.cost
-        self._virtual = min(self._virtual, ticket.start)  # less if the ticket was let go before and comes back unserved
         entry = (ticket.priority, ticket.start, next(self._numbers), ticket, future)
         heapq.heappush(self._heaps.setdefault(ticket.kind, []), entry)
         self.length += 1
@@ -104,7 +104,7 @@ class FairQueue(Generic[T]):
         """Lets go every ticket that can go now, in order."""
         blocked: set[Hashable] = set()
         while heads := [heap[0] for kind in list(self._heaps) if kind not in blocked and (heap := self._live(kind))]:
-            _, start, _, ticket, future = min(heads)
+            _, _, _, ticket, future = min(heads)
             try:
                 taken = ticket.take()
             except Exception as error:
@@ -113,8 +113,11 @@ class FairQueue(Generic[T]):
             if taken is None:
                 blocked.add(ticket.kind)
             else:
-                self._virtual = max(self._virtual, start)
                 future.set_result(taken)
+
+    def served(self, ticket: Ticket[T]) -> None:
+        """Advances the virtual time to the ticket's. A ticket that an engine refuses comes back and is not served."""
+        self._virtual = max(self._virtual, ticket.start or 0.0)
 
     def _live(self, kind: Hashable) -> list[tuple[int, float, int, Ticket[T], asyncio.Future[T]]]:
         """Returns the heap of a kind without the done tickets at its head. Removes the heap if it is empty."""
