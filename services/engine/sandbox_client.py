@@ -5,6 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -175,7 +176,8 @@ class SandboxClient:
         """Wait until the reply is there or the state of a sandbox has changed."""
         change = asyncio.create_task(self._changed.wait())
         try:
-            await asyncio.wait([reply, change], return_when=asyncio.FIRST_COMPLETED)
+            both: list[asyncio.Future[Any]] = [reply, change]
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         finally:
             change.cancel()
 
