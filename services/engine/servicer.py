@@ -49,6 +49,9 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self, request: engine_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[engine_pb2.GenerateChunk]:
         """Stream the continuation of a prompt. However the gRPC call ends, the prompt's sequences are freed."""
+        span = current_span.get()
+        if span and request.request_id:
+            span.request_id = request.request_id  # for callers that do not send the header as well
         if self._draining:
             self._metrics.refused("draining")
             await _abort(context, grpc.StatusCode.UNAVAILABLE, "the engine is shutting down; use another replica")
@@ -82,7 +85,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
         finally:
             model.engine.close_stream(request_id)
-            if span := current_span.get():
+            if span:
                 span.attributes |= {"gen_ai.usage.input_tokens": len(request.prompt_token_ids)}
                 span.attributes |= {"gen_ai.usage.output_tokens": tokens, "gen_ai.request.model": model.ref.model}
             log.info(

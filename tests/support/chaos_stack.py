@@ -151,28 +151,28 @@ class ChaosStack:
             await asyncio.gather(*(instance.probe() for instance in self.instances))
             await asyncio.sleep(_PROBE_SECONDS)
 
-    async def until_ready(self, seconds: float) -> None:
-        """Wait until all processes are ready. Raises TimeoutError with the log of one that is not."""
+    async def heal(self, seconds: float) -> None:
+        """Continue what is stopped and start what is dead, until all processes are ready.
+
+        Raises TimeoutError with the log of one that is not ready in time.
+        """
         deadline = time.monotonic() + seconds
         while late := [instance for instance in self.instances if instance.ready_since is None]:
+            for instance in late:
+                if instance.state is State.STOPPED:
+                    instance.resume()
+                elif instance.state is State.DEAD:
+                    await asyncio.to_thread(instance.start)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{late[0].name} is not ready:\n" + "\n".join(late[0].log))
             await asyncio.sleep(_PROBE_SECONDS)
-
-    def heal(self) -> None:
-        """Continue what is stopped and start what is dead."""
-        for instance in self.instances:
-            if instance.state is State.STOPPED:
-                instance.resume()
-            elif instance.state is State.DEAD:
-                instance.start()
 
 
 @contextlib.asynccontextmanager
 async def chaos_stack(
     home: Path, *, gateways: int = 2, engines: int = 3, sandboxes: int = 2
 ) -> AsyncIterator[ChaosStack]:
-    """Start all services over a new store in ``home``; kill them at the end of the block."""
+    """Services over a new store in ``home``, not started yet; what runs at the end of the block is killed."""
     store, ref = open_store(str(home)), CheckpointRef("tiny", "sft", 1)
     save_checkpoint(store, ref, model=tiny_model(context_length=CONTEXT), tokenizer=BYTES, meta={})
     promote(store, ref)
@@ -183,8 +183,6 @@ async def chaos_stack(
     models = [Instance("engine", i, [*metrics, *model, *behind]) for i in range(engines)]
     front = ["--engine-addresses", ",".join(engine.address for engine in models)]
     stack = ChaosStack([Instance("gateway", i, front) for i in range(gateways)], models, boxes)
-    for instance in stack.instances:
-        await asyncio.to_thread(instance.start)
     watching = asyncio.create_task(stack.watch())
     try:
         yield stack
