@@ -7,6 +7,7 @@ starts. An invalid value raises a :class:`~nanochat_core.errors.UserError` that 
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import types
@@ -37,7 +38,7 @@ def setting(
     """Declares one field of a settings dataclass.
 
     Args:
-        default: value if neither flag nor variable is given; a setting without a default is required.
+        default: value if neither flag nor variable is given; a setting without a default is required and not empty.
         help: phrase for ``--help`` and the documentation, in lower case, with the unit and without a full stop.
         env: environment variable; by default ``<PREFIX>_<FIELD>``.
         minimum, maximum: inclusive bounds of a number.
@@ -103,6 +104,8 @@ def load(
             raw, source = environ[variable], variable
         else:
             continue
+        if raw == "" and field.default is dataclasses.MISSING:
+            raise UserError(f"{source} is empty; it is required: {field.metadata['help']}")
         values[field.name] = raw if isinstance(raw, bool) else _convert(raw, hints[field.name], source)
         _check_bounds(values[field.name], field, source)
     inherited = inherit(values) if inherit else {}
@@ -174,3 +177,5 @@ def _check_bounds(value: Any, field: dataclasses.Field[Any], source: str) -> Non
         raise UserError(f"{source} is {value}; it must be at least {low}")
     if high is not None and not value <= high:
         raise UserError(f"{source} is {value}; it must be at most {high}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{source} is {value}; it must be a finite number")

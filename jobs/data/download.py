@@ -17,9 +17,14 @@ from jobs.data.shards import Manifest, ShardInfo, describe_shard, read_manifest,
 from jobs.data.splits import split_files
 from jobs.progress import ProgressDisplay
 from nanochat_core.errors import UserError
+from nanochat_core.paths import user_path
 from nanochat_core.store import Store, open_store
 
 log = logging.getLogger("jobs.data.download")
+
+# The names of more shards would not be in the order of their numbers.
+MOST_SHARDS = 100_000
+_LONGEST_URL = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +62,7 @@ def open_source(url: str, shards: int) -> Source:
         files = {key.removeprefix(f"{folder}/"): key for key in store.keys(folder) if key.endswith(".parquet")}
         local = store.fetch
     else:
-        path = Path(url).expanduser()
+        path = user_path(url)
         if not path.is_dir():
             raise UserError(f"{url} is neither a URL with {{shard}} in it, nor s3://bucket/prefix, nor a folder")
         files = {name: str(file) for name, file in find_files(path).items() if file_format(name) == "parquet"}
@@ -85,8 +90,9 @@ def open_source(url: str, shards: int) -> Source:
 
 def _fill_template(template: str, shards: int) -> list[str]:
     try:
-        urls = [template.format(shard=number) for number in range(shards)]
-    except (KeyError, IndexError, ValueError):
+        short = len(template.format(shard=0)) <= _LONGEST_URL
+        urls = [template.format(shard=number) for number in range(shards)] if short else []
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError, MemoryError):
         urls = []
     if len(set(urls)) < 2:
         raise UserError(f"{template!r} has no place for the shard's number; write it as {{shard:05d}}")

@@ -208,8 +208,9 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def _seconds(holder: dict[str, Any], default: float) -> float:
+    """How long a lease lasts, as it says itself. A damaged lease is never watched for longer than an hour."""
     seconds = holder.get("seconds")
-    return float(seconds) if isinstance(seconds, int | float) and seconds > 0 else default
+    return float(min(seconds, 3600)) if isinstance(seconds, int | float) and seconds > 0 else default
 
 
 def _is_alive(holder: dict[str, Any]) -> bool | None:

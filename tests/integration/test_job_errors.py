@@ -32,6 +32,8 @@ PRETRAIN = [
 ]  # fmt: skip
 SFT = ["jobs.train.sft", f"--model={NAME}", f"--mixture={NAME}", "--steps=2", "--no-compile", "--threads=1"]
 PIPELINE = ["jobs.train.pipeline", "--recipe=small", "--model=new"]
+CONVERT = ["jobs.train.dataset", "convert", "--dataset=new"]
+DOWNLOAD = ["jobs.train.dataset", "download", "--dataset=new"]
 CHAT = ["jobs.eval.chat", f"--model={NAME}"]
 BENCH = ["jobs.eval.bench_engine"]
 REPORT = ["jobs.eval.report", f"--model={NAME}", "--recipe=demo"]
@@ -95,7 +97,16 @@ def error_of(home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, ca
         ([*TOKENIZER, "--bytes-per-token=0"], "--bytes-per-token is 0; it must be at least 1"),
         ([*TOKENIZER, "--dataset=missing"], "data/missing in {home} holds 0 parquet shard(s)"),
         ([*TOKENIZER, "--dataset=../x"], "'data/../x/dataset.json' is no key of the store"),
-        ([*TOKENIZER, "--name=../../x"], "is no key of the store"),
+        ([*TOKENIZER, "--name=../../x"], "'../../x' cannot name a tokenizer; use letters, digits"),
+        ([*TOKENIZER, "--name="], "--name is empty; it is required: name to save the tokenizer under"),
+        ([*TOKENIZER, "--name=."], "'.' cannot name a tokenizer"),
+        ([*TOKENIZER, "--name=a b"], "'a b' cannot name a tokenizer"),
+        ([*TOKENIZER, f"--name={'x' * 300}"], "File name too long"),
+        ([*TOKENIZER, "--dataset="], "--dataset is empty"),
+        ([*TOKENIZER, "--dataset=."], "'data/./dataset.json' is no key of the store"),
+        ([*TOKENIZER, "--home="], "the store URL '' is neither a folder nor s3://bucket/prefix"),
+        ([*TOKENIZER, "--home=~nobody-of-this-name/x"], "there is no such user's home folder"),
+        ([*TOKENIZER, f"--home=/{'x' * 5000}"], "File name too long"),
         (
             [*TOKENIZER, "--home=ftp://host/x"],
             "the store URL 'ftp://host/x' is neither a folder nor s3://bucket/prefix",
@@ -119,6 +130,15 @@ def error_of(home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, ca
         ([*PRETRAIN, "--device=cpu", "--dtype=fp8"], "dtype fp8 needs a GPU of compute capability 9.0"),
         ([*PRETRAIN, "--device=cpu", "--dtype=fp16"], "dtype fp16 needs a GPU; use fp32 or bf16 on a CPU"),
         ([*PRETRAIN, "--device=cpu", "--attention=flash"], "attention flash needs a GPU; use auto or sdpa on a CPU"),
+        ([*PRETRAIN, "--lr-scale=inf"], "--lr-scale is inf; it must be a finite number"),
+        ([*PRETRAIN, "--weight-decay=1e999"], "--weight-decay is inf; it must be a finite number"),
+        ([*PRETRAIN, "--rank-timeout=1e300"], "--rank-timeout is 1e+300; it must be at most 10000000.0"),
+        ([*PRETRAIN, "--threads=1000000000"], "--threads is 1000000000; it must be at most 4096"),
+        ([*PRETRAIN, "--loader-workers=1000000000"], "--loader-workers is 1000000000; it must be at most 1024"),
+        ([*PRETRAIN, f"--steps={'9' * 5000}"], "which is not a whole number"),
+        ([*PRETRAIN, f"--dataset={NAME}:1e300"], "the weight 1e300; it must be at most 1,000,000"),
+        ([*PRETRAIN, "--tokenizer=."], "'tokenizers/./tokenizer.json' is no key of the store"),
+        ([*PRETRAIN, f"--model={'x' * 300}"], "File name too long"),
         ([*PRETRAIN, "--track=excel"], "--track has no 'excel'; choose from tensorboard, wandb"),
         ([*PRETRAIN, "--track=wandb"], "--track wandb needs the package wandb; run: pip install wandb"),
         ([*PRETRAIN, "--keep=0"], "--keep is 0; it must be at least 1"),
@@ -130,10 +150,23 @@ def error_of(home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, ca
         ([*SFT, "--mixture=missing"], "there is no train.jsonl in {home}/data/missing"),
         ([*SFT, "--batch-tokens=100"], "a batch of 100 tokens is not a whole number of rows of 32"),
         ([*SFT, "--epochs=inf"], "--epochs is inf"),
+        ([*SFT, f"--mixture={NAME}:1e300"], "the weight 1e300; it must be at most 1,000,000"),
         ([*PIPELINE, "--recipe=huge"], "--recipe is 'huge'; choose one of demo, small"),
         (PIPELINE, "recipe small needs text: give --data FILE_OR_FOLDER"),
         ([*PIPELINE, "--data=missing.txt"], "missing.txt does not exist; give a file, a pattern in quotes"),
         ([*PIPELINE, "--data={home}/models"], "item 1 has no 'text' field; it has format, files"),
+        ([*PIPELINE, f"--data={'x' * 300}"], "cannot be read: File name too long"),
+        ([*PIPELINE, "--data=~nobody-of-this-name/x"], "there is no such user's home folder"),
+        ([*PIPELINE, "--ranks=1000000"], "--ranks is 1000000; it must be at most 1024"),
+        ([*CONVERT, "--data="], "--data is empty"),
+        ([*CONVERT, "--data=/dev/zero"], "/dev/zero is neither a file nor a folder"),
+        ([*CONVERT, "--data={home}", "--dataset=a/b"], "'a/b' cannot name a dataset"),
+        ([*CONVERT, "--data={home}", "--dataset=a,b"], "'a,b' cannot name a dataset"),
+        ([*CONVERT, "--data={home}", "--dataset=a\nb"], "'a\\nb' cannot name a dataset"),
+        ([*DOWNLOAD, "--shards=0-999999999999"], "--shards names shard 999999999999; the last possible one is 99999"),
+        ([*DOWNLOAD, "--source-shards=1000000000000"], "--source-shards is 1000000000000; it must be at most 100000"),
+        ([*DOWNLOAD, "--source=http://x/{{shard:999999999999d}}"], "has no place for the shard's number"),
+        ([*DOWNLOAD, "--source=http://x/{{shard.x}}"], "has no place for the shard's number"),
         ([*PIPELINE, "--val-data=x.txt"], "--val-data is the validation text beside --data; give --data too"),
         ([*PIPELINE, "--recipe=demo", "--data=x.txt"], "recipe demo makes its own data; leave --data out"),
         ([*PIPELINE, "--model=a/b"], "'a/b' cannot name a model"),

@@ -66,7 +66,8 @@ def test_names_and_weights_are_read() -> None:
         ("a:many", "gives a the weight 'many', which is not a number"),
         ("a:0", "gives a the weight 0; it must be above 0"),
         ("a:-1", "gives a the weight -1; it must be above 0"),
-        ("a:inf", "gives a the weight inf; it must be above 0"),
+        ("a:inf", "gives a the weight inf; it must be at most 1,000,000"),
+        ("a:1e15", "gives a the weight 1e15; it must be at most 1,000,000"),
         ("a:nan", "gives a the weight nan; it must be above 0"),
         ("a,b,a:2", "names a twice; give it a weight instead: a:2"),
     ],
@@ -294,6 +295,29 @@ def test_a_file_that_holds_no_conversations_is_named(
     with pytest.raises(UserError) as raised:
         Mixture(store, f"{file}").fit(TOKENIZER, 100)
     assert str(raised.value).startswith(f"{file}{complaint}")
+
+
+def test_other_columns_of_a_parquet_file_do_not_matter(store: Store, tmp_path: Path) -> None:
+    """Columns without a value in Python, and folders whose names look like a column, as Hive and Spark write them."""
+    far = 2**60
+    columns = {
+        "messages": pa.array([row["messages"] for row in numbered(0, 3)]),
+        "nanoseconds": pa.array([2**62 + 1] * 3, pa.timestamp("ns")),
+        "duration": pa.array([1] * 3, pa.duration("ns")),
+        "beyond the year 9999": pa.array([far] * 3, pa.timestamp("us")),
+        "zone": pa.array([0] * 3, pa.timestamp("us", "Mars/Olympus")),
+        "twice": pa.array([1] * 3),
+    }
+    table = pa.Table.from_arrays([*columns.values(), pa.array([2] * 3)], [*columns, "twice"])
+    file = tmp_path / "messages=5" / "a.parquet"
+    file.parent.mkdir()
+    pq.write_table(table, file)
+    mixture = Mixture(store, str(file))
+    mixture.check()
+    assert questions(mixture.training) + questions(mixture.validation) == Counter(f"question {n}" for n in range(3))
+    pq.write_table(pa.Table.from_arrays([columns["messages"]] * 2, ["messages"] * 2), file)
+    with pytest.raises(UserError, match=r"a\.parquet row \d: two columns are called 'messages'"):
+        Mixture(store, str(file)).check()
 
 
 def test_half_of_arc_is_not_arc(store: Store) -> None:
