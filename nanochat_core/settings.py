@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
+# Largest whole number of a setting without a maximum: torch and numpy compute with 64 bits.
+_LARGEST = 2**63 - 1
 # Name of the arguments that belong to no flag, in the parser's result.
 _WORDS = "words"
 
@@ -171,6 +173,8 @@ def _convert(raw: str, hint: Any, source: str) -> Any:
 
 def _check_bounds(value: Any, field: dataclasses.Field[Any], source: str) -> None:
     low, high = field.metadata["minimum"], field.metadata["maximum"]
+    if high is None and type(value) is int:
+        high = _LARGEST
     if value is None or isinstance(value, str | tuple):
         return
     if low is not None and not value >= low:

@@ -7,13 +7,13 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from jobs.data.files import file_format, find_files
 from jobs.data.http_download import Stopped, discard, disk_errors, fetch_file
-from jobs.data.shards import Manifest, ShardInfo, describe_shard, read_manifest, shard_keys, write_manifest
+from jobs.data.shards import MANIFEST, Manifest, ShardInfo, describe_shard, read_manifest, shard_keys, write_manifest
 from jobs.data.splits import split_files
 from jobs.progress import ProgressDisplay
 from nanochat_core.errors import UserError
@@ -124,7 +124,35 @@ def download(store: Store, name: str, source: Source, shown: str, wanted: Sequen
     if not missing and manifest.complete:
         return manifest
     manifest = dataclasses.replace(manifest, complete=False)
+    with _no_manifest_of_nothing(store, name):
+        write_manifest(store, name, manifest)
+        manifest = _download_missing(store, name, source, missing, manifest, parallel)
+    with contextlib.suppress(OSError):  # The folder is not empty if another run downloads at the same time.
+        store.incoming(f"data/{name}").rmdir()
+    manifest = dataclasses.replace(manifest, complete=True)
     write_manifest(store, name, manifest)
+    return manifest
+
+
+@contextlib.contextmanager
+def _no_manifest_of_nothing(store: Store, name: str) -> Iterator[None]:
+    """Remove a manifest without shards after an error: another source may be tried under the same name."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(UserError):
+            manifest = read_manifest(store, name)
+            if manifest is not None and not manifest.shards:
+                store.remove(f"data/{name}/{MANIFEST}")
+                with contextlib.suppress(OSError):  # parts of shards are kept for the next attempt
+                    store.incoming(f"data/{name}").rmdir()
+        raise
+
+
+def _download_missing(
+    store: Store, name: str, source: Source, missing: Sequence[int], manifest: Manifest, parallel: int
+) -> Manifest:
+    """Download shards and write the manifest after each; returns it. An error or a signal stops all downloads."""
     stop = threading.Event()
     started, received = time.monotonic(), 0
     with (
@@ -146,10 +174,6 @@ def download(store: Store, name: str, source: Source, shown: str, wanted: Sequen
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-    with contextlib.suppress(OSError):  # The folder is not empty if another run downloads at the same time.
-        store.incoming(f"data/{name}").rmdir()
-    manifest = dataclasses.replace(manifest, complete=True)
-    write_manifest(store, name, manifest)
     return manifest
 
 

@@ -70,8 +70,8 @@ class LocalText:
         own = _absolute(find_files(self.val_data))
         held_out = _split(self.val_data, own)
         validation = held_out.validation or held_out.training
-        same = {*map(os.path.realpath, validation)}
-        rest = {name: file for name, file in found.items() if os.path.realpath(file) not in same}
+        same = {*map(_identity, validation)}
+        rest = {name: file for name, file in found.items() if _identity(file) not in same}
         if not rest:
             raise UserError(f"--val-data {self.val_data} names all files of --data {self.data}")
         splits = _split(self.data, rest)
@@ -154,6 +154,12 @@ class LocalText:
 def local_text(data: str, val_data: str, column: str) -> LocalText:
     """The local text that the settings of a program name; ``val_data`` may be empty."""
     return LocalText(user_path(data), user_path(val_data) if val_data else None, column)
+
+
+def _identity(file: str) -> tuple[int, int]:
+    """What a file has in common with all links to it, symbolic or hard."""
+    found = os.stat(file)
+    return found.st_dev, found.st_ino
 
 
 def _absolute(found: Mapping[str, Path]) -> dict[str, str]:

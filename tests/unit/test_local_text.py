@@ -146,6 +146,9 @@ def test_val_data_is_the_validation_split(tmp_path: Path) -> None:
     assert read("", "held/../b.txt") == read("", "b.txt")
     with pytest.raises(UserError, match=r"--val-data .*a\.txt names all files of --data"):
         read("a.txt", "a.txt")
+    os.link(tmp_path / "a.txt", tmp_path / "also a.txt")
+    with pytest.raises(UserError, match=r"--val-data .*also a\.txt names all files of --data"):
+        read("a.txt", "also a.txt")
 
 
 @pytest.mark.parametrize(

@@ -313,11 +313,11 @@ def test_other_columns_of_a_parquet_file_do_not_matter(store: Store, tmp_path: P
     file.parent.mkdir()
     pq.write_table(table, file)
     mixture = Mixture(store, str(file))
-    mixture.check()
+    mixture.fit(TOKENIZER, 100)
     assert questions(mixture.training) + questions(mixture.validation) == Counter(f"question {n}" for n in range(3))
     pq.write_table(pa.Table.from_arrays([columns["messages"]] * 2, ["messages"] * 2), file)
     with pytest.raises(UserError, match=r"a\.parquet row \d: two columns are called 'messages'"):
-        Mixture(store, str(file)).check()
+        Mixture(store, str(file)).fit(TOKENIZER, 100)
 
 
 def test_half_of_arc_is_not_arc(store: Store) -> None:
