@@ -281,6 +281,34 @@ def test_sharegpt_rows_without_an_answer_are_left_out_with_a_warning(
         ("a.json", json.dumps([{"dialog": ["a", "b"]}] * 2), " item 1 has no field 'messages'"),
         ("a.json", json.dumps([ALPACA])[:-1], " ends before its JSON array does"),
         ("a.csv", "instruction,output\na,b\nc\n", ":3 has 1 fields, but the first line names 2"),
+        (
+            "a.json",
+            json.dumps([ALPACA, {**ALPACA, "output": "\ud83d"}]),
+            " item 2 has a text that is not valid Unicode",
+        ),
+        (
+            "a.jsonl.gz",
+            gzipped(json.dumps(ALPACA).encode().replace(b"Add", b"caf\xe9") + b"\n") * 2,
+            ":1 has a text that is not valid Unicode or not UTF-8",
+        ),
+        ("a.json", json.dumps([ALPACA, {**ALPACA, "input": 5}]), " item 2: 'input' is not a text"),
+        ("a.json", json.dumps([ALPACA, {"conversations": None}]), " item 2 has no field 'messages'"),
+        ("a.json", json.dumps([ALPACA, {"question": "a", "answer": "b"}]), " item 2 has no field 'messages'"),
+        ("a.json", json.dumps([ALPACA, {"messages": [BOT, BOT]}]), " item 2: messages[0].role is 'assistant' where"),
+        (
+            "a.json",
+            json.dumps(
+                [ALPACA, {"messages": [{"role": "user", "content": "a"}, BOT, {"role": "tool", "content": "5"}]}]
+            ),
+            " item 2: messages[2].role is 'tool'; use system, user or assistant",
+        ),
+        (
+            "a.json",
+            json.dumps(
+                [ALPACA, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}]
+            ),
+            " item 2: messages[0].content has a part that is not text",
+        ),
         ("a.jsonl.gz", gzipped(b'{"messages": 1}\n' * 999)[:-9], " is damaged or cut off"),
         ("a.jsonl", "version https://git-lfs.github.com/spec/v1", " is a pointer of Git LFS"),
         ("a.parquet", "version https://git-lfs.github.com/spec/v1", " is a pointer of Git LFS"),
