@@ -189,24 +189,31 @@ class ParquetRows:
         return f"{self._shown} row {index + 1}"
 
     def __getitem__(self, index: int) -> Row:
-        return _ParquetRow(self._columns, index)
+        return _ParquetRow(self._columns, index, self.where(index))
+
+
+class _UnreadableValue(UserError):
+    """A value of a row cannot be read. The message names the file and the row."""
 
 
 class _ParquetRow(Row):
     """One row of columns. A value becomes Python's when it is read: some kinds have none, such as far dates."""
 
-    def __init__(self, columns: Mapping[str, pa.ChunkedArray | None], index: int) -> None:
-        """``columns`` maps a name that two columns have to None."""
-        self._columns, self._index = columns, index
+    def __init__(self, columns: Mapping[str, pa.ChunkedArray | None], index: int, where: str) -> None:
+        """``columns`` maps a name that two columns have to None; ``where`` names the row in error messages."""
+        self._columns, self._index, self._where = columns, index, where
 
     def __getitem__(self, name: str) -> Any:
         column = self._columns[name]
         if column is None:
-            raise UserError(f"two columns are called {name!r}")
+            raise _UnreadableValue(f"{self._where}: two columns are called {name!r}")
         try:
             return column[self._index].as_py()
         except UnicodeDecodeError as error:
-            raise UserError(f"{name!r} is not UTF-8: {error}") from error
+            raise _UnreadableValue(f"{self._where}: {name!r} is not UTF-8: {error}") from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._columns
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._columns)
@@ -256,6 +263,8 @@ def convert(rows: Rows, index: int, make: Callable[[Row], T]) -> T:
         return make(row)
     except KeyError as error:
         raise UserError(f"{rows.where(index)} has no field {error}") from error
+    except _UnreadableValue:
+        raise
     except (ValueError, TypeError, UserError) as error:
         raise UserError(f"{rows.where(index)}: {error}") from error
 

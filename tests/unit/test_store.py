@@ -57,7 +57,7 @@ def test_other_urls_are_refused_by_name(url: str) -> None:
         open_store(url)
 
 
-@pytest.mark.parametrize("prefix", ["runs#1", "runs?v=1", "a b/é", "[x"])
+@pytest.mark.parametrize("prefix", ["runs#1?v=1", "[a b/é"])
 def test_a_prefix_in_a_bucket_may_have_any_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
 ) -> None:
