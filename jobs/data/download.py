@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import logging
 import shutil
+import string
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ log = logging.getLogger("jobs.data.download")
 
 # The names of more shards would not be in the order of their numbers.
 MOST_SHARDS = 100_000
-_LONGEST_URL = 10_000
+_LONGEST_SPECIFICATION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +91,11 @@ def open_source(url: str, shards: int) -> Source:
 
 def _fill_template(template: str, shards: int) -> list[str]:
     try:
-        short = len(template.format(shard=0)) <= _LONGEST_URL
+        specifications = [given[2] or "" for given in string.Formatter().parse(template)]
+        # A width of many digits would fill the memory.
+        short = all(len(given) <= _LONGEST_SPECIFICATION for given in specifications)
         urls = [template.format(shard=number) for number in range(shards)] if short else []
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError, MemoryError):
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
         urls = []
     if len(set(urls)) < 2:
         raise UserError(f"{template!r} has no place for the shard's number; write it as {{shard:05d}}")
