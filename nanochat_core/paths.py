@@ -7,6 +7,8 @@ from pathlib import Path
 from nanochat_core.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# File systems have names of at most 255 bytes, and a file that is being written has a longer name than later.
+_LONGEST_NAME = 200
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
@@ -15,6 +17,8 @@ def check_name(name: str, kind: str) -> str:
 
     The name is the name of a folder, and a mixture separates names by commas and weights by colons.
     """
+    if len(name) > _LONGEST_NAME:
+        raise UserError(f"{name[:40]!r}… cannot name {kind}: it is longer than {_LONGEST_NAME} characters")
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r} cannot name {kind}; use letters, digits, '.', '_' and '-'")
     return name
