@@ -147,8 +147,10 @@ def _no_manifest_of_nothing(store: Store, name: str) -> Iterator[None]:
             manifest = read_manifest(store, name)
             if manifest is not None and not manifest.shards:
                 store.remove(f"data/{name}/{MANIFEST}")
+                incoming = store.incoming(f"data/{name}")
                 with contextlib.suppress(OSError):  # parts of shards are kept for the next attempt
-                    store.incoming(f"data/{name}").rmdir()
+                    for folder in (incoming, incoming.parent):
+                        folder.rmdir()
         raise
 
 
