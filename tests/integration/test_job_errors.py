@@ -168,14 +168,6 @@ def error_of(home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, ca
         ([*CONVERT, "--data={home}", "--dataset=a\nb"], "'a\\nb' cannot name a dataset"),
         ([*DOWNLOAD, "--shards=0-999999999999"], "--shards names shard 999999999999; the last possible one is 99999"),
         ([*DOWNLOAD, "--source-shards=1000000000000"], "--source-shards is 1000000000000; it must be at most 100000"),
-        (
-            [*DOWNLOAD, "--source=http://[::1/{{shard}}", "--shards=0"],
-            "cannot be downloaded: Invalid port",
-        ),
-        (
-            [*DOWNLOAD, "--source=http:///{{shard}}", "--shards=0"],
-            "cannot be downloaded: Request URL is missing",
-        ),
         ([*DOWNLOAD, "--source=http://x/{{shard:99999d}}"], "has no place for the shard's number"),
         ([*DOWNLOAD, "--source=http://x/{{shard.x}}"], "has no place for the shard's number"),
         ([*PIPELINE, "--val-data=x.txt"], "--val-data is the validation text beside --data; give --data too"),
