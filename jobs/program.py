@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from nanochat_core import logs
 from nanochat_core.errors import UserError, run_main
+from nanochat_core.paths import user_path
 from nanochat_core.settings import load, setting
 from nanochat_core.store import DEFAULT_HOME
 
@@ -81,7 +82,7 @@ def run_command(
 
 def make_output_folder(path: str, flag: str) -> Path:
     """Make the folder that ``flag`` names, unless it exists. Raises a :class:`UserError` if it cannot be made."""
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -15,8 +15,6 @@ from nanochat_core.errors import UserError
 # With fp8, only the matrix products of training are in fp8 (nanochat_core/training/fp8.py); everything else is bf16.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 FP8_CAPABILITY = (9, 0)
-# The CPU's allocator, CUDA, cuBLAS and cuDNN report missing memory as plain RuntimeErrors with these texts.
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 # A thread that records a CUDA graph holds this lock, because no thread may return memory to the device during the
 # recording.
 RECORDING = threading.Lock()
@@ -71,16 +69,6 @@ def to_device(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
         return host.to(device)
     # A copy from pageable memory waits until CUDA has done its queued work. A copy from pinned memory does not.
     return host.pin_memory().to(device, non_blocking=True)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device or the machine had too little free memory.
-
-    After such an error the program can continue. A smaller request may succeed, and so may the same request later.
-    """
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def free_memory(device: torch.device) -> None:

@@ -3,6 +3,9 @@
 import sys
 from collections.abc import Callable
 
+# The CPU's allocator, CUDA, cuBLAS and cuDNN report missing memory as RuntimeErrors with these texts.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+
 
 class UserError(Exception):
     """The user's input is wrong. The message says what is wrong and what to do.
@@ -27,8 +30,30 @@ def run_main(main: Callable[[], int | None], program: str) -> None:
     try:
         code = main()
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{program}: error: there is not enough memory: {_one_line(str(error))[:300]}", file=sys.stderr)
+        sys.exit(UserError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(code or 0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device or the machine had too little free memory.
+
+    After such an error the program can continue. A smaller request may succeed, and so may the same request later.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def _one_line(message: str) -> str:
+    """The message with escapes in place of line breaks and other control characters, which a file's name may have."""
+    return "".join(
+        char if char.isprintable() or char == " " else char.encode("unicode_escape").decode() for char in message
+    )

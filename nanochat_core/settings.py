@@ -7,6 +7,7 @@ starts. An invalid value raises a :class:`~nanochat_core.errors.UserError` that 
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import types
@@ -20,6 +21,8 @@ T = TypeVar("T")
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
+# Largest whole number of a setting without a maximum: torch and numpy compute with 64 bits.
+_LARGEST = 2**63 - 1
 # Name of the arguments that belong to no flag, in the parser's result.
 _WORDS = "words"
 
@@ -37,7 +40,7 @@ def setting(
     """Declares one field of a settings dataclass.
 
     Args:
-        default: value if neither flag nor variable is given; a setting without a default is required.
+        default: value if neither flag nor variable is given; a setting without a default is required and not empty.
         help: phrase for ``--help`` and the documentation, in lower case, with the unit and without a full stop.
         env: environment variable; by default ``<PREFIX>_<FIELD>``.
         minimum, maximum: inclusive bounds of a number.
@@ -103,6 +106,8 @@ def load(
             raw, source = environ[variable], variable
         else:
             continue
+        if raw == "" and field.default is dataclasses.MISSING:
+            raise UserError(f"{source} is empty; it is required: {field.metadata['help']}")
         values[field.name] = raw if isinstance(raw, bool) else _convert(raw, hints[field.name], source)
         _check_bounds(values[field.name], field, source)
     inherited = inherit(values) if inherit else {}
@@ -168,9 +173,13 @@ def _convert(raw: str, hint: Any, source: str) -> Any:
 
 def _check_bounds(value: Any, field: dataclasses.Field[Any], source: str) -> None:
     low, high = field.metadata["minimum"], field.metadata["maximum"]
+    if high is None and type(value) is int:
+        high = _LARGEST
     if value is None or isinstance(value, str | tuple):
         return
     if low is not None and not value >= low:
         raise UserError(f"{source} is {value}; it must be at least {low}")
     if high is not None and not value <= high:
         raise UserError(f"{source} is {value}; it must be at most {high}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{source} is {value}; it must be a finite number")

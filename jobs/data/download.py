@@ -5,21 +5,27 @@ import dataclasses
 import functools
 import logging
 import shutil
+import string
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from jobs.data.files import file_format, find_files
 from jobs.data.http_download import Stopped, discard, disk_errors, fetch_file
-from jobs.data.shards import Manifest, ShardInfo, describe_shard, read_manifest, shard_keys, write_manifest
+from jobs.data.shards import MANIFEST, Manifest, ShardInfo, describe_shard, read_manifest, shard_keys, write_manifest
 from jobs.data.splits import split_files
 from jobs.progress import ProgressDisplay
 from nanochat_core.errors import UserError
+from nanochat_core.paths import user_path
 from nanochat_core.store import Store, open_store
 
 log = logging.getLogger("jobs.data.download")
+
+# The names of more shards would not be in the order of their numbers.
+MOST_SHARDS = 100_000
+_LONGEST_SPECIFICATION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +63,7 @@ def open_source(url: str, shards: int) -> Source:
         files = {key.removeprefix(f"{folder}/"): key for key in store.keys(folder) if key.endswith(".parquet")}
         local = store.fetch
     else:
-        path = Path(url).expanduser()
+        path = user_path(url)
         if not path.is_dir():
             raise UserError(f"{url} is neither a URL with {{shard}} in it, nor s3://bucket/prefix, nor a folder")
         files = {name: str(file) for name, file in find_files(path).items() if file_format(name) == "parquet"}
@@ -85,8 +91,11 @@ def open_source(url: str, shards: int) -> Source:
 
 def _fill_template(template: str, shards: int) -> list[str]:
     try:
-        urls = [template.format(shard=number) for number in range(shards)]
-    except (KeyError, IndexError, ValueError):
+        specifications = [given[2] or "" for given in string.Formatter().parse(template)]
+        # A width of many digits would fill the memory.
+        short = all(len(given) <= _LONGEST_SPECIFICATION for given in specifications)
+        urls = [template.format(shard=number) for number in range(shards)] if short else []
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
         urls = []
     if len(set(urls)) < 2:
         raise UserError(f"{template!r} has no place for the shard's number; write it as {{shard:05d}}")
@@ -118,7 +127,37 @@ def download(store: Store, name: str, source: Source, shown: str, wanted: Sequen
     if not missing and manifest.complete:
         return manifest
     manifest = dataclasses.replace(manifest, complete=False)
+    with _no_manifest_of_nothing(store, name):
+        write_manifest(store, name, manifest)
+        manifest = _download_missing(store, name, source, missing, manifest, parallel)
+    with contextlib.suppress(OSError):  # The folder is not empty if another run downloads at the same time.
+        store.incoming(f"data/{name}").rmdir()
+    manifest = dataclasses.replace(manifest, complete=True)
     write_manifest(store, name, manifest)
+    return manifest
+
+
+@contextlib.contextmanager
+def _no_manifest_of_nothing(store: Store, name: str) -> Iterator[None]:
+    """Remove a manifest without shards after an error: another source may be tried under the same name."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(UserError):
+            manifest = read_manifest(store, name)
+            if manifest is not None and not manifest.shards:
+                store.remove(f"data/{name}/{MANIFEST}")
+                incoming = store.incoming(f"data/{name}")
+                with contextlib.suppress(OSError):  # parts of shards are kept for the next attempt
+                    for folder in (incoming, incoming.parent):
+                        folder.rmdir()
+        raise
+
+
+def _download_missing(
+    store: Store, name: str, source: Source, missing: Sequence[int], manifest: Manifest, parallel: int
+) -> Manifest:
+    """Download shards and write the manifest after each; returns it. An error or a signal stops all downloads."""
     stop = threading.Event()
     started, received = time.monotonic(), 0
     with (
@@ -140,10 +179,6 @@ def download(store: Store, name: str, source: Source, shown: str, wanted: Sequen
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-    with contextlib.suppress(OSError):  # The folder is not empty if another run downloads at the same time.
-        store.incoming(f"data/{name}").rmdir()
-    manifest = dataclasses.replace(manifest, complete=True)
-    write_manifest(store, name, manifest)
     return manifest
 
 

@@ -38,7 +38,12 @@ ROWS_ENDING = r"\.(parquet|(jsonl|ndjson|json|csv|tsv)(\.gz|\.zst)?)"
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _READMES = ("readme", "license", "licence", "notice", "citation", "changelog", "contributing", "requirements")
 
-_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    # Frames that a reader skips. Parallel compressors such as pzstd begin with one.
+    **{bytes([number]) + b"\x2a\x4d\x18": "zstd" for number in range(0x50, 0x60)},
+}
 _LFS_POINTER = b"version https://git-lfs"
 # The mark of UTF-32 begins with the mark of UTF-16.
 _BYTE_ORDER_MARKS = {
@@ -68,7 +73,8 @@ def find_files(path: Path) -> dict[str, Path]:
             out. A dataset's folder in the cache of the Hugging Face hub stands for its current snapshot.
 
     Raises:
-        UserError: nothing has this name, or no file that it names can be read.
+        UserError: nothing has this name, no file that it names can be read, or a folder cannot be read or has a link to
+            a file that does not exist.
     """
     if path.is_file():
         found = {path.name: path}
@@ -102,12 +108,7 @@ def _ending(name: str) -> str:
 
 
 def _files_below(folder: Path) -> dict[str, Path]:
-    found = {}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        hidden = any(part.startswith(".") for part in name.split("/"))
-        if path.is_file() and not hidden and path.name not in _DESCRIPTIONS:
-            found[name] = path
+    found = {path.relative_to(folder).as_posix(): path for path in _walk(folder) if path.name not in _DESCRIPTIONS}
     formats = {name: file_format(name) for name in found}
     if any(split_of(name) for name in found) or {*formats.values()} - {None, "text"}:
         readmes = [name for name, kind in formats.items() if kind == "text" and _is_readme(name)]
@@ -115,6 +116,33 @@ def _files_below(folder: Path) -> dict[str, Path]:
             log.info("texts about the dataset are left out", extra={"folder": str(folder), "files": readmes})
         found = {name: path for name, path in found.items() if name not in readmes}
     return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The files in a folder and its subfolders, without hidden ones. Links to other folders are followed once."""
+    top, seen = os.path.realpath(folder), set[str]()
+    for current, subfolders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        real = os.path.realpath(current)
+        again = real in seen or (real != top and os.path.islink(current) and _is_found_anyway(real, top))
+        seen.add(real)
+        subfolders[:] = [] if again else sorted(name for name in subfolders if not name.startswith("."))
+        for path in (Path(current, name) for name in (() if again else files) if not name.startswith(".")):
+            if path.is_file():
+                yield path
+            elif file_format(path.name) and path.is_symlink():
+                raise UserError(f"{path} is a link to a file that does not exist")
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def _is_found_anyway(folder: str, top: str) -> bool:
+    """Whether a walk from ``top`` visits a folder without following links, or the folder is above ``top``."""
+    parts = os.path.relpath(folder, top).split(os.sep)
+    if parts[0] == os.pardir:
+        return {*parts} == {os.pardir}
+    return not any(part.startswith(".") for part in parts)
 
 
 def _is_readme(name: str) -> bool:

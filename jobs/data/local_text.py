@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from jobs.data.files import file_format, find_files, open_text, reading
+from jobs.data.files import file_format, find_files, open_text, reading, refuse_pointer
 from jobs.data.rows import stream_rows
 from jobs.data.shards import Shard
 from jobs.data.splits import Splits, split_files, split_of
 from nanochat_core.errors import UserError
+from nanochat_core.paths import user_path
 
 log = logging.getLogger("jobs.data.local_text")
 
@@ -69,8 +70,8 @@ class LocalText:
         own = _absolute(find_files(self.val_data))
         held_out = _split(self.val_data, own)
         validation = held_out.validation or held_out.training
-        same = {*map(os.path.realpath, validation)}
-        rest = {name: file for name, file in found.items() if os.path.realpath(file) not in same}
+        same = {*map(_identity, validation)}
+        rest = {name: file for name, file in found.items() if _identity(file) not in same}
         if not rest:
             raise UserError(f"--val-data {self.val_data} names all files of --data {self.data}")
         splits = _split(self.data, rest)
@@ -81,11 +82,12 @@ class LocalText:
     @property
     def digest(self) -> str:
         """sha256 of the contents of all files that are used, and of the column if it is not ``text``."""
-        digest = hashlib.sha256(b"" if self.column == "text" else self.column.encode())
+        digest = hashlib.sha256(b"" if self.column == "text" else os.fsencode(self.column))
         splits = self.splits
         # A file's content counts in the order of the names, as its use usually follows from its name.
         files = [*splits.training, *splits.validation]
         for file in files if self.val_data else sorted(files):
+            refuse_pointer(Path(file), file)
             with open(file, "rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
         return digest.hexdigest()
@@ -151,7 +153,13 @@ class LocalText:
 
 def local_text(data: str, val_data: str, column: str) -> LocalText:
     """The local text that the settings of a program name; ``val_data`` may be empty."""
-    return LocalText(Path(data).expanduser(), Path(val_data).expanduser() if val_data else None, column)
+    return LocalText(user_path(data), user_path(val_data) if val_data else None, column)
+
+
+def _identity(file: str) -> tuple[int, int]:
+    """What a file has in common with all links to it, symbolic or hard."""
+    found = os.stat(file)
+    return found.st_dev, found.st_ino
 
 
 def _absolute(found: Mapping[str, Path]) -> dict[str, str]:

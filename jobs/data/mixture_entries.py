@@ -1,9 +1,11 @@
 """The entries of a mixture: names of datasets or tasks with weights, such as ``books:3,code``."""
 
 import dataclasses
-import math
 
 from nanochat_core.errors import UserError
+
+# Fine-tuning's weights say how often an epoch repeats a source, so a larger one is a mistake.
+MOST_WEIGHT = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +29,10 @@ def parse_mixture(text: str) -> list[Entry]:
             entry = Entry(name, float(weight))
         except ValueError:
             raise UserError(f"the mixture gives {name} the weight {weight!r}, which is not a number") from None
-        if not (entry.weight > 0 and math.isfinite(entry.weight)):
+        if not entry.weight > 0:
             raise UserError(f"the mixture gives {name} the weight {weight}; it must be above 0")
+        if entry.weight > MOST_WEIGHT:
+            raise UserError(f"the mixture gives {name} the weight {weight}; it must be at most {MOST_WEIGHT:,}")
         if any(other.name == name for other in entries):
             raise UserError(f"the mixture names {name} twice; give it a weight instead: {name}:2")
         entries.append(entry)

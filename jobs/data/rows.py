@@ -7,6 +7,7 @@ import mmap
 import re
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TextIO, TypeVar
@@ -171,11 +172,15 @@ class ParquetRows:
         self._shown = shown
         refuse_pointer(path, shown)
         try:
-            table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
+            # Unlike pyarrow.parquet.read_table, this takes no column from the names of the folders.
+            with pq.ParquetFile(path) as file:
+                table = file.read()
+            names = table.column_names
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{shown} is not a whole parquet file: {' '.join(str(error).split())}") from error
         self._length = int(table.num_rows)
-        self._columns = {name: table.column(name) for name in table.column_names}
+        self._columns: dict[str, pa.ChunkedArray | None] = dict(zip(names, table.columns, strict=True))
+        self._columns |= {name: None for name, times in Counter(names).items() if times > 1}
 
     def __len__(self) -> int:
         return self._length
@@ -184,10 +189,37 @@ class ParquetRows:
         return f"{self._shown} row {index + 1}"
 
     def __getitem__(self, index: int) -> Row:
+        return _ParquetRow(self._columns, index, self.where(index))
+
+
+class _UnreadableValue(UserError):
+    """A value of a row cannot be read. The message names the file and the row."""
+
+
+class _ParquetRow(Row):
+    """One row of columns. A value becomes Python's when it is read: some kinds have none, such as far dates."""
+
+    def __init__(self, columns: Mapping[str, pa.ChunkedArray | None], index: int, where: str) -> None:
+        """``columns`` maps a name that two columns have to None; ``where`` names the row in error messages."""
+        self._columns, self._index, self._where = columns, index, where
+
+    def __getitem__(self, name: str) -> Any:
+        column = self._columns[name]
+        if column is None:
+            raise _UnreadableValue(f"{self._where}: two columns are called {name!r}")
         try:
-            return {name: column[index].as_py() for name, column in self._columns.items()}
+            return column[self._index].as_py()
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.where(index)} is not UTF-8: {error}") from error
+            raise _UnreadableValue(f"{self._where}: {name!r} is not UTF-8: {error}") from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._columns
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
 
 
 # The rows of one file, numbered from 0. The method ``where`` names a row in error messages: the file and the line, item
@@ -231,6 +263,8 @@ def convert(rows: Rows, index: int, make: Callable[[Row], T]) -> T:
         return make(row)
     except KeyError as error:
         raise UserError(f"{rows.where(index)} has no field {error}") from error
+    except _UnreadableValue:
+        raise
     except (ValueError, TypeError, UserError) as error:
         raise UserError(f"{rows.where(index)}: {error}") from error
 

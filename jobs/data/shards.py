@@ -78,14 +78,24 @@ def read_manifest(store: Store, name: str) -> Manifest | None:
     try:
         stored = without_format(json.loads(store.read(key)), MANIFEST_FORMAT, key, fields)
         shards = {
-            file: ShardInfo(**without_format(info, MANIFEST_FORMAT, key, shard_fields))
+            file: _checked(ShardInfo(**without_format(info, MANIFEST_FORMAT, key, shard_fields)))
             for file, info in stored["shards"].items()
         }
+        if not isinstance(stored["source"], str) or not isinstance(stored["complete"], bool):
+            raise ValueError("a field has a wrong type")
         return Manifest(stored["source"], shards, stored["complete"])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{key} in {store} is damaged; delete it, or make the dataset anew") from error
+
+
+def _checked(info: ShardInfo) -> ShardInfo:
+    """Raises ValueError or TypeError if a field has a value that :func:`describe_shard` never gives."""
+    numbers = [info.bytes, *info.row_groups]
+    if any(type(number) is not int or number < 0 for number in numbers) or len(bytes.fromhex(info.sha256)) != 32:
+        raise ValueError(f"{info} describes no shard")
+    return info
 
 
 def write_manifest(store: Store, name: str, manifest: Manifest) -> None:
@@ -293,12 +303,12 @@ class Shard:
         refuse_pointer(path, shown)
         try:
             self._file = pq.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
+            schema, names = self._file.schema_arrow, self._file.schema_arrow.names
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{shown} is not a parquet file: {_one_line(error)}") from error
-        schema = self._file.schema_arrow
-        if column not in schema.names:
-            raise UserError(f"{shown} has no {column!r} column; it has {', '.join(schema.names) or 'none'}{advice}")
-        if schema.names.count(column) > 1:
+        if column not in names:
+            raise UserError(f"{shown} has no {column!r} column; it has {', '.join(names) or 'none'}{advice}")
+        if names.count(column) > 1:
             raise UserError(f"{shown} has two columns {column!r}; name them differently")
         kind = schema.field(column).type
         strings = kind.value_type if pa.types.is_dictionary(kind) else kind

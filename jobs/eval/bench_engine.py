@@ -78,7 +78,7 @@ class BenchEngineSettings(JobSettings):
     context_length: int = setting(1024, "context with random weights", minimum=1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device of the core")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of the core; auto is fp32 on CPUs")
-    threads: int = setting(0, "CPU threads of the core; 0 leaves the choice to torch", minimum=0)
+    threads: int = setting(0, "CPU threads of the core; 0 leaves the choice to torch", minimum=0, maximum=4096)
     kv_cache_mib: int = setting(0, "size of the core's KV cache in MiB; 0 lets the engine choose", minimum=0)
     prefix_caching: bool = setting(True, "reuse KV blocks that other requests have computed")
     report: str = setting("engine", "name of the folder under the store's reports/ for bench.json and bench.png")

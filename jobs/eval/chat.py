@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,6 +24,7 @@ from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.device import choose_dtype, free_memory, prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams
 from nanochat_core.errors import UserError
+from nanochat_core.paths import user_path
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.settings import setting
 from nanochat_core.store import Store, open_store
@@ -59,7 +59,7 @@ class ChatEvalSettings(JobSettings):
     batch: int = setting(64, "answers that are generated at the same time", minimum=1)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to compute on")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype to compute in; auto is fp32 on CPUs")
-    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
+    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0, maximum=4096)
 
     def __post_init__(self) -> None:
         if self.samples > 1 and self.temperature == 0:
@@ -78,7 +78,7 @@ def run(
     """
     device = device or torch.device("cpu")
     store = open_store(settings.home)
-    source = DatasetSource(store, Path(settings.data).expanduser() if settings.data else None)
+    source = DatasetSource(store, user_path(settings.data) if settings.data else None)
     kinds = find_recipe(settings.recipe).conversation_kinds
     tasks = open_tasks(settings.tasks, source, Selection(settings.items, settings.seed, kinds))
     checkpoint = pick_checkpoint(store, settings.model, settings.revision, settings.stage)

@@ -35,9 +35,12 @@ class CoreSettings(JobSettings):
     max_per_task: int = setting(0, "items of each task; 0 for all", minimum=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to compute on")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of activations and matrix products")
-    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
+    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0, maximum=4096)
     rank_timeout: float = setting(
-        DEFAULT_TIMEOUT_SECONDS, "seconds after which a rank that does not answer ends the job", minimum=1.0
+        DEFAULT_TIMEOUT_SECONDS,
+        "seconds after which a rank that does not answer ends the job",
+        minimum=1.0,
+        maximum=1e7,
     )
 
 

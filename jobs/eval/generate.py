@@ -60,7 +60,7 @@ class GenerateSettings(JobSettings):
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to compute on")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype to compute in; auto is fp32 on CPUs")
-    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
+    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0, maximum=4096)
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "warning", "least severe level that is logged; info logs the seed and the speed"
     )

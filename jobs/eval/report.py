@@ -37,7 +37,7 @@ class ReportSettings(JobSettings):
     price_per_hour: float | None = setting(
         None, "price of an hour of the training machine; without it the report shows no cost", minimum=0.0
     )
-    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
+    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0, maximum=4096)
 
 
 def run(settings: ReportSettings) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from jobs.data.shards import TextDataset
 from jobs.markdown import table
 from nanochat_core.errors import UserError
 from nanochat_core.formats import with_format
+from nanochat_core.paths import user_path
 from nanochat_core.store import Store
 from nanochat_core.tokenizer import Tokenizer
 
@@ -89,7 +90,7 @@ def load_reference(encoding: Encoding, file: str = "") -> Reference:
         UserError: ``file`` does not exist or contains no tokens. A missing or damaged cache raises nothing.
     """
     if file:
-        return _read_reference(encoding, Path(file).expanduser())
+        return _read_reference(encoding, user_path(file))
     cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache"))
     for url in encoding.urls:
         cached = cache / hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest()

@@ -154,6 +154,10 @@ class FileConversations:
         messages = convert(rows, number, lambda row: parse_messages(self._dataset.messages(row)))
         if all(message.role != "assistant" for message in messages):
             raise UserError(f"{rows.where(number)} has no assistant message to learn from")
+        try:
+            "".join(part.text for message in messages for part in message.parts).encode()
+        except UnicodeEncodeError:  # JSON can encode one half of a surrogate pair
+            raise UserError(f"{rows.where(number)} has a text that is not valid Unicode or not UTF-8") from None
         return messages
 
     @property

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from jobs.data.dataset_files import DatasetSource
 from jobs.data.files import file_format, find_files
@@ -16,6 +15,7 @@ from jobs.tasks.letters import COUNTING, SPELLING
 from jobs.tasks.own_questions import own_task
 from jobs.tasks.task import ChoiceTask, GenerativeTask, Problems
 from nanochat_core.errors import UserError
+from nanochat_core.paths import user_path
 from nanochat_core.store import Store
 
 log = logging.getLogger("jobs.tasks.registry")
@@ -87,7 +87,7 @@ def _open(name: str, source: DatasetSource, selection: Selection) -> AnyTask:
     if name in _GENERATED:
         return _GENERATED[name].task(generated, selection.seed)
     if name.endswith(".jsonl"):
-        task = own_task(Path(name).expanduser())
+        task = own_task(user_path(name))
         if task.name in TASKS:
             raise UserError(f"the file {name} has the name of a task; call it something else")
     elif name in _FROM_FILES:
@@ -124,7 +124,7 @@ def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversa
 
 def _local_conversations(name: str) -> tuple[Conversations, Conversations | None]:
     """Conversations in a file of this machine, or in a folder such as a dataset of the Hugging Face hub."""
-    path, dataset = Path(name).expanduser(), own_conversations(name)
+    path, dataset = user_path(name), own_conversations(name)
     if not path.exists():
         raise UserError(f"the file {name} does not exist")
     found = {file: path for file, path in find_files(path).items() if file_format(file) != "text"}

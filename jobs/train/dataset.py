@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from jobs.data.download import download, open_source
+from jobs.data.download import MOST_SHARDS, download, open_source
 from jobs.data.local_text import DATA_HELP, TEXT_COLUMN_HELP, VAL_DATA_HELP, local_text
 from jobs.data.shards import (
     MANIFEST,
@@ -24,6 +24,7 @@ from jobs.data.shards import (
 )
 from jobs.program import JobSettings, print_subcommands, run_command
 from nanochat_core.errors import UserError, run_main
+from nanochat_core.paths import check_name
 from nanochat_core.settings import setting
 from nanochat_core.store import Lease, Store, open_store
 
@@ -40,7 +41,9 @@ class DownloadSettings(JobSettings):
 
     dataset: str = setting(help="name for the dataset in the store")
     source: str = setting(CLIMBMIX, "URL with {shard} in the place of the number, s3://bucket/prefix, or a folder")
-    source_shards: int = setting(CLIMBMIX_SHARDS, "shards at the URL; the last one is the validation split", minimum=2)
+    source_shards: int = setting(
+        CLIMBMIX_SHARDS, "shards at the URL; the last one is the validation split", minimum=2, maximum=MOST_SHARDS
+    )
     shards: str = setting("0-169", "training shards to download: numbers and ranges, comma separated")
     parallel: int = setting(8, "number of shards that are downloaded at the same time", minimum=1, maximum=64)
 
@@ -116,11 +119,14 @@ def shard_numbers(text: str) -> list[int]:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", piece)
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise UserError(f"--shards is {text!r}; give numbers and ranges such as 0-169 or 0-3,7")
+        if len(match[2] or match[1]) > len(str(MOST_SHARDS)) or int(match[2] or match[1]) >= MOST_SHARDS:
+            raise UserError(f"--shards names shard {match[2] or match[1]}; the last possible one is {MOST_SHARDS - 1}")
         numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return sorted(numbers)
 
 
 def _download(settings: DownloadSettings) -> None:
+    check_name(settings.dataset, "a dataset")
     numbers = shard_numbers(settings.shards)
     source = open_source(settings.source, settings.source_shards)
     store = open_store(settings.home)
@@ -138,6 +144,7 @@ def _download(settings: DownloadSettings) -> None:
 
 
 def _convert(settings: ConvertSettings) -> None:
+    check_name(settings.dataset, "a dataset")
     store = open_store(settings.home)
     with Lease(store, f"data/{settings.dataset}", "jobs.train.dataset convert"):
         if store.keys(f"data/{settings.dataset}"):

@@ -22,6 +22,7 @@ from nanochat_core.checkpoint import (
     newest_checkpoint,
 )
 from nanochat_core.errors import UserError
+from nanochat_core.paths import user_path
 from nanochat_core.settings import setting
 from nanochat_core.store import Store, open_store
 from nanochat_core.store.base import hidden_path
@@ -46,7 +47,7 @@ class ExportSettings(JobSettings):
 def export_checkpoint(settings: ExportSettings) -> CheckpointRef:
     """Write a checkpoint in another format. The folder has all files or, after an error, none."""
     check_model_name(settings.model)
-    folder = Path(settings.folder).expanduser().absolute()
+    folder = user_path(settings.folder).absolute()
     _check_empty(folder)
     checkpoint = _checkpoint(open_store(settings.home), settings.model, settings.revision)
     with _new_folder(folder) as part:

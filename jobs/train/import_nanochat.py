@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from pathlib import Path
 from typing import Literal
 
 from jobs.program import JobSettings, run_program
@@ -11,6 +10,7 @@ from jobs.train.upstream.checkpoint import convert, find_step, model_config, rea
 from jobs.train.upstream.tokenizer import read_upstream_tokenizer
 from nanochat_core.checkpoint import CheckpointRef, check_model_name, list_checkpoints
 from nanochat_core.errors import UserError
+from nanochat_core.paths import user_path
 from nanochat_core.settings import setting
 from nanochat_core.store import Lease, open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
@@ -32,11 +32,11 @@ class ImportSettings(JobSettings):
 def import_checkpoint(settings: ImportSettings) -> CheckpointRef:
     """Read, convert and save a checkpoint. Nothing is written to the store before everything has been verified."""
     check_model_name(settings.model)
-    folder = Path(settings.folder).expanduser()
+    folder = user_path(settings.folder)
     step = find_step(folder, settings.step)
     source = read_upstream(folder, step)
     config = model_config(source)
-    tokenizer = read_upstream_tokenizer(Path(settings.tokenizer_folder).expanduser() / "tokenizer.pkl")
+    tokenizer = read_upstream_tokenizer(user_path(settings.tokenizer_folder) / "tokenizer.pkl")
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"the tokenizer in {settings.tokenizer_folder} has {tokenizer.vocab_size} ids but the model in {folder} "

@@ -53,8 +53,12 @@ class PipelineSettings(JobSettings):
     start_over: bool = setting(
         False, "train stages again whose inputs have changed; this deletes their earlier checkpoints"
     )
-    ranks: int = setting(0, "processes that train together on this machine; 0 starts one for each GPU", minimum=0)
-    threads: int = setting(0, "CPU threads of the training stages; 0 leaves the choice to torch", minimum=0)
+    ranks: int = setting(
+        0, "processes that train together on this machine; 0 starts one for each GPU", minimum=0, maximum=1024
+    )
+    threads: int = setting(
+        0, "CPU threads of the training stages; 0 leaves the choice to torch", minimum=0, maximum=4096
+    )
 
 
 class Pipeline:
@@ -158,9 +162,9 @@ class Pipeline:
         if stored is not None and given != {name: stored.get(name) for name in given}:
             source = f" from {stored['source']}" if "source" in stored else ""
             raise UserError(
-                f"data/{self.model} in {self.store} was made with recipe {stored['recipe']}{source}, not with what was "
-                f"given now; use another --model name, or delete data/{self.model} and data/{self.model}-chat and give "
-                f"--start-over to train {self.model} anew"
+                f"data/{self.model} in {self.store} was made with recipe {stored.get('recipe')}{source}, not with what "
+                f"was given now; use another --model name, or delete data/{self.model} and data/{self.model}-chat and "
+                f"give --start-over to train {self.model} anew"
             )
         return stored is not None
 

@@ -58,9 +58,11 @@ class PretrainSettings(StageSettings):
         help="name of the text dataset in the store, or a mixture NAME[:WEIGHT],… by shares of the tokens"
     )
     tokenizer: str = setting(help="name of the tokenizer in the store")
-    depth: int = setting(12, "layers; sets width, heads, batch size, learning rates and number of steps", minimum=1)
-    head_dim: int = setting(128, "channels per attention head", minimum=2)
-    context_length: int = setting(2048, "tokens per row", minimum=16)
+    depth: int = setting(
+        12, "layers; sets width, heads, batch size, learning rates and number of steps", minimum=1, maximum=1000
+    )
+    head_dim: int = setting(128, "channels per attention head", minimum=2, maximum=65536)
+    context_length: int = setting(2048, "tokens per row", minimum=16, maximum=2**30)
     window_pattern: str = setting("SSSL", "attention windows of the layers, repeated: S short, L full context")
     ratio: float = setting(DEFAULT_RATIO, "training tokens per scaling parameter", minimum=1e-6, maximum=1e6)
     target_flops: float | None = setting(None, "training FLOPs; replaces --ratio", minimum=1.0, maximum=1e30)

@@ -34,7 +34,9 @@ class StudySettings(JobSettings):
     depths: tuple[str, ...] = setting(help="depths to train, comma separated")
     dataset: str = setting(help="name of the text dataset in the store")
     tokenizer: str = setting(help="name of the tokenizer in the store")
-    ranks: int = setting(1, "processes of this machine that train a run together, one for each GPU", minimum=1)
+    ranks: int = setting(
+        1, "processes of this machine that train a run together, one for each GPU", minimum=1, maximum=1024
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from jobs.data.shards import TextDataset
 from jobs.data.tokenizers import check_replaceable, save_tokenizer, tokenizer_key
 from jobs.measures.compression import TEXT_BYTES, bytes_per_token, evaluate
 from jobs.program import JobSettings, command_line, run_program
+from nanochat_core.paths import check_name
 from nanochat_core.settings import setting
 from nanochat_core.store import Lease, open_store
 from nanochat_core.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
@@ -75,6 +76,7 @@ def limited(texts: Iterable[str], document_characters: int, total_characters: in
 def train_and_save(settings: TokenizerSettings) -> Tokenizer:
     """Train a tokenizer, measure its compression of each domain of text, and save both."""
     logging.getLogger("rustbpe").setLevel(logging.WARNING)  # rustbpe logs every percent of its merges.
+    check_name(settings.name, "a tokenizer")
     store = open_store(settings.home)
     started = time.monotonic()
     with Lease(store, f"tokenizers/{settings.name}", "jobs.train.tokenizer"):

@@ -106,7 +106,10 @@ def load_manifest(store: Store, ref: CheckpointRef) -> Manifest:
     try:
         stored = without_format(json.loads(store.read(key)), FORMAT, key, known=("files", "folder"))
         files = {name: FileEntry(entry["size"], entry["sha256"]) for name, entry in stored["files"].items()}
-        return Manifest(ref, files, stored.get("folder", ""))
+        folder = stored.get("folder", "")
+        if not isinstance(folder, str):
+            raise TypeError(f"its folder is {folder!r}")
+        return Manifest(ref, files, folder)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"there is no checkpoint {ref.prefix} in {store}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

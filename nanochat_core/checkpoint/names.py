@@ -6,12 +6,12 @@ import dataclasses
 import re
 
 from nanochat_core.errors import UserError
+from nanochat_core.paths import check_name
 from nanochat_core.store import Store
 
 # A checkpoint is complete once this file exists; it is written last.
 MANIFEST = "MANIFEST.json"
 STAGES = ("base", "sft", "rl")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -49,9 +49,7 @@ def check_model_name(name: str) -> str:
 
     Raises UserError for any other name.
     """
-    if not _NAME.fullmatch(name):
-        raise UserError(f"{name!r} cannot name a model; use letters, digits, '.', '_' and '-'")
-    return name
+    return check_name(name, "a model")
 
 
 def list_checkpoints(store: Store, model: str, stage: str) -> list[CheckpointRef]:

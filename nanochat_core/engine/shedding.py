@@ -5,9 +5,10 @@ from collections.abc import Sequence as Items
 
 import torch
 
-from nanochat_core.device import free_memory, is_out_of_memory
+from nanochat_core.device import free_memory
 from nanochat_core.engine.scheduler import Chunk, Scheduler
 from nanochat_core.engine.sequence import Sequence
+from nanochat_core.errors import is_out_of_memory
 
 log = logging.getLogger(__name__)
 

@@ -4,11 +4,12 @@
 ``lease`` reserves a name in the store for one writer.
 """
 
+import re
 import tempfile
 from pathlib import Path
-from urllib.parse import urlparse
 
 from nanochat_core.errors import UserError
+from nanochat_core.paths import user_path
 from nanochat_core.store.base import Store, StoreError
 from nanochat_core.store.cache import DownloadCache
 from nanochat_core.store.folder import FolderStore
@@ -27,12 +28,14 @@ def open_store(url: str, *, cache_dir: str | Path | None = None, cache_bytes: in
         cache_dir: folder that keeps files downloaded from S3; by default a folder for temporary files.
         cache_bytes: size above which the least recently used downloads are deleted; None means no limit.
     """
-    parsed = urlparse(url)
-    if parsed.scheme == "s3":
-        if not parsed.netloc:
+    # The prefix may have any character, so this is no URL whose query and fragment are cut off.
+    scheme, colon, rest = url.partition("://")
+    if colon and scheme.lower() == "s3":
+        bucket, _, prefix = rest.partition("/")
+        if not bucket:
             raise UserError(f"the store URL {url!r} names no bucket; use s3://bucket/prefix")
         folder = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir(), "nanochat-store-cache")
-        return S3Store(parsed.netloc, parsed.path.strip("/"), DownloadCache(folder / parsed.netloc, cache_bytes))
-    if parsed.scheme and len(parsed.scheme) > 1:
+        return S3Store(bucket, prefix.strip("/"), DownloadCache(folder / bucket, cache_bytes))
+    if not url or re.match("[A-Za-z][A-Za-z0-9+.-]+:", url):
         raise UserError(f"the store URL {url!r} is neither a folder nor s3://bucket/prefix")
-    return FolderStore(Path(url).expanduser())
+    return FolderStore(user_path(url))

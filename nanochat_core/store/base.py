@@ -106,12 +106,17 @@ class Store(ABC):
 
 
 def checked(key: str) -> PurePosixPath:
-    """Returns the key as a path. Raises UserError if the key leaves the store's root or has a hidden part."""
-    path = PurePosixPath(key)
-    hidden = any(part.startswith(".") for part in path.parts)
-    if not path.parts or path.is_absolute() or hidden or "\0" in key:
-        raise UserError(f"{key!r} is no key of the store: use names below the store's root that do not start with '.'")
-    return path
+    """Returns the key as a path.
+
+    Raises UserError if the key leaves the store's root or has a hidden or empty part. An empty name in ``data/<name>``
+    would otherwise stand for the folder ``data`` with all datasets.
+    """
+    if "\0" in key or any(not part or part.startswith(".") for part in key.split("/")):
+        raise UserError(
+            f"{key!r} is no key of the store: use names below the store's root that are not empty and do not start "
+            "with '.'"
+        )
+    return PurePosixPath(key)
 
 
 def hidden_path(path: Path) -> Path:

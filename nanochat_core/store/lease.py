@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 # A lease lasts as long as a store may fail to answer before the holder counts as dead.
 LEASE_SECONDS = 60.0
+_LONGEST_SECONDS = 3600.0
 _RENEWALS_PER_LEASE = 6
 _LOOKS_PER_LEASE = 30
 
@@ -208,8 +209,9 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def _seconds(holder: dict[str, Any], default: float) -> float:
+    """How long a lease lasts, as it says itself, unless this is no time that a program sets."""
     seconds = holder.get("seconds")
-    return float(seconds) if isinstance(seconds, int | float) and seconds > 0 else default
+    return float(seconds) if isinstance(seconds, int | float) and 0 < seconds <= _LONGEST_SECONDS else default
 
 
 def _is_alive(holder: dict[str, Any]) -> bool | None:

@@ -3,9 +3,9 @@
 import asyncio
 
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, promoted
-from nanochat_core.device import choose_device, choose_dtype, free_memory, is_out_of_memory
+from nanochat_core.device import choose_device, choose_dtype, free_memory
 from nanochat_core.engine import Engine, Observer, ToolRunner
-from nanochat_core.errors import UserError
+from nanochat_core.errors import UserError, is_out_of_memory
 from nanochat_core.protos import engine_pb2
 from nanochat_core.store import open_store
 from services.engine.settings import EngineSettings

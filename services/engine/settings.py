@@ -31,7 +31,7 @@ class EngineSettings(EngineOptions, ListenSettings):
     dtype: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "dtype of weights and KV cache; auto is bf16 on GPUs that support it and otherwise fp32"
     )
-    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
+    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0, maximum=4096)
     sandbox_address: tuple[str, ...] = setting(
         (),
         "host:port of the sandboxes, comma separated; each address of a name is one sandbox; if empty, the model's "

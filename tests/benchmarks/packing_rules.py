@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.data.local_text import read_local_text
+from jobs.data.local_text import LocalText
 from jobs.train.batches.loader import PackedLoader
 from jobs.train.batches.sources import Source, TextSource, WindowSource
 from nanochat_core.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ def texts_of(kind: str, prose: Path, characters: int) -> list[str]:
         files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
         found = (path.read_text(errors="replace") for path in files if "site-packages" not in path.parts)
         return list(_limited(found, characters))
-    training, validation = read_local_text(prose)
+    training, validation = LocalText(prose).documents()
     texts = itertools.chain(training, validation)
     if kind == "books":
         return list(_limited(texts, characters))

@@ -112,7 +112,7 @@ class Instance:
         return self.ready_since is not None and time.monotonic() - self.ready_since >= seconds
 
     async def _answers(self) -> bool:
-        return await (_answers_http(self.port) if self.kind == "gateway" else _is_serving(self.address))
+        return await (_serves_models(self.port) if self.kind == "gateway" else _is_serving(self.address))
 
     def _signal(self, number: int, state: State, action: str) -> None:
         assert self._process is not None
@@ -202,11 +202,11 @@ async def _is_serving(address: str) -> bool:
     return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-async def _answers_http(port: int) -> bool:
+async def _serves_models(port: int) -> bool:
     async with httpx.AsyncClient(verify=False) as client:  # setting TLS up takes longer than the request
         try:
-            return (await client.get(f"http://127.0.0.1:{port}/readyz", timeout=1.0)).status_code == 200
-        except httpx.HTTPError:
+            return bool((await client.get(f"http://127.0.0.1:{port}/readyz", timeout=1.0)).json()["models"])
+        except (httpx.HTTPError, ValueError, KeyError):
             return False
 
 

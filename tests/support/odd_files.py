@@ -1,7 +1,9 @@
 """Files as people have them: every kind of ending, compression, encoding and schema, good and bad."""
 
+import bz2
 import gzip
 import json
+import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,29 @@ def gzipped(content: bytes) -> bytes:
     return gzip.compress(content)
 
 
+def encrypted_footer(path: Path) -> None:
+    """A parquet file whose first and last bytes say that its footer is encrypted."""
+    parquet(pa.array(TEXTS))(path)
+    path.write_bytes(b"PARE" + path.read_bytes()[4:-4] + b"PARE")
+
+
+def footer_longer_than_the_file(path: Path) -> None:
+    parquet(pa.array(TEXTS))(path)
+    path.write_bytes(path.read_bytes()[:-8] + struct.pack("<I", 2**31 - 1) + b"PAR1")
+
+
+def column_name_in_latin_1(path: Path) -> None:
+    pq.write_table(pa.table({"text": TEXTS, "nXme": TEXTS}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"nXme", b"n\xe9me"))
+
+
+def without_row_groups(path: Path) -> None:
+    pq.ParquetWriter(path, pa.schema({"text": pa.string()})).close()
+
+
+# Readers of zstd skip this frame. Parallel compressors begin a file with one.
+SKIPPED_FRAME = struct.pack("<II", 0x184D2A50, 4) + b"skip"
+
 # Name and content of files without readable text, and the error, which begins with the path of the file.
 BAD: list[tuple[str, Any, str]] = [
     ("a.parquet", not_parquet, "is not a parquet file"),
@@ -75,6 +100,15 @@ BAD: list[tuple[str, Any, str]] = [
     ("a.parquet", parquet(pa.array([], pa.string())), "holds no text"),
     ("a.parquet", invalid_utf8_column, "is damaged in row group 0"),
     ("a.parquet", b"", "is not a parquet file"),
+    ("a.parquet", json_lines(TEXTS), "is not a parquet file"),
+    ("a.parquet", encrypted_footer, "is not a parquet file"),
+    ("a.parquet", footer_longer_than_the_file, "is not a parquet file"),
+    ("a.parquet", column_name_in_latin_1, "is not a parquet file: 'utf-8' codec can't decode"),
+    ("a.parquet", parquet(pa.array([1, 2], pa.decimal128(5, 2))), "has a 'text' column of type decimal128(5, 2); it"),
+    ("a.parquet", parquet(pa.array([{"a": "b"}])), "has a 'text' column of type struct<"),
+    ("a.parquet", parquet(pa.nulls(3)), "has a 'text' column of type null; it must hold strings"),
+    ("a.parquet", without_row_groups, "holds no text"),
+    ("a.parquet", lambda path: pq.write_table(pa.table({}), path), "has no 'text' column; it has none"),
     ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "is a pointer of Git LFS"),
     ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "is a pointer of Git LFS"),
     ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "is a pointer of Git LFS"),
@@ -87,9 +121,23 @@ BAD: list[tuple[str, Any, str]] = [
     ("a.jsonl", b'{"text": "fine"}\n{"text": "\\ud800"}\n', ":2 has a 'text' that is not valid Unicode"),
     ("a.jsonl", b'{"text": "fine"}\n{"text": "\xff"}\n', ":2 has a 'text' that is not valid Unicode or not UTF-8"),
     ("a.jsonl", b"[" * 100_000, ":1 is not JSON: maximum recursion depth"),
+    ("a.jsonl", b'{"text": NaN}\n', ":1 has a 'text' that is not a string"),
+    ("a.jsonl", json_lines(TEXTS) + bytes(4096), ":41 is not JSON"),
+    ("a.jsonl", b'{"text": "a\x01b"}\n', ":1 is not JSON: Invalid control character"),
+    ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", ":1 is not JSON: Exceeds the limit"),
+    ("a.jsonl", json_array(TEXTS, indent=1), ":1 is not JSON"),
+    ("a.jsonl", b"// rows\n" + json_lines(TEXTS), ":1 is not JSON"),
+    ("a.jsonl", json_lines(TEXTS).decode().encode("utf-16-le"), ":1 is not JSON"),
+    ("a.jsonl", parquet(pa.array(TEXTS)), ":1 is not JSON"),
+    ("a.jsonl", json.dumps({"a\nb": 1}).encode(), ":1 has no 'text' field; it has a b; name the one"),
     ("a.jsonl.gz", gzipped(json_lines(TEXTS * 99))[:-20], "is damaged or cut off: Truncated"),
     ("a.jsonl.gz", gzipped(b"")[:5], "is damaged or cut off"),
     ("a.jsonl.zst", zstd(json_lines(TEXTS * 99))[:-20], "is damaged or cut off: Truncated"),
+    ("a.jsonl.gz", gzipped(json_lines(TEXTS))[:-8] + bytes(8), "is damaged or cut off"),
+    ("a.jsonl.gz", gzipped(json_lines(TEXTS)) + b"garbage!", "is damaged or cut off"),
+    ("a.jsonl.zst", zstd(json_lines(TEXTS)) + b"garbage!", "is damaged or cut off"),
+    ("a.jsonl.gz", gzipped(gzipped(json_lines(TEXTS))), ":1 is not JSON"),
+    ("a.txt", bz2.compress(b"text " * 99), "is not UTF-8 text"),
     ("a.txt.zst", zstd(b"text " * 99)[:8] + b"\xff" * 30, "is damaged or cut off: ZSTD"),
     ("a.json", b"[]", "holds no text"),
     ("a.json", b"", "holds no text"),
@@ -105,6 +153,11 @@ BAD: list[tuple[str, Any, str]] = [
     ("a.csv", b"id,body\n1,x\n", ":2 has no 'text' field; it has id, body; name the one"),
     ("a.csv", b"id,text\n1,one\n2,two,three\n", ":3 has 3 fields, but the first line names 2"),
     ("a.csv", b'id,text\n1,"one\n', ":2 is not CSV: unexpected end of data"),
+    ("a.csv", b"1,One text\n2,Another\n", ":2 has no 'text' field; it has 1, One text; name the one"),
+    ("a.csv", b"id|text\n1|a\n", ":2 has no 'text' field; it has id|text; name the one"),
+    ("a.csv", b"id,text\n", "holds no text"),
+    ("a.csv", b'id,text\n1,"say \\"hi\\" now"\n', ":2 is not CSV: ',' expected after"),
+    ("a.csv", b'id,text\n1,"' + b"one\ntwo\n" * 999, ":1999 is not CSV: unexpected end of data"),
     ("a.csv", b"text,text\na,b\n", "names two columns alike in its first line"),
     ("a.csv", b"id,text\n1,\xff\n", ":2 has a 'text' that is not valid Unicode or not UTF-8"),
     ("a.csv", b"A very long line of prose without any comma " * 9, "holds no text"),
@@ -113,6 +166,9 @@ BAD: list[tuple[str, Any, str]] = [
     ("a.txt", "Text".encode("utf-16-le"), "holds a zero byte: it is not UTF-8 text"),
     ("a.txt", b"\xff\xfeT\0x", "is not UTF-8 text"),
     ("a.txt", b" \n\n \n", "holds no text"),
+    ("a.txt", b"word " * 300_000 + b"caf\xe9", "is not UTF-8 text (byte 0xe9)"),
+    ("a.txt", "\u4e2d\u6587".encode("utf-16-be"), "is not UTF-8 text"),
+    ("a.txt", b"\xff\xfea\0=\xd8", "is not UTF-8 text"),
     ("a.txt", b"\xef\xbb\xbf", "holds no text"),
     ("a.txt", b"", "holds no text"),
     ("a.jsonl", b"\n", "holds no text"),

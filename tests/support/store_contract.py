@@ -115,7 +115,8 @@ class StoreContract:
             store.fetch(key)
 
     @pytest.mark.parametrize(
-        "key", ["../up", "a/../../up", "a/..", "/absolute", "", ".", "/", ".hidden", "a/.hidden/b", "nul\0byte"]
+        "key",
+        ["../up", "a/../../up", "a/..", "/absolute", "", ".", "/", ".hidden", "a/.hidden/b", "a//b", "a/", "a/.", "\0"],
     )
     def test_keys_that_leave_the_root_or_are_hidden_are_refused(self, store: Store, key: str) -> None:
         def published() -> None:
@@ -145,7 +146,7 @@ class StoreContract:
         for key in ["m/b/2", "m/a", "m/b/10", "m/b/c/d", "m2/x", "n/m/x"]:
             store.write(key, b"")
         assert store.keys("m") == ["m/a", "m/b/10", "m/b/2", "m/b/c/d"]
-        assert store.keys("m/b") == store.keys("m/b/") == ["m/b/10", "m/b/2", "m/b/c/d"]
+        assert store.keys("m/b") == ["m/b/10", "m/b/2", "m/b/c/d"]
 
     def test_keys_of_a_file_or_of_nothing_are_none(self, store: Store) -> None:
         store.write("m/a", b"")

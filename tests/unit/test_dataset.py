@@ -171,6 +171,13 @@ def test_the_shards_asked_for_and_the_last_one_come_with_a_manifest(store: Folde
     assert not (store.root / "data" / "web" / ".incoming").exists()
 
 
+@pytest.mark.parametrize("url", ["http://[::1/{shard}", "http:///{shard}"])
+def test_a_source_that_is_no_address_leaves_nothing(store: FolderStore, url: str) -> None:
+    with pytest.raises(UserError, match=r"cannot be downloaded: .*; check --source and --shards"):
+        download.download(store, "web", open_source(url, SHARDS), url, (0,), parallel=1)
+    assert list(store.root.glob("data/*")) == []
+
+
 def test_what_is_there_is_not_fetched_again_and_more_can_be_added(store: FolderStore, server: Server) -> None:
     get(store, server, (0, 1))
     get(store, server, (0, 1))

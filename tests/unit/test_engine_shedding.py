@@ -10,7 +10,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanochat_core.device import is_out_of_memory
 from nanochat_core.engine import (
     AsyncEngine,
     Completion,
@@ -28,6 +27,7 @@ from nanochat_core.engine import (
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.shedding import MOST_FAILURES, STEPS_UNTIL_MORE
 from nanochat_core.engine.step import LaunchedStep
+from nanochat_core.errors import is_out_of_memory
 from tests.support.engine_models import BYTES, CALLING, config_with_blocks, tiny_model
 
 PROMPTS = [tuple(range(i, i + 7 * i + 1)) for i in range(12)]

@@ -27,6 +27,19 @@ def test_a_user_error_is_one_line_and_exit_code_2() -> None:
     assert done.stdout == ""
 
 
+def test_names_with_line_breaks_and_escapes_stay_in_one_line() -> None:
+    done = ended(r"raise UserError('a\nb\x1b[31m\udcff\u2028\xe9.txt is damaged')")
+    assert done.stderr == "python -m example: error: a\\nb\\x1b[31m\\udcff\\u2028\xe9.txt is damaged\n"
+
+
+@pytest.mark.parametrize("body", ["bytearray(1 << 60)", 'raise RuntimeError("can\'t allocate memory: you tried 9")'])
+def test_a_lack_of_memory_is_one_line(body: str) -> None:
+    done = ended(body)
+    assert done.returncode == 2
+    assert done.stderr.startswith("python -m example: error: there is not enough memory: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_what_may_go_better_next_time_has_a_code_that_job_controllers_restart_on() -> None:
     done = ended("raise RetryableError('the store was gone for too long')")
     assert done.returncode == 138

@@ -114,6 +114,25 @@ def test_after_kill_9_on_this_machine_nobody_waits(store: FolderStore) -> None:
     assert clock.now == 0
 
 
+@pytest.mark.parametrize(
+    ("content", "seconds"),
+    [
+        (b'{"token": "x", "seconds": 1e308}', 60),
+        (b'{"token": "x", "seconds": Infinity}', 60),
+        (b'{"token": "x", "seconds": NaN}', 60),
+        (b'{"token": "x", "seconds": "5"}', 60),
+        (b'{"pid": "x", "seconds": -5, "machine": [1]}', 60),
+        (b"[1]", 60),
+        (b"\xff\xfe", 60),
+    ],
+)
+def test_a_damaged_lease_is_watched_for_a_bounded_time(store: FolderStore, content: bytes, seconds: float) -> None:
+    store.write(KEY, content)
+    clock = Clock()
+    with wanted(store, clock):
+        assert seconds <= clock.now < 1.05 * seconds
+
+
 def test_a_dead_holder_of_another_machine_is_followed_when_its_lease_ends(
     store: FolderStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Text files of every supported kind are read as documents, and an error names what is wrong with a file."""
 
+import errno
 import json
 import logging
 import os
@@ -7,15 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.data import local_text
+from jobs.data.files import find_files
 from jobs.data.local_text import DOCUMENT_CHARACTERS, LocalText
 from jobs.data.rows import stream_rows
 from nanochat_core.errors import UserError
-from tests.support.odd_files import BAD, TEXTS, csv_lines, gzipped, json_array, json_lines, parquet, write, zstd
+from tests.support.odd_files import (
+    BAD,
+    SKIPPED_FRAME,
+    TEXTS,
+    csv_lines,
+    gzipped,
+    json_array,
+    json_lines,
+    parquet,
+    write,
+    zstd,
+)
 from tests.support.text_files import write_parquet
 
 
@@ -132,6 +146,9 @@ def test_val_data_is_the_validation_split(tmp_path: Path) -> None:
     assert read("", "held/../b.txt") == read("", "b.txt")
     with pytest.raises(UserError, match=r"--val-data .*a\.txt names all files of --data"):
         read("a.txt", "a.txt")
+    os.link(tmp_path / "a.txt", tmp_path / "also a.txt")
+    with pytest.raises(UserError, match=r"--val-data .*also a\.txt names all files of --data"):
+        read("a.txt", "also a.txt")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +191,16 @@ def test_documents_without_text_are_left_out(tmp_path: Path) -> None:
     assert documents_of(tmp_path) == (["one", "two"], ["three"])
 
 
+def write_parquet_beside_other_columns(path: Path) -> None:
+    others = {"list": [[[1, 2], []]] * 40, "struct": [{"a": {"b": None}}] * 40}
+    pq.write_table(pa.table({"decimal": pa.array([1] * 40, pa.decimal128(9, 2)), **others, "text": TEXTS}), path)
+
+
+def write_parquet_in_small_pages(path: Path) -> None:
+    settings: dict[str, Any] = {"data_page_size": 64, "data_page_version": "2.0", "compression": "brotli"}
+    pq.write_table(pa.table({"text": TEXTS}), path, row_group_size=7, write_page_index=True, **settings)
+
+
 def write_parquet_views(path: Path) -> None:
     parquet(pa.array(TEXTS, pa.string_view()))(path)
 
@@ -211,6 +238,19 @@ GOOD: list[tuple[str, Any]] = [
     ("a.parquet", parquet(pa.array(TEXTS).dictionary_encode())),
     ("a.parquet", parquet(pa.array(TEXTS, pa.large_string()).dictionary_encode())),
     ("a.parquet", write_parquet_views),
+    ("a.parquet", write_parquet_beside_other_columns),
+    ("a.parquet", write_parquet_in_small_pages),
+    ("a[1]*?.parquet", parquet(pa.array(TEXTS))),
+    ("a\nb.jsonl", json_lines(TEXTS)),
+    ("a.jsonl", json_lines(TEXTS).replace(b'{"text"', b'{"text": "the first of two", "n": NaN, "text"')),
+    ("a.jsonl", json_lines(TEXTS).replace(b"\n", b"\r\n", 10).replace(b"\n", b"\r", 5)),
+    ("a.jsonl", b"\n".join(json.dumps({**dict.fromkeys(map(str, range(999))), "text": t}).encode() for t in TEXTS)),
+    ("a.jsonl.zst", SKIPPED_FRAME + zstd(json_lines(TEXTS[:9])) + SKIPPED_FRAME + zstd(json_lines(TEXTS[9:]))),
+    (
+        "a.csv",
+        ("text" + "".join(f",c{i}" for i in range(9999)) + "".join(f'\n"{t}"' + "," * 9999 for t in TEXTS)).encode(),
+    ),
+    ("a.tsv", csv_lines(TEXTS, "\t").decode().encode("utf-16")),
 ]
 
 
@@ -281,6 +321,68 @@ def test_nothing_there_is_an_error(tmp_path: Path, read: Any) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(UserError, match="is neither a file nor a folder"):
         read(LocalText(tmp_path / "pipe.txt"))
+
+
+def test_links_to_files_and_folders_are_followed_once(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "text", tmp_path / "elsewhere"
+    for path in (folder / "a.txt", folder / "sub" / "b.txt", folder / ".hidden" / "c.txt", elsewhere / "d.txt"):
+        write(path, path.name.encode())
+    (folder / "e.txt").symlink_to(elsewhere / "d.txt")
+    for name, target in {
+        "loop": folder,
+        "above": tmp_path,
+        "sub again": folder / "sub",
+        "shown": folder / ".hidden",
+        "x": elsewhere,
+        "y": elsewhere,
+    }.items():
+        (folder / name).symlink_to(target)
+    (elsewhere / "back").symlink_to(folder)
+    assert list(find_files(folder)) == ["a.txt", "e.txt", "shown/c.txt", "sub/b.txt", "x/d.txt"]
+
+
+def test_a_link_to_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    """As in a cache of the Hugging Face hub whose blobs were deleted."""
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "notes").symlink_to(tmp_path / "nowhere")
+    assert list(find_files(tmp_path)) == ["a.txt"]
+    (tmp_path / "b.txt").symlink_to(tmp_path / "blobs" / "0")
+    with pytest.raises(UserError, match=r"b\.txt is a link to a file that does not exist"):
+        find_files(tmp_path)
+
+
+def test_what_cannot_be_read_is_an_error_and_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "secret").mkdir()
+    scandir = os.scandir
+
+    def guarded(path: Any) -> Any:
+        if str(path).endswith("secret"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    def closed(path: Path, *arguments: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", guarded)
+        with pytest.raises(UserError, match="secret cannot be read: Permission denied"):
+            find_files(tmp_path)
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(UserError, match=r"a\.txt cannot be read: Permission denied"):
+        _ = LocalText(tmp_path / "a.txt").digest
+
+
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [
+        ("x" * 300, f"^{'x' * 200}… cannot be read: File name too long"),
+        ("~nobody-of-this-name/x.txt", "there is no such user's home folder"),
+    ],
+)
+def test_a_path_that_the_system_refuses_is_an_error(path: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        local_text.local_text(path, "", "text")
 
 
 def test_an_empty_file_among_others_is_left_out_with_a_warning(

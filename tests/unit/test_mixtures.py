@@ -66,7 +66,8 @@ def test_names_and_weights_are_read() -> None:
         ("a:many", "gives a the weight 'many', which is not a number"),
         ("a:0", "gives a the weight 0; it must be above 0"),
         ("a:-1", "gives a the weight -1; it must be above 0"),
-        ("a:inf", "gives a the weight inf; it must be above 0"),
+        ("a:inf", "gives a the weight inf; it must be at most 1,000,000"),
+        ("a:1e15", "gives a the weight 1e15; it must be at most 1,000,000"),
         ("a:nan", "gives a the weight nan; it must be above 0"),
         ("a,b,a:2", "names a twice; give it a weight instead: a:2"),
     ],
@@ -280,6 +281,34 @@ def test_sharegpt_rows_without_an_answer_are_left_out_with_a_warning(
         ("a.json", json.dumps([{"dialog": ["a", "b"]}] * 2), " item 1 has no field 'messages'"),
         ("a.json", json.dumps([ALPACA])[:-1], " ends before its JSON array does"),
         ("a.csv", "instruction,output\na,b\nc\n", ":3 has 1 fields, but the first line names 2"),
+        (
+            "a.json",
+            json.dumps([ALPACA, {**ALPACA, "output": "\ud83d"}]),
+            " item 2 has a text that is not valid Unicode",
+        ),
+        (
+            "a.jsonl.gz",
+            gzipped(json.dumps(ALPACA).encode().replace(b"Add", b"caf\xe9") + b"\n") * 2,
+            ":1 has a text that is not valid Unicode or not UTF-8",
+        ),
+        ("a.json", json.dumps([ALPACA, {**ALPACA, "input": 5}]), " item 2: 'input' is not a text"),
+        ("a.json", json.dumps([ALPACA, {"conversations": None}]), " item 2 has no field 'messages'"),
+        ("a.json", json.dumps([ALPACA, {"question": "a", "answer": "b"}]), " item 2 has no field 'messages'"),
+        ("a.json", json.dumps([ALPACA, {"messages": [BOT, BOT]}]), " item 2: messages[0].role is 'assistant' where"),
+        (
+            "a.json",
+            json.dumps(
+                [ALPACA, {"messages": [{"role": "user", "content": "a"}, BOT, {"role": "tool", "content": "5"}]}]
+            ),
+            " item 2: messages[2].role is 'tool'; use system, user or assistant",
+        ),
+        (
+            "a.json",
+            json.dumps(
+                [ALPACA, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}]
+            ),
+            " item 2: messages[0].content has a part that is not text",
+        ),
         ("a.jsonl.gz", gzipped(b'{"messages": 1}\n' * 999)[:-9], " is damaged or cut off"),
         ("a.jsonl", "version https://git-lfs.github.com/spec/v1", " is a pointer of Git LFS"),
         ("a.parquet", "version https://git-lfs.github.com/spec/v1", " is a pointer of Git LFS"),
@@ -294,6 +323,29 @@ def test_a_file_that_holds_no_conversations_is_named(
     with pytest.raises(UserError) as raised:
         Mixture(store, f"{file}").fit(TOKENIZER, 100)
     assert str(raised.value).startswith(f"{file}{complaint}")
+
+
+def test_other_columns_of_a_parquet_file_do_not_matter(store: Store, tmp_path: Path) -> None:
+    """Columns without a value in Python, and folders whose names look like a column, as Hive and Spark write them."""
+    far = 2**60
+    columns = {
+        "messages": pa.array([row["messages"] for row in numbered(0, 3)]),
+        "nanoseconds": pa.array([2**62 + 1] * 3, pa.timestamp("ns")),
+        "duration": pa.array([1] * 3, pa.duration("ns")),
+        "beyond the year 9999": pa.array([far] * 3, pa.timestamp("us")),
+        "zone": pa.array([0] * 3, pa.timestamp("us", "Mars/Olympus")),
+        "twice": pa.array([1] * 3),
+    }
+    table = pa.Table.from_arrays([*columns.values(), pa.array([2] * 3)], [*columns, "twice"])
+    file = tmp_path / "messages=5" / "a.parquet"
+    file.parent.mkdir()
+    pq.write_table(table, file)
+    mixture = Mixture(store, str(file))
+    mixture.fit(TOKENIZER, 100)
+    assert questions(mixture.training) + questions(mixture.validation) == Counter(f"question {n}" for n in range(3))
+    pq.write_table(pa.Table.from_arrays([columns["messages"]] * 2, ["messages"] * 2), file)
+    with pytest.raises(UserError, match=r"a\.parquet row \d: two columns are called 'messages'"):
+        Mixture(store, str(file)).fit(TOKENIZER, 100)
 
 
 def test_half_of_arc_is_not_arc(store: Store) -> None:

@@ -182,6 +182,8 @@ def test_a_text_beside_its_own_flag_is_refused() -> None:
         ("rate", "fast", "is 'fast', which is not a number"),
         ("rate", "-0.1", "is -0.1; it must be at least 0"),
         ("rate", "nan", "is nan; it must be at least 0"),
+        ("rate", "inf", "is inf; it must be a finite number"),
+        ("rate", "1e999", "is inf; it must be a finite number"),
         ("colour", "blue", "is 'blue'; choose one of red, green"),
         ("limit", "none", "is 'none', which is not a whole number"),
         ("limit", "0", "is 0; it must be at least 1"),
@@ -208,6 +210,11 @@ def test_a_required_setting_says_how_to_give_it() -> None:
         loaded(cls=Strict)
     assert loaded(cls=Strict, NANOCHAT_EXAMPLE_TARGET="x").target == "x"
     assert loaded("--target", "y", cls=Strict).target == "y"
+
+
+def test_a_required_setting_is_not_empty() -> None:
+    with pytest.raises(UserError, match=r"^--target is empty; it is required: where to go$"):
+        loaded("--target=", cls=Strict)
 
 
 def test_a_combination_that_the_class_refuses_is_the_user_s_error() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import json
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -203,6 +204,12 @@ def test_a_split_without_documents_is_an_error(store: Store) -> None:
         TextDataset(store, "empty", "val")
 
 
+def entry(changes: dict[str, Any]) -> bytes:
+    """A manifest with one shard, whose entry has these changes."""
+    shard = {"bytes": 3, "sha256": "0" * 64, "row_groups": [1], **changes}
+    return json.dumps({"source": "x", "shards": {"shard_00000.parquet": shard}, "complete": True}).encode()
+
+
 def test_a_damaged_manifest_is_named(store: Store) -> None:
     write_dataset(store, "books", ["a"], ["b"], source="a test")
     for content in (
@@ -210,6 +217,14 @@ def test_a_damaged_manifest_is_named(store: Store) -> None:
         b"[]",
         b'{"source": "x", "complete": true}',
         b'{"source": "x", "shards": {"a": {"bytes": 3}}}',
+        b"null",
+        b"\0" * 99,
+        b'{"source": "caf\xe9", "shards": {}, "complete": true}',
+        b'{"source": [1], "shards": {}, "complete": true}',
+        b'{"source": "x", "shards": {}, "complete": "no"}',
+        b'{"source": "x", "shards": [], "complete": true}',
+        *map(entry, ({"row_groups": "abc"}, {"row_groups": ["a"]}, {"row_groups": [-5]}, {"row_groups": [1.5]})),
+        *map(entry, ({"bytes": "3"}, {"bytes": True}, {"sha256": 5}, {"sha256": "zz"}, {"sha256": "00"})),
     ):
         store.write("data/books/dataset.json", content)
         with pytest.raises(UserError, match=r"data/books/dataset\.json .* is damaged; delete it, or make"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import resource
 import shutil
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_core.errors import UserError
-from nanochat_core.store import FolderStore, Store, StoreError, open_store
+from nanochat_core.store import FolderStore, S3Store, Store, StoreError, open_store
 from tests.support.store_contract import LAST, StoreContract, contents, publish
 
 
@@ -38,10 +39,32 @@ class TestFolderStore(StoreContract):
     pass
 
 
-@pytest.mark.parametrize("url", ["http://host/path", "gs://bucket/prefix", "file:///tmp/x", "s3://", "s3:///prefix"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://host/path",
+        "gs://bucket/prefix",
+        "file:///tmp/x",
+        "s3://",
+        "s3:///prefix",
+        "s3:/bucket/x",
+        "http://[x",
+        "",
+    ],
+)
 def test_other_urls_are_refused_by_name(url: str) -> None:
-    with pytest.raises(UserError, match=url):
+    with pytest.raises(UserError, match=re.escape(repr(url))):
         open_store(url)
+
+
+@pytest.mark.parametrize("prefix", ["runs#1?v=1", "[a b/é"])
+def test_a_prefix_in_a_bucket_may_have_any_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    store = open_store(f"s3://bucket/{prefix}/", cache_dir=tmp_path)
+    assert isinstance(store, S3Store)
+    assert (store.bucket, store.prefix) == ("bucket", prefix)
 
 
 def test_the_home_folder_can_be_written_as_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

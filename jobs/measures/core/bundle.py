@@ -11,12 +11,12 @@ import json
 import random
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 
 from nanochat_core.errors import UserError
+from nanochat_core.paths import user_path
 from nanochat_core.store import Store, open_store
 
 TASKS_FILE = "core.yaml"
@@ -116,7 +116,7 @@ class Bundle:
 
 def open_bundle(where: str) -> Store:
     """Open the bundle in a folder or at ``s3://bucket/prefix``. Raises UserError if there is no such folder."""
-    if not where.startswith("s3://") and not Path(where).expanduser().is_dir():
+    if not where.startswith("s3://") and not user_path(where).is_dir():
         raise UserError(
             f"the evaluation bundle {where} is no folder; give a folder, s3://bucket/prefix or the URL of a zip"
         )

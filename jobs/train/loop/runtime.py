@@ -30,17 +30,22 @@ class RunSettings(JobSettings):
     device_batch_rows: int = setting(32, "rows per forward pass on one device", minimum=1)
     attention: Literal["auto", "sdpa", "flex", "flash"] = setting("auto", "attention kernels; auto takes the fastest")
     compile: bool = setting(True, "compile the model with torch.compile")
-    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0)
+    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0, maximum=4096)
     eval_every: int = setting(250, "steps between evaluations; 0 evaluates only at the end", minimum=0)
     save_every: int = setting(500, "steps between checkpoints; 0 saves only at the end", minimum=0)
     keep: int = setting(2, "number of newest checkpoints to keep", minimum=1)
     keep_every: int = setting(0, "also keep checkpoints of steps that are multiples of this; 0 keeps none", minimum=0)
     resume: bool = setting(True, "resume from the newest checkpoint of this stage and model")
-    loader_workers: int = setting(0, "threads that tokenize and pack; 0 chooses by the number of cores", minimum=0)
+    loader_workers: int = setting(
+        0, "threads that tokenize and pack; 0 chooses by the number of cores", minimum=0, maximum=1024
+    )
     track: tuple[str, ...] = setting((), "experiment trackers to report to, comma separated: tensorboard, wandb")
     track_dir: str = setting("runs", "local folder for the files of trackers")
     rank_timeout: float = setting(
-        DEFAULT_TIMEOUT_SECONDS, "seconds after which a rank that does not answer ends the job", minimum=1.0
+        DEFAULT_TIMEOUT_SECONDS,
+        "seconds after which a rank that does not answer ends the job",
+        minimum=1.0,
+        maximum=1e7,
     )
     metrics_port: int = setting(0, "port for Prometheus metrics; 0 serves none", minimum=0, maximum=65535)
 

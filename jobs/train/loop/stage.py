@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -107,6 +108,7 @@ class Stage:
         if base is not None:
             self.model = base.build_model(runtime.device, dtype)
         else:
+            _check_size(config)
             self.model = GPT(config, dtype)
             self.model.init_weights()
             self.model.to(runtime.device)
@@ -168,6 +170,17 @@ class Stage:
             open_batches=open_batches,
             evaluations=evaluations,
             objective=objective,
+        )
+
+
+def _check_size(config: ModelConfig) -> None:
+    """Raises UserError if the weights of a new model do not fit into this machine's memory, where they are made."""
+    parameters = config.block_matrix_parameters + 2 * config.dim * config.padded_vocab_size
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * parameters > memory:
+        raise UserError(
+            f"a model of depth {config.depth} and width {config.dim} has more than {parameters / 1e9:,.1f} billion "
+            f"parameters, which do not fit into this machine's {memory / 2**30:,.0f} GiB of memory; lower --depth"
         )
 
 
