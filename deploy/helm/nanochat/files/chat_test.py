@@ -6,6 +6,7 @@ Usage: ``chat_test.py HOST:PORT PROMPT EXPECTED_TEXT``.
 import http.client
 import json
 import sys
+import time
 from typing import Any
 
 TIMEOUT_SECONDS = 120
@@ -25,7 +26,12 @@ def call(address: str, method: str, path: str, body: dict[str, Any] | None = Non
 
 def main() -> None:
     address, prompt, expected = sys.argv[1:]
-    model = call(address, "GET", "/v1/models")["data"][0]["id"]
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not (models := call(address, "GET", "/v1/models")["data"]):
+        if time.monotonic() > deadline:
+            sys.exit(f"no engine served a model within {TIMEOUT_SECONDS} seconds")
+        time.sleep(1)
+    model = models[0]["id"]
     question = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 200}
     message = call(address, "POST", "/v1/chat/completions", question)["choices"][0]["message"]
     print(json.dumps({"model": model, "prompt": prompt, "message": message}))
