@@ -5,7 +5,7 @@ the hash of the block before it, so it identifies the whole prefix up to the end
 
 **Marks.** To store every prefix would cost 128 entries for a prompt of 2,048 tokens in blocks of 16. The index stores
 only some of them, called marks: the prefixes of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... blocks, and the longest one. A
-prompt of n blocks leaves about 2 log2(n) marks, 15 in the example. The next turn of a chat begins with the whole
+prompt of n blocks leaves about 2 log2(n) marks, 14 in the example. The next turn of a chat begins with the whole
 previous prompt, whose longest mark is therefore found. Of any other prefix that two prompts share, the index finds at
 least two thirds of the full blocks, because a number of the row is at most 3/2 of the one before it (or one more).
 

@@ -23,7 +23,7 @@ class RoutingSettings:
 
     block_tokens: int = 16
     uncached_weight: float = 2.0
-    sequence_tokens: float = 16.0
+    sequence_tokens: float = 32.0
     full_cache_tokens: float = 2048.0
     load_bound: float = 1.25
     free_sequences: int = 4
