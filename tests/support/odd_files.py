@@ -60,7 +60,8 @@ def write(path: Path, content: bytes | Callable[[Path], None]) -> Path:
 
 
 def gzipped(content: bytes) -> bytes:
-    return gzip.compress(content)
+    """The same bytes whenever the file is made: they are in the names of tests, which all test processes must share."""
+    return gzip.compress(content, mtime=0)
 
 
 def encrypted_footer(path: Path) -> None:
