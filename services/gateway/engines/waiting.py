@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import heapq
 import itertools
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
@@ -59,6 +60,8 @@ class FairQueue(Generic[T]):
         self._numbers = itertools.count()
         self._virtual = 0.0
         self._ends: dict[str, float] = {}  # for each caller, the virtual end of its last ticket
+        # Tickets that may come back, because an engine can still refuse them. A ticket that is given up disappears.
+        self._unserved: weakref.WeakSet[Ticket[T]] = weakref.WeakSet()
         self._bounded = 0
         self.length = 0
 
@@ -73,6 +76,7 @@ class FairQueue(Generic[T]):
         if ticket.start is None:
             ticket.start = max(self._virtual, self._ends.get(ticket.caller, 0.0))
             self._ends[ticket.caller] = ticket.start + ticket.cost
+            self._unserved.add(ticket)
         entry = (ticket.priority, ticket.start, next(self._numbers), ticket, future)
         heapq.heappush(self._heaps.setdefault(ticket.kind, []), entry)
         self.length += 1
@@ -94,11 +98,7 @@ class FairQueue(Generic[T]):
         finally:
             self.length -= 1
             self._bounded -= ticket.bounded
-            if not self.length:
-                self._heaps.clear()
-                self._ends.clear()
-            elif len(self._ends) > 2 * self.length + _KEPT_CALLERS:
-                self._ends = {caller: end for caller, end in self._ends.items() if end > self._virtual}
+            self._forget_callers()
 
     def serve(self) -> None:
         """Lets go every ticket that can go now, in order."""
@@ -118,6 +118,16 @@ class FairQueue(Generic[T]):
     def served(self, ticket: Ticket[T]) -> None:
         """Advances the virtual time to the ticket's. A ticket that an engine refuses comes back and is not served."""
         self._virtual = max(self._virtual, ticket.start or 0.0)
+        self._unserved.discard(ticket)
+        self._forget_callers()
+
+    def _forget_callers(self) -> None:
+        """Forgets the turns of callers that no longer matter: all of them if no ticket waits or may come back."""
+        if not self.length and not self._unserved:
+            self._heaps.clear()
+            self._ends.clear()
+        elif len(self._ends) > 2 * self.length + _KEPT_CALLERS:
+            self._ends = {caller: end for caller, end in self._ends.items() if end > self._virtual}
 
     def _live(self, kind: Hashable) -> list[tuple[int, float, int, Ticket[T], asyncio.Future[T]]]:
         """Returns the heap of a kind without the done tickets at its head. Removes the heap if it is empty."""
