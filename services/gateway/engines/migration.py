@@ -279,7 +279,7 @@ class Stream:
         self._search.add_done_callback(lambda _: self._wake.set())
 
     async def _find_place(self, stale: Replica | None) -> Place:
-        if stale is not None:
+        if stale is not None and not stale.leaving:  # the connection to an engine that leaves may be closed
             await stale.refresh_model()
         if self._fruitless > 1:
             await asyncio.sleep(_PAUSE_SECONDS * 2.0 ** (self._fruitless - 2) * random.uniform(0.5, 1))  # noqa: S311
