@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-_KEPT_CALLERS = 100  # callers without a ticket that the queue remembers before it looks for callers to forget
+_KEPT = 100  # tickets that left, and callers without a ticket, that the queue keeps before it looks for them to forget
 
 
 class QueueFull(Exception):
@@ -94,11 +94,7 @@ class FairQueue(Generic[T]):
         finally:
             self.length -= 1
             self._bounded -= ticket.bounded
-            if not self.length:
-                self._heaps.clear()
-                self._ends.clear()
-            elif len(self._ends) > 2 * self.length + _KEPT_CALLERS:
-                self._ends = {caller: end for caller, end in self._ends.items() if end > self._virtual}
+            self._forget()
 
     def serve(self) -> None:
         """Lets go every ticket that can go now, in order."""
@@ -118,6 +114,19 @@ class FairQueue(Generic[T]):
     def served(self, ticket: Ticket[T]) -> None:
         """Advances the virtual time to the ticket's. A ticket that an engine refuses comes back and is not served."""
         self._virtual = max(self._virtual, ticket.start or 0.0)
+
+    def _forget(self) -> None:
+        """Drops what no ticket in the queue needs, if it is much. A ticket that leaves stays in its heap at first."""
+        kept = 2 * self.length + _KEPT
+        if not self.length:
+            self._heaps.clear()
+            self._ends.clear()
+        if len(self._ends) > kept:
+            self._ends = {caller: end for caller, end in self._ends.items() if end > self._virtual}
+        if sum(map(len, self._heaps.values())) > kept:
+            for heap in self._heaps.values():
+                heap[:] = [entry for entry in heap if not entry[-1].done()]
+                heapq.heapify(heap)
 
     def _live(self, kind: Hashable) -> list[tuple[int, float, int, Ticket[T], asyncio.Future[T]]]:
         """Returns the heap of a kind without the done tickets at its head. Removes the heap if it is empty."""
