@@ -90,7 +90,8 @@ async def watch_endpoints(
             async with asyncio.timeout(_TIMEOUT_SECONDS):
                 known[name] = list(await run_in_daemon_thread(lookup, name))
             failing.discard(name)
-        except (OSError, UnicodeError) as error:  # TimeoutError is an OSError; UnicodeError is an impossible name
+        # TimeoutError is an OSError, UnicodeError an impossible name, and RuntimeError a thread that cannot start.
+        except (OSError, UnicodeError, RuntimeError) as error:
             if name not in failing:
                 reason = str(error) or "the name server does not answer"
                 log.warning("lookup failed", extra={"host": name, "reason": reason, "kept": known[name]})

@@ -5,8 +5,10 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import pytest
 
+from nanochat_core.protos import engine_pb2 as pb
 from tests.support.scripted_engine import (
     ScriptedEngine,
     hanging,
@@ -142,6 +144,25 @@ async def test_a_gateway_whose_name_has_no_address_yet_says_so_and_serves_when_i
         names.addresses["engines"] = ["127.0.0.1"]
         assert await asking == "127.0.0.1"
         assert (await http.get("/readyz")).json()["waits_for"] is None
+
+
+async def test_a_request_goes_on_if_its_engine_leaves_while_its_model_is_read_again() -> None:
+    names = Names(engines=["127.0.0.1"])
+    async with (
+        engines_at_one_port("127.0.0.1", "127.0.0.2") as (port, (leaving, _)),
+        running_gateway(f"engines:{port}", lookup=names, discovery_seconds=0.05, queue_seconds=10) as url,
+    ):
+        await until_known(url, f"127.0.0.1:{port}")
+
+        async def refuse(_request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
+            leaving.awake.clear()  # so that GetModel waits
+            names.addresses["engines"] = ["127.0.0.2"]
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "other weights")
+            yield pb.GenerateChunk()
+
+        leaving.script = refuse
+        assert await ask(url) == "127.0.0.2"
+        leaving.awake.set()
 
 
 async def test_the_calls_of_an_engine_that_left_end_with_their_clients() -> None:

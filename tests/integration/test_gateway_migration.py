@@ -307,6 +307,15 @@ async def test_a_request_that_every_engine_fails_on_is_given_up() -> None:
         assert len(one.requests) == len(two.requests) == 1
 
 
+async def test_a_request_that_every_engine_drops_after_some_tokens_is_given_up() -> None:
+    async with two_engines() as (url, one, two):
+        out_of_memory = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "out of memory", after=saying("hello"))
+        one.script = two.script = out_of_memory
+        with pytest.raises(openai.APIError, match="as many requests as it can hold"):
+            await (await ask(url)).read()
+        assert len(one.requests) + len(two.requests) == 16
+
+
 async def test_a_request_that_ends_every_engine_after_some_tokens_is_given_up() -> None:
     async with two_engines() as (url, one, two):
         one.script = two.script = failing(grpc.StatusCode.INTERNAL, "a bug", after=saying("hello"))

@@ -69,6 +69,19 @@ async def test_a_failing_lookup_keeps_what_is_known_and_warns_once(caplog: pytes
     assert [record.getMessage() for record in caplog.records] == ["lookup failed"]
 
 
+async def test_a_thread_that_cannot_start_does_not_end_the_lookups(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = NameServer(engine=["10.0.0.1"])
+    async with watching(server, "engine:1", "10.0.0.2:1") as changes:
+        with monkeypatch.context() as patch:
+            patch.setattr("nanochat_core.discovery.run_in_daemon_thread", _no_thread)
+            assert await anext(changes) == (Endpoint("10.0.0.2:1", "10.0.0.2"),)
+        assert len(await anext(changes)) == 2
+
+
+async def _no_thread(*_arguments: object) -> list[str]:
+    raise RuntimeError("can't start new thread")
+
+
 async def test_a_name_that_is_unknown_at_first_gives_an_empty_result_and_is_found_later() -> None:
     server = NameServer()
     async with watching(server, "engine:1") as changes:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -101,6 +103,22 @@ async def test_a_full_queue_refuses_and_still_takes_those_that_no_limit_holds_fo
     await settle()
     seats.add(3)
     assert await asyncio.gather(*waiting, unbounded) == ["a", "a", "stream"]
+
+
+async def test_refused_tickets_take_no_memory() -> None:
+    seats = Seats(limit=1)
+    waiting = seats.wait(seats.ticket("a"))
+    await settle()
+    tickets = weakref.WeakSet[Ticket[str]]()
+    for _ in range(500):
+        ticket = seats.ticket("b")
+        tickets.add(ticket)
+        with contextlib.suppress(QueueFull):
+            await seats.queue.wait(ticket, None)
+    gc.collect()
+    assert len(tickets) < 200
+    seats.add(1)
+    assert await waiting == "a"
 
 
 async def test_a_ticket_leaves_at_its_deadline() -> None:

@@ -36,7 +36,7 @@ class Reason(enum.StrEnum):
     DIED = "died"  # the call ended with an error
     HUNG = "hung"  # neither chunks nor answers to health checks come
     DRAINS = "drains"  # the engine is shutting down
-    FULL = "full"  # the engine had no room for the request
+    FULL = "full"  # the engine had no room for the request, or ran out of memory
     OTHER_MODEL = "other_model"  # the engine has just changed its model
 
 
@@ -226,7 +226,8 @@ class Stream:
         logger.log(level, "engine call failed", extra=facts | {"details": error.details()})
         reason, may_go_on, stale = Reason.DIED, True, None
         if refused:
-            reason = Reason.FULL
+            # An engine that drops a request after it has begun is out of memory, and others may be as small.
+            reason, may_go_on = Reason.FULL, call.last_chunk is None or self._may_fail_again()
         elif code is grpc.StatusCode.FAILED_PRECONDITION:
             reason = Reason.OTHER_MODEL
             if replica in self._refreshed:
@@ -279,7 +280,7 @@ class Stream:
         self._search.add_done_callback(lambda _: self._wake.set())
 
     async def _find_place(self, stale: Replica | None) -> Place:
-        if stale is not None:
+        if stale is not None and not stale.leaving:  # the connection to an engine that leaves may be closed
             await stale.refresh_model()
         if self._fruitless > 1:
             await asyncio.sleep(_PAUSE_SECONDS * 2.0 ** (self._fruitless - 2) * random.uniform(0.5, 1))  # noqa: S311

@@ -64,7 +64,7 @@ class Replica:
         self._misses = 0  # checks in a row without an answer in time
         self._miss_began: float | None = None  # when the last of these checks began
         self._next_model_check = 0.0
-        self._refreshing: asyncio.Task[bool] | None = None
+        self._refreshing: asyncio.Task[None] | None = None
         self._own = 0  # sequences of this gateway that run or wait here
         self._limit = settings.max_engine_sequences or None  # most sequences that this gateway sends here
         self._full = False  # whether the engine has refused a call since then
@@ -194,16 +194,16 @@ class Replica:
         """Reads the model. Waits for it only for as long as for a check, because a hang is to be noticed meanwhile."""
         await asyncio.wait({self._refresh()}, timeout=self._settings.health_timeout_seconds)
 
-    async def refresh_model(self) -> bool:
-        """Asks the engine which model it serves now, and returns whether that is known."""
-        return await asyncio.shield(self._refresh())
+    async def refresh_model(self) -> None:
+        """Asks the engine which model it serves now. Returns early if the connection is closed meanwhile."""
+        await asyncio.wait({self._refresh()})
 
-    def _refresh(self) -> asyncio.Task[bool]:
+    def _refresh(self) -> asyncio.Task[None]:
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.create_task(self._read_model())
         return self._refreshing
 
-    async def _read_model(self) -> bool:
+    async def _read_model(self) -> None:
         try:
             timeout = self._settings.connect_timeout_seconds
             info = await self.stub.GetModel(engine_pb2.GetModelRequest(), timeout=timeout)
@@ -214,13 +214,11 @@ class Replica:
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
             logger.warning("model unknown", extra={"address": self.address, "reason": reason})
-            return False
         except UserError as error:
             self.model = None
             self.mark_down(str(error))
-            return False
-        self._next_model_check = time.monotonic() + self._settings.model_poll_seconds
-        return True
+        else:
+            self._next_model_check = time.monotonic() + self._settings.model_poll_seconds
 
     async def close(self) -> None:
         """Closes the connection and cancels the calls that still run."""

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-_KEPT_CALLERS = 100  # callers without a ticket that the queue remembers before it looks for callers to forget
+_KEPT = 100  # tickets that left, and callers without a ticket, that the queue keeps before it looks for them to forget
 
 
 class QueueFull(Exception):
@@ -98,7 +98,7 @@ class FairQueue(Generic[T]):
         finally:
             self.length -= 1
             self._bounded -= ticket.bounded
-            self._forget_callers()
+            self._forget()
 
     def serve(self) -> None:
         """Lets go every ticket that can go now, in order."""
@@ -119,15 +119,21 @@ class FairQueue(Generic[T]):
         """Advances the virtual time to the ticket's. A ticket that an engine refuses comes back and is not served."""
         self._virtual = max(self._virtual, ticket.start or 0.0)
         self._unserved.discard(ticket)
-        self._forget_callers()
+        self._forget()
 
-    def _forget_callers(self) -> None:
-        """Forgets the turns of callers that no longer matter: all of them if no ticket waits or may come back."""
-        if not self.length and not self._unserved:
+    def _forget(self) -> None:
+        """Drops what no ticket in the queue needs, if it is much. A ticket that leaves stays in its heap at first."""
+        kept = 2 * self.length + _KEPT
+        if not self.length:
             self._heaps.clear()
+        if not self.length and not self._unserved:
             self._ends.clear()
-        elif len(self._ends) > 2 * self.length + _KEPT_CALLERS:
+        if len(self._ends) > kept:
             self._ends = {caller: end for caller, end in self._ends.items() if end > self._virtual}
+        if sum(map(len, self._heaps.values())) > kept:
+            for heap in self._heaps.values():
+                heap[:] = [entry for entry in heap if not entry[-1].done()]
+                heapq.heapify(heap)
 
     def _live(self, kind: Hashable) -> list[tuple[int, float, int, Ticket[T], asyncio.Future[T]]]:
         """Returns the heap of a kind without the done tickets at its head. Removes the heap if it is empty."""
