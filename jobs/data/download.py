@@ -23,7 +23,7 @@ from nanochat_core.store import Store, open_store
 
 log = logging.getLogger("jobs.data.download")
 
-# The names of more shards would not be in the order of their numbers.
+# With more shards, the order of the names would differ from the order of the numbers.
 MOST_SHARDS = 100_000
 _LONGEST_SPECIFICATION = 4
 
@@ -92,7 +92,7 @@ def open_source(url: str, shards: int) -> Source:
 def _fill_template(template: str, shards: int) -> list[str]:
     try:
         specifications = [given[2] or "" for given in string.Formatter().parse(template)]
-        # A width of many digits would fill the memory.
+        # A format specification with a huge width would make a URL that fills the memory.
         short = all(len(given) <= _LONGEST_SPECIFICATION for given in specifications)
         urls = [template.format(shard=number) for number in range(shards)] if short else []
     except (KeyError, IndexError, ValueError, AttributeError, TypeError):
