@@ -18,7 +18,7 @@ from nanochat_core.tracing.span import current_span
 class ServiceChannel:
     """A channel to one endpoint, for the stubs that protoc generates.
 
-    New calls use the newest TLS files. Calls that began with older files finish on the older connection.
+    New calls use the newest TLS files. Calls that began with older files finish on their old connection.
     """
 
     def __init__(

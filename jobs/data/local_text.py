@@ -62,7 +62,7 @@ class LocalText:
         The files of ``val_data`` are for validation. If their names state splits, only its validation split is used.
 
         Raises:
-            UserError: there is no readable file, or the names leave open which files are for training.
+            UserError: there is no readable file, or the names do not say which files are for training.
         """
         found = _absolute(find_files(self.data))
         if self.val_data is None:

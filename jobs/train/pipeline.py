@@ -157,7 +157,7 @@ class Pipeline:
                 write_origin(self.store, self.model, origin)
 
     def _has_data(self, given: Mapping[str, str]) -> bool:
-        """Whether a pipeline has made the model's data. Raises UserError if it made them from other input than ``given``."""
+        """Whether a pipeline has made the model's data. Raises UserError if their origin differs from ``given``."""
         stored = read_origin(self.store, self.model)
         if stored is not None and given != {name: stored.get(name) for name in given}:
             source = f" from {stored['source']}" if "source" in stored else ""
