@@ -51,7 +51,7 @@ def continue_text(
     """
     most = max(1, model.config.context_length // 2)
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)][:most] for prompt in prompts]
-    config = EngineConfig(max_running=min(len(ids), EngineConfig.max_running))  # The model may still need the memory.
+    config = EngineConfig(max_running=min(len(ids), EngineConfig.max_running))  # Training may still need the memory.
     with contextlib.closing(Engine(model, tokenizer, config)) as engine:
         completions = engine.generate(ids, sampling)
     samples = []

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 INK, FAINT, TRAIN, HELD_OUT = "#1f2933", "#d5dbe1", "#2f6fde", "#d9480f"
-# How far :func:`smoothed` looks to both sides: a share of all steps, but early a share of the steps done so far.
+# How far :func:`smoothed` looks to both sides: a share of all steps, or early in a run a share of the steps so far.
 _REACH, _EARLY_REACH = 0.05, 0.3
 _STYLE: dict[Any, Any] = {
     "axes.titlecolor": INK,
@@ -107,11 +107,12 @@ def shades(count: int) -> list[Any]:
 def smoothed(steps: Sequence[float], values: Sequence[float]) -> list[float]:
     """The values without most of their noise: at each step, the local regression line (LOESS, Cleveland 1979).
 
-    A running mean lags: it shows the values of some time ago, and so a falling loss too high. A line through the values
-    before and after a step does not lag, and it keeps a straight line as it is. The values count within :data:`_REACH`
-    of all steps to both sides, but at the beginning, where a loss bends most, within a share of the steps done so far.
+    A running mean lags behind: while a loss falls, the mean is too high. A line through the values before and after a
+    step does not lag, and a straight line stays as it is. The line at a step is fitted to the values on both sides, up
+    to a distance of :data:`_REACH` of all steps. At the beginning, where a loss bends most, the distance is
+    :data:`_EARLY_REACH` of the steps done so far.
 
-    ``steps`` must rise.
+    ``steps`` must increase.
     """
     if len(steps) < 3:
         return list(values)

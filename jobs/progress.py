@@ -16,9 +16,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 LOG_INTERVAL_SECONDS = 5.0
 _SHORTEST_BAR = 6
-# Width of a bar on a terminal that does not know its size, such as that of a container.
+# Width of a bar if the terminal does not report its size, as in some containers.
 _USUAL_COLUMNS = 80
-# tqdm hides a bar that would be the last of fewer rows than this.
+# tqdm hides a bar if the terminal has too few rows for it, so the bar always gets this number of rows.
 _ROWS = 20
 
 

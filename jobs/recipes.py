@@ -19,7 +19,7 @@ log = logging.getLogger("jobs.recipes")
 
 Flags = Mapping[str, str | int | float]
 
-# Passes over a text after which a model of a recipe learns little more from it that helps with other text.
+# After this many passes over a text, a recipe's model learns little more that helps with other text.
 MOST_PASSES = 40
 FEWEST_STEPS, SMALLEST_BATCH = 60, 1024
 # Typical bytes of a token, to estimate the tokens of a text.
@@ -63,7 +63,7 @@ class Recipe:
 
         A model that sees a text very often repeats it and predicts other text worse. So the steps show the text at most
         :data:`MOST_PASSES` times. The batches become smaller before the steps become fewer than :data:`FEWEST_STEPS`,
-        with learning rates that follow the square root of the batch. A warning says so.
+        with learning rates that follow the square root of the batch. A warning reports the smaller values.
         """
         steps, batch = self.pretrain.get("steps"), self.pretrain.get("batch-tokens")
         if not (self.needs_data and isinstance(steps, int) and isinstance(batch, int)):

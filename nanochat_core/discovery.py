@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 LOOKUP_SECONDS = 2.0
 """Usual time between two lookups. A cluster's name server keeps its answers for about five seconds."""
 
-# A name server that does not answer must not keep the addresses of the other names away for longer.
+# A name server that does not answer delays the addresses of the other names for at most this long.
 _TIMEOUT_SECONDS = 5.0
 
 
@@ -29,7 +29,7 @@ class Endpoint:
 
     Attributes:
         address: where to connect: a numeric host and a port, such as ``10.0.0.7:50051`` or ``[fd00::7]:50051``.
-        host: the host as it stands in the settings. A certificate of the replica must be valid for this name.
+        host: the host as written in the settings. A certificate of the replica must be valid for this name.
     """
 
     address: str

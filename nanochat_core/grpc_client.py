@@ -18,7 +18,7 @@ from nanochat_core.tracing.span import current_span
 class ServiceChannel:
     """A channel to one endpoint, for the stubs that protoc generates.
 
-    New calls use the newest TLS files. Calls that began with older files finish on the older connection.
+    New calls use the newest TLS files. Calls that began with older files finish on their old connection.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ServiceChannel:
     def _open(self, identity: Identity | None) -> Any:
         if identity is None:
             return grpc.aio.insecure_channel(self._endpoint.address, options=self._options)
-        # The channel connects to a number, but the certificate is valid for the name that was looked up.
+        # The channel connects to a numeric address, but the certificate is valid for the name that was looked up.
         name = ("grpc.ssl_target_name_override", self._endpoint.host)
         credentials = client_credentials(identity)
         return grpc.aio.secure_channel(self._endpoint.address, credentials, options=[*self._options, name])

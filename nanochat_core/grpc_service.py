@@ -22,7 +22,7 @@ from nanochat_core.settings import setting
 from nanochat_core.tls import TlsSettings, tls_files
 from nanochat_core.tracing.tracer import Tracer, TracingSettings
 
-# Clients ping idle connections to find out whether the service still answers. gRPC allows a ping in five minutes.
+# Clients ping idle connections to find out whether the service still answers. gRPC's default is one ping in 5 minutes.
 _MIN_PING_SECONDS = 10
 
 LIVE = "live"

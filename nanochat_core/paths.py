@@ -1,4 +1,4 @@
-"""Paths that users give, and names that they give to what is in the store."""
+"""Checks paths that users give, and names that users choose for models and datasets in the store."""
 
 import errno
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from nanochat_core.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# File systems have names of at most 255 bytes, and a file that is being written has a longer name than later.
+# File systems allow names of at most 255 bytes, and a file has a longer temporary name while it is written.
 _LONGEST_NAME = 200
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
@@ -15,7 +15,7 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 def check_name(name: str, kind: str) -> str:
     """Returns ``name`` if it may name ``kind`` (such as ``a model``) in the store. Raises UserError for another name.
 
-    The name is the name of a folder, and a mixture separates names by commas and weights by colons.
+    The name becomes the name of a folder. In a mixture, commas separate names, and colons separate weights.
     """
     if len(name) > _LONGEST_NAME:
         raise UserError(f"{name[:40]!r}… cannot name {kind}: it is longer than {_LONGEST_NAME} characters")
@@ -28,7 +28,7 @@ def user_path(text: str) -> Path:
     """The path of a file or folder that may not exist, with ``~`` and ``~name`` replaced by home folders.
 
     Raises UserError if the system cannot tell whether it exists: the name is too long, a folder above it cannot be
-    read, or ``name`` is no user.
+    read, or there is no user ``name``.
     """
     try:
         path = Path(text).expanduser()

@@ -23,7 +23,7 @@ from nanochat_core.store import Store, open_store
 
 log = logging.getLogger("jobs.data.download")
 
-# The names of more shards would not be in the order of their numbers.
+# With more shards, the order of the names would differ from the order of the numbers.
 MOST_SHARDS = 100_000
 _LONGEST_SPECIFICATION = 4
 
@@ -49,8 +49,8 @@ def open_source(url: str, shards: int) -> Source:
     their names state splits, only training files become training shards; see :func:`split_files`.
 
     Raises:
-        UserError: ``url`` is none of these, the source has fewer than two shards, or the names leave open which files
-            are for training.
+        UserError: ``url`` is none of these, the source has fewer than two shards, or the names do not say which
+            files are for training.
     """
     if url.startswith(("http://", "https://")):
         return Source(_fill_template(url, shards), functools.partial(fetch_file, advice="check --source and --shards"))
@@ -92,7 +92,7 @@ def open_source(url: str, shards: int) -> Source:
 def _fill_template(template: str, shards: int) -> list[str]:
     try:
         specifications = [given[2] or "" for given in string.Formatter().parse(template)]
-        # A width of many digits would fill the memory.
+        # A format specification with a huge width would make a URL that fills the memory.
         short = all(len(given) <= _LONGEST_SPECIFICATION for given in specifications)
         urls = [template.format(shard=number) for number in range(shards)] if short else []
     except (KeyError, IndexError, ValueError, AttributeError, TypeError):
@@ -139,7 +139,7 @@ def download(store: Store, name: str, source: Source, shown: str, wanted: Sequen
 
 @contextlib.contextmanager
 def _no_manifest_of_nothing(store: Store, name: str) -> Iterator[None]:
-    """Remove a manifest without shards after an error: another source may be tried under the same name."""
+    """After an error, remove a manifest without shards, so that another source can be tried under this name."""
     try:
         yield
     except BaseException:
@@ -157,7 +157,7 @@ def _no_manifest_of_nothing(store: Store, name: str) -> Iterator[None]:
 def _download_missing(
     store: Store, name: str, source: Source, missing: Sequence[int], manifest: Manifest, parallel: int
 ) -> Manifest:
-    """Download shards and write the manifest after each; returns it. An error or a signal stops all downloads."""
+    """Download shards, write the manifest after each, and return it. An error or a signal stops all downloads."""
     stop = threading.Event()
     started, received = time.monotonic(), 0
     with (

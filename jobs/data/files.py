@@ -1,4 +1,4 @@
-"""The files that people bring: which of them can be read, and how a compressed or UTF-16 file is opened."""
+"""Finds the user's readable files and opens them, even if they are compressed or in UTF-16."""
 
 import codecs
 import contextlib
@@ -34,18 +34,18 @@ ENDINGS = f"{', '.join(_FORMATS)}, or one of these but .parquet with {' or '.joi
 # The endings of files of rows, as a regular expression.
 ROWS_ENDING = r"\.(parquet|(jsonl|ndjson|json|csv|tsv)(\.gz|\.zst)?)"
 
-# What a dataset's folder holds beside its data.
+# Names of files in a dataset's folder that are not data.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _READMES = ("readme", "license", "licence", "notice", "citation", "changelog", "contributing", "requirements")
 
 _COMPRESSIONS = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
-    # Frames that a reader skips. Parallel compressors such as pzstd begin with one.
+    # Readers skip these frames. Parallel compressors such as pzstd begin a file with one.
     **{bytes([number]) + b"\x2a\x4d\x18": "zstd" for number in range(0x50, 0x60)},
 }
 _LFS_POINTER = b"version https://git-lfs"
-# The mark of UTF-32 begins with the mark of UTF-16.
+# UTF-32 comes before UTF-16, because the mark of UTF-32-LE begins with the mark of UTF-16-LE.
 _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -65,12 +65,12 @@ def file_format(name: str) -> Format | None:
 
 
 def find_files(path: Path) -> dict[str, Path]:
-    """The files that ``path`` names and that can be read, by their names below the folder, in order of the names.
+    """The readable files that ``path`` names. The keys are file names, or paths below the folder, and are sorted.
 
     Args:
         path: a file, a pattern such as ``folder/train-*.parquet``, or a folder, which is searched recursively. In a
             folder, hidden files and descriptions of a dataset (such as ``README.md`` beside ``train.jsonl``) are left
-            out. A dataset's folder in the cache of the Hugging Face hub stands for its current snapshot.
+            out. For a dataset's folder in the cache of the Hugging Face hub, its current snapshot is searched.
 
     Raises:
         UserError: nothing has this name, no file that it names can be read, or a folder cannot be read or has a link to
@@ -150,7 +150,7 @@ def _is_readme(name: str) -> bool:
 
 
 def _hub_snapshot(folder: Path) -> Path:
-    """The files of a dataset whose folder in the cache of the Hugging Face hub is given; any other folder itself."""
+    """The current snapshot of a dataset in the cache of the Hugging Face hub; any other folder is returned as it is."""
     snapshots, main = folder / "snapshots", folder / "refs" / "main"
     if not (snapshots.is_dir() and (folder / "blobs").is_dir()):
         return folder

@@ -23,7 +23,7 @@ log = logging.getLogger("jobs.data.local_text")
 # Plain text is cut between paragraphs into documents of about this many characters.
 DOCUMENT_CHARACTERS = 4000
 HELD_OUT_FRACTION = 0.05
-# Bits per byte of less held-out text than this many characters vary much from one text to the next.
+# With fewer held-out characters than this, bits per byte vary much from one text to the next.
 LITTLE_VALIDATION_CHARACTERS = 1000
 # With at least this many files and bytes, the last file is held out, because counting the documents takes too long.
 MANY_FILES, MANY_BYTES = 20, 2**30
@@ -59,10 +59,10 @@ class LocalText:
     def splits(self) -> Splits:
         """Paths of the files by their use. Without files for validation, a part of the training files is held out.
 
-        With ``val_data``, its files are for validation: those of its validation split if its names state splits.
+        The files of ``val_data`` are for validation. If their names state splits, only its validation split is used.
 
         Raises:
-            UserError: there is no readable file, or the names leave open which files are for training.
+            UserError: there is no readable file, or the names do not say which files are for training.
         """
         found = _absolute(find_files(self.data))
         if self.val_data is None:
@@ -84,7 +84,7 @@ class LocalText:
         """sha256 of the contents of all files that are used, and of the column if it is not ``text``."""
         digest = hashlib.sha256(b"" if self.column == "text" else os.fsencode(self.column))
         splits = self.splits
-        # A file's content counts in the order of the names, as its use usually follows from its name.
+        # Without --val-data, the files' names usually decide their use, so the order of the names is enough.
         files = [*splits.training, *splits.validation]
         for file in files if self.val_data else sorted(files):
             refuse_pointer(Path(file), file)
@@ -95,10 +95,10 @@ class LocalText:
     def documents(self) -> tuple[Iterator[str], Iterator[str]]:
         """The training and the validation documents, and a log line that says which file became which split.
 
-        If no file is for validation, the last twentieth of the documents is the validation split, in the order of the
-        files' names; of many large files it is the last file. It follows the training text instead of being mixed with
-        it, so neighboring passages of a book do not get into both splits. A document of a text with few documents may
-        be cut in two.
+        If no file is for validation, the last twentieth of the documents is the validation split. The documents are in
+        the order of the files' names. If there are many large files, the validation split is the last file instead. The
+        validation split is taken from the end, so that neighboring passages of a book do not get into both splits. If
+        the text has few documents, a document may be cut in two.
 
         Files are read while the caller takes documents from the iterators, except for counting the documents.
 
@@ -131,7 +131,7 @@ class LocalText:
     def _read(self, files: Iterable[str], quiet: bool = False) -> Iterator[str]:
         """The documents of files that have text, without the byte order mark that some texts begin with.
 
-        Unless ``quiet``, warnings tell which rows and files have no text. A UserError tells that none of them has.
+        Unless ``quiet``, warnings name the rows and files without text. Raises UserError if no file has text.
         """
         empty = True
         for file in files:
@@ -184,7 +184,7 @@ def _listed(files: list[str]) -> list[str]:
 
 
 def _measured(documents: Iterator[str]) -> Iterator[str]:
-    """The documents of the validation split; a warning at the end if they are few."""
+    """Yield the documents of the validation split, and log a warning at the end if they are short."""
     characters = 0
     for document in documents:
         characters += len(document)
@@ -194,10 +194,10 @@ def _measured(documents: Iterator[str]) -> Iterator[str]:
 
 
 def _hold_out_end(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Few documents, divided into those for training and the end of the text.
+    """Divide a few documents into those for training and the end of the text, which is held out.
 
-    The end is a twentieth of the characters, or more of a short text, but at most about a fifth. A document that is
-    much longer than this is cut in two.
+    The end is a twentieth of the characters. In a short text it is a larger part, but at most about a fifth. A
+    document that is much longer than the end is cut in two.
     """
     total = sum(map(len, documents))
     wanted = int(max(total * HELD_OUT_FRACTION, min(LITTLE_VALIDATION_CHARACTERS, total / 5)))
@@ -215,10 +215,10 @@ def _hold_out_end(documents: list[str]) -> tuple[list[str], list[str]]:
 
 
 def cut_position(text: str, characters: int) -> int:
-    """The position, at most ``characters``, at which a text is best cut.
+    """The best position to cut a text, at most ``characters``.
 
-    It is after the last end of a sentence in the second half of these characters; without one, after the last line
-    there, or else after the last space, or else ``characters``.
+    The text is cut after the last sentence that ends in the second half of these characters. If no sentence ends there,
+    it is cut after the last line or else the last space there. Otherwise the position is ``characters``.
     """
     for pattern in (r"[.!?][\"')”’]*\s", r"\n", r"\s"):
         ends = [match.end() for match in re.finditer(pattern, text[:characters])]

@@ -23,8 +23,8 @@ T = TypeVar("T")
 
 _READ_CHARACTERS = 2**20
 _BETWEEN_VALUES = re.compile(r"[\s,]*")
-# A JSON value whose error is so close to the end of what was read may continue in the rest of the file. The longest
-# part of a value other than a string, such as "\\ud83d\\ude00" or "false", is shorter.
+# If a JSON error is at most this many characters before the end of the buffer, the value may continue in the rest of
+# the file. The longest part of a value other than a string, such as "\\ud83d\\ude00" or "false", is shorter.
 _MAY_CONTINUE_CHARACTERS = 16
 
 
@@ -42,7 +42,7 @@ def stream_rows(path: Path, shown: str) -> Iterator[tuple[str, Row]]:
 
 
 def row_unit(path: Path) -> str:
-    """The text between the name of a file and the number of a row in error messages; lines have ``:``."""
+    """The text between the name of a file and the number of a row in error messages, such as ``:`` for lines."""
     return " item " if file_format(path.name) == "json" else ":"
 
 
@@ -110,7 +110,7 @@ def _json_values(text: TextIO, shown: str) -> Iterator[tuple[int, Row]]:
 
 
 def _csv_lines(text: TextIO, shown: str) -> Iterator[tuple[int, Row]]:
-    """Rows below a header, each with the number of its last line. The header shows the delimiter."""
+    """Rows below a header, each with the number of its last line. The delimiter is guessed from the header."""
     csv.field_size_limit(2**31 - 1)
     first = text.readline()
     delimiter = max(",;\t", key=first.count)
@@ -172,7 +172,7 @@ class ParquetRows:
         self._shown = shown
         refuse_pointer(path, shown)
         try:
-            # Unlike pyarrow.parquet.read_table, this takes no column from the names of the folders.
+            # Unlike pyarrow.parquet.read_table, this method adds no columns from the names of the folders.
             with pq.ParquetFile(path) as file:
                 table = file.read()
             names = table.column_names
@@ -197,10 +197,10 @@ class _UnreadableValue(UserError):
 
 
 class _ParquetRow(Row):
-    """One row of columns. A value becomes Python's when it is read: some kinds have none, such as far dates."""
+    """One row of columns. A value is converted to Python only when it is read: far dates have no Python value."""
 
     def __init__(self, columns: Mapping[str, pa.ChunkedArray | None], index: int, where: str) -> None:
-        """``columns`` maps a name that two columns have to None; ``where`` names the row in error messages."""
+        """``columns`` has None for a name that two columns share; ``where`` names the row in error messages."""
         self._columns, self._index, self._where = columns, index, where
 
     def __getitem__(self, name: str) -> Any:
@@ -234,7 +234,7 @@ def open_rows(path: Path, shown: str) -> Rows:
     JSON lines, so that it need not fit into memory.
 
     Raises:
-        UserError: a parquet file is not whole, or a file that is copied is damaged.
+        UserError: a parquet file is incomplete, or a file that must be copied is damaged.
     """
     kind = file_format(path.name)
     if kind == "parquet":

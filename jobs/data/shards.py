@@ -109,13 +109,13 @@ def shard_keys(store: Store, name: str) -> list[str]:
 
 
 def split_shards(store: Store, name: str) -> Splits:
-    """Keys of the shards of ``data/<name>`` by their use; at least one shard is for each of training and validation.
+    """Keys of the shards of ``data/<name>`` by their use. Training and validation have at least one shard each.
 
     The names of shards that a user put there may state their splits; see :func:`split_files`. Otherwise the last shard
     by name is the validation split.
 
     Raises:
-        UserError: there are fewer than two shards, or their names leave open which ones are for training.
+        UserError: there are fewer than two shards, or their names do not say which ones are for training.
     """
     keys = shard_keys(store, name)
     if len(keys) < 2:
@@ -279,7 +279,7 @@ class TextDataset:
             raise UserError(f"{key} is damaged in row group {group}: {error}") from error
 
     def bytes_up_to(self, enough: int) -> int:
-        """Bytes of the texts in UTF-8, at least ``enough`` if the texts are that long: the others are not counted."""
+        """Bytes of the texts in UTF-8. Counting stops at the text with which the sum reaches ``enough``."""
         total = 0
         for text in self:
             total += len(text.encode())

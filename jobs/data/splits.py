@@ -68,7 +68,7 @@ def split_files(names: Iterable[str], shown: str, advice: str) -> Splits:
         advice: end of the error messages: what the user can do.
 
     Raises:
-        UserError: the names leave open which files are for training.
+        UserError: the names do not say which files are for training.
     """
     found: dict[str, list[str]] = {}
     for name in names:

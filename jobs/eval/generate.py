@@ -67,7 +67,7 @@ class GenerateSettings(JobSettings):
 
 
 def run(settings: GenerateSettings, show: Callable[[str], None], show_tool: Callable[[str], None]) -> None:
-    """Generate, and pass the text piece by piece to ``show``, and the model's Python calls to ``show_tool``.
+    """Generate text. Pass it to ``show`` piece by piece, and the model's Python calls to ``show_tool``.
 
     Several samples are shown one after another, each below a line with its number. A missing model and a prompt that
     the model cannot take are a UserError.
@@ -179,9 +179,9 @@ class Piece:
 
 
 def pieces(outputs: Iterable[Output], tokenizer: Tokenizer) -> Iterator[Piece]:
-    """The text of an engine's outputs. A character appears when all its tokens are there.
+    """Decode an engine's outputs. A character is yielded when all its tokens have arrived.
 
-    Python code and its output are no text: they are the ``tool`` of a piece, in the form of Python's prompt.
+    Python code and its output are not part of the text. They are in ``tool``, in the form of Python's prompt.
     """
     streams: dict[int, AssistantStream] = {}
     for output in outputs:
@@ -196,7 +196,7 @@ def pieces(outputs: Iterable[Output], tokenizer: Tokenizer) -> Iterator[Piece]:
 
 
 def in_order(found: Iterable[Piece], samples: int) -> Iterator[Piece]:
-    """The pieces of the first sample as they come, then those of the next one, and so on; the last ends a line."""
+    """Yield all pieces of the first sample, then all pieces of the next one. Each sample ends with a line break."""
     waiting: dict[int, list[Piece]] = {index: [] for index in range(samples)}
     current, ends_line = 0, False
     for piece in found:
@@ -226,7 +226,7 @@ def main(settings: GenerateSettings) -> None:
         write(sys.stdout, "\n")
         raise
     except BrokenPipeError:
-        # The reader, such as ``head``, has read enough. Python would complain again when it flushes stdout at its end.
+        # The reader, such as ``head``, has closed the pipe. Without this, Python would fail when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
 

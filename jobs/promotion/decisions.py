@@ -90,7 +90,7 @@ def _key(ref: CheckpointRef) -> str:
 
 
 def _read(store: Store, key: str) -> tuple[str, list[Decision]]:
-    """The revision that a file of decisions is on, and the decisions; an empty list if there is no such file.
+    """The current revision in a file of decisions, and the decisions; both are empty if there is no such file.
 
     Raises NewerFormatError if a newer version of nanochat wrote the file, and UserError if it is damaged.
     """

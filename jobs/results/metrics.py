@@ -39,7 +39,7 @@ def metrics_of(store: Store, checkpoint: Checkpoint) -> dict[str, Metric]:
     """
     base = None
     if checkpoint.ref.stage != "base":
-        # The nearest base model may itself have been trained from another one, whose metrics no longer hold.
+        # Only the nearest base model counts. If it was trained from another one, that model's metrics are out of date.
         base = next((parent for parent in ancestors(store, checkpoint) if parent[1].stage == "base"), None)
     found: dict[str, Metric] = {}
     for digest, ref in filter(None, [base, (checkpoint.weights_digest, checkpoint.ref)]):

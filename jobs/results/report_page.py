@@ -152,7 +152,7 @@ def _unit(name: str) -> str:
 
 
 def _data_and_gradients(stages: Mapping[str, Report]) -> list[str]:
-    """How often each stage saw its data, what of it was never seen, and the size of its gradients."""
+    """How often each stage saw its data, how much of the data was never seen, and the size of the gradients."""
     rows = []
     # A report of an earlier version lacks these figures.
     for name, stage in stages.items():
@@ -401,7 +401,7 @@ def _samples(report: Report) -> list[str]:
     lines: list[str] = []
     for prompt, continuation in report.get("samples", []):
         if "\n" in f"{prompt}{continuation}".strip():
-            # The line breaks are a part of code and of verse.
+            # Code and verse need their line breaks.
             lines += [f"From **{literal(prompt)}**:", "", *block(prompt + continuation), ""]
             continue
         space = " " if continuation[:1].isspace() else ""

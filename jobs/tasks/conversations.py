@@ -55,11 +55,11 @@ _ALPACA_FIELDS = (
 def row_messages(row: Row) -> Messages:
     """The conversation of a row in one of these forms.
 
-    - ``{"messages": [{"role": "user", "content": …}, …]}``, as of the chat API;
-    - ``{"conversations": [{"from": "human", "value": …}, …]}``, as of ShareGPT;
-    - ``{"instruction": …, "input": …, "output": …}``, as of Alpaca; ``input`` is optional.
+    - ``{"messages": [{"role": "user", "content": …}, …]}``, as in the chat API;
+    - ``{"conversations": [{"from": "human", "value": …}, …]}``, as in ShareGPT's files;
+    - ``{"instruction": …, "input": …, "output": …}``, as in Alpaca's files; ``input`` is optional.
 
-    Each of them may have a system message in ``system``. KeyError or ValueError if the row has another form.
+    Each of them may have a system message in ``system``. Raises KeyError or ValueError if the row has another form.
     """
     messages: list[Any]
     if "messages" not in row and isinstance(row.get("conversations", row.get("conversation")), list):
@@ -184,7 +184,7 @@ def _has_answer(row: Row) -> bool:
     try:
         return any(_role(message) == "assistant" for message in row_messages(row))
     except (ValueError, KeyError):
-        return True  # The check of every conversation names what is wrong with it.
+        return True  # Use the row: the check of every conversation reports what is wrong with it.
 
 
 @dataclasses.dataclass(frozen=True)

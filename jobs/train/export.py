@@ -81,7 +81,8 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         part.mkdir(parents=True)
         yield part
         part.replace(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:  # the last two: torch and safetensors on a full disk
+    # On a full disk, torch raises RuntimeError, and safetensors raises SafetensorError.
+    except (OSError, RuntimeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(f"--folder {folder} cannot be written: {reason}") from error
     finally:

@@ -107,7 +107,7 @@ class Pipeline:
 
     @property
     def _report(self) -> str:
-        """Where the report of the model is."""
+        """Path of the model's report."""
         return f"{self.store}/reports/{self.model}/report.md"
 
     def _promote(self, tuned: Checkpoint) -> None:
@@ -145,19 +145,19 @@ class Pipeline:
         given = {"recipe": self.recipe.name}
         if data is not None and self.recipe.needs_data:
             given["text"] = data.digest
-        self._has_data(given)  # Other data in their place must be an error now, not after a download.
+        self._has_data(given)  # If the model has other data, this raises an error before a download.
         if data is None and self.recipe.web_shards and self._lacks_text():
             wanted = {"dataset": self.model, "shards": self.recipe.web_shards}
             self._stage("jobs.train.dataset", wanted, subcommand="download")
         with Lease(self.store, f"data/{self.model}", "jobs.train.pipeline"):
-            has_data = self._has_data(given)  # Another pipeline may have made them meanwhile.
+            has_data = self._has_data(given)  # Another pipeline may have made the data meanwhile.
             self.recipe.prepare(self.store, self.model, data)
             if not has_data:
                 origin = given | ({"source": str(data.data.resolve())} if data else {})
                 write_origin(self.store, self.model, origin)
 
     def _has_data(self, given: Mapping[str, str]) -> bool:
-        """Whether a pipeline has made the model's data. Raises UserError if it was ``given`` something else."""
+        """Whether a pipeline has made the model's data. Raises UserError if their origin differs from ``given``."""
         stored = read_origin(self.store, self.model)
         if stored is not None and given != {name: stored.get(name) for name in given}:
             source = f" from {stored['source']}" if "source" in stored else ""

@@ -85,7 +85,7 @@ def load_checkpoint(store: Store, ref: CheckpointRef) -> Checkpoint:
     Raises:
         DamagedCheckpoint: there is no such checkpoint, or one of its files is missing or damaged.
         NewerFormatError: a newer version of nanochat wrote one of its files.
-        UserError: the files are as they were written, but do not belong together or are no files of a checkpoint.
+        UserError: the files are as they were written, but do not belong together or are not a checkpoint's files.
     """
     manifest = load_manifest(store, ref)
     with store.keeping(ref.prefix):
@@ -129,7 +129,7 @@ def _read_meta(manifest: Manifest, store: Store) -> dict[str, Any]:
 
 
 def check_formats(store: Store, ref: CheckpointRef) -> None:
-    """Checks that this version may delete a checkpoint: it raises an error if it cannot read a file that is whole.
+    """Raises an error if this version must not delete a checkpoint, because it cannot read an undamaged file of it.
 
     Files that are damaged or missing are no obstacle. Weights and optimizer tensors are not read.
     """

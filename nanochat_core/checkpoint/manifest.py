@@ -1,8 +1,8 @@
 """The manifest of a checkpoint: every file with its size and digest.
 
 The manifest is written last, in one atomic step. A folder without a manifest is not a complete checkpoint. A file that
-differs from its entry is damaged. A file that equals its entry is what its writer meant: it is never damaged, even if
-this version of nanochat cannot read it.
+differs from its entry is damaged. A file that equals its entry is exactly what was written: it never counts as
+damaged, even if this version of nanochat cannot read it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORMAT = 1
 class DamagedCheckpoint(UserError):
     """A checkpoint is missing or damaged: training may take an earlier one instead, and replace this one.
 
-    No other error allows that. A checkpoint that this version cannot read may be whole.
+    No other error allows this, because a checkpoint that this version cannot read may be undamaged.
     """
 
 

@@ -163,8 +163,8 @@ class Engine:
         stops iterating, requests that are still in flight are canceled.
 
         Raises:
-            UserError: a request can never be served. No request has been started then, unless what a choice has said
-                already is wrong.
+            UserError: a request can never be served. No request has been started then, except if a continuation is
+                invalid.
             Shed: the device has too little memory for a request.
         """
         waiting = collections.deque(requests)

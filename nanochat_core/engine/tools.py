@@ -67,8 +67,8 @@ class ToolLoop:
     def scan_prompt(self, seq: Sequence) -> ToolCall | None:
         """Find Python code that the prompt begins but does not end. ``seq`` has no tokens after its prompt.
 
-        Return the call with which the prompt ends, if its output does not follow. The prompt may end with a call or
-        inside of its code, because a client may send the beginning of an answer as part of the prompt.
+        If the prompt ends with a call whose output is missing, return this call. The prompt may end with a call or
+        inside its code, because a client may send the beginning of an answer as part of the prompt.
         """
         if not seq.request.tools.enabled:
             return None

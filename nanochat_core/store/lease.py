@@ -1,8 +1,8 @@
 """Leases: while one program writes under a name of the store, no other program does.
 
 Without a lease, two training runs of one model name would each delete the other's checkpoints as superfluous. A lease
-on ``models/demo`` is the file ``leases/models/demo.json``. Its holder renews it, which changes its content. Who wants
-the same name watches the file:
+on ``models/demo`` is the file ``leases/models/demo.json``. Its holder renews it, which changes its content. A program
+that wants the same name watches the file:
 
 - If the content changes, the holder is alive, and :class:`NameInUse` is raised.
 - If the content stays the same for as long as the lease lasts, the holder is dead, and its lease is taken over.
@@ -38,7 +38,7 @@ from nanochat_core.store.base import Store, StoreError, checked
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-# A lease lasts as long as a store may fail to answer before the holder counts as dead.
+# A holder that has not renewed its lease for this long counts as dead, even if only the store has failed to answer.
 LEASE_SECONDS = 60.0
 _LONGEST_SECONDS = 3600.0
 _RENEWALS_PER_LEASE = 6
@@ -156,7 +156,7 @@ class Lease:
                 self._version = self._store.replace(self._key, self._content(), version)
                 if self._version is not None:
                     return
-                continue  # another program was faster, and the next look finds it
+                continue  # another program was faster; read its lease
             if alive or (watched is not None and version != watched):
                 raise NameInUse(
                     f"{_described(content)} is writing {self.name} in {self._store}; wait until it has ended, or use "
@@ -209,7 +209,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def _seconds(holder: dict[str, Any], default: float) -> float:
-    """How long a lease lasts, as it says itself, unless this is no time that a program sets."""
+    """The duration that a lease states, or ``default`` if no program would set that duration."""
     seconds = holder.get("seconds")
     return float(seconds) if isinstance(seconds, int | float) and 0 < seconds <= _LONGEST_SECONDS else default
 
@@ -223,7 +223,7 @@ def _is_alive(holder: dict[str, Any]) -> bool | None:
 
 
 def _machine() -> str | None:
-    """Identifies this machine since its last boot and its process ids, which containers may not share; or None."""
+    """Identifies this boot of the machine and the namespace of process ids, which differs by container; or None."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
@@ -234,7 +234,7 @@ def _machine() -> str | None:
 def _process_start(pid: int) -> int | None:
     """When a process was started, in ticks since the boot; None if there is no such process, or it is a zombie.
 
-    Process ids are used again, and the time tells two processes of the same id apart.
+    Process ids are used again. The start time distinguishes two processes with the same id.
     """
     try:
         # proc(5): the name in parentheses may contain any bytes; the state follows it, and the start is the 22nd field.

@@ -13,7 +13,7 @@ from nanochat_core.store.cache import INCOMING, DownloadCache
 
 log = logging.getLogger(__name__)
 
-# Error codes of a write whose condition does not hold: the object is another one, is gone, or is being written.
+# Error codes of a write whose condition does not hold: the object has changed, is gone, or is being written.
 _CONDITION_FAILED = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey", "412", "409", "404"})
 
 
@@ -78,7 +78,7 @@ class S3Store(Store):
             return etag
 
     def remove_version(self, key: str, version: str) -> None:
-        # Few servers know conditional deletions, so a file that changes between these two calls is removed too.
+        # Few servers support conditional deletion, so a file that changes between these two calls is removed too.
         with contextlib.suppress(FileNotFoundError):
             if self.read_version(key)[1] == version:
                 self.remove(key)

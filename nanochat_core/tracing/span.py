@@ -53,8 +53,8 @@ class Span:
     def from_headers(cls, name: str, headers: Mapping[str, str]) -> "Span":
         """A span below the caller's span, or of a new trace if the caller sent no valid ``traceparent``.
 
-        An id of the request is made if the caller sent none that is safe to log. The keys of ``headers`` are in lower
-        case.
+        A request id is generated if the caller sent none, or one that is not safe to log. The keys of ``headers`` are
+        in lower case.
         """
         request_id = _request_id(headers.get(REQUEST_ID, ""))
         parent = _TRACEPARENT_FORM.fullmatch(headers.get(TRACEPARENT, "").strip())

@@ -2,9 +2,12 @@
 
 Run the program from the project's root: ``python -m tests.benchmarks.bench_packing --data FOLDER``. FOLDER has prose
 that ``jobs.train.dataset convert`` can read. The kinds of text and the rules are those of ``packing_rules.py``. A token
-stands for four characters. The program takes a few minutes on one core. The columns are the shares of the documents
-that were never and only partly shown, of the tokens that were never a target, and of the targets that came more often
-than there were passes; and the speed without tokenizing: of the rule alone, or of this project's whole loader.
+stands for four characters. The program takes a few minutes on one core. The columns of the table are:
+
+- the share of the documents that were never shown, and the share that was only partly shown;
+- the share of the tokens that were never a target;
+- the share of the targets that came more often than there were passes;
+- the speed without tokenizing, of the rule alone or of this project's whole loader.
 """
 
 import argparse
@@ -23,7 +26,7 @@ BOS = 0
 
 
 def numbered(lengths: Sequence[int]) -> list[np.ndarray]:
-    """Documents of these lengths after BOS, each of whose tokens occurs nowhere else."""
+    """Documents of BOS and ``length`` further tokens each. Apart from BOS, every token occurs only once in all."""
     starts = itertools.accumulate(lengths, initial=1)
     return [
         np.concatenate([[BOS], np.arange(start, start + length)]).astype(np.int32)
@@ -32,7 +35,7 @@ def numbered(lengths: Sequence[int]) -> list[np.ndarray]:
 
 
 def measure(documents: list[np.ndarray], rule: Rule, context: int, rows: int, passes: int) -> str:
-    """A row of the table, after as many rows as hold the tokens of ``passes`` passes over the documents."""
+    """A row of the table, measured over as many packed rows as ``passes`` passes over the documents fill."""
     bounds = np.cumsum([1, *(len(document) - 1 for document in documents)])
     count = round(passes * (bounds[-1] + len(documents)) / context)
     shown = np.zeros(bounds[-1], dtype=np.int64)

@@ -5,9 +5,9 @@ Run the program from the project's root:
 
 FOLDER has prose that ``jobs.train.dataset convert`` can read. The kinds of text and the rules are those of
 ``packing_rules.py``. Every 20th document is held out. All runs of a kind have the same tokenizer, model and number of
-steps; runs of one seed have the same initial weights. Bits per byte are those of pretraining: whole documents, cut into
-rows of the context length; and also those of only the first row of each document, which is all that a rule without
-later parts of documents has seen.
+steps; runs of one seed have the same initial weights. Bits per byte are measured in two ways. The first way is as in
+pretraining: whole documents are cut into rows of the context length. The second way measures only the first row of each
+document, because some rules never show the later parts of documents.
 """
 
 import argparse

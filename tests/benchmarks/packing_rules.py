@@ -1,4 +1,4 @@
-"""Texts of four kinds, and rules that pack them into rows: this project's, its rule before, and karpathy/nanochat's."""
+"""Texts of four kinds, and rules that pack them into rows: this project's, its earlier one, and karpathy/nanochat's."""
 
 import bisect
 import itertools
@@ -21,8 +21,8 @@ KINDS = ("books", "code", *LENGTHS)
 
 # Inputs and targets of one row, (context,) int64 each.
 Row = tuple[np.ndarray, np.ndarray]
-# Makes endless rows of some documents, given the inputs in a row, the rows in a batch and a seed. Each document is its
-# token ids after the ids of BOS, (length,) int32.
+# Packs documents into endless rows. The numbers are the inputs in a row, the rows in a batch and the seed. A document
+# is the id of BOS and the token ids of its text, (length,) int32.
 Rule = Callable[[Sequence[np.ndarray], int, int, int], Iterator[Row]]
 
 

@@ -154,7 +154,7 @@ class Comparison:
             pad_id=self.tokenizer.bos_id,
         )
         made = (loader.next_batch() for _ in range(batches))
-        # The peer counts every target. A last one that does not count is the context of a document's next part.
+        # The peer has no uncounted targets, so 0 replaces an uncounted target at the end of a row.
         return np.stack(
             [
                 np.concatenate([b.ids.numpy(), np.maximum(b.targets.numpy()[:, -1:], 0)], axis=1).astype(np.int32)

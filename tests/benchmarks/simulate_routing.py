@@ -139,14 +139,14 @@ class RoundRobin(_LoadOnly):
 
 
 class PowerOfTwo(_LoadOnly):
-    """The replica with fewer sequences, of two random ones."""
+    """Draws two random replicas and chooses the one with fewer sequences."""
 
     def choose(self, chat: Conversation, loads: dict[str, ReplicaLoad], now: float) -> str:
         return min(self.random.choices(self.names, k=2), key=lambda name: loads[name].sequences)
 
 
 class LeastLoad(_LoadOnly):
-    """The replica with the fewest sequences; of several, the one that waited longest for a request."""
+    """Chooses the replica with the fewest sequences, and among equals the one that has waited longest for a request."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -78,7 +78,7 @@ def test_the_page_says_that_the_engine_is_gone_and_recovers(stack: Stack, browse
 def test_without_the_sandbox_the_model_reads_a_tool_error(stack: Stack) -> None:
     url = stack.wait_ready()
     sandbox = stack.service_pid("sandbox")
-    # A killed sandbox would be back before the call's patience ends, and the call would succeed.
+    # A killed sandbox would be restarted before the call gives up, and the call would succeed.
     os.kill(sandbox, signal.SIGSTOP)
     try:
         answer = httpx.post(

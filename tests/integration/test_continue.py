@@ -69,7 +69,7 @@ def test_a_finished_run_goes_on_to_a_longer_horizon_with_a_new_warmdown(jobs: Jo
     assert [point["step"] for point in longer.history] == list(range(1, 101))
     assert longer.meta["settings"] == shorter.meta["settings"] | {"start_from": NAME, "steps": 100}
     assert (longer.meta["base_model"], longer.meta["base"]) == (NAME, f"base/step_0000{CONSTANT}")
-    # A run that was planned with the longer horizon has another weight decay in its first steps, and nothing else.
+    # The only difference to a run that was planned with the longer horizon is the weight decay in the first steps.
     jobs.run(MODULE, PRETRAIN, model="planned", steps=100)
     planned = jobs.result("base", 100, "planned")
     assert losses(longer, 90, 100) == pytest.approx(losses(planned, 90, 100), rel=0.05)

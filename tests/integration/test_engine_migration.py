@@ -23,7 +23,7 @@ from tests.support.service_process import EngineProcess
 CONTEXT = 8192
 FIRST, SECOND = CheckpointRef("tiny", "sft", 1), CheckpointRef("tiny", "sft", 2)
 CALL = "<|assistant_start|>Is <|python_start|>6*7<|python_end|><|output_end|>ok<|assistant_end|>"
-# Longer than any test waits for it.
+# An answer that is longer than any test waits.
 ENDLESS = {"max_tokens": 8000, "temperature": 2.0, "seed": 1}
 
 
@@ -139,7 +139,7 @@ def test_a_stream_goes_on_at_another_engine_before_within_and_after_a_python_cal
     for cut in cuts:
         rest = list(second.generate(prompt, continued=said(whole[:cut]), **fields))
         assert answers([*whole[:cut], *rest]) == answers(whole), cut
-    # The call runs again wherever its result had not come yet.
+    # The second engine runs the call again for each cut before the call's result.
     came = next(i for i, chunk in enumerate(whole) if any(e.HasField("result") for e in chunk.tool_events))
     assert sandbox.calls == 1 + came + 1
     # A client may also have taken only a part of the output.

@@ -41,7 +41,7 @@ def story(_request: pb.GenerateRequest, index: int) -> list[Step]:
 
 
 class Told:
-    """What a client has got of a stream."""
+    """The part of a stream that a client has received."""
 
     def __init__(self, stream: openai.AsyncStream[ChatCompletionChunk]) -> None:
         self.stream = stream

@@ -53,7 +53,7 @@ def test_of_two_runs_one_trains_and_one_is_told_and_may_take_over_after_kill_9(j
 
 
 def test_a_run_whose_name_was_taken_over_ends_and_deletes_nothing(jobs: Jobs) -> None:
-    """The first run is suspended, as a laptop that sleeps, while another machine takes over its lease."""
+    """The first run is suspended, like a laptop that sleeps, while another machine takes over its lease."""
     first = jobs.start(MODULE, PRETRAIN, steps=100_000, save_every=4)
     first.wait_until(lambda: max(jobs.steps("base"), default=0) >= 8)
     first.signal(signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""The engine's calls to many sandboxes: balanced, away from dead ones, and again if one dies. Real gRPC servers."""
+"""The engine balances its calls over sandboxes (real gRPC servers), avoids dead ones, and retries if one dies."""
 
 import asyncio
 import contextlib
@@ -92,7 +92,7 @@ async def sandboxes() -> AsyncIterator[list[Sandbox]]:
 
 
 class Client:
-    """A client of some sandboxes, and the number of calls that it has made again."""
+    """A client of some sandboxes, and the number of calls that it has retried."""
 
     def __init__(self, *sandboxes: Sandbox) -> None:
         self.retries = 0

@@ -9,7 +9,7 @@ from nanochat_core.store import Store
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 
-# Tokens with several splits, of whole and of incomplete characters, of whitespace and of numbers.
+# Tokens that can be split in several ways: letters, numbers, whitespace, whole and incomplete characters.
 WORDS = (
     *("th", "he", "the", "in", "ing", "er", "re", "are", "an", "na", "ana", "nan", "anan", "aa", "aaa", "aaaa"),
     *("'s", "'ll", "12", "..", "...", "  ", "    ", "\n\n", "\n\n\n", " t", " th", " the", " a", "é", "你"),

@@ -60,7 +60,7 @@ def write(path: Path, content: bytes | Callable[[Path], None]) -> Path:
 
 
 def gzipped(content: bytes) -> bytes:
-    """The same bytes whenever the file is made: they are in the names of tests, which all test processes must share."""
+    """Compress without a time stamp. All test processes must get the same bytes, because they are in names of tests."""
     return gzip.compress(content, mtime=0)
 
 

@@ -26,9 +26,9 @@ Story = Callable[[pb.GenerateRequest, int], Sequence[Step]]
 
 
 class StoryEngine(ScriptedEngine):
-    """Tells the story of each choice, one token in each chunk, the choices in turn.
+    """Streams the story of each choice, with one token in each chunk, and alternates between the choices.
 
-    Like a real engine, it leaves out what the request says was said, and counts that as completion tokens.
+    Like a real engine, it does not repeat a continuation's tokens, but counts them as completion tokens.
 
     Attributes:
         story: makes the answers.
@@ -48,7 +48,7 @@ class StoryEngine(ScriptedEngine):
         self._changed = asyncio.Event()
 
     def allow(self, steps: int | None) -> None:
-        """Lets the engine send that many more tokens; None lets it send all."""
+        """Lets the engine send ``steps`` more tokens; None lets it send all."""
         self.steps = None if steps is None else (self.steps or 0) + steps
         self._notify()
 

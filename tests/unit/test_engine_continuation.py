@@ -1,4 +1,4 @@
-"""A choice that goes on at another engine gets the very tokens and events that would have come."""
+"""A choice that goes on at another engine gets exactly the tokens and events that the first one would have sent."""
 
 import asyncio
 import dataclasses

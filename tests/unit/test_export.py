@@ -194,7 +194,7 @@ def test_special_tokens_have_their_ids_and_bos_comes_first() -> None:
 
 
 def rendered(messages: Any, **given: Any) -> list[int]:
-    """Token ids of the rendered template, in whose text special tokens are found by name."""
+    """Render the template and encode the text. Special tokens are found in the text by their names."""
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)

@@ -159,7 +159,7 @@ def test_targets_are_the_next_tokens_of_the_row(make: Any) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize("kind", ["text", "windows"])
 def test_an_epoch_of_text_has_every_token_as_a_target_once(text: TextDataset, kind: str, rows: int) -> None:
-    """Except for the token with which a row begins, which is BOS or was a target before a cut."""
+    """The first token of a row is not a target: it is BOS, or it was a target before a cut."""
     source, _ = source_and_rule(kind, text)
     expected = Counter(token for document in text for token in BYTES.encode(document))
     loader = PackedLoader(source, rows=rows, context_length=CONTEXT, pad_id=0)
@@ -195,7 +195,7 @@ def test_small_texts_are_cut_and_shuffled_and_large_ones_are_read_in_order(
 
 
 def test_two_long_documents_give_every_row_of_a_batch_something_else() -> None:
-    """Each packer with a document of its own would read these two from their starts many times."""
+    """Without windows, every packer would read these two documents from their starts, many times."""
     rng = random.Random(2)
     texts = ["".join(rng.choices("abcdefgh", k=4000)) for _ in range(2)]
     loader = PackedLoader(open_texts(texts, BYTES, row_length=33, seed=1), rows=16, context_length=32, pad_id=0)

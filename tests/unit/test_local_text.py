@@ -342,7 +342,7 @@ def test_links_to_files_and_folders_are_followed_once(tmp_path: Path) -> None:
 
 
 def test_a_link_to_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
-    """As in a cache of the Hugging Face hub whose blobs were deleted."""
+    """A cache of the Hugging Face hub has such links if its blobs were deleted."""
     (tmp_path / "a.txt").write_text("some text")
     (tmp_path / "notes").symlink_to(tmp_path / "nowhere")
     assert list(find_files(tmp_path)) == ["a.txt"]

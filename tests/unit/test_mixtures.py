@@ -326,7 +326,7 @@ def test_a_file_that_holds_no_conversations_is_named(
 
 
 def test_other_columns_of_a_parquet_file_do_not_matter(store: Store, tmp_path: Path) -> None:
-    """Columns without a value in Python, and folders whose names look like a column, as Hive and Spark write them."""
+    """The file has columns without a value in Python. Its folder's name looks like a column, as in Hive and Spark."""
     far = 2**60
     columns = {
         "messages": pa.array([row["messages"] for row in numbered(0, 3)]),
@@ -490,11 +490,11 @@ def test_conversations_that_teach_nothing_in_a_row_are_left_out_and_longer_ones_
 
 
 def test_no_row_is_without_targets_however_long_the_prompts(store: Store) -> None:
-    """Best fit takes the longest first: once, whole batches held only prompts that were cut before the answer."""
+    """Best fit takes the longest first. Whole batches once had only prompts that were cut before the answer."""
     rows = [conversation("q" * (300 if i % 10 == 0 else 9), "yes" * (i % 60)) for i in range(1000)]
     write_conversations(store, "a", "train", rows)
     fitted = Mixture(store, "a").fit(TOKENIZER, 65)
-    assert 90 <= fitted.lost.left_out <= 100  # one hundred without those that are held out for validation
+    assert 90 <= fitted.lost.left_out <= 100  # one hundred, minus those that are held out for validation
     loader = PackedLoader(
         ConversationSource(fitted.training, TOKENIZER, 1), rows=8, context_length=64, pad_id=0, when_full="pad"
     )

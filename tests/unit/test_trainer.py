@@ -147,7 +147,7 @@ def test_five_useless_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
 
 
 def dead_from(first: int, loss: float) -> Callable[[Trainer], Objective]:
-    """An objective whose value is ``loss`` a token from a step on, whatever the weights are."""
+    """From step ``first`` on, the objective is ``loss`` for each token, whatever the weights are."""
 
     def objective(run: Trainer) -> Objective:
         def loss_of(rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -173,7 +173,7 @@ def test_a_loss_that_no_weight_changes_ends_the_run_after_five_warnings(
 
 
 def test_garbage_collection_is_as_before_however_a_run_ends(tmp_path: Path) -> None:
-    """Objects that stay frozen are not freed at exit, and a library then prints the objects that it misses."""
+    """Objects that stay frozen are not freed at exit, and a library then prints these objects."""
 
     def stop() -> dict[str, float]:
         assert gc.get_freeze_count() > 0

@@ -130,7 +130,7 @@ def table(result: Mapping[str, Json]) -> list[str]:
 def quote(question: Question, graded: GradedAnswers) -> dict[str, Json]:
     """A question with the messages before it, and its first answer, as reports quote them.
 
-    The answer is empty if the question did not fit.
+    The answer is empty if the question did not fit into the context.
     """
     answer = graded.answers[0] if graded.answers else Response("")
     messages = [[message.role, message.text] for message in parse_messages(question.messages)]

@@ -58,7 +58,7 @@ def gather(
     report["tokenizer"]["domains"] = _domains(store, final)
     if final.ref.stage != "base" and report["recipe"]:
         chat = held_out.evaluate_conversations(store, final, report["recipe"], items)
-        names = ("revision", "accuracy", "kinds", "examples", "wrong")  # results of earlier versions lack the last one
+        names = ("revision", "accuracy", "kinds", "examples", "wrong")  # earlier versions have no ``wrong``
         report["chat"] = {name: chat[name] for name in names if name in chat}
     results = {stage: results_of(store, point.ref, point.weights_digest) for stage, point in stages.items()}
     named = {

@@ -28,13 +28,13 @@ from nanochat_core.model import IGNORE_INDEX
 
 # The largest number of packers, and of ranks with rows. A batch of more rows gives some packers several rows each.
 MAX_PACKERS = 1024
-# Packers read different documents at a time: each one or two row groups, whose text takes about 4 MB for web pages.
+# Each packer reads from one or two row groups at a time. The text of a row group of web pages takes about 4 MB.
 _CACHED_BYTES_PER_PACKER = 8 * 2**20
-# Documents in a packer's buffer. It has at most an eighth of the documents that the packer has in an epoch, because an
-# epoch should not begin with all long documents, but at least the smaller number.
+# The largest and the smallest number of documents in a packer's buffer. Between them, the buffer has an eighth of the
+# packer's documents in an epoch. A larger buffer would put all long documents at the beginning of the epoch.
 BUFFERED_DOCUMENTS = 64
 LEAST_BUFFERED_DOCUMENTS = 8
-# Changes with the meaning of the stored position in the data.
+# Raise this number when the meaning of the stored position in the data changes.
 _STATE_FORMAT = 2
 _PREFETCHED_BATCHES = 4
 
@@ -138,7 +138,7 @@ class PackedLoader:
 
     @property
     def unseen(self) -> float:
-        """Share of the documents that were never packed to their ends; the share of all ranks is the sum, too."""
+        """This rank's share of the documents that were never packed to their ends; the total is the sum over ranks."""
         return sum(packer.unseen_documents for packer in self._packers) / self._documents
 
     def prefetched(self) -> Generator[Batch, None, None]:
@@ -198,7 +198,7 @@ class PackedLoader:
 def text_cache(rows: int, world_size: int, datasets: int = 1) -> RowGroupCache:
     """A cache for the text of one of ``datasets`` datasets that a rank's packers read at a time.
 
-    ``rows`` are those of the global batch. All the datasets' caches together have the size that one dataset's has.
+    ``rows`` is the number of rows of the global batch. Several datasets share the memory that one dataset would get.
     """
     packers = math.ceil(min(rows, MAX_PACKERS) / world_size)
     return RowGroupCache(max(CACHED_BYTES, packers * _CACHED_BYTES_PER_PACKER) // datasets)

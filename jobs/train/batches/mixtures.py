@@ -193,10 +193,10 @@ def repeated(rows: Sequence[int], weight: float) -> list[int]:
 
 
 def _held_out(name: str, count: int) -> list[int]:
-    """Numbers of the conversations for validation: a random one of each stretch of the file.
+    """Numbers of the conversations for validation: a random one of each part of the file.
 
-    They are spread because a file may be ordered by topic, and random because each tenth may be of another kind. They
-    are the same in every run.
+    They are spread because a file may be ordered by topic. They are random because, for example, every tenth one may be
+    of another kind. They are the same in every run.
     """
     if count < 2:
         raise UserError(f"{name} holds one conversation; at least two are needed, one of them for validation")

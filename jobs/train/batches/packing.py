@@ -118,7 +118,7 @@ class BestFitPacker:
         return ids, counted
 
     def _overdue(self) -> int | None:
-        """Place of the document that has waited longest, if it has waited too long."""
+        """Place of the document that has waited longest, or None if it has not waited too long."""
         oldest = next(iter(self._waiting.values()))
         if self.row - oldest.since < self.buffer_size:
             return None
@@ -143,7 +143,7 @@ class BestFitPacker:
         taken = end - start
         ids[:taken], counted[:taken] = document.ids[start:end], document.counted[start:end]
         if start:
-            counted[0] = False  # It was a target before the cut, and is context here.
+            counted[0] = False  # This token was a target before the cut. Here it is only context.
         if end < len(document.ids) and self.when_full == "fill":
             self.put(document, end - 1)  # The next piece begins with this piece's last token, as context.
         return taken

@@ -13,8 +13,8 @@ from jobs.train.batches.packing import Document
 from nanochat_core.chat import Message, render_conversation
 from nanochat_core.tokenizer import Tokenizer
 
-# A set of at most this many characters is tokenized before training, which takes a core about 10 seconds, and kept in
-# memory as tokens, which take about as many bytes.
+# A set of at most this many characters is tokenized before training and kept in memory. Tokenizing takes one core about
+# 10 seconds, and the tokens take about one byte for each character.
 SMALL_CHARACTERS = 2**26
 _MAX_WORKERS = 8
 
@@ -76,8 +76,8 @@ class TextSource(Source):
 class WindowSource(Source):
     """The documents of a small dataset, cut into windows of at most a row, in a new order each epoch.
 
-    A few long documents would otherwise keep their packers busy while the other packers repeat the rest, and windows
-    that lie together in the text would lie together in a batch. A document begins with BOS. Each later window begins
+    Without windows, a few long documents would keep their packers busy while the other packers repeat the rest. Without
+    the new order, neighboring passages would be in the same batch. A document begins with BOS. Each later window begins
     with the last token of the window before it, which is not counted as a target again.
     """
 

@@ -151,7 +151,7 @@ class NanochatLayer(nn.Module):
 
 
 class NanochatPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know about the model's classes."""
+    """Attributes that tell transformers how to load and split the model."""
 
     config_class = NanochatConfig
     base_model_prefix = "model"
@@ -334,7 +334,7 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
 def _mask(cached: int, time: int, window: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
     """Boolean mask, True where a query sees a key: (time, cached + time), or (batch, 1, time, cached + time).
 
-    None if no mask is needed: the new tokens are the whole row, or there is one, and all of them are in the window.
+    None if causal attention needs no mask: the window has every token, and nothing is cached or one token is new.
     """
     if padding is None and window >= cached + time - 1 and (time == 1 or not cached):
         return None

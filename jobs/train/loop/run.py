@@ -108,8 +108,8 @@ class Evaluation:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], settings: RunSettings | None = None) -> list[str]:
     """What differs between the settings and inputs in two runs' :attr:`RunConfig.meta`, as parts of a message.
 
-    ``settings`` are those of the new run. If an earlier version of nanochat did not have one of them, the old run is
-    taken to have had its default.
+    ``settings`` are those of the new run. If an earlier version of nanochat lacked a setting, the old run is assumed to
+    have had its default.
     """
     fields = dataclasses.fields(settings) if settings else ()
     defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}

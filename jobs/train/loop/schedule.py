@@ -85,8 +85,8 @@ class Schedule:
     """Learning rate, Muon momentum and weight decay as functions of the step, numbered from 0.
 
     Attributes:
-        steps: steps at the end of the run.
-        first_step: steps that another run has done before, at the constant rate; the warmdown begins after them.
+        steps: number of steps of the whole run.
+        first_step: number of steps that an earlier run has done at the constant rate; the warmdown begins after them.
     """
 
     steps: int

@@ -174,7 +174,7 @@ class Stage:
 
 
 def _check_size(config: ModelConfig) -> None:
-    """Raises UserError if the weights of a new model do not fit into this machine's memory, where they are made."""
+    """Raises UserError if a new model's weights do not fit into this machine's memory, where they are initialized."""
     parameters = config.block_matrix_parameters + 2 * config.dim * config.padded_vocab_size
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * parameters > memory:

@@ -41,11 +41,11 @@ class Start:
 
     @property
     def step(self) -> int:
-        """The number of steps that the new run does not need to do."""
+        """The number of steps that the checkpoint's run has done for the new run; 0 if the new run starts anew."""
         return self.checkpoint.ref.step if self.goes_on else 0
 
     def check(self, plan: TrainingPlan) -> None:
-        """A horizon that the checkpoint has already reached is a UserError."""
+        """Raise UserError if the checkpoint has already reached the planned horizon."""
         if plan.steps <= self.step:
             raise UserError(
                 f"the run goes on from {self.checkpoint.ref.prefix}, so a horizon of {plan.steps} steps has passed; "
@@ -56,8 +56,8 @@ class Start:
 def find_checkpoint(store: Store, text: str, *stages: str) -> Checkpoint:
     """The checkpoint that ``--start-from`` names as MODEL, MODEL/<stage> or MODEL/<stage>/step_<n>.
 
-    Without a step it is the newest whole one. Without a stage it is of the first of ``stages`` that the model has. A
-    checkpoint that does not exist is a UserError.
+    If the text names no step, the newest undamaged checkpoint is taken. If it names no stage, the first of ``stages``
+    that the model has is taken. Raises UserError if there is no such checkpoint.
     """
     name, _, revision = text.partition("/")
     check_model_name(name)
@@ -71,7 +71,7 @@ def find_checkpoint(store: Store, text: str, *stages: str) -> Checkpoint:
 
 
 def refuse_replacing(start: Checkpoint, model: str, stage: str) -> None:
-    """A start from a checkpoint of the run's own model and stage is a UserError."""
+    """Raise UserError if the run would start from a checkpoint of its own model and stage."""
     if (start.ref.model, start.ref.stage) == (model, stage):
         raise UserError(
             f"--start-from names {start.ref.model} {start.ref.revision}, which this run would replace; give the result "
@@ -108,9 +108,9 @@ def tokenizer_name(checkpoint: Checkpoint) -> str:
 def choose_start(store: Store, start: Checkpoint, inputs: Mapping[str, str], *, exact: bool) -> Start:
     """How a pretraining run on data with the digests ``inputs`` starts from a checkpoint.
 
-    The run goes on if the data are the same and the checkpoint is from before its run's warmdown. For the same data,
-    the last such checkpoint takes the place of a later one, unless the user named ``exact`` steps; if there is no such
-    checkpoint, it is a UserError.
+    The run goes on if the data are the same and the checkpoint is from before its run's warmdown. If the data are the
+    same but the checkpoint is from the warmdown, the last checkpoint before the warmdown takes its place. UserError is
+    raised if there is none. ``exact`` means that the user named a step: no other checkpoint takes its place.
     """
     known = start.meta.get("inputs", {}) if start.ref.stage == "base" else {}
     if inputs != {name: known.get(name) for name in inputs}:

@@ -66,7 +66,7 @@ class Trainer:
         return state is not None
 
     def start_from(self, base: Checkpoint, *, go_on: bool = False) -> None:
-        """Begin with the optimizer's momenta of another run, whose weights the model has already.
+        """Take over the optimizer's momenta of another run. The model must already have that run's weights.
 
         With ``go_on``, the other run's step, data position, history and random numbers are taken over too. A checkpoint
         without this state leaves the momenta at zero.
