@@ -1,7 +1,7 @@
 """The replicas of a service: each address of each name is one replica.
 
 A name may have many addresses (a headless Service of Kubernetes, a service that Compose runs several times). Names are
-looked up again every few seconds, so replicas join and leave while the process runs.
+looked up again every few seconds, so replicas may join and leave while the process runs.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 LOOKUP_SECONDS = 2.0
 """Usual time between two lookups. A cluster's name server keeps its answers for about five seconds."""
 
-# A name server that does not answer must not keep the addresses of the other names away for longer.
+# A name server that does not answer delays the addresses of the other names for at most this long.
 _TIMEOUT_SECONDS = 5.0
 
 
@@ -29,7 +29,7 @@ class Endpoint:
 
     Attributes:
         address: where to connect: a numeric host and a port, such as ``10.0.0.7:50051`` or ``[fd00::7]:50051``.
-        host: the host as it stands in the settings. A certificate of the replica must be valid for this name.
+        host: the host as written in the settings. A certificate of the replica must be valid for this name.
     """
 
     address: str
@@ -67,15 +67,15 @@ async def watch_endpoints(
     seconds: float = LOOKUP_SECONDS,
     lookup: Callable[[str], Iterable[str]] = addresses_of,
 ) -> AsyncGenerator[tuple[Endpoint, ...], None]:
-    """Yield the endpoints of ``targets`` after the first lookups, and again after each change, without an end.
+    """Yield the endpoints of ``targets`` after the first lookups, and again after each change. Never ends.
 
     The first result may be empty. If the lookup of a name fails, its last known addresses stay, and a warning is logged
-    once. An address that several targets have appears once.
+    once. An address that belongs to several targets appears once.
 
     Args:
         targets: ``host:port`` each; a host that is an IP address is not looked up.
         seconds: time between two lookups.
-        lookup: returns the addresses of a name or raises OSError; called on a thread of its own.
+        lookup: returns the addresses of a name or raises OSError; called on a separate thread.
 
     Raises:
         UserError: a target is not ``host:port``.

@@ -1,4 +1,4 @@
-"""Channels to other services: with mutual TLS, whose files may change, and with each request's id and trace.
+"""Channels to other services, with mutual TLS, and with the request's id and trace in each call.
 
 This module needs only grpcio, so every service can import it.
 """
@@ -16,9 +16,9 @@ from nanochat_core.tracing.span import current_span
 
 
 class ServiceChannel:
-    """A channel to one endpoint, for the stubs that protoc generates.
+    """A channel to one endpoint. The stubs that protoc generates accept it.
 
-    New calls use the newest TLS files. Calls that began with older files finish on the older connection.
+    New calls use the newest TLS files. Calls that began with older files finish on their old connection.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ServiceChannel:
     def _open(self, identity: Identity | None) -> Any:
         if identity is None:
             return grpc.aio.insecure_channel(self._endpoint.address, options=self._options)
-        # The channel connects to a number, but the certificate is valid for the name that was looked up.
+        # The channel connects to a numeric address, but the certificate is valid for the name that was looked up.
         name = ("grpc.ssl_target_name_override", self._endpoint.host)
         credentials = client_credentials(identity)
         return grpc.aio.secure_channel(self._endpoint.address, credentials, options=[*self._options, name])
@@ -90,7 +90,7 @@ class _Method:
         self._channel, self._kind, self._name, self._codecs = channel, kind, name, codecs
 
     def __call__(self, request: Any = None, *, metadata: Iterable[tuple[str, str]] = (), **options: Any) -> Any:
-        """Start a call, as a method of :mod:`grpc.aio` does. Metadata given here replaces the request's headers."""
+        """Start a call, as a method of :mod:`grpc.aio` does. ``metadata`` takes precedence over the span's headers."""
         connection = self._channel.connection()
         method = connection.methods.get(self._name)
         if method is None:

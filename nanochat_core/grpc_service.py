@@ -22,7 +22,7 @@ from nanochat_core.settings import setting
 from nanochat_core.tls import TlsSettings, tls_files
 from nanochat_core.tracing.tracer import Tracer, TracingSettings
 
-# Clients ping idle connections to find out whether the service still answers. gRPC allows a ping in five minutes.
+# Clients ping idle connections to find out whether the service still answers. gRPC's default is one ping in 5 minutes.
 _MIN_PING_SECONDS = 10
 
 LIVE = "live"
@@ -134,7 +134,7 @@ class GrpcService:
 
 
 class _RequestSpans(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc has no types
-    """Makes each call belong to a span. Calls of gRPC's own services (health, reflection) have none."""
+    """Runs each call in a separate span, except calls of gRPC's own services (health, reflection)."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
@@ -146,7 +146,7 @@ class _RequestSpans(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc ha
         if handler is None or details.method.startswith("/grpc."):
             return handler
         name = details.method.removeprefix("/")
-        # Binary values have keys that end with -bin; none of them is a header of a span.
+        # gRPC gives binary values as bytes. The headers of a span are text.
         headers = {key: value for key, value in details.invocation_metadata if isinstance(value, str)}
         codecs = (handler.request_deserializer, handler.response_serializer)
 

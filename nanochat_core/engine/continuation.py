@@ -1,8 +1,9 @@
 """Brings a choice that another engine began to the state in which that engine left it.
 
-The state of a sequence follows from its tokens: open code, tool calls, the matcher of a constraint. The said tokens are
-therefore replayed in the way in which sampled tokens are appended. Nothing is computed here: the said tokens are known
-tokens that are not in the cache yet, like a prompt.
+The *said* tokens and events are those that the other engine has already reported to the client. The state of a sequence
+follows from its tokens: open code, tool calls, the matcher of a constraint. Therefore the said tokens are appended one
+by one, as if they had just been sampled. The model does not run here. The said tokens are computed later, like the
+tokens of a prompt.
 """
 
 import collections
@@ -17,24 +18,24 @@ from nanochat_core.errors import UserError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class End:
-    """What follows the said tokens, before the next token is sampled."""
+    """What to report or do after the said tokens, before the next token is sampled."""
 
     unsaid: tuple[Token, ...] = ()  # the rest of a tool's output; the sequence already has these tokens
     finish_reason: FinishReason | None = None
     call: ToolCall | None = None  # a call without its result
-    call_reported: bool = False  # whether the said events have this call
+    call_reported: bool = False  # whether the said events include this call
 
 
 def replay(seq: Sequence, said: Continuation, tools: ToolLoop) -> End:
-    """Append the said tokens to ``seq``, which has the tokens of its prompt.
+    """Append the said tokens to ``seq``, which has only the tokens of its prompt so far.
 
-    Raises a :class:`UserError` if the model, the tools and the constraint cannot have led to these tokens and events.
+    Raises a :class:`UserError` if the model, the tools and the constraint cannot have produced these tokens and events.
     """
     return _Replay(seq, said, tools).run()
 
 
 class _Replay:
-    """The said tokens and events that are not replayed yet."""
+    """Replays the said tokens and events of one choice."""
 
     def __init__(self, seq: Sequence, said: Continuation, tools: ToolLoop) -> None:
         self._seq, self._tools = seq, tools

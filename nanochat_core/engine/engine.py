@@ -163,8 +163,8 @@ class Engine:
         stops iterating, requests that are still in flight are canceled.
 
         Raises:
-            UserError: a request can never be served. No request has been started then, unless what a choice has said
-                already is wrong.
+            UserError: a request can never be served. No request has been started then, except if a continuation is
+                invalid.
             Shed: the device has too little memory for a request.
         """
         waiting = collections.deque(requests)
@@ -190,7 +190,7 @@ class Engine:
                 self.cancel(request_id)
 
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
-        """:meth:`stream`, but yield each request's id and its choices when its last choice ends.
+        """:meth:`stream`, but yield each request's id and its choices when the last of them ends.
 
         Nothing is yielded for a request whose choices have all ended already.
         """

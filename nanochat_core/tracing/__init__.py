@@ -1,1 +1,1 @@
-"""A request's way through the services: its id and its trace, in log lines, in headers and, if wanted, exported."""
+"""Follows a request through the services by its id and its trace, in log lines, headers and exported spans."""

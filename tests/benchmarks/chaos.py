@@ -4,11 +4,12 @@ Run the program from the project's root: ``make chaos``, or ``python -m tests.be
 Two gateways, three engines and two sandboxes run as processes of this machine, with a small random model. The official
 OpenAI client sends streamed and whole requests: greedy and seeded ones, several choices, log probabilities, JSON
 schemas, stop strings and Python calls. Meanwhile processes are killed (SIGKILL), hang and go on (SIGSTOP, SIGCONT), end
-in an orderly way (SIGTERM) and start again. The seed decides the order. Of each kind, one process is always left alone.
+in an orderly way (SIGTERM) and start again. The seed decides the order. At least one process of each kind is always
+left running.
 
 The exit code is 0 if both claims hold, otherwise 1:
 
-- Every answer is the text that came without disturbance, once and whole.
+- Every answer is the same as without disturbance: nothing is missing, and nothing comes twice.
 - Every client error is one of ``DOCUMENTED``.
 """
 
@@ -37,9 +38,9 @@ from tests.support.engine_models import CALLING
 CLIENTS = 6
 # Mean time between two actions.
 PAUSE_SECONDS = 2.0
-# A process may be harmed if another one of its kind has been ready for this long, so that everyone knows it.
+# A process may be harmed only if another one of its kind has been ready for this long, so that its clients know it.
 SETTLE_SECONDS = 4.0
-# A stopped process goes on after this time at the latest.
+# A stopped process is continued after this time at the latest.
 LONGEST_STOP_SECONDS = 8.0
 REQUEST_SECONDS = 120.0
 START_SECONDS = 180.0
@@ -134,7 +135,7 @@ async def ask(client: openai.AsyncOpenAI, variant: Variant) -> list[Any]:
 
 
 class Incomplete(Exception):
-    """A stream ended without an error, and not every choice has its end."""
+    """A stream ended without an error before every choice had ended."""
 
 
 class Load:
@@ -211,7 +212,7 @@ def outcome_of(error: Exception, harms: Iterable[str]) -> str:
         return "gateway killed"
     body = error.body if isinstance(error, openai.APIError) and isinstance(error.body, dict) else {}
     code = str(body.get("code") or "")
-    refused = isinstance(error, openai.APIConnectionError)  # before the answer began
+    refused = isinstance(error, openai.APIConnectionError)  # this error occurs only before the answer begins
     if "end" in harms and (code == "shutting_down" or refused):
         return "gateway shutting down"
     if isinstance(error, openai.APIStatusError):
@@ -303,7 +304,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clients", type=int, default=CLIENTS)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the services end with this program
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit normally, so that the services end too
     report = asyncio.run(run_chaos(options.minutes, options.seed, options.clients))
     print_report(report)
     return 1 if report.failures else 0

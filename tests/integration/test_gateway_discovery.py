@@ -1,4 +1,4 @@
-"""Engines join and leave behind their names while the gateway runs. Only the name server is a stub."""
+"""Engines join and leave under their host names while the gateway runs. Only the name server is a stub."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ class Names:
 
 @contextlib.asynccontextmanager
 async def engines_at_one_port(*hosts: str) -> AsyncIterator[tuple[str, list[ScriptedEngine]]]:
-    """Runs an engine at each host, which says the host, and yields their common port with the engines."""
+    """Runs an engine at each host, which answers with the host's name. Yields the common port and the engines."""
     async with contextlib.AsyncExitStack() as stack:
         engines, port = [], "0"
         for host in hosts:
