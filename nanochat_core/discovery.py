@@ -1,7 +1,7 @@
 """The replicas of a service: each address of each name is one replica.
 
 A name may have many addresses (a headless Service of Kubernetes, a service that Compose runs several times). Names are
-looked up again every few seconds, so replicas join and leave while the process runs.
+looked up again every few seconds, so replicas may join and leave while the process runs.
 """
 
 import asyncio
@@ -67,15 +67,15 @@ async def watch_endpoints(
     seconds: float = LOOKUP_SECONDS,
     lookup: Callable[[str], Iterable[str]] = addresses_of,
 ) -> AsyncGenerator[tuple[Endpoint, ...], None]:
-    """Yield the endpoints of ``targets`` after the first lookups, and again after each change, without an end.
+    """Yield the endpoints of ``targets`` after the first lookups, and again after each change. Never ends.
 
     The first result may be empty. If the lookup of a name fails, its last known addresses stay, and a warning is logged
-    once. An address that several targets have appears once.
+    once. An address that belongs to several targets appears once.
 
     Args:
         targets: ``host:port`` each; a host that is an IP address is not looked up.
         seconds: time between two lookups.
-        lookup: returns the addresses of a name or raises OSError; called on a thread of its own.
+        lookup: returns the addresses of a name or raises OSError; called on a separate thread.
 
     Raises:
         UserError: a target is not ``host:port``.

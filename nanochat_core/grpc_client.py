@@ -1,4 +1,4 @@
-"""Channels to other services: with mutual TLS, whose files may change, and with each request's id and trace.
+"""Channels to other services, with mutual TLS, and with the request's id and trace in each call.
 
 This module needs only grpcio, so every service can import it.
 """
@@ -16,7 +16,7 @@ from nanochat_core.tracing.span import current_span
 
 
 class ServiceChannel:
-    """A channel to one endpoint, for the stubs that protoc generates.
+    """A channel to one endpoint. The stubs that protoc generates accept it.
 
     New calls use the newest TLS files. Calls that began with older files finish on their old connection.
     """
@@ -90,7 +90,7 @@ class _Method:
         self._channel, self._kind, self._name, self._codecs = channel, kind, name, codecs
 
     def __call__(self, request: Any = None, *, metadata: Iterable[tuple[str, str]] = (), **options: Any) -> Any:
-        """Start a call, as a method of :mod:`grpc.aio` does. Metadata given here replaces the request's headers."""
+        """Start a call, as a method of :mod:`grpc.aio` does. ``metadata`` takes precedence over the span's headers."""
         connection = self._channel.connection()
         method = connection.methods.get(self._name)
         if method is None:

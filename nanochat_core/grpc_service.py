@@ -134,7 +134,7 @@ class GrpcService:
 
 
 class _RequestSpans(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc has no types
-    """Makes each call belong to a span. Calls of gRPC's own services (health, reflection) have none."""
+    """Runs each call in a separate span, except calls of gRPC's own services (health, reflection)."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
@@ -146,7 +146,7 @@ class _RequestSpans(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc ha
         if handler is None or details.method.startswith("/grpc."):
             return handler
         name = details.method.removeprefix("/")
-        # Binary values have keys that end with -bin; none of them is a header of a span.
+        # gRPC gives binary values as bytes. The headers of a span are text.
         headers = {key: value for key, value in details.invocation_metadata if isinstance(value, str)}
         codecs = (handler.request_deserializer, handler.response_serializer)
 

@@ -1,8 +1,9 @@
 """Mutual TLS between the services, from files that may be replaced while a service runs.
 
-Each service has three PEM files: the certificates of the CA, its own certificate, and the key of its own certificate. A
-service proves its identity with the last two, and talks only to peers whose certificate the CA has signed. New
-connections use the newest files. A connection keeps the files that it began with, so replacing files breaks no stream.
+Each service has three PEM files: the certificates of the CA, its own certificate, and the private key for it. A service
+proves its identity with its certificate and key, and talks only to peers whose certificate the CA has signed. New
+connections use the newest files. A connection keeps the files that it began with, so no stream breaks when files are
+replaced.
 """
 
 import dataclasses
@@ -62,10 +63,10 @@ class TlsFiles:
         self._last_problem = ""
 
     def current(self) -> Identity:
-        """The newest contents that belong together. The files are looked at once a second at most.
+        """The newest contents that belong together. The files are checked at most once a second.
 
-        Files that are missing, damaged or only partly replaced are reported in the log once, and the contents before
-        them stay in use.
+        If files are missing, damaged or only partly replaced, the previous contents stay in use, and the log reports
+        the problem once.
         """
         with self._lock:
             if time.monotonic() < self._next_check:
@@ -148,21 +149,21 @@ def _configuration(identity: Identity) -> Any:
 
 
 def _check(ca: str, certificate: str, key: str) -> None:
-    """Let the identity in these files shake hands with itself, as client and as server, without a network.
+    """Let a client and a server, both with these files, shake hands in memory.
 
     This finds a key that does not fit, a CA that has not signed the certificate, a certificate that is out of date or
     not made for both roles, and half-written files. Raises UserError.
     """
     try:
         server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        client.check_hostname = False  # each connection compares the name that it connects to
+        client.check_hostname = False  # there is no host name here; each real connection checks it
         for context in (server, client):
             context.verify_mode = ssl.CERT_REQUIRED
             context.load_cert_chain(certificate, key, password="")
             context.load_verify_locations(ca)
         to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
         _shake_hands([client.wrap_bio(to_client, to_server), server.wrap_bio(to_server, to_client, server_side=True)])
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError; too long a password is a ValueError
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError; a password that is too long raises ValueError
         raise UserError(
             f"the TLS files {ca}, {certificate} and {key} do not belong together or are damaged: {error}; the "
             "certificate must fit the key, be signed by the CA, and allow both client and server authentication"

@@ -82,7 +82,7 @@ class Admission:
         return self._config.max_waiting + may_run - present
 
     def sequences_of(self, request: Request) -> list[Sequence]:
-        """Create one sequence for each unfinished choice of an accepted request. It has the tokens of the prompt."""
+        """Create one sequence for each unfinished choice of an accepted request. Each has the prompt's tokens."""
         sampling = request.sampling
         if sampling.constraint is not None:
             request = dataclasses.replace(request, tools=NO_TOOLS)
@@ -104,7 +104,7 @@ class Admission:
                 raise UserError(f"{name} has token {token}, which is outside the vocabulary of {vocab_size}")
 
     def _check_continued(self, request: Request) -> None:
-        """Check what :func:`~nanochat_core.engine.continuation.replay` does not check."""
+        """Check the limits of ``continued``. :func:`~nanochat_core.engine.continuation.replay` checks its contents."""
         most = self._max_length(request) - len(request.prompt)
         seen = set[int]()
         for said in request.continued:

@@ -159,7 +159,7 @@ class AsyncEngine:
             self._idle.set()
 
     def announce_draining(self) -> None:
-        """Tell every open stream that the engine shuts down, with an output of its own."""
+        """Tell every open stream that the engine is shutting down, with a separate output."""
         for request_id, stream in self._streams.items():
             if not stream.finished:
                 stream.push(Output(request_id=request_id, index=0, draining=True))

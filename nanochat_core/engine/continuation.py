@@ -27,15 +27,15 @@ class End:
 
 
 def replay(seq: Sequence, said: Continuation, tools: ToolLoop) -> End:
-    """Append the said tokens to ``seq``, which has the tokens of its prompt.
+    """Append the said tokens to ``seq``, which has only the tokens of its prompt so far.
 
-    Raises a :class:`UserError` if the model, the tools and the constraint cannot have led to these tokens and events.
+    Raises a :class:`UserError` if the model, the tools and the constraint cannot have produced these tokens and events.
     """
     return _Replay(seq, said, tools).run()
 
 
 class _Replay:
-    """The said tokens and events that are not replayed yet."""
+    """Replays the said tokens and events of one choice."""
 
     def __init__(self, seq: Sequence, said: Continuation, tools: ToolLoop) -> None:
         self._seq, self._tools = seq, tools

@@ -190,7 +190,7 @@ class Engine:
                 self.cancel(request_id)
 
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
-        """:meth:`stream`, but yield each request's id and its choices when its last choice ends.
+        """:meth:`stream`, but yield each request's id and its choices when the last of them ends.
 
         Nothing is yielded for a request whose choices have all ended already.
         """

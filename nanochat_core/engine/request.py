@@ -168,8 +168,9 @@ class Continuation:
 class Request:
     """A prompt to continue ``n`` times.
 
-    A choice with an entry in ``continued`` goes on where the entry ends, exactly as the engine that began it would
-    have gone on. Its outputs have only what is new; limits, penalties, constraint and usage count the whole choice.
+    A choice with an entry in ``continued`` continues where the entry ends, exactly as the first engine would have
+    continued it. Its outputs have only new tokens and events. Limits, penalties, constraint and usage count the whole
+    choice.
     """
 
     id: str  # unique among the requests in flight; it appears in logs and is sent to the sandbox
@@ -179,7 +180,7 @@ class Request:
     tools: ToolPolicy = NO_TOOLS  # ignored if the request has a constraint
     priority: int = 0  # lower values are scheduled first; equal values are scheduled in order of arrival
     continued: tuple[Continuation, ...] = ()
-    # Context variables of the request's Python calls, so that they belong to the request's trace.
+    # The request's Python calls run in this context, so that they belong to the request's trace.
     context: contextvars.Context | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
@@ -231,7 +232,8 @@ class Completion(Generated):
 class Output(Generated):
     """New tokens and tool events of one choice. All its events come after all its tokens.
 
-    ``error`` ends all choices of the request. An output with ``draining`` is empty; it says that the engine shuts down.
+    ``error`` ends all choices of the request. An output with ``draining`` is empty and says that the engine is shutting
+    down.
     """
 
     request_id: str

@@ -95,7 +95,7 @@ class Scheduler:
 
     @property
     def waiting_tokens(self) -> int:
-        """Known tokens of waiting and running sequences that must still be computed, without those just sampled.
+        """Number of tokens of waiting and running sequences that must still be computed, except newly sampled tokens.
 
         Tokens of waiting sequences count even if the cache has them. Any thread may call this.
         """

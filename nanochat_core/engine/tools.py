@@ -123,7 +123,7 @@ class ToolLoop:
             self._arrived.wait()
 
     def append_output(self, seq: Sequence, result: ToolResult) -> list[Token]:
-        """Append the tokens that show ``result`` to the model; returns them. The list is empty if they do not fit."""
+        """Append the tokens that show ``result`` to the model, and return them. Returns none if they do not fit."""
         ids = [self._output_start, *self._tokenizer.encode(result.output), self._output_end]
         if len(seq.tokens) + len(ids) > seq.max_length:
             return []
@@ -142,7 +142,7 @@ class ToolLoop:
             self._thread = self._loop = None
 
     def _complete_call(self, seq: Sequence) -> ToolCall | None:
-        """The call that ends with the last token of ``seq``, if this token ends code. Counts the call."""
+        """Count and return the call that the last token of ``seq`` ends; None if this token does not end code."""
         if seq.tokens[-1] != self._python_end or seq.code_start is None:
             return None
         call = ToolCall(seq.tool_calls, self._tokenizer.decode(seq.tokens[seq.code_start : -1]))

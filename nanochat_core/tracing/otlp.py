@@ -10,12 +10,12 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 
 from nanochat_core.tracing.span import Span
 
-# A collector that does not answer must not delay the end of a service for longer.
+# If the collector does not answer, it delays the shutdown of a service by at most this time.
 _SEND_SECONDS = 2.0
 
 
 class OtlpExporter:
-    """Exports spans in batches, on a thread of its own. Spans are dropped while the collector does not answer."""
+    """Exports spans in batches, on a separate thread. Spans are dropped while the collector does not answer."""
 
     def __init__(self, service: str, endpoint: str) -> None:
         """``endpoint`` is the collector's address without a path. The SDK reads further OTEL_* variables."""
@@ -40,7 +40,7 @@ class OtlpExporter:
         )
 
     def close(self) -> None:
-        """Send what is queued, and stop. Blocks for two seconds at most; the SDK alone would wait half a minute."""
+        """Send the queued spans, and stop. Blocks for at most two seconds; the SDK's own limit is half a minute."""
         ending = threading.Thread(target=self._batches.shutdown, daemon=True)
         ending.start()
         ending.join(_SEND_SECONDS)

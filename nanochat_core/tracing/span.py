@@ -16,7 +16,7 @@ REQUEST_ID, TRACEPARENT, TRACESTATE = "x-request-id", "traceparent", "tracestate
 """Names of the headers, in HTTP and in gRPC's metadata."""
 
 _MAX_REQUEST_ID_CHARACTERS, _MAX_TRACESTATE_CHARACTERS = 128, 512
-# Ids of zeros and the version ff are invalid. Versions after 00 may append fields, which this code ignores.
+# Ids with only zeros and the version ff are invalid. Versions after 00 may append fields, which this code ignores.
 _TRACEPARENT_FORM = re.compile(
     r"((?!ff)[0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
 )
@@ -28,7 +28,7 @@ class Span:
     """One service's part of a request.
 
     Attributes:
-        name: what was asked for, such as the route.
+        name: name of the operation, such as the route.
         request_id: the request's id, the same in all services.
         trace_id: 32 hexadecimal digits, the same in all services.
         sampled: whether the services export the trace; None if that is not decided yet.
@@ -51,7 +51,7 @@ class Span:
 
     @classmethod
     def from_headers(cls, name: str, headers: Mapping[str, str]) -> "Span":
-        """A span below the caller's span, or of a new trace if the caller sent no valid ``traceparent``.
+        """A child of the caller's span, or the first span of a new trace if the caller sent no valid ``traceparent``.
 
         A request id is generated if the caller sent none, or one that is not safe to log. The keys of ``headers`` are
         in lower case.
@@ -71,7 +71,7 @@ class Span:
         )
 
     def headers(self) -> dict[str, str]:
-        """The headers for calls to the next service, whose spans will be below this one."""
+        """The headers for calls to the next service, whose spans will be children of this one."""
         flags = _SAMPLED if self.sampled else 0
         headers = {REQUEST_ID: self.request_id, TRACEPARENT: f"00-{self.trace_id}-{self.span_id}-{flags:02x}"}
         return headers | ({TRACESTATE: self.tracestate} if self.tracestate else {})

@@ -43,7 +43,7 @@ class Tracer:
 
     @contextlib.contextmanager
     def request(self, name: str, headers: Mapping[str, str]) -> Iterator[Span]:
-        """Make the current task, which serves one request, belong to a new span that ends with the block.
+        """Set a new span for the current task, which serves one request. The span ends with the block.
 
         Log lines and calls of other services then carry the request's id and trace. The keys of ``headers`` are in
         lower case.
@@ -63,6 +63,6 @@ class Tracer:
                 self._exporter.export(span, started, time.time_ns())
 
     def close(self) -> None:
-        """Send what is not exported yet. Blocks for two seconds at most."""
+        """Send the spans that are not exported yet. Blocks for at most two seconds."""
         if self._exporter is not None:
             self._exporter.close()

@@ -82,7 +82,7 @@ class Metrics(Observer):
         self._tools.labels(status).inc()
 
     def tool_retried(self) -> None:
-        """Count a Python call that is made again at another sandbox."""
+        """Count a Python call that is repeated at another sandbox."""
         self._tool_retries.inc()
 
     def finished(self, reason: str, since_arrival: float) -> None:

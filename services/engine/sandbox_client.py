@@ -1,4 +1,4 @@
-"""Sends the model's Python calls to the sandboxes: balanced over all, away from dead ones, and again if one dies."""
+"""Sends the model's Python calls to the sandboxes. Calls are spread over healthy ones and repeated if one dies."""
 
 import asyncio
 import contextlib
@@ -22,13 +22,14 @@ log = logging.getLogger("nanochat.engine")
 
 # The sandbox limits the code's time itself and then answers TIMEOUT. The client waits this much longer for the answer.
 _ANSWER_SECONDS = 1.0
-# A sandbox that does not answer a health check in this time hangs.
+# A sandbox that does not answer a health check within _HEALTH_SECONDS counts as hung.
 _HEALTH_SECONDS, _POLL_SECONDS = 3.0, 0.5
 # If no sandbox can take a call, the call waits this long for one, but no longer than a quarter of its time.
 _PATIENCE_SECONDS = 2.0
-# Code that makes a sandbox die must not make all of them die.
+# The limit keeps code that kills its sandbox from killing all of them.
 _MAX_ATTEMPTS = 3
-# The sandbox may have died. The code cannot act on anything outside of its process, so running it again is safe.
+# After these errors, the sandbox may have died. Running the code again is safe, because it cannot act on anything
+# outside of its process.
 _LOST_CODES = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,
@@ -38,7 +39,7 @@ _LOST_CODES = (
 _UNAVAILABLE = ToolOutput("unavailable", "error: the Python sandbox is unavailable")
 _OVERLOADED = "overloaded"
 _CHANNEL_OPTIONS = [
-    # After a restart of the sandbox, answers must not wait for gRPC's default backoff of up to two minutes.
+    # By default, gRPC waits up to two minutes between attempts to connect. A restarted sandbox must be used sooner.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
@@ -48,8 +49,8 @@ class SandboxClient:
     """A :class:`~nanochat_core.engine.ToolRunner` that calls the sandbox services over gRPC.
 
     Every address of every target is a sandbox. Sandboxes join and leave while the engine runs. Of the healthy ones, the
-    one with the fewest calls of this engine gets the next call. If a sandbox dies, hangs or is full, its calls are made
-    again at another one, as long as their time lasts.
+    one with the fewest calls of this engine gets the next call. If a sandbox dies, hangs or is full, its calls are
+    repeated at another one, until their time limit.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class SandboxClient:
         lookup_seconds: float = LOOKUP_SECONDS,
         on_retry: Callable[[], None] = lambda: None,
     ) -> None:
-        """``on_retry`` is called when a call is made again. The caller must run inside the event loop of the calls."""
+        """``on_retry`` is called each time a call is repeated. Create the client in the event loop of its calls."""
         self._tls, self._on_retry = tls, on_retry
         self._sandboxes: dict[Endpoint, _Sandbox] = {}
         self._retirements: set[asyncio.Task[None]] = set()
@@ -131,9 +132,9 @@ class SandboxClient:
         return [sandbox for sandbox in self._sandboxes.values() if sandbox.serving and sandbox not in excluded]
 
     async def _choose(self, excluded: "set[_Sandbox]", patience: float) -> "_Sandbox | None":
-        """The healthy sandbox with the fewest calls; of several, the one that was used longest ago.
+        """The healthy sandbox with the fewest calls; of several, the least recently used one.
 
-        Waits up to ``patience`` seconds if there is none.
+        If no sandbox is healthy, waits up to ``patience`` seconds for one.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
@@ -247,7 +248,7 @@ class _Sandbox:
                 status = (await self._health.Check(health_pb2.HealthCheckRequest(), timeout=_HEALTH_SECONDS)).status
                 self.set_state(serving=status == serving, reason="it is shutting down")
             except grpc.aio.AioRpcError as error:
-                # A server without the health service counts as healthy.
+                # A server that has no health service counts as healthy.
                 answers = error.code() is grpc.StatusCode.UNIMPLEMENTED
                 self.set_state(serving=answers, lost=not answers, reason=f"{error.code().name}: {error.details()}")
             await asyncio.sleep(_POLL_SECONDS)

@@ -17,8 +17,8 @@ from services.engine.settings import EngineSettings
 log = logging.getLogger("nanochat.engine")
 
 SERVICE = engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
-# A request is a prompt of at most the context length, perhaps a JSON schema, and for each choice what it has already
-# said, at up to 8 bytes a token. A reply may be a tokenizer of 100,000 entries; as JSON, it takes a few MiB.
+# A request is a prompt of at most the context length, perhaps a JSON schema, and the tokens of each choice that is
+# continued, at up to 8 bytes a token. A reply may be a tokenizer of 100,000 entries; as JSON, it takes a few MiB.
 _MAX_RECEIVE_BYTES, _MAX_SEND_BYTES = 16 << 20, 64 << 20
 _HANG_CHECK_SECONDS = 1.0
 EXIT_DEVICE_LOOP_DIED = 70

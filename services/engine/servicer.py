@@ -51,7 +51,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         """Stream the continuation of a prompt. However the gRPC call ends, the prompt's sequences are freed."""
         span = current_span.get()
         if span and request.request_id:
-            span.request_id = request.request_id  # for callers that do not send the header as well
+            span.request_id = request.request_id  # the caller may have sent no header
         if self._draining:
             self._metrics.refused("draining")
             await _abort(context, grpc.StatusCode.UNAVAILABLE, "the engine is shutting down; use another replica")
@@ -157,7 +157,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         return model
 
     async def _model_with_weights(self, digest: str, context: Context) -> ServedModel:
-        """The model with these weights: the current one or one that it has replaced. Empty: the current model."""
+        """The model with these weights: the current one or a replaced one. No digest: the current one."""
         current = await self._model(context)
         model = self._host.with_weights(digest) if digest else current
         if model is None:

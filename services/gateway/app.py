@@ -30,7 +30,7 @@ base URL. Answers in which the model ran Python carry `nanochat.tool_events`."""
 
 
 def create_app(settings: GatewaySettings, lookup: Lookup = addresses_of) -> FastAPI:
-    """Builds the application. From its startup to its shutdown, it is connected to the engines.
+    """Builds the application. It is connected to the engines from its startup to its shutdown.
 
     ``lookup`` returns the addresses of a host name; the default asks the system's resolver. The application's
     ``state.drain`` exists at once, and its ``state.pool`` exists after the startup. Raises UserError if the settings

@@ -88,7 +88,7 @@ def no_engine() -> ApiError:
 
 
 def engines_busy() -> ApiError:
-    """Returns an error with status 503: the engines had no room for as long as a request may wait."""
+    """Returns an error with status 503: no engine had room within the time that a request may wait."""
     return ApiError(503, "All engines are busy. Try again shortly.", code="engine_overloaded")
 
 

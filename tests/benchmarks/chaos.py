@@ -38,7 +38,7 @@ from tests.support.engine_models import CALLING
 CLIENTS = 6
 # Mean time between two actions.
 PAUSE_SECONDS = 2.0
-# A process may be harmed if another one of its kind has been ready for this long, so that everyone knows it.
+# A process may be harmed only if another one of its kind has been ready for this long, so that its clients know it.
 SETTLE_SECONDS = 4.0
 # A stopped process is continued after this time at the latest.
 LONGEST_STOP_SECONDS = 8.0
@@ -212,7 +212,7 @@ def outcome_of(error: Exception, harms: Iterable[str]) -> str:
         return "gateway killed"
     body = error.body if isinstance(error, openai.APIError) and isinstance(error.body, dict) else {}
     code = str(body.get("code") or "")
-    refused = isinstance(error, openai.APIConnectionError)  # before the answer began
+    refused = isinstance(error, openai.APIConnectionError)  # this error occurs only before the answer begins
     if "end" in harms and (code == "shutting_down" or refused):
         return "gateway shutting down"
     if isinstance(error, openai.APIStatusError):
@@ -304,7 +304,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clients", type=int, default=CLIENTS)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the services end with this program
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit normally, so that the services end too
     report = asyncio.run(run_chaos(options.minutes, options.seed, options.clients))
     print_report(report)
     return 1 if report.failures else 0

@@ -24,7 +24,7 @@ from nanochat_core.engine import Completion, Continuation, Engine, EngineConfig,
 from nanochat_core.errors import UserError
 from nanochat_core.store import open_store
 
-# Name, compute dtype, settings of the engine.
+# Each entry has the name, the compute dtype and the engine's settings.
 KINDS: tuple[tuple[str, torch.dtype, dict[str, Any]], ...] = (
     ("fp32", torch.float32, {}),
     ("bf16", torch.bfloat16, {}),

@@ -1,8 +1,7 @@
 """Simulate the gateway's routing on a thousand replicas, beside the usual ways to balance load.
 
-Run the program from the project's root: ``python -m tests.benchmarks.simulate_routing --plot
-docs/images/routing.png``. It prints two Markdown tables and draws one plot. The router is the gateway's own code; all
-else is a model.
+Run the program from the project's root: ``python -m tests.benchmarks.simulate_routing --plot docs/images/routing.png``.
+It prints two Markdown tables and draws one plot. The router is the gateway's own code; everything else is simulated.
 
 **Conversations.** They begin at random times within ten minutes. Each belongs to one of 100 applications, of which a
 few have most conversations (Zipf's law), and begins with the application's system prompt. Each turn adds a question
@@ -16,10 +15,10 @@ and its cache use once a second. The replicas are slow, so that 1,000 of them ha
 **Churn.** Every five seconds one replica leaves and an empty one joins, as in a rolling update. After a third of the
 time 100 replicas join at once, and after two thirds 100 leave. A replica that leaves finishes its sequences.
 
-Every way of balancing sees the same conversations. The columns of the tables are: the share of the prompts' tokens
-that were found in a cache; that number divided by what one engine would find that forgets nothing; the median and the
-95th percentile of the wait for the first token; and max/mean, the number of sequences on the busiest replica divided
-by the mean, averaged over the seconds in which the mean is at least one.
+Every way of balancing sees the same conversations. The columns of the tables are: the share of the prompts' tokens that
+were found in a cache; that number divided by the tokens that a single engine with unlimited memory would find; the
+median and the 95th percentile of the wait for the first token; and max/mean, the number of sequences on the busiest
+replica divided by the mean, averaged over the seconds in which the mean is at least one.
 """
 
 import argparse
@@ -42,20 +41,23 @@ from jobs.plots import panels
 from services.gateway.routing import ReplicaLoad, Router, RoutingSettings
 
 BLOCK = 16
-PREFILL_RATE = 800.0  # tokens per second
-DECODE_SECONDS, DECODE_SECONDS_PER_SEQUENCE = 0.04, 0.002  # of a step
+PREFILL_RATE = 800.0  # in tokens per second
+DECODE_SECONDS, DECODE_SECONDS_PER_SEQUENCE = (
+    0.04,
+    0.002,
+)  # time of a decoding step, without sequences and for each sequence
 CACHE_TOKENS = 32_768
 ARRIVAL_SECONDS = 600.0
 APPLICATIONS = 100
 SWAP_SECONDS = 5.0
 SURGE = 100
-# Token ids of prompts are slices of this list, so that they share their objects.
+# Prompts are slices of this list, so that they share its int objects.
 _IDS = list(range(1 << 16))
 
 
 @dataclasses.dataclass
 class Conversation:
-    """One chat. ``starts`` says where in the list of ids the tokens of each turn begin."""
+    """One chat. ``starts`` has the position in ``_IDS`` at which each turn's tokens begin."""
 
     key: int
     begins: float
@@ -94,7 +96,7 @@ class Affinity:
 
     def __init__(self, settings: RoutingSettings) -> None:
         self.router = Router(settings)
-        self.seconds: list[float] = []  # of each choice
+        self.seconds: list[float] = []  # time of each choice
 
     def choose(self, chat: Conversation, loads: dict[str, ReplicaLoad], now: float) -> str:
         prompt = chat.prompt()
@@ -150,7 +152,7 @@ class LeastLoad(_LoadOnly):
 
     def __init__(self) -> None:
         super().__init__()
-        # Sequences, a running number and the name of each replica; entries that are no longer true are skipped.
+        # Each entry has a replica's number of sequences, a running number and its name. Outdated entries are skipped.
         self.heap: list[tuple[int, int, str]] = []
         self.numbers = itertools.count()
 
@@ -206,7 +208,7 @@ class Replica:
     def __init__(self) -> None:
         self.load = ReplicaLoad(0, 0, 0.0)
         self.running_tokens = 0
-        self._prefilled_at = 0.0  # when everything that waits now is computed
+        self._prefilled_at = 0.0  # when all waiting prompts will be computed
         self._cache: OrderedDict[int, int] = OrderedDict()  # tokens of each conversation and system prompt
         self._cache_tokens = 0
 
@@ -242,17 +244,17 @@ class Replica:
 
 @dataclasses.dataclass
 class Result:
-    """What one way of balancing did.
+    """Measurements of one way of balancing.
 
-    ``max_over_mean`` has the most sequences of a replica divided by the mean, for every second; NaN if the mean is
-    below one.
+    ``max_over_mean`` has a value for every second: the sequences of the busiest replica divided by the mean. The value
+    is NaN if the mean is below one.
     """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     waits: list[float] = dataclasses.field(default_factory=list)
     max_over_mean: list[float] = dataclasses.field(default_factory=list)
-    seconds: float = 0.0  # of CPU time
+    seconds: float = 0.0  # CPU time
 
     @property
     def hit_rate(self) -> float:
@@ -285,7 +287,7 @@ def simulate(policy: Policy, chats: list[Conversation], replicas: int, *, churn:
     second = 0.0
     for _ in range(replicas):
         join()
-    # A turn that arrives has no replica; a turn that ends has its replica and its cached tokens.
+    # Fields: time, conversation, replica (empty when a turn arrives, set when it ends), cached tokens.
     events: list[tuple[float, int, str, int]] = [(chat.begins, i, "", 0) for i, chat in enumerate(chats)]
     heapq.heapify(events)
     while events:
@@ -345,7 +347,7 @@ def chats_at_once(count: int, turns: int) -> list[Conversation]:
 
 def _turns(rng: np.random.Generator, turns: int, pause: float) -> tuple[list[int], list[int], list[int], list[float]]:
     """Returns starts, questions, answers and pauses of a conversation."""
-    # Of each turn: where its ids begin in the list of ids, the tokens of the question and of the answer, the pause.
+    # For each turn: position in _IDS, tokens of the question, tokens of the answer; then the pauses between turns.
     return (
         rng.integers(1 << 15, (1 << 16) - 500, turns).tolist(),
         rng.integers(10, 100, turns).tolist(),
@@ -434,7 +436,7 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=100_000)
     parser.add_argument("--plot", type=Path, help="PNG file to write")
     args = parser.parse_args()
-    gc.disable()  # no object is part of a cycle
+    gc.disable()  # the program makes no reference cycles
     chats = many_chats(args.conversations)
     turns, findable = sum(len(chat.questions) for chat in chats), findable_tokens(chats)
     print(f"{args.replicas:,} replicas, {len(chats):,} conversations, {turns:,} prompts\n")

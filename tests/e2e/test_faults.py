@@ -36,7 +36,7 @@ def test_an_answer_goes_on_after_its_only_engine_was_killed_and_started_again(st
     request = {"model": "demo", "prompt": "The town", "stream": True, "seed": 7, "logit_bias": bias}
 
     def ask(killed: int | None) -> tuple[str, list[str]]:
-        """Returns the answer's text and its other events; kills the process after the first event."""
+        """Returns the answer's text and its other events. Kills the process ``killed`` after the first event."""
         text, events = "", list[str]()
         with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=60) as response:
             assert response.status_code == 200
@@ -65,7 +65,7 @@ def test_the_page_says_that_the_engine_is_gone_and_recovers(stack: Stack, browse
     page = browser.new_context().new_page()
     page.goto(url)
     engine = stack.service_pid("engine")
-    # A stopped engine accepts the question but never answers. Then it is killed, and started again by make run.
+    # A stopped engine accepts the question but never answers. After the kill, ``make run`` starts it again.
     os.kill(engine, signal.SIGSTOP)
     page.get_by_test_id("composer").fill("What is 1234 * 5678?")
     page.get_by_test_id("composer").press("Enter")

@@ -73,7 +73,7 @@ def started(home: Path) -> Iterator[Any]:
 
 
 def said(chunks: Iterable[pb.GenerateChunk]) -> list[pb.Continuation]:
-    """What the choices of these chunks have said."""
+    """The continuations of the choices in these chunks."""
     choices: dict[int, pb.Continuation] = {}
     for chunk in chunks:
         choice = choices.setdefault(chunk.index, pb.Continuation(index=chunk.index))
@@ -84,7 +84,7 @@ def said(chunks: Iterable[pb.GenerateChunk]) -> list[pb.Continuation]:
 
 
 def answers(chunks: Iterable[pb.GenerateChunk]) -> dict[int, list[Any]]:
-    """All that the chunks say of each choice, except how it was divided into chunks and how long calls took."""
+    """The contents of each choice, without its division into chunks and the durations of calls."""
     choices: dict[int, list[Any]] = {}
     for chunk in chunks:
         tokens, events, end = choices.setdefault(chunk.index, [[], [], None])
@@ -142,7 +142,7 @@ def test_a_stream_goes_on_at_another_engine_before_within_and_after_a_python_cal
     # The second engine runs the call again for each cut before the call's result.
     came = next(i for i, chunk in enumerate(whole) if any(e.HasField("result") for e in chunk.tool_events))
     assert sandbox.calls == 1 + came + 1
-    # A client may also have taken only a part of the output.
+    # A client may also have received only a part of the output.
     [choice] = said(whole[: came + 1])
     output = [token for token in choice.tokens if token.forced]
     del choice.tokens[-len(output) + 1 :]
@@ -170,7 +170,7 @@ def test_a_replaced_model_continues_what_its_weights_began(started: Any) -> None
     old = engine.stub.GetModel(pb.GetModelRequest()).digests["model.safetensors"]
     sampling = {"max_tokens": 20, "temperature": 1.0, "seed": 3}
     whole = list(engine.generate([1, 2, 3], sampling=sampling))
-    running = engine.generate([1, 2, 3], sampling=ENDLESS)  # keeps the old model in memory
+    running = engine.generate([1, 2, 3], sampling=ENDLESS)  # this running answer keeps the old model in memory
     next(running)
     engine.stub.Reload(pb.ReloadRequest(revision=SECOND.revision), timeout=60)
     rest = list(engine.generate([1, 2, 3], sampling=sampling, continued=said(whole[:9]), weights_digest=old))
@@ -216,7 +216,7 @@ def test_an_engine_that_drains_tells_every_call_and_ends_when_they_have_moved(
     draining, (other, _) = started("--max-running", "2", "--drain-seconds", "60"), engines
     prompts = [[i, 2, 3] for i in range(4)]
     calls = [draining.generate(prompt, sampling=ENDLESS) for prompt in prompts]
-    begun = [[next(calls[0])], [next(calls[1])], [], []]  # two run, two wait
+    begun = [[next(calls[0])], [next(calls[1])], [], []]  # two requests run, and two wait
     while draining.load().waiting < 2:
         time.sleep(0.01)
     health = draining.health()

@@ -1,4 +1,4 @@
-"""A stream goes on at another engine, whatever happens to its engine, and its client notices nothing."""
+"""If its engine dies, hangs or drains, a stream continues at another engine, and its client notices nothing."""
 
 import asyncio
 import contextlib
@@ -86,7 +86,7 @@ async def ask(url: str, **options: Any) -> Told:
 
 @contextlib.asynccontextmanager
 async def two_engines(**settings: Any) -> AsyncIterator[tuple[str, StoryEngine, StoryEngine]]:
-    """Runs a gateway over two engines and yields its address with the engines."""
+    """Runs a gateway with two engines. Yields the gateway's URL and the engines."""
     one, two = StoryEngine(story), StoryEngine(story)
     await one.start()
     await two.start()
@@ -147,7 +147,7 @@ async def test_a_stream_goes_on_at_the_other_engine_from_any_token(
                 while not (reading.done() or (one.requests and one.steps == 0) or (two.requests and two.steps == 0)):
                     await asyncio.sleep(0.005)
             first, second = (one, two) if one.requests else (two, one)
-            await asyncio.sleep(0.02)  # the tokens are on their way
+            await asyncio.sleep(0.02)  # let the tokens that were already sent arrive
             second.allow(None)
             await trouble(first)
             async with asyncio.timeout(20):

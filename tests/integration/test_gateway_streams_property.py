@@ -1,4 +1,4 @@
-"""Whatever happens to the engines, in whatever order, each client gets its text exactly once."""
+"""Engines die, hang and drain in any order, and each client still gets its text exactly once."""
 
 import asyncio
 import dataclasses
@@ -26,7 +26,7 @@ ENGINE = st.integers(0, ENGINES - 1)
 
 
 def story(request: pb.GenerateRequest, index: int) -> list[Step]:
-    """An answer in which each token tells its request, its choice and its place, with a tool's run in the middle."""
+    """An answer with a tool call in the middle. Each token names its request, its choice and its position."""
     seed = request.sampling.seed
     steps = [Step((seed * 31 + index * 17 + k * 7) % 256) for k in range(LENGTH - 1)]
     call = pb.ToolEvent(call=pb.ToolCall(call_index=0, code=f"{seed}/{index}"))
@@ -37,7 +37,7 @@ def story(request: pb.GenerateRequest, index: int) -> list[Step]:
 
 
 class Client:
-    """Reads one stream and keeps what it has got of each choice."""
+    """Reads one stream and keeps the contents of each choice."""
 
     def __init__(self, pool: EnginePool, seed: int, n: int) -> None:
         self.request = pb.GenerateRequest(n=n)
@@ -72,7 +72,7 @@ class Client:
             self._stream.close()
 
     def check(self) -> None:
-        """Fails if the client has got anything but the beginning of its story."""
+        """Fails unless each choice so far is the beginning of its story."""
         if self.reading.done() and not self.reading.cancelled():
             self.reading.result()
         for index, steps in enumerate(self.steps):
@@ -101,7 +101,7 @@ class Streams(RuleBasedStateMachine):
             max_failures=1000,
         )
         pool = EnginePool(gateway, Metrics(), functools.partial(open_channel, settings=gateway))
-        # The budget is the subject of another test. Here no stream may give up.
+        # No stream may give up here. Another test checks the budget.
         pool.retries.spend = lambda: True  # type: ignore[method-assign]
         return pool
 

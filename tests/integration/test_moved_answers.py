@@ -1,4 +1,4 @@
-"""Answers of real engines go on at the other engine, whatever ends the first one, as if nothing had happened."""
+"""Answers of a real engine that is lost continue at the other engine without a difference."""
 
 import asyncio
 import contextlib
@@ -55,7 +55,7 @@ def engines(home: Path) -> Iterator[list[EngineProcess]]:
 
 
 async def told(client: openai.AsyncOpenAI, kind: str, seed: int, chunks: asyncio.Semaphore) -> Choices:
-    """Returns all that a client gets of each choice. ``chunks`` is released with each chunk."""
+    """Returns the contents of each choice that the client gets. Releases ``chunks`` for each chunk."""
     messages: Any = [{"role": "user", "content": f"{kind} {seed}"}]
     options = {"model": "tiny", "messages": messages, "max_tokens": 120, "seed": seed, "stream": True} | KINDS[kind]
     choices: Choices = {}
@@ -98,7 +98,7 @@ async def test_every_answer_is_the_one_of_an_undisturbed_run(
         undisturbed = await ask_all(asyncio.Semaphore(0))
         chunks = asyncio.Semaphore(0)
         asking = asyncio.create_task(ask_all(chunks))
-        for _ in range(10 * len(requests)):  # all have begun, and none is at its end
+        for _ in range(10 * len(requests)):  # by then, all answers have begun and none has ended
             await chunks.acquire()
         engines[0].process.send_signal(number)
         disturbed = await asking

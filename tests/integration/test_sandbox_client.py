@@ -19,7 +19,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[misc] # grpc_health has no types
-    """A health service that does not answer while ``hangs`` is set and ``answering`` is not."""
+    """A health service that does not answer while ``hangs`` is set and ``answering`` is cleared."""
 
     def __init__(self, answering: asyncio.Event) -> None:
         super().__init__()
@@ -38,8 +38,8 @@ class Sandbox(sandbox_pb2_grpc.SandboxServicer):
     """A sandbox that answers every call with its own name.
 
     Attributes:
-        answering: clear it to let calls hang.
-        status: of the answers.
+        answering: while this event is cleared, calls hang.
+        status: the status of all answers.
         calls: number of calls so far.
     """
 
@@ -53,7 +53,7 @@ class Sandbox(sandbox_pb2_grpc.SandboxServicer):
         self.address = "127.0.0.1:0"
 
     async def start(self) -> None:
-        """Listen; after a restart, on the same port."""
+        """Listen. A restarted sandbox listens on its old port."""
         self.health = _Health(self.answering)
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         sandbox_pb2_grpc.add_SandboxServicer_to_server(self, self._server)

@@ -22,7 +22,7 @@ class Authority:
         _openssl("-subj", "/CN=test CA", "-keyout", str(self._key), "-out", str(self.certificate))
 
     def issue(self, folder: Path, *, names: str = "DNS:localhost,IP:127.0.0.1", usage: str = BOTH_ROLES) -> TlsSettings:
-        """Write the three files of a service into a folder, in place of those that are there; return their settings."""
+        """Write the three files of a service into a folder, replacing existing files, and return their settings."""
         folder.mkdir(exist_ok=True)
         new = folder.with_name(folder.name + ".new")
         new.mkdir()

@@ -30,10 +30,10 @@ _PROBE_SECONDS = 0.2
 
 
 class State(enum.Enum):
-    """What was done to a process last."""
+    """The last action on a process."""
 
     DEAD = "dead"
-    STARTED = "started"  # it runs; whether it is ready is another question
+    STARTED = "started"  # it runs, but need not be ready
     STOPPED = "stopped"  # by SIGSTOP
     ENDING = "ending"  # it got SIGTERM
 
@@ -51,7 +51,7 @@ class Instance:
 
     Attributes:
         kind: gateway, engine or sandbox.
-        state: what was done to it last.
+        state: the last action on it.
         ready_since: when it was first seen ready after its start; None if it is not ready. In seconds of the monotonic
             clock.
         harms: everything that was done to it.
@@ -102,7 +102,7 @@ class Instance:
         if self._process is not None and self.state is not State.DEAD and self._process.poll() is not None:
             self._note(State.DEAD, "exit")
         ready = self.state is State.STARTED and await self._answers()
-        if ready and self.state is State.STARTED:  # it may have been harmed in the meantime
+        if ready and self.state is State.STARTED:  # the state may have changed during the probe
             self.ready_since = self.ready_since or time.monotonic()
         else:
             self.ready_since = None
@@ -152,9 +152,9 @@ class ChaosStack:
             await asyncio.sleep(_PROBE_SECONDS)
 
     async def heal(self, seconds: float) -> None:
-        """Continue what is stopped and start what is dead, until all processes are ready.
+        """Continue stopped processes and start dead ones, until all are ready.
 
-        Raises TimeoutError with the log of one that is not ready in time.
+        Raises TimeoutError with the log of a process that is not ready in time.
         """
         deadline = time.monotonic() + seconds
         while late := [instance for instance in self.instances if instance.ready_since is None]:
@@ -172,7 +172,7 @@ class ChaosStack:
 async def chaos_stack(
     home: Path, *, gateways: int = 2, engines: int = 3, sandboxes: int = 2
 ) -> AsyncIterator[ChaosStack]:
-    """Services over a new store in ``home``, not started yet; what runs at the end of the block is killed."""
+    """Services with a new store in ``home``, not started yet. The end of the block kills those that run."""
     store, ref = open_store(str(home)), CheckpointRef("tiny", "sft", 1)
     save_checkpoint(store, ref, model=tiny_model(context_length=CONTEXT), tokenizer=BYTES, meta={})
     promote(store, ref)
@@ -203,7 +203,7 @@ async def _is_serving(address: str) -> bool:
 
 
 async def _serves_models(port: int) -> bool:
-    async with httpx.AsyncClient(verify=False) as client:  # setting TLS up takes longer than the request
+    async with httpx.AsyncClient(verify=False) as client:  # skips setting up TLS, which takes longer than the request
         try:
             return bool((await client.get(f"http://127.0.0.1:{port}/readyz", timeout=1.0)).json()["models"])
         except (httpx.HTTPError, ValueError, KeyError):

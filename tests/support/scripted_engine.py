@@ -134,8 +134,8 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         script: answers the next requests.
         requests, metadata: the requests so far and their gRPC metadata.
         cancelled: released once for each call that the gateway canceled.
-        looks: number of times that a gateway has asked for the load.
-        awake: while it is not set, the engine answers nothing, like a stopped process.
+        looks: number of times that gateways have asked for the load.
+        awake: while this event is cleared, the engine answers nothing, like a stopped process.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ class ServiceProcess:
         ready: bool = True,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        """``credentials`` are those of :attr:`channel`; without them, it is not encrypted."""
+        """``credentials`` are for :attr:`channel`, which is not encrypted without them."""
         self.events: list[dict[str, Any]] = []
         self._credentials = credentials
         self.started = time.monotonic()

@@ -1,4 +1,4 @@
-"""An engine whose answers are known, that goes on with what another one has said, and that dies, hangs and drains."""
+"""An engine with known answers that can continue another engine's answer, and that can die, hang and drain."""
 
 import asyncio
 import dataclasses
@@ -34,7 +34,7 @@ class StoryEngine(ScriptedEngine):
         story: makes the answers.
         steps: number of tokens that the engine may still send in all its calls together; None sets no limit.
         pause: seconds before each token.
-        wrong: continuations that no engine with these stories can have said.
+        wrong: received continuations that do not fit the stories.
     """
 
     def __init__(self, story: Story, **options: Any) -> None:
@@ -62,13 +62,13 @@ class StoryEngine(ScriptedEngine):
         self._notify()
 
     async def start(self) -> None:
-        """Starts, also after the end of a drained engine."""
+        """Starts the engine. It may be started again after a drain."""
         self._draining = False
         self.awake.set()
         await super().start()
 
     async def drain(self) -> None:
-        """Begins a shutdown: tells all running calls, refuses new ones, and goes on with the running ones."""
+        """Begins a shutdown: tells all running calls and finishes them, and refuses new calls."""
         self._draining = True
         await self.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         self._notify()
@@ -97,7 +97,7 @@ class StoryEngine(ScriptedEngine):
             yield chunk
 
     def _rest(self, request: pb.GenerateRequest) -> list[pb.GenerateChunk]:
-        """Returns the chunks that are still to be sent, the choices in turn."""
+        """Returns the chunks that are still to be sent. The choices take turns."""
         said = {continuation.index: continuation for continuation in request.continued}
         rests = []
         for index in range(max(request.n, 1)):

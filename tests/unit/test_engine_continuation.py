@@ -112,7 +112,7 @@ JOBS: dict[str, Request] = {
 
 @dataclasses.dataclass
 class Choice:
-    """What one choice has said. A result comes before its output, because the output follows from it."""
+    """Tokens and events of one choice so far. A result comes before its output, because the output follows from it."""
 
     items: list[Token | ToolCall | ToolResult] = dataclasses.field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -170,7 +170,7 @@ def test_the_jobs_cover_what_they_are_meant_to() -> None:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_a_choice_goes_on_from_every_position(name: str) -> None:
-    """All continuations run at once, and each has exactly what follows its cut, to the bit."""
+    """All continuations run at once. Each has exactly the same bits as the original after its cut."""
     whole = undisturbed(name)
     engine = Engine(tiny_model(), BYTES, EngineConfig(**CACHE), tool_runner=count_characters)
     requests, wanted = [], {}
@@ -194,7 +194,7 @@ def test_a_choice_goes_on_from_every_position(name: str) -> None:
 
 @st.composite
 def engines(draw: st.DrawFn) -> list[tuple[dict[str, Any], int]]:
-    """Limits of one engine after another, and after how many steps each is lost."""
+    """For each of several engines in order: its limits, and the number of steps after which it is lost."""
     kernels = draw(st.booleans())
     limits = st.fixed_dictionaries(
         {
@@ -218,7 +218,7 @@ def test_a_request_survives_the_loss_of_any_engines_at_any_step(
 ) -> None:
     request, kernels = JOBS[name], places[0][0]["kernels"]
     choices = [Choice() for _ in range(request.n)]
-    places = [*places, (places[0][0], 10_000)]  # the last engine is not lost
+    places = [*places, (places[0][0], 10_000)]  # the last engine has enough steps to finish
     for limits, steps in places:
         model = tiny_model()
         engine = Engine(model, BYTES, config_with_blocks(model=model, **limits), tool_runner=count_characters)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from services.gateway.routing.prefix_index import CacheClock, PrefixIndex, held_tokens
 
 BLOCK = 4
-# Few different tokens, so that prompts often have a common beginning.
+# Only two different tokens, so that prompts often have a common beginning.
 PROMPTS = st.lists(st.lists(st.integers(0, 1), max_size=80), max_size=12)
 
 
@@ -56,7 +56,7 @@ def test_the_index_never_has_more_entries_than_allowed(sent: list[list[int]], mo
 
 def test_the_least_recently_used_prompt_makes_room() -> None:
     index, replica = PrefixIndex(BLOCK, 20), clock()
-    prompts = [[start] * BLOCK * 4 for start in range(7)]  # four marks each
+    prompts = [[start] * BLOCK * 4 for start in range(7)]  # each prompt has four marks
     for prompt in prompts[:5]:
         index.use(replica, index.hashes(prompt), 0.0)
     index.use(replica, index.hashes(prompts[0]), 0.0)
@@ -120,11 +120,11 @@ def test_the_holders_of_a_popular_prefix_take_turns() -> None:
 def test_the_estimate_of_the_capacity_follows_what_was_found_and_lost() -> None:
     replica = clock(capacity=1000)
     replica.learn(400, found=True)
-    assert replica.capacity == 1000  # nothing new
+    assert replica.capacity == 1000  # this observation teaches nothing new
     replica.learn(1200, found=True)
     assert replica.capacity == 1200
     for _ in range(100):
         replica.learn(400, found=False)
     assert replica.capacity == 400
     replica.learn(500, found=False)
-    assert replica.capacity == 400  # nothing new
+    assert replica.capacity == 400  # this observation teaches nothing new

@@ -29,7 +29,7 @@ def send(router: Router, prompt: list[int], loads: dict[str, ReplicaLoad], now: 
 
 
 def distinct(start: int, length: int = 100) -> list[int]:
-    """A prompt that has nothing in common with the prompts of other starts."""
+    """A prompt that shares no beginning with a prompt of another ``start``."""
     return [start, *range(length - 1)]
 
 
@@ -40,7 +40,7 @@ def test_the_turns_of_a_chat_go_to_the_same_replica() -> None:
         chats = [distinct(i) for i in range(30)]
         first = [send(router, chat, loads) for chat in chats]
         for load in loads.values():
-            load.sequences = 0  # the answers are whole
+            load.sequences = 0  # all answers have ended
         for turn in range(5):
             chats = [[*chat, turn, *range(50)] for chat in chats]
             assert [router.choose(chat, loads, 1.0 + turn) for chat in chats] == first
@@ -122,12 +122,12 @@ def test_a_new_replica_gets_its_share_gradually() -> None:
     counts = []
     running = random.Random(0)
     for i in range(1500):
-        # One answer ends for each new request, so that the total stays.
+        # One answer ends for each new request, so the total stays the same.
         ended = running.choices(list(loads), [load.sequences for load in loads.values()])[0]
         loads[ended].sequences -= 1
         send(router, distinct(100 + i), loads, now=i / 100)
         counts.append(loads["new"].sequences)
-    assert counts[0] == 1  # it is used at once
+    assert counts[0] == 1  # the new replica gets a request at once
     assert max(counts[:200]) <= 8
     assert 5 <= counts[500] <= 11
     assert 13 <= counts[-1] <= 17  # 60 sequences on four replicas
@@ -148,7 +148,7 @@ def test_a_restarted_replica_has_an_empty_cache() -> None:
     first = send(router, chat, loads)
     router.left(first)
     router.joined(first, -500.0)
-    assert router.choose(chat, loads, 1.0) != first  # the other replica has no sequence
+    assert router.choose(chat, loads, 1.0) != first  # the other replica has no sequences
 
 
 def test_a_small_cache_is_learned_from_the_answers() -> None:
@@ -162,7 +162,7 @@ def test_a_small_cache_is_learned_from_the_answers() -> None:
         router.answered("replica-0", chat, 0, 0.0)
     for other in range(10):
         router.sent("replica-0", distinct(other + 2, 1000), 0.0)
-    # The replica keeps at most about 10,000 tokens, so after as many more it has lost the chat.
+    # The replica keeps about 10,000 tokens, so it loses the chat after 10,000 other tokens.
     for other in range(10):
         router.sent("replica-0", distinct(other + 20, 1000), 0.0)
     loads["replica-0"].sequences = 1

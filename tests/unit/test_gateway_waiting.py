@@ -15,7 +15,7 @@ from services.gateway.engines.waiting import FairQueue, QueueFull, Ticket
 
 
 class Seats:
-    """What the tickets wait for: a number of free seats, and the order in which they were taken."""
+    """Seats that the tickets wait for, and the order in which they were taken."""
 
     def __init__(self, limit: int = 100, free: int = 0) -> None:
         self.free = free
@@ -185,7 +185,7 @@ def test_no_seat_is_lost_and_nobody_waits_beside_a_free_seat(steps: list[tuple[s
         for action, caller in steps:
             actions[action](caller)
             added += action == "seat"
-            if caller != "c":  # sometimes the steps come so fast that no task runs in between
+            if caller != "c":  # after caller c, the next step follows before any task runs
                 await settle()
         await settle()
         done = [task for task in tasks if task.done() and not task.cancelled()]

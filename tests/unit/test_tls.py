@@ -35,7 +35,7 @@ def _look_at_the_files_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Server:
-    """A server with a health service, whose method Watch is a stream without an end."""
+    """A server with a health service. Its method Watch is a stream that never ends."""
 
     def __init__(self, files: TlsFiles) -> None:
         self.health = health.aio.HealthServicer()
@@ -81,7 +81,7 @@ async def test_services_of_one_ca_talk_and_everybody_else_is_refused(authority: 
             assert await status(stub) == SERVING
         async with channel(server, stranger) as stub:
             await refused(lambda: status(stub))
-        async with channel(server, None) as stub:  # plain text
+        async with channel(server, None) as stub:  # without TLS
             await refused(lambda: status(stub))
         async with grpc.aio.secure_channel(f"localhost:{server.port}", grpc.ssl_channel_credentials(ca)) as nameless:
             await refused(lambda: status(health_pb2_grpc.HealthStub(nameless)))
@@ -110,7 +110,7 @@ async def test_replacing_the_files_breaks_no_stream_and_new_calls_use_them(
     async with Server(server_files) as server, channel(server, client_files) as stub:
         before = stub.Watch(health_pb2.HealthCheckRequest())
         assert (await before.read()).status == SERVING
-        # A new CA takes over: first everybody trusts both, then the certificates change, then the old CA goes.
+        # Replace the CA in three steps: trust both CAs, then change the certificates, then remove the old CA.
         successor = Authority(tmp_path / "successor")
         old, new = authority.certificate.read_bytes(), successor.certificate.read_bytes()
         for folder in ("server", "client"):
@@ -129,7 +129,7 @@ async def test_replacing_the_files_breaks_no_stream_and_new_calls_use_them(
         assert (await before.read()).status == NOT_SERVING, "the stream from the beginning still runs"
         before.cancel()
         stranger = TlsFiles(authority.issue(tmp_path / "stranger"))
-        async with channel(server, stranger) as late:  # the old CA signs nothing any more
+        async with channel(server, stranger) as late:  # the old CA is no longer trusted
             await refused(lambda: status(late))
 
 

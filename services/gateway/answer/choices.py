@@ -14,7 +14,7 @@ async def decode_choices(
 ) -> AsyncIterator[tuple[int, Delta]]:
     """Yields ``(choice index, delta)`` until all ``n`` choices of the prompt are finished, and fills in ``record``.
 
-    Raises ApiError if no engine can go on with the answer.
+    Raises ApiError if no engine can continue the answer.
     """
     record.model = stream.model.info.name
     record.prompt_tokens += stream.prompt_tokens
@@ -39,7 +39,7 @@ async def decode_choices(
         counted = decoder.token_count
         if chunk.HasField("usage"):
             counted = chunk.usage.completion_tokens
-            # The cached tokens of a prompt count once, however many choices it has and wherever they are written.
+            # Count the prompt's cached tokens once, although each choice may report them.
             cached = min(chunk.usage.cached_prompt_tokens, stream.prompt_tokens)
             record.cached_prompt_tokens += max(0, cached - cached_prompt_tokens)
             cached_prompt_tokens = max(cached_prompt_tokens, cached)
@@ -47,7 +47,7 @@ async def decode_choices(
         completion_tokens[index] = counted
         if delta.finish_reason is not None:
             unfinished -= 1
-            stream.finish(index)  # after a stop string, the engine does not know it yet
+            stream.finish(index)  # the engine does not see stop strings
             metrics.finished.labels(delta.finish_reason).inc()
         yield index, delta
 

@@ -29,7 +29,7 @@ class EventStream(Response):
     def __init__(
         self, events: AsyncGenerator[bytes, None], drain: Drain, record: RequestRecord, heartbeat_seconds: float
     ) -> None:
-        """``events`` are complete and encoded.
+        """``events`` yields complete, encoded events.
 
         Once an engine has the request, a comment line is sent after ``heartbeat_seconds`` of silence.
         """
@@ -65,7 +65,7 @@ class EventStream(Response):
             await cancel(heartbeat)
 
     async def _beat(self, send: Send) -> None:
-        # A request that waits for an engine may still end with an error status, which a heartbeat would rule out.
+        # A request that waits for an engine may still get an error status. After a heartbeat, that would be impossible.
         await self._record.placed.wait()
         self._last_sent = time.monotonic()
         while True:

@@ -144,7 +144,7 @@ class Answer(abc.ABC):
 
 
 def _caller(request: Request) -> str:
-    """Returns who sent the request: a digest of the API key, or the client's address if there is no key."""
+    """Returns an id of the sender: a digest of the API key, or the client's address if there is no key."""
     key = request.headers.get("authorization") or request.headers.get("x-api-key")
     if key:
         return hashlib.sha256(key.encode()).hexdigest()

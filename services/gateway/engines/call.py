@@ -35,7 +35,7 @@ class Call:
         self.last_chunk: float | None = None
         self._chunks: collections.deque[engine_pb2.GenerateChunk] = collections.deque()
         self._ahead = asyncio.Semaphore(_AHEAD)
-        # A function of its own, so that two calls of one stream can watch one replica.
+        # Two calls of one stream may watch the same replica, so each call adds its own function to the set of watchers.
         self._wake: Callable[[], None] = lambda: wake()
         self._open = True
         self._call = place.replica.stub.Generate(request, timeout=seconds)
@@ -44,7 +44,7 @@ class Call:
 
     @property
     def silent(self) -> bool:
-        """Whether the engine hangs: it answers no health check, and this call has got nothing for as long."""
+        """Whether the engine hangs: it misses health checks, and the call got nothing since the last of them began."""
         return self.failure is None and not self._chunks and self.place.replica.silent(self.last_chunk)
 
     def take(self) -> engine_pb2.GenerateChunk | None:
@@ -68,7 +68,7 @@ class Call:
         except grpc.aio.AioRpcError as error:
             self.failure = error
         except asyncio.CancelledError:
-            # Either this object is closed, or the connection was closed under the call.
+            # Either :meth:`close` was called, or the connection was closed during the call.
             self.failure = _error(grpc.StatusCode.CANCELLED, "the connection was closed")
         except Exception as error:
             logger.exception("reading a call failed", extra={"address": self.place.replica.address})
@@ -76,7 +76,7 @@ class Call:
         self._wake()
 
     def close(self, *, refused: bool = False) -> None:
-        """Cancels the call if it still runs, and gives its place back. Later calls of this method do nothing.
+        """Cancels the call if it still runs, and gives its place back. Calling this again has no effect.
 
         ``refused`` says that the engine was too full to take the call.
         """
@@ -87,7 +87,7 @@ class Call:
         self._call.cancel()
         replica, sequences = self.place.replica, self.place.sequences
         replica.silence_watchers.discard(self._wake)
-        replica.outlier.undecided()  # unless the call has shown something, which is recorded by now
+        replica.outlier.undecided()  # has no effect if the call's outcome is already recorded
         if refused:
             replica.refused(sequences)
         else:

@@ -7,12 +7,12 @@ from services.gateway.settings import GatewaySettings
 
 
 def open_channel(endpoint: Endpoint, settings: GatewaySettings, tls: TlsFiles | None = None) -> ServiceChannel:
-    """Returns a channel to one engine. It connects with the first call, and again after each loss."""
+    """Returns a channel to one engine. It connects on the first call, and reconnects after a loss."""
     options = [
-        # Keepalive pings find out that a machine is gone while the gateway waits for an answer from it.
+        # Keepalive pings detect a dead machine while the gateway waits for its answer.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
-        # gRPC waits up to two minutes between attempts by default; an engine that is back should serve at once.
+        # By default, gRPC waits up to two minutes between attempts to connect. A restarted engine should serve sooner.
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.min_reconnect_backoff_ms", int(settings.connect_timeout_seconds * 1000)),

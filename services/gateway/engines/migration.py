@@ -1,4 +1,4 @@
-"""Streams that survive their engine: each goes on at another replica, and says every token exactly once."""
+"""Streams that survive their engine: each continues at another one, and the client gets every token exactly once."""
 
 import asyncio
 import contextlib
@@ -22,9 +22,9 @@ from services.gateway.schemas import Body
 
 logger = logging.getLogger(__name__)
 
-# The client of a stream that has begun looks at half an answer, so the stream goes before all new requests.
+# A stream that has begun goes before all new requests, because its client already sees a part of the answer.
 _PRIORITY_OF_STREAMS = -1
-# Failures after which a stream is given up even if tokens come between them, because it may be what kills the engines.
+# A stream is given up after this many failures, even if tokens come between them: the request may be killing engines.
 _MOST_FAILURES = 16
 # Pause after the second failure without a chunk in between. It doubles with each further one, and half of it is random.
 _PAUSE_SECONDS = 0.1
@@ -34,19 +34,20 @@ class Reason(enum.StrEnum):
     """Why a request needs another engine: the labels of the metrics."""
 
     DIED = "died"  # the call ended with an error
-    HUNG = "hung"  # neither chunks nor answers to health checks come
+    HUNG = "hung"  # the engine sends neither chunks nor answers to health checks
     DRAINS = "drains"  # the engine is shutting down
     FULL = "full"  # the engine had no room for the request, or ran out of memory
     OTHER_MODEL = "other_model"  # the engine has just changed its model
 
 
 class Stream:
-    """The answer to one prompt, as one sequence of chunks from whichever engines.
+    """The answer to one prompt, as one sequence of chunks. The chunks may come from several engines.
 
-    At any time there is a call that the chunks come from, or a search for a place, or both. When the call's engine
-    drains or hangs, a search begins while the call goes on. Once the search has a place, a call begins there with
-    everything that was said: the successor. From then on nothing is taken from the old call, so that nothing is said
-    twice. The successor's first chunk ends the old call. If the successor fails instead, the old call goes on.
+    At any time there is a call that delivers the chunks, or a search for a place, or both. When the call's engine
+    drains or hangs, a search begins while the call goes on. Once the search has found a place, a second call begins
+    there: the successor. It gets everything that was said so far. From then on nothing is read from the old call, so
+    the client gets nothing twice. The successor's first chunk ends the old call. If the successor fails instead, the
+    old call goes on.
 
     Attributes:
         model: the model that answers. It is final once :meth:`start` has returned.
@@ -77,10 +78,10 @@ class Stream:
         self._request = engine_pb2.GenerateRequest()
         self._said = [Said() for _ in range(self._wish.sequences)]
         self._first: engine_pb2.GenerateChunk | None = None  # the first chunk until :meth:`read` has returned it
-        self._begun = False  # whether a chunk has come
+        self._begun = False  # whether any chunk has arrived
         self._last_chunk = 0.0
-        self._deadline: float | None = None  # end of the time that engines may work; set with the first call
-        self._patience: float | None = None  # end of the time without an engine; None while chunks come
+        self._deadline: float | None = None  # when the engines' time for the answer ends; set by the first call
+        self._patience: float | None = None  # when the wait for an engine ends; None while chunks arrive
         self._call: Call | None = None
         self._successor: Call | None = None
         self._search: asyncio.Task[Place] | None = None
@@ -164,7 +165,7 @@ class Stream:
         now = time.monotonic()
         if call is self._successor:
             self._promote(call, now)
-        elif self._reason is Reason.HUNG:  # the engine has only paused
+        elif self._reason is Reason.HUNG:  # the engine was only slow
             self._stop_search()
             self._reason = None
         if not self._begun:
@@ -193,10 +194,10 @@ class Stream:
         self._wish.avoid.clear()
 
     def _leave(self, call: Call, reason: Reason) -> None:
-        """Begins to look for another engine because of the state of the call's engine. The stream's call goes on.
+        """Begins to look for another engine, because the call's engine drains or hangs. The call goes on meanwhile.
 
         Raises:
-            ApiError: the stream has no call that goes on, and may have no other attempt.
+            ApiError: no call goes on, and the stream has no attempts left.
         """
         if call is self._call:
             self._reason = reason
@@ -214,7 +215,7 @@ class Stream:
         """Reacts to the end of a call, which has no chunks left: looks for another engine if that can help.
 
         Raises:
-            ApiError: it can't help.
+            ApiError: another engine can't help.
         """
         code, replica = error.code(), call.place.replica
         self._failure = from_rpc(error, started=self._begun)
@@ -249,7 +250,7 @@ class Stream:
             self._look(reason, stale)
 
     def _blame(self, replica: Replica, code: grpc.StatusCode) -> bool:
-        """Records that a call failed through the engine's fault, and returns whether the stream may go on."""
+        """Records a failure that is the engine's fault, and returns whether the stream may have another attempt."""
         if code is grpc.StatusCode.UNAVAILABLE:
             replica.mark_down(f"a call ended with {code.name}")
         elif code is not grpc.StatusCode.CANCELLED:
@@ -263,8 +264,9 @@ class Stream:
     def _may_fail_again(self, *, fault: bool = False) -> bool:
         """Counts a failure and returns whether the stream may have another attempt.
 
-        After a ``fault``, the engine still takes calls, so the attempts of many streams could become a storm: they need
-        the budget for retries. An engine that died or hangs gets no call before it answers a health check.
+        ``fault`` says that the engine fails calls but still takes them. Without a limit, the attempts of many streams
+        could overload it, so these attempts need the budget for retries. An engine that died or hangs gets no calls
+        until it answers a health check.
         """
         self._failures += 1
         self._fruitless += 1
@@ -273,7 +275,7 @@ class Stream:
         return not fault or self._fruitless == 1 or self._pool.retries.spend()
 
     def _look(self, reason: Reason | None, stale: Replica | None = None) -> None:
-        """Begins a search for a place. The model of the replica ``stale`` is read again before."""
+        """Begins a search for a place. If ``stale`` is given, first reads that replica's model again."""
         self._stop_search()
         self._reason = reason
         self._search = asyncio.create_task(self._find_place(stale))
@@ -284,7 +286,7 @@ class Stream:
             await stale.refresh_model()
         if self._fruitless > 1:
             await asyncio.sleep(_PAUSE_SECONDS * 2.0 ** (self._fruitless - 2) * random.uniform(0.5, 1))  # noqa: S311
-        if self._call is not None:  # the call may go on to the end of the answer, so there is no hurry
+        if self._call is not None:  # no time limit: the call may still finish the answer
             return await self._pool.place(self._wish, self._ticket, None)
         now = time.monotonic()
         if self._patience is None:
@@ -330,7 +332,7 @@ class Stream:
         self._on_place()
 
     async def _encode_for(self, model: ServedModel) -> None:
-        """Makes the prompt's token ids for the model, unless the stream has them for an equal tokenizer and context."""
+        """Encodes the prompt for the model, unless it is already encoded for an equal tokenizer and context length."""
         known, self.model, self._encoded_for = self._encoded_for, model, model
         if known is None or known.tokenizer is not model.tokenizer or known.context_length != model.context_length:
             self._wish.prompt = await self._encode(model)

@@ -1,6 +1,6 @@
-"""Ejection of an engine that reports good health and fails its calls: a circuit breaker with a half-open trial."""
+"""Ejects engines that report good health but fail their calls: a circuit breaker with a half-open trial."""
 
-_FAILURES = 3  # in a row; one failure may be the request's fault
+_FAILURES = 3  # number in a row that ejects an engine; a single failure may be the request's fault
 _FIRST_SECONDS = 5.0
 _LONGEST_SECONDS = 60.0
 
@@ -9,7 +9,7 @@ class Outlier:
     """Decides from the outcomes of an engine's calls whether the engine gets further calls.
 
     After three failures in a row, the engine is ejected for 5 seconds. Then one call is the trial: its success ends the
-    ejection, and its failure begins another one of twice the time, up to a minute.
+    ejection, and its failure begins another ejection that lasts twice as long, up to a minute.
 
     All times are seconds of one clock that never goes back.
     """
@@ -48,5 +48,5 @@ class Outlier:
         return ejects
 
     def undecided(self) -> None:
-        """Records that a call ended without a sign of how the engine is. The next call is a new trial."""
+        """Records that a call ended without success or failure. During an ejection, the next call is a new trial."""
         self._on_trial = False

@@ -25,12 +25,12 @@ Lookup = Callable[[str], Iterable[str]]
 
 @dataclasses.dataclass(eq=False)
 class Wish:
-    """What a request needs of an engine.
+    """Requirements of a request for its engine.
 
     Attributes:
         name: the model's name in the request; None or an empty name stands for the only model that is served.
         sequences: number of sequences that the engine has to run.
-        prompt: token ids of the prompt, as far as they are known. They only decide between engines that fit.
+        prompt: token ids of the prompt, as far as they are known. They only help to choose among engines that fit.
         weights: digest of the weights that the engine must have; None allows any. An empty digest, from an engine that
             reports none, fits no engine.
         avoid: addresses of engines that have failed on the request.
@@ -51,7 +51,7 @@ class Wish:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Room for a request at a replica, reserved until ``replica.release(sequences)``."""
+    """Reserved room for a request at a replica. ``replica.release(sequences)`` ends the reservation."""
 
     replica: Replica
     model: ServedModel
@@ -114,7 +114,7 @@ class EnginePool:
                 self._changed(replica)
 
     def _changed(self, replica: Replica) -> None:
-        """Tells the router and the queue about a replica whose state may have changed."""
+        """Tells the router and the queue that a replica's state may have changed."""
         if replica.up and replica not in self._in_router:
             self._in_router.add(replica)
             self._router.joined(replica.address, time.monotonic())
@@ -144,7 +144,7 @@ class EnginePool:
         return {model.info.name: model for model in sorted(served, key=lambda model: model.created)}
 
     def waits_for(self) -> str | None:
-        """Returns a sentence about what is missing before a request can be answered; None if nothing is."""
+        """Returns a sentence that says what requests wait for, or None if they can be answered now."""
         replicas = [replica for replica in self._replicas.values() if not replica.leaving]
         if any(replica.up for replica in replicas):
             return None
@@ -157,7 +157,7 @@ class EnginePool:
         return f"Of {len(replicas)} known engine{'s' if len(replicas) > 1 else ''}, {' and '.join(parts)}."
 
     def model(self, name: str | None) -> ServedModel | None:
-        """Returns a model that answers requests with this name, or None while no engine has told its model.
+        """Returns a model that answers requests with this name, or None while no engine's model is known.
 
         Raises:
             ApiError: 404 if no engine has the model, 400 if the request must name one of several models.
@@ -208,7 +208,7 @@ class EnginePool:
         return place
 
     def began(self, ticket: Ticket[Place]) -> None:
-        """Records that the engine at the ticket's place has begun with the answer."""
+        """Records that an engine has begun the answer of the ticket's request."""
         self._queue.served(ticket)
 
     def promising(self, wish: Wish) -> bool:
@@ -229,7 +229,7 @@ class EnginePool:
         if not ready:
             return None
         now = time.monotonic()
-        # An ejected replica is better than none.
+        # If all replicas are ejected, use them anyway.
         ready = [replica for replica in ready if replica.outlier.allows(now)] or ready
         chosen = self._router.choose(wish.prompt, {replica.address: replica.load for replica in ready}, now)
         replica = self._replicas[chosen]

@@ -24,7 +24,8 @@ Connect = Callable[[Endpoint], ServiceChannel]
 
 # People wait while an engine is down, so its return should be noticed soon.
 _DOWN_POLL_SECONDS = 0.5
-# One late answer may be a busy processor. After two in a row, each within its timeout, the engine counts as hung.
+# The engine counts as hung after this many health checks in a row without an answer in time. A single late answer may
+# only mean that the processor is busy.
 _MISSES_OF_A_HANG = 2
 
 
@@ -35,7 +36,7 @@ class Replica:
         endpoint: where the engine is.
         model: the model that it serves, as of the last check; None while it is unknown.
         outlier: decides whether the engine's failures keep calls away from it.
-        leaving: whether discovery no longer finds the engine. It gets no new calls, and its running ones go on.
+        leaving: whether discovery no longer finds the engine. If so, it gets no new calls, and its running calls go on.
         silence_watchers: called each time that a hung engine misses a check.
     """
 
@@ -47,7 +48,7 @@ class Replica:
         metrics: Metrics,
         on_change: Callable[["Replica"], None],
     ) -> None:
-        """``on_change`` is called after each change that may let the engine take more calls, or none."""
+        """``on_change`` is called after each change that may affect whether the engine can take calls."""
         self.endpoint = endpoint
         self.model: ServedModel | None = None
         self.outlier = Outlier()
@@ -67,7 +68,7 @@ class Replica:
         self._refreshing: asyncio.Task[None] | None = None
         self._own = 0  # sequences of this gateway that run or wait here
         self._limit = settings.max_engine_sequences or None  # most sequences that this gateway sends here
-        self._full = False  # whether the engine has refused a call since then
+        self._full = False  # whether the engine has refused a call since the last check or the last end of a call
         self._load = engine_pb2.Load()
         self._others = 0  # sequences of other gateways, as of the last check
 
@@ -87,7 +88,7 @@ class Replica:
         return self._own == 0
 
     def has_room(self, sequences: int) -> bool:
-        """Whether the engine is up and, as far as this gateway knows, takes ``sequences`` more now."""
+        """Whether the engine is up and, as far as this gateway knows, can take ``sequences`` more now."""
         fits = self._limit is None or self._own == 0 or self._own + sequences <= self._limit
         return self.up and self._misses == 0 and not self._full and fits
 
@@ -111,17 +112,18 @@ class Replica:
     def refused(self, sequences: int) -> None:
         """Gives back what :meth:`reserve` counted for a call that the engine was too full to take.
 
-        From now on the engine gets as many sequences as it has, and none before a call ends or the next check.
+        The number of sequences that the engine has now becomes its limit. It gets no call until one ends or the next
+        check passes.
         """
         self._own -= sequences
         self._limit = max(self._own, 1)
         self._full = True
 
     def silent(self, last_sign: float | None) -> bool:
-        """Whether the engine hangs, given the time of the last sign that a call got from it.
+        """Whether the engine hangs, given the time of the last chunk that a call got from it.
 
-        A call that has got something during the last missed check shows that the engine works. During an earlier check,
-        it may have been on its way when the engine stopped.
+        A chunk that arrived during the last missed check shows that the engine works. A chunk from an earlier check
+        shows nothing: it may have been on its way when the engine stopped.
         """
         if self._misses < _MISSES_OF_A_HANG or self._miss_began is None:
             return False
@@ -140,7 +142,7 @@ class Replica:
                 logger.exception("engine check failed", extra={"address": self.address})
                 self.mark_down("the check failed")
             if self._misses == 1:
-                continue  # whether the engine hangs is to be known soon
+                continue  # check again at once, to find out soon whether the engine hangs
             poll = self._settings.poll_seconds
             await asyncio.sleep(poll if self.up else min(poll, _DOWN_POLL_SECONDS))
 
@@ -161,7 +163,7 @@ class Replica:
             if 0 < self._settings.max_engine_sequences < self._limit:
                 self._limit = self._settings.max_engine_sequences
         revision = self.model.info.revision if self.model else ""
-        changed = self._load.revision not in ("", revision)  # older engines leave the field empty
+        changed = self._load.revision not in ("", revision)  # older engines send no revision
         if self.why_down is not None or self.model is None or changed or time.monotonic() >= self._next_model_check:
             await self._refresh_soon()
         if self.why_down is not None and self.model is not None:
@@ -191,7 +193,7 @@ class Replica:
         self._on_change(self)
 
     async def _refresh_soon(self) -> None:
-        """Reads the model. Waits for it only for as long as for a check, because a hang is to be noticed meanwhile."""
+        """Reads the model, but waits no longer than for a check, so that health checks go on meanwhile."""
         await asyncio.wait({self._refresh()}, timeout=self._settings.health_timeout_seconds)
 
     async def refresh_model(self) -> None:
@@ -208,7 +210,7 @@ class Replica:
             timeout = self._settings.connect_timeout_seconds
             info = await self.stub.GetModel(engine_pb2.GetModelRequest(), timeout=timeout)
             if self.model is None or info != self.model.info:
-                # Indexing a large vocabulary takes a while, and streams must not wait for it.
+                # Building the tokenizer takes a while. It runs on a thread, so that streams do not wait for it.
                 self.model = await asyncio.to_thread(ServedModel.load, info)
                 logger.info("model", extra={"address": self.address, "model": info.name, "revision": info.revision})
         except grpc.aio.AioRpcError as error:

@@ -1,14 +1,14 @@
-"""A budget for retries, so that failing engines do not get many times the load of working ones."""
+"""A budget for retries, so that retries do not overload engines that fail."""
 
 _SHARE = 0.2  # retries that each request earns
-_BURST = 10.0  # retries that can be saved, and that a quiet gateway has
+_BURST = 10.0  # most retries that can be saved; also the number at the start
 
 
 class RetryBudget:
     """Allows one retry for every five requests, and ten more in a burst.
 
-    A request needs the budget from its second retry on, and only after faults of engines that still take calls: all
-    streams of an engine that died may move.
+    A request needs the budget from its second retry on, and only if the engine that failed still takes calls. All
+    streams of a dead engine may move without it.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What the choices of an answer have said so far, in the form in which another engine can go on."""
+"""Keeps the tokens and tool events of an answer so far, so that another engine can continue it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from nanochat_core.protos import engine_pb2
 
 @dataclasses.dataclass
 class Said:
-    """What one choice has said. Tokens take five bytes each, because thousands of streams may be running.
+    """The tokens and tool events of one choice so far. Each token takes five bytes, because many streams may run.
 
     Attributes:
         ids: token ids, uint32.
         forced: for each token, 1 if it belongs to a tool's output.
         tool_events: calls and results, in their order.
-        finished: whether the choice is complete, so that nothing more is wanted of it.
+        finished: whether the choice is complete, so that no engine has to continue it.
     """
 
     ids: array.array[int] = dataclasses.field(default_factory=lambda: array.array("I"))
@@ -35,7 +35,7 @@ class Said:
 
 
 def continuations(choices: Sequence[Said]) -> list[engine_pb2.Continuation]:
-    """Returns the entries for ``GenerateRequest.continued``. A choice that has said nothing needs none."""
+    """Returns the entries for ``GenerateRequest.continued``. A choice without tokens needs no entry."""
     return [
         engine_pb2.Continuation(index=index, finished=True)
         if said.finished

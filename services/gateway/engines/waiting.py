@@ -22,13 +22,14 @@ class Ticket(Generic[T]):
     """A request in the queue.
 
     Attributes:
-        take: takes what the request waits for, or returns None if that is impossible now. An exception ends the wait.
+        take: takes and returns the thing that the request waits for, or returns None if that is impossible now. An
+            exception ends the wait.
         give_back: undoes ``take`` for a request that left the queue at the same moment.
         kind: if ``take`` returns None, the queue tries no other ticket of the same kind before the next change.
         caller: who sent the request.
         priority: lower values go first.
-        cost: share of the engines that the request needs, in sequences.
-        bounded: whether the limit of the queue holds for this ticket.
+        cost: number of sequences that the request needs.
+        bounded: whether this ticket counts for the limit of the queue.
     """
 
     take: Callable[[], T | None]
@@ -44,12 +45,12 @@ class Ticket(Generic[T]):
 class FairQueue(Generic[T]):
     """A bounded queue that is fair between callers: start-time fair queueing.
 
-    Each ticket has a virtual start time: the virtual time of the queue, or the end of the caller's ticket before it if
-    that is later. A ticket ends ``cost`` after its start. The smallest start time goes first, so a caller with many
-    tickets and a caller with one take turns. (Goyal, Vin and Cheng, "Start-time Fair Queueing", SIGCOMM 1996.)
+    Each ticket has a virtual start time: the virtual time of the queue or the end of the caller's previous ticket,
+    whichever is later. A ticket ends ``cost`` after its start. The smallest start time goes first, so a caller with
+    many tickets and a caller with one take turns. (Goyal, Vin and Cheng, "Start-time Fair Queueing", SIGCOMM 1996.)
 
-    The owner calls :meth:`serve` whenever a ticket's ``take`` may succeed that did not before, and :meth:`served` when
-    what a ticket has taken turns out to be good.
+    The owner calls :meth:`serve` whenever a ticket's ``take`` may succeed after it returned None, and :meth:`served`
+    when an engine has begun to work on the ticket's request.
     """
 
     def __init__(self, limit: int) -> None:
@@ -101,7 +102,7 @@ class FairQueue(Generic[T]):
             self._forget()
 
     def serve(self) -> None:
-        """Lets go every ticket that can go now, in order."""
+        """Ends the wait of every ticket whose ``take`` succeeds now, in order."""
         blocked: set[Hashable] = set()
         while heads := [heap[0] for kind in list(self._heaps) if kind not in blocked and (heap := self._live(kind))]:
             _, _, _, ticket, future = min(heads)
@@ -116,7 +117,7 @@ class FairQueue(Generic[T]):
                 future.set_result(taken)
 
     def served(self, ticket: Ticket[T]) -> None:
-        """Advances the virtual time to the ticket's. A ticket that an engine refuses comes back and is not served."""
+        """Advances the virtual time to the ticket's start. Call this only after an engine has accepted the request."""
         self._virtual = max(self._virtual, ticket.start or 0.0)
         self._unserved.discard(ticket)
         self._forget()
@@ -136,7 +137,7 @@ class FairQueue(Generic[T]):
                 heapq.heapify(heap)
 
     def _live(self, kind: Hashable) -> list[tuple[int, float, int, Ticket[T], asyncio.Future[T]]]:
-        """Returns the heap of a kind without the done tickets at its head. Removes the heap if it is empty."""
+        """Removes tickets that left from the head of a kind's heap. Returns the heap, and deletes it if it is empty."""
         heap = self._heaps[kind]
         while heap and heap[0][-1].done():
             heapq.heappop(heap)

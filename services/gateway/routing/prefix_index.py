@@ -4,13 +4,13 @@
 the hash of the block before it, so it identifies the whole prefix up to the end of the block.
 
 **Marks.** To store every prefix would cost 128 entries for a prompt of 2,048 tokens in blocks of 16. The index stores
-only some of them, called marks: the prefixes of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... blocks, and the longest one. A
-prompt of n blocks leaves about 2 log2(n) marks, 14 in the example. The next turn of a chat begins with the whole
-previous prompt, whose longest mark is therefore found. Of any other prefix that two prompts share, the index finds at
-least two thirds of the full blocks, because a number of the row is at most 3/2 of the one before it (or one more).
+only some of them, called marks: the prefixes of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... blocks, and the longest one. A prompt
+of n blocks leaves about 2 log2(n) marks, 14 in the example. The next turn of a chat begins with the whole previous
+prompt, whose longest mark is therefore found. Of any other prefix that two prompts share, the index finds at least two
+thirds of the full blocks, because each number in the series is at most 3/2 of the previous one (or one more).
 
-**Age.** An engine reuses the least recently used block first, so a prefix is lost when the replica has since written
-as many new tokens as its cache holds. Each replica therefore has a clock that counts written tokens
+**Age.** An engine reuses the least recently used block first, so a prefix is lost when the replica has written as many
+new tokens since the prefix's last use as its cache holds. Each replica therefore has a clock that counts written tokens
 (:class:`CacheClock`), and an entry of the index is the reading of this clock when the prefix was last used.
 
 **Memory.** The index holds at most ``max_entries`` pairs of a mark and a replica, and drops those of the least
@@ -30,7 +30,7 @@ _DECREASE = 0.9
 
 
 class CacheClock:
-    """What the router knows about the age of a replica's cache. Compared and hashed by identity.
+    """What the router knows about the age of a replica's cache. Clocks are compared and hashed by identity.
 
     Attributes:
         name: the replica's name.
@@ -76,7 +76,7 @@ class CacheClock:
             self.capacity = max(distance, _DECREASE * self.capacity, 1.0)
 
 
-# A mark: the number of its tokens, its hash, and its holders. The holder that used it least recently comes first.
+# A mark: the number of its tokens, its hash, and the replicas that hold it. The least recent user comes first.
 Mark = tuple[int, int, dict[CacheClock, float]]
 
 
@@ -111,7 +111,7 @@ class PrefixIndex:
         """Returns up to ``limit`` replicas of ``names`` that hold one of the marks, with the tokens that each holds.
 
         The replicas with the most tokens come first; of equal ones, those that used the prefix least recently, so that
-        the holders of a popular prefix take turns. Entries that turn out to be too old are dropped.
+        the holders of a popular prefix take turns. Drops entries that are too old.
         """
         found: dict[CacheClock, int] = {}
         for tokens, key, holders in marks:
@@ -127,7 +127,7 @@ class PrefixIndex:
     def use(self, replica: CacheClock, hashes: Sequence[int], now: float) -> None:
         """Records that the replica has these prefixes in its cache from now on."""
         reading = replica.read(now)
-        # The shortest prefix comes last, because it is the last one to be lost.
+        # The longest prefix comes first and is therefore dropped first, as in the engine's cache.
         for blocks in _marked_blocks(len(hashes)):
             key = hashes[blocks - 1]
             holders = self._holders.setdefault(key, {})

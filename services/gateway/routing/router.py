@@ -6,8 +6,8 @@ sends the turns of a chat to different replicas, and each of them computes the w
 at the cache alone sends every prompt with a popular system prompt to one replica, and the others are idle. A router
 must therefore weigh the two against each other.
 
-**The cost.** Both are measured in the same unit, tokens of prefill. The cost of a replica is the number of tokens
-that it computes until the new prompt is done, with what else slows it down converted to tokens::
+**The cost.** Both are measured in the same unit, tokens of prefill. The cost of a replica is the number of tokens that
+it computes until the new prompt is done, with other delays converted to tokens::
 
     cost = uncached_weight * uncached tokens of the prompt
          + waiting tokens
@@ -15,39 +15,39 @@ that it computes until the new prompt is done, with what else slows it down conv
          + full_cache_tokens * how far the use of the KV cache is above 80 % (from 0 to 1)
 
 *Uncached tokens* come from an index of what each replica was sent (:mod:`services.gateway.routing.prefix_index`), so
-the engines need not report their caches' contents. They weigh more than waiting tokens, because work that is done
-twice also delays the requests that come later. *Waiting tokens* come from the replica's last report. Since the report
-may be a second old, the tokens that this router sent in the last moments count instead if they are more; their count
-decays exponentially with the time between reports. *Sequences* slow each other down while they decode. A *full cache*
-means that a new sequence waits for another one to end, or preempts it. The sum of uncached and decoded work is the
-idea of the KV router of NVIDIA Dynamo, whose cost is ``overlap_weight * prefill blocks + decode blocks``; Dynamo's
-engines publish an event for each cached block, and its approximate mode, like this router, remembers what it sent.
+the engines need not report their caches' contents. They weigh more than waiting tokens, because work that is done twice
+also delays the requests that come later. *Waiting tokens* come from the replica's last report. The report may be a
+second old. The router therefore also counts the tokens that it sent lately, in a sum that decays exponentially with the
+time between reports, and uses the larger of the two numbers. *Sequences* slow each other down while they decode. A
+*full cache* means that a new sequence waits for another one to end, or preempts it. The idea to add uncached and
+decoded work is from the KV router of NVIDIA Dynamo, whose cost is ``overlap_weight * prefill blocks + decode blocks``;
+Dynamo's engines publish an event for each cached block, and its approximate mode, like this router, remembers what it
+sent.
 
 **The candidates.** With many replicas, only some are compared: those that hold the longest known beginnings of the
 prompt (at most 6), and two random ones. If no replica holds anything, the choice is the less loaded of two random
 replicas. This is the *power of two choices* (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing",
-2001): of n requests on n replicas, the most on one replica are about log log n / log 2, where one random choice gives
-about log n / log log n. And unlike the choice of the least loaded replica, it doesn't send the requests of all
-gateways to the same replica until the next report. Up to 8 replicas are all compared. Equal costs are decided by
-chance.
+2001): of n requests on n replicas, the busiest replica gets about log log n / log 2, where one random choice gives
+about log n / log log n. Unlike the choice of the least loaded replica, this rule doesn't send the requests of all
+gateways to the same replica until the next report. If there are at most 8 replicas, all are compared. Equal costs are
+decided by chance.
 
-**The bound.** The cost alone would let a popular prefix hold a replica at a long queue as long as the prefix is
-longer than the queue. Therefore a replica that has more than c times the mean number of sequences is no candidate.
-This is the rule of *consistent hashing with bounded loads* (Mirrokni, Thorup, Zadimoghaddam, arXiv 1608.01350): with
-m sequences on n replicas, each takes at most ``ceil(c * (m + 1) / n)``. A popular prefix then spreads: the next
-replica computes it once, is in the index from then on, and takes its part. SGLang's cache-aware router has a similar
-rule, but for the whole fleet: it routes by prefix only as long as the largest and the smallest load are close, and by
-the shortest queue otherwise. A replica with few sequences, ``free_sequences``, is below the bound whatever the mean
-is.
+**The bound.** With the cost alone, prompts with a popular prefix would go to one replica until its queue is as long as
+the prefix. Therefore a replica that has more than c times the mean number of sequences is no candidate. This is the
+rule of *consistent hashing with bounded loads* (Mirrokni, Thorup, Zadimoghaddam, arXiv 1608.01350): with m sequences on
+n replicas, each takes at most ``ceil(c * (m + 1) / n)``. A popular prefix then spreads: the next replica computes it
+once, is in the index from then on, and takes its share. SGLang's cache-aware router has a similar rule, but for the
+whole fleet: it routes by prefix only as long as the largest and the smallest load are close, and by the shortest queue
+otherwise. A replica with few sequences, ``free_sequences``, is always below the bound.
 
 **New replicas** have an empty cache and no load, so every request without a known prefix would go to them at once. A
 replica that joined t seconds ago counts as if it already had ``1 - t / warm_up_seconds`` of the mean number of
 sequences, so its load rises along a straight line (Envoy calls this *slow start*).
 
 **Corrections.** How long a replica keeps a prefix depends on the size of its cache and on requests that this gateway
-doesn't see. The router starts with an estimate, and each answer says how many tokens were in the cache. If an
-expected prefix was lost after d other tokens were written, the cache keeps fewer than d tokens, or something unusual
-happened: the estimate falls, by at most 10 %. If it was found, the cache keeps at least d. The end of an answer also
+doesn't see. The router starts with an estimate, and each answer says how many tokens were in the cache. If an expected
+prefix was lost after d other tokens were written, the cache keeps fewer than d tokens, or something unusual happened:
+the estimate falls, by at most 10 %. If the prefix was found, the cache keeps at least d. The end of an answer also
 counts as a use of its prompt, because an engine never reuses the blocks of a running sequence.
 """
 
@@ -62,9 +62,9 @@ from services.gateway.routing.settings import RoutingSettings
 
 # Most replicas that are compared for a prompt. This many comparisons take about as long as hashing the prompt.
 _MOST_COMPARED = 8
-# Use of the KV cache above which it costs something.
+# The use of the KV cache adds to the cost only above this share.
 _HIGH_KV_USE = 0.8
-# Most prompts whose answers are waited for. Answers to older ones correct nothing.
+# The router remembers at most this many unanswered prompts. Answers to older prompts correct nothing.
 _MOST_EXPECTED = 16_384
 
 
@@ -98,16 +98,16 @@ class _Replica(CacheClock):
         self._sent_at = now
 
     def sent_lately(self, now: float, period: float) -> float:
-        """Returns the uncached tokens sent so far, each divided by e for every ``period`` since then."""
+        """Returns the sum of the uncached tokens sent so far. Each is divided by e in every ``period``."""
         return self._sent * math.exp((self._sent_at - now) / period)
 
 
 class Router:
-    """Chooses a replica for each prompt. Not for use by several threads at once.
+    """Chooses a replica for each prompt. Only one thread may use it at a time.
 
-    ``now`` is in seconds, of one clock that never goes back. :meth:`sent` and :meth:`answered` have no effect for a
-    replica that has not joined or has left; if ``loads`` has such a replica, it may still be chosen. Equal calls with
-    an equal ``seed`` give equal choices.
+    ``now`` is the time in seconds on a clock that never goes back. :meth:`sent` and :meth:`answered` have no effect for
+    a replica that has not joined or has left; if ``loads`` has such a replica, it may still be chosen. The same calls
+    with the same ``seed`` give the same choices.
     """
 
     def __init__(self, settings: RoutingSettings, seed: int = 0) -> None:
@@ -138,7 +138,7 @@ class Router:
             sequences = self._sequences(load, replica, mean, now)
             if sequences + 1 <= bound:
                 cost = self._cost(len(prompt) - cached, sequences, load, replica, now)
-                cost += self._random.random()  # less than a token: decides between equal costs
+                cost += self._random.random()  # adds less than one token, so that chance decides between equal costs
                 if cost < lowest:
                     best, lowest = name, cost
         return best or min(names, key=lambda name: self._sequences(loads[name], self._replicas.get(name), mean, now))
@@ -186,7 +186,7 @@ class Router:
         return self._hashed[1]
 
     def _marks(self, prompt: Sequence[int]) -> list[Mark]:
-        """Returns the known prefixes of the prompt without its last token, which is computed in any case."""
+        """Returns the known prefixes of the prompt. Leaves out its last token, which is always computed."""
         return self._index.marks(self._hashes(prompt)[: (len(prompt) - 1) // self._settings.block_tokens])
 
     def _candidates(
@@ -205,7 +205,7 @@ class Router:
         return candidates
 
     def _sequences(self, load: ReplicaLoad, replica: _Replica | None, mean: float, now: float) -> float:
-        """Returns the number of sequences, with those that a new replica is spared."""
+        """Returns the number of sequences, increased for a new replica so that its load rises slowly."""
         if replica is None:
             return load.sequences
         cold = 1 - (now - replica.joined) / self._settings.warm_up_seconds

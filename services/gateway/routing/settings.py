@@ -13,7 +13,7 @@ class RoutingSettings:
         sequence_tokens: cost of a running or waiting sequence, in tokens of prefill.
         full_cache_tokens: cost of a KV cache that running sequences fill completely, in tokens of prefill.
         load_bound: most sequences of a replica, as a multiple of the mean of all replicas (c in arXiv 1608.01350).
-        free_sequences: number of sequences that a replica may have whatever the mean is.
+        free_sequences: number of sequences that a replica may always have, even if the mean is low.
         warm_up_seconds: time in which a new replica rises to its full share of the load.
         report_seconds: time between two reports of a replica's load.
         cache_tokens: first estimate of the tokens that a replica's cache keeps. Answers correct it.
