@@ -55,6 +55,8 @@ class Metrics:
             "Running answers that another engine went on with, by the reason for leaving the first one",
             ("reason",),
         )
+        for reason in ("died", "hung", "drains"):
+            self.migrations.labels(reason)  # Prometheus then knows the counter before the first answer moves.
         self.migration_gap_seconds = histogram(
             "nanochat_gateway_migration_gap_seconds",
             "Time from the last part of a moved answer from the old engine to the first part from the new one",
