@@ -64,7 +64,13 @@ def run(
     model = GPT(config)
     model.init_weights()
     schedule = Schedule(options.steps, warmup_steps=max(1, min(40, options.steps // 10)))
-    settings = RunSettings(device_batch_rows=options.rows, save_every=0, eval_every=0)
+    settings = RunSettings(
+        device_batch_rows=options.rows,
+        save_every=0,
+        eval_every=0,
+        compile=options.compile,
+        attention="auto" if options.compile else "sdpa",
+    )
     make_trainable(model, settings, DEVICE, "fp32")
 
     def evaluate() -> Metrics:
@@ -104,6 +110,7 @@ def main() -> None:
     parser.add_argument("--lr-scale", type=float, default=0.8)
     parser.add_argument("--held-out-characters", type=int, default=400_000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     prepare_cpu(options.threads)
     print("| text | rule | bits per byte | of first rows | of each seed |")

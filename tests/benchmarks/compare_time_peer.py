@@ -75,7 +75,7 @@ class Comparison:
     """The data that both sides share, and the runs of both sides, in ``folder``."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        self._options, self._folder = options, folder
+        self._options, self._folder, self._runs = options, folder, 0
         self._store = open_store(str(folder / "home"))
         training, validation = (list(texts) for texts in LocalText(options.data).documents())
         write_dataset(self._store, DATASET, training, validation, source=str(options.data))
@@ -96,7 +96,8 @@ class Comparison:
         return documents[::every]
 
     def run(self, side: Side, depth: int, seed: int, steps: int) -> Run:
-        model = f"{side}-{depth}-{seed}-{steps}"
+        self._runs += 1
+        model = f"{side}-{self._runs}"
         started = time.perf_counter()
         if side == "ours":
             run_program("jobs.train.pretrain", self._our_flags(model, depth, seed, steps))
