@@ -4,14 +4,16 @@ Run the program from the project's root:
 ``python -m tests.benchmarks.compare_packing --data FOLDER --kinds books,code --seeds 1,2,3``.
 
 FOLDER has prose that ``jobs.train.dataset convert`` can read. The kinds of text and the rules are those of
-``packing_rules.py``. Every 20th document is held out. All runs of a kind have the same tokenizer, model and number of
-steps; runs of one seed have the same initial weights. Bits per byte are measured in two ways. The first way is as in
-pretraining: whole documents are cut into rows of the context length. The second way measures only the first row of each
-document, because some rules never show the later parts of documents.
+``packing_rules.py``. Every 20th document of a kind is held out, so that small and large sets have the same held-out
+text. The training set is a random part of the other documents. All runs of a kind have the same tokenizer, model and
+number of steps; runs of one seed have the same initial weights. Bits per byte are measured in two ways. The first way
+is as in pretraining: whole documents are cut into rows of the context length. The second way measures only the first
+row of each document, because some rules never show the later parts of documents.
 """
 
 import argparse
 import itertools
+import random
 import statistics
 import tempfile
 from collections.abc import Generator, Iterator
@@ -27,7 +29,7 @@ from jobs.train.loop.runtime import RunSettings, Runtime
 from jobs.train.loop.schedule import Schedule
 from jobs.train.loop.stage import make_trainable
 from jobs.train.loop.trainer import Trainer
-from jobs.train.tokenizer import limited, train_tokenizer
+from jobs.train.tokenizer import train_tokenizer
 from nanochat_core.config import ModelConfig
 from nanochat_core.device import prepare_cpu
 from nanochat_core.errors import run_main
@@ -36,7 +38,7 @@ from nanochat_core.store import open_store
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.distributed import ALONE
 from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, muon_dtype, parameter_groups
-from tests.benchmarks.packing_rules import KINDS, RULES, Row, texts_of
+from tests.benchmarks.packing_rules import KINDS, RULES, Row, first_characters, texts_of
 
 DEVICE = torch.device("cpu")
 
@@ -61,7 +63,14 @@ def run(
     )
     model = GPT(config)
     model.init_weights()
-    settings = RunSettings(device_batch_rows=options.rows, save_every=0, eval_every=0)
+    schedule = Schedule(options.steps, warmup_steps=max(1, min(40, options.steps // 10)))
+    settings = RunSettings(
+        device_batch_rows=options.rows,
+        save_every=0,
+        eval_every=0,
+        compile=options.compile,
+        attention="auto" if options.compile else "sdpa",
+    )
     make_trainable(model, settings, DEVICE, "fp32")
 
     def evaluate() -> Metrics:
@@ -70,7 +79,7 @@ def run(
 
     with tempfile.TemporaryDirectory() as home:
         trainer = Trainer(
-            RunConfig("compared", "base", Schedule(options.steps), settings, meta={"settings": {}, "inputs": {}}),
+            RunConfig("compared", "base", schedule, settings, meta={"settings": {}, "inputs": {}}),
             Runtime(open_store(home), DEVICE, ALONE),
             model,
             t,
@@ -91,7 +100,8 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--rules", default=",".join(RULES))
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--characters", type=int, default=8_000_000, help="size of a set")
+    parser.add_argument("--characters", type=int, default=8_000_000, help="size of the training set")
+    parser.add_argument("--pool-characters", type=int, default=9_000_000, help="text to draw all sets from")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--context", type=int, default=256)
@@ -100,18 +110,19 @@ def main() -> None:
     parser.add_argument("--lr-scale", type=float, default=0.8)
     parser.add_argument("--held-out-characters", type=int, default=400_000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     prepare_cpu(options.threads)
     print("| text | rule | bits per byte | of first rows | of each seed |")
     print("| --- | --- | ---: | ---: | --- |")
     for kind in options.kinds.split(","):
-        texts = texts_of(kind, options.data, options.characters)
-        held_out = list(limited(texts[::20], len(texts), options.held_out_characters))
-        training = [text for number, text in enumerate(texts) if number % 20]
+        texts = texts_of(kind, options.data, options.pool_characters)
+        held_out = list(first_characters(texts[::20], options.held_out_characters))
+        others = [text for number, text in enumerate(texts) if text and number % 20]
+        random.Random(0).shuffle(others)
+        training = list(first_characters(others, options.characters))
         tokenizer = train_tokenizer(training, options.vocab_size)
-        documents = [
-            np.array([tokenizer.bos_id, *tokenizer.encode_array(text)], dtype=np.int32) for text in training if text
-        ]
+        documents = [np.array([tokenizer.bos_id, *tokenizer.encode_array(text)], dtype=np.int32) for text in training]
         for rule in options.rules.split(","):
             found = [
                 run(options, rule, seed, documents, held_out, tokenizer) for seed in map(int, options.seeds.split(","))

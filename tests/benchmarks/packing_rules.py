@@ -4,7 +4,7 @@ import bisect
 import itertools
 import math
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,19 +32,20 @@ def texts_of(kind: str, prose: Path, characters: int) -> list[str]:
     if kind == "code":
         files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
         found = (path.read_text(errors="replace") for path in files if "site-packages" not in path.parts)
-        return list(_limited(found, characters))
+        return list(first_characters(found, characters))
     training, validation = LocalText(prose).documents()
     texts = itertools.chain(training, validation)
     if kind == "books":
-        return list(_limited(texts, characters))
-    whole = "\n\n".join(_limited(texts, characters))
+        return list(first_characters(texts, characters))
+    whole = "\n\n".join(first_characters(texts, characters))
     median, sigma = LENGTHS[kind]
     drawn = np.random.default_rng(0).lognormal(np.log(median), sigma, len(whole) // median)
     ends = np.cumsum(np.clip(drawn, 20, 100_000).astype(int) * CHARACTERS_PER_TOKEN).tolist()
     return [whole[start:end] for start, end in itertools.pairwise([0, *ends]) if start < len(whole)]
 
 
-def _limited(texts: Iterator[str] | itertools.chain[str], characters: int) -> Iterator[str]:
+def first_characters(texts: Iterable[str], characters: int) -> Iterator[str]:
+    """The first whole texts, until they have so many characters."""
     for text in texts:
         if characters <= 0:
             return

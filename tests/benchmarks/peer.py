@@ -201,6 +201,15 @@ def run_ours(module: str, task: dict[str, Any], folder: Path) -> None:
     _run(["-m", f"{__package__}.{module}", str(_written(folder, "ours", task))], ROOT, {})
 
 
+def run_program(module: str, flags: list[str]) -> None:
+    """Run a program of this project, such as ``jobs.train.pretrain``.
+
+    Raises:
+        UserError: the process failed. The message contains its output.
+    """
+    _run(["-m", module, *flags], ROOT, {})
+
+
 def run_with(packages: Path, script: str, task: dict[str, Any], folder: Path) -> None:
     """Run ``script`` of this folder on the task, with the packages in the folder ``packages``.
 

@@ -1,21 +1,27 @@
 """Run tasks with the code of karpathy/nanochat (the peer). The comparisons start this program.
 
-The command is ``python peer_process.py TASK FILE.json``, with the peer's checkout on PYTHONPATH. Training uses the
-peer's own network, optimizer, compilation and evaluation in the same way as its ``scripts/base_train.py``. Only the
-data differs: it comes from arrays instead of the peer's loader.
+The command is ``python peer_process.py TASK FILE.json``, with the peer's checkout on PYTHONPATH. The task ``train``
+uses the peer's own network, optimizer, compilation and evaluation in the same way as its ``scripts/base_train.py``.
+Only the data differs: it comes from arrays instead of the peer's loader. The task ``base_train`` runs that script.
 """
 
+import contextlib
 import dataclasses
 import gc
+import io
 import json
 import random
+import re
+import runpy
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from nanochat import common
 from nanochat.checkpoint_manager import load_checkpoint, save_checkpoint
 from nanochat.common import compute_init
 from nanochat.engine import Engine
@@ -110,6 +116,29 @@ def train(task: dict[str, Any]) -> None:
         if sum(seconds[task["warmup"] :]) >= task["seconds"]:
             break
     Path(task["result"]).write_text(json.dumps({"seconds": seconds, "losses": losses, "evaluations": evaluations}))
+
+
+def base_train(task: dict[str, Any]) -> None:
+    """Run scripts/base_train.py itself with the task's arguments and seed, and write the seconds of each step."""
+    torch.set_num_threads(task["threads"])
+    # base_train imports wandb, but does not use it in a run without a name.
+    sys.modules.setdefault("wandb", types.ModuleType("wandb"))
+
+    def seeded(device_type: str) -> Any:
+        initialized = compute_init(device_type)
+        torch.manual_seed(task["seed"])
+        return initialized
+
+    common.compute_init = seeded
+    sys.argv = ["base_train", *task["arguments"]]
+    log = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(log):
+            runpy.run_module("scripts.base_train", run_name="__main__")
+    finally:
+        print(log.getvalue())
+    milliseconds = re.findall(r"^step .* dt: ([\d.]+)ms", log.getvalue(), re.MULTILINE)
+    Path(task["result"]).write_text(json.dumps([float(number) / 1000 for number in milliseconds]))
 
 
 def core_weights(task: dict[str, Any]) -> None:
@@ -285,6 +314,7 @@ if __name__ == "__main__":
     {
         "logits": logits,
         "train": train,
+        "base_train": base_train,
         "weights": weights,
         "serve": serve,
         "rollouts": rollouts,

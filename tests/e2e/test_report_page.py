@@ -30,13 +30,14 @@ def test_the_chat_page_leads_to_the_report_and_its_plots_are_there(page: Page) -
     expect(report.get_by_role("heading", name="Held-out conversations")).to_be_visible()
     expect(report.get_by_test_id("other-revision")).to_have_count(0)
     pictures = report.locator("article img")
-    expect(pictures).to_have_count(2)
+    expect(pictures).to_have_count(3)
     # The page forbids eval, so each picture is awaited by itself: wait_for_function uses eval if its first try fails.
     for picture in pictures.all():
         expect(picture).to_have_js_property("complete", True)
     assert all(width > 400 for width in pictures.evaluate_all("all => all.map((i) => i.naturalWidth)"))
     assert {source.rpartition("/")[2] for source in pictures.evaluate_all("all => all.map((i) => i.src)")} == {
         "loss.png",
+        "schedule.png",
         "conversations.png",
     }
     assert report.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

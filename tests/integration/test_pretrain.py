@@ -201,11 +201,12 @@ def test_settings_that_only_say_where_it_runs_may_change(jobs: Jobs, uninterrupt
 
 def test_starting_over_replaces_the_checkpoints_of_the_earlier_run(jobs: Jobs, uninterrupted: Result) -> None:
     jobs.run(MODULE, PRETRAIN, seed=99, steps=72)
+    earlier = set(jobs.steps("base"))
+    assert max(earlier) > STEPS
     job = jobs.start(MODULE, PRETRAIN, no_resume=True)
-    job.wait_until(lambda: max(jobs.steps("base")) < STEPS)
+    job.wait_until(lambda: earlier.isdisjoint(jobs.steps("base")))
     job.signal(signal.SIGKILL)
     job.wait()
-    # The checkpoints of the earlier run have later steps. This run must not resume from these checkpoints.
     jobs.run(MODULE, PRETRAIN)
     assert jobs.steps("base") == [CONSTANT, STEPS - 4, STEPS]
     assert jobs.result("base") == uninterrupted

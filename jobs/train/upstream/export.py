@@ -21,17 +21,22 @@ def write_upstream(checkpoint: Checkpoint, folder: Path) -> None:
 
     The tensors keep their values and dtypes. A checkpoint that was imported gets back the meta file that it came with.
     """
-    ref, tokenizer = checkpoint.ref, checkpoint.tokenizer
-    model_folder, tokenizer_folder = folder / FOLDERS[ref.stage] / f"d{checkpoint.config.depth}", folder / "tokenizer"
+    ref = checkpoint.ref
+    model_folder = folder / FOLDERS[ref.stage] / f"d{checkpoint.config.depth}"
     model_folder.mkdir(parents=True)
-    tokenizer_folder.mkdir()
     # Copies, because torch.save refuses tensors of several dtypes that share the memory of one mapped file.
     weights = {upstream_name(name): tensor.clone() for name, tensor in checkpoint.weights.items()}
     torch.save(weights, model_folder / f"model_{ref.step:06d}.pt")
     meta = checkpoint.meta.get("upstream") or _meta(checkpoint)
     (model_folder / f"meta_{ref.step:06d}.json").write_text(json.dumps(meta, indent=2))
-    (tokenizer_folder / "tokenizer.pkl").write_bytes(pickle.dumps(_encoding(tokenizer), protocol=4))
-    torch.save(torch.tensor(tokenizer.bytes_per_token, dtype=torch.int32), tokenizer_folder / "token_bytes.pt")
+    write_tokenizer(checkpoint.tokenizer, folder / "tokenizer")
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the two files of upstream's tokenizer into a new folder."""
+    folder.mkdir()
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(_encoding(tokenizer), protocol=4))
+    torch.save(torch.tensor(tokenizer.bytes_per_token, dtype=torch.int32), folder / "token_bytes.pt")
 
 
 def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
