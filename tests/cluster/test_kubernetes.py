@@ -4,6 +4,7 @@ The nodes must have the images nanochat-{gateway,engine,sandbox,jobs}:dev, and t
 run. If NANOCHAT_TEST_STORE names a folder, the trained store is copied there for other tests.
 """
 
+import contextlib
 import json
 import os
 import tarfile
@@ -51,6 +52,24 @@ networkPolicy:
   s3To: [{ipBlock: {cidr: 10.0.0.0/8}}]
   s3Ports: [9000]
 podMonitor: {enabled: true, labels: {release: prometheus}}
+"""
+# The values with which several engines fit on a small node.
+SMALL_ENGINES = "--set=engine.resources.requests.cpu=50m,engine.resources.requests.memory=256Mi"
+LOAD_STREAMS = 8
+LOAD_POD = """
+apiVersion: v1
+kind: Pod
+metadata: {name: load}
+spec:
+  automountServiceAccountToken: false
+  terminationGracePeriodSeconds: 0
+  securityContext: {runAsNonRoot: true, runAsUser: 10001, seccompProfile: {type: RuntimeDefault}}
+  containers:
+    - name: load
+      image: nanochat-gateway:dev
+      imagePullPolicy: IfNotPresent
+      command: [sleep, infinity]
+      securityContext: {allowPrivilegeEscalation: false, readOnlyRootFilesystem: true, capabilities: {drop: [ALL]}}
 """
 OWN_CLAIM = "store: {pvc: {existingClaim: '', storageClass: fast}}"
 
@@ -218,6 +237,84 @@ def test_kernel_enforces_what_the_pod_declares(namespace: str, release: str, com
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
     with pytest.raises(AssertionError, match="Read-only file system"):
         run(*inside, "touch", "/app/new")
+
+
+def pods_of(namespace: str, component: str) -> list[dict[str, Any]]:
+    """Return the pods of a component that are not being deleted."""
+    found = get(namespace, "pods", f"--selector=app.kubernetes.io/component={component}")["items"]
+    return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
+
+
+def roll_out(namespace: str, release: str, component: str) -> None:
+    """Wait until all pods of a component are new and ready."""
+    run("kubectl", "-n", namespace, "rollout", "status", f"deployment/{release}-{component}", "--timeout=240s")
+
+
+@contextlib.contextmanager
+def streams(namespace: str, address: str) -> Iterator[dict[str, Any]]:
+    """Keep streams running during the block. Fills the yielded dictionary with the load's report after it."""
+    script = (ROOT / "tests/cluster/streams_load.py").read_text()
+    command = ["kubectl", "-n", namespace, "exec", "-i", "load", "--", "python", "-c", script]
+    report: dict[str, Any] = {}
+    with Popen([*command, address, str(LOAD_STREAMS)], stdin=PIPE, stdout=PIPE, text=True) as load:
+        assert load.stdin is not None
+        assert load.stdout is not None
+        assert load.stdout.readline() == "ready\n"
+        yield report
+        load.stdin.close()
+        report.update(json.loads(load.stdout.read()))
+
+
+def answered_choices(namespace: str, pod: str) -> float:
+    """Return the number of choices that an engine has finished, from its metrics."""
+    script = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9091/metrics').read().decode())"
+    text = run("kubectl", "-n", namespace, "exec", pod, "--", "python", "-c", script).stdout
+    lines = [line for line in text.splitlines() if line.startswith("nanochat_engine_requests_finished_total{")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+@pytest.fixture(scope="module")
+def two_engines(namespace: str, release: str) -> Iterator[str]:
+    """Address of a release with two engines and two gateways, and a pod that can send load to it."""
+    flags = ("--reuse-values", SMALL_ENGINES, "--set=engine.replicas=2,gateway.replicas=2", "--wait", "--timeout=4m")
+    run("helm", "-n", namespace, "upgrade", release, CHART, *flags)
+    run("kubectl", "-n", namespace, "apply", "-f", "-", stdin=LOAD_POD)
+    run("kubectl", "-n", namespace, "wait", "--for=condition=Ready", "pod/load", "--timeout=60s")
+    yield f"{release}-gateway:80"
+    run("kubectl", "-n", namespace, "delete", "pod", "load")
+
+
+def test_streams_outlive_killed_engines(namespace: str, release: str, two_engines: str) -> None:
+    with streams(namespace, two_engines) as report:
+        for pod in pods_of(namespace, "engine"):
+            name = pod["metadata"]["name"]
+            run("kubectl", "-n", namespace, "delete", "pod", name, "--grace-period=0", "--force")
+            roll_out(namespace, release, "engine")
+    assert report["failures"] == []
+    assert report["answers"] > LOAD_STREAMS
+
+
+@pytest.mark.parametrize("component", ["engine", "gateway"])
+def test_streams_outlive_a_rolling_restart(namespace: str, release: str, two_engines: str, component: str) -> None:
+    with streams(namespace, two_engines) as report:
+        run("kubectl", "-n", namespace, "rollout", "restart", f"deployment/{release}-{component}")
+        roll_out(namespace, release, component)
+    assert report["failures"] == []
+    assert report["answers"] > LOAD_STREAMS
+
+
+def test_load_spreads_over_new_engines_in_five_seconds(namespace: str, release: str, two_engines: str) -> None:
+    with streams(namespace, two_engines) as report:
+        for replicas in (3, 4):
+            run("kubectl", "-n", namespace, "scale", f"deployment/{release}-engine", f"--replicas={replicas}")
+            roll_out(namespace, release, "engine")
+            time.sleep(5)
+            pods = [pod["metadata"]["name"] for pod in pods_of(namespace, "engine")]
+            counts = {pod: answered_choices(namespace, pod) for pod in pods}
+            assert len(counts) == replicas
+            assert all(counts.values()), counts
+    run("kubectl", "-n", namespace, "scale", f"deployment/{release}-engine", "--replicas=1")
+    assert report["failures"] == []
 
 
 def test_two_pods_pretrain_to_the_loss_of_one_and_survive_the_loss_of_a_pod(namespace: str, release: str) -> None:
