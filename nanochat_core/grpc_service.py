@@ -74,6 +74,7 @@ class GrpcService:
                 ("grpc.so_reuseport", 0),
             ],
         )
+        self._watching = asyncio.create_task(self.tls.watch()) if self.tls else None
         self._health_server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         self._health = health.aio.HealthServicer()
         for server in (self.server, self._health_server):
@@ -126,6 +127,8 @@ class GrpcService:
 
     async def close(self, grace: float) -> None:
         """Refuse new gRPC calls, give running gRPC calls ``grace`` seconds to finish, and close the ports."""
+        if self._watching is not None:
+            self._watching.cancel()
         await self.server.stop(grace)
         await self._health_server.stop(0)
         await asyncio.to_thread(self._tracer.close)

@@ -6,6 +6,7 @@ connections use the newest files. A connection keeps the files that it began wit
 replaced.
 """
 
+import asyncio
 import dataclasses
 import logging
 import os
@@ -83,6 +84,16 @@ class TlsFiles:
                     log.warning("certificate not replaced, the old one stays in use", extra={"reason": str(error)})
                 self._last_problem = str(error)
             return self._identity
+
+    async def watch(self) -> None:
+        """Check the files again and again, until canceled.
+
+        A server sees replaced files at its next handshake, which may be days away. With this, the log reports them at
+        once, damaged ones too.
+        """
+        while True:
+            await asyncio.sleep(_CHECK_SECONDS)
+            self.current()
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """Credentials of a server that refuses callers without a certificate of the CA."""

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -190,16 +191,27 @@ def test_sampled_traces_reach_the_collector_as_a_tree(services: Services) -> Non
 
 def test_replacing_all_certificates_breaks_no_stream(services: Services) -> None:
     request: dict[str, Any] = {"model": "tiny", "messages": HELLO, "temperature": 1, "seed": 3, "max_tokens": 3000}
-    expected = services.client().chat.completions.create(**request).choices[0].message.content
-    stream = services.client().chat.completions.create(**request, stream=True)
-    got = next(stream).choices[0].delta.content or ""
-    for name in ("gateway", "engine", "sandbox"):
-        services.authority.issue(services.folder / name)
-    for chunk in stream:
-        got += chunk.choices[0].delta.content or ""
-    assert got == expected
-    for process in (services.gateway, services.engine, services.sandbox):
-        process.wait_for("certificate replaced")
+    client, replaced = services.client(), threading.Event()
+    expected = client.chat.completions.create(**request).choices[0].message.content
+
+    def stream() -> set[str]:
+        """All answers that were streamed, one after the other, while certificates were replaced."""
+        answers = set()
+        while not replaced.is_set():
+            chunks = client.chat.completions.create(**request, stream=True)
+            answers.add("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
+        return answers
+
+    with ThreadPoolExecutor(1) as pool:
+        streamed = pool.submit(stream)
+        try:
+            # The callers come first. So the engine and the sandbox have to notice their own files without a new caller.
+            for name in ("gateway", "engine", "sandbox"):
+                services.authority.issue(services.folder / name)
+                getattr(services, name).wait_for("certificate replaced")
+        finally:
+            replaced.set()
+    assert streamed.result() == {expected}
     assert "unavailable" not in {result["status"] for result in call_python(services)}
 
 
