@@ -317,6 +317,36 @@ async def test_a_damaged_tokenizer_keeps_the_engine_out() -> None:
             await until_ready(url)
 
 
+async def test_a_model_whose_engine_is_loading_is_waited_for() -> None:
+    async with running_engine(name="small") as small, running_engine(name="large") as large:
+        await large.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        large.script = saying("large")
+        async with (
+            running_gateway(small.address, large.address, queue_seconds=0.5) as url,
+            http_client(url) as http,
+        ):
+            await until_ready(url)
+            for stream in (False, True):
+                with pytest.raises(openai.InternalServerError, match="No engine is ready") as error:
+                    await ask(url, model="large", stream=stream)
+                assert error.value.status_code == 503
+                assert int(error.value.response.headers["retry-after"]) > 0
+            assert (await http.get("/v1/models/large")).status_code == 503
+        async with (
+            running_gateway(small.address, large.address, queue_seconds=20) as url,
+            http_client(url) as http,
+        ):
+            await until_ready(url)
+            asking = asyncio.create_task(ask(url, model="large"))
+            hoping = asyncio.create_task(ask(url, model="huge"))
+            await until_queued(url, 2)
+            await large.health.set("", health_pb2.HealthCheckResponse.SERVING)
+            assert await asking == "large"
+            with pytest.raises(openai.NotFoundError, match="large, small"):
+                await hoping
+            assert (await http.get("/v1/models/huge")).status_code == 404
+
+
 async def test_several_models_are_told_apart_by_name() -> None:
     async with running_engine(name="small") as small, running_engine(name="large") as large:
         small.script, large.script = saying("small"), saying("large")

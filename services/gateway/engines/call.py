@@ -22,8 +22,9 @@ class Call:
 
     Attributes:
         place: where the call runs.
+        began: time of the call's start on the clock of ``time.monotonic``.
         failure: why the call ended; None while it runs. An engine that ends a call early has failed, too.
-        last_chunk: time of the last chunk on the clock of ``time.monotonic``; None before the first one.
+        last_chunk: time of the last chunk on the same clock; None before the first one.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Call:
     ) -> None:
         """Starts the call, which may last ``seconds``. ``wake`` is called after each change of the call."""
         self.place = place
+        self.began = time.monotonic()
         self.failure: grpc.aio.AioRpcError | None = None
         self.last_chunk: float | None = None
         self._chunks: collections.deque[engine_pb2.GenerateChunk] = collections.deque()
@@ -87,7 +89,7 @@ class Call:
         self._call.cancel()
         replica, sequences = self.place.replica, self.place.sequences
         replica.silence_watchers.discard(self._wake)
-        replica.outlier.undecided()  # has no effect if the call's outcome is already recorded
+        replica.outlier.undecided(self.place)  # has no effect if the call's outcome is already recorded
         if refused:
             replica.refused(sequences)
         else:

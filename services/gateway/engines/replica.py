@@ -219,6 +219,8 @@ class Replica:
         except UserError as error:
             self.model = None
             self.mark_down(str(error))
+        except Exception:
+            logger.exception("reading the model failed", extra={"address": self.address})
         else:
             self._next_model_check = time.monotonic() + self._settings.model_poll_seconds
 

@@ -123,7 +123,11 @@ class FairQueue(Generic[T]):
         self._forget()
 
     def _forget(self) -> None:
-        """Drops what no ticket in the queue needs, if it is much. A ticket that leaves stays in its heap at first."""
+        """Frees the memory of tickets that left the queue, and of callers whose turns no longer matter.
+
+        To look for them takes a time that grows with the queue. Therefore this method only looks for them if the queue
+        is empty, or if there may be more of them than waiting tickets.
+        """
         kept = 2 * self.length + _KEPT
         if not self.length:
             self._heaps.clear()
