@@ -9,10 +9,9 @@ import time
 import grpc
 
 from nanochat_core.protos import engine_pb2
-from services.gateway.engines.call import Call
 from services.gateway.engines.model import ServedModel
-from services.gateway.engines.pool import EnginePool, Place, Wish
-from services.gateway.engines.replica import Replica
+from services.gateway.engines.pool import EnginePool, Wish
+from services.gateway.engines.replica import Call, Place, Replica
 from services.gateway.engines.request import PromptEncoder, engine_request
 from services.gateway.engines.said import Said, continuations
 from services.gateway.errors import ApiError, from_rpc, no_engine

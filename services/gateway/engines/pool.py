@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from nanochat_core.discovery import Endpoint, addresses_of, split_target, watch_endpoints
 from services.gateway.engines.model import ServedModel
-from services.gateway.engines.replica import Connect, Replica
+from services.gateway.engines.replica import Connect, Place, Replica
 from services.gateway.engines.retries import RetryBudget
 from services.gateway.engines.waiting import FairQueue, QueueFull, Ticket
 from services.gateway.errors import bad_request, engines_busy, model_not_found, no_engine, queue_full
@@ -47,20 +47,6 @@ class Wish:
         if self.weights is not None:
             return self.weights != "" and model.weights == self.weights
         return not self.name or self.name in aliases or self.name == model.info.name
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Place:
-    """Reserved room for a request at a replica. ``replica.release(sequences)`` ends the reservation."""
-
-    replica: Replica
-    model: ServedModel
-    sequences: int
-
-    def give_back(self) -> None:
-        """Frees the place without a call."""
-        self.replica.outlier.undecided(self)
-        self.replica.release(self.sequences)
 
 
 class EnginePool:
@@ -239,13 +225,8 @@ class EnginePool:
         # If all replicas are ejected, use them anyway.
         ready = [replica for replica in ready if replica.outlier.allows(now)] or ready
         chosen = self._router.choose(wish.prompt, {replica.address: replica.load for replica in ready}, now)
-        replica = self._replicas[chosen]
-        assert replica.model is not None
-        place = Place(replica, replica.model, wish.sequences)
-        replica.reserve(wish.sequences)
-        replica.outlier.began(place)
         self._router.sent(chosen, wish.prompt, now)
-        return place
+        return self._replicas[chosen].reserve(wish.sequences)
 
     def answered(self, place: Place, wish: Wish, cached_tokens: int) -> None:
         """Tells the router how many tokens of the wish's prompt the engine found in its cache."""
