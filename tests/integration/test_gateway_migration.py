@@ -351,6 +351,8 @@ async def test_calls_that_fail_eject_an_engine_even_if_its_health_and_an_old_str
         await told.until(lambda: len(told.text.get(0, "")) >= 3)
         bad, good = (one, two) if one.requests else (two, one)
         bad.script, good.script = failing(code, "a bug"), saying("hello")
+        good.load = pb.Load(running=5)  # so that the other engine is chosen
+        await good.looked_at()
         async with asyncio.timeout(20):
             while await metric(url, "engine_ejections_total") == 0:
                 assert (await (await ask(url)).read()).text[0] == "hello"
