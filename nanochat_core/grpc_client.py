@@ -45,7 +45,7 @@ class ServiceChannel:
     async def close(self) -> None:
         """Close all connections and cancel the calls that still run. Closing again has no effect."""
         self._closed = True
-        await asyncio.gather(*map(self._close, list(self._connections)))
+        await asyncio.gather(*map(self._close, list(self._connections)), *self._closing)
 
     def connection(self) -> "_Connection":
         """The connection for a new call. Raises :class:`grpc.aio.UsageError` if the channel is closed."""

@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2
 
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.tokenizer import Tokenizer
+from services.gateway.routing import Router
 from tests.support.scripted_engine import (
     TOKENIZER,
     Script,
@@ -62,6 +63,26 @@ async def test_an_engine_that_comes_back_is_used_again() -> None:
         await until_ready(url)
         await engine.stop()
         await until_ready(url, ready=False)
+        await engine.start()
+        await until_ready(url)
+        assert await ask(url) == "hello"
+
+
+async def test_checks_go_on_after_an_unexpected_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_router: Router, _replica: str) -> None:
+        raise MemoryError
+
+    async with running_engine() as engine, running_gateway(engine.address) as url:
+        await until_ready(url)
+        with monkeypatch.context() as patch:
+            patch.setattr(Router, "left", fail)
+            await engine.stop()
+            await until_ready(url, ready=False)
+            async with asyncio.timeout(10):
+                while "engine check failed" not in [record.getMessage() for record in caplog.records]:
+                    await asyncio.sleep(0.02)
         await engine.start()
         await until_ready(url)
         assert await ask(url) == "hello"

@@ -205,8 +205,11 @@ class EnginePool:
         self._queue.served(ticket)
 
     def promising(self, wish: Wish) -> bool:
-        """Whether a search may succeed: a known engine fits the wish, or another one may come up."""
-        return any(self._fitting(wish)) or self._expecting() or not self.models()
+        """Whether a search may succeed: a known engine fits the wish, or another one may come up.
+
+        A request on which an engine has failed does not wait for engines of which nothing is known.
+        """
+        return any(self._fitting(wish)) or not self.models() or (not wish.avoid and self._expecting())
 
     def _fitting(self, wish: Wish) -> Iterable[Replica]:
         for address, replica in self._replicas.items():

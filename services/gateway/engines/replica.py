@@ -153,13 +153,14 @@ class Replica:
         while True:
             began = time.monotonic()
             try:
-                await self._check()
-            except grpc.aio.AioRpcError as error:
-                self._check_failed(error, began)
+                try:
+                    await self._check()
+                except grpc.aio.AioRpcError as error:
+                    self._check_failed(error, began)
             except Exception:
-                # The failure concerns one engine only, so the checks continue.
+                # The checks continue. Whoever is told of changes may have failed, so this change is not told.
                 logger.exception("engine check failed", extra={"address": self.address})
-                self.mark_down("the check failed")
+                self._set_down("the check failed")
             if self._misses == 1:
                 continue  # check again at once, to find out soon whether the engine hangs
             poll = self._settings.poll_seconds
@@ -205,11 +206,14 @@ class Replica:
 
     def mark_down(self, why: str) -> None:
         """Keeps calls away from this engine until the next successful check."""
+        self._set_down(why)
+        self._on_change(self)
+
+    def _set_down(self, why: str) -> None:
         if why != self.why_down:
             logger.warning("engine down", extra={"address": self.address, "reason": why})
         self.why_down = why
         self._metrics.engine_up.labels(self.address).set(0)
-        self._on_change(self)
 
     async def _refresh_soon(self) -> None:
         """Reads the model, but waits no longer than for a check, so that health checks go on meanwhile."""
