@@ -160,6 +160,7 @@ class Replica:
             except Exception:
                 # The checks continue. Whoever is told of changes may have failed, so this change is not told.
                 logger.exception("engine check failed", extra={"address": self.address})
+                self._misses, self._miss_began = 0, None
                 self._set_down("the check failed")
             if self._misses == 1:
                 continue  # check again at once, to find out soon whether the engine hangs
