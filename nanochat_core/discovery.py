@@ -9,7 +9,7 @@ import dataclasses
 import ipaddress
 import logging
 import socket
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from nanochat_core.daemon_threads import run_in_daemon_thread
 from nanochat_core.errors import UserError
@@ -64,16 +64,19 @@ def addresses_of(host: str) -> list[str]:
 
 async def watch_endpoints(
     targets: Sequence[str],
+    on_change: Callable[[tuple[Endpoint, ...]], None],
     seconds: float = LOOKUP_SECONDS,
     lookup: Callable[[str], Iterable[str]] = addresses_of,
-) -> AsyncGenerator[tuple[Endpoint, ...], None]:
-    """Yield the endpoints of ``targets`` after the first lookups, and again after each change. Never ends.
+) -> None:
+    """Look up the endpoints of ``targets`` again and again until canceled, or once if no target has a name.
 
-    The first result may be empty. If the lookup of a name fails, its last known addresses stay, and a warning is logged
-    once. An address that belongs to several targets appears once.
+    If the lookup of a name fails, its last known addresses stay, and a warning is logged once. An address that belongs
+    to several targets appears once.
 
     Args:
         targets: ``host:port`` each; a host that is an IP address is not looked up.
+        on_change: called with the endpoints after the first lookups, when there may be none, and after each change. If
+            it raises an exception, the exception is logged, and the function is called again after the next lookups.
         seconds: time between two lookups.
         lookup: returns the addresses of a name or raises OSError; called on a separate thread.
 
@@ -90,11 +93,13 @@ async def watch_endpoints(
             async with asyncio.timeout(_TIMEOUT_SECONDS):
                 known[name] = list(await run_in_daemon_thread(lookup, name))
             failing.discard(name)
-        # TimeoutError is an OSError, UnicodeError an impossible name, and RuntimeError a thread that cannot start.
-        except (OSError, UnicodeError, RuntimeError) as error:
+        except Exception as error:
             if name not in failing:
                 reason = str(error) or "the name server does not answer"
-                log.warning("lookup failed", extra={"host": name, "reason": reason, "kept": known[name]})
+                # TimeoutError is an OSError, UnicodeError an impossible name, RuntimeError a thread that cannot start.
+                unexpected = not isinstance(error, OSError | UnicodeError | RuntimeError)
+                facts = {"host": name, "reason": reason, "kept": known[name]}
+                log.warning("lookup failed", exc_info=unexpected, extra=facts)
             failing.add(name)
 
     last: tuple[Endpoint, ...] | None = None
@@ -103,10 +108,13 @@ async def watch_endpoints(
         found = {_join(address, port): host for host, port in reversed(pairs) for address in known[host]}
         current = tuple(sorted((Endpoint(*item) for item in found.items()), key=lambda endpoint: endpoint.address))
         if current != last:
-            last = current
-            yield current
-        if not names:
-            await asyncio.Event().wait()  # addresses do not change
+            try:
+                on_change(current)
+                last = current
+            except Exception:
+                log.exception("change of endpoints failed", extra={"addresses": [each.address for each in current]})
+        if not names and current == last:
+            return  # addresses do not change
         await asyncio.sleep(seconds)
 
 

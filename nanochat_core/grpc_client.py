@@ -29,8 +29,10 @@ class ServiceChannel:
         The caller must run inside the event loop that will use the channel.
         """
         self._endpoint, self._tls, self._options = endpoint, tls, list(options)
-        self._connection: _Connection | None = None
+        self._newest: _Connection | None = None
+        self._connections: set[_Connection] = set()  # the newest one, and older ones until they are closed
         self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     def unary_unary(self, method: str, **codecs: Any) -> "_Method":
         """Called by stubs."""
@@ -41,29 +43,34 @@ class ServiceChannel:
         return _Method(self, "unary_stream", method, codecs)
 
     async def close(self) -> None:
-        """Close the connections and cancel the calls that still run."""
-        if self._connection is not None:
-            await self._connection.channel.close()
-        await asyncio.gather(*self._closing)
+        """Close all connections and cancel the calls that still run. Closing again has no effect."""
+        self._closed = True
+        await asyncio.gather(*map(self._close, list(self._connections)), *self._closing)
 
     def connection(self) -> "_Connection":
-        """The connection for a new call."""
+        """The connection for a new call. Raises :class:`grpc.aio.UsageError` if the channel is closed."""
+        if self._closed:
+            raise grpc.aio.UsageError(f"the channel to {self._endpoint.address} is closed")
         identity = self._tls.current() if self._tls else None
-        if self._connection is None or self._connection.identity is not identity:
-            old, self._connection = self._connection, _Connection(self._open(identity), identity)
+        if self._newest is None or self._newest.identity is not identity:
+            old, self._newest = self._newest, _Connection(self._connect(identity), identity)
+            self._connections.add(self._newest)
             if old is not None:
-                old.replaced = True
                 self.close_if_unused(old)
-        return self._connection
+        return self._newest
 
     def close_if_unused(self, connection: "_Connection") -> None:
-        """Close a replaced connection after its last call."""
-        if connection.replaced and connection.calls == 0:
-            task = asyncio.get_running_loop().create_task(connection.channel.close())
+        """Close a connection after its last call if a newer one has replaced it."""
+        if connection is not self._newest and connection.calls == 0 and not self._closed:
+            task = asyncio.get_running_loop().create_task(self._close(connection))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
-    def _open(self, identity: Identity | None) -> Any:
+    async def _close(self, connection: "_Connection") -> None:
+        await connection.channel.close()
+        self._connections.discard(connection)
+
+    def _connect(self, identity: Identity | None) -> Any:
         if identity is None:
             return grpc.aio.insecure_channel(self._endpoint.address, options=self._options)
         # The channel connects to a numeric address, but the certificate is valid for the name that was looked up.
@@ -80,7 +87,6 @@ class _Connection:
     identity: Identity | None
     methods: dict[str, Any] = dataclasses.field(default_factory=dict)
     calls: int = 0
-    replaced: bool = False
 
 
 class _Method:

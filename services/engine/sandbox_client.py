@@ -67,7 +67,7 @@ class SandboxClient:
         self._retirements: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._calls = 0
-        self._discovery = asyncio.create_task(self._discover(targets, lookup_seconds))
+        self._discovery = asyncio.create_task(watch_endpoints(targets, self._set_endpoints, lookup_seconds))
 
     @property
     def serving(self) -> int:
@@ -111,17 +111,16 @@ class SandboxClient:
         for sandbox in self._sandboxes.values():
             await sandbox.close()
 
-    async def _discover(self, targets: Sequence[str], lookup_seconds: float) -> None:
+    def _set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
         """Keep one sandbox for each endpoint."""
-        async for endpoints in watch_endpoints(targets, lookup_seconds):
-            for endpoint in self._sandboxes.keys() - set(endpoints):
-                log.info("sandbox left", extra={"address": endpoint.address})
-                retirement = asyncio.create_task(self._sandboxes.pop(endpoint).retire())
-                self._retirements.add(retirement)
-                retirement.add_done_callback(self._retirements.discard)
-            for endpoint in endpoints:
-                if endpoint not in self._sandboxes:
-                    self._sandboxes[endpoint] = _Sandbox(endpoint, self._tls, self._notify)
+        for endpoint in self._sandboxes.keys() - set(endpoints):
+            log.info("sandbox left", extra={"address": endpoint.address})
+            retirement = asyncio.create_task(self._sandboxes.pop(endpoint).retire())
+            self._retirements.add(retirement)
+            retirement.add_done_callback(self._retirements.discard)
+        for endpoint in endpoints:
+            if endpoint not in self._sandboxes:
+                self._sandboxes[endpoint] = _Sandbox(endpoint, self._tls, self._notify)
 
     def _notify(self) -> None:
         """Wake everyone who waits for a change of a sandbox's state."""
@@ -251,6 +250,9 @@ class _Sandbox:
                 # A server that has no health service counts as healthy.
                 answers = error.code() is grpc.StatusCode.UNIMPLEMENTED
                 self.set_state(serving=answers, lost=not answers, reason=f"{error.code().name}: {error.details()}")
+            except Exception:
+                log.exception("sandbox check failed", extra={"address": self.endpoint.address})
+                self.set_state(reason="the check failed")
             await asyncio.sleep(_POLL_SECONDS)
 
 

@@ -8,7 +8,13 @@ from typing import Any
 import grpc
 import pytest
 
+from nanochat_core.discovery import Endpoint
+from nanochat_core.grpc_client import ServiceChannel
 from nanochat_core.protos import engine_pb2 as pb
+from services.gateway.engines.channel import open_channel
+from services.gateway.engines.pool import EnginePool
+from services.gateway.metrics import Metrics
+from services.gateway.settings import GatewaySettings
 from tests.support.scripted_engine import (
     ScriptedEngine,
     hanging,
@@ -17,6 +23,7 @@ from tests.support.scripted_engine import (
     running_engine,
     running_gateway,
     saying,
+    until_queued,
     until_ready,
 )
 
@@ -144,6 +151,41 @@ async def test_a_gateway_whose_name_has_no_address_yet_says_so_and_serves_when_i
         names.addresses["engines"] = ["127.0.0.1"]
         assert await asking == "127.0.0.1"
         assert (await http.get("/readyz")).json()["waits_for"] is None
+
+
+async def test_a_model_may_be_at_an_engine_whose_name_has_no_address_yet() -> None:
+    names = Names(engines=["127.0.0.1"])
+    async with (
+        engines_at_one_port("127.0.0.1", "127.0.0.2") as (port, (_, late)),
+        running_gateway(
+            f"engines:{port}", f"late:{port}", lookup=names, discovery_seconds=0.05, queue_seconds=20
+        ) as url,
+    ):
+        late.info.name = "late"
+        await until_known(url, f"127.0.0.1:{port}")
+        create = openai_client(url).chat.completions.create
+        asking = asyncio.create_task(create(model="late", messages=HELLO))
+        await until_queued(url, 1)
+        names.addresses["late"] = ["127.0.0.2"]
+        assert (await asking).choices[0].message.content == "127.0.0.2"
+
+
+async def test_engines_that_cannot_be_added_now_are_added_later(caplog: pytest.LogCaptureFixture) -> None:
+    settings = GatewaySettings(engine_addresses=("engines:1",), discovery_seconds=0.01)
+    failures = 2
+
+    def connect(endpoint: Endpoint) -> ServiceChannel:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise MemoryError
+        return open_channel(endpoint, settings)
+
+    pool = EnginePool(settings, Metrics(), connect, Names(engines=["127.0.0.1"]))
+    async with contextlib.aclosing(pool), asyncio.timeout(10):
+        while pool.waits_for() == "No engine has been found yet.":
+            await asyncio.sleep(0.01)
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == ["change of endpoints failed"] * 2
 
 
 async def test_a_request_goes_on_if_its_engine_leaves_while_its_model_is_read_again() -> None:

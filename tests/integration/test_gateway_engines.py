@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2
 
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.tokenizer import Tokenizer
+from services.gateway.routing import Router
 from tests.support.scripted_engine import (
     TOKENIZER,
     Script,
@@ -62,6 +63,26 @@ async def test_an_engine_that_comes_back_is_used_again() -> None:
         await until_ready(url)
         await engine.stop()
         await until_ready(url, ready=False)
+        await engine.start()
+        await until_ready(url)
+        assert await ask(url) == "hello"
+
+
+async def test_checks_go_on_after_an_unexpected_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_router: Router, _replica: str) -> None:
+        raise MemoryError
+
+    async with running_engine() as engine, running_gateway(engine.address) as url:
+        await until_ready(url)
+        with monkeypatch.context() as patch:
+            patch.setattr(Router, "left", fail)
+            await engine.stop()
+            await until_ready(url, ready=False)
+            async with asyncio.timeout(10):
+                while "engine check failed" not in [record.getMessage() for record in caplog.records]:
+                    await asyncio.sleep(0.02)
         await engine.start()
         await until_ready(url)
         assert await ask(url) == "hello"
@@ -315,6 +336,36 @@ async def test_a_damaged_tokenizer_keeps_the_engine_out() -> None:
             assert (await http.get("/readyz")).json()["models"] == []
             engine.info.tokenizer_json = TOKENIZER.to_json().encode()
             await until_ready(url)
+
+
+async def test_a_model_whose_engine_is_loading_is_waited_for() -> None:
+    async with running_engine(name="small") as small, running_engine(name="large") as large:
+        await large.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        large.script = saying("large")
+        async with (
+            running_gateway(small.address, large.address, queue_seconds=0.5) as url,
+            http_client(url) as http,
+        ):
+            await until_ready(url)
+            for stream in (False, True):
+                with pytest.raises(openai.InternalServerError, match="No engine is ready") as error:
+                    await ask(url, model="large", stream=stream)
+                assert error.value.status_code == 503
+                assert int(error.value.response.headers["retry-after"]) > 0
+            assert (await http.get("/v1/models/large")).status_code == 503
+        async with (
+            running_gateway(small.address, large.address, queue_seconds=20) as url,
+            http_client(url) as http,
+        ):
+            await until_ready(url)
+            asking = asyncio.create_task(ask(url, model="large"))
+            hoping = asyncio.create_task(ask(url, model="huge"))
+            await until_queued(url, 2)
+            await large.health.set("", health_pb2.HealthCheckResponse.SERVING)
+            assert await asking == "large"
+            with pytest.raises(openai.NotFoundError, match="large, small"):
+                await hoping
+            assert (await http.get("/v1/models/huge")).status_code == 404
 
 
 async def test_several_models_are_told_apart_by_name() -> None:

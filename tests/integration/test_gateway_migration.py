@@ -334,6 +334,84 @@ async def test_an_engine_whose_calls_fail_is_left_out_for_a_while() -> None:
         assert await metric(url, "engine_ejections_total") == 1
 
 
+@pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE])
+async def test_calls_that_fail_eject_an_engine_even_if_its_health_and_an_old_stream_are_good(
+    code: grpc.StatusCode,
+) -> None:
+    async with two_engines() as (url, one, two):
+
+        async def endless(_request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.GenerateChunk]:
+            while True:
+                yield pb.GenerateChunk(tokens=[pb.Token(id=token) for token in ids("h")])
+                await asyncio.sleep(0.005)
+
+        one.script = two.script = endless
+        told = await ask(url)
+        reading = asyncio.create_task(told.read())
+        await told.until(lambda: len(told.text.get(0, "")) >= 3)
+        bad, good = (one, two) if one.requests else (two, one)
+        bad.script, good.script = failing(code, "a bug"), saying("hello")
+        good.load = pb.Load(running=5)  # so that the other engine is chosen
+        await good.looked_at()
+        async with asyncio.timeout(20):
+            while await metric(url, "engine_ejections_total") == 0:
+                assert (await (await ask(url)).read()).text[0] == "hello"
+        assert len(bad.requests) == 1 + 3
+        reading.cancel()
+        await told.stream.close()
+
+
+async def test_an_engine_that_ends_many_streams_at_once_is_not_ejected() -> None:
+    async with two_engines() as (url, one, two):
+        one.steps = two.steps = 0
+        asking = [asyncio.create_task(ask(url)) for _ in range(8)]
+        async with asyncio.timeout(10):
+            while len(one.requests) + len(two.requests) < 8:
+                await asyncio.sleep(0.01)
+        assert len(one.requests) > 3
+        two.allow(None)
+        await one.stop()
+        for told in await asyncio.gather(*asking):
+            assert (await told.read()).text[0].endswith("6, so stop it here")
+        assert await metric(url, "engine_ejections_total") == 0
+
+
+async def test_a_stream_that_waits_after_a_refusal_may_still_get_a_status() -> None:
+    async with two_engines(heartbeat_seconds=0.1, queue_seconds=0.6) as (url, one, two):
+        one.script = two.script = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full")
+        with pytest.raises(openai.InternalServerError, match="All engines are busy") as error:
+            await ask(url)
+        assert error.value.status_code == 503
+        assert int(error.value.response.headers["retry-after"]) > 0
+        assert one.requests
+
+
+async def test_comments_that_have_begun_go_on_while_the_stream_waits_for_another_engine() -> None:
+    async with two_engines(heartbeat_seconds=0.1, queue_seconds=20) as (url, one, two):
+        refuse, comments = asyncio.Event(), 0
+
+        async def refusing(_request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
+            await refuse.wait()
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full")
+            yield pb.GenerateChunk()
+
+        one.script = two.script = refusing
+        body = {"messages": HELLO, "stream": True}
+        async with (
+            asyncio.timeout(20),
+            http_client(url) as http,
+            http.stream("POST", "/v1/chat/completions", json=body) as answer,
+        ):
+            async for line in answer.aiter_lines():
+                comments += line == ": keep-alive"
+                if comments == 1:
+                    refuse.set()
+                if comments == 5:
+                    one.script = two.script = saying("hello")
+            assert line == ""
+            assert comments >= 5
+
+
 async def test_the_clients_of_moved_streams_can_leave() -> None:
     async with two_engines() as (url, one, two):
         one.steps = two.steps = 3

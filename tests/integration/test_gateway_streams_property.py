@@ -51,7 +51,6 @@ class Client:
             caller=str(seed % 2),
             request_id=str(seed),
             seed=seed,
-            on_place=lambda: None,
         )
         self.reading = asyncio.create_task(self._read())
 

@@ -10,6 +10,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from nanochat_core.engine import ToolOutput
+from nanochat_core.grpc_client import ServiceChannel
 from nanochat_core.protos import sandbox_pb2, sandbox_pb2_grpc
 from services.engine import sandbox_client
 from services.engine.sandbox_client import SandboxClient
@@ -271,3 +272,19 @@ async def test_a_late_answer_is_a_timeout_and_later_attempts_get_the_rest_of_the
             await call
         assert 1.5 < first.limits[0] <= 2.0
         assert 0.5 < second.limits[0] <= 1.5
+
+
+async def test_checks_go_on_after_an_unexpected_error(
+    sandboxes: list[Sandbox], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with client_of(sandboxes[0]) as client:
+        await client.until_serving(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(ServiceChannel, "connection", _no_memory)
+            await client.until_serving(0)
+        await client.until_serving(1)
+    assert "sandbox check failed" in [record.getMessage() for record in caplog.records]
+
+
+def _no_memory(_channel: ServiceChannel) -> None:
+    raise MemoryError

@@ -1,5 +1,6 @@
 """Each address of each name is a replica; replicas join and leave while the process runs."""
 
+import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator
@@ -15,22 +16,45 @@ class NameServer:
 
     def __init__(self, **names: list[str]) -> None:
         self.names = names
-        self.lookups = 0
+        self.asked: set[str] = set()
         self.answering = threading.Event()
         self.answering.set()
 
     def __call__(self, name: str) -> list[str]:
         self.answering.wait()
-        self.lookups += 1
+        self.asked.add(name)
         if name not in self.names:
             raise OSError(f"{name} is unknown")
         return self.names[name]
 
 
+class Changes:
+    """The endpoints after each change. The next ``failures`` calls raise an exception."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.failures = failures
+        self._queue: asyncio.Queue[tuple[Endpoint, ...]] = asyncio.Queue()
+
+    def __call__(self, endpoints: tuple[Endpoint, ...]) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise MemoryError("no memory for a channel")
+        self._queue.put_nowait(endpoints)
+
+    async def __anext__(self) -> tuple[Endpoint, ...]:
+        async with asyncio.timeout(10):
+            return await self._queue.get()
+
+
 @contextlib.asynccontextmanager
-async def watching(server: NameServer, *targets: str) -> AsyncIterator[AsyncIterator[tuple[Endpoint, ...]]]:
-    async with contextlib.aclosing(watch_endpoints(targets, 0.01, server)) as changes:
+async def watching(server: NameServer, *targets: str, failures: int = 0) -> AsyncIterator[Changes]:
+    changes = Changes(failures)
+    task = asyncio.create_task(watch_endpoints(targets, changes, 0.01, server))
+    try:
         yield changes
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_names_and_addresses_are_mixed_and_each_address_appears_once() -> None:
@@ -43,7 +67,7 @@ async def test_names_and_addresses_are_mixed_and_each_address_appears_once() -> 
             Endpoint("[fd00::7]:50051", "other"),
             Endpoint("[fd00::8]:1", "fd00::8"),
         )
-    assert server.lookups == 2, "an address is not looked up"
+    assert server.asked == {"engine", "other"}, "an address is not looked up"
 
 
 async def test_replicas_join_and_leave() -> None:
@@ -80,6 +104,25 @@ async def test_a_thread_that_cannot_start_does_not_end_the_lookups(monkeypatch: 
 
 async def _no_thread(*_arguments: object) -> list[str]:
     raise RuntimeError("can't start new thread")
+
+
+async def test_an_unexpected_error_of_a_lookup_does_not_end_the_lookups(caplog: pytest.LogCaptureFixture) -> None:
+    server = NameServer(engine=["10.0.0.1"])
+    server.names["odd"] = None  # type: ignore[assignment]
+    async with watching(server, "engine:1", "odd:1") as changes:
+        assert await anext(changes) == (Endpoint("10.0.0.1:1", "engine"),)
+        server.names["odd"] = ["10.0.0.2"]
+        assert len(await anext(changes)) == 2
+    (record,) = caplog.records
+    assert record.exc_info
+    assert record.exc_info[0] is TypeError
+
+
+@pytest.mark.parametrize("target", ["engine:1", "10.0.0.1:1"])
+async def test_a_change_that_fails_is_logged_and_repeated(target: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with watching(NameServer(engine=["10.0.0.1"]), target, failures=2) as changes:
+        assert [endpoint.address for endpoint in await anext(changes)] == ["10.0.0.1:1"]
+    assert [record.getMessage() for record in caplog.records] == ["change of endpoints failed"] * 2
 
 
 async def test_a_name_that_is_unknown_at_first_gives_an_empty_result_and_is_found_later() -> None:

@@ -7,9 +7,8 @@ import pytest
 from nanochat_core.chat import AssistantStream, render_prompt
 from nanochat_core.protos import engine_pb2
 from nanochat_core.tokenizer import Tokenizer
-from services.gateway.api.chat import conversation
-from services.gateway.engines.replica import ServedModel
-from services.gateway.engines.request import encode_chat, encode_text
+from services.gateway.engines.model import ServedModel
+from services.gateway.engines.request import conversation, encode_chat, encode_text
 from services.gateway.errors import ApiError
 from services.gateway.schemas import ChatMessage
 

@@ -152,6 +152,27 @@ async def test_an_old_connection_closes_after_its_last_call(authority: Authority
         await opened.close()
 
 
+async def test_a_closed_channel_keeps_nothing_and_refuses_calls(authority: Authority, tmp_path: Path) -> None:
+    files = TlsFiles(authority.issue(tmp_path / "files"))
+    async with Server(files) as server:
+        opened = ServiceChannel(server.endpoint, files)
+        stub = health_pb2_grpc.HealthStub(opened)
+        stream = stub.Watch(health_pb2.HealthCheckRequest())
+        await stream.read()
+        connections = [opened.connection()]
+        authority.issue(tmp_path / "files")
+        assert await status(stub) == SERVING
+        connections.append(opened.connection())
+        await asyncio.gather(opened.close(), opened.close())
+        await opened.close()
+        states = {connection.channel.get_state() for connection in connections}
+        assert states == {grpc.ChannelConnectivity.SHUTDOWN}, "also the old connection, whose stream still ran"
+        assert stream.cancelled()
+        authority.issue(tmp_path / "files")
+        with pytest.raises(grpc.aio.UsageError, match="closed"):
+            await status(stub)
+
+
 @pytest.mark.parametrize("damage", ["missing", "half", "other key", "other ca", "empty"])
 def test_damaged_files_are_an_error_at_the_start_and_a_warning_later(
     authority: Authority, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -27,11 +27,17 @@ class EventStream(Response):
     """
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], drain: Drain, record: RequestRecord, heartbeat_seconds: float
+        self,
+        events: AsyncGenerator[bytes, None],
+        drain: Drain,
+        record: RequestRecord,
+        heartbeat_seconds: float,
+        placed_at: Callable[[], float | None],
     ) -> None:
         """``events`` yields complete, encoded events.
 
-        Once an engine has the request, a comment line is sent after ``heartbeat_seconds`` of silence.
+        A comment line is sent after ``heartbeat_seconds`` of silence. The silence before the first byte counts only
+        from ``placed_at()``: the time since which an engine has the request, or None while the request waits for one.
         """
         super().__init__(
             media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -41,6 +47,7 @@ class EventStream(Response):
         self._drain = drain
         self._record = record
         self._heartbeat_seconds = heartbeat_seconds
+        self._placed_at = placed_at
         self._started = False
         self._last_sent = 0.0
         self._sending = asyncio.Lock()
@@ -65,15 +72,16 @@ class EventStream(Response):
             await cancel(heartbeat)
 
     async def _beat(self, send: Send) -> None:
-        # A request that waits for an engine may still get an error status. After a heartbeat, that would be impossible.
-        await self._record.placed.wait()
-        self._last_sent = time.monotonic()
         while True:
-            quiet = time.monotonic() - self._last_sent
-            if quiet >= self._heartbeat_seconds:
+            now = time.monotonic()
+            # A request that waits for an engine may still get an error status. After a heartbeat, that is impossible.
+            since = self._last_sent if self._started else self._placed_at()
+            if since is None:
+                since = now
+            elif now - since >= self._heartbeat_seconds:
                 await self._send(send, _KEEP_ALIVE)
-                quiet = 0.0
-            await asyncio.sleep(self._heartbeat_seconds - quiet)
+                since = now
+            await asyncio.sleep(since + self._heartbeat_seconds - now)
 
     async def _send(self, send: Send, data: bytes) -> None:
         # The writer and the heartbeat both send; the lock makes sure that the headers go first.

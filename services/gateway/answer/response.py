@@ -18,7 +18,7 @@ from services.gateway.answer.choice_decoder import Delta
 from services.gateway.answer.choices import decode_choices
 from services.gateway.answer.event_stream import EventStream
 from services.gateway.answer.merge import merge
-from services.gateway.engines.migration import generate
+from services.gateway.engines.migration import Stream
 from services.gateway.engines.model import ServedModel
 from services.gateway.engines.pool import EnginePool
 from services.gateway.engines.request import PromptEncoder
@@ -47,7 +47,7 @@ class Answer(abc.ABC):
         self._n = body.n or 1
         # The engine always gets a seed, so that two replicas give the same answer to the same engine request.
         self._seed = secrets.randbits(64) if body.seed is None else body.seed
-        self._models: dict[int, ServedModel] = {}
+        self._streams: dict[int, Stream] = {}  # by the prompt's index
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
@@ -67,10 +67,11 @@ class Answer(abc.ABC):
         """Returns the response, streamed if the request asks for that."""
         drain: Drain = self._request.app.state.drain
         if self.body.stream:
-            return EventStream(self._stream(), drain, self._record, self._pool.settings.heartbeat_seconds)
+            heartbeat = self._pool.settings.heartbeat_seconds
+            return EventStream(self._events(), drain, self._record, heartbeat, self._placed_at)
         return JSONResponse(await drain.run(self._collect(), self._request.receive, self._record))
 
-    async def _stream(self) -> AsyncGenerator[bytes, None]:
+    async def _events(self) -> AsyncGenerator[bytes, None]:
         with_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
         # If the request asks for the token counts, OpenAI's API sends ``null`` in every chunk except the last.
         tail = {"usage": None} if with_usage else {}
@@ -101,26 +102,29 @@ class Answer(abc.ABC):
 
     async def _generate(self, k: int) -> AsyncGenerator[tuple[int, Delta], None]:
         body, record, n = self.body, self._record, self._n
-        # Each prompt has a seed of its own, so that equal prompts get different answers.
-        seed = self._seed + k
-        generation = generate(
+        stream = self._streams[k] = Stream(
             self._pool,
             body,
             self._prompts[k],
             caller=_caller(self._request),
             request_id=record.request_id,
-            seed=seed,
-            on_place=record.placed.set,
+            # Each prompt has a seed of its own, so that equal prompts get different answers.
+            seed=self._seed + k,
         )
-        async with generation as stream:
-            self._models[k] = stream.model
+        with contextlib.closing(stream):
+            await stream.start()
             deltas = decode_choices(stream, self._pool.metrics, record, n=n, stops=body.stop or (), raw=self.raw)
             async for index, delta in deltas:
                 yield k * n + index, delta
 
     def model(self, index: int) -> ServedModel:
         """Returns the model that writes the choice."""
-        return self._models[index // self._n]
+        return self._streams[index // self._n].model
+
+    def _placed_at(self) -> float | None:
+        """Returns the time since which an engine has one of the prompts, or None while all of them wait."""
+        times = [stream.placed_at for stream in self._streams.values()]
+        return min((time for time in times if time is not None), default=None)
 
     def _usage(self) -> dict[str, Any]:
         record = self._record

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from services.gateway.api.dependencies import PoolDep
 from services.gateway.engines.model import ServedModel
-from services.gateway.errors import ERROR_RESPONSES, model_not_found, no_engine
+from services.gateway.errors import ERROR_RESPONSES, no_engine
 
 router = APIRouter(tags=["OpenAI API"], responses=ERROR_RESPONSES)
 
@@ -21,13 +21,12 @@ async def list_models(pool: PoolDep) -> dict[str, Any]:
 async def retrieve_model(model: str, pool: PoolDep) -> dict[str, Any]:
     """One model, by its name or an alias."""
     served = pool.models()
-    if not served:
-        raise no_engine()
     if model in served:
         return _describe(served[model])
-    if model in pool.settings.model_aliases:
+    if served and model in pool.settings.model_aliases:
         return _describe(next(iter(served.values()))) | {"id": model}
-    raise model_not_found(model, served)
+    pool.model(model)  # 404 if no engine has it
+    raise no_engine()
 
 
 def _describe(model: ServedModel) -> dict[str, Any]:

@@ -5,9 +5,8 @@ from typing import Any
 from fastapi import APIRouter
 
 from nanochat_core.errors import UserError
-from services.gateway.api.chat import conversation
 from services.gateway.api.dependencies import PoolDep
-from services.gateway.engines.request import encode_chat, encode_text
+from services.gateway.engines.request import conversation, encode_chat, encode_text
 from services.gateway.errors import ERROR_RESPONSES, invalid_value
 from services.gateway.schemas import DetokenizeRequest, TokenizeRequest
 

@@ -1,20 +1,17 @@
 """Streams that survive their engine: each continues at another one, and the client gets every token exactly once."""
 
 import asyncio
-import contextlib
 import enum
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable
 
 import grpc
 
 from nanochat_core.protos import engine_pb2
-from services.gateway.engines.call import Call
 from services.gateway.engines.model import ServedModel
-from services.gateway.engines.pool import EnginePool, Place, Wish
-from services.gateway.engines.replica import Replica
+from services.gateway.engines.pool import EnginePool, Wish
+from services.gateway.engines.replica import Call, Place, Replica
 from services.gateway.engines.request import PromptEncoder, engine_request
 from services.gateway.engines.said import Said, continuations
 from services.gateway.errors import ApiError, from_rpc, no_engine
@@ -64,14 +61,13 @@ class Stream:
         caller: str,
         request_id: str,
         seed: int,
-        on_place: Callable[[], None],
     ) -> None:
+        """``caller`` is who asks; waiting requests of different callers take turns. The caller must call close()."""
         self._pool = pool
         self._body = body
         self._encode = encode
         self._request_id = request_id
         self._seed = seed
-        self._on_place = on_place
         self._wish = Wish(body.model, body.n or 1)
         self._ticket = pool.ticket(self._wish, caller=caller, priority=body.priority or 0)
         self._encoded_for: ServedModel | None = None
@@ -96,6 +92,12 @@ class Stream:
     def prompt_tokens(self) -> int:
         """Number of tokens of the prompt."""
         return len(self._wish.prompt)
+
+    @property
+    def placed_at(self) -> float | None:
+        """Time since which an engine has the request, on the clock of ``time.monotonic``; None while it waits."""
+        call = self._call or self._successor
+        return call.began if call is not None else None
 
     async def start(self) -> None:
         """Waits for the first chunk.
@@ -173,7 +175,6 @@ class Stream:
             self._pool.began(self._ticket)
             self._wish.weights = self.model.weights
             self._ticket.priority, self._ticket.bounded = _PRIORITY_OF_STREAMS, False
-        call.place.replica.outlier.succeeded()
         self._last_chunk, self._patience, self._fruitless = now, None, 0
         self._said[chunk.index].add(chunk)
         if chunk.HasField("usage"):
@@ -181,11 +182,13 @@ class Stream:
             self._pool.answered(call.place, self._wish, cached)
 
     def _promote(self, successor: Call, now: float) -> None:
-        metrics, reason, address = self._pool.metrics, self._reason, successor.place.replica.address
+        replica, metrics, reason = successor.place.replica, self._pool.metrics, self._reason
+        replica.outlier.succeeded()
         if reason is not None and self._begun:
             metrics.migrations.labels(reason).inc()
             metrics.migration_gap_seconds.labels(reason).observe(now - self._last_chunk)
-            logger.info("stream moved", extra={"request_id": self._request_id, "reason": reason, "address": address})
+            facts = {"request_id": self._request_id, "reason": reason, "address": replica.address}
+            logger.info("stream moved", extra=facts)
         elif reason is not None:
             metrics.failovers.inc()
         if self._call is not None:
@@ -237,7 +240,7 @@ class Stream:
                 self._refreshed.add(replica)
                 stale = replica
         else:
-            may_go_on = self._blame(replica, code)
+            may_go_on = self._blame(call.place, code)
         call.close(refused=refused)
         if call is self._successor:
             self._successor = None
@@ -249,17 +252,22 @@ class Stream:
         if may_go_on:
             self._look(reason, stale)
 
-    def _blame(self, replica: Replica, code: grpc.StatusCode) -> bool:
+    def _blame(self, place: Place, code: grpc.StatusCode) -> bool:
         """Records a failure that is the engine's fault, and returns whether the stream may have another attempt."""
-        if code is grpc.StatusCode.UNAVAILABLE:
+        replica = place.replica
+        if code is grpc.StatusCode.CANCELLED:
+            return self._may_fail_again()
+        unavailable = code is grpc.StatusCode.UNAVAILABLE
+        # An engine that dies ends many calls at once. They are one failure: the first of them marks the engine down.
+        counts = replica.up or not unavailable
+        if counts and replica.outlier.failed(place, time.monotonic()):
+            self._pool.metrics.ejections.inc()
+            logger.warning("engine ejected", extra={"address": replica.address, "code": code.name})
+        if unavailable:
             replica.mark_down(f"a call ended with {code.name}")
-        elif code is not grpc.StatusCode.CANCELLED:
+        else:
             self._wish.avoid.add(replica.address)
-            if replica.outlier.failed(time.monotonic()):
-                self._pool.metrics.ejections.inc()
-                logger.warning("engine ejected", extra={"address": replica.address, "code": code.name})
-            return self._may_fail_again(fault=True)
-        return self._may_fail_again()
+        return self._may_fail_again(fault=not unavailable)
 
     def _may_fail_again(self, *, fault: bool = False) -> bool:
         """Counts a failure and returns whether the stream may have another attempt.
@@ -329,38 +337,9 @@ class Stream:
         except BaseException:
             place.give_back()
             raise
-        self._on_place()
 
     async def _encode_for(self, model: ServedModel) -> None:
         """Encodes the prompt for the model, unless it is already encoded for an equal tokenizer and context length."""
         known, self.model, self._encoded_for = self._encoded_for, model, model
         if known is None or known.tokenizer is not model.tokenizer or known.context_length != model.context_length:
             self._wish.prompt = await self._encode(model)
-
-
-@contextlib.asynccontextmanager
-async def generate(
-    pool: EnginePool,
-    body: Body,
-    encode: PromptEncoder,
-    *,
-    caller: str,
-    request_id: str,
-    seed: int,
-    on_place: Callable[[], None],
-) -> AsyncIterator[Stream]:
-    """Starts to generate and waits for the first chunk; leaving the block cancels the engine's work.
-
-    Args:
-        caller: who asks; waiting requests of different callers take turns.
-        on_place: called each time that an engine gets the request.
-
-    Raises:
-        ApiError: the request doesn't fit the model, or no replica could start on it.
-    """
-    stream = Stream(pool, body, encode, caller=caller, request_id=request_id, seed=seed, on_place=on_place)
-    try:
-        await stream.start()
-        yield stream
-    finally:
-        stream.close()

@@ -8,9 +8,9 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from nanochat_core.discovery import Endpoint, addresses_of, watch_endpoints
+from nanochat_core.discovery import Endpoint, addresses_of, split_target, watch_endpoints
 from services.gateway.engines.model import ServedModel
-from services.gateway.engines.replica import Connect, Replica
+from services.gateway.engines.replica import Connect, Place, Replica
 from services.gateway.engines.retries import RetryBudget
 from services.gateway.engines.waiting import FairQueue, QueueFull, Ticket
 from services.gateway.errors import bad_request, engines_busy, model_not_found, no_engine, queue_full
@@ -49,20 +49,6 @@ class Wish:
         return not self.name or self.name in aliases or self.name == model.info.name
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Reserved room for a request at a replica. ``replica.release(sequences)`` ends the reservation."""
-
-    replica: Replica
-    model: ServedModel
-    sequences: int
-
-    def give_back(self) -> None:
-        """Frees the place without a call."""
-        self.replica.outlier.undecided()
-        self.replica.release(self.sequences)
-
-
 class EnginePool:
     """The replicas and the tasks that find and watch them, with the gateway's settings and metrics."""
 
@@ -81,7 +67,11 @@ class EnginePool:
         self._closing: set[asyncio.Task[None]] = set()
         self._queue: FairQueue[Place] = FairQueue(settings.queue_size)
         metrics.queue_length.set_function(lambda: self._queue.length)
-        self._discovery = asyncio.create_task(self._discover(lookup))
+        self._hosts = {split_target(target)[0] for target in settings.engine_addresses}
+        self._unfound = self._hosts  # those that have no address now
+        self._discovery = asyncio.create_task(
+            watch_endpoints(settings.engine_addresses, self._set_endpoints, settings.discovery_seconds, lookup)
+        )
 
     async def aclose(self) -> None:
         """Stops watching and closes all connections."""
@@ -92,13 +82,9 @@ class EnginePool:
         for replica in self._watches:
             await replica.close()
 
-    async def _discover(self, lookup: Lookup) -> None:
-        settings = self.settings
-        async for endpoints in watch_endpoints(settings.engine_addresses, settings.discovery_seconds, lookup):
-            self._set_endpoints(endpoints)
-
     def _set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
         found = {endpoint.address: endpoint for endpoint in endpoints}
+        self._unfound = self._hosts - {endpoint.host for endpoint in endpoints}
         for address, endpoint in found.items():
             if address not in self._replicas:
                 logger.info("engine joined", extra={"address": address})
@@ -157,19 +143,25 @@ class EnginePool:
         return f"Of {len(replicas)} known engine{'s' if len(replicas) > 1 else ''}, {' and '.join(parts)}."
 
     def model(self, name: str | None) -> ServedModel | None:
-        """Returns a model that answers requests with this name, or None while no engine's model is known.
+        """Returns a model that answers requests with this name, or None if no engine is known to have such a model yet.
 
         Raises:
-            ApiError: 404 if no engine has the model, 400 if the request must name one of several models.
+            ApiError: 404 if the models of all engines are known and no engine has the model, 400 if the request must
+                name one of several models.
         """
         known = [replica.model for replica in self._replicas.values() if replica.model and not replica.leaving]
         fitting = [model for model in known if Wish(name).fits(model, self.settings.model_aliases)]
-        if known and not fitting:
+        if not fitting and not self._expecting():
             raise model_not_found(name or "", {model.info.name for model in known})
         served = self.models()
         if not name and len(served) > 1:
             raise bad_request(f"Name the model to use: {', '.join(sorted(served))}.", "model", "model_required")
         return max(fitting, key=lambda model: model.created, default=None)
+
+    def _expecting(self) -> bool:
+        """Whether the model of some engine is not known yet, because the engine is loading or has not been found."""
+        unknown = any(replica.model is None and not replica.leaving for replica in self._replicas.values())
+        return unknown or bool(self._unfound)
 
     def pick(self, name: str | None) -> tuple[Replica, ServedModel]:
         """Returns a healthy replica, and the model that it serves, for a short call that needs no place.
@@ -203,7 +195,8 @@ class EnginePool:
             raise queue_full() from None
         except TimeoutError:
             self.metrics.queue_refusals.labels("late").inc()
-            raise (engines_busy() if self.models() else no_engine()) from None
+            up = any(wish.fits(model, self.settings.model_aliases) for model in self.models().values())
+            raise (engines_busy() if up else no_engine()) from None
         self.metrics.queue_seconds.observe(time.monotonic() - began)
         return place
 
@@ -212,8 +205,11 @@ class EnginePool:
         self._queue.served(ticket)
 
     def promising(self, wish: Wish) -> bool:
-        """Whether a search may succeed: a known engine fits the wish, or no engine at all is up at the moment."""
-        return any(self._fitting(wish)) or not self.models()
+        """Whether a search may succeed: a known engine fits the wish, or another one may come up.
+
+        A request on which an engine has failed does not wait for engines of which nothing is known.
+        """
+        return any(self._fitting(wish)) or not self.models() or (not wish.avoid and self._expecting())
 
     def _fitting(self, wish: Wish) -> Iterable[Replica]:
         for address, replica in self._replicas.items():
@@ -232,12 +228,8 @@ class EnginePool:
         # If all replicas are ejected, use them anyway.
         ready = [replica for replica in ready if replica.outlier.allows(now)] or ready
         chosen = self._router.choose(wish.prompt, {replica.address: replica.load for replica in ready}, now)
-        replica = self._replicas[chosen]
-        assert replica.model is not None
-        replica.reserve(wish.sequences)
-        replica.outlier.began()
         self._router.sent(chosen, wish.prompt, now)
-        return Place(replica, replica.model, wish.sequences)
+        return self._replicas[chosen].reserve(wish.sequences)
 
     def answered(self, place: Place, wish: Wish, cached_tokens: int) -> None:
         """Tells the router how many tokens of the wish's prompt the engine found in its cache."""

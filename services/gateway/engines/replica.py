@@ -1,6 +1,8 @@
-"""One engine as the gateway sees it: its connection, its health, its load and its model."""
+"""One engine as the gateway sees it: its connection, health, load and model, and the calls that run there."""
 
 import asyncio
+import collections
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -27,6 +29,22 @@ _DOWN_POLL_SECONDS = 0.5
 # The engine counts as hung after this many health checks in a row without an answer in time. A single late answer may
 # only mean that the processor is busy.
 _MISSES_OF_A_HANG = 2
+# A call may be this many chunks ahead of the client. A slow client therefore slows the engine's stream down.
+_AHEAD = 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Place:
+    """Reserved room for a request at a replica."""
+
+    replica: "Replica"
+    model: ServedModel
+    sequences: int
+
+    def give_back(self, *, refused: bool = False) -> None:
+        """Ends the reservation. ``refused`` says that the engine was too full to take the call."""
+        self.replica.outlier.undecided(self)  # has no effect if the call's outcome is already recorded
+        self.replica.release(self.sequences, refused=refused)
 
 
 class Replica:
@@ -99,25 +117,26 @@ class Replica:
         used = load.kv_blocks_used / load.kv_blocks_total if load.kv_blocks_total else 0.0
         return ReplicaLoad(self._own + self._others, load.waiting_tokens, used)
 
-    def reserve(self, sequences: int) -> None:
-        """Counts ``sequences`` as running here until :meth:`release`."""
+    def reserve(self, sequences: int) -> Place:
+        """Counts ``sequences`` as running here until the place is given back. The engine must be up."""
+        assert self.model is not None
         self._own += sequences
+        place = Place(self, self.model, sequences)
+        self.outlier.began(place)
+        return place
 
-    def release(self, sequences: int) -> None:
-        """Gives back what :meth:`reserve` counted, at the end of a call."""
-        self._own -= sequences
-        self._full = False
-        self._on_change(self)
+    def release(self, sequences: int, *, refused: bool) -> None:
+        """Stops counting ``sequences`` as running here.
 
-    def refused(self, sequences: int) -> None:
-        """Gives back what :meth:`reserve` counted for a call that the engine was too full to take.
-
-        The number of sequences that the engine has now becomes its limit. It gets no call until one ends or the next
-        check passes.
+        If the engine has ``refused`` them, the number of sequences that it has now becomes its limit. It gets no call
+        until one ends or the next check passes.
         """
         self._own -= sequences
-        self._limit = max(self._own, 1)
-        self._full = True
+        self._full = refused
+        if refused:
+            self._limit = max(self._own, 1)
+        else:
+            self._on_change(self)
 
     def silent(self, last_sign: float | None) -> bool:
         """Whether the engine hangs, given the time of the last chunk that a call got from it.
@@ -134,13 +153,15 @@ class Replica:
         while True:
             began = time.monotonic()
             try:
-                await self._check()
-            except grpc.aio.AioRpcError as error:
-                self._check_failed(error, began)
+                try:
+                    await self._check()
+                except grpc.aio.AioRpcError as error:
+                    self._check_failed(error, began)
             except Exception:
-                # The failure concerns one engine only, so the checks continue.
+                # The checks continue. Whoever is told of changes may have failed, so this change is not told.
                 logger.exception("engine check failed", extra={"address": self.address})
-                self.mark_down("the check failed")
+                self._misses, self._miss_began = 0, None
+                self._set_down("the check failed")
             if self._misses == 1:
                 continue  # check again at once, to find out soon whether the engine hangs
             poll = self._settings.poll_seconds
@@ -186,11 +207,14 @@ class Replica:
 
     def mark_down(self, why: str) -> None:
         """Keeps calls away from this engine until the next successful check."""
+        self._set_down(why)
+        self._on_change(self)
+
+    def _set_down(self, why: str) -> None:
         if why != self.why_down:
             logger.warning("engine down", extra={"address": self.address, "reason": why})
         self.why_down = why
         self._metrics.engine_up.labels(self.address).set(0)
-        self._on_change(self)
 
     async def _refresh_soon(self) -> None:
         """Reads the model, but waits no longer than for a check, so that health checks go on meanwhile."""
@@ -219,6 +243,8 @@ class Replica:
         except UserError as error:
             self.model = None
             self.mark_down(str(error))
+        except Exception:
+            logger.exception("reading the model failed", extra={"address": self.address})
         else:
             self._next_model_check = time.monotonic() + self._settings.model_poll_seconds
 
@@ -227,3 +253,81 @@ class Replica:
         if self._refreshing is not None:
             self._refreshing.cancel()
         await self._channel.close()
+
+
+class Call:
+    """A ``Generate`` call at a place. A task reads its chunks; :meth:`take` returns them without waiting.
+
+    Attributes:
+        place: where the call runs.
+        began: time of the call's start on the clock of ``time.monotonic``.
+        failure: why the call ended; None while it runs. An engine that ends a call early has failed, too.
+        last_chunk: time of the last chunk on the same clock; None before the first one.
+    """
+
+    def __init__(
+        self, place: Place, request: engine_pb2.GenerateRequest, *, seconds: float, wake: Callable[[], None]
+    ) -> None:
+        """Starts the call, which may last ``seconds``. ``wake`` is called after each change of the call."""
+        self.place = place
+        self.began = time.monotonic()
+        self.failure: grpc.aio.AioRpcError | None = None
+        self.last_chunk: float | None = None
+        self._chunks: collections.deque[engine_pb2.GenerateChunk] = collections.deque()
+        self._ahead = asyncio.Semaphore(_AHEAD)
+        # Two calls of one stream may watch the same replica, so each call adds its own function to the set of watchers.
+        self._wake: Callable[[], None] = lambda: wake()
+        self._open = True
+        self._call = place.replica.stub.Generate(request, timeout=seconds)
+        self._reader = asyncio.create_task(self._read())
+        place.replica.silence_watchers.add(self._wake)
+
+    @property
+    def silent(self) -> bool:
+        """Whether the engine hangs: it misses health checks, and the call got nothing since the last of them began."""
+        return self.failure is None and not self._chunks and self.place.replica.silent(self.last_chunk)
+
+    def take(self) -> engine_pb2.GenerateChunk | None:
+        """Returns the next chunk, or None if there is none at the moment."""
+        if not self._chunks:
+            return None
+        self._ahead.release()
+        return self._chunks.popleft()
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                await self._ahead.acquire()
+                chunk = await self._call.read()
+                if chunk is grpc.aio.EOF:
+                    self.failure = _error(grpc.StatusCode.INTERNAL, "the engine ended the answer without finishing it")
+                    break
+                self.last_chunk = time.monotonic()
+                self._chunks.append(chunk)
+                self._wake()
+        except grpc.aio.AioRpcError as error:
+            self.failure = error
+        except asyncio.CancelledError:
+            # Either :meth:`close` was called, or the connection was closed during the call.
+            self.failure = _error(grpc.StatusCode.CANCELLED, "the connection was closed")
+        except Exception as error:
+            logger.exception("reading a call failed", extra={"address": self.place.replica.address})
+            self.failure = _error(grpc.StatusCode.INTERNAL, repr(error))
+        self._wake()
+
+    def close(self, *, refused: bool = False) -> None:
+        """Cancels the call if it still runs, and gives its place back. Calling this again has no effect.
+
+        ``refused`` says that the engine was too full to take the call.
+        """
+        if not self._open:
+            return
+        self._open = False
+        self._reader.cancel()
+        self._call.cancel()
+        self.place.replica.silence_watchers.discard(self._wake)
+        self.place.give_back(refused=refused)
+
+
+def _error(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)

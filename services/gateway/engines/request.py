@@ -1,14 +1,14 @@
-"""Turns a client's request into the engine's request: the prompt's token ids and the sampling parameters."""
+"""Turns a client's request into the engine's request: turns, the prompt's token ids and the sampling parameters."""
 
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
 
-from nanochat_core.chat import Message, render_prompt, stop_token_ids
+from nanochat_core.chat import Message, Part, render_prompt, stop_token_ids
 from nanochat_core.protos import engine_pb2
 from services.gateway.engines.model import ServedModel
 from services.gateway.errors import ApiError, bad_request, invalid_value
-from services.gateway.schemas import Body, ChatRequest
+from services.gateway.schemas import Body, ChatMessage, ChatRequest, ToolEvent
 from services.gateway.settings import GatewaySettings
 
 # Encoding this many characters takes about as long as handing the work to a thread and back.
@@ -20,6 +20,74 @@ _BIAS_LIMIT = 100
 
 # Makes a prompt's token ids for a model.
 PromptEncoder = Callable[[ServedModel], Awaitable[list[int]]]
+
+
+def conversation(messages: Sequence[ChatMessage]) -> list[Message]:
+    """Turns the messages into alternating turns of user and assistant, as the model knows them.
+
+    The model's format has no tokens for a system message and never has two turns of one side in a row. Therefore all
+    system, developer and user messages between two answers become one user turn: in their order, separated by blank
+    lines.
+
+    Raises:
+        ApiError: 400 if the result has an answer that no user message precedes, or does not end with a user message.
+    """
+    turns: list[Message] = []
+    asked: list[str] = []
+    by_user = False
+    for i, message in enumerate(messages):
+        if message.role != "assistant":
+            asked.append(message.content or "")
+            by_user |= message.role == "user"
+            continue
+        if not by_user:
+            raise invalid_value(
+                f"messages[{i}] is an assistant message that no user message precedes: user and assistant take turns.",
+                f"messages[{i}].role",
+            )
+        turns.append(_user_turn(asked))
+        events = message.nanochat.tool_events if message.nanochat else []
+        turns.append(Message("assistant", _assistant_parts(message.content or "", events, i)))
+        asked, by_user = [], False
+    if not by_user:
+        raise invalid_value("The last message must be the user's: there is nothing to answer.", "messages")
+    turns.append(_user_turn(asked))
+    return turns
+
+
+def _user_turn(texts: Sequence[str]) -> Message:
+    return Message("user", (Part("text", "\n\n".join(texts)),))
+
+
+def _assistant_parts(content: str, events: Sequence[ToolEvent], message_index: int) -> tuple[Part, ...]:
+    """Puts an answer's tool calls and their output into the places where the model wrote them."""
+    parts: list[Part] = []
+    position, open_call = 0, None
+    for k, event in enumerate(events):
+        where = f"messages[{message_index}].nanochat.tool_events[{k}]"
+        if event.type == "result":
+            if event.call_index != open_call:
+                raise invalid_value(
+                    f"{where} is the result of call {event.call_index}, which isn't the call before it.",
+                    f"{where}.call_index",
+                )
+            parts.append(Part("python_output", event.output or ""))
+            open_call = None
+            continue
+        offset = event.offset or 0
+        if not position <= offset <= len(content):
+            raise invalid_value(
+                f"{where}.offset is {offset}; it must lie between the call before it ({position}) and the end of "
+                f"the content ({len(content)} characters).",
+                f"{where}.offset",
+            )
+        if offset > position:
+            parts.append(Part("text", content[position:offset]))
+        parts.append(Part("python", event.code or ""))
+        position, open_call = offset, event.call_index
+    if position < len(content) or not parts:
+        parts.append(Part("text", content[position:]))
+    return tuple(parts)
 
 
 async def encode_chat(model: ServedModel, turns: Sequence[Message]) -> list[int]:

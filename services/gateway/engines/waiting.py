@@ -103,18 +103,20 @@ class FairQueue(Generic[T]):
 
     def serve(self) -> None:
         """Ends the wait of every ticket whose ``take`` succeeds now, in order."""
-        blocked: set[Hashable] = set()
-        while heads := [heap[0] for kind in list(self._heaps) if kind not in blocked and (heap := self._live(kind))]:
-            _, _, _, ticket, future = min(heads)
+        heads = [heap[0] for kind in list(self._heaps) if (heap := self._live(kind))]
+        heapq.heapify(heads)
+        while heads:
+            _, _, _, ticket, future = heapq.heappop(heads)
             try:
                 taken = ticket.take()
             except Exception as error:
                 future.set_exception(error)
-                continue
-            if taken is None:
-                blocked.add(ticket.kind)
             else:
+                if taken is None:
+                    continue
                 future.set_result(taken)
+            if heap := self._live(ticket.kind):
+                heapq.heappush(heads, heap[0])
 
     def served(self, ticket: Ticket[T]) -> None:
         """Advances the virtual time to the ticket's start. Call this only after an engine has accepted the request."""
@@ -123,7 +125,11 @@ class FairQueue(Generic[T]):
         self._forget()
 
     def _forget(self) -> None:
-        """Drops what no ticket in the queue needs, if it is much. A ticket that leaves stays in its heap at first."""
+        """Frees the memory of tickets that left the queue, and of callers whose turns no longer matter.
+
+        To look for them takes a time that grows with the queue. Therefore this method only looks for them if the queue
+        is empty, or if there may be more of them than waiting tickets.
+        """
         kept = 2 * self.length + _KEPT
         if not self.length:
             self._heaps.clear()

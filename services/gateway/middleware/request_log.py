@@ -1,6 +1,5 @@
 """One log event, one span and a few metrics for each HTTP request."""
 
-import asyncio
 import dataclasses
 import logging
 import time
@@ -25,7 +24,6 @@ class RequestRecord:
 
     request_id: str
     started: float = dataclasses.field(default_factory=time.perf_counter)  # in seconds
-    placed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)  # set once an engine has the request
     status: int = 0  # 499 if the client left before the end, 0 until there is a status
     model: str | None = None
     prompt_tokens: int = 0
