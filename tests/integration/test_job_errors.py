@@ -1,6 +1,5 @@
 """A wrong setting or input of a job gives one line with the error, and leaves no files behind."""
 
-import logging
 import os
 import random
 import runpy
@@ -8,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +55,9 @@ def home(filled: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Restores the parts of this process that a job changes."""
-    root, threads = logging.getLogger(), torch.get_num_threads()
-    handlers, level = root.handlers[:], root.level
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(("NANOCHAT_", "AWS_"))]:
         monkeypatch.delenv(name)
-    yield
-    root.handlers[:], root.level = handlers, level
-    torch.set_num_threads(threads)
 
 
 def files(home: Path) -> dict[Path, int]:
