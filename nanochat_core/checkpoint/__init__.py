@@ -13,6 +13,7 @@ from nanochat_core.checkpoint.loading import (
     load_meta,
     load_trainer_state,
     newest_checkpoint,
+    pick_checkpoint,
 )
 from nanochat_core.checkpoint.manifest import DamagedCheckpoint, weights_digest
 from nanochat_core.checkpoint.names import (

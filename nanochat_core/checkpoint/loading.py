@@ -158,6 +158,20 @@ def newest_checkpoint(store: Store, model: str, *stages: str) -> Checkpoint | No
     return None
 
 
+def pick_checkpoint(store: Store, model: str, revision: str, *stages: str) -> Checkpoint:
+    """Loads the checkpoint ``<stage>/step_<n>`` that ``revision`` names.
+
+    If ``revision`` is empty, the result is the newest checkpoint of the last of ``stages`` that has a checkpoint.
+    Raises UserError if the model has no such checkpoint, and the errors of :func:`load_checkpoint`.
+    """
+    if revision:
+        return load_checkpoint(store, CheckpointRef.parse(model, revision))
+    checkpoint = newest_checkpoint(store, model, *reversed(stages))
+    if checkpoint is None:
+        raise UserError(f"model {model!r} has no {' or '.join(stages)} checkpoint in {store}; train or import it first")
+    return checkpoint
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainerState:
     """Everything except the weights that a run needs to continue exactly where it stopped.
