@@ -115,7 +115,7 @@ def test_an_engine_on_a_newer_store_ends_with_one_line_and_changes_nothing(newer
         pytest.skip("the engine does not read it")
     before = digests(jobs.home)
     engine = EngineProcess(jobs.home, model=NAME, ready=False)
-    assert engine.process.wait(60) == 2
+    assert engine.process.wait(120) == 2
     engine.stop()
     (line,) = [event["text"] for event in engine.events if event["event"] == "text"]
     assert line.startswith(f"python -m services.engine: error: models/{NAME}/sft/step_000004/")
