@@ -1,7 +1,9 @@
 """Settings and fixtures of all tests."""
 
+import logging
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import grpc
@@ -51,6 +53,22 @@ class _SideBySide(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no ty
 def pytest_collection_finish() -> None:
     """Apply the CPU settings before the fixtures of modules. (These run before ``_cpu_of_tests``.)"""
     _settle_cpu()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Remove the log handlers of programs that a test and its fixtures ran in this process, and restore the level.
+
+    Such a handler would write the events of later tests to its own test's stderr, which is closed by then. Python then
+    prints the traceback of each failed write to the stderr of the later test.
+    """
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        return (yield)
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

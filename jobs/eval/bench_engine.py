@@ -29,9 +29,9 @@ from jobs.eval.bench.workload import (
     make_requests,
     poisson_arrivals,
 )
-from jobs.eval.checkpoints import pick_checkpoint
 from jobs.measures.machine import describe_machine
 from jobs.program import JobSettings, make_output_folder, run_program
+from nanochat_core.checkpoint import pick_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.device import choose_device, choose_dtype, prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig

@@ -12,7 +12,6 @@ import torch
 from jobs.data.dataset_files import DatasetSource
 from jobs.eval.chat_eval.evaluate_tasks import evaluate_choices, evaluate_generative, graded_answers_of
 from jobs.eval.chat_eval.scores import chat_core, score, table
-from jobs.eval.checkpoints import pick_checkpoint
 from jobs.generation import SandboxTool
 from jobs.program import JobSettings, run_program
 from jobs.recipes import find_recipe
@@ -20,7 +19,7 @@ from jobs.results.evaluations import Evaluation
 from jobs.results.metrics import CHAT_TASKS
 from jobs.tasks.registry import AnyTask, Selection, open_tasks
 from jobs.tasks.task import ChoiceTask, GenerativeTask
-from nanochat_core.checkpoint import Checkpoint
+from nanochat_core.checkpoint import Checkpoint, pick_checkpoint
 from nanochat_core.device import choose_dtype, free_memory, prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams
 from nanochat_core.errors import UserError

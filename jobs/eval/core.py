@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 
-from jobs.eval.checkpoints import pick_checkpoint
 from jobs.measures.core.bundle import read_bundle
 from jobs.measures.core.download import PUBLIC_BUNDLE, locate_bundle
 from jobs.measures.core.run import Result, evaluate_core, table
@@ -14,7 +13,7 @@ from jobs.measures.core.scoring import Scorer
 from jobs.program import JobSettings, run_program
 from jobs.results.evaluations import Evaluation
 from jobs.results.metrics import CORE
-from nanochat_core.checkpoint import check_model_name
+from nanochat_core.checkpoint import check_model_name, pick_checkpoint
 from nanochat_core.device import choose_dtype, prepare_cpu
 from nanochat_core.settings import setting
 from nanochat_core.store import Store, open_store

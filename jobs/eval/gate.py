@@ -4,13 +4,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
-from jobs.eval.checkpoints import pick_checkpoint
 from jobs.program import JobSettings, run_program
 from jobs.promotion.decisions import Decision
 from jobs.promotion.gate import EXIT_REFUSED, decide
 from jobs.promotion.rules import DEFAULT_NO_WORSE, Gate
 from jobs.recipes import find_recipe
-from nanochat_core.checkpoint import check_model_name
+from nanochat_core.checkpoint import check_model_name, pick_checkpoint
 from nanochat_core.settings import setting
 from nanochat_core.store import open_store
 

@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, TextIO
 
-from jobs.eval.checkpoints import pick_checkpoint
 from jobs.generation import SandboxTool
 from jobs.program import JobSettings, run_program
 from nanochat_core.chat import AssistantStream, parse_messages, render_prompt, stop_token_ids
-from nanochat_core.checkpoint import STAGES, check_model_name
+from nanochat_core.checkpoint import STAGES, check_model_name, pick_checkpoint
 from nanochat_core.device import choose_device, choose_dtype, prepare_cpu
 from nanochat_core.engine import Engine, EngineConfig, Output, Request, SamplingParams, ToolCall, ToolPolicy
 from nanochat_core.errors import UserError

@@ -13,18 +13,11 @@ from safetensors import SafetensorError
 from jobs.program import JobSettings, run_program
 from jobs.train.huggingface.folder import write_huggingface
 from jobs.train.upstream.export import write_upstream
-from nanochat_core.checkpoint import (
-    STAGES,
-    Checkpoint,
-    CheckpointRef,
-    check_model_name,
-    load_checkpoint,
-    newest_checkpoint,
-)
+from nanochat_core.checkpoint import STAGES, CheckpointRef, check_model_name, pick_checkpoint
 from nanochat_core.errors import UserError
 from nanochat_core.paths import user_path
 from nanochat_core.settings import setting
-from nanochat_core.store import Store, open_store
+from nanochat_core.store import open_store
 from nanochat_core.store.base import hidden_path
 
 log = logging.getLogger("jobs.train.export")
@@ -49,20 +42,11 @@ def export_checkpoint(settings: ExportSettings) -> CheckpointRef:
     check_model_name(settings.model)
     folder = user_path(settings.folder).absolute()
     _check_empty(folder)
-    checkpoint = _checkpoint(open_store(settings.home), settings.model, settings.revision)
+    checkpoint = pick_checkpoint(open_store(settings.home), settings.model, settings.revision, *STAGES)
     with _new_folder(folder) as part:
         _WRITERS[settings.format](checkpoint, part)
     log.info("exported", extra={"checkpoint": checkpoint.ref.prefix, "format": settings.format, "folder": str(folder)})
     return checkpoint.ref
-
-
-def _checkpoint(store: Store, model: str, revision: str) -> Checkpoint:
-    if revision:
-        return load_checkpoint(store, CheckpointRef.parse(model, revision))
-    checkpoint = newest_checkpoint(store, model, *reversed(STAGES))
-    if checkpoint is None:
-        raise UserError(f"model {model!r} has no checkpoint in {store}; train or import it first")
-    return checkpoint
 
 
 def _check_empty(folder: Path) -> None:

@@ -25,6 +25,7 @@ from jobs.train.loop.start import (
     SHAPE,
     Start,
     choose_start,
+    describe_pretrained,
     find_pretrained,
     inherited_settings,
     refuse_replacing,
@@ -103,7 +104,7 @@ class PretrainSettings(StageSettings):
         """With ``--start-from``, the settings of the checkpoint's run."""
         if not given.get("start_from"):
             return {}
-        start = find_pretrained(open_store(given.get("home", DEFAULT_HOME)), given["start_from"])
+        start = describe_pretrained(open_store(given.get("home", DEFAULT_HOME)), given["start_from"])
         names = {field.name for field in dataclasses.fields(cls)}
         return {name: value for name, value in inherited_settings(start, given).items() if name in names}
 

@@ -14,7 +14,7 @@ from typing import Any
 from jobs.data.tokenizers import load_tokenizer
 from jobs.program import JobSettings, print_subcommands
 from jobs.train import pretrain
-from jobs.train.studies.report import Laws, Miniseries, write_report
+from jobs.train.studies.report import Laws, Miniseries, check_replaceable, write_report
 from jobs.train.studies.study import Failure, PlannedRun, Result, Study, plan_run
 from nanochat_core import logs
 from nanochat_core.checkpoint import check_model_name
@@ -99,7 +99,8 @@ def _short(flops: float) -> str:
 def run_study(settings: AnyStudy, passed_on: Sequence[str], command: str) -> None:
     """Train all runs that are not finished. Write the report before the first of them, and again after every run.
 
-    All runs are tried. Raises UserError if every run fails, and SystemExit with code 1 if only some runs fail.
+    All runs are tried. Raises UserError if every run fails, or if a newer version of nanochat wrote the report, and
+    SystemExit with code 1 if only some runs fail.
 
     Args:
         passed_on: further flags of ``jobs.train.pretrain``, the same for every run.
@@ -109,6 +110,7 @@ def run_study(settings: AnyStudy, passed_on: Sequence[str], command: str) -> Non
     planned = list(flags_of_runs(settings, passed_on))  # Wrong flags are found before the store's folder is made.
     store = open_store(settings.home)
     with Lease(store, f"reports/{settings.study}", "jobs.train.scaling"):
+        check_replaceable(store, settings.study)
         _run_study(store, settings, [plan_run(store, flags) for flags in planned], command)
 
 

@@ -7,12 +7,16 @@ code.
 
 from nanochat_core.checkpoint.loading import (
     Checkpoint,
+    Description,
     TrainerState,
     check_formats,
     load_checkpoint,
+    load_description,
     load_meta,
     load_trainer_state,
     newest_checkpoint,
+    newest_description,
+    pick_checkpoint,
 )
 from nanochat_core.checkpoint.manifest import DamagedCheckpoint, weights_digest
 from nanochat_core.checkpoint.names import (

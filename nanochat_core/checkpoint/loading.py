@@ -4,8 +4,8 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -31,6 +31,8 @@ from nanochat_core.store import Store
 from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+LoadedT = TypeVar("LoadedT")
 
 META_FORMAT = 1
 # Format 2: the data position has the parts of documents that were not packed yet.
@@ -113,6 +115,25 @@ def load_checkpoint(store: Store, ref: CheckpointRef) -> Checkpoint:
     return Checkpoint(config, tokenizer, meta, weights, manifest)
 
 
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a checkpoint says about itself. Its weights were neither read nor verified."""
+
+    ref: CheckpointRef
+    config: ModelConfig
+    meta: dict[str, Any]
+
+
+def load_description(store: Store, ref: CheckpointRef) -> Description:
+    """Reads and verifies the small files of a checkpoint. Raises the same errors as :func:`load_checkpoint`."""
+    manifest = load_manifest(store, ref)
+    try:
+        config = ModelConfig.from_json(manifest.fetch(store, CONFIG).read_bytes(), manifest.key(CONFIG))
+        return Description(ref, config, _read_meta(manifest, store))
+    except ValueError as error:
+        raise UserError(f"{ref.prefix} cannot be read: {error}") from error
+
+
 def load_meta(store: Store, ref: CheckpointRef) -> dict[str, Any]:
     """Reads and verifies ``meta.json`` of a checkpoint (settings, metrics, history) without the weights.
 
@@ -149,13 +170,38 @@ def newest_checkpoint(store: Store, model: str, *stages: str) -> Checkpoint | No
     it may be whole: the store may have failed (StoreError), or a newer version may have written the checkpoint
     (NewerFormatError).
     """
+    return _newest(load_checkpoint, store, model, stages)
+
+
+def newest_description(store: Store, model: str, *stages: str) -> Description | None:
+    """Like :func:`newest_checkpoint`, but without the weights. A checkpoint of which they are damaged is described."""
+    return _newest(load_description, store, model, stages)
+
+
+def _newest(
+    load: Callable[[Store, CheckpointRef], LoadedT], store: Store, model: str, stages: Sequence[str]
+) -> LoadedT | None:
     for stage in stages:
         for ref in reversed(list_checkpoints(store, model, stage)):
             try:
-                return load_checkpoint(store, ref)
+                return load(store, ref)
             except DamagedCheckpoint as error:
                 log.warning("damaged checkpoint skipped", extra={"checkpoint": ref.prefix, "reason": str(error)})
     return None
+
+
+def pick_checkpoint(store: Store, model: str, revision: str, *stages: str) -> Checkpoint:
+    """Loads the checkpoint ``<stage>/step_<n>`` that ``revision`` names.
+
+    If ``revision`` is empty, the result is the newest checkpoint of the last of ``stages`` that has a checkpoint.
+    Raises UserError if the model has no such checkpoint, and the errors of :func:`load_checkpoint`.
+    """
+    if revision:
+        return load_checkpoint(store, CheckpointRef.parse(model, revision))
+    checkpoint = newest_checkpoint(store, model, *reversed(stages))
+    if checkpoint is None:
+        raise UserError(f"model {model!r} has no {' or '.join(stages)} checkpoint in {store}; train or import it first")
+    return checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ import dataclasses
 import datetime
 import json
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from nanochat_core.errors import RetryableError, UserError
 
 # This is NCCL's default. If a rank does not answer for this long, its node has most likely died.
 DEFAULT_TIMEOUT_SECONDS = 600.0
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,24 @@ class Ranks:
         return [
             json.loads(bytes(part[:size].cpu().tolist())) for part, size in zip(gathered, sizes.tolist(), strict=True)
         ]
+
+    def lead(self, act: Callable[[], ResultT], seconds: float) -> ResultT | None:
+        """Calls ``act`` on the first rank and returns its result there; None on other ranks. All ranks must call this.
+
+        If ``act`` raises a UserError, every rank raises a UserError with its message. The other ranks wait for at most
+        ``seconds``, which may be more than ranks usually wait for each other.
+        """
+        result: ResultT | None = None
+        problem: UserError | None = None
+        if self.leads:
+            try:
+                result = act()
+            except UserError as error:
+                problem = error
+        told = self.side_channel(seconds).gather(problem and str(problem))[0]
+        if told is not None:
+            raise problem or UserError(told)
+        return result
 
     def side_channel(self, seconds: float) -> Ranks:
         """The same ranks with a new process group on the CPU, for a background thread. All ranks must call this. In the

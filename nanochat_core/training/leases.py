@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from nanochat_core.errors import UserError
 from nanochat_core.store import LEASE_SECONDS, Lease, Store
 from nanochat_core.training.distributed import Ranks
 
@@ -17,15 +16,5 @@ def leased(store: Store, name: str, program: str, ranks: Ranks) -> Iterator[Leas
     Every rank must call this. If another program has the lease, every rank raises a UserError.
     """
     with contextlib.ExitStack() as stack:
-        lease: Lease | None = None
-        problem: UserError | None = None
-        if ranks.leads:
-            try:
-                lease = stack.enter_context(Lease(store, name, program))
-            except UserError as error:
-                problem = error
         # The first rank may watch the lease of a dead program for longer than ranks usually wait for each other.
-        told = ranks.side_channel(2 * LEASE_SECONDS).gather(problem and str(problem))[0]
-        if told is not None:
-            raise problem or UserError(told)
-        yield lease
+        yield ranks.lead(lambda: stack.enter_context(Lease(store, name, program)), 2 * LEASE_SECONDS)

@@ -8,9 +8,9 @@ import pytest
 from jobs.demo_world.evaluation import EvalItem
 from jobs.eval.chat_eval.evaluate_tasks import answer_greedily
 from jobs.eval.chat_eval.scores import GradedAnswers
-from jobs.eval.checkpoints import pick_checkpoint
 from jobs.recipes import find_recipe
 from jobs.tasks import demo
+from nanochat_core.checkpoint import pick_checkpoint
 from nanochat_core.store import open_store
 
 Answered = list[tuple[EvalItem, GradedAnswers]]

@@ -17,7 +17,6 @@ from jobs.eval.chat import ChatEvalSettings
 from jobs.eval.chat_eval import evaluate_tasks
 from jobs.eval.chat_eval.evaluate_tasks import answer_greedily
 from jobs.eval.chat_eval.scores import GradedAnswers, right_by_group
-from jobs.eval.checkpoints import pick_checkpoint
 from jobs.eval.report_card import held_out
 from jobs.eval.report_card.held_out import evaluate_conversations
 from jobs.generation import SAMPLING, SandboxTool, continue_text, read_completion
@@ -27,7 +26,7 @@ from jobs.tasks.task import Response
 from jobs.train.tokenizer import train_tokenizer
 from nanochat_core import tokenizer as tok
 from nanochat_core.chat import parse_messages, render_conversation, render_prompt
-from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint
+from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, pick_checkpoint
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine import Completion, Token, ToolCall, ToolOutput, ToolResult
 from nanochat_core.errors import UserError

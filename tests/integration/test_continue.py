@@ -10,8 +10,12 @@ import pytest
 
 from jobs.data.shards import write_dataset
 from jobs.data.tokenizers import tokenizer_key
+from jobs.train.pretrain import PretrainSettings, open_start
 from jobs.train.tokenizer import train_tokenizer
 from nanochat_core.checkpoint import CheckpointRef, load_checkpoint
+from nanochat_core.checkpoint.manifest import WEIGHTS, Manifest
+from nanochat_core.settings import load
+from nanochat_core.store import Store
 from tests.support.tiny_training import NAME, PRETRAIN, STEPS, Jobs, Result, fill, sentences
 
 MODULE = "jobs.train.pretrain"
@@ -59,6 +63,26 @@ def test_a_run_that_goes_on_to_its_own_horizon_ends_with_the_same_bits(jobs: Job
     assert (event["checkpoint"], event["step"]) == (f"models/{NAME}/base/step_0000{CONSTANT}", CONSTANT)
     assert jobs.result("base", model="more") == jobs.result("base")
     assert digests(jobs.home) == before, "the earlier run is left as it was"
+
+
+def test_the_weights_to_start_from_are_read_once(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings of the checkpoint's run are read before, but they are in other files."""
+    read, fetch = [], Manifest.fetch
+
+    def noted(manifest: Manifest, store: Store, name: str) -> Path:
+        if name == WEIGHTS:
+            read.append(manifest.ref)
+        return fetch(manifest, store, name)
+
+    monkeypatch.setattr(Manifest, "fetch", noted)
+    argv = [f"--home={jobs.home}", "--model=more", f"--start-from={NAME}/base/step_{STEPS}"]
+    settings = load(
+        PretrainSettings, prefix="TEST", program="test", argv=argv, environ={}, inherit=PretrainSettings.inherited
+    )
+    start, _ = open_start(jobs.store, settings)
+    assert start is not None
+    assert (settings.depth, settings.steps) == (PRETRAIN["depth"], PRETRAIN["steps"])
+    assert read == [start.checkpoint.ref]
 
 
 def test_a_finished_run_goes_on_to_a_longer_horizon_with_a_new_warmdown(jobs: Jobs) -> None:

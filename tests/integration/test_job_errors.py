@@ -1,6 +1,5 @@
 """A wrong setting or input of a job gives one line with the error, and leaves no files behind."""
 
-import logging
 import os
 import random
 import runpy
@@ -8,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +55,9 @@ def home(filled: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Restores the parts of this process that a job changes."""
-    root, threads = logging.getLogger(), torch.get_num_threads()
-    handlers, level = root.handlers[:], root.level
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(("NANOCHAT_", "AWS_"))]:
         monkeypatch.delenv(name)
-    yield
-    root.handlers[:], root.level = handlers, level
-    torch.set_num_threads(threads)
 
 
 def files(home: Path) -> dict[Path, int]:
@@ -173,12 +165,12 @@ def error_of(home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, ca
         ([*PIPELINE, "--val-data=x.txt"], "--val-data is the validation text beside --data; give --data too"),
         ([*PIPELINE, "--recipe=demo", "--data=x.txt"], "recipe demo makes its own data; leave --data out"),
         ([*PIPELINE, "--model=a/b"], "'a/b' cannot name a model"),
-        ([*CHAT, "--model=missing"], "model 'missing' has no sft checkpoint in {home}; train it first"),
+        ([*CHAT, "--model=missing"], "model 'missing' has no sft checkpoint in {home}; train or import it first"),
         ([*CHAT, "--revision=newest"], "'newest' names no checkpoint; use <stage>/step_<n>"),
         ([*CHAT, "--revision=sft/step_7"], "there is no checkpoint models/tiny/sft/step_000007"),
         ([*CHAT, "--recipe=huge", "--revision=base/step_1"], "there is no recipe 'huge'; choose one of demo, small"),
         ([*CHAT, "--items=-1"], "--items is -1; it must be at least 0"),
-        ([*CHAT, "--stage=rl"], "model 'tiny' has no rl checkpoint in {home}; train it first"),
+        ([*CHAT, "--stage=rl"], "model 'tiny' has no rl checkpoint in {home}; train or import it first"),
         ([*CHAT, "--tasks=chess"], "there is no task 'chess'; choose from demo, mmlu, arc-easy"),
         ([*CHAT, "--tasks=gsm8k"], "in {home}/data/gsm8k: hf download openai/gsm8k"),
         ([*CHAT, "--tasks=gsm8k", "--data={home}/no"], "--data {home}/no is no folder"),
@@ -191,18 +183,21 @@ def error_of(home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, ca
         (BENCH, "give one of --model, --depth and --endpoint"),
         ([*BENCH, "--depth=2", "--mixes=wild"], "--mixes has wild; choose from fixed, mixed, samples, prefix"),
         ([*BENCH, "--depth=2", "--device=cpu", "--dtype=fp16"], "--dtype is 'fp16'; choose one of auto, fp32, bf16"),
-        ([*BENCH, "--model=missing"], "model 'missing' has no sft checkpoint in {home}; train it first"),
+        ([*BENCH, "--model=missing"], "model 'missing' has no sft checkpoint in {home}; train or import it first"),
         ([*BENCH, "--endpoint=grpc://127.0.0.1:1"], "no engine answers at grpc://127.0.0.1:1 (UNAVAILABLE"),
-        ([*REPORT, "--model=missing"], "model 'missing' has no base checkpoint in {home}; train it first"),
+        (
+            [*REPORT, "--model=missing"],
+            "model 'missing' has no base or sft or rl checkpoint in {home}; train or import it first",
+        ),
         ([*REPORT, "--revision=sft/step_1"], "there is no checkpoint models/tiny/sft/step_000001"),
         ([*REPORT, "--price-per-hour=-1"], "--price-per-hour is -1.0; it must be at least 0"),
         (
             ["jobs.eval.gate", "--model=missing"],
-            "model 'missing' has no sft or rl checkpoint in {home}; train it first",
+            "model 'missing' has no sft or rl checkpoint in {home}; train or import it first",
         ),
         (["jobs.eval.gate", f"--model={NAME}", "--recipe=none"], "no sft or rl checkpoint"),
         (["jobs.eval.compare", NAME], "name at least two models to compare"),
-        (["jobs.eval.compare", NAME, "missing"], "model 'missing' has no base checkpoint in {home}"),
+        (["jobs.eval.compare", NAME, "missing"], "model 'missing' has no base or sft or rl checkpoint in {home}"),
     ],
     ids=lambda value: " ".join(value[:1] + value[-1:]) if isinstance(value, list) else "",
 )

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from nanochat_core.device import cpu_multiplies_bf16
-from nanochat_core.errors import RetryableError
-from nanochat_core.training.distributed import RankLost, joined
+from nanochat_core.errors import RetryableError, UserError
+from nanochat_core.training.distributed import RankLost, Ranks, joined
+from tests.support.ranks import run_ranks
 from tests.support.tiny_training import NAME, PRETRAIN, SFT, STEPS, Job, Jobs, Result, fill
 
 PRETRAIN_MODULE, SFT_MODULE = "jobs.train.pretrain", "jobs.train.sft"
@@ -175,3 +176,23 @@ def test_a_rank_that_meets_nobody_may_be_started_again(monkeypatch: pytest.Monke
         with pytest.raises(RankLost, match=message) as caught, joined(torch.device("cpu"), timeout_seconds=2):
             pass
     assert caught.value.exit_code == 138
+
+
+def led(ranks: Ranks) -> list[int | str | None]:
+    """This rank's results of an action that succeeds on the first rank, and of one that fails there."""
+
+    def fail() -> int:
+        raise UserError(f"rank {ranks.rank} failed")
+
+    answers: list[int | str | None] = [ranks.lead(lambda: ranks.rank + 7, 30)]
+    try:
+        ranks.lead(fail, 30)
+    except UserError as error:
+        answers.append(str(error))
+    return answers
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_first_rank_acts_and_every_rank_has_its_error(size: int) -> None:
+    error = "rank 0 failed"
+    assert run_ranks(size, led) == [[7, error], *[[None, error]] * (size - 1)]

@@ -168,6 +168,15 @@ def test_models_that_were_trained_otherwise_are_refused_before_anything_is_train
     assert studies.trained == ["miniseries-d1"]
 
 
+def test_a_study_that_a_newer_version_reported_is_refused_before_anything_is_trained(studies: Studies) -> None:
+    newer = b'{"format": 2}'
+    studies.store.write("reports/miniseries/report.json", newer)
+    with pytest.raises(UserError, match=r"reports/miniseries/report\.json has format 2.* a newer version of nanochat"):
+        studies.run("miniseries", STEPS, depths="1")
+    assert studies.trained == []
+    assert studies.store.read("reports/miniseries/report.json") == newer
+
+
 @pytest.mark.parametrize(
     ("kind", "flags", "passed_on", "message"),
     [

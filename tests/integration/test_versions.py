@@ -13,6 +13,7 @@ from nanochat_core import config, tokenizer
 from nanochat_core.checkpoint import CheckpointRef, load_checkpoint, loading, manifest, promote
 from nanochat_core.model import GPT
 from nanochat_core.training import checkpoint_writer
+from tests.support.service_process import EngineProcess
 from tests.support.tiny_training import NAME, PRETRAIN, SFT, Jobs, fill
 
 STEPS = {"steps": 4, "save-every": 2, "eval-every": 0}
@@ -105,6 +106,20 @@ def test_a_job_on_a_newer_store_is_refused_and_changes_nothing(newer: tuple[str,
     (line,) = [line for line in started.stderr.splitlines() if not line.startswith("{")]
     assert line.startswith(f"python -m {module}: error: ")
     assert "a newer version of nanochat wrote it, and nothing was changed; use that version, or another name" in line
+    assert digests(jobs.home) == before
+
+
+def test_an_engine_on_a_newer_store_ends_with_one_line_and_changes_nothing(newer: tuple[str, Jobs]) -> None:
+    raised, jobs = newer
+    if raised not in (*CHECKPOINT, "all"):
+        pytest.skip("the engine does not read it")
+    before = digests(jobs.home)
+    engine = EngineProcess(jobs.home, model=NAME, ready=False)
+    assert engine.process.wait(120) == 2
+    engine.stop()
+    (line,) = [event["text"] for event in engine.events if event["event"] == "text"]
+    assert line.startswith(f"python -m services.engine: error: models/{NAME}/sft/step_000004/")
+    assert "a newer version of nanochat wrote it, and nothing was changed" in line
     assert digests(jobs.home) == before
 
 

@@ -484,7 +484,7 @@ def test_an_empty_folder_may_exist_already(store: Store, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"model": "missing"}, "model 'missing' has no checkpoint in .*; train or import it first"),
+        ({"model": "missing"}, "model 'missing' has no base or sft or rl checkpoint in .*; train or import it first"),
         ({"model": "../ours"}, "cannot name a model"),
         ({"revision": "sft"}, "names no checkpoint"),
         ({"revision": "sft/step_000031"}, "there is no checkpoint"),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from jobs.program import JobSettings, run_command
+from nanochat_core import logs
 from nanochat_core.logs import JsonFormatter
 
 
@@ -112,3 +113,9 @@ def test_only_the_first_rank_of_a_job_logs_everything(
         monkeypatch.setenv(name, value)
     run_command("jobs.eval.core", "core", JobSettings, lambda _: None, [])
     assert seen == [configured]
+
+
+@pytest.mark.parametrize("turn", ["first", "second"])
+def test_a_program_that_a_test_runs_does_not_log_in_later_tests(turn: str) -> None:
+    assert not [handler for handler in logging.getLogger().handlers if isinstance(handler.formatter, JsonFormatter)]
+    logs.configure(turn)

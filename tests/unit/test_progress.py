@@ -174,18 +174,12 @@ def test_what_a_stage_measures_is_shown_logged_and_served(caplog: pytest.LogCapt
 
 
 def test_a_warning_stands_above_the_bar_on_a_line_of_its_own() -> None:
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-    try:
-        with terminal() as screen:
-            logs.configure("test")
-            with Progress("base", total=10, initial=0) as shown:
-                shown.report(at(1))
-                logging.getLogger("jobs.train").warning("step skipped", extra={"step": 1})
-                shown.report(at(2))
-    finally:
-        root.handlers[:], level = before
-        root.setLevel(level)
+    with terminal() as screen:
+        logs.configure("test")
+        with Progress("base", total=10, initial=0) as shown:
+            shown.report(at(1))
+            logging.getLogger("jobs.train").warning("step skipped", extra={"step": 1})
+            shown.report(at(2))
     (line,) = [line for line in screen.lines if "step skipped" in line]
     assert line.startswith("{")
     assert line.endswith("}")

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from jobs.train.studies.power_laws import fit_power_law
-from jobs.train.studies.report import Laws, Miniseries, render, write_report
+from jobs.train.studies.report import Laws, Miniseries, check_replaceable, render, write_report
 from jobs.train.studies.study import Failure, Result
+from nanochat_core.formats import NewerFormatError
 from nanochat_core.store import open_store
 
 COMMAND = "python -m jobs.train.scaling miniseries --depths 4,6,8"
@@ -105,9 +106,21 @@ def test_every_file_is_written_however_little_is_known(tmp_path: Path, findings:
     names = ("plot.png", "report.json", "report.md", "table.csv")
     assert store.keys("reports/mine") == [f"reports/mine/{name}" for name in names]
     report = json.loads(store.read("reports/mine/report.json"))
+    assert report["format"] == 1
     assert (report["command"], report["failed"]) == (COMMAND, [{"model": "x", "exit_code": 2}])
     rows = list(csv.DictReader(io.StringIO(store.read("reports/mine/table.csv").decode())))
     assert [row["model"] for row in rows] == [run["model"] for run in report["runs"]] == [r.model for r in results]
     assert float(rows[0]["val_bpb"]) == report["runs"][0]["val_bpb"] == results[0].val_bpb
     assert "history" not in rows[0]
     assert not re.search(r"\b(nan|inf|None)\b", store.read("reports/mine/report.md").decode())
+
+
+def test_a_newer_report_is_not_replaced(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    check_replaceable(store, "mine")
+    for content in (b"{}", b"not JSON", b"[]"):  # of a version without formats, or damaged
+        store.write("reports/mine/report.json", content)
+        check_replaceable(store, "mine")
+    store.write("reports/mine/report.json", b'{"format": 2}')
+    with pytest.raises(NewerFormatError, match=r"reports/mine/report\.json has format 2"):
+        check_replaceable(store, "mine")

@@ -38,17 +38,13 @@ def locate_bundle(where: str, store: Store, ranks: Ranks) -> Store:
     if not where.startswith(("http://", "https://")):
         return open_bundle(where)
     prefix = f"{_FOLDER}/{hashlib.sha256(where.encode()).hexdigest()[:16]}"
-    problem: UserError | None = None
-    if ranks.leads and not store.exists(f"{prefix}/{SOURCE_FILE}"):
-        try:
+
+    def bring() -> None:
+        if not store.exists(f"{prefix}/{SOURCE_FILE}"):
             _bring(where, store, prefix, store.incoming(_FOLDER) / f"{Path(prefix).name}.zip")
-        except UserError as error:
-            problem = error
-    # A download can take longer than ranks usually wait for each other, so this wait uses a channel with a longer
-    # limit.
-    (told, *_) = ranks.side_channel(_DOWNLOAD_SECONDS).gather(problem and str(problem))
-    if told is not None:
-        raise problem or UserError(told)
+
+    # A download can take longer than ranks usually wait for each other.
+    ranks.lead(bring, _DOWNLOAD_SECONDS)
     return open_store(f"{store}/{prefix}")
 
 

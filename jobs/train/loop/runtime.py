@@ -15,7 +15,6 @@ from jobs.program import JobSettings
 from jobs.train.loop.metrics import serve_metrics
 from nanochat_core.checkpoint import STAGES, check_formats, check_model_name, list_checkpoints
 from nanochat_core.device import prepare_cpu
-from nanochat_core.errors import UserError
 from nanochat_core.settings import setting
 from nanochat_core.store import Lease, Store, open_store
 from nanochat_core.training.distributed import DEFAULT_TIMEOUT_SECONDS, Ranks, joined, rank_device
@@ -103,20 +102,12 @@ def open_runtime(name: str, settings: RunSettings, model: str) -> Iterator[Runti
         if ranks.leads:
             serve_metrics(settings.metrics_port)
         with leased(store, f"models/{model}", f"jobs.train.{name}", ranks) as lease:
-            _refuse_newer(store, model, ranks)
+            ranks.lead(lambda: _refuse_newer(store, model), settings.rank_timeout)
             yield Runtime(store, device, ranks, lease)
 
 
-def _refuse_newer(store: Store, model: str, ranks: Ranks) -> None:
-    """Raise a UserError on every rank if the newest checkpoint of a stage is from a newer version of nanochat."""
-    problem = None
-    if ranks.leads:
-        try:
-            for stage in STAGES:
-                for ref in list_checkpoints(store, model, stage)[-1:]:
-                    check_formats(store, ref)
-        except UserError as error:
-            problem = str(error)
-    told = ranks.gather(problem)[0]
-    if told is not None:
-        raise UserError(told)
+def _refuse_newer(store: Store, model: str) -> None:
+    """Raise a UserError if the newest checkpoint of a stage is from a newer version of nanochat."""
+    for stage in STAGES:
+        for ref in list_checkpoints(store, model, stage)[-1:]:
+            check_formats(store, ref)

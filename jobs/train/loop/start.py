@@ -11,18 +11,21 @@ A pretraining run can do two things with the checkpoint of another run:
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from jobs.train.loop.schedule import TrainingPlan
 from nanochat_core.checkpoint import (
     STAGES,
     Checkpoint,
     CheckpointRef,
+    Description,
     check_model_name,
     list_checkpoints,
     load_checkpoint,
+    load_description,
     newest_checkpoint,
+    newest_description,
 )
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
@@ -30,6 +33,8 @@ from nanochat_core.store import Store
 # Settings that a checkpoint's config.json fixes, and settings of which each replaces the others.
 SHAPE = ("depth", "head_dim", "context_length", "window_pattern")
 HORIZON = ("steps", "target_flops", "ratio")
+
+FoundT = TypeVar("FoundT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +64,30 @@ def find_checkpoint(store: Store, text: str, *stages: str) -> Checkpoint:
     If the text names no step, the newest undamaged checkpoint is taken. If it names no stage, the first of ``stages``
     that the model has is taken. Raises UserError if there is no such checkpoint.
     """
+    return _find(load_checkpoint, newest_checkpoint, store, text, stages)
+
+
+def describe_pretrained(store: Store, text: str) -> Description:
+    """What the checkpoint of :func:`find_pretrained` says about itself, without reading its weights."""
+    return _find(load_description, newest_description, store, text, STAGES)
+
+
+def _find(
+    load: Callable[[Store, CheckpointRef], FoundT],
+    newest: Callable[..., FoundT | None],
+    store: Store,
+    text: str,
+    stages: tuple[str, ...],
+) -> FoundT:
     name, _, revision = text.partition("/")
     check_model_name(name)
     if "/" in revision:
-        return load_checkpoint(store, CheckpointRef.parse(name, revision))
+        return load(store, CheckpointRef.parse(name, revision))
     wanted = (revision,) if revision else stages
-    checkpoint = newest_checkpoint(store, name, *(stage for stage in wanted if stage in STAGES))
-    if checkpoint is None:
+    found = newest(store, name, *(stage for stage in wanted if stage in STAGES))
+    if found is None:
         raise UserError(f"--start-from names {text!r}, but {store} has no such checkpoint")
-    return checkpoint
+    return found
 
 
 def refuse_replacing(start: Checkpoint, model: str, stage: str) -> None:
@@ -84,7 +104,7 @@ def find_pretrained(store: Store, text: str) -> Checkpoint:
     return find_checkpoint(store, text, *STAGES)
 
 
-def inherited_settings(start: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any]:
+def inherited_settings(start: Description, given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a pretraining run that starts from a checkpoint: those of the checkpoint's run.
 
     The settings of the horizon are not inherited if one of them is ``given``. The batch and the learning rates are the
@@ -100,7 +120,7 @@ def inherited_settings(start: Checkpoint, given: Mapping[str, Any]) -> dict[str,
     return {name: value for name, value in inherited.items() if name not in left_out}
 
 
-def tokenizer_name(checkpoint: Checkpoint) -> str:
+def tokenizer_name(checkpoint: Checkpoint | Description) -> str:
     """The name in the store under which a checkpoint's tokenizer was trained, or the model's name if it is unknown."""
     return str(checkpoint.meta.get("settings", {}).get("tokenizer", checkpoint.ref.model))
 

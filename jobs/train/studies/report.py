@@ -3,6 +3,7 @@
 The plot has the loss curves of a miniseries, or the models of each budget and the fitted laws.
 """
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -14,8 +15,10 @@ from jobs.markdown import table
 from jobs.plots import HELD_OUT, INK, log_scale, panels, scientific, shades, short, smoothed
 from jobs.train.studies.power_laws import IsoFlop, PowerLaw, ScalingLaws, fit_laws, fit_power_law
 from jobs.train.studies.study import Failure, Result
+from nanochat_core.formats import with_format, without_format
 from nanochat_core.store import Store
 
+REPORT_FORMAT = 1
 _PLOT = "plot.png"
 
 
@@ -108,6 +111,13 @@ class Laws:
         plot_isoflops(path, self._budgets, self._laws)
 
 
+def check_replaceable(store: Store, study: str) -> None:
+    """Raise NewerFormatError if a newer version of nanochat wrote the report that a study would replace."""
+    key = f"reports/{study}/report.json"
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged report may be replaced
+        without_format(json.loads(store.read(key)), REPORT_FORMAT, key)
+
+
 def write_report(
     store: Store, study: str, command: str, findings: Miniseries | Laws, failures: Sequence[Failure], missing: int
 ) -> None:
@@ -116,7 +126,7 @@ def write_report(
     ``command`` is the command line that repeats the study. ``missing`` is the number of runs that were not tried yet.
     """
     rows = [result.row() for result in findings.results]
-    content = {
+    fields = {
         "study": study,
         "command": command,
         "runs": rows,
@@ -124,6 +134,7 @@ def write_report(
         "missing": missing,
         **findings.values(),
     }
+    content = with_format(fields, REPORT_FORMAT)
     with store.publish(f"reports/{study}", last="report.json") as folder:
         findings.plot(folder / _PLOT)
         with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
