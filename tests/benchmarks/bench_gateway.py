@@ -170,9 +170,22 @@ async def requests_per_second(url: str, callers: int, seconds: float) -> float:
     return done / seconds
 
 
+async def until_answered(url: str) -> None:
+    """Wait until a server answers requests."""
+    async with aiohttp.ClientSession(headers={"Authorization": "Bearer none"}) as http, asyncio.timeout(120):
+        while True:
+            with contextlib.suppress(aiohttp.ClientError):
+                async with http.post(f"{url}/v1/chat/completions", json={**REQUEST, "max_tokens": 1}) as reply:
+                    if reply.status == 200:
+                        return
+            await asyncio.sleep(1)
+
+
 async def requests(servers: dict[str, str], rounds: int, callers: int, seconds: float) -> None:
     """Print the requests per second of each server, measured by turns."""
     rates: dict[str, list[float]] = {name: [] for name in servers}
+    for url in servers.values():
+        await until_answered(url)
     for number in range(rounds + 1):
         for name, url in servers.items():
             rate = await requests_per_second(url, callers, seconds if number else 2.0)
