@@ -96,7 +96,8 @@ async def watch_endpoints(
         except Exception as error:
             if name not in failing:
                 reason = str(error) or "the name server does not answer"
-                # TimeoutError is an OSError, UnicodeError an impossible name, RuntimeError a thread that cannot start.
+                # A lookup may fail with these errors. OSError includes TimeoutError, an impossible name raises
+                # UnicodeError, and a thread that cannot start raises RuntimeError.
                 unexpected = not isinstance(error, OSError | UnicodeError | RuntimeError)
                 facts = {"host": name, "reason": reason, "kept": known[name]}
                 log.warning("lookup failed", exc_info=unexpected, extra=facts)

@@ -88,8 +88,8 @@ class TlsFiles:
     async def watch(self) -> None:
         """Check the files again and again, until canceled.
 
-        A server sees replaced files at its next handshake, which may be days away. With this, the log reports them at
-        once, damaged ones too.
+        A server reads replaced files only at its next handshake, which may be days away. This method lets the log
+        report replaced and damaged files at once.
         """
         while True:
             await asyncio.sleep(_CHECK_SECONDS)

@@ -100,7 +100,7 @@ class LocalText:
         validation split is taken from the end, so that neighboring passages of a book do not get into both splits. If
         the text has few documents, a document may be cut in two.
 
-        Files are read while the caller takes documents from the iterators, except for counting the documents.
+        The iterators read the files while the caller takes documents. Only counting the documents reads them earlier.
 
         Raises:
             UserError: as for :attr:`splits`. The iterators raise UserError if a file is damaged, does not fit its

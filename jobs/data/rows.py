@@ -223,7 +223,7 @@ class _ParquetRow(Row):
 
 
 # The rows of one file, numbered from 0. The method ``where`` names a row in error messages: the file and the line, item
-# or row, counted from 1. To read a row that is not an object of named values raises UserError.
+# or row, counted from 1. Reading a row that is not an object of named values raises UserError.
 Rows = JsonRows | ParquetRows
 
 

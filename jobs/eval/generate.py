@@ -68,8 +68,8 @@ class GenerateSettings(JobSettings):
 def run(settings: GenerateSettings, show: Callable[[str], None], show_tool: Callable[[str], None]) -> None:
     """Generate text. Pass it to ``show`` piece by piece, and the model's Python calls to ``show_tool``.
 
-    Several samples are shown one after another, each below a line with its number. A missing model and a prompt that
-    the model cannot take are a UserError.
+    Several samples are shown one after another, each below a line with its number. Raises UserError if the model is
+    missing or cannot take the prompt.
     """
     prompt = read_prompt(settings.prompt, sys.stdin)
     prepare_cpu(settings.threads)

@@ -131,9 +131,10 @@ class FileConversations:
     """One conversation per row of one or several files, numbered from 0."""
 
     def __init__(self, files: Mapping[str, Path], dataset: ConversationFiles) -> None:
-        """Open local files, given by the name that error messages use for each; UserError if they have no row.
+        """Open local files. The keys of ``files`` are their names in error messages.
 
-        Rows of ShareGPT's files without an answer are left out with a warning, because its published files have some.
+        Rows of ShareGPT's files without an answer are left out with a warning, because published files have such rows.
+        Raises UserError if no row is left.
         """
         self._files = [open_rows(path, shown) for shown, path in files.items()]
         self._paths, self._dataset = list(files.values()), dataset
@@ -170,7 +171,10 @@ class FileConversations:
 
 
 def _rows_with_answer(rows: Rows, shown: str) -> Sequence[int]:
-    """Numbers of the rows that have an assistant's turn after a question; all rows, if the first is not ShareGPT's."""
+    """Indices of the rows to use. In ShareGPT's form, these are the rows with an assistant's turn after a question.
+
+    If the first row has another form, all rows are used.
+    """
     if not rows or "messages" in (first := rows[0]) or not isinstance(first.get("conversations"), list):
         return range(len(rows))
     used = array("q", (number for number in range(len(rows)) if _has_answer(rows[number])))

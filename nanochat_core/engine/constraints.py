@@ -213,7 +213,10 @@ def _read_schema(constraint: Constraint) -> dict[str, Any]:
 
 
 def _patterns(schema: Any) -> Iterator[str]:
-    """Yield every regular expression of a schema. Other strings under the same keys may be among them."""
+    """Yield every regular expression of a schema, found by the keys ``pattern`` and ``patternProperties``.
+
+    A schema may also use these keys for other purposes, so some of the strings may not be regular expressions.
+    """
     unread = [schema]
     while unread:
         node = unread.pop()

@@ -247,7 +247,7 @@ class Sampler:
         return to_device(np.array(values, np.float32), self._device).unsqueeze(1)
 
     def _last_of(self, counts: Items[int]) -> Tensor:
-        """Index (rows, 1) of each row's k-th largest logit in the result of ``topk``."""
+        """Index (rows, 1) of each row's k-th largest logit in the result of ``topk``; ``counts`` has each row's k."""
         return to_device(np.array(counts, np.int64) - 1, self._device).unsqueeze(1)
 
     def _take(self, x: Tensor, rows: Items[int]) -> Tensor:

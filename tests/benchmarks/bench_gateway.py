@@ -3,13 +3,14 @@
 Run the program from the project's root: ``python -m tests.benchmarks.bench_gateway``. An engine without a model
 (``stub_engine.py``) and a gateway run as processes of this machine. There are three measurements:
 
-- **overhead**: one stream at a time, by turns directly over gRPC and over the gateway. The time to the first token, and
-  the time of each further one without the engine's pause.
-- **streams**: ``--streams`` streams at once. Counts errors, and measures the gateway's memory and the longest time in
-  which its ``/healthz`` answers meanwhile.
-- **requests**: whole answers of one token, with ``--callers`` callers that each send one after another, by turns
-  to each server. ``--peer NAME=URL`` adds a proxy of another project that has the engine's REST port
-  (``--engine-http-port``) behind it.
+- **overhead** reads one stream at a time, in turn from the engine over gRPC and through the gateway. It measures the
+  time to the first token and the time between tokens. Both times between tokens include the engine's pause, so their
+  difference does not.
+- **streams** reads ``--streams`` streams at once. It counts errors, and measures the gateway's memory and the slowest
+  answer of ``/healthz`` during this load.
+- **requests** asks for whole answers of one token, from one server after another. Each of ``--callers`` callers sends
+  its next request when it has the answer to the last one. ``--peer NAME=URL`` adds a proxy of another project, which
+  forwards to the engine's REST port (``--engine-http-port``).
 """
 
 import argparse
@@ -75,13 +76,13 @@ async def over_gateway(http: aiohttp.ClientSession, url: str) -> AsyncIterator[N
 
 
 async def over_grpc(call: engine_pb2_grpc.EngineStub) -> AsyncIterator[None]:
-    """The same directly from the engine."""
+    """Stream one answer directly from the engine, and yield at each message."""
     async for _ in call.Generate(pb.GenerateRequest(request_id="direct", prompt_token_ids=[1] * 24)):
         yield
 
 
 async def times(stream: AsyncIterator[None]) -> list[float]:
-    """The seconds from the request to the first part, and between each two parts."""
+    """The seconds from the request to the first part, then the seconds from each part to the next."""
     last, gaps = time.perf_counter(), []
     async for _ in stream:
         now = time.perf_counter()
@@ -91,7 +92,7 @@ async def times(stream: AsyncIterator[None]) -> list[float]:
 
 
 async def overhead(address: str, url: str, rounds: int) -> None:
-    """Print the times of single streams over both ways."""
+    """Print the times of single streams, directly from the engine and through the gateway."""
     found: dict[str, list[list[float]]] = {"direct": [], "gateway": []}
     async with grpc.aio.insecure_channel(address) as channel, aiohttp.ClientSession() as http:
         call = engine_pb2_grpc.EngineStub(channel)
@@ -118,7 +119,7 @@ def resident_mib(pid: int) -> float:
 
 
 async def streams(process: GatewayProcess, count: int) -> None:
-    """Print what ``count`` streams at once cost and whether all of them are whole."""
+    """Read ``count`` streams at once. Print the errors, the duration, the gateway's memory and the slowest /healthz."""
     before, peak, slowest = resident_mib(process.process.pid), 0.0, 0.0
 
     async def watch() -> None:
@@ -154,7 +155,7 @@ async def streams(process: GatewayProcess, count: int) -> None:
 
 
 async def requests_per_second(url: str, callers: int, seconds: float) -> float:
-    """Whole answers of one token per second."""
+    """The rate of whole answers of one token."""
     done, end = 0, time.perf_counter() + seconds
 
     async def caller(http: aiohttp.ClientSession) -> None:
@@ -182,7 +183,7 @@ async def until_answered(url: str) -> None:
 
 
 async def requests(servers: dict[str, str], rounds: int, callers: int, seconds: float) -> None:
-    """Print the requests per second of each server, measured by turns."""
+    """Print the requests per second of each server. The servers take turns."""
     rates: dict[str, list[float]] = {name: [] for name in servers}
     for url in servers.values():
         await until_answered(url)

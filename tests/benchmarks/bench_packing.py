@@ -6,7 +6,7 @@ stands for four characters. The program takes a few minutes on one core. The col
 
 - the share of the documents that were never shown, and the share that was only partly shown;
 - the share of the tokens that were never a target;
-- the share of the targets that came more often than there were passes;
+- the share of the targets that are repetitions beyond one per pass;
 - the speed without tokenizing, of the rule alone or of this project's whole loader.
 """
 
@@ -26,7 +26,7 @@ BOS = 0
 
 
 def numbered(lengths: Sequence[int]) -> list[np.ndarray]:
-    """Documents of BOS and ``length`` further tokens each. Apart from BOS, every token occurs only once in all."""
+    """Documents of BOS and ``length`` further tokens each. Apart from BOS, no token occurs twice."""
     starts = itertools.accumulate(lengths, initial=1)
     return [
         np.concatenate([[BOS], np.arange(start, start + length)]).astype(np.int32)
@@ -35,7 +35,7 @@ def numbered(lengths: Sequence[int]) -> list[np.ndarray]:
 
 
 def measure(documents: list[np.ndarray], rule: Rule, context: int, rows: int, passes: int) -> str:
-    """A row of the table, measured over as many packed rows as ``passes`` passes over the documents fill."""
+    """A row of the table. The number of packed rows is the number that ``passes`` epochs of the documents fill."""
     bounds = np.cumsum([1, *(len(document) - 1 for document in documents)])
     count = round(passes * (bounds[-1] + len(documents)) / context)
     shown = np.zeros(bounds[-1], dtype=np.int64)

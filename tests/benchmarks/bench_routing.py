@@ -108,7 +108,7 @@ async def measure(home: Path, router: type[Router], count: int, options: argpars
         with mock.patch("services.gateway.engines.pool.Router", router):
             async with running_gateway(*addresses, poll_seconds=1.0, queue_seconds=600.0) as url:
                 await until_up(url, count)
-                # The router lets the load of new engines rise for ten seconds; this is not what is compared here.
+                # The router sends less to new engines during this time. The comparison begins afterwards.
                 await asyncio.sleep(RoutingSettings().warm_up_seconds)
                 async with openai_client(url) as client:
                     await asyncio.gather(*(chat(client, n, options.turns, found) for n in range(options.chats)))

@@ -5,15 +5,15 @@ Run the program from the project's root: ``python -m tests.benchmarks.compare_ti
 Each side trains with its own program as a user starts it: ``jobs.train.pretrain``, and the peer's
 ``scripts/base_train.py``. So each side has its own loader, optimizer, initial weights and loop. Both read the same
 shards with the same tokenizer and have the same shape of model, learning rates, weight decay and share of warmup steps.
-Only the momentum's warmup differs, which the peer does not let a user change: ``--our-flags`` and ``--peer-flags``
-replace further settings of one side.
+The momentum's warmup differs, because the peer has no flag for it. ``--our-flags`` and ``--peer-flags`` change further
+settings of one side.
 
-A run has as many steps as fit into the time budget. The schedule of both sides is planned for this number of steps,
-which follows from the mean duration of the steps in the same side's run before; the first such run is short and counts
-for nothing else. The time is that of optimizer steps with the wait for their batches. It excludes starting, reading,
-and the compilation in the first three steps, which count as long as the others; the table has the duration of the
-whole process, too. At the end, one program evaluates the checkpoints of both sides on the same held-out documents,
-whole and only their first rows.
+A run has as many steps as fit into the time budget, and its schedule is planned for this number of steps. The number
+follows from the mean duration of a step in the previous run of the same side. The first run of each side is short: it
+only measures this duration. The time is that of optimizer steps, including the wait for their batches. It excludes
+starting and reading. The first three steps compile; the time counts each of them with the mean duration of the other
+steps. The table also has the duration of the whole process. At the end, one program evaluates the checkpoints of both
+sides on the same held-out documents: on whole documents, and on their first rows.
 """
 
 import argparse
@@ -48,7 +48,8 @@ Side = Literal["ours", "peer"]
 SIDES: tuple[Side, Side] = ("ours", "peer")
 DATASET = "compared"
 HEAD_DIM = 64
-# Tokens of a batch that has the learning rates of --lr-scale. The rates follow the square root of the batch.
+# Number of tokens in the batch for which --lr-scale is meant. The learning rates of another batch change with the
+# square root of its size.
 BATCH_TOKENS = 8192
 
 
@@ -253,7 +254,7 @@ def main() -> None:
 
 
 def show(results: dict[tuple[int, Side], list[tuple[float, float]]]) -> None:
-    """Print the means over the seeds, and how much fewer bits ours needs."""
+    """Print each side's mean over the seeds, and the difference of this project from the peer in percent."""
     print("\n| depth | text | peer | ours | difference | of each seed |")
     print("| ---: | --- | ---: | ---: | ---: | --- |")
     for depth in dict.fromkeys(depth for depth, _ in results):

@@ -45,7 +45,7 @@ def texts_of(kind: str, prose: Path, characters: int) -> list[str]:
 
 
 def first_characters(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """The first whole texts, until they have so many characters."""
+    """Yields whole texts until they have at least ``characters`` characters in total."""
     for text in texts:
         if characters <= 0:
             return

@@ -318,7 +318,7 @@ def test_load_spreads_over_new_engines_in_five_seconds(namespace: str, release: 
 
 
 def test_two_pods_pretrain_to_the_loss_of_one_and_survive_the_loss_of_a_pod(namespace: str, release: str) -> None:
-    # The operator adds an init container without a security context to Workers.
+    # The operator adds an init container without a security context to Workers, and restricted namespaces refuse it.
     run("kubectl", "label", "--overwrite", "namespace", namespace, BASELINE)
     (*shared, job) = yaml.safe_load_all((ROOT / "jobs/train/pretrain-cpu.yaml").read_text())
     run("kubectl", "-n", namespace, "apply", "-f", "-", stdin=yaml.safe_dump_all([*shared, job]))

@@ -1,4 +1,4 @@
-"""Pretraining from a checkpoint: to another horizon as if it had been planned so, on other data, and on mixtures."""
+"""Pretraining goes on from a checkpoint: to another horizon as if planned for it, on other data, and on mixtures."""
 
 import random
 import shutil
@@ -66,7 +66,7 @@ def test_a_run_that_goes_on_to_its_own_horizon_ends_with_the_same_bits(jobs: Job
 
 
 def test_the_weights_to_start_from_are_read_once(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The settings of the checkpoint's run are read before, but they are in other files."""
+    """The run reads the checkpoint's settings earlier, but they are in other files."""
     read, fetch = [], Manifest.fetch
 
     def noted(manifest: Manifest, store: Store, name: str) -> Path:

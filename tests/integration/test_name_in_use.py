@@ -1,4 +1,4 @@
-"""Two processes that train one model name: one trains and the other is told; after kill -9 the other takes over."""
+"""Of two processes that train one model name, the second is refused; after kill -9 of the first, it takes over."""
 
 import json
 import os

@@ -18,7 +18,7 @@ from tests.support.tiny_training import NAME, PRETRAIN, SFT, Jobs, fill
 
 STEPS = {"steps": 4, "save-every": 2, "eval-every": 0}
 CORE = {"model": NAME, "bundle": "missing"}
-# Where each format version is set; the writer has its own references to some of them.
+# The module and the name of each format's version. The checkpoint writer imports two of them under the same names.
 FORMATS: dict[str, list[tuple[Any, str]]] = {
     "manifest": [(manifest, "FORMAT")],
     "config": [(config, "FORMAT")],
@@ -40,7 +40,7 @@ def digests(home: Path) -> dict[str, str]:
 
 
 def write_with(formats: tuple[str, ...], home: Path) -> None:
-    """Let a build with these formats raised write a dataset, a tokenizer and three checkpoints of each stage."""
+    """Write a dataset, a tokenizer and checkpoints of each stage as a version with newer ``formats`` would do."""
     with pytest.MonkeyPatch.context() as newer:
         for name in formats:
             for module, constant in FORMATS[name]:

@@ -205,7 +205,8 @@ def test_replacing_all_certificates_breaks_no_stream(services: Services) -> None
     with ThreadPoolExecutor(1) as pool:
         streamed = pool.submit(stream)
         try:
-            # The callers come first. So the engine and the sandbox have to notice their own files without a new caller.
+            # The engine and the sandbox must notice their new files without a new connection. So the services that call
+            # them get new files first.
             for name in ("gateway", "engine", "sandbox"):
                 services.authority.issue(services.folder / name)
                 getattr(services, name).wait_for("certificate replaced")

@@ -48,7 +48,7 @@ def wanted(store: FolderStore, clock: Clock) -> Lease:
 
 @contextlib.contextmanager
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Leases that are made inside say that they were made on another machine."""
+    """Lets the leases that are made inside the block name another machine."""
     with monkeypatch.context() as patched:
         patched.setattr(lease, "_machine", lambda: "another machine")
         yield

@@ -97,7 +97,7 @@ def test_no_cost_is_shown_unless_a_price_was_given() -> None:
 
 def test_wrong_answers_are_marked() -> None:
     text = render(EVERYTHING)
-    assert text.count("*(wrong)*") == 2  # of tasks whose results do not have the expected answer
+    assert text.count("*(wrong)*") == 2  # the results of these tasks lack the expected answer
     assert text.count("*(wrong; expected: answer\\_") == 4
     assert "### Other wrong answers\n\n> A wrong one?\n\n*(no answer)*  *(wrong; expected: \\`x\\`)*\n" in text
 

@@ -118,7 +118,7 @@ def test_every_file_is_written_however_little_is_known(tmp_path: Path, findings:
 def test_a_newer_report_is_not_replaced(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     check_replaceable(store, "mine")
-    for content in (b"{}", b"not JSON", b"[]"):  # of a version without formats, or damaged
+    for content in (b"{}", b"not JSON", b"[]"):  # a report of a version without formats, and damaged reports
         store.write("reports/mine/report.json", content)
         check_replaceable(store, "mine")
     store.write("reports/mine/report.json", b'{"format": 2}')

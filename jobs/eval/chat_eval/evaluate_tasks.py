@@ -43,8 +43,9 @@ def chunks_of(task: ChoiceTask | GenerativeTask) -> dict[str, range]:
 def missing_chunks(
     task: ChoiceTask | GenerativeTask, evaluation: Evaluation, ranks: Ranks
 ) -> Iterator[tuple[dict[str, range], Callable[[int], None]]]:
-    """Yields this rank's chunks that the evaluation store lacks, and a function to count further questions as answered.
-    The context shows the progress.
+    """Yields this rank's chunks that the evaluation store lacks, and a function that counts questions as answered.
+
+    A progress display is shown until the context ends.
     """
     mine = dict(list(chunks_of(task).items())[ranks.rank :: ranks.size])
     missing = {name: numbers for name, numbers in mine.items() if evaluation.part(name) is None}

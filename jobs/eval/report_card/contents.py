@@ -116,10 +116,11 @@ def _median_and_largest(values: Sequence[float]) -> Report | None:
 
 
 def _data_use(plan: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Report:
-    """How a stage used its data at its end; a value is None if it was not recorded.
+    """How a stage had used its data when it ended. A value is None if it was not recorded.
 
-    Passes over the data, the share of documents that were never shown to their ends, the share of tokens that were cut
-    off, and the numbers of conversations that were cut or left out because they are longer than a row.
+    ``epochs`` is the number of passes over the data, ``unseen_share`` the share of documents that were never shown to
+    their ends, and ``cropped_share`` the share of tokens that were cut off. ``cut`` and ``left_out`` are the numbers of
+    conversations that were cut or left out because they are longer than a row.
     """
     lost = plan.get("lost", {})
     last = {name: value for point in history for name, value in point.items()}

@@ -30,8 +30,8 @@ from nanochat_core.model import IGNORE_INDEX
 MAX_PACKERS = 1024
 # Each packer reads from one or two row groups at a time. The text of a row group of web pages takes about 4 MB.
 _CACHED_BYTES_PER_PACKER = 8 * 2**20
-# The largest and the smallest number of documents in a packer's buffer. Between them, the buffer has an eighth of the
-# packer's documents in an epoch. A larger buffer would put all long documents at the beginning of the epoch.
+# The largest and the smallest number of documents in a packer's buffer. Between these limits, the buffer has an eighth
+# of the packer's documents in an epoch. A larger buffer would put all long documents at the beginning of the epoch.
 BUFFERED_DOCUMENTS = 64
 LEAST_BUFFERED_DOCUMENTS = 8
 # Raise this number when the meaning of the stored position in the data changes.
@@ -53,8 +53,8 @@ class Batch:
         state: position in the data after this batch. A loader continues from it; see :func:`merge_states`. None if the
             position follows from the step number.
         measures: further numbers to report for the global batch, such as the mean reward; equal on every rank.
-        coverage: how much of the data was shown up to this batch, as this rank's summands: their sums over the ranks
-            are the numbers to report.
+        coverage: numbers that say how much of the data was shown up to this batch. Each rank has its part of each
+            number; the sums over the ranks are reported.
     """
 
     ids: Tensor
@@ -130,9 +130,9 @@ class PackedLoader:
 
     @property
     def epoch(self) -> float:
-        """Number of passes over the documents, counting only those that were packed to their ends.
+        """This rank's part of the number of passes over the documents; the total is the sum over the ranks.
 
-        A rank counts only its own packers: the number of passes is the sum over the ranks.
+        Only documents that were packed to their ends count.
         """
         return sum(packer.packed_documents for packer in self._packers) / self._documents
 

@@ -82,7 +82,7 @@ class Lost:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """The conversations of a mixture from which a row can learn, and what is ``lost`` of the training conversations.
+    """The conversations of a mixture with a target within a row, and what is ``lost`` of the training conversations.
 
     ``lengths`` are the tokens of each training conversation before any cut, (conversations,) int64.
     """
@@ -119,7 +119,7 @@ class Mixture:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def fit(self, tokenizer: Tokenizer, row_length: int, threads: int = 0) -> Fitted:
-        """The conversations from which a row of ``row_length`` tokens can learn.
+        """The conversations that have a target within a row of ``row_length`` tokens.
 
         A conversation that is longer than a row is cut at its end. It is left out if the assistant says nothing before
         the cut. Tokenizing all conversations takes a while, so the store caches their sizes in ``cache/sizes/``. With
@@ -193,10 +193,10 @@ def repeated(rows: Sequence[int], weight: float) -> list[int]:
 
 
 def _held_out(name: str, count: int) -> list[int]:
-    """Numbers of the conversations for validation: a random one of each part of the file.
+    """Indices of the conversations for validation: a random one of each part of the file, the same in every run.
 
-    They are spread because a file may be ordered by topic. They are random because, for example, every tenth one may be
-    of another kind. They are the same in every run.
+    One conversation of each part is taken because a file may be ordered by topic. The choice is random because, for
+    example, every tenth conversation may be of another kind.
     """
     if count < 2:
         raise UserError(f"{name} holds one conversation; at least two are needed, one of them for validation")

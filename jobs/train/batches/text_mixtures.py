@@ -24,7 +24,7 @@ from jobs.train.batches.sources import Source
 
 # Documents in a block: the smallest share of a dataset is one document of a block.
 BLOCK = 16_384
-# Packers read at different speeds, so that they are in different blocks.
+# Packers read at different speeds, so several blocks are in use at the same time.
 _CACHED_BLOCKS = 64
 # The mean length is measured on runs of consecutive documents, because each run reads one row group.
 _MEASURED_RUNS, _MEASURED_RUN = 8, 32

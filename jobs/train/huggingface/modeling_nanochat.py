@@ -334,7 +334,8 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
 def _mask(cached: int, time: int, window: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
     """Boolean mask, True where a query sees a key: (time, cached + time), or (batch, 1, time, cached + time).
 
-    None if causal attention needs no mask: the window has every token, and nothing is cached or one token is new.
+    None if causal attention needs no mask: the window has every token, and either nothing is cached or only one token
+    is new.
     """
     if padding is None and window >= cached + time - 1 and (time == 1 or not cached):
         return None

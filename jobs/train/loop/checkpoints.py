@@ -55,7 +55,8 @@ class RunCheckpoints:
         """Load the newest intact checkpoint into model and optimizer; None if there is none.
 
         If any rank finds that a checkpoint is damaged, all ranks skip it. A whole checkpoint is never skipped. Raises
-        UserError if it has other settings or inputs, has no optimizer state, or is from a newer version of nanochat.
+        UserError if the checkpoint has other settings or inputs, has no optimizer state, or is from a newer version of
+        nanochat.
         """
         for ref in reversed(self._stored()):
             problem = None
@@ -187,7 +188,7 @@ class RunCheckpoints:
 
 
 def _run_state(ref: CheckpointRef, stored: Any) -> RunState:
-    """The progress stored in a checkpoint; a NewerFormatError if it has a field that this version does not know."""
+    """The progress stored in a checkpoint. Raises NewerFormatError for a field that this version does not know."""
     key = f"{ref.prefix}/{TRAINER_STATE}"
     known = [field.name for field in dataclasses.fields(RunState)]
     try:

@@ -30,8 +30,9 @@ from nanochat_core.checkpoint import (
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
 
-# Settings that a checkpoint's config.json fixes, and settings of which each replaces the others.
+# The settings that a checkpoint's config.json fixes.
 SHAPE = ("depth", "head_dim", "context_length", "window_pattern")
+# The settings that give the length of a run. Each of them replaces the others.
 HORIZON = ("steps", "target_flops", "ratio")
 
 FoundT = TypeVar("FoundT")
@@ -46,7 +47,7 @@ class Start:
 
     @property
     def step(self) -> int:
-        """The number of steps that the checkpoint's run has done for the new run; 0 if the new run starts anew."""
+        """Number of steps that the new run takes over from the checkpoint's run; 0 if the new run starts anew."""
         return self.checkpoint.ref.step if self.goes_on else 0
 
     def check(self, plan: TrainingPlan) -> None:

@@ -83,9 +83,10 @@ class StepReport:
 class TrainingStep:
     """Updates a model from one batch after another, and keeps the run's state up to date.
 
-    A loss or gradient that is not finite skips the update on every rank. A gradient of zero does so too if the loss is
-    not zero: no weight changes the loss any more, for example after a step that was far too large. Five such steps in a
-    row end the run. A loss far above the recent losses is reported, but its step is done as usual.
+    If the loss or the gradient is not finite, every rank skips the update. The update is also skipped if the gradient
+    is zero but the loss is not: then no weight affects the loss any more, for example after a step that was far too
+    large. Five skipped steps in a row end the run. A loss far above the recent losses is reported, but its step is done
+    as usual.
     """
 
     def __init__(

@@ -135,7 +135,7 @@ class Trainer:
                     # step.
                     gc.collect()
                     gc.freeze()
-                    # Also after an error or a signal: objects that are never freed make torch's compiler print a list
+                    # The callback also runs after an error or a signal. Without it, torch's compiler would print a list
                     # of leaks when the process ends.
                     at_the_end.callback(gc.unfreeze)
             self._checkpoints.save_last(writer, state, finished=True)

@@ -212,7 +212,10 @@ class RolloutSource:
             self._ahead.result()
 
     def prefetched(self, after: int = 0) -> Generator[RolloutBatch]:
-        """One batch per step after ``after`` steps. Only asynchronous rollouts are sampled before they are needed."""
+        """Yields the batch of each step, beginning after the first ``after`` steps.
+
+        Only asynchronous rollouts are sampled before they are needed.
+        """
         with ThreadPoolExecutor(1, "rollouts") as pool:
             for step in range(after, self._steps):
                 if self._ahead is None:

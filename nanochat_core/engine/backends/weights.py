@@ -17,8 +17,8 @@ from nanochat_core.chunked_loss import LOGIT_SOFTCAP
 from nanochat_core.device import cpu_multiplies_bf16
 from nanochat_core.model import GPT, SMEAR_CHANNELS, VALUE_GATE_CHANNELS, Block, rms_norm
 
-# Number of random rows that :func:`_single_rows_differ` tries. With this many rows, a difference in the last bit of
-# fp32 shows in at least one number that is rounded to bf16.
+# Number of random rows that :func:`_single_rows_differ` tries. Rounding to bf16 hides most differences in the last bits
+# of fp32 sums. With this many rows, at least one difference remains visible.
 _PROBE_ROWS = 16
 
 

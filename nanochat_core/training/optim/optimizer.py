@@ -44,7 +44,7 @@ class MuonAdamW:
         self._reduced = False
 
     def expect_gradients(self) -> None:
-        """Announces that the next backward pass is the last of the step: each gradient can be reduced at once."""
+        """Announces the step's last backward pass, in which each gradient can be reduced as soon as it is computed."""
         for _, unit in self._units:
             unit.expect_gradients()
 

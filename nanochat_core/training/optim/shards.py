@@ -61,7 +61,7 @@ class ParameterShards(ABC):
                 parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
     def expect_gradients(self) -> None:
-        """Announces that the next backward pass is the last of the step: each gradient can be reduced at once."""
+        """Announces the step's last backward pass, in which each gradient can be reduced as soon as it is computed."""
         self._expecting = self._ranks.group is not None
 
     def _on_gradient(self, parameter: Tensor) -> None:

@@ -36,8 +36,8 @@ class EventStream(Response):
     ) -> None:
         """``events`` yields complete, encoded events.
 
-        A comment line is sent after ``heartbeat_seconds`` of silence. The silence before the first byte counts only
-        from ``placed_at()``: the time since which an engine has the request, or None while the request waits for one.
+        A comment line is sent after ``heartbeat_seconds`` of silence. Before the first byte, the silence begins at
+        ``placed_at()``: the time at which an engine got the request, or None while the request waits for an engine.
         """
         super().__init__(
             media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

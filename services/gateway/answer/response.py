@@ -122,7 +122,7 @@ class Answer(abc.ABC):
         return self._streams[index // self._n].model
 
     def _placed_at(self) -> float | None:
-        """Returns the time since which an engine has one of the prompts, or None while all of them wait."""
+        """Returns the time at which an engine got the first of the prompts, or None while all of them wait."""
         times = [stream.placed_at for stream in self._streams.values()]
         return min((time for time in times if time is not None), default=None)
 

@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 _PRIORITY_OF_STREAMS = -1
 # A stream is given up after this many failures, even if tokens come between them: the request may be killing engines.
 _MOST_FAILURES = 16
-# Pause after the second failure without a chunk in between. It doubles with each further one, and half of it is random.
+# Pause before the next attempt after two failures without a chunk in between. Each further failure doubles the pause.
+# Chance shortens it by up to half.
 _PAUSE_SECONDS = 0.1
 
 
@@ -95,7 +96,7 @@ class Stream:
 
     @property
     def placed_at(self) -> float | None:
-        """Time since which an engine has the request, on the clock of ``time.monotonic``; None while it waits."""
+        """Time at which an engine got the request, on the clock of ``time.monotonic``; None while it waits."""
         call = self._call or self._successor
         return call.began if call is not None else None
 
@@ -103,7 +104,7 @@ class Stream:
         """Waits for the first chunk.
 
         Raises:
-            ApiError: the request doesn't fit the model, or no replica could start on it.
+            ApiError: the request doesn't fit the model, or no replica could begin the answer.
         """
         self._pool.retries.earn()
         model = self._pool.model(self._wish.name)
@@ -230,7 +231,7 @@ class Stream:
         logger.log(level, "engine call failed", extra=facts | {"details": error.details()})
         reason, may_go_on, stale = Reason.DIED, True, None
         if refused:
-            # An engine that drops a request after it has begun is out of memory, and others may be as small.
+            # An engine that drops an answer after its beginning is out of memory. Other engines may have as little.
             reason, may_go_on = Reason.FULL, call.last_chunk is None or self._may_fail_again()
         elif code is grpc.StatusCode.FAILED_PRECONDITION:
             reason = Reason.OTHER_MODEL
@@ -258,7 +259,7 @@ class Stream:
         if code is grpc.StatusCode.CANCELLED:
             return self._may_fail_again()
         unavailable = code is grpc.StatusCode.UNAVAILABLE
-        # An engine that dies ends many calls at once. They are one failure: the first of them marks the engine down.
+        # An engine that dies ends many calls at once. They count as one failure: the first marks the engine down.
         counts = replica.up or not unavailable
         if counts and replica.outlier.failed(place, time.monotonic()):
             self._pool.metrics.ejections.inc()

@@ -42,7 +42,7 @@ class ServedModel:
 
     @property
     def context_length(self) -> int:
-        """Most tokens of a prompt and its answer together."""
+        """Largest number of tokens of a prompt and its answer together."""
         return self.info.context_length
 
     @functools.cached_property
@@ -53,5 +53,5 @@ class ServedModel:
 
     @functools.cached_property
     def longest_token_bytes(self) -> int:
-        """The largest number of bytes of a token."""
+        """Number of bytes of the longest token."""
         return max(map(len, self.tokenizer.token_bytes))

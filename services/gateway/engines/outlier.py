@@ -1,6 +1,6 @@
 """Ejects engines that report good health but fail their calls: a circuit breaker with a half-open trial."""
 
-_FAILURES = 3  # number in a row that ejects an engine; a single failure may be the request's fault
+_FAILURES = 3  # this many failures in a row eject an engine; a single failure may be the request's fault
 _FIRST_SECONDS = 5.0
 _LONGEST_SECONDS = 60.0
 

@@ -68,7 +68,7 @@ class EnginePool:
         self._queue: FairQueue[Place] = FairQueue(settings.queue_size)
         metrics.queue_length.set_function(lambda: self._queue.length)
         self._hosts = {split_target(target)[0] for target in settings.engine_addresses}
-        self._unfound = self._hosts  # those that have no address now
+        self._unfound = self._hosts  # hosts that have no address now
         self._discovery = asyncio.create_task(
             watch_endpoints(settings.engine_addresses, self._set_endpoints, settings.discovery_seconds, lookup)
         )
@@ -205,9 +205,9 @@ class EnginePool:
         self._queue.served(ticket)
 
     def promising(self, wish: Wish) -> bool:
-        """Whether a search may succeed: a known engine fits the wish, or another one may come up.
+        """Whether a search may succeed: a known engine fits the wish, or another engine may come up.
 
-        A request on which an engine has failed does not wait for engines of which nothing is known.
+        After an engine has failed on the request, engines whose model is not known yet no longer count.
         """
         return any(self._fitting(wish)) or not self.models() or (not wish.avoid and self._expecting())
 

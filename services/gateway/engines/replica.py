@@ -158,7 +158,7 @@ class Replica:
                 except grpc.aio.AioRpcError as error:
                     self._check_failed(error, began)
             except Exception:
-                # The checks continue. Whoever is told of changes may have failed, so this change is not told.
+                # The checks continue. The error may come from ``on_change``, so ``on_change`` is not called again here.
                 logger.exception("engine check failed", extra={"address": self.address})
                 self._misses, self._miss_began = 0, None
                 self._set_down("the check failed")

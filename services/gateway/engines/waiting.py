@@ -10,7 +10,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-_KEPT = 100  # tickets that left, and callers without a ticket, that the queue keeps before it looks for them to forget
+# While requests wait, the queue keeps at least this many tickets that left and callers without a ticket, because a
+# search for them takes time.
+_KEPT = 100
 
 
 class QueueFull(Exception):
@@ -127,8 +129,8 @@ class FairQueue(Generic[T]):
     def _forget(self) -> None:
         """Frees the memory of tickets that left the queue, and of callers whose turns no longer matter.
 
-        To look for them takes a time that grows with the queue. Therefore this method only looks for them if the queue
-        is empty, or if there may be more of them than waiting tickets.
+        A search for them takes a time that grows with the queue. Therefore this method searches only if the queue is
+        empty, or if there may be more of them than waiting tickets.
         """
         kept = 2 * self.length + _KEPT
         if not self.length:

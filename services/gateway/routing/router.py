@@ -98,7 +98,7 @@ class _Replica(CacheClock):
         self._sent_at = now
 
     def sent_lately(self, now: float, period: float) -> float:
-        """Returns the sum of the uncached tokens sent so far. Each is divided by e in every ``period``."""
+        """Returns the sum of the uncached tokens sent so far. In every ``period``, the sum is divided by e."""
         return self._sent * math.exp((self._sent_at - now) / period)
 
 
@@ -116,8 +116,8 @@ class Router:
         self._replicas: dict[str, _Replica] = {}
         self._index = PrefixIndex(settings.block_tokens, settings.max_entries)
         self._hashed: tuple[Sequence[int], list[int]] = [], []  # the latest prompt and its hashes
-        # For each replica and last hash of a prompt that was sent and not answered: the tokens expected in the cache,
-        # and the number of tokens that were written since those were last used.
+        # For each unanswered prompt, by replica and last hash: the number of tokens that the replica should have in its
+        # cache, and the number of tokens that it wrote between the last use of these tokens and this prompt.
         self._expected: OrderedDict[tuple[_Replica, int], tuple[int, float]] = OrderedDict()
 
     def choose(self, prompt: Sequence[int], loads: Mapping[str, ReplicaLoad], now: float) -> str:

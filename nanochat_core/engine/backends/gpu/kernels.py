@@ -324,6 +324,7 @@ def leave(x, middle, scales, epsilon, dim, WIDTH: tl.constexpr):
     """Subtract a share of the middle block's output from ``x`` and normalize ``x`` in place.
 
     One program runs per token.
+
     Args:
         scales: (4,) fp32; the third number is the share.
     """
