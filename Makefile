@@ -18,7 +18,8 @@ help: ## Show this list
 run: setup $(STATIC)/index.html ## Train the demo model if there is none, then serve the chat page (PORT=8000 to choose)
 	@exec $(PYTHON) -m deploy.local
 
-# Side by side in the order of collection: the end-to-end tests, which train a model first, take one process most of the time.
+# Tests run side by side, in the order of collection. The end-to-end tests train a model first, so they keep one process busy
+# most of the time.
 TEST_PROCESSES := $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 4 ? cores : 4)))
 SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
 test: setup $(STATIC)/index.html ## Lint, type checks and every test that needs neither Docker nor Kubernetes
@@ -31,8 +32,8 @@ test: setup $(STATIC)/index.html ## Lint, type checks and every test that needs 
 test-unit: setup ## The unit tests that start no server and train nothing: the loop while you edit
 	@$(PYTHON) -m pytest tests/unit -m "not slow" $(SIDE_BY_SIDE)
 
-# The Kubernetes tests train the model and leave it in TEST_STORE, from where the Compose tests serve it.
-# NANOCHAT_CLUSTER_EXEC is put before the former where only that command reaches the cluster.
+# The Kubernetes tests train the model and leave it in TEST_STORE; the Compose tests serve it from there. If only a certain
+# command reaches the cluster, set NANOCHAT_CLUSTER_EXEC to it: this command then runs the Kubernetes tests.
 TEST_STORE := $(CURDIR)/build/test-store
 test-cluster: setup ## Tests of images, compose, chart and jobs; needs make images and a cluster that kubectl points at
 	@rm -rf $(TEST_STORE) && mkdir -p $(TEST_STORE)
@@ -62,7 +63,7 @@ docs: setup ## Write docs/flags.md again from the programs' settings
 protos: setup ## Regenerate the gRPC stubs
 	@$(PYTHON) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. nanochat_core/protos/*.proto
 
-# No index is named in the lock, so that a mirror serves as well.
+# The lock names no package index, so it also works with a mirror.
 lock: setup ## Pin the dependencies again after a change to pyproject.toml (UPGRADE=--upgrade takes newer versions)
 	@uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header $(UPGRADE) \
 	  pyproject.toml $(addprefix --extra ,gateway engine sandbox tracing jobs) $(addprefix --group ,dev installer node) -o requirements.lock
@@ -75,7 +76,7 @@ release: ## Show what a release of this version would do; YES=1 tags it and lets
 
 setup: $(VENV)/.installed
 
-# uv and, where there is no Node, Node come from the package index.
+# uv comes from the package index, and so does Node if the machine has none.
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@deploy/setup $(VENV)
 	@touch $@
