@@ -157,7 +157,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         return model
 
     async def _model_with_weights(self, digest: str, context: Context) -> ServedModel:
-        """The model with these weights: the current one or a replaced one. No digest: the current one."""
+        """The model with these weights, current or replaced; the current model if ``digest`` is empty."""
         current = await self._model(context)
         model = self._host.with_weights(digest) if digest else current
         if model is None:
