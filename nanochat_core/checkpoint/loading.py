@@ -174,7 +174,7 @@ def newest_checkpoint(store: Store, model: str, *stages: str) -> Checkpoint | No
 
 
 def newest_description(store: Store, model: str, *stages: str) -> Description | None:
-    """Like :func:`newest_checkpoint`, but without the weights. A checkpoint may have damaged weights."""
+    """Like :func:`newest_checkpoint`, but without the weights, which may be damaged."""
     return _newest(load_description, store, model, stages)
 
 
