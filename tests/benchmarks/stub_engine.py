@@ -1,4 +1,4 @@
-"""An engine that answers every request with the same tokens at a constant pace, without a model.
+"""An engine that answers every request with the same tokens, without a model.
 
 It speaks the engine's gRPC protocol on one port and OpenAI's REST API on another one, so that the gateway and proxies
 of other projects can be measured on the same engine: ``python -m tests.benchmarks.stub_engine --grpc-port 50051
@@ -9,6 +9,7 @@ answer.
 import argparse
 import asyncio
 import json
+import random
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -37,7 +38,7 @@ class StubEngine(ScriptedEngine):
         count = min(self._tokens, request.sampling.max_tokens or self._tokens)
         for _ in range(count - 1):
             yield chunk([self._token])
-            await asyncio.sleep(self._pause)
+            await asyncio.sleep(self._pause * random.uniform(0.5, 1.5))
         usage = pb.Usage(prompt_tokens=len(request.prompt_token_ids), completion_tokens=count)
         yield chunk([self._token], finish=pb.FINISH_REASON_LENGTH, usage=usage)
 
@@ -56,7 +57,7 @@ def openai_api(tokens: int, pause: float) -> Starlette:
                 choice["finish_reason"] = "length"
             yield f"data: {json.dumps(body('chat.completion.chunk', choice))}\n\n".encode()
             if i < count - 1:
-                await asyncio.sleep(pause)
+                await asyncio.sleep(pause * random.uniform(0.5, 1.5))
         yield b"data: [DONE]\n\n"
 
     async def complete(request: Request) -> Response:
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--grpc-port", type=int, default=50051)
     parser.add_argument("--http-port", type=int, default=8001)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
-    parser.add_argument("--pause", type=float, default=0.02, help="seconds between two tokens")
+    parser.add_argument("--pause", type=float, default=0.02, help="mean seconds between two tokens")
     asyncio.run(serve(parser.parse_args()))
 
 
