@@ -100,9 +100,10 @@ class Affinity:
     def __init__(self, settings: RoutingSettings) -> None:
         self.router = Router(settings)
         self.seconds: list[float] = []  # time of each choice
+        self.prompts: dict[int, list[int]] = {}  # unanswered prompts, by conversation
 
     def choose(self, chat: Conversation, loads: dict[str, ReplicaLoad], now: float) -> str:
-        prompt = chat.prompt()
+        prompt = self.prompts[chat.key] = chat.prompt()
         begin = time.thread_time()
         chosen = self.router.choose(prompt, loads, now)
         self.seconds.append(time.thread_time() - begin)
@@ -110,7 +111,7 @@ class Affinity:
         return chosen
 
     def answered(self, chat: Conversation, replica: str, load: ReplicaLoad, cached: int, now: float) -> None:
-        self.router.answered(replica, chat.prompt(), cached, now)
+        self.router.answered(replica, self.prompts.pop(chat.key), cached, now)
 
     def joined(self, replica: str, now: float) -> None:
         self.router.joined(replica, now)
