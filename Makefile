@@ -9,6 +9,8 @@ WEB := services/gateway/web
 STATIC := services/gateway/static
 # tests/install-servers puts programs for tests and lint into the cache.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH):$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/nanochat-tests/bin
+# Some environments forbid Python to store compiled modules. Each process would then compile all of torch's Python again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help run test test-unit test-cluster test-numerics lint format docs protos lock images release clean setup
 
