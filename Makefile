@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH):$(or $(XDG_CACHE_HOME),$(HOME)/.cac
 # Some environments forbid Python to store compiled modules. Each process would then compile all of torch's Python again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help run test test-unit test-cluster test-numerics lint format docs protos lock images release clean setup
+.PHONY: help run test test-unit test-web test-cluster test-numerics lint lint-types lint-rules format docs protos lock images release clean setup
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -25,8 +25,7 @@ TEST_PROCESSES := $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores 
 SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
 test: setup $(STATIC)/index.html ## Lint, type checks and every test that needs neither Docker nor Kubernetes
 	@tests/install-servers
-	@$(MAKE) --no-print-directory lint
-	@npm --prefix $(WEB) run --silent check && npm --prefix $(WEB) test --silent
+	@$(MAKE) --no-print-directory --jobs=2 lint-types lint-rules test-web
 	@$(PYTHON) -m pytest -m "not cluster" $(SIDE_BY_SIDE) --cov --cov-report=
 	@echo "The test processes themselves run $$(coverage report --format=total) % of the lines; coverage html shows which"
 
@@ -45,9 +44,19 @@ test-numerics: setup $(STATIC)/index.html ## Run the tests that train with the r
 	@$(PYTHON) -m tests.support.numerics
 
 lint: setup ## Style, types, the rules of who imports whom, unused dependencies, workflows
-	@ruff check . && ruff format --check . && mypy
+	@$(MAKE) --no-print-directory --jobs=2 lint-types lint-rules
+
+# The types take longest, so they are checked on a core of their own.
+lint-types: setup
+	@mypy
+
+lint-rules: setup
+	@ruff check . && ruff format --check .
 	@lint-imports --no-logo && deptry .
 	@if command -v actionlint >/dev/null; then actionlint; else echo "actionlint is not installed: the workflows are not checked"; fi
+
+test-web: $(STATIC)/index.html
+	@npm --prefix $(WEB) run --silent check && npm --prefix $(WEB) test --silent
 
 format: setup ## Rewrite the code in the project's format
 	@ruff check --fix . ; ruff format .
