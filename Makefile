@@ -9,8 +9,10 @@ WEB := services/gateway/web
 STATIC := services/gateway/static
 # tests/install-servers puts programs for tests and lint into the cache.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH):$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/nanochat-tests/bin
+# Some environments forbid Python to store compiled modules. Each process would then compile all of torch's Python again.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help run test test-unit test-cluster test-numerics chaos lint format docs protos lock images release clean setup
+.PHONY: help run test test-unit test-web test-cluster test-numerics chaos lint lint-types lint-rules servers format docs protos lock images release clean setup
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -23,9 +25,7 @@ run: setup $(STATIC)/index.html ## Train the demo model if there is none, then s
 TEST_PROCESSES := $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 4 ? cores : 4)))
 SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
 test: setup $(STATIC)/index.html ## Lint, type checks and every test that needs neither Docker nor Kubernetes
-	@tests/install-servers
-	@$(MAKE) --no-print-directory lint
-	@npm --prefix $(WEB) run --silent check && npm --prefix $(WEB) test --silent
+	@$(MAKE) --no-print-directory --jobs=2 SERVERS=servers lint-types lint-rules test-web
 	@$(PYTHON) -m pytest -m "not cluster" $(SIDE_BY_SIDE) --cov --cov-report=
 	@echo "The test processes themselves run $$(coverage report --format=total) % of the lines; coverage html shows which"
 
@@ -50,9 +50,23 @@ chaos: setup ## Kill, stop and start all services under load, and count what cli
 	@$(PYTHON) -m tests.benchmarks.chaos --minutes $(MINUTES) --seed $(SEED)
 
 lint: setup ## Style, types, the rules of who imports whom, unused dependencies, workflows
-	@ruff check . && ruff format --check . && mypy
+	@$(MAKE) --no-print-directory --jobs=2 lint-types lint-rules
+
+# The types take longest, so they are checked on a core of their own.
+lint-types: setup
+	@mypy
+
+# actionlint is one of the programs that make test installs.
+lint-rules: setup $(SERVERS)
+	@ruff check . && ruff format --check .
 	@lint-imports --no-logo && deptry .
 	@if command -v actionlint >/dev/null; then actionlint; else echo "actionlint is not installed: the workflows are not checked"; fi
+
+servers:
+	@tests/install-servers
+
+test-web: $(STATIC)/index.html
+	@npm --prefix $(WEB) run --silent check && npm --prefix $(WEB) test --silent
 
 format: setup ## Rewrite the code in the project's format
 	@ruff check --fix . ; ruff format .

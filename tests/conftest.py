@@ -50,6 +50,20 @@ class _SideBySide(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no ty
         return folder if folder.endswith("e2e") else file
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Measure coverage in the first case of each test, and not in property tests.
+
+    The trace function slows all Python code down to half its speed, also code that is not measured. Further cases and
+    examples run nearly the same lines again.
+    """
+    seen: set[str] = set()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if test in seen or getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker(pytest.mark.no_cover)
+        seen.add(test)
+
+
 def pytest_collection_finish() -> None:
     """Apply the CPU settings before the fixtures of modules. (These run before ``_cpu_of_tests``.)"""
     _settle_cpu()

@@ -3,6 +3,7 @@
 import random
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,14 @@ from nanochat_core.model import GPT
 from tests.support.engine_models import BYTES, SHAPES, Place, shape_of, tiny_model
 
 BLOCK = 16
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(library.load_kernels() is None, reason="the kernels cannot be built: no C++ compiler"),
-]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_kernels() -> None:
+    """Build the kernels when a test needs them. Building them while tests are collected would delay all tests."""
+    if library.load_kernels() is None:
+        pytest.skip("the kernels cannot be built: no C++ compiler")
 
 
 def place(
@@ -155,7 +160,26 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     library.load_kernels.cache_clear()
 
 
+@pytest.fixture
+def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds libraries in less time, for tests that do not compute with them."""
+    monkeypatch.setattr(library, "_FLAGS", tuple("-O1" if flag == "-O3" else flag for flag in library._FLAGS))
+
+
+@pytest.mark.usefixtures("quick_builds")
 def test_the_library_is_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that start at the same time do not all build it."""
+    builds: list[Path] = []
+
+    def build(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+        builds.append(path)
+        _build(compiler, flags, path)
+
+    _build = library._build
+    monkeypatch.setattr(library, "_build", build)
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(lambda _: library.find_cached(), range(2)))
+    assert paths == builds * 2
     assert library.load_kernels() is not None
     built = list(fresh.rglob("*.so"))
     assert len(built) == 1
@@ -194,6 +218,7 @@ def test_a_library_that_cannot_be_loaded_is_reported(
     assert "cannot be loaded" in caplog.text
 
 
+@pytest.mark.usefixtures("quick_builds")
 def test_an_image_takes_libraries_along_and_the_best_that_runs_is_taken(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,20 +2,17 @@
 
 import pytest
 import torch
+from test_engine_cpu import needs_kernels as needs_kernels
 from test_engine_cpu import place
 from test_model import random_model
 from torch import nn
 
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams
-from nanochat_core.engine.backends.cpu import library
 from nanochat_core.engine.backends.cpu.int8 import Int8Weight, quantize
 from nanochat_core.errors import UserError
 from tests.support.engine_models import BYTES, shape_of, tiny_model
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(library.load_kernels() is None, reason="the kernels cannot be built: no C++ compiler"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("needs_kernels")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

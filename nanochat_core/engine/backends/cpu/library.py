@@ -1,6 +1,8 @@
 """Builds and loads the library of the C++ kernels in ``kernels.cpp``."""
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -10,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -101,12 +104,25 @@ def find_cached() -> Path | None:
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _build(compiler, _FLAGS, path)
+        with _locked(folder):
+            if not path.exists():
+                _build(compiler, _FLAGS, path)
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         log.warning("the CPU kernels cannot be built; PyTorch's are used", extra={"error": detail[-2000:]})
         return None
     return path
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Of processes that start at the same time, one builds the library and the others wait for it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _build(compiler: str, flags: tuple[str, ...], path: Path) -> None:
