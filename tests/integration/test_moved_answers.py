@@ -1,7 +1,12 @@
-"""Answers of a real engine that is lost continue at the other engine without a difference."""
+"""Answers of a real engine that is lost continue at the other engine without a difference.
+
+``NANOCHAT_EXAMPLES=29 pytest -s tests/integration/test_moved_answers.py`` runs two hundred streams, and prints how long
+the moves took.
+"""
 
 import asyncio
 import contextlib
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +18,7 @@ import pytest
 from nanochat_core.checkpoint import CheckpointRef, promote
 from nanochat_core.store import open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
-from tests.support.engine_models import BYTES, CALLING, tiny_model
+from tests.support.engine_models import BYTES, CALLING, examples, tiny_model
 from tests.support.scripted_engine import http_client, openai_client, running_gateway, until_up
 from tests.support.service_process import EngineProcess
 
@@ -30,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "regex": {"extra_body": {"regex": "([a-z]{3,9} ){20,40}"}},
     "tools": {"logit_bias": {str(token): bias for token, bias in CALLING.items()}},
 }
-REPEATS = 3
+REPEATS = examples(3)
 
 Choices = dict[int, dict[str, Any]]
 
@@ -45,7 +50,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def engines(home: Path) -> Iterator[list[EngineProcess]]:
-    running = [EngineProcess(home, "--drain-seconds", "60", ready=False) for _ in range(2)]
+    running = [EngineProcess(home, "--drain-seconds", "60", "--max-running", "400", ready=False) for _ in range(2)]
     for engine in running:
         engine.connect()
     yield running
@@ -73,11 +78,12 @@ async def told(client: openai.AsyncOpenAI, kind: str, seed: int, chunks: asyncio
     return choices
 
 
-async def moved(url: str, reason: str) -> float:
+async def moves(url: str, reason: str) -> dict[str, float]:
+    """Returns the number of moves whose gap was at most so many seconds, by that number; ``+Inf`` counts all."""
     async with http_client(url) as http:
         lines = (await http.get("/metrics")).text.splitlines()
-    name = f'nanochat_gateway_migrations_total{{reason="{reason}"}} '
-    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+    pattern = re.compile(rf'nanochat_gateway_migration_gap_seconds_bucket{{le="(.+)",reason="{reason}"}} (.+)')
+    return {found[1]: float(found[2]) for line in lines if (found := pattern.fullmatch(line))}
 
 
 @pytest.mark.parametrize(
@@ -87,7 +93,7 @@ async def test_every_answer_is_the_one_of_an_undisturbed_run(
     engines: list[EngineProcess], number: signal.Signals, reason: str
 ) -> None:
     requests = [(kind, seed) for seed in range(REPEATS) for kind in KINDS]
-    changes: dict[str, Any] = {"poll_seconds": 0.5, "health_timeout_seconds": 1.0, "queue_seconds": 30.0}
+    changes: dict[str, Any] = {"poll_seconds": 0.5, "health_timeout_seconds": 1.0, "queue_seconds": 120.0}
     async with running_gateway(*(engine.address for engine in engines), **changes) as url:
         await until_up(url, 2)
         client = openai_client(url)
@@ -104,7 +110,10 @@ async def test_every_answer_is_the_one_of_an_undisturbed_run(
         disturbed = await asking
         for request, before, after in zip(requests, undisturbed, disturbed, strict=True):
             assert after == before, request
-        assert await moved(url, reason) > 0
+        gaps = await moves(url, reason)
+        assert gaps["+Inf"] > 0
+        longest = next(seconds for seconds, count in gaps.items() if count == gaps["+Inf"])
+        print(f"{number.name}: {len(requests)} streams, {gaps['+Inf']:.0f} moves, each within {longest} seconds")
         assert any(choice["events"] for answer in undisturbed for choice in answer.values())
         if number == signal.SIGTERM:
             assert engines[0].process.wait(10) == 0
