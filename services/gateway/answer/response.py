@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import hashlib
+import itertools
 import secrets
 import time
 import uuid
@@ -75,15 +76,13 @@ class Answer(abc.ABC):
         with_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
         # If the request asks for the token counts, OpenAI's API sends ``null`` in every chunk except the last.
         tail = {"usage": None} if with_usage else {}
-        opened = False
+        opening = self.opening()  # exhausted after the first delta
         async with self._deltas() as deltas:
             async for index, delta in deltas:
-                if not opened:
-                    opened = True
-                    for choice in self.opening():
-                        yield _event(self._response(self.chunk_kind, index, [choice]) | tail)
-                for choice in self.pieces(index, delta):
-                    yield _event(self._response(self.chunk_kind, index, [choice]) | tail)
+                choices = itertools.chain(opening, self.pieces(index, delta))
+                events = [_event(self._response(self.chunk_kind, index, [choice]) | tail) for choice in choices]
+                if events:
+                    yield b"".join(events)
         if with_usage:
             yield _event(self._response(self.chunk_kind, 0, []) | {"usage": self._usage()})
         yield b"data: [DONE]\n\n"
