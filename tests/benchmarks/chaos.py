@@ -169,8 +169,12 @@ class Load:
     async def run(self) -> None:
         """Send requests, each to a gateway that is not known to be down, as a load balancer does."""
         while not self.stopping.is_set():
-            up = [gateway for gateway in self._stack.gateways if gateway.state in (State.STARTED, State.STOPPED)]
-            up = [gateway for gateway in up if gateway.ready_since is not None or gateway.state is State.STOPPED]
+            # A stopped gateway counts as up, unless it was stopped before it could listen.
+            up = [
+                gateway
+                for gateway in self._stack.gateways
+                if gateway.ready_since is not None or (gateway.state is State.STOPPED and gateway.served)
+            ]
             if not up:
                 await asyncio.sleep(0.05)
                 continue

@@ -54,6 +54,7 @@ class Instance:
         state: the last action on it.
         ready_since: when it was first seen ready after its start; None if it is not ready. In seconds of the monotonic
             clock.
+        served: whether it has been ready since its start.
         harms: everything that was done to it.
         log: its last lines.
     """
@@ -63,6 +64,7 @@ class Instance:
         self.port = free_port()
         self.state = State.DEAD
         self.ready_since: float | None = None
+        self.served = False
         self.harms: list[Harm] = []
         self.log: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
         self._flags = [*flags, "--port", str(self.port)]
@@ -77,6 +79,7 @@ class Instance:
         """Start the process. It becomes ready later."""
         self._process = ForkedProgram(f"services.{self.kind}", *self._flags)
         threading.Thread(target=self._read, args=(self._process,), daemon=True).start()
+        self.served = False
         self._note(State.STARTED, "start")
 
     def kill(self) -> None:
@@ -104,6 +107,7 @@ class Instance:
         ready = self.state is State.STARTED and await self._answers()
         if ready and self.state is State.STARTED:  # the state may have changed during the probe
             self.ready_since = self.ready_since or time.monotonic()
+            self.served = True
         else:
             self.ready_since = None
 
