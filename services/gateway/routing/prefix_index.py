@@ -7,7 +7,7 @@ the hash of the block before it, so it identifies the whole prefix up to the end
 only some of them, called marks: the prefixes of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... blocks, and the longest one. A prompt
 of n blocks leaves about 2 log2(n) marks, 14 in the example. The next turn of a chat begins with the whole previous
 prompt, whose longest mark is therefore found. Of any other prefix that two prompts share, the index finds at least two
-thirds of the full blocks, because each number in the series is at most 3/2 of the previous one (or one more).
+thirds of the full blocks, because after the 2, each number in the series is at most 3/2 of the previous number.
 
 **Age.** An engine reuses the least recently used block first, so a prefix is lost when the replica has written as many
 new tokens since the prefix's last use as its cache holds. Each replica therefore has a clock that counts written tokens
