@@ -9,9 +9,9 @@ of n blocks leaves about 2 log2(n) marks, 14 in the example. The next turn of a 
 prompt, whose longest mark is therefore found. Of any other prefix that two prompts share, the index finds at least two
 thirds of the full blocks, because after the 2, each number in the series is at most 3/2 of the previous number.
 
-**Age.** An engine reuses the least recently used block first, so a prefix is lost when the replica has written as many
-new tokens since the prefix's last use as its cache holds. Each replica therefore has a clock that counts written tokens
-(:class:`CacheClock`), and an entry of the index is the reading of this clock when the prefix was last used.
+**Age.** An engine reuses the least recently used block first. A replica whose cache holds n tokens therefore loses a
+prefix after it has written n new tokens since the prefix's last use. For each replica, a clock counts the written
+tokens (:class:`CacheClock`). An entry of the index is the reading of this clock when the prefix was last used.
 
 **Memory.** The index holds at most ``max_entries`` pairs of a mark and a replica, and drops those of the least
 recently used mark first. A pair takes at most about 400 bytes.
