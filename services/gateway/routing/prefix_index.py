@@ -110,8 +110,8 @@ class PrefixIndex:
     def holders(self, marks: Sequence[Mark], names: Container[str], limit: int, now: float) -> dict[CacheClock, int]:
         """Returns up to ``limit`` replicas of ``names`` that hold one of the marks, with the tokens that each holds.
 
-        The replicas with the most tokens come first; of equal ones, those that used the prefix least recently, so that
-        the holders of a popular prefix take turns. Drops entries that are too old.
+        The replicas with the most tokens come first. Among equal ones, the replica that used the prefix least recently
+        comes first, so that the holders of a popular prefix take turns. Drops entries that are too old.
         """
         found: dict[CacheClock, int] = {}
         for tokens, key, holders in marks:
