@@ -131,9 +131,8 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Computes :class:`Attention` by FlexAttention (arXiv 2412.05496), which skips the blocks that a window hides.
 
-    In two cases, this function uses SDPA instead: if the window covers the whole row, because then no mask is needed,
-    and in uncompiled code, because there FlexAttention would store the whole matrix of scores. FlexAttention has no
-    backward pass on a CPU.
+    In two cases, this function uses SDPA instead. If the window covers the whole row, no mask is needed. In uncompiled
+    code, FlexAttention would store the whole matrix of scores. FlexAttention has no backward pass on a CPU.
     """
     time = q.size(1)
     if window >= time - 1 or not torch.compiler.is_compiling():

@@ -53,7 +53,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _one_line(message: str) -> str:
-    """The message with escapes in place of line breaks and other control characters, which a file's name may have."""
+    """The message in one line: escapes replace line breaks and other control characters, such as in a file's name."""
     return "".join(
         char if char.isprintable() or char == " " else char.encode("unicode_escape").decode() for char in message
     )

@@ -4,9 +4,9 @@ Every JSON file that a program writes for another program has a number ``format`
 files from before version 0.1.0 have none. A reader reads every format up to its own, and refuses a newer one with
 :class:`NewerFormatError`. It never takes a newer file for a damaged one, because damaged files are replaced.
 
-Raise the number of a file when an older reader would misread the new content. A new field that only informs needs no
-new number, because readers ignore unknown fields there. Files whose every field matters, such as the shape of a model,
-are read with ``known`` fields: an unknown field in them is refused like a newer format.
+Raise the number of a file when an older reader would misread the new content. If older readers may ignore a new field,
+the number stays: readers ignore the unknown fields of most files. In some files every field matters, for example in the
+shape of a model. These files are read with ``known`` fields, and an unknown field is refused like a newer format.
 """
 
 from collections.abc import Collection, Mapping

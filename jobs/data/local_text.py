@@ -84,7 +84,8 @@ class LocalText:
         """sha256 of the contents of all files that are used, and of the column if it is not ``text``."""
         digest = hashlib.sha256(b"" if self.column == "text" else os.fsencode(self.column))
         splits = self.splits
-        # Without --val-data, the files' names usually decide their use, so the order of the names is enough.
+        # Without --val-data, the use of a file usually follows from the names of the files. It is then enough to digest
+        # the files in the order of their names.
         files = [*splits.training, *splits.validation]
         for file in files if self.val_data else sorted(files):
             refuse_pointer(Path(file), file)
@@ -157,7 +158,7 @@ def local_text(data: str, val_data: str, column: str) -> LocalText:
 
 
 def _identity(file: str) -> tuple[int, int]:
-    """What a file has in common with all links to it, symbolic or hard."""
+    """The same value for a file and for all links to it, symbolic or hard."""
     found = os.stat(file)
     return found.st_dev, found.st_ino
 

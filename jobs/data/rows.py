@@ -139,7 +139,8 @@ class JsonRows:
     def __init__(self, file: IO[bytes], shown: str, unit: str = ":", numbers: "array[int] | None" = None) -> None:
         """
         Args:
-            shown, unit: name of the file in error messages, and the text between it and the number of a row.
+            shown: name of the file in error messages.
+            unit: text between this name and the number of a row.
             numbers: number of each row in error messages; by default the number of its line.
         """
         self._shown, self._unit = shown, unit

@@ -120,7 +120,7 @@ def run(settings: GenerateSettings, show: Callable[[str], None], show_tool: Call
 
 @contextlib.contextmanager
 def open_sandbox() -> Iterator[SandboxTool]:
-    """The sandbox of the model's Python calls; a UserError if this machine cannot isolate code."""
+    """The sandbox of the model's Python calls. Raises UserError if this machine cannot isolate code."""
     try:
         executor = SandboxExecutor().start()
     except SandboxUnavailable as error:
@@ -132,8 +132,8 @@ def open_sandbox() -> Iterator[SandboxTool]:
 def read_prompt(prompt: str | None, stdin: TextIO | None) -> str:
     """The prompt, or all of ``stdin`` without its last line break if ``prompt`` is None.
 
-    A UserError is raised if ``stdin`` is a terminal, because the program would wait for a person who does not expect
-    it, or if it is not UTF-8.
+    Raises UserError if ``stdin`` is not UTF-8, or if it is a terminal: the program would wait for input that nobody
+    knows to type.
     """
     if prompt is not None:
         return prompt
@@ -154,7 +154,7 @@ def chat_prompt(tokenizer: Tokenizer, system: str, message: str) -> list[int]:
 
 
 def sampling_params(settings: GenerateSettings, seed: int, stops: frozenset[int]) -> SamplingParams:
-    """The settings' sampling parameters; a value out of range is a UserError that names it."""
+    """The sampling parameters of the settings. Raises UserError that names a value out of range."""
     names = {field.name for field in dataclasses.fields(SamplingParams)} - {"seed"}
     given = {name: value for name, value in dataclasses.asdict(settings).items() if name in names}
     return SamplingParams(**given, seed=seed, stop_token_ids=stops)

@@ -373,7 +373,7 @@ def _exchange(example: Report) -> list[str]:
 def _shown(text: str, *, always: bool = False) -> list[str]:
     """Markdown that shows a text literally, cut if it is long: one line as it is, several lines as a block.
 
-    ``always`` makes a block of one line too.
+    If ``always`` is set, one line becomes a block too.
     """
     cut = _cut(text.strip("\n"))
     return block(cut) if always or "\n" in cut else [literal(cut)]

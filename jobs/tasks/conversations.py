@@ -43,7 +43,7 @@ _SPEAKERS = {
     "assistant": "assistant",
     "model": "assistant",
 }
-# Fields of the question, of further input to it (which a row may leave out), and of the answer.
+# Three fields: the question, further input to the question, and the answer. A row may leave the input out.
 _ALPACA_FIELDS = (
     ("instruction", "input", "output"),  # Alpaca
     ("instruction", "context", "response"),  # Dolly

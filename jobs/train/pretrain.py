@@ -114,7 +114,7 @@ def plan_run(
 ) -> tuple[ModelConfig, TrainingPlan]:
     """The model's shape and the training plan that follow from the settings.
 
-    The shape is that of the checkpoint from which the run starts, if there is one; other flags are a UserError.
+    If the run starts from a checkpoint, the shape is the checkpoint's. Raises UserError if a flag gives another shape.
     """
     config = ModelConfig.from_depth(
         settings.depth,
@@ -161,7 +161,7 @@ def input_digests(store: Store, dataset: str, tokenizer: Tokenizer, start: Start
 
 
 def open_start(store: Store, settings: PretrainSettings) -> tuple[Start | None, Tokenizer]:
-    """The checkpoint that the run starts from, if any, and the tokenizer; UserError if they do not fit each other."""
+    """The checkpoint to start from, if any, and the tokenizer. Raises UserError if they do not fit each other."""
     if not settings.start_from:
         return None, load_tokenizer(store, settings.tokenizer)
     found = find_pretrained(store, settings.start_from)

@@ -71,9 +71,10 @@ def numbers(flag: str, texts: Sequence[str], kind: Callable[[str], Any]) -> list
 
 
 def flags_of_runs(settings: AnyStudy, passed_on: Sequence[str]) -> Iterator[list[str]]:
-    """The flags of a run for each depth; for scaling laws, for each budget and depth, the smallest budget first.
+    """The flags of every run. A miniseries has a run for each depth, scaling laws for each budget and depth.
 
-    Raises UserError if ``--depths`` or ``--flops`` is wrong, or if ``passed_on`` has a flag that the study sets itself.
+    The smallest budget comes first. Raises UserError if ``--depths`` or ``--flops`` is wrong, or if ``passed_on`` has a
+    flag that the study sets itself.
     """
     depths = numbers("--depths", settings.depths, int)
     budgets: list[float | None] = [None]

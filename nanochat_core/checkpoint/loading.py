@@ -150,9 +150,9 @@ def _read_meta(manifest: Manifest, store: Store) -> dict[str, Any]:
 
 
 def check_formats(store: Store, ref: CheckpointRef) -> None:
-    """Raises an error if this version must not delete a checkpoint, because it cannot read an undamaged file of it.
+    """Raises an error if this version cannot read an undamaged file of a checkpoint, and so must not delete it.
 
-    Files that are damaged or missing are no obstacle. Weights and optimizer tensors are not read.
+    Damaged or missing files raise no error. Weights and optimizer tensors are not read.
     """
     with contextlib.suppress(DamagedCheckpoint):
         manifest = load_manifest(store, ref)
@@ -206,7 +206,7 @@ def pick_checkpoint(store: Store, model: str, revision: str, *stages: str) -> Ch
 
 @dataclasses.dataclass(frozen=True)
 class TrainerState:
-    """Everything except the weights that a run needs to continue exactly where it stopped.
+    """Everything that a run needs, besides the weights, to continue exactly where it stopped.
 
     ``values`` is JSON data (step, data position, …). The tensors are in safetensors files, one from each rank that
     wrote the checkpoint. A file is fetched and verified when one of its tensors is first read, so each rank transfers

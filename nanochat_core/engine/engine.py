@@ -190,9 +190,9 @@ class Engine:
                 self.cancel(request_id)
 
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
-        """:meth:`stream`, but yield each request's id and its choices when the last of them ends.
+        """Like :meth:`stream`, but yield the id and all choices of a request together, when its last choice ends.
 
-        Nothing is yielded for a request whose choices have all ended already.
+        Nothing is yielded for a request that has no unfinished choice.
         """
         started = list(requests)
         unfinished = {request.id: request.unfinished for request in started}

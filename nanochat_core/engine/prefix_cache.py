@@ -46,9 +46,10 @@ class PrefixIndex:
             self.hashes[block] = digest
 
     def offer(self, block: int, parent: bytes, tokens: list[int]) -> int | None:
-        """Offer a block for copying, unless the current offer after ``parent`` begins with the same tokens.
+        """Offer ``block``, which contains ``tokens``, to sequences whose preceding block has the hash ``parent``.
 
-        The result is the block whose offer was replaced, if any.
+        Nothing changes if the block offered so far begins with the same tokens. The result is the block whose offer was
+        replaced, if any.
         """
         replaced = None
         if parent in self.offers:

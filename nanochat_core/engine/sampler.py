@@ -255,7 +255,6 @@ class Sampler:
         return x if len(rows) == len(x) else x.index_select(0, to_device(np.array(rows, np.int64), self._device))
 
     def _put(self, x: Tensor, rows: Items[int], values: Tensor) -> None:
-        """Replace these rows of ``x``."""
         if len(rows) == len(x):
             x.copy_(values)
         else:

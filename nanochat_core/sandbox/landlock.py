@@ -18,7 +18,7 @@ USE_SCRATCH = READ_TREE | WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | 
 MINIMUM_ABI = 3
 """The first version of Landlock that controls truncation of files."""
 
-# For each version of Landlock that added rights, the total number of rights since then.
+# For each version of Landlock that added rights, the number of rights that this version has in total.
 _FS_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}
 _NET_RIGHTS = {4: 2}
 _SCOPES = {6: 2}

@@ -56,7 +56,7 @@ class Store(ABC):
 
     @abstractmethod
     def remove_version(self, key: str, version: str) -> None:
-        """Removes one file if it still has this version, and on a file system the folders that this empties."""
+        """Removes one file if it still has this version. Folders of a file system that become empty are removed too."""
 
     @abstractmethod
     def create(self, key: str) -> contextlib.AbstractContextManager[Path]:

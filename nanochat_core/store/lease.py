@@ -10,8 +10,8 @@ that wants the same name watches the file:
 
 Nobody compares the clocks of two machines: each program measures with its own clock how long it has seen the same
 content. The file is only ever changed by :meth:`Store.replace`, so of several programs that want a lease, one gets it.
-A holder that was suspended for longer than its lease finds the other program's content when it renews the lease, which
-it does before everything that it writes or deletes, and stops with :class:`LeaseLost`.
+A holder renews its lease before it writes or deletes anything. If it was suspended for longer than its lease lasts, it
+then finds the content of another program and stops with :class:`LeaseLost`.
 
 This is the lease of Gray and Cheriton, "Leases: an efficient fault-tolerant mechanism for distributed file cache
 consistency" (SOSP 1989), except that a lease expires by the observer's clock instead of the server's.
@@ -223,7 +223,10 @@ def _is_alive(holder: dict[str, Any]) -> bool | None:
 
 
 def _machine() -> str | None:
-    """Identifies this boot of the machine and the namespace of process ids, which differs by container; or None."""
+    """A text that identifies this boot of the machine and the namespace of process ids; None if it is unknown.
+
+    Each container has a namespace of its own.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"

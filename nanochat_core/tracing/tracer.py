@@ -27,7 +27,7 @@ class Tracer:
     """The spans of one service."""
 
     def __init__(self, service: str, settings: TracingSettings, ratio: float = 0.0) -> None:
-        """``ratio`` is the share of the traces begun here that is exported. For other traces, the caller decides.
+        """If a trace begins here, it is exported with the probability ``ratio``. For other traces, the caller decides.
 
         Raises UserError if traces are to be exported and the packages for that are not installed.
         """

@@ -144,9 +144,9 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Waits until the last checkpoint is written.
 
-        Raises StoreError if it could not be written, and another UserError if it must not be written: another run has
-        taken over the model's name, or a newer version of nanochat wrote the checkpoint that this one would replace.
-        Earlier checkpoints stay complete.
+        Raises StoreError if it could not be written. Raises another UserError if it must not be written: another run
+        has taken over the model's name, or it would replace a checkpoint of a newer version of nanochat. Earlier
+        checkpoints stay complete.
         """
         if self._thread is not None:
             self._thread.join()

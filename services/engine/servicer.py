@@ -129,8 +129,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     async def GetReport(self, request: engine_pb2.GetReportRequest, context: Context) -> engine_pb2.Report:
         """Read the report on the current model from the store. The report may be about another revision.
 
-        The status is UNAVAILABLE until a model is loaded and while the store does not answer, NOT_FOUND if the report
-        or the requested file does not exist, and FAILED_PRECONDITION if the reply would be too large.
+        The status is UNAVAILABLE until a model is loaded and while the store does not answer. It is NOT_FOUND if the
+        report or the requested file does not exist, and FAILED_PRECONDITION if the reply would be too large.
         """
         model = await self._model(context)
         if not self._report_reads.acquire(blocking=False):

@@ -207,7 +207,7 @@ class ConsistentHashing(_LoadOnly):
 
 
 class Replica:
-    """The model of a replica."""
+    """A simulated replica."""
 
     def __init__(self) -> None:
         self.load = ReplicaLoad(0, 0, 0.0)

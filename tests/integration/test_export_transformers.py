@@ -148,7 +148,7 @@ def test_texts_and_conversations_have_the_same_ids(store: Store, tmp_path: Path)
     any_character = [chr(code) for code in range(1, 0x3000)]
     texts = ["", " ", "banana ananas", *("".join(draw.choices(letters, k=draw.randint(1, 60))) for _ in range(3000))]
     texts += ["".join(draw.choices(any_character, k=30)) for _ in range(1000)]
-    # Every character alone, with neighbors that could join it in a piece.
+    # Each text has one character twice, beside characters that could join it in a piece.
     texts += [f"a{chr(code)}1 {chr(code)}b" for code in range(1, 0x20000) if not 0xD800 <= code < 0xE000]
     for text, ids in zip(texts, theirs(texts, add_special_tokens=False)["input_ids"], strict=True):
         assert ids == ours.encode(text), repr(text)

@@ -95,7 +95,7 @@ def test_sigterm_saves_the_step_that_was_running(jobs: Jobs, uninterrupted: Resu
 
 @pytest.mark.slow
 def test_a_compiled_run_that_is_stopped_ends_with_a_whole_log_line(jobs: Jobs) -> None:
-    """torch.compile loads a library that lists at exit what was never freed, without a last line break."""
+    """At exit, a library of torch.compile prints a list of objects that were never freed. The list ends mid-line."""
     flags = {name: value for name, value in PRETRAIN.items() if name != "no-compile"} | {"save-every": 0, "steps": 9999}
     command = [sys.executable, "-m", MODULE, "--home", str(jobs.home), *argv(flags)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as job:

@@ -83,21 +83,21 @@ class Instance:
         self._note(State.STARTED, "start")
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL: the process ends at once."""
         self._signal(signal.SIGKILL, State.DEAD, "kill")
         assert self._process is not None
         self._process.wait(10)
 
     def stop(self) -> None:
-        """SIGSTOP: the process hangs until :meth:`resume`."""
+        """Send SIGSTOP: the process hangs until :meth:`resume`."""
         self._signal(signal.SIGSTOP, State.STOPPED, "stop")
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT: the process continues after :meth:`stop`."""
         self._signal(signal.SIGCONT, State.STARTED, "continue")
 
     def end(self) -> None:
-        """SIGTERM: the process hands its work over or finishes it, and exits."""
+        """Send SIGTERM: the process hands its work over or finishes it, and exits."""
         self._signal(signal.SIGTERM, State.ENDING, "end")
 
     async def probe(self) -> None:

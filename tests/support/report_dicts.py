@@ -65,7 +65,7 @@ def report(*parts: str) -> dict[str, Any]:
             50,
             tokens=None,
             mfu=None,
-            # As in the report of an earlier version.
+            # A report of an earlier version lacks these numbers.
             learning_rates={},
             gradient_norm=None,
             data={},
@@ -175,7 +175,7 @@ def conversations(count: int = 12) -> dict[str, Any]:
 
 
 def every_combination() -> list[tuple[str, ...]]:
-    """All sets of stages. Each set has no other part, all other parts, or all other parts except one."""
+    """Every possible set of stages, combined with none, with all, or with all but one of the other parts."""
     stages = [("base",), ("base", "sft"), ("base", "sft", "rl"), ("sft",), ("sft", "rl")]
     rest = [part for part in OPTIONAL if part not in ("base", "sft", "rl")]
     extras = [(), tuple(rest), *itertools.combinations(rest, len(rest) - 1)]

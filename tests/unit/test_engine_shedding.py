@@ -133,7 +133,7 @@ def test_whatever_steps_fail_each_request_is_answered_exactly_or_given_up_with_a
     def fails(chunks: list[Chunk]) -> bool:
         nonlocal step
         step += 1
-        # At most two steps in a row fail, because the engine ends if more smallest steps fail in a row.
+        # At most two steps in a row fail. If the smallest step failed a third time, the engine would end.
         return step in failing and not {step - 1, step - 2} <= failing
 
     config = EngineConfig(max_running=8, token_budget=64, overlap=overlap, speculative_batch=0 if overlap else 16)

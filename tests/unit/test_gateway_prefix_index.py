@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from services.gateway.routing.prefix_index import CacheClock, PrefixIndex, held_tokens
 
 BLOCK = 4
-# Only two different tokens, so that prompts often have a common beginning.
+# There are only two different tokens, so prompts often have a common beginning.
 PROMPTS = st.lists(st.lists(st.integers(0, 1), max_size=80), max_size=12)
 
 

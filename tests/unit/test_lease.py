@@ -1,4 +1,4 @@
-"""Leases on names of the store: one holder at a time, taken over after its death and not before."""
+"""A lease on a name of the store has one holder at a time, and is taken over only after the holder's death."""
 
 import contextlib
 import json

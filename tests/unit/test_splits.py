@@ -1,4 +1,4 @@
-"""The names of files state their splits, and names that leave a question open are refused with the question."""
+"""The names of files state their splits. If they leave the use of a file open, the error asks what to do."""
 
 from typing import Any
 

@@ -150,7 +150,7 @@ def generate(
     sampling: SamplingParams = _GREEDY,
     samples: int = 1,
 ) -> Iterator[tuple[int, tuple[Response, ...]]]:
-    """Generate answers to the questions with these ``numbers``. Yield the answers to each question when all are done.
+    """Answer the questions with these ``numbers``. A question's answers are yielded when all of them are done.
 
     An answer depends on the question, the seed and the index of the sample only, not on the other questions. A
     question that leaves no room for an answer in the model's context gets no answers.

@@ -111,7 +111,6 @@ def describe_stage(checkpoint: Checkpoint) -> Report:
 
 
 def _median_and_largest(values: Sequence[float]) -> Report | None:
-    """The median and the largest of the values; None if there are none."""
     return {"median": statistics.median(values), "largest": max(values)} if values else None
 
 

@@ -196,9 +196,10 @@ class PackedLoader:
 
 
 def text_cache(rows: int, world_size: int, datasets: int = 1) -> RowGroupCache:
-    """A cache for the text of one of ``datasets`` datasets that a rank's packers read at a time.
+    """A cache for the row groups of one dataset that a rank's packers read at the same time.
 
-    ``rows`` is the number of rows of the global batch. Several datasets share the memory that one dataset would get.
+    ``rows`` is the number of rows of the global batch. If a run reads several ``datasets``, their caches together take
+    as much memory as the cache of one dataset would.
     """
     packers = math.ceil(min(rows, MAX_PACKERS) / world_size)
     return RowGroupCache(max(CACHED_BYTES, packers * _CACHED_BYTES_PER_PACKER) // datasets)

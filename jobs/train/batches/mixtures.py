@@ -82,9 +82,10 @@ class Lost:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """The conversations of a mixture with a target within a row, and what is ``lost`` of the training conversations.
+    """The conversations of a mixture that have a target within a row.
 
-    ``lengths`` are the tokens of each training conversation before any cut, (conversations,) int64.
+    ``lengths``, (conversations,) int64, has the number of tokens of each training conversation before any cut. ``lost``
+    tells what is cut off or left out of the training conversations.
     """
 
     training: Selection

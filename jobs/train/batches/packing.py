@@ -43,7 +43,7 @@ class Document:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Waiting:
-    """A document in the buffer: it waits with its tokens from ``start`` on, since the packer's row ``since``."""
+    """A document in the buffer since the packer's row ``since``. Its tokens from ``start`` on are not packed yet."""
 
     document: Document
     start: int
@@ -84,14 +84,14 @@ class BestFitPacker:
 
     @property
     def buffered(self) -> list[tuple[int, int, int]]:
-        """Number, first token that is not packed yet and row of arrival of each buffered document.
+        """For each buffered document: its number, its first token that is not packed yet, and the row of its arrival.
 
-        They are in an order from which :meth:`put` restores the buffer exactly.
+        If :meth:`put` is called in this order, it restores the buffer exactly.
         """
         return [(number, waiting.start, waiting.since) for number, waiting in self._waiting.items()]
 
     def put(self, document: Document, start: int = 0, since: int | None = None) -> None:
-        """Add a document to the buffer, from its token ``start`` on; it arrives now, or arrived at row ``since``."""
+        """Add the tokens of a document from ``start`` on to the buffer. They arrived at row ``since`` (None: now)."""
         waiting = _Waiting(document, start, self.row if since is None else since)
         # A document longer than a row can always begin a row, so no such document stays in the buffer for good.
         length = min(len(document.ids) - start, self.row_length)

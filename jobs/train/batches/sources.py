@@ -151,7 +151,7 @@ class ConversationSource(Source):
 
 
 class LengthSource(Source):
-    """Placeholder documents with the order and the lengths (conversations,) int64 of :class:`ConversationSource`.
+    """Placeholder documents, in the order of :class:`ConversationSource`. ``lengths`` is (conversations,) int64.
 
     Packing them counts the batches of an epoch without tokenizing the conversations again.
     """

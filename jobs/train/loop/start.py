@@ -122,7 +122,7 @@ def inherited_settings(start: Description, given: Mapping[str, Any]) -> dict[str
 
 
 def tokenizer_name(checkpoint: Checkpoint | Description) -> str:
-    """The name in the store under which a checkpoint's tokenizer was trained, or the model's name if it is unknown."""
+    """The name of a checkpoint's tokenizer in the store; the model's name if the tokenizer's name is unknown."""
     return str(checkpoint.meta.get("settings", {}).get("tokenizer", checkpoint.ref.model))
 
 

@@ -48,8 +48,8 @@ class Runner(Protocol):
 class EagerRunner:
     """Runs the operations of a network one by one. The network reads keys and values from the runner's cache.
 
-    ``attention`` prepares attention over the cache for the chunks of one batch. Its result has the chunks in a new
-    order, and the batch must have the same order.
+    ``attention`` prepares attention over the cache for the chunks of one batch. The prepared object lists the chunks in
+    an order of its own, and the batch must have that order.
     """
 
     def __init__(

@@ -164,7 +164,7 @@ class Stream:
         return None
 
     def _accept(self, call: Call, chunk: engine_pb2.GenerateChunk) -> None:
-        """Records a chunk that the client will get. The first one of a successor makes it the stream's call."""
+        """Records a chunk that the client will get. With its first chunk, a successor becomes the stream's call."""
         now = time.monotonic()
         if call is self._successor:
             self._promote(call, now)

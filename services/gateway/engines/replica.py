@@ -128,8 +128,8 @@ class Replica:
     def release(self, sequences: int, *, refused: bool) -> None:
         """Stops counting ``sequences`` as running here.
 
-        If the engine has ``refused`` them, the number of sequences that it has now becomes its limit. It gets no call
-        until one ends or the next check passes.
+        If the engine has ``refused`` them, the number of sequences that it has now becomes its limit. The engine then
+        gets no call until a sequence ends or the next check passes.
         """
         self._own -= sequences
         self._full = refused
@@ -284,7 +284,7 @@ class Call:
 
     @property
     def silent(self) -> bool:
-        """Whether the engine hangs: it misses health checks, and the call got nothing since the last of them began."""
+        """Whether the engine hangs: it misses health checks, and sent no chunk since the last missed check began."""
         return self.failure is None and not self._chunks and self.place.replica.silent(self.last_chunk)
 
     def take(self) -> engine_pb2.GenerateChunk | None:

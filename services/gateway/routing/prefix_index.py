@@ -7,11 +7,11 @@ the hash of the block before it, so it identifies the whole prefix up to the end
 only some of them, called marks: the prefixes of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... blocks, and the longest one. A prompt
 of n blocks leaves about 2 log2(n) marks, 14 in the example. The next turn of a chat begins with the whole previous
 prompt, whose longest mark is therefore found. Of any other prefix that two prompts share, the index finds at least two
-thirds of the full blocks, because each number in the series is at most 3/2 of the previous one (or one more).
+thirds of the full blocks, because after the 2, each number in the series is at most 3/2 of the previous number.
 
-**Age.** An engine reuses the least recently used block first, so a prefix is lost when the replica has written as many
-new tokens since the prefix's last use as its cache holds. Each replica therefore has a clock that counts written tokens
-(:class:`CacheClock`), and an entry of the index is the reading of this clock when the prefix was last used.
+**Age.** An engine reuses the least recently used block first. A replica whose cache holds n tokens therefore loses a
+prefix after it has written n new tokens since the prefix's last use. For each replica, a clock counts the written
+tokens (:class:`CacheClock`). An entry of the index is the reading of this clock when the prefix was last used.
 
 **Memory.** The index holds at most ``max_entries`` pairs of a mark and a replica, and drops those of the least
 recently used mark first. A pair takes at most about 400 bytes.
@@ -110,8 +110,8 @@ class PrefixIndex:
     def holders(self, marks: Sequence[Mark], names: Container[str], limit: int, now: float) -> dict[CacheClock, int]:
         """Returns up to ``limit`` replicas of ``names`` that hold one of the marks, with the tokens that each holds.
 
-        The replicas with the most tokens come first; of equal ones, those that used the prefix least recently, so that
-        the holders of a popular prefix take turns. Drops entries that are too old.
+        The replicas with the most tokens come first. Among equal ones, the replica that used the prefix least recently
+        comes first, so that the holders of a popular prefix take turns. Drops entries that are too old.
         """
         found: dict[CacheClock, int] = {}
         for tokens, key, holders in marks:

@@ -20,9 +20,9 @@ also delays the requests that come later. *Waiting tokens* come from the replica
 second old. The router therefore also counts the tokens that it sent lately, in a sum that decays exponentially with the
 time between reports, and uses the larger of the two numbers. *Sequences* slow each other down while they decode. A
 *full cache* means that a new sequence waits for another one to end, or preempts it. The idea to add uncached and
-decoded work is from the KV router of NVIDIA Dynamo, whose cost is ``overlap_weight * prefill blocks + decode blocks``;
-Dynamo's engines publish an event for each cached block, and its approximate mode, like this router, remembers what it
-sent.
+decoded work is from the KV router of NVIDIA Dynamo, whose cost is ``overlap_weight * prefill blocks + decode blocks``.
+Dynamo's engines publish an event for each cached block. Dynamo also has an approximate mode, in which the router
+remembers what it sent, as this router does.
 
 **The candidates.** With many replicas, only some are compared: those that hold the longest known beginnings of the
 prompt (at most 6), and two random ones. If no replica holds anything, the choice is the less loaded of two random

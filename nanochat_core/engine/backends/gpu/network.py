@@ -218,7 +218,6 @@ class GpuNetwork(ServingWeights):
         return out
 
     def _attend_tiles(self, index: int, queries: Tensor, step: Step, pieces: Pieces, cache: GpuCache) -> Tensor:
-        """Compute attention tile by tile."""
         group = cache.group_of[index]
         table = step.tables[group]
         out = torch.empty_like(queries)
@@ -243,7 +242,6 @@ class GpuNetwork(ServingWeights):
     def _attend_by_flash(
         self, flash: FlashKernel, index: int, queries: Tensor, step: Step, pieces: Pieces, cache: GpuCache
     ) -> Tensor:
-        """Compute attention with FlashAttention."""
         group = cache.group_of[index]
         y = flash(
             queries,

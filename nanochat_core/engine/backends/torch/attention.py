@@ -123,8 +123,8 @@ class _PaddedBatch:
         row = np.arange(self._rows)
         # The position of every row; padding rows repeat the position of the chunk's last row.
         self._positions = starts[:, None] + np.minimum(row, lengths[:, None] - 1)
-        # Rows of the padded batch that contain queries. None if all rows contain queries, or if only the first row of
-        # each chunk (decoding).
+        # Rows of the padded batch that contain queries. None in two cases: all rows contain queries, or each chunk has
+        # one query, in its first row (decoding).
         self._decodes = self.tokens == len(chunks)
         is_token = row < lengths[:, None]
         self._places = None if self._decodes or is_token.all() else to_device(np.flatnonzero(is_token), cache.device)
