@@ -32,8 +32,8 @@ from tests.support.service_process import EngineProcess
 
 CONTEXT = 4096
 SYSTEM = "You are the guide of a small town. " * 8
-QUESTION_CHARACTERS = (60, 240)
-ANSWER_TOKENS = 40
+QUESTION_CHARACTERS = (40, 160)
+ANSWER_TOKENS = 20
 
 
 class LeastLoad(Router):
