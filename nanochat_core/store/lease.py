@@ -138,7 +138,7 @@ class Lease:
             self._version = version
 
     def _take(self) -> None:
-        """Waits until the lease is free or its holder is known to be dead, and takes it. Raises NameInUse otherwise."""
+        """Takes the lease when it is free or its holder is known to be dead. Raises NameInUse if the holder lives."""
         watched: str | None = None
         since = 0.0
         while True:
@@ -223,7 +223,7 @@ def _is_alive(holder: dict[str, Any]) -> bool | None:
 
 
 def _machine() -> str | None:
-    """A text that identifies this boot of the machine and the namespace of process ids; None if it is unknown.
+    """A text that identifies this boot of the machine and the namespace of process ids; None if unknown.
 
     Each container has a namespace of its own.
     """
