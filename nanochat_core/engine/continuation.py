@@ -35,8 +35,6 @@ def replay(seq: Sequence, said: Continuation, tools: ToolLoop) -> End:
 
 
 class _Replay:
-    """Replays the said tokens and events of one choice."""
-
     def __init__(self, seq: Sequence, said: Continuation, tools: ToolLoop) -> None:
         self._seq, self._tools = seq, tools
         self._tokens = collections.deque(said.tokens)

@@ -344,7 +344,6 @@ class Engine:
             self._outputs.of(seq).tool_events.append(call)
 
     def _resume(self, seq: Sequence, result: ToolResult) -> None:
-        """Append a tool's output and continue the sequence."""
         self._observer.tool_called(result.status)
         forced = self.tools.append_output(seq, result)
         self._outputs.add_result(seq, result, forced)

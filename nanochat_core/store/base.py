@@ -78,11 +78,11 @@ class Store(ABC):
 
     @abstractmethod
     def publish(self, prefix: str, *, last: str) -> contextlib.AbstractContextManager[Path]:
-        """Yields a local folder to write to. After a ``with`` block without an error, it replaces the folder ``prefix``.
+        """Yields a local folder. It replaces the folder ``prefix`` when the ``with`` block ends without an error.
 
-        The caller must write the file ``last``; otherwise FileNotFoundError is raised. A reader that finds this file
-        finds the whole folder. A store on a file system renames the finished folder. S3 cannot rename, so a store on S3
-        uploads the file ``last`` after all other files.
+        The caller writes all files to the local folder. If the file ``last`` is missing, FileNotFoundError is raised. A
+        reader that finds the file ``last`` finds the whole folder: a store on a file system renames the finished
+        folder, and a store on S3, which cannot rename, uploads the file ``last`` after all other files.
         """
 
     @abstractmethod

@@ -202,7 +202,6 @@ def _make_readable(path: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _flock(path: Path, flags: int) -> Iterator[None]:
-    """Locks a file or folder for this process."""
     descriptor = os.open(path, flags, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -209,7 +209,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def _seconds(holder: dict[str, Any], default: float) -> float:
-    """The duration that a lease states, or ``default`` if no program would set that duration."""
+    """The duration that a lease states, or ``default`` if the lease states no plausible duration."""
     seconds = holder.get("seconds")
     return float(seconds) if isinstance(seconds, int | float) and 0 < seconds <= _LONGEST_SECONDS else default
 

@@ -1,9 +1,9 @@
 // Everything that a step computes between matrix products on a CPU: paged attention and elementwise operations, each in
 // one pass over memory. library.py compiles this file, mirrors the structs below and calls the C functions at the end.
 //
-// A token's result must have the same bits whether the token is decoded or prefilled, alone or in a batch. Therefore every
-// token is computed separately, and the order in which its sums are added depends only on its position: vectors have 16
-// numbers on every processor, and masked keys add zeros.
+// A token's result must have the same bits whether the token is decoded or prefilled, alone or in a batch. Therefore
+// every token is computed separately, and the order in which its sums are added depends only on its position: vectors
+// have 16 numbers on every processor, and masked keys add zeros.
 //
 // T is the type of stored activations, weights and cache entries: float or bf16. Arithmetic is fp32.
 

@@ -214,7 +214,7 @@ def _group(chunks: Iterable[Chunk]) -> list[list[Chunk]]:
 
 
 def _padded_keys(length: int) -> int:
-    """Round up to a number of keys for which PyTorch adds in the same order as for a longer context."""
+    """Round up to a number of keys for which PyTorch adds numbers in the same order as for a longer context."""
     whole, rest = length // KEY_TILE * KEY_TILE, length % KEY_TILE
     return whole + (_round_up(rest, KEY_MULTIPLE) if rest <= KEY_TILE // 2 else KEY_TILE)
 
