@@ -52,7 +52,7 @@ complete -o default -F _nanochat nanochat
 
 
 def help_text() -> str:
-    """Every program with one line of help."""
+    """The list of all programs, each with one line of help."""
     lines = [f"  {name:24}{about}" for name, (_, about) in PROGRAMS.items()]
     lines.append(f"  {f'{COMPLETION} bash|zsh':24}Print a script for the shell: source <(nanochat {COMPLETION} bash)")
     return "\n".join(["usage: nanochat PROGRAM [FLAGS]; nanochat PROGRAM --help lists the program's flags", "", *lines])

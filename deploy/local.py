@@ -56,8 +56,8 @@ class Service:
             if len(self._starts) > RESTARTS_PER_MINUTE:
                 raise UserError(f"the {self.name} keeps ending; its last log lines above say why")
             self._starts.append(time.monotonic())
-            # With a pipe made by asyncio, the end of the process would be reported only after its child processes have
-            # ended too.
+            # With a pipe made by asyncio, the end of the service would be reported only after the service's child
+            # processes have ended too.
             output, its_output = os.pipe()
             log = asyncio.create_task(self._pass_on_log(output))
             try:
@@ -143,7 +143,7 @@ async def run(settings: LocalSettings) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    free_port(settings.port)  # reports a taken port now and not after the training
+    free_port(settings.port)  # reports a taken port before the training instead of after it
     # is_promoted() only reads one small file, because reading a checkpoint would import torch.
     if not is_promoted(settings):
         code = await train(settings, stop)
@@ -187,7 +187,7 @@ async def run(settings: LocalSettings) -> int:
 
 
 def is_promoted(settings: LocalSettings) -> bool:
-    """Whether a revision of the model is promoted. A withdrawn promotion leaves the word ``none`` in the file."""
+    """Whether a revision of the model is promoted. A withdrawal writes ``none`` to the file ``PROMOTED``."""
     try:
         return open_store(settings.home).read(f"models/{settings.model}/PROMOTED").strip() != b"none"
     except FileNotFoundError:

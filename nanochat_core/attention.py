@@ -1,4 +1,4 @@
-"""The attention of training: causal, over whole rows of tokens, with a sliding window.
+"""Attention for training: causal attention with a sliding window, over whole rows of tokens.
 
 Every backend implements :class:`Attention`, and :func:`choose_attention` selects one of them.
 """
@@ -22,7 +22,7 @@ BLOCKS = 8
 # Longest row, in tokens, that is computed in blocks. The backward pass stores the attention weights of all blocks.
 # These weights take memory that grows with the square of the row's length.
 BLOCKWISE_TIME = 512
-# The flash-attn packages, fastest first: the module of each, and the lowest and the highest compute capability that it
+# For each flash-attn package, fastest first: its module, and the lowest and the highest compute capability that it
 # supports. FlashAttention 3 runs only on Hopper.
 FLASH_PACKAGES = (("flash_attn_interface", (9, 0), (9, 9)), ("flash_attn", (8, 0), (99, 9)))
 

@@ -180,7 +180,7 @@ class AssistantStream:
 def tool_output_text(result: str | None, stdout: str, error: str) -> str:
     """The output of a Python call that the model reads.
 
-    The output is the call's value. If there is no value, it is the printed text; if there is no text, it is the error.
+    The output is the call's value. Without a value, the output is the printed text. Without either, it is the error.
     """
     if result is not None:
         return result

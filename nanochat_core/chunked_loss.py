@@ -59,7 +59,7 @@ def softcapped_cross_entropy(
 
 
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, reduction: str) -> Tensor:
-    """The loss without its gradients. If autograd differentiates the loss (only for ``none``), all logits are kept."""
+    """The loss without its gradients. Autograd can differentiate the loss for ``none``; it then keeps all logits."""
     head = weight[:vocab_size].to(hidden.dtype)
     size = chunk_tokens(hidden, weight)
     losses = torch.cat(
@@ -90,8 +90,8 @@ def loss_and_gradients(
     """Summed cross-entropy and its gradients with respect to ``hidden`` and ``weight``.
 
     The arguments are as in :func:`softcapped_cross_entropy`. ``compile`` compiles the operations on the logits between
-    the matrix products. The loss is an fp32 scalar, the gradient of ``hidden`` is (tokens, dim) in its dtype, and the
-    gradient of ``weight`` is (rows, dim) fp32.
+    the matrix products. The loss is an fp32 scalar. The gradient of ``hidden`` is (tokens, dim) in the dtype of
+    ``hidden``. The gradient of ``weight`` is (rows, dim) fp32.
     """
     per_chunk = _compiled if compile else loss_and_logit_gradient
     with torch.no_grad():

@@ -124,7 +124,8 @@ class ModelConfig:
     def from_json(cls, text: str | bytes, shown: str = "config.json") -> ModelConfig:
         """Reads ``config.json``, which error messages call ``shown``.
 
-        Raises NewerFormatError if a newer version of nanochat wrote it, and UserError if it is not a model config.
+        Raises NewerFormatError if a newer version of nanochat wrote the file, and UserError if ``text`` is not a model
+        config.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         try:

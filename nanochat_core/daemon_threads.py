@@ -22,7 +22,7 @@ async def run_in_daemon_thread(function: Callable[..., T], *arguments: object) -
     Canceling the wait does not stop the function.
     """
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()  # from now on nobody can cancel it, so the thread can always set its result
+    future.set_running_or_notify_cancel()  # nobody can cancel the future any more, so the thread can set the result
 
     def work() -> None:
         try:

@@ -43,8 +43,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     Training in fp16 also needs a :class:`~nanochat_core.training.loss_scaling.LossScaler`. Training in fp8 also needs
     :func:`~nanochat_core.training.fp8.convert_to_fp8`.
 
-    Raises UserError for ``fp16`` without a GPU, for ``fp8`` without a GPU that multiplies fp8 numbers, and for all but
-    fp32 on ``mps``.
+    Raises UserError for ``fp16`` without a GPU, and for ``fp8`` without a GPU that multiplies fp8 numbers. On ``mps``,
+    raises UserError for every dtype except fp32.
     """
     if device.type == "mps" and name not in ("auto", "fp32"):
         raise UserError(f"dtype {name} is not supported on mps; use fp32")

@@ -52,10 +52,10 @@ def split_target(target: str) -> tuple[str, int]:
 
 
 def addresses_of(host: str) -> list[str]:
-    """All numeric addresses of a host, by the system's resolver; blocks until the name server answers.
+    """All numeric addresses of a host, by the system's resolver. Blocks until the name server answers.
 
-    If a name has addresses of both families, only its IPv4 addresses count, because both belong to the same replicas.
-    Raises OSError if the name has no address or cannot be looked up.
+    If a name has IPv4 and IPv6 addresses, only the IPv4 addresses are returned, because both kinds belong to the same
+    replicas. Raises OSError if the name has no address or cannot be looked up.
     """
     found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     first = [info for info in found if info[0] == socket.AF_INET] or found
@@ -75,8 +75,9 @@ async def watch_endpoints(
 
     Args:
         targets: ``host:port`` each; a host that is an IP address is not looked up.
-        on_change: called with the endpoints after the first lookups, when there may be none, and after each change. If
-            it raises an exception, the exception is logged, and the function is called again after the next lookups.
+        on_change: called with the endpoints after the first lookups (even if there are no endpoints), and after each
+            change. If ``on_change`` raises an exception, the exception is logged, and ``on_change`` is called again
+            after the next lookups.
         seconds: time between two lookups.
         lookup: returns the addresses of a name or raises OSError; called on a separate thread.
 

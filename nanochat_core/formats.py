@@ -1,8 +1,9 @@
 """Format versions of the files in the artifact store: what readers do with files of older and newer versions.
 
-Every JSON file that a program writes for another program has a number ``format``. A file without one has format 1: the
-files from before version 0.1.0 have none. A reader reads every format up to its own, and refuses a newer one with
-:class:`NewerFormatError`. It never takes a newer file for a damaged one, because damaged files are replaced.
+Every JSON file that a program writes for another program has a number ``format``. A file without this number
+has format 1, because the files from before version 0.1.0 have no number. A reader reads every format up to its own, and
+refuses a newer format with :class:`NewerFormatError`. A reader never treats a newer file as damaged, because damaged
+files are replaced.
 
 Raise the number of a file when an older reader would misread the new content. If older readers may ignore a new field,
 the number stays: readers ignore the unknown fields of most files. In some files every field matters, for example in the
@@ -37,7 +38,7 @@ def without_format(stored: Any, newest: int, shown: str, known: Collection[str] 
         stored: content of the file, as JSON values.
         newest: the newest format that the caller reads.
         shown: name of the file in error messages.
-        known: all fields that the caller understands; empty if it ignores unknown fields.
+        known: all fields that the caller understands; empty if the caller ignores unknown fields.
 
     Raises:
         NewerFormatError: the format is newer, or a field is unknown.

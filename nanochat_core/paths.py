@@ -13,7 +13,7 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 def check_name(name: str, kind: str) -> str:
-    """Returns ``name`` if it may name ``kind`` (such as ``a model``) in the store. Raises UserError for another name.
+    """Returns ``name`` if it is a valid name for ``kind``, such as ``a model``. Raises UserError for any other name.
 
     The name becomes the name of a folder. In a mixture, commas separate names, and colons separate weights.
     """
@@ -27,8 +27,8 @@ def check_name(name: str, kind: str) -> str:
 def user_path(text: str) -> Path:
     """The path of a file or folder that may not exist, with ``~`` and ``~name`` replaced by home folders.
 
-    Raises UserError if the system cannot tell whether it exists: the name is too long, a folder above it cannot be
-    read, or there is no user ``name``.
+    Raises UserError if the system cannot tell whether the path exists: the path is too long, a folder above it cannot
+    be read, or there is no user ``name``.
     """
     try:
         path = Path(text).expanduser()

@@ -89,7 +89,7 @@ class TlsFiles:
         """Check the files again and again, until canceled.
 
         A server reads replaced files only at its next handshake, which may be days away. This method lets the log
-        report replaced and damaged files at once.
+        report replaced and damaged files after a second.
         """
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
@@ -139,7 +139,7 @@ class TlsFiles:
 def tls_files(settings: TlsSettings) -> TlsFiles | None:
     """The files of the settings, or None if mutual TLS is off.
 
-    Raises UserError if only some of the three files are set, or as :class:`TlsFiles` does.
+    Raises UserError if only some of the three files are set, and the errors of :class:`TlsFiles`.
     """
     flags = {"--" + field.name.replace("_", "-"): field.name for field in dataclasses.fields(TlsSettings)}
     missing = [flag for flag, name in flags.items() if not getattr(settings, name)]
@@ -160,14 +160,14 @@ def _configuration(identity: Identity) -> Any:
 
 
 def _check(ca: str, certificate: str, key: str) -> None:
-    """Let a client and a server, both with these files, shake hands in memory.
+    """Let a client and a server, both with these files, shake hands in memory. Raises UserError if they cannot.
 
-    This finds a key that does not fit, a CA that has not signed the certificate, a certificate that is out of date or
-    not made for both roles, and half-written files. Raises UserError.
+    This check finds a key that does not fit the certificate, a CA that has not signed the certificate, a certificate
+    that is out of date or not made for both roles, and half-written files.
     """
     try:
         server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        client.check_hostname = False  # there is no host name here; each real connection checks it
+        client.check_hostname = False  # there is no host name here; each real connection checks its host name
         for context in (server, client):
             context.verify_mode = ssl.CERT_REQUIRED
             context.load_cert_chain(certificate, key, password="")

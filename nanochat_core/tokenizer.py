@@ -158,7 +158,8 @@ class Tokenizer:
     def from_json(cls, text: str | bytes, shown: str = "tokenizer.json") -> Tokenizer:
         """Reads ``tokenizer.json``, which error messages call ``shown``.
 
-        Raises NewerFormatError if a newer version of nanochat wrote it, and UserError if it is not a tokenizer.
+        Raises NewerFormatError if a newer version of nanochat wrote the file, and UserError if ``text`` is not a
+        tokenizer.
         """
         try:
             stored = json.loads(text)

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 LoadedT = TypeVar("LoadedT")
 
 META_FORMAT = 1
-# Format 2: the data position has the parts of documents that were not packed yet.
+# Since format 2, the data position also contains the parts of documents that were not packed yet.
 TRAINER_STATE_FORMAT = 2
 
 
@@ -150,9 +150,10 @@ def _read_meta(manifest: Manifest, store: Store) -> dict[str, Any]:
 
 
 def check_formats(store: Store, ref: CheckpointRef) -> None:
-    """Raises an error if this version cannot read an undamaged file of a checkpoint, and so must not delete it.
+    """Raises an error if this version of nanochat cannot read an undamaged file of a checkpoint.
 
-    Damaged or missing files raise no error. Weights and optimizer tensors are not read.
+    Such a checkpoint must not be deleted. Damaged or missing files raise no error. Weights and optimizer tensors are
+    not read.
     """
     with contextlib.suppress(DamagedCheckpoint):
         manifest = load_manifest(store, ref)
@@ -166,15 +167,15 @@ def check_formats(store: Store, ref: CheckpointRef) -> None:
 def newest_checkpoint(store: Store, model: str, *stages: str) -> Checkpoint | None:
     """Loads the newest undamaged checkpoint of the first of ``stages`` that has one; None if no stage has one.
 
-    Damaged checkpoints are logged and skipped. Any other error is raised. The checkpoint is then not skipped, because
-    it may be whole: the store may have failed (StoreError), or a newer version may have written the checkpoint
+    Damaged checkpoints are logged and skipped. Any other error is raised, because the checkpoint may be undamaged. For
+    example, the store may have failed (StoreError), or a newer version of nanochat may have written the checkpoint
     (NewerFormatError).
     """
     return _newest(load_checkpoint, store, model, stages)
 
 
 def newest_description(store: Store, model: str, *stages: str) -> Description | None:
-    """Like :func:`newest_checkpoint`, but without the weights, which may be damaged."""
+    """Like :func:`newest_checkpoint`, but the weights are not read, so they may be damaged."""
     return _newest(load_description, store, model, stages)
 
 
@@ -221,7 +222,7 @@ class TrainerState:
     _opened: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def read(self, name: str, start: int, stop: int) -> Tensor | None:
-        """Rows ``start`` to ``stop`` of a tensor, combined from the files; None if the tensor was not stored.
+        """Rows ``start`` to ``stop - 1`` of a tensor, combined from the files; None if the tensor was not stored.
 
         Raises UserError if some of these rows were not stored, or a file is missing or damaged.
         """

@@ -26,9 +26,9 @@ FORMAT = 1
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint is missing or damaged: training may take an earlier one instead, and replace this one.
+    """A checkpoint is missing or damaged. Training may resume from an earlier checkpoint and replace the damaged one.
 
-    No other error allows this, because a checkpoint that this version cannot read may be undamaged.
+    No other error allows this replacement, because a checkpoint that this version cannot read may be undamaged.
     """
 
 
@@ -48,8 +48,8 @@ class FileEntry:
 class Manifest:
     """The files of one checkpoint: an entry for each file name, such as ``model.safetensors``.
 
-    The files are in the subfolder ``folder``. Its name is empty unless the checkpoint replaced an earlier one of the
-    same name.
+    ``folder`` is the name of the subfolder with the files. The name is empty, and there is no subfolder, unless the
+    checkpoint replaced an earlier checkpoint of the same name.
     """
 
     ref: CheckpointRef
@@ -58,7 +58,7 @@ class Manifest:
 
     @property
     def weights_digest(self) -> str:
-        """The SHA-256 of the weights. Raises DamagedCheckpoint if the manifest lists none."""
+        """The SHA-256 of the weights. Raises DamagedCheckpoint if the manifest lists no weights."""
         return self._entry(WEIGHTS).sha256
 
     def key(self, name: str) -> str:
@@ -100,7 +100,8 @@ class Manifest:
 def load_manifest(store: Store, ref: CheckpointRef) -> Manifest:
     """Reads the manifest of a checkpoint.
 
-    Raises DamagedCheckpoint if there is none or it is damaged, and NewerFormatError if a newer version wrote it.
+    Raises DamagedCheckpoint if the manifest is missing or damaged. Raises NewerFormatError if a newer version of
+    nanochat wrote the manifest.
     """
     key = f"{ref.prefix}/{MANIFEST}"
     try:

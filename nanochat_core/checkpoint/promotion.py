@@ -1,4 +1,4 @@
-"""The promotion of a checkpoint: the file ``models/<name>/PROMOTED`` names the one that engines serve."""
+"""The promotion of a checkpoint: the file ``models/<name>/PROMOTED`` names the checkpoint that engines serve."""
 
 from nanochat_core.checkpoint.names import CheckpointRef
 from nanochat_core.store import Store

@@ -1,7 +1,7 @@
 """Inference engine: continuous batching over a paged KV cache. The model can call Python while it writes.
 
-Evaluation and RL call :class:`Engine` directly, one step at a time. The service uses :class:`AsyncEngine`. It runs an
-engine on a thread and streams the outputs to asyncio.
+Evaluation and RL call :class:`Engine` directly, one step at a time. The service uses :class:`AsyncEngine`, which
+runs an engine on a thread and streams the outputs to asyncio.
 """
 
 from nanochat_core.engine.admission import QueueFull

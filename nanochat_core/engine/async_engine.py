@@ -33,8 +33,8 @@ class Stream:
     """Iterates over the outputs of one request until every choice has finished.
 
     Outputs that wait to be read are merged, so a slow reader takes little memory. The iteration raises
-    :class:`EngineDead` if the engine's thread ends before the request. It raises
-    :class:`~nanochat_core.engine.shedding.Shed` if the request was dropped for lack of memory.
+    :class:`EngineDead` if the engine's thread ends before the request has finished. The iteration
+    raises :class:`~nanochat_core.engine.shedding.Shed` if the request was dropped for lack of memory.
     """
 
     def __init__(self, choices: int) -> None:
@@ -229,7 +229,7 @@ class AsyncEngine:
         self._loop.call_soon_threadsafe(self._fail, error)
 
     def _receive(self, *, wait: bool) -> None:
-        """Run the queued commands. If ``wait`` is set, first block until there is a command."""
+        """Run the queued commands. If ``wait`` is set and no command is queued, first wait for one."""
         if wait:
             self._inbox.get()()
         while True:

@@ -65,13 +65,13 @@ class BlockManager:
         return True
 
     def admit(self, seq: Sequence, prefix: int) -> list[int]:
-        """Give a sequence without blocks the blocks of its first ``prefix`` tokens; see :meth:`find_prefix`.
+        """Give ``seq``, which has no blocks yet, the blocks of its first ``prefix`` tokens; see :meth:`find_prefix`.
 
         If the prefix ends inside a block, that block must be copied. Its tokens count as computed only after the copy.
         The next step must make all copies before it writes anything, in the order of admission. The source of a copy is
         not reserved: it may already belong to another sequence, or be the target itself.
 
-        The result has the block to copy for each group; it is empty if no block must be copied.
+        The result is, for each group, the id of the block to copy; it is empty if no block must be copied.
         """
         shared = prefix // self.block_size
         hashes = self.prefixes.hashes_of(seq) if self.prefix_caching else []
@@ -107,7 +107,7 @@ class BlockManager:
     def seal(self, seq: Sequence) -> None:
         """Let other sequences find the computed blocks of ``seq``, and free its blocks that are before the windows.
 
-        The method returns at once if, since the last call, no block was filled and no block left a window.
+        The method does nothing if no block was filled and no block left a window since the last call.
         """
         if seq.computed < seq.seal_at:
             return
@@ -186,7 +186,7 @@ class _BlockPool:
         return block
 
     def source_of_copy(self, parent: bytes) -> int:
-        """The block that is offered for copying after ``parent``. It counts as recently used from now on."""
+        """The block that is offered for copying after the block with the hash ``parent``. Marks it as recently used."""
         block, _tokens = self.index.offers[parent]
         if not self.references[block]:
             self.free.move_to_end(block)

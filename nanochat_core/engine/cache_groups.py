@@ -11,12 +11,12 @@ from nanochat_core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class CacheGroup:
-    """Layers with the same attention window. They need the same blocks of a sequence."""
+    """Layers with the same attention window. They share one block table for each sequence."""
 
     layers: tuple[int, ...]  # indices of the layers
     window: int | None  # number of earlier tokens that a token sees; None means all earlier tokens
-    num_blocks: int  # each stores ``block_size`` tokens for every layer in the group
-    most_held: int = sys.maxsize  # maximum number of blocks that one sequence holds here
+    num_blocks: int  # one block stores ``block_size`` tokens for every layer in the group
+    most_held: int = sys.maxsize  # maximum number of blocks that one sequence has in this group
 
     def first_visible_block(self, computed: int, block_size: int) -> int:
         """Index of the first block that the token at position ``computed`` sees."""
@@ -35,8 +35,8 @@ def plan_groups(
 
     The plan first computes, for each group, the maximum number of blocks that one sequence of full length needs. The
     groups get blocks in proportion to these numbers. A group with a window gets at least its own number, so that any
-    sequence can be computed if no other sequence runs. Raises UserError if the memory does not suffice for one block of
-    the first group and these least numbers of the other groups.
+    sequence can be computed if no other sequence runs. Raises UserError if the memory is too small for one block of the
+    first group and the needed blocks of the other groups.
 
     Args:
         memory: bytes to divide.
@@ -67,7 +67,7 @@ def plan_groups(
 def _most_held(window: int, token_budget: int, block_size: int) -> int:
     """Maximum number of blocks that one sequence needs in a group with a window during a step."""
     continuing = -(-(window + token_budget) // block_size) + 1
-    # A sequence that starts after a shared prefix gets the whole blocks of its window. Its first chunk may begin
+    # A sequence that starts after a shared prefix gets all blocks that overlap its window. Its first chunk may begin
     # anywhere in a block, because the earlier tokens of that block are copied.
     starting = -(-window // block_size) - (-(token_budget + block_size - 1) // block_size)
     return max(continuing, starting)

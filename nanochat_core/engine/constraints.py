@@ -66,7 +66,8 @@ class Matcher:
     def __init__(self, matcher: LLMatcher, end: int, stops: Iterable[int]) -> None:
         """``matcher`` is at the beginning of its grammar, and no other object uses ``matcher``.
 
-        ``end`` is the token that represents the end of the text in its tokenizer. ``stops`` end the completion.
+        ``end`` is the token that ends a text in the matcher's tokenizer. Each of the tokens ``stops`` ends the
+        completion.
         """
         self._matcher = matcher
         self._end = end
@@ -85,7 +86,7 @@ class Matcher:
         return self._matcher.is_error()
 
     def advance(self, token: int) -> bool:
-        """Follow the next token, not a stop token. Returns whether the text matches and cannot become longer."""
+        """Follow the next token, which is no stop token. Returns whether the text matches and cannot become longer."""
         self._matcher.consume_token(token)
         return self._matcher.is_stopped() and self.complete
 
@@ -121,7 +122,7 @@ class Grammars:
         self._compiled: collections.OrderedDict[Constraint, LLMatcher] = collections.OrderedDict()
 
     def compile(self, constraint: Constraint) -> LLMatcher:
-        """Return a matcher at the beginning of the constraint's grammar. Callers share it, so copy it before use.
+        """Return a matcher at the beginning of the constraint's grammar. Callers share the matcher; copy it before use.
 
         A constraint that is malformed, unsupported or too large, or that no text matches, raises a
         :class:`ConstraintError`.

@@ -1,4 +1,4 @@
-"""Brings a choice that another engine began to the state in which that engine left it.
+"""Restores the state of a choice that another engine began.
 
 The *said* tokens and events are those that the other engine has already reported to the client. The state of a sequence
 follows from its tokens: open code, tool calls, the matcher of a constraint. Therefore the said tokens are appended one
@@ -22,7 +22,7 @@ class End:
 
     unsaid: tuple[Token, ...] = ()  # the rest of a tool's output; the sequence already has these tokens
     finish_reason: FinishReason | None = None
-    call: ToolCall | None = None  # a call without its result
+    call: ToolCall | None = None  # a call whose result is not among the said events
     call_reported: bool = False  # whether the said events include this call
 
 
@@ -35,8 +35,6 @@ def replay(seq: Sequence, said: Continuation, tools: ToolLoop) -> End:
 
 
 class _Replay:
-    """Replays the said tokens and events of one choice."""
-
     def __init__(self, seq: Sequence, said: Continuation, tools: ToolLoop) -> None:
         self._seq, self._tools = seq, tools
         self._tokens = collections.deque(said.tokens)

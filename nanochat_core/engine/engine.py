@@ -163,14 +163,14 @@ class Engine:
         stops iterating, requests that are still in flight are canceled.
 
         Raises:
-            UserError: a request can never be served. No request has been started then, except if a continuation is
-                invalid.
+            UserError: a request can never be served. The error is raised before any request starts, except for an
+                invalid continuation.
             Shed: the device has too little memory for a request.
         """
         waiting = collections.deque(requests)
         for request in waiting:
             self.admission.check(request)
-        unfinished: collections.Counter[str] = collections.Counter()  # choices by the ids of the running requests
+        unfinished: collections.Counter[str] = collections.Counter()  # number of running choices by request id
         try:
             while waiting or unfinished:
                 while waiting and waiting[0].unfinished <= self.admission.room():
@@ -190,7 +190,7 @@ class Engine:
                 self.cancel(request_id)
 
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
-        """Like :meth:`stream`, but yield the id and all choices of a request together, when its last choice ends.
+        """Like :meth:`stream`, but yield a request's id and all its choices together when its last choice ends.
 
         Nothing is yielded for a request that has no unfinished choice.
         """
@@ -344,7 +344,6 @@ class Engine:
             self._outputs.of(seq).tool_events.append(call)
 
     def _resume(self, seq: Sequence, result: ToolResult) -> None:
-        """Append a tool's output and continue the sequence."""
         self._observer.tool_called(result.status)
         forced = self.tools.append_output(seq, result)
         self._outputs.add_result(seq, result, forced)

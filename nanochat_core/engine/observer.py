@@ -9,7 +9,7 @@ from nanochat_core.engine.scheduler import Chunk
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Load:
-    """The number of sequences in each state, the blocks of the KV cache, and the tokens that wait to be computed."""
+    """Numbers of sequences in each state, of blocks of the KV cache, and of tokens that must still be computed."""
 
     running: int = 0
     waiting: int = 0
@@ -20,7 +20,7 @@ class Load:
 
 
 class Observer:
-    """Receives the engine's events, for metrics. This class ignores them; subclasses override methods.
+    """Receives the engine's events, for metrics. This class ignores all events; subclasses override methods.
 
     Methods are called on the engine's thread. Times are in seconds.
     """
@@ -46,7 +46,7 @@ def note_admissions(observer: Observer, chunks: Iterable[Chunk]) -> None:
 
 
 def note_tokens(observer: Observer, chunk: Chunk, count: int) -> None:
-    """Report ``count`` sampled tokens of a chunk. Each gets an equal share of the time since the previous token."""
+    """Report ``count`` sampled tokens of a chunk. The time since the previous token is divided equally among them."""
     seq, now = chunk.seq, time.monotonic()
     if seq.last_token_at is None:
         observer.first_token(now - seq.arrived_at)

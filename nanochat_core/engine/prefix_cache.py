@@ -5,8 +5,8 @@ a hash chain: the hash of its tokens together with the hash of its parent, the b
 with the same tokens compute the same hashes and share the blocks. A full block never changes.
 
 The block after the shared ones may begin with the same tokens as a computed block and then differ. The sequence then
-copies that computed block and replaces the tokens that differ. For each parent, one block is offered for copying: the
-latest block that does not merely repeat the beginning of the block offered before.
+copies that computed block and replaces the tokens that differ. For each parent, one block is offered for copying. A
+later block replaces it, unless the later block only repeats the beginning of the offered block.
 """
 
 import array
@@ -46,7 +46,7 @@ class PrefixIndex:
             self.hashes[block] = digest
 
     def offer(self, block: int, parent: bytes, tokens: list[int]) -> int | None:
-        """Offer ``block``, which contains ``tokens``, to sequences whose preceding block has the hash ``parent``.
+        """Offer ``block``, which contains ``tokens``, for copying after the block with the hash ``parent``.
 
         Nothing changes if the block offered so far begins with the same tokens. The result is the block whose offer was
         replaced, if any.
@@ -131,7 +131,7 @@ class PrefixCache:
         return hashes
 
     def announce(self, seq: Sequence) -> None:
-        """Record that ``seq`` will compute its unsealed blocks, except those that another sequence already computes."""
+        """Record that ``seq`` will compute its remaining blocks, unless another sequence already computes them."""
         for digest in self.hashes_of(seq)[seq.sealed :]:
             self.pending.setdefault(digest, seq)
 

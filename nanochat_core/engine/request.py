@@ -154,7 +154,7 @@ class ToolResult:
 class Continuation:
     """All tokens and tool events that an engine with the same weights has already reported for one choice.
 
-    Only the id of a token and whether it is forced are read. The events of the last call may be incomplete, and the
+    Only the fields ``id`` and ``forced`` of a token are read. The events of the last call may be incomplete, and the
     tokens may end anywhere. If the choice is ``finished``, its tokens and events are ignored, and nothing is generated.
     """
 

@@ -44,7 +44,7 @@ def sample_key(seed: int, choice: int) -> int:
 class Drawn:
     """Tokens (rows,) int64 that the device has sampled, or is still sampling.
 
-    The next step on the device may use them before the host has read them.
+    The next step on the device may use these tokens before the host has read them.
     """
 
     def __init__(self, tokens: Tensor, report: _Report | None) -> None:
@@ -107,7 +107,7 @@ class Sampler:
         Args:
             logits: (rows, vocab_size) fp32; they may be changed in place.
             sequences: the sequence of each row.
-            positions: for each row, the position in its sequence of the token to sample; the prompt starts at 0.
+            positions: for each row, the position of the token to sample; the first token of the prompt has position 0.
         """
         params = [seq.request.sampling for seq in sequences]
         report = _rows(params, lambda p: p.logprobs is not None)

@@ -6,8 +6,8 @@ shares them among sequences. Long prompts are computed in chunks over several st
 2023, arXiv 2308.16369).
 
 Prefill and decoding are the same case: some known tokens of a sequence are computed already, and its other known tokens
-must still be computed. These may be a prompt, one sampled token, the output of a tool, or all tokens after a
-preemption.
+must still be computed. The tokens to compute may be a prompt, one sampled token, the output of a tool or, after a
+preemption, all tokens.
 """
 
 import bisect
@@ -30,8 +30,8 @@ class Chunk:
     start: int
     known: int  # number of tokens that are no draft; a token that is still being sampled is a chunk by itself
     draft: Items[int] = ()  # guesses of the tokens after the last known token
-    # For each cache group, the block to copy before the step. It contains the tokens before ``start`` in the same
-    # block. Empty if the sequence's block already contains these tokens.
+    # For each cache group, the id of the block to copy before the step. This block contains the tokens that precede
+    # ``start`` in the sequence's own block. The list is empty if the own block already contains these tokens.
     copied: Items[int] = ()
     length: int = dataclasses.field(init=False)  # known and drafted tokens
     # Number of tokens to sample: one after the sequence's last token, and one after each drafted token; 0 if the chunk
@@ -193,7 +193,7 @@ class Scheduler:
             if chunk.seq.state is not State.FINISHED:
                 chunk.seq.computed = chunk.start + chunk.known
                 if chunk.known > 1:
-                    chunk.seq.seal_at = 0  # publish the end of a prompt at once, because other sequences may share it
+                    chunk.seq.seal_at = 0  # publish the end of a prompt early, because other sequences may share it
                 self.blocks.seal(chunk.seq)
 
     def draft_length(self, running: int) -> int:
@@ -207,10 +207,10 @@ class Scheduler:
         return few and any(seq.is_memoryless and seq.lookup.is_promising for seq in self.running)
 
     def _draft(self, seq: Sequence, length: int, most: int) -> list[int]:
-        """Guess up to ``most`` tokens after the next ``length`` tokens. Each running sequence keeps a spare block.
+        """Guess up to ``most`` tokens after the next ``length`` tokens, and reserve blocks for the draft.
 
-        If a token is in flight, nothing is drafted. The lookup still makes a guess, to measure how often its guesses
-        are right.
+        The draft is shortened until one free block is left for each running sequence. If a token is in flight, the
+        draft is empty. The lookup still makes a guess, to measure how often its guesses are right.
         """
         if length < seq.remaining:
             return []

@@ -42,7 +42,7 @@ class TokenBatch:
         self.rows = np.array([ids, previous, positions], dtype=np.int64)
 
     def fill_in(self, ids: Tensor, previous: LaunchedStep | None) -> None:
-        """Write into ``ids`` (tokens,), on the device, the tokens that the previous step sampled."""
+        """Copy the tokens that the previous step sampled into ``ids`` (tokens,), on the device."""
         if self.unknown and previous is not None:
             pairs = [[place for place, _ in self.unknown], [previous.rows[seq] for _, seq in self.unknown]]
             places, rows = to_device(np.array(pairs, dtype=np.int64), ids.device)
@@ -60,7 +60,7 @@ class TokenBatch:
 
 
 class LaunchedStep:
-    """The chunks of a step that end with sampling, and the sampled tokens. The device may still be sampling them.
+    """The chunks of a step after which tokens are sampled, and these tokens. The device may still be sampling them.
 
     The next step may use ``tokens`` (rows,) int64 on the device before the host reads them.
     """

@@ -67,8 +67,8 @@ class ToolLoop:
     def scan_prompt(self, seq: Sequence) -> ToolCall | None:
         """Find Python code that the prompt begins but does not end. ``seq`` has no tokens after its prompt.
 
-        If the prompt ends with a call whose output is missing, return this call. The prompt may end with a call or
-        inside its code, because a client may send the beginning of an answer as part of the prompt.
+        If the prompt ends with a call whose output is missing, return this call. A prompt may end with a call or inside
+        the code of a call, because a client may send the beginning of an answer as part of the prompt.
         """
         if not seq.request.tools.enabled:
             return None
@@ -118,12 +118,12 @@ class ToolLoop:
         return completed
 
     def wait(self) -> None:
-        """Block until a Python call has ended. Return at once if no Python call is running."""
+        """Block until a Python call has ended. If no Python call is running, do not block."""
         if self._calls:
             self._arrived.wait()
 
     def append_output(self, seq: Sequence, result: ToolResult) -> list[Token]:
-        """Append the tokens that show ``result`` to the model, and return them. Returns none if they do not fit."""
+        """Append and return the tokens that show ``result`` to the model. If they do not fit, append nothing."""
         ids = [self._output_start, *self._tokenizer.encode(result.output), self._output_end]
         if len(seq.tokens) + len(ids) > seq.max_length:
             return []

@@ -71,7 +71,7 @@ async def run_call(worker: WorkerProcess, code: bytes, limits: Limits, result_fo
 def _result(
     profile: Profile, reason: _StopReason, exit_code: int, streams: _Streams, used: Usage, limits: Limits
 ) -> ExecutionResult:
-    """Derive the result of an ended call from what was observed and, last, from the code's claim."""
+    """Derive the result of an ended call: first from the executor's observations, then from the code's claim."""
     stdout, stderr, claim_stream = streams
     claim = _claim(claim_stream)
     kind, message, value = claim or (b"", b"", b"")

@@ -70,8 +70,8 @@ class Profile(abc.ABC):
         """
 
     def _python(self, worker_dir: str, result_fd: int) -> list[str]:
-        # -I and -S leave only the standard library to import. -u writes output at once, because a killed worker loses
-        # the output in its buffers.
+        # -I and -S leave only the standard library to import. -u writes output without buffering, because a killed
+        # worker loses the output in its buffers.
         flags = ["-I", "-S", "-B", "-u", "-X", "utf8"]
         return [self.interpreter.executable, *flags, os.path.join(worker_dir, "main.py"), str(result_fd)]
 

@@ -100,7 +100,7 @@ class Machine:
         name: name of the machine type, as ``uname -m`` prints it.
         audit_arch: ``AUDIT_ARCH_*`` value of a native system call.
         foreign_bit: bit that is set in the system-call numbers of the ABI x32; 0 if the machine has no such ABI.
-        numbers: for the name of each system call in the filter, its number.
+        numbers: the number of each system call in the filter, by the call's name.
     """
 
     def __init__(self, name: str, column: int, audit_arch: int, foreign_bit: int = 0) -> None:

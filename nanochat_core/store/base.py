@@ -42,8 +42,8 @@ class Store(ABC):
         """Creates or replaces one file atomically, unless another process has changed it.
 
         Of several processes that call this with the same version, one succeeds. On S3 this needs a server with
-        conditional writes (``If-None-Match`` and ``If-Match``); a server that refuses them makes the store write
-        unconditionally after a warning. A file system without locks has the same effect.
+        conditional writes (``If-None-Match`` and ``If-Match``); if a server refuses them, the store logs a
+        warning and writes unconditionally. The same happens on a file system without locks.
 
         Args:
             data: content that differs from every earlier content of the file.
@@ -56,7 +56,7 @@ class Store(ABC):
 
     @abstractmethod
     def remove_version(self, key: str, version: str) -> None:
-        """Removes one file if it still has this version. Folders of a file system that become empty are removed too."""
+        """Removes one file if it still has this version. On a file system, also removes folders that become empty."""
 
     @abstractmethod
     def create(self, key: str) -> contextlib.AbstractContextManager[Path]:
@@ -78,16 +78,16 @@ class Store(ABC):
 
     @abstractmethod
     def publish(self, prefix: str, *, last: str) -> contextlib.AbstractContextManager[Path]:
-        """Yields a local folder to write to. If the ``with`` block ends without an error, its files replace ``prefix``.
+        """Yields a local folder. It replaces the folder ``prefix`` when the ``with`` block ends without an error.
 
-        The caller must write the file ``last``; otherwise FileNotFoundError is raised. A reader that finds this file
-        finds the whole folder. A store on a file system renames the finished folder. S3 cannot rename, so a store on S3
-        uploads the file ``last`` after all other files.
+        The caller writes all files to the local folder. If the file ``last`` is missing, FileNotFoundError is raised. A
+        reader that finds the file ``last`` finds the whole folder: a store on a file system renames the finished
+        folder, and a store on S3, which cannot rename, uploads the file ``last`` after all other files.
         """
 
     @abstractmethod
     def fetch(self, key: str) -> Path:
-        """A local path to the contents of the file ``key``. The caller must not change them.
+        """A local path to the contents of the file ``key``. The caller must not change the contents.
 
         Raises FileNotFoundError if there is no such file.
         """

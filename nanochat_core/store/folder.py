@@ -133,7 +133,7 @@ class FolderStore(Store):
                     if path.is_file():
                         _make_readable(path, staging)
                     _sync(path)
-                # A folder that has files cannot be replaced in one step, so the old one is moved aside first.
+                # A folder that has files cannot be replaced in one step, so the old folder is moved aside first.
                 if target.exists():
                     target.replace(old)
                 try:
@@ -161,7 +161,7 @@ class FolderStore(Store):
     def delete(self, prefix: str) -> None:
         path = self._path(prefix)
         if path.is_dir():
-            # The folder is renamed first, so that all of its files disappear for readers at once.
+            # The folder is renamed first, so that all of its files disappear together for readers.
             removed = hidden_path(path)
             with self._writing(prefix):
                 path.replace(removed)
@@ -202,7 +202,6 @@ def _make_readable(path: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _flock(path: Path, flags: int) -> Iterator[None]:
-    """Locks a file or folder for this process."""
     descriptor = os.open(path, flags, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

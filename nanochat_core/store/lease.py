@@ -138,7 +138,7 @@ class Lease:
             self._version = version
 
     def _take(self) -> None:
-        """Waits until the lease is free or its holder is known to be dead, and takes it. Raises NameInUse otherwise."""
+        """Takes the lease when it is free or its holder is known to be dead. Raises NameInUse if the holder lives."""
         watched: str | None = None
         since = 0.0
         while True:
@@ -209,7 +209,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def _seconds(holder: dict[str, Any], default: float) -> float:
-    """The duration that a lease states, or ``default`` if no program would set that duration."""
+    """The duration that a lease states, or ``default`` if the lease states no plausible duration."""
     seconds = holder.get("seconds")
     return float(seconds) if isinstance(seconds, int | float) and 0 < seconds <= _LONGEST_SECONDS else default
 
@@ -223,7 +223,7 @@ def _is_alive(holder: dict[str, Any]) -> bool | None:
 
 
 def _machine() -> str | None:
-    """A text that identifies this boot of the machine and the namespace of process ids; None if it is unknown.
+    """A text that identifies this boot of the machine and the namespace of process ids; None if unknown.
 
     Each container has a namespace of its own.
     """

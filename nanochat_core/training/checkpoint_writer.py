@@ -6,7 +6,7 @@ file; without a manifest, a checkpoint does not exist.
 
 A checkpoint may replace a complete checkpoint of the same name, for example after ``--no-resume``. An engine may be
 reading the old checkpoint, so at every moment the store must have a complete checkpoint. S3 can neither rename files
-nor replace several files at once. The new files therefore get a new subfolder, and the new manifest names it:
+nor replace several files in one step. The new files therefore get a new subfolder, and the new manifest names it:
 
 1.  Write all files to ``replacement_<id>/``. The old manifest still lists the old files.
 2.  Replace the manifest atomically, as every store can. The manifest now lists the new files.
@@ -86,7 +86,7 @@ class CheckpointWriter:
         retry_seconds: Sequence[float] = RETRY_SECONDS,
         lease: Lease | None = None,
     ) -> None:
-        """``lease`` is the first rank's lease on the model's name. Nothing is written once another run has taken it."""
+        """``lease`` is the first rank's lease on the model's name. If another run takes it, nothing more is written."""
         self._store, self._retry_seconds, self._lease = store, retry_seconds, lease
         self._ranks = ranks.side_channel(_TRANSFER_SECONDS)
         self._thread: threading.Thread | None = None
@@ -108,7 +108,7 @@ class CheckpointWriter:
         Raises the same errors as :meth:`wait`.
 
         Args:
-            model, tokenizer, meta: the first rank writes its own; the arguments of other ranks are ignored.
+            model, tokenizer, meta: what the first rank writes; the arguments of other ranks are ignored.
             values: JSON data of the first rank that training needs to resume; None makes resuming impossible.
             shards: this rank's share of the tensors that training needs to resume.
             then: called by the first rank, in the background, when the checkpoint is complete.
@@ -144,9 +144,9 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Waits until the last checkpoint is written.
 
-        Raises StoreError if it could not be written. Raises another UserError if it must not be written: another run
-        has taken over the model's name, or it would replace a checkpoint of a newer version of nanochat. Earlier
-        checkpoints stay complete.
+        Raises StoreError if the checkpoint could not be written. Raises another UserError if the checkpoint must not be
+        written: another run has taken over the model's name, or the checkpoint would replace one of a newer version of
+        nanochat. Earlier checkpoints stay complete.
         """
         if self._thread is not None:
             self._thread.join()

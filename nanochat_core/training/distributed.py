@@ -69,7 +69,7 @@ class Ranks:
         ]
 
     def lead(self, act: Callable[[], ResultT], seconds: float) -> ResultT | None:
-        """Calls ``act`` on the first rank and returns its result there; None on other ranks. All ranks must call this.
+        """Calls ``act`` on the first rank; returns its result there, and None on other ranks. All ranks must call this.
 
         If ``act`` raises a UserError, every rank raises a UserError with its message. The other ranks wait for at most
         ``seconds``, which may be more than ranks usually wait for each other.

@@ -11,7 +11,7 @@ from nanochat_core.training.distributed import Ranks
 
 @contextlib.contextmanager
 def leased(store: Store, name: str, program: str, ranks: Ranks) -> Iterator[Lease | None]:
-    """Holds the lease on ``name`` on the first rank, and yields it there; None on other ranks.
+    """Lets the first rank hold the lease on ``name``. Yields the lease on the first rank, and None on other ranks.
 
     Every rank must call this. If another program has the lease, every rank raises a UserError.
     """

@@ -161,7 +161,7 @@ def packs(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _single_rows_differ(out_features: int, in_features: int, dtype: torch.dtype) -> bool:
-    """Whether this CPU computes other bits for a single row than for the same row among many rows."""
+    """Whether this CPU computes different bits for a row alone and for the same row among many rows."""
     if dtype == torch.bfloat16 and not cpu_multiplies_bf16():
         # Assume that the bits differ: rounding to bf16 hides most differences, so the following test could miss them.
         return True

@@ -26,13 +26,14 @@ from torch import Tensor
 
 from nanochat_core.training.distributed import Ranks, meeting
 
-# Reads rows ``start`` to ``stop`` of a named tensor in the stored optimizer state; None if the tensor was not stored.
+# Reads rows ``start`` to ``stop - 1`` of a tensor by its name in the stored optimizer state. Returns None if the tensor
+# was not stored.
 ReadRows = Callable[[str, int, int], Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Consecutive rows of a named tensor that has ``rows`` rows: rows ``start`` to ``start + len(tensor)``."""
+    """Consecutive rows of a named tensor, from row ``start`` on. The whole tensor has ``rows`` rows."""
 
     name: str
     tensor: Tensor
@@ -71,7 +72,8 @@ class ParameterShards(ABC):
     def reduced(self) -> Tensor | None:
         """Finishes the reduction and returns this rank's part of the summed gradient.
 
-        On a single rank, it is None if no parameter has a gradient. Raises ValueError if only some parameters have one.
+        On a single rank, the result is None if no parameter has a gradient. Raises ValueError if only some parameters
+        have a gradient.
         """
         if all(parameter.grad is None for parameter in self._parameters) and self._ranks.group is None:
             self.gradient = None

@@ -1,9 +1,9 @@
 // Everything that a step computes between matrix products on a CPU: paged attention and elementwise operations, each in
 // one pass over memory. library.py compiles this file, mirrors the structs below and calls the C functions at the end.
 //
-// A token's result has the same bits alone and in a batch, decoded and prefilled. For this, every token is computed by
-// itself, and the order in which its sums are added depends on its position alone: vectors have 16 numbers on every
-// processor, and masked keys add zeros.
+// A token's result must have the same bits whether the token is decoded or prefilled, alone or in a batch. Therefore
+// every token is computed separately, and the order in which its sums are added depends only on its position: vectors
+// have 16 numbers on every processor, and masked keys add zeros.
 //
 // T is the type of stored activations, weights and cache entries: float or bf16. Arithmetic is fp32.
 
@@ -131,7 +131,7 @@ struct Layer {
   const void *value_table;                // (vocabulary, columns) value embeddings, or null
   int64_t value_columns;
   int64_t qkv_columns;                    // columns of the product with the qkv weights
-  int64_t window;                         // number of tokens before itself that a token sees
+  int64_t window;                         // number of earlier tokens that a token sees
 };
 }
 
@@ -240,7 +240,7 @@ void attend_rows(const Shape &s, const T *keys, const T *values, const int32_t *
     }
 }
 
-// Most query rows that share the keys they load.
+// Maximum number of query rows that share the keys that they load.
 constexpr int MOST_ROWS = 4;
 
 template <typename T, int D>
@@ -312,7 +312,8 @@ void square(const Batch &b, T *x, int64_t n) {
 
 // Finishes a block and begins the next one. First x = x + y * dim / square_sum(x), where y is the result of an MLP whose
 // input was not normalized. Then x = residual * x + skip * x0, the next block's input, and the scale of its norm.
-// A null y or x0 leaves its part out. `kept`, unless null, receives x after the first part.
+// If y is null, the first part is left out. If x0 is null, the second part is left out. `kept`, unless null, receives x
+// after the first part.
 template <typename T>
 void finish(const Shape &s, const Batch &b, T *x, const T *y, T *kept, const T *x0, float residual, float skip) {
   const int n = s.dim;
@@ -332,7 +333,8 @@ void finish(const Shape &s, const Batch &b, T *x, const T *y, T *kept, const T *
   }
 }
 
-// Outputs that are computed together, and most rows that share a weight after its conversion to float.
+// Number of outputs that are computed together, and maximum number of rows for which a weight is converted to float
+// once.
 constexpr int TILE = 2 * LANES;
 constexpr int PRODUCT_ROWS = 8;
 

@@ -116,7 +116,7 @@ def find_cached() -> Path | None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Of processes that start at the same time, one builds the library and the others wait for it."""
+    """Lock the folder, so that only one of several starting processes builds the library."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

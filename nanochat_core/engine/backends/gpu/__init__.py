@@ -2,8 +2,8 @@
 
 Reading weights and starting kernels take most of the time of a small step. PyTorch's operators start about forty
 kernels per layer and copy the keys and values of every sequence. Here a layer needs four matrix products and five
-kernels, and attention reads keys and values directly from the cache. A step of few tokens is one CUDA graph, and all
-its kernels start at once. Without Triton, or with an unusual head size, the engine uses PyTorch's operators.
+kernels, and attention reads keys and values directly from the cache. A step of few tokens is one CUDA graph: one
+call starts all its kernels. Without Triton, or with an unusual head size, the engine uses PyTorch's operators.
 """
 
 import importlib.util

@@ -31,7 +31,7 @@ FlashKernel = Callable[..., Any]
 
 
 class GpuCache(BlockMemory):
-    """The cache for the GPU kernels. Each group has one extra block. Padding tokens write to it."""
+    """The cache for the GPU kernels. Each group has one extra block, to which padding tokens write."""
 
     def __init__(self, model: GPT, groups: Items[CacheGroup], block_size: int) -> None:
         super().__init__(model, groups, block_size, spare=1)
@@ -43,7 +43,7 @@ class GpuCache(BlockMemory):
 class GpuNetwork(ServingWeights):
     """Computes hidden states and logits of the tokens of a step.
 
-    ``tile_rows`` is the maximum number of tokens in a tile. A tile also reads this number of keys at a time.
+    ``tile_rows`` is the maximum number of tokens in a tile. It is also the number of keys that a tile reads at a time.
     """
 
     def __init__(self, model: GPT, flash: FlashKernel | None = None) -> None:

@@ -12,7 +12,7 @@ from nanochat_core.engine.kv_cache import BlockMemory
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.engine.step import TokenBatch
 
-# Kernels load this many numbers at once, so each array begins at an index that is a multiple of it.
+# Kernels load this many numbers together, so each array begins at an index that is a multiple of this number.
 _ALIGNMENT = 4
 # Padding tokens use this row of the block tables. It contains the extra block of each group.
 _PADDING_ROW = 0
@@ -24,7 +24,7 @@ class Pieces:
 
     tiles: Tensor  # (tiles, 4), see :func:`~nanochat_core.engine.backends.gpu.kernels.attend_tiles`
     first_tokens: Tensor  # (sequences + 1,) index of each sequence's first token, followed by the number of tokens
-    ends: Tensor  # (sequences,) number of tokens of each sequence that are in the cache after the step
+    ends: Tensor  # (sequences,) for each sequence, the number of its tokens in the cache after the step
     longest: int  # largest number of tokens that one sequence has in the step
 
     @property
@@ -36,7 +36,7 @@ class Pieces:
 class Step:
     """Inputs of a step: int32 tensors on the device. Steps of the same size use the same addresses."""
 
-    ids: Tensor  # (tokens,); the next three arrays have the same shape
+    ids: Tensor  # (tokens,); the three following arrays have this shape too
     previous_ids: Tensor
     positions: Tensor
     rows: Tensor  # row of each token's sequence in ``tables``

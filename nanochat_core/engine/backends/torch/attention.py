@@ -1,8 +1,8 @@
 """The paged KV cache for PyTorch's operators, and attention of a ragged batch over it.
 
 On a CPU, a token's attention must have the same bits whether the token is decoded, prefilled or recomputed, alone or in
-a batch. PyTorch adds in the same order only for some shapes. A trial of all shapes, with MKL on AVX-512, found them.
-Attention therefore uses only shapes with these properties:
+a batch. The order in which PyTorch adds numbers stays the same only for some shapes. They were found by trying all
+shapes with MKL on AVX-512. Attention therefore uses only shapes with these properties:
 
 - The number of query rows is a multiple of a number that depends on the CPU (:func:`row_multiple`), because PyTorch
   uses other matrix kernels for fewer rows.
@@ -70,14 +70,14 @@ class TorchCache(BlockMemory):
         """The mask that is added to the scores: 0 for visible keys, -inf for hidden keys.
 
         Its shape is (chunks, 1, rows * query heads per kv head, keys). ``keys`` is a number of successive keys.
-        ``first`` (chunks, rows) is the first key's position minus the query's.
+        ``first`` (chunks, rows) is, for each query, the position of the first key minus the query's position.
         """
         shared = self.config.n_head // self.config.n_kv_head
         places = to_device(np.repeat(first + self._reach, shared, axis=1), self.device)
         return self._visible[group].unfold(0, keys, 1)[places].unsqueeze(1)
 
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Read keys and values of ``blocks`` (rows, n), each of shape (rows, n * block_size, n_kv_head, head_dim)."""
+        """Read keys and values of ``blocks`` (rows, n). Both have shape (rows, n * block_size, n_kv_head, head_dim)."""
         rows, flat = blocks.size(0), blocks.flatten()
         shape = (rows, -1, self.config.n_kv_head, self.config.head_dim)
         keys, values = self._layers[layer]
@@ -214,7 +214,7 @@ def _group(chunks: Iterable[Chunk]) -> list[list[Chunk]]:
 
 
 def _padded_keys(length: int) -> int:
-    """Round up to a number of keys for which PyTorch adds in the same order as for a longer context."""
+    """Round up to a number of keys for which PyTorch adds numbers in the same order as for a longer context."""
     whole, rest = length // KEY_TILE * KEY_TILE, length % KEY_TILE
     return whole + (_round_up(rest, KEY_MULTIPLE) if rest <= KEY_TILE // 2 else KEY_TILE)
 

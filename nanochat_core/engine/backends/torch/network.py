@@ -58,7 +58,7 @@ class TorchNetwork(ServingWeights):
     def _attention(
         self, index: int, x: Tensor, value_embedding: Tensor | None, turns: Tensor, attend: Attend, last: int
     ) -> Tensor:
-        """Normalize ``x``, compute attention, and add the result to ``x``. Returns the sum's last ``last`` rows."""
+        """Normalize ``x``, compute attention and add the result to ``x``; returns the last ``last`` rows of the sum."""
         layer, tokens = self._layers[index], x.size(0)
         scale = _square_sum(x).rsqrt_()
         qk, v, *gate = layer.qkv(x).split(layer.sizes, dim=1)
