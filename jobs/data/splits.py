@@ -41,8 +41,8 @@ def split_of(name: str) -> str:
     """The split that a path states: ``train``, ``validation``, ``test``, or an empty string if it states none.
 
     A file or folder states a split if exactly one kind of split word is in its name: ``c4-train.00000-of-01024.json``.
-    If two of them state different splits, or the only name with split words has several kinds, the result is
-    ``several splits``.
+    The result is ``several splits`` if the names in the path state different splits. It is also ``several splits`` if a
+    name has several kinds of split words and no other name states a split.
     """
     stated: set[str] = set()
     several = False
