@@ -75,7 +75,7 @@ class ProgressDisplay:
         self.show([self.time_left], fields)
 
     def count(self, done: int) -> None:
-        """Set the number of units that are done and update :attr:`eta_seconds`, without showing it."""
+        """Set the number of units that are done and update :attr:`eta_seconds`. The display does not change."""
         now = time.monotonic()
         if self._first is None:
             # The first unit often includes a warm-up such as compilation, but there is no better estimate yet.
