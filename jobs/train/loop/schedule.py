@@ -105,7 +105,7 @@ class Schedule:
 
     @property
     def constant_until(self) -> int:
-        """The number of steps before the warmdown. After them, a run can still go on to any other horizon."""
+        """The number of steps before the warmdown. Up to this step, a run can still go on to any other horizon."""
         return math.floor(self.warmdown_start)
 
     def lr(self, step: int) -> float:
