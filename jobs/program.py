@@ -1,4 +1,4 @@
-"""The common part of all job programs: two settings, start and end, a folder for results, and a command line."""
+"""The common part of all job programs: two settings, startup and exit, a folder for results, and a command line."""
 
 import dataclasses
 import os

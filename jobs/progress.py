@@ -139,7 +139,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic only in its type 
 
 
 def terminal_columns() -> int:
-    """Columns of the terminal at stderr that a line may fill without a line break."""
+    """Number of columns that a line may fill on the terminal at stderr without wrapping."""
     try:
         columns = os.get_terminal_size(sys.stderr.fileno()).columns
     except OSError:  # the terminal has been closed

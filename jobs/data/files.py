@@ -56,7 +56,7 @@ _BYTE_ORDER_MARKS = {
 
 
 def file_format(name: str) -> Format | None:
-    """The format of a file by its name, such as ``text`` for ``BOOK.TXT.gz``; None if such files cannot be read."""
+    """The format of a file by its name, such as ``text`` for ``BOOK.TXT.gz``; None for unreadable formats."""
     stem, ending = os.path.splitext(name.lower())
     if ending not in _COMPRESSED:
         return _FORMATS.get(ending)

@@ -115,7 +115,7 @@ def split_shards(store: Store, name: str) -> Splits:
     by name is the validation split.
 
     Raises:
-        UserError: there are fewer than two shards, or their names do not say which ones are for training.
+        UserError: there are fewer than two shards, or their names do not say which shards are for training.
     """
     keys = shard_keys(store, name)
     if len(keys) < 2:

@@ -59,8 +59,9 @@ def split_of(name: str) -> str:
 def split_files(names: Iterable[str], shown: str, advice: str) -> Splits:
     """Divide files by the splits that their names state; ``names`` are paths below the dataset's folder.
 
-    - Files of the split ``validation`` are for validation. Without them, the files of the split ``test`` are.
-    - Files of the split ``train`` are for training. Without them, the files that state no split are.
+    - Files of the split ``validation`` are for validation. If there are none, the files of the split ``test`` are for
+      validation.
+    - Files of the split ``train`` are for training. If there are none, the files that state no split are for training.
     - If no name states a split other than ``train``, no file is for validation: the caller holds out a part.
 
     Args:

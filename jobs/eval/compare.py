@@ -151,7 +151,7 @@ def _change(first: float | None, other: float | None) -> str:
 
 
 def run(settings: CompareSettings, show: Callable[[str], None]) -> None:
-    """Show the comparison, and write it to the folder ``--out`` if there is one."""
+    """Show the comparison, and write it to the folder ``--out`` if this flag is given."""
     runs = distinctly_named([read_run(settings.home, spec) for spec in settings.models])
     show(render(runs))
     if not settings.out:

@@ -196,7 +196,7 @@ def pieces(outputs: Iterable[Output], tokenizer: Tokenizer) -> Iterator[Piece]:
 
 
 def in_order(found: Iterable[Piece], samples: int) -> Iterator[Piece]:
-    """Yield all pieces of the first sample, then all pieces of the next one. Each sample ends with a line break."""
+    """Yield all pieces of the first sample, then all pieces of the next sample. Each sample ends with a line break."""
     waiting: dict[int, list[Piece]] = {index: [] for index in range(samples)}
     current, ends_line = 0, False
     for piece in found:

@@ -81,7 +81,7 @@ def add_decision(store: Store, ref: CheckpointRef, decision: Decision) -> None:
 
 
 def latest_decision(store: Store, ref: CheckpointRef, digest: str) -> Decision | None:
-    """The last decision on a checkpoint with these weights."""
+    """The last decision on the checkpoint ``ref`` with the weights ``digest``."""
     return next((each for each in reversed(decisions(store, ref)) if each.digest == digest), None)
 
 

@@ -117,7 +117,7 @@ def summarize(results: Sequence[RequestResult]) -> Summary:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """A percentile of the values, interpolated linearly between the two nearest ones."""
+    """A percentile of the values, interpolated linearly between the two nearest values."""
     return float(np.percentile(values, percent))
 
 

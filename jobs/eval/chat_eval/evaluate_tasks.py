@@ -1,4 +1,4 @@
-"""Evaluates a model on chat tasks, in chunks. Ranks share the chunks, and the evaluation store keeps finished ones."""
+"""Evaluates a model on chat tasks, in chunks. Ranks share the chunks. The evaluation store keeps finished chunks."""
 
 import contextlib
 import dataclasses

@@ -125,7 +125,7 @@ class Mixture:
         A conversation that is longer than a row is cut at its end. It is left out if the assistant says nothing before
         the cut. Tokenizing all conversations takes a while, so the store caches their sizes in ``cache/sizes/``. With
         ``threads`` 0, one thread for each core tokenizes. Raises :class:`UserError` if a conversation has a wrong
-        format, or if no training or no validation conversation is left to learn from.
+        format, or if no conversation is left for training or for validation.
         """
         training, lengths, lost = self._fitting(self.training, "training", tokenizer, row_length, threads)
         validation, _, _ = self._fitting(self.validation, "validation", tokenizer, row_length, threads)

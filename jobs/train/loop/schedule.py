@@ -86,7 +86,8 @@ class Schedule:
 
     Attributes:
         steps: number of steps of the whole run.
-        first_step: number of steps that an earlier run has done at the constant rate; the warmdown begins after them.
+        first_step: number of steps that an earlier run has done at the constant rate; the warmdown begins after these
+            steps.
     """
 
     steps: int
