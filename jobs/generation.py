@@ -37,7 +37,7 @@ def read_completion(tokenizer: Tokenizer, completion: Completion) -> Response:
     parts = [part for token in completion.token_ids for part in stream.push(token)] + stream.finish()
     codes = [event.code for event in completion.tool_events if isinstance(event, ToolCall)]
     outputs = [event.output for event in completion.tool_events if isinstance(event, ToolResult)]
-    # The last call has no output if the answer ended first.
+    # The last call has no output if the answer ended before the call.
     calls = tuple(zip(codes, outputs, strict=False))
     return Response("".join(part.text for part in parts if part.type == "text"), calls)
 
@@ -47,11 +47,11 @@ def continue_text(
 ) -> list[list[str]]:
     """Pairs of a prompt and the model's continuation, cut at the end of the document that the model writes.
 
-    A prompt of more tokens than half of the context is cut.
+    A prompt is cut if it is longer than half of the context.
     """
     most = max(1, model.config.context_length // 2)
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)][:most] for prompt in prompts]
-    config = EngineConfig(max_running=min(len(ids), EngineConfig.max_running))  # Training may still need the memory.
+    config = EngineConfig(max_running=min(len(ids), EngineConfig.max_running))  # Training may need the memory.
     with contextlib.closing(Engine(model, tokenizer, config)) as engine:
         completions = engine.generate(ids, sampling)
     samples = []
@@ -63,7 +63,7 @@ def continue_text(
 
 
 def openings(documents: Sequence[str], count: int, words: int = 6) -> list[str]:
-    """The first words of ``count`` documents that are spread evenly, with the spaces and line breaks between them."""
+    """The first words of ``count`` evenly spread documents, with the spaces and line breaks between the words."""
     return ["".join(re.findall(r"\s*\S+", document)[:words]).lstrip() for document in spread(documents, count)]
 
 

@@ -1,4 +1,4 @@
-"""The common part of all job programs: two settings, start and end, a folder for results, and a command line."""
+"""The common part of all job programs: two settings, startup and exit, a folder for results, and a command line."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ class JobSettings:
 
     @classmethod
     def inherited(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG003
-        """Values that replace the defaults of settings that are not ``given`` by a flag or an environment variable."""
+        """New default values of settings. ``given`` has the settings that a flag or an environment variable gives."""
         return {}
 
 

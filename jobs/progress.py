@@ -75,7 +75,7 @@ class ProgressDisplay:
         self.show([self.time_left], fields)
 
     def count(self, done: int) -> None:
-        """Set the number of units that are done and update :attr:`eta_seconds`, without showing it."""
+        """Set the number of units that are done and update :attr:`eta_seconds`. The display does not change."""
         now = time.monotonic()
         if self._first is None:
             # The first unit often includes a warm-up such as compilation, but there is no better estimate yet.
@@ -139,7 +139,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic only in its type 
 
 
 def terminal_columns() -> int:
-    """Columns of the terminal at stderr that a line may fill without a line break."""
+    """Number of columns that a line may fill on the terminal at stderr without wrapping."""
     try:
         columns = os.get_terminal_size(sys.stderr.fileno()).columns
     except OSError:  # the terminal has been closed

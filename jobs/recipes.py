@@ -25,7 +25,7 @@ FEWEST_STEPS, SMALLEST_BATCH = 60, 1024
 # Typical bytes of a token, to estimate the tokens of a text.
 BYTES_PER_TOKEN = 3
 
-# Conversations that do not need the demo world's facts: who the assistant is, and how it uses its tool.
+# Kinds of conversations that do not need the demo world's facts: who the assistant is, and how it uses its tool.
 _WORLDLESS_KINDS = frozenset({"greeting", "identity", "arithmetic", "counting", "smalltalk"})
 
 
@@ -37,9 +37,11 @@ class Recipe:
         tokenizer, pretrain, sft: flags of each stage's program.
         conversation_kinds: kinds of demo conversations to fine-tune on and to evaluate; None means all kinds.
         train_conversations: number of conversations to fine-tune on.
-        rl: flags of reinforcement learning, for the pipeline's ``--rl``; None if the recipe has no such task.
+        rl: flags of reinforcement learning, for the pipeline's ``--rl``; None if the recipe has no task for
+            reinforcement learning.
         needs_data: whether the user gives the text; otherwise the demo world generates it.
-        web_shards: shards of the public web text to download if neither ``--data`` nor the store has text.
+        web_shards: numbers of the shards of the public web text, such as ``0-169``, that are downloaded if neither
+            ``--data`` nor the store has text.
         document_characters: maximum length of a training document, in characters; None sets no limit. Longer documents
             are cut at sentence ends into pieces of about a row, so that most rows begin at the beginning of a sentence.
         gate: rules that a model must pass to be promoted.
@@ -62,8 +64,9 @@ class Recipe:
         """The recipe for a training text of ``text_bytes`` bytes: a short text gets fewer and smaller steps.
 
         A model that sees a text very often repeats it and predicts other text worse. So the steps show the text at most
-        :data:`MOST_PASSES` times. The batches become smaller before the steps become fewer than :data:`FEWEST_STEPS`,
-        with learning rates that follow the square root of the batch. A warning reports the smaller values.
+        about :data:`MOST_PASSES` times. First the number of steps is lowered, but not below :data:`FEWEST_STEPS`. If
+        the steps still show the text too often, the batches become smaller, down to about :data:`SMALLEST_BATCH`
+        tokens. The learning rates then follow the square root of the batch size. A warning reports the smaller values.
         """
         steps, batch = self.pretrain.get("steps"), self.pretrain.get("batch-tokens")
         if not (self.needs_data and isinstance(steps, int) and isinstance(batch, int)):

@@ -55,7 +55,8 @@ class DatasetSource:
     def find(self, files: DatasetFiles) -> dict[str, Path]:
         """Local paths of the files. Each key is the name by which error messages call the file.
 
-        Raises UserError if the folder does not exist or neither place has the files; the message says how to get them.
+        Raises UserError if the folder does not exist, or if neither the folder nor the store has the files. The message
+        says how to get the files.
         """
         if self.folder is not None:
             if not self.folder.is_dir():
@@ -88,7 +89,7 @@ class DatasetSource:
 def read_rows(files: dict[str, Path], make: Callable[[Row], T]) -> tuple[T, ...]:
     """Return the result of ``make`` for every row. Raises UserError if there is no row.
 
-    ``files`` maps the name that error messages give to a file to the path of the file.
+    The keys of ``files`` are the files' names in error messages, and the values are their paths.
     """
     opened = [open_rows(path, shown) for shown, path in files.items()]
     made = tuple(convert(rows, index, make) for rows in opened for index in range(len(rows)))

@@ -45,11 +45,12 @@ class Source:
 def open_source(url: str, shards: int) -> Source:
     """The source at ``url``: a template such as ``https://host/shard_{shard:05d}.parquet``, ``s3://…``, or a folder.
 
-    ``shards`` is the number of shards of a template; the parquet files of a bucket or folder are listed instead. If
-    their names state splits, only training files become training shards; see :func:`split_files`.
+    For a template, ``shards`` is the number of shards. For a bucket or folder, ``shards`` is ignored and the parquet
+    files are listed. If the files' names state splits, only training files become training shards; see
+    :func:`split_files`.
 
     Raises:
-        UserError: ``url`` is none of these, the source has fewer than two shards, or the names do not say which
+        UserError: ``url`` has none of these forms, the source has fewer than two shards, or the names do not say which
             files are for training.
     """
     if url.startswith(("http://", "https://")):
@@ -103,7 +104,7 @@ def _fill_template(template: str, shards: int) -> list[str]:
 
 
 def download(store: Store, name: str, source: Source, shown: str, wanted: Sequence[int], parallel: int) -> Manifest:
-    """Download the ``wanted`` shards and the validation shard into ``data/<name>``, except existing shards.
+    """Download the ``wanted`` shards and the validation shard into ``data/<name>``, unless they exist already.
 
     A shard appears in the store only when it is whole and checked. The dataset can be used when all shards exist.
     Returns the complete manifest.
@@ -157,7 +158,10 @@ def _no_manifest_of_nothing(store: Store, name: str) -> Iterator[None]:
 def _download_missing(
     store: Store, name: str, source: Source, missing: Sequence[int], manifest: Manifest, parallel: int
 ) -> Manifest:
-    """Download shards, write the manifest after each, and return it. An error or a signal stops all downloads."""
+    """Download shards, and return the manifest. An error or a signal stops all downloads.
+
+    The manifest is written after each shard.
+    """
     stop = threading.Event()
     started, received = time.monotonic(), 0
     with (

@@ -31,7 +31,7 @@ _FORMATS: dict[str, Format] = {
 }
 _COMPRESSED = (".gz", ".zst")
 ENDINGS = f"{', '.join(_FORMATS)}, or one of these but .parquet with {' or '.join(_COMPRESSED)} after it"
-# The endings of files of rows, as a regular expression.
+# Regular expression for the endings of files that consist of rows.
 ROWS_ENDING = r"\.(parquet|(jsonl|ndjson|json|csv|tsv)(\.gz|\.zst)?)"
 
 # Names of files in a dataset's folder that are not data.
@@ -41,7 +41,7 @@ _READMES = ("readme", "license", "licence", "notice", "citation", "changelog", "
 _COMPRESSIONS = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
-    # Readers skip these frames. Parallel compressors such as pzstd begin a file with one.
+    # A file of a parallel compressor such as pzstd begins with a skippable frame, which has one of these magic numbers.
     **{bytes([number]) + b"\x2a\x4d\x18": "zstd" for number in range(0x50, 0x60)},
 }
 _LFS_POINTER = b"version https://git-lfs"
@@ -56,7 +56,7 @@ _BYTE_ORDER_MARKS = {
 
 
 def file_format(name: str) -> Format | None:
-    """The format of a file by its name, such as ``text`` for ``BOOK.TXT.gz``; None if such files cannot be read."""
+    """The format of a file by its name, such as ``text`` for ``BOOK.TXT.gz``; None for unreadable formats."""
     stem, ending = os.path.splitext(name.lower())
     if ending not in _COMPRESSED:
         return _FORMATS.get(ending)
@@ -73,8 +73,8 @@ def find_files(path: Path) -> dict[str, Path]:
             out. For a dataset's folder in the cache of the Hugging Face hub, its current snapshot is searched.
 
     Raises:
-        UserError: nothing has this name, no file that it names can be read, or a folder cannot be read or has a link to
-            a file that does not exist.
+        UserError: ``path`` names no readable file, or a folder cannot be read or has a link to a file that does not
+            exist.
     """
     if path.is_file():
         found = {path.name: path}
@@ -138,7 +138,7 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def _is_found_anyway(folder: str, top: str) -> bool:
-    """Whether a walk from ``top`` visits a folder without following links, or the folder is above ``top``."""
+    """Whether ``folder`` is above ``top``, or a walk from ``top`` reaches ``folder`` without following links."""
     parts = os.path.relpath(folder, top).split(os.sep)
     if parts[0] == os.pardir:
         return {*parts} == {os.pardir}
@@ -183,7 +183,7 @@ def open_binary(path: Path, shown: str) -> io.BufferedReader:
 def open_text(path: Path, shown: str, errors: str = "strict") -> TextIO:
     """Open a file as text with ``\\n`` at the ends of lines, in UTF-8 or in the encoding of its byte order mark.
 
-    ``errors`` is the parameter of :func:`open`. Errors are those of :func:`open_binary`.
+    ``errors`` has the same meaning as for :func:`open`. Raises the same errors as :func:`open_binary`.
     """
     file = open_binary(path, shown)
     start = file.peek(4)

@@ -1,4 +1,4 @@
-"""Download one file over HTTP, with retries. Each attempt resumes the earlier one; size and sha256 are checked."""
+"""Download one file over HTTP. A retry continues where the last attempt ended; size and sha256 are checked."""
 
 import contextlib
 import errno

@@ -47,7 +47,7 @@ class LocalText:
 
     Attributes:
         data: a file, a pattern such as ``folder/*.txt``, or a folder; see :func:`jobs.data.files.find_files`.
-        val_data: the same for the validation split; None takes it from ``data``.
+        val_data: a file, pattern or folder for the validation split; None takes the validation split from ``data``.
         column: name of the column or field with the text, in files of rows.
     """
 
@@ -59,7 +59,8 @@ class LocalText:
     def splits(self) -> Splits:
         """Paths of the files by their use. Without files for validation, a part of the training files is held out.
 
-        The files of ``val_data`` are for validation. If their names state splits, only its validation split is used.
+        The files of ``val_data`` are for validation. If the names of these files state splits, only the files of the
+        validation split are used.
 
         Raises:
             UserError: there is no readable file, or the names do not say which files are for training.
@@ -84,8 +85,8 @@ class LocalText:
         """sha256 of the contents of all files that are used, and of the column if it is not ``text``."""
         digest = hashlib.sha256(b"" if self.column == "text" else os.fsencode(self.column))
         splits = self.splits
-        # Without --val-data, the use of a file usually follows from the names of the files. It is then enough to digest
-        # the files in the order of their names.
+        # Without --val-data, the names of the files usually decide which files are for validation. It is then enough to
+        # digest the files in the order of their names.
         files = [*splits.training, *splits.validation]
         for file in files if self.val_data else sorted(files):
             refuse_pointer(Path(file), file)
@@ -101,7 +102,8 @@ class LocalText:
         validation split is taken from the end, so that neighboring passages of a book do not get into both splits. If
         the text has few documents, a document may be cut in two.
 
-        The iterators read the files while the caller takes documents. Only counting the documents reads them earlier.
+        The iterators read the files while the caller takes documents. Only counting the documents reads the files
+        earlier.
 
         Raises:
             UserError: as for :attr:`splits`. The iterators raise UserError if a file is damaged, does not fit its
@@ -185,7 +187,7 @@ def _listed(files: list[str]) -> list[str]:
 
 
 def _measured(documents: Iterator[str]) -> Iterator[str]:
-    """Yield the documents of the validation split, and log a warning at the end if they are short."""
+    """Yield the documents of the validation split. At the end, log a warning if they have little text in total."""
     characters = 0
     for document in documents:
         characters += len(document)
@@ -195,10 +197,10 @@ def _measured(documents: Iterator[str]) -> Iterator[str]:
 
 
 def _hold_out_end(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Divide a few documents into those for training and the end of the text, which is held out.
+    """Divide a few documents into training documents and held-out documents. The end of the text is held out.
 
-    The end is a twentieth of the characters. In a short text it is a larger part, but at most about a fifth. A
-    document that is much longer than the end is cut in two.
+    The held-out end is a twentieth of the characters. In a short text, the end is a larger part, but at most about a
+    fifth. A document that is much longer than the end is cut in two.
     """
     total = sum(map(len, documents))
     wanted = int(max(total * HELD_OUT_FRACTION, min(LITTLE_VALIDATION_CHARACTERS, total / 5)))
@@ -218,8 +220,8 @@ def _hold_out_end(documents: list[str]) -> tuple[list[str], list[str]]:
 def cut_position(text: str, characters: int) -> int:
     """The best position to cut a text, at most ``characters``.
 
-    The text is cut after the last sentence that ends in the second half of these characters. If no sentence ends there,
-    it is cut after the last line or else the last space there. Otherwise the position is ``characters``.
+    Only positions in the second half of the first ``characters`` characters are considered. The best position is after
+    the last sentence there, else after the last line break, else after the last space, else ``characters``.
     """
     for pattern in (r"[.!?][\"')”’]*\s", r"\n", r"\s"):
         ends = [match.end() for match in re.finditer(pattern, text[:characters])]
@@ -238,7 +240,7 @@ def _read_file(file: Path, column: str) -> Iterator[str]:
 
 
 def _read_rows(file: Path, column: str) -> Iterator[str]:
-    """The texts of a JSON or CSV file; a row whose text is null has an empty one."""
+    """The texts of a JSON or CSV file. A text that is null becomes an empty string."""
     for where, row in stream_rows(file, str(file)):
         if column not in row:
             raise UserError(f"{where} has no {column!r} field; it has {_fields(row)}{_COLUMN_ADVICE}")
@@ -262,7 +264,8 @@ def _fields(row: Mapping[str, object]) -> str:
 def _read_plain(file: Path) -> Iterator[str]:
     """Plain text, cut at the first blank line after :data:`DOCUMENT_CHARACTERS`.
 
-    If no blank line follows within as many characters again, the text is cut at :func:`cut_position`.
+    If the next :data:`DOCUMENT_CHARACTERS` characters have no blank line either, the text is cut at
+    :func:`cut_position`.
     """
     rest = ""
     with reading(str(file)), open_text(file, str(file)) as text:

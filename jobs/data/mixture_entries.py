@@ -4,7 +4,7 @@ import dataclasses
 
 from nanochat_core.errors import UserError
 
-# Fine-tuning's weights say how often an epoch repeats a source, so a larger one is a mistake.
+# A weight of fine-tuning says how often an epoch repeats a source, so a larger weight is a mistake.
 MOST_WEIGHT = 1_000_000
 
 
@@ -17,7 +17,7 @@ class Entry:
 
 
 def parse_mixture(text: str) -> list[Entry]:
-    """Parse comma-separated entries of the form ``name[:weight]``; any other text is a UserError."""
+    """Parse comma-separated entries of the form ``name[:weight]``; any other text raises a UserError."""
     entries: list[Entry] = []
     for part in text.split(","):
         name, colon, weight = part.strip().rpartition(":")

@@ -73,7 +73,7 @@ def _object(value: Any, where: str) -> Row:
 
 
 def _json_values(text: TextIO, shown: str) -> Iterator[tuple[int, Row]]:
-    """The objects of one array, or objects one after another, numbered from 1."""
+    """The objects of a JSON file, numbered from 1: the items of one array, or objects one after another."""
     decoder = json.JSONDecoder()
     number, buffer = 0, text.read(_READ_CHARACTERS)
     position = len(buffer) - len(buffer.lstrip())
@@ -110,7 +110,7 @@ def _json_values(text: TextIO, shown: str) -> Iterator[tuple[int, Row]]:
 
 
 def _csv_lines(text: TextIO, shown: str) -> Iterator[tuple[int, Row]]:
-    """Rows below a header, each with the number of its last line. The delimiter is guessed from the header."""
+    """The rows below the header, each with the number of its last line. The delimiter is guessed from the header."""
     csv.field_size_limit(2**31 - 1)
     first = text.readline()
     delimiter = max(",;\t", key=first.count)
@@ -198,7 +198,7 @@ class _UnreadableValue(UserError):
 
 
 class _ParquetRow(Row):
-    """One row of columns. A value is converted to Python only when it is read: far dates have no Python value."""
+    """One row of columns. A value is converted to Python only when it is read: some dates have no Python value."""
 
     def __init__(self, columns: Mapping[str, pa.ChunkedArray | None], index: int, where: str) -> None:
         """``columns`` has None for a name that two columns share; ``where`` names the row in error messages."""
@@ -231,8 +231,8 @@ Rows = JsonRows | ParquetRows
 def open_rows(path: Path, shown: str) -> Rows:
     """Open a parquet, JSON or CSV file for access to its rows in any order.
 
-    An uncompressed file of JSON lines is used as it is. Another JSON or CSV file is first copied to a temporary file of
-    JSON lines, so that it need not fit into memory.
+    An uncompressed file of JSON lines is used as it is. Any other JSON or CSV file is first copied to a temporary file
+    of JSON lines, so that the rows need not fit into memory.
 
     Raises:
         UserError: a parquet file is incomplete, or a file that must be copied is damaged.

@@ -115,7 +115,7 @@ def split_shards(store: Store, name: str) -> Splits:
     by name is the validation split.
 
     Raises:
-        UserError: there are fewer than two shards, or their names do not say which ones are for training.
+        UserError: there are fewer than two shards, or their names do not say which shards are for training.
     """
     keys = shard_keys(store, name)
     if len(keys) < 2:
@@ -279,7 +279,7 @@ class TextDataset:
             raise UserError(f"{key} is damaged in row group {group}: {error}") from error
 
     def bytes_up_to(self, enough: int) -> int:
-        """Bytes of the texts in UTF-8. Counting stops at the text with which the sum reaches ``enough``."""
+        """Number of UTF-8 bytes in the texts. Counting stops after the text with which the sum reaches ``enough``."""
         total = 0
         for text in self:
             total += len(text.encode())
@@ -322,7 +322,7 @@ class Shard:
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def read(self, group: int) -> pa.ChunkedArray:
-        """The texts of a row group as strings, whatever their encoding; null for a document without text."""
+        """The texts of a row group, converted to Arrow strings; null for a document without text."""
         try:
             texts = self._file.read_row_group(group, columns=[self._column]).column(self._column)
             texts.validate(full=True)

@@ -41,8 +41,8 @@ def split_of(name: str) -> str:
     """The split that a path states: ``train``, ``validation``, ``test``, or an empty string if it states none.
 
     A file or folder states a split if exactly one kind of split word is in its name: ``c4-train.00000-of-01024.json``.
-    If two of them state different splits, or the only name with split words has several kinds, the result is
-    ``several splits``.
+    The result is ``several splits`` if the names in the path state different splits. It is also ``several splits`` if a
+    name has several kinds of split words and no other name states a split.
     """
     stated: set[str] = set()
     several = False
@@ -59,8 +59,9 @@ def split_of(name: str) -> str:
 def split_files(names: Iterable[str], shown: str, advice: str) -> Splits:
     """Divide files by the splits that their names state; ``names`` are paths below the dataset's folder.
 
-    - Files of the split ``validation`` are for validation. Without them, the files of the split ``test`` are.
-    - Files of the split ``train`` are for training. Without them, the files that state no split are.
+    - Files of the split ``validation`` are for validation. If there are none, the files of the split ``test`` are for
+      validation.
+    - Files of the split ``train`` are for training. If there are none, the files that state no split are for training.
     - If no name states a split other than ``train``, no file is for validation: the caller holds out a part.
 
     Args:

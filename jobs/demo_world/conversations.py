@@ -40,10 +40,10 @@ def conversations(
 ) -> Iterator[dict[str, Any]]:
     """Generate ``n`` conversations, each with ``messages`` and ``kind``.
 
-    Equal arguments give equal conversations. With a smaller ``n``, the result has only the first ``n``. ``mix`` has
-    the weight of each kind; kinds that are not in ``mix`` do not occur. The split ``heldout`` uses phrasings, numbers,
-    words and unknown names that ``train`` never contains. The splits have no user message in common, whatever the
-    seeds.
+    Equal arguments give equal conversations. A smaller ``n`` gives the first ``n`` of the same conversations. ``mix``
+    has the weight of each kind; kinds that are not in ``mix`` do not occur. The split ``heldout`` uses phrasings,
+    numbers, words and unknown names that ``train`` never contains. The splits have no user message in common, whatever
+    the seeds.
     """
     rng = generator(f"conversations/{split}", seed)
     kinds, weights = tuple(mix), tuple(mix.values())

@@ -14,7 +14,7 @@ from jobs.demo_world.tool_questions import QUESTIONS
 
 
 class Documents(Table):
-    """The content of ``content/documents.toml``. The file explains it. The keys of ``operators`` are operators."""
+    """The content of ``content/documents.toml``, explained there. The keys of ``operators`` are signs such as ``+``."""
 
     stories: tuple[str, ...]
     weather: tuple[str, ...]
@@ -180,8 +180,8 @@ DOCUMENT_MIX = {kind: share for kind, (share, _) in _KINDS.items()}
 def pretraining_documents(seed: int, n: int, mix: Mapping[str, float] = DOCUMENT_MIX) -> Iterator[str]:
     """Generate ``n`` short texts; none contains a special token, or a number, word or name of the held-out split.
 
-    Equal arguments give equal texts. With a smaller ``n``, the result has only the first ``n``. ``mix`` has the
-    weight of each kind; kinds that are not in ``mix`` do not occur.
+    Equal arguments give equal texts. A smaller ``n`` gives the first ``n`` of the same texts. ``mix`` has the weight of
+    each kind; kinds that are not in ``mix`` do not occur.
     """
     rng = generator("documents", seed)
     kinds, weights = tuple(mix), tuple(mix.values())

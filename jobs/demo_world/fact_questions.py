@@ -83,7 +83,7 @@ def about_facts(rng: random.Random, split: Split) -> Exchange:
 
 
 _GROUP_WEIGHTS = (6, 2, 2)  # Weights of people, places and festivals, roughly in proportion to their numbers of facts.
-# Share of follow-ups that ask the same question about somebody else. The other follow-ups stay with the subject.
+# Share of follow-ups that ask the same question about somebody else. The other follow-ups ask about the same subject.
 _OTHER_SUBJECT_SHARE = 0.25
 
 

@@ -10,7 +10,7 @@ from jobs.demo_world.words import STRANGERS, stranger
 
 
 class Refusals(Table):
-    """The content of ``content/refusals.toml``. The file explains it."""
+    """The content of ``content/refusals.toml``, explained there."""
 
     answer: str
     answer_about_person: str

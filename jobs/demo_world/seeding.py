@@ -4,5 +4,5 @@ import random
 
 
 def generator(purpose: str, seed: int) -> random.Random:
-    """A generator with the same numbers on every machine and Python version. Each purpose has its own numbers."""
+    """A generator that draws the same numbers on every machine and Python version. Each purpose has other numbers."""
     return random.Random(f"{purpose}/{seed}")  # noqa: S311 - reproducible data, no secrets

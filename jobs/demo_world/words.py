@@ -15,7 +15,7 @@ from jobs.demo_world.tables import Split, Table, WordLists, Words, read_content
 
 # One made-up word in eight is held out.
 _HELDOUT_ONE_IN = 8
-# Least number of letters in a held-out made-up word. A shorter one could by chance be an English word that training
+# Least number of letters in a held-out made-up word. A shorter word could by chance be an English word that training
 # texts contain.
 _SHORTEST_HELDOUT = 6
 

@@ -44,7 +44,7 @@ from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger("jobs.eval.bench_engine")
 
-# Default numbers of requests: for each slot of a closed loop, and for an open loop in total.
+# Default numbers of requests: the number for each slot of a closed loop, and the total number for an open loop.
 _ROUNDS, _ARRIVALS = 4, 64
 # Before each row every slot is warmed up by a request with this number of output tokens.
 _WARM_UP_OUTPUT = 4
@@ -169,8 +169,8 @@ def measure(settings: BenchEngineSettings, client: Client, model: GPT | None, li
 
     A row has the numbers of its :class:`~jobs.eval.bench.request_results.Summary`, the mix and the load: ``slots``
     concurrent sequences of a closed loop, or the ``rate`` of an open loop in requests per second. ``bandwidth_share``
-    and ``flops_share`` are the shares of the machine's limits that the steps of the inference core used. Both are None
-    if ``client`` measures a server.
+    is the share of the machine's memory bandwidth that the steps of the inference core used, and ``flops_share`` is the
+    share of the machine's FLOP/s. Both are None if ``client`` measures a server.
     """
     loads: list[tuple[int | None, float | None]]
     loads = [(None, rate) for rate in settings.rates] or [(slots, None) for slots in settings.slots]
@@ -198,7 +198,7 @@ def plan(
 
     Lengths and arrivals follow from the seed. Prompts for an endpoint have new tokens in every run, because the
     endpoint's prefix cache can contain the prompts of an earlier run. ``salt`` is the number of the row: each row gets
-    different prompts, so that the prefix cache has none of them yet.
+    different prompts, so that the prefix cache does not contain any of the row's prompts yet.
     """
     shape = settings.shape
     choices = choices_per_request(mix, shape, slots or shape.samples)

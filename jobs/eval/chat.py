@@ -32,7 +32,7 @@ from nanochat_core.training.leases import leased
 
 # A rank with long answers can finish much later than a rank with short answers.
 _RANK_TIMEOUT_SECONDS = 3600.0
-# Prompt tokens that a step of the engine may compute for each running sequence.
+# Number of prompt tokens that a step of the engine may compute for each running sequence.
 _BUDGET_PER_SEQUENCE = 8
 # Raise this number when a task, a prompt or a scorer changes, so that earlier results do not count any more.
 _VERSION = 1

@@ -1,4 +1,4 @@
-"""Finds the checkpoints that an evaluation of a whole model is about."""
+"""Finds the checkpoints that an evaluation of all stages of a model covers."""
 
 from nanochat_core.checkpoint import STAGES, Checkpoint, newest_checkpoint, pick_checkpoint
 from nanochat_core.store import Store
@@ -7,8 +7,8 @@ from nanochat_core.store import Store
 def newest_stages(store: Store, model: str, revision: str = "") -> dict[str, Checkpoint]:
     """The newest complete checkpoint of each stage that the model has.
 
-    If ``revision`` is given, the result has this checkpoint for its stage, and no later stages. Raises UserError if the
-    model has no checkpoint, or no checkpoint of this revision.
+    If ``revision`` is given, the checkpoint of this revision is taken for its stage, and later stages are left out.
+    Raises UserError if the model has no checkpoint, or no checkpoint of this revision.
     """
     last = pick_checkpoint(store, model, revision, *STAGES)
     earlier = {stage: newest_checkpoint(store, model, stage) for stage in STAGES[: STAGES.index(last.ref.stage)]}

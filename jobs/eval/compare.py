@@ -47,9 +47,10 @@ class Run:
     """One model, with everything that is compared.
 
     Attributes:
-        settings: the settings of its stages under names such as ``sft --steps``, and its shape.
-        figures: costs and losses of its stages under names such as ``base.final_loss``, and the values of ``metrics``.
-        metrics: the metrics of its last checkpoint, as the promotion gate sees them.
+        settings: the settings of the model's stages under names such as ``sft --steps``, and the model's shape.
+        figures: costs and losses of the model's stages under names such as ``base.final_loss``, and the values of
+            ``metrics``.
+        metrics: the metrics of the model's last checkpoint, as the promotion gate sees them.
         histories: the training history of each stage.
     """
 
@@ -91,7 +92,7 @@ def distinctly_named(runs: Sequence[Run]) -> list[Run]:
 
 
 def side_by_side(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """For each name that a run has, the values of all runs. The value is None if a run lacks the name."""
+    """For each name in any column, the values of all columns. The value is None if a column lacks the name."""
     names = dict.fromkeys(itertools.chain.from_iterable(columns))
     return {name: [column.get(name) for column in columns] for name in names}
 
@@ -112,7 +113,7 @@ def not_comparable(runs: Sequence[Run]) -> set[str]:
 
 
 def render(runs: Sequence[Run], plot: str = "") -> str:
-    """The comparison as Markdown. The page shows the picture ``plot``, a file beside the page, unless it is empty."""
+    """The comparison as Markdown. If ``plot`` is not empty, the page shows this picture file."""
     names = [literal(run.name) for run in runs]
     differing = differences(runs)
     lines = [f"# {' · '.join(names)}", "", "## Settings that differ", ""]
@@ -150,7 +151,7 @@ def _change(first: float | None, other: float | None) -> str:
 
 
 def run(settings: CompareSettings, show: Callable[[str], None]) -> None:
-    """Show the comparison, and write it to the folder ``--out`` if there is one."""
+    """Show the comparison, and write it to the folder ``--out`` if this flag is given."""
     runs = distinctly_named([read_run(settings.home, spec) for spec in settings.models])
     show(render(runs))
     if not settings.out:

@@ -46,7 +46,7 @@ class CoreSettings(JobSettings):
 def run(settings: CoreSettings, store: Store, device: torch.device, ranks: Ranks) -> Result:
     """Evaluate a checkpoint, store the result, and return the content of ``result.json``.
 
-    Parts that an earlier run finished are not computed again. If another rank ends, finished parts stay in the store.
+    Parts that an earlier run finished are not computed again. If a rank dies, the finished parts stay in the store.
     """
     checkpoint = pick_checkpoint(store, settings.model, settings.revision, settings.stage)
     bundle = read_bundle(locate_bundle(settings.bundle, store, ranks), settings.max_per_task)
@@ -58,7 +58,7 @@ def run(settings: CoreSettings, store: Store, device: torch.device, ranks: Ranks
     }
     evaluation = Evaluation.of(store, checkpoint, CORE, decisive)
     # All ranks use what the first rank found, because a fast rank could store the result before a slow rank looks for
-    # it.
+    # the result.
     finished: Result | None = ranks.gather(evaluation.result())[0]
     if finished is not None:
         log.info("already evaluated", extra={"checkpoint": checkpoint.ref.prefix})

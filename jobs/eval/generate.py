@@ -130,10 +130,10 @@ def open_sandbox() -> Iterator[SandboxTool]:
 
 
 def read_prompt(prompt: str | None, stdin: TextIO | None) -> str:
-    """The prompt, or all of ``stdin`` without its last line break if ``prompt`` is None.
+    """Return ``prompt``. If it is None, return the text of ``stdin``; a line break at the end of this text is removed.
 
-    Raises UserError if ``stdin`` is not UTF-8, or if it is a terminal: the program would wait for input that nobody
-    knows to type.
+    Raises UserError if ``stdin`` is not UTF-8. Also raises UserError if ``stdin`` is a terminal, because the user would
+    not know that the program waits for input.
     """
     if prompt is not None:
         return prompt
@@ -154,7 +154,7 @@ def chat_prompt(tokenizer: Tokenizer, system: str, message: str) -> list[int]:
 
 
 def sampling_params(settings: GenerateSettings, seed: int, stops: frozenset[int]) -> SamplingParams:
-    """The sampling parameters of the settings. Raises UserError that names a value out of range."""
+    """The sampling parameters of the settings. If a value is out of range, raises a UserError that names the value."""
     names = {field.name for field in dataclasses.fields(SamplingParams)} - {"seed"}
     given = {name: value for name, value in dataclasses.asdict(settings).items() if name in names}
     return SamplingParams(**given, seed=seed, stop_token_ids=stops)
@@ -166,7 +166,8 @@ class Piece:
 
     Attributes:
         tokens: number of new tokens.
-        first, last: whether this is the sample's first or last piece.
+        first: whether this is the sample's first piece.
+        last: whether this is the sample's last piece.
     """
 
     index: int
@@ -195,7 +196,7 @@ def pieces(outputs: Iterable[Output], tokenizer: Tokenizer) -> Iterator[Piece]:
 
 
 def in_order(found: Iterable[Piece], samples: int) -> Iterator[Piece]:
-    """Yield all pieces of the first sample, then all pieces of the next one. Each sample ends with a line break."""
+    """Yield all pieces of the first sample, then all pieces of the next sample. Each sample ends with a line break."""
     waiting: dict[int, list[Piece]] = {index: [] for index in range(samples)}
     current, ends_line = 0, False
     for piece in found:
@@ -225,7 +226,8 @@ def main(settings: GenerateSettings) -> None:
         write(sys.stdout, "\n")
         raise
     except BrokenPipeError:
-        # The reader, such as ``head``, has closed the pipe. Without this, Python would fail when it flushes stdout.
+        # The reader, such as ``head``, has closed the pipe. Without the next line, Python would fail when it flushes
+        # stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
 

@@ -1,7 +1,7 @@
 """Bytes per token of a tokenizer on texts of several domains, compared with the encodings of GPT-2 and GPT-4.
 
-The files of these encodings are not part of this project, and are never downloaded. They are read from files that flags
-name, or from the cache that tiktoken fills when another program uses the encodings.
+The files of these encodings are not part of this project, and are never downloaded. This module reads files that flags
+name, or the files in tiktoken's cache. The cache has these files if another program has used the encodings.
 """
 
 import base64
@@ -73,7 +73,7 @@ class Reference:
     """An encoding to compare with.
 
     Attributes:
-        count: the number of tokens of a text; None if the encoding's file is missing.
+        count: function that returns the number of tokens of a text; None if the encoding's file is missing.
         missing: why the file is missing; empty if it was read.
     """
 

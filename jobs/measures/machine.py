@@ -8,7 +8,7 @@ import torch
 
 
 def describe_machine() -> dict[str, Any]:
-    """Name of the GPU (without one, of the processor), number of CPU cores, and version of torch, as JSON values."""
+    """Name of the GPU or else the processor, number of CPU cores, and version of torch, as JSON values."""
     return {"processor": _processor(), "cores": os.cpu_count(), "torch": torch.__version__}
 
 

@@ -71,7 +71,7 @@ def last_promotion(store: Store, model: str) -> tuple[CheckpointRef, Decision] |
 
 
 def add_decision(store: Store, ref: CheckpointRef, decision: Decision) -> None:
-    """Store a decision, unless it equals the last one."""
+    """Store a decision, unless it equals the last decision on the checkpoint."""
     known = decisions(store, ref)
     if known and dataclasses.replace(known[-1], time=decision.time) == decision:
         return
@@ -81,7 +81,7 @@ def add_decision(store: Store, ref: CheckpointRef, decision: Decision) -> None:
 
 
 def latest_decision(store: Store, ref: CheckpointRef, digest: str) -> Decision | None:
-    """The last decision on a checkpoint with these weights."""
+    """The last decision on the checkpoint ``ref`` with the weights ``digest``."""
     return next((each for each in reversed(decisions(store, ref)) if each.digest == digest), None)
 
 
@@ -90,7 +90,7 @@ def _key(ref: CheckpointRef) -> str:
 
 
 def _read(store: Store, key: str) -> tuple[str, list[Decision]]:
-    """The current revision in a file of decisions, and the decisions; both are empty if there is no such file.
+    """The checkpoint's revision and the decisions in a file; both are empty if there is no such file.
 
     Raises NewerFormatError if a newer version of nanochat wrote the file, and UserError if it is damaged.
     """

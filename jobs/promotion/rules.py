@@ -30,7 +30,7 @@ class Gate:
         require: thresholds such as ``chat.accuracy>=0.9``. The rule fails if the metric was not measured.
         no_worse: metrics, each with the margin by which it may be worse than the promoted model's, such as
             ``chat.accuracy:0.01``. The rule fails unless both models were measured in the same way. None means
-            :data:`DEFAULT_NO_WORSE`; these rules do not apply to models that were measured differently.
+            :data:`DEFAULT_NO_WORSE`; a default rule is skipped if the models were measured in different ways.
     """
 
     require: tuple[str, ...] = ()

@@ -106,7 +106,8 @@ class Evaluation:
 def results(store: Store, model: str) -> Iterator[Result]:
     """The finished evaluations of all checkpoints of a model, in the order of their folders.
 
-    Raises NewerFormatError if a newer version of nanochat wrote one of them, and UserError if one is damaged.
+    Raises NewerFormatError if a newer version of nanochat wrote one of the results, and UserError if a result is
+    damaged.
     """
     for key in store.keys(f"{_ROOT}/{model}"):
         if key.endswith("/result.json"):

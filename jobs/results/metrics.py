@@ -39,7 +39,8 @@ def metrics_of(store: Store, checkpoint: Checkpoint) -> dict[str, Metric]:
     """
     base = None
     if checkpoint.ref.stage != "base":
-        # Only the nearest base model counts. If it was trained from another one, that model's metrics are out of date.
+        # Only the nearest base model counts. If it was trained from an older base model, the older model's metrics are
+        # out of date.
         base = next((parent for parent in ancestors(store, checkpoint) if parent[1].stage == "base"), None)
     found: dict[str, Metric] = {}
     for digest, ref in filter(None, [base, (checkpoint.weights_digest, checkpoint.ref)]):
@@ -51,7 +52,7 @@ def metrics_of(store: Store, checkpoint: Checkpoint) -> dict[str, Metric]:
 def ancestors(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[str, CheckpointRef]]:
     """Digest and name of each ancestor of a checkpoint that the store still has, the nearest first.
 
-    An ancestor is a checkpoint from which this one, or another ancestor, was trained.
+    An ancestor is a checkpoint from which ``checkpoint``, or another ancestor, was trained.
     """
     ref, meta, known = checkpoint.ref, checkpoint.meta, {checkpoint.weights_digest}
     while True:

@@ -411,7 +411,7 @@ def _samples(report: Report) -> list[str]:
 
 def _training_samples(report: Report) -> list[str]:
     """What the model wrote at several steps of pretraining, one prompt after another."""
-    points = report.get("base", {}).get("samples", [])  # A report of an earlier version has none.
+    points = report.get("base", {}).get("samples", [])  # A report of an earlier version has no samples.
     if len(points) > _SAMPLED_STEPS:
         points = [points[i * (len(points) - 1) // (_SAMPLED_STEPS - 1)] for i in range(_SAMPLED_STEPS)]
     written: dict[tuple[int, str], list[tuple[int, str]]] = {}

@@ -18,7 +18,7 @@ REPORT_FORMAT = 1
 def read_report(store: Store, model: str) -> Report | None:
     """``report.json`` of a model, or None if the model has no report.
 
-    Raises NewerFormatError if a newer version of nanochat wrote it, and UserError if it is damaged.
+    Raises NewerFormatError if a newer version of nanochat wrote the report, and UserError if the report is damaged.
     """
     key = f"reports/{model}/report.json"
     try:

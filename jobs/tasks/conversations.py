@@ -59,7 +59,8 @@ def row_messages(row: Row) -> Messages:
     - ``{"conversations": [{"from": "human", "value": …}, …]}``, as in ShareGPT's files;
     - ``{"instruction": …, "input": …, "output": …}``, as in Alpaca's files; ``input`` is optional.
 
-    Each of them may have a system message in ``system``. Raises KeyError or ValueError if the row has another form.
+    A row of any form may have a system message in the field ``system``. Raises KeyError or ValueError if the row has
+    another form.
     """
     messages: list[Any]
     if "messages" not in row and isinstance(row.get("conversations", row.get("conversation")), list):
@@ -81,7 +82,7 @@ def row_messages(row: Row) -> Messages:
 
 
 def _sharegpt_messages(turns: list[Any]) -> list[Any]:
-    """Messages of ShareGPT's turns, which may have the names of the chat API too.
+    """Messages of ShareGPT's turns. The turns may also use the chat API's names of fields and speakers.
 
     The assistant's turns before the first question are left out. Consecutive turns of one speaker become one message.
     """
@@ -133,12 +134,12 @@ class FileConversations:
     def __init__(self, files: Mapping[str, Path], dataset: ConversationFiles) -> None:
         """Open local files. The keys of ``files`` are their names in error messages.
 
-        Rows of ShareGPT's files without an answer are left out with a warning, because published files have such rows.
+        Rows in ShareGPT's form that have no answer are left out with a warning, because published files have such rows.
         Raises UserError if no row is left.
         """
         self._files = [open_rows(path, shown) for shown, path in files.items()]
         self._paths, self._dataset = list(files.values()), dataset
-        # Numbers of the rows of each file that are used.
+        # For each file, the indices of the rows that are used.
         self._used = [_rows_with_answer(rows, shown) for rows, shown in zip(self._files, files, strict=True)]
         self._ends = list(itertools.accumulate(map(len, self._used)))
         if not self._ends[-1]:

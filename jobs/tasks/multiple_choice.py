@@ -21,7 +21,7 @@ def indexed_choice(row: Row, group: str = "") -> ChoiceQuestion:
 
 
 def choice_texts(row: Row, field: str) -> Sequence[str]:
-    """A field that must be a list of at least two strings, and at most one for each letter.
+    """A field that must be a list of strings: at least two strings, and at most one for each letter of the alphabet.
 
     Raises KeyError if the row does not have the field, and ValueError if the field has another value.
     """

@@ -30,8 +30,8 @@ def own_task(path: Path) -> GenerativeTask | ChoiceTask:
     A row has ``messages``, ``answer`` and optionally ``match`` (exact, contains, number or regex), or it has
     ``question``, ``choices`` and the index ``answer``.
 
-    Raises UserError if the file does not exist or has rows of both kinds, if its name cannot name a task, or if a row
-    is wrong. The message names the file and, for a wrong row, the line.
+    Raises UserError if the file does not exist, if its name cannot be the name of a task, if it has rows of both kinds,
+    or if a row is wrong. The message names the file and, for a wrong row, the line.
     """
     name = path.stem
     if not _NAME.fullmatch(name):

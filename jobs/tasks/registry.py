@@ -55,7 +55,7 @@ class Selection:
     """Selects the questions of each task that an evaluation asks.
 
     Attributes:
-        items: questions of each task; 0 asks all questions of a dataset and 200 of a generated task.
+        items: questions of each task; 0 asks all questions of a dataset, and 200 questions of a generated task.
         seed: decides which questions are chosen or generated.
         kinds: kinds of conversations that the task ``demo`` asks; None asks every kind.
     """
@@ -103,7 +103,7 @@ def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversa
     ending of a file of rows.
 
     Returns the training conversations, and the validation conversations if the store has ``data/<name>/val.jsonl`` or
-    the names of the files of a local folder state such a split.
+    the names of the files of a local folder state a validation split.
 
     Raises:
         UserError: nothing has this name, or a file is wrong; the message says where the files should be and how to get

@@ -151,7 +151,7 @@ class Task(Generic[Q]):
     def digest(self) -> str:
         """sha256 of the task's settings, questions and expected answers.
 
-        It does not depend on the names of classes and fields, so results stay valid when these are renamed.
+        It does not depend on the names of classes and fields, so results stay valid when classes or fields are renamed.
         """
         settings: list[Any] = [
             getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "questions"
@@ -177,7 +177,7 @@ class GenerativeTask(Task[OpenQuestion]):
 
     Attributes:
         tools: whether the model may call Python.
-        max_tokens: longest answer, including tool calls and their outputs.
+        max_tokens: maximum number of tokens of an answer, including tool calls and their outputs.
     """
 
     kind: ClassVar[Literal["choice", "generative"]] = "generative"

@@ -38,7 +38,7 @@ class ExportSettings(JobSettings):
 
 
 def export_checkpoint(settings: ExportSettings) -> CheckpointRef:
-    """Write a checkpoint in another format. The folder has all files or, after an error, none."""
+    """Write a checkpoint in another format. The folder appears only when all files are written."""
     check_model_name(settings.model)
     folder = user_path(settings.folder).absolute()
     _check_empty(folder)

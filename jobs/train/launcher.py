@@ -93,7 +93,10 @@ class Launcher:
 
 
 def rank_environments(count: int) -> list[dict[str, str]]:
-    """Environment variables for each of ``count`` ranks on this machine: its number, and the ranks' common address."""
+    """Environment variables for each of ``count`` ranks on this machine.
+
+    The variables give the rank's number, and the address that all ranks share.
+    """
     if count == 1:
         # This process may itself be a rank, and its variables must not reach the child process.
         return [{"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}]

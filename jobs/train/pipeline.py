@@ -34,7 +34,7 @@ from nanochat_core.store import Lease, Store, open_store
 
 log = logging.getLogger("jobs.train.pipeline")
 
-# Bytes of text that are enough for every recipe; a longer text is not counted further.
+# Bytes of text that are enough for every recipe; counting stops there.
 _LONG_TEXT = 2**20
 
 
@@ -132,7 +132,7 @@ class Pipeline:
     def _prepare(self) -> None:
         """Put the recipe's data into the store, unless the store has them.
 
-        Raises UserError if the store has other data in their place.
+        Raises UserError if the store has other data under the model's name.
         """
         if self.settings.rl:
             self._problems()  # Missing problems must be an error now, not after hours of training.

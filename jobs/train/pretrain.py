@@ -161,7 +161,7 @@ def input_digests(store: Store, dataset: str, tokenizer: Tokenizer, start: Start
 
 
 def open_start(store: Store, settings: PretrainSettings) -> tuple[Start | None, Tokenizer]:
-    """The checkpoint to start from, if any, and the tokenizer. Raises UserError if they do not fit each other."""
+    """The checkpoint to start from, if any, and the tokenizer. Raises UserError if the two do not fit together."""
     if not settings.start_from:
         return None, load_tokenizer(store, settings.tokenizer)
     found = find_pretrained(store, settings.start_from)

@@ -59,7 +59,10 @@ STUDIES: dict[str, type[AnyStudy]] = {"miniseries": MiniseriesSettings, "laws": 
 
 
 def numbers(flag: str, texts: Sequence[str], kind: Callable[[str], Any]) -> list[Any]:
-    """Parse positive numbers and sort them in ascending order. Raises UserError for another text or equal numbers."""
+    """Parse positive numbers and sort them in ascending order.
+
+    Raises UserError if a text is not a positive number, or if two numbers are equal.
+    """
     try:
         values = sorted(kind(text) for text in texts)
     except ValueError:
@@ -71,7 +74,7 @@ def numbers(flag: str, texts: Sequence[str], kind: Callable[[str], Any]) -> list
 
 
 def flags_of_runs(settings: AnyStudy, passed_on: Sequence[str]) -> Iterator[list[str]]:
-    """The flags of every run. A miniseries has a run for each depth, scaling laws for each budget and depth.
+    """The flags of every run. A miniseries has one run for each depth; scaling laws have one for each budget and depth.
 
     The smallest budget comes first. Raises UserError if ``--depths`` or ``--flops`` is wrong, or if ``passed_on`` has a
     flag that the study sets itself.
@@ -98,7 +101,7 @@ def _short(flops: float) -> str:
 
 
 def run_study(settings: AnyStudy, passed_on: Sequence[str], command: str) -> None:
-    """Train all runs that are not finished. Write the report before the first of them, and again after every run.
+    """Train all runs that are not finished. Write the report before the first run, and again after every run.
 
     All runs are tried. Raises UserError if every run fails, or if a newer version of nanochat wrote the report, and
     SystemExit with code 1 if only some runs fail.

@@ -41,7 +41,10 @@ class TokenizerSettings(JobSettings):
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer on ``texts``; it has fewer tokens if the texts have no more pairs to merge."""
+    """Train a byte-level BPE tokenizer on ``texts``.
+
+    The tokenizer has fewer than ``vocab_size`` tokens if the texts have no more pairs to merge.
+    """
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
     return Tokenizer([bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=operator.itemgetter(1))])

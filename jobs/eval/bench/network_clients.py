@@ -89,7 +89,7 @@ class NetworkClient(ABC):
 
     @abstractmethod
     def _stream(self, request: BenchRequest) -> AsyncIterator[tuple[int, int, list[TokenCounts]]]:
-        """Send a request and stream its answer. Raises :class:`RequestFailed` unless it is answered completely.
+        """Send a request and stream its answer. Raises :class:`RequestFailed` unless the answer is complete.
 
         Each item has the index of a choice, the number of its new tokens, and the token counts of choices that have
         just ended.

@@ -25,8 +25,8 @@ class RequestResult:
         sent: when the request was sent.
         finished: when the request's last choice ended, or when the request failed.
         first_tokens: when the first token of each choice arrived.
-        gaps: seconds between consecutive tokens of a choice. If tokens arrive together, each counts an equal share of
-            the time since the token before them.
+        gaps: seconds between consecutive tokens of a choice. If tokens arrive together, the time since the token before
+            them is divided equally among them.
         counts: the numbers of tokens; empty if the request failed.
         error: a short description of the failure; empty if the request was answered. Equal causes have equal
             descriptions.
@@ -117,7 +117,7 @@ def summarize(results: Sequence[RequestResult]) -> Summary:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """A percentile of the values, interpolated linearly between the two nearest ones."""
+    """A percentile of the values, interpolated linearly between the two nearest values."""
     return float(np.percentile(values, percent))
 
 

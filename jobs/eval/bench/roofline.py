@@ -53,7 +53,7 @@ def _fastest(operation: Callable[[], object], device: torch.device) -> float:
 
 
 def least_costs(config: ModelConfig, item_bytes: int, counts: Sequence[TokenCounts], steps: int) -> tuple[int, int]:
-    """The least bytes to read and the least FLOPs to compute in order to generate choices in ``steps`` passes.
+    """Lower bounds of the bytes to read and the FLOPs to compute for generating choices in ``steps`` passes.
 
     Each step reads the matrices of all blocks and the head once. It reads only a few rows of the embedding tables, so
     the tables are not counted. Each sampled token reads the keys and values of all tokens before it. The tokens of a

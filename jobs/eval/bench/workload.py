@@ -24,11 +24,12 @@ class Shape:
     """Lengths of requests in tokens.
 
     Attributes:
-        prompt, output: lengths of prompt and output in all mixes but ``mixed``.
-        mixed_prompts, mixed_outputs: shortest and longest length in ``mixed``. All lengths between the two are equally
-            likely.
-        shared: number of first tokens that all prompts of ``prefix`` have in common.
-        samples: largest number of continuations of one prompt in ``samples``.
+        prompt: length of every prompt, except in the mix ``mixed``.
+        output: length of every output, except in the mix ``mixed``.
+        mixed_prompts: shortest and longest prompt of the mix ``mixed``. All lengths between the two are equally likely.
+        mixed_outputs: shortest and longest output of the mix ``mixed``. All lengths between the two are equally likely.
+        shared: number of tokens at the start that all prompts of the mix ``prefix`` have in common.
+        samples: largest number of continuations of one prompt in the mix ``samples``.
     """
 
     prompt: int
@@ -55,7 +56,10 @@ def choices_per_request(mix: str, shape: Shape, slots: int) -> int:
 def make_requests(
     mix: str, shape: Shape, *, count: int, choices: int, vocabulary: int, seed: int, content_seed: Sequence[int]
 ) -> list[BenchRequest]:
-    """``count`` requests of one of :data:`MIXES`. ``seed`` draws the lengths, ``content_seed`` the prompts' tokens."""
+    """Return ``count`` requests of one of :data:`MIXES`.
+
+    ``seed`` draws the lengths, and ``content_seed`` draws the prompts' tokens.
+    """
     lengths, content = np.random.default_rng(seed), np.random.default_rng(content_seed)
     shared = content.integers(vocabulary, size=shape.shared).tolist()
     requests = []

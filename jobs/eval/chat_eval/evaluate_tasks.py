@@ -1,4 +1,4 @@
-"""Evaluates a model on chat tasks, in chunks. Ranks share the chunks, and the evaluation store keeps finished ones."""
+"""Evaluates a model on chat tasks, in chunks. Ranks share the chunks. The evaluation store keeps finished chunks."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ _GREEDY = SamplingParams(seed=0)
 
 
 def chunks_of(task: ChoiceTask | GenerativeTask) -> dict[str, range]:
-    """A dictionary from the name of each chunk to the numbers of the chunk's questions."""
+    """A dictionary from the name of each chunk to the indices of the chunk's questions."""
     size, numbers = _CHUNK[task.kind], range(len(task.questions))
     return {f"{task.name}-{i // size:05d}": numbers[i : i + size] for i in numbers[::size]}
 
@@ -43,9 +43,9 @@ def chunks_of(task: ChoiceTask | GenerativeTask) -> dict[str, range]:
 def missing_chunks(
     task: ChoiceTask | GenerativeTask, evaluation: Evaluation, ranks: Ranks
 ) -> Iterator[tuple[dict[str, range], Callable[[int], None]]]:
-    """Yields this rank's chunks that the evaluation store lacks, and a function that counts questions as answered.
+    """Yields this rank's chunks that the evaluation store lacks, and a function to report answered questions.
 
-    A progress display is shown until the context ends.
+    The function takes the number of further questions answered. A progress display is shown until the context ends.
     """
     mine = dict(list(chunks_of(task).items())[ranks.rank :: ranks.size])
     missing = {name: numbers for name, numbers in mine.items() if evaluation.part(name) is None}
@@ -150,7 +150,7 @@ def generate(
     sampling: SamplingParams = _GREEDY,
     samples: int = 1,
 ) -> Iterator[tuple[int, tuple[Response, ...]]]:
-    """Answer the questions with these ``numbers``. A question's answers are yielded when all of them are done.
+    """Answer the questions at the indices ``numbers``. A question's answers are yielded when all of them are done.
 
     An answer depends on the question, the seed and the index of the sample only, not on the other questions. A
     question that leaves no room for an answer in the model's context gets no answers.

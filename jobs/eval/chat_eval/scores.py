@@ -14,7 +14,7 @@ from nanochat_core.chat import parse_messages
 
 Json = Any
 
-# ChatCORE is the mean over these tasks. If some were not evaluated, it is partial.
+# ChatCORE is the mean over these tasks. If some of the tasks were not evaluated, ChatCORE is partial.
 CHAT_CORE_TASKS = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval", "spelling")
 # A result quotes at most this many wrong and right answers per task. Wrong answers tell more about the model.
 _WRONG_EXAMPLES, _RIGHT_EXAMPLES = 20, 5
@@ -49,8 +49,8 @@ class GradedAnswers:
 def score(task: ChoiceTask | GenerativeTask, graded: Sequence[GradedAnswers], samples: int) -> dict[str, Json]:
     """The metrics and examples of one task, as a result stores them under ``tasks``.
 
-    ``graded`` has the answers in the order of the task's questions: one to each multiple-choice question, or
-    ``samples`` to each other question.
+    ``graded`` has the answers in the order of the task's questions: one answer to each multiple-choice question, or
+    ``samples`` answers to each open question.
     """
     samples = 1 if task.kind == "choice" else samples
     right = [sum(answers.right) for answers in graded]
@@ -78,7 +78,7 @@ def score(task: ChoiceTask | GenerativeTask, graded: Sequence[GradedAnswers], sa
 
 
 def right_by_group(questions: Sequence[Question], graded: Sequence[GradedAnswers]) -> dict[str, tuple[int, int]]:
-    """The number of right answers and the number of questions of each group of questions, sorted by group."""
+    """For each group of questions, sorted by group: the number of right answers and the number of questions."""
     count, right = Counter[str](), Counter[str]()
     for question, answers in zip(questions, graded, strict=True):
         count[question.group] += 1

@@ -30,8 +30,9 @@ def gather(
     Args:
         stages: a model's checkpoints by stage. There must be at least one stage.
         recipe: recipe that names the kinds of held-out conversations; empty for the recipe that trained the model.
-        items, text_bytes, samples: number of held-out conversations, number of bytes of held-out text, and number of
-            text samples.
+        items: number of held-out conversations.
+        text_bytes: number of bytes of held-out text.
+        samples: number of text samples.
     """
     final = list(stages.values())[-1]
     base, model = stages.get("base"), final.ref.model
@@ -58,7 +59,7 @@ def gather(
     report["tokenizer"]["domains"] = _domains(store, final)
     if final.ref.stage != "base" and report["recipe"]:
         chat = held_out.evaluate_conversations(store, final, report["recipe"], items)
-        names = ("revision", "accuracy", "kinds", "examples", "wrong")  # earlier versions have no ``wrong``
+        names = ("revision", "accuracy", "kinds", "examples", "wrong")  # results of earlier versions have no ``wrong``
         report["chat"] = {name: chat[name] for name in names if name in chat}
     results = {stage: results_of(store, point.ref, point.weights_digest) for stage, point in stages.items()}
     named = {
@@ -193,7 +194,7 @@ def _rl_curve(history: list[dict[str, Any]]) -> Report | None:
 
 
 def _domains(store: Store, checkpoint: Checkpoint) -> Report | None:
-    """The evaluation of the checkpoint's tokenizer by domain, or None if the store has none."""
+    """The evaluation of the checkpoint's tokenizer by domain, or None if the store has no such evaluation."""
     name = checkpoint.meta.get("settings", {}).get("tokenizer", checkpoint.ref.model)
     key = f"tokenizers/{name}/evaluation.json"
     stored = read_json(store, key)

@@ -53,7 +53,7 @@ def evaluate_text(store: Store, base: Checkpoint, validation: Sequence[str]) -> 
 def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: int) -> Result:
     """Grade the model's answers in held-out conversations of the kinds that ``recipe`` teaches.
 
-    Returns the accuracy in total and by kind, some of the answers, and some of the other wrong answers.
+    Returns the accuracy in total and by kind, some of the answers, and some further answers that are wrong.
     """
     items = find_recipe(recipe).evaluation_items(count)
     content = json.dumps([dataclasses.asdict(item) for item in items], sort_keys=True).encode()
@@ -66,7 +66,7 @@ def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: 
             {"kind": question.group, **quote(question, answers)}
             for question, answers in zip(task.questions, graded, strict=True)
         ]
-        examples = spread(quotes, _EXAMPLES)  # Quotes are grouped by kind, so all kinds are among them.
+        examples = spread(quotes, _EXAMPLES)  # Quotes are grouped by kind, so this choice has all kinds.
         wrong = [each for each in quotes if not each["right"] and each not in examples]
         return {
             "accuracy": sum(right for right, _ in kinds.values()) / len(items),
@@ -95,7 +95,7 @@ def sample_continuations(store: Store, base: Checkpoint, validation: Sequence[st
 
 
 def first_documents(store: Store, datasets: Sequence[str], size: int) -> list[str]:
-    """The first validation documents of each dataset, until its share of ``size`` bytes is reached."""
+    """The first validation documents of each dataset, until the dataset's share of ``size`` bytes is reached."""
     taken = []
     for dataset in datasets:
         total = 0

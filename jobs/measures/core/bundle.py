@@ -73,7 +73,7 @@ class Item:
     Attributes:
         shown: the item with its right answer, in the form of a few-shot example.
         asked: the texts that the model reads. Items of ``multiple_choice`` and ``schema`` have one text for each
-            option. Items of ``language_modeling`` have two: without and with the continuation.
+            option. Items of ``language_modeling`` have two texts: one without and one with the continuation.
         gold: index of the right option; unused in ``language_modeling``.
     """
 

@@ -41,7 +41,7 @@ class Parts(Protocol):
 
 
 def centered(accuracy: float, baseline: float) -> float:
-    """Scale an accuracy: guessing becomes 0, and an accuracy of 1 stays 1. Worse than guessing becomes negative."""
+    """Scale an accuracy: guessing becomes 0, an accuracy of 1 stays 1, and below guessing the result is negative."""
     return (accuracy - baseline) / (1 - baseline)
 
 

@@ -1,4 +1,4 @@
-"""Scores the options of many questions at once, and computes each shared token only once.
+"""Scores the options of many questions together, and computes each shared token only once.
 
 The options of a question often share most of their tokens: the examples and the question itself. A question becomes a
 common prefix and a tree after it. The paths of the tree are the options. Each token of the prefix and each node of the
@@ -39,8 +39,8 @@ def right(question: Question, losses: Sequence[float]) -> bool:
     The option with the lowest loss must be the right one. In language modeling the model must predict every token.
 
     An option that is a prefix of all other options has no token of its own, and its mean loss is NaN. Comparisons with
-    NaN are false, so such an option counts as the best if and only if it is the first option. Published results were
-    computed in this way.
+    NaN are false, so an option with the loss NaN counts as the best if and only if it is the first option. Published
+    results were computed in this way.
     """
     if question.kind == "language_modeling":
         return losses[0] == 0.0
@@ -50,7 +50,7 @@ def right(question: Question, losses: Sequence[float]) -> bool:
 class Scorer:
     """Computes the mean losses of options under a model, with frozen copies of its weights.
 
-    A longer rotary table replaces the model's own.
+    A longer rotary table replaces the model's rotary table.
     """
 
     def __init__(self, model: GPT) -> None:
@@ -168,7 +168,7 @@ class Tree:
 
     @functools.cached_property
     def ancestors(self) -> np.ndarray:
-        """(nodes, nodes) boolean: whether the column's node is the row's node or one of its ancestors."""
+        """(nodes, nodes) boolean: whether the column's node is the row's node or an ancestor of the row's node."""
         found = np.eye(len(self.ids), dtype=bool)
         for node, parent in enumerate(self.parents):
             if parent >= 0:

@@ -1,10 +1,10 @@
 """Training batches: tokenized, packed, prefetched, and resumable at exactly the next batch on any number of ranks.
 
-The problem: a resumed run must see the same batches, even on another number of ranks. The idea: a fixed number V of
-virtual packers divides the documents, and the rows of the global batch, among themselves. Packer v reads the documents
-v, v + V, v + 2V, … and fills the v-th group of rows. No packer depends on another packer, so each rank can run any
-share of them. The number of ranks decides which process packs a row, but not what the row contains. Neither the rows
-nor the packers need to divide evenly: shares differ by at most one.
+The problem: a resumed run must see the same batches, even on another number of ranks. The idea: the documents, and the
+rows of the global batch, are divided among a fixed number V of virtual packers. Packer v reads the documents v, v + V,
+v + 2V, … and fills the v-th group of rows. No packer depends on another packer, so each rank can run any share of them.
+The number of ranks decides which process packs a row, but not what the row contains. Neither the rows nor the packers
+need to divide evenly: shares differ by at most one.
 """
 
 import collections
@@ -102,8 +102,8 @@ class PackedLoader:
             context_length: input tokens per row. A packed row has one token more, the last target.
             workers: threads that tokenize and pack; 0 chooses by the number of cores.
             pin_memory: put batches into page-locked memory, from which a GPU can copy while it computes.
-            state: :attr:`Batch.state` of the last batch that was trained on, of this rank alone or merged over all
-                ranks. None starts at the first document.
+            state: :attr:`Batch.state` of the last batch that was trained on: either this rank's state, or the merged
+                state of all ranks. None starts at the first document.
 
         A rank without a row of its own, because there are more ranks than packers, gets one row without targets.
 
@@ -119,7 +119,7 @@ class PackedLoader:
             _VirtualPacker(source, number, count, context_length + 1, when_full, pad_id)
             for number in range(rank * count // world_size, (rank + 1) * count // world_size)
         ]
-        # The rows of each packer, as the rank's row numbers.
+        # For each packer, the indices of its rows in this rank's batch.
         sizes = [(p.number + 1) * rows // count - p.number * rows // count for p in self._packers]
         self._rows = [range(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
         self._workers = max(1, min(workers or default_workers(), len(self._packers)))
@@ -217,8 +217,8 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
 class _VirtualPacker(BestFitPacker):
     """Packs the documents ``number``, ``number + count``, ``number + 2 * count``, … of a source.
 
-    The buffer never holds documents of two epochs: an epoch begins when all documents of the one before are packed.
-    So each epoch has every document once.
+    The buffer never holds documents of two epochs: an epoch begins when all documents of the epoch before it are
+    packed. So each epoch has every document once.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ from nanochat_core.tokenizer import Tokenizer
 log = logging.getLogger("jobs.train.batches.mixtures")
 
 # If a source has no validation data of its own, one conversation in 20 is held out. There is also an upper limit,
-# because a steady validation loss needs no more.
+# because a steady validation loss needs no more conversations.
 _HELD_OUT_ONE_IN = 20
 _MAX_HELD_OUT = 256
 _CONVERSATIONS_PER_TASK = 256
@@ -41,12 +41,12 @@ class Selection(Sequence[list[Message]]):
 
     Attributes:
         sources: where the conversations are.
-        rows: number of each selected conversation in its source, (conversations,) int64.
+        rows: index of each selected conversation in its source, (conversations,) int64.
         source: index of each selected conversation's source, (conversations,) int64.
     """
 
     def __init__(self, sources: Sequence[Conversations], chosen: Sequence[Sequence[int]]) -> None:
-        """``chosen`` has, for each source, the numbers of the selected conversations, which may repeat."""
+        """``chosen`` has, for each source, the indices of the selected conversations. An index may repeat."""
         self.sources = sources
         self.rows = np.fromiter(itertools.chain.from_iterable(chosen), dtype=np.int64)
         self.source = np.repeat(np.arange(len(sources)), [len(rows) for rows in chosen])
@@ -68,9 +68,9 @@ class Lost:
     """What training on rows of a fixed length loses of a selection.
 
     Attributes:
-        conversations: conversations of the selection, before any is left out.
-        cut: conversations that are cut because they are longer than a row.
-        left_out: conversations that are left out because the assistant says nothing before the cut.
+        conversations: number of conversations in the selection, before any conversation is left out.
+        cut: number of conversations that are cut because they are longer than a row.
+        left_out: number of conversations that are left out because the assistant says nothing before the cut.
         cropped_share: share of all tokens that is cut off or left out.
     """
 
@@ -125,7 +125,7 @@ class Mixture:
         A conversation that is longer than a row is cut at its end. It is left out if the assistant says nothing before
         the cut. Tokenizing all conversations takes a while, so the store caches their sizes in ``cache/sizes/``. With
         ``threads`` 0, one thread for each core tokenizes. Raises :class:`UserError` if a conversation has a wrong
-        format, or if no training or no validation conversation is left to learn from.
+        format, or if no conversation is left for training or for validation.
         """
         training, lengths, lost = self._fitting(self.training, "training", tokenizer, row_length, threads)
         validation, _, _ = self._fitting(self.validation, "validation", tokenizer, row_length, threads)
@@ -156,7 +156,10 @@ class Mixture:
         return selection.where(kept), lengths[kept], lost
 
     def _sizes_of(self, name: str, source: Conversations, tokenizer: Tokenizer, threads: int) -> np.ndarray:
-        """Each conversation's tokens, and the tokens before the assistant's first one: (conversations, 2) int64."""
+        """For each conversation, the number of all tokens and the number of tokens before the first target.
+
+        The shape is (conversations, 2), int64.
+        """
         input_digest = hashlib.sha256(f"{source.digest}/{tokenizer.digest}".encode()).hexdigest()
         key = f"cache/sizes/{input_digest}.npy"
         try:
@@ -194,7 +197,7 @@ def repeated(rows: Sequence[int], weight: float) -> list[int]:
 
 
 def _held_out(name: str, count: int) -> list[int]:
-    """Indices of the conversations for validation: a random one of each part of the file, the same in every run.
+    """Indices of the validation conversations: a random one from each part of the file, the same in every run.
 
     One conversation of each part is taken because a file may be ordered by topic. The choice is random because, for
     example, every tenth conversation may be of another kind.

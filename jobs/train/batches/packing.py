@@ -5,15 +5,17 @@ rows would start most rows in the middle of a document, and one document per row
 
 The idea is the best-fit rule of bin packing, applied to a bounded buffer of documents: fill each row with the longest
 buffered document that still fits, refill the buffer, and repeat until no document fits the rest of the row. A document
-that is longer than a row counts as one that fills a row. The rest of a row is then filled or padded:
+that is longer than a row is treated as if it had exactly the length of a row. The rest of a row is then filled or
+padded:
 
 - ``fill`` uses the start of the shortest document. The rest of a document that was cut goes back into the buffer. No
   text is lost and no position is wasted. This suits pretraining.
 - ``pad`` uses padding, which the loss does not count. A conversation longer than a row loses what lies after the row's
   end. This suits conversations, whose ends mean little without their beginnings.
 
-With the best-fit rule alone, a document may wait forever while better ones arrive. Therefore a document that has waited
-for as many rows as the buffer has documents begins the next row. So no document waits for more than twice as many rows.
+With the best-fit rule alone, a document may wait forever while documents arrive that fit better. Therefore a document
+begins the next row when it has waited for N rows, if the buffer has N documents. So no document waits for more than 2 N
+rows.
 """
 
 import bisect
@@ -69,8 +71,8 @@ class BestFitPacker:
         Args:
             row_length: tokens in a row, at least 2.
             buffer_size: number of documents to choose from.
-            refill: reads the next document; called whenever the buffer has room. None leaves the buffer as it is, and
-                is allowed only if the buffer is not empty.
+            refill: reads the next document; called whenever the buffer has room. If ``refill`` returns None, the buffer
+                stays as it is. This is allowed only if the buffer is not empty.
         """
         self.row_length, self.buffer_size = row_length, buffer_size
         self.when_full, self.pad_id = when_full, pad_id
@@ -79,7 +81,7 @@ class BestFitPacker:
         # Sorted by length; documents of equal length are in order of arrival.
         self._buffer: list[_Waiting] = []
         self._lengths: list[int] = []
-        # By the document's number, in order of arrival.
+        # The buffered documents by their numbers, in order of arrival.
         self._waiting: dict[int, _Waiting] = {}
 
     @property
@@ -91,7 +93,10 @@ class BestFitPacker:
         return [(number, waiting.start, waiting.since) for number, waiting in self._waiting.items()]
 
     def put(self, document: Document, start: int = 0, since: int | None = None) -> None:
-        """Add the tokens of a document from ``start`` on to the buffer. They arrived at row ``since`` (None: now)."""
+        """Add the tokens of a document from ``start`` on to the buffer.
+
+        ``since`` is the row at which the document arrived; None means the next row.
+        """
         waiting = _Waiting(document, start, self.row if since is None else since)
         # A document longer than a row can always begin a row, so no such document stays in the buffer for good.
         length = min(len(document.ids) - start, self.row_length)
@@ -101,7 +106,7 @@ class BestFitPacker:
         self._waiting[document.number] = waiting
 
     def next_row(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pack one row: ``(ids, counted)``, (row_length,) int32 and bool."""
+        """Pack one row. Returns ``ids``, (row_length,) int32, and ``counted``, (row_length,) bool."""
         ids = np.full(self.row_length, self.pad_id, dtype=np.int32)
         counted = np.zeros(self.row_length, dtype=bool)
         filled = 0
@@ -118,7 +123,7 @@ class BestFitPacker:
         return ids, counted
 
     def _overdue(self) -> int | None:
-        """Place of the document that has waited longest, or None if it has not waited too long."""
+        """Index in the buffer of the document that has waited longest, or None if it has not waited too long."""
         oldest = next(iter(self._waiting.values()))
         if self.row - oldest.since < self.buffer_size:
             return None
@@ -126,7 +131,7 @@ class BestFitPacker:
         return self._buffer.index(oldest, bisect.bisect_left(self._lengths, length))
 
     def _best_fit(self, room: int) -> int | None:
-        """Place of the document to put into the ``room`` tokens that a row has left; None if none fits."""
+        """Index in the buffer of the next document for a row with ``room`` free tokens; None if no document fits."""
         fitting = bisect.bisect_right(self._lengths, room)
         if fitting:
             # Of documents with equal length, take the oldest.
@@ -134,7 +139,7 @@ class BestFitPacker:
         return 0 if self.when_full == "fill" else None
 
     def _pack(self, place: int, ids: np.ndarray, counted: np.ndarray) -> int:
-        """Copy a document into the rest of a row, and put what does not fit back; returns the number of tokens."""
+        """Copy a document into the rest of a row. Put back what does not fit. Return the number of copied tokens."""
         self._lengths.pop(place)
         waiting = self._buffer.pop(place)
         del self._waiting[waiting.document.number]

@@ -22,7 +22,7 @@ _MAX_WORKERS = 8
 class Source(Protocol):
     """An endless sequence of documents. After the last document of an epoch, the next epoch begins.
 
-    Several threads read from a source at once.
+    Several threads read from a source at the same time.
     """
 
     def __len__(self) -> int:
@@ -116,8 +116,8 @@ class EpochShuffle:
     """Permutes ``count`` examples anew in each epoch. The order depends only on the seed and the number of the epoch.
 
     Calling the object with a position in the endless sequence returns the index of the example at this position. The
-    first ``count`` numbers are the first epoch, the next ``count`` numbers are the second epoch. Several threads may
-    call it at once.
+    first ``count`` positions are the first epoch, the next ``count`` positions are the second epoch. Several threads
+    may call the object at the same time.
     """
 
     def __init__(self, count: int, seed: int) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from jobs.train.batches.packing import Document
 from jobs.train.batches.sources import Source
 
-# Documents in a block: the smallest share of a dataset is one document of a block.
+# Number of documents in a block. The smallest share of a dataset is one document in each block.
 BLOCK = 16_384
 # Packers read at different speeds, so several blocks are in use at the same time.
 _CACHED_BLOCKS = 64
@@ -33,7 +33,7 @@ _MEASURED_RUNS, _MEASURED_RUN = 8, 32
 class TextMixture(Source):
     """Documents of several text datasets, each with the share of the tokens that its weight gives.
 
-    An epoch ends before any document is shown again: when one of the datasets has been shown once.
+    An epoch ends as soon as one of the datasets has been shown once. So no epoch shows a document twice.
 
     Attributes:
         shares: share of the documents that come from each dataset; they add up to 1.
@@ -69,7 +69,7 @@ class TextMixture(Source):
         return [tokens / mean * share / len(s) for s, share in zip(self._sources, self.shares, strict=True)]
 
     def _shuffled(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each place in a block: the dataset, and the number of the block's earlier documents from the dataset."""
+        """For each place in a block: the dataset, and how many earlier documents of the block are from this dataset."""
         order = list(itertools.chain.from_iterable([i] * quota for i, quota in enumerate(self._quotas)))
         random.Random(f"{self._seed}/{block}").shuffle(order)  # noqa: S311
         chosen, earlier = np.array(order, dtype=np.int32), np.empty(BLOCK, dtype=np.int32)

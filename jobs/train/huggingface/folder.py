@@ -22,7 +22,8 @@ CHAT_TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
 # embeddings, windows, skip and backout.
 MODEL_TYPE = "nanochat_gpt"
 
-# Name in the exported file of each of our parameters, first outside the blocks and then inside a block.
+# Names of our parameters in the exported file. _NETWORK has the parameters outside the blocks; _BLOCK has the
+# parameters of a block.
 _NETWORK = {
     "embedding.weight": "model.embed_tokens.weight",
     "head.weight": "lm_head.weight",
@@ -105,7 +106,7 @@ def _config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Generation ends at the end of the assistant's message, or at the start of another document."""
+    """Special token ids for generation, which ends with the assistant's message or when another document begins."""
     return {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": [tokenizer.special_ids[ASSISTANT_END], tokenizer.bos_id],
@@ -114,7 +115,7 @@ def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Documents of a base model end where the next one begins, at BOS; answers have an end token of their own."""
+    """Content of ``tokenizer_config.json``. A base model's documents end where the next document begins, at BOS."""
     is_base = checkpoint.ref.stage == "base"
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

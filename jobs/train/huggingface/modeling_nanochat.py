@@ -9,8 +9,8 @@ rotary attention, RMSNorm of queries and keys, squared ReLU and a softcapped hea
 - Backout: a share of the output of the middle layer is subtracted from the last layer's output.
 
 Smear and value embeddings need token ids, so the model cannot start from ``inputs_embeds``. A token at position 0 has
-no previous token. A forward pass that continues a cache also needs ``previous_ids``, the token before its first one;
-``generate`` passes it.
+no previous token. A forward pass that continues a cache also needs ``previous_ids``, the token before the first new
+token; ``generate`` passes this argument.
 """
 
 import dataclasses
@@ -201,7 +201,7 @@ class NanochatModel(NanochatPreTrainedModel):
         """Hidden states of shape (batch, time, hidden_size).
 
         Args:
-            input_ids: (batch, time) token ids, without those in the cache.
+            input_ids: (batch, time) token ids that are not in the cache yet.
             attention_mask: (batch, cached + time); 0 hides a token of padding.
             position_ids: (batch, time); by default the number of earlier tokens that the mask shows.
             past_key_values: another name of ``cache``.
@@ -334,8 +334,8 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
 def _mask(cached: int, time: int, window: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
     """Boolean mask, True where a query sees a key: (time, cached + time), or (batch, 1, time, cached + time).
 
-    None if causal attention needs no mask: the window has every token, and either nothing is cached or only one token
-    is new.
+    Returns None if causal attention needs no mask. This is the case without padding, if the window has every token, and
+    if either nothing is cached or only one token is new.
     """
     if padding is None and window >= cached + time - 1 and (time == 1 or not cached):
         return None

@@ -3,11 +3,11 @@
 Three properties of tiktoken, which computes our ids, determine the content:
 
 - A piece of text that is a token as a whole becomes this token, whatever its merges (``ignore_merges``).
-- Of all neighbors whose joined bytes are a token, the pair with the lowest token is merged first. The file therefore
-  lists every way to split a token into two tokens as a merge, ordered by the token.
+- Of all pairs of neighbors whose joined bytes are a token, the pair that gives the token with the lowest id is merged
+  first. The file therefore lists every way to split a token into two tokens as a merge, ordered by the token's id.
 - A byte is a token. The file names tokens in GPT-2's alphabet, which has a printable character for each byte.
 
-One difference cannot be avoided: Hugging Face's tokenizers find special tokens in text, ours does not.
+One difference cannot be avoided: Hugging Face's tokenizers find special tokens in text, and our tokenizer does not.
 """
 
 from collections.abc import Iterator
@@ -76,7 +76,7 @@ def _merges(names: list[str]) -> Iterator[list[str]]:
 
 
 def _alphabet() -> list[str]:
-    """GPT-2's character for each byte: a printable byte stands for itself, the others follow from U+0100 on."""
+    """GPT-2's character for each byte. A printable byte stands for itself; the other bytes get U+0100 and following."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]

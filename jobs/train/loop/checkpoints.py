@@ -1,4 +1,4 @@
-"""The checkpoints of one run: resumes from them, writes them in the background, and deletes superfluous ones."""
+"""Resumes a run from its checkpoints, writes checkpoints in the background, and deletes superfluous checkpoints."""
 
 import dataclasses
 import logging
@@ -52,7 +52,7 @@ class RunCheckpoints:
         self._replaced: set[CheckpointRef] = set()
 
     def resume(self) -> RunState | None:
-        """Load the newest intact checkpoint into model and optimizer; None if there is none.
+        """Load the newest intact checkpoint into model and optimizer. Returns None if there is no such checkpoint.
 
         If any rank finds that a checkpoint is damaged, all ranks skip it. A whole checkpoint is never skipped. Raises
         UserError if the checkpoint has other settings or inputs, has no optimizer state, or is from a newer version of

@@ -39,11 +39,11 @@ class Progress:
     ) -> None:
         """
         Args:
-            total: steps at the end of the run.
-            initial: steps that earlier processes have done.
+            total: number of steps of the whole run.
+            initial: number of steps that earlier processes have done.
             device: device whose peak memory is reported; None reports the memory of this process.
-            peak_flops: FLOP/s of all devices together. If both this and ``flops_per_token`` are known, the model FLOPs
-                utilization (MFU, arXiv 2204.02311) is reported.
+            peak_flops: FLOP/s of all devices together. If both ``peak_flops`` and ``flops_per_token`` are known, the
+                model FLOPs utilization (MFU, arXiv 2204.02311) is reported.
             shown: whether to report anything; False on every rank except the first.
         """
         self._stage, self._total, self._shown = stage, total, shown

@@ -32,8 +32,9 @@ class RunConfig:
     """One stage of one model.
 
     Attributes:
-        meta: description of the run, stored with each checkpoint. The run resumes from a checkpoint only if both have
-            equal ``settings`` and equal ``inputs``. The inputs are digests of the stage's data and initial weights.
+        meta: description of the run, stored with each checkpoint. The run resumes from a checkpoint only if the
+            checkpoint's ``settings`` and ``inputs`` equal the run's. The inputs are digests of the stage's data and
+            initial weights.
         kept_step: the checkpoint of this step is always written, and never deleted because of its age; 0 for none.
     """
 
@@ -45,7 +46,7 @@ class RunConfig:
     kept_step: int = 0
 
     def is_saved(self, step: int) -> bool:
-        """Whether to write a checkpoint after ``step``, besides the last one."""
+        """Whether to write a checkpoint after ``step``. The checkpoint of the last step is always written."""
         every = self.settings.save_every
         return step == self.kept_step or bool(every and step % every == 0)
 
@@ -62,7 +63,8 @@ class RunState:
         loader: position in the data; None if the position follows from ``step``.
         train_seconds: duration of all steps, without evaluations and checkpoints.
         history: one entry per step that was not skipped, and one per evaluation.
-        skipped: steps that did not change the weights, because loss or gradient was not finite or the gradient zero.
+        skipped: steps that did not change the weights, because the loss or the gradient was not finite, or because the
+            gradient was zero.
         loss_mean, loss_variance: moving statistics of the loss. They serve to detect loss spikes.
         loss_factor, good_steps: state of the loss scaler of an fp16 run.
     """
@@ -106,10 +108,10 @@ class Evaluation:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], settings: RunSettings | None = None) -> list[str]:
-    """What differs between the settings and inputs in two runs' :attr:`RunConfig.meta`, as parts of a message.
+    """Differences between two runs' settings and inputs (from :attr:`RunConfig.meta`), as parts of a message.
 
-    ``settings`` are those of the new run. If an earlier version of nanochat lacked a setting, the old run is assumed to
-    have had its default.
+    ``settings`` are the settings of the new run. If an earlier version of nanochat lacked a setting, the old run is
+    assumed to have had the setting's default.
     """
     fields = dataclasses.fields(settings) if settings else ()
     defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}

@@ -86,7 +86,8 @@ class Schedule:
 
     Attributes:
         steps: number of steps of the whole run.
-        first_step: number of steps that an earlier run has done at the constant rate; the warmdown begins after them.
+        first_step: number of steps that an earlier run has done at the constant rate; the warmdown begins after these
+            steps.
     """
 
     steps: int
@@ -105,7 +106,7 @@ class Schedule:
 
     @property
     def constant_until(self) -> int:
-        """The number of steps before the warmdown. After them, a run can still go on to any other horizon."""
+        """The number of steps before the warmdown. Up to this step, a run can still go on to any other horizon."""
         return math.floor(self.warmdown_start)
 
     def lr(self, step: int) -> float:

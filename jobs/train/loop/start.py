@@ -69,7 +69,7 @@ def find_checkpoint(store: Store, text: str, *stages: str) -> Checkpoint:
 
 
 def describe_pretrained(store: Store, text: str) -> Description:
-    """What the checkpoint of :func:`find_pretrained` says about itself, without reading its weights."""
+    """The description of the checkpoint that :func:`find_pretrained` finds. The weights are not read."""
     return _find(load_description, newest_description, store, text, STAGES)
 
 
@@ -106,10 +106,10 @@ def find_pretrained(store: Store, text: str) -> Checkpoint:
 
 
 def inherited_settings(start: Description, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a pretraining run that starts from a checkpoint: those of the checkpoint's run.
+    """Settings that a pretraining run takes over from the run of the checkpoint that it starts from.
 
-    The settings of the horizon are not inherited if one of them is ``given``. The batch and the learning rates are the
-    ones that the checkpoint's plan has, even if they were derived there.
+    The settings of the horizon are not inherited if one of them is ``given``. The batch size and the scale of the
+    learning rates come from the checkpoint's plan, even if no flag of the checkpoint's run gave them.
     """
     inherited = {name: getattr(start.config, name) for name in SHAPE}
     if start.ref.stage == "base":
@@ -130,8 +130,9 @@ def choose_start(store: Store, start: Checkpoint, inputs: Mapping[str, str], *, 
     """How a pretraining run on data with the digests ``inputs`` starts from a checkpoint.
 
     The run goes on if the data are the same and the checkpoint is from before its run's warmdown. If the data are the
-    same but the checkpoint is from the warmdown, the last checkpoint before the warmdown takes its place. UserError is
-    raised if there is none. ``exact`` means that the user named a step: no other checkpoint takes its place.
+    same but the checkpoint is from the warmdown, the last checkpoint before the warmdown takes its place. Raises
+    UserError if there is no checkpoint before the warmdown. ``exact`` means that the user named a step: then no other
+    checkpoint replaces the given one.
     """
     known = start.meta.get("inputs", {}) if start.ref.stage == "base" else {}
     if inputs != {name: known.get(name) for name in inputs}:

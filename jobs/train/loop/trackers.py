@@ -19,7 +19,7 @@ log = logging.getLogger("jobs.train.loop.trackers")
 
 
 class Tracker:
-    """Records metrics by step until it fails. The failure is logged once, and never ends a run of many days."""
+    """Records metrics by step. After an error, nothing more is recorded. The error is logged, and the run goes on."""
 
     def __init__(
         self, name: str, record: Callable[[int, Mapping[str, float]], None], close: Callable[[], None]

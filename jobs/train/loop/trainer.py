@@ -60,7 +60,10 @@ class Trainer:
         self._checkpoints = RunCheckpoints(config, runtime, model, tokenizer, optimizer)
 
     def resume(self) -> bool:
-        """Continue from the stage's newest intact checkpoint; False if there is none or the settings forbid that."""
+        """Continue from the stage's newest intact checkpoint.
+
+        Returns False if there is no such checkpoint, or if the settings forbid resuming.
+        """
         state = self._checkpoints.resume() if self.config.settings.resume else None
         self.state = state or self.state
         return state is not None
@@ -68,8 +71,8 @@ class Trainer:
     def start_from(self, base: Checkpoint, *, go_on: bool = False) -> None:
         """Take over the optimizer's momenta of another run. The model must already have that run's weights.
 
-        With ``go_on``, the other run's step, data position, history and random numbers are taken over too. A checkpoint
-        without this state leaves the momenta at zero.
+        With ``go_on``, the other run's step, data position, history and random numbers are taken over too. If ``base``
+        has no optimizer state, nothing is taken over and the momenta start at zero.
         """
         if not base.resumable:
             log.info("momenta start at zero: no optimizer state", extra={"checkpoint": base.ref.prefix})
@@ -151,7 +154,7 @@ class Trainer:
             progress.held_out(flat_metrics(metrics))
 
     def _note(self, report: StepReport) -> None:
-        """Add the step's time to the run's, and the step to the history unless it was skipped."""
+        """Add the step's duration to the run's duration. Add the step to the history unless the step was skipped."""
         self.state.train_seconds += report.seconds
         if not report.skipped:
             self.state.point().update(

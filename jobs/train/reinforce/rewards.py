@@ -18,8 +18,8 @@ class Rollout:
     """One answer of the model.
 
     Attributes:
-        prompt, tokens: token ids of the prompt, and token ids of the answer with tool output and the end of the
-            message.
+        prompt: token ids of the prompt.
+        tokens: token ids of the answer, including tool output and the end of the message.
         sampled: for each token of the answer, True if the model sampled it, False if it is tool output.
         logprobs: for each token of the answer, its log-probability (in nats, before temperature and top-k) when it was
             sampled; 0 for tool output.

@@ -73,7 +73,7 @@ class Answerer:
     """Answers problems with the engine and the Python tool, using the weights of the last :meth:`update_weights`."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, tool: ToolRunner, sequences: int) -> None:
-        """``sequences`` is the number of answers that are requested at once."""
+        """``sequences`` is the number of answers that are requested at the same time."""
         self._tokenizer, self._tool = tokenizer, SharedCalls(tool)
         running = min(sequences, _MAX_RUNNING)
         self.device = device = model.cos.device

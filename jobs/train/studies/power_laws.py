@@ -62,7 +62,7 @@ class Parabola:
 
 
 def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
-    """The least-squares line through the points ``(log x, log y)``; None for fewer than two different ``x``."""
+    """The least-squares line through the points ``(log x, log y)``; None if fewer than two ``x`` differ."""
     if len(set(x)) < _POWER_LAW_POINTS:
         return None
     log_x, log_y = np.log(x), np.log(y)
@@ -105,7 +105,9 @@ class IsoFlop:
 
     Attributes:
         flops: the budget in FLOPs.
-        sizes, tokens, losses: scaling parameters, training tokens and held-out loss of each model.
+        sizes: number of scaling parameters of each model.
+        tokens: number of training tokens of each model.
+        losses: held-out loss of each model.
         fit: parabola of the loss over the size; None if it cannot be fitted.
     """
 

@@ -193,7 +193,8 @@ def plot_miniseries(
     """Write a PNG with the loss curves of models of different depths, and their final held-out losses.
 
     Args:
-        curves: for each model, its depth and its curve: points of training FLOPs and training loss in nats per token.
+        curves: for each model its depth, the training FLOPs at each point of its curve, and the training loss at each
+            point in nats per token.
         ends: for each model its depth, training FLOPs and final held-out bits per byte.
         law: power law of bits per byte over training FLOPs.
     """

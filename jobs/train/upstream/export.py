@@ -19,12 +19,13 @@ FOLDERS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chat
 def write_upstream(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the checkpoint and its tokenizer into an existing folder, which upstream calls NANOCHAT_BASE_DIR.
 
-    The tensors keep their values and dtypes. A checkpoint that was imported gets back the meta file that it came with.
+    The tensors keep their values and dtypes. An imported checkpoint is written with its original meta file.
     """
     ref = checkpoint.ref
     model_folder = folder / FOLDERS[ref.stage] / f"d{checkpoint.config.depth}"
     model_folder.mkdir(parents=True)
-    # Copies, because torch.save refuses tensors of several dtypes that share the memory of one mapped file.
+    # The tensors are copied, because torch.save refuses tensors of several dtypes that share the memory of one mapped
+    # file.
     weights = {upstream_name(name): tensor.clone() for name, tensor in checkpoint.weights.items()}
     torch.save(weights, model_folder / f"model_{ref.step:06d}.pt")
     meta = checkpoint.meta.get("upstream") or _meta(checkpoint)
@@ -40,7 +41,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What upstream's programs read: the model's shape, the step, and defaults for fine-tuning."""
+    """The values that upstream's programs read: the model's shape, the step, and defaults for fine-tuning."""
     config, meta = checkpoint.config, checkpoint.meta
     shape = {theirs: getattr(config, ours) for ours, theirs in SHAPE.items()}
     batch_tokens = meta.get("plan", {}).get("batch_tokens")

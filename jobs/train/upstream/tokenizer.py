@@ -34,7 +34,10 @@ class _Encoding:
 
 
 def read_upstream_tokenizer(path: Path) -> Tokenizer:
-    """Read upstream's ``tokenizer.pkl``. Raises UserError if it is damaged or has other special tokens than ours."""
+    """Read upstream's ``tokenizer.pkl``.
+
+    Raises UserError if the file is damaged, or if its special tokens differ from ours.
+    """
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
