@@ -83,7 +83,7 @@ class Instance:
         self._note(State.STARTED, "start")
 
     def kill(self) -> None:
-        """Send SIGKILL: the process ends at once."""
+        """Send SIGKILL: the process ends immediately."""
         self._signal(signal.SIGKILL, State.DEAD, "kill")
         assert self._process is not None
         self._process.wait(10)

@@ -54,14 +54,14 @@ class Answer(abc.ABC):
 
     @abc.abstractmethod
     def whole(self, index: int, delta: Delta) -> dict[str, Any]:
-        """Returns a finished choice; ``delta`` has its whole content."""
+        """Returns the JSON object of a finished choice. ``delta`` has the whole content of the choice."""
 
     @abc.abstractmethod
     def pieces(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
-        """Yields the choice objects that stream ``delta``, one for each chunk."""
+        """Yields the JSON objects that carry the content of ``delta``, one object for each streamed chunk."""
 
     def opening(self) -> Iterator[dict[str, Any]]:
-        """Yields the choice objects that a stream begins with."""
+        """Yields the JSON objects of choices with which a stream begins."""
         return iter(())
 
     async def respond(self) -> Response:

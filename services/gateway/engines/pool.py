@@ -146,7 +146,7 @@ class EnginePool:
         return f"Of {len(replicas)} known engine{'s' if len(replicas) > 1 else ''}, {' and '.join(parts)}."
 
     def model(self, name: str | None) -> ServedModel | None:
-        """Returns a model that answers requests with this name, or None if no engine is known to have such a model yet.
+        """Returns a model that answers requests with this name, or None while no known engine serves such a model.
 
         Raises:
             ApiError: 404 if the models of all engines are known and no engine has the model, 400 if the request must

@@ -86,7 +86,7 @@ class Replica:
         self._refreshing: asyncio.Task[None] | None = None
         self._own = 0  # sequences of this gateway that run or wait here
         self._limit = settings.max_engine_sequences or None  # most sequences of this gateway here; None: no limit
-        self._full = False  # whether the engine has refused a call since the last check or the last end of a call
+        self._full = False  # whether the engine has refused a call; each check and each end of a call resets it
         self._load = engine_pb2.Load()
         self._others = 0  # sequences of other gateways, as of the last check
 
@@ -128,8 +128,9 @@ class Replica:
     def release(self, sequences: int, *, refused: bool) -> None:
         """Stops counting ``sequences`` as running here.
 
-        ``refused`` says that the engine was too full for these sequences. The number of sequences that still run there
-        then becomes the engine's limit, and the engine gets no call until a sequence ends or the next check passes.
+        ``refused`` says that the engine was too full for these sequences. If so, the number of this gateway's remaining
+        sequences becomes the engine's limit. The engine then gets no call until a sequence ends or the next check
+        passes.
         """
         self._own -= sequences
         self._full = refused
@@ -163,7 +164,7 @@ class Replica:
                 self._misses, self._miss_began = 0, None
                 self._set_down("the check failed")
             if self._misses == 1:
-                continue  # check again at once, to find out soon whether the engine hangs
+                continue  # check again without a pause, to find out soon whether the engine hangs
             poll = self._settings.poll_seconds
             await asyncio.sleep(poll if self.up else min(poll, _DOWN_POLL_SECONDS))
 

@@ -98,7 +98,10 @@ async def encode_chat(model: ServedModel, turns: Sequence[Message]) -> list[int]
 
 
 async def encode_prompt(model: ServedModel, prompt: str | list[int]) -> list[int]:
-    """Returns the token ids of a text as the beginning of a document, or checks token ids that the client sent."""
+    """Returns the token ids of a prompt.
+
+    A text is encoded as the beginning of a document. Token ids from the client are only checked.
+    """
     if isinstance(prompt, str):
         return check_length(model, await encode_text(model, prompt, bos=True), "prompt")
     size = model.tokenizer.vocab_size

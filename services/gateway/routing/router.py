@@ -64,7 +64,7 @@ from services.gateway.routing.settings import RoutingSettings
 _MOST_COMPARED = 8
 # The use of the KV cache adds to the cost only above this share.
 _HIGH_KV_USE = 0.8
-# The router remembers at most this many unanswered prompts. Answers to older prompts correct nothing.
+# The router remembers at most this many unanswered prompts. Answers to older prompts correct no estimate.
 _MOST_EXPECTED = 16_384
 
 
@@ -127,7 +127,7 @@ class Router:
         Args:
             prompt: token ids. The sequence must not change later.
             loads: the replicas that can take a request now, at least one.
-            now: seconds.
+            now: the current time in seconds.
         """
         names = list(loads)
         total = sum([load.sequences for load in loads.values()])
@@ -162,7 +162,7 @@ class Router:
         self._index.use(known, hashes, now)
 
     def answered(self, replica: str, prompt: Sequence[int], cached_tokens: int, now: float) -> None:
-        """Records that the replica has answered a prompt, and how many tokens of it were in the replica's cache."""
+        """Records that the replica has answered a prompt, of which it had ``cached_tokens`` tokens in its cache."""
         known, hashes = self._replicas.get(replica), self._hashes(prompt)
         if known is None or not hashes:
             return
@@ -177,7 +177,7 @@ class Router:
         self._replicas[replica] = _Replica(replica, now, self._settings)
 
     def left(self, replica: str) -> None:
-        """Forgets the replica and what it was sent."""
+        """Forgets the replica and the prompts that it got."""
         if replica in self._replicas:
             self._replicas.pop(replica).present = False
 
