@@ -28,7 +28,7 @@ _FINISH_REASONS = {
 def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Request:
     """Convert a request for the inference core. ``request_id`` replaces the client's id.
 
-    The request's Python calls belong to the span of the current task.
+    In the trace, the request's Python calls are children of the current task's span.
     """
     sampling = request.sampling
     return Request(

@@ -12,10 +12,13 @@ _STEP = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 class Metrics(Observer):
-    """All metrics of an engine service, in a registry of their own. The engine reports its events to this object."""
+    """All metrics of an engine service, in a separate registry. The engine reports its events to this object."""
 
     def __init__(self, load: Callable[[], Load], sandboxes: Callable[[], int] = lambda: 0) -> None:
-        """``load`` returns the current load of all engines, ``sandboxes`` the number of sandboxes that take calls."""
+        """``load`` returns the current load of all engines together.
+
+        ``sandboxes`` returns the number of sandboxes that can take calls.
+        """
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._gauge("requests_running", "Sequences in the batch", lambda: load().running)
@@ -49,7 +52,7 @@ class Metrics(Observer):
         self._model = Info("nanochat_engine_model", "The model being served", registry=self.registry)
 
     def model(self, name: str, revision: str, dtype: str) -> None:
-        """Publish the model that serves from now on."""
+        """Publish the description of the model that begins to serve."""
         self._model.info({"name": name, "revision": revision, "dtype": dtype})
 
     def refused(self, reason: str) -> None:
@@ -57,7 +60,7 @@ class Metrics(Observer):
         self._refused.labels(reason).inc()
 
     def continued(self) -> None:
-        """Count a request that another engine began."""
+        """Count a request that continues an answer from another engine."""
         self._continued.inc()
 
     def admitted(self, queued: float, prompt_tokens: int, cached_tokens: int) -> None:

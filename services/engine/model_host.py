@@ -1,4 +1,4 @@
-"""Keeps the served models in memory: follows promotions, and replaces a model without interrupting an answer."""
+"""Keeps the served models in memory. A newly promoted model replaces the current one without interrupting answers."""
 
 import asyncio
 import dataclasses
@@ -29,7 +29,7 @@ class ServedModel:
 
 
 class ModelHost:
-    """Owns the models in memory: the current one for new requests, and replaced ones until their answers have ended."""
+    """Owns the models in memory. The current model gets new requests. A replaced model stays until its answers end."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class ModelHost:
 
     @property
     def models(self) -> list[ServedModel]:
-        """All models in memory: the replaced ones that have not ended yet, then the current one."""
+        """All models in memory: first the replaced models whose answers still run, then the current model."""
         return [*self._replaced, *([self.current] if self.current else [])]
 
     def load(self) -> Load:
@@ -70,9 +70,9 @@ class ModelHost:
     async def follow(self, poll_seconds: float) -> None:
         """Serve the configured or promoted revision once it exists, and every revision that is promoted later.
 
-        A revision that :meth:`reload` has loaded stays until another one is promoted. After the first success, errors
-        are logged and the current model keeps serving. Before the first success, errors are raised, except the failures
-        of a store that has answered before.
+        A revision that :meth:`reload` has loaded stays until another revision is promoted. While a model serves, errors
+        are logged and that model keeps serving. Before the first model serves, errors are raised, with one exception:
+        the failure of a store that has already answered is only logged.
         """
         followed: CheckpointRef | None = None
         store_answered = False
@@ -80,7 +80,7 @@ class ModelHost:
             ref: CheckpointRef | None = None
             try:
                 ref = await run_in_daemon_thread(self._loader.wanted_ref)
-                # With a configured revision, wanted_ref() has not read the store.
+                # If a revision is configured, wanted_ref() does not read the store.
                 store_answered = store_answered or not self._loader.revision
                 if ref is None:
                     fields = {"model": self._loader.model, "store": str(self._loader.store)}
@@ -90,7 +90,8 @@ class ModelHost:
                     store_answered = True
                 followed = ref
             except Exception as error:
-                # A store that has answered before may answer again; a damaged checkpoint stays damaged.
+                # A store that has answered before may answer again, so the loop goes on. A damaged checkpoint stays
+                # damaged.
                 store_lost = store_answered and isinstance(error, StoreError)
                 if self.current is None and not store_lost:
                     raise
@@ -111,7 +112,7 @@ class ModelHost:
         return await self.serve(ref)
 
     async def serve(self, ref: CheckpointRef) -> ServedModel:
-        """Load a checkpoint beside the current model, then send new requests to it.
+        """Load a checkpoint beside the current model, then send new requests to the new model.
 
         Memory holds at most two models: if a replaced model still has answers to finish, loading waits for them. If the
         caller is canceled, loading continues, and an error of the loading is logged.
@@ -175,7 +176,8 @@ class ModelHost:
             await asyncio.wait_for(old.engine.drained(), seconds)
         except TimeoutError:
             log.warning("answers of a replaced model were ended", extra={"revision": revision, "seconds": seconds})
-        # This wait has no bound: the model stays in `models`, so that longest_step() shows a step that hangs.
+        # This wait has no time limit. Meanwhile the model stays in `models`, so longest_step() still shows a step that
+        # hangs.
         await old.engine.stop(math.inf)
         self._replaced.remove(old)
         del old  # this is the last reference, so the next line can free the model's memory

@@ -40,8 +40,8 @@ class ModelLoader:
     def load(self, ref: CheckpointRef, serving: CheckpointRef | None) -> tuple[Engine, engine_pb2.ModelInfo]:
         """Build the engine of a checkpoint and describe its model for clients.
 
-        A model that does not fit into memory raises a :class:`UserError`. The message names the checkpoint ``serving``;
-        the model of that checkpoint is already in memory.
+        ``serving`` is the checkpoint whose model is already in memory, or None. If memory is too small for the new
+        model, a :class:`UserError` is raised; its message names ``serving``.
         """
         try:
             checkpoint = load_checkpoint(self.store, ref)

@@ -8,13 +8,15 @@ from nanochat_core.protos import engine_pb2
 from nanochat_core.store import Store
 
 PAGE = "report.md"
-MAX_BYTES = 16 << 20  # a page with a few plots takes some hundred kB
+MAX_BYTES = 16 << 20  # a page with a few plots takes a few hundred kB
 _MEDIA_TYPES = {"md": "text/markdown", "png": "image/png"}
 _NAME = re.compile(r"[\w-]+\.(md|png)", re.ASCII)
 
 
 def read_report(store: Store, model: str, file: str = "") -> engine_pb2.Report:
-    """Read the names of the report's page and pictures, and the content of ``file`` (empty: of all files).
+    """Read the file names of a report and the content of ``file``.
+
+    An empty ``file`` means the content of all files.
 
     Raises:
         FileNotFoundError: the report does not exist, or has no such file.

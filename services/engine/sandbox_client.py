@@ -1,4 +1,4 @@
-"""Sends the model's Python calls to the sandboxes. Calls are spread over healthy ones and repeated if one dies."""
+"""Sends the model's Python calls to healthy sandboxes. If a sandbox dies, another sandbox repeats its calls."""
 
 import asyncio
 import contextlib
@@ -20,15 +20,15 @@ from nanochat_core.tracing.span import current_span
 
 log = logging.getLogger("nanochat.engine")
 
-# The sandbox limits the code's time itself and then answers TIMEOUT. The client waits this much longer for the answer.
+# The sandbox stops the code at the time limit and answers TIMEOUT. The client waits this much longer for that answer.
 _ANSWER_SECONDS = 1.0
 # A sandbox that does not answer a health check within _HEALTH_SECONDS counts as hung.
 _HEALTH_SECONDS, _POLL_SECONDS = 3.0, 0.5
-# If no sandbox can take a call, the call waits this long for one, but no longer than a quarter of its time.
+# If no sandbox can take a call, the call waits this long for a sandbox, but at most a quarter of its time limit.
 _PATIENCE_SECONDS = 2.0
-# The limit keeps code that kills its sandbox from killing all of them.
+# The code of a call may kill every sandbox that runs it, so the number of attempts has a limit.
 _MAX_ATTEMPTS = 3
-# After these errors, the sandbox may have died. Running the code again is safe, because it cannot act on anything
+# These errors mean that the sandbox may have died. The code can safely run again, because it cannot change anything
 # outside of its process.
 _LOST_CODES = (
     grpc.StatusCode.UNAVAILABLE,
@@ -48,9 +48,9 @@ _CHANNEL_OPTIONS = [
 class SandboxClient:
     """A :class:`~nanochat_core.engine.ToolRunner` that calls the sandbox services over gRPC.
 
-    Every address of every target is a sandbox. Sandboxes join and leave while the engine runs. Of the healthy ones, the
-    one with the fewest calls of this engine gets the next call. If a sandbox dies, hangs or is full, its calls are
-    repeated at another one, until their time limit.
+    A target may have several addresses, and each address is a sandbox. Sandboxes may join and leave while the engine
+    runs. The next call goes to the healthy sandbox that runs the fewest calls of this engine. If a sandbox dies, hangs
+    or is full, another sandbox repeats its calls, as long as a call's time limit allows.
     """
 
     def __init__(
@@ -61,7 +61,10 @@ class SandboxClient:
         lookup_seconds: float = LOOKUP_SECONDS,
         on_retry: Callable[[], None] = lambda: None,
     ) -> None:
-        """``on_retry`` is called each time a call is repeated. Create the client in the event loop of its calls."""
+        """``on_retry`` is called each time a call is repeated.
+
+        Create the client inside the event loop that will use the client.
+        """
         self._tls, self._on_retry = tls, on_retry
         self._sandboxes: dict[Endpoint, _Sandbox] = {}
         self._retirements: set[asyncio.Task[None]] = set()
@@ -123,7 +126,7 @@ class SandboxClient:
                 self._sandboxes[endpoint] = _Sandbox(endpoint, self._tls, self._notify)
 
     def _notify(self) -> None:
-        """Wake everyone who waits for a change of a sandbox's state."""
+        """Wake the tasks that wait for a change of a sandbox's state."""
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -131,9 +134,9 @@ class SandboxClient:
         return [sandbox for sandbox in self._sandboxes.values() if sandbox.serving and sandbox not in excluded]
 
     async def _choose(self, excluded: "set[_Sandbox]", patience: float) -> "_Sandbox | None":
-        """The healthy sandbox with the fewest calls; of several, the least recently used one.
+        """Return the healthy sandbox with the fewest calls. Among equals, return the least recently used sandbox.
 
-        If no sandbox is healthy, waits up to ``patience`` seconds for one.
+        If no sandbox is healthy, wait up to ``patience`` seconds for one.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
@@ -186,10 +189,10 @@ class _Sandbox:
     """One sandbox as the engine sees it.
 
     Attributes:
-        serving: whether it can take calls.
-        lost: whether it does not answer any more. A sandbox that drains is neither serving nor lost.
-        calls: number of this engine's calls that run there.
-        last_call: number of the latest call that was sent there.
+        serving: whether the sandbox can take calls.
+        lost: whether the sandbox has stopped answering. A sandbox that drains is neither serving nor lost.
+        calls: number of this engine's calls that the sandbox runs now.
+        last_call: serial number of the latest call that the sandbox got.
     """
 
     def __init__(self, endpoint: Endpoint, tls: TlsFiles | None, on_change: Callable[[], None]) -> None:
@@ -229,7 +232,7 @@ class _Sandbox:
         self._on_change()
 
     async def retire(self) -> None:
-        """Wait until no call runs here, then close."""
+        """Wait until the sandbox runs no call of this engine, then close the connection."""
         await self._idle.wait()
         await self.close()
 

@@ -24,8 +24,8 @@ from services.engine.model_report import read_report
 
 log = logging.getLogger("nanochat.engine")
 
-# Maximum number of reports that are read at once. Each read occupies a thread until the store answers, even if the
-# caller has gone.
+# Maximum number of reports that are read at the same time. Each read occupies a thread until the store answers, even if
+# the caller has left.
 _MAX_REPORT_READS = 8
 
 
@@ -41,7 +41,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self._draining = False
 
     def begin_draining(self) -> None:
-        """Refuse new requests from now on, and tell running ones at once that they may move to another replica."""
+        """Refuse new requests from now on. Tell clients that another replica may continue their running requests."""
         self._draining = True
         self._host.announce_draining()
 
@@ -51,14 +51,14 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         """Stream the continuation of a prompt. However the gRPC call ends, the prompt's sequences are freed."""
         span = current_span.get()
         if span and request.request_id:
-            span.request_id = request.request_id  # the caller may have sent no header
+            span.request_id = request.request_id  # the request's headers may lack the id
         if self._draining:
             self._metrics.refused("draining")
             await _abort(context, grpc.StatusCode.UNAVAILABLE, "the engine is shutting down; use another replica")
         model = await self._model_with_weights(request.weights_digest, context)
         await self._check_tokenizer(model, request.tokenizer_digest, context)
         started, tokens = time.monotonic(), 0
-        # Two clients may send the same id, but the core needs ids that differ.
+        # Two clients may send the same id, but the core needs unique ids.
         request_id = f"{request.request_id or 'request'}#{next(self._numbers)}"
         try:
             stream = await model.engine.submit(core_request(request, request_id))
@@ -129,8 +129,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     async def GetReport(self, request: engine_pb2.GetReportRequest, context: Context) -> engine_pb2.Report:
         """Read the report on the current model from the store. The report may be about another revision.
 
-        The status is UNAVAILABLE until a model is loaded and while the store does not answer. It is NOT_FOUND if the
-        report or the requested file does not exist, and FAILED_PRECONDITION if the reply would be too large.
+        The status is UNAVAILABLE until a model is loaded and while the store does not answer. The status is NOT_FOUND
+        if the report or the requested file does not exist. It is FAILED_PRECONDITION if the reply would be too large.
         """
         model = await self._model(context)
         if not self._report_reads.acquire(blocking=False):
@@ -157,7 +157,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         return model
 
     async def _model_with_weights(self, digest: str, context: Context) -> ServedModel:
-        """The model with these weights, current or replaced; the current model if ``digest`` is empty."""
+        """Return the model in memory whose weights have this digest. An empty ``digest`` means the current model."""
         current = await self._model(context)
         model = self._host.with_weights(digest) if digest else current
         if model is None:

@@ -28,7 +28,7 @@ class ApiError(HTTPException):
 
         ``code`` is an error code that programs can compare.
         """
-        # After these two statuses another attempt may succeed, but the gateway can't know when.
+        # These two statuses mean that a later attempt may succeed, but the gateway can't know when.
         headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else None
         super().__init__(status, detail=message, headers=headers)
         self.message = message
@@ -39,8 +39,8 @@ class ApiError(HTTPException):
     def body(self) -> bytes:
         """The JSON object that the client gets.
 
-        The JSON is ASCII, because a message may quote lone surrogates that the client sent, and UTF-8 can't encode
-        these.
+        The JSON is ASCII, because a message may quote lone surrogates that the client sent. UTF-8 can't encode lone
+        surrogates.
         """
         status = self.status_code
         kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")

@@ -10,7 +10,7 @@ _INTER_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1
 
 
 class Metrics:
-    """All metrics of one gateway, in a registry of their own."""
+    """All metrics of one gateway, in a separate Prometheus registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -56,7 +56,8 @@ class Metrics:
             ("reason",),
         )
         for reason in ("died", "hung", "drains"):
-            self.migrations.labels(reason)  # Prometheus then knows the counter before the first answer moves.
+            # creates the counter at 0, so that Prometheus sees it before the first migration
+            self.migrations.labels(reason)
         self.migration_gap_seconds = histogram(
             "nanochat_gateway_migration_gap_seconds",
             "Time from the last part of a moved answer from the old engine to the first part from the new one",

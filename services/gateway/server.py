@@ -51,7 +51,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Makes SIGTERM and SIGINT drain the server. A second signal stops the server at once.
+        """Makes SIGTERM and SIGINT drain the server. A second signal stops the server immediately.
 
         The process ends with exit code 0 in both cases; uvicorn's own handlers would raise the signal again.
         """

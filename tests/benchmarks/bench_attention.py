@@ -26,7 +26,7 @@ def training_step(attend: Attention, shape: tuple[int, ...], dtype: torch.dtype,
     the compiler can fuse them with the attention.
 
     Args:
-        shape: (rows, time, heads, head_dim) of queries, keys and values.
+        shape: (rows, time, heads, head_dim) is the shape of the queries, of the keys and of the values.
     """
     q, k, v, upstream = (torch.randn(shape).to(dtype) for _ in range(4))
     compiled = torch.compile(lambda q, k, v: attend(1.2 * q, 1.2 * k, v, window) * upstream, dynamic=False)

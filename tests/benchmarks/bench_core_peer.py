@@ -89,7 +89,8 @@ def show(runs: dict[str, list[dict[str, Any]]], examples: dict[str, int]) -> int
         seconds = {
             side: statistics.median(run["tasks"][label]["seconds"] for run in each) for side, each in runs.items()
         }
-        # The peer computes the mean in fp32, so only the numbers of correct answers can be compared exactly.
+        # The peer computes the accuracy in fp32. The count of correct answers is exact, so this program compares the
+        # counts.
         right = {side: {round(run["tasks"][label]["accuracy"] * items) for run in each} for side, each in runs.items()}
         if right["peer"] != right["ours"] or len(right["peer"]) > 1:
             different.append(label)

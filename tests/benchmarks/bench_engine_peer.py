@@ -40,7 +40,7 @@ def request(prompt: np.ndarray, output: int, n: int = 1, *, sampled: bool = Fals
 def cases(vocab_size: int, seed: int) -> dict[str, dict[str, Any]]:
     """Return the warm-up requests and the batches of timed requests of each case.
 
-    The batches run one after another. The requests of one batch may be answered in any order or all at once. All
+    The batches run one after another. A side may answer the requests of one batch in any order or all together. All
     prompts differ, so our prefix cache never helps.
     """
     draw = np.random.default_rng(seed)

@@ -21,7 +21,7 @@ from nanochat_core.errors import UserError, run_main
 from tests.benchmarks.bench_engine_peer import WARM_UP_TOKENS, arguments, cases, count_tokens, request, show_medians
 from tests.benchmarks.peer import run_ours, run_with
 
-# Total number of requests for each batch size. A larger batch size gets one batch.
+# Each batch size gets this many requests in total. A batch size above this number gets a single batch.
 _REQUESTS = 16
 
 

@@ -61,7 +61,7 @@ def gateway(*engines: str) -> Iterator[GatewayProcess]:
 
 
 async def over_gateway(http: aiohttp.ClientSession, url: str) -> AsyncIterator[None]:
-    """Stream one answer, and yield at each part that has text."""
+    """Stream one answer through the gateway, and yield once for each event that has text."""
     async with http.post(f"{url}/v1/chat/completions", json={**REQUEST, "stream": True}) as reply:
         reply.raise_for_status()
         finished = False
@@ -76,13 +76,13 @@ async def over_gateway(http: aiohttp.ClientSession, url: str) -> AsyncIterator[N
 
 
 async def over_grpc(call: engine_pb2_grpc.EngineStub) -> AsyncIterator[None]:
-    """Stream one answer directly from the engine, and yield at each message."""
+    """Stream one answer directly from the engine, and yield once for each message."""
     async for _ in call.Generate(pb.GenerateRequest(request_id="direct", prompt_token_ids=[1] * 24)):
         yield
 
 
 async def times(stream: AsyncIterator[None]) -> list[float]:
-    """The seconds from the request to the first part, then the seconds from each part to the next."""
+    """Seconds from the request to the first item of ``stream``, then seconds from each item to the next item."""
     last, gaps = time.perf_counter(), []
     async for _ in stream:
         now = time.perf_counter()
@@ -113,13 +113,16 @@ async def overhead(address: str, url: str, rounds: int) -> None:
 
 
 def resident_mib(pid: int) -> float:
-    """Memory of a process that is in RAM, in MiB."""
+    """Resident memory of a process, in MiB."""
     [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
     return int(line.split()[1]) / 1024
 
 
 async def streams(process: GatewayProcess, count: int) -> None:
-    """Read ``count`` streams at once. Print the errors, the duration, the gateway's memory and the slowest /healthz."""
+    """Read ``count`` streams at the same time.
+
+    Print the number of errors, the duration, the gateway's memory and the slowest answer of ``/healthz``.
+    """
     before, peak, slowest = resident_mib(process.process.pid), 0.0, 0.0
 
     async def watch() -> None:
@@ -155,7 +158,7 @@ async def streams(process: GatewayProcess, count: int) -> None:
 
 
 async def requests_per_second(url: str, callers: int, seconds: float) -> float:
-    """The rate of whole answers of one token."""
+    """Number of unstreamed answers per second, each of one token."""
     done, end = 0, time.perf_counter() + seconds
 
     async def caller(http: aiohttp.ClientSession) -> None:

@@ -28,7 +28,7 @@ from nanochat_core.model import GPT
 from nanochat_core.store import open_store
 from nanochat_core.tokenizer import Tokenizer
 
-# Name, compute dtype, quantization.
+# Each entry has the name, the compute dtype and the quantization of one kind of weights.
 KINDS = (
     ("fp32", torch.float32, "none"),
     ("bf16", torch.bfloat16, "none"),
@@ -60,7 +60,7 @@ def compare_speed(engines: dict[str, Engine], options: argparse.Namespace) -> No
 
 
 def logits_of(engine: Engine, row: list[int]) -> Tensor:
-    """Return the logits (len(row), vocab_size) after each token of a row. They are computed as in serving."""
+    """Return the logits after each token of a row, computed as in serving. Their shape is (len(row), vocab_size)."""
     seq = Sequence(Request("row", tuple(row[:1]), SamplingParams(max_tokens=1)), 0, 0, 0, len(row) + 1)
     blocks = range(engine.blocks.blocks_for(len(row)))
     seq.block_tables = [list(blocks) for _ in engine.blocks.groups]
@@ -69,7 +69,7 @@ def logits_of(engine: Engine, row: list[int]) -> Tensor:
 
 
 def compare_quality(engines: dict[str, Engine], rows: list[list[int]]) -> None:
-    """Print each engine's loss on the rows and how much its predictions differ from the first engine.
+    """Print each engine's loss on the rows, and how much its predictions differ from the first engine's predictions.
 
     Two numbers show the difference: the Kullback-Leibler divergence in nats, and the share of positions at which both
     engines find the same token most likely.

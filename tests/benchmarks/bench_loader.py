@@ -25,7 +25,7 @@ SHAPES = ((2048, 256, 8), (2048, 256, 1), (256, 32, 1))
 
 
 def rate(work: Callable[[int], int], items: Iterable[int], threads: int) -> float:
-    """Call ``work`` on each item in ``threads`` threads. Return the sum of the results divided by the seconds."""
+    """Call ``work`` on each item in ``threads`` threads. Return the sum of the results per second."""
     with ThreadPoolExecutor(threads) as pool:
         started = time.perf_counter()
         return sum(pool.map(work, items)) / (time.perf_counter() - started)

@@ -26,7 +26,7 @@ BOS = 0
 
 
 def numbered(lengths: Sequence[int]) -> list[np.ndarray]:
-    """Documents of BOS and ``length`` further tokens each. Apart from BOS, no token occurs twice."""
+    """Create one document for each length: BOS and that many further tokens. No token except BOS occurs twice."""
     starts = itertools.accumulate(lengths, initial=1)
     return [
         np.concatenate([[BOS], np.arange(start, start + length)]).astype(np.int32)
@@ -35,7 +35,10 @@ def numbered(lengths: Sequence[int]) -> list[np.ndarray]:
 
 
 def measure(documents: list[np.ndarray], rule: Rule, context: int, rows: int, passes: int) -> str:
-    """A row of the table. The number of packed rows is the number that ``passes`` epochs of the documents fill."""
+    """Return a row of the table.
+
+    The rule packs as many rows as ``passes`` epochs of the documents would fill without loss or repetition.
+    """
     bounds = np.cumsum([1, *(len(document) - 1 for document in documents)])
     count = round(passes * (bounds[-1] + len(documents)) / context)
     shown = np.zeros(bounds[-1], dtype=np.int64)

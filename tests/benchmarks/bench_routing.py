@@ -56,7 +56,7 @@ class RoundRobin(Router):
 
 @dataclasses.dataclass
 class Found:
-    """Sums over all turns. ``waits`` are the times to the first token in seconds."""
+    """Token counts summed over all turns. ``waits`` has each turn's time to the first token in seconds."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -64,7 +64,7 @@ class Found:
 
 
 async def chat(client: Any, number: int, turns: int, found: Found) -> None:
-    """Hold one conversation. Chats of the same number have the same questions."""
+    """Hold one conversation. Two chats with the same ``number`` have the same questions."""
     source = random.Random(number)
     messages: list[dict[str, str]] = [{"role": "system", "content": SYSTEM}]
     for _ in range(turns):
@@ -89,7 +89,7 @@ async def chat(client: Any, number: int, turns: int, found: Found) -> None:
 
 @contextlib.asynccontextmanager
 async def engines(home: Path, count: int, cache_mib: int) -> AsyncIterator[list[str]]:
-    """Engines with empty caches, as processes. Yields their addresses."""
+    """Start engines with empty caches as processes, and yield the engines' addresses."""
     flags = ["--kv-cache-mib", str(cache_mib), "--max-running", "64"]
     started = [await asyncio.to_thread(EngineProcess, home, *flags, ready=False) for _ in range(count)]
     try:
@@ -102,13 +102,13 @@ async def engines(home: Path, count: int, cache_mib: int) -> AsyncIterator[list[
 
 
 async def measure(home: Path, router: type[Router], count: int, options: argparse.Namespace) -> Found:
-    """Hold all chats over new engines, with one way of routing."""
+    """Hold all chats with new engines and with one kind of router."""
     found = Found()
     async with engines(home, count, options.cache_mib * options.engines // count) as addresses:
         with mock.patch("services.gateway.engines.pool.Router", router):
             async with running_gateway(*addresses, poll_seconds=1.0, queue_seconds=600.0) as url:
                 await until_up(url, count)
-                # The router sends less to new engines during this time. The comparison begins afterwards.
+                # During this time, the router would send less to new engines, so the chats begin afterwards.
                 await asyncio.sleep(RoutingSettings().warm_up_seconds)
                 async with openai_client(url) as client:
                     await asyncio.gather(*(chat(client, n, options.turns, found) for n in range(options.chats)))

@@ -31,13 +31,13 @@ def bare_interpreter(*flags: str) -> None:
 
 
 def percentiles(samples: list[float]) -> tuple[float, float]:
-    """Return p50 and p99 in milliseconds of samples in seconds."""
+    """Return the median and the 99th percentile in milliseconds. The samples are in seconds."""
     cuts = statistics.quantiles(samples, n=100, method="inclusive")
     return cuts[49] * 1e3, cuts[98] * 1e3
 
 
 async def burst(executor: SandboxExecutor, calls: int) -> float:
-    """Start all calls at once and return the completed calls per second."""
+    """Start all calls at the same time, and return the number of completed calls per second."""
     started = time.perf_counter()
     results = await asyncio.gather(*(executor.execute(CODE) for _ in range(calls)))
     assert all(result.stdout == "1\n" for result in results)

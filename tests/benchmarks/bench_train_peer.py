@@ -18,7 +18,7 @@ from nanochat_core.errors import run_main
 from tests.benchmarks.peer import WARMUP_STEPS, Comparison, arguments
 
 BATCHES = 64
-# Length of the schedule while the number of steps is not known yet. No run has this many steps.
+# The schedule has this length while the number of steps is still unknown. No run has this many steps.
 MOST_STEPS = 100_000
 
 MATMUL = """
@@ -37,7 +37,7 @@ print(2 * side**3 / best)
 
 
 def matmul_flops(dtype: str, threads: int) -> float:
-    """Return the FLOP/s of the fastest of many products of 2048 x 2048 matrices."""
+    """Multiply 2048 x 2048 matrices many times, and return the FLOP/s of the fastest product."""
     name = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
     command = [sys.executable, "-c", MATMUL, name, str(threads)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -38,7 +38,8 @@ from tests.support.engine_models import CALLING
 CLIENTS = 6
 # Mean time between two actions.
 PAUSE_SECONDS = 2.0
-# A process may be harmed only if another one of its kind has been ready for this long, so that its clients know it.
+# A process may be disturbed only if another process of the same kind has been ready for this long. The clients then
+# know that other process.
 SETTLE_SECONDS = 4.0
 # A stopped process is continued after this time at the latest.
 LONGEST_STOP_SECONDS = 8.0
@@ -64,7 +65,7 @@ class Variant:
 
 @dataclasses.dataclass
 class Report:
-    """What happened. ``failures`` describes each violated claim."""
+    """Counts of outcomes and actions. ``failures`` describes each violated claim."""
 
     outcomes: Counter[str] = dataclasses.field(default_factory=Counter)
     actions: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -74,7 +75,7 @@ class Report:
 
 
 def make_variants() -> list[Variant]:
-    """Every kind of request, with and without a stream."""
+    """Return every kind of request, both streamed and whole."""
     schema = {"type": "object", "properties": {"name": {"type": "string"}, "n": {"type": "integer"}}}
     kinds: dict[str, dict[str, Any]] = {
         "greedy": {"temperature": 0, "max_tokens": 300},
@@ -109,7 +110,7 @@ def make_variants() -> list[Variant]:
 
 
 async def ask(client: openai.AsyncOpenAI, variant: Variant) -> list[Any]:
-    """Return the answer's choices in a form that can be compared: text, tool events, log probabilities, reason."""
+    """Return the answer's choices for comparison: text, tool events, log probabilities and finish reason."""
     choices: dict[int, dict[str, Any]] = {}
 
     def add(part: Any, message: Any) -> None:
@@ -139,7 +140,7 @@ class Incomplete(Exception):
 
 
 class Load:
-    """Clients that send requests until :attr:`stopping` is set, and compare the answers with the undisturbed ones."""
+    """Clients that send requests until :attr:`stopping` is set, and compare each answer with the undisturbed answer."""
 
     def __init__(self, stack: ChaosStack, report: Report, seed: int) -> None:
         self.stopping = asyncio.Event()
@@ -159,7 +160,7 @@ class Load:
         }
 
     async def learn(self) -> None:
-        """Ask everything once without disturbance."""
+        """Send every request once without disturbance, and store the answers."""
         client = self._clients[self._stack.gateways[0]]
         for variant in self._variants:
             answer = await ask(client, variant)
@@ -208,7 +209,10 @@ class Load:
 
 
 def outcome_of(error: Exception, harms: Iterable[str]) -> str:
-    """Name a client's error, given what was done to its gateway in the meantime."""
+    """Name the error of a client's request.
+
+    ``harms`` has the actions on the client's gateway during the request.
+    """
     if isinstance(error, openai.APITimeoutError):
         return "timeout"
     broken = isinstance(error, openai.APIConnectionError | httpx.HTTPError)
@@ -225,7 +229,7 @@ def outcome_of(error: Exception, harms: Iterable[str]) -> str:
 
 
 def difference(expected: list[Any], got: list[Any]) -> str:
-    """The first place at which two answers differ."""
+    """Describe the first difference between two answers."""
     for index, (one, other) in enumerate(zip(expected, got, strict=False)):
         for field in one:
             if one[field] != other[field]:
@@ -237,14 +241,14 @@ def difference(expected: list[Any], got: list[Any]) -> str:
 
 
 async def disturb(stack: ChaosStack, report: Report, rng: random.Random, seconds: float) -> None:
-    """Do something to a random process again and again."""
+    """Kill, stop, continue, end or start random processes for ``seconds``."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         await asyncio.sleep(rng.expovariate(1 / PAUSE_SECONDS))
         for instance in stack.instances:
             if instance.state is State.STOPPED and time.monotonic() - instance.harms[-1].at > LONGEST_STOP_SECONDS:
                 instance.resume()
-        # Draw from the same list each time, so that the seed decides as much of the order as real processes allow.
+        # The list of processes is always the same, so the order depends on the seed as far as real processes allow.
         instance = rng.choice(stack.instances)
         spare = any(other.settled(SETTLE_SECONDS) for other in stack.others(instance))
         choices = {
@@ -262,7 +266,10 @@ async def disturb(stack: ChaosStack, report: Report, rng: random.Random, seconds
 
 
 async def run_chaos(minutes: float, seed: int, clients: int = CLIENTS) -> Report:
-    """Start everything, learn the answers, disturb for ``minutes``, heal, and let the last requests finish."""
+    """Start all services, record the undisturbed answers, and disturb the services for ``minutes``.
+
+    At the end, repair the services and let the last requests finish.
+    """
     report = Report()
     with tempfile.TemporaryDirectory() as home:
         async with chaos_stack(Path(home)) as stack:

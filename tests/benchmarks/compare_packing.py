@@ -56,7 +56,10 @@ def first_rows(texts: list[str], tokenizer: Tokenizer, context: int) -> list[str
 def run(
     options: argparse.Namespace, rule: str, seed: int, documents: list[np.ndarray], held_out: list[str], t: Tokenizer
 ) -> dict[str, float]:
-    """Bits per byte of the whole held-out documents and of their first rows after training with one rule."""
+    """Train a model with one packing rule.
+
+    Returns the model's bits per byte on whole held-out documents and on their first rows.
+    """
     torch.manual_seed(seed)
     config = ModelConfig.from_depth(
         options.depth, vocab_size=t.vocab_size, head_dim=64, context_length=options.context, window_pattern="L"

@@ -18,7 +18,7 @@ from tests.benchmarks.peer import WARMUP_STEPS, Comparison, Result, arguments
 
 
 def elapsed(result: Result) -> list[float]:
-    """Return the training time in seconds at each evaluation, without the warm-up steps."""
+    """Return the training time before each evaluation in seconds. The time excludes the warm-up steps."""
     return [sum(result.seconds[WARMUP_STEPS:step]) for step, _ in result.evaluations]
 
 

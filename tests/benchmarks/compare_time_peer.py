@@ -48,14 +48,13 @@ Side = Literal["ours", "peer"]
 SIDES: tuple[Side, Side] = ("ours", "peer")
 DATASET = "compared"
 HEAD_DIM = 64
-# Number of tokens in the batch for which --lr-scale is meant. The learning rates of another batch change with the
-# square root of its size.
+# --lr-scale applies to a batch of this many tokens. The learning rates grow with the square root of the batch size.
 BATCH_TOKENS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run and its checkpoint, imported into the store if it is the peer's.
+    """One training run and its checkpoint. A checkpoint of the peer has been imported into the store.
 
     Attributes:
         seconds: duration of each step.
@@ -73,7 +72,7 @@ class Run:
 
 
 class Comparison:
-    """The data that both sides share, and the runs of both sides, in ``folder``."""
+    """The data that both sides share, and the runs of both sides. All files are in ``folder``."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self._options, self._folder, self._runs = options, folder, 0
@@ -83,7 +82,7 @@ class Comparison:
         self.tokenizer = train_tokenizer(limited(training, 10_000, TOKENIZER_CHARACTERS), options.vocab_size)
         save_tokenizer(self._store, DATASET, self.tokenizer, DATASET)
         write_tokenizer(self.tokenizer, folder / "tokenizer")
-        # The peer looks here for shards, of which it takes the last one for validation, as this project does.
+        # The peer looks here for shards. Like this project, it uses the last shard for validation.
         (folder / "base_data_climbmix").symlink_to(folder / "home" / "data" / DATASET)
 
     @property
@@ -91,7 +90,7 @@ class Comparison:
         return self._store
 
     def held_out(self) -> list[str]:
-        """Evenly spaced held-out documents."""
+        """Every n-th held-out document, about as many characters as ``--held-out-characters`` says."""
         documents = list(TextDataset(self._store, DATASET, "val"))
         every = max(1, sum(map(len, documents)) // self._options.held_out_characters)
         return documents[::every]
@@ -194,7 +193,7 @@ class Comparison:
 
 
 def evaluated(store: Store, run: Run, tokenizer: Tokenizer, held_out: list[str]) -> tuple[float, float]:
-    """Bits per byte of whole documents, and of their first rows."""
+    """Return a run's bits per byte on whole documents and on their first rows."""
     model = load_checkpoint(store, run.checkpoint).build_model()
     firsts = first_rows(held_out, tokenizer, model.config.context_length)
     whole, first = (bits_per_byte(model, tokenizer, texts, rows=32) for texts in (held_out, firsts))

@@ -48,7 +48,10 @@ def make_engine(options: argparse.Namespace, dtype: torch.dtype, settings: dict[
 
 
 def compare(whole: Completion, rest: Completion, cut: int) -> tuple[float, bool]:
-    """Return the greatest difference of two log probabilities before the texts differ, and whether they differ."""
+    """Compare the log probabilities and the texts of two completions.
+
+    Returns the greatest difference of two log probabilities before the texts differ, and whether the texts differ.
+    """
     difference = 0.0
     for expected, token in zip(whole.tokens[cut:], rest.tokens, strict=True):
         if token.id != expected.id:

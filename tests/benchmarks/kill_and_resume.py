@@ -20,7 +20,7 @@ def killed_run(jobs: Jobs, module: str, flags: dict[str, object], kills: int, rn
     """Interrupt a run up to ``kills`` times with SIGKILL or SIGTERM, then let it finish.
 
     Returns:
-        For each interruption the signal, the exit code and the step of the newest checkpoint.
+        For each interruption: the signal, the exit code, and the step of the newest checkpoint.
     """
     found = []
     stage = "sft" if module.endswith("sft") else "base"

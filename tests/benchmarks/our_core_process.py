@@ -16,7 +16,7 @@ from nanochat_core.store import open_store
 
 
 def core(task: dict[str, Any]) -> None:
-    """Evaluate CORE task by task, as jobs.eval.core does, and write seconds and accuracy of each task."""
+    """Evaluate CORE task by task, as jobs.eval.core does. Write the seconds and the accuracy of each task."""
     prepare_cpu(task["threads"])
     checkpoint = load_checkpoint(open_store(task["home"]), CheckpointRef(task["model"], "base", 1))
     model = checkpoint.build_model()

@@ -17,7 +17,10 @@ from nanochat_core.model import GPT
 
 
 def load(task: dict[str, Any]) -> GPT:
-    """Return our network with the peer's weights if the task names their folder, else with random weights."""
+    """Return our network.
+
+    If the task names a folder with weights of the peer, the network has these weights; otherwise it has random weights.
+    """
     dtype, device = DTYPES[task["dtype"]], torch.device(task["device"])
     if "depth" in task:
         shape = {name: task[name] for name in ("vocab_size", "head_dim", "context_length")}
@@ -30,7 +33,7 @@ def load(task: dict[str, Any]) -> GPT:
 
 
 def answer(engine: Engine, requests: list[dict[str, Any]]) -> list[list[list[int]]]:
-    """Answer all requests at once and return the token ids of each choice of each request.
+    """Answer all requests together, and return the token ids of each request's choices.
 
     All requests must have the same number of choices.
     """

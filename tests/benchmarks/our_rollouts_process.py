@@ -22,7 +22,7 @@ def main() -> None:
     )
 
     def answer(some: list[list[int]], first: int, count: int) -> list[list[int]]:
-        """Generate ``count`` samples of each prompt, all at once, and return their lengths without the stop token."""
+        """Generate ``count`` samples of each prompt together. Return the samples' lengths without the stop token."""
         each = [
             SamplingParams(
                 temperature=task["temperature"],

@@ -1,4 +1,7 @@
-"""Texts of four kinds, and rules that pack them into rows: this project's, its earlier one, and karpathy/nanochat's."""
+"""Four kinds of text, and rules that pack texts into rows.
+
+The rules are this project's two present rules, its earlier rule, and the rule of karpathy/nanochat.
+"""
 
 import bisect
 import itertools
@@ -15,20 +18,24 @@ from jobs.train.batches.sources import Source, TextSource, WindowSource
 from nanochat_core.tokenizer import Tokenizer
 
 CHARACTERS_PER_TOKEN = 4
-# Tokens of a document by kind: median and sigma of a log-normal distribution.
+# The number of tokens of a document has a log-normal distribution. Each kind has its median and its sigma.
 LENGTHS = {"web": (450, 1.0), "stories": (180, 0.35)}
 KINDS = ("books", "code", *LENGTHS)
 
-# Inputs and targets of one row, (context,) int64 each.
+# The inputs and the targets of one row. Both have the shape (context,) and the dtype int64.
 Row = tuple[np.ndarray, np.ndarray]
-# Packs documents into endless rows. The numbers are the inputs in a row, the rows in a batch and the seed. A document
-# is the id of BOS and the token ids of its text, (length,) int32.
+# Packs documents into an endless series of rows. The three integers are the number of inputs in a row, the number of
+# rows in a batch, and the seed. A document has the id of BOS and then the token ids of its text: shape (length,), dtype
+# int32.
 Rule = Callable[[Sequence[np.ndarray], int, int, int], Iterator[Row]]
 
 
 def texts_of(kind: str, prose: Path, characters: int) -> list[str]:
-    """Documents of about ``characters`` in all: prose as it is stored in a folder, the standard library's source files,
-    or prose cut into documents with the lengths of web pages or of small stories."""
+    """Return documents of one kind with about ``characters`` characters in total.
+
+    "books" is prose as it is stored in the folder ``prose``, and "code" is the standard library's source files. Every
+    other kind is prose that is cut into documents with the lengths of web pages or of small stories.
+    """
     if kind == "code":
         files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
         found = (path.read_text(errors="replace") for path in files if "site-packages" not in path.parts)
@@ -54,10 +61,13 @@ def first_characters(texts: Iterable[str], characters: int) -> Iterator[str]:
 
 
 class CroppingPacker:
-    """Best fit that fills a row with the start of the shortest document and drops that document's rest."""
+    """Best-fit packing that drops text.
+
+    If no document fits, the start of the shortest document fills the row, and the document's rest is dropped.
+    """
 
     def __init__(self, documents: Iterator[np.ndarray], row_length: int, buffer: int, at_once: int) -> None:
-        """``at_once`` documents are read whenever the buffer has fewer than ``buffer``."""
+        """Whenever the buffer has fewer than ``buffer`` documents, ``at_once`` documents are read."""
         self._documents, self._row_length, self._size, self._at_once = documents, row_length, buffer, at_once
         self._buffer: list[np.ndarray] = []
 
@@ -78,14 +88,17 @@ class CroppingPacker:
 
 
 def before(documents: Sequence[np.ndarray], context: int, rows: int, seed: int) -> Iterator[Row]:
-    """This project's rule until version 0.1: up to 64 packers, each with up to 1,000 documents to choose from."""
+    """This project's rule until version 0.1: up to 64 packers, each of which chooses from up to 1,000 documents."""
     count = math.gcd(rows, 64)
     buffer = min(1000, 16_384 // count, math.ceil(len(documents) / count))
     return _cropped(documents, context, count, buffer, 1)
 
 
 def nanochat(documents: Sequence[np.ndarray], context: int, rows: int, seed: int) -> Iterator[Row]:
-    """The rule of karpathy/nanochat's dataloader.py on one process: 1,000 documents, of which it reads 128 at once."""
+    """The rule of karpathy/nanochat's dataloader.py in one process.
+
+    The rule chooses from about 1,000 documents and reads 128 documents at a time.
+    """
     return _cropped(documents, context, 1, 1000, 128)
 
 
@@ -100,7 +113,7 @@ def _cropped(documents: Sequence[np.ndarray], context: int, count: int, buffer: 
 
 
 class Tokenized(Tokenizer):
-    """Replaces the tokenizer: its texts are token ids already, after BOS."""
+    """Replaces the tokenizer for texts that are already token ids after BOS."""
 
     def __init__(self, bos_id: int) -> None:
         self._bos_id = bos_id

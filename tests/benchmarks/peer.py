@@ -83,7 +83,7 @@ class Comparison:
 
     @classmethod
     def prepare(cls, options: argparse.Namespace, folder: Path, *, batches: int, validation_rows: int) -> Comparison:
-        """Train the tokenizer and pack the training and validation rows once for all runs."""
+        """Train the tokenizer, and pack the training rows and the validation rows. All runs use these files."""
         training, validation = (list(texts) for texts in LocalText(options.data).documents())
         tokenizer = train_tokenizer(limited(training, 10_000, TOKENIZER_CHARACTERS), options.vocab_size)
         config = ModelConfig.from_depth(
@@ -104,7 +104,7 @@ class Comparison:
         return ROWS * self.config.context_length
 
     def train(self, side: Literal["peer", "ours"], steps: int, **changes: Any) -> Result:
-        """Run one side's training in a new process. ``changes`` replaces fields of the default task."""
+        """Train one side in a new process. ``changes`` replaces fields of the default task."""
         options, scale = self.options, self.options.lr_scale
         # Both sides follow this schedule. It equals the peer's schedule for runs of at most 400 steps: in such runs,
         # the momentum rises until the end.

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def build(config: dict[str, Any], device: torch.device = CPU) -> GPT:
-    """Create a model as base_train does: on the meta device, then with allocated memory, then with initial weights."""
+    """Create a model on the meta device, allocate its memory and initialize its weights, as base_train does."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**config))
     model.to_empty(device=device)
@@ -171,7 +171,7 @@ def core_weights(task: dict[str, Any]) -> None:
 
 
 def core(task: dict[str, Any]) -> None:
-    """Evaluate CORE with base_eval and write seconds and accuracy of each task.
+    """Evaluate CORE with base_eval. Write the seconds and the accuracy of each task.
 
     base_eval looks for the bundle in NANOCHAT_BASE_DIR.
     """
@@ -208,7 +208,7 @@ def core(task: dict[str, Any]) -> None:
 
 
 class NoTokens:
-    """Replaces the tokenizer. Its special tokens are never generated, so every answer has the full length."""
+    """Replaces the tokenizer. The model never generates its special tokens, so every answer has the full length."""
 
     def encode_special(self, _name: str) -> int:
         return -1
@@ -218,7 +218,7 @@ class NoTokens:
 
 
 class AnyOf:
-    """Value that compares equal to each of several token ids."""
+    """A value that is equal to every one of the given token ids."""
 
     def __init__(self, ids: list[int]) -> None:
         self._ids = frozenset(ids)
@@ -254,7 +254,7 @@ def load(task: dict[str, Any]) -> GPT:
 
 
 def rollouts(task: dict[str, Any]) -> None:
-    """Sample answers as chat_rl does and write the seconds and the lengths.
+    """Sample answers as chat_rl does. Write the duration in seconds and the lengths of the answers.
 
     The prompts are answered one after another. Each batch has ``device_batch`` samples of one prompt.
     """

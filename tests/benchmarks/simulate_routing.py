@@ -48,7 +48,7 @@ PREFILL_RATE = 800.0  # in tokens per second
 DECODE_SECONDS, DECODE_SECONDS_PER_SEQUENCE = (
     0.04,
     0.002,
-)  # time of a decoding step, without sequences and for each sequence
+)  # time of a decoding step without sequences, and additional time for each sequence
 CACHE_TOKENS = 32_768
 ARRIVAL_SECONDS = 600.0
 APPLICATIONS = 100
@@ -60,7 +60,7 @@ _IDS = list(range(1 << 16))
 
 @dataclasses.dataclass
 class Conversation:
-    """One chat. ``starts`` has the position in ``_IDS`` at which each turn's tokens begin."""
+    """One chat. For each turn, ``starts`` has the position in ``_IDS`` at which the turn's tokens begin."""
 
     key: int
     begins: float
@@ -68,9 +68,9 @@ class Conversation:
     starts: list[int]
     questions: list[int]  # tokens
     answers: list[int]  # tokens
-    pauses: list[float]  # seconds before each turn but the first
+    pauses: list[float]  # seconds before each turn except the first
     turn: int = 0
-    history: int = 0  # tokens before the current question
+    history: int = 0  # number of tokens before the current question
 
     @property
     def prompt_tokens(self) -> int:
@@ -152,7 +152,10 @@ class PowerOfTwo(_LoadOnly):
 
 
 class LeastLoad(_LoadOnly):
-    """Chooses the replica with the fewest sequences, and among equals the one that has waited longest for a request."""
+    """Chooses the replica with the fewest sequences.
+
+    Among equals, chooses the replica that has waited longest for a request.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +184,9 @@ class LeastLoad(_LoadOnly):
 
 
 class ConsistentHashing(_LoadOnly):
-    """Each conversation has a place on a ring and goes to the next replica on it, if that one is below the bound."""
+    """Each conversation has a position on a ring of replicas. It goes to the next replica whose load is below the
+    bound.
+    """
 
     def __init__(self, bound: float = math.inf) -> None:
         super().__init__()
@@ -213,11 +218,13 @@ class Replica:
         self.load = ReplicaLoad(0, 0, 0.0)
         self.running_tokens = 0
         self._prefilled_at = 0.0  # when all waiting prompts will be computed
-        self._cache: OrderedDict[int, int] = OrderedDict()  # tokens of each conversation and system prompt
+        self._cache: OrderedDict[int, int] = OrderedDict()  # cached tokens of each conversation and system prompt
         self._cache_tokens = 0
 
     def start(self, chat: Conversation, now: float) -> tuple[int, float, float]:
-        """Returns the cached tokens of the conversation's prompt, and the times of the first and the last token."""
+        """Returns the number of cached tokens of the prompt, the time of the first token and the time of the last
+        token.
+        """
         system, tokens = -id(chat.system), chat.prompt_tokens
         found = len(chat.system) + self._cache.get(chat.key, 0) if system in self._cache else 0
         cached = min(found, tokens - 1) // BLOCK * BLOCK
@@ -292,7 +299,8 @@ def simulate(policy: Policy, chats: list[Conversation], replicas: int, *, churn:
     second = 0.0
     for _ in range(replicas):
         join()
-    # Fields: time, conversation, replica (empty when a turn arrives, set when it ends), cached tokens.
+    # Each event has a time, the index of a conversation, the name of a replica, and a number of cached tokens. The name
+    # is empty if a turn arrives. If a turn ends, the name is that of the replica that ran the turn.
     events: list[tuple[float, int, str, int]] = [(chat.begins, i, "", 0) for i, chat in enumerate(chats)]
     heapq.heapify(events)
     while events:
@@ -352,7 +360,8 @@ def chats_at_once(count: int, turns: int) -> list[Conversation]:
 
 def _turns(rng: np.random.Generator, turns: int, pause: float) -> tuple[list[int], list[int], list[int], list[float]]:
     """Returns starts, questions, answers and pauses of a conversation."""
-    # For each turn: position in _IDS, tokens of the question, tokens of the answer; then the pauses between turns.
+    # For each turn: the position in _IDS, the number of tokens of the question, and the number of tokens of the answer.
+    # The last list has the pauses between turns.
     return (
         rng.integers(1 << 15, (1 << 16) - 500, turns).tolist(),
         rng.integers(10, 100, turns).tolist(),
@@ -362,7 +371,7 @@ def _turns(rng: np.random.Generator, turns: int, pause: float) -> tuple[list[int
 
 
 def fresh(chats: list[Conversation]) -> Iterator[Conversation]:
-    """Yields the conversations as they are before their first turn."""
+    """Yields each conversation in its state before the first turn."""
     for chat in chats:
         yield dataclasses.replace(chat, turn=0, history=len(chat.system))
 
@@ -392,8 +401,8 @@ def run(name: str, replicas: int, churn: bool) -> Result:
 
 
 def run_all(chats: list[Conversation], replicas: int, *, churn: bool) -> dict[str, Result]:
-    """Simulates every way of balancing, each in a process of its own, as many at once as there are cores."""
-    # A forked process inherits the conversations, so that they need not be sent to it.
+    """Simulates every way of balancing, each in a separate process, with as many processes as there are cores."""
+    # Forked processes inherit the conversations, so the conversations need not be sent to the processes.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(os.cpu_count(), context, _chats.extend, (chats,)) as pool:
         runs = {name: pool.submit(run, name, replicas, churn) for name in POLICIES}
@@ -401,7 +410,7 @@ def run_all(chats: list[Conversation], replicas: int, *, churn: bool) -> dict[st
 
 
 def findable_tokens(chats: list[Conversation]) -> int:
-    """Returns the prompt tokens that one engine would find if its cache forgot nothing."""
+    """Returns the number of prompt tokens that one engine would find in a cache of unlimited size."""
     systems: set[int] = set()
     found = 0
     for chat in fresh(chats):
@@ -429,7 +438,10 @@ def table(results: dict[str, Result], findable: int) -> str:
 
 
 def draw(results: dict[str, Result], findable: int, path: Path) -> None:
-    """Draws found tokens, waits and unevenness. Each way of balancing has the same color in all panels."""
+    """Draws panels of the found tokens, of the waits for the first token, and of the unevenness of the load.
+
+    Each way of balancing has the same color in all panels.
+    """
     colors = {name: f"C{i}" for i, name in enumerate(results)}
     with panels(path, 3, width=4.6) as (found, wait, uneven):
         for axes in (found, wait):

@@ -44,14 +44,14 @@ CONTEXT = 512
 # The limits are small, so that the queue fills up and preemptions happen.
 FLAGS = ("--max-running", "16", "--max-waiting", "32", "--token-budget", "128", "--kv-cache-mib", "2")
 CONCURRENCY = 16
-# Of every BURST_EVERY requests, the last BURST requests arrive at once.
+# Of every BURST_EVERY requests, the last BURST requests arrive together.
 BURST_EVERY, BURST = 300, 40
 # After this many requests every cache block has been used and oneDNN has cached its code for most shapes.
 WARM_UP = 2000
 # After the warm-up, the resident memory may grow by this share or by this number of bytes, whichever is larger. Over
 # 8,000 requests, 8 MiB are 1 KiB per request.
 MEMORY_TOLERANCE_RATIO, MEMORY_TOLERANCE_BYTES = 0.05, 8 << 20
-# gRPC and asyncio start threads and open event descriptors when they first need them.
+# The numbers of threads and files may grow by this much, because gRPC and asyncio create some only when needed.
 COUNT_TOLERANCE = 4
 FILES_PER_CHILD = 4
 VARIANTS = 40
@@ -63,7 +63,7 @@ class Job:
 
     Attributes:
         request: the message to send.
-        variant: requests with the same number must get the same answer. None if the request is unique.
+        variant: requests with the same variant must get the same answer. None if the request is unique.
         product: expected result of the Python call at the end of the prompt. None if the prompt has no such call.
         cancel_after_chunks: number of received messages after which the client cancels. None means never.
         cancel_after_seconds: time after which the client cancels. None means never.
@@ -89,9 +89,9 @@ class Answer:
     """The received answer.
 
     Attributes:
-        tokens: token ids by choice.
-        ends: last message by choice.
-        events: tool events by choice.
+        tokens: token ids of each choice, by the choice's index.
+        ends: last message of each choice, by the choice's index.
+        events: tool events of each choice, by the choice's index.
         chunks: number of received messages.
     """
 
@@ -274,7 +274,7 @@ def _check_answer(job: Job, answer: Answer, report: Report) -> None:
 
 
 def _results(events: list[pb.ToolEvent], problems: list[str]) -> list[pb.ToolResult]:
-    """Check the order of a choice's tool events, and return those that are results."""
+    """Check the order of a choice's tool events, and return the events that contain a result."""
     expected = [(kind, i // 2) for i, kind in enumerate(["call", "result"] * (len(events) // 2 + 1))][: len(events)]
     found = [(kind, getattr(event, kind).call_index) for event in events for kind in [event.WhichOneof("event")]]
     if found != expected:
@@ -283,7 +283,10 @@ def _results(events: list[pb.ToolEvent], problems: list[str]) -> list[pb.ToolRes
 
 
 async def _slice(stub: engine_pb2_grpc.EngineStub, jobs: dict[int, Job], report: Report) -> None:
-    """Send the numbered requests. Except in bursts, at most ``CONCURRENCY`` of them run at a time."""
+    """Send the requests of ``jobs``. The keys are the requests' numbers.
+
+    Outside of bursts, at most ``CONCURRENCY`` requests run at the same time.
+    """
     slots = asyncio.Semaphore(CONCURRENCY)
 
     async def run(job: Job, polite: bool) -> None:

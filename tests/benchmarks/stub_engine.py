@@ -27,7 +27,7 @@ WORD = "a"
 
 
 class StubEngine(ScriptedEngine):
-    """A scripted engine that keeps no request."""
+    """A scripted engine that does not store its requests."""
 
     def __init__(self, tokens: int, pause: float, **options: Any) -> None:
         super().__init__(name=MODEL, context_length=100_000, **options)
@@ -44,7 +44,7 @@ class StubEngine(ScriptedEngine):
 
 
 def openai_api(tokens: int, pause: float) -> Starlette:
-    """The same answers as an OpenAI-style server."""
+    """Create a REST server in OpenAI's format that gives the same answers as the gRPC engine."""
 
     def body(kind: str, choice: dict[str, Any]) -> dict[str, Any]:
         choices = [{"index": 0, "finish_reason": None, **choice}]

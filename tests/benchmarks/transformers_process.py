@@ -39,7 +39,7 @@ def build(task: dict[str, Any]) -> LlamaForCausalLM:
 
 
 def answer(manager: Any, requests: list[dict[str, Any]]) -> list[list[list[int]]]:
-    """Add all requests at once and return the generated token ids of the only choice of each request."""
+    """Add all requests together. Return the generated token ids of each request, which has only one choice."""
     ids = [manager.add_request(request["prompt"], max_new_tokens=request["output"]) for request in requests]
     tokens: dict[str, list[int]] = {}
     while len(tokens) < len(ids):

@@ -1,9 +1,9 @@
 """Keep streams running against a gateway, and compare each answer with the same answer before any disturbance.
 
-Usage: ``streams_load.py HOST:PORT STREAMS``. It needs only the standard library, so that it can run in any pod. It
-prints ``ready`` when it knows the undisturbed answers. Then it starts the streams, and keeps that many of them running
-until its standard input ends. Last it prints a JSON object: ``answers`` is the number of whole and right answers, and
-``failures`` describes all others.
+Usage: ``streams_load.py HOST:PORT STREAMS``. The program needs only the standard library, so it can run in any pod. The
+program prints ``ready`` when it knows the undisturbed answers. Then it keeps STREAMS streams running until its standard
+input ends. At the end it prints a JSON object: ``answers`` is the number of complete and correct answers, and
+``failures`` describes every other answer.
 """
 
 import http.client
@@ -48,7 +48,7 @@ def ask(address: str, question: dict[str, Any]) -> str:
 
 
 class Load:
-    """Streams that are running, and what became of the earlier ones."""
+    """Streams that are running, and the outcomes of the streams that have ended."""
 
     def __init__(self, address: str) -> None:
         self._address = address

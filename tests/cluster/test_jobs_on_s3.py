@@ -1,7 +1,8 @@
 """Reinforcement learning and evaluation as PyTorchJobs with an S3 server as their store.
 
 The tests run the server as a process on this machine, so the nodes of the cluster must be able to reach this machine.
-At the start, the server has the trained store that the tests of Kubernetes have copied to NANOCHAT_TEST_STORE.
+At the start, the server has a copy of the trained store in the folder NANOCHAT_TEST_STORE. ``test_kubernetes.py`` puts
+the store into that folder.
 """
 
 import json
@@ -33,7 +34,7 @@ SMALLER_RL = ("--steps=4", "--examples=4", "--samples=4", "--held-out=8", "--eva
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """A bucket with the trained store: its folder and the address of its server."""
+    """The folder of a bucket that contains the trained store, and the address of the S3 server."""
     trained = os.environ.get("NANOCHAT_TEST_STORE")
     if not trained or not Path(trained, "models/demo/PROMOTED").is_file():
         pytest.skip("NANOCHAT_TEST_STORE names no store with a trained demo model")

@@ -53,7 +53,7 @@ networkPolicy:
   s3Ports: [9000]
 podMonitor: {enabled: true, labels: {release: prometheus}}
 """
-# The values with which several engines fit on a small node.
+# With these values, several engines fit on a small node.
 SMALL_ENGINES = "--set=engine.resources.requests.cpu=50m,engine.resources.requests.memory=256Mi"
 LOAD_STREAMS = 8
 LOAD_POD = """
@@ -121,7 +121,7 @@ def release(namespace: str, training: dict[str, Any]) -> str:
 
 
 def state_of(namespace: str, job: str) -> set[str]:
-    """Return the types of those conditions of the PyTorchJob that are true."""
+    """Return the type of every PyTorchJob condition that is true."""
     found = get(namespace, "pytorchjob", job)
     return {c["type"] for c in found.get("status", {}).get("conditions", ()) if c["status"] == "True"}
 
@@ -252,7 +252,10 @@ def roll_out(namespace: str, release: str, component: str) -> None:
 
 @contextlib.contextmanager
 def streams(namespace: str, address: str) -> Iterator[dict[str, Any]]:
-    """Keep streams running during the block. Fills the yielded dictionary with the load's report after it."""
+    """Keep streams running during the block.
+
+    After the block, the yielded dictionary contains the report of ``streams_load.py``.
+    """
     script = (ROOT / "tests/cluster/streams_load.py").read_text()
     command = ["kubectl", "-n", namespace, "exec", "-i", "load", "--", "python", "-c", script]
     report: dict[str, Any] = {}
@@ -275,7 +278,7 @@ def answered_choices(namespace: str, pod: str) -> float:
 
 @pytest.fixture(scope="module")
 def two_engines(namespace: str, release: str) -> Iterator[str]:
-    """Address of a release with two engines and two gateways, and a pod that can send load to it."""
+    """The address of a release with two engines and two gateways, once a pod that can send load to it is ready."""
     flags = ("--reuse-values", SMALL_ENGINES, "--set=engine.replicas=2,gateway.replicas=2", "--wait", "--timeout=4m")
     run("helm", "-n", namespace, "upgrade", release, CHART, *flags)
     run("kubectl", "-n", namespace, "apply", "-f", "-", stdin=LOAD_POD)
@@ -318,7 +321,8 @@ def test_load_spreads_over_new_engines_in_five_seconds(namespace: str, release: 
 
 
 def test_two_pods_pretrain_to_the_loss_of_one_and_survive_the_loss_of_a_pod(namespace: str, release: str) -> None:
-    # The operator adds an init container without a security context to Workers, and restricted namespaces refuse it.
+    # The operator adds an init container without a security context to Workers. A restricted namespace refuses such
+    # containers.
     run("kubectl", "label", "--overwrite", "namespace", namespace, BASELINE)
     (*shared, job) = yaml.safe_load_all((ROOT / "jobs/train/pretrain-cpu.yaml").read_text())
     run("kubectl", "-n", namespace, "apply", "-f", "-", stdin=yaml.safe_dump_all([*shared, job]))

@@ -14,7 +14,7 @@ BOTH_ROLES = "clientAuth,serverAuth"
 
 
 class Authority:
-    """A CA in a folder."""
+    """A certificate authority whose files are in a folder."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -22,7 +22,10 @@ class Authority:
         _openssl("-subj", "/CN=test CA", "-keyout", str(self._key), "-out", str(self.certificate))
 
     def issue(self, folder: Path, *, names: str = "DNS:localhost,IP:127.0.0.1", usage: str = BOTH_ROLES) -> TlsSettings:
-        """Write the three files of a service into a folder, replacing existing files, and return their settings."""
+        """Write a service's CA certificate, certificate and key into ``folder``, and return settings that name them.
+
+        Existing files are replaced.
+        """
         folder.mkdir(exist_ok=True)
         new = folder.with_name(folder.name + ".new")
         new.mkdir()
@@ -38,7 +41,7 @@ class Authority:
 
 
 def flags(settings: TlsSettings) -> list[str]:
-    """The flags of a service that uses these files."""
+    """The command-line flags with which a service uses the files of ``settings``."""
     return [
         *("--tls-ca", settings.tls_ca),
         *("--tls-certificate", settings.tls_certificate),

@@ -1,4 +1,4 @@
-"""A set of services as processes that can be killed, stopped, continued, ended and started again on the same ports."""
+"""Services as processes that tests can kill, stop, continue, end and start again on the same ports."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class State(enum.Enum):
     """The last action on a process."""
 
     DEAD = "dead"
-    STARTED = "started"  # it runs, but need not be ready
-    STOPPED = "stopped"  # by SIGSTOP
-    ENDING = "ending"  # it got SIGTERM
+    STARTED = "started"  # the process runs, but need not be ready
+    STOPPED = "stopped"  # the process got SIGSTOP
+    ENDING = "ending"  # the process got SIGTERM
 
 
 @dataclasses.dataclass(frozen=True)
 class Harm:
-    """Something that was done to a process. ``at`` is in seconds of the monotonic clock."""
+    """An action that disturbed a process. ``at`` is its time in seconds on the monotonic clock."""
 
     at: float
     action: str
@@ -51,12 +51,12 @@ class Instance:
 
     Attributes:
         kind: gateway, engine or sandbox.
-        state: the last action on it.
-        ready_since: when it was first seen ready after its start; None if it is not ready. In seconds of the monotonic
-            clock.
-        served: whether it has been ready since its start.
-        harms: everything that was done to it.
-        log: its last lines.
+        state: the last action on the process.
+        ready_since: time at which a probe first found the started process ready, in seconds on the monotonic clock;
+            None while the process is not ready.
+        served: whether the process has been ready at least once since its start.
+        harms: all actions that disturbed the process.
+        log: the last lines of the process's log.
     """
 
     def __init__(self, kind: str, number: int, flags: list[str]) -> None:
@@ -83,7 +83,7 @@ class Instance:
         self._note(State.STARTED, "start")
 
     def kill(self) -> None:
-        """Send SIGKILL: the process ends at once."""
+        """Send SIGKILL: the process ends immediately."""
         self._signal(signal.SIGKILL, State.DEAD, "kill")
         assert self._process is not None
         self._process.wait(10)
@@ -97,7 +97,7 @@ class Instance:
         self._signal(signal.SIGCONT, State.STARTED, "continue")
 
     def end(self) -> None:
-        """Send SIGTERM: the process hands its work over or finishes it, and exits."""
+        """Send SIGTERM: the process finishes its work or hands the work over, and exits."""
         self._signal(signal.SIGTERM, State.ENDING, "end")
 
     async def probe(self) -> None:
@@ -112,7 +112,7 @@ class Instance:
             self.ready_since = None
 
     def settled(self, seconds: float) -> bool:
-        """Whether the process has been ready for ``seconds``, so that the others have noticed it."""
+        """Whether the process has been ready for ``seconds``, so that its clients have noticed it."""
         return self.ready_since is not None and time.monotonic() - self.ready_since >= seconds
 
     async def _answers(self) -> bool:
@@ -156,9 +156,9 @@ class ChaosStack:
             await asyncio.sleep(_PROBE_SECONDS)
 
     async def heal(self, seconds: float) -> None:
-        """Continue stopped processes and start dead ones, until all are ready.
+        """Continue stopped processes and start dead processes, until all processes are ready.
 
-        Raises TimeoutError with the log of a process that is not ready in time.
+        Raises TimeoutError if a process is not ready in time. The message contains the log of that process.
         """
         deadline = time.monotonic() + seconds
         while late := [instance for instance in self.instances if instance.ready_since is None]:
@@ -176,7 +176,10 @@ class ChaosStack:
 async def chaos_stack(
     home: Path, *, gateways: int = 2, engines: int = 3, sandboxes: int = 2
 ) -> AsyncIterator[ChaosStack]:
-    """Services with a new store in ``home``, not started yet. The end of the block kills those that run."""
+    """Yield services that use a new store in ``home`` and are not started yet.
+
+    At the end of the block, the running services are killed.
+    """
     store, ref = open_store(str(home)), CheckpointRef("tiny", "sft", 1)
     save_checkpoint(store, ref, model=tiny_model(context_length=CONTEXT), tokenizer=BYTES, meta={})
     promote(store, ref)

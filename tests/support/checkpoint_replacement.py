@@ -18,7 +18,7 @@ from nanochat_core.training.optim import Shard
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
 REF = CheckpointRef("m", "sft", 40)
-# More writes than the replacement of a checkpoint takes.
+# The replacement of a checkpoint takes fewer writes than this.
 MANY = 100
 
 
@@ -27,7 +27,10 @@ class Killed(BaseException):
 
 
 class Killer:
-    """Kills the writer before its ``at``-th change of the store (counted from 0) and refuses every later change."""
+    """Kills the writer before one change of the store, and refuses every later change.
+
+    ``at`` is the index of that change, counted from 0.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: type[Store], at: int) -> None:
         self.changes, self.at = 0, at
@@ -70,7 +73,7 @@ def save(store: Store, value: float) -> None:
 
 
 def value_of(store: Store) -> float:
-    """The one value that all parts of the checkpoint contain. Reading verifies the checkpoint."""
+    """Verifies the checkpoint and returns the value that all its numbers have."""
     checkpoint, trainer = load_checkpoint(store, REF), load_trainer_state(store, REF)
     state = trainer.read("state", 0, 4)
     assert state is not None

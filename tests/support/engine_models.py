@@ -24,12 +24,16 @@ from nanochat_core.tokenizer import PYTHON_END, PYTHON_START, Tokenizer
 
 BYTES = Tokenizer([bytes([i]) for i in range(256)])
 SPECIAL = BYTES.special_ids
-# A logit bias that makes a random model write short calls: the start token becomes likely and the end token likelier.
+# A logit bias that makes a random model write short calls. The start token becomes likely, and the end token becomes
+# even more likely.
 CALLING = {SPECIAL[PYTHON_START]: 9.0, SPECIAL[PYTHON_END]: 10.0}
 
 
 def examples(usual: int) -> int:
-    """Number of random examples for a property test: NANOCHAT_EXAMPLES if set, else ``usual``."""
+    """Number of random examples for a property test.
+
+    The environment variable NANOCHAT_EXAMPLES replaces ``usual``.
+    """
     return int(os.environ.get("NANOCHAT_EXAMPLES", usual))
 
 
@@ -46,8 +50,7 @@ def _model(depth: int, head_dim: int, context_length: int, n_kv_head: int | None
     model = GPT(config)
     model.init_weights(generator)
     with torch.no_grad():
-        # The output projections of a new model are zero, so such a model ignores its context, and all logits are
-        # similar.
+        # The output projections of a new model are zero. Without new values, the model would ignore its context.
         for weight in model.parameters():
             if not weight.any():
                 weight.normal_(0, 0.1, generator=generator)
@@ -56,23 +59,24 @@ def _model(depth: int, head_dim: int, context_length: int, n_kv_head: int | None
 
 
 def tiny_model(depth: int = 2, head_dim: int = 16, context_length: int = 256, n_kv_head: int | None = None) -> GPT:
-    """A new model over single bytes in which every parameter affects the logits."""
+    """A new model in which every parameter affects the logits. Its tokens are single bytes."""
     return copy.deepcopy(_model(depth, head_dim, context_length, n_kv_head))
 
 
 def scripted_model(text: str, *, context_length: int = 512, loop: bool = False) -> GPT:
-    """A model that writes ``text``: each token alone determines the next one.
+    """A model that writes ``text``. Each token alone determines the next token.
 
     Args:
-        text: characters and names of special tokens. Each occurs at most once, because the model sees only the last
-            token.
-        loop: after the last token, start again with the first one; otherwise the last token repeats.
+        text: characters and names of special tokens. Each token occurs at most once, because the model sees only the
+            last token.
+        loop: whether the model starts again with the first token after the last token. Otherwise the model repeats the
+            last token.
     """
     script = script_tokens(text)
     assert len(set(script)) == len(script), "a token has one successor"
     config = ModelConfig.from_depth(
         5, vocab_size=BYTES.vocab_size, head_dim=64, context_length=context_length
-    )  # wide enough to give every token a separate dimension
+    )  # the model is wide enough to give every token a separate dimension
     model = GPT(config)
     model.init_weights()  # output projections are zero, so the hidden state is the scaled embedding
     with torch.no_grad():
@@ -90,7 +94,7 @@ def script_tokens(text: str) -> list[int]:
 
 
 def config_with_blocks(num_blocks: int, model: GPT, **settings: int) -> EngineConfig:
-    """An engine configuration with exactly this many cache blocks in the group without a window."""
+    """An engine configuration with exactly ``num_blocks`` cache blocks for the layers without a window."""
     block_size = settings.get("block_size", EngineConfig.block_size)
     budget = settings.get("token_budget", EngineConfig.token_budget)
 
@@ -124,7 +128,7 @@ SHAPES = [
 
 
 class Place:
-    """A runner, and sequences whose blocks are in random order."""
+    """A model runner, and sequences whose cache blocks are in random order."""
 
     def __init__(
         self, model: GPT, rows: list[Tensor], make: Callable[[GPT, list[CacheGroup]], Runner], block_size: int
@@ -140,7 +144,10 @@ class Place:
             self.sequences.append(seq)
 
     def logits(self, *parts: tuple[int, int, int]) -> list[Tensor]:
-        """Compute the parts (sequence, first token, end) in one step. Returns the logits of each part's tokens."""
+        """Compute all parts in one step, and return the logits of each part's tokens.
+
+        A part is (sequence, position of the first token, position after the last token).
+        """
         chunks = []
         for s, start, end in parts:
             seq, row = self.sequences[s], self.sequences[s].request.prompt

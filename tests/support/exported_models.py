@@ -18,7 +18,7 @@ PARTS = (b"\xe4\xbd", b"\xbd\xa0", b" \xe4\xbd")
 
 
 def tokenizer() -> Tokenizer:
-    """A tokenizer whose vocabulary is no multiple of 64, so that the tables of a model have padding rows."""
+    """A tokenizer whose vocabulary size is not a multiple of 64, so that a model's embedding table has padding rows."""
     words = [*(word.encode() for word in WORDS), *PARTS]
     return Tokenizer([*(bytes([byte]) for byte in range(256)), *words])
 

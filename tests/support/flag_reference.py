@@ -1,4 +1,4 @@
-"""``docs/flags.md``: every flag of every program, made from the programs' own settings.
+"""Makes ``docs/flags.md``, which lists every flag of every program, from the programs' own settings.
 
 ``make docs`` (``python -m tests.support.flag_reference``) writes the page. ``tests/unit/test_docs.py`` checks
 that the page is current.

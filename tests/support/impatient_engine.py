@@ -1,4 +1,4 @@
-"""The engine service, except that its shutdown waits only 0.1 seconds for a running step."""
+"""The engine service with one difference: its shutdown waits only 0.1 seconds for a running step."""
 
 import runpy
 

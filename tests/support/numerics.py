@@ -1,8 +1,8 @@
 """Runs the tests with the rounding of other processors: ``python -m tests.support.numerics [PYTEST_ARGUMENT ...]``.
 
-No claim may depend on rounding. Each variant combines seeds of training, the library of fp32 matrix products, the dtype
-of Muon's products, instruction sets and threads. The combinations occur on users' machines. Without arguments, all
-tests that train a model run.
+No test may depend on rounding. Each variant fixes the seed of training, the library for fp32 matrix products, the dtype
+of Muon's products, the instruction set and the number of threads. Users' machines have these combinations. Without
+arguments, this program runs all tests that train a model.
 """
 
 import json
@@ -26,7 +26,7 @@ def variant(seed: int, cpu: str, *, bf16: bool, threads: int, **variables: str) 
 
     Args:
         seed: seed of pretraining, fine-tuning and reinforcement learning.
-        cpu: name that torch reports; oneDNN multiplies on AMD's processors and MKL elsewhere.
+        cpu: name of the processor that torch reports. On AMD's processors oneDNN multiplies matrices, elsewhere MKL.
         bf16: whether the CPU, and therefore Muon, multiplies in bf16.
         threads: threads of each process.
         variables: further environment variables.

@@ -1,4 +1,4 @@
-"""Files as people have them: every kind of ending, compression, encoding and schema, good and bad."""
+"""Readable and unreadable files, with every kind of file name, compression, encoding and schema that users have."""
 
 import bz2
 import gzip
@@ -50,7 +50,7 @@ def parquet(values: pa.Array, column: str = "text") -> Callable[[Path], None]:
 
 
 def write(path: Path, content: bytes | Callable[[Path], None]) -> Path:
-    """Create a file and its folders from bytes, or with a function that writes it."""
+    """Create a file and its folders. ``content`` is the file's bytes, or a function that writes the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if callable(content):
         content(path)
@@ -60,7 +60,7 @@ def write(path: Path, content: bytes | Callable[[Path], None]) -> Path:
 
 
 def gzipped(content: bytes) -> bytes:
-    """Compress without a time stamp. All test processes must get the same bytes, because they are in names of tests."""
+    """Compress without a time stamp, because test names contain the bytes and must be equal in all test processes."""
     return gzip.compress(content, mtime=0)
 
 
@@ -87,7 +87,7 @@ def without_row_groups(path: Path) -> None:
 # Readers of zstd skip this frame. Parallel compressors begin a file with one.
 SKIPPED_FRAME = struct.pack("<II", 0x184D2A50, 4) + b"skip"
 
-# Name and content of files without readable text, and the error, which begins with the path of the file.
+# Files without readable text. Each entry has the file's name, its content and the error message after the file's path.
 BAD: list[tuple[str, Any, str]] = [
     ("a.parquet", not_parquet, "is not a parquet file"),
     ("a.parquet", cut_parquet, "is not a parquet file"),

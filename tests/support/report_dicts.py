@@ -1,4 +1,4 @@
-"""Reports with any parts, for tests of the page that is rendered from them."""
+"""Builds reports with any set of parts, for tests of the report page."""
 
 import itertools
 from typing import Any
@@ -49,7 +49,9 @@ def task(right: int, of: int, **changes: Any) -> dict[str, Any]:
 
 
 def report(*parts: str) -> dict[str, Any]:
-    """A report with these parts of :data:`OPTIONAL`. Without a stage, it is the report of an imported chat model."""
+    """A report that has the named parts of :data:`OPTIONAL`. Without a training stage, it describes an imported chat
+    model.
+    """
     stages = {
         "base": stage(
             "base",
@@ -65,7 +67,7 @@ def report(*parts: str) -> dict[str, Any]:
             50,
             tokens=None,
             mfu=None,
-            # A report of an earlier version lacks these numbers.
+            # Reports of earlier versions have no values for these fields.
             learning_rates={},
             gradient_norm=None,
             data={},
@@ -175,7 +177,10 @@ def conversations(count: int = 12) -> dict[str, Any]:
 
 
 def every_combination() -> list[tuple[str, ...]]:
-    """Every possible set of stages, combined with none, with all, or with all but one of the other parts."""
+    """Every possible set of training stages, combined with several choices of the other optional parts.
+
+    The choices are: no other part, every other part, and every other part without one of them.
+    """
     stages = [("base",), ("base", "sft"), ("base", "sft", "rl"), ("sft",), ("sft", "rl")]
     rest = [part for part in OPTIONAL if part not in ("base", "sft", "rl")]
     extras = [(), tuple(rest), *itertools.combinations(rest, len(rest) - 1)]

@@ -1,4 +1,4 @@
-"""Programs that try to break out of the sandbox, and the answers that they must get.
+"""Programs that try to break out of the sandbox, and the answers that the sandbox must give.
 
 As a script, this file makes every attack and prints the failures as JSON. The script needs only the standard library,
 so it can run as another user and with another interpreter:
@@ -33,10 +33,10 @@ class Attack:
     """A hostile program.
 
     Attributes:
-        code: the program. Paths and process ids replace marks such as ``@SECRET@``; see :class:`Target`.
+        code: the program. :class:`Target` replaces marks such as ``@SECRET@`` with paths and process ids.
         statuses: the statuses that the answer may have.
         error: pattern that the error line must match.
-        result: the result that the program must have; ``None`` allows any.
+        result: the result that the program must have; ``None`` allows any result.
         wall_seconds: time limit of the call; short for programs that never end.
     """
 
@@ -388,7 +388,7 @@ if _X86:
             "page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)\n"
             r"page.write(b'\xb8\x14\x00\x00\x00\xcd\x80\xc3')  # mov eax, getpid; int 0x80; ret" + "\n"
             "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()",
-            ("denied", "error"),  # without a 32-bit interface in the kernel, the program crashes
+            ("denied", "error"),  # if the kernel has no 32-bit interface, the program crashes
             "foreign system call interface|killed by signal 11",
         ),
     ]
@@ -480,7 +480,7 @@ def check(executor: SandboxExecutor, target: Target, attack: Attack) -> None:
 
 
 def check_canary(executor: SandboxExecutor) -> None:
-    """Check that the executor still gives right answers, with an empty scratch folder and environment."""
+    """Check that the executor still answers correctly, and that the next program finds no files and no variables."""
     result: ExecutionResult = executor.execute_sync("import os\n(6 * 7, os.listdir('.'), sorted(os.environ))")
     assert (result.status.value, result.result) == ("ok", "(42, [], [])"), result
 

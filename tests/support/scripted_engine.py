@@ -29,7 +29,7 @@ Script = Callable[[pb.GenerateRequest, grpc.aio.ServicerContext], AsyncIterator[
 
 
 def ids(*parts: str | bytes) -> list[int]:
-    """Returns the token ids of texts, bytes and special tokens; a special token is given by its name."""
+    """Returns the token ids of all parts. A part is a text, bytes or the name of a special token."""
     made: list[int] = []
     for part in parts:
         if isinstance(part, bytes):
@@ -49,7 +49,9 @@ def chunk(
     logprobs: bool = False,
     alternatives: int = 0,
 ) -> pb.GenerateChunk:
-    """Builds a chunk. With ``logprobs``, token ``i`` has log probability -i/100; its alternatives are the next ids."""
+    """Builds a chunk. With ``logprobs``, the token with id ``i`` has the log probability -i/100. Its alternatives are
+    the tokens with the next ids.
+    """
     made = [
         pb.Token(
             id=i,
@@ -133,8 +135,8 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     Attributes:
         script: answers the next requests.
         requests, metadata: the requests so far and their gRPC metadata.
-        cancelled: released once for each call that the gateway canceled.
-        looks: number of times that gateways have asked for the load.
+        cancelled: semaphore that is released once for each call that the gateway canceled.
+        looks: number of requests for the engine's load so far.
         awake: while this event is cleared, the engine answers nothing, like a stopped process.
     """
 
@@ -180,7 +182,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         await self._server.start()
 
     async def stop(self) -> None:
-        """Stops at once and breaks off running calls."""
+        """Stops immediately and breaks off running calls."""
         if self._server is not None:
             await self._server.stop(0)
             self._server = None
@@ -225,7 +227,7 @@ def openai_client(url: str) -> openai.AsyncOpenAI:
 
 
 async def until_ready(url: str, *, ready: bool = True) -> None:
-    """Waits until an engine serves a model, or until none does."""
+    """Waits until an engine serves a model; if ``ready`` is false, waits until no engine serves a model."""
     async with http_client(url) as http, asyncio.timeout(10):
         while bool((await http.get("/readyz")).json()["models"]) != ready:
             await asyncio.sleep(0.02)
@@ -264,7 +266,10 @@ async def running_engine(**options: Any) -> AsyncIterator[ScriptedEngine]:
 async def running_gateway(
     *addresses: str, static: Path | None = None, lookup: Lookup = addresses_of, **changes: Any
 ) -> AsyncIterator[str]:
-    """Runs a gateway on a free port in this event loop and yields its base URL. ``lookup`` is its name server."""
+    """Runs a gateway on a free port in this event loop, and yields its base URL.
+
+    The gateway calls ``lookup`` to find the addresses of a host name.
+    """
     settings = GatewaySettings(
         **{
             "engine_addresses": addresses,

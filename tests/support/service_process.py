@@ -1,4 +1,4 @@
-"""Runs services as processes on free ports, for tests and benchmarks: their log, metrics and calls."""
+"""Runs services as processes on free ports, and gives tests and benchmarks their logs, metrics and gRPC methods."""
 
 import json
 import signal
@@ -35,7 +35,7 @@ class ServiceProcess:
         ready: bool = True,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        """``credentials`` are for :attr:`channel`, which is not encrypted without them."""
+        """``credentials`` encrypt :attr:`channel`. Without credentials, the channel is not encrypted."""
         self.events: list[dict[str, Any]] = []
         self._credentials = credentials
         self.started = time.monotonic()
@@ -76,7 +76,7 @@ class ServiceProcess:
         raise AssertionError(f"no event {event} in {self.events}")
 
     def metrics(self) -> dict[str, float]:
-        """The metrics. A key is the metric's name, followed by the value of each label in brackets."""
+        """The value of each metric. A key is the metric's name, followed by its labels' values in brackets."""
         with urllib.request.urlopen(self.metrics_url, timeout=10) as reply:
             text = reply.read().decode()
         return {
@@ -116,7 +116,8 @@ class EngineProcess(ServiceProcess):
         super().__init__("services.engine", "--threads", "1", *store, *flags, **options)
 
     def _start(self, module: str, *arguments: str) -> ForkedProgram:
-        # Importing torch takes most of an engine's start. The end-to-end tests start engines as users do.
+        # A forked process need not import torch, which takes most of an engine's start. End-to-end tests start engines
+        # as users do.
         return ForkedProgram(module, *arguments)
 
     def connect(self) -> None:

@@ -14,7 +14,7 @@ BYTES = bytes(range(256)) * 5000
 
 
 def publish(store: Store, prefix: str, files: dict[str, bytes]) -> None:
-    """Publishes ``files`` and their marker. The marker is written first but becomes visible last."""
+    """Publishes ``files`` and a marker. The marker is added first but becomes visible last."""
     with store.publish(prefix, last=LAST) as folder:
         for name, data in {LAST: b"whole", **files}.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -28,13 +28,14 @@ Story = Callable[[pb.GenerateRequest, int], Sequence[Step]]
 class StoryEngine(ScriptedEngine):
     """Streams the story of each choice, with one token in each chunk, and alternates between the choices.
 
-    Like a real engine, it does not repeat a continuation's tokens, but counts them as completion tokens.
+    A request may contain the beginning of an answer. Like a real engine, this engine does not send those tokens again,
+    but counts them as completion tokens.
 
     Attributes:
         story: makes the answers.
-        steps: number of tokens that the engine may still send in all its calls together; None sets no limit.
+        steps: number of tokens that the engine may still send, in all calls together; None sets no limit.
         pause: seconds before each token.
-        wrong: received continuations that do not fit the stories.
+        wrong: beginnings of answers in requests that do not match the stories.
     """
 
     def __init__(self, story: Story, **options: Any) -> None:
@@ -48,16 +49,16 @@ class StoryEngine(ScriptedEngine):
         self._changed = asyncio.Event()
 
     def allow(self, steps: int | None) -> None:
-        """Lets the engine send ``steps`` more tokens; None lets it send all."""
+        """Lets the engine send ``steps`` more tokens; None removes the limit."""
         self.steps = None if steps is None else (self.steps or 0) + steps
         self._notify()
 
     def hang(self) -> None:
-        """Stops like a process after SIGSTOP: the connections stay, and nothing is answered."""
+        """Stops like a process after SIGSTOP: the connections stay open, but the engine answers nothing."""
         self.awake.clear()
 
     def resume(self) -> None:
-        """Goes on after :meth:`hang`."""
+        """Lets the engine answer again after :meth:`hang`."""
         self.awake.set()
         self._notify()
 

@@ -1,4 +1,4 @@
-"""Parquet files for tests of readers: good files, and a function for each way in which a file can be bad."""
+"""Writes parquet files for tests of readers: readable files, and one function for each kind of unreadable file."""
 
 from pathlib import Path
 

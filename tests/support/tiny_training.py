@@ -1,5 +1,6 @@
-"""A store on which a tiny model trains in a second (text, tokenizer and conversations), and jobs as processes. Jobs are
-forked from a server process that has imported torch, because the import takes longer than all steps of a job.
+"""Data on which a tiny model trains within a second, and training jobs as processes.
+
+Jobs are forked from a server process that has imported torch, because the import takes longer than all steps of a job.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def conversation(rng: random.Random) -> dict[str, Any]:
 
 
 def fill(home: Path) -> Store:
-    """Dataset, tokenizer and conversations named :data:`NAME` in a new store."""
+    """Create a store in ``home`` with a dataset, a tokenizer and conversations, all named :data:`NAME`."""
     store = open_store(str(home))
     rng = random.Random(11)
     training = [sentences(rng) for _ in range(400)]
@@ -109,7 +110,7 @@ class Job:
         self._process.start()
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end, and return the exit code. It is negative if a signal ended the job."""
+        """Wait until the job ends, and return its exit code. The code is negative if a signal ended the job."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired(str(self._log), timeout or 0)
@@ -161,7 +162,10 @@ class Jobs:
     def start(
         self, module: str, flags: dict[str, Any], environment: dict[str, str] | None = None, **changes: Any
     ) -> Job:
-        """Start a job. ``changes`` are flags with underscores in their names; None removes a flag."""
+        """Start a job.
+
+        ``changes`` replaces flags. Its names have underscores instead of hyphens, and the value None removes a flag.
+        """
         changed = flags | {name.replace("_", "-"): value for name, value in changes.items()}
         given = {name: value for name, value in changed.items() if value is not None}
         log = self.logs / f"{module}-{len(list(self.logs.iterdir()))}.log"
@@ -194,7 +198,7 @@ class Jobs:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Digest of the weights, history and metadata of a run. A comparison of results ignores the metadata."""
+    """A run's digest of the weights, its history and its metadata. A comparison of results ignores the metadata."""
 
     weights: str
     history: list[dict[str, float]]

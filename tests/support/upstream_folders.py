@@ -17,7 +17,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def model_config(**changes: Any) -> dict[str, Any]:
-    """Upstream's description of a model. A context of 160 has short windows of 128."""
+    """Upstream's description of a model with a context of 160 tokens, whose short windows are 128 tokens."""
     return {
         "sequence_len": 160,
         "vocab_size": VOCAB,
@@ -30,7 +30,7 @@ def model_config(**changes: Any) -> dict[str, Any]:
 
 
 def random_weights(config: dict[str, Any], seed: int = 0) -> Weights:
-    """Random values for every parameter, by upstream's names; no parameter is zero."""
+    """Random nonzero values for every parameter. The keys are upstream's parameter names."""
     generator = torch.Generator().manual_seed(seed)
     dim, kv_dim = config["n_embd"], config["n_embd"] // config["n_head"] * config["n_kv_head"]
     rows, layers = math.ceil(config["vocab_size"] / 64) * 64, config["n_layer"]

@@ -22,7 +22,7 @@ class Delta:
     text: str = ""
     # The tokens of the new text, if the request asked for log probabilities.
     tokens: list[engine_pb2.Token] = dataclasses.field(default_factory=list)
-    # For each of these tokens, the number of characters of the choice's text that precede it.
+    # For each entry of ``tokens``, the number of characters that precede it in the choice's text.
     offsets: list[int] = dataclasses.field(default_factory=list)
     tool_events: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # in the API's JSON form
     finish_reason: str | None = None  # set in the last delta of the choice
@@ -72,7 +72,7 @@ class ChoiceDecoder:
         self.finish_reason: str | None = None
 
     def feed(self, chunk: engine_pb2.GenerateChunk) -> Delta:
-        """Returns the delta that ``chunk`` makes visible; it is empty once the choice is finished."""
+        """Returns the delta that ``chunk`` makes visible. After the end of the choice, every delta is empty."""
         delta = Delta()
         if self.finish_reason is not None:
             return delta
@@ -121,7 +121,7 @@ class ChoiceDecoder:
             shown |= {"code": event.call.code, "offset": offset}
         else:
             result = event.result
-            # The engine sends a float32: without rounding, 0.002 would read 0.0020000000949949026.
+            # The engine sends a float32. Without rounding, the JSON would show 0.002 as 0.0020000000949949026.
             seconds = round(result.duration_seconds, 6)
             shown |= {"status": result.status, "output": result.output, "duration_seconds": seconds}
         self._waiting_events.append((offset, shown))

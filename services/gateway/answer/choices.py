@@ -35,7 +35,7 @@ async def decode_choices(
         if decoder.finish_reason is not None:
             continue
         delta = decoder.feed(chunk)
-        # A stop string ends a choice before the engine has counted its tokens.
+        # The engine counts a choice's tokens in the last chunk. A stop string ends the choice before that chunk.
         counted = decoder.token_count
         if chunk.HasField("usage"):
             counted = chunk.usage.completion_tokens

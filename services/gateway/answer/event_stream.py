@@ -21,7 +21,7 @@ _KEEP_ALIVE = b": keep-alive\n\n"
 class EventStream(Response):
     """A response of server-sent events. Each event is sent as soon as it is ready.
 
-    The response begins with the first event, or with the first heartbeat if that is earlier. A failure before the
+    The response begins with the first event or the first heartbeat, whichever comes earlier. A failure before the
     response begins becomes an ordinary error response with its own status. A later failure becomes the stream's last
     event, ``{"error": ...}``.
     """
@@ -36,8 +36,9 @@ class EventStream(Response):
     ) -> None:
         """``events`` yields complete, encoded events.
 
-        A comment line is sent after ``heartbeat_seconds`` of silence. Before the first byte, the silence begins at
-        ``placed_at()``: the time at which an engine got the request, or None while the request waits for an engine.
+        After ``heartbeat_seconds`` of silence, a comment line is sent. ``placed_at()`` returns the time at which an
+        engine got the request, or None while the request waits for an engine. Until the first byte is sent, the silence
+        is measured from this time.
         """
         super().__init__(
             media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -74,7 +75,8 @@ class EventStream(Response):
     async def _beat(self, send: Send) -> None:
         while True:
             now = time.monotonic()
-            # A request that waits for an engine may still get an error status. After a heartbeat, that is impossible.
+            # A request that waits for an engine may still fail. It then needs an error status, which a heartbeat would
+            # prevent.
             since = self._last_sent if self._started else self._placed_at()
             if since is None:
                 since = now

@@ -25,7 +25,10 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[engine_pb2.Token]) -> d
 def completion_logprobs(
     tokenizer: Tokenizer, tokens: Sequence[engine_pb2.Token], offsets: Sequence[int]
 ) -> dict[str, Any]:
-    """Builds the ``logprobs`` object of a text completion; ``offsets`` counts the characters before each token."""
+    """Builds the ``logprobs`` object of a text completion.
+
+    ``offsets`` has, for each token, the number of characters before that token.
+    """
     return {
         "tokens": [tokenizer.decode([token.id]) for token in tokens],
         "token_logprobs": [_finite(token.logprob) for token in tokens],

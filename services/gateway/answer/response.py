@@ -54,14 +54,14 @@ class Answer(abc.ABC):
 
     @abc.abstractmethod
     def whole(self, index: int, delta: Delta) -> dict[str, Any]:
-        """Returns a finished choice; ``delta`` has its whole content."""
+        """Returns the JSON object of a finished choice. ``delta`` has the whole content of the choice."""
 
     @abc.abstractmethod
     def pieces(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
-        """Yields the choice objects that stream ``delta``, one for each chunk."""
+        """Yields the JSON objects that carry the content of ``delta``, one object for each streamed chunk."""
 
     def opening(self) -> Iterator[dict[str, Any]]:
-        """Yields the choice objects that a stream begins with."""
+        """Yields the JSON objects of choices with which a stream begins."""
         return iter(())
 
     async def respond(self) -> Response:
@@ -74,9 +74,9 @@ class Answer(abc.ABC):
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         with_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
-        # If the request asks for the token counts, OpenAI's API sends ``null`` in every chunk except the last.
+        # If the request asks for the token counts, OpenAI's API sends ``"usage": null`` in every chunk except the last.
         tail = {"usage": None} if with_usage else {}
-        opening = self.opening()  # exhausted after the first delta
+        opening = self.opening()  # the generator yields nothing after the first delta
         async with self._deltas() as deltas:
             async for index, delta in deltas:
                 choices = itertools.chain(opening, self.pieces(index, delta))
@@ -121,7 +121,7 @@ class Answer(abc.ABC):
         return self._streams[index // self._n].model
 
     def _placed_at(self) -> float | None:
-        """Returns the time at which an engine got the first of the prompts, or None while all of them wait."""
+        """Returns the time at which the first prompt reached an engine, or None while all prompts wait."""
         times = [stream.placed_at for stream in self._streams.values()]
         return min((time for time in times if time is not None), default=None)
 

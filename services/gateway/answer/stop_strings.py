@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class StopFilter:
-    """Lets text through until a stop string is complete, and lets no character of that stop string through.
+    """Lets text through up to the first complete stop string, which it removes.
 
     The first complete stop string ends the text and sets ``stopped``. If several stop strings become complete at the
     same character, the longest one counts. So the result depends on the text alone and not on how it is cut into
@@ -12,7 +12,7 @@ class StopFilter:
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
-        """Takes the stop strings. None of them may be empty. Without stop strings, all text passes at once."""
+        """No stop string may be empty. Without stop strings, all text passes immediately."""
         self._stops = tuple(stops)
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""

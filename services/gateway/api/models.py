@@ -25,7 +25,7 @@ async def retrieve_model(model: str, pool: PoolDep) -> dict[str, Any]:
         return _describe(served[model])
     if served and model in pool.settings.model_aliases:
         return _describe(next(iter(served.values()))) | {"id": model}
-    pool.model(model)  # 404 if no engine has it
+    pool.model(model)  # raises the error 404 if no engine has the model
     raise no_engine()
 
 

@@ -12,7 +12,7 @@ from services.gateway.errors import ERROR_RESPONSES, ApiError, from_rpc
 
 router = APIRouter(tags=["Operations"], responses=ERROR_RESPONSES)
 
-# The engine's artifact store may be far away.
+# The timeout is long because the engine's artifact store may be far away.
 _TIMEOUT_SECONDS = 20.0
 # The gateway hands no other media types to a browser, whatever an engine sends.
 _MEDIA_TYPES = {"text/markdown": "text/markdown; charset=utf-8", "image/png": "image/png"}
@@ -56,7 +56,7 @@ def _api_error(error: grpc.aio.AioRpcError) -> ApiError:
     code = error.code()
     if code is grpc.StatusCode.NOT_FOUND:
         return _no_report(f"There is no such report: {error.details()}.")
-    if code is grpc.StatusCode.UNIMPLEMENTED:  # an engine of an earlier version
+    if code is grpc.StatusCode.UNIMPLEMENTED:  # engines of earlier versions have no reports
         return _no_report("This engine does not hand out reports.")
     if code is grpc.StatusCode.FAILED_PRECONDITION:
         return ApiError(500, f"The report cannot be sent: {error.details()}.", code="report_too_large")

@@ -16,9 +16,9 @@ then load this address again.</p>
 </html>
 """
 
-# The build puts a hash of the content into the names of files in assets/, so the content of a name never changes.
+# The name of each file in assets/ contains a hash of the content, so a file's content never changes.
 _ASSET_CACHE = "public, max-age=31536000, immutable"
-# The browser asks for the other files each time, and mostly gets the answer 304 (not modified).
+# The browser asks for every other file each time, and mostly gets the answer 304 (not modified).
 _CACHE = "no-cache"
 
 

@@ -7,7 +7,7 @@ from services.gateway.settings import GatewaySettings
 
 
 def open_channel(endpoint: Endpoint, settings: GatewaySettings, tls: TlsFiles | None = None) -> ServiceChannel:
-    """Returns a channel to one engine. It connects on the first call, and reconnects after a loss."""
+    """Returns a channel to one engine. The channel connects at the first call, and again after a lost connection."""
     options = [
         # Keepalive pings detect a dead machine while the gateway waits for its answer.
         ("grpc.keepalive_time_ms", 30_000),

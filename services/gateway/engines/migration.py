@@ -1,4 +1,4 @@
-"""Streams that survive their engine: each continues at another one, and the client gets every token exactly once."""
+"""Streams that survive a failure of their engine. Another engine continues the answer; no token is lost or repeated."""
 
 import asyncio
 import enum
@@ -21,15 +21,15 @@ logger = logging.getLogger(__name__)
 
 # A stream that has begun goes before all new requests, because its client already sees a part of the answer.
 _PRIORITY_OF_STREAMS = -1
-# A stream is given up after this many failures, even if tokens come between them: the request may be killing engines.
+# A stream fails after this many failed calls, even if tokens arrive in between: the request itself may kill engines.
 _MOST_FAILURES = 16
-# Pause before the next attempt after two failures without a chunk in between. Each further failure doubles the pause.
-# Chance shortens it by up to half.
+# Two failures without a chunk in between cause a pause of this length before the next attempt. Each further failure
+# doubles the pause. A random factor shortens the pause by up to half.
 _PAUSE_SECONDS = 0.1
 
 
 class Reason(enum.StrEnum):
-    """Why a request needs another engine: the labels of the metrics."""
+    """Why a request needs another engine. The values are labels of the metrics."""
 
     DIED = "died"  # the call ended with an error
     HUNG = "hung"  # the engine sends neither chunks nor answers to health checks
@@ -41,14 +41,14 @@ class Reason(enum.StrEnum):
 class Stream:
     """The answer to one prompt, as one sequence of chunks. The chunks may come from several engines.
 
-    At any time there is a call that delivers the chunks, or a search for a place, or both. When the call's engine
+    At any time the stream has a call that delivers the chunks, or a search for a place, or both. When the call's engine
     drains or hangs, a search begins while the call goes on. Once the search has found a place, a second call begins
-    there: the successor. It gets everything that was said so far. From then on nothing is read from the old call, so
-    the client gets nothing twice. The successor's first chunk ends the old call. If the successor fails instead, the
-    old call goes on.
+    there: the successor. The successor's request contains the answer so far. From then on the stream reads nothing from
+    the old call, so the client gets nothing twice. The successor's first chunk ends the old call. If the successor
+    fails instead, the old call goes on.
 
     Attributes:
-        model: the model that answers. It is final once :meth:`start` has returned.
+        model: the model that answers. It no longer changes once :meth:`start` has returned.
     """
 
     model: ServedModel
@@ -63,7 +63,10 @@ class Stream:
         request_id: str,
         seed: int,
     ) -> None:
-        """``caller`` is who asks; waiting requests of different callers take turns. The caller must call close()."""
+        """``caller`` identifies the client; waiting requests of different clients take turns.
+
+        Call :meth:`close` when the stream is no longer needed.
+        """
         self._pool = pool
         self._body = body
         self._encode = encode
@@ -77,8 +80,8 @@ class Stream:
         self._first: engine_pb2.GenerateChunk | None = None  # the first chunk until :meth:`read` has returned it
         self._begun = False  # whether any chunk has arrived
         self._last_chunk = 0.0
-        self._deadline: float | None = None  # when the engines' time for the answer ends; set by the first call
-        self._patience: float | None = None  # when the wait for an engine ends; None while chunks arrive
+        self._deadline: float | None = None  # end of the engines' time for the answer; set by the first call
+        self._patience: float | None = None  # end of the wait for an engine; None while chunks arrive
         self._call: Call | None = None
         self._successor: Call | None = None
         self._search: asyncio.Task[Place] | None = None
@@ -96,7 +99,7 @@ class Stream:
 
     @property
     def placed_at(self) -> float | None:
-        """Time at which an engine got the request, on the clock of ``time.monotonic``; None while it waits."""
+        """Time at which an engine got the request, on the clock of ``time.monotonic``; None while the request waits."""
         call = self._call or self._successor
         return call.began if call is not None else None
 
@@ -131,11 +134,11 @@ class Stream:
             raise
 
     def finish(self, index: int) -> None:
-        """Says that nothing more is wanted of a choice."""
+        """Records that the client needs nothing more of the choice ``index``."""
         self._said[index].finished = True
 
     def close(self) -> None:
-        """Cancels the calls and the search."""
+        """Cancels the stream's calls and its search for a place."""
         self._stop_search()
         for call in (self._successor, self._call):
             if call is not None:
@@ -168,7 +171,7 @@ class Stream:
         now = time.monotonic()
         if call is self._successor:
             self._promote(call, now)
-        elif self._reason is Reason.HUNG:  # the engine was only slow
+        elif self._reason is Reason.HUNG:  # the engine was slow and did not hang
             self._stop_search()
             self._reason = None
         if not self._begun:
@@ -179,7 +182,8 @@ class Stream:
         self._last_chunk, self._patience, self._fruitless = now, None, 0
         self._said[chunk.index].add(chunk)
         if chunk.HasField("usage"):
-            cached = min(chunk.usage.cached_prompt_tokens, self.prompt_tokens)  # said tokens may be cached, too
+            # the cache may also hold tokens of the answer
+            cached = min(chunk.usage.cached_prompt_tokens, self.prompt_tokens)
             self._pool.answered(call.place, self._wish, cached)
 
     def _promote(self, successor: Call, now: float) -> None:
@@ -216,7 +220,7 @@ class Stream:
             raise self._failure or no_engine()
 
     def _failed(self, call: Call, error: grpc.aio.AioRpcError) -> None:
-        """Reacts to the end of a call, which has no chunks left: looks for another engine if that can help.
+        """Handles the failure of a call whose chunks have all been read: looks for another engine if that can help.
 
         Raises:
             ApiError: another engine can't help.
@@ -231,7 +235,8 @@ class Stream:
         logger.log(level, "engine call failed", extra=facts | {"details": error.details()})
         reason, may_go_on, stale = Reason.DIED, True, None
         if refused:
-            # An engine that drops an answer after its beginning is out of memory. Other engines may have as little.
+            # An engine that refuses a call after its first chunk is out of memory. Other engines may have as little
+            # memory.
             reason, may_go_on = Reason.FULL, call.last_chunk is None or self._may_fail_again()
         elif code is grpc.StatusCode.FAILED_PRECONDITION:
             reason = Reason.OTHER_MODEL
@@ -259,7 +264,8 @@ class Stream:
         if code is grpc.StatusCode.CANCELLED:
             return self._may_fail_again()
         unavailable = code is grpc.StatusCode.UNAVAILABLE
-        # An engine that dies ends many calls at once. They count as one failure: the first marks the engine down.
+        # When an engine dies, many calls fail together. Only the first failure counts, because it marks the engine
+        # down.
         counts = replica.up or not unavailable
         if counts and replica.outlier.failed(place, time.monotonic()):
             self._pool.metrics.ejections.inc()
@@ -273,9 +279,9 @@ class Stream:
     def _may_fail_again(self, *, fault: bool = False) -> bool:
         """Counts a failure and returns whether the stream may have another attempt.
 
-        ``fault`` says that the engine fails calls but still takes them. Without a limit, the attempts of many streams
-        could overload it, so these attempts need the budget for retries. An engine that died or hangs gets no calls
-        until it answers a health check.
+        ``fault`` says that the engine still takes calls but fails them. Repeated attempts of many streams could
+        overload such an engine, so these attempts use up the budget for retries. Other failures need no budget: an
+        engine that died or hangs gets no calls until it answers a health check.
         """
         self._failures += 1
         self._fruitless += 1
@@ -295,7 +301,7 @@ class Stream:
             await stale.refresh_model()
         if self._fruitless > 1:
             await asyncio.sleep(_PAUSE_SECONDS * 2.0 ** (self._fruitless - 2) * random.uniform(0.5, 1))  # noqa: S311
-        if self._call is not None:  # no time limit: the call may still finish the answer
+        if self._call is not None:  # no time limit, because the call may still finish the answer
             return await self._pool.place(self._wish, self._ticket, None)
         now = time.monotonic()
         if self._patience is None:

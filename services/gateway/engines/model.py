@@ -24,7 +24,7 @@ class ServedModel:
 
     @classmethod
     def load(cls, info: engine_pb2.ModelInfo) -> "ServedModel":
-        """Builds the tokenizer, which takes a while for a large vocabulary.
+        """Builds the tokenizer of the model. For a large vocabulary, this takes a while.
 
         Raises UserError if the tokenizer's JSON is damaged.
         """

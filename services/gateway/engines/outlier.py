@@ -8,15 +8,15 @@ _LONGEST_SECONDS = 60.0
 class Outlier:
     """Decides from the outcomes of an engine's calls whether the engine gets further calls.
 
-    After three failures in a row, the engine is ejected for 5 seconds. Then one call is the trial, and the engine gets
-    no other call until the trial has an outcome: its success ends the ejection, and its failure begins another ejection
-    that lasts twice as long, up to a minute.
+    After three failures in a row, the engine is ejected for 5 seconds. Then the engine gets one call as a trial, and no
+    other call until the trial has an outcome. If the trial succeeds, the ejection ends. If the trial fails, another
+    ejection begins that lasts twice as long, up to a minute.
 
     ``call`` is any object that identifies a call. All times are seconds of one clock that never goes back.
     """
 
     def __init__(self) -> None:
-        self._failures = 0  # since the last success
+        self._failures = 0  # failures since the last success
         self._seconds = 0.0  # length of the latest ejection; 0 while the engine is not ejected
         self._until = 0.0
         self._trial: object | None = None  # the call that is the trial

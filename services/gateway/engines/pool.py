@@ -31,8 +31,8 @@ class Wish:
         name: the model's name in the request; None or an empty name stands for the only model that is served.
         sequences: number of sequences that the engine has to run.
         prompt: token ids of the prompt, as far as they are known. They only help to choose among engines that fit.
-        weights: digest of the weights that the engine must have; None allows any. An empty digest, from an engine that
-            reports none, fits no engine.
+        weights: digest of the weights that the engine must have; None allows any weights. An empty digest fits no
+            engine; it comes from an engine that reports no digest.
         avoid: addresses of engines that have failed on the request.
     """
 
@@ -55,7 +55,10 @@ class EnginePool:
     def __init__(
         self, settings: GatewaySettings, metrics: Metrics, connect: Connect, lookup: Lookup = addresses_of
     ) -> None:
-        """The caller must run inside the event loop that will use the pool. ``lookup`` asks the name server."""
+        """The caller must run inside the event loop that will use the pool.
+
+        ``lookup`` returns the addresses of a host name.
+        """
         self.settings = settings
         self.metrics = metrics
         self.retries = RetryBudget()
@@ -143,7 +146,7 @@ class EnginePool:
         return f"Of {len(replicas)} known engine{'s' if len(replicas) > 1 else ''}, {' and '.join(parts)}."
 
     def model(self, name: str | None) -> ServedModel | None:
-        """Returns a model that answers requests with this name, or None if no engine is known to have such a model yet.
+        """Returns a model that answers requests with this name, or None while no known engine serves such a model.
 
         Raises:
             ApiError: 404 if the models of all engines are known and no engine has the model, 400 if the request must
@@ -167,7 +170,7 @@ class EnginePool:
         """Returns a healthy replica, and the model that it serves, for a short call that needs no place.
 
         Raises:
-            ApiError: 404 or 400 as :meth:`model`, 503 if no healthy engine has the model.
+            ApiError: 404 or 400 for the same reasons as in :meth:`model`; 503 if no healthy engine has the model.
         """
         self.model(name)
         for replica in self._replicas.values():
@@ -181,10 +184,11 @@ class EnginePool:
         return Ticket(take, Place.give_back, caller=caller, priority=priority, cost=wish.sequences)
 
     async def place(self, wish: Wish, ticket: Ticket[Place], seconds: float | None) -> Place:
-        """Waits up to ``seconds`` until a replica has room for the wish, and reserves it.
+        """Waits up to ``seconds`` for a replica with room for the request, and reserves the room.
 
         Raises:
-            ApiError: 404 or 400 as :meth:`model`, 429 if too many requests wait already, 503 after ``seconds``.
+            ApiError: 404 or 400 for the same reasons as in :meth:`model`; 429 if too many requests wait already; 503 if
+                no replica has room within ``seconds``.
         """
         ticket.kind = (wish.name, wish.weights, wish.sequences, frozenset(wish.avoid))
         began = time.monotonic()
@@ -205,9 +209,9 @@ class EnginePool:
         self._queue.served(ticket)
 
     def promising(self, wish: Wish) -> bool:
-        """Whether a search may succeed: a known engine fits the wish, or another engine may come up.
+        """Whether a search may succeed, because a known engine fits the wish or a fitting engine may still appear.
 
-        After an engine has failed on the request, engines whose model is not known yet no longer count.
+        If an engine has already failed on the request, engines whose model is unknown do not count.
         """
         return any(self._fitting(wish)) or not self.models() or (not wish.avoid and self._expecting())
 

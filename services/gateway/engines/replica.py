@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 Connect = Callable[[Endpoint], ServiceChannel]
 
-# People wait while an engine is down, so its return should be noticed soon.
+# Clients wait while an engine is down, so the gateway should soon notice that the engine is back.
 _DOWN_POLL_SECONDS = 0.5
 # The engine counts as hung after this many health checks in a row without an answer in time. A single late answer may
 # only mean that the processor is busy.
@@ -51,11 +51,11 @@ class Replica:
     """One engine. Its state changes when :meth:`watch` checks the engine, and when a call fails.
 
     Attributes:
-        endpoint: where the engine is.
-        model: the model that it serves, as of the last check; None while it is unknown.
-        outlier: decides whether the engine's failures keep calls away from it.
+        endpoint: host and port of the engine.
+        model: the model that the engine serves, as of the last check; None while the model is unknown.
+        outlier: decides whether the engine has failed too often to get calls.
         leaving: whether discovery no longer finds the engine. If so, it gets no new calls, and its running calls go on.
-        silence_watchers: called each time that a hung engine misses a check.
+        silence_watchers: functions to call each time that the hung engine misses a check.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class Replica:
         self.stub = engine_pb2_grpc.EngineStub(self._channel)
         self.why_down: str | None = "health is not known yet"  # None while the engine is healthy
         self._misses = 0  # checks in a row without an answer in time
-        self._miss_began: float | None = None  # when the last of these checks began
+        self._miss_began: float | None = None  # start of the last check without an answer in time
         self._next_model_check = 0.0
         self._refreshing: asyncio.Task[None] | None = None
         self._own = 0  # sequences of this gateway that run or wait here
-        self._limit = settings.max_engine_sequences or None  # most sequences that this gateway sends here
-        self._full = False  # whether the engine has refused a call since the last check or the last end of a call
+        self._limit = settings.max_engine_sequences or None  # most sequences of this gateway here; None: no limit
+        self._full = False  # whether the engine has refused a call; each check and each end of a call resets it
         self._load = engine_pb2.Load()
         self._others = 0  # sequences of other gateways, as of the last check
 
@@ -106,7 +106,7 @@ class Replica:
         return self._own == 0
 
     def has_room(self, sequences: int) -> bool:
-        """Whether the engine is up and, as far as this gateway knows, can take ``sequences`` more now."""
+        """Whether the engine is up and has room for ``sequences`` more sequences, as far as this gateway knows."""
         fits = self._limit is None or self._own == 0 or self._own + sequences <= self._limit
         return self.up and self._misses == 0 and not self._full and fits
 
@@ -128,8 +128,9 @@ class Replica:
     def release(self, sequences: int, *, refused: bool) -> None:
         """Stops counting ``sequences`` as running here.
 
-        If the engine has ``refused`` them, the number of sequences that it has now becomes its limit. The engine then
-        gets no call until a sequence ends or the next check passes.
+        ``refused`` says that the engine was too full for these sequences. If so, the number of this gateway's remaining
+        sequences becomes the engine's limit. The engine then gets no call until a sequence ends or the next check
+        passes.
         """
         self._own -= sequences
         self._full = refused
@@ -163,7 +164,7 @@ class Replica:
                 self._misses, self._miss_began = 0, None
                 self._set_down("the check failed")
             if self._misses == 1:
-                continue  # check again at once, to find out soon whether the engine hangs
+                continue  # check again without a pause, to find out soon whether the engine hangs
             poll = self._settings.poll_seconds
             await asyncio.sleep(poll if self.up else min(poll, _DOWN_POLL_SECONDS))
 
@@ -217,7 +218,7 @@ class Replica:
         self._metrics.engine_up.labels(self.address).set(0)
 
     async def _refresh_soon(self) -> None:
-        """Reads the model, but waits no longer than for a check, so that health checks go on meanwhile."""
+        """Starts to read the model, and waits at most as long as for a health check, so that health checks go on."""
         await asyncio.wait({self._refresh()}, timeout=self._settings.health_timeout_seconds)
 
     async def refresh_model(self) -> None:
@@ -259,9 +260,9 @@ class Call:
     """A ``Generate`` call at a place. A task reads its chunks; :meth:`take` returns them without waiting.
 
     Attributes:
-        place: where the call runs.
+        place: the reserved room in which the call runs.
         began: time of the call's start on the clock of ``time.monotonic``.
-        failure: why the call ended; None while it runs. An engine that ends a call early has failed, too.
+        failure: why the call ended; None while the call runs. It is also set if the engine ends the answer too early.
         last_chunk: time of the last chunk on the same clock; None before the first one.
     """
 

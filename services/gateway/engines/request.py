@@ -1,4 +1,4 @@
-"""Turns a client's request into the engine's request: turns, the prompt's token ids and the sampling parameters."""
+"""Converts a client's request to the engine's request: turns, token ids of the prompt and sampling parameters."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from services.gateway.settings import GatewaySettings
 
 # Encoding this many characters takes about as long as handing the work to a thread and back.
 _INLINE_CHARACTERS = 16_384
-# The engine gets this value for a top_p of 0. By 0 the client means the narrowest choice, but the engine reads 0 as
+# The engine gets this value for a top_p of 0. For the client 0 means the narrowest choice, but for the engine 0 means
 # "off".
 _SMALLEST_TOP_P = 1e-6
 _BIAS_LIMIT = 100
@@ -23,14 +23,14 @@ PromptEncoder = Callable[[ServedModel], Awaitable[list[int]]]
 
 
 def conversation(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Turns the messages into alternating turns of user and assistant, as the model knows them.
+    """Converts the messages to the model's format, in which turns of user and assistant alternate.
 
-    The model's format has no tokens for a system message and never has two turns of one side in a row. Therefore all
-    system, developer and user messages between two answers become one user turn: in their order, separated by blank
-    lines.
+    The format has no tokens for a system message and never has two turns of one side in a row. Therefore all system,
+    developer and user messages between two answers become one user turn. They keep their order, and blank lines
+    separate them.
 
     Raises:
-        ApiError: 400 if the result has an answer that no user message precedes, or does not end with a user message.
+        ApiError: 400 if the first turn is an answer, or if the last turn is not a user turn.
     """
     turns: list[Message] = []
     asked: list[str] = []
@@ -98,7 +98,10 @@ async def encode_chat(model: ServedModel, turns: Sequence[Message]) -> list[int]
 
 
 async def encode_prompt(model: ServedModel, prompt: str | list[int]) -> list[int]:
-    """Returns the token ids of a text as the beginning of a document, or checks token ids that the client sent."""
+    """Returns the token ids of a prompt.
+
+    A text is encoded as the beginning of a document. Token ids from the client are only checked.
+    """
     if isinstance(prompt, str):
         return check_length(model, await encode_text(model, prompt, bos=True), "prompt")
     size = model.tokenizer.vocab_size
@@ -118,7 +121,7 @@ async def encode_text(model: ServedModel, text: str, *, bos: bool) -> list[int]:
 
 
 async def _encode(model: ServedModel, characters: int, encode: Callable[[], list[int]], param: str) -> list[int]:
-    # Every character has at least one byte. This gives a lower bound of the token count without encoding.
+    # Every character has at least one byte, so this is a lower bound of the token count. It needs no encoding.
     at_least = characters // model.longest_token_bytes
     if at_least > model.context_length:
         raise _too_long(model, f"at least {at_least}", param)

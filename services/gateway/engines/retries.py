@@ -1,14 +1,14 @@
 """A budget for retries, so that retries do not overload engines that fail."""
 
 _SHARE = 0.2  # retries that each request earns
-_BURST = 10.0  # most retries that can be saved; also the number at the start
+_BURST = 10.0  # most retries that the budget can hold; also its content at the start
 
 
 class RetryBudget:
     """Allows one retry for every five requests, and ten more in a burst.
 
-    A request needs the budget from its second retry on, and only if the engine that failed still takes calls. All
-    streams of a dead engine may move without it.
+    The first retry of a request is free. A later retry needs the budget, but only if the failed engine still takes
+    calls. When an engine dies, all its streams may therefore move without the budget.
     """
 
     def __init__(self) -> None:

@@ -11,7 +11,9 @@ from nanochat_core.protos import engine_pb2
 
 @dataclasses.dataclass
 class Said:
-    """The tokens and tool events of one choice so far. Each token takes five bytes, because many streams may run.
+    """The tokens and tool events of one choice so far.
+
+    A token takes only five bytes of memory, because many streams may run.
 
     Attributes:
         ids: token ids, uint32.

@@ -10,8 +10,8 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-# While requests wait, the queue keeps at least this many tickets that left and callers without a ticket, because a
-# search for them takes time.
+# While requests wait, the queue may remember this many tickets that left and this many callers without a ticket,
+# because a search for such entries takes time.
 _KEPT = 100
 
 
@@ -49,27 +49,30 @@ class FairQueue(Generic[T]):
 
     Each ticket has a virtual start time: the virtual time of the queue or the end of the caller's previous ticket,
     whichever is later. A ticket ends ``cost`` after its start. The smallest start time goes first, so a caller with
-    many tickets and a caller with one take turns. (Goyal, Vin and Cheng, "Start-time Fair Queueing", SIGCOMM 1996.)
+    many tickets and a caller with one ticket take turns. (Goyal, Vin and Cheng, "Start-time Fair Queueing", SIGCOMM
+    1996.)
 
-    The owner calls :meth:`serve` whenever a ticket's ``take`` may succeed after it returned None, and :meth:`served`
-    when an engine has begun to work on the ticket's request.
+    The owner calls :meth:`serve` whenever a ``take`` that returned None may now succeed. The owner calls :meth:`served`
+    when an engine has begun to work on a ticket's request.
     """
 
     def __init__(self, limit: int) -> None:
         """At most ``limit`` bounded tickets wait at a time."""
         self._limit = limit
-        # For each kind a heap of (priority, start time, number, ticket, future). A ticket that left has a done future.
+        # Each kind has a heap of (priority, start time, number, ticket, future). If a ticket has left, its future is
+        # done.
         self._heaps: dict[Hashable, list[tuple[int, float, int, Ticket[T], asyncio.Future[T]]]] = {}
         self._numbers = itertools.count()
         self._virtual = 0.0
         self._ends: dict[str, float] = {}  # for each caller, the virtual end of its last ticket
-        # Tickets that may come back, because an engine can still refuse them. A ticket that is given up disappears.
+        # Tickets that may wait again, because an engine can still refuse their requests. The set does not keep tickets
+        # alive.
         self._unserved: weakref.WeakSet[Ticket[T]] = weakref.WeakSet()
         self._bounded = 0
         self.length = 0
 
     async def wait(self, ticket: Ticket[T], seconds: float | None) -> T:
-        """Returns what ``ticket.take`` returned, at once if possible. A ticket may wait several times.
+        """Waits until ``ticket.take`` succeeds, and returns its result. The same ticket may wait several times.
 
         Raises:
             QueueFull: the ticket would have to wait, and the queue is full.
@@ -129,8 +132,8 @@ class FairQueue(Generic[T]):
     def _forget(self) -> None:
         """Frees the memory of tickets that left the queue, and of callers whose turns no longer matter.
 
-        A search for them takes a time that grows with the queue. Therefore this method searches only if the queue is
-        empty, or if there may be more of them than waiting tickets.
+        The time of a search for such entries grows with the queue. Therefore this method searches only if the queue is
+        empty, or if there may be more such entries than waiting tickets.
         """
         kept = 2 * self.length + _KEPT
         if not self.length:
@@ -145,7 +148,7 @@ class FairQueue(Generic[T]):
                 heapq.heapify(heap)
 
     def _live(self, kind: Hashable) -> list[tuple[int, float, int, Ticket[T], asyncio.Future[T]]]:
-        """Removes tickets that left from the head of a kind's heap. Returns the heap, and deletes it if it is empty."""
+        """Returns the heap of a kind, after removing tickets that left from its head. An empty heap is deleted."""
         heap = self._heaps[kind]
         while heap and heap[0][-1].done():
             heapq.heappop(heap)

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Drain:
-    """Knows the running answers, so that a shutdown can wait for them. While ``draining``, no answer starts."""
+    """Keeps track of running answers, so that a shutdown can wait for them. While ``draining``, no answer starts."""
 
     def __init__(self) -> None:
         self.draining = False
@@ -48,7 +48,10 @@ class Drain:
             self._running.remove(task)
 
     async def finish(self, seconds: float) -> int:
-        """Begins the shutdown, waits up to ``seconds`` for running answers, and cancels and counts unfinished ones."""
+        """Begins the shutdown and waits up to ``seconds`` for running answers.
+
+        Then cancels the unfinished answers and returns their number.
+        """
         self.draining = True
         if not self._running:
             return 0

@@ -20,7 +20,7 @@ _QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 
 @dataclasses.dataclass(slots=True)
 class RequestRecord:
-    """Facts about one request. The request's handler fills them in. They never contain text of a conversation."""
+    """Facts about one request, which its handler fills in. The facts never contain text of a conversation."""
 
     request_id: str
     started: float = dataclasses.field(default_factory=time.perf_counter)  # in seconds

@@ -4,10 +4,11 @@
 the hash of the block before it, so it identifies the whole prefix up to the end of the block.
 
 **Marks.** To store every prefix would cost 128 entries for a prompt of 2,048 tokens in blocks of 16. The index stores
-only some of them, called marks: the prefixes of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... blocks, and the longest one. A prompt
-of n blocks leaves about 2 log2(n) marks, 14 in the example. The next turn of a chat begins with the whole previous
-prompt, whose longest mark is therefore found. Of any other prefix that two prompts share, the index finds at least two
-thirds of the full blocks, because after the 2, each number in the series is at most 3/2 of the previous number.
+only some of them, called marks: the prefixes of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... blocks, and the longest prefix. A
+prompt of n blocks leaves about 2 log2(n) marks, 14 in the example. The next turn of a chat begins with the whole
+previous prompt, whose longest mark is therefore found. Of any other prefix that two prompts share, the index finds at
+least two thirds of the full blocks, because each number of blocks in the series, from 3 on, is at most 3/2 of the
+previous number.
 
 **Age.** An engine reuses the least recently used block first. A replica whose cache holds n tokens therefore loses a
 prefix after it has written n new tokens since the prefix's last use. For each replica, a clock counts the written
@@ -22,8 +23,8 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Container, Sequence
 
-# A prefix counts as cached up to this multiple of the estimated capacity. Without the margin, no prefix beyond the
-# estimate would be looked for, so a low estimate could never rise.
+# A prefix counts as cached up to this multiple of the estimated capacity. Without the margin, the router would never
+# look for a prefix beyond the estimate, so a low estimate could never rise.
 _MARGIN = 1.25
 # A lost prefix lowers the estimate by at most this factor, because a canceled call may also be the cause.
 _DECREASE = 0.9
@@ -53,8 +54,8 @@ class CacheClock:
     def read(self, now: float) -> float:
         """Returns the number of tokens written so far.
 
-        The clock counts the tokens that this gateway sent, and presumes that others (other gateways, generated tokens)
-        write the whole cache once in ``max_age`` seconds.
+        The clock counts the tokens that this gateway sent. It also assumes that other gateways and generated tokens
+        overwrite the whole cache once in ``max_age`` seconds.
         """
         if now > self._read:
             self._written += (now - self._read) * self.capacity / self._max_age
@@ -69,19 +70,23 @@ class CacheClock:
         return self.present and self.read(now) - reading <= _MARGIN * self.capacity
 
     def learn(self, distance: float, found: bool) -> None:
-        """Corrects the capacity by a prefix that was found or lost after ``distance`` other tokens were written."""
+        """Corrects the estimated capacity after an answer.
+
+        ``distance`` other tokens were written after the last use of a prefix, and the cache still had the prefix if
+        ``found`` is true.
+        """
         if found:
             self.capacity = max(self.capacity, distance)
         elif distance < self.capacity:
             self.capacity = max(distance, _DECREASE * self.capacity, 1.0)
 
 
-# A mark: the number of its tokens, its hash, and the replicas that hold it. The least recent user comes first.
+# A mark: the number of its tokens, its hash, and the replicas that hold it, the least recent user first.
 Mark = tuple[int, int, dict[CacheClock, float]]
 
 
 class PrefixIndex:
-    """The marks of the prompts that were sent lately, and the replicas that hold each of them."""
+    """The marks of the prompts that were sent lately, and the replicas that hold each mark."""
 
     def __init__(self, block_tokens: int, max_entries: int) -> None:
         self._block_tokens = block_tokens
@@ -108,9 +113,10 @@ class PrefixIndex:
         ]
 
     def holders(self, marks: Sequence[Mark], names: Container[str], limit: int, now: float) -> dict[CacheClock, int]:
-        """Returns up to ``limit`` replicas of ``names`` that hold one of the marks, with the tokens that each holds.
+        """Returns up to ``limit`` replicas of ``names`` that hold one of the marks, each with the number of held
+        tokens.
 
-        The replicas with the most tokens come first. Among equal ones, the replica that used the prefix least recently
+        The replicas with the most tokens come first. Among equals, the replica that used the prefix least recently
         comes first, so that the holders of a popular prefix take turns. Drops entries that are too old.
         """
         found: dict[CacheClock, int] = {}
@@ -155,7 +161,7 @@ def held_tokens(replica: CacheClock, marks: Sequence[Mark], now: float) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _marked_blocks(count: int) -> tuple[int, ...]:
-    """Returns the numbers of blocks of the prefixes to store for a prompt of ``count`` blocks, the largest first."""
+    """Returns the lengths, in blocks, of the prefixes to store for a prompt of ``count`` blocks, the longest first."""
     marked = {count} if count else set()
     for power in range(count.bit_length()):
         marked.update(blocks for blocks in (1 << power, 3 << power >> 1) if blocks <= count)

@@ -1,13 +1,13 @@
 """Chooses a replica for each prompt: the one on which the first token is expected to come soonest.
 
-**The problem.** Every replica has a prefix cache. A prompt whose beginning a replica has already computed needs only
-the rest there, which for the tenth turn of a chat may be 30 tokens of 3,000. A balancer that looks at the load alone
-sends the turns of a chat to different replicas, and each of them computes the whole chat again. A balancer that looks
-at the cache alone sends every prompt with a popular system prompt to one replica, and the others are idle. A router
-must therefore weigh the two against each other.
+**The problem.** Every replica has a prefix cache. A replica that has already computed the beginning of a prompt
+computes only the rest. For the tenth turn of a chat, the rest may be 30 tokens of 3,000. A balancer that looks at the
+load alone sends the turns of a chat to different replicas, and each of them computes the whole chat again. A balancer
+that looks at the cache alone sends every prompt with a popular system prompt to one replica, and the others are idle. A
+router must therefore weigh load and cached tokens against each other.
 
-**The cost.** Both are measured in the same unit, tokens of prefill. The cost of a replica is the number of tokens that
-it computes until the new prompt is done, with other delays converted to tokens::
+**The cost.** Load and missing tokens are measured in the same unit, tokens of prefill. The cost of a replica is the
+number of tokens that it computes until the new prompt is done, with other delays converted to tokens::
 
     cost = uncached_weight * uncached tokens of the prompt
          + waiting tokens
@@ -27,8 +27,8 @@ remembers what it sent, as this router does.
 **The candidates.** With many replicas, only some are compared: those that hold the longest known beginnings of the
 prompt (at most 6), and two random ones. If no replica holds anything, the choice is the less loaded of two random
 replicas. This is the *power of two choices* (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing",
-2001): of n requests on n replicas, the busiest replica gets about log log n / log 2, where one random choice gives
-about log n / log log n. Unlike the choice of the least loaded replica, this rule doesn't send the requests of all
+2001): of n requests on n replicas, the busiest replica gets about log log n / log 2. With one random choice, it would
+get about log n / log log n. Unlike the choice of the least loaded replica, this rule doesn't send the requests of all
 gateways to the same replica until the next report. If there are at most 8 replicas, all are compared. Equal costs are
 decided by chance.
 
@@ -40,9 +40,9 @@ once, is in the index from then on, and takes its share. SGLang's cache-aware ro
 whole fleet: it routes by prefix only as long as the largest and the smallest load are close, and by the shortest queue
 otherwise. A replica with few sequences, ``free_sequences``, is always below the bound.
 
-**New replicas** have an empty cache and no load, so every request without a known prefix would go to them at once. A
-replica that joined t seconds ago counts as if it already had ``1 - t / warm_up_seconds`` of the mean number of
-sequences, so its load rises along a straight line (Envoy calls this *slow start*).
+**New replicas** have an empty cache and no load, so all requests without a known prefix would go to new replicas.
+Therefore a replica that joined t seconds ago counts as if it already had ``1 - t / warm_up_seconds`` of the mean number
+of sequences, so its load rises along a straight line (Envoy calls this *slow start*).
 
 **Corrections.** How long a replica keeps a prefix depends on the size of its cache and on requests that this gateway
 doesn't see. The router starts with an estimate, and each answer says how many tokens were in the cache. If an expected
@@ -64,7 +64,7 @@ from services.gateway.routing.settings import RoutingSettings
 _MOST_COMPARED = 8
 # The use of the KV cache adds to the cost only above this share.
 _HIGH_KV_USE = 0.8
-# The router remembers at most this many unanswered prompts. Answers to older prompts correct nothing.
+# The router remembers at most this many unanswered prompts. Answers to older prompts correct no estimate.
 _MOST_EXPECTED = 16_384
 
 
@@ -98,7 +98,7 @@ class _Replica(CacheClock):
         self._sent_at = now
 
     def sent_lately(self, now: float, period: float) -> float:
-        """Returns the sum of the uncached tokens sent so far. In every ``period``, the sum is divided by e."""
+        """Returns the sum of the uncached tokens sent so far. The sum decays: every ``period`` divides it by e."""
         return self._sent * math.exp((self._sent_at - now) / period)
 
 
@@ -106,8 +106,8 @@ class Router:
     """Chooses a replica for each prompt. Only one thread may use it at a time.
 
     ``now`` is the time in seconds on a clock that never goes back. :meth:`sent` and :meth:`answered` have no effect for
-    a replica that has not joined or has left; if ``loads`` has such a replica, it may still be chosen. The same calls
-    with the same ``seed`` give the same choices.
+    a replica that has not joined or has left. :meth:`choose` may still choose such a replica if ``loads`` contains it.
+    The same calls with the same ``seed`` give the same choices.
     """
 
     def __init__(self, settings: RoutingSettings, seed: int = 0) -> None:
@@ -116,8 +116,9 @@ class Router:
         self._replicas: dict[str, _Replica] = {}
         self._index = PrefixIndex(settings.block_tokens, settings.max_entries)
         self._hashed: tuple[Sequence[int], list[int]] = [], []  # the latest prompt and its hashes
-        # For each unanswered prompt, by replica and last hash: the number of tokens that the replica should have in its
-        # cache, and the number of tokens that it wrote between the last use of these tokens and this prompt.
+        # The unanswered prompts. A key is a replica and the prompt's last hash. A value has two counts: the tokens of
+        # the prompt that the replica's cache should hold, and the tokens that the replica wrote after the last use of
+        # those tokens.
         self._expected: OrderedDict[tuple[_Replica, int], tuple[int, float]] = OrderedDict()
 
     def choose(self, prompt: Sequence[int], loads: Mapping[str, ReplicaLoad], now: float) -> str:
@@ -126,7 +127,7 @@ class Router:
         Args:
             prompt: token ids. The sequence must not change later.
             loads: the replicas that can take a request now, at least one.
-            now: seconds.
+            now: the current time in seconds.
         """
         names = list(loads)
         total = sum([load.sequences for load in loads.values()])
@@ -161,7 +162,7 @@ class Router:
         self._index.use(known, hashes, now)
 
     def answered(self, replica: str, prompt: Sequence[int], cached_tokens: int, now: float) -> None:
-        """Records that the replica has answered a prompt, and how many tokens of it were in the replica's cache."""
+        """Records that the replica has answered a prompt, of which it had ``cached_tokens`` tokens in its cache."""
         known, hashes = self._replicas.get(replica), self._hashes(prompt)
         if known is None or not hashes:
             return
@@ -176,7 +177,7 @@ class Router:
         self._replicas[replica] = _Replica(replica, now, self._settings)
 
     def left(self, replica: str) -> None:
-        """Forgets the replica and what it was sent."""
+        """Forgets the replica and the prompts that it got."""
         if replica in self._replicas:
             self._replicas.pop(replica).present = False
 
@@ -186,7 +187,7 @@ class Router:
         return self._hashed[1]
 
     def _marks(self, prompt: Sequence[int]) -> list[Mark]:
-        """Returns the known prefixes of the prompt. Leaves out its last token, which is always computed."""
+        """Returns the known prefixes of the prompt without its last token, which is always computed."""
         return self._index.marks(self._hashes(prompt)[: (len(prompt) - 1) // self._settings.block_tokens])
 
     def _candidates(
