@@ -1,4 +1,4 @@
-"""Pretraining goes on from a checkpoint: to another horizon as if planned for it, on other data, and on mixtures."""
+"""Pretraining goes on from a checkpoint: with another number of steps, on other data, and on mixtures."""
 
 import random
 import shutil

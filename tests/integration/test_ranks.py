@@ -186,7 +186,7 @@ def test_a_rank_that_meets_nobody_may_be_started_again(monkeypatch: pytest.Monke
 
 
 def led(ranks: Ranks) -> list[int | str | None]:
-    """This rank's results of an action that succeeds on the first rank, and of one that fails there."""
+    """Two results on this rank: an action succeeds on the first rank, and another action fails on the first rank."""
 
     def fail() -> int:
         raise UserError(f"rank {ranks.rank} failed")

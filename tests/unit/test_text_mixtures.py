@@ -1,4 +1,4 @@
-"""A mixture of text datasets has each dataset's share of the tokens, and its documents follow from their numbers."""
+"""Each dataset of a text mixture has its share of the tokens, and a document's number determines the document."""
 
 import itertools
 import json
