@@ -212,7 +212,7 @@ async def test_engines_that_fail_are_told_apart(script: Any, errors: Any, refuse
         async def script_or_good(request: Any, context: Any) -> AsyncIterator[pb.GenerateChunk]:
             nonlocal asked
             asked += 1
-            # Two warm-up requests come before each row. The first row is answered.
+            # Answer the warm-up (2 requests) and the 4 requests of the first row, and the warm-up of the second row.
             async for part in (good if asked <= 2 + 4 + 2 else script)(request, context):
                 yield part
 

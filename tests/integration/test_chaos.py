@@ -1,4 +1,4 @@
-"""Clients get their answers while services are killed, stopped and started. ``make chaos`` runs it for longer."""
+"""Clients get their answers while services are killed, stopped and started. ``make chaos`` does so for longer."""
 
 import pytest
 

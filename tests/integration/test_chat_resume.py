@@ -147,7 +147,7 @@ def test_a_killed_evaluation_goes_on_without_repeating_what_was_finished(
 
 
 def test_what_was_kept_is_what_counts(home: Path, uninterrupted: bytes) -> None:
-    """The test changes a stored part of an interrupted run. The result has this change, so the part was reused."""
+    """The test changes a stored part of an interrupted run. The change is in the result, so the part was reused."""
     evaluation = None
 
     def stop_after_first(self: Any, name: Any, value: Any) -> Never:

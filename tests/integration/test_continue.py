@@ -1,4 +1,4 @@
-"""Pretraining goes on from a checkpoint: to another horizon as if planned for it, on other data, and on mixtures."""
+"""Pretraining goes on from a checkpoint: with another number of steps, on other data, and on mixtures."""
 
 import random
 import shutil
@@ -56,7 +56,7 @@ def losses(result: Result, first: int, last: int) -> list[float]:
 
 
 def test_a_run_that_goes_on_to_its_own_horizon_ends_with_the_same_bits(jobs: Jobs) -> None:
-    """Nothing is lost on the way: weights, momenta, data position, random numbers and history are all taken over."""
+    """The run takes over everything: weights, momenta, data position, random numbers and history."""
     before = digests(jobs.home)
     job = jobs.run(MODULE, START | WHERE)
     (event,) = [event for event in job.events if event["event"] == "going on"]
@@ -66,7 +66,7 @@ def test_a_run_that_goes_on_to_its_own_horizon_ends_with_the_same_bits(jobs: Job
 
 
 def test_the_weights_to_start_from_are_read_once(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run reads the checkpoint's settings earlier, but they are in other files."""
+    """Only reads of the weights' file count. The settings, which the run reads before, are in other files."""
     read, fetch = [], Manifest.fetch
 
     def noted(manifest: Manifest, store: Store, name: str) -> Path:

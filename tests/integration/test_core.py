@@ -1,4 +1,4 @@
-"""CORE as a process: the result depends neither on interruptions nor on ranks, and names checkpoint and settings."""
+"""CORE as a process: neither interruptions nor ranks change the result, which names its checkpoint and settings."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The engine service with many streams at once, while models are replaced, the sandbox dies or the service ends."""
+"""The engine service with many parallel streams, while models are replaced, the sandbox dies or the service ends."""
 
 import asyncio
 import contextlib

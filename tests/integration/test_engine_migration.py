@@ -23,7 +23,7 @@ from tests.support.service_process import EngineProcess
 CONTEXT = 8192
 FIRST, SECOND = CheckpointRef("tiny", "sft", 1), CheckpointRef("tiny", "sft", 2)
 CALL = "<|assistant_start|>Is <|python_start|>6*7<|python_end|><|output_end|>ok<|assistant_end|>"
-# An answer that is longer than any test waits.
+# An answer that takes longer than any test.
 ENDLESS = {"max_tokens": 8000, "temperature": 2.0, "seed": 1}
 
 

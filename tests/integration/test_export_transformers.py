@@ -148,7 +148,7 @@ def test_texts_and_conversations_have_the_same_ids(store: Store, tmp_path: Path)
     any_character = [chr(code) for code in range(1, 0x3000)]
     texts = ["", " ", "banana ananas", *("".join(draw.choices(letters, k=draw.randint(1, 60))) for _ in range(3000))]
     texts += ["".join(draw.choices(any_character, k=30)) for _ in range(1000)]
-    # Each text has one character twice, beside characters that could join it in a piece.
+    # Each text has one character in two places, beside characters that might form one piece with it.
     texts += [f"a{chr(code)}1 {chr(code)}b" for code in range(1, 0x20000) if not 0xD800 <= code < 0xE000]
     for text, ids in zip(texts, theirs(texts, add_special_tokens=False)["input_ids"], strict=True):
         assert ids == ours.encode(text), repr(text)
@@ -163,7 +163,7 @@ def test_texts_and_conversations_have_the_same_ids(store: Store, tmp_path: Path)
     ]
     rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     assert rendered["input_ids"].tolist() == [render_prompt(ours, parse_messages(messages))]
-    # The names of the inputs are those that generate takes.
+    # ``generate`` accepts the inputs under the names that the tokenizer gives them.
     assert loaded(folder).generate(**rendered, max_new_tokens=2).size(1) <= rendered["input_ids"].size(1) + 2
 
 

@@ -1,4 +1,4 @@
-"""The promotion gate with a real store and engine: a worse model is refused, and the old model is still served."""
+"""The promotion gate with a real store and engine: if it refuses a worse model, the old model is still served."""
 
 import runpy
 import sys

@@ -324,7 +324,7 @@ async def test_left_out_parameters_have_the_documented_defaults(
     first, second = (request.sampling for request in engine.requests)
     assert first.temperature == pytest.approx(0.6)
     assert first.max_tokens == 256 - 5
-    # Only with a known seed do two replicas give the same answer to the same request.
+    # The gateway draws a seed for each request, so that another replica can continue the answer.
     assert first.HasField("seed")
     assert first.seed != second.seed
 

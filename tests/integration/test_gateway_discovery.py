@@ -44,7 +44,7 @@ class Names:
 
 @contextlib.asynccontextmanager
 async def engines_at_one_port(*hosts: str) -> AsyncIterator[tuple[str, list[ScriptedEngine]]]:
-    """Runs an engine at each host, which answers with the host's name. Yields the common port and the engines."""
+    """Runs an engine for each host, all at one port. Each answers with its host's name. Yields port and engines."""
     async with contextlib.AsyncExitStack() as stack:
         engines, port = [], "0"
         for host in hosts:

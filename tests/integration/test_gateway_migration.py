@@ -1,4 +1,4 @@
-"""If its engine dies, hangs or drains, a stream continues at another engine, and its client notices nothing."""
+"""A stream whose engine dies, hangs or drains continues at another engine, and the client notices nothing."""
 
 import asyncio
 import contextlib

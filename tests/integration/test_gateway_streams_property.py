@@ -100,7 +100,7 @@ class Streams(RuleBasedStateMachine):
             max_failures=1000,
         )
         pool = EnginePool(gateway, Metrics(), functools.partial(open_channel, settings=gateway))
-        # No stream may give up here. Another test checks the budget.
+        # No stream may give up here. Another test checks the budget for retries.
         pool.retries.spend = lambda: True  # type: ignore[method-assign]
         return pool
 

@@ -1,4 +1,4 @@
-"""Answers of a real engine that is lost continue at the other engine without a difference.
+"""If a real engine is lost, its answers continue at another engine and are the same as without the loss.
 
 ``NANOCHAT_EXAMPLES=29 pytest -s tests/integration/test_moved_answers.py`` runs two hundred streams, and prints how long
 the moves took.
@@ -79,7 +79,7 @@ async def told(client: openai.AsyncOpenAI, kind: str, seed: int, chunks: asyncio
 
 
 async def moves(url: str, reason: str) -> dict[str, float]:
-    """Returns the number of moves whose gap was at most so many seconds, by that number; ``+Inf`` counts all."""
+    """Returns, for each limit in seconds, the number of moves whose gap was at most the limit. ``+Inf`` has all."""
     async with http_client(url) as http:
         lines = (await http.get("/metrics")).text.splitlines()
     pattern = re.compile(rf'nanochat_gateway_migration_gap_seconds_bucket{{le="(.+)",reason="{reason}"}} (.+)')

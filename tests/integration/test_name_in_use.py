@@ -1,4 +1,4 @@
-"""Of two processes that train one model name, the second is refused; after kill -9 of the first, it takes over."""
+"""While a process trains a model name, a second one is refused. After kill -9 of the first, the second takes over."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_of_two_runs_one_trains_and_one_is_told_and_may_take_over_after_kill_9(j
     assert first.wait() == -signal.SIGKILL
     assert jobs.store.exists(LEASE)
     jobs.run(MODULE, PRETRAIN, steps=3)
-    assert jobs.steps("base") == [1, 3]  # the first is from before the warmdown
+    assert jobs.steps("base") == [1, 3]  # step 1 is the last step before the warmdown
     assert not (jobs.home / "leases").exists()
 
 

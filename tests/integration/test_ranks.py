@@ -143,7 +143,7 @@ def twelve_steps(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Jo
 
 @pytest.mark.parametrize("size", [3, 5, 6, 9])
 def test_any_number_of_ranks_trains_to_the_loss_of_one(jobs: Jobs, twelve_steps: Jobs, size: int) -> None:
-    """Of eight rows, three ranks have two or three each, and one of nine ranks has none."""
+    """The batch has eight rows. Each of three ranks gets two or three rows; with nine ranks, one rank gets no row."""
     finish(jobs.start_ranks(size, PRETRAIN_MODULE, FLAGS, steps=12))
     finish(jobs.start_ranks(size, SFT_MODULE, SFT_FLAGS, steps=12))
     for stage in ("base", "sft"):
@@ -162,9 +162,9 @@ def test_a_run_moves_from_three_ranks_to_two_to_five(jobs: Jobs, one_rank: Jobs)
 
 
 def assert_close(result: Result, expected: Result) -> None:
-    """The losses differ only by rounding, which grows with the steps; the data's coverage does not differ."""
+    """The losses differ only by rounding, which grows with the steps. The shares of the data shown are the same."""
     losses, alone = ([point["loss"] for point in one.history] for one in (result, expected))
-    # Ranks with other numbers of rows multiply with other kernels, so already the first loss is rounded differently.
+    # With another number of rows, a rank uses other matrix kernels. So even the first loss is rounded differently.
     assert losses[0] == pytest.approx(alone[0], rel=1e-5)
     assert losses[:5] == pytest.approx(alone[:5], rel=2**-8 if cpu_multiplies_bf16() else 1e-3)
     assert losses == pytest.approx(alone, rel=1e-2)
@@ -186,7 +186,7 @@ def test_a_rank_that_meets_nobody_may_be_started_again(monkeypatch: pytest.Monke
 
 
 def led(ranks: Ranks) -> list[int | str | None]:
-    """This rank's results of an action that succeeds on the first rank, and of one that fails there."""
+    """Two results on this rank: an action succeeds on the first rank, and another action fails on the first rank."""
 
     def fail() -> int:
         raise UserError(f"rank {ranks.rank} failed")

@@ -18,7 +18,7 @@ from tests.support.tiny_training import NAME, PRETRAIN, SFT, Jobs, fill
 
 STEPS = {"steps": 4, "save-every": 2, "eval-every": 0}
 CORE = {"model": NAME, "bundle": "missing"}
-# The module and the name of each format's version. The checkpoint writer imports two of them under the same names.
+# The modules and constants with each format's version. The checkpoint writer imports two constants by their names.
 FORMATS: dict[str, list[tuple[Any, str]]] = {
     "manifest": [(manifest, "FORMAT")],
     "config": [(config, "FORMAT")],

@@ -1,4 +1,4 @@
-"""Every attention backend agrees with plain softmax over all scores, and plain softmax agrees with a loop.
+"""Every attention backend agrees with plain softmax over all scores; plain softmax itself agrees with a loop.
 
 Some tests only trace the code on a CPU (``aot_eager``), because generating machine code takes seconds longer.
 """
@@ -176,7 +176,7 @@ def test_flash_attention_3_is_taken_on_hopper_alone(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     for name in ("auto", "flash"):
-        # The fake function returns (name, options), and the backend takes the first of two results.
+        # The replacement returns (package, options) instead of two results, and the backend keeps only the first.
         q, k, v = drawn(3, 1, 1)
         assert choose_attention(name, CUDA, torch.bfloat16)(q, k, v, 5) == package
 

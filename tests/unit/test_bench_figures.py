@@ -274,7 +274,8 @@ def test_a_closed_loop_keeps_as_many_requests_running_as_it_has_clients() -> Non
     results = CoreClient(core, {}).run(requests, Load(3))
     assert max(running) == 3
     assert [result.counts for result in results] == [[TokenCounts(5, r.output_tokens, 0)] for r in requests]
-    # Each choice has one first token and a gap before each other token. A request is sent only after another ended.
+    # Each choice has one first token and a gap before each other token.
+    # Three requests run at a time, so each later request is sent only after another has ended.
     assert all(
         len(o.first_tokens) == 1 and len(o.gaps) == r.output_tokens - 1 for o, r in zip(results, requests, strict=True)
     )

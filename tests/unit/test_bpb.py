@@ -18,7 +18,7 @@ DOCUMENTS = [
     "the sea, the seal and the sé",
     "",
     "🐟",
-    "x" * CONTEXT,  # a whole row
+    "x" * CONTEXT,  # fills a whole row
     "y" * (CONTEXT + 1),
     "<|bos|> is only text",
 ]

@@ -57,7 +57,7 @@ def test_every_default_has_a_comment() -> None:
             continue
         opens_section = key[3] is None
         commented = lines[number - 1].strip().startswith("#")
-        # Kubernetes documents the lines inside `resources`.
+        # The lines inside `resources` need no comment, because Kubernetes documents them.
         if not opens_section and not commented and key[2] not in ("requests", "limits"):
             undocumented.append(f"{number + 1}: {line.strip()}")
     assert undocumented == []

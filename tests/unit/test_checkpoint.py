@@ -1,4 +1,4 @@
-"""Checkpoints: loading returns exactly the saved bits. It refuses damaged files and names them."""
+"""Checkpoints: loading returns exactly the saved bits, and the error for a damaged file names the file."""
 
 import contextlib
 import hashlib

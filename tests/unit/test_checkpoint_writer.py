@@ -44,7 +44,7 @@ def save(writer: CheckpointWriter, ref: CheckpointRef, model: GPT, **changes: An
 
 
 class Failing:
-    """Makes the next ``times`` writes of weights fail."""
+    """Makes the next writes of weights fail, ``times`` in all."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
         self.left = times

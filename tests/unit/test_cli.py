@@ -91,7 +91,7 @@ complete nanochat train sft --home
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_completes_the_flags_that_the_reference_lists(name: str) -> None:
     reference = (ROOT / "docs" / "flags.md").read_text()
-    # The commands of a program have a section each.
+    # Each command of a program has its own section.
     sections = re.findall(
         rf"^## `{re.escape(PROGRAMS[name][0])}[` ](.*?)(?=^## |\Z)", reference, re.DOTALL | re.MULTILINE
     )

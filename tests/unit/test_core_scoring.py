@@ -41,7 +41,7 @@ def ids(rng: random.Random, length: int) -> list[int]:
 
 
 def choice(rng: random.Random, prefix: int, lengths: list[int], number: int = 0) -> Question:
-    """Options with the same first tokens. The random tokens after them can be equal too."""
+    """Options with at least ``prefix`` common first tokens. The random tokens after the prefix may be equal too."""
     shared = ids(rng, prefix)
     texts = [[*shared, *(rng.randrange(3) for _ in range(length))] for length in lengths]
     start = common_length(texts)

@@ -29,7 +29,7 @@ class NameServer:
 
 
 class Changes:
-    """The endpoints after each change. The next ``failures`` calls raise an exception."""
+    """Records the endpoints after each change. The next ``failures`` calls raise an exception instead."""
 
     def __init__(self, failures: int = 0) -> None:
         self.failures = failures

@@ -272,7 +272,7 @@ def test_a_constrained_request_gets_the_same_tokens_alone_in_a_batch_and_after_p
     tight = Engine(model, BYTES, config_with_blocks(16, model, token_budget=80))
     for engine in (make_engine(), tight):
         together = [c for [c] in engine.generate(prompts, sampling)]
-        # The tokens include their log probabilities. These are equal to the bit.
+        # Each compared token includes its log probability, so log probabilities are equal to the bit.
         assert [c.tokens for c in together] == [c.tokens for c in alone]
         assert [c.finish_reason for c in together] == [c.finish_reason for c in alone]
     assert tight.scheduler.preemptions > 0

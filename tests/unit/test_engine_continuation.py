@@ -1,4 +1,4 @@
-"""A choice that goes on at another engine gets exactly the tokens and events that the first one would have sent."""
+"""A choice that goes on at another engine gets the same tokens and events as the first engine would have sent."""
 
 import asyncio
 import dataclasses
@@ -112,7 +112,7 @@ JOBS: dict[str, Request] = {
 
 @dataclasses.dataclass
 class Choice:
-    """Tokens and events of one choice so far. A result comes before its output, because the output follows from it."""
+    """Tokens and events of one choice so far. A result comes before its output, which is derived from it."""
 
     items: list[Token | ToolCall | ToolResult] = dataclasses.field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -170,7 +170,7 @@ def test_the_jobs_cover_what_they_are_meant_to() -> None:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_a_choice_goes_on_from_every_position(name: str) -> None:
-    """All continuations run at once. Each has exactly the same bits as the original after its cut."""
+    """All continuations run in one batch. Each equals, to the bit, the part of the original choice after the cut."""
     whole = undisturbed(name)
     engine = Engine(tiny_model(), BYTES, EngineConfig(**CACHE), tool_runner=count_characters)
     requests, wanted = [], {}

@@ -79,7 +79,7 @@ def test_bf16_is_as_near_to_the_model_as_the_other_path_is(shape: ModelConfig) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_token_has_the_same_bits_however_it_is_computed(shape: ModelConfig, dtype: torch.dtype, int8: bool) -> None:
-    """The test computes tokens alone and in a batch, by decoding, and by prefilling in pieces and at once."""
+    """Tokens are computed alone and in a batch; by decoding, and by a prefill in several steps or in one step."""
     if not packs(dtype) and not int8:
         pytest.skip("on this CPU oneDNN has no products of bf16 weights, and PyTorch's depend on the number of rows")
     here, _, rows = place(shape, 190, 33, 150, dtype=dtype, int8=int8)
@@ -152,7 +152,7 @@ def file_name() -> str:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """The parent of an empty cache folder. No library is loaded or built."""
+    """An empty folder in which the cache of libraries will be made. No library is loaded or built before the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(library, "PREBUILT", tmp_path / "prebuilt")
     library.load_kernels.cache_clear()
@@ -168,7 +168,7 @@ def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick_builds")
 def test_the_library_is_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that start at the same time do not all build it."""
+    """If two threads need the library at the same time, only one of them builds it."""
     builds: list[Path] = []
 
     def build(compiler: str, flags: tuple[str, ...], path: Path) -> None:

@@ -134,7 +134,7 @@ def schedules(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, int, int
         "kernels": kernels,
         "quantization": draw(st.sampled_from(["none", "int8"])) if kernels else "none",
         "block_size": block_size,
-        # The cache has room for at least one sequence of the greatest length, and for at most a few.
+        # The cache has room for a sequence of the greatest length and for up to 160 further tokens.
         "num_blocks": -(-longest // block_size) + draw(st.integers(0, 160 // block_size)),
         "max_running": max_running,
         "token_budget": max_running + draw(st.integers(0, 60)),

@@ -161,7 +161,7 @@ def test_flash_attention_is_for_hopper_and_bf16(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_bf16_is_as_near_to_the_model_as_pytorchs_operators_are() -> None:
-    """The step is too small for the kernel with tiles: that kernel multiplies bf16 matrices, the interpreter cannot."""
+    """The step is too small for the kernel with tiles, because the interpreter cannot multiply bf16 matrices."""
     shape = shape_of(2, 32, 2)
     here, model, rows = place(shape, 12, dtype=torch.bfloat16)
     logits = here.logits((0, 0, 12))[0]

@@ -99,7 +99,7 @@ def test_what_top_p_keeps_is_the_same_beside_a_row_of_which_it_keeps_many() -> N
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 def test_what_top_p_keeps_of_a_top_k_is_the_same_beside_a_row_without(temperature: float) -> None:
-    """If another row has no top-k, tokens outside this row's top-k have weight 0. The sums must not change."""
+    """In such a batch, tokens outside a row's top-k stay, with weight 0. They must not change the row's sums."""
     logits = torch.randn(400, VOCAB) / temperature
     for k in (2, 5, 20):
         best = logits.topk(k).values

@@ -127,7 +127,7 @@ def test_a_sequence_can_leave_from_any_state(state: str) -> None:
 
 
 def planned(context: int, budget: int, sequences: float) -> Bench:
-    """A scheduler whose cache has room for this many sequences of full length."""
+    """A scheduler whose cache has room for ``sequences`` sequences of full length."""
     model = ModelConfig.from_depth(4, vocab_size=64, head_dim=16, context_length=context)
     one = plan_groups(model, 16, torch.float32, memory=1 << 40, sequences=1, token_budget=budget)
     size = sum(bytes_per_block(model, len(group.layers), 16, torch.float32) * group.num_blocks for group in one)

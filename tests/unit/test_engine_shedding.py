@@ -69,7 +69,7 @@ def alone() -> list[Completion]:
 
 
 def run(engine: Engine, most_steps: int = 3000) -> tuple[dict[str, Completion], dict[str, Exception]]:
-    """Send all prompts at once. Return the answers, and the errors of requests that were dropped."""
+    """Send all prompts together. Return the answers, and the errors of requests that were dropped."""
     for i, (prompt, sampling) in enumerate(zip(PROMPTS, SAMPLINGS, strict=True)):
         engine.add(Request(str(i), prompt, sampling, tools=TOOLS))
     answers = {str(i): Completion() for i in range(len(PROMPTS))}

@@ -311,7 +311,7 @@ def test_closing_on_a_loop_that_has_not_begun_a_call_leaves_no_coroutine_behind(
 
 
 def test_a_result_that_arrives_after_the_cancellation_is_dropped() -> None:
-    engine = Engine(scripted_model(ANSWER + AFTER), BYTES)  # without a runner the result arrives at once
+    engine = Engine(scripted_model(ANSWER + AFTER), BYTES)  # without a runner the result arrives immediately
     engine.add(Request("r", tuple(script_tokens("<|python_start|>6*7<|python_end|>")), STOP, tools=TOOLS))
     engine.cancel("r")
     assert [output.tool_events for output in engine.step()] == [[ToolCall(0, "6*7")]]

@@ -1,4 +1,4 @@
-"""Programs end with one line after a user's error, and with a traceback after an error of the program."""
+"""A program that ends because of a user's error prints one line; after an error of its own, it prints a traceback."""
 
 import subprocess
 import sys

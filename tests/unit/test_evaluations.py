@@ -1,4 +1,4 @@
-"""Evaluations keep finished parts after an interruption. They never mix results of other checkpoints or settings."""
+"""An interrupted evaluation keeps its finished parts. Results of different checkpoints or settings are never mixed."""
 
 import json
 from pathlib import Path

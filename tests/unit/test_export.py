@@ -1,7 +1,7 @@
 """Exports of checkpoints: the files for transformers, and the layout of karpathy/nanochat.
 
 The network in the exported modeling file runs here with stand-ins for the few names that it imports from transformers.
-``tests/integration/test_export_transformers.py`` runs it with the real ones.
+``tests/integration/test_export_transformers.py`` runs it with transformers itself.
 """
 
 import ast
@@ -362,7 +362,7 @@ def test_a_cache_and_padding_change_nothing(modeling: Any, store: Store, tmp_pat
         ids[i, -row.size(1) :], mask[i, -row.size(1) :] = row[0], 1
     cache = None
     found = []
-    # The first pass reads a prompt, the others one token or several.
+    # The first pass reads a prompt. Each later pass reads one or several tokens.
     for length in [130, 131, 132, 140, 150]:
         given = theirs.prepare_inputs_for_generation(
             ids[:, :length], cache=cache, attention_mask=mask[:, :length], logits_to_keep=0

@@ -1,4 +1,4 @@
-"""Artifacts of other versions: what an older version wrote is read, and what a newer one wrote is refused untouched."""
+"""Artifacts of other versions: files of an older version are read; files of a newer one are refused and unchanged."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ RELEASED = sorted((Path(__file__).parents[1] / "data" / "stores").glob("*.zip"))
 
 @pytest.fixture(params=["this version", *RELEASED], ids=lambda made: getattr(made, "stem", made))
 def released(request: pytest.FixtureRequest, tmp_path: Path) -> FolderStore:
-    """A store as each released version and this version write it."""
+    """A store that was written by one version: each test runs for every released version and for this version."""
     store = FolderStore(tmp_path / "store")
     if isinstance(request.param, Path):
         with zipfile.ZipFile(request.param) as packed:
@@ -98,7 +98,7 @@ def test_every_artifact_of_every_released_version_is_read(released: FolderStore)
 
 
 def change(store: FolderStore, key: str, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Edit a JSON file as a newer version would have written it, and its entry in a checkpoint's manifest."""
+    """Edit a JSON file as if a newer version had written it. A checkpoint's manifest gets the new size and digest."""
     path = store.root / key
     content = json.loads(path.read_text())
     edit(content)
@@ -132,7 +132,7 @@ READERS: dict[str, Callable[[Store], object]] = {
     f"reports/{NAME}/report.json": lambda store: read_report(store, NAME),
     f"reports/{NAME}/decisions/base_step_000004.json": lambda store: decisions(store, REF),
 }
-# Every field of these files matters. In the others, unknown fields only inform.
+# Every field of these files matters. In all other files, a reader ignores unknown fields.
 EXACT = ("MANIFEST.json", "config.json", "tokenizer.json", "state.json", "dataset.json")
 
 

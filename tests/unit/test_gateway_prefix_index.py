@@ -120,11 +120,11 @@ def test_the_holders_of_a_popular_prefix_take_turns() -> None:
 def test_the_estimate_of_the_capacity_follows_what_was_found_and_lost() -> None:
     replica = clock(capacity=1000)
     replica.learn(400, found=True)
-    assert replica.capacity == 1000  # this observation teaches nothing new
+    assert replica.capacity == 1000  # this observation does not change the estimate
     replica.learn(1200, found=True)
     assert replica.capacity == 1200
     for _ in range(100):
         replica.learn(400, found=False)
     assert replica.capacity == 400
     replica.learn(500, found=False)
-    assert replica.capacity == 400  # this observation teaches nothing new
+    assert replica.capacity == 400  # this observation does not change the estimate

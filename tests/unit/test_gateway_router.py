@@ -127,7 +127,7 @@ def test_a_new_replica_gets_its_share_gradually() -> None:
         loads[ended].sequences -= 1
         send(router, distinct(100 + i), loads, now=i / 100)
         counts.append(loads["new"].sequences)
-    assert counts[0] == 1  # the new replica gets a request at once
+    assert counts[0] == 1  # the new replica gets a request immediately
     assert max(counts[:200]) <= 8
     assert 5 <= counts[500] <= 11
     assert 13 <= counts[-1] <= 17  # 60 sequences on four replicas

@@ -1,4 +1,4 @@
-"""A stop string ends the text where it begins, and the pieces of the text don't matter."""
+"""The text ends where a stop string begins, however the text is divided into pieces."""
 
 import itertools
 from typing import Any

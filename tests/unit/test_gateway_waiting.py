@@ -185,7 +185,7 @@ def test_no_seat_is_lost_and_nobody_waits_beside_a_free_seat(steps: list[tuple[s
         for action, caller in steps:
             actions[action](caller)
             added += action == "seat"
-            if caller != "c":  # after caller c, the next step follows before any task runs
+            if caller != "c":  # no task runs between a step of caller c and the next step
                 await settle()
         await settle()
         done = [task for task in tasks if task.done() and not task.cancelled()]

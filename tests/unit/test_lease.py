@@ -27,7 +27,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FolderStore:
 
 
 class Clock:
-    """A clock that only :meth:`sleep` moves. ``at`` has functions to call once, when the clock reaches a time."""
+    """A clock that only :meth:`sleep` moves. ``at`` names times; at each, a function is called once."""
 
     def __init__(self, **at: Callable[[], object]) -> None:
         self.now = 0.0
@@ -55,7 +55,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def taken(store: FolderStore, monkeypatch: pytest.MonkeyPatch, seconds: float = 60) -> Lease:
-    """A lease of another machine that is never renewed by itself, as after the death of its holder."""
+    """A lease that another machine holds and never renews, as if the holder had died."""
     with elsewhere(monkeypatch):
         first = Lease(store, NAME, "first", seconds=seconds)
     first._take()

@@ -1,4 +1,4 @@
-"""Batches do not depend on interruptions, threads or ranks. Exactly the targets that should be learned count."""
+"""Batches do not depend on interruptions, threads or ranks. The loss counts exactly the right targets."""
 
 import itertools
 import json

@@ -15,7 +15,7 @@ VOCAB, ROWS, DIM, TOKENS = 70, 128, 16, 37
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """The reference: the loss in double precision, with all logits at once."""
+    """The reference: the loss in double precision, with all logits in one tensor."""
     logits = 15 * torch.tanh(hidden.double() @ weight[:VOCAB].double().T / 15)
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)
 

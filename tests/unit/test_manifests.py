@@ -72,7 +72,7 @@ def test_job_container_is_the_one_the_operator_looks_for(path: Path) -> None:
 
 def test_both_speedruns_differ_only_in_size() -> None:
     def shape(value: Any) -> Any:
-        """The keys at every level, except those that set a size, without the values."""
+        """The nested keys of a manifest, without their values and without keys that set a size."""
         if isinstance(value, dict):
             sizes = ("resources", "tolerations", "env", "args")
             return {key: shape(below) for key, below in value.items() if key not in sizes}

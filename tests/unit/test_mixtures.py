@@ -1,4 +1,4 @@
-"""A mixture repeats each conversation by its weight. Errors of a mixture name the entry that is wrong."""
+"""A mixture repeats each conversation as often as its source's weight says. Errors name the entry that is wrong."""
 
 import dataclasses
 import json
@@ -490,7 +490,7 @@ def test_conversations_that_teach_nothing_in_a_row_are_left_out_and_longer_ones_
 
 
 def test_no_row_is_without_targets_however_long_the_prompts(store: Store) -> None:
-    """Best fit takes the longest first. Whole batches once had only prompts that were cut before the answer."""
+    """Best fit takes the longest conversation first. Without care, whole batches would have prompts without answers."""
     rows = [conversation("q" * (300 if i % 10 == 0 else 9), "yes" * (i % 60)) for i in range(1000)]
     write_conversations(store, "a", "train", rows)
     fitted = Mixture(store, "a").fit(TOKENIZER, 65)

@@ -53,9 +53,9 @@ def pieces_of(row: list[int]) -> list[list[int]]:
 
 
 def reference_rows(lengths: Sequence[int], row_length: int, buffer_size: int, mode: str) -> list[list[int]]:
-    """The rules of the module without sorting: a buffer in order of arrival, searched from its start."""
+    """Slow reference: the module's rules with an unsorted buffer, which is searched from the oldest document on."""
     source, rows = endless(lengths), []
-    buffer: list[tuple[list[int], int]] = []  # tokens that are left of a document, and the row of its arrival
+    buffer: list[tuple[list[int], int]] = []  # a document's tokens that are not packed yet, its row of arrival
     for number in range(ROWS):
         row: list[int] = []
         while len(row) < row_length:
@@ -90,7 +90,7 @@ def test_rows_are_those_of_the_reference(lengths: Any, row_length: Any, buffer_s
 
 @given(lengths, row_lengths, buffer_sizes)
 def test_every_token_of_every_document_comes_in_order_and_once(lengths: Any, row_length: Any, buffer_size: Any) -> None:
-    """Only the token before a cut comes again, as the context of what follows."""
+    """Only the last token before a cut comes twice: it is also the context of the document's next part."""
     made = packer(lengths, row_length, buffer_size, "fill")
     shown: dict[int, list[int]] = {}
     for ids, counted in rows_of(made, 40):

@@ -215,7 +215,7 @@ def test_humanevals_own_solutions_pass_their_tests_and_tampered_ones_fail(
     assert len(rows) == (2 if source == "fixture" else 40)
 
     def passing(answer: str) -> list[str]:
-        """Problems that accept this answer. In the answer, a problem's texts replace the words SOLUTION and PROMPT."""
+        """Ids of problems that accept ``answer``. SOLUTION and PROMPT in it stand for the problem's own texts."""
         answers = {r["task_id"]: answer.replace("SOLUTION", r["canonical_solution"]) for r in rows}
         return [r["task_id"] for r in rows if passes(sandbox, r, answers[r["task_id"]].replace("PROMPT", r["prompt"]))]
 

@@ -1,4 +1,4 @@
-"""The names of files state their splits. If they leave the use of a file open, the error asks what to do."""
+"""The names of files state their splits. If the names do not decide the use of a file, an error asks what to do."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A mixture of text datasets has each dataset's share of the tokens, and its documents follow from their numbers."""
+"""Each dataset of a text mixture has its share of the tokens, and a document's number determines the document."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from jobs.train.batches.text_mixtures import BLOCK, TextMixture, mean_length, qu
 
 
 class Numbered(Source):
-    """Documents of a dataset. Each token of a document is its position in the endless sequence, plus an offset."""
+    """A dataset whose document ``number`` repeats one token, ``offset + number``. Later epochs have further numbers."""
 
     def __init__(self, count: int, length: int, offset: int) -> None:
         self._count, self._length, self._offset = count, length, offset
