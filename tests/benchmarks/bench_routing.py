@@ -134,7 +134,7 @@ def main() -> None:
             results[name] = asyncio.run(measure(home, router, options.engines, options))
         results["one engine"] = asyncio.run(measure(home, Router, 1, options))
     print(f"{options.engines} engines, {options.chats} chats of {options.turns} turns")
-    print("| | found in a cache | of the findable | first token p50 | first token p95 |")
+    print("| | found in a cache | of the reusable | first token p50 | first token p95 |")
     print("| --- | ---: | ---: | ---: | ---: |")
     findable = results["one engine"].cached_tokens
     for name, found in results.items():

@@ -425,7 +425,7 @@ def findable_tokens(chats: list[Conversation]) -> int:
 def table(results: dict[str, Result], findable: int) -> str:
     """Returns a Markdown table."""
     lines = [
-        "| | found in a cache | of the findable | wait p50 | wait p95 | max/mean | CPU time |",
+        "| | found in a cache | of the reusable | wait p50 | wait p95 | max/mean | CPU time |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, result in results.items():
