@@ -100,8 +100,8 @@ def incumbent(store: Store, model: str, candidate: str) -> Incumbent | None:
     """
     ref = promoted(store, model)
     if ref is None:
-        # A checkpoint whose promotion was withdrawn is still compared, so that a refused candidate cannot pass at a
-        # second attempt.
+        # A candidate is compared with the last promoted checkpoint even if that promotion was withdrawn. Otherwise a
+        # candidate that was refused before could pass at a second attempt.
         last = last_promotion(store, model)
         return None if last is None or last[1].digest == candidate else Incumbent(last[0], last[1].metrics, gone=True)
     try:

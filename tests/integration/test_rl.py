@@ -74,7 +74,7 @@ def save_undecided_policy(home: Path, chance_to_end: float) -> None:
 
 @pytest.fixture(scope="module")
 def with_sft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with a fine-tuned model from which RL can learn on every processor."""
+    """A store with a fine-tuned model that RL can improve, whatever rounding the processor has."""
     folder = tmp_path_factory.mktemp("with_sft")
     fill(folder / "filled")
     jobs = copy(folder / "filled", folder)

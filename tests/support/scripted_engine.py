@@ -118,7 +118,7 @@ def hanging(*parts: str) -> Script:
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """The health of an engine, which answers only while the engine is awake."""
+    """The health service of an engine. It answers only while the engine is awake."""
 
     def __init__(self, engine: "ScriptedEngine") -> None:
         super().__init__()

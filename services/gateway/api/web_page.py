@@ -18,7 +18,7 @@ then load this address again.</p>
 
 # The name of each file in assets/ contains a hash of the content, so a file's content never changes.
 _ASSET_CACHE = "public, max-age=31536000, immutable"
-# The browser asks for every other file each time, and mostly gets the answer 304 (not modified).
+# The browser asks for each of the remaining files every time, and mostly gets the answer 304 (not modified).
 _CACHE = "no-cache"
 
 

@@ -118,7 +118,7 @@ class Replica:
         return ReplicaLoad(self._own + self._others, load.waiting_tokens, used)
 
     def reserve(self, sequences: int) -> Place:
-        """Counts ``sequences`` as running here until the place is given back. The engine must be up."""
+        """Counts ``sequences`` as running here until they are released. The engine must be up."""
         assert self.model is not None
         self._own += sequences
         place = Place(self, self.model, sequences)

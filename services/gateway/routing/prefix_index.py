@@ -52,10 +52,10 @@ class CacheClock:
         self._read = now
 
     def read(self, now: float) -> float:
-        """Returns the number of tokens written so far.
+        """Returns an estimate of the number of tokens that were written to the cache so far.
 
-        The clock counts the tokens that this gateway sent. It also assumes that other gateways and generated tokens
-        overwrite the whole cache once in ``max_age`` seconds.
+        It is the sum of the tokens that this gateway sent and of an estimate for everything else (other gateways,
+        generated tokens): one whole cache in each ``max_age`` seconds.
         """
         if now > self._read:
             self._written += (now - self._read) * self.capacity / self._max_age
