@@ -33,8 +33,8 @@ def create_app(settings: GatewaySettings, lookup: Lookup = addresses_of) -> Fast
     """Builds the application. It is connected to the engines from its startup to its shutdown.
 
     ``lookup`` returns the addresses of a host name; the default asks the system's resolver. The application's
-    ``state.drain`` exists from the beginning, and its ``state.pool`` exists after the startup. Raises UserError if the
-    settings name TLS files or an exporter of traces that cannot be used.
+    ``state.drain`` exists from the beginning, and its ``state.pool`` exists after the startup. Raises UserError if
+    the TLS files or the trace exporter of the settings cannot be used.
     """
     metrics = Metrics()
     tracer, tls = Tracer("gateway", settings, settings.trace_ratio), tls_files(settings)

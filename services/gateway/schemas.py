@@ -23,7 +23,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),  # unsupported in text completions only
+    "response_format": ({"type": "text"},),  # only chat completions support the other types
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),

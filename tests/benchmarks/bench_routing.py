@@ -2,9 +2,10 @@
 
 Run the program from the project's root: ``python -m tests.benchmarks.bench_routing``. It starts engines as processes,
 with one thread each, and a gateway in front of them. All chats begin at once. Each has the same system prompt, several
-turns, and questions of its own; a turn sends the whole conversation so far. The table has these columns: the share of
-the prompts' tokens that were found in a cache; that number divided by the number that one engine with the memory of all
-engines finds (the last row); and the time to the first token (median and 95th percentile).
+turns, and questions of its own; a turn sends the whole conversation so far. The first column of the table is the share
+of the prompts' tokens that were found in a cache. The second column divides the number of these tokens by the number
+that a single engine finds; this engine has as much memory as all the others together, and its results are the last row.
+The other columns are the time to the first token (median and 95th percentile).
 """
 
 import argparse

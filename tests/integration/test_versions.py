@@ -18,7 +18,8 @@ from tests.support.tiny_training import NAME, PRETRAIN, SFT, Jobs, fill
 
 STEPS = {"steps": 4, "save-every": 2, "eval-every": 0}
 CORE = {"model": NAME, "bundle": "missing"}
-# The modules and constants with each format's version. The checkpoint writer imports two constants by their names.
+# The constants that hold the version of each format, with their modules. The checkpoint writer has names of its own for
+# two of them, because it imports them with "from".
 FORMATS: dict[str, list[tuple[Any, str]]] = {
     "manifest": [(manifest, "FORMAT")],
     "config": [(config, "FORMAT")],

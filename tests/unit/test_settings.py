@@ -44,7 +44,7 @@ class Strict:
 
 @dataclasses.dataclass(frozen=True)
 class Spoken:
-    """Has a text that needs no flag."""
+    """Says a text, which is given without a flag."""
 
     prompt: str | None = setting(None, "what to say", positional=True)
     loud: bool = setting(False, "shout")

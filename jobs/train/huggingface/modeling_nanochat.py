@@ -334,8 +334,8 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
 def _mask(cached: int, time: int, window: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
     """Boolean mask, True where a query sees a key: (time, cached + time), or (batch, 1, time, cached + time).
 
-    Returns None if causal attention needs no mask. This is the case without padding, if the window has every token, and
-    if either nothing is cached or only one token is new.
+    Returns None if causal attention needs no mask. Three conditions must hold: there is no padding, the window covers
+    all tokens, and either nothing is cached or only one token is new.
     """
     if padding is None and window >= cached + time - 1 and (time == 1 or not cached):
         return None

@@ -143,8 +143,8 @@ class Stage:
                 horizon; 0 keeps none.
         """
         device, ranks, model = self._runtime.device, self._runtime.ranks, self.model
-        # The checkpoint that the stage starts from. The name of its model is added if it is not the trained model's
-        # name.
+        # The checkpoint that the stage starts from. If it belongs to another model than the stage trains, the other
+        # model's name is added.
         lineage = {"base": self._base.ref.revision} if self._base else {}
         if self._base and self._base.ref.model != self._settings.model:
             lineage["base_model"] = self._base.ref.model

@@ -80,7 +80,7 @@ class Stream:
         self._first: engine_pb2.GenerateChunk | None = None  # the first chunk until :meth:`read` has returned it
         self._begun = False  # whether any chunk has arrived
         self._last_chunk = 0.0
-        self._deadline: float | None = None  # end of the engines' time for the answer; set by the first call
+        self._deadline: float | None = None  # latest time for the end of the answer; set by the first call
         self._patience: float | None = None  # end of the wait for an engine; None while chunks arrive
         self._call: Call | None = None
         self._successor: Call | None = None

@@ -72,8 +72,8 @@ class CacheClock:
     def learn(self, distance: float, found: bool) -> None:
         """Corrects the estimated capacity after an answer.
 
-        ``distance`` other tokens were written after the last use of a prefix, and the cache still had the prefix if
-        ``found`` is true.
+        ``distance`` is the number of other tokens that were written after the last use of a prefix. ``found`` says
+        whether the cache still had the prefix.
         """
         if found:
             self.capacity = max(self.capacity, distance)
