@@ -29,6 +29,7 @@ import heapq
 import itertools
 import math
 import multiprocessing
+import operator
 import os
 import random
 import time
@@ -197,7 +198,7 @@ class ConsistentHashing(_LoadOnly):
         at = bisect.bisect(self.ring, (random.Random(chat.key).random(), ""))
         if self.bound == math.inf:
             return self.ring[at % len(self.ring)][1]
-        total = sum([load.sequences for load in loads.values()])
+        total = sum(map(operator.attrgetter("sequences"), loads.values()))
         most = math.ceil(self.bound * (total + 1) / len(loads))
         following = (self.ring[i % len(self.ring)][1] for i in itertools.count(at))
         return next(name for name in following if loads[name].sequences < most)

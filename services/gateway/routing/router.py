@@ -52,6 +52,7 @@ counts as a use of its prompt, because an engine never reuses the blocks of a ru
 """
 
 import math
+import operator
 import random
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -66,9 +67,11 @@ _MOST_COMPARED = 8
 _HIGH_KV_USE = 0.8
 # The router remembers at most this many unanswered prompts. Answers to older prompts correct no estimate.
 _MOST_EXPECTED = 16_384
+# With many replicas, this is faster than a comprehension.
+_SEQUENCES = operator.attrgetter("sequences")
 
 
-@dataclass
+@dataclass(slots=True)
 class ReplicaLoad:
     """How busy a replica is.
 
@@ -130,7 +133,7 @@ class Router:
             now: the current time in seconds.
         """
         names = list(loads)
-        total = sum([load.sequences for load in loads.values()])
+        total = sum(map(_SEQUENCES, loads.values()))
         mean = total / len(names)
         bound = max(self._settings.free_sequences, math.ceil(self._settings.load_bound * (total + 1) / len(names)))
         best, lowest = "", math.inf
