@@ -122,7 +122,7 @@ def test_a_model_without_its_text_is_reported_without_bits_per_byte(store: Store
 
 
 def test_a_model_that_is_not_there_is_an_error(store: Store) -> None:
-    with pytest.raises(UserError, match="model 'none' has no base checkpoint"):
+    with pytest.raises(UserError, match="model 'none' has no base or sft or rl checkpoint"):
         report_on(store, "none")
 
 
