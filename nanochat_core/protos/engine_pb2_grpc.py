@@ -95,15 +95,16 @@ class EngineServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Reload(self, request, context):
-        """Loads the given or the promoted revision; later requests go to it. FAILED_PRECONDITION: it cannot be loaded.
+        """Loads the given revision, by default the promoted one, for all later requests.
+        FAILED_PRECONDITION: the revision cannot be loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetReport(self, request, context):
-        """Reads the report on the model from the store. NOT_FOUND: it does not exist. FAILED_PRECONDITION: it is too large to
-        send. UNAVAILABLE: the store does not answer.
+        """Reads the report on the model from the store. NOT_FOUND: there is no report. FAILED_PRECONDITION: the report is too
+        large to send. UNAVAILABLE: the store does not answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

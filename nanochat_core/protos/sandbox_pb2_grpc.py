@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class SandboxStub(object):
-    """Runs untrusted Python. Each call has a process of its own, and nothing of it remains after its end.
+    """Runs untrusted Python. Each call has a process of its own. Nothing of this process remains after the call.
     """
 
     def __init__(self, channel):
@@ -48,7 +48,7 @@ class SandboxStub(object):
 
 
 class SandboxServicer(object):
-    """Runs untrusted Python. Each call has a process of its own, and nothing of it remains after its end.
+    """Runs untrusted Python. Each call has a process of its own. Nothing of this process remains after the call.
     """
 
     def Execute(self, request, context):
@@ -87,7 +87,7 @@ def add_SandboxServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Sandbox(object):
-    """Runs untrusted Python. Each call has a process of its own, and nothing of it remains after its end.
+    """Runs untrusted Python. Each call has a process of its own. Nothing of this process remains after the call.
     """
 
     @staticmethod
