@@ -450,7 +450,7 @@ def draw(results: dict[str, Result], findable: int, path: Path) -> None:
             axes.set_axisbelow(True)
             axes.invert_yaxis()
         found.barh(list(results), [100 * r.cached_tokens / findable for r in results.values()], color=colors.values())
-        found.set(title="Findable prompt tokens found in a cache", xlabel="percent", xlim=(0, 100))
+        found.set(title="Reusable prompt tokens found in a cache", xlabel="percent", xlim=(0, 100))
         wait.barh(list(results), [np.percentile(r.waits, 95) for r in results.values()], color=colors.values())
         wait.set(title="Wait for the first token, 95th percentile", xlabel="seconds", yticklabels=[])
         for name, result in results.items():
