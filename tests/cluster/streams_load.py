@@ -41,7 +41,10 @@ def ask(address: str, question: dict[str, Any]) -> str:
                 raise ValueError(f"error event {event['error']}")
             for choice in event.get("choices", ()):
                 delta = choice["delta"]
-                said += [delta.get("content") or "", json.dumps(delta["nanochat"]) if "nanochat" in delta else ""]
+                said.append(delta.get("content") or "")
+                for tool_event in delta.get("nanochat", {}).get("tool_events", ()):
+                    tool_event.pop("duration_seconds", None)  # differs in each run
+                    said.append(json.dumps(tool_event))
         raise ValueError(f"the stream ended after {''.join(said)!r}")
     finally:
         connection.close()
