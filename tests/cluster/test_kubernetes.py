@@ -56,6 +56,8 @@ podMonitor: {enabled: true, labels: {release: prometheus}}
 # With these values, several engines fit on a small node.
 SMALL_ENGINES = "--set=engine.resources.requests.cpu=50m,engine.resources.requests.memory=256Mi"
 LOAD_STREAMS = 8
+# An engine may always have four sequences. The router uses a new engine only if the others have more than that.
+BUSY_STREAMS = 24
 LOAD_POD = """
 apiVersion: v1
 kind: Pod
@@ -251,15 +253,15 @@ def roll_out(namespace: str, release: str, component: str) -> None:
 
 
 @contextlib.contextmanager
-def streams(namespace: str, address: str) -> Iterator[dict[str, Any]]:
-    """Keep streams running during the block.
+def streams(namespace: str, address: str, count: int = LOAD_STREAMS) -> Iterator[dict[str, Any]]:
+    """Keep ``count`` streams running during the block.
 
     After the block, the yielded dictionary contains the report of ``streams_load.py``.
     """
     script = (ROOT / "tests/cluster/streams_load.py").read_text()
     command = ["kubectl", "-n", namespace, "exec", "-i", "load", "--", "python", "-c", script]
     report: dict[str, Any] = {}
-    with Popen([*command, address, str(LOAD_STREAMS)], stdin=PIPE, stdout=PIPE, text=True) as load:
+    with Popen([*command, address, str(count)], stdin=PIPE, stdout=PIPE, text=True) as load:
         assert load.stdin is not None
         assert load.stdout is not None
         assert load.stdout.readline() == "ready\n"
@@ -307,7 +309,7 @@ def test_streams_outlive_a_rolling_restart(namespace: str, release: str, two_eng
 
 
 def test_load_spreads_over_new_engines_in_five_seconds(namespace: str, release: str, two_engines: str) -> None:
-    with streams(namespace, two_engines) as report:
+    with streams(namespace, two_engines, BUSY_STREAMS) as report:
         for replicas in (3, 4):
             run("kubectl", "-n", namespace, "scale", f"deployment/{release}-engine", f"--replicas={replicas}")
             roll_out(namespace, release, "engine")
