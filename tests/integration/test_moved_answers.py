@@ -50,7 +50,9 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def engines(home: Path) -> Iterator[list[EngineProcess]]:
-    running = [EngineProcess(home, "--drain-seconds", "60", "--max-running", "400", ready=False) for _ in range(2)]
+    # Small steps make the answers slow, so that many of them run when an engine is lost.
+    flags = ["--drain-seconds", "60", "--max-running", "400", "--token-budget", "8"]
+    running = [EngineProcess(home, *flags, ready=False) for _ in range(2)]
     for engine in running:
         engine.connect()
     yield running

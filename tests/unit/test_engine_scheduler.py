@@ -172,7 +172,8 @@ def test_a_sequence_alone_always_runs_whatever_it_finds_in_the_cache(context: in
 @given(st.data())
 def test_whatever_is_planned_every_sequence_gets_through(data: st.DataObject) -> None:
     context = data.draw(st.sampled_from([256, 640, 1024, 2048]))
-    budget = data.draw(st.sampled_from([8, 64, 300, 512, 1024]))
+    # Smaller budgets in larger contexts take thousands of steps and show nothing new.
+    budget = data.draw(st.sampled_from([size for size in (8, 64, 300, 512, 1024) if 32 * size >= context]))
     bench = planned(context, budget, data.draw(st.sampled_from([1, 1.3, 2, 3])))
     lengths = data.draw(st.lists(st.integers(1, context - 8), min_size=1, max_size=8))
     sequences = [bench.add(length) for length in lengths]
