@@ -50,9 +50,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def engines(home: Path) -> Iterator[list[EngineProcess]]:
-    # Small steps make the answers slow, so that many of them run when an engine is lost.
-    flags = ["--drain-seconds", "60", "--max-running", "400", "--token-budget", "8"]
-    running = [EngineProcess(home, *flags, ready=False) for _ in range(2)]
+    running = [EngineProcess(home, "--drain-seconds", "60", "--max-running", "400", ready=False) for _ in range(2)]
     for engine in running:
         engine.connect()
     yield running
@@ -106,7 +104,7 @@ async def test_every_answer_is_the_one_of_an_undisturbed_run(
         undisturbed = await ask_all(asyncio.Semaphore(0))
         chunks = asyncio.Semaphore(0)
         asking = asyncio.create_task(ask_all(chunks))
-        for _ in range(10 * len(requests)):  # by then, all answers have begun and none has ended
+        for _ in range(3 * len(requests)):  # by then, all answers have begun and none has ended
             await chunks.acquire()
         engines[0].process.send_signal(number)
         disturbed = await asking
