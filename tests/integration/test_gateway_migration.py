@@ -84,6 +84,14 @@ async def ask(url: str, **options: Any) -> Told:
     return Told(await create(model="nano", messages=HELLO, stream=True, stream_options=with_usage, **options))
 
 
+async def begin(url: str) -> tuple[Told, asyncio.Task[Told]]:
+    """Asks, and waits until the answer has begun. Returns the answer so far and the task that reads the rest."""
+    told = await ask(url)
+    reading = asyncio.create_task(told.read())
+    await told.until(lambda: len(told.text.get(0, "")) >= 3)
+    return told, reading
+
+
 @contextlib.asynccontextmanager
 async def two_engines(**settings: Any) -> AsyncIterator[tuple[str, StoryEngine, StoryEngine]]:
     """Runs a gateway with two engines. Yields the gateway's URL and the engines."""
@@ -169,9 +177,7 @@ async def test_a_hung_engine_is_noticed_within_its_two_checks() -> None:
     async with two_engines(poll_seconds=1.0, health_timeout_seconds=1.0) as (url, one, two):
         for engine in (one, two):
             engine.steps = 3
-        told = await ask(url)
-        reading = asyncio.create_task(told.read())
-        await told.until(lambda: len(told.text.get(0, "")) >= 3)
+        told, reading = await begin(url)
         first, second = (one, two) if one.requests else (two, one)
         second.allow(None)
         first.hang()
@@ -187,9 +193,7 @@ async def test_an_engine_that_only_pauses_keeps_its_stream_if_there_is_no_other(
     async with running_gateway(engine.address, health_timeout_seconds=0.1) as url:
         await until_ready(url)
         engine.steps = 3
-        told = await ask(url)
-        reading = asyncio.create_task(told.read())
-        await told.until(lambda: len(told.text.get(0, "")) >= 3)
+        told, reading = await begin(url)
         engine.hang()
         await until_ready(url, ready=False)
         await asyncio.sleep(0.5)
@@ -207,9 +211,7 @@ async def test_a_draining_engine_without_another_keeps_its_streams_to_the_end() 
     async with running_gateway(engine.address) as url:
         await until_ready(url)
         engine.steps = 3
-        told = await ask(url)
-        reading = asyncio.create_task(told.read())
-        await told.until(lambda: len(told.text.get(0, "")) >= 3)
+        told, reading = await begin(url)
         await engine.drain()
         await until_ready(url, ready=False)
         engine.allow(None)
@@ -224,9 +226,7 @@ async def test_a_stream_waits_for_its_only_engine_to_come_back() -> None:
     async with running_gateway(engine.address, queue_seconds=20) as url:
         await until_ready(url)
         engine.steps = 3
-        told = await ask(url)
-        reading = asyncio.create_task(told.read())
-        await told.until(lambda: len(told.text.get(0, "")) >= 3)
+        told, reading = await begin(url)
         await engine.stop()
         await until_ready(url, ready=False)
         engine.allow(None)
@@ -241,9 +241,7 @@ async def test_without_any_engine_a_stream_ends_with_words_for_a_person() -> Non
     async with two_engines(queue_seconds=0.3) as (url, one, two):
         for engine in (one, two):
             engine.steps = 3
-        told = await ask(url)
-        reading = asyncio.create_task(told.read())
-        await told.until(lambda: len(told.text.get(0, "")) >= 3)
+        _, reading = await begin(url)
         await one.stop()
         await two.stop()
         with pytest.raises(openai.APIError, match="stopped in the middle of the answer; send the request again"):
@@ -256,9 +254,7 @@ async def test_a_stream_never_goes_on_with_other_weights() -> None:
         two.info.digests["model.safetensors"] = two.info.revision = "other"
         await two.looked_at()
         one.steps = two.steps = 3
-        told = await ask(url)
-        reading = asyncio.create_task(told.read())
-        await told.until(lambda: len(told.text.get(0, "")) >= 3)
+        _, reading = await begin(url)
         first, second = (one, two) if one.requests else (two, one)
         second.allow(None)
         await first.stop()
@@ -346,9 +342,7 @@ async def test_calls_that_fail_eject_an_engine_even_if_its_health_and_an_old_str
                 await asyncio.sleep(0.005)
 
         one.script = two.script = endless
-        told = await ask(url)
-        reading = asyncio.create_task(told.read())
-        await told.until(lambda: len(told.text.get(0, "")) >= 3)
+        told, reading = await begin(url)
         bad, good = (one, two) if one.requests else (two, one)
         bad.script, good.script = failing(code, "a bug"), saying("hello")
         good.load = pb.Load(running=5)  # so that the other engine is chosen
@@ -415,9 +409,7 @@ async def test_comments_that_have_begun_go_on_while_the_stream_waits_for_another
 async def test_the_clients_of_moved_streams_can_leave() -> None:
     async with two_engines() as (url, one, two):
         one.steps = two.steps = 3
-        told = await ask(url)
-        reading = asyncio.create_task(told.read())
-        await told.until(lambda: len(told.text.get(0, "")) >= 3)
+        told, reading = await begin(url)
         first, second = (one, two) if one.requests else (two, one)
         await first.drain()
         async with asyncio.timeout(10):
