@@ -27,10 +27,10 @@ from pathlib import Path
 import aiohttp
 import grpc
 
+from deploy.local import free_port
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.protos import engine_pb2_grpc
 from tests.benchmarks.stub_engine import MODEL
-from tests.support.chaos_stack import free_port
 from tests.support.service_process import GatewayProcess
 
 REQUEST = {"model": MODEL, "messages": [{"role": "user", "content": "Tell me about the town."}]}

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import re
-import socket
 import time
 import urllib.parse
 import urllib.request
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from deploy.local import free_port
 from tests.support.commands import QUESTION, ROOT, assert_answer_came_through_the_tool, run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
@@ -47,13 +47,6 @@ class Stack:
         ids = self.compose("ps", "--all", "--quiet").split()
         found = json.loads(run("docker", "inspect", *ids).stdout)
         return {container["Config"]["Labels"]["com.docker.compose.service"]: container for container in found}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def get_json(url: str, body: dict[str, Any] | None = None) -> Any:

@@ -18,6 +18,7 @@ import openai
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from deploy.local import free_port
 from nanochat_core.checkpoint import CheckpointRef, promote
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.protos import engine_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
@@ -25,7 +26,6 @@ from nanochat_core.store import open_store
 from nanochat_core.tls import TlsFiles, client_credentials
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 from tests.support.certificates import Authority, flags, needs_openssl
-from tests.support.chaos_stack import free_port
 from tests.support.engine_models import BYTES, CALLING, tiny_model
 from tests.support.service_process import REPOSITORY, EngineProcess, GatewayProcess, ServiceProcess
 

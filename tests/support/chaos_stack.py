@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import enum
 import signal
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -18,6 +17,7 @@ import grpc
 import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from deploy.local import free_port
 from nanochat_core.checkpoint import CheckpointRef, promote
 from nanochat_core.store import open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
@@ -215,10 +215,3 @@ async def _serves_models(port: int) -> bool:
             return bool((await client.get(f"http://127.0.0.1:{port}/readyz", timeout=1.0)).json()["models"])
         except (httpx.HTTPError, ValueError, KeyError):
             return False
-
-
-def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
