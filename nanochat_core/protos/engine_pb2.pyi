@@ -17,7 +17,7 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "n", "sampling", "tools", "priority", "tokenizer_digest", "continued", "weights_digest")
+    __slots__ = ("request_id", "prompt_token_ids", "n", "sampling", "tools", "priority", "tokenizer_digest", "continued", "weights_digest", "caller")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class GenerateRequest(_message.Message):
     TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     CONTINUED_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     n: int
@@ -36,7 +37,8 @@ class GenerateRequest(_message.Message):
     tokenizer_digest: str
     continued: _containers.RepeatedCompositeFieldContainer[Continuation]
     weights_digest: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., n: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., tools: _Optional[_Union[ToolPolicy, _Mapping]] = ..., priority: _Optional[int] = ..., tokenizer_digest: _Optional[str] = ..., continued: _Optional[_Iterable[_Union[Continuation, _Mapping]]] = ..., weights_digest: _Optional[str] = ...) -> None: ...
+    caller: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., n: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., tools: _Optional[_Union[ToolPolicy, _Mapping]] = ..., priority: _Optional[int] = ..., tokenizer_digest: _Optional[str] = ..., continued: _Optional[_Iterable[_Union[Continuation, _Mapping]]] = ..., weights_digest: _Optional[str] = ..., caller: _Optional[str] = ...) -> None: ...
 
 class Continuation(_message.Message):
     __slots__ = ("index", "tokens", "tool_events", "finished")
@@ -51,7 +53,7 @@ class Continuation(_message.Message):
     def __init__(self, index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., tool_events: _Optional[_Iterable[_Union[ToolEvent, _Mapping]]] = ..., finished: bool = ...) -> None: ...
 
 class SamplingParams(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "max_tokens", "stop_token_ids", "logprobs", "logit_bias", "json_object", "json_schema", "regex")
+    __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "max_tokens", "stop_token_ids", "logprobs", "logit_bias", "json_object", "json_schema", "regex", "text_or_json_schema", "prompt_logprobs", "min_tokens")
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +76,9 @@ class SamplingParams(_message.Message):
     JSON_OBJECT_FIELD_NUMBER: _ClassVar[int]
     JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
     REGEX_FIELD_NUMBER: _ClassVar[int]
+    TEXT_OR_JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
@@ -89,7 +94,10 @@ class SamplingParams(_message.Message):
     json_object: bool
     json_schema: str
     regex: str
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., json_object: bool = ..., json_schema: _Optional[str] = ..., regex: _Optional[str] = ...) -> None: ...
+    text_or_json_schema: str
+    prompt_logprobs: int
+    min_tokens: int
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., json_object: bool = ..., json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., text_or_json_schema: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ..., min_tokens: _Optional[int] = ...) -> None: ...
 
 class ToolPolicy(_message.Message):
     __slots__ = ("enabled", "max_calls", "max_output_tokens")
@@ -129,17 +137,29 @@ class ToolCall(_message.Message):
     code: str
     def __init__(self, call_index: _Optional[int] = ..., code: _Optional[str] = ...) -> None: ...
 
+class Picture(_message.Message):
+    __slots__ = ("name", "media_type", "content")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MEDIA_TYPE_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    media_type: str
+    content: bytes
+    def __init__(self, name: _Optional[str] = ..., media_type: _Optional[str] = ..., content: _Optional[bytes] = ...) -> None: ...
+
 class ToolResult(_message.Message):
-    __slots__ = ("call_index", "status", "output", "duration_seconds")
+    __slots__ = ("call_index", "status", "output", "duration_seconds", "pictures")
     CALL_INDEX_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     DURATION_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PICTURES_FIELD_NUMBER: _ClassVar[int]
     call_index: int
     status: str
     output: str
     duration_seconds: float
-    def __init__(self, call_index: _Optional[int] = ..., status: _Optional[str] = ..., output: _Optional[str] = ..., duration_seconds: _Optional[float] = ...) -> None: ...
+    pictures: _containers.RepeatedCompositeFieldContainer[Picture]
+    def __init__(self, call_index: _Optional[int] = ..., status: _Optional[str] = ..., output: _Optional[str] = ..., duration_seconds: _Optional[float] = ..., pictures: _Optional[_Iterable[_Union[Picture, _Mapping]]] = ...) -> None: ...
 
 class ToolEvent(_message.Message):
     __slots__ = ("call", "result")
@@ -160,27 +180,29 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateChunk(_message.Message):
-    __slots__ = ("index", "tokens", "tool_events", "finish_reason", "usage", "draining")
+    __slots__ = ("index", "tokens", "tool_events", "finish_reason", "usage", "draining", "prompt_tokens")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOOL_EVENTS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     index: int
     tokens: _containers.RepeatedCompositeFieldContainer[Token]
     tool_events: _containers.RepeatedCompositeFieldContainer[ToolEvent]
     finish_reason: FinishReason
     usage: Usage
     draining: bool
-    def __init__(self, index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., tool_events: _Optional[_Iterable[_Union[ToolEvent, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., draining: bool = ...) -> None: ...
+    prompt_tokens: _containers.RepeatedCompositeFieldContainer[Token]
+    def __init__(self, index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., tool_events: _Optional[_Iterable[_Union[ToolEvent, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., draining: bool = ..., prompt_tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "revision", "digests", "context_length", "vocab_size", "tokenizer_json", "compute_dtype", "parameters")
+    __slots__ = ("name", "revision", "digests", "context_length", "vocab_size", "tokenizer_json", "compute_dtype", "parameters", "examples")
     class DigestsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +218,7 @@ class ModelInfo(_message.Message):
     TOKENIZER_JSON_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     name: str
     revision: str
     digests: _containers.ScalarMap[str, str]
@@ -204,7 +227,8 @@ class ModelInfo(_message.Message):
     tokenizer_json: bytes
     compute_dtype: str
     parameters: int
-    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., digests: _Optional[_Mapping[str, str]] = ..., context_length: _Optional[int] = ..., vocab_size: _Optional[int] = ..., tokenizer_json: _Optional[bytes] = ..., compute_dtype: _Optional[str] = ..., parameters: _Optional[int] = ...) -> None: ...
+    examples: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., digests: _Optional[_Mapping[str, str]] = ..., context_length: _Optional[int] = ..., vocab_size: _Optional[int] = ..., tokenizer_json: _Optional[bytes] = ..., compute_dtype: _Optional[str] = ..., parameters: _Optional[int] = ..., examples: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()
@@ -259,3 +283,21 @@ class ReportFile(_message.Message):
     media_type: str
     content: bytes
     def __init__(self, name: _Optional[str] = ..., media_type: _Optional[str] = ..., content: _Optional[bytes] = ...) -> None: ...
+
+class GetProgressRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("model", "promoted", "served", "parts_json", "age_seconds")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PROMOTED_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
+    PARTS_JSON_FIELD_NUMBER: _ClassVar[int]
+    AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    promoted: str
+    served: str
+    parts_json: bytes
+    age_seconds: float
+    def __init__(self, model: _Optional[str] = ..., promoted: _Optional[str] = ..., served: _Optional[str] = ..., parts_json: _Optional[bytes] = ..., age_seconds: _Optional[float] = ...) -> None: ...

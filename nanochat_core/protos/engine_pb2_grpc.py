@@ -60,6 +60,11 @@ class EngineStub(object):
                 request_serializer=nanochat__core_dot_protos_dot_engine__pb2.GetReportRequest.SerializeToString,
                 response_deserializer=nanochat__core_dot_protos_dot_engine__pb2.Report.FromString,
                 _registered_method=True)
+        self.GetProgress = channel.unary_unary(
+                '/nanochat.engine.v1.Engine/GetProgress',
+                request_serializer=nanochat__core_dot_protos_dot_engine__pb2.GetProgressRequest.SerializeToString,
+                response_deserializer=nanochat__core_dot_protos_dot_engine__pb2.Progress.FromString,
+                _registered_method=True)
 
 
 class EngineServicer(object):
@@ -70,7 +75,7 @@ class EngineServicer(object):
         """Streams the continuation of a prompt. Cancelling the call frees its sequences at the next step.
         INVALID_ARGUMENT: the request can never be served; the message says why.
         RESOURCE_EXHAUSTED: the queue is full, or the device ran out of memory and the engine dropped the request; send it
-        again later.
+        again later. With the trailing metadata "caller-limit", only the request's caller has too many requests that wait.
         FAILED_PRECONDITION: the prompt was made with another tokenizer, or the engine has other weights than the request
         names.
         UNAVAILABLE: no model is loaded yet, the engine is draining, or its device loop has died.
@@ -110,6 +115,15 @@ class EngineServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetProgress(self, request, context):
+        """Reads from the store how far the training of the model has come, even while no model is loaded. NOT_FOUND: the
+        store has no progress of the model. FAILED_PRECONDITION: a newer version wrote it. UNAVAILABLE: the store does not
+        answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -137,6 +151,11 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.GetReport,
                     request_deserializer=nanochat__core_dot_protos_dot_engine__pb2.GetReportRequest.FromString,
                     response_serializer=nanochat__core_dot_protos_dot_engine__pb2.Report.SerializeToString,
+            ),
+            'GetProgress': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetProgress,
+                    request_deserializer=nanochat__core_dot_protos_dot_engine__pb2.GetProgressRequest.FromString,
+                    response_serializer=nanochat__core_dot_protos_dot_engine__pb2.Progress.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -275,6 +294,33 @@ class Engine(object):
             '/nanochat.engine.v1.Engine/GetReport',
             nanochat__core_dot_protos_dot_engine__pb2.GetReportRequest.SerializeToString,
             nanochat__core_dot_protos_dot_engine__pb2.Report.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetProgress(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nanochat.engine.v1.Engine/GetProgress',
+            nanochat__core_dot_protos_dot_engine__pb2.GetProgressRequest.SerializeToString,
+            nanochat__core_dot_protos_dot_engine__pb2.Progress.FromString,
             options,
             channel_credentials,
             insecure,

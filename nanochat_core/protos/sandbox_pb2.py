@@ -24,29 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"nanochat_core/protos/sandbox.proto\x12\x13nanochat.sandbox.v1\"_\n\x06Limits\x12\x14\n\x0cwall_seconds\x18\x01 \x01(\x02\x12\x13\n\x0b\x63pu_seconds\x18\x02 \x01(\x02\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x14\n\x0coutput_bytes\x18\x04 \x01(\x04\"\x99\x01\n\x0e\x45xecuteRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12+\n\x06limits\x18\x03 \x01(\x0b\x32\x1b.nanochat.sandbox.v1.Limits\x12\x38\n\rresult_format\x18\x04 \x01(\x0e\x32!.nanochat.sandbox.v1.ResultFormat\"V\n\x0e\x45xecutionUsage\x12\x14\n\x0cwall_seconds\x18\x01 \x01(\x02\x12\x13\n\x0b\x63pu_seconds\x18\x02 \x01(\x02\x12\x19\n\x11peak_memory_bytes\x18\x03 \x01(\x04\"\xe2\x01\n\x0c\x45xecuteReply\x12+\n\x06status\x18\x01 \x01(\x0e\x32\x1b.nanochat.sandbox.v1.Status\x12\x0e\n\x06stdout\x18\x02 \x01(\t\x12\x0e\n\x06stderr\x18\x03 \x01(\t\x12\x13\n\x06result\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x11\n\ttruncated\x18\x06 \x01(\x08\x12\x32\n\x05usage\x18\x07 \x01(\x0b\x32#.nanochat.sandbox.v1.ExecutionUsage\x12\x0f\n\x07profile\x18\x08 \x01(\tB\t\n\x07_result\"\x10\n\x0eGetInfoRequest\"\x96\x01\n\x04Info\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12\x13\n\x0b\x63oncurrency\x18\x02 \x01(\r\x12\x33\n\x0e\x64\x65\x66\x61ult_limits\x18\x03 \x01(\x0b\x32\x1b.nanochat.sandbox.v1.Limits\x12\x33\n\x0emaximum_limits\x18\x04 \x01(\x0b\x32\x1b.nanochat.sandbox.v1.Limits*=\n\x0cResultFormat\x12\x16\n\x12RESULT_FORMAT_REPR\x10\x00\x12\x15\n\x11RESULT_FORMAT_STR\x10\x01*\xab\x01\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\r\n\tSTATUS_OK\x10\x01\x12\x10\n\x0cSTATUS_ERROR\x10\x02\x12\x12\n\x0eSTATUS_TIMEOUT\x10\x03\x12\x11\n\rSTATUS_MEMORY\x10\x04\x12\x17\n\x13STATUS_OUTPUT_LIMIT\x10\x05\x12\x11\n\rSTATUS_DENIED\x10\x06\x12\x15\n\x11STATUS_OVERLOADED\x10\x07\x32\xa7\x01\n\x07Sandbox\x12Q\n\x07\x45xecute\x12#.nanochat.sandbox.v1.ExecuteRequest\x1a!.nanochat.sandbox.v1.ExecuteReply\x12I\n\x07GetInfo\x12#.nanochat.sandbox.v1.GetInfoRequest\x1a\x19.nanochat.sandbox.v1.Infob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"nanochat_core/protos/sandbox.proto\x12\x13nanochat.sandbox.v1\"_\n\x06Limits\x12\x14\n\x0cwall_seconds\x18\x01 \x01(\x02\x12\x13\n\x0b\x63pu_seconds\x18\x02 \x01(\x02\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x14\n\x0coutput_bytes\x18\x04 \x01(\x04\"%\n\x04\x46ile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\"\xae\x02\n\x0e\x45xecuteRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12+\n\x06limits\x18\x03 \x01(\x0b\x32\x1b.nanochat.sandbox.v1.Limits\x12\x38\n\rresult_format\x18\x04 \x01(\x0e\x32!.nanochat.sandbox.v1.ResultFormat\x12\x0b\n\x03key\x18\x05 \x01(\t\x12\r\n\x05stdin\x18\x06 \x01(\x0c\x12\x0c\n\x04\x61rgv\x18\x07 \x03(\t\x12(\n\x05\x66iles\x18\x08 \x03(\x0b\x32\x19.nanochat.sandbox.v1.File\x12\x15\n\rcollect_files\x18\t \x01(\x08\x12\x17\n\x0f\x63ollect_endings\x18\n \x03(\t\x12\x0f\n\x07session\x18\x0b \x01(\t\"V\n\x0e\x45xecutionUsage\x12\x14\n\x0cwall_seconds\x18\x01 \x01(\x02\x12\x13\n\x0b\x63pu_seconds\x18\x02 \x01(\x02\x12\x19\n\x11peak_memory_bytes\x18\x03 \x01(\x04\"\xd0\x02\n\x0c\x45xecuteReply\x12+\n\x06status\x18\x01 \x01(\x0e\x32\x1b.nanochat.sandbox.v1.Status\x12\x0e\n\x06stdout\x18\x02 \x01(\t\x12\x0e\n\x06stderr\x18\x03 \x01(\t\x12\x13\n\x06result\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x11\n\ttruncated\x18\x06 \x01(\x08\x12\x32\n\x05usage\x18\x07 \x01(\x0b\x32#.nanochat.sandbox.v1.ExecutionUsage\x12\x0f\n\x07profile\x18\x08 \x01(\t\x12\x15\n\rqueue_seconds\x18\t \x01(\x02\x12(\n\x05\x66iles\x18\n \x03(\x0b\x32\x19.nanochat.sandbox.v1.File\x12\x16\n\x0e\x66iles_complete\x18\x0b \x01(\x08\x12\x13\n\x0bsession_new\x18\x0c \x01(\x08\x42\t\n\x07_result\"o\n\x0c\x45xecuteEvent\x12\x10\n\x06stdout\x18\x01 \x01(\x0cH\x00\x12\x10\n\x06stderr\x18\x02 \x01(\x0cH\x00\x12\x32\n\x05reply\x18\x03 \x01(\x0b\x32!.nanochat.sandbox.v1.ExecuteReplyH\x00\x42\x07\n\x05\x65vent\"\x10\n\x0eGetInfoRequest\"\x96\x01\n\x04Info\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12\x13\n\x0b\x63oncurrency\x18\x02 \x01(\r\x12\x33\n\x0e\x64\x65\x66\x61ult_limits\x18\x03 \x01(\x0b\x32\x1b.nanochat.sandbox.v1.Limits\x12\x33\n\x0emaximum_limits\x18\x04 \x01(\x0b\x32\x1b.nanochat.sandbox.v1.Limits*=\n\x0cResultFormat\x12\x16\n\x12RESULT_FORMAT_REPR\x10\x00\x12\x15\n\x11RESULT_FORMAT_STR\x10\x01*\xab\x01\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\r\n\tSTATUS_OK\x10\x01\x12\x10\n\x0cSTATUS_ERROR\x10\x02\x12\x12\n\x0eSTATUS_TIMEOUT\x10\x03\x12\x11\n\rSTATUS_MEMORY\x10\x04\x12\x17\n\x13STATUS_OUTPUT_LIMIT\x10\x05\x12\x11\n\rSTATUS_DENIED\x10\x06\x12\x15\n\x11STATUS_OVERLOADED\x10\x07\x32\x82\x02\n\x07Sandbox\x12Q\n\x07\x45xecute\x12#.nanochat.sandbox.v1.ExecuteRequest\x1a!.nanochat.sandbox.v1.ExecuteReply\x12Y\n\rExecuteStream\x12#.nanochat.sandbox.v1.ExecuteRequest\x1a!.nanochat.sandbox.v1.ExecuteEvent0\x01\x12I\n\x07GetInfo\x12#.nanochat.sandbox.v1.GetInfoRequest\x1a\x19.nanochat.sandbox.v1.Infob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'nanochat_core.protos.sandbox_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RESULTFORMAT']._serialized_start=800
-  _globals['_RESULTFORMAT']._serialized_end=861
-  _globals['_STATUS']._serialized_start=864
-  _globals['_STATUS']._serialized_end=1035
+  _globals['_RESULTFORMAT']._serialized_start=1211
+  _globals['_RESULTFORMAT']._serialized_end=1272
+  _globals['_STATUS']._serialized_start=1275
+  _globals['_STATUS']._serialized_end=1446
   _globals['_LIMITS']._serialized_start=59
   _globals['_LIMITS']._serialized_end=154
-  _globals['_EXECUTEREQUEST']._serialized_start=157
-  _globals['_EXECUTEREQUEST']._serialized_end=310
-  _globals['_EXECUTIONUSAGE']._serialized_start=312
-  _globals['_EXECUTIONUSAGE']._serialized_end=398
-  _globals['_EXECUTEREPLY']._serialized_start=401
-  _globals['_EXECUTEREPLY']._serialized_end=627
-  _globals['_GETINFOREQUEST']._serialized_start=629
-  _globals['_GETINFOREQUEST']._serialized_end=645
-  _globals['_INFO']._serialized_start=648
-  _globals['_INFO']._serialized_end=798
-  _globals['_SANDBOX']._serialized_start=1038
-  _globals['_SANDBOX']._serialized_end=1205
+  _globals['_FILE']._serialized_start=156
+  _globals['_FILE']._serialized_end=193
+  _globals['_EXECUTEREQUEST']._serialized_start=196
+  _globals['_EXECUTEREQUEST']._serialized_end=498
+  _globals['_EXECUTIONUSAGE']._serialized_start=500
+  _globals['_EXECUTIONUSAGE']._serialized_end=586
+  _globals['_EXECUTEREPLY']._serialized_start=589
+  _globals['_EXECUTEREPLY']._serialized_end=925
+  _globals['_EXECUTEEVENT']._serialized_start=927
+  _globals['_EXECUTEEVENT']._serialized_end=1038
+  _globals['_GETINFOREQUEST']._serialized_start=1040
+  _globals['_GETINFOREQUEST']._serialized_end=1056
+  _globals['_INFO']._serialized_start=1059
+  _globals['_INFO']._serialized_end=1209
+  _globals['_SANDBOX']._serialized_start=1449
+  _globals['_SANDBOX']._serialized_end=1707
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,11 @@ class SandboxStub(object):
                 request_serializer=nanochat__core_dot_protos_dot_sandbox__pb2.ExecuteRequest.SerializeToString,
                 response_deserializer=nanochat__core_dot_protos_dot_sandbox__pb2.ExecuteReply.FromString,
                 _registered_method=True)
+        self.ExecuteStream = channel.unary_stream(
+                '/nanochat.sandbox.v1.Sandbox/ExecuteStream',
+                request_serializer=nanochat__core_dot_protos_dot_sandbox__pb2.ExecuteRequest.SerializeToString,
+                response_deserializer=nanochat__core_dot_protos_dot_sandbox__pb2.ExecuteEvent.FromString,
+                _registered_method=True)
         self.GetInfo = channel.unary_unary(
                 '/nanochat.sandbox.v1.Sandbox/GetInfo',
                 request_serializer=nanochat__core_dot_protos_dot_sandbox__pb2.GetInfoRequest.SerializeToString,
@@ -59,6 +64,13 @@ class SandboxServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExecuteStream(self, request, context):
+        """Like Execute, and sends the code's output while the code runs. The last event is the reply, with all of the output.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetInfo(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -72,6 +84,11 @@ def add_SandboxServicer_to_server(servicer, server):
                     servicer.Execute,
                     request_deserializer=nanochat__core_dot_protos_dot_sandbox__pb2.ExecuteRequest.FromString,
                     response_serializer=nanochat__core_dot_protos_dot_sandbox__pb2.ExecuteReply.SerializeToString,
+            ),
+            'ExecuteStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExecuteStream,
+                    request_deserializer=nanochat__core_dot_protos_dot_sandbox__pb2.ExecuteRequest.FromString,
+                    response_serializer=nanochat__core_dot_protos_dot_sandbox__pb2.ExecuteEvent.SerializeToString,
             ),
             'GetInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetInfo,
@@ -107,6 +124,33 @@ class Sandbox(object):
             '/nanochat.sandbox.v1.Sandbox/Execute',
             nanochat__core_dot_protos_dot_sandbox__pb2.ExecuteRequest.SerializeToString,
             nanochat__core_dot_protos_dot_sandbox__pb2.ExecuteReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExecuteStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/nanochat.sandbox.v1.Sandbox/ExecuteStream',
+            nanochat__core_dot_protos_dot_sandbox__pb2.ExecuteRequest.SerializeToString,
+            nanochat__core_dot_protos_dot_sandbox__pb2.ExecuteEvent.FromString,
             options,
             channel_credentials,
             insecure,

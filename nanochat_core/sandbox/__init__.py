@@ -3,9 +3,12 @@
 The package needs only the standard library, so training, evaluation and the service can all use it.
 """
 
+from nanochat_core.sandbox.capture import OnData
 from nanochat_core.sandbox.executor import ExecutorStats, SandboxExecutor
 from nanochat_core.sandbox.interface import (
+    CodeNotBegun,
     ExecutionResult,
+    Inputs,
     Limits,
     ResultFormat,
     SandboxConfig,

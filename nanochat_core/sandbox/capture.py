@@ -2,8 +2,12 @@
 
 import codecs
 import os
+from collections.abc import Callable
 
 _READ_BYTES = 1 << 16
+
+OnData = Callable[[str, bytes], None]
+"""Gets the name of a stream and new bytes of it."""
 
 
 class Capture:
@@ -15,7 +19,9 @@ class Capture:
         closed: whether all writers have closed the pipe.
     """
 
-    def __init__(self, name: str, fd: int, limit: int) -> None:
+    def __init__(self, name: str, fd: int, limit: int, on_data: OnData | None = None) -> None:
+        """``on_data`` is called with the name and each new piece within the limit."""
+        self._on_data = on_data
         self.name = name
         self.fd = fd
         self.limit = limit
@@ -35,6 +41,9 @@ class Capture:
             except BlockingIOError:
                 return
             self.closed = not piece
+            fitting = piece[: self.limit - len(self._data)]
+            if fitting and self._on_data is not None:
+                self._on_data(self.name, fitting)
             self._data += piece[: self.limit + 1 - len(self._data)]
             self.overflow = len(self._data) > self.limit
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from nanochat_core.errors import UserError
@@ -26,7 +27,11 @@ class ProfileUnavailable(Exception):
 
 
 class WorkerFailed(RuntimeError):
-    """A worker died or could not isolate itself before the code began. The code is never the cause."""
+    """The sandbox itself failed, for example because a worker could not isolate itself. The code is never the cause."""
+
+
+class CodeNotBegun(WorkerFailed):
+    """A worker ended before the code began, so the call can run in another worker."""
 
 
 class Status(enum.Enum):
@@ -49,11 +54,60 @@ class ResultFormat(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What code gets from its caller, and whether the caller wants the code's files.
+
+    Attributes:
+        stdin: bytes that the code can read from its stdin.
+        argv: arguments of the program, ``sys.argv[1:]``.
+        files: contents of files that are in the scratch folder when the code begins, by their names. A name may contain
+            folders, separated by ``/``.
+        collect_files: whether the answer brings the regular files that the code has made or changed, its open figures
+            of matplotlib as ``figure-1.png`` and so on, and its value as ``result.png`` or ``result.svg`` if the value
+            can draw itself.
+        collect_endings: if there are any, only files whose names end with one of them come back.
+        collect_unchanged: whether files that the code has not changed come back, too.
+    """
+
+    stdin: bytes = b""
+    argv: tuple[str, ...] = ()
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    collect_files: bool = False
+    collect_endings: tuple[str, ...] = ()
+    collect_unchanged: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            if not is_file_name(name):
+                raise ValueError(f"the file name {name[:100]!r} is not a relative path in the scratch folder")
+        if any("\0" in text for text in (*self.argv, *self.collect_endings)):
+            raise ValueError("an argument of the program or an ending of files has a null byte")
+
+    @property
+    def size(self) -> int:
+        """Bytes of stdin and of all files."""
+        return len(self.stdin) + sum(map(len, self.files.values()))
+
+
+def is_file_name(name: str) -> bool:
+    """Whether ``name`` names a file inside the scratch folder, without ``..`` or anything that has to be normalized."""
+    try:
+        parts = name.encode().split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return (
+        len(parts) <= 16
+        and all(0 < len(part) <= 255 and part not in (b".", b"..") for part in parts)
+        and name.isprintable()
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Limits:
     """The resources that one call may use. In a request, zero means the configured default.
 
     Attributes:
-        wall_seconds: time between the sending of the code and the end of its run.
+        wall_seconds: time between the beginning and the end of the code's run.
         cpu_seconds: CPU time of the code.
         memory_bytes: address space that the code may use in addition to the interpreter's own.
         output_bytes: largest size of each of stdout, stderr and the result.
@@ -81,27 +135,46 @@ class Limits:
 class SandboxConfig:
     """How an executor isolates the code, how many calls it runs at once, and how much each call may use."""
 
-    profile: Literal["auto", "bwrap", "pod"] = setting(
+    profile: Literal["auto", "gvisor", "bwrap", "pod"] = setting(
         "auto", "isolation profile; auto takes the strongest profile that passes its self-test"
     )
     interpreter: str = setting("", "path of the Python that runs the code; empty means the service's own Python")
     scratch_dir: str = setting(
         "",
-        "existing, writable folder for scratch folders (profile pod); a tmpfs of limited size is best; empty means the "
-        "system's temporary folder",
+        "existing, writable folder for scratch folders where calls cannot mount their own (profile pod); file systems "
+        "that are mounted in it as nanochat-scratch-* are used one by one; empty means the system's temporary folder",
     )
     scratch_bytes: int = setting(
         16 << 20, "bytes that a call may store in its scratch folder, and largest size of a file", minimum=4096
     )
-    scratch_files: int = setting(1000, "files that a call may store (profile pod)", minimum=1)
+    scratch_files: int = setting(1000, "files that a call may store", minimum=1)
+    threads: int = setting(
+        8, "threads that a call may run beside its main thread, if the kernel can limit them; 0 forbids them", minimum=0
+    )
+    cgroup_dir: str = setting(
+        "",
+        "folder of a cgroup (version 2) without processes, for this service alone; each call then gets a cgroup in it, "
+        "which limits its memory, threads and CPU; empty means no cgroups",
+    )
     concurrency: int = setting(4, "largest number of calls that run at once", minimum=1)
     queue: int = setting(64, "calls that may wait for a slot; further calls are answered OVERLOADED", minimum=0)
     warm: int = setting(
-        4, "idle interpreters that are kept ready for the next calls; 0 starts one for each call", minimum=0
+        2,
+        "least number of idle workers that are kept ready for the next calls; under load there are more, up to the "
+        "concurrency; 0 forks one for each call",
+        minimum=0,
+    )
+    renew_calls: int = setting(
+        1000, "calls after which a new fork server gives new memory addresses and hash seeds", minimum=1
     )
     preload: tuple[str, ...] = setting(
-        ("math", "random", "re"),
-        "standard-library modules that are imported before the code arrives, separated by commas",
+        ("math", "random", "re", "datetime", "decimal", "fractions", "itertools", "json", "statistics", "string"),
+        "modules that the fork server imports, separated by commas",
+    )
+    packages_dir: str = setting(
+        "",
+        "folder of packages that code may import, as pip install --target makes it, outside of the interpreter's own "
+        "folders; preload should name them; empty means only the standard library",
     )
     wall_seconds: float = setting(5.0, "default limit of a call's time in seconds", minimum=0.01)
     cpu_seconds: float = setting(5.0, "default limit of a call's CPU time in seconds", minimum=0.01)
@@ -111,6 +184,14 @@ class SandboxConfig:
     max_cpu_seconds: float = setting(30.0, "largest limit of CPU time, in seconds", minimum=0.01)
     max_memory_bytes: int = setting(1 << 30, "largest limit of memory, in bytes", minimum=1 << 20)
     max_output_bytes: int = setting(1 << 20, "largest limit of each output, in bytes", minimum=1)
+    max_file_bytes: int = setting(
+        4 << 20, "largest size of all files and stdin of a request, and of all files of an answer, in bytes", minimum=0
+    )
+    max_files: int = setting(100, "largest number of files of a request and of an answer", minimum=0)
+    sessions: int = setting(
+        32, "sessions whose files are kept in memory; with more, the least recently used is forgotten", minimum=1
+    )
+    session_seconds: float = setting(600.0, "seconds after its last call when a session is forgotten", minimum=0.1)
 
     @property
     def default_limits(self) -> Limits:
@@ -153,8 +234,13 @@ class ExecutionResult:
         stdout, stderr: the output, at most as long as the limit; truncated text ends with a note.
         result: text of the value of the expression at the end of the code; ``None`` if there is no value.
         error: one line that says what went wrong or which limit was exceeded; empty if the status is OK.
-        truncated: whether stdout, stderr or the result was truncated.
+        truncated: whether stdout, stderr or the result was truncated, or files exceeded their limits.
         profile: name of the active isolation profile.
+        queue_seconds: time that the call waited for a slot and a worker.
+        files: contents of the files that the code has made or changed, by name, if the caller asked for them.
+        files_complete: whether the caller asked for files and ``files`` has all of them. Files are missing if the code
+            was killed or exceeded a limit of files.
+        session_new: whether the call's session had no files of an earlier call.
     """
 
     status: Status
@@ -165,6 +251,10 @@ class ExecutionResult:
     truncated: bool = False
     usage: Usage = dataclasses.field(default_factory=Usage)
     profile: str = ""
+    queue_seconds: float = 0.0
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    files_complete: bool = False
+    session_new: bool = False
 
     @property
     def ok(self) -> bool:

@@ -10,10 +10,14 @@ import struct
 
 _EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _REMOVE_DIR, _REMOVE_FILE, _MAKE_DIR, _MAKE_REG, _REFER, _TRUNCATE = 1 << 4, 1 << 5, 1 << 7, 1 << 8, 1 << 13, 1 << 14
+_MAKE_SYM = 1 << 12
 
 READ_TREE = READ_FILE | READ_DIR
-# Code may create regular files and folders, but no links, devices, sockets or FIFOs.
-USE_SCRATCH = READ_TREE | WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _REFER | _TRUNCATE
+# Code may create regular files, folders and, if the system-call filter allows it, symbolic links. It may create no
+# devices, sockets or FIFOs.
+USE_SCRATCH = (
+    READ_TREE | WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _MAKE_SYM | _REFER | _TRUNCATE
+)
 
 MINIMUM_ABI = 3
 """The first version of Landlock that controls truncation of files."""

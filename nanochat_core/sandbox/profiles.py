@@ -1,10 +1,12 @@
-"""The isolation profiles: how a worker is started and which rights it gives up.
+"""The isolation profiles: how a fork server is started and which rights its workers give up.
 
 In the profile ``pod``, a worker applies Landlock, a system-call filter and resource limits to itself. This needs no
-other program. In the profile ``bwrap``, a worker applies the same layers inside namespaces that bubblewrap creates.
+other program. In the profile ``bwrap``, a worker applies the same layers inside namespaces that bubblewrap creates. In
+the profile ``gvisor``, these namespaces are those of gVisor's kernel.
 """
 
 import abc
+import ctypes
 import functools
 import os
 import resource
@@ -16,11 +18,14 @@ from nanochat_core.sandbox import landlock, seccomp
 from nanochat_core.sandbox.interface import ProfileUnavailable, SandboxConfig
 from nanochat_core.sandbox.interpreter import Interpreter
 from nanochat_core.sandbox.landlock import PathRule
+from nanochat_core.sandbox.scratch import ScratchRoot
 from nanochat_core.sandbox.worker import protocol
 
 _WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker")
 # Name or path of bubblewrap.
 BWRAP = "bwrap"
+# bubblewrap's folder for scratch file systems. Each worker mounts its own there.
+_SCRATCH = "/scratch"
 _ZONEINFO = "/usr/share/zoneinfo"
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
@@ -30,13 +35,16 @@ class Profile(abc.ABC):
 
     Attributes:
         name: name in settings, results and metrics.
-        host_scratch: whether the executor creates the scratch folder on the host.
+        mounts: where the scratch file systems come from: ``MOUNTS_EXIST`` or ``MOUNTS_IF_ALLOWED`` of the protocol.
+        hides_files: whether code cannot see that other files exist.
+        leaves_network: whether the fork server itself moves to an empty network namespace.
         landlock_abi: Landlock version in use; 0 if the profile works without Landlock.
-        setup: the first frame for every worker; see :mod:`~nanochat_core.sandbox.worker.protocol`.
     """
 
     name: str
-    host_scratch: bool
+    mounts: bytes
+    hides_files = False
+    leaves_network = False
 
     def __init__(self, interpreter: Interpreter, config: SandboxConfig) -> None:
         self.interpreter = interpreter
@@ -44,16 +52,38 @@ class Profile(abc.ABC):
         machine = seccomp.this_machine()
         if machine is None:
             raise ProfileUnavailable("seccomp", "this machine type is not supported; x86_64 and aarch64 are")
+        self._machine = machine
         self.landlock_abi = self._require_landlock(landlock.kernel_abi())
-        attribute = landlock.ruleset_attribute(self.landlock_abi) if self.landlock_abi else b""
-        rules = file_rules(interpreter) if self.landlock_abi else []
-        self.setup = protocol.pack(
+
+    def setup(self, scratch: ScratchRoot) -> bytes:
+        """The setup of a fork server. If workers cannot mount file systems, they use the folders of ``scratch``."""
+        # A mapping keeps a removed file alive, and nobody can count mappings. Without a file system that limits the
+        # scratch space, code therefore may not map files.
+        measured = not scratch.sized
+        alone, shared = file_rules(self.interpreter, packages_hidden=True), file_rules(self.interpreter)
+        packages = self.config.packages_dir
+        for rules in (alone, shared) if packages else ():
+            rules.append(PathRule(packages, landlock.READ_TREE))
+        return protocol.pack(
             [
-                attribute,
-                seccomp.build_filter(machine),
-                resource_limits(config),
-                " ".join(config.preload).encode(),
-                *(struct.pack("=Q", rule.access) + os.fsencode(rule.path) for rule in rules),
+                self.mounts,
+                os.fsencode(self.scratch_mount(scratch.mount_point)),
+                self.scratch_options().encode(),
+                b"leave" if self.leaves_network else b"",
+                "\0".join([*self.interpreter.packages, "/proc", "/sys"]).encode(),
+                landlock.ruleset_attribute(self.landlock_abi) if self.landlock_abi else b"",
+                seccomp.build_filter(self._machine, own_files=True),
+                seccomp.build_filter(self._machine),
+                seccomp.build_filter(self._machine, file_mappings=False) if measured else b"",
+                seccomp.build_thread_filter(self._machine, seccomp.ASK) if self.config.threads else b"",
+                seccomp.build_thread_filter(self._machine, seccomp.AGAIN),
+                resource_limits(self.config),
+                " ".join(self.config.preload).encode(),
+                os.fsencode(packages),
+                *(
+                    protocol.pack([struct.pack("=Q", rule.access) + os.fsencode(rule.path) for rule in rules])[4:]
+                    for rules in (alone, shared)
+                ),
             ]
         )
 
@@ -62,25 +92,34 @@ class Profile(abc.ABC):
         """The Landlock version to use. Raises ProfileUnavailable if the kernel's version is too old."""
 
     @abc.abstractmethod
-    def command(self, result_fd: int, status_fd: int) -> list[str]:
-        """Program and arguments of a worker that reports on ``result_fd``.
+    def command(self, control_fd: int) -> list[str]:
+        """Program and arguments of a fork server with the socket ``control_fd``."""
 
-        If a launcher starts the worker as another process, the launcher writes the worker's process id to
-        ``status_fd``, in the format of bubblewrap's ``--json-status-fd``.
-        """
+    def scratch_mount(self, folder: str) -> str:
+        """The folder on which workers mount their file systems; ``folder`` if the profile has none of its own."""
+        return folder
 
-    def _python(self, worker_dir: str, result_fd: int) -> list[str]:
+    def scratch_options(self) -> str:
+        """Options of the file systems in memory that workers mount."""
+        return f"size={self.config.scratch_bytes},nr_inodes={self.config.scratch_files + 1},mode=700"
+
+    @staticmethod
+    def suggested() -> bool:
+        """Whether the setting ``auto`` should try this profile here."""
+        return True
+
+    def _python(self, worker_dir: str, control_fd: int) -> list[str]:
         # -I and -S leave only the standard library to import. -u writes output without buffering, because a killed
         # worker loses the output in its buffers.
         flags = ["-I", "-S", "-B", "-u", "-X", "utf8"]
-        return [self.interpreter.executable, *flags, os.path.join(worker_dir, "main.py"), str(result_fd)]
+        return [self.interpreter.executable, *flags, os.path.join(worker_dir, "main.py"), str(control_fd)]
 
 
 class PodProfile(Profile):
     """For restricted containers: needs neither privileges nor namespaces."""
 
     name = "pod"
-    host_scratch = True
+    mounts = protocol.MOUNTS_IF_ALLOWED
 
     def _require_landlock(self, kernel_abi: int) -> int:
         if kernel_abi < landlock.MINIMUM_ABI:
@@ -88,52 +127,103 @@ class PodProfile(Profile):
             raise ProfileUnavailable("landlock", f"{found}; version {landlock.MINIMUM_ABI} (Linux 6.2) is needed")
         return kernel_abi
 
-    def command(self, result_fd: int, status_fd: int) -> list[str]:  # noqa: ARG002 - there is no launcher
-        return self._python(_WORKER, result_fd)
+    def command(self, control_fd: int) -> list[str]:
+        return self._python(_WORKER, control_fd)
 
 
 class BwrapProfile(Profile):
     """For machines with user namespaces: the worker cannot see the machine's other files, processes or networks."""
 
     name = "bwrap"
-    host_scratch = False
+    mounts = protocol.MOUNTS_EXIST
+    hides_files = True
+    forbids_namespaces = True
 
     def __init__(self, interpreter: Interpreter, config: SandboxConfig) -> None:
         program = shutil.which(BWRAP)
         if program is None:
             raise ProfileUnavailable("bubblewrap", f"{BWRAP} is not installed")
         super().__init__(interpreter, config)
-        self._prefix = [program, *namespace_options(program), *_filesystem_options(interpreter, config.scratch_bytes)]
+        namespaces = namespace_options(program, self.forbids_namespaces, share_network=self.leaves_network)
+        self._prefix = [program, *namespaces, *_filesystem_options(interpreter, config.packages_dir)]
 
     def _require_landlock(self, kernel_abi: int) -> int:
         # The mount namespace has only the interpreter's files, so the profile is safe without Landlock too.
         return kernel_abi if kernel_abi >= landlock.MINIMUM_ABI else 0
 
-    def command(self, result_fd: int, status_fd: int) -> list[str]:
-        return [*self._prefix, "--json-status-fd", str(status_fd), "--", *self._python("/worker", result_fd)]
+    def command(self, control_fd: int) -> list[str]:
+        return [*self._prefix, "--", *self._python("/worker", control_fd)]
+
+    def scratch_mount(self, folder: str) -> str:  # noqa: ARG002 - the sandbox has a folder of its own
+        return _SCRATCH
+
+
+class GvisorProfile(BwrapProfile):
+    """As ``bwrap``, inside gVisor: code cannot reach the kernel of the machine. Refuses to run on any other kernel.
+
+    gVisor lacks parts of Landlock that the sandbox needs. It cannot make existing mounts read-only. It cannot let
+    another process decide about system calls, so code cannot start threads. Its file systems in memory do not limit the
+    number of files. Source: gVisor's system-call compatibility reference.
+    """
+
+    name = "gvisor"
+    # To forbid namespaces, bubblewrap needs a setting in /proc. The system-call filter forbids them anyway.
+    forbids_namespaces = False
+    # On gVisor, bubblewrap cannot set up the loopback interface of a new network namespace.
+    leaves_network = True
+
+    def __init__(self, interpreter: Interpreter, config: SandboxConfig) -> None:
+        if not kernel_is_gvisor():
+            raise ProfileUnavailable("gvisor", "the kernel is not gVisor")
+        super().__init__(interpreter, config)
+
+    def _require_landlock(self, kernel_abi: int) -> int:  # noqa: ARG002 - the mount namespace protects files
+        return 0
+
+    def scratch_options(self) -> str:
+        return f"size={self.config.scratch_bytes},mode=700"
+
+    @staticmethod
+    def suggested() -> bool:
+        return kernel_is_gvisor()
 
 
 # The setting ``auto`` tries the profiles in this order, the strongest first.
-PROFILES: dict[str, type[Profile]] = {"bwrap": BwrapProfile, "pod": PodProfile}
+PROFILES: dict[str, type[Profile]] = {"gvisor": GvisorProfile, "bwrap": BwrapProfile, "pod": PodProfile}
+
+
+def kernel_is_gvisor() -> bool:
+    """Whether this process runs on gVisor's kernel. Only its log begins in this way, and every process may read it."""
+    read_all = 3
+    log = ctypes.create_string_buffer(1 << 17)
+    length = int(ctypes.CDLL(None).klogctl(read_all, log, len(log)))
+    return length > 0 and b"Starting gVisor" in log.raw[:length].partition(b"\n")[0]
 
 
 def resource_limits(config: SandboxConfig) -> bytes:
     """The ``(resource, limit)`` pairs that are the same for every call, packed for the worker."""
     limits = {
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NPROC: 0,  # counts all processes of the user; the real limit is the seccomp filter
         resource.RLIMIT_MEMLOCK: 0,
-        resource.RLIMIT_MSGQUEUE: 0,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_STACK: 8 << 20,
         resource.RLIMIT_FSIZE: config.scratch_bytes,
     }
+    if not config.threads:
+        limits[resource.RLIMIT_NPROC] = 0  # counts all threads of the user, so for one call only 0 is useful
     return b"".join(struct.pack("=IQ", number, value) for number, value in limits.items())
 
 
-def file_rules(interpreter: Interpreter) -> list[PathRule]:
-    """The Landlock rules. Paths are the same with and without bubblewrap, and ``.`` is the scratch folder."""
-    rules = [PathRule(path, landlock.READ_TREE) for path in interpreter.readable()]
+def file_rules(interpreter: Interpreter, packages_hidden: bool = False) -> list[PathRule]:
+    """The Landlock rules. Paths are the same with and without bubblewrap, and ``.`` is the scratch folder.
+
+    With ``packages_hidden``, empty file systems already cover the installed packages, so few rules suffice.
+    """
+    if packages_hidden:
+        trees = [*interpreter.stdlib, *interpreter.library_dirs, *interpreter.libraries]
+        rules = [PathRule(path, landlock.READ_TREE) for path in trees]
+    else:
+        rules = [PathRule(path, landlock.READ_TREE) for path in interpreter.readable()]
     # An import lists the folders of the standard library. The files of installed packages in these folders stay
     # unreadable.
     rules += [PathRule(folder, landlock.READ_DIR) for folder in interpreter.stdlib]
@@ -143,11 +233,19 @@ def file_rules(interpreter: Interpreter) -> list[PathRule]:
     return [*rules, PathRule(".", landlock.USE_SCRATCH)]
 
 
-def namespace_options(program: str) -> list[str]:
-    """Flags of bubblewrap for new namespaces, an unprivileged user and an empty environment."""
+def namespace_options(program: str, forbid_more: bool = True, share_network: bool = False) -> list[str]:
+    """Flags of bubblewrap for new namespaces, an unprivileged user and a new environment.
+
+    With ``forbid_more``, no process inside can make further user namespaces, if this version of bubblewrap can forbid
+    them.
+    """
     options = ["--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
+    options += ["--share-net"] if share_network else []
     options += ["--die-with-parent", "--new-session", "--as-pid-1", "--clearenv"]
-    if "--disable-userns" in _help_of(program):
+    options += ["--setenv", "LD_BIND_NOW", "1"]  # see ForkServer.start
+    # The fork server mounts scratch file systems. Its workers give up this capability.
+    options += ["--cap-add", "CAP_SYS_ADMIN"]
+    if forbid_more and "--disable-userns" in _help_of(program):
         options.append("--disable-userns")
     return options
 
@@ -161,8 +259,8 @@ def _help_of(program: str) -> str:
     return answer.stdout + answer.stderr
 
 
-def _filesystem_options(interpreter: Interpreter, scratch_bytes: int) -> list[str]:
-    """Flags of bubblewrap for a read-only root that has interpreter, libraries, devices and an empty scratch folder."""
+def _filesystem_options(interpreter: Interpreter, packages_dir: str) -> list[str]:
+    """Flags of bubblewrap for a read-only root: interpreter, libraries, packages, devices and a scratch folder."""
     options: list[str] = []
     for folder in ("/usr/lib", "/usr/lib64", "/lib", "/lib64"):
         if os.path.islink(folder):
@@ -176,6 +274,6 @@ def _filesystem_options(interpreter: Interpreter, scratch_bytes: int) -> list[st
     for device in _DEVICES:
         options += ["--dev-bind", device, device]
     options += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--ro-bind-try", _ZONEINFO, _ZONEINFO]
+    options += ["--ro-bind", packages_dir, packages_dir] if packages_dir else []
     options += ["--ro-bind", _WORKER, "/worker"]
-    options += ["--size", str(scratch_bytes), "--tmpfs", "/scratch", "--chdir", "/scratch", "--remount-ro", "/"]
-    return options
+    return [*options, "--size", "4096", "--tmpfs", _SCRATCH, "--chdir", _SCRATCH, "--remount-ro", "/"]

@@ -1,39 +1,140 @@
 """Scratch folders on the host, for the isolation profile that has no file system of its own."""
 
+import asyncio
 import fcntl
+import logging
 import os
 import stat
 import tempfile
 
+log = logging.getLogger("nanochat.sandbox")
+
 _PREFIX = "nanochat-sandbox-"
 _LOCK = ".lock"
+# Folders with this prefix that are mount points of a file system no larger than this belong to the sandbox.
+_MOUNTED_PREFIX, _MAX_FILE_SYSTEM_BYTES = "nanochat-scratch-", 1 << 30
 
 
 class ScratchRoot:
-    """A private folder that contains one scratch folder for each worker of an executor.
+    """The scratch folders on the host, for workers that cannot mount a file system of their own.
 
-    The executor keeps the folder locked while it runs. A folder that is no longer locked belongs to a killed executor,
-    and the next executor removes it.
+    If ``parent`` contains folders ``nanochat-scratch-*`` on which file systems of limited size are mounted, these are
+    the scratch folders, and there are no others. Otherwise the scratch folders are in one private folder. The executor
+    keeps this folder locked while it runs. A folder that is no longer locked belongs to a killed executor, and the next
+    executor removes it.
+
+    Attributes:
+        path: the private folder.
+        sized: whether a file system of its own limits each scratch folder.
+        mount_point: an empty folder in ``path``, for workers that can mount a file system on it.
     """
+
+    path: str
+    mount_point: str
 
     def __init__(self, parent: str) -> None:
         """Create the folder in ``parent``. Raises OSError if ``parent`` is not a writable folder."""
-        _remove_abandoned(parent)
+        self._parent = parent = os.path.abspath(parent)  # fork servers have another current folder
+        self._lock = -1
+        self._mounted: dict[str, int] = {}
+        self._free: list[str] = []
+        self._count = 0
+        self.make()
+        self._mounted = _lock_file_systems(parent)
+        self._count = len(self._mounted)
+        self.sized = bool(self._mounted)
+        self._places = asyncio.Semaphore(self._count if self.sized else 1 << 30)
+        for folder in self._mounted:
+            empty(folder)
+        self._free += self._mounted
+
+    def make(self) -> None:
+        """Create the private folder, also after somebody has removed it. Raises OSError if this is impossible."""
+        self._remove_private()
+        _remove_abandoned(self._parent)
         # The folder gets its final name only after it is locked, so that no other executor removes it as abandoned.
-        unlocked = tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent)
+        unlocked = tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=self._parent)
         self._lock = os.open(os.path.join(unlocked, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self.path = os.path.join(parent, os.path.basename(unlocked)[1:])
+        self.path = os.path.join(self._parent, os.path.basename(unlocked)[1:])
         os.rename(unlocked, self.path)
+        self.mount_point = os.path.join(self.path, "mount")
+        os.mkdir(self.mount_point, 0o700)
+        self._free = [folder for folder in self._free if folder in self._mounted]
 
-    def new(self) -> str:
-        """Create an empty folder for one worker."""
-        return tempfile.mkdtemp(prefix="call-", dir=self.path)
+    @property
+    def places(self) -> int | None:
+        """How many workers can have a scratch folder at once; ``None`` if there is no limit."""
+        return self._count if self.sized else None
+
+    @property
+    def intact(self) -> bool:
+        """Whether the folders still exist. For example, a program that cleans temporary folders may remove them."""
+        return os.path.isdir(self.mount_point)
+
+    async def take(self) -> str:
+        """An empty folder for one worker. Waits if all folders are in use. Raises OSError if none can be created."""
+        await self._places.acquire()
+        try:
+            if self._free:
+                return self._free.pop()
+            folder = os.path.join(self.path, f"call-{self._count}")
+            os.mkdir(folder, 0o700)
+            self._count += 1
+            return folder
+        except BaseException:
+            self._places.release()
+            raise
+
+    async def give_back(self, folder: str) -> None:
+        """Empty the folder of a worker that has ended, so that another worker can take it."""
+        try:
+            if os.listdir(folder):
+                await asyncio.to_thread(empty, folder)
+        except FileNotFoundError:
+            reusable = False  # somebody has removed the folder
+        except OSError as error:
+            log.error("a scratch folder could not be emptied", extra={"folder": folder, "error": str(error)})
+            reusable = False
+        else:
+            reusable = folder in self._mounted or os.path.dirname(folder) == self.path
+        if reusable:
+            self._free.append(folder)
+        # A mounted folder that is lost is not replaced, because a plain folder would have no limit.
+        if reusable or not self.sized:
+            self._places.release()
 
     def close(self) -> None:
-        """Remove the folder and everything in it."""
-        remove(self.path)
-        os.close(self._lock)
+        """Remove the private folder and everything in it. Idempotent."""
+        self._remove_private()
+        for lock in self._mounted.values():
+            os.close(lock)
+        self._mounted = {}
+
+    def _remove_private(self) -> None:
+        if self._lock >= 0:
+            remove(self.path)
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _lock_file_systems(parent: str) -> dict[str, int]:
+    """The mounted scratch folders in ``parent`` that no other executor uses, each with a descriptor that locks it."""
+    locks = {}
+    for entry in sorted(os.scandir(parent), key=lambda entry: entry.name):
+        if not (entry.name.startswith(_MOUNTED_PREFIX) and os.path.ismount(entry.path)):
+            continue
+        size = os.statvfs(entry.path)
+        if size.f_blocks * size.f_frsize > _MAX_FILE_SYSTEM_BYTES or not os.access(entry.path, os.W_OK | os.X_OK):
+            continue
+        lock = os.open(entry.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+        else:
+            locks[entry.path] = lock
+    return locks
 
 
 def exceeds(folder: str, max_bytes: int, max_files: int) -> bool:
@@ -64,18 +165,20 @@ def exceeds(folder: str, max_bytes: int, max_files: int) -> bool:
 
 
 def remove(folder: str) -> None:
-    """Remove ``folder``, even if it contains unreadable folders, names that are not text, or very deep folders.
+    """Remove ``folder`` with everything in it, as :func:`empty` does."""
+    try:
+        empty(folder)
+        os.rmdir(folder)
+    except FileNotFoundError:
+        return
+
+
+def empty(folder: str) -> None:
+    """Remove what is in ``folder``, even unreadable folders, names that are not text, and very deep folders.
 
     The caller must make sure that no process writes to the folder any more. Nested folders are first moved to the top.
     Neither the length of a path nor the depth of recursion can then exceed a limit. Links are never followed.
     """
-    try:
-        os.rmdir(folder)
-        return
-    except FileNotFoundError:
-        return
-    except OSError:
-        pass  # the folder is not empty, which is rare
     top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     moved = 0
     try:
@@ -99,7 +202,6 @@ def remove(folder: str) -> None:
                 os.rmdir(name, dir_fd=top)
     finally:
         os.close(top)
-    os.rmdir(folder)
 
 
 def _remove_abandoned(parent: str) -> None:

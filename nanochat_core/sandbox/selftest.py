@@ -8,8 +8,8 @@ import os
 import tempfile
 
 from nanochat_core.sandbox.call import run_call
+from nanochat_core.sandbox.fork_server import ForkServer
 from nanochat_core.sandbox.interface import Limits, ProfileUnavailable, ResultFormat, WorkerFailed
-from nanochat_core.sandbox.profiles import Profile
 from nanochat_core.sandbox.scratch import ScratchRoot
 from nanochat_core.sandbox.worker_process import WorkerProcess
 
@@ -27,11 +27,17 @@ ATTEMPTS: tuple[tuple[str, str, str], ...] = (
     ("seccomp", "open a unix socket", "import socket; socket.socket(socket.AF_UNIX)"),
     ("seccomp", "open a netlink socket", "import socket; socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)"),
     ("seccomp", "fork", "os.fork() or os._exit(0)"),
-    ("seccomp", "start a thread", "import _thread; _thread.start_new_thread(int, ())"),
+    (
+        "seccomp",
+        "start more threads than allowed",
+        "import _thread, time; [_thread.start_new_thread(time.sleep, (9,)) for _ in range({threads} + 1)]",
+    ),
     ("seccomp", "replace the program", "os.execv({python!r}, [{python!r}, '-c', 'print(\"seccomp: exec\")'])"),
     ("seccomp", "signal its parent", "os.kill(os.getppid() or 1, 0)"),
     ("seccomp", "change its limits", "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))"),
-    ("seccomp", "change the mode of a file", "os.chmod('.', 0o700)"),
+    ("files", "change the mode of a file outside", "os.chmod({secret!r}, 0o600)"),
+    ("files", "change the times of a file outside", "os.utime({secret!r}, (0, 0))"),
+    ("files", "change the mode of a device", "os.chmod('/dev/null', 0o666)"),
     ("seccomp", "make anonymous memory files", "os.memfd_create('x')"),
     ("rlimits", "take more memory than allowed", "bytearray({memory} * 2)"),
     ("rlimits", "write a file larger than allowed", "f = open('big', 'wb'); f.truncate({scratch} + 1)"),
@@ -40,9 +46,11 @@ ATTEMPTS: tuple[tuple[str, str, str], ...] = (
     ("descriptors", "use an inherited descriptor", "[os.dup(n) for n in range(4, 1024) if is_open(n)][0]"),
 )
 _NAMESPACE_ATTEMPTS = (
-    ("namespaces", "see that a file outside exists", "os.stat({secret!r})"),
     ("namespaces", "see its process number outside", "os.getpid() > 2 or int('hidden')"),
+    ("namespaces", "see that a process exists", "os.stat('/proc/self')"),
+    ("scratch", "exceed its scratch space", "[open(str(n), 'wb').write(bytes({scratch})) for n in range(2)]"),
 )
+_HIDING_ATTEMPTS = (("namespaces", "see that a file outside exists", "os.stat({secret!r})"),)
 _PROGRAM = """
 import os
 
@@ -65,27 +73,28 @@ print('complete')
 """
 
 
-async def self_test(profile: Profile, scratch_root: ScratchRoot) -> None:
-    """Try to break ``profile``.
+async def self_test(server: ForkServer, scratch_root: ScratchRoot) -> None:
+    """Try to break the isolation of a fork server's workers.
 
-    Raises ProfileUnavailable if the profile cannot start or a layer leaks. The error names the layer and its first
-    leak.
+    Raises ProfileUnavailable if a worker cannot start or a layer leaks. The error names the layer and its first leak.
     """
     with tempfile.TemporaryDirectory(prefix="nanochat-selftest-", dir=scratch_root.path) as folder:
         secret = os.path.join(folder, "secret")
         with open(secret, "w") as file:
             file.write("must not be read")
-        attempts = ATTEMPTS + (() if profile.host_scratch else _NAMESPACE_ATTEMPTS)
+        attempts = ATTEMPTS + (_NAMESPACE_ATTEMPTS if server.private else ())
+        attempts += _HIDING_ATTEMPTS if server.profile.hides_files else ()
         values = {
             "secret": secret,
             "folder": folder,
-            "python": profile.interpreter.executable,
+            "python": server.profile.interpreter.executable,
+            "threads": server.profile.config.threads,
             "memory": _LIMITS.memory_bytes,
-            "scratch": profile.config.scratch_bytes,
+            "scratch": server.profile.config.scratch_bytes,
         }
         filled = [(layer, action, code.format(**values)) for layer, action, code in attempts]
         try:
-            worker = await WorkerProcess.start(profile, scratch_root)
+            worker = await WorkerProcess.start(server, scratch_root)
             try:
                 result = await run_call(worker, _PROGRAM.format(attempts=filled).encode(), _LIMITS, ResultFormat.STR)
             finally:

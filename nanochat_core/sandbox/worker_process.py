@@ -1,30 +1,27 @@
-"""The life of one worker process: it is started, used for one call, killed and reaped."""
+"""The life of one worker process: it is forked, used for one call and killed."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import os
 import resource
 import select
 import signal
-import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from nanochat_core.sandbox import scratch
 from nanochat_core.sandbox.capture import Capture, last_line
+from nanochat_core.sandbox.cgroups import Cgroup
+from nanochat_core.sandbox.fds import wait_for_fd
+from nanochat_core.sandbox.fork_server import START_SECONDS, Exit, ForkServer
 from nanochat_core.sandbox.interface import Limits, WorkerFailed
-from nanochat_core.sandbox.profiles import Profile
-from nanochat_core.sandbox.worker import protocol
 
 log = logging.getLogger("nanochat.sandbox")
 
-START_SECONDS = 20.0
-_LAUNCHER_EXIT_SECONDS = 1.0
-_FORCED_EXIT_SECONDS = 10.0
+_EXIT_SECONDS = 10.0
 _PAGE_BYTES = resource.getpagesize()
 # Address space of an idle interpreter, assumed if /proc hides the process.
 _INTERPRETER_BYTES = 64 << 20
@@ -37,8 +34,8 @@ class ProcessUsage:
     measurement.
     """
 
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
+    def __init__(self, pid: int, cgroup: Cgroup | None = None) -> None:
+        self._pid, self._cgroup = pid, cgroup
         self.peak_memory_bytes = 0
 
     def address_space_bytes(self) -> int:
@@ -46,6 +43,14 @@ class ProcessUsage:
         try:
             with open(f"/proc/{self._pid}/statm", "rb") as statm:
                 return int(statm.read().split()[0]) * _PAGE_BYTES
+        except OSError:
+            return _INTERPRETER_BYTES
+
+    def resident_bytes(self) -> int:
+        """Memory that the process uses now, with the pages that it shares with the fork server."""
+        try:
+            with open(f"/proc/{self._pid}/statm", "rb") as statm:
+                return int(statm.read().split()[1]) * _PAGE_BYTES
         except OSError:
             return _INTERPRETER_BYTES
 
@@ -61,11 +66,13 @@ class ProcessUsage:
             return 0.0
 
     def sample_memory(self) -> None:
-        """Update :attr:`peak_memory_bytes`, unless the process has ended or /proc hides it."""
+        """Update :attr:`peak_memory_bytes`. Without a cgroup, this needs a process that runs and that /proc shows."""
+        if self._cgroup is not None:
+            self.peak_memory_bytes = max(self.peak_memory_bytes, self._cgroup.peak_memory_bytes)
         try:
             with open(f"/proc/{self._pid}/status", "rb") as status:
                 for line in status:
-                    if line.startswith(b"VmHWM:"):
+                    if line.startswith((b"VmHWM:", b"VmRSS:")):  # gVisor has only the second line
                         self.peak_memory_bytes = max(self.peak_memory_bytes, int(line.split()[1]) * 1024)
                         return
         except OSError:
@@ -75,48 +82,48 @@ class ProcessUsage:
 class WorkerProcess:
     """An interpreter that has isolated itself and waits for the code of its only call.
 
-    A worker may be used only in the event loop and the thread that started it. The kernel kills the worker when that
-    thread ends. Some profiles start the worker through a launcher such as bubblewrap. In the other profiles, "launcher"
-    means the worker itself.
+    A worker may be used only in the event loop and the thread of its fork server.
 
     Attributes:
-        profile: the isolation profile of the worker.
+        stdin: descriptor of the pipe that the worker reads; it must be closed by :meth:`close_stdin`.
         stdout, stderr, result: descriptors of the pipes that the worker writes to.
-        handle: pidfd of the launcher, readable once the launcher has ended.
+        handle: pidfd of the worker, readable once the worker has ended.
         usage: CPU time and memory of the worker.
+        ended: a future with the worker's end; its result is ``None`` if the fork server ended first.
     """
 
     usage: ProcessUsage
+    stdin: int
     stdout: int
     stderr: int
     result: int
+    ended: asyncio.Future[Exit | None]
 
-    def __init__(self, profile: Profile, scratch_root: scratch.ScratchRoot | None) -> None:
-        self.profile = profile
-        self._scratch = scratch_root.new() if scratch_root and profile.host_scratch else None
+    def __init__(self, server: ForkServer, scratch_root: scratch.ScratchRoot) -> None:
+        self.server = server
+        self._root = scratch_root
+        self._mount_point = scratch_root.mount_point
+        self._scratch: str | None = None
+        self._cgroup: Cgroup | None = None
         self._fds: set[int] = set()
-        self._launcher: subprocess.Popen[bytes] | None = None
         self.handle = -1
-        self._worker_handle = -1  # pidfd of the worker, set once the worker is ready
         self._pid = 0
-        self._exit: tuple[int, float] | None = None
+        self._has_pipes = False
 
     @classmethod
-    async def start(cls, profile: Profile, scratch_root: scratch.ScratchRoot | None) -> WorkerProcess:
-        """Start a worker and wait until it has isolated itself.
+    async def start(
+        cls, server: ForkServer, scratch_root: scratch.ScratchRoot, peers: Sequence[int] = ()
+    ) -> WorkerProcess:
+        """Fork a worker and wait until it has isolated itself, apart from the system-call filter, its last layer.
 
-        Raises WorkerFailed if the worker could not be started, or could not apply a layer of the isolation.
+        ``peers`` are further descriptors that the worker gets, from number 4 on. Raises WorkerFailed if the worker
+        could not be forked, or could not apply a layer of the isolation.
         """
-        try:
-            worker = cls(profile, scratch_root)
-        except OSError as error:
-            raise WorkerFailed(f"a sandbox worker did not start: {error}") from error
+        worker = cls(server, scratch_root)
         try:
             async with asyncio.timeout(START_SECONDS):
-                worker._launch()
-                await worker.send(profile.setup)
-                await worker._wait_until_ready()
-        except OSError as error:
+                await worker._fork(peers)
+        except (OSError, WorkerFailed) as error:
             detail = worker._last_words() or str(error) or f"not ready after {START_SECONDS:g} s"
             await worker.dispose()
             raise WorkerFailed(f"a sandbox worker did not start: {detail}") from error
@@ -126,16 +133,38 @@ class WorkerProcess:
         return worker
 
     @property
-    def alive(self) -> bool:
-        poll = select.poll()
-        poll.register(self.handle, select.POLLIN)
-        return not poll.poll(0)
+    def usable(self) -> bool:
+        """Whether the worker runs, and nobody has removed its scratch folder or the mount point of its file system.
+
+        If somebody removes the mount point, the kernel detaches the mount. Code would then run in a folder without a
+        path.
+        """
+        return self.server.alive and os.path.isdir(self._scratch or self._mount_point) and not self._has_ended
+
+    @property
+    def has_quota(self) -> bool:
+        """Whether the scratch space is a file system of the worker's own, so that the kernel limits it."""
+        return self.server.private or self._root.sized
 
     @property
     def scratch_exceeded(self) -> bool:
         """Whether the scratch folder on the host, if there is one, contains more than the call may store."""
-        config = self.profile.config
+        config = self.server.profile.config
         return self._scratch is not None and scratch.exceeds(self._scratch, config.scratch_bytes, config.scratch_files)
+
+    @property
+    def has_left_files(self) -> bool:
+        """Whether the scratch folder on the host, if there is one, contains anything."""
+        try:
+            return self._scratch is not None and bool(os.listdir(self._scratch))
+        except OSError:
+            return True  # the folder was removed, or is unreadable
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the kernel may have killed the worker for lack of memory. Without a cgroup, this is a guess."""
+        exceeded = self._cgroup is not None and self._cgroup.out_of_memory
+        return exceeded or self.server.oom_kills.recent()
 
     def set_limits(self, limits: Limits, receiving: int) -> None:
         """Set the kernel's limits for the worker's memory and CPU time.
@@ -150,137 +179,91 @@ class WorkerProcess:
             inherited = resource.prlimit(self._pid, number)[1]
             allowed = value if inherited == resource.RLIM_INFINITY else min(value, inherited)
             resource.prlimit(self._pid, number, (allowed, allowed))
-
-    async def send(self, data: bytes) -> None:
-        """Write to the worker's stdin. Raises OSError if the worker has ended."""
-        rest = memoryview(data)
-        while rest:
-            try:
-                rest = rest[os.write(self._stdin, rest) :]
-            except BlockingIOError:
-                loop = asyncio.get_running_loop()
-                await _wait_for_fd(loop.add_writer, loop.remove_writer, self._stdin)
+        if self._cgroup is not None:
+            config = self.server.profile.config
+            memory = self.usage.resident_bytes() + receiving + limits.memory_bytes + config.scratch_bytes
+            self._cgroup.limit(memory, 1 + config.threads)
 
     def close_stdin(self) -> None:
         """Tell the worker that no further data follows."""
-        self._close(self._stdin)
+        if self.stdin in self._fds:
+            self._close(self.stdin)
 
     def kill(self) -> None:
-        """Send SIGKILL to the worker.
-
-        No process of the call can outlive the worker: it is the only process of its session, and in bubblewrap it is
-        the first process of its namespace. A launcher reaps the worker and then ends by itself.
-        """
-        if self._exit is None:
-            try:
-                signal.pidfd_send_signal(self._worker_handle, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # the worker has already ended
-
-    async def reap(self, patience: float = _LAUNCHER_EXIT_SECONDS) -> tuple[int, float]:
-        """Wait until the process has ended; kill the launcher after ``patience`` seconds.
-
-        The result is the exit code (128 + number for a signal) and the CPU seconds. Raises WorkerFailed if the process
-        cannot be killed.
-        """
-        if self._exit is not None:
-            return self._exit
-        assert self._launcher is not None
-        loop = asyncio.get_running_loop()
+        """Send SIGKILL to the worker, which is the only process of its call. After :meth:`dispose`, do nothing."""
+        if self.handle not in self._fds:
+            return
         try:
-            async with asyncio.timeout(patience):
-                await _wait_for_fd(loop.add_reader, loop.remove_reader, self.handle)
-        except TimeoutError:
-            log.warning("a sandbox launcher did not end by itself", extra={"pid": self._launcher.pid})
             signal.pidfd_send_signal(self.handle, signal.SIGKILL)
-            try:
-                async with asyncio.timeout(_FORCED_EXIT_SECONDS):
-                    await _wait_for_fd(loop.add_reader, loop.remove_reader, self.handle)
-            except TimeoutError:
-                raise WorkerFailed(f"process {self._launcher.pid} of the sandbox cannot be killed") from None
-        _, status, usage = os.wait4(self._launcher.pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        self._launcher.returncode = code  # subprocess must not wait for the process again
-        self._exit = (128 - code if code < 0 else code, usage.ru_utime + usage.ru_stime)
-        return self._exit
+        except ProcessLookupError:
+            pass  # the worker has already ended
+
+    async def reap(self) -> Exit:
+        """Wait until the worker has ended, and return how.
+
+        Raises WorkerFailed if the fork server ended too, or does not report the end within ``_EXIT_SECONDS``.
+        """
+        try:
+            async with asyncio.timeout(_EXIT_SECONDS):
+                ended = await asyncio.shield(self.ended)
+        except TimeoutError:
+            raise WorkerFailed("the sandbox's fork server does not report the end of a process") from None
+        if ended is None:
+            raise WorkerFailed("the sandbox's fork server ended during the call")
+        return ended
 
     async def dispose(self) -> None:
-        """Kill and reap the worker, close its descriptors and remove its scratch folder. Idempotent."""
-        if self._launcher is not None:
-            patience = _LAUNCHER_EXIT_SECONDS
-            if self._worker_handle >= 0:
-                self.kill()
-            elif self._stdin in self._fds:
-                # The worker is not ready yet. A launcher that is killed during its setup would leave a child that waits
-                # forever. A worker ends by itself when its stdin is closed, so close the stdin and wait longer.
-                self.close_stdin()
-                patience = START_SECONDS
+        """Kill the worker and wait for its end, close its descriptors and empty its scratch folder. Idempotent."""
+        ended = True
+        self.kill()
+        if self.handle in self._fds and not self._has_ended:
+            loop = asyncio.get_running_loop()
             try:
-                await self.reap(patience)
-            except WorkerFailed as error:
-                log.error("a sandbox worker was left behind", extra={"error": str(error)})
+                async with asyncio.timeout(_EXIT_SECONDS):
+                    await wait_for_fd(loop.add_reader, loop.remove_reader, self.handle)
+            except TimeoutError:
+                log.error("a sandbox worker was left behind", extra={"pid": self._pid})
+                ended = False
         for fd in list(self._fds):
             self._close(fd)
-        if self._scratch is not None:
+        if self._cgroup is not None and self.server.cgroups is not None:
+            self.server.cgroups.remove(self._cgroup)
+            self._cgroup = None
+        if self._scratch is not None and ended:
             folder, self._scratch = self._scratch, None
-            try:
-                if os.listdir(folder):
-                    await asyncio.to_thread(scratch.remove, folder)
-                else:
-                    os.rmdir(folder)
-            except OSError as error:
-                log.error("a scratch folder could not be removed", extra={"folder": folder, "error": str(error)})
+            await self._root.give_back(folder)
 
-    def _launch(self) -> None:
-        child_stdin, self._stdin = self._pipe()
+    async def _fork(self, peers: Sequence[int]) -> None:
+        if not self.server.private:
+            self._scratch = await self._root.take()
+        child_stdin, self.stdin = self._pipe()
         self.stdout, child_stdout = self._pipe()
         self.stderr, child_stderr = self._pipe()
         self.result, child_result = self._pipe()
-        self._status, child_status = self._pipe()
-        children = (child_stdin, child_stdout, child_stderr, child_result, child_status)
-        process = subprocess.Popen(  # noqa: S603 - the command comes from the profile
-            self.profile.command(child_result, child_status),
-            env={},
-            cwd=self._scratch or "/",
-            stdin=child_stdin,
-            stdout=child_stdout,
-            stderr=child_stderr,
-            pass_fds=(child_result, child_status),
-            start_new_session=True,
-        )
-        try:
-            self.handle = self._own(os.pidfd_open(process.pid))
-        except OSError:
-            process.kill()
-            process.wait()
-            raise
-        self._launcher = process
+        children = (child_stdin, child_stdout, child_stderr, child_result)
+        for fd in (self.stdin, self.stdout, self.stderr, self.result):
+            os.set_blocking(fd, False)
+        self._has_pipes = True
+        # Only untrusted code could end the worker, and none runs yet. The id therefore still belongs to the worker.
+        handle, self._pid, self.ended = await self.server.fork(self._scratch or "", [*children, *peers])
+        self.handle = self._own(handle)
         for fd in children:
             self._close(fd)
-        for fd in (self._stdin, self.stdout, self.stderr, self.result, self._status):
-            os.set_blocking(fd, False)
+        if self.server.cgroups is not None:
+            self._cgroup = self.server.cgroups.make(self._pid)
+        self.usage = ProcessUsage(self._pid, self._cgroup)
+        if not self.usable:
+            raise FileNotFoundError("its scratch folder was removed")
 
-    async def _wait_until_ready(self) -> None:
-        loop = asyncio.get_running_loop()
-        await _wait_for_fd(loop.add_reader, loop.remove_reader, self.result)
-        if os.read(self.result, 1) != protocol.READY:
-            raise OSError("it ended at once")
-        assert self._launcher is not None
-        self._pid = self._launcher.pid
-        try:
-            status = os.read(self._status, 4096)
-        except BlockingIOError:
-            status = b""
-        if status:
-            self._pid = int(json.loads(status.splitlines()[0])["child-pid"])
-        # Only untrusted code could have ended the worker, and none has run yet. The id therefore still belongs to the
-        # worker.
-        self._worker_handle = self._own(os.pidfd_open(self._pid))
-        self.usage = ProcessUsage(self._pid)
+    @property
+    def _has_ended(self) -> bool:
+        poll = select.poll()
+        poll.register(self.handle, select.POLLIN)
+        return bool(poll.poll(0))
 
     def _last_words(self) -> str:
         """The last line that a worker wrote to stderr before it failed to start; empty if there is none."""
-        if self._launcher is None:
+        if not self._has_pipes:
             return ""
         stderr = Capture("stderr", self.stderr, 1 << 16)
         stderr.read_available()
@@ -297,18 +280,3 @@ class WorkerProcess:
     def _close(self, fd: int) -> None:
         self._fds.discard(fd)
         os.close(fd)
-
-
-async def _wait_for_fd(add: Callable[..., object], remove: Callable[[int], object], fd: int) -> None:
-    """Wait until ``fd`` can be read or written; ``add`` is the event loop's ``add_reader`` or ``add_writer``."""
-    ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def set_ready() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    add(fd, set_ready)
-    try:
-        await ready
-    finally:
-        remove(fd)

@@ -8,7 +8,7 @@ from nanochat_core import logs, settings
 from nanochat_core.errors import run_main
 from nanochat_core.grpc_service import GrpcService
 from nanochat_core.protos import sandbox_pb2, sandbox_pb2_grpc
-from nanochat_core.sandbox import SandboxExecutor
+from nanochat_core.sandbox import SandboxExecutor, WorkerFailed
 from services.sandbox.metrics import Metrics
 from services.sandbox.servicer import SandboxServicer
 from services.sandbox.settings import SandboxSettings
@@ -16,8 +16,8 @@ from services.sandbox.settings import SandboxSettings
 PROGRAM = "python -m services.sandbox"
 SERVICE = sandbox_pb2.DESCRIPTOR.services_by_name["Sandbox"].full_name
 _MESSAGE_OVERHEAD = 64 << 10
-# Calls that are interrupted at the end of the drain have this long to send their replies.
-_REPLY_SECONDS = 2.0
+# Time after the drain for replies that are still being sent.
+_LAST_REPLY_SECONDS = 0.2
 
 log = logging.getLogger("nanochat.sandbox")
 
@@ -35,6 +35,7 @@ def main() -> None:
                 "profile": executor.profile,
                 "asked_for": chosen.profile,
                 "landlock_abi": executor.landlock_abi,
+                "own_file_systems": executor.own_file_systems,
                 "passed_over": executor.rejected,
             },
         )
@@ -47,23 +48,50 @@ async def serve(config: SandboxSettings, executor: SandboxExecutor) -> None:
     service = GrpcService(
         SERVICE,
         config,
-        max_receive_bytes=config.max_code_bytes + _MESSAGE_OVERHEAD,
+        max_receive_bytes=config.max_code_bytes + config.max_file_bytes + _MESSAGE_OVERHEAD,
         # A reply holds three outputs. An invalid byte is replaced by a character that takes three bytes in UTF-8.
-        max_send_bytes=9 * config.max_output_bytes + _MESSAGE_OVERHEAD,
+        max_send_bytes=9 * config.max_output_bytes + config.max_file_bytes + _MESSAGE_OVERHEAD,
     )
     metrics = Metrics(executor)
     servicer = SandboxServicer(executor, metrics, config.max_code_bytes)
     sandbox_pb2_grpc.add_SandboxServicer_to_server(servicer, service.server)
     await service.start(metrics.registry)
     await service.announce_ready(log, profile=executor.profile)
+    probing = asyncio.create_task(_probe(service, executor, config.probe_seconds))
     await service.stop_requested.wait()
+    probing.cancel()
+    await asyncio.gather(probing, return_exceptions=True)
     log.info("draining", extra={"running": executor.stats.running, "drain_seconds": config.drain_seconds})
     await service.set_serving(False)
-    closing = asyncio.create_task(service.close(config.drain_seconds + _REPLY_SECONDS))
-    await asyncio.wait({closing}, timeout=config.drain_seconds)
-    # Closing the executor kills the calls that still run. Their callers get an error with the reason.
-    await asyncio.to_thread(executor.close)
-    await closing
+    await servicer.drain(config.drain_seconds)
+    await service.close(_LAST_REPLY_SECONDS)
+
+
+async def _probe(service: GrpcService, executor: SandboxExecutor, seconds: float) -> None:
+    """Make a test call every ``seconds`` seconds. The health service reports whether the last one succeeded."""
+    serving = True
+    while True:
+        await asyncio.sleep(seconds)
+        problem = await _problem(executor) and await _problem(executor)  # one failure may come from a killed process
+        if serving == bool(problem):
+            serving = not problem
+            await service.set_serving(serving)
+            if problem:
+                log.error("the sandbox does not work", extra={"error": problem})
+            else:
+                log.info("the sandbox works again")
+
+
+async def _problem(executor: SandboxExecutor) -> str:
+    """Make a test call and return why it failed; empty if it succeeded."""
+    try:
+        await executor.probe()
+    except WorkerFailed as error:
+        return str(error)
+    except Exception as error:  # the probing goes on, and the health service tells that the sandbox does not work
+        log.exception("a test call raised an unexpected error")
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 if __name__ == "__main__":

@@ -26,10 +26,16 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self._queue_seconds = Histogram(
+            "nanochat_sandbox_queue_seconds",
+            "Time that a call waited for its turn and for a process",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
         self.failures = counter("nanochat_sandbox_failures_total", "Calls that failed because of the sandbox itself")
         gauge("nanochat_sandbox_running", "Calls that run now").set_function(lambda: executor.stats.running)
         gauge("nanochat_sandbox_queued", "Calls that wait for a slot").set_function(lambda: executor.stats.queued)
-        warm = gauge("nanochat_sandbox_warm_interpreters", "Idle interpreters that wait for a call")
+        warm = gauge("nanochat_sandbox_warm_interpreters", "Idle workers that wait for a call")
         warm.set_function(lambda: executor.stats.warm)
         gauge("nanochat_sandbox_concurrency", "Calls that may run at once").set(executor.config.concurrency)
         profile = Info("nanochat_sandbox_profile", "The active isolation profile", registry=self.registry)
@@ -39,3 +45,4 @@ class Metrics:
         """Count a finished call that took ``seconds``."""
         self._executions.labels(result.status.value).inc()
         self._seconds.observe(seconds)
+        self._queue_seconds.observe(result.queue_seconds)

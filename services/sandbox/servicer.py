@@ -1,17 +1,25 @@
 """The methods of the Sandbox service in ``sandbox.proto``."""
 
+import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
+from collections.abc import AsyncIterator
 
 import grpc
 
 from nanochat_core.protos import sandbox_pb2, sandbox_pb2_grpc
-from nanochat_core.sandbox import Limits, ResultFormat, SandboxExecutor, WorkerFailed
+from nanochat_core.sandbox import Inputs, Limits, OnData, ResultFormat, SandboxExecutor, WorkerFailed
 from nanochat_core.tracing.span import current_span
 from services.sandbox.metrics import Metrics
 
 log = logging.getLogger("nanochat.sandbox")
+
+# Longer ids are cut in the log.
+_LOGGED_ID_CHARACTERS = 128
+# Time for calls that are interrupted at the end of the drain to send their replies.
+_REPLY_SECONDS = 2.0
 
 _FORMATS = {sandbox_pb2.RESULT_FORMAT_REPR: ResultFormat.REPR, sandbox_pb2.RESULT_FORMAT_STR: ResultFormat.STR}
 
@@ -23,11 +31,68 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
         self._executor = executor
         self._metrics = metrics
         self._max_code_bytes = max_code_bytes
+        self._calls = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new calls and give running calls ``seconds`` to finish. Then close the executor, which kills them."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        await asyncio.to_thread(self._executor.close)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), _REPLY_SECONDS)
 
     async def Execute(
         self, request: sandbox_pb2.ExecuteRequest, context: grpc.aio.ServicerContext
     ) -> sandbox_pb2.ExecuteReply:
         """Run the code. If the client cancels the call, gRPC cancels this coroutine. This kills the code's process."""
+        return await self._count(request, context)
+
+    async def ExecuteStream(
+        self, request: sandbox_pb2.ExecuteRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[sandbox_pb2.ExecuteEvent]:
+        """Run the code as :meth:`Execute` does, and send its output while it runs."""
+        events: asyncio.Queue[sandbox_pb2.ExecuteEvent | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def send(name: str, data: bytes) -> None:
+            stdout = name == "stdout"
+            event = sandbox_pb2.ExecuteEvent(stdout=data) if stdout else sandbox_pb2.ExecuteEvent(stderr=data)
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        call = asyncio.create_task(self._count(request, context, send))
+        call.add_done_callback(lambda _: loop.call_soon_threadsafe(events.put_nowait, None))
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+            yield sandbox_pb2.ExecuteEvent(reply=await call)
+        finally:
+            call.cancel()
+
+    async def _count(
+        self,
+        request: sandbox_pb2.ExecuteRequest,
+        context: grpc.aio.ServicerContext,
+        on_output: OnData | None = None,
+    ) -> sandbox_pb2.ExecuteReply:
+        """Run a call and count it, so that :meth:`drain` can wait for it. While the service drains, refuse the call."""
+        if self._draining:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the sandbox is shutting down")
+        self._calls += 1
+        self._idle.clear()
+        try:
+            return await self._execute(request, context, on_output)
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()
+
+    async def _execute(
+        self, request: sandbox_pb2.ExecuteRequest, context: grpc.aio.ServicerContext, on_output: OnData | None
+    ) -> sandbox_pb2.ExecuteReply:
         size = len(request.code.encode())
         if size > self._max_code_bytes:
             await context.abort(
@@ -39,12 +104,20 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
         try:
             asked = request.limits
             limits = Limits(asked.wall_seconds, asked.cpu_seconds, asked.memory_bytes, asked.output_bytes)
+            files = {file.name: file.content for file in request.files}
+            endings = tuple(request.collect_endings)
+            inputs = Inputs(request.stdin, tuple(request.argv), files, request.collect_files, endings)
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        facts = {"request_id": request.request_id, "code_bytes": size}
+        facts = {"request_id": request.request_id[:_LOGGED_ID_CHARACTERS], "code_bytes": size}
         started = time.monotonic()
         try:
-            result = await self._executor.execute(request.code, limits, _FORMATS[request.result_format])
+            text_format = _FORMATS[request.result_format]
+            result = await self._executor.execute(
+                request.code, limits, text_format, request.key, inputs, on_output, request.session
+            )
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except WorkerFailed as error:
             self._metrics.failures.inc()
             log.error("execution failed", extra=facts | {"error": str(error)})
@@ -60,12 +133,14 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
             | {
                 "status": result.status.value,
                 "seconds": round(seconds, 6),
+                "queue_seconds": round(result.queue_seconds, 6),
                 "cpu_seconds": round(result.usage.cpu_seconds, 6),
                 "peak_memory_bytes": result.usage.peak_memory_bytes,
                 "truncated": result.truncated,
             },
         )
-        fields = dataclasses.asdict(result) | {"status": f"STATUS_{result.status.name}"}
+        files_made = [sandbox_pb2.File(name=name, content=content) for name, content in result.files.items()]
+        fields = dataclasses.asdict(result) | {"status": f"STATUS_{result.status.name}", "files": files_made}
         return sandbox_pb2.ExecuteReply(**fields)
 
     async def GetInfo(

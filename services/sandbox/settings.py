@@ -18,6 +18,9 @@ class SandboxSettings(SandboxConfig, ListenSettings):
     )
     max_code_bytes: int = setting(1 << 20, "largest size of the code in bytes of UTF-8", minimum=1)
     drain_seconds: float = setting(10.0, "seconds that running calls get to finish when the service ends", minimum=0)
+    probe_seconds: float = setting(
+        5.0, "seconds between two test calls; while they fail, health reports NOT_SERVING", minimum=0.1
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "lowest level of the log events that are written"
     )

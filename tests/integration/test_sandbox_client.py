@@ -9,10 +9,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from nanochat_core.engine import ToolOutput
+from nanochat_core import sandboxes as core_sandboxes
+from nanochat_core.engine import Picture, ToolOutput
 from nanochat_core.grpc_client import ServiceChannel
-from nanochat_core.protos import sandbox_pb2, sandbox_pb2_grpc
-from services.engine import sandbox_client
+from nanochat_core.protos import engine_pb2, sandbox_pb2, sandbox_pb2_grpc
+from services.engine.conversion import core_request
 from services.engine.sandbox_client import SandboxClient
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -42,6 +43,7 @@ class Sandbox(sandbox_pb2_grpc.SandboxServicer):
         answering: while this event is cleared, calls hang.
         status: the status of all answers.
         calls: number of calls so far.
+        drains: whether new calls are refused, as at a shutdown.
     """
 
     def __init__(self, name: str) -> None:
@@ -49,8 +51,11 @@ class Sandbox(sandbox_pb2_grpc.SandboxServicer):
         self.answering = asyncio.Event()
         self.answering.set()
         self.status = sandbox_pb2.STATUS_OK
+        self.drains = False
         self.calls = 0
         self.limits: list[float] = []
+        self.keys: list[str] = []
+        self.files: list[sandbox_pb2.File] = []
         self.address = "127.0.0.1:0"
 
     async def start(self) -> None:
@@ -77,8 +82,11 @@ class Sandbox(sandbox_pb2_grpc.SandboxServicer):
     ) -> sandbox_pb2.ExecuteReply:
         self.calls += 1
         self.limits.append(request.limits.wall_seconds)
+        self.keys.append(request.key)
+        if self.drains:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the sandbox is shutting down")
         await self.answering.wait()
-        return sandbox_pb2.ExecuteReply(status=self.status, result=self.name, error="")
+        return sandbox_pb2.ExecuteReply(status=self.status, result=self.name, error="", files=self.files)
 
 
 @pytest.fixture
@@ -141,6 +149,37 @@ async def test_calls_are_balanced_over_all_sandboxes(sandboxes: list[Sandbox]) -
         assert Counter(output.output for output in await asyncio.gather(*running)) == {"a": 3, "b": 3, "c": 3}
 
 
+async def test_pictures_of_a_call_come_with_its_output_within_limits(sandboxes: list[Sandbox]) -> None:
+    big = sandbox_pb2.File(name="big.png", content=bytes(3 << 20))
+    kept = [sandbox_pb2.File(name=f"figure-{n}.png", content=b"pixels") for n in range(10)]
+    sandboxes[0].files = [big, sandbox_pb2.File(name="notes.txt", content=b"text"), *kept]
+    async with client_of(sandboxes[0]) as client:
+        await client.until_serving(1)
+        output = await client.run()
+    assert output.output == "a"
+    assert output.pictures == tuple(Picture(f"figure-{n}.png", "image/png", b"pixels") for n in range(8))
+
+
+async def test_only_the_sandbox_limits_the_size_of_its_replies(sandboxes: list[Sandbox]) -> None:
+    sandboxes[0].files = [sandbox_pb2.File(name="big.bin", content=bytes(40 << 20))]
+    clients = core_sandboxes.Sandboxes([sandboxes[0].address])
+    try:
+        reply = await clients.execute(sandbox_pb2.ExecuteRequest(code="1"), 30)
+    finally:
+        await clients.aclose()
+    assert [len(file.content) for file in reply.files] == [40 << 20]
+
+
+async def test_calls_of_a_request_have_the_key_of_its_caller(sandboxes: list[Sandbox]) -> None:
+    async with client_of(sandboxes[0]) as client:
+        await client.until_serving(1)
+        request = core_request(engine_pb2.GenerateRequest(caller="alice"), "r")
+        assert request.context is not None
+        await asyncio.get_running_loop().create_task(client.run(), context=request.context)
+        await client.run()
+    assert sandboxes[0].keys == ["alice", "test"], "without a caller, each request is its own"
+
+
 async def test_a_dead_sandbox_is_left_out_and_its_calls_run_at_another_one(sandboxes: list[Sandbox]) -> None:
     a, b, _ = sandboxes
     a.answering.clear()
@@ -166,7 +205,7 @@ async def test_a_dead_sandbox_is_left_out_and_its_calls_run_at_another_one(sandb
 async def test_a_hung_sandbox_loses_its_calls_to_another_one(
     sandboxes: list[Sandbox], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sandbox_client, "_HEALTH_SECONDS", 0.3)
+    monkeypatch.setattr(core_sandboxes, "_HEALTH_SECONDS", 0.3)
     hung, other, _ = sandboxes
     async with client_of(hung, other) as client:
         await client.until_serving(2)
@@ -182,7 +221,7 @@ async def test_a_hung_sandbox_loses_its_calls_to_another_one(
 async def test_the_only_sandbox_keeps_a_call_although_it_is_late(
     sandboxes: list[Sandbox], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sandbox_client, "_HEALTH_SECONDS", 0.1)
+    monkeypatch.setattr(core_sandboxes, "_HEALTH_SECONDS", 0.1)
     async with client_of(sandboxes[0]) as client:
         await client.until_serving(1)
         sandboxes[0].hang()
@@ -205,6 +244,27 @@ async def test_a_draining_sandbox_finishes_its_calls_and_gets_no_new_ones(sandbo
         a.answering.set()
         assert {output.output for output in await asyncio.gather(*running)} == {"a", "b"}
         assert client.retries == 0
+
+
+async def test_a_call_that_a_shutdown_refuses_does_not_disturb_the_running_calls(sandboxes: list[Sandbox]) -> None:
+    a, b, _ = sandboxes
+    a.answering.clear()
+    b.answering.clear()
+    async with client_of(a, b) as client:
+        await client.until_serving(2)
+        running = [asyncio.create_task(client.run()) for _ in range(2)]
+        await until_called(a)
+        await until_called(b)
+        a.drains = True  # the health check still says that it serves
+        refused = [asyncio.create_task(client.run()) for _ in range(2)]
+        await until_called(b, 3)
+        await a.health.set("", NOT_SERVING)
+        retries = client.retries
+        a.answering.set()
+        b.answering.set()
+        assert {output.output for output in await asyncio.gather(*refused)} == {"b"}
+        assert {output.output for output in await asyncio.gather(*running)} == {"a", "b"}
+        assert client.retries == retries == 1, "the running call has stayed at its sandbox"
 
 
 async def test_a_full_sandbox_passes_the_call_on_and_only_full_ones_are_an_overload(sandboxes: list[Sandbox]) -> None:

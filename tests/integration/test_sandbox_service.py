@@ -1,19 +1,27 @@
 """The sandbox service as a process, called over gRPC and HTTP."""
 
+import asyncio
+import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from nanochat_core.grpc_service import GrpcService
 from nanochat_core.protos import sandbox_pb2, sandbox_pb2_grpc
+from nanochat_core.sandbox import SandboxExecutor
+from services.sandbox.__main__ import _probe
+from tests.support import sandbox_service_attacks
 from tests.support.service_process import REPOSITORY, ServiceProcess
 
 
@@ -29,6 +37,11 @@ class Service(ServiceProcess):
 
     def execute(self, code: str, **fields: Any) -> sandbox_pb2.ExecuteReply:
         return self.stub.Execute(sandbox_pb2.ExecuteRequest(code=code, **fields), timeout=60)
+
+    def code_of(self, code: str) -> grpc.StatusCode:
+        """The gRPC status of a call."""
+        call = self.stub.Execute.future(sandbox_pb2.ExecuteRequest(code=code), timeout=60)
+        return call.code()
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +126,9 @@ def test_limits_are_lowered_to_the_maximum(service: Service) -> None:
         (sandbox_pb2.ExecuteRequest(code="1", limits=sandbox_pb2.Limits(wall_seconds=-1)), "wall_seconds"),
         (sandbox_pb2.ExecuteRequest(code="1", limits=sandbox_pb2.Limits(cpu_seconds=float("nan"))), "cpu_seconds"),
         (sandbox_pb2.ExecuteRequest(code="1", result_format=7), "result_format 7"),
+        (sandbox_pb2.ExecuteRequest(code="1", files=[sandbox_pb2.File(name="../up")]), "'../up'"),
+        (sandbox_pb2.ExecuteRequest(code="1", stdin=b"x" * ((4 << 20) + 1)), "4194305 bytes"),
+        (sandbox_pb2.ExecuteRequest(code="1", argv=["a\0b"]), "null byte"),
     ],
 )
 def test_a_bad_request_is_refused_by_name(service: Service, request_: sandbox_pb2.ExecuteRequest, message: str) -> None:
@@ -179,11 +195,132 @@ def test_sigterm_ends_a_call_that_takes_longer_than_the_drain() -> None:
     assert call.details() == "the sandbox is shutting down"
 
 
+def test_the_drain_takes_no_longer_than_it_may_while_a_client_watches_health() -> None:
+    service = Service("--drain-seconds", "1")
+    watched = health_pb2_grpc.HealthStub(service.channel).Watch(health_pb2.HealthCheckRequest())
+    assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
+    call = service.stub.Execute.future(sandbox_pb2.ExecuteRequest(code="import time\ntime.sleep(60)"))
+    eventually(lambda: service.metrics()["nanochat_sandbox_running"] == 1)
+    started = time.monotonic()
+    assert service.stop() == 0
+    assert 1 <= time.monotonic() - started < 3
+    assert call.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_long_request_id_is_cut_in_the_log(service: Service) -> None:
+    service.execute("1", request_id="long" * 10_000)
+    event = service.wait_for("execution", request_id="long" * 32)
+    assert event["status"] == "ok"
+
+
+def test_the_wait_is_part_of_every_answer(service: Service) -> None:
+    def wait_of_last(count: int) -> float:
+        request = sandbox_pb2.ExecuteRequest(code="import time\ntime.sleep(0.3)", key="one")
+        return max(call.result().queue_seconds for call in [service.stub.Execute.future(request) for _ in range(count)])
+
+    assert wait_of_last(1) < 0.2
+    assert wait_of_last(4) > 0.2
+
+
+def test_files_stdin_and_arguments_go_in_and_files_come_out(service: Service) -> None:
+    reply = service.execute(
+        "import sys\ntext = open('data/in.txt').read() + sys.stdin.read() + sys.argv[1]\n"
+        "open('out.txt', 'w').write(text)",
+        files=[sandbox_pb2.File(name="data/in.txt", content=b"in ")],
+        stdin=b"stdin ",
+        argv=["argument"],
+        collect_files=True,
+    )
+    assert reply.status == sandbox_pb2.STATUS_OK, reply
+    assert [(file.name, file.content) for file in reply.files] == [("out.txt", b"in stdin argument")]
+
+
+def test_a_session_keeps_files_for_its_key(service: Service) -> None:
+    first = service.execute("open('a', 'w').write('kept')", session="s", key="alice")
+    assert (first.session_new, first.files_complete) == (True, True)
+    second = service.execute("open('a').read()", session="s", key="alice")
+    assert (second.session_new, second.result) == (False, "'kept'")
+    assert service.execute("open('a').read()", session="s", key="bob").status == sandbox_pb2.STATUS_ERROR
+
+
+def test_output_is_sent_while_the_code_runs(service: Service) -> None:
+    code = "import sys, time\nprint('first')\ntime.sleep(1)\nprint('error', file=sys.stderr)\n6 * 7"
+    arrivals = []
+    for event in service.stub.ExecuteStream(sandbox_pb2.ExecuteRequest(code=code), timeout=60):
+        arrivals.append((time.monotonic(), event))
+    kinds = [event.WhichOneof("event") for _, event in arrivals]
+    assert kinds[0] == "stdout"
+    assert kinds[-1] == "reply"
+    assert arrivals[-1][0] - arrivals[0][0] > 0.5, "the first output came while the code slept"
+    assert b"".join(event.stdout for _, event in arrivals) == b"first\n"
+    assert b"".join(event.stderr for _, event in arrivals) == b"error\n"
+    reply = arrivals[-1][1].reply
+    assert (reply.stdout, reply.stderr, reply.result) == ("first\n", "error\n", "42")
+
+
+def test_cancelling_a_stream_kills_the_process_and_a_bad_request_is_refused(service: Service) -> None:
+    call = service.stub.ExecuteStream(
+        sandbox_pb2.ExecuteRequest(code="import os, time\nos.write(1, b'1\\n')\ntime.sleep(987)")
+    )
+    assert next(call).stdout == b"1\n"
+    call.cancel()
+    eventually(lambda: service.metrics()["nanochat_sandbox_running"] == 0)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(service.stub.ExecuteStream(sandbox_pb2.ExecuteRequest(code="1", argv=["a\0b"])))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_health_tells_the_truth_and_the_service_heals(tmp_path: Path) -> None:
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    service = Service("--scratch-dir", str(folder), "--probe-seconds", "0.2")
+    try:
+        shutil.rmtree(next(folder.iterdir()))
+        eventually(lambda: service.execute("6 * 7").result == "42")
+        shutil.rmtree(folder)
+        service.wait_for("the sandbox does not work")
+        assert service.health("") == health_pb2.HealthCheckResponse.NOT_SERVING
+        # Workers that were ready before serve one call each. After them, calls fail.
+        eventually(lambda: service.code_of("6 * 7") is grpc.StatusCode.UNAVAILABLE)
+        folder.mkdir()
+        service.wait_for("the sandbox works again")
+        assert service.health("") == health_pb2.HealthCheckResponse.SERVING
+        assert service.execute("6 * 7").result == "42"
+    finally:
+        assert service.stop() == 0
+
+
+async def test_probing_goes_on_after_any_error_of_a_test_call() -> None:
+    errors = [OSError("too many open files")] * 2
+    states: list[bool] = []
+    healed = asyncio.Event()
+
+    class Executor:
+        async def probe(self) -> None:
+            if errors:
+                raise errors.pop()
+
+    class Health:
+        async def set_serving(self, serving: bool) -> None:
+            states.append(serving)
+            if serving:
+                healed.set()
+
+    executor, service = cast(SandboxExecutor, Executor()), cast(GrpcService, Health())
+    probing = asyncio.create_task(_probe(service, executor, 0.01))
+    async with asyncio.timeout(10):
+        await healed.wait()
+    probing.cancel()
+    assert states == [False, True]
+
+
 @pytest.mark.parametrize(
     ("flags", "environment", "message"),
     [
         (("--profile", "bwrap"), {"PATH": "/nowhere"}, "bwrap: bubblewrap: bwrap is not installed"),
         (("--scratch-dir", "/no/such/folder"), {}, "scratch folder"),
+        (("--scratch-dir", "/proc"), {}, "scratch folder"),
+        (("--scratch-dir", "/dev/null"), {}, "scratch folder"),
         (("--wall-seconds", "99"), {}, "default wall_seconds is 99.0"),
         (("--profile", "none"), {}, "--profile is 'none'"),
         ((), {"NANOCHAT_SANDBOX_CONCURRENCY": "0"}, "NANOCHAT_SANDBOX_CONCURRENCY is 0"),
@@ -208,6 +345,19 @@ def test_a_port_in_use_is_named(service: Service) -> None:
     answer = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert answer.returncode == 2
     assert f"cannot serve on {address}" in answer.stderr
+
+
+def test_attacks_can_be_made_where_the_service_is_deployed(service: Service, tmp_path: Path) -> None:
+    """The test on a cluster makes all attacks. Here, a few attacks show that the program for this works."""
+    program = tmp_path / "attacks"
+    program.write_bytes(base64.b64decode(sandbox_service_attacks.packed()))
+    command = [sys.executable, str(program), service.address, "--pid", str(service.process.pid), "--only", "inherited"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    report = json.loads(done.stdout)
+    assert (report["attacks"], report["failures"]) == (1, {})
+    assert report["user"] == os.getuid()
 
 
 def test_the_service_loads_neither_torch_nor_the_model() -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_core.sandbox import ResultFormat, SandboxConfig, SandboxExecutor, SandboxUnavailable
+from nanochat_core.sandbox import ResultFormat, SandboxConfig, SandboxExecutor, SandboxUnavailable, profiles
 from nanochat_core.sandbox.interpreter import current_executable
+from nanochat_core.sandbox.worker import protocol
 from tests.support import sandbox_attacks
 from tests.support.sandbox_attacks import ATTACKS, Attack, Target, check, check_canary
 
@@ -19,14 +20,18 @@ REPOSITORY = Path(sandbox_attacks.__file__).parents[2]
 NOBODY = 65534
 
 
-@pytest.fixture(scope="module", params=["bwrap", "pod"])
+@pytest.fixture(scope="module", params=["bwrap", "pod", "pod without mounts"])
 def executor(request: pytest.FixtureRequest) -> Iterator[SandboxExecutor]:
-    try:
-        started = SandboxExecutor(SandboxConfig(profile=request.param, scratch_bytes=4 << 20)).start()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    yield started
-    started.close()
+    name, _, without_mounts = request.param.partition(" ")
+    with pytest.MonkeyPatch.context() as patch:
+        if without_mounts:
+            patch.setattr(profiles.PodProfile, "mounts", protocol.NO_MOUNTS)
+        try:
+            started = SandboxExecutor(SandboxConfig(profile=name, scratch_bytes=4 << 20)).start()
+        except SandboxUnavailable as error:
+            pytest.skip(str(error))
+        yield started
+        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +52,9 @@ def test_attack_fails(executor: SandboxExecutor, target: Target, attack: Attack)
     check(executor, target, attack)
 
 
-def test_every_attack_fails_without_any_privilege(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A restricted container has no root and no capabilities. Only the profile ``pod`` always works there."""
+@pytest.mark.parametrize("namespaces", [True, False], ids=["namespaces", "no-namespaces"])
+def test_every_attack_fails_without_any_privilege(namespaces: bool) -> None:
+    """A restricted container has no root, capabilities or namespaces. There, only the profile ``pod`` always works."""
     if os.geteuid() != 0:
         pytest.skip("these tests do not run as root, so the others have shown it")
     python = next(
@@ -69,13 +75,18 @@ def test_every_attack_fails_without_any_privilege(tmp_path_factory: pytest.TempP
             source, copy = REPOSITORY / "nanochat_core" / name, Path(folder) / "nanochat_core" / name
             shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
         script = shutil.copy(sandbox_attacks.__file__, folder)
+        shutil.copy(REPOSITORY / "tests" / "support" / "without_namespaces.py", folder)
         subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
+        command = [python, script, "pod", folder, folder]
+        if not namespaces:
+            command = [python, str(Path(folder) / "without_namespaces.py"), *command]
         answer = subprocess.run(
-            [python, script, "pod", folder, folder],
+            command,
             user=NOBODY,
             group=NOBODY,
             extra_groups=[],
             cwd="/",
+            env=os.environ | {"PYTHONPATH": folder},
             capture_output=True,
             text=True,
             timeout=200,
@@ -84,7 +95,29 @@ def test_every_attack_fails_without_any_privilege(tmp_path_factory: pytest.TempP
         report = json.loads(answer.stdout)
     finally:
         shutil.rmtree(folder)
-    assert report == {"user": NOBODY, "attacks": len(ATTACKS), "failures": {}}
+    assert report == {"user": NOBODY, "attacks": len(ATTACKS), "own_file_systems": namespaces, "failures": {}}
+
+
+def test_every_attack_fails_in_gvisor() -> None:
+    if shutil.which("runsc") is None:
+        pytest.skip("gVisor is not installed")
+    gvisor = ["runsc", *(["--rootless"] if os.getuid() else []), "--network=none", "--ignore-cgroups", "do"]
+    command = [*gvisor, current_executable(), sandbox_attacks.__file__, "gvisor", str(REPOSITORY), "/tmp"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    report = json.loads(answer.stdout)
+    report.pop("user")
+    found = report.pop("failures")
+    assert report == {"attacks": len(ATTACKS), "own_file_systems": True}
+    # gVisor cannot ask the sandbox whether a thread may start. There, recursion reaches the limit of CPU time before
+    # the limit of memory. Without Landlock, code can list the names in folders of bubblewrap.
+    differences = {
+        "a thread goes on when the main thread has ended": "can't start new thread",
+        "recursion without a limit": "CPU time limit of 4 s exceeded",
+        "list /etc": "result \"['ld.so.cache']\"",
+    }
+    assert found.keys() <= differences.keys()
+    assert all(differences[name] in text for name, text in found.items()), found
 
 
 def _nobody_can_run(python: str) -> bool:
@@ -148,6 +181,6 @@ def test_a_call_cannot_find_the_scratch_folder_of_another(executor: SandboxExecu
     )
     assert where.result is not None
     if executor.profile == "pod":
-        assert not Path(where.result).exists(), "the folder is gone with its call"
+        assert not Path(where.result, "mine").exists(), "the file is gone with its call"
         listed = executor.execute_sync(f"import os\nos.listdir({str(Path(where.result).parent)!r})")
         assert listed.status.value == "denied"

@@ -1,11 +1,15 @@
 """The executor: calls are bounded, can be canceled, leak nothing, and never run without isolation."""
 
 import asyncio
+import contextlib
+import dataclasses
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,14 +25,20 @@ from nanochat_core.sandbox import (
     SandboxUnavailable,
     Status,
     WorkerFailed,
+    fork_server,
     landlock,
+    pool,
     profiles,
     seccomp,
 )
+from nanochat_core.sandbox import executor as executor_module
+from nanochat_core.sandbox.call import run_call
+from nanochat_core.sandbox.interpreter import current_executable
 from nanochat_core.sandbox.worker_process import WorkerProcess
 from tests.support.processes import descendants
 
 ENDLESS = "import time\ntime.sleep(60)"
+NAMES_ITS_FILE = "import os\nopen(os.path.abspath('f'), 'w').write('x')"
 PATIENT = Limits(wall_seconds=30, cpu_seconds=30)
 
 
@@ -45,6 +55,13 @@ def _note_others() -> None:
 def own_processes() -> set[int]:
     """Running processes that this test has started."""
     return descendants(os.getpid()) - _others
+
+
+def kill(processes: set[int]) -> None:
+    """Kill fork servers before their workers, so that no server can report the end of a worker."""
+    for pid in sorted(processes):
+        with contextlib.suppress(ProcessLookupError):  # the process has already ended
+            os.kill(pid, signal.SIGKILL)
 
 
 def eventually(claim: Callable[[], bool], seconds: float = 10) -> None:
@@ -106,16 +123,17 @@ def test_cancelling_a_call_kills_its_process(make: Callable[..., SandboxExecutor
     executor = make()
 
     async def run() -> None:
+        idle = own_processes()
         call = asyncio.create_task(executor.execute("open('f', 'w').write('x')\n" + ENDLESS, PATIENT))
-        await asyncio.to_thread(eventually, lambda: len(own_processes()) > 0 and executor.stats.running == 1)
+        await asyncio.to_thread(eventually, lambda: own_processes() > idle and executor.stats.running == 1)
         await asyncio.sleep(0.2)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        await asyncio.to_thread(eventually, lambda: not own_processes() and executor.stats.running == 0)
+        await asyncio.to_thread(eventually, lambda: own_processes() == idle and executor.stats.running == 0)
 
     asyncio.run(run())
-    assert not list(tmp_path.glob("*/call-*")), "its scratch folder is gone too"
+    assert not list(tmp_path.glob("*/call-*/*")), "its scratch folder is empty again"
     assert executor.execute_sync("6 * 7").result == "42"
 
 
@@ -136,7 +154,7 @@ def test_a_cancelled_wait_for_a_slot_gives_the_place_back(make: Callable[..., Sa
 
 
 def test_many_calls_leave_no_process_descriptor_or_folder(make: Callable[..., SandboxExecutor], tmp_path: Path) -> None:
-    executor = make(concurrency=4, queue=1000, warm=2)
+    executor = make(concurrency=4, queue=1000, warm=4)
     codes = [
         "6 * 7",
         "open('f', 'w').write('x')",
@@ -150,13 +168,13 @@ def test_many_calls_leave_no_process_descriptor_or_folder(make: Callable[..., Sa
         return [result.status for result in await asyncio.gather(*(executor.execute(code, limits) for code in codes))]
 
     executor.execute_sync("1")
-    eventually(lambda: executor.stats.warm == 2)
+    eventually(lambda: executor.stats.warm == 4)
     gc.collect()  # closes the descriptors of earlier tests now, not between the two counts
     before = len(os.listdir("/proc/self/fd"))
     statuses = asyncio.run(run())
     assert statuses == [Status.OK, Status.OK, Status.ERROR, Status.ERROR, Status.OUTPUT_LIMIT] * 12
-    eventually(lambda: executor.stats.warm == 2)
-    assert len(os.listdir("/proc/self/fd")) == before
+    eventually(lambda: executor.stats.warm == 4)
+    eventually(lambda: len(os.listdir("/proc/self/fd")) == before)
     executor.close()
     assert own_processes() == set()
     assert list(tmp_path.iterdir()) == []
@@ -232,10 +250,200 @@ def test_calls_come_from_any_thread_and_any_loop(make: Callable[..., SandboxExec
 def test_a_warm_interpreter_that_died_is_not_handed_out(make: Callable[..., SandboxExecutor]) -> None:
     executor = make(warm=1)
     eventually(lambda: executor.stats.warm == 1)
-    for pid in own_processes():
-        os.kill(pid, signal.SIGKILL)
+    kill(own_processes())
     time.sleep(0.1)
     assert executor.execute_sync("6 * 7").result == "42"
+
+
+def test_a_killed_fork_server_costs_only_the_calls_in_flight(make: Callable[..., SandboxExecutor]) -> None:
+    executor = make(warm=1, concurrency=2)
+
+    async def run() -> None:
+        call = asyncio.create_task(executor.execute(ENDLESS, PATIENT))
+        await asyncio.to_thread(eventually, lambda: executor.stats.running == 1 and executor.stats.warm == 1)
+        kill(own_processes())
+        with pytest.raises(WorkerFailed, match="fork server ended"):
+            await call
+        assert [(await executor.execute("6 * 7")).result for _ in range(3)] == ["42"] * 3
+
+    asyncio.run(run())
+
+
+def test_only_the_kernel_can_tell_that_a_process_was_killed_for_lack_of_memory(
+    make: Callable[..., SandboxExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = make()
+
+    async def kill_worker() -> Status:
+        idle = own_processes()
+        call = asyncio.create_task(executor.execute(ENDLESS, PATIENT))
+        await asyncio.to_thread(eventually, lambda: len(own_processes() - idle) == 1)
+        await asyncio.sleep(0.1)
+        kill(own_processes() - idle)
+        return (await call).status
+
+    with pytest.raises(WorkerFailed, match="killed from outside"):
+        asyncio.run(kill_worker())
+    monkeypatch.setattr(fork_server, "_oom_kills", lambda: 10**9)  # as if the kernel had killed one more process
+    assert asyncio.run(kill_worker()) is Status.MEMORY
+    assert executor.execute_sync("import os\nos._exit(137)").error == "exited with code 137 before the code ended"
+
+
+def test_a_relative_scratch_folder_works(
+    make: Callable[..., SandboxExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "relative").mkdir()
+    config = dataclasses.replace(make().config, scratch_dir="relative")
+    with SandboxExecutor(config) as executor:
+        assert executor.execute_sync("open('f', 'w').write('x')").ok
+
+
+def test_removed_scratch_folders_are_made_again(make: Callable[..., SandboxExecutor], tmp_path: Path) -> None:
+    executor = make(warm=1)
+    assert executor.execute_sync("open('f', 'w').write('x')").ok
+    for _ in range(2):
+        shutil.rmtree(next(tmp_path.iterdir()), ignore_errors=True)  # the executor may be replacing the folders already
+        for _ in range(4):
+            assert executor.execute_sync("open('f', 'w').write('x')\n6 * 7").result == "42"
+    asyncio.run(executor.probe())
+
+
+def test_a_warm_interpreter_that_lost_its_scratch_folder_is_not_handed_out(
+    make: Callable[..., SandboxExecutor], tmp_path: Path
+) -> None:
+    executor = make(warm=2, concurrency=2)
+    eventually(lambda: executor.stats.warm == 2)
+    shutil.rmtree(next(tmp_path.iterdir()))
+    for _ in range(4):
+        assert executor.execute_sync(NAMES_ITS_FILE).result == "1"
+
+
+def test_a_worker_that_lost_its_scratch_folder_while_it_started_is_replaced(
+    make: Callable[..., SandboxExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = make()
+    fork = fork_server.ForkServer.fork
+    removed: list[Path] = []
+
+    async def remove_first(server: fork_server.ForkServer, *arguments: Any) -> Any:
+        forked = await fork(server, *arguments)
+        if not removed:
+            removed.append(next(tmp_path.iterdir()))
+            shutil.rmtree(removed[0])
+        return forked
+
+    monkeypatch.setattr(fork_server.ForkServer, "fork", remove_first)
+    assert executor.execute_sync(NAMES_ITS_FILE).result == "1"
+    assert removed
+
+
+def test_a_fork_server_whose_scratch_folders_are_removed_while_it_starts_is_replaced(
+    make: Callable[..., SandboxExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = make()
+    start, fork = fork_server.ForkServer.start, fork_server.ForkServer.fork
+    failed: list[fork_server.ForkServer] = []
+    removed: list[Path] = []
+
+    async def fail_first(server: fork_server.ForkServer, *arguments: Any) -> Any:
+        if not failed:
+            failed.append(server)
+            raise FileNotFoundError("the removal has begun")
+        return await fork(server, *arguments)
+
+    async def remove_first(*arguments: Any) -> fork_server.ForkServer:
+        if not removed:
+            removed.append(next(tmp_path.iterdir()))
+            shutil.rmtree(removed[0])
+        return await start(*arguments)
+
+    monkeypatch.setattr(fork_server.ForkServer, "fork", fail_first)
+    monkeypatch.setattr(fork_server.ForkServer, "start", remove_first)
+    assert executor.execute_sync(NAMES_ITS_FILE).result == "1"
+    assert removed
+
+
+def test_the_time_before_the_code_begins_is_not_its_own(make: Callable[..., SandboxExecutor]) -> None:
+    executor = make()
+    shortest = Limits(wall_seconds=0.001)
+    assert executor.execute_sync("while True: pass", shortest).status is Status.TIMEOUT
+    slow_to_start = executor.execute_sync("6 * 7", Limits(wall_seconds=0.2))
+    assert slow_to_start.result == "42"
+    assert slow_to_start.queue_seconds > 0
+
+
+def test_a_worker_that_dies_before_its_code_begins_is_replaced(
+    make: Callable[..., SandboxExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = make()
+    killed: list[WorkerProcess] = []
+
+    async def kill_first(worker: WorkerProcess, *arguments: Any) -> Any:
+        if not killed:
+            killed.append(worker)
+            worker.kill()
+            await worker.reap()
+        return await run_call(worker, *arguments)
+
+    monkeypatch.setattr(executor_module, "run_call", kill_first)
+    assert executor.execute_sync("6 * 7").result == "42"
+    assert len(killed) == 1
+
+
+def test_code_that_exits_at_once_runs_once(make: Callable[..., SandboxExecutor]) -> None:
+    executor = make(warm=2)
+    written = bytearray()
+
+    def keep(_stream: str, piece: bytes) -> None:
+        written.extend(piece)
+
+    for _ in range(20):
+        result = asyncio.run(executor.execute("import os\nos.write(1, b'x')\nos._exit(3)", on_output=keep))
+        assert result.error == "exited with code 3 before the code ended"
+    assert written == b"x" * 20
+
+
+def test_a_call_that_fills_its_scratch_space_leaves_the_others_theirs(make: Callable[..., SandboxExecutor]) -> None:
+    executor = make(concurrency=2, warm=2, scratch_bytes=1 << 20)
+    fill = "f = open('f', 'wb')\ntry:\n  while True: f.write(bytes(1 << 16))\nexcept OSError: pass\n"
+
+    async def run() -> None:
+        full = asyncio.create_task(executor.execute(fill + "import time\ntime.sleep(0.5)"))
+        await asyncio.sleep(0.2)
+        neighbor = await executor.execute("open('f', 'wb').write(bytes(1 << 19))")
+        assert (neighbor.status, neighbor.result) == (Status.OK, str(1 << 19))
+        assert (await full).status in (Status.OK, Status.OUTPUT_LIMIT)
+
+    asyncio.run(run())
+
+
+def test_fork_servers_are_renewed_between_calls(make: Callable[..., SandboxExecutor]) -> None:
+    executor = make(renew_calls=3, warm=1)
+    hashes = set()
+
+    def several() -> bool:
+        hashes.add(executor.execute_sync("hash('x'), id(object)").result)
+        return len(hashes) > 2
+
+    eventually(several)
+    # An old server stays as long as one of its workers is ready for a call.
+    eventually(lambda: len(executor.fork_servers) <= 2)
+
+
+def test_callers_take_turns(make: Callable[..., SandboxExecutor]) -> None:
+    executor = make(concurrency=1, queue=100, warm=1)
+
+    async def run() -> None:
+        many = [asyncio.create_task(executor.execute("import time\ntime.sleep(0.02)", key="many")) for _ in range(20)]
+        await asyncio.to_thread(eventually, lambda: executor.stats.queued == 19)
+        single = await executor.execute("1", key="one")
+        assert sum(call.done() for call in many) <= 3, "it waits for the calls of the other caller that came before"
+        waits = [(await call).queue_seconds for call in many]
+        assert waits == sorted(waits)
+        assert single.queue_seconds < waits[-1]
+
+    asyncio.run(run())
 
 
 def test_no_process_outlives_a_killed_service(make: Callable[..., SandboxExecutor], tmp_path: Path) -> None:
@@ -271,11 +479,11 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def _allow_everything(machine: object) -> bytes:
+def _allow_everything(machine: object, **options: bool) -> bytes:
     return seccomp.instruction(0x06, seccomp.ALLOW)
 
 
-def _allow_every_file(interpreter: object) -> list[landlock.PathRule]:
+def _allow_every_file(interpreter: object, packages_hidden: bool = False) -> list[landlock.PathRule]:
     return [landlock.PathRule("/", landlock.USE_SCRATCH)]
 
 
@@ -310,15 +518,10 @@ def test_files_that_leak_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
-def test_namespaces_that_leak_are_noticed(
-    make: Callable[..., SandboxExecutor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = make().config
-    if config.profile != "bwrap":
-        pytest.skip("only bwrap has namespaces")
-    monkeypatch.setattr(profiles, "namespace_options", lambda program: ["--die-with-parent"])
-    with pytest.raises(SandboxUnavailable, match="bwrap: namespaces: code could see its process number outside"):
-        SandboxExecutor(config).start()
+def test_namespaces_that_leak_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiles.PodProfile, "hides_files", True)
+    with pytest.raises(SandboxUnavailable, match="pod: namespaces: code could see that a file outside exists"):
+        SandboxExecutor(SandboxConfig(profile="pod", scratch_dir=str(tmp_path))).start()
 
 
 @pytest.mark.parametrize("abi", [0, 2])
@@ -326,6 +529,30 @@ def test_pod_refuses_a_kernel_without_enough_landlock(abi: int, monkeypatch: pyt
     monkeypatch.setattr(landlock, "kernel_abi", lambda: abi)
     with pytest.raises(SandboxUnavailable, match=r"pod: landlock: .*version 3"):
         SandboxExecutor(SandboxConfig(profile="pod")).start()
+
+
+def test_gvisor_refuses_every_other_kernel_and_auto_tries_it_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    if profiles.kernel_is_gvisor():
+        pytest.skip("this is gVisor")
+    with pytest.raises(SandboxUnavailable, match="gvisor: gvisor: the kernel is not gVisor"):
+        SandboxExecutor(SandboxConfig(profile="gvisor")).start()
+    with SandboxExecutor(SandboxConfig()) as executor:
+        assert "gvisor" not in executor.rejected
+    monkeypatch.setattr(profiles, "kernel_is_gvisor", lambda: True)
+    with SandboxExecutor(SandboxConfig()) as executor:
+        assert executor.profile == "gvisor" or "gvisor" in executor.rejected
+
+
+def test_what_gvisor_lacks_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The profile works on this kernel as it must on gVisor's: without Landlock, and with the stricter filter."""
+    monkeypatch.setattr(profiles, "kernel_is_gvisor", lambda: True)
+    try:
+        executor = SandboxExecutor(SandboxConfig(profile="gvisor", scratch_dir=str(tmp_path))).start()
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    with contextlib.closing(executor):
+        assert (executor.profile, executor.landlock_abi) == ("gvisor", 0)
+        assert executor.execute_sync("import os\nos.path.exists('/etc/passwd'), 6 * 7").result == "(False, 42)"
 
 
 def test_bwrap_holds_without_landlock_too(
@@ -369,6 +596,7 @@ def test_a_configured_profile_is_never_replaced(monkeypatch: pytest.MonkeyPatch)
     ("options", "message"),
     [
         ({"scratch_dir": "/no/such/folder"}, "scratch folder"),
+        ({"scratch_dir": "a\0b"}, "scratch folder"),
         ({"interpreter": "/no/such/python"}, "interpreter /no/such/python cannot be run"),
         ({"interpreter": "/bin/false"}, "interpreter .* cannot be run"),
     ],
@@ -387,7 +615,9 @@ def test_a_failure_of_the_sandbox_is_not_blamed_on_the_code(
     make: Callable[..., SandboxExecutor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executor = make()
-    monkeypatch.setattr(executor.isolation, "setup", b"\0\0\0\0")
+    monkeypatch.setattr(executor.isolation, "setup", lambda scratch: b"\0\0\0\0")
+    kill(own_processes())
+    eventually(lambda: not own_processes())
     with pytest.raises(WorkerFailed, match="did not start"):
         executor.execute_sync("1 + 1")
 
@@ -396,3 +626,47 @@ def test_it_needs_nothing_but_the_standard_library() -> None:
     repository = Path(__file__).parents[2]
     code = f"import sys; sys.path.insert(0, {str(repository)!r}); import nanochat_core.sandbox"
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
+
+
+@pytest.fixture
+def interpreter_without_bytecode(tmp_path: Path) -> str:
+    """A Python whose standard library is not compiled, as in slim base images."""
+    source = Path(sysconfig.get_path("stdlib"))
+    python = tmp_path / "python" / "bin" / "python3"
+    python.parent.mkdir(parents=True)
+    shutil.copy(current_executable(), python)
+    ignored = shutil.ignore_patterns(
+        "__pycache__", "test", "tests", "*-packages", "config-*", "idlelib", "lib2to3", "*.a"
+    )
+    shutil.copytree(source, tmp_path / "python" / "lib" / source.name, ignore=ignored)
+    command = [str(python), "-I", "-S", "-B", "-c", "import json; print(json.__cached__)"]
+    answer = subprocess.run(command, capture_output=True, text=True, env={})
+    if answer.returncode or os.path.exists(answer.stdout.strip()):
+        pytest.skip("this Python cannot be copied")
+    return str(python)
+
+
+def test_a_standard_library_without_bytecode_is_compiled_once_and_not_for_each_call(
+    make: Callable[..., SandboxExecutor], interpreter_without_bytecode: str
+) -> None:
+    def cpu_seconds(interpreter: str) -> float:
+        """The lowest CPU time, in several calls, of a worker from its fork to its answer."""
+        executor = make(interpreter=interpreter)
+        code = "import datetime, decimal, json, random, re, statistics, time\ntime.process_time()"
+        return min(float(executor.execute_sync(code).result or "inf") for _ in range(5))
+
+    assert cpu_seconds(interpreter_without_bytecode) < 2 * cpu_seconds("") + 0.005
+
+
+def test_the_pool_follows_demand(make: Callable[..., SandboxExecutor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_SHRINK_SECONDS", 0.3)
+    executor = make(warm=1, concurrency=3)
+    eventually(lambda: executor.stats.warm == 1)
+
+    async def load() -> None:
+        await asyncio.gather(*(executor.execute("6 * 7") for _ in range(20)))
+
+    asyncio.run(load())
+    eventually(lambda: executor.stats.warm == 3)
+    eventually(lambda: executor.stats.warm == 1)
+    assert executor.execute_sync("6 * 7").result == "42"

@@ -1,6 +1,7 @@
 """The sandbox's policy: the decisions of the system-call filter, the limits and the file rules."""
 
 import errno
+import os
 import re
 import socket
 import struct
@@ -37,15 +38,20 @@ def decide(program: bytes, number: int, arch: int, arguments: tuple[int, ...] = 
 
 
 @MACHINES
-def test_every_call_gets_the_decision_that_the_allow_list_says(machine: Machine) -> None:
-    program = seccomp.build_filter(machine)
-    allowed = {machine.numbers[name] for name in seccomp.ALLOWED if name in machine.numbers}
-    conditional = {machine.numbers[name] for name in seccomp.CONDITIONAL}
+@pytest.mark.parametrize("own_files", [False, True])
+def test_every_call_gets_the_decision_that_the_allow_list_says(machine: Machine, own_files: bool) -> None:
+    program = seccomp.build_filter(machine, own_files=own_files)
+    names = seccomp.ALLOWED | {entry.split(":")[0] for entry in seccomp.OWN_FILES.split() if own_files}
+    allowed = {machine.numbers[name] for name in names if name in machine.numbers}
+    unsupported = {machine.numbers[entry.split(":")[0]] for entry in seccomp.UNSUPPORTED.split()}
+    conditional = {machine.numbers[name] for name in seccomp.CONDITIONAL if name in machine.numbers}
     assert not allowed & conditional
     for number in range(600):
         decision = decide(program, number, machine.audit_arch)
         if number in allowed:
             assert decision == seccomp.ALLOW
+        elif number in unsupported:
+            assert decision == seccomp.NOT_SUPPORTED
         elif number not in conditional:
             unknown = number >= seccomp.FIRST_UNIFIED_NUMBER
             assert decision == (seccomp.UNKNOWN if unknown else seccomp.REFUSE), number
@@ -88,6 +94,45 @@ def test_x32_is_killed() -> None:
         ("sendto", (3, 0x7F0000001000, 5, 0, 0), True),
         ("sendto", (3, 0x7F0000001000, 5, 0, 0x1000), False),
         ("sendto", (3, 0x7F0000001000, 5, 0, 1 << 32), False),
+        ("sendto", (3, 0x7F0000001000, 5, socket.MSG_OOB, 0), False),
+        ("sendto", (3, 0x7F0000001000, 5, socket.MSG_NOSIGNAL, 0), True),
+        ("recvfrom", (3, 0x7F0000001000, 5, 0, 0), True),
+        ("recvfrom", (3, 0x7F0000001000, 5, socket.MSG_OOB, 0), False),
+        ("recvfrom", (3, 0x7F0000001000, 5, socket.MSG_ERRQUEUE, 0), False),
+        ("openat", (0xFFFFFF9C, 0x1000, os.O_RDWR | os.O_CREAT), True),
+        ("openat", (0xFFFFFF9C, 0x1000, 0o20200002), False),  # O_TMPFILE
+        ("openat", (0xFFFFFF9C, 0x1000, 0o10000000), False),  # O_PATH
+        ("mmap", (0, 4096, 3, 0x22), True),  # private, anonymous
+        ("mmap", (0, 4096, 5, 0x802), True),  # private, of a file: a library
+        ("mmap", (0, 4096, 3, 0x21), True),  # shared, anonymous
+        ("mmap", (0, 4096, 3, 0x01), True),  # shared, writable
+        ("mmap", (0, 4096, 1, 0x01), False),  # shared, read-only
+        ("mmap", (0, 4096, 1, 0x03), False),  # MAP_SHARED_VALIDATE
+        ("mmap", (0, 4096, 3, 0x40022), False),  # MAP_HUGETLB
+        ("madvise", (0, 4096, 4), True),
+        ("madvise", (0, 4096, 12), False),  # MADV_MERGEABLE
+        ("madvise", (0, 4096, 21), False),  # MADV_PAGEOUT
+        ("futex", (0x1000, 128 | 9 | 256), True),
+        ("futex", (0x1000, 128 | 1), True),
+        ("futex", (0x1000, 0), False),  # FUTEX_WAIT, shared
+        ("futex", (0x1000, 1), False),  # FUTEX_WAKE, shared
+        ("futex", (0x1000, 128 | 6), False),  # FUTEX_LOCK_PI
+        ("clock_gettime", (1,), True),
+        ("clock_gettime", ((~1 << 3 | 2) & 0xFFFFFFFF,), False),
+        ("clock_nanosleep", ((~1 << 3 | 2) & 0xFFFFFFFFFFFFFFFF,), False),
+        ("getpgid", (0,), True),
+        ("getpgid", (1,), False),
+        ("getsid", (1,), False),
+        ("sched_getaffinity", (1, 8, 0x1000), False),
+        ("sched_getaffinity", (0, 8, 0x1000), True),
+        ("pipe2", (0x1000, os.O_CLOEXEC), True),
+        ("pipe2", (0x1000, os.O_EXCL), False),  # O_NOTIFICATION_PIPE
+        ("renameat2", (0, 0, 0, 0, 1), True),
+        ("renameat2", (0, 0, 0, 0, 4), False),  # RENAME_WHITEOUT
+        ("clone", (0x3D0F00, 0x1000), True),
+        ("clone", (17, 0), False),  # SIGCHLD: a process
+        ("clone", (0x3D0F00 | 1 << 28, 0x1000), False),  # CLONE_NEWUSER
+        ("clone", (0x3D0F00 | 1 << 33, 0x1000), False),  # CLONE_INTO_CGROUP
         ("prlimit64", (0, 7, 0, 0x1000), True),
         ("prlimit64", (0, 7, 0x1000, 0), False),
         ("prlimit64", (0, 7, 1 << 40, 0), False),
@@ -101,12 +146,29 @@ def test_arguments_decide_where_a_call_can_do_harm(
     assert decision == (seccomp.ALLOW if passes else seccomp.REFUSE)
 
 
+@MACHINES
+def test_the_start_of_a_thread_is_left_to_the_executor(machine: Machine) -> None:
+    program = seccomp.build_thread_filter(machine, seccomp.ASK)
+    for number in range(600):
+        expected = seccomp.ASK if number == machine.numbers["clone"] else seccomp.ALLOW
+        assert decide(program, number, machine.audit_arch, (0x3D0F00,)) == expected
+        assert decide(program, number, machine.audit_arch, (17,)) == seccomp.ALLOW  # a fork of the fork server
+
+
+@MACHINES
+def test_a_shared_futex_cannot_be_waited_for_and_join_polls(machine: Machine) -> None:
+    program = seccomp.build_filter(machine)
+    decisions = [decide(program, machine.numbers["futex"], machine.audit_arch, (0, op)) for op in (265, 9, 0, 137)]
+    assert decisions == [seccomp.AGAIN, seccomp.REFUSE, seccomp.REFUSE, seccomp.ALLOW]
+
+
 def test_calls_that_reach_beyond_the_process_are_not_on_the_list() -> None:
     listed = seccomp.ALLOWED | seccomp.CONDITIONAL.keys()
     forbidden = """
-        fork vfork clone clone3 execve execveat kill tkill tgkill ptrace prctl setrlimit
+        fork vfork clone3 execve execveat kill tkill tgkill ptrace prctl setrlimit
         socket connect bind listen accept sendmsg sendmmsg recvmsg
         truncate chmod fchmod fchmodat chown fchownat utimensat link linkat symlink symlinkat mknod flock memfd_create
+        fallocate fadvise64 mincore sysinfo membarrier statfs inotify_init1 fanotify_init timer_create eventfd2
     """
     assert listed.isdisjoint(forbidden.split())
 

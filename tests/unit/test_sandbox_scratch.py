@@ -1,11 +1,16 @@
 """Scratch folders on the host: their size is measured, and they are removed with any content."""
 
+import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat_core.sandbox import scratch
+import pytest
+
+from nanochat_core.sandbox import SandboxConfig, SandboxExecutor, Status, profiles, scratch
+from nanochat_core.sandbox.worker import protocol
 
 
 def test_a_folder_is_measured_by_bytes_and_by_files(tmp_path: Path) -> None:
@@ -60,7 +65,7 @@ def test_removing_what_is_gone_is_fine(tmp_path: Path) -> None:
 def test_what_a_killed_executor_left_is_removed_and_what_a_living_one_uses_is_not(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys; from nanochat_core.sandbox.scratch import ScratchRoot\n"
-        "root = ScratchRoot(sys.argv[1]); open(root.new() + '/left', 'w').close()\n"
+        "root = ScratchRoot(sys.argv[1]); open(root.path + '/left', 'w').close()\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     living = scratch.ScratchRoot(str(tmp_path))
@@ -71,3 +76,56 @@ def test_what_a_killed_executor_left_is_removed_and_what_a_living_one_uses_is_no
     living.close()
     later.close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    """A folder with two mounted scratch file systems of 1 MiB, as a pod has them."""
+    folders = [tmp_path / f"nanochat-scratch-{n}" for n in range(2)]
+    try:
+        for folder in folders:
+            folder.mkdir()
+            made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "scratch", folder], capture_output=True)
+            if made.returncode:
+                pytest.skip("no file systems can be mounted here")
+        yield tmp_path
+    finally:
+        for folder in folders:
+            subprocess.run(["umount", folder], capture_output=True, check=False)
+
+
+def test_mounted_file_systems_are_used_one_by_one(mounted: Path) -> None:
+    (mounted / "nanochat-scratch-0" / "left").write_text("left")
+
+    async def run() -> None:
+        first, second = scratch.ScratchRoot(str(mounted)), scratch.ScratchRoot(str(mounted))
+        assert (first.sized, first.places, second.places) == (True, 2, None), "no two executors share a folder"
+        folders = [await first.take(), await first.take()]
+        assert {Path(folder).parent for folder in folders} == {mounted}
+        assert [os.listdir(folder) for folder in folders] == [[], []]
+        third = asyncio.create_task(first.take())
+        await asyncio.sleep(0.01)
+        assert not third.done()
+        Path(folders[0], "file").write_text("x")
+        await first.give_back(folders[0])
+        assert os.listdir(await third) == []
+        first.close()
+        second.close()
+
+    asyncio.run(run())
+
+
+def test_the_kernel_limits_a_call_to_its_mounted_file_system(mounted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiles.PodProfile, "mounts", protocol.NO_MOUNTS)
+    code = (
+        "import ctypes, os\nlibc = ctypes.CDLL(None)\nfor n in range(64):\n"
+        "  f = os.open('f', os.O_CREAT | os.O_RDWR)\n  os.unlink('f')\n  os.write(f, bytes(1 << 16))\n"
+        "  libc.mmap(None, 4096, 1, 2, f, 0)\n  if os.write(f, b'x') != 1: break\n  os.close(f)\n'all written'"
+    )
+    with SandboxExecutor(SandboxConfig(profile="pod", scratch_dir=str(mounted), concurrency=2)) as executor:
+        assert executor.own_file_systems
+        for _ in range(3):
+            result = executor.execute_sync(code)
+            assert (result.status, result.result) == (Status.OUTPUT_LIMIT, None)
+            assert "scratch folder limit" in result.error
+            assert executor.execute_sync("open('f', 'w').write('fits')").result == "4"

@@ -4,14 +4,31 @@ import ctypes
 import os
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
+# Functions that are looked up here need no lookup in each worker.
+_capset, _mount, _syscall = _libc.capset, _libc.mount, _libc.syscall
+# Calls through this object do not release Python's lock, which a new process could not take again.
+_libc_locked = ctypes.PyDLL(None, use_errno=True)
+_syscall_locked = _libc_locked.syscall
+_before_fork, _after_fork_parent = ctypes.pythonapi.PyOS_BeforeFork, ctypes.pythonapi.PyOS_AfterFork_Parent
+_after_fork_child = ctypes.pythonapi.PyOS_AfterFork_Child
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 1, 4, 22, 24
 _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 _SECCOMP_MODE_FILTER = 2
-_SIGKILL = 9
+_SIGKILL, _SIGCHLD = 9, 17
+CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWUSER = 0x20000, 0x20000000, 0x10000000
+_CLONE_NEWNET = 0x40000000
+_MNT_DETACH = 2
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_REC, _MS_PRIVATE = 1, 2, 4, 32, 0x4000, 0x40000
+_CLONE, _SECCOMP = (56, 317) if os.uname().machine == "x86_64" else (220, 277)
+_SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_NEW_LISTENER = 1, 8
+_M_ARENA_MAX = -8
 # These system calls have the same numbers on every machine type.
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _LANDLOCK_RULE_PATH_BENEATH = 1
+_MOUNT_SETATTR = 442
+_AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_RDONLY = -100, 0x8000, 1
 _LANDLOCK_FILE_RIGHTS = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15
 _CAPABILITY_VERSION_3 = 0x20080522
 
@@ -29,8 +46,32 @@ class _PathBeneath(ctypes.Structure):
     _fields_ = (("allowed_access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32))
 
 
-class _FilterProgram(ctypes.Structure):
+class FilterProgram(ctypes.Structure):
+    """A seccomp filter as the kernel takes it."""
+
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
+
+    def __init__(self, instructions: bytes) -> None:
+        super().__init__(len(instructions) // 8, instructions)
+
+
+# Made once, because each object that a worker makes costs it copies of memory pages.
+_NO_CAPABILITIES = (_CapabilityData * 2)()
+_CAPABILITY_HEADER = _CapabilityHeader(_CAPABILITY_VERSION_3, 0)
+
+
+def load_library(path: str) -> None:
+    """Map a shared library, unless it needs others that are missing."""
+    try:
+        ctypes.CDLL(path)
+    except OSError:
+        pass
+
+
+def allocate_from_one_arena() -> None:
+    """Let all threads allocate from the same memory. glibc would reserve 64 MiB of address space for each."""
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(_M_ARENA_MAX, 1)
 
 
 def _check(result: int, layer: str) -> int:
@@ -41,8 +82,7 @@ def _check(result: int, layer: str) -> int:
 
 
 def _prctl(layer: str, option: int, *arguments: int) -> int:
-    padded = [ctypes.c_ulong(value) for value in (*arguments, 0, 0, 0, 0)[:4]]
-    return _check(_libc.prctl(option, *padded), layer)
+    return _check(_libc.prctl(option, *(*arguments, 0, 0, 0, 0)[:4]), layer)
 
 
 def die_with_parent() -> None:
@@ -50,41 +90,104 @@ def die_with_parent() -> None:
     _prctl("parent-death signal", _PR_SET_PDEATHSIG, _SIGKILL)
 
 
-def drop_privileges() -> None:
-    """Give up all capabilities for good. No exec can add privileges, and other processes cannot inspect this one."""
+def give_up_new_privileges() -> None:
+    """From now on, no exec can add privileges, and other processes cannot inspect this process and its children."""
     _prctl("no_new_privs", _PR_SET_NO_NEW_PRIVS, 1)
     for capability in range(64):
-        if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
+        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
             break  # there are no more capabilities, or this process is unprivileged and cannot gain one
     # This call fails only on kernels without ambient capabilities.
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
-    nothing = (_CapabilityData * 2)()
-    header = _CapabilityHeader(_CAPABILITY_VERSION_3, 0)
-    _check(_libc.capset(ctypes.byref(header), ctypes.byref(nothing)), "capabilities")
     _prctl("non-dumpable", _PR_SET_DUMPABLE, 0)
 
 
-def restrict_files(ruleset_attribute: bytes, rules: list[tuple[str, int]]) -> None:
-    """From now on, allow only the file accesses of ``rules`` (path, access), by Landlock. Needs no_new_privs."""
+def drop_capabilities() -> None:
+    """Give up all capabilities."""
+    _check(_capset(ctypes.byref(_CAPABILITY_HEADER), ctypes.byref(_NO_CAPABILITIES)), "capabilities")
+
+
+def unshare_mounts() -> None:
+    """Move this process to a mount namespace of its own, in a new user namespace unless it may mount already."""
+    if _libc.unshare(CLONE_NEWNS) < 0:
+        user, group = os.geteuid(), os.getegid()
+        _check(_libc.unshare(CLONE_NEWUSER | CLONE_NEWNS), "namespaces")
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    _check(_mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None), "namespaces")
+
+
+def unmount(folder: bytes) -> None:
+    """Remove a mount and all mounts below it, even if they are in use."""
+    _check(_libc.umount2(folder, _MNT_DETACH), "namespaces")
+
+
+def leave_network() -> None:
+    """Move this process to an empty network namespace."""
+    _check(_libc.unshare(_CLONE_NEWNET), "network namespace")
+
+
+def mount_memory(folder: bytes, options: bytes, read_only: bool = False) -> None:
+    """Mount an empty file system in memory on ``folder``."""
+    flags = _MS_NOSUID | _MS_NODEV | (_MS_RDONLY if read_only else 0)
+    _check(_mount(b"tmpfs", folder, b"tmpfs", ctypes.c_ulong(flags), options), "scratch file system")
+
+
+def remount_read_only(folder: bytes) -> None:
+    """Make a file system read-only that :func:`mount_memory` has mounted."""
+    flags = ctypes.c_ulong(_MS_REMOUNT | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
+    _check(_mount(None, folder, None, flags, None), "scratch file system")
+
+
+def make_read_only() -> None:
+    """Make all mounts of this process's mount namespace read-only. Needs Linux 5.12."""
+    attribute = (ctypes.c_uint64 * 4)(_MOUNT_ATTR_RDONLY, 0, 0, 0)
+    size = ctypes.c_size_t(ctypes.sizeof(attribute))
+    result = _syscall(_MOUNT_SETATTR, _AT_FDCWD, b"/", _AT_RECURSIVE, ctypes.byref(attribute), size)
+    _check(result, "read-only mounts")
+
+
+def fork(namespaces: int) -> int:
+    """Like :func:`os.fork`, with the child in new namespaces (``CLONE_NEW*``)."""
+    if not namespaces:
+        return os.fork()
+    _before_fork()
+    flags = ctypes.c_ulong(namespaces | _SIGCHLD)
+    pid = _syscall_locked(_CLONE, flags, None, None, None, None)
+    if pid == 0:
+        _after_fork_child()
+    else:
+        _after_fork_parent()
+    return _check(pid, "namespaces")
+
+
+def file_rules(ruleset_attribute: bytes, rules: list[tuple[bytes, int]]) -> int:
+    """Return a descriptor of Landlock rules that allow only the file accesses of ``rules`` (path, access)."""
     attribute = ctypes.create_string_buffer(ruleset_attribute, len(ruleset_attribute))
     ruleset = _check(
-        _libc.syscall(_LANDLOCK_CREATE_RULESET, attribute, ctypes.c_size_t(len(ruleset_attribute)), 0), "landlock"
+        _syscall(_LANDLOCK_CREATE_RULESET, attribute, ctypes.c_size_t(len(ruleset_attribute)), 0), "landlock"
     )
     for path, access in rules:
         parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
         if not os.path.isdir(path):
             access &= _LANDLOCK_FILE_RIGHTS
         rule = _PathBeneath(access, parent)
-        _check(
-            _libc.syscall(_LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_RULE_PATH_BENEATH, ctypes.byref(rule), 0), "landlock"
-        )
+        _check(_syscall(_LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_RULE_PATH_BENEATH, ctypes.byref(rule), 0), "landlock")
         os.close(parent)
-    _check(_libc.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0), "landlock")
-    os.close(ruleset)
+    return ruleset
 
 
-def restrict_system_calls(instructions: bytes) -> None:
+def restrict_files(ruleset: int) -> None:
+    """From now on, allow only the file accesses of the rules ``ruleset``. Needs no_new_privs."""
+    _check(_syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0), "landlock")
+
+
+def restrict_system_calls(program: FilterProgram) -> None:
     """From now on, allow only the system calls that the seccomp filter allows. Needs no_new_privs."""
-    program = _FilterProgram(len(instructions) // 8, instructions)
-    mode, unused = ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.c_ulong(0)
-    _check(_libc.prctl(_PR_SET_SECCOMP, mode, ctypes.byref(program), unused, unused), "seccomp")
+    _prctl("seccomp", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program))
+
+
+def ask_about_system_calls(program: FilterProgram) -> int:
+    """Apply a seccomp filter. Through the returned descriptor, another process decides what the filter leaves open."""
+    mode, flags = ctypes.c_uint(_SECCOMP_SET_MODE_FILTER), ctypes.c_uint(_SECCOMP_FILTER_FLAG_NEW_LISTENER)
+    return _check(_syscall(_SECCOMP, mode, flags, ctypes.byref(program)), "seccomp")

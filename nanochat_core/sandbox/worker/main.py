@@ -1,12 +1,12 @@
-"""Entry point of a worker: ``python -I -S main.py RESULT_FD``."""
+"""Entry point of a fork server: ``python -I -S main.py CONTROL_FD``."""
 
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(__file__))
-import runner
+import server
 
 del sys.path[0]
 
 if __name__ == "__main__":
-    runner.serve(int(sys.argv[1]))
+    server.serve(int(sys.argv[1]))

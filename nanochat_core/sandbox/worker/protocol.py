@@ -1,22 +1,42 @@
-"""Messages between the executor and a worker. Both sides use this module.
+"""Messages between the executor, a fork server and its workers. All sides use this module.
 
-The executor writes two frames to the worker's stdin, *setup* and *request*, and then closes the pipe. Each frame is a
-list of byte fields. The worker writes to the result pipe: ``READY`` once every layer of the isolation is active,
-``BEGUN`` once the request has arrived, and then a claim about how the code ended. The code can forge the claim.
-Therefore the executor bounds the claim's size, never trusts the claim, and uses it only for the answer to this call.
+The executor and the fork server exchange frames over a socket that keeps message boundaries. A frame is a list of byte
+fields. The first frame is the *setup*; the server answers ``READY``. Each further frame of the executor asks for one
+worker (number, scratch folder) and carries the descriptors of its pipes. The worker answers ``STARTED`` with a pidfd of
+itself, before it takes on the last layer of its isolation, the system-call filter. The kernel adds the worker's process
+id to this message. If there is no worker, the server answers ``FAILED`` with a reason. Later the server sends
+``EXITED`` with the wait status and the CPU seconds.
+
+The server adds a descriptor to ``READY`` on which the executor decides whether a worker may start a thread. Without the
+descriptor, workers cannot start threads.
+
+The executor writes one frame, the *request*, to a worker's stdin, and then closes the pipe. The worker reads it once
+every layer of the isolation is active. It writes to the result pipe: ``BEGUN`` once the request has arrived, and then a
+claim about how the code ended. The code can forge the claim. Therefore the executor bounds the claim's size, never
+trusts the claim, and uses it only for the answer to this call.
 """
 
 import struct
 
 READY = b"+"
 BEGUN = b"*"
+STARTED, FAILED, EXITED = b"s", b"f", b"x"
+
+# Where the scratch file systems of workers come from: the launcher has made a mount namespace in which workers can
+# mount them; the fork server makes such a namespace if it may; or there are none, and workers get folders.
+MOUNTS_EXIST, MOUNTS_IF_ALLOWED, NO_MOUNTS = b"e", b"a", b"n"
 
 # The first byte of a claim is one of these kinds.
-VALUE, NOTHING, ERROR, MEMORY, DENIED, SCRATCH = (bytes([byte]) for byte in b"vnemds")
+VALUE, NOTHING, ERROR, MEMORY, DENIED, FILE_SIZE, NO_SPACE = _KINDS = tuple(bytes([byte]) for byte in b"vnemdsf")
 
 _CLAIM_HEADER = struct.Struct("!cH")
 MAX_ERROR_BYTES = 1000
 CLAIM_OVERHEAD = len(BEGUN) + _CLAIM_HEADER.size + MAX_ERROR_BYTES
+
+
+# In the claim of a call whose caller wants files, these come before the result and the files: length of the result, and
+# whether files are missing because of the limits.
+_OUTPUT_HEADER = struct.Struct("!I?")
 
 
 def pack(fields: list[bytes]) -> bytes:
@@ -47,6 +67,29 @@ def unpack_claim(data: bytes) -> tuple[bytes, bytes, bytes] | None:
         return None
     kind, length = _CLAIM_HEADER.unpack_from(data)
     end = _CLAIM_HEADER.size + length
-    if kind not in (VALUE, NOTHING, ERROR, MEMORY, DENIED, SCRATCH) or length > MAX_ERROR_BYTES or len(data) < end:
+    if kind not in _KINDS or length > MAX_ERROR_BYTES or len(data) < end:
         return None
     return kind, data[_CLAIM_HEADER.size : end], data[end:]
+
+
+def pack_outputs(result: bytes, files: list[bytes], cut: bool) -> bytes:
+    """Join a result and files (name, content, name, content, ...) for a claim."""
+    return _OUTPUT_HEADER.pack(len(result), cut) + result + pack(files)[4:]
+
+
+def unpack_outputs(data: bytes) -> tuple[bytes, list[bytes], bool]:
+    """Undo :func:`pack_outputs`. ``data`` can be forged; what cannot be read is left out and counts as missing."""
+    if len(data) < _OUTPUT_HEADER.size:
+        return b"", [], True
+    length, cut = _OUTPUT_HEADER.unpack_from(data)
+    at = _OUTPUT_HEADER.size + length
+    result = data[_OUTPUT_HEADER.size : at]
+    fields: list[bytes] = []
+    while at + 4 <= len(data):
+        (size,) = struct.unpack_from("!I", data, at)
+        at += 4
+        if at + size > len(data):
+            return result, fields, True
+        fields.append(data[at : at + size])
+        at += size
+    return result, fields, cut

@@ -1,57 +1,65 @@
-"""Runs one call: gives up rights, waits for the request, runs the code, reports, and waits to be killed."""
+"""Runs one call: waits for the request, runs the code, reports, and waits to be killed."""
 
 import _ast
 import _signal
+import _sitebuiltins
+import _thread
 import builtins
 import errno
+import linecache
 import os
-import resource
 import struct
 import sys
+import traceback
+import types
 from collections.abc import Callable
 
-import kernel
+import outputs
 import protocol
 
 _REQUESTS, _RESULT = 0, 3
-_PyCF_ONLY_AST = 0x400
+_PyCF_ONLY_AST, _PyCF_ALLOW_TOP_LEVEL_AWAIT, _CO_COROUTINE = 0x400, 0x2000, 0x80
+_NAME = "<code>"
+# Without a limit, the traceback of an endless recursion can take longer than the call.
+_SHOWN_FRAMES = 1100
 _Module = type(sys)
-_reserve = [bytearray(1 << 20)]  # freed when memory runs out, so that the report can be made
+# Less than the default, because the stacks of all threads count as memory of the call.
+_THREAD_STACK_BYTES = 4 << 20
+# Address space that is freed when memory runs out, so that the report can be made. Its pages are never used.
+_reserve = [bytes(1 << 20)]
 
 
-def serve(result_fd: int) -> None:
-    """Run one call and report on ``result_fd``. Never returns."""
-    if result_fd != _RESULT:
-        os.dup2(result_fd, _RESULT)
-        os.close(result_fd)
-    # The executor passes no other descriptors. A launcher may have left some open, all with numbers below 1024.
-    os.closerange(_RESULT + 1, 1024)
-    _isolate(protocol.unpack(_read_frame()))
-    os.write(_RESULT, protocol.READY)
+def warm_up() -> None:
+    """Use what every call uses, so that workers inherit it ready to use."""
+    builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D")
+    builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D")
+    builtins.help = _sitebuiltins._Helper()
+    _thread.stack_size(_THREAD_STACK_BYTES)
+    _evaluate("len('warm')", {})
+    try:
+        _evaluate("1 / 0", {})
+    except ZeroDivisionError as error:
+        traceback.format_exception(error)
 
-    text_format, output_bytes, code = protocol.unpack(_read_frame())
+
+def serve() -> None:
+    """Run one call. Never returns. The worker is isolated already."""
+    text_format, output_bytes, file_bytes, max_files, endings, unchanged, argv, code, *files = protocol.unpack(
+        _read_frame()
+    )
+    sys.argv = ["", *(argument.decode() for argument in protocol.unpack(argv))]
+    given = dict(zip(files[::2], files[1::2], strict=True))
+    for name, content in given.items():
+        if b"/" in name:
+            os.makedirs(os.path.dirname(name), exist_ok=True)
+        with open(name, "wb") as file:
+            file.write(content)
+    collect = None
+    if file_bytes:
+        known = {} if unchanged else given
+        collect = outputs.collector(known, int(file_bytes), int(max_files), tuple(endings.split(b"\0")))
     os.write(_RESULT, protocol.BEGUN)
-    _run_and_report(code, str if text_format == b"str" else repr, int(output_bytes))
-
-
-def _isolate(setup: list[bytes]) -> None:
-    """Apply every layer of the isolation. The executor limits memory and CPU time later, with the request."""
-    ruleset_attribute, instructions, limits, preload, *rules = setup
-    os.environ.clear()  # a launcher and Python's start-up have added PWD and LC_CTYPE
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    for name in preload.decode().split():
-        __import__(name)
-    kernel.drop_privileges()
-    kernel.die_with_parent()  # called after drop_privileges, because a change of credentials may clear this setting
-    for number, value in struct.iter_unpack("=IQ", limits):
-        inherited = resource.getrlimit(number)[1]
-        allowed = value if inherited == resource.RLIM_INFINITY else min(value, inherited)
-        resource.setrlimit(number, (allowed, allowed))
-    if ruleset_attribute:
-        paths = [(os.fsdecode(rule[8:]), struct.unpack_from("=Q", rule)[0]) for rule in rules]
-        kernel.restrict_files(ruleset_attribute, paths)
-    kernel.restrict_system_calls(instructions)
+    _run_and_report(code, str if text_format == b"str" else repr, int(output_bytes), collect)
 
 
 def _read_frame() -> bytes:
@@ -69,39 +77,52 @@ def _read_exactly(count: int) -> bytes:
     return bytes(data)
 
 
-def _run_and_report(code: bytes, to_text: Callable[[object], str], output_bytes: int) -> None:
-    """Run ``code`` and write the claim about its end.
+def _run_and_report(
+    code: bytes,
+    to_text: Callable[[object], str],
+    output_bytes: int,
+    collect: Callable[[object], tuple[list[bytes], bool]] | None,
+) -> None:
+    """Run ``code``, then report how it ended, with its result and the files from ``collect``.
 
     Local variables refer to the functions that are needed after the code has run. The report is therefore right even if
     the code overwrites, for example, ``os.write``. Code that manipulates more can falsify only its own report.
     """
-    write, close, wait, pack_claim = os.write, os.close, _signal.pause, protocol.pack_claim
-    describe, show, errors = _describe, sys.__excepthook__, sys.stderr
+    write, close, wait = os.write, os.close, _signal.pause
+    pack_claim, pack_outputs = protocol.pack_claim, protocol.pack_outputs
+    describe, show, errors = _describe, traceback.print_exception, sys.stderr
     module = _Module("__main__")
     module.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = module
-    sys.argv = [""]
+    kind, message, result = protocol.NOTHING, b"", b""
+    value: object = None
     try:
         value = _evaluate(code.decode("utf-8"), module.__dict__)
-        if value is None:
-            claim = pack_claim(protocol.NOTHING)
-        else:
+        if value is not None:
             # One byte above the limit tells the executor that the text is longer. The first cut counts characters. This
             # is safe, because each character has at least one byte.
-            text = to_text(value)[: output_bytes + 1].encode("utf-8", "replace")[: output_bytes + 1]
-            claim = pack_claim(protocol.VALUE, result=text)
+            result = to_text(value)[: output_bytes + 1].encode("utf-8", "replace")[: output_bytes + 1]
+            kind = protocol.VALUE
     except BaseException as error:
         _reserve.clear()
-        claim = describe(error)
+        kind, message = describe(error)
         try:
             sys.stderr = errors
             trace = error.__traceback__
-            while trace is not None and trace.tb_frame.f_code.co_filename != "<code>":
+            while trace is not None and trace.tb_frame.f_code.co_filename != _NAME:
                 trace = trace.tb_next
             error.__traceback__ = trace
-            show(type(error), error, trace)
+            show(type(error), error, trace, limit=_SHOWN_FRAMES, file=errors)
         except BaseException:  # noqa: S110 - the claim reports an exception that cannot be printed
             pass
+    try:
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()  # as at the end of a program, wait for the threads
+    except BaseException:  # noqa: S110 - the code can have changed the module
+        pass
+    if collect is not None:
+        result = pack_outputs(result, *collect(value))
+    claim = pack_claim(kind, message, result)
     while claim:
         claim = claim[write(_RESULT, claim) :]
     close(_RESULT)
@@ -110,17 +131,41 @@ def _run_and_report(code: bytes, to_text: Callable[[object], str], output_bytes:
 
 
 def _evaluate(code: str, namespace: dict[str, object]) -> object:
-    """Execute ``code`` and return the value of the expression at its end; ``None`` if there is none."""
-    tree = compile(code, "<code>", "exec", _PyCF_ONLY_AST, dont_inherit=True)
+    """Execute ``code`` and return the value of the expression at its end; ``None`` if there is none.
+
+    Outside of functions, the code may use ``await``, ``async for`` and ``async with``.
+    """
+    # Tracebacks show lines of the code. A time of None keeps the entry, although there is no such file.
+    linecache.cache[_NAME] = len(code), None, [line + "\n" for line in code.split("\n")], _NAME
+    tree = compile(code, _NAME, "exec", _PyCF_ONLY_AST | _PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     last = None
     if tree.body and type(tree.body[-1]).__name__ == "Expr":
         expression = tree.body.pop().value
-        last = compile(_ast.Expression(expression), "<code>", "eval", dont_inherit=True)
-    exec(compile(tree, "<code>", "exec", dont_inherit=True), namespace)  # noqa: S102 - running this code is the purpose of a worker
-    return None if last is None else eval(last, namespace)  # noqa: S307
+        last = compile(_ast.Expression(expression), _NAME, "eval", _PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    body = compile(tree, _NAME, "exec", _PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    parts = [part for part in (body, last) if part is not None]
+    if any(part.co_flags & _CO_COROUTINE for part in parts):
+        return _run_coroutines(parts, namespace)
+    value: object = None
+    for part in parts:
+        value = eval(part, namespace)  # noqa: S307 - running this code is the purpose of a worker
+    return value
 
 
-def _describe(error: BaseException) -> bytes:
+def _run_coroutines(parts: list[types.CodeType], namespace: dict[str, object]) -> object:
+    """Like the loop at the end of :func:`_evaluate`, in an event loop."""
+    import asyncio  # most calls do not need it, and it takes long to import
+
+    value: object = None
+    with asyncio.Runner() as loop:
+        for part in parts:
+            outcome = eval(part, namespace)  # noqa: S307
+            value = loop.run(outcome) if part.co_flags & _CO_COROUTINE else outcome
+    return value
+
+
+def _describe(error: BaseException) -> tuple[bytes, bytes]:
+    """The kind of a claim about an exception, and the line that says what went wrong."""
     name = type(error).__name__
     try:
         line = " ".join(f"{name}: {error}".split()) if str(error) else name
@@ -132,9 +177,10 @@ def _describe(error: BaseException) -> bytes:
     elif isinstance(error, OSError):
         if error.errno == errno.ENOMEM:
             kind = protocol.MEMORY
-        elif error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS):
+        elif error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EROFS):
             kind = protocol.DENIED
-        elif error.errno in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT):
-            kind = protocol.SCRATCH
-    claim: bytes = protocol.pack_claim(kind, line[: protocol.MAX_ERROR_BYTES].encode("utf-8", "replace"))
-    return claim
+        elif error.errno == errno.EFBIG:
+            kind = protocol.FILE_SIZE
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            kind = protocol.NO_SPACE
+    return kind, line[: protocol.MAX_ERROR_BYTES].encode("utf-8", "replace")

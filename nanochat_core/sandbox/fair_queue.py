@@ -1,0 +1,59 @@
+"""A bounded number of slots, and a queue in which callers take turns."""
+
+import asyncio
+import collections
+
+
+class FairQueue:
+    """Gives ``slots`` slots to calls. Waiting calls of different keys take turns.
+
+    Calls with the same key are served in the order of their arrival. A caller with many calls therefore delays another
+    caller by at most one call for each slot.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._free = slots
+        self._waiting: collections.OrderedDict[str, collections.deque[asyncio.Future[None]]] = collections.OrderedDict()
+        self.queued = 0
+
+    @property
+    def full(self) -> bool:
+        return self._free == 0
+
+    async def acquire(self, key: str) -> None:
+        """Wait for a slot. The caller must call :meth:`release` when it no longer needs the slot."""
+        if self._free:
+            self._free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(key, collections.deque()).append(turn)
+        self.queued += 1
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.release()
+            else:
+                self._forget(key, turn)
+            raise
+
+    def release(self) -> None:
+        """Pass a slot on to the next call."""
+        while self._waiting:
+            key, turns = self._waiting.popitem(last=False)
+            turn = turns.popleft()
+            if turns:
+                self._waiting[key] = turns  # at the end: the other keys come first
+            self.queued -= 1
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+    def _forget(self, key: str, turn: asyncio.Future[None]) -> None:
+        turns = self._waiting.get(key)
+        if turns is not None and turn in turns:
+            turns.remove(turn)
+            self.queued -= 1
+            if not turns:
+                del self._waiting[key]

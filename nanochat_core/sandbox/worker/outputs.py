@@ -1,0 +1,75 @@
+"""Collects the files that code leaves in its scratch folder."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+
+def collector(
+    given: dict[bytes, bytes], max_bytes: int, max_files: int, endings: tuple[bytes, ...]
+) -> Callable[[object], tuple[list[bytes], bool]]:
+    """Return a function that collects the files of the current folder, and draws the code's figures and its value.
+
+    The function gets the value of the code. It returns names and contents (name, content, name, content, ...) of the
+    regular files with one of ``endings`` that are not in ``given`` or have changed, and whether files are missing
+    because of the limits. Files that cannot be read are left out.
+    """
+    folder = os.getcwd()
+
+    def collect(value: object) -> tuple[list[bytes], bool]:
+        found: list[bytes] = []
+        rest = max_bytes
+        try:
+            os.chdir(folder)
+            _save_figures()
+            _save_value(value)
+            for name in _regular_files():
+                if not name.endswith(endings):
+                    continue
+                try:
+                    with open(name, "rb") as file:
+                        content = file.read(rest + 1)
+                except OSError:
+                    continue
+                if given.get(name) == content:
+                    continue
+                if len(content) > rest or len(found) == 2 * max_files:
+                    return found, True
+                rest -= len(content)
+                found += [name, content]
+        except BaseException:
+            return found, True
+        return found, False
+
+    return collect
+
+
+def _regular_files() -> Iterator[bytes]:
+    """Paths of all regular files in the current folder and the folders in it, in order of their names."""
+    for parent, folders, names in os.walk(b"."):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(parent, name)
+            if os.path.isfile(path) and not os.path.islink(path):
+                yield path[2:]
+
+
+def _save_figures() -> None:
+    """Save the open figures of matplotlib, if the code uses it."""
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    if pyplot is not None:
+        for number in pyplot.get_fignums():
+            pyplot.figure(number).savefig(f"figure-{number}.png")
+
+
+def _save_value(value: object) -> None:
+    """Save a value that can draw itself, by the methods with which notebooks show values."""
+    for name, method in (("result.png", "_repr_png_"), ("result.svg", "_repr_svg_")):
+        try:
+            drawn = getattr(value, method)()
+        except Exception:  # noqa: S112 - most values have no such method
+            continue
+        if isinstance(drawn, (str, bytes)):
+            with open(name, "wb") as file:
+                file.write(drawn.encode() if isinstance(drawn, str) else drawn)
+            return
