@@ -17,7 +17,7 @@ from nanochat_core.errors import UserError
 # Smallest number of queries in a block. Smaller blocks compute fewer scores that the mask hides; larger blocks have
 # larger and faster matrix products.
 BLOCK_ROWS = 64
-# Largest number of blocks in a row. A longer row has larger blocks, so that the compiled code stays small.
+# A row is divided into at most this many blocks. Longer rows have larger blocks, so that the compiled code stays small.
 BLOCKS = 8
 # Longest row, in tokens, that is computed in blocks. The backward pass stores the attention weights of all blocks.
 # These weights take memory that grows with the square of the row's length.
@@ -110,6 +110,8 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     ``stop - 1``, these are the keys ``start - window`` to ``stop - 1``.
     """
     time = q.size(1)
+    # Every window that covers the whole row gets the same value, so that this case is compiled only once.
+    window = min(window, time - 1)
     share = q.size(2) // k.size(2)
     if share > 1:
         k, v = k.repeat_interleave(share, dim=2), v.repeat_interleave(share, dim=2)
@@ -132,7 +134,9 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Computes :class:`Attention` by FlexAttention (arXiv 2412.05496), which skips the blocks that a window hides.
 
     In two cases, this function uses SDPA instead. If the window covers the whole row, no mask is needed. In uncompiled
-    code, FlexAttention would store the whole matrix of scores. FlexAttention has no backward pass on a CPU.
+    code, FlexAttention would store the whole matrix of scores.
+
+    :func:`choose_attention` selects this function only on GPUs, because FlexAttention has no backward pass on a CPU.
     """
     time = q.size(1)
     if window >= time - 1 or not torch.compiler.is_compiling():

@@ -26,8 +26,7 @@ IGNORE_INDEX = -1
 # at full speed.
 CPU_CHUNK = 2**22
 GPU_CHUNK = 2**27
-# The number of computed rows is rounded up to a multiple of this. Few different numbers then occur, and each new number
-# has a setup cost.
+# The number of computed rows is rounded up to a multiple of this, because each new number has a setup cost.
 ROWS_MULTIPLE = 128
 
 LossAndGradient = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -39,7 +38,13 @@ def softcap(raw: Tensor) -> Tensor:
 
 
 def softcapped_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, reduction: str = "mean"
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    reduction: str = "mean",
+    *,
+    compile: bool | None = None,
 ) -> Tensor:
     """Cross-entropy in nats of the softcapped logits ``hidden @ weight[:vocab_size].T``.
 
@@ -48,18 +53,20 @@ def softcapped_cross_entropy(
         weight: (rows, dim) fp32 with ``rows >= vocab_size``; the rows after ``vocab_size`` are padding.
         targets: (tokens,) int64; a target of ``-1`` is not counted.
         reduction: ``mean`` over counted targets (NaN if there is none), ``sum``, or ``none``.
+        compile: whether to compile the operations on the logits; None compiles them if the caller is compiled.
 
     Returns:
         fp32 scalar, or (tokens,) for ``none``, with 0 for each target that is not counted.
     """
     if reduction == "none" or not torch.is_grad_enabled():
         return _forward(hidden, weight, targets, vocab_size, reduction)
-    total: Tensor = loss_and_gradients(hidden, weight, targets, vocab_size, torch.compiler.is_compiling())[0]
+    compile = torch.compiler.is_compiling() if compile is None else compile
+    total: Tensor = loss_and_gradients(hidden, weight, targets, vocab_size, compile)[0]
     return total if reduction == "sum" else total / (targets != IGNORE_INDEX).sum()
 
 
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, reduction: str) -> Tensor:
-    """The loss without its gradients. Autograd can differentiate the loss for ``none``; it then keeps all logits."""
+    """The loss without its gradients. For ``none``, autograd can differentiate it, but keeps all logits."""
     head = weight[:vocab_size].to(hidden.dtype)
     size = chunk_tokens(hidden, weight)
     losses = torch.cat(

@@ -1,29 +1,59 @@
-"""Matrix products of fp32 training by oneDNN, for CPUs on which oneDNN is faster than torch's default library.
+"""Computes the matrix products of fp32 training on a CPU with the library that is faster for each shape.
 
-On x86, torch multiplies fp32 matrices with MKL. On AMD cores, MKL leaves a tenth to a fifth of the speed unused.
+torch multiplies fp32 matrices with its default library, which is MKL on x86. oneDNN is faster on some processors and
+for some shapes, and slower on others. Which one is faster is measured (:mod:`nanochat_core.cpu_calibration`).
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat_core.device import cpu_capabilities
+from nanochat_core.cpu_calibration import fastest
+
+Library = Literal["torch", "onednn"]
+# The library for all products of this process, or ``auto`` to choose by measuring.
+LibraryChoice = Literal["auto", "torch", "onednn"]
 
 # Smallest side of a matrix that oneDNN multiplies. For a smaller one, the operator's overhead outweighs the gain.
 LEAST_SIDE = 64
+# Number of rows of the measured products. Training multiplies thousands of rows, and from here on the ratio of the two
+# libraries hardly changes.
+_ROWS = 1024
+
+_chosen: LibraryChoice = "auto"
+
+
+def use_library(choice: LibraryChoice) -> None:
+    """Set the library for all later products of this process, as ``torch.set_num_threads`` sets the threads."""
+    global _chosen
+    _chosen = choice
+
+
+def library_for(out_features: int, in_features: int) -> Library:
+    """The library for products of fp32 rows with a weight of this shape."""
+    if min(out_features, in_features) < LEAST_SIDE or not torch.backends.mkldnn.is_available():
+        return "torch"
+    return _measured(out_features, in_features, torch.get_num_threads()) if _chosen == "auto" else _chosen
 
 
 @functools.cache
-def onednn_is_faster() -> bool:
-    """Whether oneDNN multiplies fp32 matrices faster on this CPU.
+def _measured(out_features: int, in_features: int, threads: int) -> Library:
+    draw = torch.Generator().manual_seed(0)
+    made: list[Tensor] = []
 
-    The answer depends on the CPU's maker and not on a measurement, so that all runs on one machine use the same
-    library.
-    """
-    return "AMD" in cpu_capabilities().get("cpu_name", "") and torch.backends.mkldnn.is_available()
+    def factors() -> list[Tensor]:
+        """The factors are made only if something is measured."""
+        if not made:
+            made.extend(torch.rand(rows, in_features, generator=draw) for rows in (_ROWS, out_features))
+        return made
+
+    question = f"fp32 product with {out_features} x {in_features}, {threads} threads"
+    with torch.no_grad():
+        choice = fastest(question, {"torch": lambda: F.linear(*factors()), "onednn": lambda: _by_onednn(*factors())})
+    return "onednn" if choice == "onednn" else "torch"
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -31,10 +61,14 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
     ``x`` is (rows, in_features) and ``weight`` is (out_features, in_features) of the same dtype.
     """
-    if x.dtype == torch.float32 and x.device.type == "cpu" and onednn_is_faster():
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-        return y
+    if x.dtype == torch.float32 and x.device.type == "cpu" and library_for(*weight.shape) == "onednn":
+        return _by_onednn(x, weight)
     return F.linear(x, weight)
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return y
 
 
 # This is a custom operator so that torch.compile does not trace it and choose a library itself.
@@ -65,8 +99,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
 linear.register_autograd(_backward, setup_context=_save)
 
 
-class OneDnnLinear(nn.Module):
-    """A linear layer without bias for fp32 training."""
+class FastLinear(nn.Module):
+    """A linear layer without bias for fp32 training, whose products use the faster library."""
 
     weight: nn.Parameter
 
@@ -79,9 +113,14 @@ class OneDnnLinear(nn.Module):
         return y
 
 
-def convert_to_onednn(module: nn.Module) -> None:
-    """Lets oneDNN multiply a module's large matrices. The parameters stay the same objects and keep their names."""
+def use_faster_products(module: nn.Module) -> None:
+    """Lets oneDNN multiply where it is faster. The parameters stay the same objects and keep their names.
+
+    A layer is left as it is if torch's default library is faster for its output and for the gradient of its input.
+    """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and min(child.weight.shape) >= LEAST_SIDE:
-                setattr(parent, name, OneDnnLinear(child))
+            if isinstance(child, nn.Linear):
+                rows, columns = child.weight.shape
+                if "onednn" in (library_for(rows, columns), library_for(columns, rows)):
+                    setattr(parent, name, FastLinear(child))

@@ -11,7 +11,7 @@ Training applies this model to whole rows of tokens. Serving computes the same f
 :mod:`nanochat_core.engine.backends.torch.network`.
 """
 
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +99,22 @@ class Block(nn.Module):
         return output
 
 
+class RunBlock(Protocol):
+    """A function that calls a block. Training may use a compiled version, which layers of the same kind share."""
+
+    def __call__(
+        self, block: Block, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, attend: Attention
+    ) -> Tensor: ...
+
+
+def run_block(
+    block: Block, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, attend: Attention
+) -> Tensor:
+    """Call ``block`` with the other arguments, without compilation."""
+    output: Tensor = block(x, value_embedding, cos, sin, attend)
+    return output
+
+
 class GPT(nn.Module):
     """The whole model.
 
@@ -172,8 +188,11 @@ class GPT(nn.Module):
         self.residual_scales.copy_(1.15 - 0.10 * fraction)
         self.skip_scales.copy_(0.20 - 0.15 * fraction)
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """The normalized hidden states of the last layer, (batch, time, dim), for int64 token ids, (batch, time)."""
+    def hidden(self, ids: Tensor, run_block: RunBlock = run_block) -> Tensor:
+        """The normalized hidden states of the last layer, (batch, time, dim), for int64 token ids, (batch, time).
+
+        ``run_block`` calls each block.
+        """
         cos, sin = self.cos[: ids.size(-1)].unsqueeze(-2), self.sin[: ids.size(-1)].unsqueeze(-2)
         x = rms_norm(self.embedding(ids).to(self.compute_dtype))
         # Smear: each token adds a gated share of the previous token's embedding.
@@ -186,7 +205,7 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.layers):
             x = residual_scales[layer] * x + skip_scales[layer] * x0
             value_embedding = value_tables[layer](ids).to(x.dtype) if layer in value_tables else None
-            x = block(x, value_embedding, cos, sin, self.attention)
+            x = run_block(block, x, value_embedding, cos, sin, self.attention)
             if layer == self.config.depth // 2:
                 middle = x
         x = x - self.backout_scale[0] * middle
@@ -200,17 +219,21 @@ class GPT(nn.Module):
         """The fp32 logits, (batch, time, vocab_size), of whole rows of token ids, (batch, time)."""
         return self.logits(self.hidden(ids))
 
-    def loss(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    def loss(
+        self, ids: Tensor, targets: Tensor, reduction: str = "mean", *, compiled_block: RunBlock | None = None
+    ) -> Tensor:
         """The cross-entropy of whole rows, in nats: an fp32 scalar, or (batch * time,) for the reduction ``none``.
 
         Args:
             ids: (batch, time) token ids.
             targets: (batch, time) next tokens; a target of ``-1`` is not counted.
             reduction: ``mean`` over counted targets, ``sum``, or ``none``.
+            compiled_block: compiled version of :func:`run_block`. The operations on the logits are then compiled too.
         """
-        hidden = self.hidden(ids).flatten(0, 1)
+        hidden = self.hidden(ids, compiled_block or run_block).flatten(0, 1)
+        compile = compiled_block is not None or torch.compiler.is_compiling()
         return softcapped_cross_entropy(
-            hidden, self.head.weight, targets.reshape(-1), self.config.vocab_size, reduction
+            hidden, self.head.weight, targets.reshape(-1), self.config.vocab_size, reduction, compile=compile
         )
 
 

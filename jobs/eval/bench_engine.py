@@ -57,7 +57,7 @@ class BenchEngineSettings(JobSettings):
     """Measure latency and throughput of the inference core, an engine service or any OpenAI-compatible endpoint."""
 
     model: str = setting("", "model of the store to load; with an http endpoint, the model to ask for")
-    revision: str = setting("", "<stage>/step_<n> of the model; empty for its newest SFT checkpoint")
+    revision: str = setting("", "<stage>/step_<n> or promoted; empty for its newest SFT checkpoint")
     depth: int = setting(0, "depth of a model with random weights, instead of a model of the store", minimum=0)
     endpoint: str = setting("", "http://host:port/v1 or grpc://host:port to measure instead of the core")
     batch_sizes: tuple[str, ...] = setting(("1", "8", "32", "64"), "sequences at a time, one row of the table for each")

@@ -1,4 +1,4 @@
-"""Models with random weights, for benchmarks of the inference core."""
+"""Models with random weights, for benchmarks."""
 
 import torch
 
@@ -6,10 +6,17 @@ from nanochat_core.config import ModelConfig
 from nanochat_core.model import GPT
 from nanochat_core.tokenizer import SPECIAL_TOKENS, Tokenizer
 
+CPU = torch.device("cpu")
 
-def random_model(config: ModelConfig, dtype: torch.dtype, seed: int) -> GPT:
-    """A model with random weights. Output projections are random too, although they start at zero in training."""
-    model, generator = GPT(config, dtype), torch.Generator().manual_seed(seed)
+
+def random_model(config: ModelConfig, dtype: torch.dtype, seed: int, device: torch.device = CPU) -> GPT:
+    """A model with random weights. Output projections are random too, although they start at zero in training.
+
+    The weights are drawn on ``device``, because a GPU fills a large model in a second. Devices draw different numbers.
+    """
+    with device:
+        model = GPT(config, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
     model.init_weights(generator)
     with torch.no_grad():
         for weight in model.parameters():

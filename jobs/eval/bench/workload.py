@@ -11,7 +11,10 @@ MIXES = ("fixed", "mixed", "samples", "prefix")
 
 @dataclasses.dataclass(frozen=True)
 class BenchRequest:
-    """A prompt of token ids, to continue ``n`` times by ``output_tokens`` tokens each time. Temperature 0 is greedy."""
+    """A prompt of token ids, and how to continue this prompt.
+
+    The model writes ``n`` continuations of ``output_tokens`` tokens each. Temperature 0 means greedy decoding.
+    """
 
     prompt: tuple[int, ...]
     output_tokens: int
@@ -58,7 +61,7 @@ def make_requests(
 ) -> list[BenchRequest]:
     """Return ``count`` requests of one of :data:`MIXES`.
 
-    ``seed`` draws the lengths, and ``content_seed`` draws the prompts' tokens.
+    The lengths are drawn with ``seed``, and the prompts' tokens with ``content_seed``.
     """
     lengths, content = np.random.default_rng(seed), np.random.default_rng(content_seed)
     shared = content.integers(vocabulary, size=shape.shared).tolist()

@@ -40,7 +40,7 @@ class Runner(Protocol):
         previous step is still sampling.
 
         Returns:
-            The chunks after which tokens are sampled, and fp32 logits (rows, vocab_size) with ``chunk.samples`` rows
+            The chunks whose logits are needed, and fp32 logits (rows, vocab_size) with ``chunk.logits`` rows
             for each of these chunks. The next run may overwrite the logits.
         """
 
@@ -73,11 +73,10 @@ class EagerRunner:
         device = self.network.device
         ids, previous_ids, positions = to_device(batch.rows, device)
         batch.fill_in(ids, previous)
-        hidden = self.network.hidden(ids, previous_ids, positions, attention)
-        rows = batch.sampled_rows(ordered)
-        if len(rows) < len(ids):
-            hidden = hidden.index_select(0, to_device(np.array(rows, dtype=np.int64), device))
-        return [chunk for chunk in ordered if chunk.samples], self.network.logits(hidden)
+        rows = batch.logit_rows(ordered)
+        wanted = to_device(np.array(rows, dtype=np.int64), device) if len(rows) < len(ids) else None
+        hidden = self.network.hidden(ids, previous_ids, positions, attention, wanted)
+        return [chunk for chunk in ordered if chunk.logits], self.network.logits(hidden)
 
 
 def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, list[CacheGroup]]:
@@ -103,7 +102,10 @@ def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, list[CacheGr
         gpu_network = GpuNetwork(model, flash_kernel(device, dtype))
         groups = config.cache_groups(model)
         gpu_cache = GpuCache(model, groups, size)
-        return GpuRunner(gpu_network, gpu_cache, config.token_budget, config.max_running), groups
+        gpu_runner = GpuRunner(
+            gpu_network, gpu_cache, config.token_budget, config.max_running, graphs=config.cuda_graphs
+        )
+        return gpu_runner, groups
     if on_cpu:
         cpu_network = CpuNetwork(model, size, int8=config.quantization == "int8")
         groups = config.cache_groups(model)

@@ -1,4 +1,4 @@
-"""The engine's own kernels for CPUs: paged attention and everything else between matrix products.
+"""The engine's own kernels for CPUs: paged attention, everything else between matrix products, and fp32 products.
 
 With PyTorch, a layer calls about forty operators, and each step copies the keys and values of every sequence.
 These kernels make five passes per layer and read keys and values directly from the cache. Without a compiler, or with

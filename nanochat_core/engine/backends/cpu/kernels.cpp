@@ -1,5 +1,5 @@
-// Everything that a step computes between matrix products on a CPU: paged attention and elementwise operations, each in
-// one pass over memory. library.py compiles this file, mirrors the structs below and calls the C functions at the end.
+// What a step computes on a CPU: paged attention and elementwise operations, each in one pass over memory, and products
+// with fp32 and eight-bit weights. library.py compiles this file, mirrors the structs below and calls the C functions at the end.
 //
 // A token's result must have the same bits whether the token is decoded or prefilled, alone or in a batch. Therefore
 // every token is computed separately, and the order in which its sums are added depends only on its position: vectors
@@ -17,9 +17,75 @@
 namespace {
 
 constexpr int LANES = 16;
+// Numbers in a register of the processor for which this file is compiled. A compiler keeps longer vectors in memory,
+// which makes products several times slower, so a vector of LANES numbers consists of parts that fit.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+constexpr int PARTS = LANES / WIDTH;
+
+typedef float part __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef int32_t ipart __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+
 // One vector holds the scores of LANES keys, so the block size of the cache is a multiple of LANES.
-typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+struct vec {
+  part parts[PARTS];
+  float operator[](int i) const { return parts[i / WIDTH][i % WIDTH]; }
+};
+struct ivec {
+  ipart parts[PARTS];
+};
+
+// The vector whose part i is f(i).
+template <typename V, typename F>
+inline V each(F f) {
+  V y;
+#pragma GCC unroll 4
+  for (int i = 0; i < PARTS; i++) y.parts[i] = f(i);
+  return y;
+}
+
+#define ELEMENTWISE(V, OTHER, OP, PART) \
+  inline V operator OP(V a, OTHER b) { return each<V>([&](int i) { return a.parts[i] OP PART; }); }
+ELEMENTWISE(vec, vec, +, b.parts[i])
+ELEMENTWISE(vec, vec, -, b.parts[i])
+ELEMENTWISE(vec, vec, *, b.parts[i])
+ELEMENTWISE(vec, float, +, b)
+ELEMENTWISE(vec, float, -, b)
+ELEMENTWISE(vec, float, *, b)
+ELEMENTWISE(vec, float, /, b)
+ELEMENTWISE(ivec, ivec, &, b.parts[i])
+ELEMENTWISE(ivec, int32_t, +, b)
+ELEMENTWISE(ivec, int32_t, -, b)
+ELEMENTWISE(ivec, int32_t, <<, b)
+ELEMENTWISE(ivec, int32_t, >>, b)
+ELEMENTWISE(ivec, int32_t, >=, b)
+ELEMENTWISE(ivec, int32_t, <=, b)
+#undef ELEMENTWISE
+inline vec &operator+=(vec &a, vec b) { return a = a + b; }
+
+inline vec all(float value) {
+  return each<vec>([&](int) { return value - part{}; });
+}
+inline ivec less(vec a, vec b) {
+  return each<ivec>([&](int i) { return a.parts[i] < b.parts[i]; });
+}
+inline vec larger(vec a, vec b) {
+  return each<vec>([&](int i) { return a.parts[i] > b.parts[i] ? a.parts[i] : b.parts[i]; });
+}
+inline vec choose(ivec which, vec a, vec b) {
+  return each<vec>([&](int i) { return which.parts[i] ? a.parts[i] : b.parts[i]; });
+}
+inline ivec truncated(vec a) {
+  return each<ivec>([&](int i) { return __builtin_convertvector(a.parts[i], ipart); });
+}
+inline vec floats(ivec a) {
+  return each<vec>([&](int i) { return __builtin_convertvector(a.parts[i], part); });
+}
 
 struct bf16 {
   uint16_t bits;
@@ -39,17 +105,21 @@ inline void store(bf16 *p, float value) {  // rounds to nearest, ties to even
   p->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-inline vec load16(const float *p) { return *reinterpret_cast<const vec *>(p); }
-inline vec load16(const bf16 *p) {
-  typedef uint16_t half __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
-  typedef uint32_t wide __attribute__((vector_size(LANES * 4)));
-  wide bits = __builtin_convertvector(*reinterpret_cast<const half *>(p), wide) << 16;
-  return reinterpret_cast<vec &>(bits);
+inline vec load16(const float *p) {
+  return each<vec>([&](int i) { return *reinterpret_cast<const part *>(p + i * WIDTH); });
 }
-inline void store16(float *p, vec value) { *reinterpret_cast<vec *>(p) = value; }
-
-inline vec all(float value) { return value - vec{}; }
-inline vec larger(vec a, vec b) { return a > b ? a : b; }
+inline vec load16(const bf16 *p) {
+  typedef uint16_t half __attribute__((vector_size(WIDTH * 2), aligned(2), may_alias));
+  typedef uint32_t wide __attribute__((vector_size(WIDTH * 4)));
+  return each<vec>([&](int i) {
+    wide bits = __builtin_convertvector(*reinterpret_cast<const half *>(p + i * WIDTH), wide) << 16;
+    return reinterpret_cast<part &>(bits);
+  });
+}
+inline ivec load16(const int32_t *p) {
+  return each<ivec>([&](int i) { return *reinterpret_cast<const ipart *>(p + i * WIDTH); });
+}
+inline void store16(float *p, vec value) { std::memcpy(p, &value, sizeof value); }
 
 inline float sum_of(vec v) {
   float total[LANES];
@@ -67,10 +137,10 @@ inline float largest_of(vec v) {
 // e^x for x <= 0, accurate to 2 ulp; 0 for -inf. As in Cephes' expf: 2^n times a polynomial of the remainder.
 inline vec exponential(vec x) {
   const vec least = all(-87.0f);
-  const ivec dead = x < least;
+  const ivec dead = less(x, least);
   x = larger(x, least);
-  ivec n = __builtin_convertvector(x * 1.44269504f - 0.5f, ivec);  // truncation rounds to nearest, as x <= 0
-  vec whole = __builtin_convertvector(n, vec);
+  ivec n = truncated(x * 1.44269504f - 0.5f);  // truncation rounds to nearest, as x <= 0
+  vec whole = floats(n);
   vec r = x - whole * 0.693359375f - whole * -2.12194440e-4f;
   vec p = all(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -79,9 +149,10 @@ inline vec exponential(vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   vec y = p * r * r + r + 1.0f;
-  ivec exponent = (n + 127) << 23;
-  y = y * reinterpret_cast<vec &>(exponent);
-  return dead ? vec{} : y;
+  const ivec exponent = (n + 127) << 23;
+  vec power;
+  std::memcpy(&power, &exponent, sizeof power);
+  return choose(dead, vec{}, y * power);
 }
 
 // Sum of squares of n numbers; n is a multiple of 4.
@@ -189,7 +260,8 @@ void attend_rows(const Shape &s, const T *keys, const T *values, const int32_t *
   const int64_t block_stride = int64_t(s.kv_heads) * s.block_size * D;
   vec top[ROWS];
   for (int r = 0; r < ROWS; r++) top[r] = all(-std::numeric_limits<float>::infinity());
-  const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const int32_t numbers[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const ivec lane = load16(numbers);
   for (int64_t at = first; at < last; at += LANES) {
     const T *k = keys + table[at / s.block_size] * block_stride + at % s.block_size;
     vec even[ROWS] = {}, odd[ROWS] = {};
@@ -203,7 +275,7 @@ void attend_rows(const Shape &s, const T *keys, const T *values, const int32_t *
     for (int r = 0; r < ROWS; r++) {
       vec score = even[r] + odd[r];
       const ivec from = lane - int32_t(least[r] - at), to = lane - int32_t(most[r] - at);
-      score = (from >= 0) & (to <= 0) ? score : all(-std::numeric_limits<float>::infinity());
+      score = choose((from >= 0) & (to <= 0), score, all(-std::numeric_limits<float>::infinity()));
       top[r] = larger(top[r], score);
       store16(scores + r * stride + (at - first), score);
     }
@@ -343,12 +415,12 @@ constexpr int PRODUCT_ROWS = 8;
 template <int ROWS>
 inline void multiply_tile(const float *x, const int8_t *weight, int64_t inputs, vec (*sums)[2]) {
   vec total[ROWS][2] = {};
-  const ivec *fours = reinterpret_cast<const ivec *>(weight);
-  for (int64_t k = 0; k < inputs; k += 4, fours += 2)
+  const int32_t *fours = reinterpret_cast<const int32_t *>(weight);
+  for (int64_t k = 0; k < inputs; k += 4, fours += TILE)
     for (int i = 0; i < 2; i++) {
-      const ivec four = fours[i];
-      const vec w0 = __builtin_convertvector(four << 24 >> 24, vec), w1 = __builtin_convertvector(four << 16 >> 24, vec);
-      const vec w2 = __builtin_convertvector(four << 8 >> 24, vec), w3 = __builtin_convertvector(four >> 24, vec);
+      const ivec four = load16(fours + i * LANES);
+      const vec w0 = floats(four << 24 >> 24), w1 = floats(four << 16 >> 24);
+      const vec w2 = floats(four << 8 >> 24), w3 = floats(four >> 24);
       for (int r = 0; r < ROWS; r++) {
         const float *from = x + r * inputs + k;
         total[r][i] += w0 * from[0];
@@ -399,6 +471,61 @@ void multiply_int8(const float *x, const int8_t *weight, const float *scale, con
   }
 }
 
+// Products of fp32 rows with a tile of fp32 weights: two registers of outputs, because each row of sums takes as many.
+constexpr int FLOAT_TILE = 2 * WIDTH;
+constexpr int FLOAT_ROWS = 6;
+// Rows whose inputs stay in the cache while all weights pass by.
+constexpr int64_t ROWS_IN_CACHE = 48;
+
+// Inputs are added in their order for every number of rows, each by one fused operation.
+template <int ROWS>
+inline void multiply_float_tile(const float *x, const float *weight, int64_t inputs, float (*sums)[FLOAT_TILE]) {
+  part total[ROWS][2] = {};
+  for (int64_t k = 0; k < inputs; k++, weight += FLOAT_TILE) {
+    const part w0 = *reinterpret_cast<const part *>(weight), w1 = *reinterpret_cast<const part *>(weight + WIDTH);
+    for (int r = 0; r < ROWS; r++) {
+      total[r][0] += w0 * x[r * inputs + k];
+      total[r][1] += w1 * x[r * inputs + k];
+    }
+  }
+  std::memcpy(sums, total, sizeof total);
+}
+
+// y = x times the transposed weight. Then ReLU is applied if `relu` is set, and `other` is added unless it is null.
+void multiply_floats(const float *x, const float *weight, const float *other, float *y, int64_t rows, int64_t inputs,
+                     int64_t outputs, bool relu, int threads) {
+  const int64_t tiles = (outputs + FLOAT_TILE - 1) / FLOAT_TILE, blocks = (rows + ROWS_IN_CACHE - 1) / ROWS_IN_CACHE;
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static) if (rows * inputs * outputs >= 4 * PARALLEL_FROM)
+  for (int64_t block = 0; block < blocks; block++)
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      const float *w = weight + tile * FLOAT_TILE * inputs;
+      const int64_t first = tile * FLOAT_TILE, end = std::min(rows, (block + 1) * ROWS_IN_CACHE);
+      const int count = int(std::min<int64_t>(FLOAT_TILE, outputs - first));
+      for (int64_t row = block * ROWS_IN_CACHE; row < end; row += FLOAT_ROWS) {
+        float sums[FLOAT_ROWS][FLOAT_TILE];
+        const int together = int(std::min<int64_t>(FLOAT_ROWS, end - row));
+        const float *from = x + row * inputs;
+        switch (together) {
+          case 1: multiply_float_tile<1>(from, w, inputs, sums); break;
+          case 2: multiply_float_tile<2>(from, w, inputs, sums); break;
+          case 3: multiply_float_tile<3>(from, w, inputs, sums); break;
+          case 4: multiply_float_tile<4>(from, w, inputs, sums); break;
+          case 5: multiply_float_tile<5>(from, w, inputs, sums); break;
+          default: multiply_float_tile<6>(from, w, inputs, sums); break;
+        }
+        for (int r = 0; r < together; r++) {
+          const int64_t at = (row + r) * outputs + first;
+          for (int i = 0; i < count; i++) {
+            float value = sums[r][i];
+            if (relu) value = std::max(value, 0.0f);
+            if (other) value += other[at + i];
+            y[at + i] = value;
+          }
+        }
+      }
+    }
+}
+
 }  // namespace
 
 #define TYPED(call_float, call_bf16) \
@@ -442,5 +569,14 @@ void nanochat_multiply_int8(const float *x, const int8_t *weight, const float *s
   else
     multiply_int8(x, weight, scale, static_cast<const float *>(other), static_cast<float *>(y), rows, inputs, outputs, relu,
                   threads);
+}
+
+// Number of outputs in a tile of nanochat_multiply's weights.
+int nanochat_float_tile() { return FLOAT_TILE; }
+
+// Weights are tiles of outputs, (tiles, inputs, FLOAT_TILE); zeros fill the last tile. `other` is null or has the shape of y.
+void nanochat_multiply(const float *x, const float *weight, const float *other, float *y, int64_t rows, int64_t inputs,
+                       int64_t outputs, int relu, int threads) {
+  multiply_floats(x, weight, other, y, rows, inputs, outputs, relu, threads);
 }
 }

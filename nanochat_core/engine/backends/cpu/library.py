@@ -76,7 +76,9 @@ def load_kernels() -> ctypes.CDLL | None:
     kernels.nanochat_square.argtypes = (pointer, pointer, pointer, ctypes.c_int64)
     kernels.nanochat_finish.argtypes = (*[pointer] * 6, ctypes.c_float, ctypes.c_float)
     kernels.nanochat_multiply_int8.argtypes = (*[pointer] * 5, *[ctypes.c_int64] * 3, *[ctypes.c_int] * 3)
+    kernels.nanochat_multiply.argtypes = (*[pointer] * 4, *[ctypes.c_int64] * 3, *[ctypes.c_int] * 2)
     kernels.nanochat_attend.restype = ctypes.c_int
+    kernels.nanochat_float_tile.restype = ctypes.c_int
     return kernels
 
 
@@ -98,7 +100,9 @@ def find_cached() -> Path | None:
     features = " ".join(sorted(processor_features()))
     parts = (SOURCE.read_bytes(), repr((compiler, _FLAGS)).encode(), features.encode())
     identity = hashlib.sha256(b"\0".join(parts)).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanochat", "kernels")
+    from nanochat_core.paths import cache_folder  # not at the top: main() runs without the rest of the project
+
+    folder = cache_folder()
     path = folder / f"{identity[:24]}.so"
     if path.exists():
         return path

@@ -1,4 +1,4 @@
-"""The network on a CPU: oneDNN multiplies matrices, and the engine's kernels do everything between the products."""
+"""The network on a CPU: the engine's kernels do everything, apart from products for which oneDNN is faster."""
 
 from collections.abc import Iterable
 from ctypes import byref
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nanochat_core.engine.backends.cpu.int8 import Int8Weight
 from nanochat_core.engine.backends.cpu.library import Batch, Layer, Shape, load_kernels
+from nanochat_core.engine.backends.cpu.products import faster_weight
 from nanochat_core.engine.backends.weights import ServingWeights
 from nanochat_core.engine.kv_cache import BlockMemory, slots_of
 from nanochat_core.engine.scheduler import Chunk
@@ -53,6 +54,24 @@ class CpuAttention:
             queries.data_ptr(),
         )
 
+    def with_logits(self, batch: Batch, queries: Tensor) -> Batch:
+        """The batch without the tokens whose logits are not needed. Only the kernels after ``prepare`` may use it.
+
+        ``queries`` are the queries of the remaining tokens.
+        """
+        counts = [chunk.logits for chunk in self.chunks]
+        self._first_with_logits = np.zeros(len(counts) + 1, np.int32)
+        np.cumsum(counts, out=self._first_with_logits[1:])
+        self._start_with_logits = np.array([chunk.end - chunk.logits for chunk in self.chunks], np.int32)
+        return Batch(
+            len(queries),
+            batch.chunks,
+            batch.threads,
+            first_token=_address(self._first_with_logits),
+            start=_address(self._start_with_logits),
+            queries=queries.data_ptr(),
+        )
+
     def layer(self, index: int, qkv_columns: int, value_table: int | None, value_columns: int) -> Layer:
         """One layer's cache as a C struct.
 
@@ -84,7 +103,8 @@ class CpuNetwork(ServingWeights):
 
         A block of the cache has ``block_size`` tokens. ``int8`` rounds the matrices to eight bits.
         """
-        super().__init__(model, Int8Weight if int8 else None)
+        pack = Int8Weight if int8 else faster_weight if model.compute_dtype == torch.float32 else None
+        super().__init__(model, pack)
         kernels = load_kernels()
         assert kernels is not None, "see usable()"
         self._kernels = kernels
@@ -109,10 +129,18 @@ class CpuNetwork(ServingWeights):
         self._value_tables = {layer: table[:, i * columns :].data_ptr() for i, layer in enumerate(self._value_layers)}
 
     @torch.inference_mode()
-    def hidden(self, ids: Tensor, previous_ids: Tensor, positions: Tensor, attend: CpuAttention) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        previous_ids: Tensor,
+        positions: Tensor,
+        attend: CpuAttention,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """See :meth:`~nanochat_core.engine.backends.torch.network.TorchNetwork.hidden`.
 
-        ``attend`` tells where the keys and values of these tokens are in the cache.
+        ``attend`` tells where the keys and values of these tokens are in the cache. ``wanted``, if given, has the
+        indices of all tokens whose logits are needed.
         """
         kernels, shape, layers, tokens = self._kernels, byref(self._shape), self._layers, ids.numel()
         scale = torch.empty(tokens)
@@ -130,6 +158,14 @@ class CpuNetwork(ServingWeights):
             qkv = layer.qkv(x)
             place = byref(attend.layer(index, qkv.size(1), self._value_tables.get(index), self._value_table.size(1)))
             kernels.nanochat_prepare(shape, batch, place, qkv.data_ptr())
+            if wanted is not None and index == len(layers) - 1:
+                # No later layer needs the other tokens.
+                if not len(wanted):
+                    return x[:0]
+                x, middle, queries = (each.index_select(0, wanted) for each in (x, middle, queries))
+                mixed = mixed[: len(x)]
+                described = attend.with_logits(described, queries)
+                batch = byref(described)
             unknown = kernels.nanochat_attend(shape, batch, place, mixed.data_ptr())
             assert not unknown, f"there is no kernel for heads of {self.config.head_dim}; see usable()"
             x = layer.out(mixed, x)

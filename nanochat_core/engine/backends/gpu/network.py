@@ -22,6 +22,8 @@ _EPSILON = torch.finfo(torch.float32).eps
 # multiples of SPLIT, so the order of additions depends only on a token's position.
 SPLIT = 256
 _SPLIT_TILE = 32
+# Maximum number of tokens in a tile, and maximum number of keys that a tile reads at a time.
+LARGEST_TILE = 64
 # In elementwise kernels, one program processes this number of values.
 _CHUNK = 1024
 # This FlashAttention package runs on Hopper GPUs. No other package supports cache blocks of any size.
@@ -55,7 +57,7 @@ class GpuNetwork(ServingWeights):
         self._flash = flash
         self._score_scale = QK_SCALE**2 * self.config.head_dim**0.5
         # A tile has as many tokens as fit into shared memory.
-        self.tile_rows = max(16, min(64, 16384 // (self.config.head_dim * self.dtype.itemsize)))
+        self.tile_rows = max(16, min(LARGEST_TILE, 16384 // (self.config.head_dim * self.dtype.itemsize)))
         config = self.config
         self._heads = {"HEADS": config.n_head, "KV_HEADS": config.n_kv_head, "HEAD_DIM": config.head_dim}
         self._width = triton.next_power_of_2(self.config.dim)
@@ -84,8 +86,13 @@ class GpuNetwork(ServingWeights):
         return [*((self, name) for name in own), *((weight, "weight") for weight in (*weights, self._head))]
 
     @torch.inference_mode()
-    def hidden(self, step: Step, cache: GpuCache) -> Tensor:
-        """Write keys and values to the cache; returns the normalized last hidden states (tokens, dim)."""
+    def hidden(self, step: Step, cache: GpuCache, wanted: Tensor | None = None) -> Tensor:
+        """Write keys and values to the cache; returns the normalized last hidden states (tokens, dim).
+
+        If ``wanted`` is given, only the hidden states of the tokens with these indices (int64) are returned. For the
+        other tokens, the last layer computes only keys and values. Its attention is then computed token by token, which
+        is faster for few tokens.
+        """
         layers, rows, dim = self._layers, (step.tokens,), self.config.dim
         x0 = torch.empty(step.tokens, dim, dtype=self.dtype, device=self.device)
         x, middle = torch.empty_like(x0), torch.empty_like(x0)
@@ -105,11 +112,17 @@ class GpuNetwork(ServingWeights):
             num_warps=self._row_warps,
         )
         for index, layer in enumerate(layers):
-            mixed = self._attend(index, self._prepare(index, layer.qkv(x), scale, step, cache), step, cache)
+            last = index == len(layers) - 1
+            queries = self._prepare(index, layer.qkv(x), scale, step, cache)
+            if last and wanted is not None:
+                if not len(wanted):
+                    return x[:0]
+                x, middle, queries = (each.index_select(0, wanted) for each in (x, middle, queries))
+                step, rows = step.only(wanted), (len(wanted),)
+            mixed = self._attend(index, queries, step, cache)
             x = layer.out(mixed, x)
             up = layer.up(x)
             kernels.relu_square[(triton.cdiv(up.numel(), _CHUNK),)](up, up.numel(), SIZE=_CHUNK)
-            last = index == len(layers) - 1
             kernels.finish[rows](
                 x,
                 layer.down(up),

@@ -22,14 +22,23 @@ log = logging.getLogger(__name__)
 # graph: starting the kernels one by one takes less time than running the kernels.
 GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
+# If a large step has at least this many tokens for each wanted row, its last layer computes only the wanted rows. With
+# more wanted rows, attention of all tokens in tiles is faster than attention of the wanted tokens one by one.
+LEAST_TOKENS_PER_ROW = 4
+
 Compute = Callable[[], Tensor]
 
 
 class GpuRunner:
     """The :class:`~nanochat_core.engine.backends.runner.Runner` that uses the GPU kernels."""
 
-    def __init__(self, network: GpuNetwork, cache: GpuCache, token_budget: int, max_running: int) -> None:
-        """A step has at most ``token_budget`` tokens and ``max_running`` sequences."""
+    def __init__(
+        self, network: GpuNetwork, cache: GpuCache, token_budget: int, max_running: int, *, graphs: bool = True
+    ) -> None:
+        """A step has at most ``token_budget`` tokens and ``max_running`` sequences.
+
+        Without ``graphs``, small steps run the same kernels, but the host starts them one by one.
+        """
         self._network, self.cache, self._device = network, cache, network.device
         # Include the first size that is at least the token budget, because a full step is padded to that size.
         self.sizes = GRAPH_SIZES[: 1 + sum(size < token_budget for size in GRAPH_SIZES)]
@@ -44,8 +53,9 @@ class GpuRunner:
         # other memory, in ``_pool``.
         self._logits = torch.empty(self.sizes[-1], network.config.vocab_size, device=self._device)
         self._graphs: dict[int, Compute] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        graphs = graphs and self._device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if graphs else None
+        self._stream = torch.cuda.Stream(self._device) if graphs else None
 
     def load(self, model: GPT) -> None:
         self._network.load(model)
@@ -67,12 +77,14 @@ class GpuRunner:
         graph = None if size is None else self._graph(size)
         step = self.inputs.fill(chunks, batch, size or count, in_pieces=size is None)
         batch.fill_in(step.ids, previous)
-        rows = batch.sampled_rows(chunks)
-        sampling = [chunk for chunk in chunks if chunk.samples]
-        if graph is None:
-            hidden = self._network.hidden(step, self.cache)
-            return sampling, self._network.logits(self._select(hidden, rows))
-        return sampling, self._select(graph()[:count], rows)
+        rows = batch.logit_rows(chunks)
+        with_logits = [chunk for chunk in chunks if chunk.logits]
+        if graph is not None:
+            return with_logits, self._select(graph()[:count], rows)
+        if len(rows) <= count // LEAST_TOKENS_PER_ROW:
+            wanted = to_device(np.array(rows, np.int64), self._device)
+            return with_logits, self._network.logits(self._network.hidden(step, self.cache, wanted))
+        return with_logits, self._network.logits(self._select(self._network.hidden(step, self.cache), rows))
 
     def _select(self, x: Tensor, rows: Items[int]) -> Tensor:
         return x if len(rows) == len(x) else x.index_select(0, to_device(np.array(rows, np.int64), self._device))

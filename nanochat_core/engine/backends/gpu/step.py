@@ -48,6 +48,18 @@ class Step:
     def tokens(self) -> int:
         return self.ids.numel()
 
+    def only(self, wanted: Tensor) -> "Step":
+        """The tokens with these indices, for attention token by token."""
+        return dataclasses.replace(
+            self,
+            ids=self.ids.index_select(0, wanted),
+            previous_ids=self.previous_ids.index_select(0, wanted),
+            positions=self.positions.index_select(0, wanted),
+            rows=self.rows.index_select(0, wanted),
+            slots=[each.index_select(0, wanted) for each in self.slots],
+            pieces=None,
+        )
+
 
 class StepInputs:
     """Packs all inputs of a step into one buffer, so that a step needs one copy to the device."""

@@ -1,15 +1,15 @@
 """The paged KV cache for PyTorch's operators, and attention of a ragged batch over it.
 
 On a CPU, a token's attention must have the same bits whether the token is decoded, prefilled or recomputed, alone or in
-a batch. The order in which PyTorch adds numbers stays the same only for some shapes. They were found by trying all
-shapes with MKL on AVX-512. Attention therefore uses only shapes with these properties:
+a batch. The order in which PyTorch adds numbers stays the same only for some shapes. A trial of all shapes with MKL on
+AVX-512 has found these shapes. Attention therefore uses only shapes with these properties:
 
 - The number of query rows is a multiple of a number that depends on the CPU (:func:`row_multiple`), because PyTorch
   uses other matrix kernels for fewer rows.
 - Keys are processed in tiles of ``KEY_TILE``. After each tile, the kernel rescales its running softmax. Tiles are
   counted from the start of the sequence, also in layers with a window.
-- The last tile is either full or at most half full, because longer sums are split in two. Its number of keys is a
-  multiple of :data:`KEY_MULTIPLE`.
+- The last tile is either full or at most half full, because longer sums are split in two. The number of keys in the
+  last tile is a multiple of :data:`KEY_MULTIPLE`.
 """
 
 import functools

@@ -13,7 +13,7 @@ class Attend(Protocol):
     """Causal attention of one layer. The implementation stores the keys and values of earlier tokens.
 
     ``q`` has shape (tokens, n_head, head_dim); ``k`` and ``v`` have shape (tokens, n_kv_head, head_dim) and belong to
-    the tokens of this batch. In the last layer, ``q`` contains only the tokens whose hidden states are requested. The
+    the tokens of this batch. If a number of last tokens is wanted, ``q`` contains only these in the last layer. The
     result has the shape of ``q``. ``q`` and ``k`` are unit vectors; a score is their product times
     ``QK_SCALE ** 2 * sqrt(head_dim)``.
     """
@@ -26,7 +26,12 @@ class TorchNetwork(ServingWeights):
 
     @torch.inference_mode()
     def hidden(
-        self, ids: Tensor, previous_ids: Tensor, positions: Tensor, attend: Attend, wanted: int | None = None
+        self,
+        ids: Tensor,
+        previous_ids: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        wanted: int | Tensor | None = None,
     ) -> Tensor:
         """Compute the normalized hidden states after the last layer.
 
@@ -35,11 +40,12 @@ class TorchNetwork(ServingWeights):
             previous_ids: (tokens,) id of the token before each token; :attr:`no_token` if there is none.
             positions: (tokens,) position of each token in its sequence.
             attend: causal attention for these tokens.
-            wanted: number of last tokens whose hidden states are returned; None returns all. For the other tokens, the
-                last layer computes only keys and values.
+            wanted: the tokens whose hidden states are returned: a number of last tokens, or an int64 tensor of indices;
+                None returns all. For the other tokens, the last layer computes only keys and values, and with indices
+                also attention.
 
         Returns:
-            (tokens, dim) or (wanted, dim), in the compute dtype.
+            (tokens, dim) or (wanted tokens, dim), in the compute dtype.
         """
         turns = self._turns.index_select(0, positions)
         x = x0 = self.embed(ids, previous_ids)
@@ -48,17 +54,25 @@ class TorchNetwork(ServingWeights):
         middle = x
         for index, layer in enumerate(self._layers):
             x = torch.add(x * layer.residual_scale, x0, alpha=layer.skip_scale)
-            last = len(x) if wanted is None or index < len(self._layers) - 1 else wanted
-            x = self._attention(index, x, values.get(index), turns, attend, last)
+            chosen = wanted if index == len(self._layers) - 1 else None
+            x = self._attention(index, x, values.get(index), turns, attend, chosen)
+            if chosen is not None:
+                middle = _select(middle, chosen)
             x = self._mlp(layer, x)
             if index == len(self._layers) // 2:
                 middle = x
-        return rms_norm(torch.sub(x, middle[-len(x) :], alpha=self._backout))
+        return rms_norm(torch.sub(x, middle, alpha=self._backout))
 
     def _attention(
-        self, index: int, x: Tensor, value_embedding: Tensor | None, turns: Tensor, attend: Attend, last: int
+        self,
+        index: int,
+        x: Tensor,
+        value_embedding: Tensor | None,
+        turns: Tensor,
+        attend: Attend,
+        wanted: int | Tensor | None,
     ) -> Tensor:
-        """Normalize ``x``, compute attention and add the result to ``x``; returns the last ``last`` rows of the sum."""
+        """Normalize ``x``, compute attention and add the result to ``x``; returns the ``wanted`` rows of the sum."""
         layer, tokens = self._layers[index], x.size(0)
         scale = _square_sum(x).rsqrt_()
         qk, v, *gate = layer.qkv(x).split(layer.sizes, dim=1)
@@ -70,9 +84,12 @@ class TorchNetwork(ServingWeights):
         qk = torch.view_as_real(pairs * turns).flatten(-2)
         qk = (qk * _square_sum(qk).rsqrt_()).to(self.dtype)
         q, k = qk.split((layer.n_head, layer.n_kv_head), dim=1)
-        if last < tokens:
-            q, x = q[-last:], x[-last:]
-        return layer.out(attend(index, q, k, v).reshape(last, -1), x)
+        if isinstance(wanted, int):
+            q = _select(q, wanted)
+        mixed = attend(index, q, k, v).flatten(1)
+        if isinstance(wanted, Tensor):
+            mixed = _select(mixed, wanted)
+        return layer.out(mixed, x if wanted is None else _select(x, wanted))
 
     def _value_share(self, gate: Tensor, scale: Tensor) -> Tensor:
         """Factors of the value embeddings, (tokens, n_kv_head, 1). The given gates are not normalized yet.
@@ -93,6 +110,11 @@ class TorchNetwork(ServingWeights):
         """
         y = layer.down(layer.up(x, relu=True).square_())
         return torch.addcdiv(x, y, _square_sum(x), value=x.size(-1)).to(self.dtype)
+
+
+def _select(x: Tensor, wanted: int | Tensor) -> Tensor:
+    """The last ``wanted`` rows of ``x``, or the rows with these indices."""
+    return x[len(x) - wanted :] if isinstance(wanted, int) else x.index_select(0, wanted)
 
 
 def _square_sum(x: Tensor) -> Tensor:

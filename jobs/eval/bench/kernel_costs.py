@@ -1,0 +1,160 @@
+"""What each kernel of a step must read, write and compute on a GPU, and how long that takes at least.
+
+A kernel takes at least as long as its bytes need at the card's memory bandwidth, and at least as long as its FLOPs need
+at the card's peak (Williams, Waterman and Patterson, "Roofline", CACM 2009). The sum over the kernels of a step is its
+lower limit, because the kernels run one after another. ``docs/roofline.md`` shows the results.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from nanochat_core.config import ModelConfig
+from nanochat_core.training.optim.muon import POLAR_EXPRESS
+
+_BF16, _FP32 = 2, 4
+# Keys in one split of attention, as in ``nanochat_core/engine/backends/gpu/network.py``. That module needs Triton.
+_SPLIT = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """A GPU's rates, from NVIDIA's data sheets: dense FLOP/s in bf16, and bytes per second of memory and of NVLink.
+
+    NVLink's rate is for one direction.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float
+    link: float
+
+
+CARDS = (Card("H100", 989.4e12, 3.35e12, 450e9), Card("H200", 989.4e12, 4.8e12, 450e9))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """All launches of one kernel in a step, with their bytes to read and write and their FLOPs together."""
+
+    name: str
+    launches: int
+    bytes: float
+    flops: float = 0.0
+
+    def seconds(self, card: Card) -> float:
+        """The least time on a card."""
+        return max(self.bytes / card.bandwidth, self.flops / card.flops)
+
+
+def seconds(kernels: Sequence[Kernel], card: Card) -> float:
+    """The least time of a step."""
+    return sum(kernel.seconds(card) for kernel in kernels)
+
+
+def decode_kernels(config: ModelConfig, batch: int, context: int) -> list[Kernel]:
+    """The kernels of a step that decodes one token of each of ``batch`` sequences, in bf16 and as a CUDA graph.
+
+    ``context`` is the number of tokens that each sequence has, the new one included.
+    """
+    dim, kv, depth, vocab = config.dim, config.kv_dim, config.depth, config.padded_vocab_size
+    seen = [min(context, window + 1) for window in config.windows]
+    # A split stores its sums in fp32, and another kernel combines the splits.
+    splits = [-(-keys // _SPLIT) for keys in seen]
+
+    def product(name: str, into: int, out: int, count: int, added: int = 0) -> Kernel:
+        """Products of all tokens with ``count`` weights; ``added`` numbers per token are added to the result."""
+        moved = into * out + batch * (into + out + added)
+        return Kernel(name, count, _BF16 * count * moved, 2.0 * count * batch * into * out)
+
+    gated = sum(map(config.has_value_embedding, range(depth)))
+    return [
+        Kernel("enter", 1, _BF16 * batch * 4 * dim),
+        product("product qkv", dim, dim + 2 * kv, depth),
+        Kernel(
+            "prepare: rotate, normalize, write to the cache",
+            depth,
+            _BF16 * batch * (depth * (2 * dim + 4 * kv) + gated * kv),
+        ),
+        Kernel(
+            "attend_tokens",
+            depth,
+            batch * sum(_BF16 * (2 * kv * keys + dim) + _FP32 * dim * n for keys, n in zip(seen, splits, strict=True)),
+            4.0 * batch * dim * sum(seen),
+        ),
+        Kernel("combine", depth, batch * sum(_FP32 * dim * n + _BF16 * dim for n in splits)),
+        product("product out", dim, dim, depth, added=dim),
+        product("product up", dim, 4 * dim, depth),
+        Kernel("relu_square", depth, _BF16 * depth * batch * 8 * dim),
+        product("product down", 4 * dim, dim, depth),
+        Kernel("finish: residuals and the next norm", depth, _BF16 * batch * dim * (4 * depth + 1)),
+        Kernel("leave", 1, _BF16 * batch * 3 * dim),
+        product("product head", dim, vocab, 1),
+        Kernel("softcap", 1, batch * vocab * (_BF16 + _FP32)),
+        Kernel("sampling", 1, batch * vocab * _FP32),
+    ]
+
+
+def training_kernels(config: ModelConfig, tokens: int, micro_batches: int) -> list[Kernel]:
+    """The kernels of an optimizer step on one GPU, in bf16: ``micro_batches`` passes over ``tokens`` tokens each.
+
+    The products and attention have the FLOPs of :attr:`~nanochat_core.config.ModelConfig.flops_per_token`. Elementwise
+    operations are left out, because the compiler decides what they read and write.
+    """
+    blocks, vocab, depth = config.block_matrix_parameters, config.padded_vocab_size, config.depth
+    every = micro_batches * tokens
+    attention = sum(12.0 * config.dim * min(window, config.context_length) for window in config.windows)
+    # The forward and the backward pass each read a weight in bf16 and cast it from fp32 before.
+    casts = 2 * (_FP32 + 2 * _BF16)
+    dim, kv = config.dim, config.kv_dim
+    shapes = [(dim, dim), (dim, dim), (kv, dim), (kv, dim), (4 * dim, dim), (dim, 4 * dim)]
+    tables = vocab * (dim + kv * sum(map(config.has_value_embedding, range(depth))))
+    return [
+        Kernel(
+            "products of the blocks", 18 * depth * micro_batches, casts * micro_batches * blocks, 6.0 * blocks * every
+        ),
+        # The raw logits and their gradients are written and read in bf16; the gradients are read twice.
+        Kernel(
+            "head and loss",
+            3 * micro_batches,
+            5 * _BF16 * every * vocab,
+            6.0 * config.dim * config.vocab_size * every,
+        ),
+        Kernel("attention", 3 * depth * micro_batches, _BF16 * 12 * config.dim * depth * every, attention * every),
+        # Weights and momenta are read and written, and gradients are read.
+        Kernel(
+            "Muon",
+            len(POLAR_EXPRESS) * 3 * len(set(shapes)),
+            5 * _FP32 * blocks,
+            depth * sum(map(polar_express_flops, shapes)),
+        ),
+        Kernel("AdamW", 2 + config.depth, 7 * _BF16 * tables + 7 * _FP32 * config.dim * vocab),
+    ]
+
+
+def polar_express_flops(shape: tuple[int, int]) -> float:
+    """FLOPs of Muon's orthogonalization of one matrix.
+
+    Each polynomial multiplies the matrix with its transpose, squares the product, and multiplies it with the matrix.
+    """
+    small, large = min(shape), max(shape)
+    return len(POLAR_EXPRESS) * (4.0 * small * small * large + 2.0 * small**3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Communication:
+    """Bytes that each rank sends in a step: gradients are summed into shards, and updated weights are gathered."""
+
+    gradients: float
+    weights: float
+
+
+def communication(config: ModelConfig, ranks: int) -> Communication:
+    """The communication of one step on ``ranks`` ranks, by rings, in which a rank sends every shard but its own.
+
+    The matrices and the head are fp32, and the embedding tables are bf16.
+    """
+    value_layers = sum(map(config.has_value_embedding, range(config.depth)))
+    tables = config.padded_vocab_size * (config.dim + value_layers * config.kv_dim)
+    matrices = config.block_matrix_parameters + config.dim * config.padded_vocab_size
+    whole = _FP32 * matrices + _BF16 * tables
+    return Communication(*[whole * (ranks - 1) / ranks] * 2)
