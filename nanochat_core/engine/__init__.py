@@ -4,19 +4,19 @@ Evaluation and RL call :class:`Engine` directly, one step at a time. The service
 runs an engine on a thread and streams the outputs to asyncio.
 """
 
+from nanochat_core.constraints.constraint import Constraint, ConstraintError, ConstraintKind
 from nanochat_core.engine.admission import QueueFull
 from nanochat_core.engine.async_engine import AsyncEngine, EngineDead, Stream
+from nanochat_core.engine.compilations import CallerLimit
 from nanochat_core.engine.config import EngineConfig
-from nanochat_core.engine.constraints import ConstraintError
 from nanochat_core.engine.engine import Engine
 from nanochat_core.engine.observer import Load, Observer
 from nanochat_core.engine.request import (
     Completion,
-    Constraint,
-    ConstraintKind,
     Continuation,
     FinishReason,
     Output,
+    Picture,
     Request,
     SamplingParams,
     Token,

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine.config import EngineConfig
-from nanochat_core.engine.constraints import Grammars
+from nanochat_core.engine.constraints import Grammar, Grammars
 from nanochat_core.engine.request import NO_TOOLS, Request
 from nanochat_core.engine.sampler import sample_key
 from nanochat_core.engine.scheduler import Scheduler
@@ -29,11 +29,14 @@ class Admission:
         self._grammars = grammars
         self._arrivals = itertools.count()
 
-    def check(self, request: Request) -> None:
-        """Raise a :class:`UserError` that says why a request can never be served."""
+    def check(self, request: Request) -> Grammar | None:
+        """Check a request. Returns its compiled constraint, or None if the request has no constraint.
+
+        Raises a :class:`UserError` if the request can never be served.
+        """
         self.check_without_constraint(request)
-        if request.sampling.constraint is not None:
-            self._grammars.compile(request.sampling.constraint)
+        constraint = request.sampling.constraint
+        return None if constraint is None else self._grammars.compile(constraint)
 
     def check_without_constraint(self, request: Request) -> None:
         """Check everything except the constraint, because compiling it may take long. Any thread may call this.
@@ -54,6 +57,8 @@ class Admission:
             ("logit_bias", sampling.logit_bias),
         ):
             self._check_tokens(name, tokens)
+        if sampling.prompt_logprobs is not None and request.tools.enabled and sampling.constraint is None:
+            raise UserError("prompt_logprobs is only possible without tools")
         if not 1 <= request.n <= self._config.max_running:
             raise UserError(f"n is {request.n}; it must be between 1 and {self._config.max_running}")
         length = self._max_length(request)
@@ -81,10 +86,13 @@ class Admission:
         may_run = self._scheduler.max_running if present else self._config.max_running
         return self._config.max_waiting + may_run - present
 
-    def sequences_of(self, request: Request) -> list[Sequence]:
-        """Create one sequence for each unfinished choice of an accepted request. Each has the prompt's tokens."""
+    def sequences_of(self, request: Request, grammar: Grammar | None) -> list[Sequence]:
+        """Create one sequence for each unfinished choice of an accepted request. Each sequence has the prompt's tokens.
+
+        ``grammar`` is the compiled constraint of the request, if it has one.
+        """
         sampling = request.sampling
-        if sampling.constraint is not None:
+        if grammar is not None:
             request = dataclasses.replace(request, tools=NO_TOOLS)
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         sequences = []
@@ -92,8 +100,8 @@ class Admission:
             key, length = sample_key(seed, choice), self._max_length(request)
             seq = Sequence(request, choice, next(self._arrivals), key, length)
             seq.arrived_at = time.monotonic()
-            if sampling.constraint is not None:
-                seq.matcher = self._grammars.matcher(sampling.constraint, sampling.stop_token_ids)
+            if grammar is not None:
+                seq.matcher = self._grammars.matcher(grammar, sampling.stop_token_ids)
             sequences.append(seq)
         return sequences
 

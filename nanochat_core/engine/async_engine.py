@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable
 
 from nanochat_core.engine.admission import QueueFull
+from nanochat_core.engine.compilations import CallerLimit, Compilations
+from nanochat_core.engine.constraints import Grammar
 from nanochat_core.engine.engine import Engine
 from nanochat_core.engine.observer import Load
-from nanochat_core.engine.request import Constraint, Output, Request
+from nanochat_core.engine.request import Output, Request
 from nanochat_core.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -101,7 +103,9 @@ class AsyncEngine:
         self._stopping = False
         self._error: EngineDead | None = None
         self._step_began: float | None = None
-        self._compiling = 0
+        self._compilations = Compilations(engine.grammars)
+        # Number of sequences whose constraints are being compiled, by caller.
+        self._compiling: collections.Counter[str] = collections.Counter()
         self._idle = asyncio.Event()
         self._idle.set()
         self._thread = threading.Thread(target=self._run, args=(engine,), name=DEVICE_LOOP, daemon=True)
@@ -119,6 +123,7 @@ class AsyncEngine:
         Raises:
             UserError: the request can never be served.
             QueueFull: the queue is full; the caller may try again later.
+            CallerLimit: the caller has too many requests that wait for their constraints.
             EngineDead: the device loop has ended.
         """
         engine = self._engine
@@ -129,19 +134,20 @@ class AsyncEngine:
         stream = self._streams[request.id] = Stream(request.unfinished)
         self._idle.clear()
 
+        grammar: Grammar | None = None
+
         def add() -> None:
             try:
-                engine.add(request)
+                engine.add(request, grammar)
             except (UserError, QueueFull) as error:
                 self._loop.call_soon_threadsafe(stream.fail, error)
             else:
                 self._loop.call_soon_threadsafe(_accept, stream)
 
-        constraint = request.sampling.constraint
         try:
-            if constraint is not None:
+            if request.sampling.constraint is not None:
                 engine.admission.check_without_constraint(request)
-                await self._compile(engine, constraint, request.unfinished)
+                grammar = await self._compile(engine, request)
             self._inbox.put(add)
             await stream.accepted
         except BaseException:
@@ -159,7 +165,7 @@ class AsyncEngine:
             self._idle.set()
 
     def announce_draining(self) -> None:
-        """Tell every open stream that the engine is shutting down, with a separate output."""
+        """Add an output to every open stream that says that the engine is shutting down."""
         for request_id, stream in self._streams.items():
             if not stream.finished:
                 stream.push(Output(request_id=request_id, index=0, draining=True))
@@ -182,6 +188,7 @@ class AsyncEngine:
 
         If the step takes longer than ``seconds`` (default :data:`STOP_SECONDS`), its thread is abandoned.
         """
+        self._compilations.close()
         self._inbox.put(self._stop)
         deadline = time.monotonic() + (STOP_SECONDS if seconds is None else seconds)
         while (hangs := self._thread.is_alive()) and time.monotonic() < deadline:
@@ -197,17 +204,26 @@ class AsyncEngine:
         self._inbox = queue.SimpleQueue()
         return True
 
-    async def _compile(self, engine: Engine, constraint: Constraint, sequences: int) -> None:
-        """Compile a constraint on another thread, if the queue has room for the request.
+    async def _compile(self, engine: Engine, request: Request) -> Grammar:
+        """Compile the request's constraint outside of the device loop, if the queue has room for the request.
 
         Requests whose constraints are being compiled count as queued.
         """
-        self._compiling += sequences
+        constraint, caller, sequences = request.sampling.constraint, request.caller, request.unfinished
+        assert constraint is not None, "only constrained requests come here"
+        if (known := engine.grammars.known(constraint)) is not None:
+            return known
+        engine.admission.check_room(self._compiling.total() + sequences)
+        if caller and 0 < self._compiling[caller] > engine.admission.room() // 2 - sequences:
+            raise CallerLimit(
+                f"{self._compiling[caller]} answers of this client wait for their constraints to be compiled; "
+                "wait for some of them first, or use fewer different constraints"
+            )
+        self._compiling[caller] += sequences
         try:
-            engine.admission.check_room(self._compiling)
-            await asyncio.to_thread(engine.grammars.compile, constraint)
+            return await self._compilations.compile(constraint, caller)
         finally:
-            self._compiling -= sequences
+            self._compiling -= collections.Counter({caller: sequences})
 
     def _run(self, engine: Engine) -> None:
         """Run the device loop until the engine is stopped or fails."""

@@ -60,6 +60,8 @@ class EngineConfig(EngineOptions):
     # Give the device its next batch before the tokens of the previous batch are read, so that host and device work at
     # the same time; None does this on a GPU only.
     overlap: bool | None = None
+    # Record small steps on a GPU as CUDA graphs. Without graphs the host starts every kernel of a step.
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         size = self.block_size

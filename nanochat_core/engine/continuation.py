@@ -1,8 +1,8 @@
 """Restores the state of a choice that another engine began.
 
 The *said* tokens and events are those that the other engine has already reported to the client. The state of a sequence
-follows from its tokens: open code, tool calls, the matcher of a constraint. Therefore the said tokens are appended one
-by one, as if they had just been sampled. The model does not run here. The said tokens are computed later, like the
+(open code, tool calls and the matcher of a constraint) follows from its tokens. The said tokens are therefore appended
+one by one, as if they had just been sampled. The model does not run here. The said tokens are computed later, like the
 tokens of a prompt.
 """
 
@@ -31,6 +31,8 @@ def replay(seq: Sequence, said: Continuation, tools: ToolLoop) -> End:
 
     Raises a :class:`UserError` if the model, the tools and the constraint cannot have produced these tokens and events.
     """
+    if said.tokens:
+        seq.scored = seq.prompt_length  # the client has the prompt's log probabilities since the first token
     return _Replay(seq, said, tools).run()
 
 

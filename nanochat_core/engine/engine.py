@@ -9,12 +9,13 @@ from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Sequence as Items
 
 import torch
+from torch import Tensor
 
 from nanochat_core.engine.admission import Admission
 from nanochat_core.engine.backends.runner import build_runner
 from nanochat_core.engine.block_manager import BlockManager
 from nanochat_core.engine.config import EngineConfig
-from nanochat_core.engine.constraints import Grammars
+from nanochat_core.engine.constraints import Grammar, Grammars
 from nanochat_core.engine.continuation import replay
 from nanochat_core.engine.observer import Load, Observer, note_admissions, note_tokens
 from nanochat_core.engine.outputs import StepOutputs, finish_reason
@@ -84,18 +85,24 @@ class Engine:
         self._shedding = Shedding(self.scheduler, device)
         self._requests: dict[str, list[Sequence]] = {}
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, grammar: Grammar | None = None) -> None:
         """Queue a request. Its outputs are returned by :meth:`step`.
+
+        ``grammar`` is the compiled constraint of the request. Without it, this method compiles the constraint, at a
+        cost without a bound; a service therefore compiles the constraints of its clients beforehand.
 
         Raises:
             UserError: the request can never be served.
             QueueFull: the queue is full; the caller may try again later.
         """
-        self.admission.check(request)
+        if grammar is None:
+            grammar = self.admission.check(request)
+        else:
+            self.admission.check_without_constraint(request)
         if request.id in self._requests:
             raise UserError(f"request id {request.id!r} is in use; ids of requests in flight must differ")
         self.admission.check_room(request.unfinished)
-        sequences = self.admission.sequences_of(request)
+        sequences = self.admission.sequences_of(request, grammar)
         said = {choice.index: choice for choice in request.continued}
         ends = [replay(seq, said.get(seq.choice, Continuation(seq.choice)), self.tools) for seq in sequences]
         if sequences:
@@ -190,7 +197,7 @@ class Engine:
                 self.cancel(request_id)
 
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
-        """Like :meth:`stream`, but yield a request's id and all its choices together when its last choice ends.
+        """Like :meth:`stream`, but yield a request's id and all its choices when the last choice ends.
 
         Nothing is yielded for a request that has no unfinished choice.
         """
@@ -233,11 +240,11 @@ class Engine:
         return Load(*states, total, used, scheduler.waiting_tokens)
 
     def update_weights(self, model: GPT) -> None:
-        """Replace the weights by the current ones of ``model``, and forget prefixes computed with the old weights.
+        """Replace the weights by the weights of ``model``, and forget prefixes computed with the old weights.
 
-        On a CPU, the old weights are freed before the new ones are laid out. On a GPU, old and new weights are both in
-        memory for a moment, because the new weights are copied to the addresses that CUDA graphs read. ``model`` must
-        be on the engine's device.
+        On a CPU, the old weights are freed before the new weights take memory. On a GPU, old and new weights are both
+        in memory for a moment, because the new weights are copied to the addresses that CUDA graphs read. ``model``
+        must be on the engine's device.
 
         Raises:
             RuntimeError: requests are in flight; their keys and values were computed with the old weights.
@@ -292,12 +299,30 @@ class Engine:
 
     def _run_and_sample(self, chunks: Items[Chunk], previous: LaunchedStep | None = None) -> LaunchedStep | None:
         with self._on_device():
-            sampling, logits = self.runner.run(chunks, previous)
+            computed, logits = self.runner.run(chunks, previous)
+            if any(chunk.scores for chunk in computed):
+                logits = self._score_prompts(computed, logits)
+            sampling = [chunk for chunk in computed if chunk.samples]
             rows = [(chunk.seq, chunk.start + chunk.known + i) for chunk in sampling for i in range(chunk.samples)]
             if not rows:
                 return None
             drawn = self.sampler.draw(logits, [seq for seq, _ in rows], [position for _, position in rows])
             return LaunchedStep(sampling, drawn)
+
+    def _score_prompts(self, chunks: Items[Chunk], logits: Tensor) -> Tensor:
+        """Record the log probabilities of prompt tokens. Returns the rows of ``logits`` for the tokens to sample.
+
+        ``logits`` (rows, vocab_size) fp32 has ``chunk.logits`` rows for each chunk. The host waits for the device.
+        """
+        sampled, end = list[int](), 0
+        for chunk in chunks:
+            start, end = end, end + chunk.logits
+            sampled += range(end - chunk.samples, end)
+            if chunk.scores:
+                seq, scores = chunk.seq, chunk.scores
+                tokens, alternatives = seq.tokens[scores.start : scores.stop], seq.request.sampling.prompt_logprobs or 0
+                seq.add_scores(self.sampler.score(logits[start : start + len(scores)], tokens, alternatives))
+        return self.sampler.take(logits, sampled)
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
         """A context in which the model's GPU is the thread's current GPU, because kernels start on that GPU."""
@@ -308,7 +333,9 @@ class Engine:
         return sum(self._extend(chunk, samples) for chunk, samples in step.read())
 
     def _extend(self, chunk: Chunk, samples: list[Token]) -> int:
-        """Append a chunk's samples up to the first one that differs from the draft; returns their number.
+        """Append a chunk's samples up to and including the first one that differs from the draft.
+
+        Returns the number of appended tokens.
 
         If the sequence has ended or called a tool since the step was launched, its samples are dropped.
         """

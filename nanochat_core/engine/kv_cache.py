@@ -41,7 +41,7 @@ class BlockMemory:
         self.blocks = [self._memory[g][groups[g].layers.index(i)] for i, g in enumerate(self.group_of)]
 
     def copy(self, chunks: Iterable[Chunk]) -> None:
-        """For each newly admitted sequence, copy the block of which it shares only the beginning.
+        """For each newly admitted sequence, copy the block that begins with tokens of the sequence and then differs.
 
         Call this before the step writes any key or value. The copies are made one after another, because the target of
         one copy may be the source of an earlier one.

@@ -9,7 +9,7 @@ from nanochat_core.engine.scheduler import Chunk
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Load:
-    """Numbers of sequences in each state, of blocks of the KV cache, and of tokens that must still be computed."""
+    """Counts of the sequences in each state, the blocks of the KV cache, and the tokens still to be computed."""
 
     running: int = 0
     waiting: int = 0

@@ -38,7 +38,10 @@ class StepOutputs:
         return self._begin(seq) if output.tool_events else output
 
     def _begin(self, seq: Sequence) -> Output:
-        output = self._latest[seq] = Output(request_id=seq.request.id, index=seq.choice)
+        output = self._latest[seq] = Output(
+            request_id=seq.request.id, index=seq.choice, prompt_tokens=seq.prompt_scores
+        )
+        seq.prompt_scores = []
         self._outputs.append(output)
         return output
 

@@ -4,9 +4,9 @@ The keys and values of a token depend on that token and on all tokens before it.
 a hash chain: the hash of its tokens together with the hash of its parent, the block before it. Two sequences that begin
 with the same tokens compute the same hashes and share the blocks. A full block never changes.
 
-The block after the shared ones may begin with the same tokens as a computed block and then differ. The sequence then
-copies that computed block and replaces the tokens that differ. For each parent, one block is offered for copying. A
-later block replaces it, unless the later block only repeats the beginning of the offered block.
+After the shared blocks, a sequence's next block may begin with the same tokens as a computed block and then differ. The
+sequence then copies that computed block and replaces the tokens that differ. For each parent, one block is offered for
+copying. A later block replaces the offered block, unless it only repeats the beginning of the offered block.
 """
 
 import array
@@ -22,7 +22,7 @@ LEAST_COPIED = 4
 
 
 class PrefixIndex:
-    """Finds the blocks of one cache group by the tokens in the block and the tokens before it.
+    """Finds a block of one cache group by the tokens in the block and the tokens before the block.
 
     ``by_hash`` is the inverse of ``hashes``, and ``offers`` is the inverse of ``parents``.
     """
@@ -33,7 +33,7 @@ class PrefixIndex:
         self.by_hash: dict[bytes, int] = {}
         # For each block id, the hash of its parent if the block is offered for copying, else None.
         self.parents: list[bytes | None] = [None] * num_blocks
-        # For each parent's hash, the id and the tokens of the block offered after it.
+        # For the hash of each parent, the id and the tokens of the block that is offered as the next block.
         self.offers: dict[bytes, tuple[int, list[int]]] = {}
 
     def finds(self, block: int) -> bool:
@@ -46,7 +46,7 @@ class PrefixIndex:
             self.hashes[block] = digest
 
     def offer(self, block: int, parent: bytes, tokens: list[int]) -> int | None:
-        """Offer ``block``, which contains ``tokens``, for copying after the block with the hash ``parent``.
+        """Offer ``block``, which contains ``tokens``, for copying. ``parent`` is the hash of the block before it.
 
         Nothing changes if the block offered so far begins with the same tokens. The result is the block whose offer was
         replaced, if any.
@@ -106,7 +106,8 @@ class PrefixCache:
         found = [[digest in index.by_hash for digest in hashes] for index in self.indexes]
         # A group with a window needs only the end of the prefix, so earlier blocks may be missing in such a group.
         longest = 0
-        consecutive = [0] * len(self._groups)  # number of successive blocks that were found, up to block i
+        # For each group, the number of successive blocks up to block i that were found.
+        consecutive = [0] * len(self._groups)
         for i in range(len(hashes)):
             consecutive = [run + 1 if hits[i] else 0 for run, hits in zip(consecutive, found, strict=True)]
             if all(
@@ -141,9 +142,10 @@ class PrefixCache:
             self._settle(digest, seq)
 
     def publish(self, seq: Sequence) -> list[tuple[int, int]]:
-        """Let other sequences find the filled blocks of ``seq``. Offer them and the next block for copying.
+        """Let other sequences find the filled blocks of ``seq``.
 
-        The result has (group, block) for each block whose offer was replaced.
+        These blocks, and the partly filled block after them, are also offered for copying. The result has
+        (group, block) for each block whose offer was replaced.
         """
         hashes, size, full = self.hashes_of(seq), self._block_size, seq.computed // self._block_size
         for i in range(seq.sealed, full):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import enum
+import math
 from collections.abc import Mapping
 
+from nanochat_core.constraints.constraint import Constraint
 from nanochat_core.errors import UserError
 
 MAX_LOGPROBS = 128
@@ -32,25 +34,6 @@ class FinishReason(enum.Enum):
     LENGTH = "length"
 
 
-class ConstraintKind(enum.Enum):
-    """The language of a :class:`Constraint`."""
-
-    JSON_OBJECT = "json_object"
-    JSON_SCHEMA = "json_schema"
-    REGEX = "regex"
-
-
-@dataclasses.dataclass(frozen=True)
-class Constraint:
-    """A pattern that a completion's text must match. A constrained completion contains no special tokens.
-
-    ``source`` is a JSON schema or a regular expression for the whole text; it is empty if any JSON object is allowed.
-    """
-
-    kind: ConstraintKind
-    source: str = ""
-
-
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How the next token is sampled. The defaults are greedy decoding. Values out of range raise a :class:`UserError`.
@@ -74,6 +57,10 @@ class SamplingParams:
     logprobs: int | None = None  # number of most likely alternatives reported with each token; None reports nothing
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)  # added to the logits, by token id
     constraint: Constraint | None = None
+    # Number of most likely alternatives reported with each token of the prompt; None reports nothing. The prefix cache
+    # is not read, because it has no logits.
+    prompt_logprobs: int | None = None
+    min_tokens: int = 0  # no stop token is sampled before this number of tokens; not allowed with a constraint
 
     @property
     def looks_back(self) -> bool:
@@ -97,8 +84,11 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             _require_bias(name, getattr(self, name))
         _require(self.max_tokens >= 0, "max_tokens", self.max_tokens, "0 (up to the context length) or more")
-        if self.logprobs is not None:
-            _require(0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs, f"between 0 and {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                _require(0 <= count <= MAX_LOGPROBS, name, count, f"between 0 and {MAX_LOGPROBS}")
+        most_tokens = 0 if self.constraint is not None else self.max_tokens or math.inf
+        _require(0 <= self.min_tokens <= most_tokens, "min_tokens", self.min_tokens, f"between 0 and {most_tokens}")
         for token, bias in self.logit_bias.items():
             _require_bias(f"logit_bias[{token}]", bias)
 
@@ -120,7 +110,7 @@ NO_TOOLS = ToolPolicy()
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Token:
-    """One token of a completion.
+    """One token of a completion, or of a prompt whose log probabilities are requested.
 
     ``logprob``, if requested, is the natural logarithm of the token's probability before penalties, temperature and
     filters. ``top_logprobs`` has (token id, logprob) of the most likely alternatives, best first.
@@ -141,13 +131,23 @@ class ToolCall:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture that the code of a Python call made, such as ``figure-1.png`` of type ``image/png``."""
+
+    name: str
+    media_type: str
+    content: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ToolResult:
-    """Result of a Python call; ``output`` is the text that the model reads."""
+    """Result of a Python call; ``output`` is the text that the model reads. The model does not see the pictures."""
 
     call_index: int
     status: str
     output: str
     duration_seconds: float
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -180,12 +180,13 @@ class Request:
     tools: ToolPolicy = NO_TOOLS  # ignored if the request has a constraint
     priority: int = 0  # lower values are scheduled first; equal values are scheduled in order of arrival
     continued: tuple[Continuation, ...] = ()
+    caller: str = ""  # who sent the request, if that is known; callers with new constraints take turns
     # The request's Python calls run in this context, so that they belong to the request's trace.
     context: contextvars.Context | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def finished(self) -> set[int]:
-        """Indices of the choices for which nothing is generated."""
+        """Indices of the choices that were finished before this request. Nothing more is generated for them."""
         return {said.index for said in self.continued if said.finished}
 
     @property
@@ -205,15 +206,20 @@ class Usage:
 
 @dataclasses.dataclass(slots=True)
 class Generated:
-    """Successive tokens and tool events of one choice. ``finish_reason`` and ``usage`` are set at the choice's end."""
+    """Successive tokens and tool events of one choice. ``finish_reason`` and ``usage`` are set at the choice's end.
+
+    If the request has ``prompt_logprobs``, the first output of a choice has the prompt's tokens from the second one on.
+    """
 
     tokens: list[Token] = dataclasses.field(default_factory=list)
     tool_events: list[ToolCall | ToolResult] = dataclasses.field(default_factory=list)
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    prompt_tokens: list[Token] = dataclasses.field(default_factory=list)
 
     def append(self, later: Output) -> None:
         """Append the next output of this choice."""
+        self.prompt_tokens += later.prompt_tokens
         self.tokens += later.tokens
         self.tool_events += later.tool_events
         self.finish_reason, self.usage = later.finish_reason, later.usage

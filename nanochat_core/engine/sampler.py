@@ -111,10 +111,11 @@ class Sampler:
         """
         params = [seq.request.sampling for seq in sequences]
         report = _rows(params, lambda p: p.logprobs is not None)
-        log_probabilities = F.log_softmax(self._take(logits, report), dim=-1) if report else None
+        log_probabilities = F.log_softmax(self.take(logits, report), dim=-1) if report else None
         constrained = [row for row, seq in enumerate(sequences) if seq.matcher is not None]
         if constrained:
             self._constrain(logits, sequences, constrained)
+        self._forbid_stops(logits, sequences, positions)
         z = self.adjust(logits, sequences, params)
         if any(p.temperature >= LOWEST_TEMPERATURE for p in params):
             tokens = self._draw(z, sequences, positions, params)
@@ -123,7 +124,29 @@ class Sampler:
         if log_probabilities is None:
             return Drawn(tokens, None)
         wanted = [params[row].logprobs or 0 for row in report]
-        return Drawn(tokens, _Report(report, wanted, log_probabilities, self._take(tokens, report)))
+        return Drawn(tokens, _Report(report, wanted, log_probabilities, self.take(tokens, report)))
+
+    @torch.inference_mode()
+    def score(self, logits: Tensor, tokens: Items[int], alternatives: int) -> list[Token]:
+        """Return the given tokens, each with its log probability and the ``alternatives`` most likely tokens.
+
+        ``logits`` (len(tokens), vocab_size) fp32 has one row for each token. The method waits for the device.
+        """
+        given = to_device(np.array(tokens, np.int64), self._device)
+        rows, wanted = range(len(tokens)), [alternatives] * len(tokens)
+        return Drawn(given, _Report(rows, wanted, F.log_softmax(logits, dim=-1), given)).read()
+
+    def _forbid_stops(self, z: Tensor, sequences: Items[Sequence], positions: Items[int]) -> None:
+        """Set to -inf, in place, the logits of stop tokens in rows that have not reached their ``min_tokens``."""
+        forbidden = [
+            (row, token)
+            for row, (seq, position) in enumerate(zip(sequences, positions, strict=True))
+            if position - seq.prompt_length < seq.request.sampling.min_tokens
+            for token in seq.request.sampling.stop_token_ids
+        ]
+        if forbidden:
+            rows, tokens = to_device(np.array(forbidden, np.int64).T.copy(), self._device)
+            z.index_put_((rows, tokens), z.new_tensor(float("-inf")))
 
     def _constrain(self, z: Tensor, sequences: Items[Sequence], rows: Items[int]) -> None:
         """Set to -inf, in place, the logits of all tokens that the constraints of these rows forbid."""
@@ -134,7 +157,7 @@ class Sampler:
             matcher.fill(mask)
         octets = to_device(packed.view(np.uint8), self._device)
         allowed = (octets.unsqueeze(2) & self._bits) != 0
-        some = self._take(z, rows).masked_fill(~allowed.flatten(1)[:, : self._vocab_size], float("-inf"))
+        some = self.take(z, rows).masked_fill(~allowed.flatten(1)[:, : self._vocab_size], float("-inf"))
         self._put(z, rows, some)
 
     def adjust(self, z: Tensor, sequences: Items[Sequence], params: Items[SamplingParams]) -> Tensor:
@@ -144,7 +167,7 @@ class Sampler:
             chosen = [params[i] for i in penalized]
             in_prompt = self._counts([sequences[i].tokens[: sequences[i].prompt_length] for i in penalized])
             in_completion = self._counts([sequences[i].tokens[sequences[i].prompt_length :] for i in penalized])
-            some = self._take(z, penalized)
+            some = self.take(z, penalized)
             repetition = self._column([p.repetition_penalty for p in chosen])
             repeated = torch.where(some > 0, some / repetition, some * repetition)
             some = torch.where(in_prompt + in_completion > 0, repeated, some)
@@ -175,7 +198,7 @@ class Sampler:
         ]
         if filtered:
             chosen = [params[row] for row in filtered]
-            self._put(z, filtered, self.filter(self._take(z, filtered), chosen))
+            self._put(z, filtered, self.filter(self.take(z, filtered), chosen))
         noise = self._gumbel(sequences, positions, self._table if ids is None else self._table[ids])
         if not all(random):
             noise *= self._column([float(r) for r in random])
@@ -185,9 +208,9 @@ class Sampler:
     def _candidates(self, z: Tensor, params: Items[SamplingParams]) -> Tensor | None:
         """Ids (rows, n) of the tokens that top-k keeps, if every row has a small top-k; otherwise None.
 
-        Noise for the whole vocabulary takes several times as long as finding a few candidates. A token that ties with a
-        row's last candidate is a candidate too; if there are such ties, the result is None. The test for ties reads
-        numbers from the device. On a GPU this takes longer than the noise, so the result is always None there.
+        Noise for the whole vocabulary takes several times as long as finding a few candidates. The result is also None
+        if tokens tie with a row's last candidate, because top-k keeps these tokens too. The test for ties reads numbers
+        from the device. On a GPU, this test takes longer than the noise, so the result is always None there.
         """
         if z.is_cuda or not all(p.temperature >= LOWEST_TEMPERATURE and 0 < p.top_k <= MOST_CANDIDATES for p in params):
             return None
@@ -206,12 +229,12 @@ class Sampler:
         limited = _rows(params, lambda p: 0 < p.top_k < self._vocab_size)
         if limited:
             counts = [top_k[row] for row in limited]
-            some = self._take(z, limited)
+            some = self.take(z, limited)
             best = some.topk(max(counts)).values
             self._put(z, limited, _drop_below(some, best.gather(1, self._last_of(counts))))
         nucleus = _rows(params, lambda p: p.top_p < 1)
         if nucleus:
-            some, top_p = self._take(z, nucleus), self._column([params[row].top_p for row in nucleus])
+            some, top_p = self.take(z, nucleus), self._column([params[row].top_p for row in nucleus])
             self._put(z, nucleus, _drop_below(some, _top_p_threshold(some, top_p)))
         if any(p.min_p > 0 for p in params):
             z = _drop_below(z, z.amax(dim=-1, keepdim=True) + self._column([p.min_p for p in params]).log())
@@ -250,7 +273,7 @@ class Sampler:
         """Index (rows, 1) of each row's k-th largest logit in the result of ``topk``; ``counts`` has each row's k."""
         return to_device(np.array(counts, np.int64) - 1, self._device).unsqueeze(1)
 
-    def _take(self, x: Tensor, rows: Items[int]) -> Tensor:
+    def take(self, x: Tensor, rows: Items[int]) -> Tensor:
         """The given rows of ``x``: ``x`` itself if these are all rows, otherwise a copy."""
         return x if len(rows) == len(x) else x.index_select(0, to_device(np.array(rows, np.int64), self._device))
 
@@ -288,9 +311,9 @@ def _top_p_threshold(z: Tensor, top_p: Tensor) -> Tensor:
         best = z.topk(candidates).values
         weights = (best - highest).to(precise).exp()
         sums = weights.cumsum(dim=-1)
-        # If top-k has left only a few tokens in a row, their weights are added in order. The other tokens of the row
-        # may be absent or may have weight 0, depending on the other rows of the batch. The sum is the same in both
-        # cases.
+        # If top-k has left at most TOP_P_CANDIDATES tokens of a row, the total is the sum of their sorted weights.
+        # Whether ``weights`` also has the row's removed tokens depends on the other rows of the batch. Removed tokens
+        # have weight 0, so they do not change the total.
         total = torch.where(left <= TOP_P_CANDIDATES, sums[:, -1:], whole)
         kept = (sums - weights < top_p * total).sum(dim=-1, keepdim=True).clamp_(min=1)
         if candidates == z.size(1) or bool((kept < candidates).all()):

@@ -34,6 +34,10 @@ class Chunk:
     # ``start`` in the sequence's own block. The list is empty if the own block already contains these tokens.
     copied: Items[int] = ()
     length: int = dataclasses.field(init=False)  # known and drafted tokens
+    # Indices of the prompt tokens that get a log probability from this chunk, each from the logits of the token before.
+    scores: range = dataclasses.field(init=False)
+    # Number of tokens at the chunk's end whose logits are needed, to score the prompt and to sample.
+    logits: int = dataclasses.field(init=False)
     # Number of tokens to sample: one after the sequence's last token, and one after each drafted token; 0 if the chunk
     # does not reach the last token.
     samples: int = dataclasses.field(init=False)
@@ -45,6 +49,8 @@ class Chunk:
         self.length = self.known + drafted
         self.runs_ahead = self.start == tokens
         self.samples = drafted + 1 if self.start + self.known == tokens + self.seq.in_flight else 0
+        self.scores = range(self.seq.scored, min(self.start + self.known + 1, self.seq.prompt_length))
+        self.logits = self.end - self.scores.start + 1 if self.scores else self.samples
 
     @property
     def end(self) -> int:
@@ -141,7 +147,7 @@ class Scheduler:
         most_drafted = self.draft_length(len(self.running))
         while position < len(self.running):  # preemptions may shorten the list
             seq = self.running[position]
-            if seq.length == seq.max_length:  # the token in flight is the last one
+            if seq.length == seq.max_length:  # the token in flight is the sequence's last token
                 position += 1
                 continue
             # A long prompt leaves one token of the budget to each sequence after it.
@@ -164,9 +170,9 @@ class Scheduler:
         for seq in [seq for seq in self.waiting[: 2 * self.max_running] if not seq.in_flight]:
             if budget == 0 or len(self.running) + len(self.parked) >= self.max_running:
                 break
-            prefix = self.blocks.find_prefix(seq)
+            prefix = 0 if seq.is_scoring else self.blocks.find_prefix(seq)
             if prefix is None:
-                continue  # another sequence is computing the next block that this one needs
+                continue  # another sequence is computing the next block that this sequence needs
             # Each running sequence keeps a spare block. Otherwise the next step would have to preempt a sequence.
             if not self.blocks.can_admit(seq, prefix, spare=len(self.running)):
                 break

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING
 
-from nanochat_core.engine.request import Request
+from nanochat_core.engine.request import Request, Token
 from nanochat_core.engine.speculation import PromptLookup
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ class Sequence:
         self.code_start: int | None = None  # index of the first token of the code being written; None outside code
         self.tool_calls = 0  # number of tool calls made so far
         self.lookup = PromptLookup()  # makes drafts of the next tokens
+        # Index of the first prompt token whose log probability is wanted and not known yet. The first token of the
+        # prompt has no log probability, because no token precedes it.
+        self.scored = self.prompt_length if request.sampling.prompt_logprobs is None else 1
+        self.prompt_scores: list[Token] = []  # log probabilities not reported yet
         self.matcher: Matcher | None = None  # follows the sampled tokens through the request's constraint, if any
         # Monotonic times in seconds; None before the event.
         self.arrived_at = 0.0
@@ -67,7 +71,7 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Number of tokens, including the one in flight."""
+        """Number of tokens, including a token in flight."""
         return len(self.tokens) + self.in_flight
 
     @property
@@ -79,6 +83,16 @@ class Sequence:
     def is_memoryless(self) -> bool:
         """Whether the next token's distribution depends on its logits alone: no penalties and no constraint."""
         return not self.request.sampling.looks_back and self.matcher is None
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether log probabilities of the prompt must still be computed."""
+        return self.scored < self.prompt_length
+
+    def add_scores(self, scores: list[Token]) -> None:
+        """Record the log probabilities of the next tokens of the prompt."""
+        self.prompt_scores += scores
+        self.scored += len(scores)
 
     @property
     def completion_length(self) -> int:

@@ -40,7 +40,7 @@ class Shedding:
         self._failures = 0
 
     def can_go_on(self, error: Exception, chunks: Items[Chunk]) -> bool:
-        """Record that a step failed with ``error``; returns whether to continue with :meth:`shrink`."""
+        """Record that a step failed with ``error``; returns whether the caller should :meth:`shrink` and go on."""
         if not is_out_of_memory(error):
             return False
         self._failures += self._is_smallest(chunks)

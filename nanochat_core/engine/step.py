@@ -49,13 +49,13 @@ class TokenBatch:
             ids.index_copy_(0, places, previous.tokens.index_select(0, rows).to(ids.dtype))
 
     @staticmethod
-    def sampled_rows(chunks: Items[Chunk]) -> list[int]:
-        """Batch indices of the tokens after which a token is sampled."""
+    def logit_rows(chunks: Items[Chunk]) -> list[int]:
+        """Batch indices of the tokens whose logits are needed."""
         rows: list[int] = []
         end = 0
         for chunk in chunks:
             end += chunk.length
-            rows += range(end - chunk.samples, end)
+            rows += range(end - chunk.logits, end)
         return rows
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from nanochat_core import tokenizer as tok
 from nanochat_core.engine.config import EngineConfig
-from nanochat_core.engine.request import Token, ToolCall, ToolResult
+from nanochat_core.engine.request import Picture, Token, ToolCall, ToolResult
 from nanochat_core.engine.sequence import Sequence
 from nanochat_core.tokenizer import Tokenizer
 
@@ -25,6 +25,7 @@ class ToolOutput:
 
     status: str  # a sandbox status in lower case, or "unavailable"
     output: str  # text for the model; an error is one line that the model can read
+    pictures: tuple[Picture, ...] = ()  # for people; the model does not see them
 
 
 class ToolRunner(Protocol):
@@ -162,19 +163,28 @@ class ToolLoop:
     async def _run(self, seq: Sequence, call: ToolCall, runner: ToolRunner) -> None:
         started = time.monotonic()
         request_id, timeout = seq.request.id, self._config.tool_timeout_seconds
+        pictures: tuple[Picture, ...] = ()
         try:
             output = await asyncio.wait_for(runner(call.code, request_id=request_id, timeout_seconds=timeout), timeout)
-            status, text = output.status, self._shorten(seq, output.output)
+            status, text, pictures = output.status, self._shorten(seq, output.output), output.pictures
         except TimeoutError:
             status, text = "timeout", self._shorten(seq, f"error: no result within {timeout:g} s")
         except Exception:
             # The conversation continues after any error. The log contains the cause.
             log.exception("tool call failed", extra={"request_id": request_id, "call_index": call.call_index})
             status, text = "unavailable", self._shorten(seq, "error: tools are unavailable")
-        self._complete(seq, call, status, text, time.monotonic() - started)
+        self._complete(seq, call, status, text, time.monotonic() - started, pictures)
 
-    def _complete(self, seq: Sequence, call: ToolCall, status: str, text: str, seconds: float = 0.0) -> None:
-        self._completed.append((seq, ToolResult(call.call_index, status, text, seconds)))
+    def _complete(
+        self,
+        seq: Sequence,
+        call: ToolCall,
+        status: str,
+        text: str,
+        seconds: float = 0.0,
+        pictures: tuple[Picture, ...] = (),
+    ) -> None:
+        self._completed.append((seq, ToolResult(call.call_index, status, text, seconds, pictures)))
         self._arrived.set()
         self.on_completed()
 

@@ -10,6 +10,7 @@ from nanochat_core.daemon_threads import DAEMON_WORK
 from nanochat_core.device import prepare_cpu
 from nanochat_core.engine.async_engine import DEVICE_LOOP
 from nanochat_core.errors import run_main
+from nanochat_core.garbage import leave_out_imports
 from services.engine.server import serve
 from services.engine.settings import EngineSettings
 
@@ -23,6 +24,7 @@ def main() -> int:
     logs.configure("engine", chosen.log_level)
     log.info("starting", extra={"settings": settings.describe(chosen)})
     prepare_cpu(chosen.threads)
+    leave_out_imports()
     code = asyncio.run(serve(chosen))
     log.info("stopped", extra={"exit_code": code})
     return code

@@ -18,6 +18,7 @@ from nanochat_core.engine import (
 )
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2
+from services.engine.sandbox_client import current_caller
 
 _FINISH_REASONS = {
     FinishReason.STOP: engine_pb2.FINISH_REASON_STOP,
@@ -28,9 +29,11 @@ _FINISH_REASONS = {
 def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Request:
     """Convert a request for the inference core. ``request_id`` replaces the client's id.
 
-    In the trace, the request's Python calls are children of the current task's span.
+    In the trace, the request's Python calls are children of the current task's span. In the sandbox, they take turns
+    with the calls of other callers.
     """
-    sampling = request.sampling
+    sampling, context = request.sampling, contextvars.copy_context()
+    context.run(current_caller.set, request.caller)
     return Request(
         id=request_id,
         prompt=tuple(request.prompt_token_ids),
@@ -48,12 +51,15 @@ def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Reques
             logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
             logit_bias=dict(sampling.logit_bias),
             constraint=_constraint(sampling),
+            prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
+            min_tokens=sampling.min_tokens,
         ),
         n=request.n or 1,
         tools=ToolPolicy(request.tools.enabled, request.tools.max_calls, request.tools.max_output_tokens),
         priority=request.priority,
         continued=tuple(map(_continuation, request.continued)),
-        context=contextvars.copy_context(),
+        caller=request.caller,
+        context=context,
     )
 
 
@@ -91,6 +97,7 @@ def chunk(output: Output) -> engine_pb2.GenerateChunk:
     message = engine_pb2.GenerateChunk(
         index=output.index,
         draining=output.draining,
+        prompt_tokens=[_token(token) for token in output.prompt_tokens],
         tokens=[_token(token) for token in output.tokens],
         tool_events=[_tool_event(event) for event in output.tool_events],
     )
@@ -114,4 +121,5 @@ def _tool_event(event: ToolCall | ToolResult) -> engine_pb2.ToolEvent:
     fields = dataclasses.asdict(event)
     if isinstance(event, ToolCall):
         return engine_pb2.ToolEvent(call=engine_pb2.ToolCall(**fields))
+    fields["pictures"] = [engine_pb2.Picture(**picture) for picture in fields["pictures"]]
     return engine_pb2.ToolEvent(result=engine_pb2.ToolResult(**fields))

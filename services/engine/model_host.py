@@ -15,6 +15,7 @@ from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2
 from nanochat_core.store import StoreError
 from services.engine.model_loader import ModelLoader
+from services.engine.training_watch import TrainingWatch
 
 log = logging.getLogger("nanochat.engine")
 
@@ -29,7 +30,13 @@ class ServedModel:
 
 
 class ModelHost:
-    """Owns the models in memory. The current model gets new requests. A replaced model stays until its answers end."""
+    """Owns the models in memory. The current model gets new requests. A replaced model stays until its answers end.
+
+    Attributes:
+        current: the model that gets new requests; None until the first model is loaded.
+        in_progress: while no revision is promoted, the program that works on the model and its progress; empty if no
+            program works on it.
+    """
 
     def __init__(
         self,
@@ -51,12 +58,18 @@ class ModelHost:
         self._replaced: list[ServedModel] = []
         self._retirements: set[asyncio.Task[None]] = set()
         self._servings: set[asyncio.Task[ServedModel]] = set()
-        self.current: ServedModel | None = None  # None until the first model is loaded
+        self.current: ServedModel | None = None
+        self.in_progress = ""
 
     @property
     def models(self) -> list[ServedModel]:
         """All models in memory: first the replaced models whose answers still run, then the current model."""
         return [*self._replaced, *([self.current] if self.current else [])]
+
+    @property
+    def training(self) -> TrainingWatch:
+        """Reader of the progress of the model's training. The training may go on while a model serves."""
+        return self._loader.training
 
     def load(self) -> Load:
         """Load of all engines together."""
@@ -70,21 +83,34 @@ class ModelHost:
     async def follow(self, poll_seconds: float) -> None:
         """Serve the configured or promoted revision once it exists, and every revision that is promoted later.
 
-        A revision that :meth:`reload` has loaded stays until another revision is promoted. While a model serves, errors
-        are logged and that model keeps serving. Before the first model serves, errors are raised, with one exception:
-        the failure of a store that has already answered is only logged.
+        With the setting ``snapshots``, also serve the newest checkpoint of fine-tuning until a revision is
+        promoted. A revision that :meth:`reload` has loaded serves until another revision is promoted.
+
+        While a model serves, errors are only logged. Before the first model serves, an error is raised, except for two
+        cases that are only logged: the store fails after it has answered before, or a snapshot cannot be loaded. The
+        training may have deleted the snapshot after this service had listed it.
         """
         followed: CheckpointRef | None = None
-        store_answered = False
+        store_answered = waiting = False
         while True:
             ref: CheckpointRef | None = None
+            snapshot = False
             try:
                 ref = await run_in_daemon_thread(self._loader.wanted_ref)
-                # If a revision is configured, wanted_ref() does not read the store.
+                # With a configured revision, wanted_ref() does not read the store, so the store may be away.
                 store_answered = store_answered or not self._loader.revision
+                if ref is None and self._loader.snapshots:
+                    ref = await run_in_daemon_thread(self._loader.newest_snapshot)
+                    snapshot = ref is not None
+                self.in_progress = ""
                 if ref is None:
-                    fields = {"model": self._loader.model, "store": str(self._loader.store)}
-                    log.warning("waiting for a model", extra=fields | {"reason": "nothing is promoted"})
+                    self.in_progress = await run_in_daemon_thread(self.training.summary)
+                    if not waiting:
+                        reason = "; ".join(filter(None, ["nothing is promoted", self.in_progress]))
+                        fields = {"model": self._loader.model, "store": str(self._loader.store), "reason": reason}
+                        log.info("waiting for a model", extra=fields)
+                        waiting = True
+                        await run_in_daemon_thread(self._loader.prepare)
                 elif ref != followed and (self.current is None or self.current.ref != ref):
                     await self.serve(ref)
                     store_answered = True
@@ -93,12 +119,15 @@ class ModelHost:
                 # A store that has answered before may answer again, so the loop goes on. A damaged checkpoint stays
                 # damaged.
                 store_lost = store_answered and isinstance(error, StoreError)
-                if self.current is None and not store_lost:
+                if self.current is None and not store_lost and not snapshot:
                     raise
                 if not store_lost:
                     followed = ref
-                revision = ref.revision if ref else None
-                log.exception("promoted model not loaded", extra={"revision": revision, "reason": str(error)})
+                failure = {"revision": ref.revision if ref else None, "reason": str(error)}
+                if snapshot:
+                    log.warning("snapshot not loaded", extra=failure)
+                else:
+                    log.exception("promoted model not loaded", extra=failure)
             await asyncio.sleep(poll_seconds)
 
     async def reload(self, revision: str) -> ServedModel:

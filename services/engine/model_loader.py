@@ -2,27 +2,38 @@
 
 import asyncio
 
-from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, promoted
+from nanochat_core.checkpoint import (
+    Checkpoint,
+    CheckpointRef,
+    list_checkpoints,
+    load_checkpoint,
+    promoted,
+    was_promoted,
+)
 from nanochat_core.device import choose_device, choose_dtype, free_memory
 from nanochat_core.engine import Engine, Observer, ToolRunner
+from nanochat_core.engine.backends.cpu.library import load_kernels
 from nanochat_core.errors import UserError, is_out_of_memory
 from nanochat_core.protos import engine_pb2
 from nanochat_core.store import open_store
 from services.engine.settings import EngineSettings
+from services.engine.training_watch import TrainingWatch
 
 
 class ModelLoader:
     """Loads checkpoints onto one device. Its methods block, so call them from a thread.
 
-    ``revision`` is empty if the loader follows the promotions of ``model``.
+    ``revision`` is empty if the loader follows the promotions of ``model``. ``snapshots`` says whether checkpoints that
+    are not promoted are served until one is promoted.
     """
 
     def __init__(self, settings: EngineSettings, *, tool_runner: ToolRunner | None, observer: Observer) -> None:
         """``tool_runner`` runs the model's Python calls on the current event loop."""
-        self.model, self.revision = settings.model, settings.revision
+        self.model, self.revision, self.snapshots = settings.model, settings.revision, settings.snapshots
         self.store = open_store(
             settings.home, cache_dir=settings.cache_dir or None, cache_bytes=int(settings.cache_gib * 2**30)
         )
+        self.training = TrainingWatch(self.store, self.model)
         self.device = choose_device(settings.device)
         self._dtype = choose_dtype(settings.dtype, self.device)
         self._config = settings.engine_config()
@@ -36,6 +47,24 @@ class ModelLoader:
     def wanted_ref(self) -> CheckpointRef | None:
         """The checkpoint of the configured revision, or the promoted checkpoint if no revision is configured."""
         return CheckpointRef.parse(self.model, self.revision) if self.revision else self.promoted_ref()
+
+    def newest_snapshot(self) -> CheckpointRef | None:
+        """The newest checkpoint of the last stage that teaches the model to talk, or ``None`` if there is none.
+
+        Also ``None`` once a revision was promoted. After a withdrawn promotion, the newest checkpoints may be some that
+        the gate has refused.
+        """
+        if was_promoted(self.store, self.model):
+            return None
+        for stage in ("rl", "sft"):
+            if stored := list_checkpoints(self.store, self.model, stage):
+                return stored[-1]
+        return None
+
+    def prepare(self) -> None:
+        """Compile the kernels that the first model needs, before somebody waits for this model."""
+        if self.device.type == "cpu":
+            load_kernels()
 
     def load(self, ref: CheckpointRef, serving: CheckpointRef | None) -> tuple[Engine, engine_pb2.ModelInfo]:
         """Build the engine of a checkpoint and describe its model for clients.
@@ -81,4 +110,5 @@ class ModelLoader:
             tokenizer_json=checkpoint.tokenizer.to_json().encode(),
             compute_dtype=str(self._dtype).removeprefix("torch."),
             parameters=sum(tensor.numel() for tensor in checkpoint.weights.values()),
+            examples=checkpoint.meta.get("examples", []),
         )

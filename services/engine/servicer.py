@@ -4,15 +4,15 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
-from typing import NoReturn
+from collections.abc import AsyncIterator, Callable
+from typing import NoReturn, TypeVar
 
 import grpc
 from grpc.aio import ServicerContext as Context
 
 from nanochat_core.checkpoint.manifest import TOKENIZER, WEIGHTS
 from nanochat_core.daemon_threads import run_in_daemon_thread
-from nanochat_core.engine import ConstraintError, EngineDead, QueueFull, Shed
+from nanochat_core.engine import CallerLimit, ConstraintError, EngineDead, QueueFull, Shed
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2, engine_pb2_grpc
 from nanochat_core.store import Store, StoreError
@@ -24,9 +24,11 @@ from services.engine.model_report import read_report
 
 log = logging.getLogger("nanochat.engine")
 
-# Maximum number of reports that are read at the same time. Each read occupies a thread until the store answers, even if
-# the caller has left.
-_MAX_REPORT_READS = 8
+# Maximum number of reports and progress files that are read at the same time. Each read occupies a thread until the
+# store answers, even if the caller has left.
+_MAX_READS = 8
+
+T = TypeVar("T")
 
 
 class EngineServicer(engine_pb2_grpc.EngineServicer):
@@ -37,7 +39,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self._store = store
         self._metrics = metrics
         self._numbers = itertools.count()
-        self._report_reads = threading.BoundedSemaphore(_MAX_REPORT_READS)
+        self._reads = threading.BoundedSemaphore(_MAX_READS)
         self._draining = False
 
     def begin_draining(self) -> None:
@@ -64,10 +66,13 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             stream = await model.engine.submit(core_request(request, request_id))
         except ConstraintError as error:
             self._metrics.refused("invalid")
-            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error), invalid_field=error.kind.value)
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error), ("invalid-field", error.kind.value))
         except UserError as error:
             self._metrics.refused("invalid")
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except CallerLimit as error:
+            self._metrics.refused("caller_limit")
+            await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), ("caller-limit", "constraints"))
         except QueueFull as error:
             self._metrics.refused("queue_full")
             await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
@@ -133,10 +138,27 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         if the report or the requested file does not exist. It is FAILED_PRECONDITION if the reply would be too large.
         """
         model = await self._model(context)
-        if not self._report_reads.acquire(blocking=False):
+        return await self._read(context, lambda: read_report(self._store, model.ref.model, request.file))
+
+    async def GetProgress(self, _: engine_pb2.GetProgressRequest, context: Context) -> engine_pb2.Progress:
+        """Read the progress of the model's training from the store. Works even while no model is loaded."""
+        current = self._host.current
+        served = current.ref.revision if current else ""
+        return await self._read(context, lambda: self._host.training.progress(served))
+
+    async def _read(self, context: Context, read: Callable[[], T]) -> T:
+        """Read from the store on a thread. If this fails, end the call with the status of the error."""
+        if not self._reads.acquire(blocking=False):
             await _abort(context, grpc.StatusCode.UNAVAILABLE, "the store does not answer; try again later")
+
+        def read_and_release() -> T:
+            try:
+                return read()
+            finally:
+                self._reads.release()
+
         try:
-            return await run_in_daemon_thread(self._read_report, model.ref.model, request.file)
+            return await run_in_daemon_thread(read_and_release)
         except FileNotFoundError as error:
             await _abort(context, grpc.StatusCode.NOT_FOUND, f"the store has no {error}")
         except StoreError as error:
@@ -144,16 +166,11 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         except UserError as error:
             await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
-    def _read_report(self, model: str, file: str) -> engine_pb2.Report:
-        try:
-            return read_report(self._store, model, file)
-        finally:
-            self._report_reads.release()
-
     async def _model(self, context: Context) -> ServedModel:
         model = self._host.current
         if model is None:
-            await _abort(context, grpc.StatusCode.UNAVAILABLE, "no model is loaded yet")
+            reasons = filter(None, ["no model is loaded yet", self._host.in_progress])
+            await _abort(context, grpc.StatusCode.UNAVAILABLE, "; ".join(reasons))
         return model
 
     async def _model_with_weights(self, digest: str, context: Context) -> ServedModel:
@@ -182,7 +199,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             )
 
 
-async def _abort(context: Context, code: grpc.StatusCode, message: str, *, invalid_field: str = "") -> NoReturn:
+async def _abort(context: Context, code: grpc.StatusCode, message: str, *trailing: tuple[str, str]) -> NoReturn:
     """End the call with an error. ``NoReturn`` tells the type checker that the caller does not continue."""
-    await context.abort(code, message, (("invalid-field", invalid_field),) if invalid_field else ())
+    await context.abort(code, message, trailing)
     raise AssertionError("abort always raises")
