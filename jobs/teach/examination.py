@@ -1,0 +1,199 @@
+"""Asks a model the questions of a lesson and other questions, before and after the model is taught.
+
+The questions form groups:
+
+- ``taught``: the lesson's questions as they were written.
+- ``unseen``: held-out wordings of these questions.
+- ``ability``: the lesson's worked examples with new arguments.
+- ``earlier``: the questions of earlier lessons.
+- ``kept``: held-out conversations of the model's recipe that the lesson does not contradict. Each kind of conversation
+  is also a group of its own, such as ``kept.fact``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from jobs.data.origin import read_origin
+from jobs.eval.chat_eval.evaluate_tasks import answer_greedily
+from jobs.eval.chat_eval.scores import quote
+from jobs.recipes import RECIPES
+from jobs.results.evaluations import Evaluation, Result
+from jobs.results.metrics import LESSON_QUESTIONS
+from jobs.tasks import demo
+from jobs.tasks.answers import contains_phrase
+from jobs.tasks.task import GenerativeTask, OpenQuestion, Response
+from jobs.teach.curriculum import asked, rendered
+from jobs.teach.memory import Conversation, Memory
+from jobs.teach.training import Probe
+from jobs.teach.wordings import Wordings
+from nanochat_core.chat import Message
+from nanochat_core.checkpoint import Checkpoint
+from nanochat_core.lessons.items import Item, to_json
+from nanochat_core.lessons.records import Lesson
+from nanochat_core.model import IGNORE_INDEX
+from nanochat_core.sandbox import SandboxExecutor
+from nanochat_core.store import Lease, Store
+
+# Most held-out wordings of an item that are asked, and most questions of each group that belongs to lessons.
+_UNSEEN_PER_ITEM = 3
+_MOST = 200
+# Number of held-out conversations that are drawn from the recipe.
+_KEPT = 200
+_MAX_TOKENS = 120
+_PROBED_DRILLS = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Examination:
+    """The questions of an examination, and conversations whose loss shows whether the model forgets.
+
+    Attributes:
+        task: the questions of all groups.
+        probes: questions with their right answers, as tokens. They decide when training ends. They are the lesson's
+            questions as written, held-out wordings of these questions, and drills.
+        heard: validation conversations of fine-tuning, as tokens. The lesson does not train on them.
+    """
+
+    task: GenerativeTask
+    probes: list[Probe]
+    heard: list[Probe]
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups that have questions. The kinds of ``kept`` are not listed."""
+        return sorted({question.group.partition(".")[0] for question in self.task.questions})
+
+    def take(self, store: Store, checkpoint: Checkpoint, lesson: Lesson) -> Result:
+        """Ask a checkpoint all questions. The result is stored as an evaluation, so it is not computed twice."""
+        settings = {"lesson": lesson.number, "questions": self.task.digest}
+        evaluation = Evaluation.of(store, checkpoint, LESSON_QUESTIONS, settings, f"{lesson.number:06d}")
+        if (found := evaluation.result()) is not None:
+            return found
+        with Lease(store, evaluation.folder, "jobs.teach"):
+            graded = answer_greedily(checkpoint, self.task)
+            groups: dict[str, dict[str, int]] = {}
+            answers = []
+            for question, answer in zip(self.task.questions, graded, strict=True):
+                right = any(answer.right)
+                for group in dict.fromkeys((question.group.partition(".")[0], question.group)):
+                    counts = groups.setdefault(group, {"right": 0, "asked": 0})
+                    counts["right"] += right
+                    counts["asked"] += 1
+                answers.append({"group": question.group, **quote(question, answer)})
+            return evaluation.finish({"groups": groups, "kept_loss": _loss(checkpoint, self.heard), "answers": answers})
+
+
+def examination(
+    store: Store,
+    parent: Checkpoint,
+    lesson: Lesson,
+    items: Sequence[Item],
+    worded: Mapping[int, Wordings],
+    memory: Memory,
+    by_wording: Mapping[str, Item],
+    drills: Sequence[Conversation],
+) -> Examination:
+    """The examination of a lesson. Equal arguments give equal questions.
+
+    Args:
+        parent: the checkpoint before the lesson.
+        worded: the wordings of each item that is a single question, by the item's index.
+        by_wording: the lesson's item for each :func:`normal` wording.
+        drills: drills of the lesson's abilities that training does not show.
+    """
+    rng = random.Random(f"{lesson.plan.seed}/examination")  # noqa: S311
+    tokenizer, row_tokens = parent.tokenizer, parent.config.context_length
+    chats = [item for item in items if item.messages]
+    unseen = [
+        (items[i], wording)
+        for i, found in worded.items()
+        for wording in rng.sample(found.held_out, min(_UNSEEN_PER_ITEM, len(found.held_out)))
+    ]
+    questions = [
+        *(_question("taught", item, item.messages[:-1]) for item in _some(chats, rng)),
+        *(_question("unseen", item, asked(item, wording)[:-1]) for item, wording in _some(unseen, rng)),
+        *(_drill(question, answer) for question, answer in _some(drills, rng)),
+        *(_question("earlier", item, item.messages[:-1]) for item in _some(memory.items, rng) if item.messages),
+        *_kept(store, parent, memory, by_wording),
+    ]
+    task = GenerativeTask(LESSON_QUESTIONS, tuple(questions), tools=True, max_tokens=_MAX_TOKENS)
+    probes = [rendered(tokenizer, item.messages, row_tokens) for item in _some(chats, rng)]
+    probes += [rendered(tokenizer, asked(item, wording), row_tokens) for item, wording in _some(unseen, rng)]
+    # Drills of one ability stand together, so every n-th drill is taken, and each ability has some.
+    probed = drills[:: -(-len(drills) // _PROBED_DRILLS) or 1]
+    probes += [rendered(tokenizer, drill, row_tokens) for drill in probed]
+    return Examination(task, probes, [rendered(tokenizer, each, row_tokens) for each in memory.validation])
+
+
+def lost(before: Result, after: Result) -> list[dict[str, str]]:
+    """The questions of all groups that were answered rightly before the lesson, and are answered wrongly after it."""
+    pairs = zip(before["answers"], after["answers"], strict=True)
+    return [
+        {"group": was["group"], "question": was["question"], "before": was["answer"], "after": now["answer"]}
+        for was, now in pairs
+        if was["right"] and not now["right"]
+    ]
+
+
+def wrong(after: Result) -> list[dict[str, str]]:
+    """The lesson's questions that the taught model answers wrongly, as written or in held-out wordings."""
+    return [
+        {name: each[name] for name in ("group", "question", "expected", "answer")}
+        for each in after["answers"]
+        if each["group"] in ("taught", "unseen", "ability") and not each["right"]
+    ]
+
+
+def _some(members: Sequence[Any], rng: random.Random) -> list[Any]:
+    """At most :data:`_MOST` of the members, in their order."""
+    if len(members) <= _MOST:
+        return list(members)
+    return [members[i] for i in sorted(rng.sample(range(len(members)), _MOST))]
+
+
+def _question(group: str, item: Item, messages: Conversation) -> OpenQuestion:
+    plain = tuple(to_json(message) for message in messages)
+    return OpenQuestion(plain, item.expected, item.expected, _right, group)
+
+
+def _drill(question: Message, answer: Message) -> OpenQuestion:
+    output = next(part.text for part in answer.parts if part.type == "python_output")
+    return OpenQuestion((to_json(question),), output, output, _right, "ability")
+
+
+def _right(expected: str, response: Response, _: SandboxExecutor) -> bool:
+    return contains_phrase(expected, response.text)
+
+
+def _kept(store: Store, parent: Checkpoint, memory: Memory, by_wording: Mapping[str, Item]) -> list[OpenQuestion]:
+    """Questions from held-out conversations of the model's recipe, without those whose answers the lesson changes."""
+    origin = read_origin(store, parent.ref.model) or {}
+    recipe = RECIPES.get(str(origin.get("recipe")))
+    if recipe is None:
+        return []
+    evaluated = recipe.evaluation_items(_KEPT)
+    kept = []
+    for item, question in zip(evaluated, demo.task(evaluated).questions, strict=True):
+        answer = item.reference if isinstance(item.reference, str) else item.reference[-1]["text"]
+        if not memory.contradicts(str(item.messages[-1]["content"]), answer, by_wording):
+            kept.append(dataclasses.replace(question, group=f"kept.{item.kind}"))
+    return kept
+
+
+@torch.inference_mode()
+def _loss(checkpoint: Checkpoint, conversations: Sequence[Probe]) -> float:
+    """Mean loss in nats per token, over the tokens of the assistant's messages."""
+    model = checkpoint.build_model()
+    nats, counted = 0.0, 0
+    for ids, mask in conversations:
+        tokens = torch.from_numpy(ids).long()[None]
+        targets = torch.where(torch.from_numpy(mask)[None], tokens, IGNORE_INDEX)[:, 1:]
+        nats += float(model.loss(tokens[:, :-1], targets, "sum"))
+        counted += int((targets != IGNORE_INDEX).sum())
+    return nats / max(counted, 1)

@@ -1,0 +1,255 @@
+"""What a model must not forget in a lesson: conversations of its fine-tuning and the items of its earlier lessons.
+
+Answers that the new lesson contradicts are found and replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import re
+from collections.abc import Mapping, Sequence
+
+from jobs.results.metrics import ancestors
+from jobs.teach.wordings import (
+    NAME_INTENT,
+    Wordings,
+    is_intent,
+    keywords,
+    statement_questions,
+    with_statements,
+    wordings,
+)
+from jobs.train.batches.mixtures import Mixture, Selection
+from nanochat_core.chat import Message, Part
+from nanochat_core.checkpoint import Checkpoint, load_meta
+from nanochat_core.errors import UserError
+from nanochat_core.lessons.items import Item, normal
+from nanochat_core.lessons.records import Lesson, Plan, lessons, read_lesson_items
+from nanochat_core.store import Store
+
+Conversation = Sequence[Message]
+
+# Number of fine-tuning conversations that are searched for contradictions. Training repeats some of them.
+_REMEMBERED = 20_000
+_VALIDATION = 128
+# Answers such as "I don't know that." contain no knowledge, so a lesson may replace them without a conflict.
+_UNKNOWN = re.compile(r"\b(?:don['’]t|do not|cannot|can['’]t) (?:know|say|tell|answer)|no idea", re.IGNORECASE)
+# A replaced answer with fewer characters is not searched for in answers to other questions: "Yes." may mean anything.
+_SHORTEST = 12
+_NAMED = re.compile(r"\b(?:[Ii] am|I['’]m|[Mm]y name is|[Cc]alled) ([\w-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Conflict:
+    """An answer that a lesson replaces. ``source`` is the origin of the earlier answer: fine-tuning or a lesson."""
+
+    question: str
+    before: str
+    after: str
+    source: str
+
+    def touches(self, answer: str) -> bool:
+        """Whether the answer to another question contains the earlier answer. Short answers are not searched for."""
+        return len(self.before) >= _SHORTEST and self.before in answer
+
+    def to_json(self) -> dict[str, str]:
+        return {"question": self.question, "before": self.before, "after": self.after, "from": self.source}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a model has to remember during a lesson.
+
+    Attributes:
+        conversations: conversations of fine-tuning in random order. Their answers agree with the lesson.
+        validation: validation conversations of fine-tuning that the lesson does not change.
+        near: the members of ``conversations`` whose questions have words of the lesson but whose answers are not the
+            lesson's, and those that say that an answer is unknown. The model could confuse them with the lesson.
+        items: items of the model's earlier lessons whose questions the lesson does not ask.
+        conflicts: the earlier answers that the lesson replaces.
+    """
+
+    conversations: list[Conversation]
+    validation: list[Conversation]
+    near: list[Conversation]
+    items: list[Item]
+    conflicts: list[Conflict]
+
+    def contradicts(self, question: str, answer: str, asked: Mapping[str, Item]) -> bool:
+        """Whether the lesson changes the right answer of a question, or asks the question itself.
+
+        ``answer`` is the right answer before the lesson. ``asked`` has the lesson's items by their :func:`normal`
+        wordings.
+        """
+        return normal(question) in asked or any(each.touches(answer) for each in self.conflicts)
+
+
+def lineage(meta: Mapping[str, object]) -> list[int]:
+    """The numbers of the lessons that a checkpoint with this metadata has learned, the oldest first."""
+    found = meta.get("lessons", [])
+    return [int(each) for each in found] if isinstance(found, list) else []
+
+
+def all_wordings(items: Sequence[Item]) -> dict[int, Wordings]:
+    """The wordings of each item that is a single question, by the item's index."""
+    return {i: wordings(item.question, item.wordings) for i, item in enumerate(items) if item.alone}
+
+
+def asked_by(items: Sequence[Item], worded: Mapping[int, Wordings]) -> dict[str, Item]:
+    """The items by their :func:`normal` wordings."""
+    return {normal(each): items[i] for i, found in worded.items() for each in found.all}
+
+
+def remember(store: Store, parent: Checkpoint, lesson: Lesson, asked: Mapping[str, Item]) -> Memory:
+    """What ``parent`` has to remember during a lesson.
+
+    ``asked`` has the lesson's items by their :func:`normal` wordings.
+    Raises UserError if neither the plan nor the store says on which conversations the model was fine-tuned.
+    """
+    mixture = _mixture(store, parent, lesson.plan)
+    rng = random.Random(f"{lesson.plan.seed}/memory")  # noqa: S311
+    training = _sample(mixture.training, _REMEMBERED, rng)
+    conflicts = _conflicts(training, asked)
+    kept, earlier_conflicts = _earlier(store, lesson.model, lineage(parent.meta), asked)
+    names = _renamed(conflicts)
+    agreed = [each for one in training if (each := _agreeing(one, conflicts, asked, names)) is not None]
+    validation = _sample(mixture.validation, _VALIDATION, rng)
+    validation = [each for one in validation if (each := _agreeing(one, conflicts, asked, names)) == one]
+    words = {word for each in asked.values() for word in keywords(each.question).split()}
+    taught = {each.answer for each in asked.values()}
+    near = [
+        one
+        for one in agreed
+        if any(words & {*keywords(asks.text).split()} or _UNKNOWN.search(said.text) for asks, said in _pairs(one))
+        and not any(said.text in taught for _, said in _pairs(one))
+    ]
+    return Memory(agreed, validation, near, kept, [*conflicts, *earlier_conflicts])
+
+
+def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> Mixture:
+    """The conversations that a model was fine-tuned on, unless the plan names others."""
+    named = plan.replay or parent.meta.get("settings", {}).get("mixture", "")
+    for _, ref in () if named else ancestors(store, parent):
+        named = named or load_meta(store, ref).get("settings", {}).get("mixture", "")
+    if not named:
+        raise UserError(
+            f"{parent.ref.prefix} does not say on which conversations the model was fine-tuned; name conversations "
+            "with --replay, so that the model does not forget everything else"
+        )
+    return Mixture(store, str(named))
+
+
+def _sample(selection: Selection, most: int, rng: random.Random) -> list[Conversation]:
+    return [selection[i] for i in rng.sample(range(len(selection)), min(most, len(selection)))]
+
+
+def _pairs(conversation: Conversation) -> list[tuple[Message, Message]]:
+    """Each question of a conversation with its answer."""
+    found = itertools.pairwise(conversation)
+    return [(asked, said) for asked, said in found if (asked.role, said.role) == ("user", "assistant")]
+
+
+def _conflicts(conversations: Sequence[Conversation], asked: Mapping[str, Item]) -> list[Conflict]:
+    """The conflicts with conversations that answer a question of the lesson differently from the lesson."""
+    found: dict[tuple[str, str], Conflict] = {}
+    for conversation in conversations:
+        for question, answer in _pairs(conversation):
+            item = _item_for(question.text, asked)
+            before = answer.text.strip()
+            alone = all(part.type == "text" for part in answer.parts)
+            if item is None or not alone or before == item.answer.strip() or _UNKNOWN.search(before):
+                continue
+            found.setdefault((item.question, before), Conflict(item.question, before, item.answer, "fine-tuning"))
+    return list(found.values())
+
+
+def _item_for(question: str, asked: Mapping[str, Item]) -> Item | None:
+    """The item of the lesson with this question, also if the question follows a greeting such as "Hello!"."""
+    if item := asked.get(normal(question)):
+        return item
+    parts = re.split(r"(?<=[.!?:])\s+", question.strip())
+    return asked.get(normal(parts[-1])) if len(parts) > 1 else None
+
+
+def _agreeing(
+    conversation: Conversation, conflicts: Sequence[Conflict], asked: Mapping[str, Item], names: Mapping[str, str]
+) -> Conversation | None:
+    """The conversation with the lesson's answers and names in place of the earlier ones.
+
+    None if an answer to another question contains an earlier answer, and the question also mentions that answer.
+    """
+    messages = list(conversation)
+    for i, message in enumerate(messages):
+        if message.role != "assistant" or not i:
+            continue
+        question = messages[i - 1].text
+        item = _item_for(question, asked)
+        if item is not None:
+            messages[i] = item.messages[-1]
+            continue
+        parts = []
+        for part in message.parts:
+            text = part.text
+            if part.type == "text":
+                for conflict in conflicts:
+                    if conflict.touches(text):
+                        if _mentions(question, conflict):
+                            return None
+                        text = text.replace(conflict.before, conflict.after)
+                for old, new in names.items():
+                    text = re.sub(rf"(?<!\w){re.escape(old)}(?!\w)", lambda _, new=new: new, text)  # type: ignore[misc]
+            parts.append(Part(part.type, text))
+        messages[i] = Message("assistant", tuple(parts))
+    return messages
+
+
+def _mentions(question: str, conflict: Conflict) -> bool:
+    """Whether a question has a word of the earlier answer that neither the new answer nor the lesson's question has."""
+    gone = {*keywords(conflict.before).split()} - {*normal(conflict.after).split(), *normal(conflict.question).split()}
+    return bool(gone & {*normal(question).split()})
+
+
+def _renamed(conflicts: Sequence[Conflict]) -> dict[str, str]:
+    """Maps each earlier name of the assistant to the new name; empty if the lesson does not change the name."""
+    found = {}
+    for conflict in conflicts:
+        if is_intent(conflict.question, NAME_INTENT):
+            old, new = _NAMED.search(conflict.before), _NAMED.search(conflict.after)
+            if old and new and old[1] != new[1]:
+                found[old[1]] = new[1]
+    return found
+
+
+def _earlier(
+    store: Store, model: str, numbers: Sequence[int], asked: Mapping[str, Item]
+) -> tuple[list[Item], list[Conflict]]:
+    """The items of the lessons ``numbers`` that are still valid, and the answers of these lessons that change.
+
+    An item is valid if neither the new lesson nor a lesson after the item's own lesson answers the item's question. A
+    text is valid if this is true for each question that a statement of the text answers.
+    """
+    kept: dict[str, Item] = {}
+    conflicts = []
+    answered = set(asked)
+    for earlier in reversed(lessons(store, model)):
+        if earlier.number not in numbers:
+            continue
+        items = with_statements(read_lesson_items(store, earlier))
+        for item in items:
+            other = asked.get(normal(item.question)) if item.alone else None
+            if other is not None and other.answer != item.answer:
+                source = f"lesson {earlier.number}"
+                conflicts.append(Conflict(item.question, item.answer.strip(), other.answer, source))
+            if not answered & _questions(item):
+                kept.setdefault(repr(item.row()), item)
+        answered |= {question for item in items if item.alone for question in _questions(item)}
+    return list(kept.values()), conflicts
+
+
+def _questions(item: Item) -> set[str]:
+    """The :func:`normal` questions that an item answers; none for a conversation of several turns."""
+    if item.alone:
+        return {normal(item.question)}
+    return {normal(questions[0]) for questions, _ in statement_questions(item.text)}

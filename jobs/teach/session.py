@@ -1,0 +1,326 @@
+"""Gives the lessons of a model, one at a time: teach, examine, decide, promote."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from jobs.measures.machine import describe_machine
+from jobs.promotion.decisions import latest_decision
+from jobs.promotion.gate import decide, restore
+from jobs.promotion.rules import Gate
+from jobs.teach.abilities import Drill, ability_of, drills, with_output
+from jobs.teach.curriculum import curriculum
+from jobs.teach.examination import Examination, examination, lost, wrong
+from jobs.teach.memory import all_wordings, asked_by, lineage, remember
+from jobs.teach.training import LessonCanceled, train
+from jobs.teach.wordings import with_statements
+from jobs.train.loop.runtime import Runtime
+from jobs.train.loop.stage import StageSettings
+from nanochat_core.checkpoint import (
+    LESSON,
+    Checkpoint,
+    CheckpointRef,
+    DamagedCheckpoint,
+    list_checkpoints,
+    load_checkpoint,
+    promoted,
+)
+from nanochat_core.device import choose_device
+from nanochat_core.errors import UserError
+from nanochat_core.lessons.items import Item, check_lengths
+from nanochat_core.lessons.records import (
+    Lesson,
+    State,
+    check_roll_back,
+    is_canceled,
+    lessons,
+    now,
+    read_lesson,
+    read_lesson_items,
+    write_lesson,
+)
+from nanochat_core.sandbox import SandboxExecutor
+from nanochat_core.store import Lease, LeaseLost, NameInUse, Store, StoreError
+from nanochat_core.training.checkpoint_writer import save_checkpoint
+from nanochat_core.training.distributed import ALONE
+
+log = logging.getLogger("jobs.teach")
+
+# Smallest share of right answers in each group of the lesson's own questions.
+_LEAST = {"taught": 0.9, "unseen": 0.8, "ability": 0.9}
+# A lesson may make three measures worse by at most this much: the share of right answers to earlier lessons' questions,
+# the same share in each kind of other questions, and the loss in nats per token. A kind has only a few questions, so
+# one wrong answer is a large share of them.
+_EARLIER, _KIND, _LOSS = 0.1, 0.1, 0.1
+_POLL_SECONDS = 1.0
+# A lesson that was interrupted this often fails, because it probably ends its own process, for example for memory.
+_MOST_ATTEMPTS = 5
+_MOST_QUOTED = 50
+
+
+class _ParentChanged(Exception):
+    """Another revision of the model was promoted while the lesson was given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Resources of a lesson: the number of CPU threads (0 leaves the choice to torch), and the device to train on."""
+
+    threads: int = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+
+def give_lessons(store: Store, model: str, machine: Machine, until: int) -> Lesson:
+    """Give the waiting and interrupted lessons of a model in their order, up to lesson ``until``. Returns that lesson.
+
+    If another program gives lessons to the model or trains it, this program waits until the other program has ended.
+    """
+    waited = False
+    while not (lesson := read_lesson(store, model, until)).done:
+        try:
+            with Lease(store, f"models/{model}", "jobs.teach") as lease:
+                for queued in lessons(store, model):
+                    if not queued.done and queued.number <= until:
+                        _give(store, queued, machine, lease)
+        except NameInUse as error:
+            if not waited:
+                log.info("the lesson waits", extra={"lesson": until, "reason": str(error)})
+            waited = True
+            time.sleep(_POLL_SECONDS)
+    return lesson
+
+
+def roll_back(store: Store, model: str, number: int) -> CheckpointRef:
+    """Promote the model of an earlier lesson again; number 0 is the model before its first lesson.
+
+    Raises UserError if the lesson was never promoted, or if its checkpoint has other weights now.
+    """
+    revision, digest = check_roll_back(store, model, number)
+    ref = CheckpointRef.parse(model, revision)
+    restore(store, ref, digest)
+    return ref
+
+
+def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesson:
+    """Give one lesson to its end. The parts that an interrupted process has finished are not repeated."""
+    state: State = "failed"
+    try:
+        if lesson.attempts >= _MOST_ATTEMPTS:
+            raise UserError(f"the lesson was interrupted {lesson.attempts} times; the log of the program says why")
+        return _teach(store, lesson, machine, lease)
+    except LessonCanceled:
+        state, reason = "canceled", ""
+    except _ParentChanged:
+        state, reason = "queued", ""
+        log.warning("another model was promoted meanwhile; the lesson begins anew", extra={"lesson": lesson.number})
+    except (StoreError, LeaseLost, NameInUse):
+        raise  # These errors do not decide the lesson. It stays in the queue and can be given again.
+    except UserError as error:
+        reason = str(error)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        log.exception("a lesson failed", extra={"lesson": lesson.number})
+    finished = "" if state == "queued" else now()
+    done = dataclasses.replace(
+        read_lesson(store, lesson.model, lesson.number), state=state, finished=finished, reason=reason
+    )
+    lease.renew()
+    write_lesson(store, done)
+    return _give(store, done, machine, lease) if state == "queued" else done
+
+
+def _teach(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesson:
+    _check_canceled(store, lesson)
+    if not lesson.attempts and taught_ref(lesson) in list_checkpoints(store, lesson.model, LESSON):
+        raise UserError(
+            f"{taught_ref(lesson).prefix} exists, but its lesson is not in this store; use the folder lessons/ that "
+            "belongs to the models"
+        )
+    parent = _parent(store, lesson)
+    lesson = dataclasses.replace(
+        lesson,
+        state="training",
+        attempts=lesson.attempts + 1,
+        parent={"revision": parent.ref.revision, "digest": parent.weights_digest},
+        before={},
+        training={},
+    )
+    write_lesson(store, lesson)
+    items = with_statements(read_lesson_items(store, lesson))
+    check_lengths(items, parent.tokenizer, parent.config.context_length)
+    items = _worked(items)
+    practice, examined = _drills(store, items, lesson)
+    worded = all_wordings(items)
+    by_wording = asked_by(items, worded)
+    memory = remember(store, parent, lesson, by_wording)
+    memory = dataclasses.replace(memory, items=_worked(memory.items))
+    lesson = _written(store, lesson, lease, conflicts=tuple(each.to_json() for each in memory.conflicts))
+    log.info(
+        "lesson begins", extra={"lesson": lesson.number, "model": lesson.model, "conflicts": len(memory.conflicts)}
+    )
+    exam = examination(store, parent, lesson, items, worded, memory, by_wording, examined)
+    before = exam.take(store, parent, lesson)
+    lesson = _written(store, lesson, lease, before=before["groups"])
+    inputs = {"base": parent.weights_digest, "items": str(lesson.items["digest"])}
+    taught = _taught(store, lesson, inputs)
+    if taught is None:
+        row_tokens = parent.config.context_length + 1
+        documents = curriculum(items, worded, memory, lesson.plan, parent.tokenizer, row_tokens, practice)
+        settings = StageSettings(
+            home=str(store),
+            model=lesson.model,
+            seed=lesson.plan.seed,
+            device=machine.device,
+            threads=machine.threads,
+            compile=False,
+            device_batch_rows=8,
+        )
+        runtime = Runtime(store, choose_device(machine.device), ALONE, lease)
+
+        def tested(history: Sequence[Mapping[str, float]], seconds: float) -> None:
+            if is_canceled(store, lesson):
+                raise LessonCanceled
+            training = {"steps": history[-1]["step"], "seconds": round(seconds, 3), "history": list(history)}
+            write_lesson(store, dataclasses.replace(lesson, training=training))
+
+        trained = train(parent, documents, exam.probes, lesson.plan, settings, runtime, tested)
+        save_checkpoint(
+            store,
+            taught_ref(lesson),
+            model=trained.model,
+            tokenizer=parent.tokenizer,
+            meta={
+                "settings": {},
+                "inputs": inputs,
+                "base": parent.ref.revision,
+                "lessons": [*lineage(parent.meta), lesson.number],
+                "examples": parent.meta.get("examples", []),
+                "plan": {"steps": trained.steps, "batch_tokens": lesson.plan.batch_tokens},
+                "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
+                "flops_per_token": parent.config.flops_per_token,
+                "dtype": str(trained.model.compute_dtype).removeprefix("torch."),
+                "device": runtime.device.type,
+                "hardware": describe_machine() | {"ranks": 1},
+                "history": trained.history,
+                "train_seconds": round(trained.seconds, 3),
+                "finished": True,
+                "step": lesson.number,
+            },
+            lease=lease,
+        )
+        taught = load_checkpoint(store, taught_ref(lesson))
+    training = {
+        "steps": taught.meta["plan"]["steps"],
+        "seconds": taught.meta["train_seconds"],
+        "history": taught.meta["history"],
+    }
+    lesson = _written(store, lesson, lease, state="examining", training=training)
+    after = exam.take(store, taught, lesson)
+    _check_canceled(store, lesson)
+    if promoted(store, lesson.model) not in (parent.ref, taught.ref):
+        raise _ParentChanged
+    accepted, summary = _decided(store, taught, lesson, exam)
+    return _written(
+        store,
+        lesson,
+        lease,
+        state="promoted" if accepted else "refused",
+        finished=now(),
+        after=after["groups"],
+        wrong=tuple(wrong(after)[:_MOST_QUOTED]),
+        lost=tuple(lost(before, after)[:_MOST_QUOTED]),
+        decision=summary,
+        digest=taught.weights_digest,
+    )
+
+
+def _written(store: Store, lesson: Lesson, lease: Lease, **changes: Any) -> Lesson:
+    """The lesson with other values of some fields, after it is stored."""
+    changed = dataclasses.replace(lesson, **changes)
+    lease.renew()
+    write_lesson(store, changed)
+    return changed
+
+
+def taught_ref(lesson: Lesson) -> CheckpointRef:
+    """The checkpoint of the taught model."""
+    return CheckpointRef(lesson.model, LESSON, lesson.number)
+
+
+def _check_canceled(store: Store, lesson: Lesson) -> None:
+    """Raise LessonCanceled if somebody has canceled the lesson before its promotion."""
+    if is_canceled(store, lesson) and promoted(store, lesson.model) != taught_ref(lesson):
+        raise LessonCanceled
+
+
+def _worked(items: Sequence[Item]) -> list[Item]:
+    """The items with the output of their code."""
+    if all(part.type == "text" for item in items for message in item.messages for part in message.parts):
+        return list(items)
+    with SandboxExecutor() as sandbox:
+        return [with_output(item, sandbox) for item in items]
+
+
+def _drills(store: Store, items: Sequence[Item], lesson: Lesson) -> tuple[dict[int, list[Drill]], list[Drill]]:
+    """Drills of each ability by its item's index, and drills to examine."""
+    practice, examined = dict[int, list[Drill]](), list[Drill]()
+    abilities = {i: ability for i, item in enumerate(items) if (ability := ability_of(item)) is not None}
+    if not abilities:
+        return practice, examined
+    with SandboxExecutor() as sandbox:
+        for i, example in abilities.items():
+            rng = random.Random(f"{lesson.plan.seed}/ability/{i}")  # noqa: S311
+            practice[i], further = drills(example, sandbox, rng, lambda: _check_canceled(store, lesson))
+            examined += further
+    return practice, examined
+
+
+def _parent(store: Store, lesson: Lesson) -> Checkpoint:
+    """The checkpoint from which the training starts: the promoted one.
+
+    If the promoted checkpoint is already this lesson's own, it is the checkpoint from which the lesson started.
+    """
+    current = promoted(store, lesson.model)
+    if current is None:
+        raise UserError(f"no revision of model {lesson.model!r} is promoted in {store}; train and promote it first")
+    if current.stage == "base":
+        raise UserError(f"{lesson.model} {current.revision} cannot chat yet; fine-tune it first")
+    if current == taught_ref(lesson) and lesson.parent:
+        current = CheckpointRef.parse(lesson.model, lesson.parent["revision"])
+    return load_checkpoint(store, current)
+
+
+def _taught(store: Store, lesson: Lesson, inputs: dict[str, str]) -> Checkpoint | None:
+    """The taught model, if an earlier process has finished the training from the same weights and items; else None."""
+    try:
+        found = load_checkpoint(store, taught_ref(lesson))
+    except DamagedCheckpoint:
+        return None
+    return found if found.meta.get("inputs") == inputs else None
+
+
+def lesson_gate(lesson: Lesson, exam: Examination) -> Gate:
+    """The rules that a taught model must meet."""
+    asked = {question.group for question in exam.task.questions}
+    require = [f"lesson.{name}>={least}" for name, least in _LEAST.items() if name in asked]
+    kept = [f"lesson.kept:{lesson.plan.margin}"] if "kept" in exam.groups else []
+    kept += [f"lesson.{group}:{_KIND}" for group in sorted(asked) if group.startswith("kept.")]
+    earlier = [f"lesson.earlier:{_EARLIER}"] if "earlier" in asked else []
+    loss = [f"lesson.kept_loss:{_LOSS}"] if exam.heard else []
+    return Gate(tuple(require), (*kept, *earlier, *loss))
+
+
+def _decided(store: Store, taught: Checkpoint, lesson: Lesson, exam: Examination) -> tuple[bool, dict[str, Any]]:
+    """Whether the gate promotes the taught model, and the decision for reports.
+
+    If an earlier process has already promoted the taught model, the gate does not decide again.
+    """
+    last = latest_decision(store, taught.ref, taught.weights_digest)
+    if last is None or not last.promoted or promoted(store, lesson.model) != taught.ref:
+        last = decide(store, taught, lesson_gate(lesson, exam), promoting=True)
+    return last.promoted, last.summary()

@@ -1,0 +1,57 @@
+"""The settings of the program that teaches."""
+
+import dataclasses
+from typing import Literal
+
+from jobs.program import JobSettings
+from nanochat_core.errors import UserError
+from nanochat_core.lessons.records import Plan
+from nanochat_core.settings import setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeachSettings(JobSettings):
+    """Teach a promoted model what a file says, and promote the taught model if nothing else has become worse."""
+
+    lesson: tuple[str, ...] = setting(
+        help="the model, and the file to learn from (.jsonl, .md or text), also without the flag; without a file, "
+        "the model's waiting and interrupted lessons are given",
+        positional=True,
+    )
+    list: bool = setting(False, "list the model's lessons instead")
+    roll_back: int | None = setting(
+        None, "promote the model of this lesson again instead; 0 is the model before its first lesson", minimum=0
+    )
+    cancel: int | None = setting(None, "cancel this waiting or running lesson instead", minimum=1)
+    replay: str = setting(
+        "", "mixture of conversations that the model must not forget; by default, the mixture of its fine-tuning"
+    )
+    seed: int = setting(Plan.seed, "seed of all random choices in the lesson", minimum=0)
+    share: float = setting(
+        Plan.share,
+        "share of the lesson in the training conversations; a lesson of few items gets less",
+        minimum=0.01,
+        maximum=1.0,
+    )
+    lr_scale: float = setting(Plan.lr_scale, "factor on pretraining's unscaled learning rates", minimum=0.0)
+    batch_tokens: int = setting(Plan.batch_tokens, "tokens per optimizer step", minimum=16)
+    max_steps: int = setting(Plan.max_steps, "largest number of optimizer steps", minimum=1, maximum=100_000)
+    margin: float = setting(
+        Plan.margin, "largest loss in the share of other questions that are answered rightly", minimum=0.0, maximum=1.0
+    )
+    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0, maximum=4096)
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to train on")
+
+    def __post_init__(self) -> None:
+        others = self.list + (self.roll_back is not None) + (self.cancel is not None)
+        if others > 1:
+            raise UserError("--list, --roll-back and --cancel exclude each other")
+        if len(self.lesson) > 2 or (others and len(self.lesson) > 1):
+            raise UserError(
+                "name the model, and nothing else" if others else "name the model and one file to learn from"
+            )
+
+    @property
+    def plan(self) -> Plan:
+        """The settings that are stored with a lesson."""
+        return Plan(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Plan)})

@@ -1,0 +1,151 @@
+"""Trains a model on a lesson until it answers every probe, and then lowers the learning rate to zero."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from jobs.progress import ProgressDisplay
+from jobs.teach.curriculum import Curriculum
+from jobs.train.loop.run import RunConfig, RunState
+from jobs.train.loop.runtime import Runtime, StopSignal
+from jobs.train.loop.schedule import Schedule
+from jobs.train.loop.stage import Stage, StageSettings, rows_per_batch
+from jobs.train.loop.step import TrainingStep, cross_entropy
+from nanochat_core.checkpoint import LESSON, Checkpoint
+from nanochat_core.lessons.records import Plan
+from nanochat_core.model import GPT
+from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, muon_dtype, parameter_groups
+
+log = logging.getLogger("jobs.teach")
+
+# Steps between two tests with the probes.
+CHECK_EVERY = 10
+_WARMUP_STEPS = 10
+# Training has at least this many steps before the warmdown, even if all probes are answered earlier. The further steps
+# help with wordings that no template makes.
+_FEWEST_STEPS = 80
+# Length of the warmdown as a fraction of the steps before it.
+_WARMDOWN_SHARE = 0.5
+_SHORTEST_WARMDOWN = 20
+_PROBED_TOKENS = 8192
+
+Probe = tuple[np.ndarray, np.ndarray]
+
+
+class LessonCanceled(Exception):
+    """Somebody canceled the lesson."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The model after the training of a lesson. ``history`` has a point for each test with the probes."""
+
+    model: GPT
+    steps: int
+    seconds: float
+    history: list[dict[str, float]]
+
+
+def train(
+    parent: Checkpoint,
+    documents: Curriculum,
+    probes: Sequence[Probe],
+    plan: Plan,
+    settings: StageSettings,
+    runtime: Runtime,
+    tested: Callable[[Sequence[Mapping[str, float]], float], None],
+) -> Trained:
+    """Train ``parent`` on the documents until every probe is answered exactly, for at most ``plan.max_steps`` steps.
+
+    A probe is a conversation that ends with the right answer: its tokens, and which of them the model has to produce.
+    ``tested`` is called after each test with the probes, with the history and the seconds since the beginning. It may
+    raise an error, such as LessonCanceled, which ends the training.
+
+    Raises:
+        SystemExit: SIGTERM or SIGINT arrived.
+        TrainingDiverged: five steps in a row were skipped, for example because the loss was not finite.
+    """
+    stage = Stage(LESSON, settings, runtime, parent.config, parent.tokenizer, parent)
+    model = stage.model
+    groups = parameter_groups(model, OptimizerConfig(weight_decay=0.0), batch_lr_scale=plan.lr_scale)
+    optimizer = MuonAdamW(groups, runtime.ranks, muon_dtype(runtime.device))
+    objective = cross_entropy(model, compile=settings.compile, device=runtime.device)
+    rows = rows_per_batch(plan.batch_tokens, min(parent.config.context_length, plan.batch_tokens))
+    loader = stage.packed_loader(
+        documents, rows=rows, context_length=plan.batch_tokens // rows, when_full="pad", workers=1
+    )
+    state, history, started = RunState(), list[dict[str, float]](), time.monotonic()
+
+    def step_until(end: int, warmdown_from: int | None) -> TrainingStep:
+        schedule = Schedule(
+            end,
+            warmup_steps=_WARMUP_STEPS,
+            warmdown_ratio=0.0 if warmdown_from is None else 1.0,
+            final_lr_fraction=0.0,
+            momentum_peak=0.95,
+            momentum_end=None,
+            momentum_warmup_steps=100,
+            first_step=warmdown_from or 0,
+        )
+        config = RunConfig(parent.ref.model, LESSON, schedule, settings, {})
+        return TrainingStep(model, optimizer, objective, config, runtime, state)
+
+    # The warmdown begins after this step at the latest, so that it ends within plan.max_steps.
+    latest = max(1, int(plan.max_steps / (1 + _WARMDOWN_SHARE)))
+    step, end, losses = step_until(plan.max_steps, None), plan.max_steps, list[float]()
+    warming_down = False
+    with (
+        contextlib.closing(loader.prefetched()) as batches,
+        StopSignal() as stop,
+        ProgressDisplay("lesson", plan.max_steps, log, "teaching") as progress,
+    ):
+        while state.step < end:
+            report = step(batches, stop)
+            losses.append(report.loss)
+            if report.stopped_by:
+                raise SystemExit(128 + report.stopped_by)
+            if runtime.lease is not None:
+                runtime.lease.check()
+            if state.step % CHECK_EVERY == 0 or state.step in (latest, end):
+                right = answered(model, probes)
+                share = sum(right) / max(1, len(right))
+                history.append({"step": state.step, "loss": sum(losses) / len(losses), "unseen": share})
+                losses.clear()
+                tested(history, time.monotonic() - started)
+                if not warming_down and ((all(right) and state.step >= _FEWEST_STEPS) or state.step >= latest):
+                    warming_down = True
+                    end = min(plan.max_steps, state.step + max(_SHORTEST_WARMDOWN, int(_WARMDOWN_SHARE * state.step)))
+                    step = step_until(end, state.step)
+                progress.update(state.step, dict(history[-1]))
+    return Trained(model, state.step, time.monotonic() - started, history)
+
+
+@torch.inference_mode()
+def answered(model: GPT, probes: Sequence[Probe]) -> list[bool]:
+    """For each probe, whether greedy decoding gives exactly the tokens of its answer.
+
+    This is so if each token of the answer is the most likely one after the tokens before it. One forward pass over the
+    whole probe shows this.
+    """
+    device = model.smear_scale.device
+    right = []
+    longest = max((len(ids) for ids, _ in probes), default=0)
+    rows = max(1, _PROBED_TOKENS // max(1, longest))
+    for first in range(0, len(probes), rows):
+        some = probes[first : first + rows]
+        ids = torch.zeros(len(some), longest, dtype=torch.int64)
+        counted = torch.zeros(len(some), longest, dtype=torch.bool)
+        for row, (tokens, mask) in enumerate(some):
+            ids[row, : len(tokens)] = torch.from_numpy(tokens)
+            counted[row, : len(mask)] = torch.from_numpy(mask)
+        ids, counted = ids.to(device), counted.to(device)
+        said = model(ids[:, :-1]).argmax(-1)
+        right += ((said == ids[:, 1:]) | ~counted[:, 1:]).all(-1).tolist()
+    return right
