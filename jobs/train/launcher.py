@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
+
+from jobs.train.preloaded import PreloadedJob, preload
 
 # After one rank has failed, the other ranks have this much time to end by themselves before they are killed.
 _KILL_AFTER_SECONDS = 30.0
@@ -19,8 +21,12 @@ _POLL_SECONDS = 0.1
 class Launcher:
     """Runs jobs to their end. Forwards signals that ask this process to end."""
 
-    def __init__(self) -> None:
-        self._running: list[subprocess.Popen[bytes]] = []
+    def __init__(self, preloaded: Sequence[str] = ()) -> None:
+        """``preloaded`` are modules of jobs. They are imported once, so that these jobs start sooner on one rank."""
+        self._running: list[subprocess.Popen[bytes] | PreloadedJob] = []
+        self._preloaded = frozenset(preloaded)
+        if preloaded:
+            preload(preloaded)
         self._starting = False
         self._signal: int | None = None
 
@@ -30,31 +36,51 @@ class Launcher:
         return self._signal is not None
 
     def forward_signals(self) -> None:
-        """From now on, forward SIGTERM and SIGINT to the running job. The job then saves its state and ends.
+        """From now on, a SIGTERM, SIGINT or SIGHUP sends SIGTERM to the running job, which saves its state and ends.
 
-        If no job is running, such a signal ends this process.
+        If no job is running, such a signal ends this process. A signal that is ignored, as under nohup, stays ignored.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._forward)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._forward)
 
     def run(self, command: Sequence[str], ranks: int = 1) -> int:
-        """Run one job to its end on ``ranks`` processes. Their output goes to the output of this process.
+        """Run one job to its end on ``ranks`` processes of this machine, as :meth:`run_ranks` does."""
+        return self.run_ranks(command, rank_environments(ranks))
+
+    def run_ranks(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
+        """Run one job to its end, with one process for each of the ``environments``.
+
+        Each process has the environment of this process, with the variables from ``environments`` added. The output of
+        the processes goes to the output of this process.
 
         Returns:
             The exit code of the rank that failed first, or 128 + the number of the signal that killed this rank. The
             result is never 0 if this process was asked to end.
         """
         self._starting = True
-        self._running = [
-            subprocess.Popen(command, env=os.environ | environment)  # noqa: S603
-            for environment in rank_environments(ranks)
-        ]
+        alone = len(environments) == 1
+        self._running = [self._start(command, os.environ | each, alone=alone) for each in environments]
         self._starting = False
-        if self._signal is not None:
-            self._send(self._signal)
+        if self.stopped:
+            self._terminate()
         code = self._wait()
         self._running = []
-        return code or (128 + self._signal if self._signal is not None else 0)
+        stopped_jobs_code = (0, 128 + signal.SIGTERM)
+        return 128 + self._signal if self._signal is not None and code in stopped_jobs_code else code
+
+    def _start(
+        self, command: Sequence[str], environment: Mapping[str, str], *, alone: bool
+    ) -> "subprocess.Popen[bytes] | PreloadedJob":
+        """Start a process of a job in a process group of its own. ``alone`` says that the job has only this process.
+
+        Because of its group, the process does not get the SIGINT of Ctrl-C. This signal would print a traceback if it
+        arrived during imports or in the processes of torch's compiler.
+        """
+        python, option, module, *arguments = command
+        if alone and (python, option) == (sys.executable, "-m") and module in self._preloaded:
+            return PreloadedJob(module, arguments, environment)
+        return subprocess.Popen(command, env=environment, process_group=0)  # noqa: S603
 
     def _wait(self) -> int:
         """Wait for all ranks, and return the first exit code that is not 0.
@@ -81,15 +107,13 @@ class Launcher:
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number
         if self._running:
-            # On a terminal, Ctrl-C has reached the child processes already.
-            if number != signal.SIGINT or not sys.stdin or not sys.stdin.isatty():
-                self._send(number)
+            self._terminate()
         elif not self._starting:
             raise SystemExit(128 + number)
 
-    def _send(self, number: int) -> None:
+    def _terminate(self) -> None:
         for child in self._running:
-            child.send_signal(number)
+            child.send_signal(signal.SIGTERM)
 
 
 def rank_environments(count: int) -> list[dict[str, str]]:

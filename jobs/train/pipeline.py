@@ -1,13 +1,14 @@
 """Train a chat model from text and promote it: ``python -m jobs.train.pipeline --recipe demo``.
 
-Each stage runs as a separate process. A stage is skipped if the store has its result already.
+Each stage runs as a separate process or, in a cluster, in pods of its own. A stage is skipped if the store has its
+result already.
 """
 
 import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -18,8 +19,9 @@ from jobs.data.shards import TextDataset, dataset_digest, read_manifest, shard_k
 from jobs.data.tokenizers import load_tokenizer, trained_on
 from jobs.program import JobSettings, command_line, run_program
 from jobs.promotion.decisions import latest_decision
-from jobs.promotion.gate import EXIT_REFUSED, decide
+from jobs.promotion.gate import decide
 from jobs.recipes import RECIPES, Flags, Recipe
+from jobs.results.metrics import ancestors
 from jobs.results.reports import is_reported
 from jobs.tasks.registry import open_problems
 from jobs.tasks.task import Problems
@@ -27,8 +29,17 @@ from jobs.train import pretrain, rl, sft
 from jobs.train.batches.mixtures import Mixture
 from jobs.train.launcher import Launcher
 from jobs.train.loop.run import differences
-from nanochat_core.checkpoint import Checkpoint, check_model_name, newest_checkpoint, promoted
-from nanochat_core.errors import UserError
+from jobs.train.stages import Place, Runner, StageRun
+from jobs.train.story import Story
+from nanochat_core.checkpoint import (
+    LESSON,
+    Checkpoint,
+    check_model_name,
+    load_checkpoint,
+    newest_checkpoint,
+    promoted,
+)
+from nanochat_core.errors import EXIT_REFUSED, UserError
 from nanochat_core.settings import setting
 from nanochat_core.store import Lease, Store, open_store
 
@@ -53,12 +64,51 @@ class PipelineSettings(JobSettings):
     start_over: bool = setting(
         False, "train stages again whose inputs have changed; this deletes their earlier checkpoints"
     )
+    unless_promoted: bool = setting(False, "do nothing if a revision of the model is promoted already")
     ranks: int = setting(
-        0, "processes that train together on this machine; 0 starts one for each GPU", minimum=0, maximum=1024
+        0, "processes that train together on one machine; 0 starts one for each GPU", minimum=0, maximum=1024
     )
     threads: int = setting(
         0, "CPU threads of the training stages; 0 leaves the choice to torch", minimum=0, maximum=4096
     )
+    on: Literal["local", "kubernetes"] = setting(
+        "local", "what runs the stages: processes of this machine, or PyTorchJobs of the cluster in which this runs"
+    )
+    nodes: int = setting(1, "pods that pretrain together, with --on kubernetes", minimum=1, maximum=4096)
+    retries: int = setting(
+        5,
+        "further attempts of a stage that is preempted and makes no new checkpoint, with --on kubernetes",
+        minimum=0,
+        maximum=1000,
+    )
+    job: str = setting(
+        "", "namespace/name/uid of the Job that runs this program, with --on kubernetes; its manifest sets it"
+    )
+
+
+class Processes:
+    """Runs each stage as processes of this machine. Their output goes to the output of this process."""
+
+    def __init__(self, ranks: int = 0) -> None:
+        """``ranks`` is the number of processes that train together; 0 starts one for each GPU."""
+        self._launcher = Launcher((pretrain.__name__, sft.__name__, "jobs.eval.report"))
+        self._ranks = ranks
+
+    def forward_signals(self) -> None:
+        self._launcher.forward_signals()
+
+    def settle(self) -> None:
+        """Does nothing, because the stages of an earlier process ended together with that process."""
+
+    def run(self, stage: StageRun) -> int:
+        trains = stage.place in ("node", "nodes")
+        ranks = (self._ranks or max(1, torch.cuda.device_count())) if trains else 1
+        # On a terminal, Story reports the stages, so their own log events of level info are left out.
+        quiet = ["--log-level", "warning"] if sys.stderr.isatty() else []
+        return self._launcher.run([sys.executable, "-m", *stage.arguments(), *quiet], ranks)
+
+    def announce(self, reason: str, message: str, *, warning: bool = False) -> None:
+        """Does nothing, because the pipeline's own log has the same facts."""
 
 
 class Pipeline:
@@ -68,31 +118,50 @@ class Pipeline:
     trained again and its result changes, all later stages are trained again too.
     """
 
-    def __init__(self, settings: PipelineSettings, recipe: Recipe) -> None:
-        """Raises UserError if the settings ask for reinforcement learning and the recipe has no task for it."""
+    def __init__(self, settings: PipelineSettings, recipe: Recipe, runner: Runner | None = None) -> None:
+        """Raises UserError if the settings ask for reinforcement learning and the recipe has no task for it.
+
+        ``runner`` runs the stages; by default it is the one that the settings choose.
+        """
         self.settings, self.recipe = settings, recipe
         self.model = check_model_name(settings.model or recipe.name)
         self.store: Store = open_store(settings.home)
-        self._launcher = Launcher()
+        self._runner: Runner = runner or _runner(settings)
         self._threads: Flags = {"threads": settings.threads} if settings.threads else {}
         if settings.rl and recipe.rl is None:
             raise UserError(f"recipe {recipe.name} has nothing to practise; leave --rl out")
+        stages = ["data", "tokenizer", "base", "sft", *(["rl"] if settings.rl else []), "report"]
+        self._story = Story(self.store, self.model, recipe.name, stages)
 
     def run(self) -> None:
         """Run all stages that are not done yet.
 
-        If a stage fails or is stopped, raises SystemExit with the stage's exit code. If the gate refuses the model,
-        raises SystemExit with EXIT_REFUSED.
+        With ``unless_promoted``, does nothing if a revision of the model is promoted, whatever it was made from. If a
+        stage fails or is stopped, raises SystemExit with the stage's exit code. If the gate refuses the model, raises
+        SystemExit with EXIT_REFUSED.
         """
-        self._launcher.forward_signals()
+        self._runner.forward_signals()
+        if self.settings.unless_promoted and (ref := promoted(self.store, self.model)) is not None:
+            log.info("nothing to do", extra={"model": self.model, "promoted": ref.revision})
+            return
         started = time.monotonic()
+        self._runner.settle()
         self._prepare()
         stages = self._train()
         final = stages[-1]
         if not is_reported(self.store, self.model, *stages):
             wanted = {"model": self.model, "revision": final.ref.revision, "recipe": self.recipe.name}
-            self._stage("jobs.eval.report", {**wanted, **self._threads})
+            inputs = {stage.ref.stage: stage.weights_digest for stage in stages}
+            self._stage(
+                "report",
+                "jobs.eval.report",
+                {**wanted, **self._threads},
+                place="evaluation",
+                inputs=inputs,
+                done=lambda: is_reported(self.store, self.model, *stages),
+            )
         self._promote(final)
+        self._story.end("promoted")
         log.info(
             "pipeline done",
             extra={
@@ -113,10 +182,14 @@ class Pipeline:
     def _promote(self, tuned: Checkpoint) -> None:
         """Promote the model if it passes the recipe's gate. Otherwise the earlier promotion stays in force."""
         last = latest_decision(self.store, tuned.ref, tuned.weights_digest)
-        if last is not None and last.promoted and promoted(self.store, self.model) == tuned.ref:
+        if last is not None and last.promoted and self._is_served(tuned):
             return
         decision = decide(self.store, tuned, self.recipe.gate, promoting=True)
-        if not decision.accepted:
+        if decision.accepted:
+            self._runner.announce("Promoted", f"{self.model} {tuned.ref.revision} is promoted")
+        else:
+            refusals = "; ".join(decision.refusals)
+            self._runner.announce("NotPromoted", f"{self.model} {tuned.ref.revision}: {refusals}", warning=True)
             log.error(
                 "not promoted",
                 extra={
@@ -127,7 +200,19 @@ class Pipeline:
                     "report": self._report,
                 },
             )
+            self._story.end("refused")
             raise SystemExit(EXIT_REFUSED)
+
+    def _is_served(self, tuned: Checkpoint) -> bool:
+        """Whether the promoted checkpoint is ``tuned``, or lessons made it from ``tuned``.
+
+        In the second case, promoting ``tuned`` would undo the lessons.
+        """
+        current = promoted(self.store, self.model)
+        if current is None or current.stage != LESSON:
+            return current == tuned.ref
+        made_from = ancestors(self.store, load_checkpoint(self.store, current))
+        return any(digest == tuned.weights_digest for digest, _ in made_from)
 
     def _prepare(self) -> None:
         """Put the recipe's data into the store, unless the store has them.
@@ -148,13 +233,23 @@ class Pipeline:
         self._has_data(given)  # If the model has other data, this raises an error before a download.
         if data is None and self.recipe.web_shards and self._lacks_text():
             wanted = {"dataset": self.model, "shards": self.recipe.web_shards}
-            self._stage("jobs.train.dataset", wanted, subcommand="download")
+            self._stage(
+                "data",
+                "jobs.train.dataset",
+                wanted,
+                place="data",
+                subcommand="download",
+                done=lambda: not self._lacks_text(),
+            )
         with Lease(self.store, f"data/{self.model}", "jobs.train.pipeline"):
-            has_data = self._has_data(given)  # Another pipeline may have made the data meanwhile.
-            self.recipe.prepare(self.store, self.model, data)
-            if not has_data:
-                origin = given | ({"source": str(data.data.resolve())} if data else {})
-                write_origin(self.store, self.model, origin)
+            # Another pipeline may have made the data meanwhile.
+            if self._has_data(given):
+                self.recipe.prepare(self.store, self.model, data)
+                return
+            with self._story.stage("data", "data"):
+                self.recipe.prepare(self.store, self.model, data)
+            origin = given | ({"source": str(data.data.resolve())} if data else {})
+            write_origin(self.store, self.model, origin)
 
     def _has_data(self, given: Mapping[str, str]) -> bool:
         """Whether a pipeline has made the model's data. Raises UserError if their origin differs from ``given``."""
@@ -183,23 +278,32 @@ class Pipeline:
                 "--start-over to train it and the model again, or use another --model name"
             )
         if trained != dataset:
-            self._stage("jobs.train.tokenizer", {"dataset": name, "name": name, **self.recipe.tokenizer})
+            flags: Flags = {"dataset": name, "name": name, **self.recipe.tokenizer}
+            self._stage(
+                "tokenizer",
+                "jobs.train.tokenizer",
+                flags,
+                place="data",
+                inputs={"dataset": dataset},
+                done=lambda: trained_on(self.store, name) == dataset,
+            )
         fitted = self.recipe.fitted(TextDataset(self.store, name, "train").bytes_up_to(_LONG_TEXT))
-        flags: Flags = {"dataset": name, "tokenizer": name, **fitted.pretrain}
+        self._story.expect(fitted.training_tokens)
+        flags = {"dataset": name, "tokenizer": name, **fitted.pretrain}
         inputs = pretrain.input_digests(self.store, name, load_tokenizer(self.store, name))
-        base = self._checkpoint("base", pretrain.__name__, flags, inputs)
+        base = self._checkpoint("base", pretrain.__name__, flags, "nodes", inputs)
         flags = {"mixture": conversations, **self.recipe.sft}
         inputs = sft.input_digests(base, Mixture(self.store, conversations))
-        tuned = self._checkpoint("sft", sft.__name__, flags, inputs)
+        tuned = self._checkpoint("sft", sft.__name__, flags, "node", inputs)
         if not self.settings.rl:
             return [base, tuned]
         inputs = rl.input_digests(tuned, self._problems())
-        return [base, tuned, self._checkpoint("rl", rl.__name__, self.recipe.rl or {}, inputs)]
+        return [base, tuned, self._checkpoint("rl", rl.__name__, self.recipe.rl or {}, "node", inputs)]
 
     def _problems(self) -> Problems:
         return open_problems(self.store, str((self.recipe.rl or {})["task"]), held_out=1)
 
-    def _checkpoint(self, stage: str, module: str, flags: Flags, inputs: Mapping[str, str]) -> Checkpoint:
+    def _checkpoint(self, stage: str, module: str, flags: Flags, place: Place, inputs: Mapping[str, str]) -> Checkpoint:
         """Train a stage from ``inputs`` unless its final checkpoint is current; returns this checkpoint."""
         newest = newest_checkpoint(self.store, self.model, stage)
         stale = newest is not None and newest.meta.get("inputs") != inputs
@@ -212,29 +316,70 @@ class Pipeline:
                         "--start-over to delete it and train the stage again, or use another --model name"
                     )
                 log.info("starting over", extra={"stage": module, "reason": changed})
-            flags = {"model": self.model, **self._threads, **flags}
-            self._stage(module, flags, start_over=stale, ranks=self.settings.ranks or max(1, torch.cuda.device_count()))
+            shown = {"ask": self.recipe.questions, "page-examples": self.recipe.examples}
+
+            def made() -> Checkpoint | None:
+                found = newest_checkpoint(self.store, self.model, stage)
+                return found if found is not None and found.meta.get("inputs") == inputs else None
+
+            self._stage(
+                stage,
+                module,
+                {
+                    "model": self.model,
+                    **self._threads,
+                    **{name: ",".join(texts) for name, texts in shown.items() if texts},
+                    **flags,
+                },
+                place=place,
+                inputs=inputs,
+                start_over=stale,
+                progress=lambda: found.ref.revision if (found := made()) else "",
+                done=lambda: bool((found := made()) and found.meta["finished"]),
+            )
             newest = newest_checkpoint(self.store, self.model, stage)
         if newest is None or not newest.meta["finished"]:
             raise UserError(f"{module} left no finished checkpoint of {self.model}")
         return newest
 
     def _stage(
-        self, module: str, flags: Flags, *, subcommand: str = "", start_over: bool = False, ranks: int = 1
+        self,
+        title: str,
+        module: str,
+        flags: Flags,
+        *,
+        place: Place,
+        subcommand: str = "",
+        inputs: Mapping[str, str] | None = None,
+        start_over: bool = False,
+        progress: Callable[[], str] = lambda: "",
+        done: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Run one stage as a process to its end. Its output goes to the output of this process."""
-        command = [sys.executable, "-m", module, *filter(None, [subcommand]), "--home", self.settings.home]
-        for name, value in flags.items():
-            command += [f"--{name}", str(value)]
-        if start_over:
-            command.append("--no-resume")
-        log.info("stage starts", extra={"stage": module})
-        started = time.monotonic()
-        code = self._launcher.run(command, ranks)
-        if code:
-            log.error("stage ended early", extra={"stage": module, "exit_code": code})
-            raise SystemExit(code)
-        log.info("stage done", extra={"stage": module, "seconds": round(time.monotonic() - started, 1)})
+        """Run one stage to its end.
+
+        ``title`` is the stage's key in ``TITLES`` of the story. The other arguments are those of :class:`StageRun`.
+        """
+        name = subcommand or module.rpartition(".")[2]
+        flags = {"home": self.settings.home, **flags}
+        stage = StageRun(name, module, flags, place, subcommand, inputs or {}, start_over, progress, done)
+        with self._story.stage(title, module):
+            if code := self._runner.run(stage):
+                raise SystemExit(code)
+
+
+def _runner(settings: PipelineSettings) -> Runner:
+    """Returns what runs the stages: processes of this machine, or PyTorchJobs of a cluster.
+
+    Raises UserError if PyTorchJobs are wanted and this process does not run in a pod of the cluster.
+    """
+    if settings.on == "local":
+        return Processes(settings.ranks)
+    # Only this case needs the package of Kubernetes.
+    from jobs.train.cluster.stage_jobs import StageJobs, in_this_cluster
+
+    return StageJobs(
+        *in_this_cluster(settings.job), nodes=settings.nodes, retries=settings.retries, processes=settings.ranks
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,110 @@
+"""How the pods of a stage ended: whether another attempt may succeed, or somebody must correct a mistake first."""
+
+import dataclasses
+import datetime
+from collections.abc import Sequence
+
+from jobs.train.cluster.manifest import CONTAINER, Object
+
+# After a mistake, programs end with an exit code up to this one. Larger codes stand for a signal or a lost rank. The
+# training operator draws the same line.
+_LARGEST_MISTAKE = 127
+_OUT_OF_MEMORY = "OOMKilled"
+# The condition of a pod that was preempted or evicted, or whose node was drained or shut down.
+_DISRUPTED = "DisruptionTarget"
+# The node of a pod counts as lost if the pod should have ended this long ago. If the pod writes again nevertheless, the
+# lease on the model's name stops it.
+_LOST_SECONDS = 300.0
+# A container waits briefly for these reasons whenever it starts.
+_STARTING = ("ContainerCreating", "PodInitializing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Why an attempt failed.
+
+    Attributes:
+        exit_code: exit code of a pod that failed by a mistake, such as a wrong setting; 0 if no pod did, for example
+            because the pods were preempted or evicted, or lost another rank.
+        reason: what happened, as a part of a sentence.
+    """
+
+    exit_code: int
+    reason: str
+
+    @property
+    def may_succeed(self) -> bool:
+        """Whether another attempt may succeed without any change."""
+        return self.exit_code == 0
+
+
+def outcome_of(pods: Sequence[Object]) -> Outcome:
+    """The outcome of a failed attempt with these pods. A pod that is gone counts as preempted.
+
+    A mistake of one pod outweighs everything else: the other pods then end only because they lost this pod's ranks.
+    """
+    preempted = []
+    for pod in sorted(pods, key=lambda pod: str(pod["metadata"]["name"])):
+        name, ended = pod["metadata"]["name"], _terminated(pod)
+        if disruption := _disruption(pod):
+            preempted.append(f"{name} was stopped: {disruption}")
+        elif ended is None:
+            if pod["status"].get("phase") == "Failed":
+                preempted.append(f"{name} was stopped: {pod['status'].get('reason', 'no reason is known')}")
+        elif ended.get("reason") == _OUT_OF_MEMORY:
+            return Outcome(2, f"{name} needed more memory than its limit; raise the limit in its PodTemplate")
+        elif 0 < (code := int(ended["exitCode"])) <= _LARGEST_MISTAKE:
+            return Outcome(code, f"{name} ended with exit code {code}; kubectl logs {name} says why")
+        elif code:
+            preempted.append(f"{name} ended with exit code {code}")
+    return Outcome(0, preempted[0] if preempted else "its pods are gone")
+
+
+def still_running(pods: Sequence[Object], now: float) -> list[str]:
+    """Names of the pods that have not ended at the time ``now``, in seconds since 1970, without pods of lost nodes."""
+    running = (pod["metadata"] for pod in pods if pod["status"].get("phase") not in ("Succeeded", "Failed"))
+    return sorted(metadata["name"] for metadata in running if not _is_lost(metadata, now))
+
+
+def timestamp(text: str) -> float:
+    """A time of the Kubernetes API, in seconds since 1970."""
+    return datetime.datetime.fromisoformat(text).timestamp()
+
+
+def waiting_reasons(pods: Sequence[Object]) -> list[str]:
+    """Why pods have not started, in the words of the scheduler and the nodes, for example that no node has a GPU."""
+    reasons = set()
+    for pod in pods:
+        name, status = pod["metadata"]["name"], pod["status"]
+        for condition in status.get("conditions") or ():
+            if condition["type"] == "PodScheduled" and condition["status"] == "False" and condition.get("message"):
+                reasons.add(f"{name}: {condition['message']}")
+        for container in [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]:
+            waiting = container.get("state", {}).get("waiting")
+            if waiting is not None and waiting.get("reason", _STARTING[0]) not in _STARTING:
+                reasons.add(f"{name}: {waiting['reason']} {waiting.get('message', '')}".strip())
+    return sorted(reasons)
+
+
+def _is_lost(metadata: Object, now: float) -> bool:
+    # The deletion timestamp is the end of the grace period.
+    deadline = metadata.get("deletionTimestamp")
+    return deadline is not None and now > timestamp(deadline) + _LOST_SECONDS
+
+
+def _disruption(pod: Object) -> str:
+    """Why the cluster has stopped a pod that failed; empty if the pod failed by itself."""
+    if pod["status"].get("phase") == "Failed":
+        for condition in pod["status"].get("conditions") or ():
+            if condition["type"] == _DISRUPTED and condition["status"] == "True":
+                return str(condition.get("reason") or _DISRUPTED)
+    return ""
+
+
+def _terminated(pod: Object) -> Object | None:
+    """The end of the container that trains; None if the pod does not say how it ended."""
+    for container in pod["status"].get("containerStatuses") or ():
+        if container["name"] == CONTAINER:
+            ended: Object | None = container.get("state", {}).get("terminated")
+            return ended
+    return None
