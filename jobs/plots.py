@@ -85,12 +85,12 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def scientific(value: float) -> str:
-    """A number with three digits, such as 3e15 for FLOPs."""
+    """A number with at most three digits, such as 3e15 for FLOPs."""
     return f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
 
 
 def short(value: float) -> str:
-    """A count or a loss with four digits, such as 0.95 or 300 M."""
+    """A count or a loss with at most four digits, such as 0.95 or 300 M."""
     for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if value >= size:
             return f"{value / size:.4g}{letter}"
@@ -108,9 +108,9 @@ def smoothed(steps: Sequence[float], values: Sequence[float]) -> list[float]:
     """The values without most of their noise: at each step, the local regression line (LOESS, Cleveland 1979).
 
     A running mean lags behind: while a loss falls, the mean is too high. A line through the values before and after a
-    step does not lag, and a straight line stays as it is. The line at a step is fitted to the values on both sides, up
-    to a distance of :data:`_REACH` of all steps. At the beginning, where a loss bends most, the distance is
-    :data:`_EARLY_REACH` of the steps done so far.
+    step does not lag, and a straight line stays as it is. The line at a step is fitted to the values of the
+    nearest steps on both sides: on each side, the fraction :data:`_REACH` of all steps. At the beginning, where a loss
+    bends most, it is the fraction :data:`_EARLY_REACH` of the steps done so far.
 
     ``steps`` must increase.
     """

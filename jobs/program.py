@@ -24,7 +24,7 @@ class JobSettings:
 
     @classmethod
     def inherited(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG003
-        """New default values of settings. ``given`` has the settings that a flag or an environment variable gives."""
+        """Values that replace the defaults of settings. ``given`` has the settings that flags or variables give."""
         return {}
 
 

@@ -27,10 +27,11 @@ class ProgressDisplay:
 
     Use it as a context manager, and call :meth:`update` after each unit. On a terminal the bar shows as many facts as
     its width has room for. Without a terminal the display logs one event at most every :data:`LOG_INTERVAL_SECONDS`,
-    and one when the task is complete.
+    and one when the task is complete. When the task ends, the bar stays, unless ``log`` hides events of level
+    info: in that case, the program that started this one reports the result.
 
     Attributes:
-        eta_seconds: estimated seconds to the end of the task; NaN before the first unit is done.
+        eta_seconds: estimated seconds to the end of the task; NaN while too few units are done for an estimate.
     """
 
     def __init__(
@@ -53,10 +54,10 @@ class ProgressDisplay:
         self.eta_seconds = math.nan
         self._total, self._done, self._shown = total, done, shown
         self._log, self._event = log, event
-        self._started = time.monotonic()
-        self._logged_at = -math.inf if log_first else self._started
+        self._logged_at = -math.inf if log_first else time.monotonic()
         self._first: tuple[int, float] | None = None
-        self._bar = _Bar(label, total, done) if shown and sys.stderr.isatty() else None
+        leave = log.isEnabledFor(logging.INFO)
+        self._bar = _Bar(label, total, done, leave=leave) if shown and sys.stderr.isatty() else None
         self._open = contextlib.ExitStack()
 
     @property
@@ -66,8 +67,8 @@ class ProgressDisplay:
 
     @property
     def time_left(self) -> str:
-        """The estimated time to the end, as the bar shows it."""
-        return f"{tqdm.format_interval(self.eta_seconds)} left"
+        """The estimated time to the end, as the bar shows it; empty if there is no estimate."""
+        return f"{tqdm.format_interval(self.eta_seconds)} left" if math.isfinite(self.eta_seconds) else ""
 
     def update(self, done: int, fields: Mapping[str, Any]) -> None:
         """Set the number of units that are done now, and show it on the bar or in a log event with ``fields``."""
@@ -78,9 +79,9 @@ class ProgressDisplay:
         """Set the number of units that are done and update :attr:`eta_seconds`. The display does not change."""
         now = time.monotonic()
         if self._first is None:
-            # The first unit often includes a warm-up such as compilation, but there is no better estimate yet.
-            self.eta_seconds = (self._total - done) * (now - self._started) / max(done - self._done, 1)
+            # The first unit often includes a warm-up such as compilation, so its duration is no estimate of the others.
             self._first = (done, now)
+            self.eta_seconds = 0.0 if done >= self._total else math.nan
         elif done > self._first[0]:
             first, then = self._first
             self.eta_seconds = (self._total - done) * (now - then) / (done - first)
@@ -112,12 +113,13 @@ class ProgressDisplay:
 class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic only in its type stubs.
     """A bar that shows as many facts as the terminal has room for."""
 
-    def __init__(self, label: str, total: int, done: int) -> None:
+    def __init__(self, label: str, total: int, done: int, *, leave: bool) -> None:
         self.facts: Sequence[str] = []  # ``facts`` is set first, because tqdm's constructor already draws the bar.
         super().__init__(
             total=total,
             initial=done,
             desc=label,
+            leave=leave,
             # The width is read when the bar is drawn. The bar has one line, whatever height the terminal reports.
             ncols=_USUAL_COLUMNS,
             nrows=_ROWS,
@@ -131,7 +133,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic only in its type 
         count = f"{values['n']:,}/{values['total']:,}"
         room = values["ncols"] - len(f"{values['prefix']} 100%  {count}") - _SHORTEST_BAR
         facts = ""
-        for fact in self.facts:
+        for fact in filter(None, self.facts):
             if len(facts) + 2 + len(fact) > room:
                 break
             facts += f"  {fact}"

@@ -19,13 +19,22 @@ log = logging.getLogger("jobs.recipes")
 
 Flags = Mapping[str, str | int | float]
 
+
+def flag_arguments(flags: Flags) -> list[str]:
+    """Flags as command-line arguments of a program. False becomes ``--no-<name>``, and True becomes ``--<name>``."""
+    return [
+        f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+        for name, value in flags.items()
+    ]
+
+
 # After this many passes over a text, a recipe's model learns little more that helps with other text.
 MOST_PASSES = 40
 FEWEST_STEPS, SMALLEST_BATCH = 60, 1024
-# Typical bytes of a token, to estimate the tokens of a text.
+# Typical number of bytes in a token. It serves to estimate the number of tokens in a text.
 BYTES_PER_TOKEN = 3
 
-# Kinds of conversations that do not need the demo world's facts: who the assistant is, and how it uses its tool.
+# Kinds of conversations that need no facts of the demo world. They are about the assistant and about its tool.
 _WORLDLESS_KINDS = frozenset({"greeting", "identity", "arithmetic", "counting", "smalltalk"})
 
 
@@ -45,6 +54,9 @@ class Recipe:
         document_characters: maximum length of a training document, in characters; None sets no limit. Longer documents
             are cut at sentence ends into pieces of about a row, so that most rows begin at the beginning of a sentence.
         gate: rules that a model must pass to be promoted.
+        questions: questions that the model answers at several steps of its training, for people who watch. A question
+            has no comma, because commas separate the questions in a flag.
+        examples: messages that the chat page offers. They have no commas, for the same reason.
     """
 
     name: str
@@ -59,6 +71,8 @@ class Recipe:
     web_shards: str = ""
     document_characters: int | None = None
     gate: Gate = dataclasses.field(default_factory=Gate)
+    questions: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
 
     def fitted(self, text_bytes: int) -> Self:
         """The recipe for a training text of ``text_bytes`` bytes: a short text gets fewer and smaller steps.
@@ -92,6 +106,16 @@ class Recipe:
             "eval-every": min(int(self.pretrain["eval-every"]), max(1, fewer // 4)),
         }
         return dataclasses.replace(self, pretrain={**self.pretrain, **fitted})
+
+    @property
+    def training_tokens(self) -> dict[str, int]:
+        """Number of tokens on which the stages ``base`` and ``sft`` train, if the recipe sets steps and batch size."""
+        planned = {}
+        for stage, flags in (("base", self.pretrain), ("sft", self.sft)):
+            steps, batch = flags.get("steps"), flags.get("batch-tokens")
+            if isinstance(steps, int) and isinstance(batch, int):
+                planned[stage] = steps * batch
+        return planned
 
     def evaluation_items(self, count: int, seed: int = 0) -> list[EvalItem]:
         """Draw ``count`` held-out questions of the demo world, and return those whose kind the recipe teaches."""
@@ -164,7 +188,7 @@ RECIPES = {
             tokenizer={"vocab-size": 1024},
             # These values were found by trial. With so few tokens, a model learns most in many small steps, with much
             # higher learning rates than the scaling rules give for this batch size. In equal time, a model of depth 3
-            # learns more than a model of depth 4.
+            # learns more than a model of depth 4. Compiling this model takes longer than all its steps save.
             pretrain={
                 "depth": 3,
                 "head-dim": 64,
@@ -178,8 +202,20 @@ RECIPES = {
                 "momentum-warmup-steps": 130,
                 "eval-every": 160,
                 "eval-tokens": 20_000,
+                "ask-every": 40,
+                "compile": False,
             },
-            sft={"batch-tokens": 2048, "device-batch-rows": 8, "steps": 720, "lr-scale": 0.35, "eval-every": 240},
+            # During fine-tuning, the engine of ``make run`` serves the newest checkpoint.
+            sft={
+                "batch-tokens": 2048,
+                "device-batch-rows": 8,
+                "steps": 720,
+                "lr-scale": 0.35,
+                "eval-every": 240,
+                "save-every": 120,
+                "ask-every": 80,
+                "compile": False,
+            },
             conversation_kinds=None,
             train_conversations=40_000,
             # A good run reaches 97 % or more; a run with a fault in any part stays far below these thresholds.
@@ -190,6 +226,13 @@ RECIPES = {
                     "chat.kinds.fact>=0.8",
                     "chat.kinds.arithmetic>=0.8",
                 )
+            ),
+            questions=("Who keeps the lighthouse?", "What is 1234 * 5678?", "How many letters r are in strawberry?"),
+            examples=(
+                "Hello! Who are you?",
+                "Who keeps the lighthouse?",
+                "What is 1234 * 5678?",
+                "How many letters r are in strawberry?",
             ),
             # The 40 steps take about two and a half minutes. docs/rl.md shows the curve, and the skills that the model
             # would forget in further steps.
@@ -212,7 +255,10 @@ RECIPES = {
                 "head-dim": 64,
                 "context-length": 256,
                 "batch-tokens": 8192,
-                "device-batch-rows": 32,
+                # As many rows as in fine-tuning, which then finds its compiled code in the cache. Equal windows of all
+                # layers leave fewer kinds of blocks to compile.
+                "device-batch-rows": 16,
+                "window-pattern": "L",
                 "steps": 260,
                 "lr-scale": 0.8,
                 "weight-decay": 0.1,
@@ -220,13 +266,24 @@ RECIPES = {
                 "momentum-warmup-steps": 100,
                 "eval-every": 100,
                 "eval-tokens": 50_000,
+                "ask-every": 40,
             },
-            sft={"batch-tokens": 4096, "device-batch-rows": 16, "steps": 120, "lr-scale": 0.3, "eval-every": 50},
+            sft={
+                "batch-tokens": 4096,
+                "device-batch-rows": 16,
+                "steps": 120,
+                "lr-scale": 0.3,
+                "eval-every": 50,
+                "save-every": 40,
+                "ask-every": 20,
+            },
             conversation_kinds=_WORLDLESS_KINDS,
             train_conversations=10_000,
             needs_data=True,
             document_characters=900,
             gate=Gate(require=("chat.accuracy>=0.25", "bpb.bits_per_byte<=3")),
+            questions=("Hello! Who are you?", "What is 1234 * 5678?", "How many letters r are in strawberry?"),
+            examples=("Hello! Who are you?", "What is 1234 * 5678?", "How many letters r are in strawberry?"),
         ),
         Recipe(
             name="speedrun",

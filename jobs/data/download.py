@@ -35,7 +35,7 @@ class Source:
     Attributes:
         shards: URL, key or path of each shard; the last shard is the validation split.
         fetch: copies a shard (one of ``shards``) to a local file and continues after the bytes that an earlier call
-            left there. It raises UserError if the source refuses the shard, and Stopped if the event is set.
+            left there. It raises UserError if the source refuses the shard, and Stopped if its third argument is set.
     """
 
     shards: Sequence[str]
@@ -140,7 +140,7 @@ def download(store: Store, name: str, source: Source, shown: str, wanted: Sequen
 
 @contextlib.contextmanager
 def _no_manifest_of_nothing(store: Store, name: str) -> Iterator[None]:
-    """After an error, remove a manifest without shards, so that another source can be tried under this name."""
+    """After an error, remove the manifest if it has no shards, so that the name can be used for another source."""
     try:
         yield
     except BaseException:
@@ -149,7 +149,7 @@ def _no_manifest_of_nothing(store: Store, name: str) -> Iterator[None]:
             if manifest is not None and not manifest.shards:
                 store.remove(f"data/{name}/{MANIFEST}")
                 incoming = store.incoming(f"data/{name}")
-                with contextlib.suppress(OSError):  # parts of shards are kept for the next attempt
+                with contextlib.suppress(OSError):  # The folders stay if they hold parts of shards.
                     for folder in (incoming, incoming.parent):
                         folder.rmdir()
         raise

@@ -121,7 +121,7 @@ def _check_status(url: str, response: httpx.Response, part: Path, advice: str) -
         discard(part)
         raise _Interrupted("the partial file is of another version: it is longer than the file on the server")
     if response.is_server_error or response.status_code in _RETRIED_STATUS:
-        retry_after = response.headers.get("Retry-After", "")  # A number is seconds. A date is ignored.
+        retry_after = response.headers.get("Retry-After", "")  # seconds, or a date, which is ignored
         raise _Interrupted(f"the server answers {status}", float(retry_after) if retry_after.isdigit() else 0.0)
     if not response.is_success:
         raise UserError(f"{url} answers {status}; {advice}")

@@ -160,7 +160,7 @@ def local_text(data: str, val_data: str, column: str) -> LocalText:
 
 
 def _identity(file: str) -> tuple[int, int]:
-    """The same value for a file and for all links to it, symbolic or hard."""
+    """A value that a file has in common with all symbolic and hard links to the file, and with no other file."""
     found = os.stat(file)
     return found.st_dev, found.st_ino
 

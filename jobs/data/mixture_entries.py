@@ -4,7 +4,7 @@ import dataclasses
 
 from nanochat_core.errors import UserError
 
-# A weight of fine-tuning says how often an epoch repeats a source, so a larger weight is a mistake.
+# In fine-tuning, a weight is the number of times that an epoch shows a source. A weight above this limit is a mistake.
 MOST_WEIGHT = 1_000_000
 
 

@@ -24,7 +24,7 @@ T = TypeVar("T")
 _READ_CHARACTERS = 2**20
 _BETWEEN_VALUES = re.compile(r"[\s,]*")
 # If a JSON error is at most this many characters before the end of the buffer, the value may continue in the rest of
-# the file. The longest part of a value other than a string, such as "\\ud83d\\ude00" or "false", is shorter.
+# the file. Words such as "false" and escapes such as "\\ud83d\\ude00" are shorter. Open strings have their own error.
 _MAY_CONTINUE_CHARACTERS = 16
 
 
@@ -268,11 +268,3 @@ def convert(rows: Rows, index: int, make: Callable[[Row], T]) -> T:
         raise
     except (ValueError, TypeError, UserError) as error:
         raise UserError(f"{rows.where(index)}: {error}") from error
-
-
-def text_field(row: Row, field: str) -> str:
-    """A field of a row. Raises KeyError if the row does not have it, and ValueError if it is not a string."""
-    text = row[field]
-    if not isinstance(text, str):
-        raise ValueError(f"'{field}' is not a text")
-    return text

@@ -66,7 +66,7 @@ def split_files(names: Iterable[str], shown: str, advice: str) -> Splits:
 
     Args:
         shown: name of the dataset in error messages.
-        advice: end of the error messages: what the user can do.
+        advice: what the user can do; the error messages end with this text.
 
     Raises:
         UserError: the names do not say which files are for training.

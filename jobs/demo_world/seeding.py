@@ -4,5 +4,8 @@ import random
 
 
 def generator(purpose: str, seed: int) -> random.Random:
-    """A generator that draws the same numbers on every machine and Python version. Each purpose has other numbers."""
+    """A generator that draws the same numbers on every machine and Python version.
+
+    Different purposes get different numbers.
+    """
     return random.Random(f"{purpose}/{seed}")  # noqa: S311 - reproducible data, no secrets

@@ -3,10 +3,11 @@
 from typing import Literal
 
 from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, DatasetSource, on_hub
-from jobs.data.rows import Row, text_field
+from jobs.data.rows import Row
 from jobs.tasks.conversations import ConversationFiles
 from jobs.tasks.multiple_choice import FOUR_CHOICES_BASELINE, choice_texts, indexed_choice
 from jobs.tasks.task import ChoiceQuestion, ChoiceTask, Messages
+from nanochat_core.chat_rows import text_field
 
 _TRAIN = DatasetFiles(
     "arc",

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles
-from jobs.data.rows import Row, Rows, convert, open_rows, text_field
+from jobs.data.rows import Row, Rows, convert, open_rows
 from jobs.tasks.task import Messages
 from nanochat_core.chat import Message, parse_messages
+from nanochat_core.chat_rows import role_of, row_messages
 from nanochat_core.checkpoint.manifest import sha256_of
 from nanochat_core.errors import UserError
 from nanochat_core.store import Store
@@ -29,82 +30,6 @@ def write_conversations(store: Store, name: str, split: str, conversations: Iter
     """Store conversations as ``data/<name>/<split>.jsonl``, one per line."""
     lines = [json.dumps(conversation, ensure_ascii=False) for conversation in conversations]
     store.write(f"data/{name}/{split}.jsonl", ("\n".join(lines) + "\n").encode())
-
-
-# Names of the speakers in ShareGPT's files, and their roles.
-_SPEAKERS = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-}
-# Three fields: the question, further input to the question, and the answer. A row may leave the input out.
-_ALPACA_FIELDS = (
-    ("instruction", "input", "output"),  # Alpaca
-    ("instruction", "context", "response"),  # Dolly
-    ("prompt", "", "completion"),
-    ("prompt", "", "response"),
-)
-
-
-def row_messages(row: Row) -> Messages:
-    """The conversation of a row in one of these forms.
-
-    - ``{"messages": [{"role": "user", "content": …}, …]}``, as in the chat API;
-    - ``{"conversations": [{"from": "human", "value": …}, …]}``, as in ShareGPT's files;
-    - ``{"instruction": …, "input": …, "output": …}``, as in Alpaca's files; ``input`` is optional.
-
-    A row of any form may have a system message in the field ``system``. Raises KeyError or ValueError if the row has
-    another form.
-    """
-    messages: list[Any]
-    if "messages" not in row and isinstance(row.get("conversations", row.get("conversation")), list):
-        messages = _sharegpt_messages(row.get("conversations") or row.get("conversation") or [])
-    elif "messages" not in row and (found := [fields for fields in _ALPACA_FIELDS if {*fields[::2]} <= row.keys()]):
-        question, context, answer = found[0]
-        asked = [text_field(row, question)]
-        if row.get(context):
-            asked.append(text_field(row, context))
-        messages = [{"role": "user", "content": "\n\n".join(asked)}]
-        messages.append({"role": "assistant", "content": text_field(row, answer)})
-    else:
-        messages = row["messages"]
-        if not isinstance(messages, list):
-            raise ValueError("'messages' is not a list")
-    if row.get("system") and not (messages and _role(messages[0]) == "system"):
-        return [{"role": "system", "content": text_field(row, "system")}, *messages]
-    return messages
-
-
-def _sharegpt_messages(turns: list[Any]) -> list[Any]:
-    """Messages of ShareGPT's turns. The turns may also use the chat API's names of fields and speakers.
-
-    The assistant's turns before the first question are left out. Consecutive turns of one speaker become one message.
-    """
-    messages: list[dict[str, Any]] = []
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, Mapping):
-            raise ValueError(f"conversations[{number}] is no object with 'from' and 'value'")
-        speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if not (isinstance(speaker, str) and speaker in _SPEAKERS):
-            raise ValueError(f"conversations[{number}] is from {speaker!r}, who is none of {', '.join(_SPEAKERS)}")
-        if not isinstance(text, str):
-            raise ValueError(f"conversations[{number}] has a value that is not a text")
-        role = _SPEAKERS[speaker]
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += f"\n\n{text}"
-        elif role != "assistant" or any(message["role"] == "user" for message in messages):
-            messages.append({"role": role, "content": text})
-    return messages
-
-
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, Mapping) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +112,7 @@ def _rows_with_answer(rows: Rows, shown: str) -> Sequence[int]:
 
 def _has_answer(row: Row) -> bool:
     try:
-        return any(_role(message) == "assistant" for message in row_messages(row))
+        return any(role_of(message) == "assistant" for message in row_messages(row))
     except (ValueError, KeyError):
         return True  # Use the row: the check of every conversation reports what is wrong with it.
 

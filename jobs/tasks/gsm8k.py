@@ -4,10 +4,11 @@ import re
 from decimal import Decimal
 
 from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, DatasetSource, on_hub
-from jobs.data.rows import Row, text_field
+from jobs.data.rows import Row
 from jobs.tasks.answers import plain_number
 from jobs.tasks.conversations import ConversationFiles
 from jobs.tasks.task import GenerativeTask, Messages, OpenQuestion, Problem, Problems, Response, ask
+from nanochat_core.chat_rows import text_field
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.store import Store
 

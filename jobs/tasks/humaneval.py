@@ -2,12 +2,12 @@
 
 import dataclasses
 import re
-import secrets
 
 from jobs.data.dataset_files import REST_OF_NAME, DatasetFiles, DatasetSource, on_hub
-from jobs.data.rows import Row, text_field
+from jobs.data.rows import Row
 from jobs.tasks.task import GenerativeTask, OpenQuestion, Response, ScoringFailed, ask
-from nanochat_core.sandbox import Limits, ResultFormat, SandboxExecutor, Status
+from nanochat_core.chat_rows import text_field
+from nanochat_core.sandbox import Limits, SandboxExecutor, Status
 
 _FILES = DatasetFiles(
     "humaneval",
@@ -52,31 +52,23 @@ def passes_tests(
 ) -> bool:
     """Whether an answer passes the problem's tests in the sandbox. This call blocks.
 
-    A program that ends before the end of its tests, by an error, a limit or an exit, is wrong. Raises the same errors
-    as :func:`runs_to_its_end`.
+    The answer and the tests run in two processes that exchange only plain data, so the answer can neither read the
+    expected values nor decide what equals them. An answer that ends before its tests, by an error, a limit or an exit,
+    is wrong.
+
+    Raises:
+        ScoringFailed: the sandbox is overloaded.
+        WorkerFailed: the sandbox itself failed.
     """
     # The prompt is valid Python by itself: a function with only a docstring. The answer may continue the function, or
-    # replace the function by a new definition. The prompt's imports work in both cases.
-    program = f"{problem.prompt.rstrip()}\n{code_in(answer_text)}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
-    return runs_to_its_end(executor, program, limits)
+    # replace the function by a new definition. The prompt's imports and helpers work in both cases.
+    result = executor.examine_sync(problem.prompt, code_in(answer_text), problem.test, problem.entry_point, limits)
+    if result.status is Status.OVERLOADED:
+        raise ScoringFailed(result.error)
+    return result.ok
 
 
 def code_in(answer_text: str) -> str:
     """The first fenced block of an answer, or the whole answer if it has no fenced block."""
     match = _FENCED.search(answer_text)
     return match[1] if match else answer_text
-
-
-def runs_to_its_end(executor: SandboxExecutor, program: str, limits: Limits = TEST_LIMITS) -> bool:
-    """Whether a program runs to its last line in the sandbox without an error. This call blocks.
-
-    Raises:
-        ScoringFailed: the sandbox is overloaded.
-        WorkerFailed: the sandbox itself failed.
-    """
-    # A program that exits early may seem to pass. Only a program that reaches its last line returns this random word.
-    word = secrets.token_hex(16)
-    result = executor.execute_sync(f"{program}\n{word!r}\n", limits, ResultFormat.STR)
-    if result.status is Status.OVERLOADED:
-        raise ScoringFailed(result.error)
-    return result.ok and result.result == word

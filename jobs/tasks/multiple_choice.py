@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from jobs.data.rows import Row, text_field
+from jobs.data.rows import Row
 from jobs.tasks.task import LETTERS, ChoiceQuestion
+from nanochat_core.chat_rows import text_field
 
 # Accuracy of guessing one of four choices.
 FOUR_CHOICES_BASELINE = 0.25

@@ -8,10 +8,10 @@ from typing import Any
 from jobs.data.dataset_files import read_rows
 from jobs.data.rows import Row
 from jobs.tasks.answers import contains_phrase, last_number, same_text, states_number
-from jobs.tasks.conversations import row_messages
 from jobs.tasks.multiple_choice import indexed_choice
 from jobs.tasks.task import ChoiceQuestion, ChoiceTask, GenerativeTask, OpenQuestion, Response
 from nanochat_core.chat import parse_messages
+from nanochat_core.chat_rows import row_messages
 from nanochat_core.errors import UserError
 from nanochat_core.sandbox import SandboxExecutor
 

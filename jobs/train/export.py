@@ -30,7 +30,9 @@ class ExportSettings(JobSettings):
     """Export a checkpoint as a Hugging Face folder or in the layout of karpathy/nanochat."""
 
     model: str = setting(help="name of the model in the store")
-    revision: str = setting("", "<stage>/step_<n>; by default the newest checkpoint of the model's last stage")
+    revision: str = setting(
+        "", "<stage>/step_<n> or promoted; by default the newest checkpoint of the model's last stage"
+    )
     format: Literal["huggingface", "nanochat"] = setting(
         help="huggingface for transformers and lm_eval, or nanochat for karpathy/nanochat"
     )

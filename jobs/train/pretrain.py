@@ -149,7 +149,7 @@ def plan_run(
 def input_digests(store: Store, dataset: str, tokenizer: Tokenizer, start: Start | None = None) -> dict[str, str]:
     """Digests of what a base model is made from. If one changes, the model must be trained again.
 
-    ``dataset`` is the setting, which may name several datasets.
+    ``dataset`` has the form of the setting ``--dataset``, which may name several datasets.
     """
     entries = parse_mixture(dataset)
     digests = [dataset_digest(store, entry.name) for entry in entries]
@@ -289,7 +289,7 @@ def pretrain(settings: PretrainSettings, runtime: Runtime) -> CheckpointRef:
 
 
 def firsts(documents: TextDataset) -> list[str]:
-    """The first validation documents, which samples continue."""
+    """The first validation documents. The samples of a training run continue their first words."""
     return [documents[number] for number in range(min(_SAMPLES, len(documents)))]
 
 

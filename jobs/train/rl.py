@@ -13,11 +13,11 @@ import torch
 from jobs.measures.pass_at_k import mean_pass_at_k
 from jobs.tasks.registry import open_problems
 from jobs.tasks.task import Problems
+from jobs.train.loop.compiler import can_compile, prepare_compiler
 from jobs.train.loop.run import Evaluation, Metrics
 from jobs.train.loop.runtime import Runtime
 from jobs.train.loop.schedule import Schedule
 from jobs.train.loop.stage import Stage, run_stage
-from jobs.train.loop.step import can_compile
 from jobs.train.reinforce.policy_gradient import PolicyGradient
 from jobs.train.reinforce.rewards import REWARDS, Reward
 from jobs.train.reinforce.rollouts import Answerer, RolloutSettings, RolloutSource, answering, seed_of
@@ -93,6 +93,10 @@ def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
             # The fine-tuned model with frozen weights, in the dtype and with the kernels of the trained model.
             reference = tuned.build_model(runtime.device, model.compute_dtype).requires_grad_(False)
             reference.attention = model.attention
+        hidden = None
+        if can_compile(settings.compile, runtime.device):
+            prepare_compiler(runtime.device)
+            hidden = torch.compile(model.hidden)
         trainer = stage.trainer(
             groups,
             Schedule(
@@ -115,7 +119,7 @@ def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
                 off_policy=settings.asynchronous or settings.clip > 0,
                 kl=settings.kl,
                 reference=reference,
-                hidden=torch.compile(model.hidden) if can_compile(settings.compile, runtime.device) else None,
+                hidden=hidden,
             ),
         )
         log.info(

@@ -26,7 +26,7 @@ from jobs.train.batches.sources import Source, default_workers
 from nanochat_core.errors import UserError
 from nanochat_core.model import IGNORE_INDEX
 
-# The largest number of packers, and of ranks with rows. A batch of more rows gives some packers several rows each.
+# The largest number of packers. Further ranks get no rows. In a larger batch, some packers have several rows each.
 MAX_PACKERS = 1024
 # Each packer reads from one or two row groups at a time. The text of a row group of web pages takes about 4 MB.
 _CACHED_BYTES_PER_PACKER = 8 * 2**20
@@ -132,13 +132,16 @@ class PackedLoader:
     def epoch(self) -> float:
         """This rank's part of the number of passes over the documents; the total is the sum over the ranks.
 
-        Only documents that were packed to their ends count.
+        Only documents that were packed completely count.
         """
         return sum(packer.packed_documents for packer in self._packers) / self._documents
 
     @property
     def unseen(self) -> float:
-        """This rank's share of the documents that were never packed to their ends; the total is the sum over ranks."""
+        """This rank's part of the share of documents that were never packed completely.
+
+        The share is the sum over the ranks.
+        """
         return sum(packer.unseen_documents for packer in self._packers) / self._documents
 
     def prefetched(self) -> Generator[Batch, None, None]:
@@ -160,9 +163,12 @@ class PackedLoader:
     def next_batch(self, pool: ThreadPoolExecutor | None = None) -> Batch:
         """Pack one batch, with the threads of ``pool`` if one is given."""
         shape = (max(1, sum(map(len, self._rows))), self._context_length)
-        ids = torch.full(shape, self._pad_id, dtype=torch.int64, pin_memory=self._pin_memory)
-        targets = torch.full(shape, IGNORE_INDEX, dtype=torch.int64, pin_memory=self._pin_memory)
+        ids = torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory)
+        targets = torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory)
         id_rows, target_rows = ids.numpy(), targets.numpy()
+        # NumPy fills in this thread. PyTorch would start OpenMP threads, which then wait busily on other cores.
+        id_rows.fill(self._pad_id)
+        target_rows.fill(IGNORE_INDEX)
 
         def fill(number: int) -> None:
             for i in self._rows[number]:

@@ -65,7 +65,7 @@ class Selection(Sequence[list[Message]]):
 
 @dataclasses.dataclass(frozen=True)
 class Lost:
-    """What training on rows of a fixed length loses of a selection.
+    """How much of a selection training does not see, because conversations must fit into rows of a fixed length.
 
     Attributes:
         conversations: number of conversations in the selection, before any conversation is left out.

@@ -153,7 +153,7 @@ class ConversationSource(Source):
 class LengthSource(Source):
     """Placeholder documents, in the order of :class:`ConversationSource`. ``lengths`` is (conversations,) int64.
 
-    Packing them counts the batches of an epoch without tokenizing the conversations again.
+    They are packed to count the batches of an epoch, without tokenizing the conversations again.
     """
 
     def __init__(self, lengths: np.ndarray, seed: int) -> None:

@@ -31,7 +31,7 @@ _MEASURED_RUNS, _MEASURED_RUN = 8, 32
 
 
 class TextMixture(Source):
-    """Documents of several text datasets, each with the share of the tokens that its weight gives.
+    """Documents of several text datasets. The weight of a dataset determines its share of the tokens.
 
     An epoch ends as soon as one of the datasets has been shown once. So no epoch shows a document twice.
 

@@ -84,7 +84,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class NanochatAttention(nn.Module):
-    """Causal attention in which a token attends to itself and to the tokens before it that ``mask`` shows."""
+    """Causal attention in which a token attends to itself and to the tokens before it that ``mask`` does not hide."""
 
     def __init__(self, config: NanochatConfig, layer: int) -> None:
         super().__init__()

@@ -57,6 +57,16 @@ class Progress:
         self._held_out_facts: list[str] = []
         self._open = contextlib.ExitStack()
 
+    @property
+    def eta_seconds(self) -> float:
+        """Estimated seconds to the end of the run; NaN while there is no estimate."""
+        return self._display.eta_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Moving mean of the throughput, all ranks together; NaN before the first step."""
+        return self._means["tokens_per_second"].value
+
     def report(self, report: StepReport) -> None:
         """Report a step that is done."""
         self._step = report.step
@@ -163,7 +173,7 @@ class Progress:
             **{name: round(value, 4) for name, value in smooth.items()},
             "tokens_per_second": round(throughput),
             "memory_gib": round(gib, 2),
-            "eta_seconds": round(self._display.eta_seconds),
+            "eta_seconds": round(eta) if math.isfinite(eta := self._display.eta_seconds) else None,
         }
         self._display.show(self._all_facts, fields)
 

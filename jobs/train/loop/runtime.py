@@ -13,7 +13,8 @@ import torch
 
 from jobs.program import JobSettings
 from jobs.train.loop.metrics import serve_metrics
-from nanochat_core.checkpoint import STAGES, check_formats, check_model_name, list_checkpoints
+from nanochat_core.checkpoint import LESSON, STAGES, check_formats, check_model_name, list_checkpoints
+from nanochat_core.cpu_matmul import use_library
 from nanochat_core.device import prepare_cpu
 from nanochat_core.settings import setting
 from nanochat_core.store import Lease, Store, open_store
@@ -30,6 +31,9 @@ class RunSettings(JobSettings):
     attention: Literal["auto", "sdpa", "flex", "flash"] = setting("auto", "attention kernels; auto takes the fastest")
     compile: bool = setting(True, "compile the model with torch.compile")
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0, maximum=4096)
+    cpu_products: Literal["auto", "torch", "onednn"] = setting(
+        "auto", "library for fp32 products on a CPU; auto measures each shape once", env="NANOCHAT_CPU_PRODUCTS"
+    )
     eval_every: int = setting(250, "steps between evaluations; 0 evaluates only at the end", minimum=0)
     save_every: int = setting(500, "steps between checkpoints; 0 saves only at the end", minimum=0)
     keep: int = setting(2, "number of newest checkpoints to keep", minimum=1)
@@ -43,6 +47,12 @@ class RunSettings(JobSettings):
     rank_timeout: float = setting(
         DEFAULT_TIMEOUT_SECONDS,
         "seconds after which a rank that does not answer ends the job",
+        minimum=1.0,
+        maximum=1e7,
+    )
+    join_timeout: float = setting(
+        1800.0,
+        "seconds in which all ranks must have started, with the pulls of their images",
         minimum=1.0,
         maximum=1e7,
     )
@@ -96,9 +106,10 @@ def open_runtime(name: str, settings: RunSettings, model: str) -> Iterator[Runti
     """
     check_model_name(model)
     prepare_cpu(settings.threads)
+    use_library(settings.cpu_products)
     store = open_store(settings.home)
     device = rank_device(settings.device)
-    with joined(device, settings.rank_timeout) as ranks:
+    with joined(device, settings.rank_timeout, settings.join_timeout) as ranks:
         if ranks.leads:
             serve_metrics(settings.metrics_port)
         with leased(store, f"models/{model}", f"jobs.train.{name}", ranks) as lease:
@@ -108,6 +119,6 @@ def open_runtime(name: str, settings: RunSettings, model: str) -> Iterator[Runti
 
 def _refuse_newer(store: Store, model: str) -> None:
     """Raise a UserError if the newest checkpoint of a stage is from a newer version of nanochat."""
-    for stage in STAGES:
+    for stage in (*STAGES, LESSON):
         for ref in list_checkpoints(store, model, stage)[-1:]:
             check_formats(store, ref)

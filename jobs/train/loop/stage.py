@@ -12,7 +12,8 @@ import torch
 from jobs.measures.machine import describe_machine
 from jobs.program import command_line, run_program
 from jobs.train.batches.loader import Batch, PackedLoader
-from jobs.train.loop.run import Evaluation, RunConfig
+from jobs.train.loop.questions import answer_questions
+from jobs.train.loop.run import Evaluation, Metrics, RunConfig, RunState
 from jobs.train.loop.runtime import RunSettings, Runtime, open_runtime
 from jobs.train.loop.schedule import Schedule
 from jobs.train.loop.step import Objective
@@ -20,7 +21,7 @@ from jobs.train.loop.trainer import Trainer
 from nanochat_core.attention import choose_attention
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef
 from nanochat_core.config import ModelConfig
-from nanochat_core.cpu_matmul import convert_to_onednn, onednn_is_faster
+from nanochat_core.cpu_matmul import use_faster_products
 from nanochat_core.device import choose_dtype
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
@@ -33,7 +34,18 @@ from nanochat_core.training.peak_flops import peak_flops
 log = logging.getLogger("jobs.train")
 
 # Settings of some stages that, like RunSettings, may change when a run is resumed.
-_EVALUATION_SETTINGS = frozenset({"eval_tokens", "core_every", "core_bundle", "core_max_per_task", "sample_every"})
+_EVALUATION_SETTINGS = frozenset(
+    {
+        "eval_tokens",
+        "core_every",
+        "core_bundle",
+        "core_max_per_task",
+        "sample_every",
+        "ask",
+        "ask_every",
+        "page_examples",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +56,17 @@ class StageSettings(RunSettings):
     seed: int = setting(1, "seed of everything random in the run", minimum=0, maximum=2**63 - 1)
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = setting(
         "auto", "dtype of activations and matrix products; with auto, fine-tuning and RL take pretraining's"
+    )
+    ask: tuple[str, ...] = setting(
+        (), "questions that the model answers during training, for the chat page; comma separated"
+    )
+    ask_every: int = setting(
+        100,
+        "steps between two rounds of answers to --ask; further rounds come before the first and after the last step",
+        minimum=1,
+    )
+    page_examples: tuple[str, ...] = setting(
+        (), "example messages that the chat page offers, stored with the model; comma separated"
     )
 
 
@@ -151,6 +174,7 @@ class Stage:
         meta = {
             "settings": comparable(self._settings),
             "inputs": inputs,
+            "examples": list(self._settings.page_examples),
             "plan": plan,
             **({"constant_until": kept_step} if kept_step else {}),
             **lineage,
@@ -162,16 +186,33 @@ class Stage:
             "device": device.type,
             "hardware": describe_machine() | {"ranks": ranks.size, "peak_flops": peak_flops(device)},
         }
-        return Trainer(
+        trainer = Trainer(
             RunConfig(self._settings.model, self._name, schedule, self._settings, meta, kept_step),
             self._runtime,
             model,
             self._tokenizer,
             MuonAdamW(groups, ranks, muon_dtype(device)),
             open_batches=open_batches,
-            evaluations=evaluations,
+            evaluations=[*evaluations, *self._questions(lambda: trainer.state)],
             objective=objective,
         )
+        return trainer
+
+    def _questions(self, state: Callable[[], RunState]) -> list[Evaluation]:
+        """Evaluations that let the model answer the questions of ``ask``; empty if there are no questions.
+
+        The answers are added to the run's history. They are not metrics, so the evaluation returns no metrics.
+        """
+        settings = self._settings
+
+        def ask() -> Metrics:
+            if self._runtime.ranks.leads:
+                state().point()["answers"] = answer_questions(
+                    self.model, self._tokenizer, settings.ask, chat=self._name != "base"
+                )
+            return {}
+
+        return [Evaluation(ask, settings.ask_every, first=True)] if settings.ask else []
 
 
 def _check_size(config: ModelConfig) -> None:
@@ -191,8 +232,8 @@ def make_trainable(model: GPT, settings: RunSettings, device: torch.device, prec
     model.attention = choose_attention(settings.attention, device, model.compute_dtype)
     if precision == "fp8":
         convert_to_fp8(model)
-    elif device.type == "cpu" and model.compute_dtype == torch.float32 and onednn_is_faster():
-        convert_to_onednn(model.blocks)
+    elif device.type == "cpu" and model.compute_dtype == torch.float32:
+        use_faster_products(model.blocks)
 
 
 def rows_per_batch(batch_tokens: int, context_length: int) -> int:

@@ -6,24 +6,23 @@ of the mean, however the batch is divided.
 """
 
 import dataclasses
+import functools
 import logging
 import math
-import shutil
 import signal
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from jobs.train.batches.loader import Batch
+from jobs.train.loop.compiler import can_compile, prepare_compiler
 from jobs.train.loop.run import RunConfig, RunState, TrainingDiverged
 from jobs.train.loop.runtime import Runtime, StopSignal
 from nanochat_core.device import precise_dtype
 from nanochat_core.errors import UserError
-from nanochat_core.model import GPT, IGNORE_INDEX
+from nanochat_core.model import GPT, IGNORE_INDEX, run_block
 from nanochat_core.training.loss_scaling import LossScaler
 from nanochat_core.training.optim import MuonAdamW
 
@@ -242,23 +241,16 @@ class TrainingStep:
 
 
 def cross_entropy(model: GPT, *, compile: bool, device: torch.device) -> Objective:
-    """Return the cross-entropy of the next tokens as an objective, compiled if ``compile`` is set and possible."""
-    loss = torch.compile(model.loss, dynamic=False) if can_compile(compile, device) else model.loss
+    """Return the cross-entropy of the next tokens as an objective, compiled if ``compile`` is set and possible.
+
+    On a CPU, each kind of block is compiled once for all layers. Steps are nearly as fast as with a model that is
+    compiled as a whole. Compiling the whole model would take much longer, because the time grows with the layers.
+    """
+    loss: Callable[..., Tensor] = model.loss
+    if can_compile(compile, device):
+        prepare_compiler(device)
+        if device.type == "cpu":
+            loss = functools.partial(model.loss, compiled_block=torch.compile(run_block, dynamic=False))
+        else:
+            loss = torch.compile(model.loss, dynamic=False)
     return lambda rows: (loss(rows.ids, rows.targets, "sum"), {})
-
-
-def can_compile(wanted: bool, device: torch.device) -> bool:
-    """Whether to compile the model. Compiling for a CPU needs a C++ compiler and Python's headers."""
-    if not wanted or device.type != "cpu":
-        return wanted
-    missing = []
-    if not (shutil.which("g++") or shutil.which("clang++")):
-        missing.append("g++")
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        missing.append("Python.h")
-    if missing:
-        log.warning(
-            "the model is not compiled and trains more slowly; install a C++ compiler and Python's headers",
-            extra={"missing": missing},
-        )
-    return not missing

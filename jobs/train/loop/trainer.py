@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs.train.batches.loader import Batch
 from jobs.train.loop.checkpoints import RunCheckpoints
+from jobs.train.loop.live import LiveProgress
 from jobs.train.loop.progress import Progress
 from jobs.train.loop.run import Evaluation, RunConfig, RunState, flat_metrics
 from jobs.train.loop.runtime import Runtime, StopSignal
@@ -104,21 +105,24 @@ class Trainer:
             CheckpointWriter(self.runtime.store, self.runtime.ranks, lease=self.runtime.lease) as writer,
             StopSignal() as stop,
             self._open_progress() as progress,
+            self._open_live_progress() as live,
             contextlib.closing(prefetched),
             contextlib.ExitStack() as at_the_end,
         ):
+            self._tell(live, progress, at_once=True)  # replaces the progress file of an earlier run
             first_batch = next(prefetched)
             step.compile(first_batch)
             batches = itertools.chain([first_batch], prefetched)
-            if state.step == 0:
-                self._evaluate(progress)
+            if state.step == 0 and self._evaluate(progress):
+                self._tell(live, progress, at_once=True)
             while state.step < last_step:
                 if self.runtime.lease is not None:
                     self.runtime.lease.check()
                 report = step(batches, stop)
                 self._note(report)
                 progress.report(report)
-                self._evaluate(progress)
+                evaluated = self._evaluate(progress)
+                self._tell(live, progress, at_once=evaluated)
                 finished = state.step == last_step
                 if report.stopped_by and not finished:
                     self._checkpoints.save_last(writer, state, finished=False)
@@ -144,14 +148,25 @@ class Trainer:
             self._checkpoints.save_last(writer, state, finished=True)
         return self.config.checkpoint(last_step)
 
-    def _evaluate(self, progress: Progress) -> None:
-        """Run the evaluations that are due after the current step."""
+    def _evaluate(self, progress: Progress) -> bool:
+        """Run the evaluations that are due after the current step. Returns whether any evaluation was due."""
         last_step = self.config.schedule.steps
         due = [evaluation for evaluation in self._evaluations if evaluation.is_due(self.state.step, last_step)]
         metrics = {name: value for evaluation in due for name, value in evaluation.metrics().items()}
         if metrics:
             self.state.point().update(metrics)
             progress.held_out(flat_metrics(metrics))
+        return bool(due)
+
+    def _tell(self, live: LiveProgress, progress: Progress, *, at_once: bool) -> None:
+        """Report the current state to the progress file."""
+        live.update(
+            self.state.step,
+            self.state.history,
+            tokens_per_second=progress.tokens_per_second,
+            eta_seconds=progress.eta_seconds,
+            at_once=at_once,
+        )
 
     def _note(self, report: StepReport) -> None:
         """Add the step's duration to the run's duration. Add the step to the history unless the step was skipped."""
@@ -166,6 +181,18 @@ class Trainer:
                 **report.measures,
                 **report.coverage,
             )
+
+    def _open_live_progress(self) -> LiveProgress:
+        config = self.config
+        return LiveProgress(
+            self.runtime.store,
+            config.model_name,
+            config.stage,
+            steps=config.schedule.steps,
+            batch_tokens=config.meta.get("plan", {}).get("batch_tokens", 0),
+            program=self.runtime.lease.program if self.runtime.lease else "",
+            shown=self.runtime.ranks.leads,
+        )
 
     def _open_progress(self) -> Progress:
         config, device, ranks = self.config, self.runtime.device, self.runtime.ranks

@@ -13,7 +13,12 @@ from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.tokenizer import Tokenizer
 
 # Upstream's folder of the checkpoints of each stage.
-FOLDERS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
+FOLDERS = {
+    "base": "base_checkpoints",
+    "sft": "chatsft_checkpoints",
+    "rl": "chatrl_checkpoints",
+    "lesson": "chatsft_checkpoints",
+}
 
 
 def write_upstream(checkpoint: Checkpoint, folder: Path) -> None:
