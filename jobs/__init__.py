@@ -1,0 +1,5 @@
+"""Programs that run once."""
+
+from nanochat_core.openmp import limit_spinning
+
+limit_spinning()

@@ -46,7 +46,7 @@ class ChatEvalSettings(JobSettings):
     tasks: tuple[str, ...] = setting(("demo",), "names of tasks and .jsonl files with questions, comma separated")
     data: str = setting("", "folder with the tasks' data in <dataset>/; empty reads data/<dataset>/ of the store")
     stage: Literal["base", "sft", "rl"] = setting("sft", "stage whose newest checkpoint is evaluated")
-    revision: str = setting("", "<stage>/step_<n> instead of the newest checkpoint of a stage")
+    revision: str = setting("", "<stage>/step_<n>, or promoted, instead of the newest checkpoint of a stage")
     items: int = setting(
         0, "questions per task; 0 is all questions of a dataset and 200 of a generated task", minimum=0
     )

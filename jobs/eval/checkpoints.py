@@ -11,5 +11,6 @@ def newest_stages(store: Store, model: str, revision: str = "") -> dict[str, Che
     Raises UserError if the model has no checkpoint, or no checkpoint of this revision.
     """
     last = pick_checkpoint(store, model, revision, *STAGES)
-    earlier = {stage: newest_checkpoint(store, model, stage) for stage in STAGES[: STAGES.index(last.ref.stage)]}
+    before = STAGES[: STAGES.index(last.ref.stage)] if last.ref.stage in STAGES else STAGES
+    earlier = {stage: newest_checkpoint(store, model, stage) for stage in before}
     return {stage: checkpoint for stage, checkpoint in earlier.items() if checkpoint} | {last.ref.stage: last}

@@ -29,7 +29,7 @@ class CoreSettings(JobSettings):
 
     model: str = setting(help="name of the model in the store")
     stage: Literal["base", "sft", "rl"] = setting("base", "stage whose newest checkpoint is evaluated")
-    revision: str = setting("", "<stage>/step_<n> instead of the newest of a stage")
+    revision: str = setting("", "<stage>/step_<n>, or promoted, instead of the newest of a stage")
     bundle: str = setting(PUBLIC_BUNDLE, "evaluation bundle: a folder, s3://bucket/prefix, or the URL of a zip")
     max_per_task: int = setting(0, "items of each task; 0 for all", minimum=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to compute on")

@@ -6,10 +6,11 @@ from typing import Literal
 
 from jobs.program import JobSettings, run_program
 from jobs.promotion.decisions import Decision
-from jobs.promotion.gate import EXIT_REFUSED, decide
+from jobs.promotion.gate import decide
 from jobs.promotion.rules import DEFAULT_NO_WORSE, Gate
 from jobs.recipes import find_recipe
 from nanochat_core.checkpoint import check_model_name, pick_checkpoint
+from nanochat_core.errors import EXIT_REFUSED
 from nanochat_core.settings import setting
 from nanochat_core.store import open_store
 
@@ -21,7 +22,7 @@ class GateSettings(JobSettings):
     """Decide from its metrics whether a checkpoint may be promoted; the exit code is 3 if it may not."""
 
     model: str = setting(help="name of the model in the store")
-    revision: str = setting("", "<stage>/step_<n>; empty for the newest RL or else SFT checkpoint")
+    revision: str = setting("", "<stage>/step_<n> or promoted; empty for the newest RL or else SFT checkpoint")
     recipe: str = setting("", "recipe whose rules apply; --require and --no-worse are added to them")
     require: tuple[str, ...] = setting((), "thresholds, comma separated, such as chat.accuracy>=0.9,core.core>=0.2")
     no_worse: tuple[str, ...] = setting(

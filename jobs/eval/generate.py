@@ -38,7 +38,7 @@ class GenerateSettings(JobSettings):
     stage: Literal["auto", "base", "sft", "rl"] = setting(
         "auto", "stage whose newest checkpoint writes; auto is the last stage that the model has"
     )
-    revision: str = setting("", "<stage>/step_<n> instead of the newest checkpoint of a stage")
+    revision: str = setting("", "<stage>/step_<n>, or promoted, instead of the newest checkpoint of a stage")
     mode: Literal["auto", "text", "chat"] = setting(
         "auto", "text continues the prompt, chat answers it as a user's message; auto is text for base checkpoints only"
     )

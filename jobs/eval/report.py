@@ -27,7 +27,7 @@ class ReportSettings(JobSettings):
     """Make the missing held-out evaluations, and write reports/<model>/ with report.md, report.json and plots."""
 
     model: str = setting(help="name of the model in the store")
-    revision: str = setting("", "<stage>/step_<n> of the report; empty for the newest checkpoint of the last stage")
+    revision: str = setting("", "<stage>/step_<n> or promoted; empty for the newest checkpoint of the last stage")
     recipe: str = setting(
         "", "recipe whose kinds of conversations are asked; empty for the recipe that trained the model"
     )

@@ -25,10 +25,6 @@ from nanochat_core.store import Lease, Store
 
 log = logging.getLogger("jobs.eval.gate")
 
-# Exit code of the gate, and of a pipeline whose model the gate refused. The code 2 means a wrong setting, and codes
-# from 128 on make Kubernetes restart the job.
-EXIT_REFUSED = 3
-
 
 @dataclasses.dataclass(frozen=True)
 class Incumbent:
@@ -116,3 +112,19 @@ def incumbent(store: Store, model: str, candidate: str) -> Incumbent | None:
     if digest == candidate:
         return Incumbent(ref, None)
     return Incumbent(ref, metrics_of(store, load_checkpoint(store, ref)))
+
+
+def restore(store: Store, ref: CheckpointRef, digest: str) -> None:
+    """Promote a checkpoint again that the gate has promoted before.
+
+    ``digest`` is the sha256 of the expected weights. Raises UserError if the checkpoint is gone, has other weights, or
+    was never promoted with these weights.
+    """
+    with Lease(store, f"reports/{ref.model}", "jobs.eval.gate"):
+        if (found := load_checkpoint(store, ref).weights_digest) != digest:
+            raise UserError(
+                f"{ref.prefix} in {store} has the weights {found[:12]}, not {digest[:12]}; nothing is changed"
+            )
+        if not any(each.promoted and each.digest == digest for each in decisions(store, ref)):
+            raise UserError(f"{ref.prefix} was never promoted with these weights; nanochat eval gate may promote it")
+        promote(store, ref)

@@ -10,12 +10,22 @@ import json
 from collections.abc import Iterator
 
 from jobs.results.evaluations import Result, results_of
-from nanochat_core.checkpoint import STAGES, Checkpoint, CheckpointRef, list_checkpoints, load_meta, weights_digest
+from nanochat_core.checkpoint import (
+    LESSON,
+    STAGES,
+    Checkpoint,
+    CheckpointRef,
+    list_checkpoints,
+    load_meta,
+    weights_digest,
+)
 from nanochat_core.store import Store
 
 # Names of the evaluations. A report itself makes the last three.
 CORE, CHAT_TASKS = "core", "chat"
 HELD_OUT_TEXT, CONVERSATIONS, SAMPLES = "bpb", "conversations", "samples"
+# The evaluation that asks the questions of a lesson, before and after the lesson.
+LESSON_QUESTIONS = "lesson"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +69,7 @@ def ancestors(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[str, Check
         inputs = set(meta.get("inputs", {}).values()) - known
         parents = (
             (digest, candidate)
-            for stage in reversed(STAGES)
+            for stage in (LESSON, *reversed(STAGES))
             for candidate in reversed(list_checkpoints(store, meta.get("base_model", ref.model), stage))
             if (digest := weights_digest(store, candidate)) in inputs
         )
@@ -97,6 +107,10 @@ def _named(result: Result) -> Iterator[tuple[str, float]]:
         yield "chat.accuracy", result["accuracy"]
         for name, counts in result["kinds"].items():
             yield f"chat.kinds.{name}", counts["right"] / max(counts["items"], 1)
+    elif kind == LESSON_QUESTIONS:
+        yield "lesson.kept_loss", result["kept_loss"]
+        for name, counts in result["groups"].items():
+            yield f"lesson.{name}", counts["right"] / max(counts["asked"], 1)
     elif kind in (CORE, CHAT_TASKS):
         score = "core" if kind == CORE else "chatcore"
         if result[score] is not None:

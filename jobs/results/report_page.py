@@ -24,8 +24,8 @@ PUBLISHED = (
     Published("karpathy/nanochat, depth 20 (first articles)", 0.22, "4e19 FLOPs, 4 h"),
 )
 
-TITLES = {"base": "pretraining", "sft": "fine-tuning", "rl": "reinforcement learning"}
-PROGRAMS = {"base": "jobs.train.pretrain", "sft": "jobs.train.sft", "rl": "jobs.train.rl"}
+TITLES = {"base": "pretraining", "sft": "fine-tuning", "rl": "reinforcement learning", "lesson": "teaching"}
+PROGRAMS = {"base": "jobs.train.pretrain", "sft": "jobs.train.sft", "rl": "jobs.train.rl", "lesson": "jobs.teach"}
 _UNITS = {"val_bpb": "bpb", "val_loss": "nats"}
 # For each section with plots: the caption and the file name of each plot.
 _PLOTS = {
@@ -40,6 +40,8 @@ _MOST_CHARACTERS = 400
 _RIGHT_ANSWERS, _WRONG_ANSWERS = 1, 3
 # Of the steps at which training wrote samples, this many are shown: the first, the last, and some between them.
 _SAMPLED_STEPS = 5
+# Of the steps at which the model answered the questions during training, this many are shown.
+_ANSWERING_SNAPSHOTS = 10
 
 
 def render(report: Report, plots: Sequence[str] = ()) -> str:
@@ -345,7 +347,7 @@ def _conversations(report: Report) -> list[str]:
 
 
 def _exchange(example: Report) -> list[str]:
-    """Markdown of a conversation up to the user's question, the model's tool calls and its answer."""
+    """Markdown of an example: the messages up to the user's question, then the model's tool calls, then its answer."""
     turns = [*example.get("before", []), ("user", example["question"])]
     lines: list[str] = []
     for role, text in turns:
@@ -412,8 +414,7 @@ def _samples(report: Report) -> list[str]:
 def _training_samples(report: Report) -> list[str]:
     """What the model wrote at several steps of pretraining, one prompt after another."""
     points = report.get("base", {}).get("samples", [])  # A report of an earlier version has no samples.
-    if len(points) > _SAMPLED_STEPS:
-        points = [points[i * (len(points) - 1) // (_SAMPLED_STEPS - 1)] for i in range(_SAMPLED_STEPS)]
+    points = _spread(points, _SAMPLED_STEPS)
     written: dict[tuple[int, str], list[tuple[int, str]]] = {}
     for point in points:
         for number, (prompt, continuation) in enumerate(point["samples"]):
@@ -425,6 +426,32 @@ def _training_samples(report: Report) -> list[str]:
             shown = _shown(continuation) if continuation.strip() else ["*(nothing)*"]
             label = f"*Step {step:,}:*"
             lines += [f"{label} {shown[0]}", ""] if len(shown) == 1 else [label, "", *shown, ""]
+    return lines
+
+
+def _spread(points: Sequence[Any], count: int) -> Sequence[Any]:
+    """At most ``count`` of the points: the first, the last, and some evenly between them."""
+    if len(points) <= count:
+        return points
+    return [points[i * (len(points) - 1) // (count - 1)] for i in range(count)]
+
+
+def _learning(report: Report) -> list[str]:
+    """The answers to the same questions at several steps of all stages. Reports of earlier versions have no answers."""
+    snapshots = [
+        (stage, point["step"], dict(point["answers"]))
+        for stage, described in _stages_of(report).items()
+        for point in described.get("answers", [])
+    ]
+    questions = dict.fromkeys(question for _, _, answers in snapshots for question in answers)
+    lines: list[str] = []
+    for question in questions:
+        rows = [
+            (f"{TITLES[stage]}, step {step:,}", literal(answers[question]) or "*(nothing)*")
+            for stage, step, answers in _spread(snapshots, _ANSWERING_SNAPSHOTS)
+            if question in answers
+        ]
+        lines += [f"**{literal(question)}**", "", *table(("snapshot", "answer"), rows), ""]
     return lines
 
 
@@ -478,6 +505,7 @@ _SECTIONS: dict[str, Callable[[Report], list[str]]] = {
     "Held-out text": _held_out_text,
     "Samples of the base model": _samples,
     "Samples during pretraining": _training_samples,
+    "How it learned": _learning,
     "Tokenizer": _tokenizer,
     "Inference": _inference,
     "Configuration": _configuration,

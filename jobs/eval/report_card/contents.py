@@ -105,6 +105,7 @@ def describe_stage(checkpoint: Checkpoint) -> Report:
         "data": _data_use(plan, history),
         "held_out": {name: value for point in history for name, value in point.items() if name.startswith("val_")},
         "samples": [{"step": p["step"], "samples": p["samples"]} for p in history if "samples" in p],
+        "answers": [{"step": p["step"], "answers": p["answers"]} for p in history if "answers" in p],
         "skipped_steps": meta.get("skipped_steps", []),
         "made_from": _made_from(checkpoint),
         "rl": _rl_curve(history),
@@ -118,8 +119,8 @@ def _median_and_largest(values: Sequence[float]) -> Report | None:
 def _data_use(plan: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Report:
     """How a stage had used its data when it ended. A value is None if it was not recorded.
 
-    ``epochs`` is the number of passes over the data, ``unseen_share`` the share of documents that were never shown to
-    their ends, and ``cropped_share`` the share of tokens that were cut off. ``cut`` and ``left_out`` are the numbers of
+    ``epochs`` is the number of passes over the data, ``unseen_share`` the share of documents that were never shown
+    completely, and ``cropped_share`` the share of tokens that were cut off. ``cut`` and ``left_out`` are the numbers of
     conversations that were cut or left out because they are longer than a row.
     """
     lost = plan.get("lost", {})

@@ -7,8 +7,8 @@ from typing import Any
 
 from jobs.measures.core.run import GPT2_XL_CORE
 from jobs.plots import FAINT, HELD_OUT, INK, TRAIN, log_scale, panels, shades, short, smoothed
+from jobs.results.report_page import TITLES
 
-TITLES = {"base": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement learning"}
 _BAR_INCHES = 0.3
 _NATS = "nats per token"
 # Label and unit of each held-out metric of a history. Only metrics in the unit of the loss are drawn beside the loss.
@@ -23,7 +23,11 @@ History = list[dict[str, Any]]
 def draw(folder: Path, report: Mapping[str, Any], histories: Mapping[str, History]) -> list[str]:
     """Draw each plot for which the report has data, write it into ``folder``, and return the file names."""
     names = []
-    stages = [(TITLES[stage], history) for stage, history in histories.items() if any("loss" in p for p in history)]
+    stages = [
+        (TITLES[stage].capitalize(), history)
+        for stage, history in histories.items()
+        if any("loss" in point for point in history)
+    ]
     if stages:
         plot_losses(folder / "loss.png", stages)
         names.append("loss.png")

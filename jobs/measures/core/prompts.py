@@ -52,7 +52,7 @@ class Prompts:
 
     def __init__(self, task: Task, tokenizer: Tokenizer, longest: int) -> None:
         self._task, self._tokenizer, self._longest = task, tokenizer, longest
-        # A match of this pattern goes past the end of a line only if whitespace follows the line.
+        # With this pattern, a token can span the end of an example only if whitespace follows the example.
         self._separable = tokenizer.pattern == SPLIT_PATTERN
         self._example = functools.cache(lambda number: tokenizer.encode(task.items[number].shown + BETWEEN))
 
