@@ -1,7 +1,8 @@
 """Errors as clients see them: OpenAI's JSON object, with one HTTP status for each cause."""
 
 import json
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -10,26 +11,36 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from nanochat_core.redaction import redact
+
 RETRY_AFTER_SECONDS = 2
+# An error repeats at most this many characters of what the client sent.
+_SHOWN_CHARACTERS = 100
 
 # OpenAI's error types by status. Every other status below 500 is an invalid_request_error; from 500 on, the type is
 # server_error.
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
-# The engine names a wrong constraint in its trailing metadata. This table has the request's parameter for each name.
-_CONSTRAINT_PARAMETERS = {"json_schema": "response_format.json_schema.schema", "regex": "regex"}
-
 
 class ApiError(HTTPException):
     """A failure with the HTTP status and the message that the client gets."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         """``param`` is the request's wrong parameter, such as ``messages[2].content``.
 
-        ``code`` is an error code that programs can compare.
+        ``code`` is an error code that programs can compare. ``headers`` are added to the response.
         """
         # These two statuses mean that a later attempt may succeed, but the gateway can't know when.
-        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else None
+        if headers is None and status in (429, 503):
+            headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
         super().__init__(status, detail=message, headers=headers)
         self.message = message
         self.param = param
@@ -37,14 +48,10 @@ class ApiError(HTTPException):
 
     @property
     def body(self) -> bytes:
-        """The JSON object that the client gets.
-
-        The JSON is ASCII, because a message may quote lone surrogates that the client sent. UTF-8 can't encode lone
-        surrogates.
-        """
+        """The JSON object that the client gets."""
         status = self.status_code
         kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        error = {"message": redact(self.message), "type": kind, "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode()
 
     def response(self) -> Response:
@@ -57,6 +64,11 @@ class ClientGone(HTTPException):
 
     def __init__(self) -> None:
         super().__init__(499, detail="The client closed the connection.")
+
+
+def shown(text: str) -> str:
+    """Returns the text as an error may repeat it: cut after 100 characters, because the client chose its length."""
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
 def bad_request(message: str, param: str | None, code: str | None = None) -> ApiError:
@@ -97,9 +109,40 @@ def queue_full() -> ApiError:
     return ApiError(429, "Too many requests are waiting for an engine. Try again shortly.", code="engine_overloaded")
 
 
+def unauthorized(message: str) -> ApiError:
+    """Returns an error with status 401: the request's API key is missing or wrong."""
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def not_allowed(scope: str) -> ApiError:
+    """Returns an error with status 403: the caller does not have this scope."""
+    message = f"This caller may not do that: it needs an API key with the scope {scope}."
+    return ApiError(403, message, code="missing_scope")
+
+
+def rate_limited(message: str, *, retry_seconds: float | None) -> ApiError:
+    """Returns an error with status 429: the caller has reached one of its limits.
+
+    The limit has room again in ``retry_seconds`` seconds. None says that the same request can never pass; the header
+    ``x-should-retry`` then tells OpenAI's client libraries not to retry.
+    """
+    if retry_seconds is None:
+        headers = {"x-should-retry": "false"}
+    else:
+        milliseconds = math.ceil(retry_seconds * 1000)
+        headers = {"Retry-After": str(max(1, math.ceil(retry_seconds))), "retry-after-ms": str(milliseconds)}
+    return ApiError(429, message, code="rate_limit_exceeded", headers=headers)
+
+
+def admission_unavailable() -> ApiError:
+    """Returns an error with status 503: keys or limits cannot be checked at the moment."""
+    message = "API keys and limits cannot be checked at the moment. Try again shortly."
+    return ApiError(503, message, code="admission_unavailable")
+
+
 def model_not_found(name: str, known: Collection[str]) -> ApiError:
     """Returns an error with status 404: the engines serve the ``known`` models only."""
-    message = f"The model {name!r} does not exist here; this server has {', '.join(sorted(known))}."
+    message = f"The model {shown(name)!r} does not exist here; this server has {', '.join(sorted(known))}."
     return ApiError(404, message, param="model", code="model_not_found")
 
 
@@ -109,14 +152,20 @@ def internal_error(request_id: str) -> ApiError:
     return ApiError(500, message, code="internal_error")
 
 
-def from_rpc(error: grpc.aio.AioRpcError, *, started: bool) -> ApiError:
-    """Translates an engine's gRPC error; ``started`` says whether the engine had already sent a part of the answer."""
+def from_rpc(error: grpc.aio.AioRpcError, *, started: bool, constraint: str | None = None) -> ApiError:
+    """Translates an engine's gRPC error.
+
+    ``started`` says whether the engine had already sent a part of the answer. ``constraint`` is the request's parameter
+    that constrains the answer.
+    """
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.INVALID_ARGUMENT:
-        param = _CONSTRAINT_PARAMETERS.get(dict(error.trailing_metadata() or ()).get("invalid-field", ""))
-        if param is not None:
-            return invalid_value(f"Invalid {param}: {details}.", param)
+        # The engine names a field in its trailing metadata only if the constraint is wrong.
+        if constraint is not None and "invalid-field" in dict(error.trailing_metadata() or ()):
+            return invalid_value(f"Invalid {constraint}: {details}.", constraint)
         return ApiError(400, details or "The engine refused the request.", code="invalid_request")
+    if is_caller_limit(error):
+        return rate_limited(f"{details[:1].upper()}{details[1:]}.", retry_seconds=1)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         message = "The engine has as many requests as it can hold; try again shortly."
         return ApiError(429, message, code="engine_overloaded")
@@ -133,18 +182,28 @@ def from_rpc(error: grpc.aio.AioRpcError, *, started: bool) -> ApiError:
     return ApiError(500, "The engine failed on this request.", code="engine_error")
 
 
+def is_caller_limit(error: grpc.aio.AioRpcError) -> bool:
+    """Whether an engine refused the request because its caller has too many requests there.
+
+    The engine may have room for requests of other callers.
+    """
+    trailing = dict(error.trailing_metadata() or ())
+    return error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "caller-limit" in trailing
+
+
 def _from_validation(error: RequestValidationError, content_type: str) -> ApiError:
     """Translates the first error that pydantic found in a request body."""
     first = error.errors()[0]
     location = first["loc"][1:]
-    if first["type"] == "json_invalid":
-        return bad_request(f"The request body is not valid JSON: {first['ctx']['error']}.", None, "invalid_json")
     if not location:
+        if first["type"] == "invalid_value":
+            return bad_request(f"Invalid request body: {first['msg']}.", None, "invalid_value")
         if first["type"] == "missing":
-            return bad_request("The request has no body; send a JSON object.", None)
+            return bad_request("The request has no body; send a JSON object.", None, "missing_body")
         if "json" not in content_type:
-            return bad_request("Send the request body as JSON, with the header Content-Type: application/json.", None)
-        return bad_request("The request body must be a JSON object.", None)
+            message = "Send the request body as JSON, with the header Content-Type: application/json."
+            return bad_request(message, None, "invalid_content_type")
+        return bad_request("The request body must be a JSON object.", None, "invalid_json")
     param = _parameter_name(location)
     if first["type"] == "missing":
         return bad_request(f"Missing required parameter: {param}.", param, "missing_required_parameter")
@@ -156,17 +215,20 @@ def _parameter_name(location: Sequence[str | int]) -> str:
     name = ""
     for step in location:
         name += f"[{step}]" if isinstance(step, int) else f".{step}" if name else step
-    return name
+    return shown(name)  # a key of an object may be part of the name
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
     """Answers an :class:`ApiError` or an error of the framework with the same JSON shape."""
     assert isinstance(error, HTTPException)
     if not isinstance(error, ApiError):
+        path = f"{request.method} {shown(request.url.path)}"
         message, code = str(error.detail), None
-        if error.status_code in (404, 405):
-            message, code = f"There is no {request.method} {request.url.path} here.", "unknown_url"
-        error = ApiError(error.status_code, message, code=code)
+        if error.status_code == 404:
+            message, code = f"There is no {path} here.", "unknown_url"
+        elif error.status_code == 405:
+            message, code = f"There is no {path} here; the header Allow lists the methods.", "method_not_allowed"
+        error = ApiError(error.status_code, message, code=code, headers=error.headers)
     request.state.record.error = error.code  # for the request log
     return error.response()
 

@@ -29,6 +29,14 @@ class Metrics:
             ("route",),
             buckets=_REQUEST_SECONDS,
         )
+        self.connections_closed = counter(
+            "nanochat_gateway_connections_closed_total",
+            "Connections that the gateway closed: no request came (silent, idle) or only a part of one (late), the "
+            "client did not read its answer (stalled), there were too many (crowded), or the request was malformed or "
+            "oversized",
+            ("reason",),
+        )
+        self.held_bytes = gauge("nanochat_gateway_held_bytes", "Received body bytes of all requests in progress")
         self.in_flight = gauge("nanochat_gateway_requests_in_flight", "HTTP requests being answered")
         self.first_token_seconds = histogram(
             "nanochat_gateway_time_to_first_token_seconds",
@@ -41,6 +49,9 @@ class Metrics:
             buckets=_INTER_TOKEN_SECONDS,
         )
         self.prompt_tokens = counter("nanochat_gateway_prompt_tokens_total", "Tokens of prompts sent to engines")
+        self.cached_prompt_tokens = counter(
+            "nanochat_gateway_cached_prompt_tokens_total", "Tokens of prompts that engines had in their prefix caches"
+        )
         self.generation_tokens = counter(
             "nanochat_gateway_generation_tokens_total", "Tokens of answers received from engines, tool output included"
         )
@@ -81,6 +92,24 @@ class Metrics:
             "Requests that got no engine: the queue was full, or they waited too long (late)",
             ("reason",),
         )
+        self.canary_percent = gauge("nanochat_gateway_canary_percent", "Share of the requests that the canary gets")
+        self.canary_returned = gauge(
+            "nanochat_gateway_canary_returned", "1 once the canary has lost its share because it did worse"
+        )
         self.engine_up = gauge(
             "nanochat_gateway_engine_up", "1 while an engine is healthy and its model is known", ("address",)
         )
+        self.admission_refusals = counter(
+            "nanochat_gateway_admission_refusals_total",
+            "Requests that may not enter, by the code of the error",
+            ("code",),
+        )
+        self.key_requests = counter(
+            "nanochat_gateway_key_requests_total", "Requests that use the model, by the id of their API key", ("key",)
+        )
+        self.key_tokens = counter(
+            "nanochat_gateway_key_tokens_total",
+            "Tokens by the id of the API key, and by their kind: prompt or completion",
+            ("key", "kind"),
+        )
+        self.redis_up = gauge("nanochat_gateway_redis_up", "1 while Redis answers; 0 also if there is none")

@@ -1,37 +1,88 @@
 """Request bodies of the API, with all checks that don't depend on the model."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from services.gateway.errors import bad_request, invalid_value
+from services.gateway.errors import bad_request, invalid_value, shown
 
 MAX_STOP_STRINGS = 4
 # The gateway compares each new piece of text with the stop strings, so their length must have a bound.
 MAX_STOP_CHARACTERS = 1000
+# Bounds of lists and objects. Checking an entry takes microseconds, so without bounds a body of 1 MB could take
+# seconds. Together with fail_fast, which ends a list at its first wrong entry, the bounds also limit the number of
+# errors that pydantic collects.
+MAX_MESSAGES = 2048
+MAX_PARTS = 2048
+MAX_TOOL_EVENTS = 1024
+MAX_PROMPTS = 2048
+MAX_DETOKENIZED = 131_072
+MAX_BIASES = 1024
+MAX_CALLS = 128
+MAX_CHOICES_OF_TEXT = 1024
+MAX_STOP_TOKENS = 128
+# Largest length of the schemas of all tools together, in characters of JSON. The engine refuses longer schemas.
+MAX_TOOL_CHARACTERS = 65_536
+# Largest number of log probabilities of prompts in one answer. They take about 100 MB, and half a second to write. For
+# a prompt that is text, each character counts as a token, because the number of tokens is not known yet.
+MAX_SCORES = 500_000
+MAX_FIELDS = 256
 
-# Parameters of OpenAI's API that this server doesn't support although they would change the answer. The listed values
-# of a parameter change nothing, so they are accepted. The server ignores every other unknown parameter.
+# Most tools of a request, as in OpenAI's API.
+MAX_TOOLS = 128
+
+# Parameters of OpenAI's and vLLM's APIs that this server doesn't support although they would change the answer. The
+# listed values of a parameter change nothing, so they are accepted.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
     "audio": (),
+    "bad_words": ([],),
     "best_of": (1,),
-    "echo": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "echo": (False,),  # unsupported in chat only
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "guided_grammar": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
     "modalities": (["text"],),
     "prediction": (),
+    "prompt_logprobs": (),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),  # only chat completions support the other types
-    "store": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "structural_tag": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
+    "tool_choice": ("none", "auto"),  # this and the next one are unsupported in text completions only
     "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-_UNSUPPORTED_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {"audio": (), "function_call": (), "tool_calls": ([],)}
+_UNSUPPORTED_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {"audio": (), "function_call": ()}
+# Parameters of OpenAI's API that change no answer here: the server stores no chats, and all requests
+# have the same service tier.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",  # an answer has one call at most
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+    }
+)
 
 
 def _reject(message: str) -> NoReturn:
@@ -40,14 +91,23 @@ def _reject(message: str) -> NoReturn:
     raise PydanticCustomError("invalid_value", "{reason}", {"reason": message})
 
 
+def _whole_number(value: Any) -> Any:
+    """Reads 10.0 as 10, because some clients have one type for all numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_whole_number)]
+
+
 def _join_parts(value: Any) -> Any:
     if not isinstance(value, list):
         return value
+    _check_length(value, MAX_PARTS, "parts")
     texts = []
     for i, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
-            _reject(f"part {i} is of type {kind!r}, and this model reads text parts only")
+            _reject(f"part {i} is of type {shown(repr(kind))}, and this model reads text parts only")
         if not isinstance(part.get("text"), str):
             _reject(f"part {i} has no text")
         texts.append(part["text"])
@@ -58,10 +118,10 @@ def _list_stops(value: Any) -> Any:
     if value is None:
         return None
     stops = [value] if isinstance(value, str) else value
+    if isinstance(stops, list):
+        _check_length(stops, MAX_STOP_STRINGS, "stop strings")
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         _reject("use a string or a list of strings")
-    if len(stops) > MAX_STOP_STRINGS:
-        _reject(f"at most {MAX_STOP_STRINGS} stop strings are possible")
     if "" in stops:
         _reject("a stop string can't be empty")
     if any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
@@ -72,20 +132,43 @@ def _list_stops(value: Any) -> Any:
 def _list_prompts(value: Any) -> Any:
     if isinstance(value, str) or _is_ids(value):
         return [value]
-    if isinstance(value, list) and value and (all(isinstance(item, str) for item in value) or all(map(_is_ids, value))):
-        return value
+    if isinstance(value, list) and value:
+        _check_length(value, MAX_PROMPTS, "prompts")
+        if all(isinstance(item, str) for item in value) or all(map(_is_ids, value)):
+            return value
     _reject("use a string, a list of strings, a list of token ids or a list of such lists, none of them empty")
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(item) is int and item >= 0 for item in value)
+    # set and min read long lists several times faster than a loop.
+    return isinstance(value, list) and set(map(type, value)) == {int} and min(value) >= 0
 
 
-class _Model(BaseModel):
+def _check_length(value: list[Any] | dict[Any, Any], most: int, name: str) -> None:
+    if len(value) > most:
+        _reject(f"at most {most} {name} are possible, and there are {len(value)}")
+
+
+def _few_biases(value: Any) -> Any:
+    if isinstance(value, dict):
+        _check_length(value, MAX_BIASES, "tokens")
+    return value
+
+
+class ApiModel(BaseModel):
+    """A JSON object of the API. Unknown fields are kept, so that they can be refused by name."""
+
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            _check_length(value, MAX_FIELDS, "fields")
+        return value
 
-def _refuse(model: _Model, unsupported: Mapping[str, tuple[Any, ...]], prefix: str = "") -> None:
+
+def refuse(model: ApiModel, unsupported: Mapping[str, tuple[Any, ...]], prefix: str = "") -> None:
     """Refuses fields that should change the answer but that the server would have to ignore."""
     for name, value in (model.model_extra or {}).items():
         if name in unsupported and value is not None and value not in unsupported[name]:
@@ -93,7 +176,18 @@ def _refuse(model: _Model, unsupported: Mapping[str, tuple[Any, ...]], prefix: s
             raise bad_request(f"{param} is not supported by this server.", param, "unsupported_parameter")
 
 
-class TextPart(_Model):
+def refuse_unknown(body: ApiModel, known: Collection[str]) -> None:
+    """Refuses parameters that this server does not know, in the words of OpenAI's server, which also refuses them.
+
+    ``known`` has the names of parameters that this server knows besides those of chat.
+    """
+    for name in body.model_extra or {}:
+        if name not in _UNSUPPORTED and name not in _WITHOUT_EFFECT and name not in known:
+            name = shown(name)
+            raise bad_request(f"Unrecognized request argument supplied: {name}.", name, "unknown_parameter")
+
+
+class TextPart(ApiModel):
     """A part of a message's content."""
 
     type: Literal["text"]
@@ -109,10 +203,19 @@ Prompts = Annotated[
 ]
 
 
-class ToolEvent(_Model):
-    """A run of the Python tool inside an assistant's message: the call, or its result."""
+class Picture(ApiModel):
+    """A picture that the code of a tool call made."""
+
+    name: str = Field(description="file name, such as `figure-1.png`")
+    media_type: str = Field(description="such as `image/png`")
+    data: str = Field(description="the picture in base64")
+
+
+class ToolEvent(ApiModel):
+    """A call of the Python tool inside an assistant's message, or the result of such a call."""
 
     type: Literal["call", "result"]
+    index: int | None = Field(None, ge=0, description="place in the list, by which clients join the parts of a stream")
     call_index: int = Field(ge=0, description="counts the calls of the message from 0")
     code: str | None = Field(None, description="call: the Python code that ran")
     offset: int | None = Field(
@@ -121,6 +224,9 @@ class ToolEvent(_Model):
     status: str | None = Field(None, description="result: `ok`, or the kind of failure")
     output: str | None = Field(None, description="result: the text that the model reads")
     duration_seconds: float | None = Field(None, description="result: how long the code ran")
+    pictures: list[Picture] | None = Field(
+        None, description="result: pictures that the code made, if any; not used in a request"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -131,17 +237,36 @@ class ToolEvent(_Model):
         return self
 
 
-class Extension(_Model):
+class Extension(ApiModel):
     """Fields that this server adds to OpenAI's format."""
 
-    tool_events: list[ToolEvent] = Field(default_factory=list)
+    tool_events: list[ToolEvent] = Field(default_factory=list, max_length=MAX_TOOL_EVENTS, fail_fast=True)
 
 
-class ChatMessage(_Model):
+class FunctionCall(ApiModel):
+    """A function's name and the arguments of a call of it."""
+
+    name: str
+    arguments: str = Field(description="JSON, as the model wrote it")
+
+
+class ToolCall(ApiModel):
+    """A call of one of the client's tools."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(ApiModel):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
+    tool_calls: list[ToolCall] | None = Field(
+        None, max_length=MAX_CALLS, fail_fast=True, description="assistant: the calls that came with the answer"
+    )
+    tool_call_id: str | None = Field(None, description="tool: the call whose result this is")
     nanochat: Extension | None = Field(
         None, description="the same object that came with an assistant's answer, so that the model sees its tool calls"
     )
@@ -151,26 +276,34 @@ class ChatMessage(_Model):
         if self.role != "assistant":
             if self.content is None:
                 _reject(f"a {self.role} message needs content")
-            if self.nanochat is not None and self.nanochat.tool_events:
-                _reject("only assistant messages have tool events")
-        elif self.content is None and self.nanochat is None and not self.model_extra:
+            if self.tool_calls or (self.nanochat is not None and self.nanochat.tool_events):
+                _reject("only assistant messages have tool calls and tool events")
+            if self.role == "tool" and self.tool_call_id is None:
+                _reject("a tool message needs tool_call_id")
+        elif self.content is None and self.nanochat is None and not self.tool_calls and not self.model_extra:
             _reject("an assistant message needs content")
         return self
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 def _refuse_unsupported_messages(messages: Sequence[ChatMessage]) -> None:
-    """Raises an :class:`ApiError` with status 400 for a message's field that this server doesn't support."""
+    """Raises an :class:`ApiError` with status 400 if a message has a field that this server doesn't support."""
     for i, message in enumerate(messages):
-        _refuse(message, _UNSUPPORTED_IN_MESSAGE, f"messages[{i}].")
+        refuse(message, _UNSUPPORTED_IN_MESSAGE, f"messages[{i}].")
 
 
-class StreamOptions(_Model):
+class StreamOptions(ApiModel):
     """Options of a streamed answer."""
 
     include_usage: bool | None = Field(None, description="send a last chunk with the token counts")
+    continuous_usage_stats: bool | None = Field(
+        None, description="with `include_usage`: send the counts so far in every chunk"
+    )
 
 
-class JsonSchemaFormat(_Model):
+class JsonSchemaFormat(ApiModel):
     """A JSON schema for the answer, with its name."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="letters, digits, `_` and `-`, up to 64")
@@ -179,7 +312,7 @@ class JsonSchemaFormat(_Model):
     strict: bool | None = Field(None, description="accepted; the answer always follows the schema")
 
 
-class ResponseFormat(_Model):
+class ResponseFormat(ApiModel):
     """The form that the answer must have."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -193,36 +326,302 @@ class ResponseFormat(_Model):
         return self
 
 
-class SamplingRequest(_Model):
+class FunctionDefinition(ApiModel):
+    """A function that the client runs."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="letters, digits, `_` and `-`, up to 64")
+    description: str | None = Field(None, description="what the function does; the model reads it")
+    parameters: dict[str, Any] | None = Field(None, description="JSON schema of the arguments; none by default")
+    strict: bool | None = Field(None, description="accepted; the arguments always follow the schema")
+
+
+class FunctionTool(ApiModel):
+    """A tool that the client offers to the model."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(ApiModel):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedTool(ApiModel):
+    """The choice of one tool."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+    @property
+    def name(self) -> str:
+        return self.function.name
+
+
+def _tool_choice(value: Any) -> Any:
+    if value is None or isinstance(value, NamedTool) or value in ("none", "auto", "required"):
+        return value
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        _reject('use "none", "auto", "required" or {"type": "function", "function": {"name": ...}}')
+    return NamedTool(function=NamedFunction(name=name))
+
+
+ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedTool | None, BeforeValidator(_tool_choice)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraint:
+    """What the text of an answer must match."""
+
+    parameter: str  # the request's parameter
+    field: Literal["json_object", "json_schema", "regex", "text_or_json_schema"]  # field of the engine's SamplingParams
+    value: str | bool
+
+
+def call_schema(tools: Sequence[FunctionTool]) -> dict[str, Any]:
+    """The JSON schema of ``{"name": ..., "arguments": ...}``, a call of one of the tools.
+
+    Raises an :class:`ApiError` with status 400 if the schemas of the tools are too long.
+    """
+    length = sum(len(json.dumps(tool.function.parameters)) for tool in tools)
+    if length > MAX_TOOL_CHARACTERS:
+        most = MAX_TOOL_CHARACTERS
+        raise invalid_value(f"The schemas of tools have {length} characters; at most {most} are possible.", "tools")
+    return {
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": tool.function.name},
+                    "arguments": {"$ref": f"#/$defs/{tool.function.name}"},
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for tool in tools
+        ],
+        "$defs": {
+            tool.function.name: _moved(
+                {"type": "object", "additionalProperties": False, "properties": {}}
+                if not tool.function.parameters
+                else {"type": "object", **tool.function.parameters},
+                f"#/$defs/{tool.function.name}",
+            )
+            for tool in tools
+        },
+    }
+
+
+# Keywords of JSON Schema whose values are data, and keywords whose values are objects from names to schemas.
+_DATA_KEYWORDS = {"const", "default", "enum", "examples"}
+_NAMED_SCHEMAS = {"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """Returns a copy of the schema for ``place`` in another schema, with its references adjusted to this place."""
+    if isinstance(schema, list):
+        return [_moved(item, place) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = dict(schema)
+    for key, value in schema.items():
+        if key == "$ref" and isinstance(value, str) and value.startswith("#"):
+            moved[key] = place + value[1:]
+        elif key in _NAMED_SCHEMAS and isinstance(value, dict):
+            moved[key] = {name: _moved(named, place) for name, named in value.items()}
+        elif key not in _DATA_KEYWORDS:
+            moved[key] = _moved(value, place)
+    return moved
+
+
+Choices = Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES_OF_TEXT, fail_fast=True)]
+
+
+class StructuredOutputs(ApiModel):
+    """vLLM's form of constraints. A request sets one of the fields."""
+
+    json_: str | dict[str, Any] | None = Field(None, alias="json", description="a JSON schema")
+    regex: str | None = Field(None, min_length=1, description="a regular expression")
+    choice: Choices | None = Field(None, description="texts, of which the answer is one")
+    json_object: bool | None = Field(None, description="any JSON object")
+
+    @model_validator(mode="after")
+    def _supported(self) -> Self:
+        refuse(self, {"grammar": (), "structural_tag": ()}, "structured_outputs.")
+        return self
+
+
+_REGEX_CHARACTERS = re.compile(r"[\\.+*?()|\[\]{}^$]")
+
+
+def _one_of(texts: Sequence[str]) -> str:
+    return "|".join(f"({_REGEX_CHARACTERS.sub(lambda match: chr(92) + match[0], text)})" for text in texts)
+
+
+def _schema_text(schema: str | dict[str, Any]) -> str:
+    return schema if isinstance(schema, str) else json.dumps(schema)
+
+
+class SamplingRequest(ApiModel):
     """The parameters that chat and text completions share."""
 
     model: str | None = Field(None, description="a name from `/v1/models`; optional while one model is served")
     stream: bool | None = Field(None, description="send the answer as server-sent events while it is written")
     stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, description="number of independent answers")
-    max_tokens: int | None = Field(None, ge=1, description="most tokens of the answer, tool output included")
+    n: Integer | None = Field(None, ge=1, description="number of independent answers")
+    max_tokens: Integer | None = Field(None, ge=1, description="most tokens of the answer, tool output included")
     stop: Stops = Field(None, description="up to 4 strings; the answer ends before the first one that appears")
     temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest token")
     top_p: float | None = Field(None, ge=0, le=1, description="sample from the likeliest tokens of this total weight")
-    top_k: int | None = Field(None, ge=-1, description="sample from this many likeliest tokens; 0 or -1 means all")
+    top_k: Integer | None = Field(None, ge=-1, description="sample from this many likeliest tokens; 0 or -1 means all")
     min_p: float | None = Field(
         None, ge=0, le=1, description="leave out tokens less likely than this share of the likeliest one"
     )
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="equal seeds and requests give equal answers")
+    seed: Integer | None = Field(None, ge=-(2**63), lt=2**64, description="equal seeds and requests give equal answers")
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="against tokens that have appeared")
     frequency_penalty: float | None = Field(None, ge=-2, le=2, description="against tokens, each time they appear")
     repetition_penalty: float | None = Field(
         None, ge=0.01, le=10, description="divides the logits of tokens that have appeared; 1 changes nothing"
     )
-    logit_bias: dict[str, float] | None = Field(None, description="token id to a number from -100 to 100")
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_few_biases)] = Field(
+        None, description="token id to a number from -100 to 100"
+    )
+    stop_token_ids: list[Integer] | None = Field(
+        None,
+        max_length=MAX_STOP_TOKENS,
+        fail_fast=True,
+        description="token ids that end the answer, too; the answer contains the one that did",
+    )
+    min_tokens: Integer | None = Field(
+        None, ge=0, le=2**31, description="nothing ends the answer before this many tokens"
+    )
+    ignore_eos: bool | None = Field(None, description="continue until `max_tokens`, even if the model ends its message")
     regex: str | None = Field(None, min_length=1, description="a regular expression that the whole answer matches")
-    priority: int | None = Field(
+    structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's form of constraints")
+    guided_json: str | dict[str, Any] | None = Field(None, description="vLLM's earlier form: a JSON schema")
+    guided_regex: str | None = Field(None, min_length=1, description="vLLM's earlier form: a regular expression")
+    guided_choice: Choices | None = Field(None, description="vLLM's earlier form: possible answers")
+    priority: Integer | None = Field(
         None, ge=0, le=100, description="0 is the most urgent and the default; higher values wait for lower ones"
     )
     user: str | None = Field(None, description="accepted and not used")
 
+    @property
+    def limit(self) -> int | None:
+        """The largest number of tokens of the answer; None if the request sets no limit."""
+        return self.max_tokens
 
-class ChatRequest(SamplingRequest):
+    @functools.cached_property
+    def constraint(self) -> Constraint | None:
+        """What the answer must match. More than one constraint is an :class:`ApiError` with status 400."""
+        found = list(self._constraints())
+        if len(found) > 1:
+            first, second = found[0].parameter, found[1].parameter
+            raise invalid_value(f"Give only one of {first} and {second}.", second)
+        return found[0] if found else None
+
+    def _constraints(self) -> Iterator[Constraint]:
+        if self.regex is not None:
+            yield Constraint("regex", "regex", self.regex)
+        if self.guided_regex is not None:
+            yield Constraint("guided_regex", "regex", self.guided_regex)
+        if self.guided_json is not None:
+            yield Constraint("guided_json", "json_schema", _schema_text(self.guided_json))
+        if self.guided_choice is not None:
+            yield Constraint("guided_choice", "regex", _one_of(self.guided_choice))
+        wanted = self.structured_outputs
+        if wanted is None:
+            return
+        if wanted.regex is not None:
+            yield Constraint("structured_outputs.regex", "regex", wanted.regex)
+        if wanted.json_ is not None:
+            yield Constraint("structured_outputs.json", "json_schema", _schema_text(wanted.json_))
+        if wanted.choice is not None:
+            yield Constraint("structured_outputs.choice", "regex", _one_of(wanted.choice))
+        if wanted.json_object:
+            yield Constraint("structured_outputs.json_object", "json_object", True)
+
+    def check(self) -> None:
+        """Raises an :class:`ApiError` with status 400 if parameters exclude each other or are not supported."""
+        if self.min_tokens and self.limit is not None and self.min_tokens > self.limit:
+            raise invalid_value("min_tokens is more than the most tokens of the answer.", "min_tokens")
+        if (constraint := self.constraint) is not None and (self.min_tokens or self.ignore_eos):
+            extra = "min_tokens" if self.min_tokens else "ignore_eos"
+            raise invalid_value(f"{extra} and {constraint.parameter} exclude each other.", extra)
+        refuse(self, _UNSUPPORTED)
+
+
+class ChatParameters(SamplingRequest):
+    """The parameters of an answer in a conversation."""
+
+    response_format: ResponseFormat | None = Field(None, description="make the answer JSON; turns the Python tool off")
+    max_completion_tokens: Integer | None = Field(None, ge=1, description="newer name of `max_tokens`; wins over it")
+    logprobs: bool | None = Field(None, description="report the log probability of each token of the text")
+    top_logprobs: Integer | None = Field(
+        None, ge=0, le=20, description="likeliest alternatives to report for each token"
+    )
+    tools: list[FunctionTool] | None = Field(
+        None,
+        max_length=MAX_TOOLS,
+        fail_fast=True,
+        description="functions that the client runs; they turn the Python tool off",
+    )
+    tool_choice: ToolChoice = Field(
+        None, description="`auto` (default): text or a call; `required`, or a function's name: a call; `none`: text"
+    )
+    truncation: Literal["auto", "disabled"] | None = Field(
+        None, description="`auto` leaves out the oldest messages if the conversation is longer than the context"
+    )
+
+    @property
+    def limit(self) -> int | None:
+        """The largest number of tokens of the answer; None if the request sets no limit."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def offered_tools(self) -> list[FunctionTool]:
+        """The tools that the answer may call. The prompt describes all of them."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    def _constraints(self) -> Iterator[Constraint]:
+        yield from super()._constraints()
+        wanted, choice = self.response_format, self.tool_choice
+        if wanted is not None and wanted.type == "json_object":
+            yield Constraint("response_format", "json_object", True)
+        elif wanted is not None and wanted.json_schema is not None and wanted.type == "json_schema":
+            schema = json.dumps(wanted.json_schema.schema_)
+            yield Constraint("response_format.json_schema.schema", "json_schema", schema)
+        if isinstance(choice, NamedTool):
+            named = [tool for tool in self.offered_tools if tool.function.name == choice.name]
+            yield Constraint("tools", "json_schema", json.dumps(call_schema(named)))
+        elif self.offered_tools:
+            field: Literal["json_schema", "text_or_json_schema"] = "text_or_json_schema"
+            if choice == "required":
+                field = "json_schema"
+            yield Constraint("tools", field, json.dumps(call_schema(self.offered_tools)))
+
+    def check(self) -> None:
+        """Raises an :class:`ApiError` with status 400 if parameters exclude each other or are not supported."""
+        names = [tool.function.name for tool in self.tools or ()]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                param = f"tools[{i}].function.name"
+                raise invalid_value(f"{param} is {shown(name)!r}, which is the name of an earlier function.", param)
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in names:
+            raise invalid_value(
+                f"tool_choice names {shown(self.tool_choice.name)!r}, which is not in tools.", "tool_choice"
+            )
+        if self.tool_choice == "required" and not names:
+            raise invalid_value("tool_choice is required, and tools has no function.", "tool_choice")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid_value("top_logprobs needs logprobs to be true.", "top_logprobs")
+        super().check()
+
+
+class ChatRequest(ChatParameters):
     """Body of `POST /v1/chat/completions`."""
 
     model_config = ConfigDict(
@@ -235,19 +634,17 @@ class ChatRequest(SamplingRequest):
         }
     )
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    response_format: ResponseFormat | None = Field(None, description="make the answer JSON; turns the Python tool off")
-    max_completion_tokens: int | None = Field(None, ge=1, description="newer name of `max_tokens`; wins over it")
-    logprobs: bool | None = Field(None, description="report the log probability of each token of the text")
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="likeliest alternatives to report for each token")
+    messages: Messages
+    continue_final_message: bool | None = Field(
+        None, description="continue the last message; the default if that message is an assistant's"
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="begin a new assistant message; false writes what follows the messages in a document"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.regex is not None and self.response_format is not None and self.response_format.type != "text":
-            raise invalid_value("Give either response_format or regex.", "regex")
-        if self.top_logprobs is not None and not self.logprobs:
-            raise invalid_value("top_logprobs needs logprobs to be true.", "top_logprobs")
-        _refuse(self, _UNSUPPORTED)
+        self.check()
         _refuse_unsupported_messages(self.messages)
         return self
 
@@ -260,28 +657,40 @@ class CompletionRequest(SamplingRequest):
     )
 
     prompt: Prompts
-    logprobs: int | None = Field(
+    max_tokens: Integer | None = Field(None, ge=0, description="most tokens of the text; 0 only scores the prompt")
+    echo: bool | None = Field(None, description="begin the text with the prompt, and with its log probabilities")
+    logprobs: Integer | None = Field(
         None, ge=0, le=20, description="report log probabilities, with this many alternatives for each token"
     )
 
     @model_validator(mode="after")
-    def _supported(self) -> Self:
-        _refuse(self, _UNSUPPORTED)
+    def _consistent(self) -> Self:
+        self.check()
+        if self.echo and self.logprobs is not None:
+            size = sum(map(len, self.prompt)) * (self.logprobs + 1)
+            if size > MAX_SCORES:
+                raise invalid_value(
+                    f"With echo and logprobs, the length of the prompts times (logprobs + 1) is at most {MAX_SCORES}, "
+                    f"and here it is {size}. Send fewer prompts in a request.",
+                    "prompt",
+                )
         return self
 
 
-Body = ChatRequest | CompletionRequest
+Body = ChatParameters | CompletionRequest
 
 
-class TokenizeRequest(_Model):
+class TokenizeRequest(ApiModel):
     """Body of `POST /tokenize`."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"prompt": "Hello there"}})
 
     model: str | None = None
     prompt: str | None = Field(None, description="text to encode")
-    messages: list[ChatMessage] | None = Field(None, min_length=1, description="or a conversation, as chat sends it")
+    messages: Messages | None = Field(None, description="or a conversation, as chat sends it")
     add_special_tokens: bool | None = Field(None, description="begin a prompt with the token that begins documents")
+    continue_final_message: bool | None = Field(None, description="as in chat")
+    add_generation_prompt: bool | None = Field(None, description="as in chat")
     return_token_strs: bool | None = Field(None, description="also give the text of each token")
 
     @model_validator(mode="after")
@@ -292,10 +701,10 @@ class TokenizeRequest(_Model):
         return self
 
 
-class DetokenizeRequest(_Model):
+class DetokenizeRequest(ApiModel):
     """Body of `POST /detokenize`."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"tokens": [72, 105]}})
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: list[Annotated[int, Field(ge=0)]] = Field(max_length=MAX_DETOKENIZED, fail_fast=True)

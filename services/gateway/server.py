@@ -2,15 +2,20 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Iterator
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
 
 from nanochat_core.errors import UserError
+from services.gateway.connection import Connection
+from services.gateway.https import https_context
 from services.gateway.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -19,15 +24,22 @@ logger = logging.getLogger(__name__)
 _KEEP_ALIVE_SECONDS = 75
 # Time to close connections after the drain, when no answer runs any more.
 _CLOSE_SECONDS = 5
+# Open files besides the connections of clients: libraries, logs, connections to engines.
+_OTHER_FILES = 256
 
 
 class Server(uvicorn.Server):
     """A uvicorn server that logs when it is ready, and lets running answers finish before it stops."""
 
     def __init__(self, app: FastAPI, settings: GatewaySettings) -> None:
+        """Raises UserError if the settings name a certificate that cannot be used."""
+        connection = functools.partial(Connection, settings=settings, metrics=app.state.metrics)
+        context = https_context(settings)
         super().__init__(
             uvicorn.Config(
                 app,
+                http=cast(type[asyncio.Protocol], connection),
+                h11_max_incomplete_event_size=settings.max_header_bytes,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -35,6 +47,7 @@ class Server(uvicorn.Server):
                 lifespan="on",
                 timeout_keep_alive=_KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=_CLOSE_SECONDS,
+                ssl_context_factory=(lambda *_: context) if context else None,
             )
         )
         self._app = app
@@ -73,6 +86,15 @@ class Server(uvicorn.Server):
         cut = await self._app.state.drain.finish(self._drain_seconds)
         logger.info("drained", extra={"answers_cut": cut})
         self.should_exit = True
+
+
+def allow_files(connections: int) -> None:
+    """Raises the soft limit of open files to ``connections`` and 256 more, or to the hard limit if that is lower."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:

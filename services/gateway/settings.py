@@ -9,9 +9,90 @@ from nanochat_core.settings import setting
 from nanochat_core.tls import TlsSettings
 from nanochat_core.tracing.tracer import TracingSettings
 
+# The arithmetic of the limits is exact up to this value (admission/buckets.py).
+MAX_LIMIT = 10_000_000
+
 
 @dataclasses.dataclass(frozen=True)
-class GatewaySettings(TlsSettings, TracingSettings):
+class KeyStoreSettings:
+    """Where API keys and their usage are kept; the gateway and ``nanochat keys`` have the same settings."""
+
+    redis_url: str = setting(
+        "",
+        "URL of the Redis that keeps keys, usage and limits for all gateways: "
+        "redis://[user:password@]host:port/database, or rediss:// for TLS; empty uses the file of the keys and counts "
+        "in this process",
+        env="NANOCHAT_REDIS_URL",
+        secret=True,
+    )
+    redis_timeout_seconds: float = setting(
+        1.0, "longest wait for Redis", env="NANOCHAT_REDIS_TIMEOUT_SECONDS", minimum=0.01
+    )
+    keys_file: str = setting(
+        "",
+        "JSON file with the keys, for one gateway without Redis; may be replaced while it runs. If this is empty too, "
+        "there are no keys, and usage lives until the gateway ends",
+        env="NANOCHAT_KEYS_FILE",
+    )
+
+    def __post_init__(self) -> None:
+        if self.redis_url and self.keys_file:
+            raise ValueError("redis_url and keys_file are two places for the keys; give only one of them")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdmissionSettings(KeyStoreSettings):
+    """Who may use the gateway, and how much each caller may use."""
+
+    redis_failure: Literal["open", "closed"] = setting(
+        "open",
+        "what happens while Redis is away: open counts in each gateway and accepts the keys that it knows, closed "
+        "answers 503",
+    )
+    anonymous_scopes: tuple[str, ...] = setting(
+        ("chat", "sandbox", "metrics"),
+        "what callers without a key may do, comma separated; none requires a key for everything",
+    )
+    requests_per_minute: int = setting(
+        0,
+        "requests per minute of each caller: a key, or an address without one; 0 sets no limit",
+        minimum=0,
+        maximum=MAX_LIMIT,
+    )
+    tokens_per_minute: int = setting(
+        0, "tokens of prompts and answers per minute of each caller; 0 sets no limit", minimum=0, maximum=MAX_LIMIT
+    )
+    parallel_answers: int = setting(
+        0, "answers that each caller may get at the same time; 0 sets no limit", minimum=0, maximum=MAX_LIMIT
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scopes = () if self.anonymous_scopes == ("none",) else self.anonymous_scopes
+        wrong = set(scopes) - {"chat", "sandbox", "metrics"}
+        if wrong:
+            raise ValueError(
+                f"anonymous_scopes has {sorted(wrong)[0]!r}; use chat, sandbox and metrics, or the word none"
+            )
+        object.__setattr__(self, "anonymous_scopes", scopes)
+
+
+@dataclasses.dataclass(frozen=True)
+class HttpsSettings:
+    """The files of the gateway's own certificate; without them, clients talk to it in plain text."""
+
+    https_certificate: str = setting(
+        "", "PEM file with the certificate that clients see, and its chain; may be replaced while the gateway runs"
+    )
+    https_key: str = setting("", "PEM file with the private key of that certificate")
+
+    def __post_init__(self) -> None:
+        if bool(self.https_certificate) != bool(self.https_key):
+            raise ValueError("https_certificate and https_key belong together; one of them is not set")
+
+
+@dataclasses.dataclass(frozen=True)
+class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSettings):
     """Serves an OpenAI-style REST API and the chat page in front of one or more inference engines."""
 
     host: str = setting("127.0.0.1", "address to listen on")
@@ -20,7 +101,19 @@ class GatewaySettings(TlsSettings, TracingSettings):
         ("127.0.0.1:50051",),
         "host:port of the engines, comma separated; each address of a host name is an engine of its own",
     )
-    discovery_seconds: float = setting(LOOKUP_SECONDS, "time between two lookups of the engines' names", minimum=0.05)
+    discovery_seconds: float = setting(
+        LOOKUP_SECONDS, "time between two lookups of the engines' and sandboxes' names", minimum=0.05
+    )
+    sandbox_addresses: tuple[str, ...] = setting(
+        (),
+        "host:port of the sandboxes in which clients may run code (/v1/sandbox/execute), comma separated; each address "
+        "of a host name is a sandbox of its own; empty: clients cannot",
+    )
+    lessons_home: str = setting(
+        "",
+        "artifact store for lessons (/v1/lessons): a folder or s3://bucket/prefix, of which only lessons/ is used; "
+        "empty: no lessons over the API",
+    )
     model_aliases: tuple[str, ...] = setting(
         (), "further names that requests may use for the served model, comma separated"
     )
@@ -30,8 +123,29 @@ class GatewaySettings(TlsSettings, TracingSettings):
     default_max_tokens: int = setting(
         0, "most tokens of an answer if the request sets no limit; 0 allows the rest of the context", minimum=0
     )
-    max_choices: int = setting(8, "most continuations (n times the number of prompts) of one request", minimum=1)
+    max_choices: int = setting(8, "most answers to one prompt (n)", minimum=1)
+    max_prompts: int = setting(256, "most prompts of one request for text completions", minimum=1)
+    unknown_parameters: Literal["ignore", "refuse"] = setting(
+        "ignore", "what to do with parameters that this server does not know; OpenAI's server refuses them"
+    )
     max_body_bytes: int = setting(1_000_000, "largest accepted request body in bytes", minimum=1024)
+    max_held_bytes: int = setting(
+        2**27,
+        "largest size of all request bodies in memory together, in bytes; a request beyond it gets 503",
+        minimum=1024,
+    )
+    max_header_bytes: int = setting(
+        16_384, "largest accepted request line and headers of a request, in bytes", minimum=1024
+    )
+    max_connections: int = setting(
+        4096, "most connections of clients; one more closes the connection that is idle longest", minimum=1
+    )
+    arrival_seconds: float = setting(
+        30.0, "longest time from a request's first byte, or from a new connection, to the request's end", minimum=0.1
+    )
+    stall_seconds: float = setting(
+        60.0, "longest time that a client may take to read what waits for it, about 64 kB of its answer", minimum=0.1
+    )
     request_timeout_seconds: float = setting(600.0, "longest time an engine may work on one request", minimum=1)
     heartbeat_seconds: float = setting(
         10.0, "seconds of silence after which a stream gets a comment line, so that proxies keep it open", minimum=0.05
@@ -58,6 +172,14 @@ class GatewaySettings(TlsSettings, TracingSettings):
     max_failures: int = setting(
         4, "failures of engines on one request, without a token in between, after which it is given up", minimum=1
     )
+    waiting_hint: str = setting("", "sentence that the page shows, too, while no engine is ready")
+    canary: str = setting(
+        "",
+        "<model>/<stage>/step_<n>: a revision that gets a share of the requests, unless it does worse than the others",
+    )
+    canary_percent: float = setting(
+        10.0, "percentage of the requests for its model that the canary gets", minimum=0, maximum=90
+    )
     max_message_bytes: int = setting(
         64 * 1024 * 1024,
         "largest gRPC message from an engine in bytes; one message carries the whole tokenizer",
@@ -65,6 +187,9 @@ class GatewaySettings(TlsSettings, TracingSettings):
     )
     drain_seconds: float = setting(
         30.0, "longest time that running answers may take to finish after SIGTERM", minimum=0
+    )
+    response_seconds: int = setting(
+        3600, "seconds for which a response of /v1/responses is kept, to be continued; 0 keeps none", minimum=0
     )
     static_dir: str = setting(str(Path(__file__).parent / "static"), "folder with the built web page")
     cors_origins: tuple[str, ...] = setting(
@@ -79,9 +204,13 @@ class GatewaySettings(TlsSettings, TracingSettings):
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe event that is logged")
 
     def __post_init__(self) -> None:
+        AdmissionSettings.__post_init__(self)
+        HttpsSettings.__post_init__(self)
+        if self.canary and self.canary.count("/") != 2:
+            raise ValueError(f"canary is {self.canary!r}; give <model>/<stage>/step_<n>")
         if not self.engine_addresses:
             raise ValueError("engine_addresses names no engine; give at least one host:port")
-        for address in self.engine_addresses:
+        for address in (*self.engine_addresses, *self.sandbox_addresses):
             split_target(address)
         if len(set(self.engine_addresses)) != len(self.engine_addresses):
             raise ValueError("engine_addresses names an engine twice; each replica needs an address of its own")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nanochat_core.chat import AssistantStream, Part
@@ -16,28 +17,66 @@ _FINISH_REASONS = {engine_pb2.FINISH_REASON_STOP: "stop", engine_pb2.FINISH_REAS
 
 
 @dataclasses.dataclass(slots=True)
+class Call:
+    """A part of a call of the client's tool. The first part has the id and the function's name."""
+
+    id: str = ""
+    name: str = ""
+    arguments: str = ""  # JSON, once all parts are joined
+
+    def append(self, later: Call) -> None:
+        """Adds the part that follows this one."""
+        self.id, self.name = self.id or later.id, self.name or later.name
+        self.arguments += later.arguments
+
+
+@dataclasses.dataclass(slots=True)
 class Delta:
     """The part of a choice that a chunk makes visible."""
 
     text: str = ""
+    # The prompt's tokens with their log probabilities, from the second token on, in the first delta of the choice.
+    prompt_tokens: list[engine_pb2.Token] = dataclasses.field(default_factory=list)
     # The tokens of the new text, if the request asked for log probabilities.
     tokens: list[engine_pb2.Token] = dataclasses.field(default_factory=list)
     # For each entry of ``tokens``, the number of characters that precede it in the choice's text.
     offsets: list[int] = dataclasses.field(default_factory=list)
     tool_events: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # in the API's JSON form
+    call: Call | None = None
     finish_reason: str | None = None  # set in the last delta of the choice
+    stop_string: str | None = None  # set in the last delta if a stop string has ended the choice
 
     def __bool__(self) -> bool:
-        """Whether the delta has text, tokens or tool events."""
-        return bool(self.text or self.tokens or self.tool_events)
+        """Whether the delta has text, tokens, tool events or a part of a call."""
+        return bool(self.text or self.prompt_tokens or self.tokens or self.tool_events or self.call)
+
+    def in_order(self, length: int) -> Iterator[str | dict[str, Any]]:
+        """Yields the text and the tool events in the order in which they came; the text may be empty.
+
+        ``length`` is the number of characters of the choice's text before this delta.
+        """
+        text = self.text
+        for event in self.tool_events:
+            if event["type"] == "call":
+                before = max(event["offset"] - length, 0)
+                yield text[:before]
+                length, text = length + len(text[:before]), text[before:]
+            yield event
+        yield text
 
     def append(self, later: Delta) -> None:
         """Adds the delta that follows this one."""
         self.text += later.text
+        self.prompt_tokens += later.prompt_tokens
         self.tokens += later.tokens
         self.offsets += later.offsets
         self.tool_events += later.tool_events
+        if self.call is None:
+            self.call = later.call
+        elif later.call is not None:
+            self.call.append(later.call)
         self.finish_reason = later.finish_reason or self.finish_reason
+        self.stop_string = later.stop_string or self.stop_string
 
 
 class ChoiceDecoder:
@@ -68,12 +107,13 @@ class ChoiceDecoder:
         self._call_offsets: list[int] = []
         self._waiting_tokens: collections.deque[tuple[int, engine_pb2.Token]] = collections.deque()
         self._waiting_events: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
+        self._event_count = 0
         self.token_count = 0
         self.finish_reason: str | None = None
 
     def feed(self, chunk: engine_pb2.GenerateChunk) -> Delta:
         """Returns the delta that ``chunk`` makes visible. After the end of the choice, every delta is empty."""
-        delta = Delta()
+        delta = Delta(prompt_tokens=list(chunk.prompt_tokens))
         if self.finish_reason is not None:
             return delta
         shown = [self._decode(token) for token in chunk.tokens if not self._filter.stopped]
@@ -88,16 +128,16 @@ class ChoiceDecoder:
             self.finish_reason = "stop"
         elif chunk.finish_reason:
             self.finish_reason = _FINISH_REASONS[chunk.finish_reason]
-        delta.finish_reason = self.finish_reason
+        delta.finish_reason, delta.stop_string = self.finish_reason, self._filter.found
         self._release(delta)
         return delta
 
     def _decode(self, token: engine_pb2.Token) -> str:
         """Returns the text that may be shown after ``token``."""
         self.token_count += 1
+        if token.HasField("logprob") and (self._raw or (self._in_text and token.id < self._first_special)):
+            self._waiting_tokens.append((self._written, token))
         if token.id < self._first_special:
-            if self._in_text and token.HasField("logprob"):
-                self._waiting_tokens.append((self._written, token))
             return self._write(self._parts.push(token.id))
         shown = self._write(self._parts.push(token.id))
         self._in_text = token.id not in self._hidden_starts
@@ -116,7 +156,9 @@ class ChoiceDecoder:
         kind = event.WhichOneof("event")
         call_index = (event.call if kind == "call" else event.result).call_index
         offset = self._call_offsets[call_index] if call_index < len(self._call_offsets) else self._written
-        shown: dict[str, Any] = {"type": kind, "call_index": call_index}
+        # OpenAI's client libraries join the entries of streamed lists by the field "index".
+        shown: dict[str, Any] = {"index": self._event_count, "type": kind, "call_index": call_index}
+        self._event_count += 1
         if kind == "call":
             shown |= {"code": event.call.code, "offset": offset}
         else:
@@ -124,11 +166,22 @@ class ChoiceDecoder:
             # The engine sends a float32. Without rounding, the JSON would show 0.002 as 0.0020000000949949026.
             seconds = round(result.duration_seconds, 6)
             shown |= {"status": result.status, "output": result.output, "duration_seconds": seconds}
+            if result.pictures:
+                shown["pictures"] = [
+                    {
+                        "name": picture.name,
+                        "media_type": picture.media_type,
+                        "data": base64.b64encode(picture.content).decode(),
+                    }
+                    for picture in result.pictures
+                ]
         self._waiting_events.append((offset, shown))
 
     def _release(self, delta: Delta) -> None:
         """Moves the tokens and events that belong to the text shown so far into ``delta``."""
-        while self._waiting_tokens and self._waiting_tokens[0][0] < self._shown:
+        # If no stop string ended the choice, its end also releases a last special token, which has no text.
+        to_end = self.finish_reason is not None and not self._filter.stopped
+        while self._waiting_tokens and (to_end or self._waiting_tokens[0][0] < self._shown):
             offset, token = self._waiting_tokens.popleft()
             delta.tokens.append(token)
             delta.offsets.append(offset)

@@ -18,6 +18,15 @@ logger = logging.getLogger(__name__)
 _KEEP_ALIVE = b": keep-alive\n\n"
 
 
+def encode_event(data: bytes, name: str = "") -> bytes:
+    """Encodes an event with one line of data, and with a name if there is one."""
+    return (f"event: {name}\n".encode() if name else b"") + b"data: " + data + b"\n\n"
+
+
+DONE = encode_event(b"[DONE]")
+"""The last event of a stream in the form of OpenAI's chat completions."""
+
+
 class EventStream(Response):
     """A response of server-sent events. Each event is sent as soon as it is ready.
 
@@ -33,8 +42,10 @@ class EventStream(Response):
         record: RequestRecord,
         heartbeat_seconds: float,
         placed_at: Callable[[], float | None],
+        *,
+        named: bool = False,
     ) -> None:
-        """``events`` yields complete, encoded events.
+        """``events`` yields complete, encoded events. ``named`` says whether an error event has the name ``error``.
 
         After ``heartbeat_seconds`` of silence, a comment line is sent. ``placed_at()`` returns the time at which an
         engine got the request, or None while the request waits for an engine. Until the first byte is sent, the silence
@@ -49,6 +60,7 @@ class EventStream(Response):
         self._record = record
         self._heartbeat_seconds = heartbeat_seconds
         self._placed_at = placed_at
+        self._named = named
         self._started = False
         self._last_sent = 0.0
         self._sending = asyncio.Lock()
@@ -100,7 +112,7 @@ class EventStream(Response):
             error = internal_error(self._record.request_id)
         self._record.error = error.code
         if self._started:
-            last = b"data: " + error.body + b"\n\n"
+            last = encode_event(error.body, "error" if self._named else "")
             await send({"type": "http.response.body", "body": last, "more_body": False})
         else:
             await error.response()(scope, receive, send)

@@ -27,16 +27,27 @@ def completion_logprobs(
 ) -> dict[str, Any]:
     """Builds the ``logprobs`` object of a text completion.
 
-    ``offsets`` has, for each token, the number of characters before that token.
+    ``offsets`` has, for each token, the number of characters before that token. The first token of a prompt has no log
+    probability: its entry is null.
     """
+    known = [token.HasField("logprob") for token in tokens]
     return {
         "tokens": [tokenizer.decode([token.id]) for token in tokens],
-        "token_logprobs": [_finite(token.logprob) for token in tokens],
-        "top_logprobs": [
-            {tokenizer.decode([top.token_id]): _finite(top.logprob) for top in token.top_logprobs} for token in tokens
-        ],
+        "token_logprobs": [_finite(token.logprob) if has else None for token, has in zip(tokens, known, strict=True)],
+        "top_logprobs": [_top(tokenizer, token) if has else None for token, has in zip(tokens, known, strict=True)],
         "text_offset": list(offsets),
     }
+
+
+def _top(tokenizer: Tokenizer, token: engine_pb2.Token) -> dict[str, float]:
+    """Log probabilities of the alternatives, by text. Of alternatives with equal text, only the likeliest is kept.
+
+    Tokens that are parts of characters may have equal text.
+    """
+    top: dict[str, float] = {}
+    for each in token.top_logprobs:
+        top.setdefault(tokenizer.decode([each.token_id]), _finite(each.logprob))
+    return top
 
 
 def _entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:

@@ -1,20 +1,20 @@
-"""The answer to one request: sends its prompts to the engines and writes the JSON response, whole or streamed."""
+"""The answer to one request: sends its prompts to the engines, and responds whole or as a stream of events."""
 
 import abc
 import contextlib
-import hashlib
-import itertools
+import functools
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, ClassVar
 
 import orjson
-from fastapi.responses import JSONResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
+from services.gateway.admission.grant import Grant
+from services.gateway.admission.keys import Scope
 from services.gateway.answer.choice_decoder import Delta
 from services.gateway.answer.choices import decode_choices
 from services.gateway.answer.event_stream import EventStream
@@ -22,137 +22,115 @@ from services.gateway.answer.merge import merge
 from services.gateway.engines.migration import Stream
 from services.gateway.engines.model import ServedModel
 from services.gateway.engines.pool import EnginePool
-from services.gateway.engines.request import PromptEncoder
+from services.gateway.engines.request import PromptEncoder, most_answer_tokens
 from services.gateway.middleware.drain import Drain
 from services.gateway.middleware.request_log import RequestRecord
-from services.gateway.schemas import Body
+from services.gateway.schemas import Body, ChatParameters
 
 
 class Answer(abc.ABC):
     """The answer to one request. All its prompts go to the engines at the same time, each with ``n`` choices.
 
-    Choice ``j`` of prompt ``k`` has the index ``k * n + j``. A subclass for each endpoint writes the choices as JSON.
+    Choice ``j`` of prompt ``k`` has the index ``k * n + j``. Subclasses write the choices in the form of an API.
     """
 
     id_prefix: ClassVar[str]  # first part of a response's id
-    kind: ClassVar[str]  # field "object" of a whole response
-    chunk_kind: ClassVar[str]  # field "object" of a streamed chunk
+    named_events: ClassVar[bool] = False  # whether streamed events have names
     raw: ClassVar[bool] = False  # whether Python code and its output are shown as text
 
     def __init__(self, request: Request, pool: EnginePool, body: Body, prompts: Sequence[PromptEncoder]) -> None:
         self.body = body
+        self.record: RequestRecord = request.state.record
+        self.id = f"{self.id_prefix}{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.n = body.n or 1
+        self.prompts = prompts
         self._request = request
-        self._record: RequestRecord = request.state.record
+        self._grant: Grant = request.state.grant
+        self._charged: set[int] = set()  # prompts whose tokens are reserved
         self._pool = pool
-        self._prompts = prompts
-        self._n = body.n or 1
         # The engine always gets a seed, so that two replicas give the same answer to the same engine request.
         self._seed = secrets.randbits(64) if body.seed is None else body.seed
         self._streams: dict[int, Stream] = {}  # by the prompt's index
-        self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
 
     @abc.abstractmethod
-    def whole(self, index: int, delta: Delta) -> dict[str, Any]:
-        """Returns the JSON object of a finished choice. ``delta`` has the whole content of the choice."""
+    def events(self) -> AsyncGenerator[bytes, None]:
+        """Yields the encoded events of the streamed response."""
 
     @abc.abstractmethod
-    def pieces(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
-        """Yields the JSON objects that carry the content of ``delta``, one object for each streamed chunk."""
-
-    def opening(self) -> Iterator[dict[str, Any]]:
-        """Yields the JSON objects of choices with which a stream begins."""
-        return iter(())
+    async def whole(self) -> dict[str, Any]:
+        """Returns the response in one piece."""
 
     async def respond(self) -> Response:
         """Returns the response, streamed if the request asks for that."""
         drain: Drain = self._request.app.state.drain
         if self.body.stream:
             heartbeat = self._pool.settings.heartbeat_seconds
-            return EventStream(self._events(), drain, self._record, heartbeat, self._placed_at)
-        return JSONResponse(await drain.run(self._collect(), self._request.receive, self._record))
+            return EventStream(self.events(), drain, self.record, heartbeat, self._placed_at, named=self.named_events)
+        whole = await drain.run(self.whole(), self._request.receive, self.record)
+        return Response(self.encode(whole), media_type="application/json")
 
-    async def _events(self) -> AsyncGenerator[bytes, None]:
-        with_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
-        # If the request asks for the token counts, OpenAI's API sends ``"usage": null`` in every chunk except the last.
-        tail = {"usage": None} if with_usage else {}
-        opening = self.opening()  # the generator yields nothing after the first delta
-        async with self._deltas() as deltas:
-            async for index, delta in deltas:
-                choices = itertools.chain(opening, self.pieces(index, delta))
-                events = [_event(self._response(self.chunk_kind, index, [choice]) | tail) for choice in choices]
-                if events:
-                    yield b"".join(events)
-        if with_usage:
-            yield _event(self._response(self.chunk_kind, 0, []) | {"usage": self._usage()})
-        yield b"data: [DONE]\n\n"
+    @staticmethod
+    def encode(value: dict[str, Any]) -> bytes:
+        """Returns an object of the response as JSON.
 
-    async def _collect(self) -> dict[str, Any]:
-        wholes = [Delta() for _ in range(self._n * len(self._prompts))]
-        async with self._deltas() as deltas:
-            async for index, delta in deltas:
-                wholes[index].append(delta)
-        choices = [self.whole(index, whole) for index, whole in enumerate(wholes)]
-        return self._response(self.kind, 0, choices) | {"usage": self._usage()}
+        FastAPI's own encoder would take seconds for the log probabilities of many prompts. orjson refuses huge
+        integers, so the object must contain no values that the client sent.
+        """
+        return orjson.dumps(value)
 
-    def _deltas(self) -> contextlib.aclosing[AsyncGenerator[tuple[int, Delta], None]]:
-        sources = [self._generate(k) for k in range(len(self._prompts))]
+    def deltas(self) -> contextlib.aclosing[AsyncGenerator[tuple[int, Delta], None]]:
+        """Returns an async generator of the ``(choice index, delta)`` of all choices, in the order of their arrival."""
+        sources = [self._generate(k) for k in range(len(self.prompts))]
         return contextlib.aclosing(sources[0] if len(sources) == 1 else merge(sources))
 
     async def _generate(self, k: int) -> AsyncGenerator[tuple[int, Delta], None]:
-        body, record, n = self.body, self._record, self._n
+        body = self.body
         stream = self._streams[k] = Stream(
             self._pool,
             body,
-            self._prompts[k],
-            caller=_caller(self._request),
-            request_id=record.request_id,
+            functools.partial(self._encode, k),
+            caller=self._grant.caller.id,
+            request_id=self.record.request_id,
             # Each prompt has a seed of its own, so that equal prompts get different answers.
             seed=self._seed + k,
+            sandbox=Scope.SANDBOX in self._grant.caller.scopes,
         )
         with contextlib.closing(stream):
             await stream.start()
-            deltas = decode_choices(stream, self._pool.metrics, record, n=n, stops=body.stop or (), raw=self.raw)
+            deltas = decode_choices(
+                stream,
+                self._pool.metrics,
+                self.record,
+                n=self.n,
+                stops=body.stop or (),
+                raw=self.raw,
+                calls=isinstance(body, ChatParameters) and bool(body.offered_tools),
+                prompt_only=body.limit == 0,
+            )
             async for index, delta in deltas:
-                yield k * n + index, delta
+                yield k * self.n + index, delta
+
+    @property
+    def temperature(self) -> float:
+        """The temperature with which the answer is sampled."""
+        default = self._pool.settings.default_temperature
+        return default if self.body.temperature is None else self.body.temperature
+
+    async def _encode(self, k: int, model: ServedModel) -> list[int]:
+        """Returns the token ids of prompt ``k``. The first call for a prompt also reserves its tokens."""
+        ids = await self.prompts[k](model)
+        if k not in self._charged:
+            answer = most_answer_tokens(self.body, model, len(ids), self._pool.settings)
+            await self._grant.charge(len(ids), self.n * answer)
+            self._charged.add(k)
+        return ids
 
     def model(self, index: int) -> ServedModel:
         """Returns the model that writes the choice."""
-        return self._streams[index // self._n].model
+        return self._streams[index // self.n].model
 
     def _placed_at(self) -> float | None:
         """Returns the time at which the first prompt reached an engine, or None while all prompts wait."""
         times = [stream.placed_at for stream in self._streams.values()]
         return min((time for time in times if time is not None), default=None)
-
-    def _usage(self) -> dict[str, Any]:
-        record = self._record
-        return {
-            "prompt_tokens": record.prompt_tokens,
-            "completion_tokens": record.completion_tokens,
-            "total_tokens": record.prompt_tokens + record.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": record.cached_prompt_tokens},
-        }
-
-    def _response(self, kind: str, index: int, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        model = self.model(index)
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": model.info.name,
-            "system_fingerprint": model.fingerprint,
-            "choices": choices,
-        }
-
-
-def _caller(request: Request) -> str:
-    """Returns an id of the sender: a digest of the API key, or the client's address if there is no key."""
-    key = request.headers.get("authorization") or request.headers.get("x-api-key")
-    if key:
-        return hashlib.sha256(key.encode()).hexdigest()
-    return request.client.host if request.client else ""
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(value) + b"\n\n"

@@ -16,7 +16,12 @@ class StopFilter:
         self._stops = tuple(stops)
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
-        self.stopped = False
+        self.found: str | None = None  # the stop string that ended the text
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self.found is not None
 
     def push(self, text: str) -> str:
         """Takes the next piece and returns the text that may be shown; it is empty after a stop string."""
@@ -25,9 +30,9 @@ class StopFilter:
         seen = self._held + text
         ends = [(start + len(stop), start) for stop in self._stops if (start := seen.find(stop)) >= 0]
         if ends:
-            self.stopped = True
-            self._held = ""
-            return seen[: min(ends)[1]]
+            end, start = min(ends)
+            self.found, self._held = seen[start:end], ""
+            return seen[:start]
         passed = len(seen) - self._possible_beginning(seen)
         self._held = seen[passed:]
         return seen[:passed]

@@ -6,49 +6,78 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from services.gateway.answer.choice_decoder import Delta
+from services.gateway.answer.choice_answer import ChoiceAnswer
+from services.gateway.answer.choice_decoder import Call, Delta
 from services.gateway.answer.logprobs import chat_logprobs
-from services.gateway.answer.response import Answer
 from services.gateway.api.dependencies import PoolDep
 from services.gateway.api.examples import CHAT_RESPONSES
-from services.gateway.engines.request import check_choices, conversation, encode_chat
+from services.gateway.api.json_body import JsonRoute
+from services.gateway.api.parameters import check_choices, check_known, wished_truncation
+from services.gateway.engines.pool import EnginePool
+from services.gateway.engines.request import PromptEncoder, Truncation, conversation, encode_chat, ending
 from services.gateway.errors import ERROR_RESPONSES
 from services.gateway.schemas import ChatRequest
 
-router = APIRouter(tags=["OpenAI API"], responses=ERROR_RESPONSES)
+router = APIRouter(tags=["OpenAI API"], responses=ERROR_RESPONSES, route_class=JsonRoute)
 
 
 @router.post("/v1/chat/completions", summary="Answer a conversation", responses=CHAT_RESPONSES)
 async def create_chat_completion(body: ChatRequest, request: Request, pool: PoolDep) -> Response:
-    """Write the assistant's next message.
+    """Write the assistant's next message, or continue the last one.
 
-    The model may run Python while it answers. `nanochat.tool_events` has the code that ran and its output.
+    The model may run Python while it answers. `nanochat.tool_events` has the code that ran and its output. If the
+    request has `tools`, the answer may be a call of one of them, in `tool_calls`. If old messages were left out,
+    `nanochat.left_out_turns` says how many.
     """
+    check_known(body, pool.settings)
     check_choices(body.n or 1, pool.settings)
-    prompt = functools.partial(encode_chat, turns=conversation(body.messages))
-    return await _ChatAnswer(request, pool, body, [prompt]).respond()
+    turns = conversation(body.messages, body.offered_tools)
+    truncation = wished_truncation(body)
+    encode = functools.partial(encode_chat, turns=turns, ending=ending(body, turns), truncation=truncation)
+    return await _ChatAnswer(request, pool, body, encode, truncation).respond()
 
 
-class _ChatAnswer(Answer):
-    id_prefix = "chatcmpl"
+class _ChatAnswer(ChoiceAnswer):
+    id_prefix = "chatcmpl-"
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def whole(self, index: int, delta: Delta) -> dict[str, Any]:
-        message = {"role": "assistant", "content": delta.text, "refusal": None, **_extension(delta)}
+    def __init__(
+        self,
+        request: Request,
+        pool: EnginePool,
+        body: ChatRequest,
+        encode: PromptEncoder,
+        truncation: Truncation | None,
+    ) -> None:
+        super().__init__(request, pool, body, [encode])
+        self._truncation = truncation
+
+    def choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        extension = _extension(self._left_out | _events(delta))
+        message: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None, **extension}
+        if delta.call is not None:
+            message |= {"content": delta.text or None, "tool_calls": [_call(delta.call)]}
         logprobs = self._logprobs(index, delta)
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
     def opening(self) -> Iterator[dict[str, Any]]:
-        for index in range(self.body.n or 1):
-            yield _piece(index, {"role": "assistant", "content": ""})
+        for index in range(self.n):
+            yield _piece(index, {"role": "assistant", "content": "", **_extension(self._left_out)})
 
     def pieces(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
         if delta:
-            shown = ({"content": delta.text} if delta.text else {}) | _extension(delta)
+            shown = ({"content": delta.text} if delta.text else {}) | _extension(_events(delta))
+            if delta.call is not None:
+                shown["tool_calls"] = [{"index": 0, **_call(delta.call)}]
             yield _piece(index, shown, self._logprobs(index, delta))
         if delta.finish_reason is not None:
             yield _piece(index, {}, finish_reason=delta.finish_reason)
+
+    @property
+    def _left_out(self) -> dict[str, Any]:
+        count = self._truncation.left_out_turns if self._truncation is not None else 0
+        return {"left_out_turns": count} if count else {}
 
     def _logprobs(self, index: int, delta: Delta) -> dict[str, Any] | None:
         return chat_logprobs(self.model(index).tokenizer, delta.tokens) if self.body.logprobs else None
@@ -60,5 +89,16 @@ def _piece(
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _extension(delta: Delta) -> dict[str, Any]:
-    return {"nanochat": {"tool_events": delta.tool_events}} if delta.tool_events else {}
+def _call(call: Call) -> dict[str, Any]:
+    """A call, or a part of one, as JSON. Only the first part has the id, the type and the name."""
+    if not call.id:
+        return {"function": {"arguments": call.arguments}}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _events(delta: Delta) -> dict[str, Any]:
+    return {"tool_events": delta.tool_events} if delta.tool_events else {}
+
+
+def _extension(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"nanochat": fields} if fields else {}

@@ -50,10 +50,12 @@ def _operation(title: str, operation: dict[str, Any], spec: dict[str, Any]) -> I
     yield f"<p>{escape(operation.get('description', ''))}</p>"
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
     if body:
-        schema = _resolve(body, spec)
+        # An optional body is a choice between its schema and null.
+        schema = _resolve(next((each for each in body.get("anyOf", ()) if "$ref" in each), body), spec)
         yield from _parameters(schema, spec)
         yield f"<h3>Example request</h3>{_code(schema.get('example'))}"
-    for media_type, content in operation["responses"]["200"].get("content", {}).items():
+    answer = next(answer for status, answer in operation["responses"].items() if status.startswith("2"))
+    for media_type, content in answer.get("content", {}).items():
         if "example" in content:
             yield f"<h3>Example answer ({escape(media_type)})</h3>{_code(content['example'])}"
 

@@ -1,5 +1,6 @@
 """`GET /v1/models`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter
@@ -13,34 +14,42 @@ router = APIRouter(tags=["OpenAI API"], responses=ERROR_RESPONSES)
 
 @router.get("/v1/models", summary="List the models")
 async def list_models(pool: PoolDep) -> dict[str, Any]:
-    """The models that requests can use now; an empty list while no model is loaded."""
-    return {"object": "list", "data": [_describe(model) for model in pool.models().values()]}
+    """The models that requests can use now, aliases too; an empty list while no model is loaded."""
+    served = pool.models()
+    names = [*served, *(alias for alias in pool.settings.model_aliases if served and alias not in served)]
+    return {"object": "list", "data": [_describe(_named(name, served), name) for name in names]}
 
 
 @router.get("/v1/models/{model:path}", summary="Describe a model")
 async def retrieve_model(model: str, pool: PoolDep) -> dict[str, Any]:
     """One model, by its name or an alias."""
     served = pool.models()
-    if model in served:
-        return _describe(served[model])
-    if served and model in pool.settings.model_aliases:
-        return _describe(next(iter(served.values()))) | {"id": model}
+    if model in served or (served and model in pool.settings.model_aliases):
+        return _describe(_named(model, served), model)
     pool.model(model)  # raises the error 404 if no engine has the model
     raise no_engine()
 
 
-def _describe(model: ServedModel) -> dict[str, Any]:
+def _named(name: str, served: Mapping[str, ServedModel]) -> ServedModel:
+    """Returns the model with this name. An alias stands for the first served model."""
+    return served[name] if name in served else next(iter(served.values()))
+
+
+def _describe(model: ServedModel, name: str) -> dict[str, Any]:
     info = model.info
     return {
-        "id": info.name,
+        "id": name,
         "object": "model",
         "created": model.created,
         "owned_by": "nanochat",
+        "root": info.name,
+        "max_model_len": info.context_length,  # vLLM's name of this field
         "nanochat": {
             "revision": info.revision,
             "context_length": info.context_length,
             "vocab_size": model.tokenizer.vocab_size,
             "parameters": info.parameters,
             "compute_dtype": info.compute_dtype,
+            "examples": list(info.examples),
         },
     }

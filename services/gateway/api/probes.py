@@ -1,5 +1,6 @@
 """Endpoints for Kubernetes and Prometheus."""
 
+import importlib.metadata
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -10,11 +11,23 @@ from services.gateway.errors import ERROR_RESPONSES, shutting_down
 
 router = APIRouter(tags=["Operations"])
 
+try:
+    _VERSION = importlib.metadata.version("nanochat")
+except importlib.metadata.PackageNotFoundError:  # the repository runs without being installed
+    _VERSION = "source"
 
+
+@router.get("/health", include_in_schema=False)
 @router.get("/healthz", summary="Is the gateway alive")
 async def healthz() -> dict[str, str]:
     """200 as long as the process can answer at all."""
     return {"status": "ok"}
+
+
+@router.get("/version", summary="The version of nanochat")
+async def version() -> dict[str, str]:
+    """The version of the installed package, such as `0.1.0`; `source` if it runs from the repository."""
+    return {"version": _VERSION}
 
 
 @router.get("/readyz", summary="Does the gateway take requests", responses=ERROR_RESPONSES)
@@ -25,7 +38,10 @@ async def readyz(pool: PoolDep, drain: DrainDep) -> dict[str, Any]:
     """
     if drain.draining:
         raise shutting_down()
-    return {"status": "ready", "models": sorted(pool.models()), "waits_for": pool.waits_for()}
+    waits_for = pool.waits_for()
+    if waits_for is not None and pool.settings.waiting_hint:
+        waits_for += f" {pool.settings.waiting_hint}"
+    return {"status": "ready", "models": sorted(pool.models()), "waits_for": waits_for}
 
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)

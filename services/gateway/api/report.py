@@ -1,13 +1,11 @@
 """`/report`: the served model's report. The engine reads it from the artifact store."""
 
-from pathlib import Path
-
 import grpc
 from fastapi import APIRouter, Response
-from fastapi.responses import FileResponse
 
 from nanochat_core.protos import engine_pb2
 from services.gateway.api.dependencies import PoolDep
+from services.gateway.api.web_page import built_page
 from services.gateway.errors import ERROR_RESPONSES, ApiError, from_rpc
 
 router = APIRouter(tags=["Operations"], responses=ERROR_RESPONSES)
@@ -21,10 +19,7 @@ _MEDIA_TYPES = {"text/markdown": "text/markdown; charset=utf-8", "image/png": "i
 @router.get("/report", include_in_schema=False)
 async def page(pool: PoolDep) -> Response:
     """The page that shows the report; it loads the files below `/report/`."""
-    path = Path(pool.settings.static_dir, "report.html")
-    if not path.is_file():
-        raise ApiError(404, "The web page is not built; the report itself is at /report/report.md.", code="not_built")
-    return FileResponse(path, media_type="text/html", headers={"Cache-Control": "no-cache"})
+    return built_page(pool.settings.static_dir, "report.html")
 
 
 @router.get("/report/{file}", summary="The model's report", response_class=Response)

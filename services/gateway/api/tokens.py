@@ -2,29 +2,35 @@
 
 from typing import Any
 
-from fastapi import APIRouter
+import orjson
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
 
 from nanochat_core.errors import UserError
 from services.gateway.api.dependencies import PoolDep
-from services.gateway.engines.request import conversation, encode_chat, encode_text
-from services.gateway.errors import ERROR_RESPONSES, invalid_value
+from services.gateway.api.json_body import JsonRoute
+from services.gateway.engines.request import conversation, encode_text, encode_turns, ending, off_loop
+from services.gateway.errors import ERROR_RESPONSES, invalid_value, shown
 from services.gateway.schemas import DetokenizeRequest, TokenizeRequest
 
-router = APIRouter(tags=["Tokens"], responses=ERROR_RESPONSES)
+router = APIRouter(tags=["Tokens"], responses=ERROR_RESPONSES, route_class=JsonRoute)
 
 
-@router.post("/tokenize", summary="Encode text or a conversation")
-async def tokenize(body: TokenizeRequest, pool: PoolDep) -> dict[str, Any]:
-    """Token ids of a text, or of the prompt that a conversation makes."""
+@router.post("/tokenize", summary="Encode text or a conversation", response_class=JSONResponse)
+async def tokenize(body: TokenizeRequest, pool: PoolDep) -> Response:
+    """Token ids of a text, or of the prompt that a conversation makes, also if the context has no room for them."""
     _, model = pool.pick(body.model)
     if body.messages is not None:
-        ids = await encode_chat(model, conversation(body.messages))
+        turns = conversation(body.messages)
+        ids = await encode_turns(model, turns, ending(body, turns))
     else:
         ids = await encode_text(model, body.prompt or "", bos=body.add_special_tokens is not False)
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": model.info.context_length, "tokens": ids}
     if body.return_token_strs:
-        answer["token_strs"] = [model.tokenizer.decode([token_id]) for token_id in ids]
-    return answer
+        decode = model.tokenizer.decode
+        answer["token_strs"] = await off_loop(len(ids), lambda: [decode([token_id]) for token_id in ids])
+    # There may be a million tokens, and FastAPI's own encoder would take a second for them.
+    return Response(orjson.dumps(answer), media_type="application/json")
 
 
 @router.post("/detokenize", summary="Decode token ids")
@@ -32,6 +38,6 @@ async def detokenize(body: DetokenizeRequest, pool: PoolDep) -> dict[str, str]:
     """The text of token ids; special tokens appear by name, and invalid UTF-8 appears as U+FFFD."""
     _, model = pool.pick(body.model)
     try:
-        return {"prompt": model.tokenizer.decode(body.tokens)}
+        return {"prompt": await off_loop(len(body.tokens), lambda: model.tokenizer.decode(body.tokens))}
     except UserError as error:
-        raise invalid_value(f"Invalid tokens: {error}.", "tokens") from error
+        raise invalid_value(f"Invalid tokens: {shown(str(error))}.", "tokens") from error

@@ -3,6 +3,7 @@
 import asyncio
 import enum
 import logging
+import math
 import random
 import time
 
@@ -14,7 +15,7 @@ from services.gateway.engines.pool import EnginePool, Wish
 from services.gateway.engines.replica import Call, Place, Replica
 from services.gateway.engines.request import PromptEncoder, engine_request
 from services.gateway.engines.said import Said, continuations
-from services.gateway.errors import ApiError, from_rpc, no_engine
+from services.gateway.errors import ApiError, from_rpc, is_caller_limit, no_engine
 from services.gateway.schemas import Body
 
 logger = logging.getLogger(__name__)
@@ -62,8 +63,11 @@ class Stream:
         caller: str,
         request_id: str,
         seed: int,
+        sandbox: bool,
     ) -> None:
-        """``caller`` identifies the client; waiting requests of different clients take turns.
+        """``caller`` identifies the client. Waiting requests of different clients take turns, and so do Python calls.
+
+        ``sandbox`` says whether the model may run Python in a chat.
 
         Call :meth:`close` when the stream is no longer needed.
         """
@@ -72,6 +76,7 @@ class Stream:
         self._encode = encode
         self._request_id = request_id
         self._seed = seed
+        self._sandbox = sandbox
         self._wish = Wish(body.model, body.n or 1)
         self._ticket = pool.ticket(self._wish, caller=caller, priority=body.priority or 0)
         self._encoded_for: ServedModel | None = None
@@ -189,6 +194,8 @@ class Stream:
     def _promote(self, successor: Call, now: float) -> None:
         replica, metrics, reason = successor.place.replica, self._pool.metrics, self._reason
         replica.outlier.succeeded()
+        if not self._begun:
+            self._pool.outcome(successor.place.model, now - successor.began)
         if reason is not None and self._begun:
             metrics.migrations.labels(reason).inc()
             metrics.migration_gap_seconds.labels(reason).observe(now - self._last_chunk)
@@ -207,6 +214,9 @@ class Stream:
         Raises:
             ApiError: no call goes on, and the stream has no attempts left.
         """
+        if reason is Reason.HUNG:
+            self._pool.outcome(call.place.model, math.inf)
+            self._wish.canary = False
         if call is self._call:
             self._reason = reason
             free = reason is Reason.DRAINS
@@ -226,8 +236,11 @@ class Stream:
             ApiError: another engine can't help.
         """
         code, replica = error.code(), call.place.replica
-        self._failure = from_rpc(error, started=self._begun)
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED or (code is grpc.StatusCode.INVALID_ARGUMENT and not self._begun):
+        constraint = self._body.constraint
+        parameter = constraint.parameter if constraint is not None else None
+        self._failure = from_rpc(error, started=self._begun, constraint=parameter)
+        final = code is grpc.StatusCode.INVALID_ARGUMENT or is_caller_limit(error)
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED or (final and not self._begun):
             raise self._failure
         refused = code is grpc.StatusCode.RESOURCE_EXHAUSTED
         facts = {"request_id": self._request_id, "address": replica.address, "code": code.name}
@@ -236,7 +249,7 @@ class Stream:
         reason, may_go_on, stale = Reason.DIED, True, None
         if refused:
             # An engine that refuses a call after its first chunk is out of memory. Other engines may have as little
-            # memory.
+            # memory, so the number of such attempts is limited.
             reason, may_go_on = Reason.FULL, call.last_chunk is None or self._may_fail_again()
         elif code is grpc.StatusCode.FAILED_PRECONDITION:
             reason = Reason.OTHER_MODEL
@@ -263,6 +276,8 @@ class Stream:
         replica = place.replica
         if code is grpc.StatusCode.CANCELLED:
             return self._may_fail_again()
+        self._pool.outcome(place.model, math.inf)
+        self._wish.canary = False
         unavailable = code is grpc.StatusCode.UNAVAILABLE
         # When an engine dies, many calls fail together. Only the first failure counts, because it marks the engine
         # down.
@@ -330,10 +345,12 @@ class Stream:
                 self._request = engine_request(
                     self._body,
                     place.model,
-                    self._wish.prompt,
+                    self._wish.prompt.ids,
                     self._pool.settings,
                     request_id=self._request_id,
+                    caller=self._ticket.caller,
                     seed=self._seed,
+                    sandbox=self._sandbox,
                 )
             if self._deadline is None:
                 self._deadline = now + self._pool.settings.request_timeout_seconds
@@ -349,4 +366,4 @@ class Stream:
         """Encodes the prompt for the model, unless it is already encoded for an equal tokenizer and context length."""
         known, self.model, self._encoded_for = self._encoded_for, model, model
         if known is None or known.tokenizer is not model.tokenizer or known.context_length != model.context_length:
-            self._wish.prompt = await self._encode(model)
+            self._wish.prompt = self._pool.prompt(await self._encode(model))

@@ -30,6 +30,11 @@ class ServedModel:
         """
         return cls(info, _load_tokenizer(info.tokenizer_json), int(time.time()))
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """Name and revision: ``model/stage/step_n``."""
+        return f"{self.info.name}/{self.info.revision}"
+
     @property
     def weights(self) -> str:
         """Digest of the weights; empty if the engine does not report it."""

@@ -15,7 +15,7 @@ from services.gateway.engines.retries import RetryBudget
 from services.gateway.engines.waiting import FairQueue, QueueFull, Ticket
 from services.gateway.errors import bad_request, engines_busy, model_not_found, no_engine, queue_full
 from services.gateway.metrics import Metrics
-from services.gateway.routing import Router, RoutingSettings
+from services.gateway.routing import Canary, Prompt, Router, RoutingSettings
 from services.gateway.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -30,17 +30,19 @@ class Wish:
     Attributes:
         name: the model's name in the request; None or an empty name stands for the only model that is served.
         sequences: number of sequences that the engine has to run.
-        prompt: token ids of the prompt, as far as they are known. They only help to choose among engines that fit.
+        prompt: the prompt, as far as it is known. It only helps to choose among engines that fit.
         weights: digest of the weights that the engine must have; None allows any weights. An empty digest fits no
             engine; it comes from an engine that reports no digest.
         avoid: addresses of engines that have failed on the request.
+        canary: whether the request goes to the canary; None while this is undecided.
     """
 
     name: str | None
     sequences: int = 1
-    prompt: Sequence[int] = ()
+    prompt: Prompt = dataclasses.field(default_factory=Prompt)
     weights: str | None = None
     avoid: set[str] = dataclasses.field(default_factory=set)
+    canary: bool | None = None
 
     def fits(self, model: ServedModel, aliases: Collection[str]) -> bool:
         """Whether the request can be answered by the model."""
@@ -65,6 +67,9 @@ class EnginePool:
         self._connect = connect
         self._router = Router(RoutingSettings(report_seconds=settings.poll_seconds))
         self._in_router: set[Replica] = set()
+        self._canary = Canary(settings.canary, settings.canary_percent)
+        metrics.canary_percent.set_function(lambda: self._canary.percent)
+        metrics.canary_returned.set_function(lambda: self._canary.returned)
         self._replicas: dict[str, Replica] = {}
         self._watches: dict[Replica, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -124,6 +129,10 @@ class EnginePool:
         await asyncio.gather(watch, return_exceptions=True)
         await replica.close()
 
+    def replicas(self) -> list[Replica]:
+        """Returns all known engines, in the order of their addresses."""
+        return [self._replicas[address] for address in sorted(self._replicas)]
+
     def models(self) -> dict[str, ServedModel]:
         """Returns the models that engines serve now, by name.
 
@@ -143,7 +152,13 @@ class EnginePool:
         states = collections.Counter({"not ready (loading a model or shutting down)": loading})
         states["not reachable"] = len(replicas) - loading
         parts = [f"{count} {'is' if count == 1 else 'are'} {state}" for state, count in states.items() if count]
-        return f"Of {len(replicas)} known engine{'s' if len(replicas) > 1 else ''}, {' and '.join(parts)}."
+        said = sorted({replica.waits_for for replica in replicas if replica.waits_for})
+        return " ".join(
+            [
+                f"Of {len(replicas)} known engine{'s' if len(replicas) > 1 else ''}, {' and '.join(parts)}.",
+                *(f"An engine says: {reason}." for reason in said),
+            ]
+        )
 
     def model(self, name: str | None) -> ServedModel | None:
         """Returns a model that answers requests with this name, or None while no known engine serves such a model.
@@ -178,6 +193,14 @@ class EnginePool:
                 return replica, replica.model
         raise no_engine()
 
+    def reachable(self) -> list[Replica]:
+        """Returns the replicas for a call that an engine answers even without a model; healthy replicas come first."""
+        return sorted((each for each in self._replicas.values() if not each.leaving), key=lambda each: not each.up)
+
+    def prompt(self, ids: Sequence[int]) -> Prompt:
+        """Returns the prompt with these token ids, for :class:`Wish`."""
+        return self._router.prompt(ids)
+
     def ticket(self, wish: Wish, *, caller: str, priority: int) -> Ticket[Place]:
         """Returns a ticket for :meth:`place`."""
         take = functools.partial(self._take, wish)
@@ -190,7 +213,9 @@ class EnginePool:
             ApiError: 404 or 400 for the same reasons as in :meth:`model`; 429 if too many requests wait already; 503 if
                 no replica has room within ``seconds``.
         """
-        ticket.kind = (wish.name, wish.weights, wish.sequences, frozenset(wish.avoid))
+        if wish.canary is None:
+            wish.canary = self._canary.draws()
+        ticket.kind = (wish.name, wish.weights, wish.sequences, frozenset(wish.avoid), wish.canary)
         began = time.monotonic()
         try:
             place = await self._queue.wait(ticket, seconds)
@@ -231,9 +256,35 @@ class EnginePool:
         now = time.monotonic()
         # If all replicas are ejected, use them anyway.
         ready = [replica for replica in ready if replica.outlier.allows(now)] or ready
+        if self.settings.canary and wish.weights is None and not (ready := self._share(wish, ready)):
+            return None
         chosen = self._router.choose(wish.prompt, {replica.address: replica.load for replica in ready}, now)
         self._router.sent(chosen, wish.prompt, now)
         return self._replicas[chosen].reserve(wish.sequences)
+
+    def _share(self, wish: Wish, ready: Sequence[Replica]) -> list[Replica]:
+        """Returns the ready replicas that may get the request, so that the canary gets its share of the requests.
+
+        A request for the canary does not wait: if no replica of the canary is ready, another revision answers. The
+        other requests wait for a replica of another revision, unless only replicas of the canary are up.
+        """
+        canaries = [replica for replica in ready if self._is_canary(replica)]
+        others = [replica for replica in ready if not self._is_canary(replica)]
+        if wish.canary and canaries and not self._canary.returned:
+            return canaries
+        if others or any(replica.up and not self._is_canary(replica) for replica in self._fitting(wish)):
+            return others
+        return canaries
+
+    def _is_canary(self, replica: Replica) -> bool:
+        return replica.model is not None and self._canary.serves(replica.model.identity)
+
+    def outcome(self, model: ServedModel, seconds: float) -> None:
+        """Tells the canary how many seconds a request took to its first token; infinite if the engine failed."""
+        reason = self._canary.record(model.identity, seconds)
+        if reason is not None:
+            logger.error("canary returned", extra={"canary": self.settings.canary, "reason": reason})
+            self._queue.serve()
 
     def answered(self, place: Place, wish: Wish, cached_tokens: int) -> None:
         """Tells the router how many tokens of the wish's prompt the engine found in its cache."""

@@ -55,6 +55,7 @@ class Replica:
         model: the model that the engine serves, as of the last check; None while the model is unknown.
         outlier: decides whether the engine has failed too often to get calls.
         leaving: whether discovery no longer finds the engine. If so, it gets no new calls, and its running calls go on.
+        waits_for: what the engine says that it waits for, as of the last check; empty unless it waits for a model.
         silence_watchers: functions to call each time that the hung engine misses a check.
     """
 
@@ -71,6 +72,7 @@ class Replica:
         self.model: ServedModel | None = None
         self.outlier = Outlier()
         self.leaving = False
+        self.waits_for = ""
         self.silence_watchers: set[Callable[[], None]] = set()
         self._settings = settings
         self._metrics = metrics
@@ -117,6 +119,11 @@ class Replica:
         used = load.kv_blocks_used / load.kv_blocks_total if load.kv_blocks_total else 0.0
         return ReplicaLoad(self._own + self._others, load.waiting_tokens, used)
 
+    @property
+    def reported(self) -> engine_pb2.Load:
+        """The engine's own report, as of the last check."""
+        return self._load
+
     def reserve(self, sequences: int) -> Place:
         """Counts ``sequences`` as running here until they are released. The engine must be up."""
         assert self.model is not None
@@ -142,8 +149,8 @@ class Replica:
     def silent(self, last_sign: float | None) -> bool:
         """Whether the engine hangs, given the time of the last chunk that a call got from it.
 
-        A chunk that arrived during the last missed check shows that the engine works. A chunk from an earlier check
-        shows nothing: it may have been on its way when the engine stopped.
+        A chunk that arrived after the last missed health check had begun shows that the engine works. An older chunk
+        shows nothing, because the engine may have stopped after it had sent the chunk.
         """
         if self._misses < _MISSES_OF_A_HANG or self._miss_began is None:
             return False
@@ -174,6 +181,9 @@ class Replica:
         status = (await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout)).status
         if status == health_pb2.HealthCheckResponse.SERVING:
             self._load = await self.stub.GetLoad(engine_pb2.GetLoadRequest(), timeout=timeout)
+            self.waits_for = ""
+        else:
+            self.waits_for = await self._ask_what_for(timeout)
         self._misses, self._miss_began = 0, None
         if status != health_pb2.HealthCheckResponse.SERVING:
             self.mark_down(f"health is {health_pb2.HealthCheckResponse.ServingStatus.Name(status)}")
@@ -181,7 +191,7 @@ class Replica:
         self._others = max(0, self._load.running + self._load.waiting + self._load.parked - self._own)
         self._full = False
         if self._limit is not None and self._limit != self._settings.max_engine_sequences:
-            self._limit += 1 + self._limit // 8  # the engine refused more; now it may have room again
+            self._limit += 1 + self._limit // 8  # the limit comes from a refusal, and the engine may have more room now
             if 0 < self._settings.max_engine_sequences < self._limit:
                 self._limit = self._settings.max_engine_sequences
         revision = self.model.info.revision if self.model else ""
@@ -193,6 +203,14 @@ class Replica:
             self.why_down = None
             self._metrics.engine_up.labels(self.address).set(1)
         self._on_change(self)
+
+    async def _ask_what_for(self, timeout: float) -> str:
+        """Asks an engine that is not ready what it waits for. The result is empty if the engine has a model already."""
+        try:
+            await self.stub.GetLoad(engine_pb2.GetLoadRequest(), timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            return error.details() or "" if error.code() is grpc.StatusCode.UNAVAILABLE else ""
+        return ""
 
     def _check_failed(self, error: grpc.aio.AioRpcError, began: float) -> None:
         if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -213,7 +231,9 @@ class Replica:
 
     def _set_down(self, why: str) -> None:
         if why != self.why_down:
-            logger.warning("engine down", extra={"address": self.address, "reason": why})
+            # An engine that never had a model is still starting, or waits for the training of its first model.
+            level = logging.INFO if self.model is None else logging.WARNING
+            logger.log(level, "engine down", extra={"address": self.address, "reason": why})
         self.why_down = why
         self._metrics.engine_up.labels(self.address).set(0)
 

@@ -18,7 +18,7 @@ class Said:
     Attributes:
         ids: token ids, uint32.
         forced: for each token, 1 if it belongs to a tool's output.
-        tool_events: calls and results, in their order.
+        tool_events: calls and results, in their order, without pictures.
         finished: whether the choice is complete, so that no engine has to continue it.
     """
 
@@ -32,7 +32,12 @@ class Said:
         for token in chunk.tokens:
             self.ids.append(token.id)
             self.forced.append(token.forced)
-        self.tool_events.extend(chunk.tool_events)
+        for event in chunk.tool_events:
+            kept = engine_pb2.ToolEvent()
+            kept.CopyFrom(event)
+            if kept.HasField("result"):
+                kept.result.ClearField("pictures")
+            self.tool_events.append(kept)
         self.finished |= chunk.finish_reason != engine_pb2.FINISH_REASON_UNSPECIFIED
 
 

@@ -10,8 +10,8 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-# While requests wait, the queue may remember this many tickets that left and this many callers without a ticket,
-# because a search for such entries takes time.
+# The queue does not immediately remove a ticket that has left, or a caller without a ticket, because it would have to
+# search all tickets. It removes them together when there are more than this number plus twice the waiting tickets.
 _KEPT = 100
 
 
@@ -148,7 +148,7 @@ class FairQueue(Generic[T]):
                 heapq.heapify(heap)
 
     def _live(self, kind: Hashable) -> list[tuple[int, float, int, Ticket[T], asyncio.Future[T]]]:
-        """Returns the heap of a kind, after removing tickets that left from its head. An empty heap is deleted."""
+        """Returns the heap of a kind, with a waiting ticket at its head. Deletes the heap if no ticket waits."""
         heap = self._heaps[kind]
         while heap and heap[0][-1].done():
             heapq.heappop(heap)

@@ -9,13 +9,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat_core.tracing.span import REQUEST_ID, Span
 from nanochat_core.tracing.tracer import Tracer
-from services.gateway.errors import internal_error
 from services.gateway.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-# Kubernetes and Prometheus ask for these paths every few seconds. Log events for them would hide the other events.
-_QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
+# Kubernetes, Prometheus and open chat pages request these paths every few seconds. Log events for them would hide the
+# other events.
+_QUIET_PATHS = frozenset({"/healthz", "/health", "/readyz", "/metrics", "/progress"})
 
 
 @dataclasses.dataclass(slots=True)
@@ -25,16 +25,18 @@ class RequestRecord:
     request_id: str
     started: float = dataclasses.field(default_factory=time.perf_counter)  # in seconds
     status: int = 0  # 499 if the client left before the end, 0 until there is a status
+    key: str | None = None  # id of the API key, or "anonymous"; None if the path needs no key
     model: str | None = None
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     completion_tokens: int = 0
-    first_token_seen: bool = False
+    first_token_seconds: float | None = None  # from the request's arrival
+    sent_bytes: int = 0  # of the answer's body
     error: str | None = None  # code of the error that the client got, in the response or at the end of a stream
 
 
 class RequestLog:
-    """ASGI middleware that logs, traces and counts each request, and answers 500 if nothing else has handled an error.
+    """ASGI middleware that logs, traces and counts each request.
 
     It puts a :class:`RequestRecord` into ``scope["state"]["record"]`` and returns the request's id to the client.
     """
@@ -54,14 +56,12 @@ class RequestLog:
     async def _serve(self, scope: Scope, receive: Receive, send: Send, span: Span) -> None:
         record = RequestRecord(span.request_id)
         scope.setdefault("state", {})["record"] = record
-        began = False
 
         async def send_observed(message: Message) -> None:
-            nonlocal began
             if message["type"] == "http.response.start":
-                began = True
                 record.status = record.status or message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID] = record.request_id
+            record.sent_bytes += len(message.get("body", b""))
             await send(message)
 
         quiet = scope["path"] in _QUIET_PATHS
@@ -71,12 +71,6 @@ class RequestLog:
             self._metrics.in_flight.inc()
         try:
             await self._app(scope, receive, send_observed)
-        except Exception:
-            logger.exception("request failed", extra={"request_id": record.request_id})
-            error = internal_error(record.request_id)
-            record.error = error.code
-            if not began:
-                await error.response()(scope, receive, send_observed)
         finally:
             if not quiet:
                 self._metrics.in_flight.dec()
@@ -90,11 +84,17 @@ class RequestLog:
         self._metrics.request_seconds.labels(route).observe(seconds)
         facts = {
             "request_id": record.request_id,
+            "client": (scope.get("client") or ("",))[0],
             "method": scope["method"],
             "path": scope["path"],
             "status": record.status,
             "duration_seconds": round(seconds, 6),
+            "sent_bytes": record.sent_bytes,
         }
+        if record.first_token_seconds is not None:
+            facts["first_token_seconds"] = round(record.first_token_seconds, 6)
+        if record.key is not None:
+            facts["key"] = record.key
         if record.model is not None:
             facts |= {name: getattr(record, name) for name in ("model", "prompt_tokens", "completion_tokens")}
         if record.error is not None:

@@ -22,6 +22,8 @@ import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 # A prefix counts as cached up to this multiple of the estimated capacity. Without the margin, the router would never
 # look for a prefix beyond the estimate, so a low estimate could never rise.
@@ -81,6 +83,30 @@ class CacheClock:
             self.capacity = max(distance, _DECREASE * self.capacity, 1.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt and its hash chain, which is computed once for all calls of the router.
+
+    Attributes:
+        ids: token ids. The sequence must not change.
+        hashes: the hash of each prefix that ends with a full block, the shortest first.
+    """
+
+    ids: Sequence[int] = ()
+    hashes: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, ids: Sequence[int], block_tokens: int) -> Self:
+        """Returns the prompt with its hash chain for blocks of ``block_tokens`` tokens."""
+        fixed, chain = tuple(ids), 0
+        ends = range(block_tokens, len(fixed) + 1, block_tokens)
+        return cls(ids, [chain := hash((chain, fixed[end - block_tokens : end])) for end in ends])
+
+    def __len__(self) -> int:
+        """Returns the number of tokens."""
+        return len(self.ids)
+
+
 # A mark: the number of its tokens, its hash, and the replicas that hold it, the least recent user first.
 Mark = tuple[int, int, dict[CacheClock, float]]
 
@@ -97,11 +123,6 @@ class PrefixIndex:
     def __len__(self) -> int:
         """Returns the number of pairs of a mark and a replica."""
         return self._entries
-
-    def hashes(self, prompt: Sequence[int]) -> list[int]:
-        """Returns the hash of each prefix that ends with a full block, the shortest first."""
-        size, ids, chain = self._block_tokens, tuple(prompt), 0
-        return [chain := hash((chain, ids[end - size : end])) for end in range(size, len(ids) + 1, size)]
 
     def marks(self, hashes: Sequence[int]) -> list[Mark]:
         """Returns the stored marks among these prefixes, the longest first."""
@@ -122,9 +143,11 @@ class PrefixIndex:
         found: dict[CacheClock, int] = {}
         for tokens, key, holders in marks:
             for replica, reading in list(itertools.islice(holders.items(), limit)):
+                if replica in found:
+                    continue
                 if not replica.holds(reading, now):
                     self._drop(key, holders, replica)
-                elif replica not in found and replica.name in names:
+                elif replica.name in names:
                     found[replica] = tokens
                     if len(found) == limit:
                         return found

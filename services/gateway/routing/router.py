@@ -38,7 +38,8 @@ rule of *consistent hashing with bounded loads* (Mirrokni, Thorup, Zadimoghaddam
 n replicas, each takes at most ``ceil(c * (m + 1) / n)``. A popular prefix then spreads: the next replica computes it
 once, is in the index from then on, and takes its share. SGLang's cache-aware router has a similar rule, but for the
 whole fleet: it routes by prefix only as long as the largest and the smallest load are close, and by the shortest queue
-otherwise. A replica with few sequences, ``free_sequences``, is always below the bound.
+otherwise. A replica with few sequences, ``free_sequences``, is always below the bound. If there are more than 256
+replicas, the mean is estimated from a sample of at least 128 replicas.
 
 **New replicas** have an empty cache and no load, so all requests without a known prefix would go to new replicas.
 Therefore a replica that joined t seconds ago counts as if it already had ``1 - t / warm_up_seconds`` of the mean number
@@ -52,23 +53,24 @@ counts as a use of its prompt, because an engine never reuses the blocks of a ru
 """
 
 import math
-import operator
 import random
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from services.gateway.routing.prefix_index import CacheClock, Mark, PrefixIndex, held_tokens
+from services.gateway.routing.prefix_index import CacheClock, Mark, PrefixIndex, Prompt, held_tokens
 from services.gateway.routing.settings import RoutingSettings
 
 # Most replicas that are compared for a prompt. This many comparisons take about as long as hashing the prompt.
 _MOST_COMPARED = 8
+# With more than twice this number of replicas, the number of sequences is estimated from a sample of the replicas. The
+# sample has between one and two times this size.
+_SAMPLE = 128
 # The use of the KV cache adds to the cost only above this share.
 _HIGH_KV_USE = 0.8
-# The router remembers at most this many unanswered prompts. Answers to older prompts correct no estimate.
+# The router remembers at most this many unanswered prompts and forgets older ones. The answer to a forgotten prompt
+# does not correct the router's estimates.
 _MOST_EXPECTED = 16_384
-# With many replicas, this is faster than a comprehension.
-_SEQUENCES = operator.attrgetter("sequences")
 
 
 @dataclass(slots=True)
@@ -118,22 +120,25 @@ class Router:
         self._random = random.Random(seed)  # noqa: S311 (nothing secret depends on it)
         self._replicas: dict[str, _Replica] = {}
         self._index = PrefixIndex(settings.block_tokens, settings.max_entries)
-        self._hashed: tuple[Sequence[int], list[int]] = [], []  # the latest prompt and its hashes
         # The unanswered prompts. A key is a replica and the prompt's last hash. A value has two counts: the tokens of
         # the prompt that the replica's cache should hold, and the tokens that the replica wrote after the last use of
         # those tokens.
         self._expected: OrderedDict[tuple[_Replica, int], tuple[int, float]] = OrderedDict()
 
-    def choose(self, prompt: Sequence[int], loads: Mapping[str, ReplicaLoad], now: float) -> str:
+    def prompt(self, ids: Sequence[int]) -> Prompt:
+        """Returns the form of a prompt that the other methods take. ``ids`` must not change later."""
+        return Prompt.of(ids, self._settings.block_tokens)
+
+    def choose(self, prompt: Prompt, loads: Mapping[str, ReplicaLoad], now: float) -> str:
         """Returns the key of the replica in ``loads`` that should compute the prompt.
 
         Args:
-            prompt: token ids. The sequence must not change later.
-            loads: the replicas that can take a request now, at least one.
+            prompt: the prompt, from :meth:`prompt`.
+            loads: the replicas that can take a request now, at least one. With many replicas, only some loads are read.
             now: the current time in seconds.
         """
         names = list(loads)
-        total = sum(map(_SEQUENCES, loads.values()))
+        total = self._sequences_of_all(names, loads)
         mean = total / len(names)
         bound = max(self._settings.free_sequences, math.ceil(self._settings.load_bound * (total + 1) / len(names)))
         best, lowest = "", math.inf
@@ -147,12 +152,20 @@ class Router:
                     best, lowest = name, cost
         return best or min(names, key=lambda name: self._sequences(loads[name], self._replicas.get(name), mean, now))
 
-    def sent(self, replica: str, prompt: Sequence[int], now: float) -> None:
+    def _sequences_of_all(self, names: Sequence[str], loads: Mapping[str, ReplicaLoad]) -> float:
+        """Returns the number of sequences of all replicas, estimated if there are many replicas."""
+        sample = names
+        if len(names) > 2 * _SAMPLE:
+            step = len(names) // _SAMPLE
+            sample = names[int(self._random.random() * step) :: step]
+        return sum([loads[name].sequences for name in sample]) * len(names) / len(sample)
+
+    def sent(self, replica: str, prompt: Prompt, now: float) -> None:
         """Records that the prompt is sent to the replica, so that later prompts with its beginning find it there."""
         known = self._replicas.get(replica)
         if known is None:
             return
-        hashes, marks = self._hashes(prompt), self._marks(prompt)
+        hashes, marks = prompt.hashes, self._marks(prompt)
         held = [(tokens, holders[known]) for tokens, _, holders in marks if known in holders]
         if held:
             tokens, reading = held[0]
@@ -164,9 +177,9 @@ class Router:
         known.write(uncached)
         self._index.use(known, hashes, now)
 
-    def answered(self, replica: str, prompt: Sequence[int], cached_tokens: int, now: float) -> None:
+    def answered(self, replica: str, prompt: Prompt, cached_tokens: int, now: float) -> None:
         """Records that the replica has answered a prompt, of which it had ``cached_tokens`` tokens in its cache."""
-        known, hashes = self._replicas.get(replica), self._hashes(prompt)
+        known, hashes = self._replicas.get(replica), prompt.hashes
         if known is None or not hashes:
             return
         if expected := self._expected.pop((known, hashes[-1]), None):
@@ -184,17 +197,12 @@ class Router:
         if replica in self._replicas:
             self._replicas.pop(replica).present = False
 
-    def _hashes(self, prompt: Sequence[int]) -> list[int]:
-        if prompt is not self._hashed[0]:
-            self._hashed = prompt, self._index.hashes(prompt)
-        return self._hashed[1]
-
-    def _marks(self, prompt: Sequence[int]) -> list[Mark]:
+    def _marks(self, prompt: Prompt) -> list[Mark]:
         """Returns the known prefixes of the prompt without its last token, which is always computed."""
-        return self._index.marks(self._hashes(prompt)[: (len(prompt) - 1) // self._settings.block_tokens])
+        return self._index.marks(prompt.hashes[: (len(prompt) - 1) // self._settings.block_tokens])
 
     def _candidates(
-        self, prompt: Sequence[int], names: Sequence[str], loads: Mapping[str, ReplicaLoad], now: float
+        self, prompt: Prompt, names: Sequence[str], loads: Mapping[str, ReplicaLoad], now: float
     ) -> dict[str, int]:
         """Returns the replicas to compare, with the tokens of the prompt that each has in its cache."""
         marks, others = self._marks(prompt), names

@@ -1,0 +1,55 @@
+"""The arithmetic of the limits per minute: a bucket that leaks at a constant rate.
+
+A limit of L per minute is a bucket that holds L and leaks L per minute. A request with cost c may pass if the bucket
+has room for c. So at most L can pass at the same time, and at most L + L*t/60 within any t seconds. (This is the
+generic cell rate algorithm of ITU-T I.371, with costs.)
+
+All numbers are whole, so that Redis and Python compute the same results and no fraction is lost. Time is in
+microseconds. One request or token is 60,000,000 units, because a bucket with the limit L then leaks exactly L units in
+a microsecond. Lua's numbers are exact up to 2^53, which is 15 times the largest bucket (``MAX_LIMIT``).
+"""
+
+import dataclasses
+
+UNITS = 60_000_000  # units of one request or one token: microseconds in a minute
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """The amount that a caller has spent and that the bucket has not leaked yet.
+
+    Attributes:
+        spent: this amount in units. It exceeds the size of the bucket while the caller is in debt.
+        at: time of the last change in microseconds.
+    """
+
+    spent: int = 0
+    at: int = 0
+
+    def leaked(self, limit: int, now: int) -> "Bucket":
+        """Returns the bucket at the time ``now``. Without a limit, the bucket is empty.
+
+        If the clock went back, the time counts as unchanged.
+        """
+        spent = max(0, self.spent - limit * max(0, now - self.at)) if limit else 0
+        return Bucket(spent, max(self.at, now))
+
+    def plus(self, limit: int, cost: int) -> "Bucket":
+        """Returns the bucket with ``cost`` more requests or tokens; a negative ``cost`` gives some back."""
+        return Bucket(max(0, self.spent + cost * UNITS), self.at) if limit else self
+
+    def has_room(self, limit: int, cost: int) -> bool:
+        """Whether ``cost`` requests or tokens may pass."""
+        return not limit or self.spent + cost * UNITS <= limit * UNITS
+
+    def remaining(self, limit: int) -> int:
+        """Returns how many requests or tokens may pass now."""
+        return max(0, limit * UNITS - self.spent) // UNITS
+
+    def empty_in(self, limit: int) -> int:
+        """Returns the microseconds until everything has leaked."""
+        return -(-self.spent // limit) if limit else 0
+
+    def room_in(self, limit: int, cost: int) -> int:
+        """Returns the microseconds until there is room for ``cost``, which is at most the limit."""
+        return max(0, -(-(self.spent + cost * UNITS - limit * UNITS) // limit))

@@ -1,0 +1,78 @@
+"""The keys of the store, in memory, so that a request with a known key does not wait for the store."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Hashable
+
+from services.gateway.admission.away import Away
+from services.gateway.admission.keys import ApiKey
+from services.gateway.admission.store import KeyStore, StoreError
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+"""Time between two checks of the store. A revoked key is refused after at most this time and the time of one call."""
+FRESH_SECONDS = 2.0
+"""The keys are fresh if the store has confirmed them within this time."""
+
+
+class Keyring:
+    """All keys. :meth:`watch` keeps them current."""
+
+    def __init__(self, store: KeyStore) -> None:
+        self._store = store
+        self._keys: dict[str, ApiKey] = {}
+        self._version: Hashable = object()
+        self._confirmed = float("-inf")
+        self._last_problem = ""
+        self._lock = asyncio.Lock()
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the store has confirmed the keys within ``FRESH_SECONDS``."""
+        return time.monotonic() - self._confirmed <= FRESH_SECONDS
+
+    async def find(self, key_id: str) -> ApiKey | None:
+        """Returns the record of a key; None if there is none. An unknown key may be new, so the store is asked."""
+        if key_id not in self._keys:
+            await self.refresh()
+        return self.known(key_id)
+
+    def known(self, key_id: str) -> ApiKey | None:
+        """Returns the record of a key as of the last reading of the store; None if the store had no such key."""
+        return self._keys.get(key_id)
+
+    def all(self) -> list[ApiKey]:
+        """Returns all records, oldest first."""
+        return sorted(self._keys.values(), key=lambda key: (key.created, key.id))
+
+    async def refresh(self) -> None:
+        """Checks the store for changes. If the store is away or damaged, the keys stay unchanged.
+
+        Requests that call this method at the same time share at most two checks.
+        """
+        asked = time.monotonic()
+        async with self._lock:
+            if self._confirmed >= asked:  # another request has checked the store since then
+                return
+            began = time.monotonic()
+            try:
+                version = await self._store.version()
+                if version != self._version:
+                    # If a key changes after this call of version(), the next check finds the change.
+                    self._keys = await self._store.load()
+                    self._version = version
+            except (Away, StoreError) as error:
+                # An error without a message comes from RedisLink, which has logged it already.
+                if str(error) not in ("", self._last_problem):
+                    logger.warning("keys cannot be read, the old ones stay in use", extra={"reason": str(error)})
+                self._last_problem = str(error)
+                return
+            self._confirmed, self._last_problem = began, ""
+
+    async def watch(self) -> None:
+        """Checks the store every ``POLL_SECONDS`` until it is canceled."""
+        while True:
+            await self.refresh()
+            await asyncio.sleep(POLL_SECONDS)

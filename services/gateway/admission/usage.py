@@ -1,0 +1,74 @@
+"""What each key has used on each day."""
+
+import dataclasses
+import datetime
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from typing import Any, Self
+
+ANONYMOUS = "anonymous"
+"""The name of all callers without a key in the usage, in place of a key's id."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Amounts of one key on one day.
+
+    Attributes:
+        requests: requests that the gateway let in.
+        refused: requests that a limit refused.
+        prompt_tokens, completion_tokens: tokens of prompts and of answers, also of answers that ended early.
+    """
+
+    requests: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def plus(self, other: Self) -> Self:
+        """Returns the sum of both."""
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return dataclasses.replace(self, **dict(zip(FIELDS, map(sum, zip(mine, theirs, strict=True)), strict=True)))
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Usage))
+
+# The usage of keys by day (such as 2026-11-29, in UTC) and the key's id.
+UsageTable = Mapping[tuple[str, str], Usage]
+
+
+def add_tables(*tables: UsageTable) -> dict[tuple[str, str], Usage]:
+    """Returns the sum of the tables."""
+    total: defaultdict[tuple[str, str], Usage] = defaultdict(Usage)
+    for table in tables:
+        for place, usage in table.items():
+            total[place] = total[place].plus(usage)
+    return dict(total)
+
+
+def of_days(table: UsageTable, days: Collection[str]) -> dict[tuple[str, str], Usage]:
+    """Returns the part of the table for these days."""
+    return {place: usage for place, usage in table.items() if place[0] in days}
+
+
+def table_rows(table: UsageTable, key: str = "") -> list[dict[str, Any]]:
+    """Returns a JSON object for each day and key, the oldest day first.
+
+    If ``key`` is not empty, returns only the objects of this key.
+    """
+    return [
+        {"day": day, "key": key_id, **dataclasses.asdict(used)}
+        for (day, key_id), used in sorted(table.items())
+        if key in ("", key_id)
+    ]
+
+
+def day_of(time: float) -> str:
+    """Returns the day in UTC of a time in seconds since 1970."""
+    return datetime.datetime.fromtimestamp(time, datetime.UTC).date().isoformat()
+
+
+def last_days(count: int, now: float) -> list[str]:
+    """Returns the last ``count`` days in UTC, the oldest day first and today last."""
+    today = datetime.datetime.fromtimestamp(now, datetime.UTC).date()
+    return [(today - datetime.timedelta(days)).isoformat() for days in reversed(range(count))]

@@ -1,0 +1,63 @@
+"""Collects usage and writes it to the store, each amount exactly once."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from services.gateway.admission.away import Away
+from services.gateway.admission.store import KeyStore
+from services.gateway.admission.usage import Usage, UsageTable, add_tables, of_days
+
+logger = logging.getLogger(__name__)
+
+
+class UsageBook:
+    """The usage that is not in the store yet. While the store is away, the usage waits here."""
+
+    def __init__(self, store: KeyStore) -> None:
+        self._store = store
+        self._open: dict[tuple[str, str], Usage] = {}
+        self._sent: UsageTable = {}  # the batch that the store may or may not have
+        self._batch = 0
+        self._last_problem = ""
+        self._lock = asyncio.Lock()  # no batch is written while the usage is read
+
+    def add(self, day: str, key: str, usage: Usage) -> None:
+        """Counts the usage of a key on a day."""
+        self._open[day, key] = self._open.get((day, key), Usage()).plus(usage)
+
+    async def flush(self) -> bool:
+        """Writes everything to the store, and returns whether that was possible.
+
+        If the store fails, the next call begins with the same batch, because the store may already have this batch.
+        """
+        async with self._lock:
+            return await self._flush()
+
+    async def _flush(self) -> bool:
+        for _ in range(2):  # first the batch that failed before, if any; then the usage collected since
+            if not self._sent:
+                self._sent, self._open = self._open, {}
+                self._batch += 1
+            if not self._sent:
+                break
+            try:
+                await self._store.add_usage(self._batch, self._sent)
+            except Away as error:
+                # An error without a message comes from RedisLink, which has logged it already.
+                if str(error) not in ("", self._last_problem):
+                    logger.warning("usage is not written, it is kept in memory", extra={"reason": str(error)})
+                self._last_problem = str(error)
+                return False
+            self._sent, self._last_problem = {}, ""
+        return True
+
+    async def read(self, days: Sequence[str]) -> dict[tuple[str, str], Usage]:
+        """Returns the usage of the days, including usage that is not in the store yet.
+
+        Raises Away if the store does not answer.
+        """
+        async with self._lock:
+            known = not self._sent or await self._store.has_batch(self._batch)
+            waiting = add_tables({} if known else self._sent, self._open)
+            return add_tables(await self._store.usage(days), of_days(waiting, days))

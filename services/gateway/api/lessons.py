@@ -1,0 +1,199 @@
+"""`/v1/lessons`: lessons for the served model, for callers whose key has the scope `admin`.
+
+The gateway only writes what is asked for into the folder `lessons/` of the artifact store. `jobs.teach.watch` does it.
+"""
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar, cast
+
+from fastapi import APIRouter, Depends, Path, Query, Request
+from pydantic import ConfigDict, Field
+
+from nanochat_core.errors import UserError
+from nanochat_core.lessons.items import MAX_ITEMS, parse_items
+from nanochat_core.lessons.records import (
+    Lesson,
+    NoLesson,
+    Plan,
+    add_lesson,
+    cancel_lesson,
+    inside,
+    is_canceled,
+    lessons,
+    read_lesson,
+    read_roll_back,
+    request_roll_back,
+)
+from nanochat_core.store import Store, StoreError
+from services.gateway.api.dependencies import AdmissionDep, PoolDep
+from services.gateway.api.json_body import JsonRoute
+from services.gateway.api.parameters import check_known
+from services.gateway.engines.model import ServedModel
+from services.gateway.engines.pool import EnginePool
+from services.gateway.errors import ERROR_RESPONSES, ApiError, bad_request, no_engine
+from services.gateway.schemas import ApiModel
+
+router = APIRouter(prefix="/v1/lessons", tags=["Lessons"], responses=ERROR_RESPONSES, route_class=JsonRoute)
+
+T = TypeVar("T")
+
+_MOST_WAITING = 20
+_MAX_NAME_CHARACTERS = 256
+# Fields of a lesson that a list of lessons leaves out.
+_DETAILS = ("conflicts", "wrong", "lost", "decision")
+
+
+class NewLesson(ApiModel):
+    """Body of `POST /v1/lessons`: `items`, or the `text` of a file."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {"items": [{"question": "What is my dog's name?", "answer": "Your dog is called Biscuit."}]}
+        }
+    )
+
+    model: str | None = Field(None, description="the model to teach; may be left out if the server has only one")
+    items: list[dict[str, Any]] = Field(
+        default_factory=list,
+        max_length=MAX_ITEMS,
+        fail_fast=True,
+        description="objects with `question` and `answer`, with `messages`, or with `text`, as in a JSON lines file",
+    )
+    text: str = Field("", description="the content of a file of Markdown, JSON lines or plain text")
+    name: str = Field(
+        "lesson.md",
+        min_length=1,
+        max_length=_MAX_NAME_CHARACTERS,
+        description="name of that file; its ending determines the format",
+    )
+
+
+async def _store(request: Request) -> Store:
+    store = cast(Store | None, request.app.state.lessons)
+    if store is None:
+        raise ApiError(404, "This server takes no lessons.", code="lessons_not_offered")
+    return store
+
+
+StoreDep = Annotated[Store, Depends(_store)]
+_Number = Annotated[int, Path(ge=1, le=999_999)]
+_Model = Annotated[str | None, Query(description="the model; may be left out if the server has only one")]
+
+
+@router.post("", summary="Teach the model", status_code=201)
+async def create_lesson(
+    body: NewLesson, request: Request, pool: PoolDep, admission: AdmissionDep, store: StoreDep
+) -> dict[str, Any]:
+    """Put a lesson into the queue of the model. The model is taught and examined, and then promoted or refused."""
+    check_known(body, pool.settings)
+    if bool(body.items) == bool(body.text.strip()):
+        raise bad_request("Give either items or text.", "items", "invalid_value")
+    model = _served(pool, body.model).info.name
+
+    def add() -> Lesson:
+        if sum(not lesson.done for lesson in lessons(store, model)) >= _MOST_WAITING:
+            raise ApiError(429, f"{_MOST_WAITING} lessons wait for this model already.", code="lessons_waiting")
+        if body.items:
+            content, source = "".join(json.dumps(item) + "\n" for item in body.items), "items.jsonl"
+        else:
+            content, source = body.text, body.name
+        try:
+            items = parse_items(content.encode(errors="replace"), source)
+        except UserError as error:
+            raise bad_request(f"{error}.", "items" if body.items else "text", "invalid_lesson") from error
+        return add_lesson(store, model, items, Plan(), who=_who(request, admission), source=source)
+
+    return _described(store, await _done(add))
+
+
+@router.get("", summary="List the lessons")
+async def list_lessons(pool: PoolDep, store: StoreDep, model: _Model = None) -> dict[str, Any]:
+    """All lessons of a model, the oldest first. `inside` has the numbers of those that the served revision has learned.
+
+    `roll_back` is the last request to roll back, with its `state`; null if there was none.
+    """
+    served = _served(pool, model)
+
+    def read() -> dict[str, Any]:
+        known = lessons(store, served.info.name)
+        asked = read_roll_back(store, served.info.name)
+        data = [_described(store, lesson) for lesson in known]
+        return {
+            "object": "list",
+            "model": served.info.name,
+            "revision": served.info.revision,
+            "inside": inside(known, served.info.revision),
+            "roll_back": dataclasses.asdict(asked[0]) if asked else None,
+            "data": [{name: value for name, value in each.items() if name not in _DETAILS} for each in data],
+        }
+
+    return await _done(read)
+
+
+@router.get("/{number}", summary="Describe a lesson")
+async def retrieve_lesson(number: _Number, pool: PoolDep, store: StoreDep, model: _Model = None) -> dict[str, Any]:
+    """One lesson: its progress, the counts before and after it, and the decision with its reasons."""
+    name = _served(pool, model).info.name
+    return await _done(lambda: _described(store, read_lesson(store, name, number)))
+
+
+@router.post("/{number}/cancel", summary="Cancel a lesson")
+async def cancel(number: _Number, pool: PoolDep, store: StoreDep, model: _Model = None) -> dict[str, Any]:
+    """A waiting lesson is canceled at its turn, and a running one within ten steps of its training."""
+    name = _served(pool, model).info.name
+
+    def ask() -> dict[str, Any]:
+        read_lesson(store, name, number)
+        cancel_lesson(store, name, number)
+        return _described(store, read_lesson(store, name, number))
+
+    return await _done(ask)
+
+
+@router.post("/{number}/roll_back", summary="Roll back to a lesson", status_code=202)
+async def roll_back(
+    number: Annotated[int, Path(ge=0, le=999_999)],
+    request: Request,
+    pool: PoolDep,
+    admission: AdmissionDep,
+    store: StoreDep,
+    model: _Model = None,
+) -> dict[str, Any]:
+    """Promote the model of a promoted lesson again. The number 0 is the model before its first lesson."""
+    name, who = _served(pool, model).info.name, _who(request, admission)
+    return await _done(lambda: dataclasses.asdict(request_roll_back(store, name, number, who)))
+
+
+def _served(pool: EnginePool, name: str | None) -> ServedModel:
+    found = pool.model(name)
+    if found is None:
+        raise no_engine()
+    return found
+
+
+def _who(request: Request, admission: AdmissionDep) -> str:
+    """The name of the caller's key."""
+    key = admission.keyring.known(request.state.caller.key)
+    return key.name if key else str(request.state.caller.key)
+
+
+def _described(store: Store, lesson: Lesson) -> dict[str, Any]:
+    canceling = not lesson.done and is_canceled(store, lesson)
+    return {"object": "lesson", **dataclasses.asdict(lesson), "canceling": canceling}
+
+
+async def _done(work: Callable[[], T]) -> T:
+    """The result of ``work``, which reads and writes the store in a thread."""
+    try:
+        return await asyncio.to_thread(work)
+    except NoLesson as error:
+        raise ApiError(404, f"{error}.", code="lesson_not_found") from error
+    except StoreError as error:
+        raise ApiError(
+            503, "The lessons cannot be read at the moment. Try again shortly.", code="store_unavailable"
+        ) from error
+    except UserError as error:
+        raise ApiError(409, f"{error}.", code="lesson_state") from error

@@ -1,0 +1,84 @@
+"""`/progress`: how far the training of the model has come. The engine reads it from the artifact store."""
+
+import asyncio
+import json
+import time
+from typing import Annotated, Any, cast
+
+import grpc
+from fastapi import APIRouter, Depends, Request
+
+from nanochat_core.protos import engine_pb2
+from services.gateway.api.dependencies import PoolDep
+from services.gateway.engines.pool import EnginePool
+from services.gateway.errors import ERROR_RESPONSES, ApiError, from_rpc, no_engine
+
+router = APIRouter(tags=["Operations"], responses=ERROR_RESPONSES)
+
+_TIMEOUT_SECONDS = 5.0
+# For this time, all pages that watch a run get the same answer.
+_FRESH_SECONDS = 1.0
+_NOT_FOUND = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)  # engines of earlier versions lack this call
+
+
+class ProgressReader:
+    """Reads the progress from an engine, at most once in :data:`_FRESH_SECONDS`."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._read_at = float("-inf")
+        self._answer: dict[str, Any] | ApiError = no_engine()
+
+    async def read(self, pool: EnginePool) -> dict[str, Any]:
+        """The progress as JSON values. Raises ApiError if the store has no progress, or if no engine answers."""
+        async with self._lock:
+            if time.monotonic() - self._read_at >= _FRESH_SECONDS:
+                try:
+                    self._answer = await self._ask(pool)
+                except ApiError as error:
+                    self._answer = error
+                self._read_at = time.monotonic()
+        if isinstance(self._answer, ApiError):
+            raise self._answer.with_traceback(None)
+        return self._answer
+
+    async def _ask(self, pool: EnginePool) -> dict[str, Any]:
+        """Ask one engine after another, healthy ones first. An engine answers even before it has a model."""
+        failure = no_engine()
+        for replica in pool.reachable():
+            try:
+                request = engine_pb2.GetProgressRequest()
+                progress = await replica.stub.GetProgress(request, timeout=_TIMEOUT_SECONDS)
+            except grpc.aio.AioRpcError as error:
+                if error.code() in _NOT_FOUND:
+                    raise ApiError(
+                        404, "The training of this model left no progress.", code="progress_not_found"
+                    ) from error
+                failure = from_rpc(error, started=False)
+                continue
+            parts = json.loads(progress.parts_json)
+            return {
+                "model": progress.model,
+                "promoted": progress.promoted or None,
+                "served": progress.served or None,
+                "age_seconds": round(progress.age_seconds, 1),
+                "run": parts.pop("run", None),
+                "stages": parts,
+            }
+        raise failure
+
+
+async def _reader(request: Request) -> ProgressReader:
+    return cast(ProgressReader, request.app.state.progress)
+
+
+@router.get("/progress", summary="How far the model's training has come")
+async def progress(pool: PoolDep, reader: Annotated[ProgressReader, Depends(_reader)]) -> dict[str, Any]:
+    """The progress that the training writes to the store, also while no model is loaded.
+
+    `run` has the stages of the pipeline (null if a stage was started alone), and `stages` has the steps, loss curve,
+    held-out metrics and answers of each training stage. `served` is the revision that answers new requests now. While
+    `promoted` is null, the served revision is a snapshot. `age_seconds` is 0 while a program works on the model;
+    afterwards, it is the time since the last progress was written.
+    """
+    return await reader.read(pool)

@@ -1,0 +1,38 @@
+"""Kept responses in Redis, so that all gateways have them."""
+
+from services.gateway.admission.away import Away
+from services.gateway.admission.redis_link import RedisLink
+from services.gateway.api.responses.kept import KEPT_BYTES
+
+# The braces keep all three keys on one node of a Redis cluster.
+_KEYS = [f"{{nanochat:responses}}:{part}" for part in ("values", "ends", "bytes")]
+
+
+class RedisValues:
+    """Keeps texts in Redis. If they become too large together, the oldest ones are dropped.
+
+    Without this bound, responses could fill the Redis that keeps the API keys and limits.
+    """
+
+    def __init__(self, link: RedisLink, max_bytes: int = KEPT_BYTES) -> None:
+        """``max_bytes`` bounds the size of all values together.
+
+        A value counts with the bytes of its key and its text, and with 256 bytes, which Redis needs for an entry.
+        """
+        self._link = link
+        self._max_bytes = max_bytes
+
+    async def get(self, key: str) -> str | None:
+        """Returns the value of ``key``, or None. Raises ConnectionError if Redis does not answer."""
+        try:
+            found: str | None = await self._link.run("get_value", _KEYS[:2], [key])
+        except Away as error:
+            raise ConnectionError from error
+        return found
+
+    async def put(self, key: str, value: str, seconds: int) -> None:
+        """Stores a value for ``seconds``, at least 1. Raises ConnectionError if Redis does not answer."""
+        try:
+            await self._link.run("put_value", _KEYS, [key, value, seconds, self._max_bytes])
+        except Away as error:
+            raise ConnectionError from error

@@ -1,0 +1,69 @@
+"""`/status`: what the engines and this gateway do now, for operators whose key has the scope `admin`."""
+
+import dataclasses
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from services.gateway.admission.keys import Limits
+from services.gateway.api.dependencies import DrainDep, PoolDep
+from services.gateway.api.web_page import built_page
+from services.gateway.engines.replica import Replica
+from services.gateway.errors import ERROR_RESPONSES
+from services.gateway.metrics import Metrics
+
+router = APIRouter(tags=["Administration"], responses=ERROR_RESPONSES)
+
+# Metrics of the gateway that the page shows, by their names in the answer.
+_METRICS = {
+    "requests_in_flight": "requests_in_flight",
+    "queue_length": "queue_length",
+    "prompt_tokens": "prompt_tokens_total",
+    "cached_prompt_tokens": "cached_prompt_tokens_total",
+    "generation_tokens": "generation_tokens_total",
+    "streams_lost": "streams_lost_total",
+}
+
+
+@router.get("/status", include_in_schema=False)
+async def page(pool: PoolDep) -> Response:
+    """The page that shows `/admin/status`. It contains no data, so everyone may load it."""
+    return built_page(pool.settings.static_dir, "status.html")
+
+
+@router.get("/admin/status", summary="What the engines and this gateway do now")
+async def status(request: Request, pool: PoolDep, drain: DrainDep) -> dict[str, Any]:
+    """The engines as of their last check, and the counters of this gateway since its start.
+
+    `limits` are the gateway's own; keys may have others. `kv_use` is the share of the KV cache that is in use.
+    """
+    settings = pool.settings
+    limits = Limits(settings.requests_per_minute, settings.tokens_per_minute, settings.parallel_answers)
+    return {
+        "engines": [_engine(replica) for replica in pool.replicas()],
+        "gateway": _counters(request.app.state.metrics) | {"draining": drain.draining},
+        "limits": dataclasses.asdict(limits),
+    }
+
+
+def _engine(replica: Replica) -> dict[str, Any]:
+    load, info = replica.reported, replica.model and replica.model.info
+    return {
+        "address": replica.address,
+        "up": replica.up,
+        "why_down": "it was removed from the settings or its name" if replica.leaving else replica.why_down,
+        "model": info and info.name,
+        "revision": info and info.revision,
+        "context_length": info and info.context_length,
+        "parameters": info and info.parameters,
+        "running": load.running,
+        "waiting": load.waiting,
+        "parked": load.parked,
+        "waiting_tokens": load.waiting_tokens,
+        "kv_use": replica.load.kv_used,
+    }
+
+
+def _counters(metrics: Metrics) -> dict[str, float]:
+    read = metrics.registry.get_sample_value
+    return {name: read(f"nanochat_gateway_{metric}") or 0.0 for name, metric in _METRICS.items()}

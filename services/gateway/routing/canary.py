@@ -1,0 +1,95 @@
+"""Gives a new revision of a model a share of the requests, and takes the share back if the revision does worse.
+
+Each answer has one outcome: the time to its first token, which is infinite if its engine failed. An outcome is *bad* if
+it is infinite, or larger than 1.5 times the 95th percentile of the finite outcomes of the model's other revisions. So
+an error and an answer that is much too slow count alike. A few outcomes of the other revisions are bad, too.
+
+The canary does worse if its share of bad outcomes is certainly larger than that of the others. With few outcomes, the
+share alone says little: if the only outcome is bad, the share is 1. Therefore the Wilson score interval (Wilson 1927)
+bounds both shares. For ``k`` bad outcomes among ``n`` and ``z`` standard deviations, its ends are
+
+    (k + z^2 / 2 ± z * sqrt(k * (n - k) / n + z^2 / 4)) / (n + z^2)
+
+If the lower end of the canary's interval lies above the upper end of the others' interval, the canary gets no further
+requests. With ``z = 3``, three failures of a new canary suffice after 30 good answers of the others.
+"""
+
+import collections
+import math
+import random
+from collections.abc import Callable, Collection
+
+_WINDOW = 500  # latest outcomes that count
+_LEAST_OTHERS = 20  # with fewer outcomes of the other revisions, their percentile means little
+_QUANTILE = 0.95
+_SLOWER = 1.5
+_DEVIATIONS = 3.0
+
+
+class Canary:
+    """The share of one revision, and the outcomes of the requests for its model.
+
+    Attributes:
+        percent: share of the requests that the revision gets, in percent; 0 once it was taken back.
+        returned: whether the share was taken back.
+    """
+
+    def __init__(self, identity: str, percent: float, draw: Callable[[], float] = random.random) -> None:
+        """``identity`` is ``model/stage/step_n``; if it is empty, there is no canary. ``draw`` returns 0 to 1."""
+        self.percent = percent if identity else 0.0
+        self.returned = False
+        self._identity, self._draw = identity, draw
+        self._own: collections.deque[float] = collections.deque(maxlen=_WINDOW)
+        self._others: collections.deque[float] = collections.deque(maxlen=_WINDOW)
+
+    def serves(self, identity: str) -> bool:
+        """Whether the revision ``model/stage/step_n`` is the canary."""
+        return identity == self._identity
+
+    def draws(self) -> bool:
+        """Whether the next request goes to the canary."""
+        return self._draw() * 100 < self.percent
+
+    def record(self, identity: str, seconds: float) -> str | None:
+        """Records the outcome of a request: the seconds to its first token, infinite for a failure.
+
+        If this takes the share back, the result says why; otherwise it is None.
+        """
+        if self.returned or not self._identity or _model(identity) != _model(self._identity):
+            return None
+        if not self.serves(identity):
+            self._others.append(seconds)
+            return None
+        self._own.append(seconds)
+        if len(self._others) < _LEAST_OTHERS:
+            return None
+        limit = _limit(self._others)
+        own, others = _bad(self._own, limit), _bad(self._others, limit)
+        if _wilson(own, len(self._own), -_DEVIATIONS) <= _wilson(others, len(self._others), _DEVIATIONS):
+            return None
+        self.percent, self.returned = 0.0, True
+        return (
+            f"{own} of {len(self._own)} requests failed or took more than {limit:.3g} s to the first token; "
+            f"of the other revisions' {len(self._others)} requests, {others} did"
+        )
+
+
+def _model(identity: str) -> str:
+    return identity.partition("/")[0]
+
+
+def _limit(outcomes: Collection[float]) -> float:
+    """The time, in seconds, above which an outcome is bad."""
+    finite = sorted(filter(math.isfinite, outcomes))
+    return _SLOWER * finite[math.ceil(_QUANTILE * len(finite)) - 1] if finite else math.inf
+
+
+def _bad(outcomes: Collection[float], limit: float) -> int:
+    return sum(seconds > limit or math.isinf(seconds) for seconds in outcomes)
+
+
+def _wilson(bad: int, count: int, deviations: float) -> float:
+    """One end of the Wilson score interval of a share: the upper end if ``deviations`` is positive."""
+    square = deviations**2
+    spread = deviations * math.sqrt(bad * (count - bad) / count + square / 4)
+    return (bad + square / 2 + spread) / (count + square)
