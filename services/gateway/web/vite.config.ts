@@ -1,4 +1,6 @@
-import { readFileSync } from "node:fs";
+import { readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { brotliCompressSync, gzipSync } from "node:zlib";
 import type { Plugin } from "vite";
 import { defineConfig } from "vitest/config";
 
@@ -16,10 +18,35 @@ const fontLicenses: Plugin = {
   },
 };
 
+/** KaTeX names each font in three formats. Every browser that can show this page reads the first one. */
+const smallFontsOnly: Plugin = {
+  name: "small-fonts-only",
+  enforce: "pre",
+  transform(code, id) {
+    if (!id.includes("katex.min.css")) return null;
+    return code.replace(/,\s*url\([^)]+\.(?:woff|ttf)\)\s*format\(["']?\w+["']?\)/g, "");
+  },
+};
+
+/** Writes compressed files beside the ones that become smaller. The gateway sends them to browsers that accept them. */
+const compressed: Plugin = {
+  name: "compressed",
+  apply: "build",
+  closeBundle() {
+    const folder = new URL("../static", import.meta.url).pathname;
+    for (const name of readdirSync(folder, { recursive: true, encoding: "utf8" })) {
+      if (!/\.(?:css|html|js|md|svg|txt)$/.test(name)) continue;
+      const content = readFileSync(join(folder, name));
+      writeFileSync(join(folder, `${name}.br`), brotliCompressSync(content));
+      writeFileSync(join(folder, `${name}.gz`), gzipSync(content, { level: 9 }));
+    }
+  },
+};
+
 export default defineConfig({
   // Relative addresses, so that the page also works behind a path prefix.
   base: "./",
-  plugins: [fontLicenses],
+  plugins: [fontLicenses, smallFontsOnly, compressed],
   build: {
     outDir: "../static",
     emptyOutDir: true,
@@ -27,11 +54,11 @@ export default defineConfig({
     // The page's Content-Security-Policy allows no data: fonts and no inline scripts.
     assetsInlineLimit: 0,
     modulePreload: { polyfill: false },
-    rolldownOptions: { input: ["index.html", "report.html"] },
+    rolldownOptions: { input: ["index.html", "report.html", "status.html"] },
     license: { fileName: "assets/licenses.md" },
   },
   server: {
-    proxy: { "/v1": gateway, "/readyz": gateway, "^/report/": gateway },
+    proxy: { "/v1": gateway, "/readyz": gateway, "/progress": gateway, "^/report/": gateway, "/admin": gateway },
   },
   test: {
     include: ["test/**/*.test.{ts,tsx}"],

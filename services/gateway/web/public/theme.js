@@ -1,4 +1,4 @@
-// Runs before the first paint, so that a chosen theme never flashes. src/storage/theme.ts writes the choice.
+// Runs before the first paint, so that the page never begins in another theme. src/storage/theme.ts writes the choice.
 (function () {
   try {
     var theme = localStorage.getItem("nanochat.theme");

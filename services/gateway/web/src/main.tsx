@@ -1,34 +1,64 @@
-import { effect } from "@preact/signals";
+import { computed, effect, type Signal } from "@preact/signals";
 import { render } from "preact";
 import { Api } from "./api/api";
 import { ChatApp } from "./chat/chat-app";
 import { App } from "./components/App";
 import { PageContext } from "./components/context";
+import { Lessons } from "./lessons/watch";
 import { Layout } from "./page/layout";
-import { conversationIdOf, routeOf } from "./page/route";
-import { browserStorage } from "./storage/browser";
+import { conversationIdOf, isKey, keyOf, routeOf } from "./page/route";
+import { browserStorage, tabStorage } from "./storage/browser";
 import { ConversationStore } from "./storage/conversation-store";
-import { storedSettings } from "./storage/settings";
+import { Drafts } from "./storage/drafts";
+import { storedSettings, type Settings } from "./storage/settings";
+import { browserChannel } from "./storage/tabs";
 import { storedTheme } from "./storage/theme";
+import { TrainingWatch } from "./training/watch";
 import "./styles/index.css";
 
 function main(): void {
   const storage = browserStorage();
   const settings = storedSettings(storage);
+  takeKey(settings);
   const api = new Api(document.baseURI, () => settings.peek().apiKey);
   const store = new ConversationStore(storage);
-  const app = new ChatApp(api, store, settings);
+  const app = new ChatApp(api, store, settings, browserChannel());
   app.start();
-  store.watch(window, (id, stored) => app.adopt(id, stored));
-  followAddress(app);
+  store.watch(window, {
+    header: (header) => app.library.adoptHeader(header),
+    message: (conversation, message) => app.library.adoptMessage(conversation, message),
+  });
+  followAddress(app, settings);
   effect(() => {
     document.title = app.active.value ? `${app.active.value.title.value} · nanochat` : "nanochat";
   });
-  window.addEventListener("pagehide", () => app.saveRunning());
+  window.addEventListener("pagehide", () => app.library.close());
   window.addEventListener("online", () => void app.health.check());
   window.addEventListener("offline", () => void app.health.check());
 
-  const page = { app, theme: storedTheme(storage, document.documentElement), layout: new Layout() };
+  const training = new TrainingWatch(document.baseURI, {
+    apiKey: () => settings.peek().apiKey,
+    waiting: () => app.health.state.peek() !== "ready",
+    onServed: () => void app.health.check(),
+  });
+  void training.check();
+  const lessons = new Lessons(api, {
+    hasKey: () => isKey(settings.peek().apiKey),
+    onServed: () => void app.health.check(),
+  });
+  const key = computed(() => settings.value.apiKey);
+  effect(() => {
+    // Another key may have other rights, and another server state may offer lessons.
+    if (key.value !== null && app.health.state.value === "ready") void lessons.check();
+  });
+  const page = {
+    app,
+    training,
+    lessons,
+    theme: storedTheme(storage, document.documentElement),
+    layout: new Layout(),
+    drafts: new Drafts(tabStorage()),
+  };
   render(
     <PageContext.Provider value={page}>
       <App />
@@ -37,11 +67,20 @@ function main(): void {
   );
 }
 
+/** Moves an API key from the address to the settings, so that it stays neither in the address nor in the history. */
+function takeKey(settings: Signal<Settings>): void {
+  const apiKey = keyOf(location.hash);
+  if (apiKey === null) return;
+  settings.value = { ...settings.peek(), apiKey };
+  history.replaceState(null, "", routeOf(null));
+}
+
 /** Keeps the page's address and the open conversation in step in both directions. */
-function followAddress(app: ChatApp): void {
+function followAddress(app: ChatApp, settings: Signal<Settings>): void {
   const read = () => {
-    const id = conversationIdOf(location.hash);
-    app.activeId.value = app.conversations.peek().some((conversation) => conversation.id === id) ? id : null;
+    takeKey(settings); // a link that is opened in this tab does not load the page again
+    // The address may name a conversation that another tab has not announced yet, so an unknown id is accepted.
+    app.activeId.value = conversationIdOf(location.hash);
   };
   read();
   window.addEventListener("popstate", read);

@@ -36,7 +36,8 @@ test("a chat is posted below the page's own address and asks for a stream with u
   expect(await collect(api.chat(REQUEST, never))).toEqual([{ kind: "text", text: "Hi" }]);
   expect(seen.url).toBe("/prefix/v1/chat/completions");
   expect(seen.key).toBe("Bearer secret");
-  expect(JSON.parse(seen.body)).toEqual({ ...REQUEST, stream: true, stream_options: { include_usage: true } });
+  const stream_options = { include_usage: true, continuous_usage_stats: true };
+  expect(JSON.parse(seen.body)).toEqual({ ...REQUEST, stream: true, stream_options });
 });
 
 test("an error reply carries the server's message, its code and the time to wait", async () => {

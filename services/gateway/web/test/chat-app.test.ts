@@ -5,7 +5,8 @@ import type { Api, Readiness } from "../src/api/api";
 import { ApiError, ConnectionError } from "../src/api/errors";
 import type { ChatPart, ChatRequest } from "../src/api/wire";
 import { ChatApp } from "../src/chat/chat-app";
-import type { AssistantMessage, Conversation } from "../src/chat/conversation";
+import type { Conversation } from "../src/chat/conversation";
+import type { AssistantMessage } from "../src/chat/message";
 import { ConversationStore } from "../src/storage/conversation-store";
 import { DEFAULTS } from "../src/storage/settings";
 
@@ -94,6 +95,7 @@ test("a message begins a conversation that is titled, answered and still there a
   const reopened = open();
   reopened.health.stop();
   expect(reopened.conversations.value.map((conversation) => conversation.snapshot())).toEqual([active().snapshot()]);
+  expect(reopened.conversations.value.map(({ header }) => header.value)).toEqual([active().header.value]);
 });
 
 test("a second message goes out with the first turn", async () => {
@@ -121,7 +123,7 @@ test("while an answer is written nothing else is sent; stopping keeps what has a
   expect(active().running.value).toBeNull();
 });
 
-test("an interrupted answer keeps its text, and asking again replaces it", async () => {
+test("an interrupted answer keeps its text, and asking again makes another version of it", async () => {
   api.replies = [fails(new ApiError("the engine is gone"), "Half an"), says("A whole answer.")];
   app.send("Hi");
   await settled();
@@ -133,6 +135,73 @@ test("an interrupted answer keeps its text, and asking again replaces it", async
   app.regenerate(active(), active().messages.value.at(-1)!);
   await settled();
   expect(contents()).toEqual(["Hi", "A whole answer."]);
+  const [half] = active().versionsOf(active().messages.value[1]!);
+  app.show(active(), half!);
+  expect(contents()).toEqual(["Hi", "Half an"]);
+});
+
+test("a failing server destroys no answer", async () => {
+  api.replies = [says("First."), fails(new ConnectionError("gone"))];
+  app.send("Hi");
+  await settled();
+  app.regenerate(active(), active().messages.value[1]!);
+  await settled();
+  expect(lastAnswer()).toMatchObject({ content: "", problem: { kind: "unreachable" } });
+  const versions = active().versionsOf(active().messages.value[1]!);
+  expect(versions.map((version) => version.value.content)).toEqual(["First.", ""]);
+  app.show(active(), versions[0]!);
+  expect(contents()).toEqual(["Hi", "First."]);
+  const reopened = open();
+  reopened.health.stop();
+  expect(reopened.conversations.value[0]!.snapshot().map((message) => message.content)).toEqual(["Hi", "First."]);
+});
+
+test("a cut-off answer is continued: the model gets its beginning, and the events of both parts fit together", async () => {
+  const call = (offset: number): ChatPart => ({
+    kind: "tool",
+    event: { type: "call", call_index: 0, code: "1", offset },
+  });
+  const result: ChatPart = {
+    kind: "tool",
+    event: { type: "result", call_index: 0, status: "ok", output: "1", duration_seconds: 0 },
+  };
+  const cut = (...parts: ChatPart[]): Reply =>
+    async function* () {
+      yield* parts;
+      yield { kind: "finish", reason: "length" };
+    };
+  api.replies = [
+    cut({ kind: "text", text: "One 😀 " }, call(2), result),
+    cut({ kind: "text", text: "and two" }, call(4), result),
+  ];
+  app.send("Count");
+  await settled();
+  app.continueAnswer(active(), active().messages.value[1]!);
+  await settled();
+  const events = [call(2), result].map((part) => part.kind === "tool" && part.event);
+  expect(api.requests[1]!.messages).toEqual([
+    { role: "user", content: "Count" },
+    { role: "assistant", content: "One 😀 ", nanochat: { tool_events: events } },
+  ]);
+  expect(lastAnswer().content).toBe("One 😀 and two");
+  expect(lastAnswer().toolEvents).toMatchObject([
+    ...events,
+    { type: "call", call_index: 1, offset: 10 },
+    { type: "result", call_index: 1 },
+  ]);
+});
+
+test("token counts that come with the text give a rate before the end", async () => {
+  const counted: Reply = async function* () {
+    yield { kind: "text", text: "Well" };
+    yield { kind: "usage", usage: { prompt_tokens: 3, completion_tokens: 1 } };
+    yield* lingers(api.requests[0]!, new AbortController().signal);
+  };
+  api.replies = [counted];
+  app.send("Hi");
+  await settled();
+  await vi.waitFor(() => expect(lastAnswer()).toMatchObject({ state: "streaming", usage: { completion_tokens: 1 } }));
+  expect(lastAnswer().seconds).toBeGreaterThanOrEqual(0);
 });
 
 test("a busy server is asked again after the time it names", async () => {
@@ -180,6 +249,39 @@ test("a message that waits for a loading model goes out as soon as the model is 
   expect(lastAnswer().content).toBe("Here.");
 });
 
+test("a message waits for a loading model as long as that takes", async () => {
+  const loading = new ApiError("No engine is ready", { status: 503, code: "engine_unavailable", retryAfterSeconds: 2 });
+  api.replies = [...Array.from({ length: 50 }, () => fails(loading)), says("Here.")];
+  app.send("Hi");
+  await vi.advanceTimersByTimeAsync(90_000);
+  expect(lastAnswer().state).toBe("streaming");
+  await vi.advanceTimersByTimeAsync(30_000);
+  expect(lastAnswer()).toMatchObject({ content: "Here.", state: "complete" });
+});
+
+test("the page marks where the model's memory begins, until it sees all again", async () => {
+  for (const text of ["One", "Two"]) {
+    app.send(text);
+    await settled();
+  }
+  api.replies = [
+    async function* () {
+      yield { kind: "left-out", turns: 2 };
+      yield { kind: "text", text: "Three?" };
+    },
+    says("All."),
+  ];
+  app.send("Three");
+  await settled();
+  expect(api.requests[2]).toMatchObject({ truncation: "auto" });
+  const second = active().messages.value[2]!.value;
+  expect(second.content).toBe("Two");
+  expect(active().memoryStart.value).toBe(second.id);
+  app.regenerate(active(), active().messages.value.at(-1)!);
+  await settled();
+  expect(active().memoryStart.value).toBeUndefined();
+});
+
 test("while the server lets a message wait, the page says what for", async () => {
   const waitsFor = "No engine has been found yet.";
   let answer: () => void = () => undefined;
@@ -219,6 +321,7 @@ test("a lost server is noticed by the first request and its return by itself", a
 
 test.each([
   [new ApiError("2048 tokens at most", { status: 400, code: "context_length_exceeded" }), "context"],
+  [new ApiError("1 MB at most", { status: 413 }), "context"],
   [new ApiError("no key", { status: 401 }), "key"],
   [new ApiError("bad seed", { status: 400 }), "rejected"],
 ] as const)("what the server refuses (%s) is told apart", async (error, kind) => {
@@ -228,7 +331,7 @@ test.each([
   expect(lastAnswer().problem).toEqual({ kind, detail: error.message });
 });
 
-test("an edited question replaces what followed it, and undo brings that back", async () => {
+test("an edited question begins another branch, and the earlier one stays", async () => {
   for (const text of ["One", "Two", "Three"]) {
     app.send(text);
     await settled();
@@ -238,9 +341,10 @@ test("an edited question replaces what followed it, and undo brings that back", 
   await settled();
   expect(contents()).toEqual(["Uno", "New."]);
   expect(active().title.value).toBe("Uno");
-  app.toast.value!.undo!();
+  const versions = active().versionsOf(active().messages.value[0]!);
+  expect(versions.map((version) => version.value.content)).toEqual(["One", "Uno"]);
+  app.show(active(), versions[0]!);
   expect(contents()).toEqual(["One", "Hello.", "Two", "Hello.", "Three", "Hello."]);
-  expect(active().title.value).toBe("One");
 });
 
 test("a title that a person chose survives an edit", async () => {
@@ -259,7 +363,9 @@ test("a deleted conversation stops, is gone after a reload, and comes back on un
   app.remove(conversation);
   await settled();
   expect(app.activeId.value).toBeNull();
-  expect(new ConversationStore(localStorage).load()).toEqual([]);
+  const reopened = open();
+  reopened.health.stop();
+  expect(reopened.conversations.value).toEqual([]);
   app.toast.value!.undo!();
   expect(active()).toBe(conversation);
   expect(new ConversationStore(localStorage).load()[0]!.messages[1]).toMatchObject({
@@ -268,17 +374,12 @@ test("a deleted conversation stops, is gone after a reload, and comes back on un
   });
 });
 
-test("another tab's changes are taken over, but not into an answer that is being written here", async () => {
+test("leaving the page makes a deletion final", async () => {
   app.send("Hi");
   await settled();
-  const stored = active().toStored();
-  app.adopt(stored.id, { ...stored, title: "Renamed there" });
-  expect(active().title.value).toBe("Renamed there");
-  api.replies = [lingers];
-  app.send("More");
-  await settled();
-  app.adopt(stored.id, null);
-  expect(active().messages.value).toHaveLength(4);
+  app.remove(active());
+  app.library.close();
+  expect(Object.keys(localStorage).filter((key) => key.startsWith("nanochat.message."))).toEqual([]);
 });
 
 test("leaving the page keeps what has arrived", async () => {
@@ -286,7 +387,7 @@ test("leaving the page keeps what has arrived", async () => {
   app.send("Hi");
   await settled();
   await vi.waitFor(() => expect(lastAnswer().content).toBe("Well"));
-  app.saveRunning();
+  app.library.close();
   expect(new ConversationStore(localStorage).load()[0]!.messages[1]).toMatchObject({
     content: "Well",
     state: "interrupted",

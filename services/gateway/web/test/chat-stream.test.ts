@@ -28,6 +28,11 @@ test("a stream yields text, tool events, the reason for its end and the usage, i
   ]);
 });
 
+test("a stream says how many turns the model does not see", async () => {
+  const first = delta({ role: "assistant", content: "", nanochat: { left_out_turns: 2 } });
+  expect(await collect(chatParts(bodyOf(first, "data: [DONE]\n\n")))).toEqual([{ kind: "left-out", turns: 2 }]);
+});
+
 test("an error event ends the stream with the server's message", async () => {
   const body = bodyOf(
     delta({ content: "Hi" }),

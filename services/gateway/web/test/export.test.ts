@@ -1,12 +1,14 @@
-import { signal } from "@preact/signals";
 import { expect, test } from "vitest";
-import { assistantMessage, Conversation, userMessage, type Message } from "../src/chat/conversation";
+import type { ToolEvent } from "../src/api/wire";
+import { Conversation } from "../src/chat/conversation";
 import { fileName, toJson, toMarkdown } from "../src/chat/export";
+import { newHeader } from "../src/chat/merge";
+import { assistantMessage, userMessage, type AssistantMessage, type Message } from "../src/chat/message";
 
 function conversation(): Conversation {
-  const result = new Conversation("id", Date.UTC(2026, 0, 2), { title: "Counting", updatedAt: 0, messages: [] });
+  const question = userMessage("How many?");
   const answer: Message = {
-    ...assistantMessage(),
+    ...assistantMessage(question.id),
     state: "complete",
     content: "I count. There are 3.",
     toolEvents: [
@@ -14,8 +16,7 @@ function conversation(): Conversation {
       { type: "result", call_index: 0, status: "ok", output: "3", duration_seconds: 0.1 },
     ],
   };
-  result.messages.value = [signal<Message>(userMessage("How many?")), signal<Message>(answer)];
-  return result;
+  return new Conversation({ header: newHeader("id", "Counting", Date.UTC(2026, 0, 2)), messages: [question, answer] });
 }
 
 test("Markdown reads like the conversation, and code cannot break out of its fence", () => {
@@ -31,6 +32,15 @@ test("Markdown reads like the conversation, and code cannot break out of its fen
       "There are 3.\n",
     ].join("\n\n"),
   );
+});
+
+test("Markdown carries the pictures of a call", () => {
+  const drawn = conversation();
+  const answer = drawn.messages.value[1]!;
+  const [call, result] = (answer.value as AssistantMessage).toolEvents;
+  const pictures = [{ name: "figure-1.png", media_type: "image/png", data: "cGl4" }];
+  answer.value = { ...answer.value, toolEvents: [call!, { ...result!, pictures } as ToolEvent] } as AssistantMessage;
+  expect(toMarkdown(drawn)).toContain("```text\n3\n```\n\n![](data:image/png;base64,cGl4)\n\nThere are 3.");
 });
 
 test("JSON holds messages that the API accepts as they are", () => {

@@ -6,7 +6,7 @@ const ROOT = join(import.meta.dirname, "..");
 const read = (path: string) => readFileSync(join(ROOT, path), "utf8");
 
 test("the page holds nothing that its Content-Security-Policy would block", () => {
-  for (const page of ["index.html", "report.html"]) {
+  for (const page of ["index.html", "report.html", "status.html"]) {
     const html = read(page);
     expect(html).not.toMatch(/<script(?![^>]*\ssrc=)/); // inline scripts
     expect(html).not.toMatch(/<style|\sstyle=|\son\w+=/);

@@ -1,88 +1,167 @@
 // @vitest-environment jsdom
-import { signal } from "@preact/signals";
 import { beforeEach, expect, test, vi } from "vitest";
-import {
-  assistantMessage,
-  Conversation,
-  userMessage,
-  type Message,
-  type StoredConversation,
-} from "../src/chat/conversation";
+import { newHeader, type Header, type StoredConversation } from "../src/chat/merge";
+import { assistantMessage, userMessage, type Message } from "../src/chat/message";
 import { ConversationStore } from "../src/storage/conversation-store";
 import { DEFAULTS, storedSettings } from "../src/storage/settings";
 
 beforeEach(() => localStorage.clear());
 
-function conversation(text = "Hello"): Conversation {
-  const result = Conversation.begin(text);
-  result.messages.value = [signal<Message>(userMessage(text))];
-  return result;
+function conversation(text = "Hello"): StoredConversation {
+  return { header: newHeader("c1", text, 1), messages: [userMessage(text)] };
 }
 
 test("what is saved is loaded again", () => {
   const saved = conversation();
   new ConversationStore(localStorage).save(saved);
-  expect(new ConversationStore(localStorage).load()).toEqual([saved.toStored()]);
+  expect(new ConversationStore(localStorage).load()).toEqual([saved]);
 });
 
-test("an answer that was being written comes back as interrupted, with what had arrived", () => {
-  const saved = conversation();
-  const answer: Message = { ...assistantMessage(), content: "Half an" };
-  saved.messages.value = [...saved.messages.value, signal<Message>(answer)];
+test("each message has its own entry, so that saving one overwrites no other", () => {
   const store = new ConversationStore(localStorage);
+  const saved = conversation();
   store.save(saved);
-  expect(store.load()[0]!.messages[1]).toMatchObject({ content: "Half an", state: "interrupted" });
+  const answer: Message = { ...assistantMessage(saved.messages[0]!.id), content: "Hi", state: "complete" };
+  store.saveMessages("c1", [answer]);
+  expect(store.load()[0]!.messages).toHaveLength(2);
 });
 
-test.each([
-  '{"version":1',
-  "null",
-  '{"version":2}',
-  '{"version":1,"id":"x","title":"t","createdAt":1,"updatedAt":1,"messages":[7]}',
-])("a damaged entry (%s) hides no other, and stays until it is discarded", (text) => {
+const FIRST_FORMAT = {
+  version: 1,
+  id: "old",
+  title: "Old",
+  createdAt: 5,
+  updatedAt: 9,
+  messages: [
+    { id: "m1", role: "user", content: "Hi" },
+    { id: "m2", role: "assistant", content: "Hel", toolEvents: [], state: "streaming" },
+  ],
+};
+
+test("conversations of the first format are read, and converted when they change", () => {
+  localStorage.setItem("nanochat.conversation.old", JSON.stringify(FIRST_FORMAT));
+  const store = new ConversationStore(localStorage);
+  const [old] = store.load();
+  expect(old).toMatchObject({
+    header: { id: "old", title: { value: "Old" }, updatedAt: 9 },
+    messages: [
+      { id: "m1", parent: null },
+      { id: "m2", parent: "m1", content: "Hel", state: "interrupted" },
+    ],
+  });
+  store.saveHeader({ ...old!.header, title: { value: "New", at: 10 } });
+  expect(store.load()).toEqual([{ ...old, header: { ...old!.header, title: { value: "New", at: 10 } } }]);
+});
+
+test("where there is no room to convert it, a conversation stays in the first format", () => {
+  const content = "x".repeat(3_000_000);
+  const large = { ...FIRST_FORMAT, messages: [{ id: "m1", role: "user", content }] };
+  localStorage.setItem("nanochat.conversation.old", JSON.stringify(large));
+  const store = new ConversationStore(localStorage);
+  store.saveHeader(store.load()[0]!.header);
+  expect(store.refusal.value).toBe("full");
+  expect(store.load()[0]!.messages[0]!.content).toBe(content);
+});
+
+test.each(['{"version":1', "null", '{"version":2}', '{"version":1,"id":"x","title":"t","messages":[7]}'])(
+  "a damaged entry (%s) hides no other, and stays until it is discarded",
+  (text) => {
+    const store = new ConversationStore(localStorage);
+    store.save(conversation());
+    localStorage.setItem("nanochat.conversation.bad", text);
+    expect(store.load()).toHaveLength(1);
+    expect(store.damagedText()).toBe(text);
+    store.discardDamaged();
+    expect(localStorage.getItem("nanochat.conversation.bad")).toBeNull();
+    expect(store.damaged.value).toEqual([]);
+  },
+);
+
+test("messages whose header is lost are found again", () => {
   const store = new ConversationStore(localStorage);
   store.save(conversation());
-  localStorage.setItem("nanochat.conversation.bad", text);
-  expect(store.load()).toHaveLength(1);
-  expect(store.damagedText()).toBe(text);
-  store.discardDamaged();
-  expect(localStorage.getItem("nanochat.conversation.bad")).toBeNull();
-  expect(store.damaged.value).toEqual([]);
+  localStorage.setItem("nanochat.conversation.c1", "{");
+  expect(store.load()[0]).toMatchObject({ header: { title: { value: "Hello" } }, messages: [{ content: "Hello" }] });
+});
+
+test("a deleted conversation loses its messages, and its name after a month", () => {
+  const store = new ConversationStore(localStorage);
+  const deleted = conversation();
+  const header: Header = { ...deleted.header, deleted: { value: true, at: Date.now() } };
+  store.save({ ...deleted, header });
+  expect(store.load()).toEqual([{ header, messages: deleted.messages }]); // the deletion may be undone
+  vi.useFakeTimers({ now: Date.now() + 2 * 3_600_000 });
+  expect(store.load()).toEqual([{ header, messages: [] }]);
+  expect(Object.keys(localStorage)).toEqual(["nanochat.conversation.c1"]);
+  vi.setSystemTime(Date.now() + 31 * 86_400_000);
+  expect(store.load()).toEqual([]);
+  expect(Object.keys(localStorage)).toEqual([]);
+  vi.useRealTimers();
+});
+
+test("where there is no room for pictures, a message is kept without them", () => {
+  const store = new ConversationStore(localStorage);
+  const pictures = [{ name: "figure-1.png", media_type: "image/png", data: "x".repeat(6_000_000) }];
+  const result = { type: "result", call_index: 0, status: "ok", output: "3", duration_seconds: 0.1 } as const;
+  const answer: Message = { ...assistantMessage(), state: "complete", toolEvents: [{ ...result, pictures }] };
+  store.saveMessages("c1", [answer]);
+  expect(store.refusal.value).toBeNull();
+  expect(store.load()[0]!.messages[0]).toMatchObject({ toolEvents: [result] });
+  expect(localStorage.getItem(`nanochat.message.c1.${answer.id}`)).not.toContain("pictures");
 });
 
 test("a full storage is reported, keeps what it has, and recovers once there is room", () => {
   const store = new ConversationStore(localStorage);
   const kept = conversation("kept");
   store.save(kept);
-  store.save(conversation("x".repeat(6_000_000)));
+  store.saveMessages("c1", [userMessage("x".repeat(6_000_000))]);
   expect(store.refusal.value).toBe("full");
-  expect(store.load().map((stored) => stored.title)).toEqual(["kept"]);
+  expect(store.load()).toEqual([kept]);
   store.save(kept);
   expect(store.refusal.value).toBeNull();
+});
+
+test("a full storage makes room from what was deleted", () => {
+  const store = new ConversationStore(localStorage);
+  const old = { header: newHeader("old", "Old", 1), messages: [userMessage("x".repeat(3_000_000))] };
+  store.save(old);
+  store.saveHeader({ ...old.header, deleted: { value: true, at: Date.now() } });
+  store.save({ ...conversation(), messages: [userMessage("y".repeat(3_000_000))] });
+  expect(store.refusal.value).toBeNull();
+  expect(
+    store
+      .load()
+      .map(({ messages }) => messages.length)
+      .sort(),
+  ).toEqual([0, 1]);
 });
 
 test("a browser that keeps nothing is reported, and the page works without", () => {
   const store = new ConversationStore(null);
   store.save(conversation());
-  store.remove("x");
+  store.removeMessages("x");
   expect(store.load()).toEqual([]);
   expect(store.refusal.value).toBe("blocked");
 });
 
 test("changes of other tabs are passed on, and only those to conversations", () => {
   const store = new ConversationStore(localStorage);
-  const changes: [string, StoredConversation | null][] = [];
-  store.watch(window, (id, stored) => changes.push([id, stored]));
-  const stored = conversation().toStored();
+  const changes: [string, unknown][] = [];
+  store.watch(window, {
+    header: (header) => changes.push([header.id, header]),
+    message: (id, message) => changes.push([id, message]),
+  });
+  const { header, messages } = conversation();
   const change = (key: string, newValue: string | null) =>
     window.dispatchEvent(new StorageEvent("storage", { key, newValue, storageArea: localStorage }));
-  change(`nanochat.conversation.${stored.id}`, JSON.stringify(stored));
-  change("nanochat.conversation.gone", null);
+  change("nanochat.conversation.c1", JSON.stringify(header));
+  change(`nanochat.message.c1.${messages[0]!.id}`, JSON.stringify(messages[0]));
+  change("nanochat.conversation.c1", null);
   change("nanochat.settings", "{}");
   change("nanochat.conversation.bad", "{");
   expect(changes).toEqual([
-    [stored.id, stored],
-    ["gone", null],
+    ["c1", header],
+    ["c1", messages[0]],
   ]);
   expect(store.damaged.value).toEqual(["nanochat.conversation.bad"]);
 });

@@ -1,4 +1,5 @@
 import { chatParts } from "./chat-stream";
+import type { LessonDetails, LessonList, NewLesson } from "../lessons/lesson";
 import { ApiError, ConnectionError, ProtocolError } from "./errors";
 import type { ChatPart, ChatRequest, ModelInfo } from "./wire";
 
@@ -8,6 +9,9 @@ export interface Readiness {
   /** A sentence about what the server waits for before it can answer; null if it can answer now. */
   waitsFor: string | null;
 }
+
+/** Counts tokens while an answer is written, so that the page can show the rate. */
+const USAGE = { include_usage: true, continuous_usage_stats: true };
 
 /** The part of the gateway's REST API that this page needs. Addresses are relative to `base`. */
 export class Api {
@@ -24,9 +28,7 @@ export class Api {
   }
 
   async models(): Promise<ModelInfo[]> {
-    const response = await this.request("v1/models", { cache: "no-store" });
-    if (!response.ok) throw await ApiError.fromResponse(response);
-    return ((await response.json()) as { data: ModelInfo[] }).data;
+    return (await this.json<{ data: ModelInfo[] }>("v1/models", { cache: "no-store" })).data;
   }
 
   /** Streams an answer. Aborting `signal` closes the connection, which stops the model. */
@@ -34,7 +36,7 @@ export class Api {
     const response = await this.request("v1/chat/completions", {
       method: "POST",
       headers: { "content-type": "application/json", accept: "text/event-stream" },
-      body: JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } }),
+      body: JSON.stringify({ ...request, stream: true, stream_options: USAGE }),
       signal,
     });
     if (!response.ok) throw await ApiError.fromResponse(response);
@@ -42,6 +44,29 @@ export class Api {
       throw new ProtocolError("the server answered with something that is not a stream");
     }
     yield* chatParts(response.body);
+  }
+
+  lessons(): Promise<LessonList> {
+    return this.json("v1/lessons", { cache: "no-store" });
+  }
+
+  lesson(number: number): Promise<LessonDetails> {
+    return this.json(`v1/lessons/${number}`, { cache: "no-store" });
+  }
+
+  async teach(lesson: NewLesson): Promise<void> {
+    const headers = { "content-type": "application/json" };
+    await this.json("v1/lessons", { method: "POST", headers, body: JSON.stringify(lesson) });
+  }
+
+  async changeLesson(number: number, change: "cancel" | "roll_back"): Promise<void> {
+    await this.json(`v1/lessons/${number}/${change}`, { method: "POST" });
+  }
+
+  private async json<T>(path: string, init: RequestInit): Promise<T> {
+    const response = await this.request(path, init);
+    if (!response.ok) throw await ApiError.fromResponse(response);
+    return (await response.json()) as T;
   }
 
   private async request(path: string, init: RequestInit): Promise<Response> {

@@ -4,7 +4,7 @@ import type { ChatPart, ToolEvent, Usage } from "./wire";
 
 interface Chunk {
   choices?: {
-    delta?: { content?: string | null; nanochat?: { tool_events?: ToolEvent[] } };
+    delta?: { content?: string | null; nanochat?: { tool_events?: ToolEvent[]; left_out_turns?: number } };
     finish_reason?: string | null;
   }[];
   usage?: Usage | null;
@@ -25,6 +25,8 @@ export async function* chatParts(body: ReadableStream<Uint8Array>): AsyncGenerat
       throw new ApiError(chunk.error.message ?? "The server gave no reason.", { code: chunk.error.code });
     }
     const choice = chunk.choices?.[0];
+    const leftOut = choice?.delta?.nanochat?.left_out_turns;
+    if (leftOut) yield { kind: "left-out", turns: leftOut };
     if (choice?.delta?.content) yield { kind: "text", text: choice.delta.content };
     for (const event of choice?.delta?.nanochat?.tool_events ?? []) yield { kind: "tool", event };
     if (choice?.finish_reason) yield { kind: "finish", reason: choice.finish_reason };

@@ -16,7 +16,7 @@ export class Health {
 
   constructor(private readonly api: Pick<Api, "readiness">) {}
 
-  /** Checks now and then repeatedly. */
+  /** Checks immediately, and from then on repeatedly. */
   async check(): Promise<ServerState> {
     clearTimeout(this.timer);
     this.state.value = await this.ask();

@@ -8,7 +8,7 @@ export interface ServerSentEvent {
 }
 
 /**
- * Yields the events of a response body, whatever its chunks on the network are.
+ * Yields the events of a response body, however the network divides it into chunks.
  * The standard says to drop an incomplete event at the end of the stream. Comments yield nothing.
  * Throws ConnectionError when the connection breaks off, AbortError when the request was aborted.
  */

@@ -8,6 +8,13 @@ export interface ToolCall {
   offset: number;
 }
 
+export interface Picture {
+  name: string;
+  media_type: string;
+  /** The picture in base64. */
+  data: string;
+}
+
 export interface ToolResult {
   type: "result";
   call_index: number;
@@ -15,6 +22,7 @@ export interface ToolResult {
   status: string;
   output: string;
   duration_seconds: number;
+  pictures?: Picture[];
 }
 
 export type ToolEvent = ToolCall | ToolResult;
@@ -33,6 +41,8 @@ export interface ChatRequest {
   top_p?: number;
   max_tokens?: number;
   seed?: number;
+  /** "auto" leaves out the oldest turns if the conversation is longer than the model's context. */
+  truncation?: "auto";
 }
 
 export interface Usage {
@@ -43,11 +53,15 @@ export interface Usage {
 
 export interface ModelInfo {
   id: string;
+  /** Fields that OpenAI's API does not have. Servers of earlier versions send no `examples`. */
+  nanochat?: { examples?: string[] };
 }
 
 /** One part of a streamed answer. */
 export type ChatPart =
   | { kind: "text"; text: string }
   | { kind: "tool"; event: ToolEvent }
+  /** The number of turns at the beginning that the model does not see. */
+  | { kind: "left-out"; turns: number }
   | { kind: "finish"; reason: string }
   | { kind: "usage"; usage: Usage };

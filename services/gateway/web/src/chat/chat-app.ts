@@ -2,20 +2,18 @@ import { batch, computed, effect, signal, type ReadonlySignal, type Signal } fro
 import type { Api } from "../api/api";
 import { ApiError, ConnectionError } from "../api/errors";
 import { Health } from "../api/health";
-import type { ChatPart, ModelInfo } from "../api/wire";
+import type { ModelInfo } from "../api/wire";
 import type { ConversationStore } from "../storage/conversation-store";
 import { sampling, type Settings } from "../storage/settings";
-import { writeAnswer } from "./answer";
+import type { Channel } from "../storage/tabs";
+import { writeAnswer, type AnswerPart } from "./answer";
 import { Busy } from "./busy";
-import {
-  assistantMessage,
-  Conversation,
-  userMessage,
-  type AssistantMessage,
-  type Message,
-  type StoredConversation,
-} from "./conversation";
-import { requestMessages } from "./history";
+import { Conversation } from "./conversation";
+import { newestTurns, requestMessages, turnsOf } from "./history";
+import { Library } from "./library";
+import { changed } from "./merge";
+import { assistantMessage, userMessage, type AssistantMessage, type Message } from "./message";
+import { finishedEvents } from "./segments";
 import { titleOf } from "./title";
 
 const IMPATIENT_MS = 2_000; // time without a first word after which the page asks how the server is
@@ -27,22 +25,24 @@ export interface Toast {
 
 /** The page's state and the person's actions. Components read the signals and call the methods. */
 export class ChatApp {
-  readonly conversations = signal<readonly Conversation[]>([]);
+  readonly library: Library;
+  readonly conversations: ReadonlySignal<readonly Conversation[]>;
   /** Null while the open chat is new and has no message yet. */
   readonly activeId = signal<string | null>(null);
-  readonly active: ReadonlySignal<Conversation | null> = computed(
-    () => this.conversations.value.find((conversation) => conversation.id === this.activeId.value) ?? null,
-  );
+  readonly active: ReadonlySignal<Conversation | null>;
   readonly models = signal<readonly ModelInfo[]>([]);
   /** The id of the model that answers; empty until the server has named one. */
   readonly model: ReadonlySignal<string> = computed(() => {
     const ids = this.models.value.map((model) => model.id);
     return ids.includes(this.settings.value.model) ? this.settings.value.model : (ids[0] ?? "");
   });
+  /** Counts the answers that this tab has asked for. */
+  readonly asked = signal(0);
   readonly toast = signal<Toast | null>(null);
   /** The next announcement for screen readers. */
   readonly announcement = signal("");
   readonly settingsOpen = signal(false);
+  readonly keyboardOpen = signal(false);
   readonly health: Health;
   readonly busy = new Busy();
 
@@ -50,13 +50,19 @@ export class ChatApp {
     private readonly api: Api,
     readonly store: ConversationStore,
     readonly settings: Signal<Settings>,
+    channel: Channel | null = null,
   ) {
     this.health = new Health(api);
+    this.library = new Library(store, channel);
+    this.conversations = this.library.conversations;
+    this.active = computed(
+      () => this.conversations.value.find((conversation) => conversation.id === this.activeId.value) ?? null,
+    );
   }
 
   /** Loads the stored conversations and begins to watch the server. */
   start(): void {
-    this.conversations.value = this.store.load().map((stored) => Conversation.restore(stored));
+    this.library.load();
     effect(() => {
       if (this.health.state.value !== "ready") return;
       void this.loadModels().catch(unlessExpected);
@@ -67,37 +73,42 @@ export class ChatApp {
 
   send(text: string): void {
     const conversation = this.active.peek() ?? this.begin(text);
-    if (conversation.running.peek()) return;
-    this.ask(conversation, [...conversation.messages.peek(), signal<Message>(userMessage(text))]);
+    if (conversation.writing.peek()) return;
+    const question = userMessage(text, conversation.messages.peek().at(-1)?.peek().id ?? null);
+    this.ask(conversation, question, assistantMessage(question.id));
   }
 
-  /** Replaces `answer` and all messages after it with a new answer. */
+  /** Writes another version of an answer. */
   regenerate(conversation: Conversation, answer: Signal<Message>): void {
-    const messages = conversation.messages.peek();
-    this.ask(conversation, messages.slice(0, messages.indexOf(answer)));
+    this.ask(conversation, assistantMessage(answer.peek().parent));
   }
 
-  /** Changes the words of an earlier question and asks it again; the messages after it are removed. */
+  /** Goes on with an answer that was cut off, as another version of it. */
+  continueAnswer(conversation: Conversation, answer: Signal<Message>): void {
+    const { parent, content, toolEvents } = answer.peek() as AssistantMessage;
+    this.ask(conversation, { ...assistantMessage(parent), content, toolEvents: finishedEvents(toolEvents) });
+  }
+
+  /** Asks another version of a question. */
   edit(conversation: Conversation, question: Signal<Message>, text: string): void {
-    const before = conversation.messages.peek();
-    const index = before.indexOf(question);
-    const title = conversation.title.peek();
-    this.ask(conversation, [...before.slice(0, index), signal<Message>(userMessage(text))]);
-    if (index === 0 && title === titleOf(question.peek().content)) this.rename(conversation, titleOf(text));
-    const lost = before.length - index - 2;
-    if (lost <= 0) return;
-    this.toast.value = {
-      text: "The messages after this one were removed.",
-      undo: () => {
-        this.stop(conversation);
-        conversation.messages.value = before;
-        this.rename(conversation, title);
-      },
-    };
+    const { content, parent } = question.peek();
+    const named = parent === null && conversation.title.peek() === titleOf(content);
+    const edited = userMessage(text, parent);
+    this.ask(conversation, edited, assistantMessage(edited.id));
+    if (named) this.rename(conversation, titleOf(text));
+  }
+
+  /** Shows this version of a message. */
+  show(conversation: Conversation, version: Signal<Message>): void {
+    conversation.choose(version.peek());
+    this.library.saveHeader(conversation);
   }
 
   stop(conversation: Conversation): void {
-    conversation.running.peek()?.abort();
+    const running = conversation.running.peek();
+    const last = conversation.messages.peek().at(-1)?.peek();
+    if (running) running.stop();
+    else if (last) this.library.stopElsewhere(last.id);
   }
 
   newChat(): void {
@@ -105,8 +116,8 @@ export class ChatApp {
   }
 
   rename(conversation: Conversation, title: string): void {
-    conversation.title.value = title;
-    this.store.save(conversation);
+    conversation.change((header) => ({ title: changed(header.title, title) }));
+    this.library.saveHeader(conversation);
   }
 
   remove(conversation: Conversation): void {
@@ -118,92 +129,79 @@ export class ChatApp {
     text = "All conversations deleted.",
   ): void {
     const open = this.activeId.peek();
-    batch(() => {
-      for (const conversation of conversations) {
-        this.stop(conversation);
-        this.store.remove(conversation.id);
-      }
-      this.conversations.value = this.conversations.value.filter((other) => !conversations.includes(other));
-      if (!this.active.value) this.activeId.value = null;
-    });
+    this.library.remove(conversations);
+    if (!this.active.value) this.activeId.value = null;
     this.toast.value = {
       text,
       undo: () => {
-        this.conversations.value = [...this.conversations.value, ...conversations];
-        for (const conversation of conversations) this.store.save(conversation);
+        this.library.restore(conversations);
         this.activeId.value = open;
       },
     };
   }
 
-  /** Applies a change of another tab, unless an answer is being written here. */
-  adopt(id: string, stored: StoredConversation | null): void {
-    const known = this.conversations.peek().find((conversation) => conversation.id === id);
-    if (known?.running.peek()) return;
-    if (!stored) this.conversations.value = this.conversations.value.filter((conversation) => conversation !== known);
-    else if (known) known.replaceBy(stored);
-    else this.conversations.value = [...this.conversations.value, Conversation.restore(stored)];
-  }
-
-  /** Stores the unfinished answers before the page closes. */
-  saveRunning(): void {
-    for (const conversation of this.conversations.peek()) {
-      if (conversation.running.peek()) this.store.save(conversation);
-    }
-  }
-
   private begin(text: string): Conversation {
     const conversation = Conversation.begin(text);
     batch(() => {
-      this.conversations.value = [...this.conversations.value, conversation];
+      this.library.add(conversation);
       this.activeId.value = conversation.id;
     });
     return conversation;
   }
 
-  /** Sets the messages, of which the last one is a question, and requests its answer. */
-  private ask(conversation: Conversation, messages: readonly Signal<Message>[]): void {
-    this.stop(conversation);
-    const answer = signal<Message>(assistantMessage());
+  /** Adds messages, of which the last one is an answer to write, and shows them. */
+  private ask(conversation: Conversation, ...messages: [Message, ...Message[]]): void {
+    conversation.running.peek()?.stop();
     const controller = new AbortController();
-    batch(() => {
-      conversation.messages.value = [...messages, answer];
-      conversation.updatedAt.value = Date.now();
-      conversation.running.value = controller;
+    const added = batch(() => {
+      conversation.change(() => ({ updatedAt: Date.now() }));
+      conversation.running.value = { answer: messages.at(-1)!.id, stop: () => controller.abort() };
+      this.asked.value += 1;
+      return conversation.append(...messages);
     });
-    this.store.save(conversation);
-    void this.answer(conversation, answer, controller);
+    this.library.saveMessages(conversation, ...added.map((message) => message.peek()));
+    this.library.saveHeader(conversation);
+    void this.answer(conversation, added.at(-1)!, controller.signal);
   }
 
-  private async answer(conversation: Conversation, answer: Signal<Message>, controller: AbortController) {
-    const abort = controller.signal;
-    const history = conversation.snapshot().slice(0, -1);
+  private async answer(conversation: Conversation, answer: Signal<Message>, abort: AbortSignal) {
+    const path = conversation.snapshot();
+    // An answer that already has a beginning is sent too, so that the model continues it.
+    const history = answer.peek().content === "" ? path.slice(0, -1) : path;
+    const save = (message: Message) => this.library.saveMessages(conversation, message);
     const finished = await writeAnswer(answer, {
       abort,
+      save,
       ask: () => this.request(history, abort),
       wait: (seconds, error) => {
         if (error.status === 503) void this.health.check();
         return this.busy.wait(seconds, abort);
       },
     });
-    if (conversation.running.peek() === controller) conversation.running.value = null;
-    if (this.conversations.peek().includes(conversation)) this.store.save(conversation);
+    if (conversation.running.peek()?.answer === finished.id) conversation.running.value = null;
+    save(finished);
     if (finished.problem) void this.health.check();
     // Another model may have been promoted since the page was loaded.
     if (finished.problem?.kind === "rejected") void this.loadModels().catch(unlessExpected);
     if (this.active.peek() === conversation) this.announcement.value = spoken(finished);
   }
 
-  private async *request(history: readonly Message[], abort: AbortSignal): AsyncGenerator<ChatPart> {
+  private async *request(history: readonly Message[], abort: AbortSignal): AsyncGenerator<AnswerPart> {
     if (this.model.peek() === "") await this.loadModels();
     const settings = this.settings.peek();
-    const messages = requestMessages(history, settings.systemPrompt);
+    const turns = turnsOf(history);
+    const sent = newestTurns(turns);
+    const messages = requestMessages(sent, settings.systemPrompt);
+    const request = { model: this.model.peek(), messages, truncation: "auto" as const, ...sampling(settings) };
     // While no model is ready, the server lets the request wait. The check finds out what it waits for.
     const impatient = setTimeout(() => void this.health.check(), IMPATIENT_MS);
     try {
-      for await (const part of this.api.chat({ model: this.model.peek(), messages, ...sampling(settings) }, abort)) {
+      if (sent.length < turns.length) yield { kind: "memory", start: sent[0]!.id };
+      for await (const part of this.api.chat(request, abort)) {
         clearTimeout(impatient);
-        yield part;
+        const start = part.kind === "left-out" && sent[part.turns]?.id;
+        if (start) yield { kind: "memory", start };
+        else if (part.kind !== "left-out") yield part;
       }
     } finally {
       clearTimeout(impatient);

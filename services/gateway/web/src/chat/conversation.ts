@@ -1,110 +1,172 @@
-import { signal, type Signal } from "@preact/signals";
-import type { ToolEvent, Usage } from "../api/wire";
+import { computed, signal, type ReadonlySignal, type Signal } from "@preact/signals";
 import { newId } from "./id";
-import type { Problem } from "./problem";
+import { changed, mergeHeaders, mergeMessages, newHeader, type Header, type StoredConversation } from "./merge";
+import type { AssistantMessage, Message } from "./message";
 import { titleOf } from "./title";
 
-export interface UserMessage {
-  id: string;
-  role: "user";
-  content: string;
-}
+/** For each place in the tree, all messages there in the order of their creation; see `placeOf`. */
+type Versions = ReadonlyMap<string, readonly Signal<Message>[]>;
 
-export type AnswerState = "streaming" | "complete" | "stopped" | "interrupted";
-
-export interface AssistantMessage {
-  id: string;
-  role: "assistant";
-  content: string;
-  toolEvents: ToolEvent[];
-  state: AnswerState;
-  problem?: Problem;
-  finishReason?: string;
-  usage?: Usage;
-  /** Time from the first text to the end of the answer. */
-  seconds?: number;
-}
-
-export type Message = UserMessage | AssistantMessage;
-
-export function userMessage(content: string): UserMessage {
-  return { id: newId(), role: "user", content };
-}
-
-export function assistantMessage(): AssistantMessage {
-  return { id: newId(), role: "assistant", content: "", toolEvents: [], state: "streaming" };
-}
-
-/** The stored form of a conversation. */
-export interface StoredConversation {
-  version: 1;
-  id: string;
-  title: string;
-  createdAt: number;
-  updatedAt: number;
-  messages: Message[];
+/** The answer that this tab writes. */
+export interface Running {
+  /** The answer's id. */
+  answer: string;
+  stop: () => void;
 }
 
 /**
- * A conversation as the page shows it. Each message has its own signal, so that a token redraws
- * only the message that it belongs to.
+ * A conversation as the page shows it: one path through the tree of its messages. Each message has its own signal, so
+ * that a token redraws only the message that it belongs to.
  */
 export class Conversation {
-  readonly title: Signal<string>;
-  readonly updatedAt: Signal<number>;
-  readonly messages: Signal<readonly Signal<Message>[]>;
-  /** Stops the answer that is being written, if there is one. */
-  readonly running = signal<AbortController | null>(null);
+  readonly id: string;
+  readonly header: Signal<Header>;
+  readonly title: ReadonlySignal<string>;
+  readonly updatedAt: ReadonlySignal<number>;
+  readonly deleted: ReadonlySignal<boolean>;
+  /** The shown messages, from the first one to the last one. */
+  readonly messages: ReadonlySignal<readonly Signal<Message>[]>;
+  /** The first message that the model still saw when it wrote the last answer; undefined if it saw all. */
+  readonly memoryStart: ReadonlySignal<string | undefined>;
+  readonly running = signal<Running | null>(null);
+  /** Whether this tab writes an answer, or another tab writes the answer that is shown last. */
+  readonly writing: ReadonlySignal<boolean>;
+  private readonly byId = new Map<string, Signal<Message>>();
+  private readonly versions = signal<Versions>(new Map());
 
-  constructor(
-    readonly id: string,
-    readonly createdAt: number,
-    stored: { title: string; updatedAt: number; messages: readonly Message[] },
-  ) {
-    this.title = signal(stored.title);
-    this.updatedAt = signal(stored.updatedAt);
-    this.messages = signal(stored.messages.map((message) => signal(message)));
+  constructor({ header, messages }: StoredConversation) {
+    this.id = header.id;
+    this.header = signal(header);
+    this.title = computed(() => this.header.value.title.value);
+    this.updatedAt = computed(() => this.header.value.updatedAt);
+    this.deleted = computed(() => this.header.value.deleted.value);
+    this.add(messages);
+    let shown: readonly Signal<Message>[] = [];
+    this.messages = computed(() => {
+      const path = this.path();
+      if (path.length !== shown.length || path.some((message, index) => message !== shown[index])) shown = path;
+      return shown; // the same list while the path stays, so that nothing is drawn anew
+    });
+    this.memoryStart = computed(() => {
+      for (const message of this.messages.value.toReversed()) {
+        const { role, content, memoryStart } = message.value as AssistantMessage;
+        if (role === "assistant" && (memoryStart !== undefined || content !== "")) return memoryStart;
+      }
+      return undefined;
+    });
+    this.writing = computed(() => {
+      const last = this.messages.value.at(-1)?.value;
+      return this.running.value !== null || (last?.role === "assistant" && last.state === "streaming");
+    });
   }
 
   /** A new conversation, named after its first message. */
   static begin(firstMessage: string): Conversation {
-    const now = Date.now();
-    return new Conversation(newId(), now, { title: titleOf(firstMessage), updatedAt: now, messages: [] });
+    return new Conversation({ header: newHeader(newId(), titleOf(firstMessage), Date.now()), messages: [] });
   }
 
-  static restore(stored: StoredConversation): Conversation {
-    return new Conversation(stored.id, stored.createdAt, stored);
+  message(id: string): Signal<Message> | undefined {
+    return this.byId.get(id);
   }
 
-  /** Takes over the state that another tab has stored. */
-  replaceBy(stored: StoredConversation): void {
-    this.title.value = stored.title;
-    this.updatedAt.value = stored.updatedAt;
-    this.messages.value = stored.messages.map((message) => signal(message));
+  /** The versions of a message that have text, and the shown version even if it failed without any text. */
+  versionsOf(message: Signal<Message>): readonly Signal<Message>[] {
+    const all = this.versions.value.get(placeOf(message.value)) ?? [];
+    const kept = all.filter((version) => version === message || !isEmpty(version.value));
+    return kept.length === all.length ? all : kept;
   }
 
+  /** Adds messages and returns their signals. Of two copies of a message, the one that has progressed further stays. */
+  add(messages: readonly Message[]): Signal<Message>[] {
+    const added = new Set<string>();
+    const result = messages.map((message) => {
+      const known = this.byId.get(message.id);
+      if (known) {
+        known.value = mergeMessages(known.peek(), message);
+        return known;
+      }
+      const fresh = signal(message);
+      this.byId.set(message.id, fresh);
+      added.add(placeOf(message));
+      return fresh;
+    });
+    if (added.size > 0) this.sortVersions(added);
+    return result;
+  }
+
+  /** Adds messages that this tab has begun, and shows them; the first one becomes the last version of its place. */
+  append(first: Message, ...others: Message[]): Signal<Message>[] {
+    const latest = this.versions.peek().get(placeOf(first))?.at(-1)?.peek();
+    const createdAt = Math.max(first.createdAt, (latest?.createdAt ?? 0) + 1);
+    const added = this.add([{ ...first, createdAt }, ...others]);
+    if (latest) this.choose(first);
+    return added;
+  }
+
+  /** Shows this version instead of its siblings. */
+  choose(message: Message): void {
+    const place = placeOf(message);
+    this.change(({ chosen }) => ({ chosen: { ...chosen, [place]: changed(chosen[place], message.id) } }));
+  }
+
+  /** Merges what another copy of the conversation says. */
+  mergeHeader(header: Header): void {
+    this.header.value = mergeHeaders(this.header.peek(), header);
+  }
+
+  change(of: (header: Header) => Partial<Header>): void {
+    const header = this.header.peek();
+    this.header.value = { ...header, ...of(header) };
+  }
+
+  /** The shown messages as values. */
   snapshot(): Message[] {
     return this.messages.peek().map((message) => message.peek());
   }
 
   toStored(): StoredConversation {
-    return {
-      version: 1,
-      id: this.id,
-      title: this.title.peek(),
-      createdAt: this.createdAt,
-      updatedAt: this.updatedAt.peek(),
-      messages: this.snapshot().map(settled),
-    };
+    return { header: this.header.peek(), messages: [...this.byId.values()].map((message) => message.peek()) };
+  }
+
+  private path(): Signal<Message>[] {
+    const path: Signal<Message>[] = [];
+    for (let place = ""; ;) {
+      const versions = this.versions.value.get(place);
+      if (!versions) return path;
+      const chosen = this.header.value.chosen[place]?.value;
+      const shown = versions.find((version) => version.peek().id === chosen) ?? versions.at(-1)!;
+      path.push(shown);
+      place = shown.peek().id;
+    }
+  }
+
+  private sortVersions(places: ReadonlySet<string>): void {
+    const versions = new Map(this.versions.peek());
+    for (const place of places) versions.set(place, []);
+    for (const message of this.byId.values()) {
+      const place = placeOf(message.peek());
+      if (places.has(place)) versions.set(place, [...versions.get(place)!, message]);
+    }
+    for (const place of places) versions.set(place, [...versions.get(place)!].sort(byAge));
+    this.versions.value = versions;
   }
 }
 
-/** Makes a stored answer "interrupted" instead of "streaming", because no connection continues it. */
-function settled(message: Message): Message {
-  if (message.role === "user" || message.state !== "streaming") return message;
-  return {
-    ...message,
-    state: "interrupted",
-    problem: { kind: "interrupted", detail: "the page was closed before it was complete" },
-  };
+/** The id of the message before this one, or "" for the first message. */
+function placeOf(message: Message): string {
+  return message.parent ?? "";
+}
+
+function byAge(a: Signal<Message>, b: Signal<Message>): number {
+  const [one, other] = [a.peek(), b.peek()];
+  return one.createdAt - other.createdAt || (one.id < other.id ? -1 : 1);
+}
+
+function isEmpty(message: Message): boolean {
+  return (
+    message.role === "assistant" &&
+    message.state !== "streaming" &&
+    message.content === "" &&
+    message.toolEvents.length === 0
+  );
 }

@@ -1,15 +1,16 @@
 import type { Conversation } from "./conversation";
-import { requestMessages } from "./history";
+import { turnsOf } from "./history";
+import { pictureUrl } from "./pictures";
 import { segments } from "./segments";
 
 /** The conversation in the API's format: a request to /v1/chat/completions can use its messages unchanged. */
 export function toJson(conversation: Conversation): string {
-  const { title, createdAt } = conversation.toStored();
-  const messages = requestMessages(conversation.snapshot(), "");
-  return `${JSON.stringify({ title, created: new Date(createdAt).toISOString(), messages }, null, 2)}\n`;
+  const { title, createdAt } = conversation.header.peek();
+  const messages = turnsOf(conversation.snapshot()).map((turn) => turn.message);
+  return `${JSON.stringify({ title: title.value, created: new Date(createdAt).toISOString(), messages }, null, 2)}\n`;
 }
 
-/** The conversation as Markdown, with tool calls as code blocks. */
+/** The conversation as Markdown, with tool calls as code blocks and their pictures. */
 export function toMarkdown(conversation: Conversation): string {
   const parts = [`# ${conversation.title.peek()}`];
   for (const message of conversation.snapshot()) {
@@ -24,6 +25,7 @@ export function toMarkdown(conversation: Conversation): string {
       } else {
         parts.push(fenced("python", segment.call.code));
         if (segment.result) parts.push(fenced("text", segment.result.output));
+        for (const picture of segment.result?.pictures ?? []) parts.push(`![](${pictureUrl(picture)})`);
       }
     }
   }

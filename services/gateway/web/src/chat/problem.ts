@@ -12,7 +12,7 @@ export function problemOf(error: unknown, begun: boolean): Problem {
   const detail = error instanceof Error ? error.message : String(error);
   if (error instanceof ApiError) {
     if (error.status === 401 || error.status === 403) return { kind: "key", detail };
-    if (isContextLength(error)) return { kind: "context", detail };
+    if (isTooLong(error)) return { kind: "context", detail };
     if (error.isBusy) return { kind: "busy", detail };
     // An error event in a stream has no status, because the server had already begun to answer.
     if (error.status !== undefined && error.status < 500) return { kind: "rejected", detail };
@@ -21,8 +21,9 @@ export function problemOf(error: unknown, begun: boolean): Problem {
   return { kind: "interrupted", detail };
 }
 
-function isContextLength(error: ApiError): boolean {
-  return error.code === "context_length_exceeded" || (error.status === 400 && /context/i.test(error.message));
+/** The server leaves out the oldest messages for this page, so the last message alone is too long. */
+function isTooLong({ code, status, message }: ApiError): boolean {
+  return code === "context_length_exceeded" || status === 413 || (status === 400 && /context/i.test(message));
 }
 
 /** The sentence above the detail; it stands alone if the person needs no detail. */
@@ -35,7 +36,7 @@ export function headline(problem: Problem): string {
     case "busy":
       return "The server is still busy. Please try again in a moment.";
     case "context":
-      return "This conversation has grown longer than the model can read at once. Start a new chat, or edit an earlier message to make it shorter.";
+      return "Your message is longer than the model can read at once. Shorten it with the pencil, or send it in parts.";
     case "key":
       return "This server asks for an API key. You can enter yours in the settings.";
     case "rejected":

@@ -1,9 +1,12 @@
 const LONGEST_TITLE = 48; // about one line of the sidebar
 
+const LONGEST_SEARCH = 2_000; // only this number of characters is searched for the first line
+
 /** A short title from the first line of a message, without the marks that begin a Markdown line, cut between words. */
 export function titleOf(message: string): string {
   const line =
     message
+      .slice(0, LONGEST_SEARCH)
       .split("\n")
       .map((text) => text.replace(/^\s*(?:#+|>|[-*+])\s+|^\s*`{3,}\w*|`/g, "").trim())
       .find((text) => text !== "") ?? "New chat";

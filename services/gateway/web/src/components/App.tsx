@@ -1,15 +1,19 @@
 import { useEffect, useRef } from "preact/hooks";
+import { runShortcut } from "../page/shortcuts";
 import { Banners } from "./Banner";
 import { Composer } from "./Composer";
 import { Header } from "./Header";
+import { KeyboardDialog } from "./KeyboardDialog";
 import { SettingsDialog } from "./SettingsDialog";
 import { Sidebar } from "./Sidebar";
 import { Thread } from "./Thread";
 import { ToastView } from "./Toast";
+import { TeachDialog } from "../lessons/TeachDialog";
+import { TrainingPanel } from "../training/TrainingPanel";
 import { usePage } from "./context";
 
 export function App() {
-  const { app, layout } = usePage();
+  const { app, layout, training } = usePage();
   const drawerOpen = layout.narrow.value && layout.sidebarOpen.value;
   useShortcuts();
   useSidebarFocus();
@@ -20,6 +24,7 @@ export function App() {
       <div class="page" inert={drawerOpen}>
         <Header />
         <Banners />
+        <TrainingPanel watch={training} chatting={app.active.value !== null} />
         <main>
           <Thread />
           <div class="foot">
@@ -29,6 +34,8 @@ export function App() {
         </main>
       </div>
       <SettingsDialog />
+      <KeyboardDialog />
+      <TeachDialog />
       <ToastView />
       <div class="visually-hidden" aria-live="polite" data-testid="announcement">
         {app.announcement.value}
@@ -40,26 +47,27 @@ export function App() {
 function useShortcuts() {
   const { app, layout } = usePage();
   useEffect(() => {
-    const onKeyDown = (event: KeyboardEvent) => {
-      // An open dialog or menu handles Escape itself.
-      const covered = document.querySelector("dialog[open], :popover-open") !== null;
-      if (event.key === "Escape" && !covered) {
-        const running = app.active.peek();
+    const write = () => document.querySelector<HTMLElement>("[data-testid=composer]")?.focus();
+    // An open dialog or menu handles Escape itself, and covers the rest.
+    const isCovered = () => document.querySelector("dialog[open], :popover-open") !== null;
+    const actions = {
+      escape: () => {
+        const open = app.active.peek();
+        if (isCovered()) return;
         if (layout.narrow.peek() && layout.sidebarOpen.peek()) layout.closeDrawer();
-        else if (running) app.stop(running);
-      } else if (
-        event.key.toLowerCase() === "k" &&
-        (event.ctrlKey || event.metaKey) &&
-        !event.shiftKey &&
-        !event.altKey
-      ) {
-        event.preventDefault();
+        else if (open?.writing.peek()) app.stop(open);
+      },
+      newChat: () => {
         app.settingsOpen.value = false;
+        app.keyboardOpen.value = false;
         layout.closeDrawer();
         app.newChat();
-        document.querySelector<HTMLElement>("[data-testid=composer]")?.focus();
-      }
+        write();
+      },
+      write: () => !isCovered() && write(),
+      help: () => !isCovered() && (app.keyboardOpen.value = true),
     };
+    const onKeyDown = (event: KeyboardEvent) => runShortcut(event, actions) && event.preventDefault();
     window.addEventListener("keydown", onKeyDown);
     return () => window.removeEventListener("keydown", onKeyDown);
   }, []);

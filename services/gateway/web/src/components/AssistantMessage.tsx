@@ -1,5 +1,6 @@
 import type { Signal } from "@preact/signals";
-import type { AssistantMessage as Answer, Conversation, Message } from "../chat/conversation";
+import type { Conversation } from "../chat/conversation";
+import type { AssistantMessage as Answer, Message } from "../chat/message";
 import { segments } from "../chat/segments";
 import { count, rate } from "../text/format";
 import { CopyButton } from "./CopyButton";
@@ -7,6 +8,7 @@ import { IconButton } from "./IconButton";
 import { Markdown } from "./Markdown";
 import { ProblemNote } from "./ProblemNote";
 import { ToolCard } from "./ToolCard";
+import { Versions } from "./Versions";
 import { usePage } from "./context";
 import { RegenerateIcon } from "./icons";
 
@@ -19,10 +21,12 @@ interface Props {
 }
 
 export function AssistantMessage({ conversation, message, last }: Props) {
-  const { app } = usePage();
+  const { app, lessons } = usePage();
   const answer = message.value as Answer;
   const live = answer.state === "streaming";
   const parts = segments(answer.content, answer.toolEvents);
+  const shown = conversation.messages.value;
+  const asked = shown[shown.indexOf(message) - 1]?.value.content ?? "";
   const regenerate = () => app.regenerate(conversation, message);
   const end = parts.at(-1);
   const pythonRuns = end?.kind === "call" && !end.result;
@@ -42,21 +46,52 @@ export function AssistantMessage({ conversation, message, last }: Props) {
           <ToolCard key={part.key} call={part.call} result={part.result} live={live} />
         ),
       )}
-      {live && !pythonRuns && <span class="pulse" role="img" aria-label="Writing…" />}
+      {live && !pythonRuns && (
+        <p class="live">
+          <span class="pulse" role="img" aria-label="Writing…" />
+          <Footnotes answer={answer} />
+        </p>
+      )}
       {answer.problem && <ProblemNote problem={answer.problem} {...(last ? { retry: regenerate } : {})} />}
       {!live && (
         <footer class="actions">
+          <Versions conversation={conversation} message={message} />
           {answer.content !== "" && <CopyButton label="Copy answer" text={() => answer.content} />}
           {last && !answer.problem && (
             <IconButton label="Write the answer again" data-testid="regenerate" onClick={regenerate}>
               <RegenerateIcon />
             </IconButton>
           )}
+          {last && isCutOff(answer) && (
+            <button
+              type="button"
+              class="quiet"
+              data-testid="continue"
+              onClick={() => app.continueAnswer(conversation, message)}
+            >
+              Continue
+            </button>
+          )}
+          {lessons.offered.value && asked !== "" && answer.content !== "" && (
+            <button
+              type="button"
+              class="quiet"
+              data-testid="correct"
+              onClick={() => lessons.correct(asked, answer.content)}
+            >
+              Teach another answer
+            </button>
+          )}
           <Footnotes answer={answer} />
         </footer>
       )}
     </article>
   );
+}
+
+/** Whether the model could go on with the answer. */
+function isCutOff({ content, state, finishReason }: Answer): boolean {
+  return content !== "" && (state !== "complete" || finishReason === "length");
 }
 
 /** Why the answer ended, and its time and token counts. */
@@ -74,7 +109,7 @@ function Footnotes({ answer }: { answer: Answer }) {
   const details =
     usage && `Prompt: ${count(usage.prompt_tokens, "token")}, ${cached.toLocaleString("en")} from the cache`;
   return (
-    <span class="footnotes" title={details}>
+    <span class="footnotes" title={details} data-testid="footnotes">
       {notes.join(" · ")}
     </span>
   );

@@ -2,12 +2,14 @@ import { useSignal } from "@preact/signals";
 import type { ComponentChildren } from "preact";
 import { useEffect } from "preact/hooks";
 import { download } from "../chat/export";
+import { isRunning } from "../training/progress";
 import { usePage } from "./context";
 
 /** The problems that prevent an answer, the most urgent first, each with the action that helps. */
 export function Banners() {
-  const { app } = usePage();
+  const { app, training } = usePage();
   const { store } = app;
+  const learning = training.progress.value !== null && isRunning(training.progress.value);
   const server = app.health.state.value;
   const busy = app.busy.current.value;
   return (
@@ -17,7 +19,7 @@ export function Banners() {
           <Action label="Retry now" onClick={() => void app.health.check()} />
         </Banner>
       )}
-      {server === "loading" && (
+      {server === "loading" && !learning && (
         <Banner
           kind="warning"
           state="loading"

@@ -1,26 +1,26 @@
 import { useSignal } from "@preact/signals";
-import { useEffect, useLayoutEffect, useMemo, useRef } from "preact/hooks";
-import { grow, isSendKey } from "../page/textarea";
+import { useEffect, useLayoutEffect, useRef } from "preact/hooks";
+import { MOST_CHARACTERS } from "../chat/history";
+import { grow, hasTouchKeyboard, isSendKey } from "../page/textarea";
 import { IconButton } from "./IconButton";
 import { usePage } from "./context";
 import { SendIcon, StopIcon } from "./icons";
 
-/** The text field at the foot of the page. Each conversation keeps its own draft while the page is open. */
+/** The text field at the foot of the page. Each conversation keeps its own draft. */
 export function Composer() {
-  const { app } = usePage();
+  const { app, drafts } = usePage();
   const area = useRef<HTMLTextAreaElement>(null);
-  const drafts = useMemo(() => new Map<string | null, string>(), []);
   const draft = useSignal("");
   const conversation = app.active.value;
   const id = conversation?.id ?? null;
-  const running = conversation?.running.value != null;
+  const running = conversation?.writing.value ?? false;
 
   const focus = () => {
     // Focus would open a touch screen's keyboard, which covers half the page.
     if (window.matchMedia("(hover: hover)").matches) area.current?.focus();
   };
   useLayoutEffect(() => {
-    draft.value = drafts.get(id) ?? "";
+    draft.value = drafts.get(id);
     focus();
   }, [id]);
   useEffect(() => grow(area.current!), [draft.value]);
@@ -44,6 +44,14 @@ export function Composer() {
     event.preventDefault();
     send();
   };
+  /** Refuses inserted text that no model can read: a field with megabytes of text would freeze the page. */
+  const keepOut = (event: Event, data: DataTransfer | null) => {
+    const { length } = data?.getData("text/plain") ?? "";
+    if (draft.value.length + length <= MOST_CHARACTERS) return;
+    event.preventDefault();
+    const [found, room] = [length, MOST_CHARACTERS].map((number) => number.toLocaleString("en"));
+    app.toast.value = { text: `The text has ${found} characters. A message has room for ${room}.` };
+  };
   const stop = () => {
     app.stop(conversation!);
     area.current?.focus();
@@ -54,12 +62,15 @@ export function Composer() {
         ref={area}
         data-testid="composer"
         rows={1}
-        enterkeyhint="send"
+        dir="auto"
+        enterkeyhint={hasTouchKeyboard() ? "enter" : "send"}
         aria-label="Message"
         placeholder="Write a message"
         value={draft.value}
         onInput={(event) => write(event.currentTarget.value)}
         onKeyDown={onKeyDown}
+        onPaste={(event) => keepOut(event, event.clipboardData)}
+        onDrop={(event) => keepOut(event, event.dataTransfer)}
       />
       {running ? (
         <IconButton class="send" label="Stop (Esc)" data-testid="stop" onClick={stop}>

@@ -3,6 +3,7 @@ import { useEffect, useRef } from "preact/hooks";
 import type { Conversation } from "../chat/conversation";
 import { download, fileName, toJson, toMarkdown } from "../chat/export";
 import { routeOf } from "../page/route";
+import { isEnter } from "../page/textarea";
 import { Menu } from "./Menu";
 import { usePage } from "./context";
 
@@ -41,8 +42,10 @@ export function ConversationItem({ conversation }: { conversation: Conversation 
             aria-current={active ? "page" : undefined}
             onClick={() => layout.closeDrawer()}
           >
-            {conversation.running.value && <span class="pulse" role="img" aria-label="Answering" />}
-            <span class="conversation-title">{title}</span>
+            {conversation.writing.value && <span class="pulse" role="img" aria-label="Answering" />}
+            <span class="conversation-title" dir="auto">
+              {title}
+            </span>
           </a>
           <Menu label={`Actions for “${title}”`} items={items} />
         </>
@@ -69,8 +72,8 @@ function TitleField({ title, onDone }: { title: string; onDone: (title: string |
       defaultValue={title}
       onBlur={() => finish(true)}
       onKeyDown={(event) => {
-        if (event.key === "Enter") finish(true);
-        if (event.key === "Escape") {
+        if (isEnter(event)) finish(true);
+        if (event.key === "Escape" && !event.isComposing) {
           event.stopPropagation();
           finish(false);
         }

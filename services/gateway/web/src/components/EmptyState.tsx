@@ -1,15 +1,13 @@
 import { usePage } from "./context";
 import { ArrowIcon } from "./icons";
 
-const EXAMPLES = [
-  "Hello! Who are you?",
-  "What is 1234 * 5678?",
-  "How many letters r are in strawberry?",
-  "Tell me about the world you know.",
-];
+/** Examples for models that have none of their own. */
+const EXAMPLES = ["Hello! Who are you?", "What is 1234 * 5678?"];
 
 export function EmptyState() {
   const { app } = usePage();
+  const own = app.models.value.find(({ id }) => id === app.model.value)?.nanochat?.examples;
+  const examples = own?.length ? own : EXAMPLES;
   return (
     <section class="empty" aria-labelledby="empty-title">
       <h2 id="empty-title">Say hello.</h2>
@@ -18,7 +16,7 @@ export function EmptyState() {
         Python.
       </p>
       <ul class="examples" aria-label="Examples">
-        {EXAMPLES.map((example) => (
+        {examples.map((example) => (
           <li key={example}>
             <button type="button" data-testid="example" onClick={() => app.send(example)}>
               <span>{example}</span>

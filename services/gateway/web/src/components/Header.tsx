@@ -1,9 +1,9 @@
 import { IconButton } from "./IconButton";
 import { usePage } from "./context";
-import { PlusIcon, ReportIcon, SettingsIcon, SidebarIcon } from "./icons";
+import { PlusIcon, ReportIcon, SettingsIcon, SidebarIcon, TeachIcon } from "./icons";
 
 export function Header() {
-  const { app, layout } = usePage();
+  const { app, layout, lessons } = usePage();
   const open = layout.sidebarOpen.value;
   return (
     <header class="header">
@@ -36,6 +36,11 @@ export function Header() {
       >
         <ReportIcon />
       </a>
+      {lessons.offered.value && (
+        <IconButton label="Teach" data-testid="teach-toggle" onClick={() => lessons.show()}>
+          <TeachIcon />
+        </IconButton>
+      )}
       <IconButton label="Settings" data-testid="settings-toggle" onClick={() => (app.settingsOpen.value = true)}>
         <SettingsIcon />
       </IconButton>

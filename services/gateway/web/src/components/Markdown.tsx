@@ -1,25 +1,33 @@
-import type { Token } from "marked";
-import { useMemo } from "preact/hooks";
+import { useLayoutEffect, useMemo, useRef } from "preact/hooks";
 import { copyText } from "../page/clipboard";
-import { blockHtml, blocks } from "../text/markdown";
+import { morph } from "../page/morph";
+import { blockContent, blocks, type Block as Source } from "../text/markdown";
+import { typeset } from "../text/math";
 
 const FEEDBACK_MS = 1600;
 
 export function Markdown({ text }: { text: string }) {
-  const tokens = useMemo(() => blocks(text), [text]);
+  const sources = useMemo(() => blocks(text), [text]);
   return (
     <div class="prose" onClick={(event) => void copyCode(event.target as Element)}>
-      {tokens.map((token, index) => (
-        <Block key={index} token={token} />
+      {sources.map((source, index) => (
+        <Block key={index} source={source} />
       ))}
     </div>
   );
 }
 
-/** A block is rendered again only when its own source changes, so a long answer costs no more than its last block. */
-function Block({ token }: { token: Token }) {
-  const html = useMemo(() => blockHtml(token), [token.raw]);
-  return <div class="block" dangerouslySetInnerHTML={{ __html: html }} />;
+/**
+ * A block is rendered again only when its own source changes, so a long answer costs no more than its last block. Its
+ * nodes are kept where they can be, so that the person can select, scroll and copy while it is written.
+ */
+function Block({ source }: { source: Source }) {
+  const root = useRef<HTMLDivElement>(null);
+  useLayoutEffect(() => {
+    morph(root.current!, blockContent(source));
+    void typeset(root.current!);
+  }, [source.key]);
+  return <div class="block" dir="auto" ref={root} />;
 }
 
 /** Copies the code block whose button was clicked, if one was. */

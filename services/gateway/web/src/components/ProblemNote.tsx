@@ -10,17 +10,12 @@ export function ProblemNote({ problem, retry }: { problem: Problem; retry?: () =
       <p>{headline(problem)}</p>
       {said && <p class="problem-detail">{problem.detail}</p>}
       <div class="problem-actions">
-        {problem.kind === "context" && (
-          <button type="button" class="button" onClick={() => app.newChat()}>
-            New chat
-          </button>
-        )}
         {problem.kind === "key" && (
           <button type="button" class="button" onClick={() => (app.settingsOpen.value = true)}>
             Settings
           </button>
         )}
-        {retry && (
+        {retry && problem.kind !== "context" && (
           <button type="button" class="button" data-testid="retry" onClick={retry}>
             Retry
           </button>

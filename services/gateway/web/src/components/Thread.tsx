@@ -1,3 +1,4 @@
+import { Fragment } from "preact";
 import { useEffect } from "preact/hooks";
 import { AssistantMessage } from "./AssistantMessage";
 import { EmptyState } from "./EmptyState";
@@ -13,8 +14,9 @@ export function Thread() {
   const { scroller, content, atEnd, toEnd } = useFollow();
   const conversation = app.active.value;
   const messages = conversation?.messages.value ?? [];
-  // After a new question or in another conversation, show the end.
-  useEffect(toEnd, [conversation, messages]);
+  const memoryStart = conversation?.memoryStart.value;
+  // Shows the end in another conversation and after a question of this tab, but not after a change of another tab.
+  useEffect(toEnd, [conversation, app.asked.value]);
   return (
     <div class="thread-frame">
       <div class="thread" ref={scroller}>
@@ -22,16 +24,19 @@ export function Thread() {
           {!conversation && <EmptyState />}
           {conversation &&
             messages.map((message, index) => {
-              const { id, role } = message.peek();
-              return role === "user" ? (
-                <UserMessage key={id} conversation={conversation} message={message} />
-              ) : (
-                <AssistantMessage
-                  key={id}
-                  conversation={conversation}
-                  message={message}
-                  last={index === messages.length - 1}
-                />
+              const { id, parent, role } = message.peek();
+              // Versions of a message share their key, so that the focus stays on the arrows between them.
+              const key = `${role} after ${parent}`;
+              const last = index === messages.length - 1;
+              return (
+                <Fragment key={key}>
+                  {id === memoryStart && <MemoryMark />}
+                  {role === "user" ? (
+                    <UserMessage conversation={conversation} message={message} />
+                  ) : (
+                    <AssistantMessage conversation={conversation} message={message} last={last} />
+                  )}
+                </Fragment>
               );
             })}
         </div>
@@ -42,5 +47,14 @@ export function Thread() {
         </IconButton>
       )}
     </div>
+  );
+}
+
+/** Where the model's memory begins in a conversation that is longer than its context. */
+function MemoryMark() {
+  return (
+    <p class="memory-mark" role="note" data-testid="memory-mark">
+      The model no longer sees what is above.
+    </p>
   );
 }

@@ -1,4 +1,5 @@
 import type { ToolCall, ToolResult } from "../api/wire";
+import { pictureUrl } from "../chat/pictures";
 import { duration } from "../text/format";
 import { highlight } from "../text/highlight";
 import { ChevronIcon } from "./icons";
@@ -20,8 +21,9 @@ interface Props {
   live: boolean;
 }
 
-/** One use of Python in an answer: the code and its output, like a cell of a notebook. */
+/** One use of Python in an answer: the code, its output and its pictures, like a cell of a notebook. */
 export function ToolCard({ call, result, live }: Props) {
+  const pictures = result?.pictures ?? [];
   const state = result ? (result.status === "ok" ? "ok" : "failed") : live ? "running" : "unfinished";
   return (
     <details class="tool-card" data-testid="tool-card" data-state={state} open>
@@ -42,6 +44,16 @@ export function ToolCard({ call, result, live }: Props) {
             <pre class="tool-output" data-testid="tool-output" tabIndex={0}>
               {result.output || <span class="faint">(nothing)</span>}
             </pre>
+          </>
+        )}
+        {pictures.length > 0 && (
+          <>
+            <span class="tool-label">{pictures.length > 1 ? "Pictures" : "Picture"}</span>
+            <div class="tool-pictures">
+              {pictures.map((picture) => (
+                <img key={picture.name} data-testid="tool-picture" src={pictureUrl(picture)} alt={picture.name} />
+              ))}
+            </div>
           </>
         )}
       </div>

@@ -2,7 +2,7 @@ import { useSignal, type Signal } from "@preact/signals";
 import type { RefObject } from "preact";
 import { useEffect, useRef } from "preact/hooks";
 
-const NEAR_END_PX = 48;
+const ROUNDING_PX = 1; // at the end, fractions of a pixel may remain
 
 export interface Following {
   scroller: RefObject<HTMLDivElement | null>;
@@ -12,7 +12,7 @@ export interface Following {
   toEnd: () => void;
 }
 
-/** Keeps a scroller at its end while its content grows, until the person scrolls up. */
+/** Keeps a scroller at its end while its content grows, until the person scrolls up, however little. */
 export function useFollow(): Following {
   const scroller = useRef<HTMLDivElement>(null);
   const content = useRef<HTMLDivElement>(null);
@@ -25,15 +25,18 @@ export function useFollow(): Following {
     const view = scroller.current!;
     let lastTop = view.scrollTop;
     const onScroll = () => {
-      const near = view.scrollHeight - view.scrollTop - view.clientHeight < NEAR_END_PX;
+      const distance = view.scrollHeight - view.scrollTop - view.clientHeight;
       // Growing content also moves the end away; only an upward scroll comes from the person.
-      if (near) atEnd.value = true;
+      if (distance < ROUNDING_PX) atEnd.value = true;
       else if (view.scrollTop < lastTop) atEnd.value = false;
       lastTop = view.scrollTop;
     };
     const observer = new ResizeObserver(() => {
-      if (atEnd.peek()) view.scrollTop = view.scrollHeight;
-      else onScroll();
+      // A scroll of the person may have happened since the last event.
+      onScroll();
+      if (!atEnd.peek()) return;
+      view.scrollTop = view.scrollHeight;
+      lastTop = view.scrollTop;
     });
     observer.observe(content.current!);
     observer.observe(view);

@@ -26,6 +26,7 @@ export const SettingsIcon = icon(
   </>,
 );
 export const ReportIcon = icon(<path d="M3.5 16.5h13M6 13.5V9M10 13.5v-9M14 13.5V7" />);
+export const TeachIcon = icon(<path d="M2.5 8 10 4.5 17.5 8 10 11.5 2.5 8ZM5.5 9.5v4c2.5 2 6.5 2 9 0v-4M17.5 8v4.5" />);
 export const MoreIcon = icon(
   <>
     <circle class="filled" cx="5" cy="10" r="1" />
@@ -43,6 +44,8 @@ export const CheckIcon = icon(<path d="m4.5 10.5 3.5 3.5 7.5-8" />);
 export const EditIcon = icon(<path d="M4 16v-3l8.5-8.5a2.1 2.1 0 0 1 3 3L7 16H4ZM11 6l3 3" />);
 export const RegenerateIcon = icon(<path d="M15.5 8A6 6 0 1 0 16 11.5M15.8 3.8V8h-4.2" />);
 export const ChevronIcon = icon(<path d="m6 8 4 4 4-4" />);
+export const PreviousIcon = icon(<path d="m12 6-4 4 4 4" />);
+export const NextIcon = icon(<path d="m8 6 4 4-4 4" />);
 export const DownIcon = icon(<path d="M10 4v11.5M5 11l5 5 5-5" />);
 export const ArrowIcon = icon(<path d="M4 10h11.5M11 5l5 5-5 5" />);
 export const CloseIcon = icon(<path d="m5 5 10 10M15 5 5 15" />);

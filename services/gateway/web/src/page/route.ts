@@ -4,6 +4,14 @@ export function routeOf(conversationId: string | null): string {
   return conversationId === null ? "#/" : `#/c/${conversationId}`;
 }
 
+/** Whether a text is a whole API key. A person who types one has not given it yet. */
+export const isKey = (text: string): boolean => /^nc-[0-9a-f]{12}-[0-9a-f]{48}$/.test(text);
+
+/** The API key that an address fragment hands to the page, as in the link that `make run` prints; null if there is none. */
+export function keyOf(fragment: string): string | null {
+  return /^#key=([\w-]+)$/.exec(fragment)?.[1] ?? null;
+}
+
 /** The conversation that an address fragment names, or null for a new chat. */
 export function conversationIdOf(fragment: string): string | null {
   return /^#\/c\/([\w-]+)$/.exec(fragment)?.[1] ?? null;

@@ -1,14 +1,29 @@
 import { signal } from "@preact/signals";
-import type { Conversation, Message, StoredConversation } from "../chat/conversation";
+import { mergeHeaders, newHeader, type Header, type StoredConversation } from "../chat/merge";
+import type { Message } from "../chat/message";
+import { withoutPictures } from "../chat/pictures";
+import { titleOf } from "../chat/title";
+import { parseConversationV1, parseHeader, parseMessage } from "./stored-format";
 
-const PREFIX = "nanochat.conversation.";
+const HEADER = "nanochat.conversation.";
+const MESSAGE = "nanochat.message.";
+// While a deletion can be undone, messages that another tab still writes into the conversation must stay.
+const FINAL_AFTER_MS = 3_600_000;
+const FORGET_AFTER_MS = 30 * 86_400_000; // by then, no open tab still writes into a deleted conversation
 
-/** A change by another tab: the stored conversation, or null if that tab deleted it. */
-export type RemoteChange = (id: string, stored: StoredConversation | null) => void;
+/** What other tabs store. */
+export interface RemoteChanges {
+  header: (header: Header) => void;
+  message: (conversation: string, message: Message) => void;
+}
 
 /**
- * Stores each conversation as an entry of its own in the browser, so that a tab overwrites only its own changes.
- * An unreadable entry stays until the person decides about it.
+ * Stores conversations in the browser: an entry for the header of each, and an entry for each of its messages.
+ *
+ * Browsers do not make reading and writing an entry one step, so two tabs that write the same entry can lose a change.
+ * That is why each message has its own entry: only the tab that writes an answer writes the entry of the answer. If
+ * a header loses a change, a tab that knows the change stores it again. An unreadable entry stays until the person
+ * decides about it.
  */
 export class ConversationStore {
   /** Set while the browser refuses to store more, or stores nothing at all. */
@@ -22,33 +37,64 @@ export class ConversationStore {
   }
 
   load(): StoredConversation[] {
-    const conversations: StoredConversation[] = [];
     const damaged: string[] = [];
-    for (const key of this.keys()) {
+    const read = <T>(key: string, parse: (text: string) => T): T[] => {
       try {
-        conversations.push(parseConversation(this.storage!.getItem(key)!));
+        return [parse(this.storage!.getItem(key)!)];
       } catch {
         damaged.push(key);
+        return [];
+      }
+    };
+    const headers = new Map<string, Header>();
+    const messages = new Map<string, Message[]>();
+    for (const key of this.keys(HEADER)) {
+      for (const { header, messages: old } of read(key, parseEntry)) {
+        headers.set(header.id, header);
+        if (old.length > 0) messages.set(header.id, old);
       }
     }
-    this.damaged.value = damaged;
-    return conversations;
-  }
-
-  save(conversation: Conversation): void {
-    if (!this.storage) return;
-    try {
-      this.storage.setItem(PREFIX + conversation.id, JSON.stringify(conversation.toStored()));
-      this.refusal.value = null;
-    } catch (error) {
-      if (!(error instanceof DOMException)) throw error;
-      this.refusal.value = "full";
+    for (const key of this.keys(MESSAGE)) {
+      const id = conversationOf(key);
+      if (isDeleted(headers.get(id), FINAL_AFTER_MS)) this.storage!.removeItem(key);
+      else for (const message of read(key, parseMessage)) getOrSet(messages, id).push(message);
     }
+    this.damaged.value = damaged;
+    for (const [id, found] of messages) if (!headers.has(id)) headers.set(id, headerFor(id, found[0]!));
+    for (const [id, header] of headers) {
+      if (!isDeleted(header, FORGET_AFTER_MS)) continue;
+      this.storage!.removeItem(HEADER + id);
+      headers.delete(id);
+    }
+    return [...headers.values()].map((header) => ({ header, messages: messages.get(header.id) ?? [] }));
   }
 
-  remove(id: string): void {
-    this.storage?.removeItem(PREFIX + id);
-    if (this.refusal.value === "full") this.refusal.value = null;
+  /** Stores a header, merged with the stored one. Returns what is stored. */
+  saveHeader(header: Header): Header {
+    const stored = this.entry(header.id);
+    // An entry of the first format holds the messages too; they get entries of their own before it is overwritten.
+    if (stored && !this.saveMessages(header.id, stored.messages)) return header;
+    const merged = stored ? mergeHeaders(header, stored.header) : header;
+    this.put(HEADER + header.id, merged);
+    return merged;
+  }
+
+  /** Leaves out pictures for which the browser has no room. Returns whether it had room for the rest. */
+  saveMessages(conversation: string, messages: readonly Message[]): boolean {
+    return messages.every((message) => {
+      const key = `${MESSAGE}${conversation}.${message.id}`;
+      return this.put(key, message) || this.put(key, plain(message));
+    });
+  }
+
+  save({ header, messages }: StoredConversation): void {
+    this.saveMessages(header.id, messages);
+    this.saveHeader(header);
+  }
+
+  /** Removes the messages of a deleted conversation for good. The header stays and tells other tabs of the deletion. */
+  removeMessages(conversation: string): void {
+    for (const key of this.keys(MESSAGE)) if (conversationOf(key) === conversation) this.storage!.removeItem(key);
   }
 
   /** The damaged entries as text that the person can save. */
@@ -61,46 +107,92 @@ export class ConversationStore {
     this.damaged.value = [];
   }
 
-  /** Reports conversations that other tabs store and delete. */
-  watch(target: Window, onChange: RemoteChange): void {
-    target.addEventListener("storage", (event) => {
-      if (event.storageArea !== this.storage || !event.key?.startsWith(PREFIX)) return;
-      const id = event.key.slice(PREFIX.length);
-      if (event.newValue === null) {
-        onChange(id, null);
-        return;
-      }
+  /** Reports what other tabs store. A removed entry is not reported, because the header says what was deleted. */
+  watch(target: Window, changes: RemoteChanges): void {
+    target.addEventListener("storage", ({ storageArea, key, newValue }) => {
+      if (storageArea !== this.storage || key === null || newValue === null) return;
       try {
-        onChange(id, parseConversation(event.newValue));
+        if (key.startsWith(HEADER)) {
+          const { header, messages } = parseEntry(newValue);
+          changes.header(header);
+          for (const message of messages) changes.message(header.id, message);
+        } else if (key.startsWith(MESSAGE)) {
+          changes.message(conversationOf(key), parseMessage(newValue));
+        }
       } catch {
-        this.damaged.value = [...new Set([...this.damaged.value, event.key])];
+        this.damaged.value = [...new Set([...this.damaged.value, key])];
       }
     });
   }
 
-  private keys(): string[] {
-    return this.storage ? Object.keys(this.storage).filter((key) => key.startsWith(PREFIX)) : [];
+  private entry(id: string): StoredConversation | null {
+    const text = this.storage?.getItem(HEADER + id);
+    try {
+      return text == null ? null : parseEntry(text);
+    } catch {
+      return null;
+    }
+  }
+
+  private put(key: string, value: Header | Message): boolean {
+    if (!this.storage) return false;
+    const text = JSON.stringify(value);
+    const stored = this.tryPut(key, text) || (this.makeRoom() && this.tryPut(key, text));
+    this.refusal.value = stored ? null : "full";
+    return stored;
+  }
+
+  private tryPut(key: string, text: string): boolean {
+    try {
+      this.storage!.setItem(key, text);
+      return true;
+    } catch (error) {
+      if (!(error instanceof DOMException)) throw error;
+      return false;
+    }
+  }
+
+  /** Removes the messages of deleted conversations. Returns whether there were any. */
+  private makeRoom(): boolean {
+    const before = this.storage!.length;
+    for (const key of this.keys(HEADER)) {
+      const id = key.slice(HEADER.length);
+      if (this.entry(id)?.header.deleted.value) this.removeMessages(id);
+    }
+    return this.storage!.length < before;
+  }
+
+  private keys(prefix: string): string[] {
+    return this.storage ? Object.keys(this.storage).filter((key) => key.startsWith(prefix)) : [];
   }
 }
 
-/** Throws if the text is not a conversation of this version. */
-export function parseConversation(text: string): StoredConversation {
-  const value = JSON.parse(text) as Partial<StoredConversation> | null;
-  const valid =
-    value?.version === 1 &&
-    typeof value.id === "string" &&
-    typeof value.title === "string" &&
-    Number.isFinite(value.createdAt) &&
-    Number.isFinite(value.updatedAt) &&
-    Array.isArray(value.messages) &&
-    value.messages.every(isMessage);
-  if (!valid) throw new Error("not a stored conversation");
-  return value as StoredConversation;
+/** A header for messages whose own header is missing or damaged. In a merge, every other header counts as later. */
+export function headerFor(conversation: string, first: Message): Header {
+  const header = newHeader(conversation, titleOf(first.content), first.createdAt);
+  return { ...header, title: { value: header.title.value, at: 0 } };
 }
 
-function isMessage(value: unknown): value is Message {
-  const message = value as Partial<Message> | null;
-  if (typeof message?.id !== "string" || typeof message.content !== "string") return false;
-  if (message.role === "user") return true;
-  return message.role === "assistant" && typeof message.state === "string" && Array.isArray(message.toolEvents);
+/** Reads a header, or an entry of the first format, which has messages too. Throws if the text is neither. */
+function parseEntry(text: string): StoredConversation {
+  return parseConversationV1(text) ?? { header: parseHeader(text), messages: [] };
+}
+
+/** Whether the conversation was deleted this long ago. */
+function isDeleted(header: Header | undefined, milliseconds: number): boolean {
+  return header !== undefined && header.deleted.value && header.deleted.at < Date.now() - milliseconds;
+}
+
+function plain(message: Message): Message {
+  return message.role === "user" ? message : { ...message, toolEvents: withoutPictures(message.toolEvents) };
+}
+
+function getOrSet(lists: Map<string, Message[]>, key: string): Message[] {
+  const list = lists.get(key) ?? [];
+  lists.set(key, list);
+  return list;
+}
+
+function conversationOf(messageKey: string): string {
+  return messageKey.slice(MESSAGE.length).split(".")[0]!;
 }

@@ -39,7 +39,7 @@ const KEY = "nanochat.settings";
 
 /** The stored settings, which are stored again after each change. A missing or invalid value becomes its default. */
 export function storedSettings(storage: Storage | null): Signal<Settings> {
-  const settings = signal<Settings>({ ...DEFAULTS, ...usable(read(storage)) });
+  const settings = signal<Settings>({ ...DEFAULTS, ...usableSettings(read(storage)) });
   effect(() => {
     const text = JSON.stringify(settings.value);
     try {
@@ -73,7 +73,8 @@ function read(storage: Storage | null): Record<string, unknown> {
   }
 }
 
-function usable(stored: Record<string, unknown>): Partial<Settings> {
+/** The values that are settings of this page, and in their ranges. */
+export function usableSettings(stored: Record<string, unknown>): Partial<Settings> {
   const result: Record<string, unknown> = {};
   for (const [name, fallback] of Object.entries(DEFAULTS)) {
     const value = stored[name];

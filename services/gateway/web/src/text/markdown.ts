@@ -1,20 +1,33 @@
 import DOMPurify from "dompurify";
-import { Marked, type Token, type Tokens } from "marked";
+import { Marked, type Token, type TokenizerAndRendererExtension, type Tokens } from "marked";
 import { escapeHtml, highlight } from "./highlight";
+import { MATH } from "./math";
 
 /** Returns the address of a picture in a text, or null if the page may not load it. */
 export type Pictures = (href: string) => string | null;
+
+// Between digits, a star means a product or a power and no emphasis.
+const TIMES = /(?<=\d)\*+(?=\d)/g;
 
 /**
  * Renders a model's Markdown, which is untrusted input. HTML in it is shown as text, pictures become links so that
  * the page loads nothing from other servers, and the result may contain allowed tags and attributes only.
  */
-const marked = renderer(() => null);
+const marked = renderer(() => null, MATH);
 
-function renderer(pictures: Pictures): Marked {
+function renderer(pictures: Pictures, extensions: TokenizerAndRendererExtension[]): Marked {
   return new Marked({
     gfm: true,
     breaks: true,
+    extensions,
+    hooks: { emStrongMask: (text) => text.replace(TIMES, (stars) => "x".repeat(stars.length)) },
+    tokenizer: {
+      emStrong(text, masked) {
+        const stars = /^\*+/.exec(text)?.[0];
+        if (!stars || masked[masked.length - text.length] === "*") return false; // Markdown's usual rules decide
+        return { type: "text", raw: stars, text: stars } as unknown as Tokens.Em;
+      },
+    },
     renderer: {
       html: ({ text }) => escapeHtml(text),
       heading({ depth, tokens }) {
@@ -40,26 +53,54 @@ const ALLOWED = {
     "a blockquote br button code del div em h2 h3 h4 h5 h6 hr li ol p pre span strong " +
     "table tbody td th thead tr ul"
   ).split(" "),
-  ALLOWED_ATTR: ["align", "class", "data-copy", "href", "rel", "start", "tabindex", "target", "type"],
+  ALLOWED_ATTR: [
+    "align",
+    "class",
+    "data-copy",
+    "data-display",
+    "data-tex",
+    "href",
+    "rel",
+    "start",
+    "tabindex",
+    "target",
+    "type",
+  ],
 };
 
-/** The top-level blocks of a text. While a text grows, only its last blocks change. */
-export function blocks(text: string): Token[] {
-  return marked.lexer(text).filter((token) => token.type !== "space" && token.type !== "def");
+export interface Block {
+  /** Equal for blocks that look the same. */
+  key: string;
+  token: Token;
 }
 
-/** Safe HTML of one block. */
-export function blockHtml(block: Token): string {
-  return DOMPurify.sanitize(marked.parser([block as Tokens.Generic]), ALLOWED);
+/**
+ * The top-level blocks of a text. While a text grows, only two kinds of blocks change: the last ones, and those with a
+ * link whose reference has just arrived.
+ */
+export function blocks(text: string): Block[] {
+  const tokens = marked.lexer(text);
+  const references = JSON.stringify(tokens.links);
+  return tokens
+    .filter((token) => token.type !== "space" && token.type !== "def")
+    .map((token) => ({ key: token.raw.includes("[") ? token.raw + references : token.raw, token }));
 }
 
-/** Safe HTML of a whole text; `pictures` maps its pictures to their addresses. */
+/** Safe content of one block. */
+export function blockContent({ token }: Block): DocumentFragment {
+  return DOMPurify.sanitize(marked.parser([token]), { ...ALLOWED, RETURN_DOM_FRAGMENT: true });
+}
+
+/**
+ * Safe HTML of a whole text; `pictures` maps its pictures to their addresses. Formulas are not recognized,
+ * because `\[` in a report is a bracket that the report has escaped.
+ */
 export function pageHtml(text: string, pictures: Pictures): string {
   const allowed = {
     ALLOWED_TAGS: [...ALLOWED.ALLOWED_TAGS, "img"],
     ALLOWED_ATTR: [...ALLOWED.ALLOWED_ATTR, "alt", "src"],
   };
-  return DOMPurify.sanitize(renderer(pictures).parse(text, { async: false }), allowed);
+  return DOMPurify.sanitize(renderer(pictures, []).parse(text, { async: false }), allowed);
 }
 
 function link(href: string, inner: string): string {

@@ -1,0 +1,160 @@
+import { batch, computed, signal, type ReadonlySignal, type Signal } from "@preact/signals";
+import { headerFor, type ConversationStore } from "../storage/conversation-store";
+import { Tabs, type Channel } from "../storage/tabs";
+import { Conversation } from "./conversation";
+import { changed, compareProgress, mergeHeaders, sameHeader, type Header, type StoredConversation } from "./merge";
+import { settled, type Message } from "./message";
+
+const WATCH_MS = 3_000; // time between two questions whether an answer is still being written
+
+/** All conversations of this browser, in step with its storage and with the other tabs. */
+export class Library {
+  /** Deleted ones too, because another tab may undo the deletion. */
+  private readonly all = signal<readonly Conversation[]>([]);
+  readonly conversations: ReadonlySignal<readonly Conversation[]> = computed(() =>
+    this.all.value.filter((conversation) => !conversation.deleted.value),
+  );
+  private readonly tabs: Tabs;
+  private readonly watched = new Set<string>();
+  /** What this tab has deleted, and may still undo. */
+  private readonly deletedHere = new Set<Conversation>();
+
+  constructor(
+    private readonly store: ConversationStore,
+    channel: Channel | null,
+  ) {
+    this.tabs = new Tabs(channel, {
+      writes: (answer) => this.writerOf(answer) !== undefined,
+      stop: (answer) => this.writerOf(answer)?.running.peek()!.stop(),
+    });
+  }
+
+  load(): void {
+    this.all.value = this.store.load().map((stored) => new Conversation(stored));
+    for (const conversation of this.all.peek()) {
+      for (const message of conversation.toStored().messages) this.watchOver(conversation, message);
+    }
+  }
+
+  add(conversation: Conversation): void {
+    this.all.value = [...this.all.peek(), conversation];
+  }
+
+  saveHeader(conversation: Conversation): void {
+    conversation.mergeHeader(this.store.saveHeader(conversation.header.peek()));
+  }
+
+  /** Stores messages of a conversation, unless it was deleted meanwhile. */
+  saveMessages(conversation: Conversation, ...messages: Message[]): void {
+    if (!conversation.deleted.peek()) this.store.saveMessages(conversation.id, messages);
+  }
+
+  /** Deletes conversations. Other tabs stop the answers that they write into them. */
+  remove(conversations: readonly Conversation[]): void {
+    batch(() => {
+      for (const conversation of conversations) {
+        conversation.running.peek()?.stop();
+        conversation.change(({ deleted }) => ({ deleted: changed(deleted, true) }));
+        this.saveHeader(conversation);
+        this.deletedHere.add(conversation);
+      }
+    });
+  }
+
+  /** Takes a deletion back. */
+  restore(conversations: readonly Conversation[]): void {
+    batch(() => {
+      for (const conversation of conversations) {
+        conversation.change(({ deleted }) => ({ deleted: changed(deleted, false) }));
+        this.saveMessages(conversation, ...conversation.toStored().messages);
+        this.saveHeader(conversation);
+      }
+    });
+  }
+
+  /** Merges conversations, of a file for example, into the own ones, and stores the result. */
+  merge(stored: readonly StoredConversation[]): void {
+    for (const { header, messages } of stored) {
+      const conversation = this.find(header.id) ?? this.create({ header, messages: [] });
+      conversation.mergeHeader(header);
+      conversation.add(messages.map(settled));
+      if (conversation.deleted.peek()) this.restore([conversation]);
+      this.store.save(conversation.toStored());
+    }
+  }
+
+  /** Stops an answer that another tab writes. */
+  stopElsewhere(answer: string): void {
+    this.tabs.stop(answer);
+  }
+
+  /** Takes over the header that another tab has stored, and corrects it if that tab did not know all. */
+  adoptHeader(header: Header): void {
+    const conversation = this.find(header.id);
+    if (!conversation) {
+      this.create({ header, messages: [] });
+      return;
+    }
+    const wasDeleted = conversation.deleted.peek();
+    conversation.mergeHeader(header);
+    const deleted = conversation.deleted.peek();
+    if (deleted) conversation.running.peek()?.stop();
+    if (wasDeleted && !deleted) this.saveMessages(conversation, ...conversation.toStored().messages);
+    if (!sameHeader(mergeHeaders(header, conversation.header.peek()), header)) this.saveHeader(conversation);
+  }
+
+  /** Takes over a message that another tab has stored. */
+  adoptMessage(id: string, message: Message): void {
+    const conversation = this.find(id) ?? this.create({ header: headerFor(id, message), messages: [] });
+    if (conversation.running.peek()?.answer === message.id) return; // nobody knows better than the tab that writes it
+    const [known] = conversation.add([message]);
+    if (compareProgress(known!.peek(), message) > 0) this.saveMessages(conversation, known!.peek());
+    this.watchOver(conversation, known!.peek());
+  }
+
+  /** Before the page closes: stores the unfinished answers of this tab, and makes its deletions final. */
+  close(): void {
+    for (const { id, deleted } of this.deletedHere) if (deleted.peek()) this.store.removeMessages(id);
+    for (const conversation of this.conversations.peek()) {
+      const message = conversation.message(conversation.running.peek()?.answer ?? "");
+      if (message) this.saveMessages(conversation, settled(message.peek()));
+    }
+  }
+
+  private find(id: string): Conversation | undefined {
+    return this.all.peek().find((conversation) => conversation.id === id);
+  }
+
+  private create(stored: StoredConversation): Conversation {
+    const conversation = new Conversation(stored);
+    this.add(conversation);
+    return conversation;
+  }
+
+  private writerOf(answer: string): Conversation | undefined {
+    return this.all.peek().find((conversation) => conversation.running.peek()?.answer === answer);
+  }
+
+  /** Calls an unfinished answer interrupted once no tab writes it any more. */
+  private watchOver(conversation: Conversation, { id }: Message): void {
+    const message = conversation.message(id)!;
+    if (!isWritten(message) || this.watched.has(id)) return;
+    this.watched.add(id);
+    const check = async () => {
+      if (isWritten(message) && (await this.tabs.isWritten(id))) {
+        setTimeout(() => void check(), WATCH_MS);
+        return;
+      }
+      this.watched.delete(id);
+      if (!isWritten(message) || this.writerOf(id)) return;
+      conversation.add([settled(message.peek())]);
+      this.saveMessages(conversation, message.peek());
+    };
+    void check();
+  }
+}
+
+function isWritten(message: Signal<Message>): boolean {
+  const answer = message.peek();
+  return answer.role === "assistant" && answer.state === "streaming";
+}

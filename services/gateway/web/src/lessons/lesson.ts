@@ -1,0 +1,105 @@
+/** Lessons as `/v1/lessons` describes them. */
+
+export interface Counts {
+  right: number;
+  asked: number;
+}
+
+export type LessonState = "queued" | "training" | "examining" | "promoted" | "refused" | "failed" | "canceled";
+
+export interface Lesson {
+  number: number;
+  state: LessonState;
+  who: string;
+  source: string;
+  created: string;
+  items: { questions: number; conversations: number; texts: number };
+  plan: { max_steps: number };
+  training: { steps?: number; seconds?: number; history?: { step: number; loss: number; unseen: number }[] };
+  before: Record<string, Counts>;
+  after: Record<string, Counts>;
+  reason: string;
+  canceling: boolean;
+}
+
+export interface LessonDetails extends Lesson {
+  conflicts: { question: string; before: string; after: string }[];
+  wrong: { question: string; answer: string; expected: string }[];
+  lost: { question: string; before: string; after: string }[];
+  decision: { rules?: { passed: boolean | null; reason: string }[] };
+}
+
+export interface LessonList {
+  model: string;
+  revision: string;
+  /** Numbers of the lessons that the served model has learned. */
+  inside: number[];
+  roll_back: { number: number; state: "requested" | "done" | "failed"; reason: string } | null;
+  data: Lesson[];
+}
+
+export interface Fact {
+  question: string;
+  answer: string;
+}
+
+/** A new lesson: questions with their answers, or the content of a file. */
+export type NewLesson = { items: Fact[] } | { text: string; name: string };
+
+const GROUPS: readonly (readonly [group: string, words: string])[] = [
+  ["taught", "The lesson’s questions"],
+  ["unseen", "The same in unseen wordings"],
+  ["ability", "The ability with new arguments"],
+  ["earlier", "Questions of earlier lessons"],
+  ["kept", "Other questions"],
+];
+
+export const isDone = ({ state }: Lesson): boolean => !["queued", "training", "examining"].includes(state);
+
+/** The right answers before and after a lesson, a row for each group of questions that was asked. */
+export function figuresOf({ before, after }: Lesson): { words: string; before: string; after: string }[] {
+  const shown = (counts: Counts | undefined) => (counts ? `${counts.right} of ${counts.asked}` : "–");
+  return GROUPS.filter(([group]) => before[group] ?? after[group]).map(([group, words]) => ({
+    words,
+    before: shown(before[group]),
+    after: shown(after[group]),
+  }));
+}
+
+/** What a lesson consists of, such as `3 questions, 1 text`. */
+export function contentOf({ items }: Lesson): string {
+  const parts: [number, string][] = [
+    [items.questions, "question"],
+    [items.conversations, "conversation"],
+    [items.texts, "text"],
+  ];
+  return parts
+    .filter(([count]) => count > 0)
+    .map(([count, noun]) => `${count} ${noun}${count === 1 ? "" : "s"}`)
+    .join(", ");
+}
+
+/** What happens in a lesson now, or how it ended. */
+export function stateOf(lesson: Lesson): string {
+  const last = lesson.training.history?.at(-1);
+  if (lesson.canceling) return "Being canceled";
+  switch (lesson.state) {
+    case "queued":
+      return "Waiting for its turn";
+    case "training":
+      if (last) return `Training: step ${last.step}, ${Math.round(100 * last.unseen)} % of the questions answered`;
+      return Object.keys(lesson.before).length > 0
+        ? "Training begins"
+        : "Asking the model the questions before the lesson";
+    case "examining":
+      return "Asking the model the questions after the lesson";
+    case "promoted":
+      return "Learned";
+    case "refused":
+      return "Refused";
+    case "failed":
+      return "Failed";
+    case "canceled":
+      return "Canceled";
+  }
+}

@@ -1,0 +1,93 @@
+import { computed, signal, type ReadonlySignal } from "@preact/signals";
+import type { Api } from "../api/api";
+import { ApiError } from "../api/errors";
+import { isDone, type Fact, type LessonDetails, type LessonList, type NewLesson } from "./lesson";
+
+const CHECK_MS = 1_000;
+
+/** The lessons of the served model, and what the person does with them. Only callers who may teach see anything. */
+export class Lessons {
+  readonly open = signal(false);
+  /** The questions and answers that the person writes. */
+  readonly facts = signal<readonly Fact[]>([{ question: "", answer: "" }]);
+  /** Null until the server has said that this caller may teach. */
+  readonly list = signal<LessonList | null>(null);
+  readonly problem = signal("");
+  readonly offered: ReadonlySignal<boolean> = computed(() => this.list.value !== null);
+  private timer: ReturnType<typeof setTimeout> | undefined;
+
+  constructor(
+    private readonly api: Api,
+    private readonly options: { hasKey: () => boolean; onServed: () => void },
+  ) {}
+
+  /** Asks the server now, and repeatedly while it works on a lesson or the dialog is open. Without a key, nobody may teach. */
+  async check(): Promise<void> {
+    clearTimeout(this.timer);
+    const before = this.list.peek();
+    try {
+      this.list.value = this.options.hasKey() ? await this.api.lessons() : null;
+    } catch (error) {
+      // The key may not teach, or the server takes no lessons. After another failure, the known list stays.
+      if (error instanceof ApiError && [401, 403, 404].includes(error.status ?? 0)) this.list.value = null;
+    }
+    const list = this.list.peek();
+    if (list && before && list.revision !== before.revision) this.options.onServed();
+    clearTimeout(this.timer);
+    if (!list) return;
+    const working = list.roll_back?.state === "requested" || list.data.some((lesson) => !isDone(lesson));
+    if (working || this.open.peek()) this.timer = setTimeout(() => void this.check(), CHECK_MS);
+  }
+
+  show(): void {
+    this.open.value = true;
+    void this.check();
+  }
+
+  /** Opens the dialog with a question to which the person wants another answer. */
+  correct(question: string, answer: string): void {
+    const written = this.facts.peek().filter((fact) => fact.question || fact.answer);
+    this.facts.value = [...written, { question, answer }];
+    this.show();
+  }
+
+  async teach(lesson: NewLesson): Promise<boolean> {
+    return this.act(() => this.api.teach(lesson));
+  }
+
+  async teachFacts(): Promise<void> {
+    const items = this.facts.peek().filter(({ question, answer }) => question.trim() || answer.trim());
+    if (items.length === 0) this.problem.value = "Write a question and its answer first.";
+    else if (await this.teach({ items })) this.facts.value = [{ question: "", answer: "" }];
+  }
+
+  cancel(number: number): Promise<boolean> {
+    return this.act(() => this.api.changeLesson(number, "cancel"));
+  }
+
+  rollBack(number: number): Promise<boolean> {
+    return this.act(() => this.api.changeLesson(number, "roll_back"));
+  }
+
+  /** A lesson with its reasons; null if the server does not say. */
+  async details(number: number): Promise<LessonDetails | null> {
+    try {
+      return await this.api.lesson(number);
+    } catch (error) {
+      this.problem.value = error instanceof Error ? error.message : String(error);
+      return null;
+    }
+  }
+
+  private async act(request: () => Promise<unknown>): Promise<boolean> {
+    this.problem.value = "";
+    try {
+      await request();
+    } catch (error) {
+      this.problem.value = error instanceof Error ? error.message : String(error);
+      return false;
+    }
+    await this.check();
+    return true;
+  }
+}

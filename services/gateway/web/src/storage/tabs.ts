@@ -1,0 +1,74 @@
+import { newId } from "../chat/id";
+
+const REPLY_MS = 1_500; // a tab in the background may take a moment to reply
+
+/** The part of a BroadcastChannel that is needed here. */
+export interface Channel {
+  postMessage: (message: unknown) => void;
+  onmessage: ((event: MessageEvent) => unknown) | null;
+}
+
+type Said =
+  | { kind: "who-writes"; answer: string; question: string }
+  | { kind: "i-write"; question: string }
+  | { kind: "stop"; answer: string };
+
+export interface Own {
+  /** Whether this tab writes the answer. */
+  writes: (answer: string) => boolean;
+  /** Stops the answer if this tab writes it. */
+  stop: (answer: string) => void;
+}
+
+/** What the tabs of this page tell each other directly: which of them writes an answer, and the wish to stop it. */
+export class Tabs {
+  private readonly replies = new Map<string, () => void>();
+
+  /** `channel` is null in a browser without one; then this tab acts as if it were the only one. */
+  constructor(
+    private readonly channel: Channel | null,
+    private readonly own: Own,
+  ) {
+    if (channel) channel.onmessage = ({ data }: MessageEvent<Said>) => this.hear(data);
+  }
+
+  /** Whether another tab is writing the answer. */
+  isWritten(answer: string): Promise<boolean> {
+    if (!this.channel) return Promise.resolve(false);
+    const question = newId();
+    return new Promise((resolve) => {
+      const finish = (written: boolean) => {
+        clearTimeout(timer);
+        this.replies.delete(question);
+        resolve(written);
+      };
+      const timer = setTimeout(() => finish(false), REPLY_MS);
+      this.replies.set(question, () => finish(true));
+      this.say({ kind: "who-writes", answer, question });
+    });
+  }
+
+  /** Asks the tab that writes the answer to stop it. */
+  stop(answer: string): void {
+    this.say({ kind: "stop", answer });
+  }
+
+  private hear(said: Said): void {
+    if (said.kind === "stop") this.own.stop(said.answer);
+    else if (said.kind === "i-write") this.replies.get(said.question)?.();
+    else if (this.own.writes(said.answer)) this.say({ kind: "i-write", question: said.question });
+  }
+
+  private say(said: Said): void {
+    this.channel?.postMessage(said);
+  }
+}
+
+/** The channel between the tabs of this page. Browsers that block the storage may block it too. */
+export function browserChannel(): Channel | null {
+  try {
+    return new BroadcastChannel("nanochat");
+  } catch {
+    return null;
+  }
+}

@@ -1,0 +1,155 @@
+// @vitest-environment jsdom
+import { signal } from "@preact/signals";
+import { render } from "preact";
+import { act } from "preact/test-utils";
+import { afterEach, beforeEach, expect, test, vi } from "vitest";
+import { Api } from "../src/api/api";
+import { PageContext, type Page } from "../src/components/context";
+import { contentOf, figuresOf, stateOf, type Lesson, type LessonList } from "../src/lessons/lesson";
+import { TeachDialog } from "../src/lessons/TeachDialog";
+import { Lessons } from "../src/lessons/watch";
+import { keyOf } from "../src/page/route";
+
+const lesson: Lesson = {
+  number: 1,
+  state: "queued",
+  who: "owner",
+  source: "items.jsonl",
+  created: "2026-01-01T00:00:00+00:00",
+  items: { questions: 2, conversations: 0, texts: 1 },
+  plan: { max_steps: 240 },
+  training: {},
+  before: {},
+  after: {},
+  reason: "",
+  canceling: false,
+};
+const list: LessonList = { model: "demo", revision: "sft/step_000720", inside: [], roll_back: null, data: [] };
+
+let served: LessonList;
+let status: number;
+let asked: { path: string; method: string; body: unknown }[];
+let lessons: Lessons;
+
+beforeEach(() => {
+  HTMLDialogElement.prototype.showModal = function () {
+    this.open = true;
+  };
+  HTMLDialogElement.prototype.close = function () {
+    this.open = false;
+  };
+  [served, status, asked] = [list, 200, []];
+  vi.useFakeTimers();
+  vi.stubGlobal("fetch", (url: URL, init: RequestInit) => {
+    asked.push({ path: url.pathname, method: init.method ?? "GET", body: init.body && JSON.parse(String(init.body)) });
+    const answer = status === 200 ? served : { error: { message: "items.jsonl:1 has no answer.", code: "x" } };
+    return Promise.resolve(Response.json(answer, { status }));
+  });
+  document.body.replaceChildren(document.createElement("div"));
+});
+
+afterEach(() => {
+  render(null, document.body.firstElementChild!);
+  vi.useRealTimers();
+  vi.unstubAllGlobals();
+});
+
+const find = (id: string) => document.querySelector<HTMLElement>(`[data-testid=${id}]`);
+const settle = () => act(async () => void (await vi.advanceTimersByTimeAsync(0)));
+
+async function show(key = "nc-1") {
+  const api = new Api("http://localhost/", () => key);
+  lessons = new Lessons(api, { hasKey: () => key !== "", onServed: vi.fn() });
+  await lessons.check();
+  const page = { lessons, app: { toast: signal(null) } } as unknown as Page;
+  await act(() =>
+    render(
+      <PageContext.Provider value={page}>
+        <TeachDialog />
+      </PageContext.Provider>,
+      document.body.firstElementChild!,
+    ),
+  );
+  await act(() => lessons.show());
+  await settle();
+}
+
+test("without a key the page does not even ask, and a key without the right shows nothing", async () => {
+  await show("");
+  expect(asked).toEqual([]);
+  expect(find("teach")).toBeNull();
+  status = 403;
+  await show();
+  expect(find("teach")).toBeNull();
+});
+
+test("facts are taught, and an error of the server is shown beside them", async () => {
+  await show();
+  const field = (selector: string, value: string) => {
+    const input = document.querySelector<HTMLInputElement>(selector)!;
+    input.value = value;
+    input.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  await act(() => field("fieldset input", "Who am I?"));
+  await act(() => field("fieldset textarea", "You are Zoe."));
+  status = 400;
+  await act(() => find("teach-submit")!.click());
+  await settle();
+  expect(find("teach-problem")!.textContent).toContain("has no answer");
+  status = 200;
+  served = { ...list, data: [lesson] };
+  await act(() => find("teach-submit")!.click());
+  await settle();
+  expect(asked.findLast(({ method }) => method === "POST")).toEqual({
+    path: "/v1/lessons",
+    method: "POST",
+    body: { items: [{ question: "Who am I?", answer: "You are Zoe." }] },
+  });
+  expect(find("lesson")!.textContent).toContain("Waiting for its turn");
+  expect(find("teach-problem")).toBeNull();
+  expect(document.querySelector<HTMLInputElement>("fieldset input")!.value).toBe("");
+});
+
+test("a lesson is followed to its end, and can be canceled and taken back", async () => {
+  served = { ...list, data: [lesson] };
+  await show();
+  await act(() => find("lesson-cancel")!.click());
+  await settle();
+  expect(asked.some(({ path }) => path === "/v1/lessons/1/cancel")).toBe(true);
+  const counts = { right: 2, asked: 2 };
+  served = {
+    ...list,
+    revision: "lesson/step_000001",
+    inside: [1],
+    data: [{ ...lesson, state: "promoted", before: { taught: { right: 0, asked: 2 } }, after: { taught: counts } }],
+  };
+  await act(async () => void (await vi.advanceTimersByTimeAsync(1_100)));
+  await settle();
+  expect(find("lesson")!.textContent).toContain("in use");
+  expect(find("lesson")!.textContent).toContain("0 of 2");
+  await act(() => find("roll-back-all")!.click());
+  await settle();
+  expect(asked.some(({ path }) => path === "/v1/lessons/0/roll_back")).toBe(true);
+});
+
+test("an answer can be corrected", async () => {
+  await show();
+  await act(() => lessons.correct("Who am I?", "You are Bob."));
+  expect(lessons.facts.value).toEqual([{ question: "Who am I?", answer: "You are Bob." }]);
+  expect(find("teach-fact")).not.toBeNull();
+});
+
+test("states and figures are words", () => {
+  expect(stateOf({ ...lesson, state: "training" })).toContain("before the lesson");
+  const history = [{ step: 40, loss: 1, unseen: 0.5 }];
+  expect(stateOf({ ...lesson, state: "training", training: { history } })).toContain("step 40, 50 %");
+  expect(contentOf(lesson)).toBe("2 questions, 1 text");
+  expect(
+    figuresOf({ ...lesson, before: { kept: { right: 3, asked: 4 }, "kept.fact": { right: 1, asked: 1 } } }),
+  ).toEqual([{ words: "Other questions", before: "3 of 4", after: "–" }]);
+});
+
+test("a link may hand over a key", () => {
+  expect(keyOf("#key=nc-0123456789ab-ff")).toBe("nc-0123456789ab-ff");
+  expect(keyOf("#/c/abc")).toBeNull();
+});
