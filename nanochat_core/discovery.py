@@ -28,7 +28,7 @@ class Endpoint:
     """One replica.
 
     Attributes:
-        address: where to connect: a numeric host and a port, such as ``10.0.0.7:50051`` or ``[fd00::7]:50051``.
+        address: numeric host and port to connect to, such as ``10.0.0.7:50051`` or ``[fd00::7]:50051``.
         host: the host as written in the settings. A certificate of the replica must be valid for this name.
     """
 

@@ -3,6 +3,10 @@
 import sys
 from collections.abc import Callable
 
+# Exit code of the gate, and of a pipeline or a lesson whose model the gate refused. The code 2 means a wrong setting,
+# and codes from 128 on make Kubernetes restart the job.
+EXIT_REFUSED = 3
+
 # The CPU's allocator, CUDA, cuBLAS and cuDNN report missing memory as RuntimeErrors with these texts.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
@@ -53,7 +57,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _one_line(message: str) -> str:
-    """The message in one line: escapes replace line breaks and other control characters, such as in a file's name."""
+    """The message in one line. Escape sequences replace line breaks and other control characters."""
     return "".join(
         char if char.isprintable() or char == " " else char.encode("unicode_escape").decode() for char in message
     )

@@ -30,7 +30,7 @@ class ServiceChannel:
         """
         self._endpoint, self._tls, self._options = endpoint, tls, list(options)
         self._newest: _Connection | None = None
-        self._connections: set[_Connection] = set()  # the newest one, and older ones until they are closed
+        self._connections: set[_Connection] = set()  # the newest connection, and older open connections
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -60,7 +60,7 @@ class ServiceChannel:
         return self._newest
 
     def close_if_unused(self, connection: "_Connection") -> None:
-        """Close a connection after its last call if a newer one has replaced it."""
+        """Close a connection after its last call if a newer connection has replaced it."""
         if connection is not self._newest and connection.calls == 0 and not self._closed:
             task = asyncio.get_running_loop().create_task(self._close(connection))
             self._closing.add(task)

@@ -1,13 +1,21 @@
-"""Structured logs: one JSON object per line on stderr."""
+"""Structured logs on stderr: one JSON object per line, or on a terminal one readable line."""
 
 import json
 import logging
 import math
+import re
 import sys
 import time
 from typing import Any
 
+from nanochat_core.redaction import redact
 from nanochat_core.tracing.span import current_span
+
+# Moves the cursor of a terminal to the beginning of its line, and erases the line.
+CLEAR_LINE = "\r\x1b[K"
+
+# Control characters that a terminal may obey; a newline and a tab are harmless.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -15,7 +23,7 @@ _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskN
 class JsonFormatter(logging.Formatter):
     """Formats a record as one JSON object, with the values of ``extra`` as further fields.
 
-    Events of a task that serves a request also have the request's id and trace.
+    Events of a task that serves a request also have the request's id and trace. API keys are redacted everywhere.
     """
 
     def __init__(self, service: str) -> None:
@@ -34,7 +42,33 @@ class JsonFormatter(logging.Formatter):
         event |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
         if record.exc_info:
             event["exception"] = self.formatException(record.exc_info)
-        return json.dumps(_finite(event), default=str, ensure_ascii=False, allow_nan=False)
+        return redact(json.dumps(_finite(event), default=str, ensure_ascii=False, allow_nan=False))
+
+
+class TerminalFormatter(logging.Formatter):
+    """Formats a record as one line for a person: ``warning: step skipped  step 3  loss nan``.
+
+    Spaces replace the underscores in the names of fields. Lists of strings, such as commands to run next, are written
+    below, one string per line. The text first clears the current line of the terminal, where a progress bar may be.
+    Control characters are escaped, because a client may have sent them and the terminal would obey them.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        facts, below = [level + record.getMessage()], []
+        for key, value in vars(record).items():
+            if key in _STANDARD:
+                continue
+            name = key.replace("_", " ")
+            if isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value):
+                below += [f"  {name}: {entry}" for entry in value]
+            else:
+                text = json.dumps(_finite(value), default=str, ensure_ascii=False)
+                facts.append(f"{name} {text if isinstance(value, dict) or not str(value).isprintable() else value}")
+        if record.exc_info:
+            below.append(self.formatException(record.exc_info))
+        shown = redact("\n".join(["  ".join(facts), *below]))
+        return CLEAR_LINE + _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", shown)
 
 
 def _finite(value: Any) -> Any:
@@ -49,9 +83,12 @@ def _finite(value: Any) -> Any:
 
 
 def configure(service: str, level: str = "info") -> None:
-    """Sends all logging of this process to stderr as JSON lines; a program calls it once, when it starts."""
+    """Sends all logging of this process to stderr; a program calls it once, when it starts.
+
+    The lines are JSON, unless stderr is a terminal.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter(service))
+    handler.setFormatter(TerminalFormatter() if sys.stderr.isatty() else JsonFormatter(service))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -1,6 +1,7 @@
-"""Checks paths that users give, and names that users choose for models and datasets in the store."""
+"""Paths that users give, names that users choose for models and datasets in the store, and the cache folder."""
 
 import errno
+import os
 import re
 from pathlib import Path
 
@@ -40,3 +41,8 @@ def user_path(text: str) -> Path:
             shown = text if len(text) <= 200 else f"{text[:200]}…"
             raise UserError(f"{shown} cannot be read: {error.strerror}") from error
     return path
+
+
+def cache_folder() -> Path:
+    """The folder for what this machine can make again: compiled kernels and measured choices. It may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanochat", "kernels")

@@ -45,8 +45,8 @@ def setting(
         env: environment variable; by default ``<PREFIX>_<FIELD>``.
         minimum, maximum: inclusive bounds of a number.
         secret: whether :func:`describe`, logs and the repr hide the value.
-        positional: whether the arguments that belong to no flag are also a value: the words of a text, or the members
-            of a tuple. One field of a dataclass may be positional.
+        positional: whether the arguments that belong to no flag also give the value. They are the words of a text or
+            the members of a tuple. Only one field of a dataclass may be positional.
     """
     metadata = {"help": help, "env": env, "minimum": minimum, "maximum": maximum, "secret": secret}
     return dataclasses.field(default=default, metadata=metadata | {"positional": positional}, repr=not secret)

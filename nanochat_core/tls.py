@@ -6,24 +6,17 @@ connections use the newest files. A connection keeps the files that it began wit
 replaced.
 """
 
-import asyncio
 import dataclasses
-import logging
-import os
+import functools
 import ssl
-import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import grpc
 
 from nanochat_core.errors import UserError
+from nanochat_core.rotating_files import RotatingFiles, read_files
 from nanochat_core.settings import setting
-
-log = logging.getLogger(__name__)
-
-_CHECK_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,49 +44,13 @@ class Identity:
     key: bytes = dataclasses.field(repr=False)
 
 
-class TlsFiles:
+class TlsFiles(RotatingFiles[Identity]):
     """The files of :class:`TlsSettings`, read again when they change. The methods may be called on any thread."""
 
     def __init__(self, settings: TlsSettings) -> None:
         """Raises UserError if a file cannot be read, or if the three files do not belong together."""
-        self._paths = (settings.tls_ca, settings.tls_certificate, settings.tls_key)
-        self._lock = threading.Lock()
-        self._seen = self._state()
-        self._identity = self._read()
-        self._next_check = time.monotonic() + _CHECK_SECONDS
-        self._last_problem = ""
-
-    def current(self) -> Identity:
-        """The newest contents that belong together. The files are checked at most once a second.
-
-        If files are missing, damaged or only partly replaced, the previous contents stay in use, and the log reports
-        the problem once.
-        """
-        with self._lock:
-            if time.monotonic() < self._next_check:
-                return self._identity
-            self._next_check = time.monotonic() + _CHECK_SECONDS
-            try:
-                state = self._state()
-                if state != self._seen:
-                    self._identity = self._read()
-                    self._seen, self._last_problem = state, ""
-                    log.info("certificate replaced", extra={"file": self._paths[1]})
-            except UserError as error:
-                if str(error) != self._last_problem:
-                    log.warning("certificate not replaced, the old one stays in use", extra={"reason": str(error)})
-                self._last_problem = str(error)
-            return self._identity
-
-    async def watch(self) -> None:
-        """Check the files again and again, until canceled.
-
-        A server reads replaced files only at its next handshake, which may be days away. This method lets the log
-        report replaced and damaged files after a second.
-        """
-        while True:
-            await asyncio.sleep(_CHECK_SECONDS)
-            self.current()
+        paths = (settings.tls_ca, settings.tls_certificate, settings.tls_key)
+        super().__init__("TLS", paths, functools.partial(_read, paths))
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """Credentials of a server that refuses callers without a certificate of the CA."""
@@ -110,30 +67,14 @@ class TlsFiles:
             _configuration(served), replacement, require_client_authentication=True
         )
 
-    def _state(self) -> list[tuple[int, int, int]]:
-        """Values that change when a file is replaced or written."""
-        try:
-            found = [os.stat(path) for path in self._paths]
-        except OSError as error:
-            raise UserError(f"the TLS file {error.filename} cannot be read: {error.strerror}") from error
-        return [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in found]
 
-    def _read(self) -> Identity:
-        identity = self._contents()
-        _check(*self._paths)
-        if self._contents() != identity:
-            raise UserError(f"the TLS files {', '.join(self._paths)} changed while they were read")
-        return identity
-
-    def _contents(self) -> Identity:
-        parts = []
-        for path in self._paths:
-            try:
-                with open(path, "rb") as file:
-                    parts.append(file.read())
-            except OSError as error:
-                raise UserError(f"the TLS file {path} cannot be read: {error.strerror}") from error
-        return Identity(*parts)
+def _read(paths: tuple[str, str, str]) -> Identity:
+    """Returns the contents of the files if they belong together; otherwise raises UserError."""
+    contents = read_files("TLS", paths)
+    _check(*paths)
+    if read_files("TLS", paths) != contents:
+        raise UserError(f"the TLS files {', '.join(paths)} changed while they were read")
+    return Identity(*contents)
 
 
 def tls_files(settings: TlsSettings) -> TlsFiles | None:

@@ -20,10 +20,11 @@ from nanochat_core.checkpoint.loading import (
 )
 from nanochat_core.checkpoint.manifest import DamagedCheckpoint, weights_digest
 from nanochat_core.checkpoint.names import (
+    LESSON,
     STAGES,
     CheckpointRef,
     check_model_name,
     incomplete_checkpoints,
     list_checkpoints,
 )
-from nanochat_core.checkpoint.promotion import promote, promoted, withdraw
+from nanochat_core.checkpoint.promotion import promote, promoted, was_promoted, withdraw

@@ -23,6 +23,7 @@ from nanochat_core.checkpoint.manifest import (
     load_manifest,
 )
 from nanochat_core.checkpoint.names import CheckpointRef, list_checkpoints
+from nanochat_core.checkpoint.promotion import promoted
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
 from nanochat_core.formats import without_format
@@ -87,7 +88,7 @@ def load_checkpoint(store: Store, ref: CheckpointRef) -> Checkpoint:
     Raises:
         DamagedCheckpoint: there is no such checkpoint, or one of its files is missing or damaged.
         NewerFormatError: a newer version of nanochat wrote one of its files.
-        UserError: the files are as they were written, but do not belong together or are not a checkpoint's files.
+        UserError: the files are undamaged, but they do not belong together, or one of them has invalid content.
     """
     manifest = load_manifest(store, ref)
     with store.keeping(ref.prefix):
@@ -117,7 +118,7 @@ def load_checkpoint(store: Store, ref: CheckpointRef) -> Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a checkpoint says about itself. Its weights were neither read nor verified."""
+    """The config and the metadata of a checkpoint. The weights were neither read nor verified."""
 
     ref: CheckpointRef
     config: ModelConfig
@@ -192,11 +193,16 @@ def _newest(
 
 
 def pick_checkpoint(store: Store, model: str, revision: str, *stages: str) -> Checkpoint:
-    """Loads the checkpoint ``<stage>/step_<n>`` that ``revision`` names.
+    """Loads the checkpoint that ``revision`` names: ``<stage>/step_<n>``, or ``promoted`` for the promoted one.
 
     If ``revision`` is empty, the result is the newest checkpoint of the last of ``stages`` that has a checkpoint.
     Raises UserError if the model has no such checkpoint, and the errors of :func:`load_checkpoint`.
     """
+    if revision == "promoted":
+        ref = promoted(store, model)
+        if ref is None:
+            raise UserError(f"no revision of model {model!r} is promoted in {store}")
+        return load_checkpoint(store, ref)
     if revision:
         return load_checkpoint(store, CheckpointRef.parse(model, revision))
     checkpoint = newest_checkpoint(store, model, *reversed(stages))

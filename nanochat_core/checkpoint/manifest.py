@@ -1,8 +1,8 @@
 """The manifest of a checkpoint: every file with its size and digest.
 
-The manifest is written last, in one atomic step. A folder without a manifest is not a complete checkpoint. A file that
-differs from its entry is damaged. A file that equals its entry is exactly what was written: it never counts as
-damaged, even if this version of nanochat cannot read it.
+The manifest is written last, in one atomic step. A folder without a manifest is not a complete checkpoint. A file is
+damaged if its size or digest differs from the manifest. Otherwise, the file has exactly the content that was written,
+and does not count as damaged, even if this version of nanochat cannot read it.
 """
 
 from __future__ import annotations

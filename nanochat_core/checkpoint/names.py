@@ -9,14 +9,19 @@ from nanochat_core.errors import UserError
 from nanochat_core.paths import check_name
 from nanochat_core.store import Store
 
-# A checkpoint is complete once this file exists; it is written last.
+# This file of a checkpoint is written last. A checkpoint without this file is incomplete.
 MANIFEST = "MANIFEST.json"
 STAGES = ("base", "sft", "rl")
+# The stage of checkpoints that lessons made. Such a checkpoint's step is the number of the lesson.
+LESSON = "lesson"
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class CheckpointRef:
-    """The name of a checkpoint: model, stage (``base``, ``sft`` or ``rl``) and optimizer step."""
+    """The name of a checkpoint: model, stage (``base``, ``sft`` or ``rl``) and optimizer step.
+
+    The stage of a lesson's checkpoint is ``lesson``, and its step is the number of the lesson.
+    """
 
     model: str
     stage: str
@@ -38,7 +43,7 @@ class CheckpointRef:
 
         Raises UserError if ``revision`` does not have the form ``<stage>/step_<n>``.
         """
-        match = re.fullmatch(rf"({'|'.join(STAGES)})/step_(\d+)", revision)
+        match = re.fullmatch(rf"({'|'.join((*STAGES, LESSON))})/step_(\d+)", revision)
         if not match:
             raise UserError(f"{revision!r} names no checkpoint; use <stage>/step_<n>, such as sft/step_000400")
         return cls(model, match[1], int(match[2]))
@@ -63,7 +68,7 @@ def incomplete_checkpoints(store: Store, model: str, stage: str) -> list[Checkpo
 
 
 def _step_folders(store: Store, model: str, stage: str) -> dict[CheckpointRef, set[str]]:
-    """For each step's folder, the names of its files."""
+    """Maps the checkpoint of each step to the names of the files in its folder."""
     found: dict[CheckpointRef, set[str]] = {}
     for key in store.keys(f"models/{model}/{stage}"):
         match = re.fullmatch(r"models/[^/]+/[^/]+/step_(\d+)/(.+)", key)

@@ -29,5 +29,10 @@ def promoted(store: Store, model: str) -> CheckpointRef | None:
     return None if revision == _WITHDRAWN else CheckpointRef.parse(model, revision)
 
 
+def was_promoted(store: Store, model: str) -> bool:
+    """Whether a checkpoint of the model is promoted or was promoted before its promotion was withdrawn."""
+    return store.exists(_promoted_key(model))
+
+
 def _promoted_key(model: str) -> str:
     return f"models/{model}/PROMOTED"

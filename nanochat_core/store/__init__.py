@@ -13,7 +13,7 @@ from nanochat_core.paths import user_path
 from nanochat_core.store.base import Store, StoreError
 from nanochat_core.store.cache import DownloadCache
 from nanochat_core.store.folder import FolderStore
-from nanochat_core.store.lease import LEASE_SECONDS, Lease, LeaseLost, NameInUse
+from nanochat_core.store.lease import LEASE_SECONDS, Lease, LeaseLost, LeaseWatch, NameInUse
 from nanochat_core.store.s3 import S3Store
 
 DEFAULT_HOME = "~/.cache/nanochat"

@@ -98,7 +98,7 @@ class Store(ABC):
 
     @abstractmethod
     def delete(self, prefix: str) -> None:
-        """Removes a folder and everything in it, if it exists."""
+        """Removes a folder and everything in the folder, if the folder exists."""
 
     def keeping(self, prefix: str) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
         """Protects the local copies of all files under ``prefix`` from deletion during a ``with`` block."""

@@ -50,7 +50,7 @@ class FolderStore(Store):
         return data, hashlib.sha256(data).hexdigest()
 
     def replace(self, key: str, data: bytes, version: str | None) -> str | None:
-        with self._locked():
+        with self._locked(key):
             found: str | None = None
             with contextlib.suppress(FileNotFoundError):
                 found = self.read_version(key)[1]
@@ -61,7 +61,7 @@ class FolderStore(Store):
 
     def remove_version(self, key: str, version: str) -> None:
         path = self._path(key)
-        with self._locked(), contextlib.suppress(FileNotFoundError):
+        with self._locked(key), contextlib.suppress(FileNotFoundError):
             if self.read_version(key)[1] == version:
                 self.remove(key)
                 with contextlib.suppress(OSError):  # other files are in the folder
@@ -69,17 +69,28 @@ class FolderStore(Store):
                         folder.rmdir()
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Excludes other processes from conditional writes. The system releases the lock of a process that dies."""
+    def _locked(self, key: str) -> Iterator[None]:
+        """Excludes other processes from conditional writes. The system releases the locks of a process that dies.
+
+        A container may see only one folder below the root, such as a mounted ``lessons``. This folder is therefore
+        locked, too.
+        """
+        top = self.root / checked(key).parts[0]
         with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(_flock(self.root, os.O_RDONLY))
-            except OSError:  # NFS locks no folders
-                try:
-                    stack.enter_context(_flock(self.root / _LOCK, os.O_RDWR | os.O_CREAT))
-                except OSError as error:
-                    log.warning("the store's file system has no locks", extra={"reason": error.strerror})
+            self._lock(self.root, stack)
+            if top.is_dir():
+                self._lock(top, stack)
             yield
+
+    @staticmethod
+    def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
+        try:
+            stack.enter_context(_flock(folder, os.O_RDONLY))
+        except OSError:  # NFS locks no folders
+            try:
+                stack.enter_context(_flock(folder / _LOCK, os.O_RDWR | os.O_CREAT))
+            except OSError as error:
+                log.warning("the store's file system has no locks", extra={"reason": error.strerror})
 
     @contextlib.contextmanager
     def create(self, key: str) -> Iterator[Path]:

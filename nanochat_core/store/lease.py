@@ -1,8 +1,8 @@
 """Leases: while one program writes under a name of the store, no other program does.
 
 Without a lease, two training runs of one model name would each delete the other's checkpoints as superfluous. A lease
-on ``models/demo`` is the file ``leases/models/demo.json``. Its holder renews it, which changes its content. A program
-that wants the same name watches the file:
+on ``models/demo`` is the file ``leases/models/demo.json``. The holder renews the lease, which changes the file. A
+program that wants the same name watches the file:
 
 - If the content changes, the holder is alive, and :class:`NameInUse` is raised.
 - If the content stays the same for as long as the lease lasts, the holder is dead, and its lease is taken over.
@@ -10,8 +10,8 @@ that wants the same name watches the file:
 
 Nobody compares the clocks of two machines: each program measures with its own clock how long it has seen the same
 content. The file is only ever changed by :meth:`Store.replace`, so of several programs that want a lease, one gets it.
-A holder renews its lease before it writes or deletes anything. If it was suspended for longer than its lease lasts, it
-then finds the content of another program and stops with :class:`LeaseLost`.
+A holder renews its lease before it writes or deletes anything. If the holder was suspended for longer than the lease
+lasts, another program may have taken the lease over. The renewal then fails with :class:`LeaseLost`.
 
 This is the lease of Gray and Cheriton, "Leases: an efficient fault-tolerant mechanism for distributed file cache
 consistency" (SOSP 1989), except that a lease expires by the observer's clock instead of the server's.
@@ -58,6 +58,9 @@ class Lease:
 
     Entering the block raises NameInUse if another program has the lease. It waits for at most :data:`LEASE_SECONDS` if
     another program had the lease and may be dead.
+
+    Attributes:
+        program: name of the program that holds the lease.
     """
 
     def __init__(
@@ -73,11 +76,12 @@ class Lease:
         """
         Args:
             name: folder of the store that the program writes to, such as ``models/demo``.
-            program: name of the program in the error message for others.
-            seconds: others take the lease over if it was not renewed for this long.
-            clock, sleep: a clock in seconds, and how to wait for a number of seconds.
+            program: name of this program in the error messages of other programs.
+            seconds: other programs take the lease over if it was not renewed for this long.
+            clock, sleep: functions that return the time in seconds, and that wait for a number of seconds.
         """
         self._store, self.name, self._key = store, name, f"leases/{checked(name)}.json"
+        self.program = program
         self._seconds, self._clock, self._sleep = seconds, clock, sleep
         self._holder = {
             "token": uuid.uuid4().hex,
@@ -192,6 +196,33 @@ class Lease:
 
     def _logged(self, content: bytes) -> dict[str, Any]:
         return {"name_in_store": self.name, "holder": _described(content)}
+
+
+class LeaseWatch:
+    """Tells which program holds the lease on a name. It only reads the lease."""
+
+    def __init__(self, store: Store, name: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """``name`` and ``clock`` are those of :class:`Lease`."""
+        self._store, self._key, self._clock = store, f"leases/{checked(name)}.json", clock
+        self._version, self._since = "", 0.0
+
+    def program(self) -> str:
+        """The program that holds the lease, such as ``jobs.train.pretrain``; empty if no holder is alive.
+
+        A program that died without a trace counts as alive until this object has seen its lease unchanged for as long
+        as the lease lasts. Raises StoreError if the store does not answer.
+        """
+        try:
+            content, version = self._store.read_version(self._key)
+        except FileNotFoundError:
+            return ""
+        if version != self._version:
+            self._version, self._since = version, self._clock()
+        holder = _parsed(content)
+        expired = self._clock() - self._since >= _seconds(holder, LEASE_SECONDS)
+        if expired or _is_alive(holder) is False:
+            return ""
+        return str(holder.get("program", ""))
 
 
 def _described(content: bytes) -> str:

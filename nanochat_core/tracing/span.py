@@ -12,11 +12,13 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from nanochat_core.redaction import redact
+
 REQUEST_ID, TRACEPARENT, TRACESTATE = "x-request-id", "traceparent", "tracestate"
 """Names of the headers, in HTTP and in gRPC's metadata."""
 
 _MAX_REQUEST_ID_CHARACTERS, _MAX_TRACESTATE_CHARACTERS = 128, 512
-# Ids with only zeros and the version ff are invalid. Versions after 00 may append fields, which this code ignores.
+# An id of only zeros is invalid, and so is version ff. Versions after 00 may append fields, which this code ignores.
 _TRACEPARENT_FORM = re.compile(
     r"((?!ff)[0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
 )
@@ -35,7 +37,7 @@ class Span:
         parent_id: 16 hexadecimal digits of the caller's span; empty if the trace begins here.
         tracestate: header of other tracing systems, passed on unchanged.
         span_id: 16 hexadecimal digits.
-        attributes: exported with the span.
+        attributes: values by name that are exported with the span.
         error: why the request failed; empty if it did not.
     """
 
@@ -53,8 +55,8 @@ class Span:
     def from_headers(cls, name: str, headers: Mapping[str, str]) -> "Span":
         """A child of the caller's span, or the first span of a new trace if the caller sent no valid ``traceparent``.
 
-        A request id is generated if the caller sent none, or one that is not safe to log. The keys of ``headers`` are
-        in lower case.
+        A request id is generated if the caller sent no id, or an id that is not safe to log. The keys of ``headers``
+        are in lower case.
         """
         request_id = _request_id(headers.get(REQUEST_ID, ""))
         parent = _TRACEPARENT_FORM.fullmatch(headers.get(TRACEPARENT, "").strip())
@@ -67,7 +69,7 @@ class Span:
             parent[2],
             sampled=bool(int(parent[4], 16) & _SAMPLED),
             parent_id=parent[3],
-            tracestate=state if len(state) <= _MAX_TRACESTATE_CHARACTERS and _is_printable(state) else "",
+            tracestate=redact(state) if len(state) <= _MAX_TRACESTATE_CHARACTERS and _is_printable(state) else "",
         )
 
     def headers(self) -> dict[str, str]:
@@ -87,7 +89,7 @@ current_span: contextvars.ContextVar[Span | None] = contextvars.ContextVar("curr
 
 def _request_id(given: str) -> str:
     if 0 < len(given) <= _MAX_REQUEST_ID_CHARACTERS and _is_printable(given) and given == given.strip():
-        return given
+        return redact(given)  # the id goes into logs and traces of all services
     return uuid.uuid4().hex
 
 

@@ -1,4 +1,4 @@
-"""Makes a span for each request that a service gets, and exports the sampled ones if there is a collector."""
+"""Makes a span for each request that a service gets, and exports the sampled spans if there is a collector."""
 
 import contextlib
 import dataclasses

@@ -60,6 +60,8 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = (1.0, 5.0, 20.0)
 # Maximum time that the ranks wait in the background for the transfer of the slowest rank.
 _TRANSFER_SECONDS = 3600.0
+# While a checkpoint is being written, seconds between two checks that the other ranks are alive.
+_CHECK_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,7 @@ class CheckpointWriter:
     ) -> None:
         """``lease`` is the first rank's lease on the model's name. If another run takes it, nothing more is written."""
         self._store, self._retry_seconds, self._lease = store, retry_seconds, lease
+        self._training_ranks = ranks
         self._ranks = ranks.side_channel(_TRANSFER_SECONDS)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -103,7 +106,7 @@ class CheckpointWriter:
         shards: Iterable[Shard] = (),
         then: Callable[[], None] = lambda: None,
     ) -> None:
-        """Waits until the previous checkpoint is written, copies this one's content and starts to write the copy.
+        """Waits until the previous checkpoint is written, copies the new content and starts to write the copy.
 
         Raises the same errors as :meth:`wait`.
 
@@ -142,12 +145,25 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Waits until the last checkpoint is written.
+        """Waits until the last checkpoint is written. All ranks must call this at the same place.
 
-        Raises StoreError if the checkpoint could not be written. Raises another UserError if the checkpoint must not be
-        written: another run has taken over the model's name, or the checkpoint would replace one of a newer version of
-        nanochat. Earlier checkpoints stay complete.
+        Raises RankLost if another rank does not answer within the timeout of training. The writing itself may take
+        longer than this timeout. Raises StoreError if the checkpoint could not be written. Raises another UserError if
+        the checkpoint must not be written: another run has taken over the model's name, or the checkpoint would replace
+        one of a newer version of nanochat. Earlier checkpoints stay complete.
         """
+        if self._thread is not None:
+            # gather() raises RankLost if a rank hangs.
+            while any(self._training_ranks.gather(self._writes_after(_CHECK_SECONDS))):
+                pass
+        self._end()
+
+    def _writes_after(self, seconds: float) -> bool:
+        assert self._thread is not None
+        self._thread.join(seconds)
+        return self._thread.is_alive()
+
+    def _end(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -164,7 +180,7 @@ class CheckpointWriter:
             self.wait()
         elif not issubclass(kind, RankLost):
             with contextlib.suppress(UserError):  # the error that ended the block is reported instead
-                self.wait()
+                self._end()  # not wait(), because ranks without an error do not take part in its checks
 
     def _write(self, ref: CheckpointRef, contents: _Contents) -> None:
         for wait in (*self._retry_seconds, None):

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from nanochat_core.device import choose_device
 from nanochat_core.errors import RetryableError, UserError
@@ -121,11 +122,17 @@ def meeting() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Iterator[Ranks]:
+def joined(
+    device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, join_seconds: float | None = None
+) -> Iterator[Ranks]:
     """Joins the process group that the environment variables describe, and leaves it on exit.
 
-    CUDA uses NCCL, and the CPU uses gloo. A wait for another rank lasts at most ``timeout_seconds``. Raises UserError
-    if a variable is missing. Raises RankLost if the other ranks did not join in time or were already leaving.
+    CUDA uses NCCL, and the CPU uses gloo. A wait for another rank lasts at most ``timeout_seconds``. The first wait,
+    until all ranks have started, lasts at most ``join_seconds`` instead, because nodes of a cluster may still pull the
+    image. If ``join_seconds`` is None, ``timeout_seconds`` holds for the first wait, too.
+
+    Raises UserError if a variable is missing. Raises RankLost if the other ranks did not join in time or were already
+    leaving.
     """
     size = _number("WORLD_SIZE", 1)
     if size == 1:
@@ -140,9 +147,12 @@ def joined(device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECOND
     if missing:
         raise UserError(f"WORLD_SIZE is {size} but {' and '.join(missing)} is not set; start the job with torchrun")
     try:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_seconds)
-        )
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        start = datetime.timedelta(seconds=timeout_seconds if join_seconds is None else join_seconds)
+        store, _rank, _size = next(rendezvous("env://", rank, size, timeout=start))
+        store.set_timeout(timeout)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except ValueError as error:
         raise UserError(f"rank {rank} of {size} cannot join the other ranks: {_line(error)}") from error
     except (dist.DistError, RuntimeError) as error:

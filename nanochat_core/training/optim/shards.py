@@ -123,7 +123,7 @@ class ParameterShards(ABC):
 
     @abstractmethod
     def _reduce_when_complete(self, parameter: Tensor) -> None:
-        """Starts the reductions that this parameter's new gradient completes."""
+        """Starts the reductions that waited only for this parameter's gradient."""
 
     @abstractmethod
     def _reduce_all(self) -> None:
