@@ -1,21 +1,36 @@
 """Ask the chat service one question and fail if the answer is wrong or empty.
 
-Usage: ``chat_test.py HOST:PORT PROMPT EXPECTED_TEXT``.
+Usage: ``chat_test.py URL PROMPT EXPECTED_TEXT``. The variable ``API_KEY`` may hold a key.
 """
 
 import http.client
 import json
+import os
+import ssl
 import sys
 import time
+import urllib.parse
 from typing import Any
 
 TIMEOUT_SECONDS = 120
 
 
+def connect(address: str) -> http.client.HTTPConnection:
+    """Open a connection. The certificate is not verified, because it names the address that clients outside use."""
+    url = urllib.parse.urlsplit(address)
+    if url.scheme == "https":
+        context = ssl._create_unverified_context()  # noqa: S323 - the pods' network is the chart's own
+        return http.client.HTTPSConnection(url.netloc, timeout=TIMEOUT_SECONDS, context=context)
+    return http.client.HTTPConnection(url.netloc, timeout=TIMEOUT_SECONDS)
+
+
 def call(address: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
     """Send one request and return the JSON answer. If the server reports an error, exit with the server's message."""
-    connection = http.client.HTTPConnection(address, timeout=TIMEOUT_SECONDS)
-    connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"})
+    connection = connect(address)
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    connection.request(method, path, json.dumps(body) if body else None, headers)
     response = connection.getresponse()
     text = response.read().decode()
     connection.close()

@@ -32,8 +32,22 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{/* Image reference of a component. Takes (list $ "component"). */}}
 {{- define "nanochat.image" -}}
 {{- $root := index . 0 -}}
-{{- $name := (index $root.Values (index . 1)).image -}}
-{{- with $root.Values.image.registry }}{{ . }}/{{ end }}{{ $name }}:{{ $root.Values.image.tag | default $root.Chart.AppVersion }}
+{{- $values := index $root.Values (index . 1) -}}
+{{- with $root.Values.image.registry }}{{ . }}/{{ end }}{{ $values.image }}
+{{- if $values.digest }}@{{ $values.digest }}{{ else }}:{{ $root.Values.image.tag | default $root.Chart.AppVersion }}{{ end }}
+{{- end -}}
+
+{{/*
+"true" if the component's pods should run on one node, because they mount a claim that only one node can use at a time. If an engine
+on one node waited for the model, a training on another node would wait for the claim for ever. Takes (list $ "component").
+*/}}
+{{- define "nanochat.onOneNode" -}}
+{{- $root := index . 0 -}}
+{{- $store := $root.Values.store -}}
+{{- $chosen := hasKey (index $root.Values (index . 1)).pod "affinity" -}}
+{{- if and (has (index . 1) (list "engine" "bootstrap" (ternary "gateway" "teacher" $root.Values.teacher.enabled) "teacher")) (not $chosen) (eq $store.type "pvc") (not $store.pvc.existingClaim) -}}
+{{- if not (without $store.pvc.accessModes "ReadWriteOnce" "ReadWriteOncePod") -}}true{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{/* Pod fields of all pods. They meet the restricted Pod Security level. Takes (list $ "component"). */}}
@@ -57,6 +71,12 @@ imagePullSecrets:
   - name: {{ . }}
   {{- end }}
 {{- end }}
+{{- with $values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $values.pod }}
+{{ toYaml . }}
+{{- end }}
 {{- with $values.nodeSelector }}
 nodeSelector:
   {{- toYaml . | nindent 2 }}
@@ -65,13 +85,32 @@ nodeSelector:
 tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- if include "nanochat.onOneNode" . }}
+affinity:
+  podAffinity:
+    preferredDuringSchedulingIgnoredDuringExecution:
+      - weight: 100
+        podAffinityTerm:
+          topologyKey: kubernetes.io/hostname
+          labelSelector:
+            matchLabels:
+              app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride }}
+              app.kubernetes.io/instance: {{ $root.Release.Name }}
+            matchExpressions:
+              - {key: app.kubernetes.io/component, operator: In, values: [engine{{ if include "nanochat.bootstraps" $root }}, bootstrap{{ end }}{{ if $root.Values.teacher.enabled }}, gateway, teacher{{ end }}]}
+{{- else }}
 topologySpreadConstraints:
   - maxSkew: 1
     topologyKey: kubernetes.io/hostname
     whenUnsatisfiable: ScheduleAnyway
     labelSelector:
       matchLabels:
+        {{- if eq (index . 1) "engine" }}
+        {{- include "nanochat.engineSelectorLabels" $root | nindent 8 }}
+        {{- else }}
         {{- include "nanochat.selectorLabels" . | nindent 8 }}
+        {{- end }}
+{{- end }}
 {{- end -}}
 
 {{- define "nanochat.containerSecurityContext" -}}
@@ -111,6 +150,33 @@ capabilities:
 {{- end -}}
 {{- end -}}
 
+{{/* Name of the Secret with a component's certificate. Takes (list $ "component"). */}}
+{{- define "nanochat.tlsSecret" -}}
+{{- $root := index . 0 -}}
+{{- $component := index . 1 -}}
+{{- if $root.Values.tls.certManager.issuer -}}
+{{- include "nanochat.fullname" $root }}-{{ $component }}-tls
+{{- else -}}
+{{- required (printf "tls.secrets.%s is needed with tls.enabled=true, or else tls.certManager.issuer" $component) (index $root.Values.tls.secrets $component) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Metadata and spec of a component's Certificate. Takes (list $ "component"). */}}
+{{- define "nanochat.certificate" -}}
+{{- $root := index . 0 -}}
+{{- $name := printf "%s-%s" (include "nanochat.fullname" $root) (index . 1) -}}
+metadata:
+  name: {{ $name }}
+  labels:
+    {{- include "nanochat.labels" . | nindent 4 }}
+spec:
+  secretName: {{ include "nanochat.tlsSecret" . }}
+  # Callers compare the certificate with the name in their settings.
+  dnsNames: [{{ $name }}]
+  usages: [client auth, server auth]
+  issuerRef: {name: {{ $root.Values.tls.certManager.issuer }}, kind: {{ $root.Values.tls.certManager.kind }}}
+{{- end -}}
+
 {{/* Volume with a component's Secret. Takes (list $ "component"). */}}
 {{- define "nanochat.tlsVolume" -}}
 {{- $root := index . 0 -}}
@@ -118,7 +184,7 @@ capabilities:
 {{- if $root.Values.tls.enabled -}}
 - name: tls
   secret:
-    secretName: {{ required (printf "tls.secrets.%s is needed with tls.enabled=true" $component) (index $root.Values.tls.secrets $component) }}
+    secretName: {{ include "nanochat.tlsSecret" . }}
     defaultMode: 0440
 {{- end -}}
 {{- end -}}
@@ -145,6 +211,103 @@ capabilities:
 {{- end -}}
 {{- end -}}
 
+{{/* Egress rule for an S3 store. */}}
+{{- define "nanochat.storeEgress" -}}
+{{- if eq .Values.store.type "s3" -}}
+- ports:
+    {{- range .Values.networkPolicy.s3Ports }}
+    - {port: {{ . }}}
+    {{- end }}
+  {{- with .Values.networkPolicy.s3To }}
+  to:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- end -}}
+{{- end -}}
+
+{{/* Environment variables of the gateway's API keys and limits. */}}
+{{- define "nanochat.admissionEnv" -}}
+{{- with .Values.admission -}}
+- name: NANOCHAT_GATEWAY_ANONYMOUS_SCOPES
+  value: {{ join "," .anonymousScopes | default "none" }}
+- name: NANOCHAT_GATEWAY_REQUESTS_PER_MINUTE
+  value: {{ .requestsPerMinute | int | quote }}
+- name: NANOCHAT_GATEWAY_TOKENS_PER_MINUTE
+  value: {{ .tokensPerMinute | int | quote }}
+- name: NANOCHAT_GATEWAY_PARALLEL_ANSWERS
+  value: {{ .parallelAnswers | int | quote }}
+{{- if and .keysSecret .redis.secret }}
+{{- fail "admission.keysSecret and admission.redis.secret are two places for the keys; set only one of them" }}
+{{- end }}
+{{- if and $.Values.redis.enabled (or .keysSecret .redis.secret) }}
+{{- $other := ternary "admission.keysSecret" "admission.redis.secret" (empty .redis.secret) }}
+{{- fail (printf "redis.enabled and %s are two places for the keys; set only one of them" $other) }}
+{{- end }}
+{{- if .keysSecret }}
+- name: NANOCHAT_KEYS_FILE
+  value: /etc/nanochat/keys/keys.json
+{{- end }}
+{{- if .redis.secret }}
+- name: NANOCHAT_REDIS_URL
+  valueFrom:
+    secretKeyRef: {name: {{ .redis.secret }}, key: url}
+{{- end }}
+{{- if $.Values.redis.enabled }}
+{{ include "nanochat.redisPasswordEnv" $ }}
+# Kubernetes replaces $(REDIS_PASSWORD) by the password.
+- name: NANOCHAT_REDIS_URL
+  value: redis://:$(REDIS_PASSWORD)@{{ include "nanochat.fullname" $ }}-redis:6379/0
+{{- end }}
+{{- if or .redis.secret $.Values.redis.enabled }}
+- name: NANOCHAT_GATEWAY_REDIS_FAILURE
+  value: {{ .redis.failure }}
+{{- end }}
+{{- end -}}
+{{- end -}}
+
+{{/* Name of the Secret with the password of the release's Redis. */}}
+{{- define "nanochat.redisSecret" -}}
+{{- default (printf "%s-redis" (include "nanochat.fullname" .)) .Values.redis.existingSecret -}}
+{{- end -}}
+
+{{/* Environment variable with the password of the release's Redis. */}}
+{{- define "nanochat.redisPasswordEnv" -}}
+- name: REDIS_PASSWORD
+  valueFrom:
+    secretKeyRef: {name: {{ include "nanochat.redisSecret" . }}, key: password}
+{{- end -}}
+
+{{/* Egress rule for Redis. */}}
+{{- define "nanochat.redisEgress" -}}
+{{- if .Values.redis.enabled -}}
+- to:
+    - podSelector:
+        matchLabels:
+          {{- include "nanochat.selectorLabels" (list . "redis") | nindent 10 }}
+  ports:
+    - {port: 6379}
+{{- else if .Values.admission.redis.secret -}}
+- ports:
+    {{- range .Values.networkPolicy.redisPorts }}
+    - {port: {{ . }}}
+    {{- end }}
+  {{- with .Values.networkPolicy.redisTo }}
+  to:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- end -}}
+{{- end -}}
+
+{{/* "true" if the release trains the demo model when the store has none; otherwise empty. */}}
+{{- define "nanochat.bootstraps" -}}
+{{- if and .Values.bootstrap.enabled (eq .Values.model "demo") -}}true{{- end -}}
+{{- end -}}
+
+{{/* Scheme of the gateway's port. */}}
+{{- define "nanochat.gatewayScheme" -}}
+{{- if .Values.gateway.httpsSecret }}https{{ else }}http{{ end -}}
+{{- end -}}
+
 {{- define "nanochat.storeClaim" -}}
 {{- default (printf "%s-store" (include "nanochat.fullname" .)) .Values.store.pvc.existingClaim -}}
 {{- end -}}
@@ -158,11 +321,10 @@ capabilities:
 {{- end -}}
 {{- end -}}
 
-{{/* Egress rule for DNS: pods in any namespace, and the usual address of a node's DNS cache. */}}
+{{/* Egress rule for DNS. */}}
 {{- define "nanochat.dnsEgress" -}}
 - to:
-    - namespaceSelector: {}
-    - ipBlock: {cidr: 169.254.20.10/32}
+    {{- toYaml .Values.networkPolicy.dnsTo | nindent 4 }}
   ports:
     - {port: 53, protocol: UDP}
     - {port: 53, protocol: TCP}
@@ -173,7 +335,7 @@ capabilities:
 {{- toYaml (default (list (dict "namespaceSelector" dict)) .Values.networkPolicy.metricsFrom) -}}
 {{- end -}}
 
-{{/* Environment variables that tell the engine where the store is. */}}
+{{/* Environment variables that tell where the store is. */}}
 {{- define "nanochat.storeEnv" -}}
 {{- if eq .Values.store.type "pvc" -}}
 - name: NANOCHAT_HOME
@@ -181,10 +343,6 @@ capabilities:
 {{- else -}}
 - name: NANOCHAT_HOME
   value: {{ required "store.s3.url is needed with store.type=s3" .Values.store.s3.url }}
-- name: NANOCHAT_ENGINE_CACHE_DIR
-  value: /var/cache/nanochat
-- name: NANOCHAT_ENGINE_CACHE_GIB
-  value: {{ .Values.engine.cacheGib | quote }}
 - name: AWS_REGION
   value: {{ .Values.store.s3.region }}
 {{- with .Values.store.s3.endpoint }}
@@ -202,6 +360,31 @@ capabilities:
 {{- end -}}
 {{- end -}}
 
+{{/* Environment variables of a gateway that takes lessons. It does not get the S3 keys of the store. */}}
+{{- define "nanochat.lessonsEnv" -}}
+{{- if .Values.teacher.enabled -}}
+- name: NANOCHAT_GATEWAY_LESSONS_HOME
+{{- if eq .Values.store.type "pvc" }}
+  value: /var/lib/nanochat
+{{- else }}
+  value: {{ .Values.store.s3.url }}
+- name: AWS_REGION
+  value: {{ .Values.store.s3.region }}
+{{- with .Values.store.s3.endpoint }}
+- name: AWS_ENDPOINT_URL
+  value: {{ . }}
+{{- end }}
+{{- with .Values.teacher.gatewaySecret }}
+{{- range $key := list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" }}
+- name: {{ $key }}
+  valueFrom:
+    secretKeyRef: {name: {{ $.Values.teacher.gatewaySecret }}, key: {{ $key }}}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+{{- end -}}
+
 {{/* Resources of the engine. Kubernetes expects GPUs under limits. */}}
 {{- define "nanochat.engineResources" -}}
 {{- $resources := deepCopy .Values.engine.resources -}}
@@ -210,4 +393,161 @@ capabilities:
 {{- $resources = set $resources "limits" $limits -}}
 {{- end -}}
 {{- toYaml $resources -}}
+{{- end -}}
+
+{{/* Metadata and spec of a component's autoscaler. Takes (list $ "component"). */}}
+{{- define "nanochat.autoscaler" -}}
+{{- $root := index . 0 -}}
+{{- $component := index . 1 -}}
+{{- $values := (index $root.Values $component).autoscaling -}}
+{{- $name := $root.Name | default (printf "%s-%s" (include "nanochat.fullname" $root) $component) -}}
+{{- if lt (int $values.maxReplicas) (int $values.minReplicas) -}}
+{{- fail (printf "%s.autoscaling.maxReplicas is %d; it must be at least %s.autoscaling.minReplicas, which is %d" $component (int $values.maxReplicas) $component (int $values.minReplicas)) -}}
+{{- end -}}
+{{- if not (or $values.cpuPercent $values.waitingRequests $values.cachePercent) -}}
+{{- fail (printf "%s.autoscaling has no target; set %s.autoscaling.cpuPercent" $component $component) -}}
+{{- end -}}
+{{- if and $values.cpuPercent (not (dig "requests" "cpu" "" (index $root.Values $component).resources)) -}}
+{{- fail (printf "%s.autoscaling.cpuPercent is a share of %s.resources.requests.cpu, which is not set" $component $component) -}}
+{{- end -}}
+metadata:
+  name: {{ $name }}
+  labels:
+    {{- include "nanochat.labels" . | nindent 4 }}
+spec:
+  scaleTargetRef: {apiVersion: apps/v1, kind: Deployment, name: {{ $name }}}
+  minReplicas: {{ $values.minReplicas }}
+  maxReplicas: {{ $values.maxReplicas }}
+  behavior:
+    scaleDown:
+      stabilizationWindowSeconds: {{ $values.scaleDownSeconds }}
+  metrics:
+    {{- with $values.cpuPercent }}
+    - type: Resource
+      resource:
+        name: cpu
+        target: {type: Utilization, averageUtilization: {{ . }}}
+    {{- end }}
+    {{- with $values.waitingRequests }}
+    - type: Pods
+      pods:
+        metric: {name: nanochat_engine_requests_waiting}
+        target: {type: AverageValue, averageValue: {{ . | quote }}}
+    {{- end }}
+    {{- with $values.cachePercent }}
+    - type: Pods
+      pods:
+        metric: {name: nanochat_engine_kv_cache_usage_ratio}
+        target: {type: AverageValue, averageValue: {{ mul . 10 }}m}
+    {{- end }}
+{{- end -}}
+
+{{/*
+Sets .Values.engines to one context for each served model, in which the templates of an engine are rendered. A context is
+like the chart's own, with the model's values in place of the values model and engine, and with the name of its resources.
+*/}}
+{{- define "nanochat.setEngines" -}}
+{{- $engines := list -}}
+{{- $names := list -}}
+{{- range $index, $model := prepend .Values.models (dict "name" .Values.model) -}}
+{{- $name := printf "%s-engine" (include "nanochat.fullname" $) -}}
+{{- if $index -}}
+{{- $name = printf "%s-%s" $name (regexReplaceAll "[^a-z0-9]+" (lower $model.name) "-") | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+{{- if or (has $name $names) (and $index (eq $model.name $.Values.model)) -}}
+{{- fail (printf "models[%d].name is %s, which another engine of the release serves" (sub $index 1) $model.name) -}}
+{{- end -}}
+{{- $names = append $names $name -}}
+{{- $own := dict "model" $model.name "engine" (omit $model "name") -}}
+{{- $values := mergeOverwrite (deepCopy (omit $.Values "engines")) $own -}}
+{{- $engines = append $engines (dict "Name" $name "Track" "stable" "Values" $values "Chart" $.Chart "Release" $.Release) -}}
+{{- end -}}
+{{- with .Values.canary.revision -}}
+{{- if eq . $.Values.engine.revision -}}
+{{- fail (printf "canary.revision is %s, which engine.revision serves already" .) -}}
+{{- end -}}
+{{- $name := printf "%s-engine-canary" (include "nanochat.fullname" $) -}}
+{{- if has $name $names -}}
+{{- fail "canary.revision needs engines of the name canary, which an entry of models has" -}}
+{{- end -}}
+{{- $off := dict "enabled" false -}}
+{{- $own := dict "engine" (dict "revision" . "replicas" $.Values.canary.replicas "autoscaling" $off "keda" $off) -}}
+{{- $values := mergeOverwrite (deepCopy (omit $.Values "engines")) $own -}}
+{{- $engines = append $engines (dict "Name" $name "Track" "canary" "Values" $values "Chart" $.Chart "Release" $.Release) -}}
+{{- end -}}
+{{- $_ := set .Values "engines" $engines -}}
+{{- end -}}
+
+{{/* Labels that select the engines of one model, or of its canary. Takes the context of an engine. */}}
+{{- define "nanochat.engineSelectorLabels" -}}
+{{ include "nanochat.selectorLabels" (list . "engine") }}
+nanochat/model: {{ .Values.model | quote }}
+nanochat/track: {{ .Track }}
+{{- end -}}
+
+{{/* Metadata and spec of the pod that trains the demo model. */}}
+{{- define "nanochat.bootstrapPod" -}}
+metadata:
+  labels:
+    {{- include "nanochat.labels" (list . "bootstrap") | nindent 4 }}
+  {{- with .Values.bootstrap.podAnnotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+spec:
+  {{- include "nanochat.podDefaults" (list . "bootstrap") | nindent 2 }}
+  restartPolicy: Never
+  terminationGracePeriodSeconds: 120
+  containers:
+    - name: train
+      image: {{ include "nanochat.image" (list . "bootstrap") }}
+      imagePullPolicy: {{ .Values.image.pullPolicy }}
+      securityContext:
+        {{- include "nanochat.containerSecurityContext" . | nindent 8 }}
+      args: [python, -m, jobs.train.pipeline, --recipe=demo, --model={{ .Values.model }}, --unless-promoted]
+      env:
+        - name: OMP_NUM_THREADS
+          valueFrom:
+            resourceFieldRef: {containerName: train, resource: limits.cpu}
+        {{- include "nanochat.storeEnv" . | nindent 8 }}
+        {{- with .Values.bootstrap.extraEnv }}
+        {{- include "nanochat.env" . | trim | nindent 8 }}
+        {{- end }}
+      resources:
+        {{- toYaml .Values.bootstrap.resources | nindent 8 }}
+      volumeMounts:
+        - {name: tmp, mountPath: /tmp}
+        - {name: shm, mountPath: /dev/shm}
+        {{- if eq .Values.store.type "pvc" }}
+        - {name: store, mountPath: /var/lib/nanochat}
+        {{- end }}
+        {{- with .Values.bootstrap.extraVolumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+  volumes:
+    - name: tmp
+      emptyDir: {sizeLimit: 4Gi}
+    - name: shm
+      emptyDir: {medium: Memory, sizeLimit: 1Gi}
+    {{- if eq .Values.store.type "pvc" }}
+    - name: store
+      persistentVolumeClaim:
+        claimName: {{ include "nanochat.storeClaim" . }}
+    {{- end }}
+    {{- with .Values.bootstrap.extraVolumes }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+{{- end -}}
+
+{{/*
+PromQL expression: the number of sequences in the engines of one model, plus the number of requests that wait in the gateways. A
+metric that no pod has counts as 0. Takes the context of an engine.
+*/}}
+{{- define "nanochat.engineLoad" -}}
+{{- $engines := printf "namespace=%q,pod=~%q" .Release.Namespace (printf "%s-[a-z0-9]+-[a-z0-9]+" .Name) -}}
+{{- $gateways := printf "namespace=%q,pod=~%q" .Release.Namespace (printf "%s-gateway-.+" (include "nanochat.fullname" .)) -}}
+{{- $states := list "running" "waiting" "parked" -}}
+{{- range $states -}}
+(sum(nanochat_engine_requests_{{ . }}{ {{- $engines -}} }) or vector(0)) + {{ end -}}
+(sum(nanochat_gateway_queue_length{ {{- $gateways -}} }) or vector(0))
 {{- end -}}
