@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 # The module and the help line of each program.
 PROGRAMS = {
     "run": ("deploy.local", "Train the demo model if there is none, then serve the chat page"),
+    "chat": ("deploy.chat", "Chat in the terminal with a running server"),
     "train tokenizer": ("jobs.train.tokenizer", "Train a tokenizer"),
     "train dataset": ("jobs.train.dataset", "Download, convert, validate or list datasets"),
     "train pretrain": ("jobs.train.pretrain", "Train a base model on text"),
@@ -27,6 +28,7 @@ PROGRAMS = {
     "train scaling": ("jobs.train.scaling", "Study how the loss depends on model size and data"),
     "train import-nanochat": ("jobs.train.import_nanochat", "Import a checkpoint of karpathy/nanochat"),
     "train export": ("jobs.train.export", "Export a checkpoint for transformers or karpathy/nanochat"),
+    "teach": ("jobs.teach", "Teach a model your facts; list and take back its lessons"),
     "generate": ("jobs.eval.generate", "Continue or answer a prompt in the terminal"),
     "eval chat": ("jobs.eval.chat", "Score a chat model on tasks such as MMLU and GSM8K"),
     "eval core": ("jobs.eval.core", "Score a base model on CORE"),
@@ -34,10 +36,13 @@ PROGRAMS = {
     "eval compare": ("jobs.eval.compare", "Compare the results of models"),
     "eval gate": ("jobs.eval.gate", "Promote a model if it passes the gate"),
     "eval bench-engine": ("jobs.eval.bench_engine", "Measure the speed of the inference engine"),
+    "eval calibrate": ("jobs.eval.calibrate", "Show what was measured on this processor and chosen"),
+    "eval gpu": ("jobs.eval.gpu", "Check the results of a GPU and measure its speed"),
     "eval tokenizer": ("jobs.eval.tokenizer", "Measure the compression of a tokenizer"),
     "serve gateway": ("services.gateway", "Serve the REST API and the chat page"),
     "serve engine": ("services.engine", "Serve a model over gRPC"),
     "serve sandbox": ("services.sandbox", "Run the model's Python code in isolation"),
+    "keys": ("services.gateway.keys", "Create, list, rotate and revoke API keys, and show their usage"),
 }
 COMPLETION = "completion"
 # Zsh first loads its emulation of bash's completion. Then both shells use the same function.
@@ -52,7 +57,7 @@ complete -o default -F _nanochat nanochat
 
 
 def help_text() -> str:
-    """The list of all programs, each with one line of help."""
+    """The list of all programs, with one line of help for each program."""
     lines = [f"  {name:24}{about}" for name, (_, about) in PROGRAMS.items()]
     lines.append(f"  {f'{COMPLETION} bash|zsh':24}Print a script for the shell: source <(nanochat {COMPLETION} bash)")
     return "\n".join(["usage: nanochat PROGRAM [FLAGS]; nanochat PROGRAM --help lists the program's flags", "", *lines])
@@ -77,7 +82,7 @@ def next_words(typed: Sequence[str]) -> list[str]:
 
 
 def flags(module: str, name: str = "") -> Iterator[str]:
-    """Flags that the settings class ``name`` of a module declares; if ``name`` is empty, flags of all settings classes.
+    """Flags of the settings class ``name`` of a module; if ``name`` is empty, flags of all its settings classes.
 
     The flags are read from the source code, because importing a training program takes seconds.
     """
@@ -90,7 +95,9 @@ def flags(module: str, name: str = "") -> Iterator[str]:
     if name in origins:
         yield from flags(origins[name], name)
     for settings in body:
-        if not isinstance(settings, ast.ClassDef) or not (settings.name == name or settings.name.endswith("Settings")):
+        if not isinstance(settings, ast.ClassDef):
+            continue
+        if settings.name != name if name else not settings.name.endswith("Settings"):
             continue
         for field in settings.body:
             if isinstance(field, ast.AnnAssign):
@@ -98,6 +105,8 @@ def flags(module: str, name: str = "") -> Iterator[str]:
         for base in map(ast.unparse, settings.bases):
             if base in origins:
                 yield from flags(origins[base], base)
+            elif name:
+                yield from flags(module, base)
 
 
 def main() -> None:

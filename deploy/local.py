@@ -1,6 +1,8 @@
-"""Runs everything on one machine: trains the demo model if there is none, then runs sandbox, engine and gateway.
+"""Runs everything on one machine: sandbox, engine, gateway and teacher, and the training if there is no model.
 
-``make run`` calls this program. It restarts a service that dies, and stops all services on Ctrl-C or SIGTERM.
+``make run`` calls this program. The gateway serves the chat page from the beginning. The page shows the training, and
+the engine serves the snapshots of fine-tuning until a model is promoted. If the model does not pass its examination,
+the last snapshot still answers. The program restarts a service that dies, and stops everything on Ctrl-C or SIGTERM.
 """
 
 import asyncio
@@ -8,21 +10,30 @@ import contextlib
 import dataclasses
 import http.client
 import json
+import math
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+import webbrowser
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from nanochat_core.errors import UserError, run_main
+from nanochat_core.errors import EXIT_REFUSED, UserError, run_main
+from nanochat_core.logs import CLEAR_LINE
+from nanochat_core.paths import user_path
+from nanochat_core.progress import RUN, read_progress
 from nanochat_core.settings import load, setting
 from nanochat_core.store import open_store
 
 HOST = "127.0.0.1"
 STOP_SECONDS = 15.0
+# A training stage finishes its step and writes a checkpoint before it ends.
+TRAINING_STOP_SECONDS = 120.0
 # Time to read the last log lines of a service that has ended.
 LAST_WORDS_SECONDS = 1.0
 # A service that dies more often than this has a fault that a restart does not repair.
@@ -31,19 +42,28 @@ RESTARTS_PER_MINUTE = 5
 
 @dataclasses.dataclass(frozen=True)
 class LocalSettings:
-    """Run sandbox, engine and gateway on this machine."""
+    """Run sandbox, engine and gateway on this machine, and meanwhile train the model if there is none."""
 
     home: str = setting(".nanochat", "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     model: str = setting("demo", "model to serve; the demo model is trained if it does not exist", env="MODEL")
+    data: str = setting(
+        "",
+        "text to train a missing model other than demo on: a file, a folder or a pattern",
+        env="DATA",
+    )
     port: int = setting(0, "port of the web page and the API; 0 takes a free one", env="PORT", minimum=0, maximum=65535)
-    ready_seconds: float = setting(120.0, "seconds to wait until a chat is possible", minimum=1.0)
+    ready_seconds: float = setting(
+        120.0, "seconds to wait until a chat is possible; the time of the training does not count", minimum=1.0
+    )
+    browser: bool = setting(True, "open the page in a browser, if this is a terminal of a desktop")
 
 
 class Service:
-    """One service as a child process. The manager restarts a service that dies, and prints its log lines."""
+    """One service as a child process. :meth:`run` restarts the process if it dies, and prints its log lines."""
 
-    def __init__(self, name: str, environment: Mapping[str, str]) -> None:
-        self.name = name
+    def __init__(self, name: str, environment: Mapping[str, str], module: str = "") -> None:
+        """``module`` is the service's program; empty for ``services.<name>``."""
+        self.name, self._module = name, module or f"services.{name}"
         self._environment = {**os.environ, **environment}
         self._process: asyncio.subprocess.Process | None = None
         self._starts: list[float] = []
@@ -61,11 +81,11 @@ class Service:
             output, its_output = os.pipe()
             log = asyncio.create_task(self._pass_on_log(output))
             try:
-                # A new session keeps Ctrl-C away from the service, because the manager stops the services in order.
+                # In its own session, the service does not get Ctrl-C. This program stops the services in order instead.
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable,
                     "-m",
-                    f"services.{self.name}",
+                    self._module,
                     env=self._environment,
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=its_output,
@@ -98,19 +118,59 @@ class Service:
             await process.wait()
 
     async def _pass_on_log(self, output: int) -> None:
-        """Print the lines that arrive at a pipe."""
+        """Print the lines that the service writes to the pipe ``output``."""
         lines = asyncio.StreamReader(limit=1 << 26)
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(lines), os.fdopen(output, "rb")
         )
         with contextlib.closing(transport):
             async for line in lines:
-                show(self.name, readable(line.decode(errors="replace").rstrip()))
+                text = readable(line.decode(errors="replace").rstrip())
+                # On a terminal, lines of level info are left out. Warnings and the training's progress stay visible.
+                if not (sys.stdout.isatty() and text.startswith("info ")):
+                    show(self.name, text)
+
+
+class Training:
+    """A pipeline that trains the model in a process of its own, and draws its progress on the terminal."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = False
+
+    async def run(self) -> int:
+        """Run the pipeline to its end, and return its exit code."""
+        # In its own process group, the pipeline does not get the SIGINT of Ctrl-C. stop() sends SIGTERM instead.
+        self._process = await asyncio.create_subprocess_exec(*self._command, process_group=0)
+        if self._stopping:  # stop() was called during the start
+            self._process.terminate()
+        return await self._process.wait()
+
+    async def stop(self) -> bool:
+        """Let the pipeline save its work and end. Returns False if it had ended before."""
+        self._stopping = True
+        process = self._process
+        if process is None or process.returncode is not None:
+            return False
+        process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), TRAINING_STOP_SECONDS)
+        except TimeoutError:
+            say("the training does not stop; killing it")
+            process.kill()
+            await process.wait()
+        return True
+
+
+def say(text: str) -> None:
+    """Print a line. On a terminal, the line replaces a progress bar that may be there."""
+    print(f"{CLEAR_LINE if sys.stdout.isatty() else ''}{text}", flush=True)
 
 
 def show(name: str, text: str) -> None:
     """Print one line of the merged log."""
-    print(f"{name:>8} | {text}", flush=True)
+    say(f"{name:>8} | {text}")
 
 
 def readable(line: str) -> str:
@@ -139,51 +199,114 @@ def free_port(wanted: int = 0) -> int:
 
 
 async def run(settings: LocalSettings) -> int:
-    """Train the model if necessary, then serve until SIGINT or SIGTERM. Returns the exit code."""
+    """Serve until SIGINT or SIGTERM, and train the model meanwhile if necessary. Returns the exit code."""
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    free_port(settings.port)  # reports a taken port before the training instead of after it
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    sandbox, engine, gateway = free_port(), free_port(), free_port(settings.port)
     # is_promoted() only reads one small file, because reading a checkpoint would import torch.
-    if not is_promoted(settings):
-        code = await train(settings, stop)
-        if code or stop.is_set():
-            return code
-    sandbox, engine, gateway = free_port(), free_port(), settings.port or free_port()
+    learning = not is_promoted(settings)
+    command = training_command(settings) if learning else []
+    url = f"http://{HOST}:{gateway}"
+    owner = await asyncio.to_thread(owner_key, settings.home)
     environment = {
+        **({"NANOCHAT_KEYS_FILE": owner[0]} if owner else {}),
         "NANOCHAT_HOME": settings.home,
         "NANOCHAT_SANDBOX_PORT": str(sandbox),
         "NANOCHAT_SANDBOX_METRICS_PORT": "0",
         "NANOCHAT_ENGINE_MODEL": settings.model,
+        "NANOCHAT_ENGINE_SNAPSHOTS": "true",
+        "NANOCHAT_ENGINE_POLL_SECONDS": "2",
         "NANOCHAT_ENGINE_PORT": str(engine),
         "NANOCHAT_ENGINE_METRICS_PORT": "0",
         "NANOCHAT_ENGINE_SANDBOX_ADDRESS": f"{HOST}:{sandbox}",
         "NANOCHAT_GATEWAY_PORT": str(gateway),
+        "NANOCHAT_GATEWAY_LESSONS_HOME": settings.home,
         "NANOCHAT_GATEWAY_ENGINE_ADDRESSES": f"{HOST}:{engine}",
+        "NANOCHAT_GATEWAY_SANDBOX_ADDRESSES": f"{HOST}:{sandbox}",
     }
     services = [Service(name, environment) for name in ("sandbox", "engine", "gateway")]
-    running = [asyncio.create_task(service.run()) for service in services]
+    services.append(Service("teacher", environment, "jobs.teach.watch"))
+    training = Training(command)
 
-    async def announce_ready() -> None:
-        await wait_until_served(f"http://{HOST}:{gateway}", settings.model, settings.ready_seconds)
-        print(f"nanochat is ready: http://{HOST}:{gateway}", flush=True)
+    async def announce() -> int:
+        """Say where the page is, wait for the training, and say when a chat is possible. Returns an exit code."""
+        if learning:
+            await wait_until_answered(f"{url}/healthz", settings.ready_seconds, "the page")
+            say(f"Watch the model learn, and talk with it as soon as it can speak: {url}")
+            open_browser(settings, url)
+            # Without the shield, canceling this task would also cancel the task that waits for the training.
+            code = await asyncio.shield(trained)
+            if code == EXIT_REFUSED:
+                say(f"The model did not pass its examination; the lines above say why. A snapshot answers: {url}")
+                await stop.wait()
+                return 0
+            if code:
+                return code
+        # If another program trains the model, the wait has no limit.
+        seconds = math.inf if learning and not command else settings.ready_seconds
+        await wait_until_answered(f"{url}/v1/models/{urllib.parse.quote(settings.model)}", seconds, settings.model)
+        say(f"nanochat is ready: {url}")
+        if owner:
+            say(f"Make it yours: {url}/#key={owner[1]} (this link may teach the model; keep it to yourself)")
+        if not learning:
+            open_browser(settings, url)
         await stop.wait()
+        return 0
 
-    announcing = asyncio.create_task(announce_ready())
+    if command:
+        say(f"Training {settings.model} (a few minutes, once).")
+    trained = asyncio.create_task(training.run() if command else no_training())
+    running = [asyncio.create_task(service.run()) for service in services]
+    announcing = asyncio.create_task(announce())
     stopped = asyncio.create_task(stop.wait())
     try:
         done, _ = await asyncio.wait({*running, announcing, stopped}, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
-        return 0
+        return announcing.result() if announcing.done() else 0
     finally:
         announcing.cancel()
         stopped.cancel()
-        # The gateway stops first, so that its running answers can finish.
+        interrupted = await training.stop()
+        # The gateway stops before the engine, so that its running answers can finish.
         for service in reversed(services):
             await service.stop()
-        await asyncio.gather(*running, return_exceptions=True)
-        print("nanochat has stopped", flush=True)
+        await asyncio.gather(trained, *running, return_exceptions=True)
+        say(f"nanochat has stopped{'; the same command goes on with the training' if interrupted else ''}")
+
+
+def owner_key(home: str) -> tuple[str, str] | None:
+    """The file of the API keys, and a key with all scopes for the person at this machine.
+
+    Both are in a hidden folder of the store, which only this user can read. None if the store is no folder, or if the
+    environment says where the keys are.
+    """
+    if "://" in home or os.environ.get("NANOCHAT_KEYS_FILE") or os.environ.get("NANOCHAT_REDIS_URL"):
+        return None
+    folder = user_path(home) / ".keys"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    keys, owner = str(folder / "keys.json"), folder / "owner"
+    secret = owner.read_text().strip() if owner.exists() and Path(keys).exists() else ""
+    if not secret:
+        flags = ["--name", "owner of this machine", "--scopes", "chat,sandbox,metrics,admin", "--keys-file", keys]
+        command = [sys.executable, "-m", "services.gateway.keys", "create", *flags]
+        created = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+        if created.returncode:
+            raise UserError(f"no key can be made in {keys}: {created.stderr.strip().rpartition(chr(10))[2]}")
+        secret = created.stdout.strip()
+        # If this program is killed in between, the next one makes another key.
+        new = owner.with_suffix(".new")
+        new.touch(mode=0o600)
+        new.write_text(f"{secret}\n")
+        new.replace(owner)
+    return keys, secret
+
+
+async def no_training() -> int:
+    """Takes the place of a training that is not needed. Returns the exit code 0."""
+    return 0
 
 
 def is_promoted(settings: LocalSettings) -> bool:
@@ -194,34 +317,38 @@ def is_promoted(settings: LocalSettings) -> bool:
         return False
 
 
-async def train(settings: LocalSettings, stop: asyncio.Event) -> int:
-    """Run the demo recipe in the foreground, and return its exit code."""
-    if settings.model != "demo":
-        raise UserError(
-            f"there is no promoted model {settings.model!r} in {settings.home}; train it with "
-            f".venv/bin/python -m jobs.train.pipeline --recipe small --home {settings.home} --model {settings.model} "
-            "--data FILE_OR_FOLDER"
-        )
-    print("Training the demo model (a few minutes, once).", flush=True)
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "jobs.train.pipeline", "--recipe", "demo", "--home", settings.home
+def training_command(settings: LocalSettings) -> list[str]:
+    """The command that trains the model; empty if another program is training it, on this machine or another one.
+
+    Raises UserError if the model is not the demo model and there is no text to train it on.
+    """
+    pipeline = [sys.executable, "-m", "jobs.train.pipeline", "--home", settings.home]
+    if settings.model == "demo":
+        return [*pipeline, "--recipe", "demo"]
+    if settings.data:
+        return [*pipeline, "--recipe", "small", "--model", settings.model, "--data", settings.data]
+    run = read_progress(open_store(settings.home), settings.model).get(RUN, {})
+    if run.get("state") == "running":
+        return []
+    raise UserError(
+        f"there is no promoted model {settings.model!r} in {settings.home}; train it with "
+        f"MODEL={settings.model} DATA=FILE_OR_FOLDER make run"
     )
-    waiting = asyncio.create_task(process.wait())
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait({waiting, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    if not waiting.done():
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-    return await waiting
 
 
-async def wait_until_served(url: str, model: str, seconds: float) -> None:
-    """Wait until the gateway's engine serves the model, or raise a UserError after ``seconds``."""
+def open_browser(settings: LocalSettings, url: str) -> None:
+    """Open the page if this program runs in a terminal of a desktop."""
+    desktop = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if settings.browser and desktop and sys.stdout.isatty():
+        webbrowser.open(url)
+
+
+async def wait_until_answered(url: str, seconds: float, what: str) -> None:
+    """Wait until a GET of the URL is answered with 200, or raise a UserError after ``seconds``."""
     deadline = time.monotonic() + seconds
-    while not await asyncio.to_thread(answers, f"{url}/v1/models/{urllib.parse.quote(model)}"):
+    while not await asyncio.to_thread(answers, url):
         if time.monotonic() > deadline:
-            raise UserError(f"{model} was not served at {url} within {seconds:.0f} seconds; the log above says why")
+            raise UserError(f"{what} was not served at {url} within {seconds:.0f} seconds; the log above says why")
         await asyncio.sleep(0.1)
 
 

@@ -1,9 +1,12 @@
 """Exit with 0 if a service is healthy, otherwise with 1.
 
-Usage: ``healthcheck.py http://HOST:PORT/PATH`` or ``healthcheck.py grpc://HOST:PORT``.
+Usage: ``healthcheck.py http://HOST:PORT/PATH`` or ``healthcheck.py grpc://HOST:PORT``. HTTP is spoken over TLS if the
+gateway has a certificate.
 """
 
 import http.client
+import os
+import ssl
 import sys
 import urllib.parse
 
@@ -12,7 +15,14 @@ TIMEOUT_SECONDS = 3
 
 def http_is_healthy(address: str, path: str) -> bool:
     """Whether a GET of ``path`` is answered with 200."""
-    connection = http.client.HTTPConnection(address, timeout=TIMEOUT_SECONDS)
+    if os.environ.get("NANOCHAT_GATEWAY_HTTPS_CERTIFICATE"):
+        # The certificate names the address that clients use, not this loopback address.
+        context = ssl._create_unverified_context()  # noqa: S323
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            address, timeout=TIMEOUT_SECONDS, context=context
+        )
+    else:
+        connection = http.client.HTTPConnection(address, timeout=TIMEOUT_SECONDS)
     try:
         connection.request("GET", path)
         return connection.getresponse().status == http.client.OK
